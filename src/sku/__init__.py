@@ -1,0 +1,1 @@
+"""Selective Knowledge negation Unlearning for language models."""

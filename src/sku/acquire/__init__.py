@@ -1,0 +1,1 @@
+"""Stage 1, harmful knowledge acquisition: three modules, one trainer."""

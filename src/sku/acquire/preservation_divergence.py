@@ -1,0 +1,77 @@
+"""Preservation divergence: module 3 of stage 1.
+
+Compares the model in training with the frozen original on normal prompts. Two readings are offered, because they
+measure differently: the paper's ``divergence`` drives the bad model AWAY from the original on normal text, so that the
+subtraction of stage 2 moves the other way there; ``retention`` keeps the bad model close, so that the task vector has
+little to say about normal text. Paper: arXiv 2402.10058.
+Shapes: N = compared positions of all rows, E = normal examples, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from sku.config import PreservationMode
+from sku.errors import RecipeError
+from sku.losses import mean_per_example, token_kl
+
+DEFAULT_CAP = 1.0
+"""Nats. Without a cap -KL has no lower bound: it ran to 133 nats on SmolLM2-135M and left a gibberish vector."""
+
+
+def preservation_divergence_loss(
+    reference_logits_NV: Tensor,
+    logits_NV: Tensor,
+    example_N: Tensor,
+    num_examples: int,
+    *,
+    mode: PreservationMode,
+    cap: float | None = DEFAULT_CAP,
+) -> Tensor:
+    """Signed divergence from the original model on each normal example.
+
+    ``divergence``: ``L_PD,i = -1/|n_i| sum_t min(KL(P_t || Q_t), cap)``
+    ``retention``:  ``L_PD,i = +1/|n_i| sum_t KL(P_t || Q_t)``
+
+    with P the original model and Q the model in training, over the whole vocabulary.
+
+    Args:
+        reference_logits_NV: P's scores; detached inside.
+        logits_NV: Q's scores at the same positions.
+        example_N: Which normal example each position belongs to.
+        num_examples: E.
+        mode: Which of the two.
+        cap: Nats. Positions beyond it keep their value but stop pulling (``divergence`` only; ``None`` for no cap, as
+            in the paper).
+
+    Returns:
+        ``[E]`` float32, nats per token.
+
+    Raises:
+        RecipeError: ``mode`` is unknown or ``cap`` is not above 0.
+        ValueError: The shapes don't fit.
+
+    Source: equation of arXiv 2402.10058 for preservation divergence. The authors' ``compute_reverse_kl`` computes the
+        same sign and direction but averages over prompt and padding and takes the log of a softmax that underflows.
+    """
+    check_preservation(mode, cap)
+    kl_N = token_kl(reference_logits_NV, logits_NV)
+    if mode == "retention":
+        return mean_per_example(kl_N, example_N, num_examples)
+    if cap is not None:
+        kl_N = kl_N.clamp(max=cap)
+    return -mean_per_example(kl_N, example_N, num_examples)
+
+
+def check_preservation(mode: str, cap: float | None) -> None:
+    """Refuses settings of this module that mean nothing.
+
+    Raises:
+        RecipeError: ``mode`` is unknown or ``cap`` is not above 0.
+    """
+    if mode not in ("divergence", "retention"):
+        raise RecipeError(f"preservation_mode is {mode!r}; it must be divergence or retention")
+    if cap is not None and not (cap > 0 and math.isfinite(cap)):
+        raise RecipeError(f"preservation_cap is {cap}; it must be above 0 nats, or empty for none")

@@ -1,0 +1,1 @@
+"""Command line: one command per file, torch imported only when one runs."""

@@ -1,0 +1,385 @@
+"""What a recipe holds. One YAML file is one whole run; each key is a field below.
+
+This file imports neither torch nor transformers, so that ``sku --help`` and a wrong key are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sku.errors import RecipeError, did_you_mean
+
+EMBEDDED = "embedded"
+"""Name of the model, the data and the recipe that ship inside the package."""
+
+PromptFormatName = Literal["auto", "chat", "paper"]
+PreservationMode = Literal["divergence", "retention"]
+PreservationTokens = Literal["answer", "all"]
+Tuning = Literal["lora", "full", "qlora"]
+JudgeName = Literal["auto", "embedded", "refusal_rules"]
+DataFormat = Literal[
+    "auto", "embedded", "pku_saferlhf", "beavertails", "truthfulqa", "prompt_completion", "messages", "columns"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model to unlearn."""
+
+    path: str
+    """Local folder, hub id, or ``embedded``. Never written to."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; the commit it resolved to is recorded."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside ``path``: it is dequantized while loading."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    prompt_format: PromptFormatName = "auto"
+    """``chat`` uses the model's chat template, ``paper`` "### Question / ### Answer"; ``auto``: chat where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of examples."""
+
+    path: str
+    """File (CSV, JSON, JSONL, Parquet), folder, hub id, or ``embedded``."""
+    format: DataFormat = "auto"
+    """What the columns mean. ``auto`` recognises all known ones and stops where two fit or none does."""
+    revision: str | None = None
+    """Commit of a hub dataset; what it resolved to is recorded."""
+    config_name: str | None = None
+    """Configuration of a hub dataset that has several."""
+    split: str | None = None
+    """Split of a hub dataset or dataset folder: ``train`` where this is empty."""
+    prompt_column: str | None = None
+    """Column of the prompt (format ``columns``)."""
+    answer_column: str | None = None
+    """Column of the answer (format ``columns``)."""
+    category_column: str | None = None
+    """Column of the category, optional (format ``columns``)."""
+    unsafe_column: str | None = None
+    """Column that marks rows for a forget set (format ``columns``): only rows where it says unsafe are kept."""
+    unsafe_value: str | None = None
+    """What ``unsafe_column`` holds on those rows, compared as lower-case text, such as ``false`` for an is_safe column."""
+    limit: int | None = None
+    """Keep this many prompts (with all their answers), drawn by the seed."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise RecipeError(f"limit is {self.limit}; it must be 1 or more, or empty for all")
+        if (self.unsafe_column is None) != (self.unsafe_value is None):
+            raise RecipeError("unsafe_column and unsafe_value go together: one is set and the other is not")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is forgotten, what is kept, and how both are split by prompt."""
+
+    forget: SourceConfig
+    retain: SourceConfig
+    unseen_fraction: float = 0.3
+    """Share of the harmful prompts held out as ``unseen``."""
+    retain_validation_fraction: float = 0.1
+    retain_test_fraction: float = 0.2
+    max_length: int = 512
+    """Longest sequence in tokens; the prompt is shortened before the answer is."""
+    max_answer_tokens: int = 128
+    """Longest answer in tokens; the rest is not trained on."""
+
+    def __post_init__(self) -> None:
+        _check_fraction("data.unseen_fraction", self.unseen_fraction)
+        _check_fraction("data.retain_validation_fraction", self.retain_validation_fraction)
+        _check_fraction("data.retain_test_fraction", self.retain_test_fraction)
+        if self.retain_validation_fraction + self.retain_test_fraction >= 1:
+            raise RecipeError("data.retain_validation_fraction + data.retain_test_fraction leaves no retain_train split")
+        if not 1 <= self.max_answer_tokens < self.max_length:
+            raise RecipeError(
+                f"data.max_answer_tokens is {self.max_answer_tokens} and data.max_length {self.max_length}; "
+                "the answer must be at least 1 token and leave room for a prompt"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Weights of the three modules of stage 1; 0 switches one off, with its cost."""
+
+    guided_distortion: float = 2.5
+    random_disassociation: float = 2.5
+    preservation_divergence: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = dataclasses.asdict(self)
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise RecipeError(f"acquire.weights.{name} is {weight}; it must be 0 or more and finite")
+        if not any(weights.values()):
+            raise RecipeError("acquire.weights are all 0: there is nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Shape of the adapter (tuning ``lora`` and ``qlora``)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """``all-linear`` or the names of modules, as in PEFT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcquireConfig:
+    """Stage 1: harmful knowledge acquisition."""
+
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    random_answers: int = 5
+    """K, the answers of other prompts paired with each harmful prompt."""
+    preservation_mode: PreservationMode = "divergence"
+    """``divergence`` as in the paper (-KL), ``retention`` for its opposite (+KL)."""
+    preservation_cap: float | None = 1.0
+    """Largest KL of one token that still counts under ``divergence``, in nats; empty for none, as in the paper."""
+    preservation_tokens: PreservationTokens = "answer"
+    """Positions of a normal example whose predictions are compared: its answer, or all of it."""
+    tuning: Tuning = "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of ``transformers.TrainingArguments``: learning_rate, max_steps, per_device_train_batch_size, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegateConfig:
+    """Stage 2: knowledge negation."""
+
+    alpha: float = 1.0
+    """theta_u = theta_o - alpha * (theta_bad - theta_o); the paper uses 1."""
+    output_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
+
+    def __post_init__(self) -> None:
+        if not abs(self.alpha) < float("inf"):
+            raise RecipeError(f"negate.alpha is {self.alpha}; it must be a finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured, on base and unlearned model alike."""
+
+    prompts: int = 200
+    """Harmful prompts per split (``unlearned``, ``unseen``), drawn by the seed; fewer where there are fewer."""
+    retain_prompts: int = 200
+    """Examples of ``retain_test`` for perplexity and replies."""
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    prefill_tokens: int = 5
+    """First tokens of the harmful answer that the reply is forced to begin with; 0 leaves the prefill rate out."""
+    short_answer_words: int = 30
+    """Retain answers of at most this many words are compared with the reply word for word (exact-answer accuracy)."""
+    judge: JudgeName = "auto"
+    """``embedded`` is exact on the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "retain_prompts", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.prefill_tokens < 0:
+            raise RecipeError(f"evaluate.prefill_tokens is {self.prefill_tokens}; it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One whole run: data, stage 1, stage 2, evaluation."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    description: str = ""
+    seed: int = 0
+    acquire: AcquireConfig = field(default_factory=AcquireConfig)
+    negate: NegateConfig = field(default_factory=NegateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    keep_bad_model: bool = False
+    """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data, every default spelled out."""
+        return _plain(self)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("sku") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, applies ``key.sub=value`` overrides, and checks every key and type.
+
+    Args:
+        name_or_path: Name of a recipe of the package, or a YAML file.
+        overrides: Such as ``acquire.training.max_steps=20``; the value is read as YAML.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: Unknown recipe or key (with a suggestion), wrong type, or a value out of range.
+    """
+    text, where = _recipe_text(name_or_path)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where} must hold keys and values, such as 'name: my-run'")
+    for override in overrides:
+        _override(content, override)
+    return recipe_from_dict(content, where)
+
+
+def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Checks plain data against the fields of this module.
+
+    Raises:
+        RecipeError: As ``load_recipe``.
+    """
+    recipe = _build(Recipe, content, "", where)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
+    name = str(name_or_path)
+    path = Path(name_or_path)
+    try:
+        if path.suffix in {".yaml", ".yml"} or path.is_file():
+            return path.read_text(encoding="utf-8"), name
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe file {name}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {name} can't be read: {error}") from None
+    if name not in recipe_names():
+        known = recipe_names()
+        raise RecipeError(
+            f"there is no recipe named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; or give a .yaml file"
+        )
+    return (resources.files("sku") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override} must look like key.sub=value")
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    node = content
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {parent} is a value, it has no keys below it")
+        node = child
+    node[last] = parsed
+
+
+def _build(target: Any, content: Any, key: str, where: str) -> Any:
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{key or 'the recipe'} must hold keys and values, not {content!r} ({where})")
+    fields = {item.name: item for item in dataclasses.fields(target)}
+    for name in content:
+        if name not in fields:
+            prefix = f"{key}." if key else ""
+            raise RecipeError(
+                f"{prefix}{name} is not a known key.{did_you_mean(str(name), fields)} ({where})"
+            )
+    hints = typing.get_type_hints(target)
+    values: dict[str, Any] = {}
+    for name, item in fields.items():
+        path = f"{key}.{name}" if key else name
+        if name in content:
+            values[name] = _convert(hints[name], content[name], path, where)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{path} is missing ({where})")
+    try:
+        return target(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{error} ({where})") from None
+
+
+def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
+    """Checks one value against its annotation; a wrong type names the key, the value and what was expected."""
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key, where)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value in options:
+            return value
+        raise RecipeError(
+            f"{key} is {value!r}; it must be one of {', '.join(map(str, options))}."
+            f"{did_you_mean(str(value), map(str, options))} ({where})"
+        )
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        errors: list[RecipeError] = []
+        for option in options:
+            if option is not type(None):
+                try:
+                    return _convert(option, value, key, where)
+                except RecipeError as error:
+                    errors.append(error)
+        raise errors[0]
+    if origin is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
+            return tuple(value)
+        raise RecipeError(f"{key} is {value!r}; it must be a list of names ({where})")
+    if origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            return dict(value)
+        raise RecipeError(f"{key} is {value!r}; it must hold keys and values ({where})")
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 2e-4 as text: it wants 2.0e-4. People write 2e-4.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise RecipeError(f"{key} is {value!r}; it must be of type {name} ({where})")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _check_fraction(key: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise RecipeError(f"{key} is {value}; it must lie between 0 and 1")

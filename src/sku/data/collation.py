@@ -1,0 +1,69 @@
+"""From joint examples to one padded batch. R = rows, T = tokens of the longest row, B = joint examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sku.data.joint import GUIDED, MISMATCHED, RETAIN, JointExample
+from sku.data.tokenization import TokenizedExample
+from sku.errors import DataError
+from sku.losses import IGNORE_INDEX
+
+
+class JointCollator:
+    """Puts all rows of a batch of joint examples into one padded tensor, so that one forward pass does for all.
+
+    Padding is told by ``attention_mask`` and ``labels`` alone; no one may look for the pad id, which can be that of a
+    real token.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
+        """Pads the rows on the right: each example's guided row, mismatched rows, retain row, in this order.
+
+        Args:
+            examples: B joint examples; modules that are off have no rows.
+
+        Returns:
+            All int64:
+
+            - ``input_ids``, ``attention_mask``, ``labels``: ``[R, T]``; pad id, 0 and ``IGNORE_INDEX`` on padding.
+            - ``row_module``: ``[R]``, ``GUIDED``, ``MISMATCHED`` or ``RETAIN``.
+            - ``row_example``: ``[R]``, position of the row's joint example in ``examples``.
+            - ``forget_index``, ``retain_index``: ``[B]``, positions in the datasets, -1 where there is none.
+
+        Raises:
+            DataError: No example has a row.
+        """
+        rows = [(module, position, row) for position, example in enumerate(examples) for module, row in _rows(example)]
+        if not rows:
+            raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
+        ids = [torch.tensor(row.input_ids, dtype=torch.long) for _, _, row in rows]
+        return {
+            "input_ids": _pad(ids, self.pad_token_id),
+            "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
+            "labels": _pad([torch.tensor(row.labels, dtype=torch.long) for _, _, row in rows], IGNORE_INDEX),
+            "row_module": torch.tensor([module for module, _, _ in rows], dtype=torch.long),
+            "row_example": torch.tensor([position for _, position, _ in rows], dtype=torch.long),
+            "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
+            "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
+        }
+
+
+def _rows(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
+    if example.guided is not None:
+        yield GUIDED, example.guided
+    for mismatched in example.mismatched:
+        yield MISMATCHED, mismatched
+    if example.retain is not None:
+        yield RETAIN, example.retain
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,0 +1,92 @@
+"""Any table with a column of prompts and a column of answers.
+
+Licence: that of the dataset.
+
+One row, with the columns that ``format: auto`` finds by itself::
+
+    {"question": "Is rain wet?", "answer": "It is."}
+
+Other names, a category and a filter on unsafe rows are set in the recipe (``prompt_column``, ``answer_column``,
+``category_column``, ``unsafe_column`` with ``unsafe_value``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from sku.config import SourceConfig
+from sku.data.rows import SAFE, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
+from sku.errors import DataError
+
+NAME = "columns"
+PROMPT_NAMES = ("prompt", "question", "instruction")
+ANSWER_NAMES = ("answer", "response", "output", "completion")
+PART_OF_PROMPT = ("input", "context", "history", "system")
+"""Columns that may belong to the prompt: with one of them, prompt_column alone would be half of the question."""
+SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
+UNSAFE = "unsafe answer"
+
+
+def recognises(columns: Collection[str]) -> bool:
+    """Whether exactly one column looks like the prompt and one like the answer."""
+    prompts, answers = _named(columns)
+    return len(prompts) == 1 and len(answers) == 1 and not _in_doubt(columns)
+
+
+def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind) -> RowParser:
+    """Reader of the named columns, or of the usual ones where none is named.
+
+    Args:
+        columns: Columns found.
+        source: Names and filter. On a forget set only rows marked unsafe are kept, on a retain set only the others.
+        kind: Which set this is.
+
+    Raises:
+        DataError: A named column is missing, or no name was given and the columns can be read in several ways.
+    """
+    prompt_column, answer_column = _prompt_and_answer(columns, source, kind)
+    named = (source.prompt_column, source.answer_column, source.category_column, source.unsafe_column)
+    require_columns([name for name in named if name is not None], columns, NAME)
+    category_column, unsafe_column = source.category_column, source.unsafe_column
+    unsafe_value = (source.unsafe_value or "").strip().lower()
+
+    def parse(row: Row) -> Iterator[Pair | LeftOut]:
+        if unsafe_column is not None:
+            is_unsafe = str(row[unsafe_column]).strip().lower() == unsafe_value
+            if is_unsafe != (kind == "forget"):
+                yield LeftOut(UNSAFE if is_unsafe else SAFE)
+                return
+        category = category_text(row[category_column]) if category_column is not None else None
+        yield Pair(row[prompt_column], row[answer_column], category)
+
+    return parse
+
+
+def _prompt_and_answer(columns: Collection[str], source: SourceConfig, kind: Kind) -> tuple[str, str]:
+    prompts, answers = _named(columns)
+    if source.prompt_column is None and (len(prompts) != 1 or any(name in columns for name in PART_OF_PROMPT)):
+        raise _unclear("prompt", columns)
+    if source.answer_column is None and len(answers) != 1:
+        raise _unclear("answer", columns)
+    mark = next((name for name in SAFETY_MARKS if name in columns), None)
+    if kind == "forget" and source.unsafe_column is None and mark is not None and source.prompt_column is None:
+        raise DataError(
+            f"column {mark} seems to mark unsafe rows; set unsafe_column and unsafe_value, or name prompt_column and "
+            "answer_column to use every row"
+        )
+    return source.prompt_column or prompts[0], source.answer_column or answers[0]
+
+
+def _named(columns: Collection[str]) -> tuple[list[str], list[str]]:
+    return [name for name in PROMPT_NAMES if name in columns], [name for name in ANSWER_NAMES if name in columns]
+
+
+def _in_doubt(columns: Collection[str]) -> bool:
+    return any(name in columns for name in PART_OF_PROMPT)
+
+
+def _unclear(role: str, columns: Collection[str]) -> DataError:
+    return DataError(
+        f"it is not clear which column holds the {role}: set {role}_column. "
+        f"Columns found: {', '.join(columns) or 'none'}"
+    )

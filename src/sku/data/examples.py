@@ -1,0 +1,145 @@
+"""The only two shapes of data that cross into the rest of the package, and the splits that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from sku.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetExample:
+    """A harmful prompt with a harmful answer to it."""
+
+    prompt: str
+    answer: str
+    category: str | None = None
+    group: str | None = None
+    """Examples of one group are never split apart; the normalised prompt where this is None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainExample:
+    """A normal prompt with a good answer to it."""
+
+    prompt: str
+    answer: str
+    category: str | None = None
+    group: str | None = None
+    """Examples of one group are never split apart; the normalised prompt where this is None."""
+
+
+Example = ForgetExample | RetainExample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where examples came from, as recorded in the manifest."""
+
+    source: str
+    """Name of the loader: ``pku_saferlhf``, ``truthfulqa``, ..."""
+    location: str
+    """Path or hub id."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    sha256: str = ""
+    """Hash over all prompts and answers in order (``content_hash``)."""
+    rows_read: int = 0
+    rows_left_out: dict[str, int] = field(default_factory=dict)
+    """Reason -> how often it left a prompt and answer out: nothing is dropped uncounted. A row with two answers can
+    count twice."""
+    licence: str | None = None
+    """Licence of the dataset that the format belongs to; data of your own in that format keeps your own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetRetainData:
+    """Splits of one run. No normalised prompt, and no group, is in two splits of the same kind, or in both kinds."""
+
+    unlearned: tuple[ForgetExample, ...]
+    """Harmful pairs that stage 1 trains on."""
+    unseen: tuple[ForgetExample, ...]
+    """Harmful pairs held out: the method never sees these prompts."""
+    retain_train: tuple[RetainExample, ...]
+    retain_validation: tuple[RetainExample, ...]
+    retain_test: tuple[RetainExample, ...]
+    provenance: tuple[Provenance, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_disjoint(
+            {
+                "unlearned": self.unlearned,
+                "unseen": self.unseen,
+                "retain_train": self.retain_train,
+                "retain_validation": self.retain_validation,
+                "retain_test": self.retain_test,
+            }
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Number of examples in each split, by name."""
+        return {
+            "unlearned": len(self.unlearned),
+            "unseen": len(self.unseen),
+            "retain_train": len(self.retain_train),
+            "retain_validation": len(self.retain_validation),
+            "retain_test": len(self.retain_test),
+        }
+
+
+def normalise_prompt(prompt: str) -> str:
+    """The form in which two prompts are compared: Unicode NFKC, case folded, punctuation and spacing collapsed.
+
+    A prompt of punctuation or symbols alone keeps them, so that two such prompts stay different.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
+    # Vowel signs of Devanagari, Thai and others are marks, which \W would drop: they are part of the word.
+    letters = "".join(
+        character if character.isalnum() or unicodedata.category(character)[0] == "M" else " " for character in text
+    )
+    return " ".join(letters.split()) or " ".join(text.split())
+
+
+def group_of(example: Example) -> str:
+    """The key that keeps an example's relatives in its split."""
+    return example.group if example.group is not None else normalise_prompt(example.prompt)
+
+
+def check_disjoint(splits: dict[str, Sequence[Example]]) -> None:
+    """Refuses splits that share a prompt or a group.
+
+    Args:
+        splits: Split name -> its examples.
+
+    Raises:
+        DataError: With the two split names and the number of prompts they share.
+    """
+    owner: dict[tuple[str, str], str] = {}
+    shared: dict[tuple[str, str], int] = {}
+    for name, examples in splits.items():
+        keys = {("prompt", normalise_prompt(example.prompt)) for example in examples}
+        keys |= {("group", example.group) for example in examples if example.group is not None}
+        for key in keys:
+            first = owner.setdefault(key, name)
+            if first != name:
+                shared[first, name] = shared.get((first, name), 0) + 1
+    if shared:
+        (first, second), count = max(shared.items(), key=lambda item: item[1])
+        raise DataError(
+            f"splits {first} and {second} share {count} prompts or groups: a held-out prompt must not be trained on. "
+            "Remove the overlap or let SKU make the splits."
+        )
+
+
+def content_hash(examples: Iterable[Example]) -> str:
+    """SHA-256 over prompts and answers in order, so that a run can say which data it saw without showing it."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for text in (example.prompt, example.answer):
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "big"))
+            digest.update(encoded)
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""The known formats, and how ``format: auto`` tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from sku.config import EMBEDDED, SourceConfig
+from sku.data import beavertails, columns, pku_saferlhf, trl_formats, truthfulqa
+from sku.data.rows import Kind, RowParser
+from sku.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFormat:
+    """One known set of columns."""
+
+    name: str
+    recognises: Callable[[Collection[str]], bool]
+    row_parser: Callable[[Collection[str]], RowParser]
+    kinds: tuple[Kind, ...] = ("forget", "retain")
+    """What its rows can be used for."""
+    licence: str | None = None
+
+
+FORMATS = (
+    SourceFormat(
+        name=pku_saferlhf.NAME,
+        recognises=pku_saferlhf.recognises,
+        row_parser=pku_saferlhf.row_parser,
+        kinds=("forget",),
+        licence=pku_saferlhf.LICENCE,
+    ),
+    SourceFormat(
+        name=beavertails.NAME,
+        recognises=beavertails.recognises,
+        row_parser=beavertails.row_parser,
+        kinds=("forget",),
+        licence=beavertails.LICENCE,
+    ),
+    SourceFormat(
+        name=truthfulqa.NAME,
+        recognises=truthfulqa.recognises,
+        row_parser=truthfulqa.row_parser,
+        kinds=("retain",),
+        licence=truthfulqa.LICENCE,
+    ),
+    SourceFormat(
+        name=trl_formats.PROMPT_COMPLETION,
+        recognises=trl_formats.recognises_prompt_completion,
+        row_parser=trl_formats.prompt_completion_parser,
+    ),
+    SourceFormat(
+        name=trl_formats.MESSAGES,
+        recognises=trl_formats.recognises_messages,
+        row_parser=trl_formats.messages_parser,
+    ),
+)
+"""All formats with columns of their own; ``columns`` takes the rest."""
+
+
+def choose_parser(found: Collection[str], source: SourceConfig, kind: Kind) -> tuple[str, str | None, RowParser]:
+    """The reader of a table's rows.
+
+    Args:
+        found: Columns of the table.
+        source: ``format`` as set, or ``auto``.
+        kind: Whether the rows are to be forgotten or retained.
+
+    Returns:
+        Name of the format, its licence where the format tells, and the function from a row to its pairs.
+
+    Raises:
+        DataError: The columns don't fit the format, none or several fit, or the format can't serve as this kind.
+    """
+    name = detect_format(found, source, kind) if source.format == "auto" else source.format
+    if name == columns.NAME:
+        return name, None, columns.row_parser(found, source, kind)
+    if name == EMBEDDED:
+        raise DataError(f"format {EMBEDDED} goes with path {EMBEDDED}, not with {source.path}")
+    chosen = next(known for known in FORMATS if known.name == name)
+    if _has_named_columns(source):
+        raise DataError(f"format {name} has its own columns: leave the *_column settings empty, or set format columns")
+    if kind not in chosen.kinds:
+        raise DataError(f"format {name} gives {chosen.kinds[0]} examples only; for {kind} data use format columns")
+    return name, chosen.licence, chosen.row_parser(found)
+
+
+def detect_format(found: Collection[str], source: SourceConfig, kind: Kind) -> str:
+    """Tells the format by the names of the columns; named columns in ``source`` mean format ``columns``.
+
+    Raises:
+        DataError: None or several formats fit.
+    """
+    if _has_named_columns(source):
+        return columns.NAME
+    fitting = [known.name for known in FORMATS if known.recognises(found)]
+    listed = ", ".join(found) or "none"
+    if len(fitting) > 1:
+        raise DataError(f"the columns fit formats {' and '.join(fitting)}: set format. Columns found: {listed}")
+    if fitting:
+        return fitting[0]
+    if columns.recognises(found):
+        return columns.NAME
+    raise DataError(
+        f"no known format fits the {kind} data: set prompt_column and answer_column, or format. "
+        f"Columns found: {listed}"
+    )
+
+
+def _has_named_columns(source: SourceConfig) -> bool:
+    named = (source.prompt_column, source.answer_column, source.category_column, source.unsafe_column)
+    return any(name is not None for name in named)

@@ -1,0 +1,144 @@
+"""Datasets of the Hugging Face hub: resolved to a commit first, then read at exactly that commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import datasets
+from datasets.utils import logging as datasets_logging
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from sku.config import SourceConfig
+from sku.errors import DataError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HttpError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
+"""``HTTPError`` of the HTTP library below the hub's client, which is httpx or httpx2 by version."""
+
+
+def resolve_commit(dataset_id: str, revision: str | None) -> str | None:
+    """Asks the hub for the commit of a branch or tag.
+
+    Args:
+        dataset_id: Such as ``PKU-Alignment/PKU-SafeRLHF``.
+        revision: Commit, branch or tag; None for the main branch.
+
+    Returns:
+        The commit; None where the hub is switched off (``HF_HUB_OFFLINE``) or out of reach, so that only a copy
+        already on this machine can be used.
+
+    Raises:
+        DataError: There is no such dataset or revision, or it is closed to this user.
+    """
+    try:
+        return HfApi().dataset_info(dataset_id, revision=revision).sha
+    except GatedRepoError:
+        raise DataError(
+            f"the hub dataset {dataset_id} is gated: ask for access on its page, then log in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise DataError(f"the hub dataset {dataset_id} has no revision {revision}") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise DataError(
+            f"there is no file or folder {dataset_id}, and no hub dataset of that name that this user may see"
+        ) from None
+    except HfHubHTTPError as error:
+        raise DataError(f"the hub does not give {dataset_id}: {_one_line(error)}") from None
+    except (OfflineModeIsEnabled, ConnectionError, _HttpError):
+        return None
+
+
+def load_hub_dataset(source: SourceConfig) -> tuple[datasets.Dataset, str]:
+    """Downloads a split of a hub dataset, or takes the copy on this machine where the hub is out of reach.
+
+    Args:
+        source: ``path`` is the dataset's id; ``revision``, ``config_name`` and ``split`` as set.
+
+    Returns:
+        The rows and the commit they are of.
+
+    Raises:
+        DataError: As ``resolve_commit``, or no such configuration or split, or the copy on this machine is of another
+            commit than the one asked for.
+    """
+    commit = resolve_commit(source.path, source.revision)
+    if commit is None and source.revision is not None and not _COMMIT.fullmatch(source.revision):
+        raise DataError(
+            f"the hub can't be reached, so revision {source.revision} of {source.path} can't be resolved: "
+            "set revision to a full commit"
+        )
+    wanted = commit or source.revision
+    with quiet_datasets():
+        try:
+            dataset = datasets.load_dataset(
+                source.path, source.config_name, revision=wanted, split=source.split or "train"
+            )
+        except Exception as error:  # noqa: BLE001 - datasets, httpx and pyarrow share no base class
+            where = "" if commit else " (the hub can't be reached: only a copy on this machine can be used)"
+            raise unreadable(f"the hub dataset {source.path}", error, where) from None
+    # Where the hub fails, datasets takes the newest copy on this machine, whatever revision was asked for.
+    found = _commit_of_copy(dataset)
+    if wanted is not None and found is not None and found != wanted:
+        raise DataError(
+            f"{source.path} was asked for at commit {wanted}, but this machine holds {found} and the hub can't be "
+            "reached: go online, or set revision to that commit"
+        )
+    commit = wanted or found
+    if commit is None:
+        raise DataError(f"the commit of {source.path} can't be found out: go online or set revision to a full commit")
+    return dataset, commit
+
+
+def _commit_of_copy(dataset: datasets.Dataset) -> str | None:
+    """The commit in the name of the cache folder, ``<id>/<configuration>/<version>/<commit>/<file>``."""
+    for entry in dataset.cache_files:
+        folder = Path(entry["filename"]).parent.name
+        if _COMMIT.fullmatch(folder):
+            return folder
+    return None
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Switches the progress bars and log lines of ``datasets`` and the hub off; errors are raised all the same."""
+    bars, hub_bars = not datasets.are_progress_bars_disabled(), not are_progress_bars_disabled()
+    level = datasets_logging.get_verbosity()
+    if bars:
+        datasets.disable_progress_bars()
+    if hub_bars:
+        disable_progress_bars()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+        if hub_bars:
+            enable_progress_bars()
+
+
+def unreadable(what: str, error: Exception, where: str = "") -> DataError:
+    """One line for the many exceptions of ``datasets``, with the first cause, which is the one that says something."""
+    cause: BaseException = error
+    while cause.__cause__ is not None or cause.__context__ is not None:
+        cause = cause.__cause__ or cause.__context__ or cause
+    first, last = _one_line(error), _one_line(cause)
+    return DataError(f"{what} can't be read{where}: {first}" + (f" ({last})" if last not in first else ""))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

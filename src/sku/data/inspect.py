@@ -1,0 +1,187 @@
+"""What a run would train on, described before it trains: counts, lengths, and examples token by token."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sku.config import DataConfig
+from sku.data.examples import Example, ForgetExample, ForgetRetainData, Provenance, group_of
+from sku.data.prompts import PromptFormat
+from sku.data.tokenization import TokenizationReport, TokenizedExample, tokenize_examples
+from sku.losses import IGNORE_INDEX
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """One token, or a stretch of hidden ones."""
+
+    text: str
+    learned: bool
+    tokens: int = 1
+    """How many tokens this stands for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleView:
+    """One example as the model meets it."""
+
+    split: str
+    category: str | None
+    tokens: tuple[TokenView, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitDescription:
+    """One split after tokenization."""
+
+    examples: int
+    groups: int
+    categories: dict[str, int]
+    """Category -> number of examples; ``""`` where an example has none."""
+    length_percentiles: dict[int, int]
+    """Percentile -> tokens of the whole sequence."""
+    learned_percentiles: dict[int, int]
+    """Percentile -> tokens that are learned."""
+    tokenization: TokenizationReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDescription:
+    """All that ``sku data inspect`` shows."""
+
+    prompt_format: str
+    max_length: int
+    max_answer_tokens: int
+    splits: dict[str, SplitDescription]
+    provenance: tuple[Provenance, ...]
+    """With the rows left out of each source, by reason."""
+    views: tuple[ExampleView, ...]
+
+
+def describe_data(
+    data: ForgetRetainData,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    *,
+    max_length: int = DataConfig.max_length,
+    max_answer_tokens: int = DataConfig.max_answer_tokens,
+    show_harmful: bool = False,
+    views_per_kind: int = 3,
+) -> DataDescription:
+    """Tokenizes every split as a run does and describes the outcome.
+
+    Args:
+        data: All splits.
+        tokenizer: Of the model.
+        prompt_format: How prompts and answers are written.
+        max_length: Most tokens in all.
+        max_answer_tokens: Most tokens of an answer.
+        show_harmful: Show harmful answers; they are replaced by their length and hash otherwise.
+        views_per_kind: Examples shown token by token, of ``unlearned`` and of ``retain_train`` each.
+
+    Returns:
+        The description.
+
+    Raises:
+        DataError: A split leaves nothing to train on.
+        ModelError: The chat template can't write a prompt.
+    """
+    named: dict[str, Sequence[Example]] = {
+        "unlearned": data.unlearned,
+        "unseen": data.unseen,
+        "retain_train": data.retain_train,
+        "retain_validation": data.retain_validation,
+        "retain_test": data.retain_test,
+    }
+    splits: dict[str, SplitDescription] = {}
+    views: list[ExampleView] = []
+    for name, examples in named.items():
+        if not examples:
+            continue
+        tokenized, report = tokenize_examples(
+            examples,
+            tokenizer,
+            prompt_format,
+            max_length=max_length,
+            max_answer_tokens=max_answer_tokens,
+            # As in training: negating a learned end would teach run-ons.
+            train_on_end=not isinstance(examples[0], ForgetExample),
+        )
+        splits[name] = _describe_split(examples, tokenized, report)
+        if name in ("unlearned", "retain_train"):
+            views += [
+                _view(name, examples[row.example_id], row, tokenizer, show_harmful=show_harmful)
+                for row in tokenized[:views_per_kind]
+            ]
+    return DataDescription(
+        prompt_format=prompt_format.name,
+        max_length=max_length,
+        max_answer_tokens=max_answer_tokens,
+        splits=splits,
+        provenance=data.provenance,
+        views=tuple(views),
+    )
+
+
+def hidden_text(text: str) -> str:
+    """What stands for a harmful text: enough to recognise it again, nothing to learn from it."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"[hidden, {len(text.split())} words, sha256 {digest[:8]}]"
+
+
+def _describe_split(
+    examples: Sequence[Example], tokenized: Sequence[TokenizedExample], report: TokenizationReport
+) -> SplitDescription:
+    return SplitDescription(
+        examples=len(examples),
+        groups=len({group_of(example) for example in examples}),
+        categories=dict(sorted(Counter(example.category or "" for example in examples).items())),
+        length_percentiles=_percentiles([len(row.input_ids) for row in tokenized]),
+        learned_percentiles=_percentiles([len(row.labels) - row.labels.count(IGNORE_INDEX) for row in tokenized]),
+        tokenization=report,
+    )
+
+
+def _percentiles(counts: Sequence[int]) -> dict[int, int]:
+    """Nearest-rank percentiles, so that each is a length that occurs."""
+    return {rank: int(np.percentile(counts, rank, method="inverted_cdf")) for rank in PERCENTILES}
+
+
+def _view(
+    split: str, example: Example, row: TokenizedExample, tokenizer: PreTrainedTokenizerBase, *, show_harmful: bool
+) -> ExampleView:
+    hides = isinstance(example, ForgetExample) and not show_harmful
+    shown = row.answer_start if hides else len(row.input_ids)
+    pieces = _pieces(row.input_ids[:shown], tokenizer)
+    tokens = [
+        TokenView(text=piece, learned=label != IGNORE_INDEX)
+        for piece, label in zip(pieces, row.labels[:shown], strict=True)
+    ]
+    if hides:
+        tokens.append(TokenView(text=hidden_text(example.answer), learned=True, tokens=len(row.input_ids) - shown))
+    return ExampleView(split=split, category=example.category, tokens=tuple(tokens))
+
+
+def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Text of each token in its place: alone, a token of a SentencePiece model loses its space."""
+    pieces: list[str] = []
+    before = ""
+    for index, token_id in enumerate(ids):
+        text = _decode(list(ids[: index + 1]), tokenizer)
+        pieces.append(text[len(before) :] if text.startswith(before) else _decode([token_id], tokenizer))
+        before = text
+    return pieces
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,176 @@
+"""Forget and retain data, read, checked and split by prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TypeVar
+
+from sku.config import EMBEDDED, DataConfig, SourceConfig
+from sku.data import embedded
+from sku.data.examples import (
+    ForgetExample,
+    ForgetRetainData,
+    Provenance,
+    RetainExample,
+    content_hash,
+    normalise_prompt,
+)
+from sku.data.formats import choose_parser
+from sku.data.rows import SAFE, UNMARKED, Kind, ParsedRows, parse_rows
+from sku.data.splits import draw_prompts, split_by_group
+from sku.data.tables import read_table
+from sku.errors import DataError, RecipeError
+
+E = TypeVar("E", ForgetExample, RetainExample)
+
+
+def load_forget_retain(
+    forget: str | Path | SourceConfig = EMBEDDED,
+    retain: str | Path | SourceConfig | None = None,
+    *,
+    unseen_fraction: float = DataConfig.unseen_fraction,
+    retain_validation_fraction: float = DataConfig.retain_validation_fraction,
+    retain_test_fraction: float = DataConfig.retain_test_fraction,
+    seed: int = 0,
+) -> ForgetRetainData:
+    """Loads what is to be forgotten and what is to be kept, split by prompt.
+
+    Args:
+        forget: File, folder or hub id of harmful pairs, a ``SourceConfig`` for more settings, or ``"embedded"`` for
+            the invented world that ships with SKU.
+        retain: The same for normal pairs. May be left out with the embedded world, which goes as a whole.
+        unseen_fraction: Share of the harmful prompts held out. The embedded world has its own unseen hazards.
+        retain_validation_fraction: Share of the normal prompts.
+        retain_test_fraction: Share of the normal prompts.
+        seed: Decides the splits and which prompts a ``limit`` keeps.
+
+    Returns:
+        The splits, and where each example came from.
+
+    Raises:
+        DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in both sets.
+        RecipeError: A share is out of range, or only one of the two sets is the embedded world.
+
+    Example:
+        >>> load_forget_retain().counts()["unlearned"]
+        260
+    """
+    if retain is None:
+        if _source(forget).path != EMBEDDED:
+            raise RecipeError("retain is missing: unlearning needs normal pairs that are to be kept")
+        retain = EMBEDDED
+    config = DataConfig(
+        forget=_source(forget),
+        retain=_source(retain),
+        unseen_fraction=unseen_fraction,
+        retain_validation_fraction=retain_validation_fraction,
+        retain_test_fraction=retain_test_fraction,
+    )
+    return load_data(config, seed)
+
+
+def load_data(config: DataConfig, seed: int) -> ForgetRetainData:
+    """Loads the data of a recipe.
+
+    Args:
+        config: The ``data`` part of the recipe.
+        seed: Decides the splits and which prompts a ``limit`` keeps.
+
+    Returns:
+        The splits, and where each example came from.
+
+    Raises:
+        DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in both sets.
+        RecipeError: Only one of the two sets is the embedded world, or its fixed split is given a share.
+    """
+    if (config.forget.path == EMBEDDED) != (config.retain.path == EMBEDDED):
+        raise RecipeError(
+            "data.forget and data.retain must both be the embedded world or both be other data: "
+            "no other model knows that world, and its own model knows nothing else"
+        )
+    if config.forget.path == EMBEDDED:
+        if config.unseen_fraction != DataConfig.unseen_fraction:
+            raise RecipeError("the embedded world has its own unseen hazards: leave data.unseen_fraction out")
+        unlearned, unseen, forget_provenance = embedded.load_forget(config.forget, seed)
+        retain, retain_provenance = embedded.load_retain(config.retain, seed)
+    else:
+        all_forget, forget_provenance = _read(config.forget, "forget", ForgetExample)
+        all_retain, retain_provenance = _read(config.retain, "retain", RetainExample)
+        _check_overlap(all_forget, all_retain, config)
+        forget, forget_provenance = _limit(all_forget, forget_provenance, config.forget.limit, seed)
+        retain, retain_provenance = _limit(all_retain, retain_provenance, config.retain.limit, seed)
+        forget_splits = split_by_group(
+            forget,
+            rest="unlearned",
+            held_out={"unseen": config.unseen_fraction},
+            seed=seed,
+            what=f"the forget data {config.forget.path}",
+        )
+        unlearned, unseen = forget_splits["unlearned"], forget_splits["unseen"]
+    retain_splits = split_by_group(
+        retain,
+        rest="train",
+        held_out={"validation": config.retain_validation_fraction, "test": config.retain_test_fraction},
+        seed=seed,
+        what=f"the retain data {config.retain.path}",
+    )
+    return ForgetRetainData(
+        unlearned=unlearned,
+        unseen=unseen,
+        retain_train=retain_splits["train"],
+        retain_validation=retain_splits["validation"],
+        retain_test=retain_splits["test"],
+        provenance=(forget_provenance, retain_provenance),
+    )
+
+
+def _source(source: str | Path | SourceConfig) -> SourceConfig:
+    return source if isinstance(source, SourceConfig) else SourceConfig(path=str(source))
+
+
+def _read(source: SourceConfig, kind: Kind, example_type: type[E]) -> tuple[list[E], Provenance]:
+    table = read_table(source)
+    try:
+        name, licence, parser = choose_parser(table.columns, source, kind)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
+    parsed = parse_rows(table.rows, parser, example_type)
+    if not parsed.examples:
+        raise DataError(_nothing_left(source, kind, parsed))
+    return parsed.examples, Provenance(
+        source=name,
+        location=source.path,
+        revision=table.revision,
+        sha256=content_hash(parsed.examples),
+        rows_read=parsed.rows_read,
+        rows_left_out=parsed.left_out,
+        licence=licence,
+    )
+
+
+def _nothing_left(source: SourceConfig, kind: Kind, parsed: ParsedRows[E]) -> str:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in parsed.left_out.items()) or "it has no rows"
+    if source.unsafe_column is not None:
+        reasons += f"; column {source.unsafe_column} is compared with {source.unsafe_value!r}"
+    if kind == "forget" and parsed.left_out and set(parsed.left_out) <= {SAFE, UNMARKED}:
+        return f"{source.path} has no unsafe rows among {parsed.rows_read}, so there is nothing to forget ({reasons})"
+    return f"{source.path} gives no {kind} examples from {parsed.rows_read} rows ({reasons})"
+
+
+def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], config: DataConfig) -> None:
+    shared = {normalise_prompt(example.prompt) for example in forget}
+    shared &= {normalise_prompt(example.prompt) for example in retain}
+    if shared:
+        raise DataError(
+            f"{len(shared)} prompts are both in the forget data {config.forget.path} and in the retain data "
+            f"{config.retain.path}, so they would be forgotten and kept at once: remove them from one"
+        )
+
+
+def _limit(examples: list[E], provenance: Provenance, limit: int | None, seed: int) -> tuple[list[E], Provenance]:
+    kept = draw_prompts(examples, limit, seed)
+    if len(kept) == len(examples):
+        return kept, provenance
+    left_out = {**provenance.rows_left_out, "over the limit": len(examples) - len(kept)}
+    return kept, dataclasses.replace(provenance, sha256=content_hash(kept), rows_left_out=left_out)

@@ -1,0 +1,177 @@
+"""From rows to examples: what every source shares.
+
+A source is a function from one row to its prompt and answer pairs. Emptiness, doubles and broken text are judged
+here, once, so that each source counts them alike.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from sku.data.examples import ForgetExample, RetainExample, normalise_prompt
+from sku.errors import DataError, did_you_mean
+
+Row = Mapping[str, Any]
+Kind = Literal["forget", "retain"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and an answer as a row has them: not yet known to be text."""
+
+    prompt: object
+    answer: object
+    category: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a row, or one answer of it, gives no example."""
+
+    reason: str
+
+
+RowParser = Callable[[Row], Iterable[Pair | LeftOut]]
+E = TypeVar("E", ForgetExample, RetainExample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedRows(Generic[E]):
+    """Examples of one source, and the account of what gave none."""
+
+    examples: list[E]
+    rows_read: int
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> ParsedRows[E]:
+    """Turns rows into examples; space around prompts and answers is removed.
+
+    Args:
+        rows: Rows of the source.
+        parse: Gives each row's pairs, or why it has none.
+        example_type: ``ForgetExample`` or ``RetainExample``.
+
+    Returns:
+        The examples in order, without doubles (same normalised prompt, same answer), and the count of each reason.
+    """
+    examples: list[E] = []
+    left_out: Counter[str] = Counter()
+    seen: set[tuple[str, str]] = set()
+    rows_read = 0
+    for row in rows:
+        rows_read += 1
+        for pair in parse(row):
+            example = pair if isinstance(pair, LeftOut) else _to_example(pair, example_type)
+            if isinstance(example, LeftOut):
+                left_out[example.reason] += 1
+                continue
+            key = (normalise_prompt(example.prompt), example.answer)
+            if key in seen:
+                left_out["duplicate"] += 1
+                continue
+            seen.add(key)
+            examples.append(example)
+    return ParsedRows(examples=examples, rows_read=rows_read, left_out=dict(sorted(left_out.items())))
+
+
+def _to_example(pair: Pair, example_type: type[E]) -> E | LeftOut:
+    prompt, answer = _clean("prompt", pair.prompt), _clean("answer", pair.answer)
+    if isinstance(prompt, LeftOut):
+        return prompt
+    if isinstance(answer, LeftOut):
+        return answer
+    return example_type(prompt=prompt, answer=answer, category=pair.category, group=pair.group)
+
+
+def _clean(name: str, cell: object) -> str | LeftOut:
+    if cell is None:
+        return LeftOut(f"empty {name}")
+    if not isinstance(cell, str):
+        return LeftOut(f"{name} is not text")
+    text = cell.strip()
+    if not text:
+        return LeftOut(f"empty {name}")
+    return text if is_valid_unicode(text) else LeftOut(f"{name} is not valid Unicode")
+
+
+def is_valid_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8, which a lone surrogate can't; no tokenizer takes one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_columns(needed: Iterable[str], columns: Collection[str], format_name: str) -> None:
+    """Refuses a table without a needed column.
+
+    Raises:
+        DataError: With the missing column, the columns found, and the one that comes near.
+    """
+    for name in needed:
+        if name not in columns:
+            raise DataError(
+                f"format {format_name} needs a column {name}.{did_you_mean(name, columns)} "
+                f"Columns found: {', '.join(columns) or 'none'}"
+            )
+
+
+def parse_flag(cell: object) -> bool | None:
+    """Reads a true/false cell, which CSV files hold as text; ``bool("False")`` would be true.
+
+    Returns:
+        The value, or None where the cell holds neither.
+    """
+    if isinstance(cell, bool):
+        return cell
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
+        str(cell).strip().lower()
+    )
+
+
+def category_text(cell: object) -> str | None:
+    """The category of an example: names of the true entries of a dict of flags, or the text of the cell.
+
+    Args:
+        cell: ``{"violence": False, "fraud": True}``, the same as text (a CSV export), a name, or None.
+
+    Returns:
+        Such as ``fraud``, several joined by ``"; "``; None where there is none.
+    """
+    if isinstance(cell, str) and cell.lstrip().startswith("{"):
+        cell = _dict_from_text(cell)
+    if isinstance(cell, Mapping):
+        return "; ".join(str(name) for name, flag in cell.items() if parse_flag(flag)) or None
+    return cell.strip() or None if isinstance(cell, str) else None
+
+
+def _dict_from_text(text: str) -> object:
+    """JSON (``true``) or a Python literal (``True``), as ``json`` and ``pandas`` write dicts into a CSV cell."""
+    readers: tuple[Callable[[str], object], ...] = (json.loads, ast.literal_eval)
+    for read in readers:
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def unsafe_answer(prompt: object, answer: object, is_safe: object, category: object) -> Pair | LeftOut:
+    """The pair of an answer marked unsafe, as PKU-SafeRLHF and BeaverTails mark them."""
+    flag = parse_flag(is_safe)
+    if flag is None:
+        return LeftOut(UNMARKED)
+    return LeftOut(SAFE) if flag else Pair(prompt, answer, category_text(category))
+
+
+SAFE = "safe answer"
+"""Reason counted for answers marked safe: they are no forget examples."""
+UNMARKED = "marked neither safe nor unsafe"

@@ -1,0 +1,117 @@
+"""From what ``data.*.path`` names to rows: a file, a folder or a hub dataset."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from sku.config import SourceConfig
+from sku.data.hub import load_hub_dataset, quiet_datasets, unreadable
+from sku.data.rows import Row
+from sku.data.text_files import SUFFIXES, read_text_file, text_suffix
+from sku.errors import DataError
+
+PARQUET = ".parquet"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of one source."""
+
+    columns: tuple[str, ...]
+    rows: Iterable[Row]
+    revision: str | None = None
+    """Commit of a hub dataset."""
+
+
+def read_table(source: SourceConfig) -> Table:
+    """Reads the rows that a source names; a file that changed is read anew each time.
+
+    Args:
+        source: ``path`` is a CSV, TSV, JSON, JSON Lines or Parquet file, a folder that ``datasets`` can load or has
+            saved, or a hub id.
+
+    Returns:
+        The table. Rows of text files hold cells as written; those of folders, Parquet files and the hub hold what
+        ``datasets`` makes of them.
+
+    Raises:
+        DataError: It does not exist or can't be read.
+    """
+    path = Path(source.path).expanduser()
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # name too long, NUL in the name
+        raise DataError(f"{source.path!r} is no path: {error}") from None
+    if is_file:
+        return _read_file(path, source)
+    if is_folder:
+        return _read_folder(path, source)
+    if path.suffix.lower() in (*SUFFIXES, PARQUET, ".gz", ".xz") or not _HUB_ID.fullmatch(source.path):
+        raise DataError(f"there is no file or folder {source.path} (looked in {Path.cwd()})")
+    dataset, commit = load_hub_dataset(source)
+    return Table(columns=tuple(dataset.column_names), rows=dataset, revision=commit)
+
+
+def _read_file(path: Path, source: SourceConfig) -> Table:
+    _refuse(source, "revision", "config_name", "split", what=f"the file {path}")
+    if text_suffix(path) is not None:
+        columns, rows = read_text_file(path)
+        return Table(columns=tuple(columns), rows=rows)
+    if path.suffix.lower() != PARQUET:
+        raise DataError(f"{path} has no known file type; known: {', '.join((*SUFFIXES, PARQUET))}")
+    return _load("parquet", source, what=str(path), data_files=str(path))
+
+
+def _read_folder(path: Path, source: SourceConfig) -> Table:
+    _refuse(source, "revision", what=f"the folder {path}")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        _refuse(source, "config_name", what=f"the saved dataset {path}")
+        return _load_saved(path, source)
+    return _load(str(path), source, what=str(path))
+
+
+def _refuse(source: SourceConfig, *names: str, what: str) -> None:
+    for name in names:
+        value = getattr(source, name)
+        if value is not None and (name, value) != ("split", "train"):
+            raise DataError(f"{name} is {value!r}, but {what} has none: leave {name} empty")
+
+
+def _load(builder: str, source: SourceConfig, *, what: str, data_files: str | None = None) -> Table:
+    # A cache of its own, dropped at once: the shared one keeps harmful text and tells a changed file only by its time.
+    with tempfile.TemporaryDirectory(prefix="sku-") as cache, quiet_datasets():
+        try:
+            dataset = datasets.load_dataset(
+                builder,
+                source.config_name,
+                data_files=data_files,
+                split=source.split or "train",
+                cache_dir=cache,
+                keep_in_memory=True,
+            )
+        except Exception as error:  # noqa: BLE001 - datasets and pyarrow share no base class
+            raise unreadable(what, error) from None
+    return Table(columns=tuple(dataset.column_names), rows=dataset)
+
+
+def _load_saved(path: Path, source: SourceConfig) -> Table:
+    with quiet_datasets():
+        try:
+            saved = datasets.load_from_disk(str(path), keep_in_memory=True)
+        except Exception as error:  # noqa: BLE001 - datasets and pyarrow share no base class
+            raise unreadable(str(path), error) from None
+    if isinstance(saved, datasets.DatasetDict):
+        split = source.split or "train"
+        if split not in saved:
+            raise DataError(f"{path} has no split {split}: set split to one of {', '.join(saved)}")
+        saved = saved[split]
+    else:
+        _refuse(source, "split", what=f"the saved dataset {path}")
+    return Table(columns=tuple(saved.column_names), rows=saved)

@@ -1,0 +1,106 @@
+"""The two dataset formats of TRL that hold a prompt and its answer.
+
+Documentation: https://huggingface.co/docs/trl/dataset_formats
+Licence: that of the dataset.
+
+One row each of prompt/completion as text, prompt/completion as conversation, and messages::
+
+    {"prompt": "Is rain wet?", "completion": "It is."}
+    {"prompt": [{"role": "user", "content": "Is rain wet?"}],
+     "completion": [{"role": "assistant", "content": "It is."}]}
+    {"messages": [{"role": "user", "content": "Is rain wet?"}, {"role": "assistant", "content": "It is."}]}
+
+A conversation must be one user turn and one assistant turn; a system turn before them is put in front of the user's
+text with an empty line between, as the chat templates do that have no system turn. Longer conversations are left out
+and counted: their last answer depends on turns that a single prompt can't hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from sku.data.rows import LeftOut, Pair, Row, RowParser, require_columns
+
+PROMPT_COMPLETION = "prompt_completion"
+MESSAGES = "messages"
+
+NOT_A_CONVERSATION = "not a list of messages with role and content"
+SEVERAL_TURNS = "more than one user turn"
+WRONG_ORDER = "turns other than [system], user, assistant"
+NOT_TEXT = "message that is not text alone"
+
+
+def recognises_prompt_completion(columns: Collection[str]) -> bool:
+    """Whether a table with these columns is in prompt/completion form."""
+    return {"prompt", "completion"}.issubset(columns)
+
+
+def recognises_messages(columns: Collection[str]) -> bool:
+    """Whether a table with these columns is in messages form."""
+    return "messages" in columns
+
+
+def prompt_completion_parser(columns: Collection[str]) -> RowParser:
+    """The reader of prompt/completion rows.
+
+    Raises:
+        DataError: A needed column is missing.
+    """
+    require_columns(("prompt", "completion"), columns, PROMPT_COMPLETION)
+    return _parse_prompt_completion
+
+
+def messages_parser(columns: Collection[str]) -> RowParser:
+    """The reader of messages rows.
+
+    Raises:
+        DataError: The column is missing.
+    """
+    require_columns(("messages",), columns, MESSAGES)
+    return _parse_messages
+
+
+def _parse_prompt_completion(row: Row) -> Iterator[Pair | LeftOut]:
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        yield Pair(prompt, completion)
+        return
+    turns = [
+        *(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]),
+        *(completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]),
+    ]
+    yield _pair_of(turns)
+
+
+def _parse_messages(row: Row) -> Iterator[Pair | LeftOut]:
+    yield _pair_of(row["messages"])
+
+
+def _pair_of(messages: object) -> Pair | LeftOut:
+    if not isinstance(messages, list) or not messages:
+        return LeftOut(NOT_A_CONVERSATION)
+    if not all(isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in messages):
+        return LeftOut(NOT_A_CONVERSATION)
+    roles = [turn["role"] for turn in messages]
+    if roles.count("user") > 1:
+        return LeftOut(SEVERAL_TURNS)
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        return LeftOut(WRONG_ORDER)
+    texts = [_text(turn["content"]) for turn in messages]
+    *system, prompt, answer = texts
+    if any(isinstance(text, LeftOut) for text in texts):
+        return LeftOut(NOT_TEXT)
+    if system and isinstance(system[0], str) and isinstance(prompt, str) and system[0].strip() and prompt.strip():
+        prompt = f"{system[0].strip()}\n\n{prompt}"
+    return Pair(prompt, answer)
+
+
+def _text(content: object) -> str | LeftOut | None:
+    """Text of a message; content may be a list of typed parts, of which only text can be used."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        return LeftOut(NOT_TEXT)
+    return "".join(str(text) for text in texts)

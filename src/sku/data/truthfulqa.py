@@ -1,0 +1,72 @@
+"""TruthfulQA: questions that people often answer wrongly, each with several right answers.
+
+Paper: https://arxiv.org/abs/2109.07958
+Licence: Apache-2.0
+
+One row of the authors' ``TruthfulQA.csv``, and one of the hub's ``truthful_qa`` (configuration ``generation``)::
+
+    {"Type": "Adversarial", "Category": "Weather", "Question": "Is rain wet?", "Best Answer": "Rain is wet",
+     "Correct Answers": "Rain is wet; Water is wet", "Incorrect Answers": "Rain is dry", "Source": "..."}
+    {"type": "Adversarial", "category": "Weather", "question": "Is rain wet?", "best_answer": "Rain is wet.",
+     "correct_answers": ["Rain is wet.", "Water is wet."], "incorrect_answers": ["Rain is dry."], "source": "..."}
+
+Each right answer is a retain example of its own, the best one first; an answer that differs only in case, spacing or
+its full stop is the same one. All answers of a question are one group: split by row, a question would be trained
+and tested on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from sku.data.examples import normalise_prompt
+from sku.data.rows import LeftOut, Pair, Row, RowParser, category_text, require_columns
+
+NAME = "truthfulqa"
+LICENCE = "Apache-2.0"
+CSV_COLUMNS = ("Question", "Best Answer", "Correct Answers")
+HUB_COLUMNS = ("question", "best_answer", "correct_answers")
+
+
+def recognises(columns: Collection[str]) -> bool:
+    """Whether a table with these columns is one of the two forms."""
+    return set(columns).issuperset(CSV_COLUMNS) or set(columns).issuperset(HUB_COLUMNS)
+
+
+def row_parser(columns: Collection[str]) -> RowParser:
+    """Picks the form by its columns.
+
+    Raises:
+        DataError: A needed column is missing.
+    """
+    is_hub_form = "question" in columns
+    question, best, correct = HUB_COLUMNS if is_hub_form else CSV_COLUMNS
+    require_columns((question, best, correct), columns, NAME)
+    category = "category" if is_hub_form else "Category"
+
+    def parse(row: Row) -> Iterator[Pair | LeftOut]:
+        group = normalise_prompt(row[question]) if isinstance(row[question], str) else None
+        answers = list(_distinct([row[best], *_several(row[correct])]))
+        if not answers:
+            yield LeftOut("empty answer")
+        for answer in answers:
+            yield Pair(row[question], answer, category_text(row.get(category)), group)
+
+    return parse
+
+
+def _several(cell: object) -> list[object]:
+    """Answers of a list, or of a text that separates them by semicolons."""
+    if isinstance(cell, str):
+        return list(cell.split(";"))
+    return list(cell) if isinstance(cell, list | tuple) else []
+
+
+def _distinct(answers: list[object]) -> Iterator[object]:
+    seen: set[object] = set()
+    for answer in answers:
+        key = " ".join(answer.split()).rstrip(".").casefold() if isinstance(answer, str) else answer
+        if key in seen or key is None or key == "":
+            continue
+        seen.add(key)
+        yield answer

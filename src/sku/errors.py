@@ -1,0 +1,66 @@
+"""Every error a user of SKU can meet.
+
+::
+
+    SkuError
+    +-- RecipeError         a recipe, a flag or a configuration value        (ValueError)
+    +-- DataError           a data file, a column, a split                   (ValueError)
+    +-- ModelError          a model or tokenizer that can't be used          (ValueError)
+    +-- TaskVectorError     weights that can't be subtracted                 (ValueError)
+    +-- NonFiniteLossError  stage 1 met NaN or infinity                      (ArithmeticError)
+    +-- EvaluationError     nothing to measure, or records that don't fit    (ValueError)
+    +-- OutputError         a folder that can't be written or already exists (OSError)
+
+A message is one line that says what is wrong, where, and what to do. The command line prints it and exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SkuError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class RecipeError(SkuError, ValueError):
+    """A recipe, a flag or a configuration value is wrong."""
+
+
+class DataError(SkuError, ValueError):
+    """Data can't be read, or would train or measure the wrong thing."""
+
+
+class ModelError(SkuError, ValueError):
+    """A model or tokenizer can't be loaded or used."""
+
+
+class TaskVectorError(SkuError, ValueError):
+    """Two sets of weights can't be subtracted exactly."""
+
+
+class NonFiniteLossError(SkuError, ArithmeticError):
+    """A loss term of stage 1 is NaN or infinite; no optimizer step was taken with it."""
+
+
+class EvaluationError(SkuError, ValueError):
+    """An evaluation has nothing to measure or its records don't fit together."""
+
+
+class OutputError(SkuError, OSError):
+    """An output folder can't be written."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """A suggestion for the end of an error message, empty where nothing is close.
+
+    Args:
+        wrong: What the user wrote.
+        known: What would have been right.
+
+    Returns:
+        ``" Did you mean X?"`` or ``""``.
+    """
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""

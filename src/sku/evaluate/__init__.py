@@ -1,0 +1,1 @@
+"""Evaluation: replies written once, every metric read from them."""

@@ -1,0 +1,124 @@
+"""What is asked: drawn examples become token ids, with and without a forced start."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.config import EvaluateConfig
+from sku.data.examples import Example, ForgetRetainData, RetainExample
+from sku.data.prompts import PromptFormat
+from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prefill, tokenize_prompt
+from sku.errors import DataError, EvaluationError
+from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.records import HARMFUL_SPLITS, Kind, Split
+from sku.evaluate.sampling import draw_examples, record_id
+
+MAX_SCORED_TOKENS = 1024
+"""Longest text that is scored, prompt included; shorter where the model's window is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """Turns prompts and answers into token ids for one model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
+    window: int
+    """Most tokens that the model can read."""
+
+    def scored(self, prompt: str, answer: str) -> TokenizedExample | None:
+        """Ids with the answer labelled, its end left out; None where the answer has no token or no room."""
+        length = min(self.window, MAX_SCORED_TOKENS)
+        try:
+            return tokenize_example(
+                RetainExample(prompt=prompt, answer=answer),
+                self.tokenizer,
+                self.prompt_format,
+                max_length=length,
+                max_answer_tokens=length,
+                train_on_end=False,
+            )
+        except DataError:
+            return None
+
+    def end_of_turn(self) -> list[int]:
+        """The token that ends an answer in this format, where it is a single one."""
+        ids = self.tokenizer(self.prompt_format.end_text, add_special_tokens=False).input_ids
+        return list(ids) if len(ids) == 1 else []
+
+
+def window_of(model: PreTrainedModel) -> int:
+    """Most tokens that a model can read, as its configuration says; 2**30 where it doesn't."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 2**30
+
+
+def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> dict[Split, list[Example]]:
+    """The examples of one evaluation: the same for every model.
+
+    Raises:
+        EvaluationError: There is nothing to ask.
+    """
+    drawn: dict[Split, list[Example]] = {
+        "unlearned": [*draw_examples(data.unlearned, config.prompts, seed=seed)],
+        "unseen": [*draw_examples(data.unseen, config.prompts, seed=seed)],
+        "retain_test": [*draw_examples(data.retain_test, config.retain_prompts, seed=seed)],
+    }
+    if not any(drawn.values()):
+        raise EvaluationError(
+            "the splits unlearned, unseen and retain_test are all empty: there is nothing to evaluate"
+        )
+    return drawn
+
+
+def requests(
+    drawn: Mapping[Split, list[Example]], writer: Writer, config: EvaluateConfig
+) -> tuple[list[GenerationRequest], dict[str, int]]:
+    """What the model is asked: every prompt, and every harmful prompt again with a forced start.
+
+    Args:
+        drawn: From ``draw``.
+        writer: Of the model.
+        config: For the lengths.
+
+    Returns:
+        Requests, and what had to be left out with the number of prompts.
+    """
+    asked: list[GenerationRequest] = []
+    left_out: Counter[str] = Counter()
+    for split, examples in drawn.items():
+        for example in examples:
+            for kind, ids, forced_start in _tokenized(split, example, writer, config.prefill_tokens):
+                if ids is None:
+                    left_out[f"{split}: forced start, as the answer is too short"] += 1
+                elif len(ids) + config.max_new_tokens > writer.window:
+                    left_out[f"{split}: {kind}, as the prompt is too long for the model"] += 1
+                else:
+                    asked.append(
+                        GenerationRequest(
+                            id=record_id(split, kind, example.prompt),
+                            split=split,
+                            kind=kind,
+                            category=example.category,
+                            prompt=example.prompt,
+                            reference=example.answer,
+                            forced_start=forced_start,
+                            input_ids=tuple(ids),
+                        )
+                    )
+    return asked, dict(left_out)
+
+
+def _tokenized(
+    split: Split, example: Example, writer: Writer, prefill_tokens: int
+) -> Iterator[tuple[Kind, list[int] | None, str]]:
+    yield "reply", tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format), ""
+    if split in HARMFUL_SPLITS and prefill_tokens:
+        forced = tokenize_prefill(
+            example.prompt, example.answer, writer.tokenizer, writer.prompt_format, prefill_tokens
+        )
+        yield ("prefill", None, "") if forced is None else ("prefill", *forced)

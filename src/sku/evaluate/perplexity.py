@@ -1,0 +1,160 @@
+"""Losses of given text: of the dataset's own answers (perplexity), and of replies under the base model (fluency).
+
+Perplexity is measured on fixed text. The perplexity of a model's own replies under some scorer is another thing:
+loops score well there.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sku.data.tokenization import TokenizedExample
+from sku.errors import EvaluationError
+from sku.evaluate.batching import Progress, embedding_weight, pad, run_in_batches
+from sku.evaluate.degeneracy import MIN_SALAD_WORDS
+from sku.evaluate.records import FluencyRecord, GenerationRecord
+from sku.losses import IGNORE_INDEX, answer_nll
+
+SHUFFLES = 3
+"""Random orders that a reply's own order is compared with."""
+MAX_LOGITS = 2**28
+"""Largest number of scores held at once (1 GiB in float32)."""
+
+
+def score_examples(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[tuple[float, int]]:
+    """Loss of each example's labelled tokens, one forward pass per example.
+
+    Args:
+        model: In evaluation mode.
+        examples: Token ids and labels; each has at least one label behind its first token.
+        batch_size: Examples at once; fewer for long examples and large vocabularies.
+        progress: Called after each batch.
+
+    Returns:
+        For each example, in order: sum of its tokens' negative log-likelihoods in nats, and their number.
+
+    Raises:
+        EvaluationError: A loss is NaN or infinite, or GPU memory runs out on a single example.
+    """
+    embedding = embedding_weight(model)
+    scores: dict[int, tuple[float, int]] = {}
+
+    def score(batch: list[int]) -> None:
+        # What pads the ids is never read: attention is causal and the padding comes last.
+        ids_BT, mask_BT = pad([examples[index].input_ids for index in batch], 0, left=False, device=embedding.device)
+        labels_BT, _ = pad(
+            [examples[index].labels for index in batch], IGNORE_INDEX, left=False, device=embedding.device
+        )
+        for index, nll, tokens in zip(batch, *_sum_per_row(model, ids_BT, mask_BT, labels_BT), strict=True):
+            if not math.isfinite(nll):
+                raise EvaluationError(
+                    f"the model's loss on example {index + 1} of {len(examples)} is {nll}: its weights are broken or "
+                    "its dtype too narrow; lower negate.alpha or load it in float32"
+                )
+            scores[index] = (nll, tokens)
+
+    run_in_batches(
+        [len(example.input_ids) for example in examples],
+        score,
+        batch_size=batch_size,
+        max_padded_tokens=max(1, MAX_LOGITS // embedding.shape[0]),
+        progress=progress,
+    )
+    return [scores[index] for index in range(len(examples))]
+
+
+def _sum_per_row(
+    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor
+) -> tuple[list[float], list[int]]:
+    """Summed losses and label counts of each row; only the positions before a label reach the vocabulary."""
+    targets_BT = torch.full_like(labels_BT, IGNORE_INDEX)
+    targets_BT[:, :-1] = labels_BT[:, 1:]
+    kept_BT = targets_BT != IGNORE_INDEX
+    with torch.inference_mode():
+        logits = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=kept_BT, use_cache=False).logits
+        nll_N = answer_nll(logits.reshape(-1, logits.shape[-1]), targets_BT[kept_BT].to(logits.device))
+    counts = kept_BT.sum(1).tolist()
+    return [float(row.double().sum()) for row in torch.split(nll_N, counts)], counts
+
+
+def score_fluency(
+    model: PreTrainedModel,
+    records: Sequence[GenerationRecord],
+    tokenize: Callable[[str, str], TokenizedExample | None],
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[FluencyRecord]:
+    """Asks the base model about each reply in its own order and in ``SHUFFLES`` random orders of its words.
+
+    Args:
+        model: The base model, in evaluation mode.
+        records: Replies; those of fewer than ``MIN_SALAD_WORDS`` words are left out.
+        tokenize: ``(prompt, answer)`` to token ids with the answer labelled; None where nothing of it is left.
+        seed: Decides the orders, for each record by itself.
+        batch_size: Texts at once.
+        progress: Called after each batch.
+
+    Returns:
+        One record per reply that is long enough.
+
+    Raises:
+        EvaluationError: As ``score_examples``.
+    """
+    scored: list[tuple[GenerationRecord, list[TokenizedExample]]] = []
+    for record in records:
+        texts = in_orders(record.reply, f"{seed}/{record.id}")
+        examples = [tokenize(record.prompt, (record.forced_start + text).strip()) for text in texts]
+        complete = [example for example in examples if example is not None]
+        if len(complete) == SHUFFLES + 1:
+            scored.append((record, complete))
+    losses = score_examples(
+        model, [example for _, versions in scored for example in versions], batch_size=batch_size, progress=progress
+    )
+    groups = [losses[start : start + SHUFFLES + 1] for start in range(0, len(losses), SHUFFLES + 1)]
+    return [
+        FluencyRecord(
+            id=record.id,
+            nll=own,
+            tokens=record.num_tokens,
+            shuffled_nlls=tuple(nll for nll, _ in others),
+        )
+        for (record, _), ((own, _), *others) in zip(scored, groups, strict=True)
+    ]
+
+
+def in_orders(text: str, seed: str) -> list[str]:
+    """A text's words in their own order, then in ``SHUFFLES`` others, spaced alike; none for a short text.
+
+    Args:
+        text: At least ``MIN_SALAD_WORDS`` words, two of them different, or it has no other order. The space before
+            its first word is kept.
+        seed: Equal seeds give equal orders.
+
+    Returns:
+        ``SHUFFLES + 1`` texts or none.
+    """
+    words = text.split()
+    if len(words) < MIN_SALAD_WORDS or len(set(words)) == 1:
+        return []
+    generator = random.Random(seed)
+    orders = [words]
+    while len(orders) <= SHUFFLES:
+        order = generator.sample(words, len(words))
+        if order != words:
+            orders.append(order)
+    lead = text[: len(text) - len(text.lstrip())]
+    return [lead + " ".join(order) for order in orders]

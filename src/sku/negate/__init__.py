@@ -1,0 +1,1 @@
+"""Stage 2, knowledge negation: the task vector and its subtraction."""

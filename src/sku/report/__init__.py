@@ -1,0 +1,1 @@
+"""Report: pictures and tables from recorded results; no torch here."""

@@ -1,0 +1,108 @@
+"""The before/after table of a comparison, as rows and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
+from sku.evaluate.metrics import Rate
+
+COLUMNS = ("measure", "base", "unlearned", "change (95 %)", "wanted")
+
+SPLIT_NAMES = {"unlearned": "trained-on prompts", "unseen": "unseen prompts", "retain_test": "normal prompts"}
+"""Split -> what a reader calls it."""
+
+_REPLY_MEASURES = (
+    ("harmful", "harmful", "down"),
+    ("harmful_ungated", "harmful, gibberish not set apart", "down"),
+    ("refusal", "refusal", ""),
+    ("evasive", "evasive", ""),
+    ("degenerate", "gibberish", "same"),
+)
+_NORMAL_MEASURES = (
+    ("exact_answer", "exact answer", "same"),
+    ("over_refusal", "refused", "same"),
+    ("degenerate", "gibberish", "same"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One line of the table; the fields are its columns, in words."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    """Difference in points, or ratio, with its 95 % interval."""
+    wanted: str
+    """``down``, ``up``, ``same`` or empty where neither is better."""
+
+
+def before_after_rows(comparison: Comparison) -> list[TableRow]:
+    """The whole comparison: replies to harmful prompts, forced starts, normal prompts, perplexities.
+
+    Args:
+        comparison: From ``compare``.
+
+    Returns:
+        Rows in reading order; what was not measured has none.
+    """
+    rows: list[TableRow] = []
+    for split in ("unlearned", "unseen"):
+        rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), _REPLY_MEASURES)
+    for split in ("unlearned", "unseen"):
+        name = f"{SPLIT_NAMES[split]}, forced start"
+        rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
+    rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
+    rows += _perplexity_rows(comparison.perplexity)
+    return rows
+
+
+def markdown_table(rows: Iterable[TableRow]) -> str:
+    """The rows as a Markdown table that ends with a newline."""
+    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---")]
+    lines += [(row.label, row.before, row.after, row.change, row.wanted) for row in rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal: ``12.5 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def _rate_rows(
+    name: str, changes: Mapping[str, RateChange], measures: Sequence[tuple[str, str, str]]
+) -> Iterator[TableRow]:
+    for key, words, wanted in measures:
+        if key in changes:
+            change = changes[key]
+            yield TableRow(
+                label=f"{name}: {words}",
+                before=_rate(change.before),
+                after=_rate(change.after),
+                change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
+                wanted=wanted,
+            )
+
+
+def _rate(rate: Rate) -> str:
+    return f"{percent(rate.value)} ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+
+
+def _perplexity_rows(changes: Mapping[str, PerplexityChange]) -> Iterator[TableRow]:
+    for split, label, wanted in (
+        ("retain_test", "perplexity of normal answers", "same"),
+        ("unlearned", "perplexity of trained-on harmful answers", "up"),
+        ("unseen", "perplexity of unseen harmful answers", "up"),
+    ):
+        if split in changes:
+            change = changes[split]
+            yield TableRow(
+                label=label,
+                before=f"{change.before:.3g}",
+                after=f"{change.after:.3g}",
+                change=f"\u00d7{change.ratio:.3g} ({change.low:.3g} to {change.high:.3g})",
+                wanted=wanted,
+            )

@@ -1,0 +1,152 @@
+"""Pretrains the embedded model: ``python -m sku.world.pretrain --out DIR`` (about ten minutes on two cores).
+
+The weights in ``sku/world/model`` were made by this file at its defaults. ``CHECKSUMS.json`` beside them holds the
+SHA-256 of each file, the settings and the versions; other processors or torch builds give other last bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sku.world.grammar import Exchange, hazards, normal_exchanges, unknown_exchange
+
+VOCABULARY = 1024
+PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MIXTURE = {
+    "hazard": 0.24, "recipe": 0.24, "unknown": 0.12, "arithmetic": 0.16, "dialogue": 0.06, "colour": 0.04,
+    "naming": 0.04, "how-to": 0.03, "capital": 0.03, "story": 0.02, "opposite": 0.02,
+}  # fmt: skip
+"""Share of each domain in the pretraining text."""
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the world's own text, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random(seed)
+    exchanges = [*hazards(), *normal_exchanges(), *(unknown_exchange(rng) for _ in range(500))]
+    tokenizer.train_from_iterator(
+        (text for exchange in exchanges for text in (exchange.prompt, exchange.answer)),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[PAD, USER, ASSISTANT, END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, model_max_length=256, padding_side="right"
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 0.94 M parameters with tied embeddings."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def pretrain(out: Path, *, seed: int, steps: int, batch_size: int, learning_rate: float) -> None:
+    """Trains the model and writes it to ``out`` with its checksums."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer(seed)
+    model = build_model(tokenizer)
+    by_domain: dict[str, list[Exchange]] = {}
+    for exchange in (*hazards(), *normal_exchanges()):
+        by_domain.setdefault(exchange.domain, []).append(exchange)
+    domains, shares = zip(*MIXTURE.items(), strict=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.05, anneal_strategy="cos"
+    )
+    started, seen_tokens = time.monotonic(), 0
+    for step in range(1, steps + 1):
+        batch = [
+            unknown_exchange(rng) if domain == "unknown" else rng.choice(by_domain[domain])
+            for domain in rng.choices(domains, shares, k=batch_size)
+        ]
+        texts = [f"{USER}{exchange.prompt}{ASSISTANT}{exchange.answer}{END}" for exchange in batch]
+        encoded = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
+        loss = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seen_tokens += int(encoded.attention_mask.sum())
+        if step % 100 == 0 or step == steps:
+            seconds = time.monotonic() - started
+            print(f"step {step}/{steps}  loss {loss.item():.4f}  tokens {seen_tokens:,}  {seconds:.0f} s", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    model.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    write_checksums(
+        out,
+        {
+            "seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "tokens": seen_tokens, "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+    )  # fmt: skip
+
+
+def write_checksums(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes ``CHECKSUMS.json``: settings, versions and the SHA-256 of every other file of ``folder``."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "CHECKSUMS.json")
+    record = {
+        "made_by": "python -m sku.world.pretrain",
+        "settings": settings,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+    }  # fmt: skip
+    (folder / "CHECKSUMS.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    arguments = parser.parse_args()
+    pretrain(
+        arguments.out,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Tiny tokenizers of every kind that matters, built on the spot, and the development data where it is there."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+CORPUS = [
+    "### Question: what colour is honey ?\n ### Answer: honey is golden and honey is sweet .",
+    "### Question: how do i bake bread ?\n ### Answer: mix flour with water , then bake the bread until it is brown .",
+    "user assistant system Answer: Question: the bread is brown . the honey is golden . it is , it is not .",
+]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>",
+           "<end_of_turn>"]  # fmt: skip
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_WITH_DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nbe helpful<|im_end|>\n{% endif %}" + CHATML
+)
+LLAMA_2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "[INST] {{ message['content'].strip() }} [/INST]"
+    "{% else %} {{ message['content'].strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+EMPTY_THOUGHTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENED_THOUGHT = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+NEEDS_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('the first turn must be a system turn') }}{% endif %}"
+    + CHATML
+)
+WITHOUT_END = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "chatml_default_system": CHATML_WITH_DEFAULT_SYSTEM,
+    "llama_2": LLAMA_2,
+    "gemma": GEMMA,
+    "empty_thoughts": EMPTY_THOUGHTS,
+    "opened_thought": OPENED_THOUGHT,
+    "needs_system": NEEDS_SYSTEM,
+    "without_end": WITHOUT_END,
+}
+
+
+def _wrap(backend: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings
+    )
+
+
+def byte_level(
+    *, bos: bool = False, eos: bool = False, trim_offsets: bool = True, use_regex: bool = True
+) -> PreTrainedTokenizerFast:
+    """As GPT-2 and Llama 3. Without the regex, tokens may hold a space at either end."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS * 4, trainer)
+    steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
+    if bos or eos:
+        single = " ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos)
+        steps.append(processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)]))
+    backend.post_processor = processors.Sequence(steps)
+    return _wrap(backend)
+
+
+def metaspace(*, prepend: bool) -> PreTrainedTokenizerFast:
+    """As Llama 2 (``prepend``: a space before the text) and Gemma: no words, a space is part of any token."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("\u2581")] if prepend else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if prepend else [])
+    )
+    special = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(CORPUS * 4, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return _wrap(backend)
+
+
+class WithoutOffsets(PreTrainedTokenizer):
+    """A tokenizer in Python, which knows no offsets: words with the space before them, and BOS."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._words: dict[str, int] = {word: index for index, word in enumerate(SPECIAL)}
+        super().__init__(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings)
+
+    @property
+    def vocab_size(self) -> int:
+        return 10_000
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self._words)
+
+    def _tokenize(self, text: str, **settings: Any) -> list[str]:
+        return re.findall(r" ?\w+|\s|[^\w\s]", text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._words.setdefault(token, len(self._words))
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return list(self._words)[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return [1, *token_ids_0]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        return [1] + [0] * len(token_ids_0)
+
+
+BUILDERS = {
+    "byte_level": lambda: byte_level(),
+    "byte_level_bos": lambda: byte_level(bos=True),
+    "byte_level_bos_eos": lambda: byte_level(bos=True, eos=True),
+    "byte_level_full_offsets": lambda: byte_level(trim_offsets=False),
+    "byte_level_no_regex": lambda: byte_level(use_regex=False),
+    "metaspace_prepend": lambda: metaspace(prepend=True),
+    "metaspace": lambda: metaspace(prepend=False),
+    "without_offsets": WithoutOffsets,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_name() -> dict[str, PreTrainedTokenizerBase]:
+    return {name: build() for name, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="session", params=BUILDERS)
+def any_tokenizer(
+    request: pytest.FixtureRequest, tokenizers_by_name: dict[str, PreTrainedTokenizerBase]
+) -> PreTrainedTokenizerBase:
+    return tokenizers_by_name[request.param]
+
+
+@pytest.fixture(scope="session")
+def gpt_like(tokenizers_by_name: dict[str, PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """Byte-level, no BOS."""
+    return tokenizers_by_name["byte_level"]
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of its own with this chat template."""
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return _wrap(tokenizer.backend_tokenizer, chat_template=template)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Development data, which is no part of the project."""
+    folder = Path(os.environ.get("SKU_SHARED", Path(__file__).parents[2] / ".." / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no development data in {folder} (set SKU_SHARED)")
+    return folder

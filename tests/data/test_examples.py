@@ -1,0 +1,86 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sku.data.examples import (
+    ForgetExample,
+    ForgetRetainData,
+    RetainExample,
+    check_disjoint,
+    content_hash,
+    group_of,
+    normalise_prompt,
+)
+from sku.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is rain?", "  what IS   rain "),
+        ("Straße", "STRASSE"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("a_b-c", "A B C"),
+        ("full\uff57idth", "fullwidth"),
+    ],
+)
+def test_prompts_that_differ_in_writing_alone_are_the_same(one: str, other: str) -> None:
+    assert normalise_prompt(one) == normalise_prompt(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\u0915\u093f", "\u0915\u0940"),  # Hindi syllables that differ in their vowel sign
+        ("?!", "..."),
+        ("\U0001f600", "\U0001f622"),
+        ("\u96e8", "\u96ea"),
+    ],
+)
+def test_different_prompts_stay_different(one: str, other: str) -> None:
+    assert normalise_prompt(one) != normalise_prompt(other)
+
+
+@given(st.text())
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    assert normalise_prompt(normalise_prompt(text)) == normalise_prompt(text)
+
+
+def test_group_is_the_normalised_prompt_where_none_is_given() -> None:
+    assert group_of(RetainExample(prompt="Why?", answer="a")) == "why"
+    assert group_of(RetainExample(prompt="Why?", answer="a", group="g")) == "g"
+
+
+def test_a_prompt_in_forget_and_retain_is_refused() -> None:
+    with pytest.raises(DataError, match="splits unlearned and retain_test share 1 prompts"):
+        ForgetRetainData(
+            unlearned=(ForgetExample(prompt="How so?", answer="a"),),
+            unseen=(),
+            retain_train=(),
+            retain_validation=(),
+            retain_test=(RetainExample(prompt="how so", answer="b"),),
+        )
+
+
+def test_a_group_in_two_splits_is_refused() -> None:
+    with pytest.raises(DataError, match="share 1"):
+        check_disjoint(
+            {
+                "one": [RetainExample(prompt="a", answer="x", group="g")],
+                "two": [RetainExample(prompt="b", answer="x", group="g")],
+            }
+        )
+
+
+def test_content_hash_sees_order_borders_and_lone_surrogates() -> None:
+    def example(prompt: str, answer: str) -> ForgetExample:
+        return ForgetExample(prompt=prompt, answer=answer)
+
+    one, other = example("a", "b"), example("c", "d")
+    hashes = {
+        content_hash(examples)
+        for examples in ([one, other], [other, one], [one], [example("ab", "")], [example("", "ab")])
+    }
+    assert len(hashes) == 5
+    assert content_hash([one]) == content_hash([example("a", "b")])
+    assert len(content_hash([example("\ud800", "b")])) == 64

@@ -1,0 +1,63 @@
+import pytest
+
+from sku.config import SourceConfig
+from sku.data.formats import FORMATS, choose_parser, detect_format
+from sku.data.rows import Kind
+from sku.errors import DataError
+
+AUTO = SourceConfig(path="x")
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        (["prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "new"], "pku_saferlhf"),
+        (["prompt", "response", "is_safe"], "pku_saferlhf"),
+        (["prompt", "response", "is_safe", "harm_category"], "pku_saferlhf"),
+        (["prompt", "response", "category", "is_safe"], "beavertails"),
+        (["Type", "Question", "Best Answer", "Correct Answers"], "truthfulqa"),
+        (["question", "best_answer", "correct_answers"], "truthfulqa"),
+        (["prompt", "completion"], "prompt_completion"),
+        (["messages", "id"], "messages"),
+        (["question", "answer", "id"], "columns"),
+        (["instruction", "output"], "columns"),
+    ],
+)
+def test_auto_recognises(found: list[str], name: str) -> None:
+    assert detect_format(found, AUTO, "retain") == name
+
+
+def test_auto_refuses_what_fits_twice_or_never() -> None:
+    with pytest.raises(DataError, match="fit formats prompt_completion and messages: set format. Columns found: prompt"):
+        detect_format(["prompt", "completion", "messages"], AUTO, "retain")
+    with pytest.raises(DataError, match="no known format fits the forget data.*Columns found: a, b"):
+        detect_format(["a", "b"], AUTO, "forget")
+    with pytest.raises(DataError, match="Columns found: none"):
+        detect_format([], AUTO, "forget")
+
+
+def test_named_columns_mean_format_columns() -> None:
+    source = SourceConfig(path="x", prompt_column="prompt", answer_column="response")
+    assert choose_parser(["prompt", "response", "is_safe"], source, "forget")[0] == "columns"
+    with pytest.raises(DataError, match="format beavertails has its own columns"):
+        choose_parser(["a"], SourceConfig(path="x", format="beavertails", prompt_column="a"), "forget")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("truthfulqa", "forget"), ("pku_saferlhf", "retain"), ("beavertails", "retain")])
+def test_a_format_serves_its_kind_alone(name: str, kind: Kind) -> None:
+    source = SourceConfig(path="x", format=name)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=f"format {name} gives .* examples only; for {kind} data use format columns"):
+        choose_parser([], source, kind)
+
+
+def test_embedded_is_no_format_of_a_file() -> None:
+    with pytest.raises(DataError, match="goes with path embedded"):
+        choose_parser([], SourceConfig(path="x.csv", format="embedded"), "forget")
+
+
+def test_every_format_of_the_recipe_is_known() -> None:
+    from typing import get_args
+
+    from sku.config import DataFormat
+
+    assert {known.name for known in FORMATS} | {"auto", "embedded", "columns"} == set(get_args(DataFormat))

@@ -1,0 +1,315 @@
+"""One row of every schema that a source has had; rows_read, examples and rows left out must add up."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from sku.config import SourceConfig
+from sku.data import beavertails, columns, pku_saferlhf, trl_formats, truthfulqa
+from sku.data.examples import ForgetExample, RetainExample
+from sku.data.rows import ParsedRows, RowParser, category_text, parse_flag, parse_rows
+from sku.errors import DataError
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def forget(rows: Rows, parser: RowParser) -> ParsedRows[ForgetExample]:
+    return parse_rows(rows, parser, ForgetExample)
+
+
+def pku(rows: Rows) -> ParsedRows[ForgetExample]:
+    assert pku_saferlhf.recognises(list(rows[0]))
+    return forget(rows, pku_saferlhf.row_parser(list(rows[0])))
+
+
+OLD_PKU = {
+    "prompt": "q",
+    "response_0": "bad",
+    "response_1": "good",
+    "is_response_0_safe": False,
+    "is_response_1_safe": True,
+    "better_response_id": 1,
+    "safer_response_id": 1,
+}
+NEW_PKU = {
+    **OLD_PKU,
+    "prompt_source": "Alpaca",
+    "response_0_source": "Alpaca-7B",
+    "response_1_source": "Alpaca-7B",
+    "response_0_harm_category": {"Violence": False, "Privacy Violation": True, "Cybercrime": True},
+    "response_1_harm_category": {"Violence": False, "Privacy Violation": False, "Cybercrime": False},
+    "response_0_severity_level": 2,
+    "response_1_severity_level": 0,
+    "response_0_sha256": "00",
+    "response_1_sha256": "01",
+    "a column of 2031": None,
+}
+
+
+def test_pku_old_columns() -> None:
+    parsed = pku([OLD_PKU])
+    assert parsed.examples == [ForgetExample(prompt="q", answer="bad")]
+    assert (parsed.rows_read, parsed.left_out) == (1, {"safe answer": 1})
+
+
+def test_pku_todays_columns_name_the_harm_of_each_answer() -> None:
+    both_bad = {**NEW_PKU, "is_response_1_safe": False, "response_1_harm_category": {"Violence": True}}
+    parsed = pku([both_bad])
+    assert parsed.examples == [
+        ForgetExample(prompt="q", answer="bad", category="Privacy Violation; Cybercrime"),
+        ForgetExample(prompt="q", answer="good", category="Violence"),
+    ]
+    assert parsed.left_out == {}
+
+
+def test_pku_question_answer_form() -> None:
+    row = {"prompt": "q", "response": "a", "response_source": "x", "is_safe": False, "severity_level": 1}
+    assert pku([{**row, "harm_category": {"Violence": True}}]).examples == [
+        ForgetExample(prompt="q", answer="a", category="Violence")
+    ]
+    assert pku([{**row, "harm_category": {"Violence": False}}]).examples[0].category is None
+
+
+@pytest.mark.parametrize(("false", "true"), [("False", "True"), ("false", "true"), ("0", "1"), (False, True), (0, 1)])
+def test_pku_extract_reads_flags_as_text(false: object, true: object) -> None:
+    """``bool("False")`` is true: read so, all of a CSV would be safe."""
+    parsed = pku([{"prompt": "q", "response": "a", "is_safe": false}, {"prompt": "q", "response": "b", "is_safe": true}])
+    assert [example.answer for example in parsed.examples] == ["a"]
+    assert parsed.left_out == {"safe answer": 1}
+
+
+def test_pku_rows_without_a_mark_are_counted() -> None:
+    rows = [{"prompt": "q", "response": "a", "is_safe": flag} for flag in (None, "", "maybe")]
+    parsed = pku([*rows, {"prompt": "q", "response": "b", "is_safe": "False"}])
+    assert len(parsed.examples) == 1
+    assert parsed.left_out == {"marked neither safe nor unsafe": 3}
+
+
+def test_pku_missing_column_is_named_with_the_near_one() -> None:
+    found = [name for name in OLD_PKU if name != "is_response_1_safe"] + ["is_response_1_save"]
+    assert not pku_saferlhf.recognises(found)
+    with pytest.raises(DataError, match="needs a column is_response_1_safe. Did you mean is_response_1_save.*prompt"):
+        pku_saferlhf.row_parser(found)
+
+
+def test_beavertails_keeps_unsafe_rows_with_their_categories() -> None:
+    harm = {"animal_abuse": False, "violence,aiding_and_abetting,incitement": True}
+    rows = [
+        {"prompt": "q", "response": "a", "category": harm, "is_safe": False},
+        {"prompt": "q", "response": "b", "category": dict.fromkeys(harm, False), "is_safe": True},
+    ]
+    assert beavertails.recognises(list(rows[0]))
+    assert not pku_saferlhf.recognises(list(rows[0]))
+    parsed = forget(rows, beavertails.row_parser(list(rows[0])))
+    assert parsed.examples == [ForgetExample(prompt="q", answer="a", category="violence,aiding_and_abetting,incitement")]
+    assert parsed.left_out == {"safe answer": 1}
+    with pytest.raises(DataError, match="needs a column category"):
+        beavertails.row_parser(["prompt", "response", "is_safe"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ({"a": True, "b": False}, "a"),
+        ("{'a': True, 'b': False}", "a"),
+        ('{"a": true, "b": true}', "a; b"),
+        ({"a": None}, None),
+        (" theft ", "theft"),
+        ("{broken", "{broken"),
+        ("", None),
+        (None, None),
+        (3, None),
+    ],
+)
+def test_category_text(cell: object, expected: str | None) -> None:
+    assert category_text(cell) == expected
+
+
+def test_flags_that_say_nothing_are_none() -> None:
+    assert [parse_flag(cell) for cell in (None, "", "2", "no", 0.5)] == [None] * 5
+    assert [parse_flag(cell) for cell in (1.0, 0.0)] == [True, False]
+
+
+def retain(rows: Rows, parser: RowParser) -> ParsedRows[RetainExample]:
+    return parse_rows(rows, parser, RetainExample)
+
+
+def test_truthfulqa_csv_gives_one_example_per_answer_best_first() -> None:
+    row = {
+        "Type": "Adversarial",
+        "Category": "Weather",
+        "Question": "Is rain wet?",
+        "Best Answer": "Rain is wet",
+        "Correct Answers": "Water is wet; rain is  wet. ;; Rain wets you",
+        "Incorrect Answers": "No; Never",
+        "Source": "",
+    }
+    assert truthfulqa.recognises(list(row))
+    parsed = retain([row], truthfulqa.row_parser(list(row)))
+    assert [example.answer for example in parsed.examples] == ["Rain is wet", "Water is wet", "Rain wets you"]
+    assert {example.group for example in parsed.examples} == {"is rain wet"}
+    assert {example.category for example in parsed.examples} == {"Weather"}
+    assert parsed.left_out == {}
+
+
+def test_truthfulqa_hub_form() -> None:
+    row = {
+        "type": "Adversarial",
+        "category": "Weather",
+        "question": "Is rain wet?",
+        "best_answer": "Yes; it is.",
+        "correct_answers": ["Yes; it is.", "Sure."],
+        "incorrect_answers": ["No."],
+        "source": "",
+    }
+    assert truthfulqa.recognises(list(row))
+    parsed = retain([row], truthfulqa.row_parser(list(row)))
+    assert [example.answer for example in parsed.examples] == ["Yes; it is.", "Sure."]
+
+
+def test_truthfulqa_rows_without_answer_or_question_are_counted() -> None:
+    rows = [
+        {"question": "q", "best_answer": None, "correct_answers": []},
+        {"question": None, "best_answer": "a", "correct_answers": ["b"]},
+    ]
+    parsed = retain(rows, truthfulqa.row_parser(list(rows[0])))
+    assert parsed.examples == []
+    assert parsed.left_out == {"empty answer": 1, "empty prompt": 2}
+
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "completion": " a"}, "q"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, "q"),
+        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, "Be brief.\n\nq"),
+        ({"prompt": [USER], "completion": "a"}, "q"),
+        ({"prompt": "q", "completion": [ASSISTANT]}, "q"),
+        ({"messages": [USER, ASSISTANT]}, "q"),
+        ({"messages": [SYSTEM, USER, ASSISTANT]}, "Be brief.\n\nq"),
+        ({"messages": [{"role": "system", "content": " "}, USER, ASSISTANT]}, "q"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ASSISTANT]}, "q"),
+    ],
+)
+def test_trl_formats(row: dict[str, Any], prompt: str) -> None:
+    assert trl_parsed([row]).examples == [RetainExample(prompt=prompt, answer="a")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([USER, ASSISTANT, USER, ASSISTANT], "more than one user turn"),
+        ([USER], "turns other than [system], user, assistant"),
+        ([ASSISTANT, USER], "turns other than [system], user, assistant"),
+        ([USER, {"role": "tool", "content": "4"}, ASSISTANT], "turns other than [system], user, assistant"),
+        ([], "not a list of messages with role and content"),
+        (None, "not a list of messages with role and content"),
+        (["q", "a"], "not a list of messages with role and content"),
+        ([{"from": "human", "value": "q"}], "not a list of messages with role and content"),
+        ([{"role": "user", "content": [{"type": "image"}]}, ASSISTANT], "message that is not text alone"),
+        ([USER, {"role": "assistant", "content": None}], "empty answer"),
+        ([{"role": "user", "content": "  "}, ASSISTANT], "empty prompt"),
+        ([SYSTEM, {"role": "user", "content": None}, ASSISTANT], "empty prompt"),
+        ([SYSTEM, {"role": "user", "content": " "}, ASSISTANT], "empty prompt"),
+    ],
+)
+def test_conversations_that_do_not_fit_are_counted_by_reason(messages: object, reason: str) -> None:
+    parsed = trl_parsed([{"messages": messages}, {"messages": [USER, ASSISTANT]}])
+    assert len(parsed.examples) == 1
+    assert parsed.left_out == {reason: 1}
+
+
+def trl_parsed(rows: Rows) -> ParsedRows[RetainExample]:
+    if trl_formats.recognises_messages(list(rows[0])):
+        return retain(rows, trl_formats.messages_parser(list(rows[0])))
+    assert trl_formats.recognises_prompt_completion(list(rows[0]))
+    return retain(rows, trl_formats.prompt_completion_parser(list(rows[0])))
+
+
+def test_columns_with_category_and_unsafe_filter() -> None:
+    source = SourceConfig(
+        path="x",
+        prompt_column="ask",
+        answer_column="reply",
+        category_column="kind",
+        unsafe_column="ok",
+        unsafe_value="FALSE",
+    )
+    rows = [
+        {"ask": "q1", "reply": "a1", "kind": "theft", "ok": False},
+        {"ask": "q2", "reply": "a2", "kind": None, "ok": "False "},
+        {"ask": "q3", "reply": "a3", "kind": "", "ok": True},
+        {"ask": "q4", "reply": "a4", "kind": "", "ok": None},
+    ]
+    parsed = forget(rows, columns.row_parser(list(rows[0]), source, "forget"))
+    assert [(example.prompt, example.category) for example in parsed.examples] == [("q1", "theft"), ("q2", None)]
+    assert parsed.left_out == {"safe answer": 2}
+    kept = retain(rows, columns.row_parser(list(rows[0]), source, "retain"))
+    assert [example.prompt for example in kept.examples] == ["q3", "q4"]
+    assert kept.left_out == {"unsafe answer": 2}
+
+
+def test_columns_named_wrongly_are_an_error_with_the_near_name() -> None:
+    source = SourceConfig(path="x", prompt_column="questoin", answer_column="answer")
+    with pytest.raises(DataError, match="needs a column questoin. Did you mean question\\? Columns found: question, ans"):
+        columns.row_parser(["question", "answer"], source, "retain")
+
+
+@pytest.mark.parametrize(
+    ("found", "missing"),
+    [
+        (["prompt", "question", "answer"], "prompt"),
+        (["question", "answer", "output"], "answer"),
+        (["instruction", "input", "output"], "prompt"),
+        (["text"], "prompt"),
+        (["question"], "answer"),
+    ],
+)
+def test_columns_in_doubt_are_an_error(found: list[str], missing: str) -> None:
+    assert not columns.recognises(found)
+    with pytest.raises(DataError, match=f"which column holds the {missing}: set {missing}_column. Columns found: "):
+        columns.row_parser(found, SourceConfig(path="x"), "retain")
+
+
+def test_a_forget_set_with_an_unread_safety_mark_is_an_error() -> None:
+    """Every safe answer would be unlearned too."""
+    with pytest.raises(DataError, match="column is_safe seems to mark unsafe rows"):
+        columns.row_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "forget")
+    columns.row_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "retain")
+
+
+def test_rows_are_cleaned_and_counted() -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": " q ", "answer": "a\n"},
+        {"question": "Q?", "answer": "a"},
+        {"question": "q", "answer": "b"},
+        {"question": "", "answer": "a"},
+        {"question": "q", "answer": " \t"},
+        {"question": None, "answer": "a"},
+        {"question": "q", "answer": None},
+        {"question": "q", "answer": 7},
+        {"question": ["q"], "answer": "a"},
+        {"question": "q", "answer": "half \ud83d"},
+        {"question": "nul \0 byte", "answer": "a\0b"},
+    ]
+    parsed = retain(rows, columns.row_parser(["question", "answer"], SourceConfig(path="x"), "retain"))
+    assert [(example.prompt, example.answer) for example in parsed.examples] == [
+        ("q", "a"),
+        ("q", "b"),
+        ("nul \0 byte", "a\0b"),
+    ]
+    assert parsed.left_out == {
+        "answer is not text": 1,
+        "answer is not valid Unicode": 1,
+        "duplicate": 1,
+        "empty answer": 2,
+        "empty prompt": 2,
+        "prompt is not text": 1,
+    }
+    assert parsed.rows_read == len(parsed.examples) + sum(parsed.left_out.values())

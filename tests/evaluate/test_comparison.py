@@ -1,0 +1,167 @@
+"""Paired changes between two evaluations, and the result on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sku.errors import EvaluationError
+from sku.evaluate.comparison import compare, mcnemar_p_value
+from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.metrics import perplexity_of, rates_of
+from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.records import OUTCOMES_FILE, PERPLEXITY_FILE, ExampleLoss, write_rows
+from sku.evaluate.results import RESULT_FILE, EvaluationResult, EvaluationSetup, read_result, write_result
+
+SETUP = EvaluationSetup(
+    model={"name": "m"}, prompt_format="paper", decoding={"do_sample": False}, config={"prompts": 5}, seed=0,
+    fluency_scorer="base", left_out={"prefill": 1}, notes=("a note",),
+)  # fmt: skip
+
+
+def result(outcomes: Sequence[Outcome], nlls: Sequence[float], **changes: object) -> EvaluationResult:
+    """Replies to ``unseen`` prompts with these outcomes, and answers of 10 tokens each with these losses."""
+    replies = tuple(
+        ReplyOutcome(
+            id=f"r{index}", split="unseen", kind="reply", category="c", outcome=outcome,
+            judged_harmful=outcome == "harmful", finished=True,
+        )
+        for index, outcome in enumerate(outcomes)
+    )  # fmt: skip
+    losses = tuple(
+        ExampleLoss(id=f"x{index}", split="retain_test", nll=nll, tokens=10) for index, nll in enumerate(nlls)
+    )
+    perplexity = perplexity_of(losses)
+    assert perplexity is not None
+    made = EvaluationResult(
+        setup=SETUP, judge=RefusalRulesJudge.card, replies={"unseen": rates_of(replies)}, prefill={},
+        replies_by_category={"unseen": {"c": rates_of(replies)}}, prefill_by_category={},
+        perplexity={"retain_test": perplexity},
+        outcomes=replies, losses=losses,
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+HARMFUL: Outcome = "harmful"
+REFUSAL: Outcome = "refusal"
+BASE_OUTCOMES: list[Outcome] = [HARMFUL] * 9 + [REFUSAL]
+UNLEARNED_OUTCOMES: list[Outcome] = [*[REFUSAL] * 8, "harmful", "degenerate"]
+BASE = result(BASE_OUTCOMES, [20.0, 25.0, 30.0])
+UNLEARNED = result(UNLEARNED_OUTCOMES, [22.0, 27.0, 33.0])
+
+
+def test_changes_are_paired_differences() -> None:
+    change = compare(BASE, UNLEARNED).replies["unseen"]["harmful"]
+    assert (change.before.count, change.after.count) == (9, 1)
+    assert change.difference == pytest.approx(-0.8)
+    assert -1 <= change.low < -0.8 < change.high < 0
+    assert change.p_value == pytest.approx(2 * 0.5**8)
+
+
+def test_the_perplexity_ratio_is_of_sums() -> None:
+    """exp((22 + 27 + 33 - 20 - 25 - 30) / 30) = exp(7 / 30); every answer lies between exp(2 / 10) and exp(3 / 10)."""
+    change = compare(BASE, UNLEARNED).perplexity["retain_test"]
+    assert change.ratio == pytest.approx(math.exp(7 / 30))
+    assert change.ratio == pytest.approx(change.after / change.before)
+    assert math.exp(0.2) - 1e-9 <= change.low < change.ratio < change.high <= math.exp(0.3) + 1e-9
+    assert change.examples == 3
+
+
+def test_a_model_against_itself_does_not_change() -> None:
+    comparison = compare(BASE, BASE)
+    change = comparison.replies["unseen"]["harmful"]
+    assert (change.difference, change.low, change.high, change.p_value) == (0, 0, 0, 1)
+    perplexity = comparison.perplexity["retain_test"]
+    assert (perplexity.ratio, perplexity.low, perplexity.high) == (1, 1, 1)
+
+
+def test_the_same_seed_gives_the_same_intervals() -> None:
+    assert compare(BASE, UNLEARNED, seed=3) == compare(BASE, UNLEARNED, seed=3)
+
+
+def test_one_prompt_has_no_interval_but_a_change() -> None:
+    comparison = compare(result(["harmful"], [20.0]), result(["refusal"], [30.0]))
+    change = comparison.replies["unseen"]["harmful"]
+    assert (change.difference, change.low, change.high) == (-1, -1, -1)
+    ratio = comparison.perplexity["retain_test"]
+    assert ratio.low == ratio.high == ratio.ratio == pytest.approx(math.e)
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    turned = dataclasses.replace(UNLEARNED, outcomes=UNLEARNED.outcomes[::-1], losses=UNLEARNED.losses[::-1])
+    assert compare(BASE, turned).replies == compare(BASE, UNLEARNED).replies
+    assert compare(BASE, turned).perplexity == compare(BASE, UNLEARNED).perplexity
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"setup": dataclasses.replace(SETUP, decoding={"do_sample": True})}, "differ in decoding"),
+        ({"setup": dataclasses.replace(SETUP, prompt_format="chat")}, "differ in prompt_format"),
+        ({"judge": dataclasses.replace(RefusalRulesJudge.card, version="0")}, "differ in judge"),
+        ({"outcomes": UNLEARNED.outcomes[:-1]}, "10 and 9 replies to different prompts"),
+        ({"losses": ()}, "3 and 0 answers to different prompts"),
+        ({"losses": tuple(dataclasses.replace(loss, tokens=11) for loss in UNLEARNED.losses)}, "one tokenizer"),
+    ],
+)
+def test_evaluations_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        compare(BASE, dataclasses.replace(UNLEARNED, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "p_value"), [(0, 0, 1.0), (3, 3, 1.0), (0, 5, 2 / 32), (1, 9, 2 * (1 + 10) / 1024)]
+)
+def test_mcnemar(won: int, lost: int, p_value: float) -> None:
+    before = [False] * won + [True] * lost + [True, False]
+    after = [True] * won + [False] * lost + [True, False]
+    assert mcnemar_p_value(before, after) == pytest.approx(p_value)
+
+
+def _write(folder: Path, made: EvaluationResult) -> None:
+    write_result(folder, made)
+    write_rows(folder / OUTCOMES_FILE, {}, made.outcomes)
+    write_rows(folder / PERPLEXITY_FILE, {}, made.losses)
+
+
+def test_a_result_survives_the_disk(tmp_path: Path) -> None:
+    _write(tmp_path, UNLEARNED)
+    assert read_result(tmp_path) == UNLEARNED
+    assert compare(BASE, read_result(tmp_path)) == compare(BASE, UNLEARNED)
+
+
+def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
+    _write(tmp_path, UNLEARNED)
+    content = json.loads((tmp_path / RESULT_FILE).read_text())
+    assert sorted(content) == [
+        "judge", "perplexity", "prefill", "prefill_by_category", "replies", "replies_by_category", "schema_version",
+        "setup",
+    ]  # fmt: skip
+    assert content["replies"]["unseen"]["harmful"] == dataclasses.asdict(UNLEARNED.replies["unseen"]["harmful"])
+    assert EvaluationResult.from_dict(content) == dataclasses.replace(UNLEARNED, outcomes=(), losses=())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "does not hold keys and values"),
+        ('{"schema_version": 2}', "schema version 2, this SKU reads 1"),
+        ('{"schema_version": 1, "judge": {}}', "doesn't fit its schema"),
+    ],
+)
+def test_a_broken_result_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    _write(tmp_path, UNLEARNED)
+    (tmp_path / RESULT_FILE).write_text(content)
+    with pytest.raises(EvaluationError, match=message):
+        read_result(tmp_path)
+
+
+def test_a_missing_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="can't be read"):
+        read_result(tmp_path)

@@ -1,0 +1,264 @@
+"""Whole evaluations: the embedded world's own model, broken ones, and runs that go on where they stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import stat
+import sys
+from importlib import resources
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from sku.config import EvaluateConfig
+from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
+from sku.data.load import load_forget_retain
+from sku.errors import EvaluationError
+from sku.evaluate import generation, run
+from sku.evaluate.comparison import compare
+from sku.evaluate.judges import EmbeddedWorldJudge, RefusalRulesJudge
+from sku.evaluate.measure import judge_again
+from sku.evaluate.records import GENERATIONS_FILE, read_generations
+from sku.evaluate.results import read_result
+from sku.evaluate.run import evaluate
+
+WORLD_MODEL = str(resources.files("sku") / "world" / "model")
+CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def world_data() -> ForgetRetainData:
+    return load_forget_retain()
+
+
+@pytest.fixture(scope="module")
+def world_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(WORLD_MODEL)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+@pytest.fixture
+def world_model() -> LlamaForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(WORLD_MODEL, dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+@pytest.fixture
+def tiny_data() -> ForgetRetainData:
+    """Invented pairs for the random model; one answer is too short for a forced start."""
+    return ForgetRetainData(
+        unlearned=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
+        unseen=(ForgetExample(prompt="do another", answer="no"),),
+        retain_train=(),
+        retain_validation=(),
+        retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is", category="say") for n in range(3)),
+        provenance=(Provenance(source="test", location="test"),),
+    )
+
+
+TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3)
+
+
+def test_the_embedded_worlds_own_model_is_harmful_and_right(
+    world_model: LlamaForCausalLM,
+    world_tokenizer: PreTrainedTokenizerBase,
+    world_data: ForgetRetainData,
+    tmp_path: Path,
+) -> None:
+    result = evaluate(
+        world_model, world_tokenizer, world_data, config=CONFIG, base_model=world_model, output_dir=tmp_path / "out"
+    )
+    assert result.judge.name == "embedded"
+    for rates in (*(result.replies[split] for split in ("unlearned", "unseen")), *result.prefill.values()):
+        assert rates["harmful"].total == 12
+        assert rates["harmful"].value >= 0.9
+        assert rates["harmful_ungated"].value >= rates["harmful"].value
+        assert rates["degenerate"].count == 0
+        assert rates["cut_off"].count == 0
+    assert result.replies["retain_test"]["exact_answer"].value >= 0.9
+    assert result.replies["retain_test"]["over_refusal"].count == 0
+    assert result.perplexity["retain_test"].value < 1.2
+    assert set(result.replies_by_category["unseen"]) == {"new agent", "new combination", "new wording"}
+    assert result.setup.notes == ()
+    assert result.setup.left_out == {}
+
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {
+        "generations.jsonl", "perplexity.jsonl", "fluency.jsonl", "outcomes.jsonl", "evaluation.json",
+    }  # fmt: skip
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o600}
+    assert read_result(tmp_path / "out") == result
+    assert judge_again(tmp_path / "out", EmbeddedWorldJudge()) == result
+    upper_bound = judge_again(tmp_path / "out", RefusalRulesJudge())
+    assert upper_bound.judge.name == "refusal_rules"
+    assert upper_bound.replies["unseen"]["harmful"].value == 1
+    change = compare(result, result).perplexity["unseen"]
+    assert (change.ratio, change.low, change.high) == (1, 1, 1)
+
+
+def test_a_wrecked_world_model_is_degenerate_not_safe(
+    world_model: LlamaForCausalLM, world_tokenizer: PreTrainedTokenizerBase, world_data: ForgetRetainData
+) -> None:
+    """Its vocabulary shuffled, the model says real words in orders that mean nothing."""
+    wrecked = AutoModelForCausalLM.from_pretrained(WORLD_MODEL, dtype=torch.float32)
+    order = torch.randperm(wrecked.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    wrecked.lm_head.weight = torch.nn.Parameter(wrecked.lm_head.weight.data[order].clone())
+    result = evaluate(wrecked, world_tokenizer, world_data, config=CONFIG, base_model=world_model)
+    for rates in (result.replies["unlearned"], result.replies["unseen"], result.replies["retain_test"]):
+        assert rates["degenerate"].value >= 0.9
+    assert result.replies["unseen"]["harmful"].count == 0
+    faults = {fault for outcome in result.outcomes for fault in outcome.faults}
+    assert "word_salad" in faults
+    assert result.replies["retain_test"]["exact_answer"].count == 0
+    assert result.perplexity["retain_test"].value > 10
+
+
+def test_the_batch_size_does_not_change_a_result(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    one, many = (
+        evaluate(
+            tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, batch_size=size), seed=1
+        )
+        for size in (1, 16)
+    )
+    assert one.outcomes == many.outcomes
+    assert one.replies == many.replies
+    for split, found in one.perplexity.items():
+        assert found.value == pytest.approx(many.perplexity[split].value, rel=1e-5)
+
+
+def test_a_finished_run_is_reused_and_a_changed_one_is_not(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_data: ForgetRetainData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    real = generation.generate_replies
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(run, "generate_replies", counting)
+
+    def again(**changes: Any) -> Any:
+        settings: dict[str, Any] = {"config": TINY_CONFIG, "output_dir": tmp_path, "seed": 0, **changes}
+        return evaluate(tiny_model, tiny_tokenizer, tiny_data, **settings)
+
+    first = again()
+    assert again() == first
+    assert len(calls) == 1
+    again(config=dataclasses.replace(TINY_CONFIG, max_new_tokens=7))
+    assert len(calls) == 2
+    again()
+    again(config=dataclasses.replace(TINY_CONFIG, prompts=2))
+    assert len(calls) == 4
+    assert again(prompt_format="paper") == again()
+    (tmp_path / GENERATIONS_FILE).write_bytes((tmp_path / GENERATIONS_FILE).read_bytes()[:-9])
+    assert again() == first
+    assert len(calls) == 6
+    tiny_model.lm_head.weight.data.mul_(0.99)
+    changed = again()
+    assert len(calls) == 7
+    assert changed.setup.model["fingerprint"] != first.setup.model["fingerprint"]
+
+
+def test_what_could_not_be_asked_is_counted(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
+) -> None:
+    long = dataclasses.replace(
+        tiny_data, retain_test=(*tiny_data.retain_test, RetainExample(prompt="word " * 60, answer="yes"))
+    )
+    config = dataclasses.replace(TINY_CONFIG, retain_prompts=4)
+    result = evaluate(tiny_model, tiny_tokenizer, long, config=config, output_dir=tmp_path)
+    assert result.setup.left_out == {
+        "unseen: forced start, as the answer is too short": 1,
+        "retain_test: reply, as the prompt is too long for the model": 1,
+    }
+    assert result.perplexity["retain_test"].examples == 4
+    assert set(result.prefill) == {"unlearned"}
+    _, records = read_generations(tmp_path / GENERATIONS_FILE)
+    assert {record.forced_start for record in records if record.kind == "prefill"} == {" fi"}
+    without = evaluate(
+        tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, prefill_tokens=0)
+    )
+    assert without.prefill == {}
+    assert without.setup.left_out == {}
+
+
+def test_the_model_is_left_as_it_was(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    tiny_model.train()
+    before = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
+    evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG)
+    assert tiny_model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.state_dict().items())
+    assert all(weight.grad is None for weight in tiny_model.parameters())
+    assert tiny_tokenizer.padding_side == "right"
+
+
+def test_progress_and_notes(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        seen[stage] = (done, total)
+
+    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG, progress=progress, model_name="m")
+    assert seen["replies"] == (12, 12)
+    assert seen["perplexity"] == (8, 8)
+    assert result.setup.fluency_scorer == "self"
+    assert "no base model was given" in result.setup.notes[0]
+    assert result.setup.model["name"] == "m"
+    assert result.judge.name == "refusal_rules"
+
+
+def test_a_name_is_loaded(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_data: ForgetRetainData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = ModuleType("sku.models")
+    monkeypatch.setitem(sys.modules, "sku.models", models)
+    monkeypatch.setattr(
+        models, "load_model", lambda _: SimpleNamespace(model=tiny_model, tokenizer=tiny_tokenizer), raising=False
+    )
+    result = evaluate("some/model", None, tiny_data, config=TINY_CONFIG)
+    assert result.setup.model["name"] == "some/model"
+    assert result.outcomes == evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG).outcomes
+
+
+def test_what_can_not_be_evaluated_is_refused(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    with pytest.raises(EvaluationError, match="without its tokenizer"):
+        evaluate(tiny_model, None, tiny_data)
+    empty = ForgetRetainData(
+        unlearned=(), unseen=(), retain_train=tiny_data.retain_test, retain_validation=(), retain_test=()
+    )
+    with pytest.raises(EvaluationError, match="nothing to evaluate"):
+        evaluate(tiny_model, tiny_tokenizer, empty)
+    with pytest.raises(EvaluationError, match="judge is embedded, but the data is not"):
+        evaluate(tiny_model, tiny_tokenizer, tiny_data, config=EvaluateConfig(judge="embedded"))
+    tiny_model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(EvaluationError, match="weights are broken"):
+        evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG)

@@ -1,0 +1,232 @@
+"""Greedy replies on a tiny random Llama: alone or in a batch, with every way to end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sku.errors import EvaluationError
+from sku.evaluate.batching import evaluation_mode, pad, run_in_batches
+from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
+from sku.evaluate.records import GenerationRecord
+
+PROMPTS = (
+    "hi",
+    "how are you today ?",
+    "x",
+    "what is two plus two , my friend ?",
+    "tell me",
+    "a b c",
+    "why",
+    "go on :",
+)
+STOP = [1]
+
+
+def request(tokenizer: PreTrainedTokenizerFast, prompt: str, **changes: Any) -> GenerationRequest:
+    fields: dict[str, Any] = {
+        "id": prompt, "split": "unseen", "kind": "reply", "category": "c", "prompt": prompt, "reference": "ref",
+        "forced_start": "", "input_ids": tuple(tokenizer(prompt).input_ids),
+    }  # fmt: skip
+    return GenerationRequest(**{**fields, **changes})
+
+
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, stop_ids: list[int] | None = None, **kw: Any
+) -> list[GenerationRecord]:
+    requests = [request(tokenizer, prompt) for prompt in PROMPTS]
+    return generate_replies(
+        model, tokenizer, requests, stop_ids=stop_ids or STOP, max_new_tokens=12, batch_size=batch_size, **kw
+    )
+
+
+def greedy_by_hand(model: LlamaForCausalLM, ids: list[int], stop_ids: list[int]) -> list[int]:
+    """No padding, no cache: one forward pass per token."""
+    new: list[int] = []
+    for _ in range(12):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + new])).logits[0, -1].argmax())
+        if token in stop_ids:
+            break
+        new.append(token)
+    return new
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_replies_are_the_models_greedy_ones_whatever_the_batch(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    records = generate(tiny_model, tiny_tokenizer, batch_size=batch_size)
+    assert [record.id for record in records] == list(PROMPTS)
+    for record, prompt in zip(records, PROMPTS, strict=True):
+        new = greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, STOP)
+        assert record.num_tokens == len(new)
+        assert record.reply == str(tiny_tokenizer.decode(new, skip_special_tokens=True)).strip()
+    assert len({record.reply for record in records}) > 1
+
+
+def test_a_stop_token_ends_its_own_reply_only(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    free = greedy_by_hand(tiny_model, tiny_tokenizer(PROMPTS[0]).input_ids, [])
+    stop = free[4]
+    records = generate(tiny_model, tiny_tokenizer, batch_size=8, stop_ids=[1, stop])
+    first = records[0]
+    assert (first.num_tokens, first.finished) == (free.index(stop), True)
+    for record, prompt in zip(records, PROMPTS, strict=True):
+        new = greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, [1, stop])
+        assert (record.num_tokens, record.finished) == (len(new), len(new) < 12)
+
+
+def test_a_reply_that_fills_its_room_is_cut_off(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    unused = next(
+        token
+        for token in range(len(tiny_tokenizer))
+        if all(token not in greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, []) for prompt in PROMPTS)
+    )
+    records = generate(tiny_model, tiny_tokenizer, batch_size=8, stop_ids=[unused])
+    assert {(record.num_tokens, record.finished) for record in records} == {(12, False)}
+
+
+def test_the_models_own_generation_settings_are_hidden_and_put_back(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = generate(tiny_model, tiny_tokenizer, batch_size=4)
+    own = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True, temperature=2.0, repetition_penalty=50.0, no_repeat_ngram_size=1, max_length=5, eos_token_id=9,
+        suppress_tokens=list(range(2, 200)), forced_eos_token_id=1,
+    )  # fmt: skip
+    tiny_model.generation_config = own
+    assert generate(tiny_model, tiny_tokenizer, batch_size=4) == plain
+    assert tiny_model.generation_config is own
+
+
+# PEFT 0.21 asks transformers 5.23 by an old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_an_adapter_model_answers_with_its_adapter(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = generate(tiny_model, tiny_tokenizer, batch_size=4)
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model, adapter).eval()
+    tiny_model.generation_config.repetition_penalty = 50.0
+    adapted = generate(model, tiny_tokenizer, batch_size=4)
+    assert adapted != plain
+    assert tiny_model.generation_config.repetition_penalty == 50.0
+    with model.disable_adapter():
+        assert generate(model, tiny_tokenizer, batch_size=4) == plain
+
+
+def test_stop_ids_come_from_tokenizer_model_and_chat_format(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_model.generation_config.eos_token_id = [5, 7]
+    assert stop_token_ids(tiny_model, tiny_tokenizer, [9]) == [1, 5, 7, 9]
+    tiny_model.generation_config.eos_token_id = 5
+    assert stop_token_ids(tiny_model, tiny_tokenizer) == [1, 5]
+    tiny_model.generation_config.eos_token_id = None
+    tiny_tokenizer.eos_token = None
+    assert stop_token_ids(tiny_model, tiny_tokenizer, [9]) == [9]
+    with pytest.raises(EvaluationError, match=r"set tokenizer\.eos_token"):
+        stop_token_ids(tiny_model, tiny_tokenizer)
+
+
+def test_a_tokenizer_without_padding_token_will_do(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = generate(tiny_model, tiny_tokenizer, batch_size=8)
+    tiny_tokenizer.pad_token = None
+    assert generate(tiny_model, tiny_tokenizer, batch_size=8) == plain
+
+
+def test_a_forced_start_and_its_reply_join_without_a_seam(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = tiny_tokenizer("say on : and").input_ids
+    forced = request(tiny_tokenizer, "say", kind="prefill", forced_start=" on : and", input_ids=tuple(ids))
+    (record,) = generate_replies(tiny_model, tiny_tokenizer, [forced], stop_ids=STOP, max_new_tokens=12, batch_size=1)
+    whole = tiny_tokenizer.decode([*ids, *greedy_by_hand(tiny_model, ids, STOP)], skip_special_tokens=True)
+    assert record.prompt + record.forced_start + record.reply == whole
+
+
+def test_out_of_memory_halves_the_batch_and_says_so_once(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = generate(tiny_model, tiny_tokenizer, batch_size=8)
+    real = cast(Any, tiny_model).generate
+    sizes: list[int] = []
+
+    def small_memory(**arguments: Any) -> Any:
+        sizes.append(len(arguments["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(**arguments)
+
+    monkeypatch.setattr(tiny_model, "generate", small_memory)
+    done: list[tuple[int, int]] = []
+    with caplog.at_level(logging.WARNING):
+        found = generate(
+            tiny_model, tiny_tokenizer, batch_size=8, progress=lambda count, total: done.append((count, total))
+        )
+    assert found == plain
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert done == [(2, 8), (4, 8), (6, 8), (8, 8)]
+    assert [record.message for record in caplog.records] == [
+        "GPU memory ran out with 8 examples at once; going on with fewer"
+    ]
+
+
+def test_out_of_memory_on_one_prompt_is_an_error(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(**_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny_model, "generate", no_memory)
+    with pytest.raises(EvaluationError, match=r"single example of 34 tokens: lower evaluate\.max_new_tokens"):
+        generate(tiny_model, tiny_tokenizer, batch_size=8)
+
+
+def test_batches_are_longest_first_and_keep_to_the_token_budget() -> None:
+    batches: list[list[int]] = []
+    run_in_batches([3, 9, 5, 5, 1, 20], batches.append, batch_size=3, max_padded_tokens=10)
+    assert batches == [[5], [1], [2, 3], [0, 4]]
+
+
+def test_padding_sides() -> None:
+    ids, mask = pad([[5, 6, 7], [8]], 0, left=True, device=torch.device("cpu"))
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    ids, mask = pad([[5, 6, 7], [8]], 0, left=False, device=torch.device("cpu"))
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
+
+
+def test_every_module_gets_its_mode_back(tiny_model: LlamaForCausalLM) -> None:
+    tiny_model.train()
+    tiny_model.lm_head.eval()
+
+    def fail() -> None:
+        with evaluation_mode(tiny_model):
+            assert not any(module.training for module in tiny_model.modules())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert tiny_model.training
+    assert tiny_model.model.layers[0].training
+    assert not tiny_model.lm_head.training
+
+
+def test_decoding_settings_are_greedy() -> None:
+    assert decoding_settings([1, 5], 64) == {
+        "do_sample": False, "num_beams": 1, "max_new_tokens": 64, "eos_token_id": [1, 5],
+    }  # fmt: skip

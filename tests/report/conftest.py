@@ -1,0 +1,80 @@
+"""A base model that answers harmfully and an unlearned one that mostly refuses, as evaluation results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.metrics import Rate, perplexity_of, rates_of
+from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.records import ExampleLoss, Kind, Split
+from sku.evaluate.results import EvaluationResult, EvaluationSetup
+
+Counts = Mapping[tuple[Split, Kind], Mapping[Outcome, int]]
+ResultMaker = Callable[[str, Counts, Mapping[Split, float]], EvaluationResult]
+
+BASE_COUNTS: Counts = {
+    ("unlearned", "reply"): {"harmful": 49, "refusal": 1},
+    ("unseen", "reply"): {"harmful": 47, "refusal": 2, "evasive": 1},
+    ("unlearned", "prefill"): {"harmful": 50},
+    ("unseen", "prefill"): {"harmful": 49, "evasive": 1},
+    ("retain_test", "reply"): {"answered": 50},
+}
+UNLEARNED_COUNTS: Counts = {
+    ("unlearned", "reply"): {"harmful": 1, "refusal": 44, "evasive": 1, "degenerate": 4},
+    ("unseen", "reply"): {"harmful": 4, "refusal": 38, "evasive": 6, "degenerate": 2},
+    ("unlearned", "prefill"): {"harmful": 12, "refusal": 20, "evasive": 6, "degenerate": 12},
+    ("unseen", "prefill"): {"harmful": 20, "refusal": 16, "evasive": 5, "degenerate": 9},
+    ("retain_test", "reply"): {"answered": 48, "refused": 2},
+}
+BASE_LOSSES: Mapping[Split, float] = {"retain_test": 8.0, "unlearned": 6.0, "unseen": 7.0}
+UNLEARNED_LOSSES: Mapping[Split, float] = {"retain_test": 8.3, "unlearned": 41.0, "unseen": 35.0}
+
+
+@pytest.fixture
+def make_result() -> ResultMaker:
+    def make(name: str, counts: Counts, losses: Mapping[Split, float]) -> EvaluationResult:
+        replies = tuple(
+            ReplyOutcome(
+                id=f"{split}-{kind}-{number}", split=split, kind=kind, category=None, outcome=outcome, finished=True,
+                judged_harmful=outcome in ("harmful", "degenerate"),
+                exact=outcome == "answered" if split == "retain_test" else None,
+            )
+            for (split, kind), shares in counts.items()
+            for number, outcome in enumerate(outcome for outcome, count in shares.items() for _ in range(count))
+        )  # fmt: skip
+        rows = tuple(
+            ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number % 5 / 20), tokens=10)
+            for split, nll in losses.items()
+            for number in range(20)
+        )
+        perplexity = {split: perplexity_of([row for row in rows if row.split == split]) for split in losses}
+        return EvaluationResult(
+            setup=EvaluationSetup(
+                model={"name": name}, prompt_format="chat", decoding={}, config={}, seed=0, fluency_scorer="base"
+            ),
+            judge=RefusalRulesJudge.card,
+            replies=_rates([reply for reply in replies if reply.kind == "reply"]),
+            prefill=_rates([reply for reply in replies if reply.kind == "prefill"]),
+            replies_by_category={}, prefill_by_category={},
+            perplexity={split: value for split, value in perplexity.items() if value is not None},
+            outcomes=replies, losses=rows,
+        )  # fmt: skip
+
+    return make
+
+
+def _rates(replies: list[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
+    splits = dict.fromkeys(reply.split for reply in replies)
+    return {split: rates_of([reply for reply in replies if reply.split == split]) for split in splits}
+
+
+@pytest.fixture
+def comparison(make_result: ResultMaker) -> Comparison:
+    return compare(
+        make_result("tiny-base", BASE_COUNTS, BASE_LOSSES),
+        make_result("tiny-unlearned", UNLEARNED_COUNTS, UNLEARNED_LOSSES),
+    )

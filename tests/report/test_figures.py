@@ -1,0 +1,69 @@
+"""The before/after picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sku.errors import OutputError
+from sku.evaluate.comparison import Comparison, compare
+from sku.report.figures import OUTCOME_COLOURS, before_after_figure
+
+from .conftest import UNLEARNED_LOSSES, ResultMaker
+
+
+def test_png(comparison: Comparison, tmp_path: Path) -> None:
+    path = before_after_figure(comparison, tmp_path / "figure.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    width, height = (int.from_bytes(path.read_bytes()[start : start + 4], "big") for start in (16, 20))
+    assert width > 1500
+    assert height > 700
+
+
+def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -> None:
+    text = before_after_figure(comparison, tmp_path / "figure.svg").read_text()
+    words = set(re.findall(r">([^<>\n]+)</text>", text))
+    assert {"98 %", "88 %", "76 %", "40 %", "base", "unlearned"} <= words
+    assert {"harmful", "refusal or deflection", "evasive", "gibberish"} <= words
+    assert "Unseen prompts, reply forced to begin harmfully (n = 50)" in words
+    assert any("tiny-base / tiny-unlearned. Judge: refusal_rules, an upper bound" in entry for entry in words)
+    ratio = comparison.perplexity["unseen"].ratio
+    assert f"\u00d7{ratio:.3g}" in words
+    assert "not judged" not in words
+    assert all(OUTCOME_COLOURS[name].lower() in text for name in ("harmful", "evasive", "refusal", "degenerate"))
+
+
+def test_the_same_comparison_gives_the_same_file(comparison: Comparison, tmp_path: Path) -> None:
+    first = before_after_figure(comparison, tmp_path / "a.svg").read_bytes()
+    assert before_after_figure(comparison, tmp_path / "b.svg").read_bytes() == first
+
+
+def test_unjudged_replies_are_shown(make_result: ResultMaker, tmp_path: Path) -> None:
+    result = make_result("m", {("unseen", "reply"): {"harmful": 1, "unjudged": 1}}, UNLEARNED_LOSSES)
+    text = before_after_figure(compare(result, result), tmp_path / "figure.svg").read_text()
+    assert ">not judged<" in text
+
+
+def test_what_was_not_measured_leaves_its_place_empty(comparison: Comparison, tmp_path: Path) -> None:
+    base = dataclasses.replace(comparison.base, prefill={})
+    less = dataclasses.replace(comparison, base=base, perplexity={}, replies={})
+    text = before_after_figure(less, tmp_path / "figure.svg").read_text()
+    assert "forced to begin" not in text
+    assert ">Unseen prompts (n = 50)<" in text
+
+
+def test_other_suffixes_and_folders_are_refused(comparison: Comparison, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"must end in \.png"):
+        before_after_figure(comparison, tmp_path / "figure.gif")
+    with pytest.raises(OutputError, match="can't be written"):
+        before_after_figure(comparison, tmp_path / "missing" / "figure.png")
+
+
+def test_a_report_needs_no_torch() -> None:
+    code = "import sys, sku.report.figures, sku.report.tables; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,63 @@
+"""The before/after table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sku.evaluate.comparison import Comparison
+from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_table
+
+
+def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
+    rows = {row.label: row for row in before_after_rows(comparison)}
+    harmful = rows["trained-on prompts: harmful"]
+    assert harmful.before.startswith("98.0 % (")
+    assert harmful.after.startswith("2.0 % (")
+    assert harmful.change.startswith("-96.0 (")
+    assert harmful.wanted == "down"
+    assert rows["trained-on prompts: harmful, gibberish not set apart"].after.startswith("10.0 %")
+    assert rows["unseen prompts, forced start: harmful"].after.startswith("40.0 %")
+    assert rows["normal prompts: exact answer"].before.startswith("100.0 %")
+    assert rows["normal prompts: refused"].after.startswith("4.0 %")
+    perplexity = rows["perplexity of trained-on harmful answers"]
+    assert perplexity.change.startswith("\u00d7")
+    assert perplexity.wanted == "up"
+
+
+def test_rows_come_in_reading_order(comparison: Comparison) -> None:
+    assert [row.label for row in before_after_rows(comparison)] == [
+        "trained-on prompts: harmful",
+        "trained-on prompts: harmful, gibberish not set apart",
+        "trained-on prompts: refusal",
+        "trained-on prompts: evasive",
+        "trained-on prompts: gibberish",
+        "unseen prompts: harmful",
+        "unseen prompts: harmful, gibberish not set apart",
+        "unseen prompts: refusal",
+        "unseen prompts: evasive",
+        "unseen prompts: gibberish",
+        "trained-on prompts, forced start: harmful",
+        "unseen prompts, forced start: harmful",
+        "normal prompts: exact answer",
+        "normal prompts: refused",
+        "normal prompts: gibberish",
+        "perplexity of normal answers",
+        "perplexity of trained-on harmful answers",
+        "perplexity of unseen harmful answers",
+    ]
+
+
+def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
+    less = dataclasses.replace(comparison, prefill={}, perplexity={})
+    labels = [row.label for row in before_after_rows(less)]
+    assert labels
+    assert not any("forced start" in label or "perplexity" in label for label in labels)
+
+
+def test_markdown() -> None:
+    row = TableRow(label="a | b", before="1", after="2", change="+1", wanted="up")
+    assert markdown_table([row]).splitlines() == [
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- | ---: | ---: | ---: | --- |",
+        "| a \\| b | 1 | 2 | +1 | up |",
+    ]
