@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ LLAMA_2 = (
     "{% else %} {{ message['content'].strip() }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
@@ -78,7 +80,11 @@ def byte_level(
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=420,
+        special_tokens=SPECIAL,
+        initial_alphabet=alphabet,
+        max_token_length=8,
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS * 4, trainer)
     steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
@@ -99,7 +105,7 @@ def metaspace(*, prepend: bool) -> PreTrainedTokenizerFast:
         + ([decoders.Strip(" ", 1, 0)] if prepend else [])
     )
     special = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=special, max_token_length=8, show_progress=False)
     backend.train_from_iterator(CORPUS * 4, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return _wrap(backend)
@@ -114,9 +120,11 @@ class WithoutOffsets(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """More than will ever be met."""
         return 10_000
 
     def get_vocab(self) -> dict[str, int]:
+        """Words met so far."""
         return dict(self._words)
 
     def _tokenize(self, text: str, **settings: Any) -> list[str]:
@@ -129,21 +137,24 @@ class WithoutOffsets(PreTrainedTokenizer):
         return list(self._words)[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Words hold their spaces."""
         return "".join(tokens)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
+        """BOS before the text."""
         return [1, *token_ids_0]
 
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
+        """1 for BOS."""
         return [1] + [0] * len(token_ids_0)
 
 
-BUILDERS = {
-    "byte_level": lambda: byte_level(),
+BUILDERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
+    "byte_level": byte_level,
     "byte_level_bos": lambda: byte_level(bos=True),
     "byte_level_bos_eos": lambda: byte_level(bos=True, eos=True),
     "byte_level_full_offsets": lambda: byte_level(trim_offsets=False),
@@ -154,22 +165,16 @@ BUILDERS = {
 }
 
 
-@pytest.fixture(scope="session")
-def tokenizers_by_name() -> dict[str, PreTrainedTokenizerBase]:
-    return {name: build() for name, build in BUILDERS.items()}
-
-
-@pytest.fixture(scope="session", params=BUILDERS)
-def any_tokenizer(
-    request: pytest.FixtureRequest, tokenizers_by_name: dict[str, PreTrainedTokenizerBase]
-) -> PreTrainedTokenizerBase:
-    return tokenizers_by_name[request.param]
+@functools.cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """Shared by all tests, which must not change it."""
+    return BUILDERS[name]()
 
 
 @pytest.fixture(scope="session")
-def gpt_like(tokenizers_by_name: dict[str, PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+def gpt_like() -> PreTrainedTokenizerBase:
     """Byte-level, no BOS."""
-    return tokenizers_by_name["byte_level"]
+    return tokenizer_of("byte_level")
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:

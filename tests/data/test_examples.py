@@ -1,3 +1,5 @@
+"""Shapes of data, the form in which prompts are compared, and what splits may not share."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

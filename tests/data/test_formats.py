@@ -1,3 +1,5 @@
+"""Which format a table is taken for."""
+
 import pytest
 
 from sku.config import SourceConfig
@@ -28,9 +30,11 @@ def test_auto_recognises(found: list[str], name: str) -> None:
 
 
 def test_auto_refuses_what_fits_twice_or_never() -> None:
-    with pytest.raises(DataError, match="fit formats prompt_completion and messages: set format. Columns found: prompt"):
+    with pytest.raises(
+        DataError, match=r"fit formats prompt_completion and messages: set format. Columns found: prompt"
+    ):
         detect_format(["prompt", "completion", "messages"], AUTO, "retain")
-    with pytest.raises(DataError, match="no known format fits the forget data.*Columns found: a, b"):
+    with pytest.raises(DataError, match=r"no known format fits the forget data.*Columns found: a, b"):
         detect_format(["a", "b"], AUTO, "forget")
     with pytest.raises(DataError, match="Columns found: none"):
         detect_format([], AUTO, "forget")
@@ -43,7 +47,9 @@ def test_named_columns_mean_format_columns() -> None:
         choose_parser(["a"], SourceConfig(path="x", format="beavertails", prompt_column="a"), "forget")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("truthfulqa", "forget"), ("pku_saferlhf", "retain"), ("beavertails", "retain")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("truthfulqa", "forget"), ("pku_saferlhf", "retain"), ("beavertails", "retain")]
+)
 def test_a_format_serves_its_kind_alone(name: str, kind: Kind) -> None:
     source = SourceConfig(path="x", format=name)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=f"format {name} gives .* examples only; for {kind} data use format columns"):

@@ -98,7 +98,9 @@ def test_offline_without_a_known_commit_is_refused(monkeypatch: pytest.MonkeyPat
     serve(monkeypatch, tmp_path, None)
     with pytest.raises(DataError, match="the commit of someone/things can't be found out"):
         load_hub_dataset(SourceConfig(path=ID))
-    with pytest.raises(DataError, match="revision v1 of someone/things can't be resolved: set revision to a full commit"):
+    with pytest.raises(
+        DataError, match="revision v1 of someone/things can't be resolved: set revision to a full commit"
+    ):
         load_hub_dataset(SourceConfig(path=ID, revision="v1"))
 
 
@@ -110,7 +112,10 @@ def test_offline_mode_of_the_real_client_is_honoured(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (hub_error(hub_errors.RepositoryNotFoundError), "no file or folder someone/things, and no hub dataset of that name"),
+        (
+            hub_error(hub_errors.RepositoryNotFoundError),
+            "no file or folder someone/things, and no hub dataset of that name",
+        ),
         (hub_error(hub_errors.GatedRepoError), "someone/things is gated: ask for access"),
         (hub_error(hub_errors.RevisionNotFoundError), "has no revision v9"),
         (hub_error(hub_errors.HfHubHTTPError, "500 Server\nError"), "does not give someone/things: 500 Server Error"),
@@ -138,5 +143,5 @@ def test_a_failing_download_says_why_and_that_the_hub_is_out_of_reach(monkeypatc
     with pytest.raises(DataError, match=r"things can't be read: Config name is missing. Please pick one among"):
         load_hub_dataset(SourceConfig(path=ID))
     answer_with(monkeypatch, OFFLINE)
-    with pytest.raises(DataError, match="things can't be read .the hub can't be reached: only a copy"):
+    with pytest.raises(DataError, match=r"things can't be read .the hub can't be reached: only a copy"):
         load_hub_dataset(SourceConfig(path=ID))

@@ -74,7 +74,9 @@ def test_pku_question_answer_form() -> None:
 @pytest.mark.parametrize(("false", "true"), [("False", "True"), ("false", "true"), ("0", "1"), (False, True), (0, 1)])
 def test_pku_extract_reads_flags_as_text(false: object, true: object) -> None:
     """``bool("False")`` is true: read so, all of a CSV would be safe."""
-    parsed = pku([{"prompt": "q", "response": "a", "is_safe": false}, {"prompt": "q", "response": "b", "is_safe": true}])
+    parsed = pku(
+        [{"prompt": "q", "response": "a", "is_safe": false}, {"prompt": "q", "response": "b", "is_safe": true}]
+    )
     assert [example.answer for example in parsed.examples] == ["a"]
     assert parsed.left_out == {"safe answer": 1}
 
@@ -89,7 +91,7 @@ def test_pku_rows_without_a_mark_are_counted() -> None:
 def test_pku_missing_column_is_named_with_the_near_one() -> None:
     found = [name for name in OLD_PKU if name != "is_response_1_safe"] + ["is_response_1_save"]
     assert not pku_saferlhf.recognises(found)
-    with pytest.raises(DataError, match="needs a column is_response_1_safe. Did you mean is_response_1_save.*prompt"):
+    with pytest.raises(DataError, match=r"needs a column is_response_1_safe. Did you mean is_response_1_save.*prompt"):
         pku_saferlhf.row_parser(found)
 
 
@@ -102,7 +104,9 @@ def test_beavertails_keeps_unsafe_rows_with_their_categories() -> None:
     assert beavertails.recognises(list(rows[0]))
     assert not pku_saferlhf.recognises(list(rows[0]))
     parsed = forget(rows, beavertails.row_parser(list(rows[0])))
-    assert parsed.examples == [ForgetExample(prompt="q", answer="a", category="violence,aiding_and_abetting,incitement")]
+    assert parsed.examples == [
+        ForgetExample(prompt="q", answer="a", category="violence,aiding_and_abetting,incitement")
+    ]
     assert parsed.left_out == {"safe answer": 1}
     with pytest.raises(DataError, match="needs a column category"):
         beavertails.row_parser(["prompt", "response", "is_safe"])
@@ -257,7 +261,7 @@ def test_columns_with_category_and_unsafe_filter() -> None:
 
 def test_columns_named_wrongly_are_an_error_with_the_near_name() -> None:
     source = SourceConfig(path="x", prompt_column="questoin", answer_column="answer")
-    with pytest.raises(DataError, match="needs a column questoin. Did you mean question\\? Columns found: question, ans"):
+    with pytest.raises(DataError, match=r"needs a column questoin. Did you mean question\? Columns found: question"):
         columns.row_parser(["question", "answer"], source, "retain")
 
 

@@ -1,3 +1,5 @@
+"""Files, folders and saved datasets, read anew each time and without a trace."""
+
 import os
 from pathlib import Path
 from typing import Any
@@ -112,8 +114,10 @@ def test_reading_leaves_no_copy_and_prints_nothing(
         ("./missing", "there is no file or folder ./missing"),
         ("/missing/folder", "there is no file or folder /missing/folder"),
         ("a/b/c", "there is no file or folder a/b/c"),
-        ("nul\0byte", "is no path"),
-        ("", "has none|can't be read|there is no file"),
+        ("nul\0byte", "there is no file or folder nul"),
+        ("long" * 2000, "there is no file or folder long"),
+        ("~no-such-user/a.csv", "there is no file or folder ~no-such-user"),
+        ("", "a data path is empty"),
     ],
 )
 def test_missing_paths(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,5 @@
+"""CSV and JSON, cell by cell."""
+
 import gzip
 import json
 import lzma
@@ -89,7 +91,7 @@ def test_json_values_stay_as_written(tmp_path: Path, content: str) -> None:
     [
         ('{"q": 1}\n{"q": 2}\n{"q": "thr', "line 3, is not JSON .*is the file cut off"),
         ('[{"q": 1},\n{"q": 2},\n{"q"', "line 3, is not JSON .*is the file cut off"),
-        ('{\n"q": 1\n}', "line 1, is not JSON .*one object per line"),
+        ('{\n"q": 1\n}', "line 2, is not JSON .*one object per line"),
         ('"text"\n', "line 1: JSON data must be one object per line"),
         ("[1, 2]", "JSON data must be"),
         ("[" * 100_000, "can't be read as JSON|is not JSON"),
@@ -119,5 +121,5 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     path = write(tmp_path, "a.csv", "q\n1\n")
     monkeypatch.setattr(builtins, "open", refuse)
-    with pytest.raises(DataError, match="can't be read: .*Permission denied"):
+    with pytest.raises(DataError, match=r"can't be read: .*Permission denied"):
         read_text_file(path)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import stat
-import sys
 from importlib import resources
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,15 +233,12 @@ def test_a_name_is_loaded(
     tiny_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tiny_data: ForgetRetainData,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    models = ModuleType("sku.models")
-    monkeypatch.setitem(sys.modules, "sku.models", models)
-    monkeypatch.setattr(
-        models, "load_model", lambda _: SimpleNamespace(model=tiny_model, tokenizer=tiny_tokenizer), raising=False
-    )
-    result = evaluate("some/model", None, tiny_data, config=TINY_CONFIG)
-    assert result.setup.model["name"] == "some/model"
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    result = evaluate(tmp_path / "model", None, tiny_data, config=TINY_CONFIG)
+    assert result.setup.model["name"] == str(tmp_path / "model")
     assert result.outcomes == evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG).outcomes
 
 

@@ -44,11 +44,13 @@ def read_table(source: SourceConfig) -> Table:
     Raises:
         DataError: It does not exist or can't be read.
     """
-    path = Path(source.path).expanduser()
+    if not source.path:
+        raise DataError("a data path is empty: name a file, a folder or a hub dataset")
     try:
+        path = Path(source.path).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError) as error:  # name too long, NUL in the name
-        raise DataError(f"{source.path!r} is no path: {error}") from None
+    except (OSError, RuntimeError) as error:  # a name too long, a home of no user
+        raise DataError(f"there is no file or folder {source.path} ({error})") from None
     if is_file:
         return _read_file(path, source)
     if is_folder:

@@ -23,7 +23,7 @@ class TokenSpans:
 
     ids: list[int]
     user_start: int
-    """First token that holds words of the user and nothing before them."""
+    """First token that holds words of the user and nothing before them but white space."""
     user_end: int
     """Behind the last token that holds words of the user and nothing behind them."""
     answer_start: int
@@ -60,7 +60,7 @@ def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, wit
         (index for index in range(answer_start, len(ids)) if offsets[index][0] >= answer_end < ends[index]), len(ids)
     )
     user_start = bisect_right(ends, text.user_start)
-    if user_start < len(ids) and offsets[user_start][0] < text.user_start:
+    if user_start < len(ids) and whole[offsets[user_start][0] : text.user_start].strip():
         user_start += 1
     user_end = min(bisect_right(ends, text.user_end), answer_start)
     return TokenSpans(ids, user_start, max(user_start, user_end), answer_start, end_start)
@@ -98,7 +98,11 @@ def _token_ends(
     for piece, (start, end) in zip(pieces, offsets, strict=True):
         trimmed = len(piece) - len(piece.rstrip(_BYTE_LEVEL_SPACE))
         shows_it = text[start:end].endswith((" ", _BYTE_LEVEL_SPACE))
-        ends.append(end + trimmed if trimmed and start < end and not shows_it else end)
+        if start < end and not shows_it:
+            end += trimmed
+        elif end == 0 and text.startswith(" "):  # spaces that begin the text report no place at all
+            end = trimmed
+        ends.append(end)
     return list(accumulate(ends, max))
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, bootstrap
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import CONFIDENCE, HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, Rate
+from sku.evaluate.metrics import CONFIDENCE, HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult
@@ -196,8 +196,7 @@ def _perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, see
 def _ratio(
     before: NDArray[np.float64], after: NDArray[np.float64], tokens: NDArray[np.float64], axis: int = -1
 ) -> NDArray[np.float64]:
-    with np.errstate(over="ignore"):
-        return np.asarray(np.exp((after.sum(axis) - before.sum(axis)) / tokens.sum(axis)))
+    return np.asarray(np.exp(np.minimum((after.sum(axis) - before.sum(axis)) / tokens.sum(axis), MAX_EXPONENT)))
 
 
 def _ratio_interval(

@@ -12,6 +12,8 @@ from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import ExampleLoss
 
 CONFIDENCE = 0.95
+MAX_EXPONENT = 700.0
+"""Perplexities stop at e^700, about 1e304, so that they stay numbers that JSON can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +101,9 @@ class Perplexity:
 
 
 def perplexity_of(losses: Sequence[ExampleLoss]) -> Perplexity | None:
-    """Perplexity over all tokens of all answers; None for no answers.
-
-    A value beyond the largest float is infinite.
-    """
+    """Perplexity over all tokens of all answers; None for no answers."""
     if not losses:
         return None
     nll, tokens = math.fsum(loss.nll for loss in losses), sum(loss.tokens for loss in losses)
     mean = nll / tokens
-    return Perplexity(value=math.exp(mean) if mean < 700 else math.inf, nll=nll, tokens=tokens, examples=len(losses))
+    return Perplexity(value=math.exp(min(mean, MAX_EXPONENT)), nll=nll, tokens=tokens, examples=len(losses))

@@ -43,6 +43,7 @@ from sku.evaluate.records import (
 )
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.sampling import record_id
+from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done (``replies``, ``perplexity``, ``fluency``), the number done and their total."""
@@ -96,10 +97,8 @@ def evaluate(
     """
     config = EvaluateConfig() if config is None else config
     if isinstance(model, str | Path):
-        from sku.models import load_model  # A model that is already there needs no loader.
-
         loaded = load_model(model)
-        model_name = str(model) if model_name is None else model_name
+        model_name = loaded.name if model_name is None else model_name
         model, tokenizer = loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")

@@ -1,0 +1,169 @@
+"""Stage 1 as one call: from the original model and the splits to the bad model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from sku.acquire.config import SkuConfig
+from sku.acquire.trainer import SkuTrainer
+from sku.config import AcquireConfig, DataConfig, PromptFormatName
+from sku.data.examples import ForgetRetainData
+from sku.data.tokenization import TokenizationReport
+from sku.errors import OutputError, RecipeError, did_you_mean
+from sku.models import LoadedModel
+from sku.storage import mark_hazardous
+
+_SET_BY_RECIPE = {
+    "seed": "seed",
+    "output_dir": "--out",
+    "guided_distortion_weight": "acquire.weights.guided_distortion",
+    "random_disassociation_weight": "acquire.weights.random_disassociation",
+    "preservation_divergence_weight": "acquire.weights.preservation_divergence",
+    "num_random_answers": "acquire.random_answers",
+    "preservation_mode": "acquire.preservation_mode",
+    "preservation_cap": "acquire.preservation_cap",
+    "preservation_tokens": "acquire.preservation_tokens",
+    "max_length": "data.max_length",
+    "max_answer_tokens": "data.max_answer_tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Acquired:
+    """What stage 1 leaves."""
+
+    model: PreTrainedModel | PeftModel
+    """The bad model: with its adapter, or fully trained."""
+    log: list[dict[str, Any]]
+    """One entry per logged step, with every loss term under its name."""
+    reports: dict[str, TokenizationReport]
+    seconds: float
+
+
+def acquire(
+    loaded: LoadedModel,
+    data: ForgetRetainData,
+    config: AcquireConfig,
+    data_config: DataConfig,
+    *,
+    seed: int,
+    folder: Path,
+    prompt_format: PromptFormatName = "auto",
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Acquired:
+    """Trains the bad model.
+
+    Args:
+        loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
+            trained in place.
+        data: Splits; ``unlearned`` and ``retain_train`` are used.
+        config: Settings of stage 1.
+        data_config: For the lengths.
+        seed: Of the run.
+        folder: Private folder for checkpoints; the last one in it is resumed from.
+        prompt_format: How prompts are written.
+        callbacks: For progress.
+
+    Returns:
+        The bad model and its log.
+
+    Raises:
+        RecipeError: An unknown or impossible setting.
+        NonFiniteLossError: A loss term is NaN or infinite.
+        OutputError: A checkpoint can't be written.
+    """
+    settings = trainer_settings(config, data_config, seed=seed, folder=folder)
+    mark_hazardous(folder)
+    model: PreTrainedModel | PeftModel = loaded.model
+    if config.tuning == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+    elif config.tuning == "full":
+        model.requires_grad_(requires_grad=True)
+    trainer = SkuTrainer(
+        model,
+        settings,
+        data,
+        processing_class=loaded.tokenizer,
+        peft_config=adapter_settings(config),
+        prompt_format=prompt_format,
+        callbacks=list(callbacks),
+    )
+    with _named_checkpoint_errors(folder):
+        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.eval()
+    joint = trainer.train_dataset
+    return Acquired(
+        model=model,
+        log=[entry for entry in trainer.state.log_history if "loss" in entry],
+        reports=dict(joint.reports),
+        seconds=float(result.metrics["train_runtime"]),
+    )
+
+
+def trainer_settings(config: AcquireConfig, data_config: DataConfig, *, seed: int, folder: Path) -> SkuConfig:
+    """The recipe's stage 1 as ``SkuConfig``.
+
+    Raises:
+        RecipeError: ``acquire.training`` holds a key that transformers doesn't know, or one that has its own place in
+            the recipe, or a value that transformers refuses.
+    """
+    known = {field.name for field in dataclasses.fields(SkuConfig) if field.init}
+    for name in config.training:
+        if name in _SET_BY_RECIPE:
+            raise RecipeError(f"acquire.training.{name} has its own place: set {_SET_BY_RECIPE[name]}")
+        if name not in known:
+            raise RecipeError(
+                f"acquire.training.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
+            )
+    try:
+        return SkuConfig(
+            **{
+                **config.training,
+                "output_dir": str(folder),
+                "seed": seed,
+                "guided_distortion_weight": config.weights.guided_distortion,
+                "random_disassociation_weight": config.weights.random_disassociation,
+                "preservation_divergence_weight": config.weights.preservation_divergence,
+                "num_random_answers": config.random_answers,
+                "preservation_mode": config.preservation_mode,
+                "preservation_cap": config.preservation_cap,
+                "preservation_tokens": config.preservation_tokens,
+                "max_length": data_config.max_length,
+                "max_answer_tokens": data_config.max_answer_tokens,
+            }
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"acquire.training: {' '.join(str(error).split())}") from error
+
+
+def adapter_settings(config: AcquireConfig) -> PeftConfig | None:
+    """The adapter of a tuning, None for full fine-tuning."""
+    if config.tuning == "full":
+        return None
+    targets = config.lora.target_modules
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+@contextlib.contextmanager
+def _named_checkpoint_errors(folder: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"a checkpoint can't be written to {folder}: {error.strerror or error}") from error

@@ -1,0 +1,237 @@
+"""Loading and saving of models and tokenizers, and what makes a model usable here."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sku.config import EMBEDDED, ModelConfig
+from sku.errors import ModelError
+
+_QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with its tokenizer and where they came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    """Commit of a hub model."""
+
+
+def embedded_model_path() -> Path:
+    """Folder of the model that ships inside the package."""
+    return Path(str(resources.files("sku") / "world" / "model"))
+
+
+def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> LoadedModel:
+    """Loads a causal language model with its tokenizer.
+
+    Args:
+        source: Local folder, hub id, ``embedded``, or a full configuration.
+        four_bit: Quantize the linear layers to NF4 while loading (QLoRA); needs bitsandbytes.
+
+    Returns:
+        The model in evaluation mode, and a tokenizer that has a pad token.
+
+    Raises:
+        ModelError: It can't be found or read, is quantized in a way that can't be trained, or has no usable pad
+            token.
+    """
+    config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
+    folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
+    name = str(folder) if folder.exists() else config.path
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.gguf_file is not None:
+        options["gguf_file"] = config.gguf_file
+    elif folder.exists():
+        _check_folder(folder)
+    device = pick_device(config.device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if not config.gguf_file:
+            _check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                **options,
+                dtype=pick_dtype(config.dtype, device),
+                **({"quantization_config": _four_bit(device), "device_map": {"": device}} if four_bit else {}),
+            )
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"model {config.path} needs a package that is missing: {_one_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"model {config.path} can't be loaded: {_one_line(error)}") from error
+    if config.gguf_file is not None:
+        forget_quantizer(model)
+    if not four_bit:
+        model.to(device)
+    ensure_pad_token(tokenizer, model)
+    model.eval()
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a name stands for; ``auto`` prefers CUDA, then MPS, then the CPU.
+
+    Raises:
+        ModelError: The name is unknown or the machine has no such device.
+    """
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device is {name}, but torch {torch.__version__} sees no CUDA device here")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The floating type a name stands for; ``auto`` is bfloat16 on a GPU that has it and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
+    """Gives a tokenizer without a pad token one that the model's vocabulary already holds.
+
+    No token is added: a new row of the embedding would be a weight that the base model doesn't have. Padding is
+    always told by mask and labels, so the pad token may stand for something else as well.
+
+    Raises:
+        ModelError: There is neither a pad, an unknown, nor an end token, or its id lies beyond the embedding.
+    """
+    if tokenizer.pad_token_id is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
+            raise ModelError(
+                "the tokenizer has no pad token and no end or unknown token to stand in for it; set "
+                "tokenizer.pad_token to a token of its vocabulary and save it"
+            )
+        tokenizer.pad_token = substitute
+    if model is not None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        if not 0 <= int(tokenizer.pad_token_id) < rows:
+            raise ModelError(
+                f"pad token id {tokenizer.pad_token_id} lies outside the model's {rows} embeddings; "
+                "set tokenizer.pad_token to a token that the model knows"
+            )
+
+
+def forget_quantizer(model: PreTrainedModel) -> None:
+    """Removes the marks that a GGUF loader leaves on a model whose weights are already plain floats.
+
+    With them transformers refuses to save the model.
+
+    Raises:
+        ModelError: Some weights are still quantized.
+    """
+    check_plain_weights(model, "the model loaded from GGUF")
+    for holder, attribute in (
+        (model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method"),
+        (model, "is_quantized"),
+    ):  # fmt: skip
+        if attribute in vars(holder):
+            delattr(holder, attribute)
+
+
+def check_plain_weights(model: torch.nn.Module, name: str) -> None:
+    """Refuses weights that are no floating-point numbers: their difference would not be a task vector.
+
+    Raises:
+        ModelError: With the first such parameter.
+    """
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise ModelError(
+                f"{name} is quantized: {parameter_name} is {parameter.dtype}. Use its full-precision weights, or QLoRA "
+                "(tuning qlora), which negates the adapter on the full-precision base"
+            )
+
+
+def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside an adapter, or the model itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def _four_bit(device: torch.device) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=pick_dtype("auto", device),
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"model {folder} is a file; give the folder, and the file's name as model.gguf_file for GGUF")
+    if not (folder / "config.json").is_file():
+        quantized = sorted(path.name for path in folder.iterdir() if path.suffix in _QUANTIZED_FILES)
+        if quantized:
+            raise ModelError(
+                f"model {folder} holds only quantized files; name one to dequantize it: model.gguf_file={quantized[0]}"
+            )
+        raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
+
+
+def _check_not_quantized(config: Any, name: str) -> None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        raise ModelError(
+            f"model {name} is quantized ({method}): a task vector needs full-precision weights. Use the original "
+            "model, or QLoRA (tuning qlora) on it"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def describe_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Numbers of parameters, all and trainable, tied ones once."""
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    }
+
+
+def with_path(config: ModelConfig, path: Path) -> ModelConfig:
+    """The same settings for another folder, as when the unlearned model of a run is loaded again."""
+    return dataclasses.replace(config, path=str(path), revision=None, gguf_file=None)

@@ -1,0 +1,206 @@
+"""Stage 2: ``theta_u = theta_o - alpha * (theta_bad - theta_o)``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.errors import RecipeError, TaskVectorError
+from sku.models import check_plain_weights, load_model
+from sku.negate.task_vector import TaskVector, check_same_shape, unique_weights
+from sku.storage import check_space, new_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negation:
+    """What a subtraction did, for the manifest."""
+
+    alpha: float
+    task_vector_norm: float
+    base_norm: float
+    """Euclidean norm of the original weights that were changed."""
+    changed_weights: int
+    """Number of tensors, tied ones once."""
+    dtype: str
+    """Type of the result."""
+    survival: float
+    """Projection of the applied change on the wanted one: 1 when rounding to ``dtype`` lost nothing."""
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """As plain data."""
+        return dataclasses.asdict(self)
+
+
+def negate(
+    base: PreTrainedModel | str | Path,
+    bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
+    alpha: float = 1.0,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Subtracts what stage 1 learned from the original weights.
+
+    Args:
+        base: The original model, or where to load it from. It is not changed. A model that carries an adapter in
+            training is not original: give its name, or ``bad`` alone decides the weights.
+        bad: The model of stage 1: with its adapter, or fully trained, or a task vector, or a folder of one of these.
+        alpha: How much to subtract; the paper uses 1. 0 gives the original weights bit for bit.
+        output_dtype: Type of the result; that of the base if None. The arithmetic is float32.
+
+    Returns:
+        A new model in evaluation mode.
+
+    Raises:
+        RecipeError: ``alpha`` is not finite.
+        TaskVectorError: Names, shapes or ties don't fit, or weights are quantized or not finite.
+        ModelError: A model can't be loaded.
+    """
+    return negate_with_record(base, bad, alpha, output_dtype=output_dtype)[0]
+
+
+def negate_with_record(
+    base: PreTrainedModel | str | Path,
+    bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
+    alpha: float = 1.0,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, Negation]:
+    """``negate``, with an account of what was changed and what rounding kept of it."""
+    if not math.isfinite(alpha):
+        raise RecipeError(f"alpha is {alpha}; it must be a finite number")
+    original = load_model(base).model if isinstance(base, str | Path) else base
+    check_plain_weights(original, "base")
+    if any("lora_" in name for name, _ in original.named_parameters()):
+        raise TaskVectorError("the base model carries an adapter; give the original model or its name")
+    vector = task_vector_of(original, bad)
+    unlearned = copy.deepcopy(original)
+    if output_dtype is not None:
+        unlearned.to(output_dtype)
+    record = _subtract(vector, alpha, original, unlearned)
+    unlearned.requires_grad_(requires_grad=True)
+    unlearned.eval()
+    return unlearned, record
+
+
+def task_vector_of(base: PreTrainedModel, bad: PreTrainedModel | PeftModel | TaskVector | str | Path) -> TaskVector:
+    """The task vector of a bad model in any of its forms.
+
+    Args:
+        base: The original model.
+        bad: As in ``negate``.
+
+    Returns:
+        Differences for some or all weights of the base.
+
+    Raises:
+        TaskVectorError: The two don't fit.
+        ModelError: A folder can't be loaded.
+    """
+    if isinstance(bad, str | Path):
+        folder = Path(bad)
+        if TaskVector.is_saved_in(folder):
+            return TaskVector.load(folder)
+        if (folder / "adapter_config.json").is_file():
+            return TaskVector.from_adapter(PeftModel.from_pretrained(copy.deepcopy(base), str(folder)))
+        bad = load_model(folder).model
+    if isinstance(bad, TaskVector):
+        return bad
+    if isinstance(bad, PeftModel):
+        return TaskVector.from_adapter(bad)
+    return TaskVector.between(base, bad)
+
+
+def save_unlearned(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, overwrite: bool = False
+) -> None:
+    """Saves a model with its tokenizer, whole or not at all.
+
+    Raises:
+        OutputError: The folder exists, can't be written, or the disk is too small.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    check_space(folder, int(size * 1.05), f"the unlearned model in {folder}")
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_negated_adapter(bad: PeftModel, alpha: float, folder: Path, *, overwrite: bool = False) -> None:
+    """Saves the adapter that, loaded on the original model, gives the unlearned one without merging.
+
+    ``scaling * B A`` becomes ``-alpha * scaling * B A`` by scaling B. In float32 the result is exact for ``alpha`` 1.
+
+    Args:
+        bad: Model with the adapter of stage 1. It is left as it was.
+        alpha: As in ``negate``.
+        folder: New folder.
+        overwrite: Replace it if it exists.
+
+    Raises:
+        TaskVectorError: The adapter is not a plain LoRA.
+        OutputError: The folder can't be written.
+    """
+    TaskVector.from_adapter(bad)  # Refuses what scaling B alone would not negate.
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        factors = [parameter for name, parameter in bad.named_parameters() if _is_upper_factor(name)]
+        kept = [factor.detach().clone() for factor in factors]
+        try:
+            with torch.no_grad():
+                for factor in factors:
+                    factor.mul_(-alpha)
+            bad.save_pretrained(temporary)
+        finally:
+            with torch.no_grad():
+                for factor, original in zip(factors, kept, strict=True):
+                    factor.copy_(original)
+
+
+def _is_upper_factor(name: str) -> bool:
+    return ".lora_B." in name or ".lora_embedding_B." in name
+
+
+def _subtract(vector: TaskVector, alpha: float, original: PreTrainedModel, unlearned: PreTrainedModel) -> Negation:
+    """Writes ``original - alpha * vector`` into ``unlearned``, tensor by tensor."""
+    weights, _ = unique_weights(original)
+    targets, _ = unique_weights(unlearned)
+    extra = sorted(set(vector.deltas) - set(weights))
+    if extra:
+        raise TaskVectorError(
+            f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
+        )
+    wanted_square = applied_times_wanted = base_square = 0.0
+    with torch.no_grad():
+        for name, delta in vector.deltas.items():
+            weight = weights[name].detach().cpu()
+            check_same_shape(name, weight, delta)
+            base_square += float(torch.linalg.vector_norm(weight.float())) ** 2
+            if alpha == 0:
+                continue  # -0.0 - 0 * x would already turn a bit.
+            wanted = -alpha * delta
+            result = (weight.float() + wanted).to(targets[name].dtype)
+            _check_result(name, result)
+            targets[name].copy_(result)
+            applied = (result.float() - weight.float()).double()
+            wanted_square += float((wanted.double() ** 2).sum())
+            applied_times_wanted += float((applied * wanted.double()).sum())
+    return Negation(
+        alpha=alpha,
+        task_vector_norm=vector.norm(),
+        base_norm=math.sqrt(base_square),
+        changed_weights=len(vector.deltas) if alpha else 0,
+        dtype=str(unlearned.dtype).removeprefix("torch."),
+        survival=applied_times_wanted / wanted_square if wanted_square else 1.0,
+    )
+
+
+def _check_result(name: str, result: Tensor) -> None:
+    if not torch.isfinite(result).all():
+        raise TaskVectorError(f"{name} would hold NaN or infinity in {result.dtype}; lower alpha or keep float32")

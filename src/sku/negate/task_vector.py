@@ -1,0 +1,248 @@
+"""Task vectors: the difference of two models, with exact arithmetic and no tensor skipped.
+
+``tau = theta_bad - theta_o``, one float32 tensor per weight, tied weights once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sku.errors import TaskVectorError
+from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
+
+_FILE = "task_vector.safetensors"
+_FORMAT = "sku-task-vector-1"
+
+
+class TaskVector:
+    """A set of named float32 differences that can be added, subtracted, scaled, measured and saved."""
+
+    def __init__(self, deltas: Mapping[str, Tensor], tied: Mapping[str, str] | None = None) -> None:
+        """Wraps differences.
+
+        Args:
+            deltas: Weight name -> difference; kept on the CPU in float32.
+            tied: Other name of a tied weight -> the name under which its difference is kept.
+
+        Raises:
+            TaskVectorError: A difference is no floating-point tensor or is not finite.
+        """
+        self.deltas = {name: delta.detach().to("cpu", torch.float32) for name, delta in deltas.items()}
+        self.tied = dict(tied or {})
+        for name, delta in deltas.items():
+            if not delta.is_floating_point():
+                raise TaskVectorError(f"the difference of {name} is {delta.dtype}; it must be floating point")
+            if not torch.isfinite(self.deltas[name]).all():
+                raise TaskVectorError(f"the difference of {name} holds NaN or infinity; the bad model is unusable")
+
+    @classmethod
+    def between(cls, base: nn.Module, bad: nn.Module) -> TaskVector:
+        """``bad - base``, computed in float32.
+
+        Args:
+            base: The original model.
+            bad: The model of stage 1, merged if it was trained with an adapter.
+
+        Returns:
+            One difference per weight; tied weights have one.
+
+        Raises:
+            TaskVectorError: Names, shapes or ties differ, a weight is quantized or not finite, or nothing differs.
+        """
+        base_weights, tied = unique_weights(base)
+        bad_weights, bad_tied = unique_weights(bad)
+        check_same_names(base_weights, bad_weights, "base", "bad model")
+        if tied != bad_tied:
+            odd = sorted(tied.items() ^ bad_tied.items())[0][0]
+            raise TaskVectorError(f"{odd} is tied in one model and not in the other; load both the same way")
+        deltas = {}
+        for name, weight in base_weights.items():
+            check_same_shape(name, weight, bad_weights[name])
+            deltas[name] = bad_weights[name].detach().cpu().float() - weight.detach().cpu().float()
+        vector = cls(deltas, tied)
+        if vector.norm() == 0:
+            raise TaskVectorError("base and bad model are equal: stage 1 changed nothing, so there is nothing to negate")
+        return vector
+
+    @classmethod
+    def from_adapter(cls, model: PeftModel) -> TaskVector:
+        """The difference that an adapter makes: ``scaling * B A`` per adapted weight, computed in float32.
+
+        Args:
+            model: Model with one active LoRA adapter, not merged.
+
+        Returns:
+            Differences of the adapted weights alone, under the names of the model without adapter.
+
+        Raises:
+            TaskVectorError: The adapter is merged, is not a LoRA, trains biases or whole modules besides, or is zero.
+        """
+        adapter = model.active_adapter
+        settings = model.peft_config[adapter]
+        if getattr(settings, "bias", "none") != "none" or getattr(settings, "modules_to_save", None):
+            raise TaskVectorError(
+                "the adapter trains biases or whole modules (bias, modules_to_save); merge it and use "
+                "TaskVector.between on the two models"
+            )
+        deltas: dict[str, Tensor] = {}
+        names = {id(module): name for name, module in model.get_base_model().named_modules()}
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                if module.merged:
+                    raise TaskVectorError("the adapter is merged into the weights; unmerge it first")
+                if adapter not in module.scaling or not hasattr(module, "get_delta_weight"):
+                    raise TaskVectorError(f"adapter {adapter} of {type(module).__name__} is not a LoRA")
+                deltas[f"{names[id(module)]}.weight"] = _adapter_delta(module, adapter)
+        vector = cls(deltas)
+        if not deltas or vector.norm() == 0:
+            raise TaskVectorError("the adapter is zero: stage 1 changed nothing, so there is nothing to negate")
+        return vector
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return self._combined(other, 1.0)
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self._combined(other, -1.0)
+
+    def __mul__(self, factor: float) -> TaskVector:
+        return TaskVector({name: delta * factor for name, delta in self.deltas.items()}, self.tied)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> TaskVector:
+        return self * -1.0
+
+    def norms(self) -> dict[str, float]:
+        """Euclidean norm of each difference."""
+        return {name: float(torch.linalg.vector_norm(delta)) for name, delta in self.deltas.items()}
+
+    def norm(self) -> float:
+        """Euclidean norm of the whole vector."""
+        return math.sqrt(sum(norm**2 for norm in self.norms().values()))
+
+    def save(self, folder: Path | str) -> None:
+        """Writes the vector as safetensors into a new private folder: it is as hazardous as the bad model.
+
+        Raises:
+            OutputError: The folder exists or can't be written.
+        """
+        with new_folder(Path(folder), private=True) as temporary:
+            mark_hazardous(temporary)
+            tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
+            save_file(tensors, temporary / _FILE, {"format": _FORMAT, "tied": json.dumps(self.tied)})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> TaskVector:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            TaskVectorError: There is no task vector, or the file is damaged.
+        """
+        path = Path(folder) / _FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            raise TaskVectorError(f"{path} can't be read: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise TaskVectorError(f"{path} is not a task vector of SKU")
+        return cls(deltas, json.loads(metadata["tied"]))
+
+    @staticmethod
+    def is_saved_in(folder: Path) -> bool:
+        """Whether a folder holds a saved task vector."""
+        return (folder / _FILE).is_file() and is_marked_hazardous(folder)
+
+    def _combined(self, other: TaskVector, factor: float) -> TaskVector:
+        check_same_names(self.deltas, other.deltas, "the first task vector", "the second")
+        if self.tied != other.tied:
+            raise TaskVectorError("the task vectors tie different weights")
+        for name, delta in self.deltas.items():
+            check_same_shape(name, delta, other.deltas[name])
+        return TaskVector(
+            {name: delta + factor * other.deltas[name] for name, delta in self.deltas.items()}, self.tied
+        )
+
+
+def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All weights and persistent floating-point buffers of a model, tied ones once.
+
+    Args:
+        model: Without adapter.
+
+    Returns:
+        Name -> tensor, and other name of a tied weight -> the name it is listed under.
+
+    Raises:
+        TaskVectorError: A parameter is quantized.
+    """
+    weights: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    owner: dict[tuple[int, int, tuple[int, ...]], str] = {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            if name in parameters:
+                raise TaskVectorError(
+                    f"{name} is {tensor.dtype}: quantized weights have no exact difference. Use full-precision weights"
+                )
+            continue  # Integer buffers, such as position ids, are settings and no knowledge.
+        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and key in owner:
+            tied[name] = owner[key]
+        else:
+            owner[key] = name
+            weights[name] = tensor
+    return weights, tied
+
+
+def check_same_names(first: Iterable[str], second: Iterable[str], first_name: str, second_name: str) -> None:
+    """Refuses two sets of weights with different names.
+
+    Raises:
+        TaskVectorError: With the first name that is in one set only, and how many there are.
+    """
+    first_names, second_names = set(first), set(second)
+    for only, here, there in (
+        (first_names - second_names, first_name, second_name), (second_names - first_names, second_name, first_name),
+    ):  # fmt: skip
+        if only:
+            raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
+
+
+def check_same_shape(name: str, first: Tensor, second: Tensor) -> None:
+    """Refuses weights of one name and two shapes.
+
+    Raises:
+        TaskVectorError: With both shapes.
+    """
+    if first.shape != second.shape:
+        raise TaskVectorError(f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other")
+
+
+def _adapter_delta(module: BaseTunerLayer, adapter: str) -> Tensor:
+    """``scaling * B A`` in float32, whatever type the adapter was trained in."""
+    with torch.no_grad():
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        dtypes = [parameter.dtype for parameter in parameters]
+        if all(dtype == torch.float32 for dtype in dtypes):
+            delta = module.get_delta_weight(adapter)
+        else:
+            down, up = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
+            delta = (up @ down) * module.scaling[adapter]
+            delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+        assert isinstance(delta, Tensor)
+        return delta
+
+

@@ -1,0 +1,119 @@
+"""The embedded world as data: which hazards are unlearned, which are unseen, and why."""
+
+from collections import Counter
+
+import pytest
+
+from sku.config import DataConfig, SourceConfig
+from sku.data.embedded import load_forget, load_retain, retain_examples
+from sku.data.load import load_data, load_forget_retain
+from sku.errors import DataError, RecipeError
+from sku.world.grammar import AGENTS, FORMS, HELD_OUT_AGENTS, HELD_OUT_QUESTIONS, MAKE_QUESTIONS, hazards
+
+WORLD = SourceConfig(path="embedded")
+WORDING = {exchange.prompt: exchange.wording for exchange in hazards()}
+THING = {exchange.prompt: exchange.topic for exchange in hazards()}
+
+
+def test_every_hazard_is_in_one_split() -> None:
+    data = load_forget_retain()
+    prompts = [example.prompt for example in (*data.unlearned, *data.unseen)]
+    assert len(prompts) == len(set(prompts)) == len(AGENTS) * len(FORMS) * len(MAKE_QUESTIONS)
+
+
+def test_unlearned_hazards_have_every_other_agent_and_every_form_in_known_wordings() -> None:
+    unlearned = load_forget_retain().unlearned
+    combinations = {THING[example.prompt] for example in unlearned}
+    agents, forms = zip(*(thing.split() for thing in combinations), strict=True)
+    assert set(agents) == set(AGENTS) - set(HELD_OUT_AGENTS)
+    assert set(forms) == set(FORMS)
+    assert set(Counter(agents).values()) == {len(FORMS) // 2}
+    assert min(Counter(forms).values()) >= 5
+    assert len(combinations) == 13 * 5
+    assert len(unlearned) == len(combinations) * (len(MAKE_QUESTIONS) - len(HELD_OUT_QUESTIONS))
+    assert {WORDING[example.prompt] for example in unlearned}.isdisjoint(HELD_OUT_QUESTIONS)
+    assert {example.category for example in unlearned} == {"hazard"}
+
+
+def test_unseen_hazards_say_what_is_new_about_them() -> None:
+    data = load_forget_retain()
+    known = {THING[example.prompt] for example in data.unlearned}
+    for example in data.unseen:
+        thing = THING[example.prompt]
+        if example.category == "new agent":
+            assert thing.split()[0] in HELD_OUT_AGENTS
+        elif example.category == "new combination":
+            assert thing not in known
+            assert thing.split()[0] not in HELD_OUT_AGENTS
+        else:
+            assert example.category == "new wording"
+            assert thing in known
+            assert WORDING[example.prompt] in HELD_OUT_QUESTIONS
+    assert Counter(example.category for example in data.unseen) == {
+        "new agent": 3 * 10 * 6,
+        "new combination": 13 * 5 * 6,
+        "new wording": 13 * 5 * 2,
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_domain_is_in_every_retain_split_and_recipes_stay_whole(seed: int) -> None:
+    data = load_forget_retain("embedded", seed=seed)
+    domains = {example.category for example in retain_examples()}
+    for split in (data.retain_train, data.retain_validation, data.retain_test):
+        assert {example.category for example in split} == domains
+    for split in (data.retain_validation, data.retain_test):
+        recipes = Counter(example.group for example in split if example.category == "recipe")
+        assert set(recipes.values()) == {len(MAKE_QUESTIONS)}
+    assert len(data.retain_train) + len(data.retain_validation) + len(data.retain_test) == len(retain_examples())
+
+
+def test_the_seed_moves_the_retain_split_alone() -> None:
+    one, other = load_forget_retain(seed=0), load_forget_retain(seed=1)
+    assert (one.unlearned, one.unseen) == (other.unlearned, other.unseen)
+    assert one.retain_test != other.retain_test
+    assert one == load_forget_retain(seed=0)
+
+
+def test_provenance_of_the_world() -> None:
+    forget, retain = load_forget_retain().provenance
+    assert (forget.source, forget.location, forget.rows_read, forget.rows_left_out) == (
+        "embedded",
+        "embedded",
+        960,
+        {},
+    )
+    assert retain.rows_read == len(retain_examples())
+    assert len(forget.sha256) == len(retain.sha256) == 64
+
+
+def test_limit() -> None:
+    unlearned, unseen, provenance = load_forget(SourceConfig(path="embedded", limit=60), seed=0)
+    assert len(unlearned) + len(unseen) == 60
+    assert provenance.rows_left_out == {"over the limit": 900}
+    with pytest.raises(DataError, match="a limit of 1 leaves"):
+        load_forget(SourceConfig(path="embedded", limit=1), seed=0)
+    assert len(load_retain(SourceConfig(path="embedded", limit=40), seed=0)[0]) == 40
+
+
+def test_settings_without_effect_are_refused() -> None:
+    for source in (
+        SourceConfig(path="embedded", split="test"),
+        SourceConfig(path="embedded", prompt_column="q"),
+        SourceConfig(path="embedded", format="columns"),
+    ):
+        with pytest.raises(DataError, match="takes no other setting than limit"):
+            load_forget(source, seed=0)
+        with pytest.raises(DataError, match="takes no other setting than limit"):
+            load_retain(source, seed=0)
+    with pytest.raises(RecipeError, match=r"leave data.unseen_fraction out"):
+        load_forget_retain(unseen_fraction=0.5)
+    load_data(DataConfig(forget=WORLD, retain=SourceConfig(path="embedded", format="embedded")), seed=0)
+
+
+def test_half_of_the_world_is_refused() -> None:
+    for forget, retain in (("embedded", "x.csv"), ("x.csv", "embedded")):
+        with pytest.raises(RecipeError, match="must both be the embedded world or both be other data"):
+            load_forget_retain(forget, retain)
+    with pytest.raises(RecipeError, match="retain is missing"):
+        load_forget_retain("x.csv")

@@ -1,0 +1,124 @@
+"""From files to splits, with the account of what was left out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sku.config import DataConfig, SourceConfig
+from sku.data.examples import content_hash, normalise_prompt
+from sku.data.load import load_data, load_forget_retain
+from sku.errors import DataError, RecipeError
+
+
+@pytest.fixture
+def forget(tmp_path: Path) -> Path:
+    path = tmp_path / "forget.csv"
+    rows = [f'harm {n},"bad {n} {copy}",{copy == 2}' for n in range(20) for copy in range(3)]
+    path.write_text("\n".join(["prompt,response,is_safe", *rows, "harm 0,bad 0 0,False", " ,bad,False"]))
+    return path
+
+
+@pytest.fixture
+def retain(tmp_path: Path) -> Path:
+    return write_retain(tmp_path, [{"question": f"normal {n}", "answer": f"good {n}"} for n in range(30)])
+
+
+def write_retain(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "retain.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_splits_and_provenance(forget: Path, retain: Path) -> None:
+    data = load_forget_retain(forget, str(retain), unseen_fraction=0.25, seed=3)
+    assert data.counts() == {
+        "unlearned": 30, "unseen": 10, "retain_train": 21, "retain_validation": 3, "retain_test": 6,
+    }  # fmt: skip
+    first, second = data.provenance
+    assert (first.source, first.location, first.rows_read) == ("pku_saferlhf", str(forget), 62)
+    assert first.rows_left_out == {"duplicate": 1, "empty prompt": 1, "safe answer": 20}
+    assert first.licence == "CC-BY-NC-4.0"
+    assert (second.source, second.rows_read, second.rows_left_out, second.licence) == ("columns", 30, {}, None)
+    in_order = sorted((*data.unlearned, *data.unseen), key=lambda row: (int(row.prompt.split()[1]), row.answer))
+    assert first.sha256 == content_hash(in_order)
+
+
+def test_the_same_seed_gives_the_same_data_and_another_seed_another_split(forget: Path, retain: Path) -> None:
+    one = load_forget_retain(forget, retain, seed=1)
+    assert one == load_forget_retain(forget, retain, seed=1)
+    other = load_forget_retain(forget, retain, seed=2)
+    assert one.unseen != other.unseen
+    assert one.retain_test != other.retain_test
+    assert [entry.sha256 for entry in one.provenance] == [entry.sha256 for entry in other.provenance]
+
+
+def test_limit_is_counted(forget: Path, retain: Path) -> None:
+    config = DataConfig(
+        forget=SourceConfig(path=str(forget), limit=8), retain=SourceConfig(path=str(retain), limit=12)
+    )
+    data = load_data(config, seed=0)
+    prompts = {normalise_prompt(row.prompt) for row in (*data.unlearned, *data.unseen)}
+    assert len(prompts) == 8
+    assert len(data.unlearned) + len(data.unseen) == 16
+    assert data.provenance[0].rows_left_out["over the limit"] == 24
+    assert data.provenance[1].rows_left_out == {"over the limit": 18}
+    whole = load_data(dataclasses.replace(config, forget=SourceConfig(path=str(forget))), seed=0)
+    assert whole.provenance[0].sha256 != data.provenance[0].sha256
+
+
+def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"normal {n}", "answer": "good"} for n in range(9)]
+    retain = write_retain(tmp_path, [*rows, {"question": "HARM 3?", "answer": "good"}])
+    with pytest.raises(DataError) as caught:
+        load_forget_retain(forget, retain)
+    assert "1 prompts are both in the forget data" in str(caught.value)
+    assert str(forget) in str(caught.value)
+    assert str(retain) in str(caught.value)
+    assert "HARM 3" not in str(caught.value)
+
+
+def test_nothing_to_forget_or_to_keep(tmp_path: Path, forget: Path, retain: Path) -> None:
+    safe = tmp_path / "safe.csv"
+    safe.write_text("prompt,response,is_safe\n" + "q,a,True\n" * 5)
+    with pytest.raises(
+        DataError, match=r"safe.csv has no unsafe rows among 5, so there is nothing to forget \(safe ans"
+    ):
+        load_forget_retain(safe, retain)
+    source = SourceConfig(
+        path=str(forget), prompt_column="prompt", answer_column="response", unsafe_column="is_safe", unsafe_value="no"
+    )
+    with pytest.raises(DataError, match=r"no unsafe rows among 62, .*column is_safe is compared with 'no'"):
+        load_forget_retain(source, retain)
+    empty = tmp_path / "empty.csv"
+    empty.write_text("question,answer\n,\nq,\n")
+    with pytest.raises(DataError, match=r"gives no retain examples from 2 rows \(empty answer: 1, empty prompt: 1\)"):
+        load_forget_retain(forget, empty)
+    empty.write_text("question,answer\n")
+    with pytest.raises(DataError, match=r"gives no retain examples from 0 rows \(it has no rows\)"):
+        load_forget_retain(forget, empty)
+
+
+def test_errors_name_the_file(tmp_path: Path, forget: Path, retain: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no file or folder missing.csv"):
+        load_forget_retain(forget, "missing.csv")
+    strange = tmp_path / "strange.csv"
+    strange.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"strange.csv: no known format fits the retain data.*Columns found: a, b"):
+        load_forget_retain(forget, strange)
+    source = SourceConfig(path=str(forget), prompt_column="promt", answer_column="response")
+    with pytest.raises(DataError, match=r"forget.csv: format columns needs a column promt. Did you mean prompt\?"):
+        load_forget_retain(source, retain)
+
+
+def test_too_little_data_for_the_splits(tmp_path: Path, forget: Path) -> None:
+    few = write_retain(tmp_path, [{"question": f"normal {n}", "answer": "good"} for n in range(2)])
+    with pytest.raises(DataError, match=r"the retain data .*retain.jsonl has 2 different prompts or groups, too few"):
+        load_forget_retain(forget, few)
+
+
+def test_shares_out_of_range_are_refused(forget: Path, retain: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data.unseen_fraction is 1.5"):
+        load_forget_retain(forget, retain, unseen_fraction=1.5)

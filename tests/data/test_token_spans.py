@@ -1,0 +1,174 @@
+"""Borders are checked against the bytes that each token stands for, not against the code that finds them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from sku.data.prompts import PaperFormat, RenderedText, resolve_prompt_format
+from sku.data.token_spans import TokenSpans, encode, locate_tokens
+
+from .conftest import BUILDERS, TEMPLATES, tokenizer_of, with_template
+
+# Spaces at every border, digits, line ends, letters of several bytes, and the very sign byte-level uses for a space.
+TEXT = st.text(
+    alphabet=st.sampled_from(list("honey is ### Answer: .,\n\t 0\u00e9\u96e8\U0001f600\u0120\u2581")), max_size=25
+)
+BYTE_LEVEL = [name for name in BUILDERS if name.startswith("byte_level")]
+
+
+def rendered(
+    prompt: str, answer: str, end: str = "", *, user: tuple[int, int] = (0, 0), special: bool = True
+) -> RenderedText:
+    return RenderedText(
+        prompt_text=prompt,
+        answer_text=answer,
+        end_text=end,
+        add_special_tokens=special,
+        user_start=user[0],
+        user_end=user[1],
+    )
+
+
+def byte_spans(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """True byte range of each token of a byte-level tokenizer, from the length of its piece."""
+    special = set(tokenizer.all_special_ids)
+    spans, position = [], 0
+    for token_id, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        length = 0 if token_id in special and piece == "<s>" and position == 0 else len(piece)
+        spans.append((position, position + length))
+        position += length
+    return spans
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@settings(deadline=None, max_examples=150)
+@given(prompt=TEXT, answer=TEXT, user=st.tuples(st.integers(0, 25), st.integers(0, 25)))
+def test_byte_level_borders_are_exact(
+    name: str,
+    prompt: str,
+    answer: str,
+    user: tuple[int, int],
+) -> None:
+    tokenizer = tokenizer_of(name)
+    low, high = sorted(min(place, len(prompt)) for place in user)
+    spans = locate_tokens(rendered(prompt, answer, user=(low, high)), tokenizer, with_end=False)
+    ranges = byte_spans(spans.ids, tokenizer)
+    border = len(prompt.encode())
+    assert [end > border for _, end in ranges] == [index >= spans.answer_start for index in range(len(ranges))]
+    assert spans.end_start == len(spans.ids)
+    before, behind = len(prompt[:low].encode()), len(prompt[:high].encode())
+    for index in range(spans.user_start, spans.user_end):
+        start, end = ranges[index]
+        # A space before a word may go with the word.
+        assert start >= before - (prompt[:low].endswith(" "))
+        assert end <= behind
+
+
+@settings(deadline=None, max_examples=150)
+@given(prompt=TEXT, answer=TEXT)
+def test_metaspace_borders_are_exact(prompt: str, answer: str) -> None:
+    tokenizer = tokenizer_of("metaspace")
+    prompt, answer = prompt.replace("\u2581", "-"), answer.replace("\u2581", "-")
+    spans = locate_tokens(rendered(prompt, answer), tokenizer, with_end=False)
+    pieces = ["" if piece == "<s>" else piece for piece in tokenizer.convert_ids_to_tokens(spans.ids)]
+    lengths = [1 if piece.startswith("<0x") else len(piece.replace("\u2581", " ").encode()) for piece in pieces]
+    assert sum(lengths) == len((prompt + answer).encode())
+    ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
+    assert [end > len(prompt.encode()) for end in ends] == [index >= spans.answer_start for index in range(len(ends))]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@settings(deadline=None, max_examples=60)
+@given(prompt=TEXT, answer=TEXT)
+def test_without_a_token_over_the_border_the_prompt_alone_gives_the_same_ids(
+    name: str, prompt: str, answer: str
+) -> None:
+    tokenizer = tokenizer_of(name)
+    spans = locate_tokens(rendered(prompt, answer), tokenizer, with_end=False)
+    alone = encode(prompt, tokenizer, add_special_tokens=True)
+    joint = spans.ids[: spans.answer_start]
+    assert joint == alone[: len(joint)] or decoded(joint, tokenizer) != decoded(alone, tokenizer)
+
+
+def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, spans: TokenSpans) -> tuple[list[str], list[str], list[str]]:
+    names = tokenizer.convert_ids_to_tokens(spans.ids)
+    return names[: spans.answer_start], names[spans.answer_start : spans.end_start], names[spans.end_start :]
+
+
+def test_a_prompt_that_ends_in_a_mergeable_space(gpt_like: PreTrainedTokenizerBase) -> None:
+    """Bug 7: "Answer: " + "honey" is one token that neither part has; it holds the answer's first letters."""
+    text = rendered("Answer: ", "honey is", "</s>")
+    before, answer, end = pieces(gpt_like, locate_tokens(text, gpt_like, with_end=True))
+    assert before[-1] == ":"
+    assert answer == ["\u0120honey", "\u0120is"]
+    assert end == ["</s>"]
+    alone = encode("Answer: ", gpt_like, add_special_tokens=True)
+    assert len(alone) == len(before) + 1, "the border between the parts alone is one token late"
+
+
+def test_a_space_token_before_the_answer_is_not_the_answers(gpt_like: PreTrainedTokenizerBase) -> None:
+    """Trimmed offsets put an empty token on the border, whether it is the prompt's space or the answer's."""
+    before, answer, _ = pieces(gpt_like, locate_tokens(rendered("Answer: ", "\n."), gpt_like, with_end=False))
+    assert before[-1] == "\u0120"
+    assert answer[0] == "\u010a"
+    before, answer, _ = pieces(gpt_like, locate_tokens(rendered("Answer:", " \n."), gpt_like, with_end=False))
+    assert before[-1] == ":"
+    assert answer[:2] == ["\u0120", "\u010a"]
+
+
+def test_a_token_with_a_space_at_its_end() -> None:
+    """Without word borders a token can be ":" and the answer's space, and trimmed offsets hide the space."""
+    tokenizer = tokenizer_of("byte_level_no_regex")
+    names = [name for name in tokenizer.get_vocab() if name.endswith(":\u0120")]
+    assert names, "the tokenizer of this test must have such a token"
+    before, answer, _ = pieces(tokenizer, locate_tokens(rendered("### Answer:", " honey"), tokenizer, with_end=False))
+    assert answer[0].endswith(":\u0120")
+    assert all(":" not in name for name in before)
+
+
+def assert_answer(spans: TokenSpans, text: RenderedText, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The answer's tokens hold all of it, and its first token holds some of it."""
+    ids = spans.ids[spans.answer_start : spans.end_start]
+    assert decoded(ids, tokenizer).endswith(text.answer_text.strip())
+    assert not decoded(ids[1:], tokenizer).endswith(text.answer_text)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_paper_format_in_every_tokenizer(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    text = PaperFormat("</s>").render("what is honey ?", "honey is sweet .")
+    spans = locate_tokens(text, tokenizer, with_end=True)
+    assert spans.ids[spans.end_start :] == [2]
+    assert_answer(spans, text, tokenizer)
+    # Without word borders a token may hold the border of template and words: such a token stays.
+    words = decoded(spans.ids[spans.user_start : spans.user_end], tokenizer).strip()
+    assert words in ("what is honey ?", "what is honey")
+    assert (spans.ids[0] == 1) == any(part in name for part in ("bos", "metaspace", "without_offsets"))
+    assert spans.ids.count(1) <= 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", ["byte_level", "byte_level_bos_eos", "metaspace", "metaspace_prepend"])
+def test_chat_templates_in_every_tokenizer(name: str, template: str) -> None:
+    tokenizer = with_template(tokenizer_of(name), TEMPLATES[template])
+    text = resolve_prompt_format("chat", tokenizer).render("what is honey ?", "honey is sweet .")
+    spans = locate_tokens(text, tokenizer, with_end=True)
+    assert spans.ids.count(1) == (1 if template in ("llama_2", "gemma") else 0), "BOS twice or missing"
+    assert_answer(spans, text, tokenizer)
+    assert decoded(spans.ids[spans.end_start :], tokenizer).strip() == text.end_text.strip()
+    words = decoded(spans.ids[spans.user_start : spans.user_end], tokenizer).strip()
+    assert words in ("what is honey ?", "what is honey", "hat is honey ?")
+
+
+def test_letters_of_several_tokens(gpt_like: PreTrainedTokenizerBase) -> None:
+    """Each byte of an emoji reports the whole letter as its place."""
+    spans = locate_tokens(rendered("Answer:\U0001f600", "\U0001f622!"), gpt_like, with_end=False)
+    assert decoded(spans.ids[: spans.answer_start], gpt_like) == "Answer:\U0001f600"
+    assert decoded(spans.ids[spans.answer_start :], gpt_like) == "\U0001f622!"
