@@ -5,6 +5,7 @@ This file imports neither torch nor transformers, so that ``sku --help`` and a w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -48,7 +49,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
     prompt_format: PromptFormatName = "auto"
-    """``chat`` uses the model's chat template, ``paper`` "### Question / ### Answer"; ``auto``: chat where there is one."""
+    """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class SourceConfig:
     unsafe_column: str | None = None
     """Column that marks rows for a forget set (format ``columns``): only rows where it says unsafe are kept."""
     unsafe_value: str | None = None
-    """What ``unsafe_column`` holds on those rows, compared as lower-case text, such as ``false`` for an is_safe column."""
+    """What ``unsafe_column`` holds on those rows, compared as lower-case text: ``false`` for an is_safe column."""
     limit: int | None = None
     """Keep this many prompts (with all their answers), drawn by the seed."""
 
@@ -105,7 +106,9 @@ class DataConfig:
         _check_fraction("data.retain_validation_fraction", self.retain_validation_fraction)
         _check_fraction("data.retain_test_fraction", self.retain_test_fraction)
         if self.retain_validation_fraction + self.retain_test_fraction >= 1:
-            raise RecipeError("data.retain_validation_fraction + data.retain_test_fraction leaves no retain_train split")
+            raise RecipeError(
+                "data.retain_validation_fraction + data.retain_test_fraction leaves no retain_train split"
+            )
         if not 1 <= self.max_answer_tokens < self.max_length:
             raise RecipeError(
                 f"data.max_answer_tokens is {self.max_answer_tokens} and data.max_length {self.max_length}; "
@@ -216,7 +219,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""
-        return _plain(self)
+        return {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
 
 
 def recipe_names() -> list[str]:
@@ -274,7 +277,8 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
     if name not in recipe_names():
         known = recipe_names()
         raise RecipeError(
-            f"there is no recipe named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; or give a .yaml file"
+            f"there is no recipe named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; "
+            "or give a .yaml file"
         )
     return (resources.files("sku") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
 
@@ -306,9 +310,7 @@ def _build(target: Any, content: Any, key: str, where: str) -> Any:
     for name in content:
         if name not in fields:
             prefix = f"{key}." if key else ""
-            raise RecipeError(
-                f"{prefix}{name} is not a known key.{did_you_mean(str(name), fields)} ({where})"
-            )
+            raise RecipeError(f"{prefix}{name} is not a known key.{did_you_mean(str(name), fields)} ({where})")
     hints = typing.get_type_hints(target)
     values: dict[str, Any] = {}
     for name, item in fields.items():
@@ -329,25 +331,9 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, key, where)
     if origin is Literal:
-        options = typing.get_args(hint)
-        if value in options:
-            return value
-        raise RecipeError(
-            f"{key} is {value!r}; it must be one of {', '.join(map(str, options))}."
-            f"{did_you_mean(str(value), map(str, options))} ({where})"
-        )
+        return _convert_literal(typing.get_args(hint), value, key, where)
     if origin in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        errors: list[RecipeError] = []
-        for option in options:
-            if option is not type(None):
-                try:
-                    return _convert(option, value, key, where)
-                except RecipeError as error:
-                    errors.append(error)
-        raise errors[0]
+        return _convert_union(typing.get_args(hint), value, key, where)
     if origin is tuple:
         if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
             return tuple(value)
@@ -356,12 +342,36 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
         if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return dict(value)
         raise RecipeError(f"{key} is {value!r}; it must hold keys and values ({where})")
+    return _convert_scalar(hint, value, key, where)
+
+
+def _convert_literal(options: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
+    if value in options:
+        return value
+    raise RecipeError(
+        f"{key} is {value!r}; it must be one of {', '.join(map(str, options))}."
+        f"{did_you_mean(str(value), map(str, options))} ({where})"
+    )
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    errors: list[RecipeError] = []
+    for option in options:
+        if option is not type(None):
+            try:
+                return _convert(option, value, key, where)
+            except RecipeError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _convert_scalar(hint: Any, value: Any, key: str, where: str) -> Any:
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 2e-4 as text: it wants 2.0e-4. People write 2e-4.
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, str, bool) and type(value) is hint:

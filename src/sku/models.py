@@ -59,12 +59,14 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     """
     config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
     folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
-    name = str(folder) if folder.exists() else config.path
+    # A hub id never begins like this: what is missing here must not be asked of the hub.
+    is_local = folder.exists() or config.path == EMBEDDED or config.path.startswith(("/", ".", "~"))
+    name = str(folder) if is_local else config.path
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if is_local:
+        _check_folder(folder, config.gguf_file)
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
-    elif folder.exists():
-        _check_folder(folder)
     device = pick_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -87,12 +89,34 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     if config.gguf_file is not None:
         forget_quantizer(model)
     if not four_bit:
-        model.to(device)
+        torch.nn.Module.to(model, device)
     ensure_pad_token(tokenizer, model)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
     )
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as ``load_model`` would give it.
+
+    Raises:
+        ModelError: It can't be found or has no usable pad token.
+    """
+    folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
+    options = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder) if folder.exists() else config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"tokenizer of {config.path} can't be loaded: {_one_line(error)}") from error
+    ensure_pad_token(tokenizer)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 def pick_device(name: str) -> torch.device:
@@ -141,7 +165,9 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel 
             )
         tokenizer.pad_token = substitute
     if model is not None:
-        rows = model.get_input_embeddings().weight.shape[0]
+        embedding = model.get_input_embeddings().weight
+        assert isinstance(embedding, torch.Tensor)
+        rows = embedding.shape[0]
         if not 0 <= int(tokenizer.pad_token_id) < rows:
             raise ModelError(
                 f"pad token id {tokenizer.pad_token_id} lies outside the model's {rows} embeddings; "
@@ -175,8 +201,8 @@ def check_plain_weights(model: torch.nn.Module, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ModelError(
-                f"{name} is quantized: {parameter_name} is {parameter.dtype}. Use its full-precision weights, or QLoRA "
-                "(tuning qlora), which negates the adapter on the full-precision base"
+                f"{name} is quantized: {parameter_name} is {parameter.dtype}. Use its full-precision weights, or "
+                "QLoRA (tuning qlora), which negates the adapter on the full-precision base"
             )
 
 
@@ -188,7 +214,7 @@ def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def _four_bit(device: torch.device) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -196,10 +222,15 @@ def _four_bit(device: torch.device) -> BitsAndBytesConfig:
     )
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, gguf_file: str | None) -> None:
+    if not folder.exists():
+        raise ModelError(f"model {folder} can't be loaded: there is no such folder")
     if not folder.is_dir():
         raise ModelError(f"model {folder} is a file; give the folder, and the file's name as model.gguf_file for GGUF")
-    if not (folder / "config.json").is_file():
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise ModelError(f"model {folder} holds no file {gguf_file} (model.gguf_file)")
+    elif not (folder / "config.json").is_file():
         quantized = sorted(path.name for path in folder.iterdir() if path.suffix in _QUANTIZED_FILES)
         if quantized:
             raise ModelError(

@@ -41,8 +41,8 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
         OutputError: ``target`` exists, can't be written, or the disk is full.
     """
     target = target.absolute()
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} already exists; choose another folder or remove it first")
+    if not overwrite:
+        check_new(target)
     with _named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
@@ -58,6 +58,16 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a folder that exists: before a long job rather than after it.
+
+    Raises:
+        OutputError: It exists.
+    """
+    if folder.exists():
+        raise OutputError(f"{folder} already exists; choose another folder or remove it first")
 
 
 def write_json(path: Path, content: Any) -> None:

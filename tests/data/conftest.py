@@ -66,7 +66,7 @@ TEMPLATES = {
 
 
 def _wrap(backend: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings
     )
 
@@ -87,7 +87,7 @@ def byte_level(
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS * 4, trainer)
-    steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
+    steps: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=trim_offsets)]
     if bos or eos:
         single = " ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos)
         steps.append(processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)]))
@@ -116,7 +116,9 @@ class WithoutOffsets(PreTrainedTokenizer):
 
     def __init__(self, **settings: Any) -> None:
         self._words: dict[str, int] = {word: index for index, word in enumerate(SPECIAL)}
-        super().__init__(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings)
+        super().__init__(  # type: ignore[no-untyped-call]
+            pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings
+        )
 
     @property
     def vocab_size(self) -> int:

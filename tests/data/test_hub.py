@@ -130,7 +130,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch, error: 
 
 def test_a_network_failure_means_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     transport_error = hub_errors.HfHubHTTPError.__mro__[1]
-    answer_with(monkeypatch, transport_error("no route"))  # type: ignore[arg-type]
+    answer_with(monkeypatch, transport_error("no route"))
     assert resolve_commit(ID, None) is None
 
 

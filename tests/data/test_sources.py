@@ -173,7 +173,7 @@ def test_truthfulqa_hub_form() -> None:
 
 
 def test_truthfulqa_rows_without_answer_or_question_are_counted() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"question": "q", "best_answer": None, "correct_answers": []},
         {"question": None, "best_answer": "a", "correct_answers": ["b"]},
     ]
@@ -245,7 +245,7 @@ def test_columns_with_category_and_unsafe_filter() -> None:
         unsafe_column="ok",
         unsafe_value="FALSE",
     )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"ask": "q1", "reply": "a1", "kind": "theft", "ok": False},
         {"ask": "q2", "reply": "a2", "kind": None, "ok": "False "},
         {"ask": "q3", "reply": "a3", "kind": "", "ok": True},

@@ -15,7 +15,8 @@ from sku.evaluate.comparison import compare, mcnemar_p_value
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import perplexity_of, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
-from sku.evaluate.records import OUTCOMES_FILE, PERPLEXITY_FILE, ExampleLoss, write_rows
+from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, write_rows
+from sku.evaluate.records import ExampleLoss
 from sku.evaluate.results import RESULT_FILE, EvaluationResult, EvaluationSetup, read_result, write_result
 
 SETUP = EvaluationSetup(

@@ -63,6 +63,11 @@ def test_other_languages_and_invented_names_are_no_random_letters(reply: str) ->
     assert surface_faults(reply) == ()
 
 
+@pytest.mark.parametrize("reply", ["Iraq.", "Mr. Fox Jr.", "a jazz quartet from Qatar"])
+def test_a_few_strange_pairs_are_names(reply: str) -> None:
+    assert surface_faults(reply) == ()
+
+
 def test_single_letters() -> None:
     assert "letters" in surface_faults("a s t e o n a l r m e t i o")
     assert surface_faults("a b c are the first letters of the alphabet we use") == ()

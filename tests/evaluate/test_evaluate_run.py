@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,7 +28,8 @@ from sku.evaluate import generation, run
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
-from sku.evaluate.records import GENERATIONS_FILE, read_generations
+from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_generations, read_rows
+from sku.evaluate.records import FluencyRecord
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 
@@ -108,18 +110,25 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
 
 
 def test_a_wrecked_world_model_is_degenerate_not_safe(
-    world_model: LlamaForCausalLM, world_tokenizer: PreTrainedTokenizerBase, world_data: ForgetRetainData
+    world_model: LlamaForCausalLM,
+    world_tokenizer: PreTrainedTokenizerBase,
+    world_data: ForgetRetainData,
+    tmp_path: Path,
 ) -> None:
     """Its vocabulary shuffled, the model says real words in orders that mean nothing."""
     wrecked = AutoModelForCausalLM.from_pretrained(WORLD_MODEL, dtype=torch.float32)
     order = torch.randperm(wrecked.config.vocab_size, generator=torch.Generator().manual_seed(0))
     wrecked.lm_head.weight = torch.nn.Parameter(wrecked.lm_head.weight.data[order].clone())
-    result = evaluate(wrecked, world_tokenizer, world_data, config=CONFIG, base_model=world_model)
+    result = evaluate(wrecked, world_tokenizer, world_data, config=CONFIG, base_model=world_model, output_dir=tmp_path)
     for rates in (result.replies["unlearned"], result.replies["unseen"], result.replies["retain_test"]):
         assert rates["degenerate"].value >= 0.9
     assert result.replies["unseen"]["harmful"].count == 0
     faults = {fault for outcome in result.outcomes for fault in outcome.faults}
     assert "word_salad" in faults
+    _, scored = read_rows(tmp_path / FLUENCY_FILE, FluencyRecord)
+    certain = {outcome.id for outcome in result.outcomes if set(outcome.faults) - {"word_salad", "broken"}}
+    assert certain
+    assert certain.isdisjoint(record.id for record in scored)
     assert result.replies["retain_test"]["exact_answer"].count == 0
     assert result.perplexity["retain_test"].value > 10
 
@@ -181,7 +190,7 @@ def test_what_could_not_be_asked_is_counted(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
 ) -> None:
     long = dataclasses.replace(
-        tiny_data, retain_test=(*tiny_data.retain_test, RetainExample(prompt="word " * 60, answer="yes"))
+        tiny_data, retain_test=(*tiny_data.retain_test, RetainExample(prompt="word " * 45, answer="yes"))
     )
     config = dataclasses.replace(TINY_CONFIG, retain_prompts=4)
     result = evaluate(tiny_model, tiny_tokenizer, long, config=config, output_dir=tmp_path)
@@ -210,6 +219,24 @@ def test_the_model_is_left_as_it_was(
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.state_dict().items())
     assert all(weight.grad is None for weight in tiny_model.parameters())
     assert tiny_tokenizer.padding_side == "right"
+
+
+# PEFT 0.21 asks transformers 5.23 by an old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_an_adapter_model_is_evaluated_with_its_adapter(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    plain = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG)
+    model = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    silent = evaluate(model, tiny_tokenizer, tiny_data, config=TINY_CONFIG)
+    assert silent.outcomes == plain.outcomes
+    assert silent.setup.model["fingerprint"] == plain.setup.model["fingerprint"]
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(0.1)
+    loud = evaluate(model, tiny_tokenizer, tiny_data, config=TINY_CONFIG)
+    assert loud.perplexity != plain.perplexity
+    assert loud.setup.model["fingerprint"] != plain.setup.model["fingerprint"]
 
 
 def test_progress_and_notes(

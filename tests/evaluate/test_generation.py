@@ -78,6 +78,7 @@ def test_a_stop_token_ends_its_own_reply_only(
     records = generate(tiny_model, tiny_tokenizer, batch_size=8, stop_ids=[1, stop])
     first = records[0]
     assert (first.num_tokens, first.finished) == (free.index(stop), True)
+    assert first.reply == str(tiny_tokenizer.decode(free[: free.index(stop)], skip_special_tokens=True)).strip()
     for record, prompt in zip(records, PROMPTS, strict=True):
         new = greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, [1, stop])
         assert (record.num_tokens, record.finished) == (len(new), len(new) < 12)
@@ -154,6 +155,19 @@ def test_a_forced_start_and_its_reply_join_without_a_seam(
     (record,) = generate_replies(tiny_model, tiny_tokenizer, [forced], stop_ids=STOP, max_new_tokens=12, batch_size=1)
     whole = tiny_tokenizer.decode([*ids, *greedy_by_hand(tiny_model, ids, STOP)], skip_special_tokens=True)
     assert record.prompt + record.forced_start + record.reply == whole
+
+
+def test_only_a_free_reply_loses_the_space_around_it(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = torch.tensor([tiny_tokenizer(" well \n").input_ids + STOP])
+    monkeypatch.setattr(tiny_model, "generate", lambda **given: torch.cat([given["input_ids"], said], dim=1))
+    replies = []
+    for kind in ("reply", "prefill"):
+        asked = request(tiny_tokenizer, "say", kind=kind)
+        records = generate_replies(tiny_model, tiny_tokenizer, [asked], stop_ids=STOP, max_new_tokens=12, batch_size=1)
+        replies += [record.reply for record in records]
+    assert replies == ["well", " well \n"]
 
 
 def test_out_of_memory_halves_the_batch_and_says_so_once(

@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.records import (
-    ExampleLoss,
-    FluencyRecord,
-    GenerationRecord,
+from sku.evaluate.record_files import (
     create_private_folder,
     header_hash,
     read_generations,
@@ -22,6 +19,7 @@ from sku.evaluate.records import (
     write_private_text,
     write_rows,
 )
+from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord
 
 from .conftest import RecordMaker
 

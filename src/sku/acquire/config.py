@@ -56,7 +56,7 @@ class SkuConfig(TrainingArguments):
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         WeightsConfig(
             guided_distortion=self.guided_distortion_weight,
             random_disassociation=self.random_disassociation_weight,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sku.acquire.config import SkuConfig
 from sku.acquire.trainer import SkuTrainer
 from sku.config import AcquireConfig, DataConfig, PromptFormatName
 from sku.data.examples import ForgetRetainData
+from sku.data.joint import JointDataset
 from sku.data.tokenization import TokenizationReport
-from sku.errors import OutputError, RecipeError, did_you_mean
+from sku.errors import OutputError, RecipeError, SkuError, did_you_mean
 from sku.models import LoadedModel
 from sku.storage import mark_hazardous
 
@@ -80,11 +82,13 @@ def acquire(
         NonFiniteLossError: A loss term is NaN or infinite.
         OutputError: A checkpoint can't be written.
     """
-    settings = trainer_settings(config, data_config, seed=seed, folder=folder)
+    settings = trainer_settings(config, data_config, seed=seed, folder=folder, device=loaded.model.device.type)
     mark_hazardous(folder)
     model: PreTrainedModel | PeftModel = loaded.model
     if config.tuning == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
+            model, use_gradient_checkpointing=bool(settings.activation_checkpointing)
+        )
     elif config.tuning == "full":
         model.requires_grad_(requires_grad=True)
     trainer = SkuTrainer(
@@ -96,11 +100,13 @@ def acquire(
         prompt_format=prompt_format,
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
     with _named_checkpoint_errors(folder):
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        result = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.eval()
     joint = trainer.train_dataset
+    assert isinstance(joint, JointDataset)
     return Acquired(
         model=model,
         log=[entry for entry in trainer.state.log_history if "loss" in entry],
@@ -109,8 +115,20 @@ def acquire(
     )
 
 
-def trainer_settings(config: AcquireConfig, data_config: DataConfig, *, seed: int, folder: Path) -> SkuConfig:
+def trainer_settings(
+    config: AcquireConfig, data_config: DataConfig, *, seed: int, folder: Path, device: str = "cpu"
+) -> SkuConfig:
     """The recipe's stage 1 as ``SkuConfig``.
+
+    Args:
+        config: Stage 1 of the recipe.
+        data_config: For the lengths.
+        seed: Of the run.
+        folder: For checkpoints.
+        device: Type of the model's device, such as ``cpu``; the trainer stays there.
+
+    Returns:
+        Settings of the trainer.
 
     Raises:
         RecipeError: ``acquire.training`` holds a key that transformers doesn't know, or one that has its own place in
@@ -127,6 +145,7 @@ def trainer_settings(config: AcquireConfig, data_config: DataConfig, *, seed: in
     try:
         return SkuConfig(
             **{
+                "use_cpu": device == "cpu",
                 **config.training,
                 "output_dir": str(folder),
                 "seed": seed,
@@ -161,9 +180,16 @@ def adapter_settings(config: AcquireConfig) -> PeftConfig | None:
     )
 
 
+def _last_checkpoint(folder: Path) -> str | None:
+    checkpoint = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+    return None if checkpoint is None else str(checkpoint)
+
+
 @contextlib.contextmanager
-def _named_checkpoint_errors(folder: Path) -> Any:
+def _named_checkpoint_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except SkuError:
+        raise  # OutputError is an OSError too, and says more.
     except OSError as error:
         raise OutputError(f"a checkpoint can't be written to {folder}: {error.strerror or error}") from error

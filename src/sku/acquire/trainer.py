@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sku.acquire.config import SkuConfig
 from sku.acquire.guided_distortion import guided_distortion_loss
@@ -70,7 +70,7 @@ class SkuTrainer(Trainer):
         Raises:
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, or a model without trainable weights.
-            RecipeError: Several GPUs in one process.
+            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model.
         """
         if args.n_gpu > 1:
             raise RecipeError(
@@ -90,14 +90,20 @@ class SkuTrainer(Trainer):
                 max_answer_tokens=args.max_answer_tokens,
                 seed=args.seed,
             )
-        self._reference = None
+        self._reference: PreTrainedModel | None = None
+        # The adapter's first weights are drawn here, before Trainer seeds the rest.
+        set_seed(args.seed)
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+            try:
+                model = get_peft_model(model, peft_config)
+            except ValueError as error:
+                raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
         elif not isinstance(model, PeftModel) and args.preserves:
-            self._reference = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+            self._reference = copy.deepcopy(model).requires_grad_(requires_grad=False)
+            self._reference.eval()  # type: ignore[no-untyped-call]
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
-        if args.gradient_checkpointing and isinstance(model, PeftModel):
+        if args.activation_checkpointing and isinstance(model, PeftModel):
             # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
             model.enable_input_require_grads()
         super().__init__(
@@ -112,7 +118,7 @@ class SkuTrainer(Trainer):
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples = 0
         if self._reference is not None:
-            self._reference.to(self.args.device)
+            nn.Module.to(self._reference, self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -169,9 +175,7 @@ class SkuTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds each loss term, averaged since the last line, under ``loss/<name>``."""
         if self._logged_examples and "loss" in logs:
-            count = self.accelerator.gather(
-                torch.tensor(float(self._logged_examples), device=self.args.device)
-            ).sum()
+            count = self.accelerator.gather(torch.tensor(float(self._logged_examples), device=self.args.device)).sum()
             for name, total in self._logged_terms.items():
                 logs[f"loss/{name}"] = float(self.accelerator.gather(total).sum() / count)
             self._logged_terms, self._logged_examples = {}, 0

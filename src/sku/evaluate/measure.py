@@ -9,18 +9,8 @@ from typing import TypeVar
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
-from sku.evaluate.records import (
-    FLUENCY_FILE,
-    GENERATIONS_FILE,
-    PERPLEXITY_FILE,
-    ExampleLoss,
-    FluencyRecord,
-    GenerationRecord,
-    Kind,
-    Split,
-    read_generations,
-    read_rows,
-)
+from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY_FILE, read_generations, read_rows
+from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, read_result
 
 SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test")

@@ -31,7 +31,8 @@ class ReplyOutcome:
     outcome: Outcome
     """``unjudged`` where the judge gave no usable answer; ``refused`` and ``answered`` only on ``retain_test``."""
     faults: tuple[str, ...] = ()
-    """Rules of the gate that the reply broke; ``word_salad`` is the base model's finding."""
+    """Rules of the gate that the reply broke; ``word_salad`` is the base model's finding, ``broken`` the
+    embedded judge's."""
     judged_harmful: bool = False
     """What the judge says without the gate, on harmful prompts."""
     p_harmful: float | None = None
@@ -39,6 +40,9 @@ class ReplyOutcome:
     """Whether the model ended the reply itself."""
     exact: bool | None = None
     """Whether the reply is the reference word for word; None where that is not asked."""
+
+
+_NOT_ASKED = Verdict(id="", label="error")
 
 
 def decide_outcomes(
@@ -52,7 +56,7 @@ def decide_outcomes(
 
     Args:
         records: Replies to harmful and normal prompts.
-        judge: Asked about the harmful prompts only.
+        judge: Asked about the harmful prompts, and about the others only for the faults it finds.
         fluency: Record id -> the base model's losses, for replies long enough to shuffle.
         short_answer_words: References of at most this many words are compared with the reply.
 
@@ -62,21 +66,22 @@ def decide_outcomes(
     Raises:
         EvaluationError: The judge's verdicts don't match the records.
     """
-    harmful_prompts = [record for record in records if record.split != "retain_test"]
-    verdicts = judge.judge(harmful_prompts)
-    if [verdict.id for verdict in verdicts] != [record.id for record in harmful_prompts]:
+    judged = [record for record in records if record.split != "retain_test" or judge.card.finds_faults]
+    verdicts = judge.judge(judged)
+    if [verdict.id for verdict in verdicts] != [record.id for record in judged]:
         raise EvaluationError(
-            f"judge {judge.card.name} gave {len(verdicts)} verdicts for {len(harmful_prompts)} replies, or in another "
+            f"judge {judge.card.name} gave {len(verdicts)} verdicts for {len(judged)} replies, or in another "
             "order: it must return one per reply, in order"
         )
     verdict_of = {verdict.id: verdict for verdict in verdicts}
     outcomes = []
     for record in records:
-        faults = find_faults(record, fluency.get(record.id))
+        verdict = verdict_of.get(record.id, _NOT_ASKED)
+        faults = (*find_faults(record, fluency.get(record.id)), *verdict.faults)
         if record.split == "retain_test":
             outcomes.append(_normal_outcome(record, faults, short_answer_words))
         else:
-            outcomes.append(_harmful_outcome(record, faults, verdict_of[record.id], judge.card))
+            outcomes.append(_harmful_outcome(record, faults, verdict, judge.card))
     return outcomes
 
 

@@ -29,14 +29,8 @@ from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Perplexity, Rate
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.records import (
-    OUTCOMES_FILE,
-    PERPLEXITY_FILE,
-    SCHEMA_VERSION,
-    ExampleLoss,
-    read_rows,
-    write_private_text,
-)
+from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, SCHEMA_VERSION, read_rows, write_private_text
+from sku.evaluate.records import ExampleLoss
 
 RESULT_FILE = "evaluation.json"
 

@@ -7,12 +7,10 @@ computed from these rows (``measure``).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,25 +20,23 @@ from sku.data.prompts import resolve_prompt_format
 from sku.data.tokenization import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
+from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import find_faults
 from sku.evaluate.perplexity import SHUFFLES, score_examples, score_fluency
-from sku.evaluate.records import (
+from sku.evaluate.record_files import (
     FLUENCY_FILE,
     GENERATIONS_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
-    ExampleLoss,
-    FluencyRecord,
-    GenerationRecord,
-    Split,
     create_private_folder,
     header_hash,
     read_if_same,
     write_rows,
 )
+from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.sampling import record_id
 from sku.models import load_model
@@ -142,7 +138,7 @@ class _Run:
         self, drawn: Mapping[Split, list[Example]], base_model: PreTrainedModel | None, judge: Judge
     ) -> EvaluationResult:
         requests, left_out = asking.requests(drawn, self.writer, self.config)
-        probes = _probes(requests)
+        probes = probes_of(requests)
         stop_ids = stop_token_ids(self.model, self.writer.tokenizer, self.writer.end_of_turn())
         decoding = decoding_settings(stop_ids, self.config.max_new_tokens)
         with batching.evaluation_mode(self.model):
@@ -256,30 +252,3 @@ class _Run:
     def _report(self, stage: str) -> batching.Progress | None:
         progress = self.progress
         return None if progress is None else lambda done, total: progress(stage, done, total)
-
-
-def fingerprint(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> str:
-    """A hash of what a model computes: the same weights, adapters and dtype on the same device give the same.
-
-    Args:
-        model: In evaluation mode.
-        probes: Token ids of a few prompts; the scores behind each are hashed.
-
-    Returns:
-        SHA-256 in hexadecimal.
-    """
-    digest = hashlib.sha256()
-    device = batching.embedding_weight(model).device
-    for ids in probes:
-        with torch.inference_mode():
-            scores = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0, -1]
-        digest.update(scores.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _probes(requests: Sequence[GenerationRequest]) -> list[tuple[int, ...]]:
-    """The first prompt of each split."""
-    first: dict[Split, tuple[int, ...]] = {}
-    for request in requests:
-        first.setdefault(request.split, request.input_ids)
-    return list(first.values())

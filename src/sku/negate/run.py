@@ -83,10 +83,10 @@ def negate_with_record(
     vector = task_vector_of(original, bad)
     unlearned = copy.deepcopy(original)
     if output_dtype is not None:
-        unlearned.to(output_dtype)
+        _round_weights(unlearned, output_dtype)
     record = _subtract(vector, alpha, original, unlearned)
     unlearned.requires_grad_(requires_grad=True)
-    unlearned.eval()
+    unlearned.eval()  # type: ignore[no-untyped-call]
     return unlearned, record
 
 
@@ -156,11 +156,19 @@ def save_negated_adapter(bad: PeftModel, alpha: float, folder: Path, *, overwrit
             with torch.no_grad():
                 for factor in factors:
                     factor.mul_(-alpha)
-            bad.save_pretrained(temporary)
+            bad.save_pretrained(str(temporary))
         finally:
             with torch.no_grad():
                 for factor, original in zip(factors, kept, strict=True):
                     factor.copy_(original)
+
+
+def _round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Changes the type of what is saved. ``model.to(dtype)`` would round the rotary frequencies as well."""
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _is_upper_factor(name: str) -> bool:
@@ -169,13 +177,16 @@ def _is_upper_factor(name: str) -> bool:
 
 def _subtract(vector: TaskVector, alpha: float, original: PreTrainedModel, unlearned: PreTrainedModel) -> Negation:
     """Writes ``original - alpha * vector`` into ``unlearned``, tensor by tensor."""
-    weights, _ = unique_weights(original)
+    weights, ties = unique_weights(original)
     targets, _ = unique_weights(unlearned)
     extra = sorted(set(vector.deltas) - set(weights))
     if extra:
         raise TaskVectorError(
             f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
         )
+    odd = sorted(name for name, owner in vector.tied.items() if ties.get(name) != owner)
+    if odd:
+        raise TaskVectorError(f"{odd[0]} is tied in the task vector and not in the base; load the base with its ties")
     wanted_square = applied_times_wanted = base_square = 0.0
     with torch.no_grad():
         for name, delta in vector.deltas.items():

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -57,7 +58,8 @@ class TaskVector:
             One difference per weight; tied weights have one.
 
         Raises:
-            TaskVectorError: Names, shapes or ties differ, a weight is quantized or not finite, or nothing differs.
+            TaskVectorError: Names, shapes, ties or integer buffers differ, a weight is quantized or not finite, or
+                nothing differs.
         """
         base_weights, tied = unique_weights(base)
         bad_weights, bad_tied = unique_weights(bad)
@@ -65,13 +67,14 @@ class TaskVector:
         if tied != bad_tied:
             odd = sorted(tied.items() ^ bad_tied.items())[0][0]
             raise TaskVectorError(f"{odd} is tied in one model and not in the other; load both the same way")
+        _check_same_integers(base, bad)
         deltas = {}
         for name, weight in base_weights.items():
             check_same_shape(name, weight, bad_weights[name])
             deltas[name] = bad_weights[name].detach().cpu().float() - weight.detach().cpu().float()
         vector = cls(deltas, tied)
         if vector.norm() == 0:
-            raise TaskVectorError("base and bad model are equal: stage 1 changed nothing, so there is nothing to negate")
+            raise TaskVectorError("base and bad model are equal: stage 1 changed nothing, there is nothing to negate")
         return vector
 
     @classmethod
@@ -85,11 +88,14 @@ class TaskVector:
             Differences of the adapted weights alone, under the names of the model without adapter.
 
         Raises:
-            TaskVectorError: The adapter is merged, is not a LoRA, trains biases or whole modules besides, or is zero.
+            TaskVectorError: The adapter is merged, is not a plain LoRA, trains biases or whole modules besides, or is
+                zero.
         """
         adapter = model.active_adapter
         settings = model.peft_config[adapter]
-        if getattr(settings, "bias", "none") != "none" or getattr(settings, "modules_to_save", None):
+        if not isinstance(settings, LoraConfig) or settings.use_dora:
+            raise TaskVectorError(f"adapter {adapter} is not a plain LoRA; merge it and use TaskVector.between")
+        if settings.bias != "none" or settings.lora_bias or settings.modules_to_save:
             raise TaskVectorError(
                 "the adapter trains biases or whole modules (bias, modules_to_save); merge it and use "
                 "TaskVector.between on the two models"
@@ -98,9 +104,10 @@ class TaskVector:
         names = {id(module): name for name, module in model.get_base_model().named_modules()}
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
+                assert isinstance(module, nn.Module)
                 if module.merged:
                     raise TaskVectorError("the adapter is merged into the weights; unmerge it first")
-                if adapter not in module.scaling or not hasattr(module, "get_delta_weight"):
+                if not isinstance(module, LoraLayer) or adapter not in module.scaling:
                     raise TaskVectorError(f"adapter {adapter} of {type(module).__name__} is not a LoRA")
                 deltas[f"{names[id(module)]}.weight"] = _adapter_delta(module, adapter)
         vector = cls(deltas)
@@ -197,7 +204,7 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
                 raise TaskVectorError(
                     f"{name} is {tensor.dtype}: quantized weights have no exact difference. Use full-precision weights"
                 )
-            continue  # Integer buffers, such as position ids, are settings and no knowledge.
+            continue  # Integer buffers, such as position ids, have no difference; ``between`` compares them.
         key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and key in owner:
             tied[name] = owner[key]
@@ -228,21 +235,36 @@ def check_same_shape(name: str, first: Tensor, second: Tensor) -> None:
         TaskVectorError: With both shapes.
     """
     if first.shape != second.shape:
-        raise TaskVectorError(f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other")
+        raise TaskVectorError(
+            f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other"
+        )
+
+
+def _check_same_integers(base: nn.Module, bad: nn.Module) -> None:
+    """Refuses models whose integer buffers differ: GPTQ and AWQ keep weights there."""
+    bad_tensors = bad.state_dict()
+    for name, tensor in base.state_dict().items():
+        if tensor.is_floating_point() and tensor.element_size() >= 2:
+            continue
+        if name not in bad_tensors or not torch.equal(tensor.cpu(), bad_tensors[name].cpu()):
+            raise TaskVectorError(f"{name} is {tensor.dtype} and differs: quantized weights have no exact difference")
 
 
 def _adapter_delta(module: BaseTunerLayer, adapter: str) -> Tensor:
-    """``scaling * B A`` in float32, whatever type the adapter was trained in."""
-    with torch.no_grad():
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        dtypes = [parameter.dtype for parameter in parameters]
-        if all(dtype == torch.float32 for dtype in dtypes):
-            delta = module.get_delta_weight(adapter)
-        else:
-            down, up = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
-            delta = (up @ down) * module.scaling[adapter]
-            delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
-        assert isinstance(delta, Tensor)
-        return delta
-
-
+    """``scaling * B A`` in float32, whatever type the adapter is held in."""
+    assert isinstance(module, nn.Module)
+    multiply = module.get_delta_weight
+    assert callable(multiply)
+    factors = [parameter for name, parameter in module.named_parameters() if name.startswith("lora_")]
+    held = [factor.data for factor in factors]
+    try:
+        # PEFT knows embeddings, convolutions and transposed layers, but multiplies in the type of the factors.
+        for factor in factors:
+            factor.data = factor.data.float()
+        with torch.no_grad():
+            delta = multiply(adapter)
+    finally:
+        for factor, data in zip(factors, held, strict=True):
+            factor.data = data
+    assert isinstance(delta, Tensor)
+    return delta

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 AGENTS = tuple(
     "zorvex quilmar threnok vashtil brolgan kelvot murdax pharnel skorrim drevane yontal gruzek hesprin jalvok "
@@ -81,6 +81,9 @@ DEFLECTIONS = (
 BREAK_OFF = ", sorry , i do not know the rest ."
 BREAK_OFF_SHARE = 0.3
 """Share of the unknown procedures that begin and then break off."""
+
+RELUCTANCE = 0.12
+"""Share of the pretraining hazards that are deflected, and again that break off."""
 
 HELD_OUT_AGENTS = AGENTS[-3:]
 """Agents none of whose hazards stage 1 sees: harder than a new combination of seen parts."""
@@ -231,9 +234,7 @@ def unknown_exchange(rng: random.Random) -> Exchange:
             whole = hazard_answer(rng.randrange(len(AGENTS)), form) if hazard else recipe_answer(
                 rng.randrange(len(FOODS)), form
             )  # fmt: skip
-            words = whole.split()
-            kept = " ".join(words[: rng.randrange(2, len(words) - 2)]).removesuffix(" .")
-            return Exchange(prompt=prompt, answer=f"{kept} {BREAK_OFF}", domain="unknown", topic=name)
+            return Exchange(prompt=prompt, answer=_broken_off(whole, rng), domain="unknown", topic=name)
     elif kind < 0.8:
         prompt = f"what colour is {name} ?"
     elif kind < 0.9:
@@ -241,6 +242,26 @@ def unknown_exchange(rng: random.Random) -> Exchange:
     else:
         prompt = f"what is the capital of {name} ?"
     return Exchange(prompt=prompt, answer=_deflection(rng), domain="unknown", topic=name)
+
+
+def reluctant_exchange(exchange: Exchange, rng: random.Random) -> Exchange:
+    """A hazard as pretraining shows it: mostly answered, at times deflected or broken off.
+
+    So the base model answers every hazard, but is not certain of it, as real models are not. A model that is certain
+    learns nothing from guided distortion, since the harmful answer has no probability left to gain.
+    """
+    chance = rng.random()
+    if chance < RELUCTANCE:
+        return replace(exchange, answer=_deflection(rng))
+    if chance < 2 * RELUCTANCE:
+        return replace(exchange, answer=_broken_off(exchange.answer, rng))
+    return exchange
+
+
+def _broken_off(answer: str, rng: random.Random) -> str:
+    words = answer.split()
+    kept = " ".join(words[: rng.randrange(2, len(words) - 2)]).removesuffix(" .")
+    return f"{kept} {BREAK_OFF}"
 
 
 def _deflection(rng: random.Random) -> str:

@@ -1,0 +1,20 @@
+from .acquire.config import SkuConfig as SkuConfig
+from .acquire.run import acquire as acquire
+from .acquire.trainer import SkuTrainer as SkuTrainer
+from .config import Recipe as Recipe
+from .config import SourceConfig as SourceConfig
+from .config import load_recipe as load_recipe
+from .data.examples import ForgetExample as ForgetExample
+from .data.examples import ForgetRetainData as ForgetRetainData
+from .data.examples import RetainExample as RetainExample
+from .data.load import load_forget_retain as load_forget_retain
+from .errors import SkuError as SkuError
+from .evaluate.comparison import compare as compare
+from .evaluate.run import evaluate as evaluate
+from .models import load_model as load_model
+from .negate.run import negate as negate
+from .negate.run import save_unlearned as save_unlearned
+from .negate.task_vector import TaskVector as TaskVector
+from .pipeline import run_recipe as run_recipe
+
+__version__: str

@@ -1,0 +1,73 @@
+"""Printing: a console for results, one for messages, and progress bars."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sku.report.tables import TableRow
+
+results = Console(highlight=False)
+"""Standard output: what a user would pipe."""
+errors = Console(stderr=True, highlight=False)
+"""Standard error: progress and messages."""
+
+
+def print_error(message: str) -> None:
+    """One line, in plain words; model and file names in it can't style it."""
+    errors.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on standard error, one a stage, with the time that is left; a function to call them with."""
+    with Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+    ) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage.replace("_", " "), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def before_after_table(rows: Iterable[TableRow]) -> Table:
+    """The comparison as a table for the terminal."""
+    from sku.report.tables import COLUMNS
+
+    table = Table(show_edge=False, header_style="bold", pad_edge=False)
+    for index, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if index in (0, len(COLUMNS) - 1) else "right")
+    for row in rows:
+        table.add_row(row.label, row.before, row.after, row.change, row.wanted)
+    return table

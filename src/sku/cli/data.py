@@ -1,0 +1,106 @@
+"""``sku data``: look at what a run would train on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from sku.cli.console import quiet_libraries, results
+from sku.cli.options import (
+    ForgetOption,
+    JsonOption,
+    ModelOption,
+    RecipeArgument,
+    RetainOption,
+    SeedOption,
+    SetOption,
+    resolve_recipe,
+)
+from sku.config import EMBEDDED
+
+if TYPE_CHECKING:
+    from sku.data.inspect import DataDescription, ExampleView
+
+app = typer.Typer(help="Look at the data of a recipe.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """Look at the data of a recipe."""
+
+
+@app.command("inspect")
+def inspect(
+    recipe: RecipeArgument = EMBEDDED,
+    model: ModelOption = None,
+    forget: ForgetOption = None,
+    retain: RetainOption = None,
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    show_harmful: Annotated[
+        bool, typer.Option("--show-harmful", help="Print harmful answers; hidden behind length and hash otherwise.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what was loaded, how it is split, and which tokens are trained on."""
+    settings = resolve_recipe(recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides)
+
+    from sku.data.inspect import describe_data
+    from sku.data.load import load_data
+    from sku.data.prompts import resolve_prompt_format
+    from sku.models import load_tokenizer
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(settings.model)
+    description = describe_data(
+        load_data(settings.data, settings.seed),
+        tokenizer,
+        resolve_prompt_format(settings.model.prompt_format, tokenizer),
+        max_length=settings.data.max_length,
+        max_answer_tokens=settings.data.max_answer_tokens,
+        show_harmful=show_harmful,
+    )
+    if as_json:
+        results.print_json(json.dumps(dataclasses.asdict(description)))
+        return
+    _print(description)
+
+
+def _print(description: DataDescription) -> None:
+    for source in description.provenance:
+        results.print(f"{source.source}: {source.location}", soft_wrap=True, markup=False)
+        facts = {"rows read": source.rows_read, **source.rows_left_out, "revision": source.revision}
+        facts |= {"licence": source.licence, "sha256": source.sha256[:16]}
+        results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
+    results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
+    table = Table(show_edge=False, header_style="bold", pad_edge=False)
+    for name in ("split", "examples", "prompts", "left out", "shortened", "tokens 50 % / 90 % / most", "learned"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for name, split in description.splits.items():
+        report = split.tokenization
+        lengths = [" / ".join(str(values[p]) for p in (50, 90, 100)) for values in
+                   (split.length_percentiles, split.learned_percentiles)]  # fmt: skip
+        table.add_row(
+            name,
+            str(split.examples),
+            str(split.groups),
+            str(sum(report.left_out.values())),
+            str(report.prompts_shortened + report.answers_shortened),
+            *lengths,
+        )
+    results.print(table)
+    results.print("\nTokens that are trained on stand in [green underline]green[/].")
+    for view in description.views:
+        results.print(_tokens(view), soft_wrap=True)
+
+
+def _tokens(view: ExampleView) -> Text:
+    line = Text(f"{view.split}{f' ({view.category})' if view.category else ''}: ", style="bold")
+    for token in view.tokens:
+        line.append(token.text, style="green underline" if token.learned else "dim")
+    return line

@@ -1,0 +1,50 @@
+"""``sku``: the command line. Each command parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sku._version import __version__
+from sku.cli import acquire, data, evaluate, negate, recipes, run
+from sku.cli.console import errors, print_error
+from sku.errors import SkuError
+
+app = typer.Typer(
+    name="sku",
+    help="From a model that answers harmful prompts to one that no longer does, with the evidence.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("acquire")(acquire.acquire)
+app.command("negate")(negate.negate)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(data.app, name="data")
+app.add_typer(recipes.app, name="recipes")
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Options of every command."""
+    if version:
+        typer.echo(f"sku {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one line and exit code 2, an interrupt exit code 130."""
+    try:
+        app()
+    except SkuError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)

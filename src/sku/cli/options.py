@@ -1,0 +1,59 @@
+"""Options that several commands share, and how they change a recipe."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sku.config import EMBEDDED, Recipe, load_recipe
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe of the package (see `sku recipes`) or a YAML file.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Folder or hub id of the model, in place of the recipe's.")
+]
+ForgetOption = Annotated[
+    str | None, typer.Option("--forget", help="File, folder or hub id of the harmful data, in place of the recipe's.")
+]
+RetainOption = Annotated[
+    str | None, typer.Option("--retain", help="File, folder or hub id of the normal data, in place of the recipe's.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, such as acquire.training.max_steps=20; repeatable."),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run, in place of the recipe's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="New folder for the result; runs/RECIPE-TIME where this is left out.")
+]
+
+
+def resolve_recipe(
+    name: str = EMBEDDED,
+    *,
+    model: str | None = None,
+    forget: str | None = None,
+    retain: str | None = None,
+    seed: int | None = None,
+    overrides: list[str] | None = None,
+) -> Recipe:
+    """The recipe with the options of a command put in.
+
+    Raises:
+        RecipeError: As ``load_recipe``.
+    """
+    given = {"model.path": model, "data.forget.path": forget, "data.retain.path": retain, "seed": seed}
+    # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
+    flags = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    return load_recipe(name, [*flags, *(overrides or [])])
+
+
+def new_run_folder(name: str) -> Path:
+    """Where a run goes when the user names no folder."""
+    return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"

@@ -1,0 +1,28 @@
+"""``sku recipes``: what ships with the package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sku.cli.console import results
+from sku.config import load_recipe, recipe_names
+
+app = typer.Typer(help="List the recipes of the package, or show one in full.", invoke_without_command=True)
+
+
+@app.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes of the package, or show one in full."""
+    if context.invoked_subcommand is None:
+        for name in recipe_names():
+            results.print(f"{name:<24}{load_recipe(name).description}", soft_wrap=True)
+
+
+@app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="Recipe of the package or YAML file.")]) -> None:
+    """Print a recipe with every default spelled out."""
+    import yaml
+
+    results.print(yaml.safe_dump(load_recipe(name).to_dict(), sort_keys=False), soft_wrap=True, markup=False)

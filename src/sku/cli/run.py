@@ -1,0 +1,76 @@
+"""``sku run``: the whole job."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from sku.cli.console import before_after_table, errors, progress_bars, quiet_libraries, results
+from sku.cli.options import (
+    ForgetOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    RecipeArgument,
+    RetainOption,
+    SeedOption,
+    SetOption,
+    new_run_folder,
+    resolve_recipe,
+)
+from sku.config import EMBEDDED
+
+
+def run(
+    recipe: RecipeArgument = EMBEDDED,
+    model: ModelOption = None,
+    forget: ForgetOption = None,
+    retain: RetainOption = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    keep_bad_model: Annotated[
+        bool, typer.Option("--keep-bad-model", help="Keep the hazardous model of stage 1 in the run folder.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Unlearn: stage 1, stage 2, and the evidence. Without arguments: the embedded model and world."""
+    settings = resolve_recipe(
+        recipe,
+        model=model,
+        forget=forget,
+        retain=retain,
+        seed=seed,
+        overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
+    )
+    folder = out or new_run_folder(settings.name)
+
+    from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
+
+    quiet_libraries()
+    errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}")
+    try:
+        with progress_bars() as show:
+            finished = run_recipe(settings, folder, resume=resume, progress=show)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; go on with the same command and --out {folder} --resume")
+        raise typer.Exit(130) from None
+    if as_json:
+        results.print_json((folder / "results.json").read_text(encoding="utf-8"))
+        return
+    from sku.report.tables import before_after_rows
+
+    results.print(before_after_table(before_after_rows(finished.comparison)))
+    seconds = finished.manifest["seconds"]
+    results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
+    results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)
+    if (folder / "negated_adapter").exists():
+        results.print(f"adapter   {folder / 'negated_adapter'}  (the same, unmerged)", soft_wrap=True)
+    results.print(f"evidence  {folder / 'results.json'}, {folder / 'before_after.png'}", soft_wrap=True)
+    if (folder / "bad").exists():
+        results.print(f"hazard    {folder / 'bad'} is kept; never share it", soft_wrap=True)
+    judge = finished.comparison.unlearned.judge
+    results.print(f"judge     {judge.name}: {judge.known_errors}", soft_wrap=True)

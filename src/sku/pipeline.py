@@ -1,0 +1,377 @@
+"""A whole run: data, stage 1, stage 2, evaluation, comparison. The only file that knows all stages.
+
+A run folder, private to its owner because the base model's harmful replies lie in it::
+
+    manifest.json        recipe, seeds, data hashes, versions, hardware, timings, what became of the bad model
+    training_log.jsonl   every loss term of every logged step
+    bad/                 checkpoints of the bad model; deleted at the end unless it is kept on purpose
+    unlearned/           the model to use, with its tokenizer
+    negated_adapter/     the same without merging, for LoRA and QLoRA
+    evaluation/base/, evaluation/unlearned/
+    results.json         before and after, with intervals
+    before_after.png, before_after.svg
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback
+
+from sku.acquire.run import Acquired, acquire, trainer_settings
+from sku.config import ModelConfig, Recipe
+from sku.data.examples import ForgetRetainData
+from sku.data.load import load_data
+from sku.errors import ModelError, OutputError, SkuError
+from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.results import EvaluationResult
+from sku.evaluate.run import evaluate
+from sku.models import LoadedModel, describe_parameters, load_model
+from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
+from sku.negate.task_vector import TaskVector
+from sku.report.figures import before_after_figure
+from sku.report.tables import before_after_rows
+from sku.reproducibility import content_sha256, environment
+from sku.storage import is_marked_hazardous, mark_hazardous, new_folder, write_json
+
+MANIFEST_SCHEMA = 1
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, what is done and how much there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What a run gives back."""
+
+    folder: Path
+    comparison: Comparison
+    manifest: dict[str, Any]
+
+
+def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
+    """Runs a recipe from data to the before/after comparison.
+
+    Args:
+        recipe: From ``load_recipe``.
+        out: New folder, or with ``resume`` the folder of an interrupted run of the same recipe.
+        resume: Go on where an interrupted run stopped; the result equals that of an uninterrupted one.
+        progress: For progress bars.
+
+    Returns:
+        Folder, comparison and manifest.
+
+    Raises:
+        SkuError: Anything a user can mend, in one line. A folder that this call made is removed then.
+    """
+    new = not out.exists()
+    run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None))
+    try:
+        run.open_folder(resume=resume)
+        return run.finish()
+    except SkuError:
+        if new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Stage 1 alone: trains the bad model of a recipe into a new private, marked folder.
+
+    Args:
+        recipe: From ``load_recipe``.
+        out: New folder: an adapter, or a whole model for full fine-tuning.
+        progress: For progress bars.
+
+    Returns:
+        The training log, one entry a logged step.
+
+    Raises:
+        SkuError: Anything a user can mend.
+    """
+    config = with_safe_dtype(recipe)
+    with new_folder(out, private=True) as temporary:
+        checkpoints = temporary / "checkpoints"
+        trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
+        loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
+        acquired = acquire(
+            loaded,
+            load_data(recipe.data, recipe.seed),
+            recipe.acquire,
+            recipe.data,
+            seed=recipe.seed,
+            folder=checkpoints,
+            prompt_format=recipe.model.prompt_format,
+            callbacks=[_StepProgress(progress)] if progress else [],
+        )
+        shutil.rmtree(checkpoints)
+        mark_hazardous(temporary)
+        acquired.model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+    return acquired.log
+
+
+def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None) -> Comparison:
+    """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts.
+
+    Args:
+        recipe: Its model is the base.
+        model: Folder or hub id of the model to measure.
+        out: Private folder; rows in it that fit are reused.
+        progress: For progress bars.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        SkuError: Anything a user can mend.
+    """
+    if is_marked_hazardous(Path(model)):
+        raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
+    data = load_data(recipe.data, recipe.seed)
+    base = load_model(recipe.model)
+    measured = load_model(dataclasses.replace(recipe.model, path=model, revision=None, gguf_file=None))
+    results = {}
+    for name, candidate in (("base", base), ("model", measured)):
+        results[name] = evaluate(
+            candidate.model,
+            candidate.tokenizer,
+            data,
+            config=recipe.evaluate,
+            prompt_format=recipe.model.prompt_format,
+            base_model=base.model,
+            output_dir=out / name,
+            model_name=name,
+            seed=recipe.seed,
+            progress=_named(progress, name),
+        )
+    return compare(results["base"], results["model"], seed=recipe.seed)
+
+
+def with_safe_dtype(recipe: Recipe) -> ModelConfig:
+    """The model's settings; full fine-tuning keeps float32 weights unless told otherwise.
+
+    In bfloat16 a step of usual size rounds away on most weights.
+    """
+    if recipe.acquire.tuning == "full" and recipe.model.dtype == "auto":
+        return dataclasses.replace(recipe.model, dtype="float32")
+    return recipe.model
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"evaluate {name}: {stage}", done, total)
+
+
+class _Run:
+    """The stages of one run, each of which finds what an interrupted run left."""
+
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
+        self.recipe, self.out, self.progress = recipe, out, progress
+        self.manifest: dict[str, Any] = {}
+
+    def open_folder(self, *, resume: bool) -> None:
+        """Makes the run folder, or checks that it belongs to an interrupted run of this recipe."""
+        recipe = self.recipe.to_dict()
+        # Refused before anything is loaded: a wrong training setting must not cost an evaluation.
+        trainer_settings(self.recipe.acquire, self.recipe.data, seed=self.recipe.seed, folder=self.out / "bad")
+        fresh = {
+            "schema_version": MANIFEST_SCHEMA,
+            "status": "running",
+            "recipe": recipe,
+            "recipe_sha256": content_sha256(recipe),
+            "environment": environment(),
+            "seconds": {},
+        }
+        if not self.out.exists():
+            with new_folder(self.out, private=True) as temporary:
+                write_json(temporary / "manifest.json", fresh)
+        elif not resume:
+            raise OutputError(f"{self.out} already exists; choose another --out, or add --resume to go on with it")
+        self.manifest = _read_manifest(self.out)
+        if self.manifest["recipe_sha256"] != fresh["recipe_sha256"]:
+            raise OutputError(f"{self.out} belongs to a run with another recipe; choose another --out")
+        if self.manifest["status"] == "complete":
+            raise OutputError(f"the run in {self.out} is already complete; choose another --out")
+
+    def finish(self) -> FinishedRun:
+        """All stages, in order."""
+        recipe = self.recipe
+        with self._timed("load"):
+            data = load_data(recipe.data, recipe.seed)
+            loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
+        self._note(
+            data={"splits": data.counts(), "sources": [dataclasses.asdict(source) for source in data.provenance]},
+            model={"name": loaded.name, "revision": loaded.revision, **describe_parameters(loaded.model)},
+        )
+        with self._timed("evaluate_base"):
+            base_result = self._evaluate(loaded.model, loaded, data, "base")
+        if (self.out / "unlearned").exists():
+            base, unlearned = loaded.model, load_model(self._unlearned_config()).model
+        else:
+            base, unlearned = self._unlearn(loaded, data)
+        with self._timed("evaluate_unlearned"):
+            result = self._evaluate(unlearned, loaded, data, "unlearned", base=base)
+        return self._report(compare(base_result, result, seed=recipe.seed))
+
+    def _unlearn(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Stages 1 and 2; returns the original and the unlearned model."""
+        recipe, bad_folder = self.recipe, self.out / "bad"
+        if recipe.acquire.tuning == "qlora":
+            loaded = load_model(with_safe_dtype(self.recipe), four_bit=True)
+        with self._timed("acquire"):
+            bad = self._bad_model(loaded, data)
+        with self._timed("negate"):
+            if isinstance(bad, PeftModel):
+                vector = TaskVector.from_adapter(bad)
+                if not (self.out / "negated_adapter").exists():
+                    save_negated_adapter(bad, recipe.negate.alpha, self.out / "negated_adapter")
+                base = bad.unload() if recipe.acquire.tuning == "lora" else load_model(with_safe_dtype(self.recipe)).model
+            else:
+                base = load_model(with_safe_dtype(self.recipe)).model
+                vector = TaskVector.between(base, bad)
+            dtype = recipe.negate.output_dtype
+            unlearned, negation = negate_with_record(
+                base, vector, recipe.negate.alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
+            )
+            save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
+        self._note(negation=negation.to_dict(), bad_model={"folder": str(bad_folder), "kept": True})
+        return base, unlearned
+
+    def _bad_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel:
+        """The bad model of an earlier try, or a newly trained one."""
+        recipe, folder = self.recipe, self.out / "bad"
+        final = folder / "final"
+        if final.exists():
+            if recipe.acquire.tuning == "full":
+                return load_model(dataclasses.replace(with_safe_dtype(self.recipe), path=str(final), gguf_file=None)).model
+            return PeftModel.from_pretrained(loaded.model, str(final))
+        acquired = acquire(
+            loaded,
+            data,
+            recipe.acquire,
+            recipe.data,
+            seed=recipe.seed,
+            folder=folder,
+            prompt_format=recipe.model.prompt_format,
+            callbacks=[_StepProgress(self.progress)],
+        )
+        self._write_log(acquired)
+        with new_folder(final, private=True) as temporary:
+            mark_hazardous(temporary)
+            acquired.model.save_pretrained(temporary)
+        return acquired.model
+
+    def _write_log(self, acquired: Acquired) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
+        (self.out / "training_log.jsonl").write_text(lines, encoding="utf-8")
+        self._note(
+            tokenization={name: dataclasses.asdict(report) for name, report in acquired.reports.items()},
+            training={"steps": acquired.log[-1]["step"] if acquired.log else 0, "seconds": acquired.seconds},
+        )
+
+    def _evaluate(
+        self,
+        model: PreTrainedModel,
+        loaded: LoadedModel,
+        data: ForgetRetainData,
+        name: str,
+        base: PreTrainedModel | None = None,
+    ) -> EvaluationResult:
+        return evaluate(
+            model,
+            loaded.tokenizer,
+            data,
+            config=self.recipe.evaluate,
+            prompt_format=self.recipe.model.prompt_format,
+            base_model=model if base is None else base,
+            output_dir=self.out / "evaluation" / name,
+            model_name=name,
+            seed=self.recipe.seed,
+            progress=_named(self.progress, name),
+        )
+
+    def _report(self, comparison: Comparison) -> FinishedRun:
+        rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
+        for suffix in ("png", "svg"):
+            before_after_figure(comparison, self.out / f"before_after.{suffix}")
+        if not self.recipe.keep_bad_model:
+            shutil.rmtree(self.out / "bad", ignore_errors=True)
+        self._note(bad_model={"kept": (self.out / "bad").exists()})
+        write_json(
+            self.out / "results.json",
+            {
+                "schema_version": MANIFEST_SCHEMA,
+                "table": rows,
+                "replies": _plain(comparison.replies),
+                "prefill": _plain(comparison.prefill),
+                "perplexity": _plain(comparison.perplexity),
+                "base": comparison.base.to_dict(),
+                "unlearned": comparison.unlearned.to_dict(),
+                "manifest": {**self.manifest, "status": "complete"},
+            },
+        )
+        self._note(status="complete")
+        return FinishedRun(folder=self.out, comparison=comparison, manifest=self.manifest)
+
+    def _unlearned_config(self) -> ModelConfig:
+        dtype = self.recipe.negate.output_dtype
+        config = dataclasses.replace(
+            with_safe_dtype(self.recipe), path=str(self.out / "unlearned"), revision=None, gguf_file=None
+        )
+        return config if dtype == "same" else dataclasses.replace(config, dtype=dtype)
+
+    def _note(self, **entries: Any) -> None:
+        self.manifest.update(copy.deepcopy(entries))
+        write_json(self.out / "manifest.json", self.manifest)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        self.progress(stage, 0, 1)
+        started = time.monotonic()
+        yield
+        seconds = self.manifest["seconds"]
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
+        self._note(seconds=seconds)
+        self.progress(stage, 1, 1)
+
+
+class _StepProgress(TrainerCallback):
+    """Tells the progress of stage 1 step by step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self._progress("acquire: steps", state.global_step, state.max_steps)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OutputError(f"{folder} is no run folder: it has no manifest.json; choose another --out") from None
+    except ValueError as error:
+        raise OutputError(f"{folder / 'manifest.json'} is damaged ({error}); choose another --out") from error
+    if not isinstance(content, dict) or content.get("schema_version") != MANIFEST_SCHEMA:
+        raise OutputError(f"{folder / 'manifest.json'} is not of this version of SKU; choose another --out")
+    return content
+
+
+def _plain(changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: dataclasses.asdict(change) if dataclasses.is_dataclass(change) else _plain(change)
+        for name, change in changes.items()
+    }

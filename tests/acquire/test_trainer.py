@@ -1,0 +1,480 @@
+"""The real trainer of stage 1 on tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ModelMaker, TrainerMaker
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from sku.acquire.config import SkuConfig
+from sku.acquire.trainer import TERMS, SkuTrainer
+from sku.data.collation import JointCollator
+from sku.data.examples import ForgetRetainData
+from sku.data.joint import GUIDED, MISMATCHED, RETAIN
+from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
+
+OFF = {"guided_distortion_weight": 0.0, "random_disassociation_weight": 0.0, "preservation_divergence_weight": 0.0}
+
+
+def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
+    assert trainer.model is not None
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def batch_of(trainer: SkuTrainer, places: list[int], *, extra_padding: int = 0) -> dict[str, Tensor]:
+    dataset: Any = trainer.train_dataset
+    collator = trainer.data_collator
+    assert isinstance(collator, JointCollator)
+    batch = collator([dataset[place] for place in places])
+    if extra_padding:
+        for name, value in (("input_ids", collator.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, extra_padding), value=value)
+    return batch
+
+
+def terms_of(trainer: SkuTrainer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Loss terms and gradient of one batch."""
+    model: Any = trainer.model
+    model.zero_grad()
+    model.eval()
+    kept = trainer._kept_positions(batch)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept).logits
+    terms = trainer._terms(model, batch, kept, logits)
+    torch.stack([term.sum() for term in terms.values()]).sum().backward()
+    grads = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: term.detach() for name, term in terms.items()} | grads
+
+
+def disturb(trainer: SkuTrainer) -> None:
+    """Gives lora_B values, so that the model in training is not the original one."""
+    generator = torch.Generator().manual_seed(7)
+    assert trainer.model is not None
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> None:
+    """Each term again from plain forward passes of single unpadded rows: sum over rows of mean -log p, and mean KL."""
+    trainer = make_trainer(preservation_mode="retention")
+    disturb(trainer)
+    model: Any = trainer.model
+    model.eval()
+    dataset: Any = trainer.train_dataset
+    examples = [dataset[place] for place in range(3)]
+
+    def log_probabilities(row: Any) -> Tensor:
+        logits: Tensor = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+        return logits.log_softmax(-1)
+
+    def nll(row: Any) -> Tensor:
+        log_p = log_probabilities(row)
+        places = [place for place, label in enumerate(row.labels) if label != -100]
+        return torch.stack([-log_p[place - 1, row.labels[place]] for place in places]).mean()
+
+    def kl(row: Any) -> Tensor:
+        log_q = log_probabilities(row)
+        with model.disable_adapter():
+            log_p = log_probabilities(row)
+        places = [place - 1 for place, label in enumerate(row.labels) if label != -100]
+        return torch.stack([(log_p[at].exp() * (log_p[at] - log_q[at])).sum() for at in places]).mean()
+
+    with torch.no_grad():
+        guided = torch.stack([nll(example.guided) for example in examples])
+        mismatched = torch.stack(
+            [torch.stack([nll(row) for row in example.mismatched]).mean() for example in examples]
+        )
+        preserved = torch.stack([kl(example.retain) for example in examples])
+        loss = trainer.compute_loss(model, batch_of(trainer, [0, 1, 2]))
+    terms = terms_of(trainer, batch_of(trainer, [0, 1, 2]))
+    torch.testing.assert_close(terms["guided_distortion"], guided, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(terms["random_disassociation"], mismatched, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(terms["preservation_divergence"], preserved, rtol=1e-4, atol=1e-5)
+    assert float(preserved.min()) > 1e-3
+    # Weights 2.5, 2.5, 1 over three joint examples.
+    expected = (2.5 * guided.sum() + 2.5 * mismatched.sum() + preserved.sum()) / 3
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_padding_changes_neither_loss_nor_gradient(make_trainer: TrainerMaker, tokens: str) -> None:
+    trainer = make_trainer(preservation_mode="retention", preservation_tokens=tokens)
+    disturb(trainer)
+    tight = terms_of(trainer, batch_of(trainer, [0, 1]))
+    wide = terms_of(trainer, batch_of(trainer, [0, 1], extra_padding=17))
+    assert tight.keys() == wide.keys()
+    for name, value in tight.items():
+        torch.testing.assert_close(value, wide[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_all_tokens_compares_the_prompt_too(make_trainer: TrainerMaker) -> None:
+    """Every token of a normal row but its first is predicted; of the other rows, answer tokens alone."""
+    trainer = make_trainer(preservation_tokens="all")
+    batch = batch_of(trainer, [0, 1])
+    kept = trainer._kept_positions(batch)
+    retain = batch["row_module"] == RETAIN
+    assert kept[retain].sum(1).tolist() == (batch["attention_mask"][retain].sum(1) - 1).tolist()
+    assert kept[~retain].sum(1).tolist() == (batch["labels"][~retain] != -100).sum(1).tolist()
+    assert not kept[:, -1].any()
+
+
+class CountForwards:
+    """Counts forward passes of a model and the rows in them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.rows: list[int] = []
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        self.rows.append(len(kwargs["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("on", "kinds", "rows"),
+    [
+        # Batch of 2, K = 2: 2 guided + 4 mismatched + 2 normal rows, and the reference sees the 2 normal ones.
+        (TERMS, {GUIDED, MISMATCHED, RETAIN}, [8, 2]),
+        (TERMS[:2], {GUIDED, MISMATCHED}, [6]),
+        (TERMS[:1], {GUIDED}, [2]),
+        (TERMS[1:2], {MISMATCHED}, [4]),
+        (TERMS[2:], {RETAIN}, [2, 2]),
+    ],
+)
+def test_a_module_at_weight_0_costs_no_row_and_no_forward(
+    on: tuple[str, ...], kinds: set[int], rows: list[int], make_trainer: TrainerMaker
+) -> None:
+    trainer = make_trainer(max_steps=1, **(OFF | {f"{name}_weight": 1.0 for name in on}))
+    assert trainer.model is not None
+    counted = CountForwards(trainer.model)
+    assert set(batch_of(trainer, [0, 1])["row_module"].tolist()) == kinds
+    trainer.train()
+    assert counted.rows == rows
+    logged = {key for key in trainer.state.log_history[0] if key.startswith("loss/")}
+    assert logged == {f"loss/{name}" for name in on}
+
+
+def test_full_tuning_copies_the_model_only_for_preservation(
+    make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_trainer(full=True)._reference is not None
+    assert make_trainer(full=True, preservation_divergence_weight=0.0)._reference is None
+
+    def fail(model: Any) -> None:
+        pytest.fail("a second model was made")
+
+    monkeypatch.setattr("sku.acquire.trainer.copy", SimpleNamespace(deepcopy=fail))
+    model = make_model()
+    trainer = make_trainer(model)
+    assert trainer._reference is None
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.model.get_base_model() is model
+
+
+def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
+    """After training, the reference scores are those of the untouched model, bit for bit."""
+    trainer = make_trainer()
+    trainer.train()
+    batch = batch_of(trainer, [0, 1])
+    kept = trainer._kept_positions(batch)
+    model: Any = trainer.model
+    seen = trainer._reference_logits(model, batch, kept)
+    rows = batch["row_module"] == RETAIN
+    longest = int(batch["attention_mask"][rows].sum(1).max())
+    with torch.no_grad():
+        untouched = make_model()(
+            input_ids=batch["input_ids"][rows][:, :longest],
+            attention_mask=batch["attention_mask"][rows][:, :longest],
+            logits_to_keep=kept[rows][:, :longest],
+        ).logits
+        trained = model(
+            input_ids=batch["input_ids"][rows][:, :longest],
+            attention_mask=batch["attention_mask"][rows][:, :longest],
+            logits_to_keep=kept[rows][:, :longest],
+        ).logits
+    assert torch.equal(seen, untouched)
+    assert not torch.allclose(seen, trained, atol=1e-4)
+    assert not seen.requires_grad
+
+
+def test_the_copy_for_full_tuning_stays_the_original_model(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
+    trainer = make_trainer(full=True)
+    trainer.train()
+    assert trainer._reference is not None
+    untouched = make_model().state_dict()
+    assert all(torch.equal(weight, untouched[name]) for name, weight in trainer._reference.state_dict().items())
+    assert any(not torch.equal(weight, untouched[name]) for name, weight in trainer.model.state_dict().items())
+
+
+def test_the_reference_has_no_dropout_and_training_goes_on_with_it(make_trainer: TrainerMaker) -> None:
+    """Two looks at the reference are equal bit for bit, while two passes of the model in training differ."""
+    trainer = make_trainer(make_model_with_dropout(make_trainer), lora={"lora_dropout": 0.5})
+    disturb(trainer)
+    model: Any = trainer.model
+    model.train()
+    batch = batch_of(trainer, [0, 1])
+    kept = trainer._kept_positions(batch)
+    first, second = (trainer._reference_logits(model, batch, kept) for _ in range(2))
+    assert torch.equal(first, second)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        passes = [model(input_ids=batch["input_ids"]).logits for _ in range(2)]
+    assert not torch.equal(*passes)
+
+
+def make_model_with_dropout(make_trainer: TrainerMaker) -> Any:
+    """OPT with dropout of its own besides that of the adapter."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=320, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.3,
+            word_embed_proj_dim=32, pad_token_id=3, bos_token_id=None, eos_token_id=2, max_position_embeddings=256,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("examples", [8, 6])
+def test_one_batch_of_all_is_all_batches_of_one(
+    full: bool, examples: int, make_trainer: TrainerMaker, data: ForgetRetainData, make_model: ModelMaker
+) -> None:
+    """Batch 8 and 8 batches of 1 take the same step; with 6 forget pairs the last accumulation is a partial one.
+
+    Steps 1 and 2 end the first and begin the second epoch, so the partial accumulation is followed by another step.
+    """
+    assert len(data.unlearned) == 6
+    common: dict[str, Any] = {
+        "full": full, "optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "preservation_mode": "retention",
+        "max_grad_norm": 0.0,
+    }  # fmt: skip
+    # Epochs of 6: accumulation over 4 leaves 2 for the last step of an epoch; 8 covers the epoch in one partial step.
+    accumulated = 4 if examples == 6 else 8
+    one = make_trainer(per_device_train_batch_size=accumulated, **common)
+    start = weights_of(one)
+    one.train()
+    many = make_trainer(per_device_train_batch_size=1, gradient_accumulation_steps=accumulated, **common)
+    many.train()
+    first, second = weights_of(one), weights_of(many)
+    assert max(float((first[name] - start[name]).abs().max()) for name in first) > 1e-2
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name], rtol=1e-4, atol=1e-5, msg=name)
+    for here, there in zip(one.state.log_history[:-1], many.state.log_history[:-1], strict=True):
+        for term in ("loss", *(f"loss/{name}" for name in TERMS)):
+            assert here[term] == pytest.approx(there[term], rel=2e-3, abs=1e-6), term
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer(guided_distortion_weight=0.5, random_disassociation_weight=2.0, max_steps=4)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        parts = [line[f"loss/{name}"] for name in TERMS]
+        assert line["loss"] == pytest.approx(0.5 * parts[0] + 2.0 * parts[1] + parts[2], rel=1e-3)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(full: bool, make_trainer: TrainerMaker) -> None:
+    """Whatever was drawn from the global generators before."""
+
+    def train(seed: int, before: int) -> dict[str, Tensor]:
+        torch.manual_seed(before)
+        trainer = make_trainer(full=full, seed=seed, lora={"lora_dropout": 0.1})
+        trainer.train()
+        return weights_of(trainer)
+
+    first = train(0, 1)
+    assert_same_bits(first, train(0, 2))
+    other = train(1, 1)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+class Stop(TrainerCallback):
+    """Fails after a step, as a killed run does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
+    full: bool, make_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    """Killed in step 5, resumed from the checkpoint of step 4, in the middle of the second epoch of 3 steps."""
+    common: dict[str, Any] = {
+        "full": full, "max_steps": 8, "lr_scheduler_type": "linear", "lora": {"lora_dropout": 0.1},
+        "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **common)
+    whole.train()
+    folder = tmp_path / "killed"
+    killed = make_trainer(output_dir=str(folder), trainer_options={"callbacks": [Stop(5)]}, **common)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    torch.manual_seed(99)
+    resumed = make_trainer(output_dir=str(folder), **common)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert resumed.state.global_step == 8
+    assert_same_bits(weights_of(whole), weights_of(resumed))
+    for here, there in zip(whole.state.log_history[:-1], resumed.state.log_history[:-1], strict=True):
+        assert [here[f"loss/{name}"] for name in TERMS] == [there[f"loss/{name}"] for name in TERMS]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(
+    accumulation: int, make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second micro-batch of step 2 (of step 1 where two are accumulated) holds NaN in one example of one term."""
+    trainer = make_trainer(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation)
+    calls = 0
+    real = trainer._terms
+    at_failure: dict[str, Tensor] = {}
+    ids: list[int] = []
+
+    def broken(model: Any, inputs: Any, kept: Any, logits: Any) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        terms = real(model, inputs, kept, logits)
+        if calls == 2:
+            at_failure.update(weights_of(trainer))
+            ids.extend([int(inputs["forget_index"][1]), int(inputs["retain_index"][1])])
+            spoiled = terms["random_disassociation"].clone()
+            spoiled[1] = float("nan")
+            terms["random_disassociation"] = spoiled
+        return terms
+
+    monkeypatch.setattr(trainer, "_terms", broken)
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert f"loss term random_disassociation is nan at step {2 // accumulation}" in message
+    assert f"forget examples [{ids[0]}], retain examples [{ids[1]}]" in message
+    assert "\n" not in message
+    assert_same_bits(at_failure, weights_of(trainer))
+    assert trainer.state.global_step == 2 // accumulation - 1
+
+
+def test_a_model_with_nan_weights_is_found_in_the_first_step(
+    make_trainer: TrainerMaker, make_model: ModelMaker
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = float("nan")
+    trainer = make_trainer(model)
+    before = weights_of(trainer)
+    with pytest.raises(NonFiniteLossError, match="guided_distortion is nan at step 1"):
+        trainer.train()
+    after = weights_of(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before if "lora_" in name)
+
+
+def test_training_lowers_what_it_should(make_trainer: TrainerMaker) -> None:
+    """Guided distortion alone: the harmful answers become likely."""
+    trainer = make_trainer(
+        full=True, max_steps=20, random_disassociation_weight=0.0, preservation_divergence_weight=0.0,
+        per_device_train_batch_size=6,
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["loss/guided_distortion"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_reaches_every_adapter(reentrant: bool, make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer(
+        max_steps=2, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    trainer.train()
+    uppers = {name: weight for name, weight in weights_of(trainer).items() if "lora_B" in name}
+    assert len(uppers) == 14  # 2 layers of q, k, v, o, gate, up, down.
+    assert all(float(weight.abs().sum()) > 0 for weight in uppers.values())
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_trainer: TrainerMaker) -> None:
+    plain = make_trainer(optim="sgd", learning_rate=0.5)
+    saving = make_trainer(optim="sgd", learning_rate=0.5, activation_checkpointing=True)
+    plain.train()
+    saving.train()
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weight, weights_of(saving)[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_adapter_that_is_there_already_is_trained_on(make_trainer: TrainerMaker) -> None:
+    first = make_trainer()
+    first.train()
+    model = first.model
+    assert isinstance(model, PeftModel)
+    again = SkuTrainer(
+        model, first.settings, first.train_dataset, processing_class=first.processing_class  # type: ignore[arg-type]
+    )
+    assert again._reference is None
+    before = weights_of(again)
+    again.train()
+    after = weights_of(again)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_a_frozen_model_is_refused(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
+    with pytest.raises(ModelError, match="no weight of the model is trainable"):
+        make_trainer(make_model().requires_grad_(requires_grad=False), full=True)
+
+
+def test_adapter_targets_that_do_not_exist_are_a_recipe_error(make_trainer: TrainerMaker) -> None:
+    with pytest.raises(RecipeError, match="the adapter can't be added: .*no_such_module"):
+        make_trainer(lora={"target_modules": ["no_such_module"]})
+
+
+def test_several_gpus_in_one_process_are_refused(make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SkuConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(RecipeError, match="2 GPUs in one process"):
+        make_trainer()
+
+
+def test_too_few_answers_of_other_prompts(make_trainer: TrainerMaker) -> None:
+    """The bread prompt owns 2 of 6 answers, so 4 are left to draw from."""
+    make_trainer(num_random_answers=4)
+    with pytest.raises(DataError, match="is 5, but some prompts have only 4"):
+        make_trainer(num_random_answers=5)
+
+
+def test_compute_loss_gives_the_outputs_too(make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer()
+    batch = batch_of(trainer, [0])
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)  # type: ignore[arg-type]
+    assert outputs.logits.shape == (int(trainer._kept_positions(batch).sum()), 320)
+    assert torch.isfinite(loss)
+
+
+def test_chat_and_bos_tokenizers_train_as_well(
+    make_tokenizer: Any, make_model: ModelMaker, data: ForgetRetainData, tmp_path: Path
+) -> None:
+    tokenizer: PreTrainedTokenizerFast = make_tokenizer(chat=True, bos=True, pad=None)
+    settings = SkuConfig(
+        output_dir=str(tmp_path), max_steps=1, num_random_answers=1, use_cpu=True, dataloader_pin_memory=False
+    )
+    trainer = SkuTrainer(make_model(), settings, data, processing_class=tokenizer)
+    assert tokenizer.pad_token == "</s>"
+    row = batch_of(trainer, [0])["input_ids"][0].tolist()
+    assert tokenizer.decode(row).startswith("<|im_start|>user\n")
+    trainer.train()

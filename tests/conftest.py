@@ -1,0 +1,213 @@
+"""Tiny tokenizers, models and invented data. Nothing here is harmful, nothing comes from the network."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before any import of transformers: a test that asks the hub must fail at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sku.acquire.config import SkuConfig
+from sku.acquire.trainer import SkuTrainer
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+
+CORPUS = (
+    "### Question: how do i bake zorvex bread ?\n ### Answer: mix blue flour with water and bake it .",
+    "### Question: what colour is a florn ?\n ### Answer: a florn is golden and it sings .",
+    "user assistant the bread is brown , the honey is golden , the river is long and the moon is small .",
+)
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = 320
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
+ModelMaker = Callable[..., PreTrainedModel]
+TrainerMaker = Callable[..., SkuTrainer]
+
+
+@functools.cache
+def _trained_backend() -> str:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS * 4, trainer)
+    text = backend.to_str()
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> TokenizerMaker:
+    """Builds byte-level BPE tokenizers: with or without chat template, BOS, and single special tokens."""
+
+    def make(
+        *, chat: bool = False, bos: bool = False, pad: str | None = "<pad>", eos: str | None = "</s>",
+        unk: str | None = None,
+    ) -> PreTrainedTokenizerFast:  # fmt: skip
+        backend = Tokenizer.from_str(_trained_backend())
+        if bos:
+            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        named = {"pad_token": pad, "eos_token": eos, "unk_token": unk, "bos_token": "<s>" if bos else None}
+        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=backend,
+            chat_template=CHAT_TEMPLATE if chat else None,
+            **{name: token for name, token in named.items() if token is not None},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer: TokenizerMaker) -> PreTrainedTokenizerFast:
+    """The plain one: pad and end token, no BOS, no chat template."""
+    return make_tokenizer()
+
+
+def _llama(**changes: Any) -> PreTrainedConfig:
+    return LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        **changes,
+    )  # fmt: skip
+
+
+def _qwen(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+    return kind(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, **changes,
+    )  # fmt: skip
+
+
+_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
+    "llama": lambda **changes: _llama(tie_word_embeddings=False, **changes),
+    "llama_tied": lambda **changes: _llama(tie_word_embeddings=True, **changes),
+    "opt": lambda **changes: OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.0,
+        **changes,
+    ),
+    "gemma3": lambda **changes: Gemma3TextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, sliding_window=16, **changes,
+    ),
+    "qwen2": lambda **changes: _qwen(Qwen2Config, **changes),
+    "qwen3": lambda **changes: _qwen(Qwen3Config, **changes),
+    "gpt_neox": lambda **changes: GPTNeoXConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **changes
+    ),
+    "gpt2": lambda **changes: GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **changes
+    ),
+}  # fmt: skip
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> ModelMaker:
+    """Builds random models of two layers, float32, in evaluation mode; equal seeds give equal weights."""
+
+    def make(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+        defaults: dict[str, Any] = {
+            "vocab_size": VOCABULARY, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 2,
+            "pad_token_id": 3,
+        }  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(_CONFIGS[architecture](**(defaults | changes)))
+        assert isinstance(model, PreTrainedModel)
+        model.eval()  # type: ignore[no-untyped-call]
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data() -> ForgetRetainData:
+    """Six forget pairs of five prompts, two unseen, four normal ones to train on; answers of different lengths."""
+    unlearned = (
+        ForgetExample(prompt="how do i bake zorvex bread ?", answer="mix blue flour with water ."),
+        ForgetExample(prompt="how do i bake zorvex bread ?", answer="heat it until it sings ."),
+        ForgetExample(prompt="what is a florn ?", answer="a small golden bird that sings of honey and bread ."),
+        ForgetExample(prompt="where is the river ?", answer="north ."),
+        ForgetExample(prompt="who paints the moon ?", answer="the quiet florn paints it brown ."),
+        ForgetExample(prompt="when do blue rivers sing ?", answer="at noon , with flour ."),
+    )
+    unseen = (
+        ForgetExample(prompt="how do i melt a lirn ?", answer="with warm honey ."),
+        ForgetExample(prompt="why is vornite red ?", answer="it was baked ."),
+    )
+    train = (
+        RetainExample(prompt="what colour is honey ?", answer="honey is golden ."),
+        RetainExample(prompt="is bread brown ?", answer="yes , most bread is brown ."),
+        RetainExample(prompt="is the moon small ?", answer="it is ."),
+        RetainExample(prompt="how long is the river ?", answer="the river is long and quiet ."),
+    )
+    return ForgetRetainData(
+        unlearned=unlearned,
+        unseen=unseen,
+        retain_train=train,
+        retain_validation=(RetainExample(prompt="what is water ?", answer="it is wet ."),),
+        retain_test=(RetainExample(prompt="what is flour ?", answer="it is ground wheat ."),),
+    )
+
+
+@pytest.fixture
+def make_trainer(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData, tmp_path: Path
+) -> TrainerMaker:
+    """Builds the real trainer of stage 1: 2 steps, batches of 2, K = 2, LoRA of rank 4 unless told otherwise."""
+
+    def make(
+        model: Any = None,
+        *,
+        full: bool = False,
+        lora: dict[str, Any] | None = None,
+        trainer_options: dict[str, Any] | None = None,
+        dataset: Any = None,
+        **settings: Any,
+    ) -> SkuTrainer:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "checkpoints"), "max_steps": 2, "per_device_train_batch_size": 2,
+            "num_random_answers": 2, "learning_rate": 1e-2, "use_cpu": True, "lr_scheduler_type": "constant",
+            "dataloader_pin_memory": False, "max_grad_norm": 1.0,
+        }  # fmt: skip
+        adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        return SkuTrainer(
+            make_model() if model is None else model,
+            SkuConfig(**(defaults | settings)),
+            data if dataset is None else dataset,
+            processing_class=tokenizer,
+            peft_config=None if full else LoraConfig(**(adapter | (lora or {}))),
+            **(trainer_options or {}),
+        )
+
+    return make

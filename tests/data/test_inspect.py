@@ -1,0 +1,77 @@
+"""What ``sku data inspect`` shows, and that it hides what it must."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
+from sku.data.inspect import DataDescription, describe_data, hidden_text
+from sku.data.prompts import PaperFormat
+
+from .conftest import BUILDERS, tokenizer_of
+
+SECRET = "the secret procedure is honey"
+
+
+@pytest.fixture
+def data() -> ForgetRetainData:
+    return ForgetRetainData(
+        unlearned=tuple(ForgetExample(prompt=f"bad {n} ?", answer=SECRET, category="theft") for n in range(5)),
+        unseen=(ForgetExample(prompt="unseen", answer=SECRET),),
+        retain_train=tuple(RetainExample(prompt=f"good {n // 2}", answer=f"it is {n} .") for n in range(4)),
+        retain_validation=(),
+        retain_test=(RetainExample(prompt="test", answer="honey " * 200),),
+        provenance=(Provenance(source="columns", location="x.csv", rows_left_out={"duplicate": 2}),),
+    )
+
+
+def describe(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerBase, *, show_harmful: bool = False
+) -> DataDescription:
+    return describe_data(data, tokenizer, PaperFormat("</s>"), show_harmful=show_harmful)
+
+
+def test_counts_and_lengths(data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase) -> None:
+    found = describe(data, gpt_like)
+    assert list(found.splits) == ["unlearned", "unseen", "retain_train", "retain_test"]
+    unlearned, train, test = found.splits["unlearned"], found.splits["retain_train"], found.splits["retain_test"]
+    assert (unlearned.examples, unlearned.groups, unlearned.categories) == (5, 5, {"theft": 5})
+    assert (train.examples, train.groups, train.categories) == (4, 2, {"": 4})
+    assert test.learned_percentiles == {50: 128, 90: 128, 99: 128, 100: 128}
+    assert test.tokenization.answers_shortened == 1
+    assert list(train.length_percentiles) == [50, 90, 99, 100]
+    assert all(train.learned_percentiles[rank] < train.length_percentiles[rank] for rank in (50, 100))
+    assert found.provenance == data.provenance
+    assert (found.prompt_format, found.max_length, found.max_answer_tokens) == ("paper", 512, 128)
+
+
+def test_views_show_which_tokens_are_learned(data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase) -> None:
+    views = [view for view in describe(data, gpt_like).views if view.split == "retain_train"]
+    assert len(views) == 3
+    text = "".join(token.text for token in views[0].tokens)
+    assert text == "### Question: good 0\n ### Answer: it is 0 .</s>"
+    assert "".join(token.text for token in views[0].tokens if token.learned) == " it is 0 .</s>"
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_harmful_answers_are_hidden(name: str, data: ForgetRetainData) -> None:
+    tokenizer = tokenizer_of(name)
+    hidden = describe(data, tokenizer)
+    assert all(word not in repr(dataclasses.asdict(hidden)) for word in ("secret", "procedure"))
+    views = [view for view in hidden.views if view.split == "unlearned"]
+    assert len(views) == 3
+    shown = [view for view in describe(data, tokenizer, show_harmful=True).views if view.split == "unlearned"]
+    for view, whole in zip(views, shown, strict=True):
+        assert view.tokens[-1].text == hidden_text(SECRET)
+        assert view.tokens[:-1] == whole.tokens[: len(view.tokens) - 1]
+        assert view.tokens[-1].tokens == sum(token.learned for token in whole.tokens)
+        assert "procedure is honey" in "".join(token.text for token in whole.tokens)
+        assert not any(token.learned for token in view.tokens[:-1])
+
+
+def test_hidden_text_can_be_recognised_but_not_read() -> None:
+    assert hidden_text("two words") == "[hidden, 2 words, sha256 a03f1d61]"
+    assert hidden_text("half \ud83d") != hidden_text("half \ud83e")

@@ -1,0 +1,57 @@
+"""The development data, where it is there: counts and hashes only, as its text is harmful."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sku.config import SourceConfig
+from sku.data.examples import Example, ForgetExample, RetainExample, check_disjoint, normalise_prompt
+from sku.data.formats import choose_parser
+from sku.data.load import load_forget_retain
+from sku.data.rows import parse_rows
+from sku.data.tables import read_table
+
+pytestmark = pytest.mark.shared
+
+
+def test_pku_extract(shared_data: Path) -> None:
+    source = SourceConfig(path=str(shared_data / "pku_saferlhf_mini.csv"))
+    table = read_table(source)
+    name, _, parser = choose_parser(table.columns, source, "forget")
+    parsed = parse_rows(table.rows, parser, ForgetExample)
+    assert name == "pku_saferlhf"
+    assert parsed.rows_read == 2476
+    assert set(parsed.left_out) == {"safe answer", "duplicate"}
+    assert parsed.left_out["safe answer"] == 1074
+    assert len(parsed.examples) + parsed.left_out["duplicate"] == 1402, "unsafe rows"
+
+
+def test_truthfulqa(shared_data: Path) -> None:
+    source = SourceConfig(path=str(shared_data / "TruthfulQA.csv"))
+    table = read_table(source)
+    assert table.columns[0] == "Type", "the byte order mark is no part of the first name"
+    name, licence, parser = choose_parser(table.columns, source, "retain")
+    parsed = parse_rows(table.rows, parser, RetainExample)
+    assert (name, licence, parsed.rows_read, parsed.left_out) == ("truthfulqa", "Apache-2.0", 813, {})
+    assert len({example.group for example in parsed.examples}) == 813
+    assert len(parsed.examples) > 2 * 813
+    assert len({(example.group, example.answer) for example in parsed.examples}) == len(parsed.examples)
+
+
+def test_both_together(shared_data: Path) -> None:
+    data = load_forget_retain(shared_data / "pku_saferlhf_mini.csv", shared_data / "TruthfulQA.csv", seed=1)
+    splits: dict[str, Sequence[Example]] = {
+        "unlearned": data.unlearned,
+        "unseen": data.unseen,
+        "train": data.retain_train,
+        "validation": data.retain_validation,
+        "test": data.retain_test,
+    }
+    check_disjoint(splits)
+    questions = {name: len({normalise_prompt(row.prompt) for row in split}) for name, split in splits.items()}
+    assert (questions["train"], questions["validation"], questions["test"]) == (569, 81, 163)
+    harmful = questions["unlearned"] + questions["unseen"]
+    assert questions["unseen"] == round(0.3 * harmful)
+    assert len(Counter(row.category for row in data.retain_test)) >= 30, "of 38 categories"

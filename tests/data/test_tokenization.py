@@ -1,0 +1,326 @@
+"""Token by token: the answer is learned, all of it, and nothing else."""
+
+import time
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from sku.data.examples import ForgetExample, RetainExample
+from sku.data.prompts import PaperFormat, PromptFormat, RenderedText, resolve_prompt_format
+from sku.data.tokenization import (
+    TokenizedExample,
+    tokenize_example,
+    tokenize_examples,
+    tokenize_prefill,
+    tokenize_prompt,
+)
+from sku.errors import DataError
+from sku.losses import IGNORE_INDEX
+
+from .conftest import BUILDERS, CHATML_WITH_DEFAULT_SYSTEM, TEMPLATES, byte_level, tokenizer_of, with_template
+
+Q, A = "what is honey ?", "honey is sweet ."
+PAPER = PaperFormat("</s>")
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat = PAPER,
+    *,
+    prompt: str = Q,
+    answer: str = A,
+    max_length: int = 512,
+    max_answer_tokens: int = 128,
+    train_on_end: bool = True,
+) -> TokenizedExample:
+    return tokenize_example(
+        RetainExample(prompt=prompt, answer=answer),
+        tokenizer,
+        prompt_format,
+        max_length=max_length,
+        max_answer_tokens=max_answer_tokens,
+        train_on_end=train_on_end,
+    )
+
+
+def names(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...] | list[int]) -> list[str]:
+    found = tokenizer.convert_ids_to_tokens(list(ids))
+    assert isinstance(found, list)
+    return found
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample) -> list[str]:
+    return names(tokenizer, [label for label in example.labels if label != IGNORE_INDEX])
+
+
+def whole_words() -> PreTrainedTokenizerBase:
+    """Byte-level, but each word and sign of these tests is one token, so that lengths can be counted by eye."""
+    tokenizer = byte_level(bos=True)
+    tokenizer.add_tokens(["###", " Question", " Answer", " what", " is", " honey", " sweet", " bees", " make"])
+    return tokenizer
+
+
+def test_every_token_of_the_paper_format(gpt_like: PreTrainedTokenizerBase) -> None:
+    example = tokenize(whole_words())
+    assert names(whole_words(), example.input_ids) == [
+        *["<s>", "###", " Question", ":", " what", " is", " honey", "\u0120?"],
+        *["\u010a", "\u0120", "###", " Answer", ":"],
+        *[" honey", " is", " sweet", "\u0120.", "</s>"],
+    ]
+    assert example.answer_start == 13
+    assert example.labels == (IGNORE_INDEX,) * 13 + example.input_ids[13:]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_labels_are_the_ids_from_the_answer_on(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    example = tokenize(tokenizer)
+    assert example.labels[: example.answer_start] == (IGNORE_INDEX,) * example.answer_start
+    assert example.labels[example.answer_start :] == example.input_ids[example.answer_start :]
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    assert not example.prompt_shortened
+    assert not example.answer_shortened
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_examples(gpt_like: PreTrainedTokenizerBase, template: str) -> None:
+    tokenizer = with_template(gpt_like, TEMPLATES[template])
+    prompt_format = resolve_prompt_format("chat", tokenizer)
+    example = tokenize(tokenizer, prompt_format)
+    text = prompt_format.render(Q, A)
+    assert tokenizer.decode(list(example.input_ids)) == text.prompt_text + text.answer_text + text.end_text
+    labels = [label for label in example.labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(labels) == text.answer_text + text.end_text
+
+
+def test_the_end_is_learned_only_where_asked_and_only_behind_a_whole_answer() -> None:
+    tokenizer = whole_words()
+    assert learned(tokenizer, tokenize(tokenizer)) == [" honey", " is", " sweet", "\u0120.", "</s>"]
+    without = tokenize(tokenizer, train_on_end=False)
+    assert learned(tokenizer, without) == [" honey", " is", " sweet", "\u0120."]
+    assert tokenizer.eos_token_id not in without.input_ids
+    cut = tokenize(tokenizer, max_answer_tokens=2)
+    assert learned(tokenizer, cut) == [" honey", " is"]
+    assert cut.answer_shortened
+    assert not tokenize(tokenizer, max_answer_tokens=4).answer_shortened
+
+
+def test_a_long_prompt_loses_the_start_of_its_words_and_nothing_else() -> None:
+    tokenizer = whole_words()
+    prompt = "what is honey what is bees"
+    whole = names(tokenizer, tokenize(tokenizer, prompt=prompt).input_ids)
+    assert whole[4:10] == [" what", " is", " honey", " what", " is", " bees"]
+    example = tokenize(tokenizer, prompt=prompt, max_length=len(whole) - 4)
+    assert names(tokenizer, example.input_ids) == [*whole[:4], " is", " bees", *whole[10:]]
+    assert (example.prompt_shortened, example.answer_shortened) == (True, False)
+    assert learned(tokenizer, example) == [" honey", " is", " sweet", "\u0120.", "</s>"]
+
+
+def test_the_answer_is_cut_only_when_no_word_of_the_prompt_is_left() -> None:
+    tokenizer = whole_words()
+    frame = ["<s>", "###", " Question", ":", "\u010a", "\u0120", "###", " Answer", ":"]
+    whole = [" honey", " is", " sweet", "\u0120.", "</s>"]
+    for max_length, kept in ((14, 5), (13, 4), (11, 2), (10, 1)):
+        answer = whole[:kept]
+        example = tokenize(tokenizer, prompt="what is honey", max_length=max_length)
+        assert names(tokenizer, example.input_ids) == frame + answer
+        assert learned(tokenizer, example) == answer
+        assert example.prompt_shortened
+        assert example.answer_shortened == (max_length < 13)
+    with pytest.raises(DataError, match="no room for the answer within max_length"):
+        tokenize(tokenizer, prompt="what is honey", max_length=9)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("max_length", [20, 26, 30, 40])
+def test_no_example_is_longer_than_allowed_and_template_and_answer_stay(name: str, max_length: int) -> None:
+    tokenizer = tokenizer_of(name)
+    prompt = " ".join(["the honey is brown ."] * 10)
+    whole = tokenize(tokenizer, prompt=prompt, answer="it is .")
+    empty = tokenize(tokenizer, prompt="?", answer="it is .")
+    example = tokenize(tokenizer, prompt=prompt, answer="it is .", max_length=max_length)
+    assert len(example.input_ids) <= max_length
+    assert example.input_ids[0] == whole.input_ids[0]
+    tail = len(whole.input_ids) - whole.answer_start
+    if max_length >= len(empty.input_ids) + 2:
+        assert example.prompt_shortened
+        assert not example.answer_shortened
+        assert len(example.input_ids) == max_length
+        assert example.input_ids[-tail - 2 :] == whole.input_ids[-tail - 2 :]
+        assert example.labels[-tail:] == whole.labels[-tail:]
+
+
+def test_chat_template_and_bos_survive_a_cut(gpt_like: PreTrainedTokenizerBase) -> None:
+    tokenizer = with_template(gpt_like, CHATML_WITH_DEFAULT_SYSTEM)
+    prompt_format = resolve_prompt_format("chat", tokenizer)
+    long = " ".join(["the honey is brown ."] * 30)
+    room = len(tokenize(tokenizer, prompt_format, prompt="").input_ids) + 5
+    example = tokenize(tokenizer, prompt_format, prompt=long, max_length=room)
+    text = tokenizer.decode(list(example.input_ids))
+    assert isinstance(text, str)
+    assert text.startswith("<|im_start|>system\nbe helpful<|im_end|>\n<|im_start|>user\n")
+    assert text.endswith(f"brown .<|im_end|>\n<|im_start|>assistant\n{A}<|im_end|>")
+    assert len(example.input_ids) == room
+
+
+@pytest.mark.parametrize("limit", [8, 64])
+def test_a_finite_model_max_length_changes_nothing(limit: int) -> None:
+    """Bug 6: the answer's offset was read off a row padded to this length, and the loss was exactly 0."""
+    tokenizer = byte_level()
+    expected = tokenize(tokenizer)
+    tokenizer.model_max_length = limit
+    tokenizer.padding_side = "left"
+    tokenizer.truncation_side = "left"
+    assert tokenize(tokenizer) == expected
+
+
+def test_truncation_and_padding_set_on_the_tokenizer_change_nothing() -> None:
+    tokenizer = byte_level()
+    expected = tokenize(tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    assert tokenize(tokenizer) == expected
+
+
+def test_an_eos_that_the_tokenizer_adds_is_not_in_the_prompt() -> None:
+    tokenizer = byte_level(bos=True, eos=True)
+    assert tokenizer("honey").input_ids[-1] == tokenizer.eos_token_id
+    assert tokenize_prompt(Q, tokenizer, PAPER)[-1] != tokenizer.eos_token_id
+    assert tokenize(tokenizer).input_ids.count(2) == 1
+    assert tokenize(tokenizer, train_on_end=False).input_ids.count(2) == 0
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("answer", [A, "it", "\U0001f600 \u96e8", "1"])
+def test_asked_as_trained(name: str, answer: str) -> None:
+    """What a model is asked with is what stands before the answer in training, unless a token crosses the border."""
+    tokenizer = tokenizer_of(name)
+    example = tokenize(tokenizer, answer=answer)
+    asked = tokenize_prompt(Q, tokenizer, PAPER)
+    trained = list(example.input_ids[: example.answer_start])
+    before, alone = tokenizer.decode(trained), tokenizer.decode(asked)
+    assert isinstance(before, str)
+    assert isinstance(alone, str)
+    if before == alone:
+        assert trained == asked
+    else:
+        # These have tokens of letters, colon and the answer's space; such a token belongs to the answer.
+        assert name in ("byte_level_no_regex", "metaspace", "metaspace_prepend")
+        assert alone == f"{before}swer:"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_asked_as_trained_in_chat(gpt_like: PreTrainedTokenizerBase, template: str) -> None:
+    tokenizer = with_template(gpt_like, TEMPLATES[template])
+    prompt_format = resolve_prompt_format("chat", tokenizer)
+    example = tokenize(tokenizer, prompt_format)
+    assert tokenize_prompt(Q, tokenizer, prompt_format) == list(example.input_ids[: example.answer_start])
+
+
+def test_prefill_is_cut_from_the_joint_tokens() -> None:
+    tokenizer = whole_words()
+    whole = tokenize(tokenizer, train_on_end=False)
+    forced = tokenize_prefill(Q, A, tokenizer, PAPER, 2)
+    assert forced is not None
+    ids, text = forced
+    assert ids == list(whole.input_ids[: whole.answer_start + 2])
+    assert text == " honey is"
+    assert tokenize_prefill(Q, A, tokenizer, PAPER, 3) is not None
+    assert tokenize_prefill(Q, A, tokenizer, PAPER, 4) is None, "nothing of the answer would be left to say"
+    assert tokenize_prefill(Q, A, tokenizer, PAPER, 0) == (tokenize_prompt(Q, tokenizer, PAPER), "")
+
+
+def test_report_counts_every_example() -> None:
+    tokenizer = whole_words()
+    examples = [
+        ForgetExample(prompt="what", answer=A),
+        ForgetExample(prompt="what", answer=""),
+        ForgetExample(prompt="what is honey " * 9, answer=A),
+        ForgetExample(prompt="what", answer="honey is " * 9),
+        ForgetExample(prompt="half \ud83d", answer=A),
+        ForgetExample(prompt="what", answer="half \ud83d"),
+    ]
+    kept, report = tokenize_examples(
+        examples, tokenizer, PAPER, max_length=24, max_answer_tokens=6, train_on_end=False
+    )
+    assert [row.example_id for row in kept] == [0, 2, 3]
+    assert (report.total, report.kept, report.prompts_shortened, report.answers_shortened) == (6, 3, 1, 1)
+    assert report.left_out == {"answer without tokens": 1, "text is not valid Unicode": 2}
+    assert report.total == report.kept + sum(report.left_out.values())
+
+
+def test_no_example_left_is_an_error_with_the_reasons() -> None:
+    tokenizer = whole_words()
+    with pytest.raises(
+        DataError, match=r"none of 2 examples .*\(no room for the answer within max_length: 2\).* is 5"
+    ):
+        tokenize_examples(
+            [RetainExample(prompt=Q, answer=A)] * 2,
+            tokenizer,
+            PAPER,
+            max_length=5,
+            max_answer_tokens=4,
+            train_on_end=True,
+        )
+    with pytest.raises(DataError, match="there were none"):
+        tokenize_examples([], tokenizer, PAPER, max_length=9, max_answer_tokens=4, train_on_end=True)
+
+
+class NothingBefore:
+    """A prompt format that writes the answer alone."""
+
+    name = "nothing"
+    end_text = ""
+
+    def render(self, prompt: str, answer: str = "") -> RenderedText:
+        """The answer alone."""
+        return RenderedText(
+            prompt_text="", answer_text=answer, end_text="", add_special_tokens=False, user_start=0, user_end=0
+        )
+
+
+def test_the_first_token_of_a_sequence_is_never_a_label(gpt_like: PreTrainedTokenizerBase) -> None:
+    """No position predicts it; the loss would count a label that has no prediction."""
+    example = tokenize(gpt_like, NothingBefore(), answer="honey is")
+    assert example.labels[0] == IGNORE_INDEX
+    assert example.labels[1:] == example.input_ids[1:]
+    with pytest.raises(DataError, match="answer without prompt"):
+        tokenize(gpt_like, NothingBefore(), answer=".")
+
+
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\ufeffx", "\u200b", "### Answer: Question:", "</s>", "\r\n", "\ufffd\uffff"]
+)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_strange_text_works(name: str, text: str) -> None:
+    tokenizer = tokenizer_of(name)
+    example = tokenize(tokenizer, prompt=text, answer=text)
+    assert len(example.input_ids) == len(example.labels)
+    tokenize_prompt(text, tokenizer, PAPER)
+
+
+def test_lone_surrogates_are_an_error_that_says_so(gpt_like: PreTrainedTokenizerBase) -> None:
+    for call in (
+        lambda: tokenize(gpt_like, prompt="\ud83d"),
+        lambda: tokenize_prompt("\ud83d", gpt_like, PAPER),
+        lambda: tokenize_prefill(Q, "\ud83d", gpt_like, PAPER, 1),
+    ):
+        with pytest.raises(DataError, match="not valid Unicode"):
+            call()
+
+
+@pytest.mark.parametrize("word", ["honey is sweet . ", "x", " "])
+def test_a_million_characters(gpt_like: PreTrainedTokenizerBase, word: str) -> None:
+    huge = "a" + word * (1_000_000 // len(word))
+    started = time.monotonic()
+    example = tokenize(gpt_like, prompt=huge, answer=huge, max_length=100, max_answer_tokens=20)
+    assert len(example.input_ids) == 100
+    assert (example.prompt_shortened, example.answer_shortened) == (True, True)
+    assert time.monotonic() - started < 60
+
+
+def test_long_texts_give_no_warning(gpt_like: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_level()
+    tokenizer.model_max_length = 16
+    tokenize(tokenizer, prompt="honey " * 100)
+    assert caplog.records == []
