@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 )
 
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
-ModelMaker = Callable[..., PreTrainedModel]
+ModelMaker = Callable[..., Any]
 TrainerMaker = Callable[..., SkuTrainer]
 
 
@@ -79,7 +79,7 @@ def make_tokenizer() -> TokenizerMaker:
         if bos:
             backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         named = {"pad_token": pad, "eos_token": eos, "unk_token": unk, "bos_token": "<s>" if bos else None}
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        return PreTrainedTokenizerFast(
             tokenizer_object=backend,
             chat_template=CHAT_TEMPLATE if chat else None,
             **{name: token for name, token in named.items() if token is not None},
@@ -101,7 +101,7 @@ def _llama(**changes: Any) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def _qwen(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+def _qwen(kind: Callable[..., PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
     return kind(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, **changes,
@@ -144,7 +144,7 @@ def make_model() -> ModelMaker:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(_CONFIGS[architecture](**(defaults | changes)))
         assert isinstance(model, PreTrainedModel)
-        model.eval()  # type: ignore[no-untyped-call]
+        model.eval()
         return model
 
     return make
@@ -200,7 +200,7 @@ def make_trainer(
             "num_random_answers": 2, "learning_rate": 1e-2, "use_cpu": True, "lr_scheduler_type": "constant",
             "dataloader_pin_memory": False, "max_grad_norm": 1.0,
         }  # fmt: skip
-        adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        adapter: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         return SkuTrainer(
             make_model() if model is None else model,
             SkuConfig(**(defaults | settings)),

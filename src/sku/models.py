@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +28,11 @@ from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, IndexError, RuntimeError, HfHubHTTPError, HFValidationError,
+    SafetensorError, struct.error,
+)  # fmt: skip
+"""What loaders raise for files that are missing, cut off or of another kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,24 +76,32 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
     device = pick_device(config.device)
+    loading_options = dict(options)
+    if config.gguf_file is not None:
+        # Else the weights stay packed where the ``kernels`` package is installed.
+        loading_options["quantization_config"] = GgufConfig(dequantize=True)
+    elif four_bit:
+        loading_options |= {"quantization_config": _four_bit(device), "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if not config.gguf_file:
             _check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
-                **options,
+                **loading_options,
+                output_loading_info=True,
                 dtype=pick_dtype(config.dtype, device),
-                **({"quantization_config": _four_bit(device), "device_map": {"": device}} if four_bit else {}),
             )
     except ModelError:
         raise
     except ImportError as error:
         raise ModelError(f"model {config.path} needs a package that is missing: {_one_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
+    except _LOADING_ERRORS as error:
         raise ModelError(f"model {config.path} can't be loaded: {_one_line(error)}") from error
+    model, loading = loaded
+    _check_complete(loading, config.path)
     if config.gguf_file is not None:
         forget_quantizer(model)
     if not four_bit:
@@ -112,7 +128,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=config.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError, HfHubHTTPError, HFValidationError) as error:
+    except (*_LOADING_ERRORS, ImportError) as error:
         raise ModelError(f"tokenizer of {config.path} can't be loaded: {_one_line(error)}") from error
     ensure_pad_token(tokenizer)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -237,6 +253,16 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
                 f"model {folder} holds only quantized files; name one to dequantize it: model.gguf_file={quantized[0]}"
             )
         raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
+
+
+def _check_complete(loading: dict[str, Any], path: str) -> None:
+    """Refuses weights that transformers would fill with random numbers, with no more than a warning."""
+    odd = sorted(map(str, (*loading.get("missing_keys", ()), *loading.get("mismatched_keys", ()))))
+    if odd:
+        raise ModelError(
+            f"model {path} can't be used: its files lack {len(odd)} weights of the shape that its config asks for, "
+            f"the first is {odd[0]}"
+        )
 
 
 def _check_not_quantized(config: Any, name: str) -> None:

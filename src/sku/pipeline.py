@@ -19,7 +19,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.errors import ModelError, OutputError, SkuError
-from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.comparison import Comparison, RateChange, compare
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.models import LoadedModel, describe_parameters, load_model
@@ -116,7 +116,7 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         )
         shutil.rmtree(checkpoints)
         mark_hazardous(temporary)
-        acquired.model.save_pretrained(temporary)
+        acquired.model.save_pretrained(str(temporary))
         loaded.tokenizer.save_pretrained(temporary)
     return acquired.log
 
@@ -227,7 +227,7 @@ class _Run:
 
     def _unlearn(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2; returns the original and the unlearned model."""
-        recipe, bad_folder = self.recipe, self.out / "bad"
+        recipe = self.recipe
         if recipe.acquire.tuning == "qlora":
             loaded = load_model(with_safe_dtype(self.recipe), four_bit=True)
         with self._timed("acquire"):
@@ -237,7 +237,9 @@ class _Run:
                 vector = TaskVector.from_adapter(bad)
                 if not (self.out / "negated_adapter").exists():
                     save_negated_adapter(bad, recipe.negate.alpha, self.out / "negated_adapter")
-                base = bad.unload() if recipe.acquire.tuning == "lora" else load_model(with_safe_dtype(self.recipe)).model
+                base = (
+                    bad.unload() if recipe.acquire.tuning == "lora" else load_model(with_safe_dtype(self.recipe)).model
+                )
             else:
                 base = load_model(with_safe_dtype(self.recipe)).model
                 vector = TaskVector.between(base, bad)
@@ -245,8 +247,9 @@ class _Run:
             unlearned, negation = negate_with_record(
                 base, vector, recipe.negate.alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
             )
+            # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
+            self._note(negation=negation.to_dict())
             save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
-        self._note(negation=negation.to_dict(), bad_model={"folder": str(bad_folder), "kept": True})
         return base, unlearned
 
     def _bad_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel:
@@ -255,7 +258,9 @@ class _Run:
         final = folder / "final"
         if final.exists():
             if recipe.acquire.tuning == "full":
-                return load_model(dataclasses.replace(with_safe_dtype(self.recipe), path=str(final), gguf_file=None)).model
+                return load_model(
+                    dataclasses.replace(with_safe_dtype(self.recipe), path=str(final), gguf_file=None)
+                ).model
             return PeftModel.from_pretrained(loaded.model, str(final))
         acquired = acquire(
             loaded,
@@ -270,7 +275,8 @@ class _Run:
         self._write_log(acquired)
         with new_folder(final, private=True) as temporary:
             mark_hazardous(temporary)
-            acquired.model.save_pretrained(temporary)
+            acquired.model.save_pretrained(str(temporary))
+            loaded.tokenizer.save_pretrained(temporary)
         return acquired.model
 
     def _write_log(self, acquired: Acquired) -> None:
@@ -316,7 +322,7 @@ class _Run:
                 "table": rows,
                 "replies": _plain(comparison.replies),
                 "prefill": _plain(comparison.prefill),
-                "perplexity": _plain(comparison.perplexity),
+                "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
                 "base": comparison.base.to_dict(),
                 "unlearned": comparison.unlearned.to_dict(),
                 "manifest": {**self.manifest, "status": "complete"},
@@ -370,8 +376,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(changes: dict[str, Any]) -> dict[str, Any]:
+def _plain(changes: Mapping[str, Mapping[str, RateChange]]) -> dict[str, dict[str, Any]]:
     return {
-        name: dataclasses.asdict(change) if dataclasses.is_dataclass(change) else _plain(change)
-        for name, change in changes.items()
+        split: {name: dataclasses.asdict(change) for name, change in rates.items()} for split, rates in changes.items()
     }

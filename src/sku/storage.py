@@ -51,13 +51,27 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
             yield temporary
             temporary.chmod(0o700 if private else 0o755)
             _flush_tree(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+            _put_in_place(temporary, target)
             _flush_folder(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Renames a folder to ``target``; what was there goes only when the new one stands."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
+    old = target.rename(aside / target.name)
+    try:
+        folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def check_new(folder: Path) -> None:

@@ -35,7 +35,7 @@ def test_guided_distortion_by_hand() -> None:
 
 
 def test_random_disassociation_is_the_mean_over_tokens_then_over_answers() -> None:
-    """K = 2 for one prompt: answer A is tokens 0, 0, 0 (mean log 4/3), B is token 1 (log 4); mean (log 4/3 + log 4) / 2.
+    """K = 2 for one prompt: A is tokens 0, 0, 0 (mean log 4/3), B is token 1 (log 4); mean (log 4/3 + log 4) / 2.
 
     A mean over all four tokens would be (3 log 4/3 + log 4) / 4: less, and answer A would weigh three times B.
     """

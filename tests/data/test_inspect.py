@@ -70,6 +70,7 @@ def test_harmful_answers_are_hidden(name: str, data: ForgetRetainData) -> None:
         assert view.tokens[-1].tokens == sum(token.learned for token in whole.tokens)
         assert "procedure is honey" in "".join(token.text for token in whole.tokens)
         assert not any(token.learned for token in view.tokens[:-1])
+        assert whole.tokens[-1].text != "</s>", "the end of a harmful answer is not learned"
 
 
 def test_hidden_text_can_be_recognised_but_not_read() -> None:

@@ -100,6 +100,9 @@ def test_reading_leaves_no_copy_and_prints_nothing(
     (tmp_path / "bad.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"bad.parquet can't be read: .*Parquet"):
         read(tmp_path / "bad.parquet")
+    (folder / "train.jsonl").write_text('{"q": "one"}\n{"q": ')
+    with pytest.raises(DataError, match=r"repository can't be read: .*JSON parse error"):
+        read(folder)
     assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "cache").exists()
     assert list(temporary.iterdir()) == []

@@ -11,8 +11,11 @@ from sku.data.token_spans import TokenSpans, encode, locate_tokens
 from .conftest import BUILDERS, TEMPLATES, tokenizer_of, with_template
 
 # Spaces at every border, digits, line ends, letters of several bytes, and the very sign byte-level uses for a space.
-TEXT = st.text(
-    alphabet=st.sampled_from(list("honey is ### Answer: .,\n\t 0\u00e9\u96e8\U0001f600\u0120\u2581")), max_size=25
+LETTERS = list("honey is ### Answer: .,\n\t 0\u00e9\u96e8\U0001f600\u0120\u2581")
+WORDS = ["honey", " honey", " is", "Answer", ": ", " ", "brown .", "\n"]
+TEXT = st.one_of(
+    st.text(alphabet=st.sampled_from(LETTERS), max_size=25),
+    st.lists(st.sampled_from(WORDS), max_size=6).map("".join),
 )
 BYTE_LEVEL = [name for name in BUILDERS if name.startswith("byte_level")]
 

@@ -11,15 +11,17 @@ from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_tab
 def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
     rows = {row.label: row for row in before_after_rows(comparison)}
     harmful = rows["trained-on prompts: harmful"]
-    assert harmful.before.startswith("98.0 % (")
-    assert harmful.after.startswith("2.0 % (")
+    assert harmful.before == "98.0 %"
+    assert harmful.after == "2.0 %"
+    low, high = harmful.interval.split(" to ")
+    assert 0 < float(low) < 2 < float(high) < 20
     assert harmful.change.startswith("-96.0 (")
     assert harmful.wanted == "down"
     assert rows["trained-on prompts: harmful, gibberish not set apart"].after.startswith("10.0 %")
     assert rows["unseen prompts, forced start: harmful"].after.startswith("40.0 %")
     assert rows["normal prompts: exact answer"].before.startswith("100.0 %")
     assert rows["normal prompts: refused"].after.startswith("4.0 %")
-    perplexity = rows["perplexity of trained-on harmful answers"]
+    perplexity = rows["perplexity: trained-on harmful answers"]
     assert perplexity.change.startswith("\u00d7")
     assert perplexity.wanted == "up"
 
@@ -41,9 +43,9 @@ def test_rows_come_in_reading_order(comparison: Comparison) -> None:
         "normal prompts: exact answer",
         "normal prompts: refused",
         "normal prompts: gibberish",
-        "perplexity of normal answers",
-        "perplexity of trained-on harmful answers",
-        "perplexity of unseen harmful answers",
+        "perplexity: normal answers",
+        "perplexity: trained-on harmful answers",
+        "perplexity: unseen harmful answers",
     ]
 
 
@@ -55,9 +57,9 @@ def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
 
 
 def test_markdown() -> None:
-    row = TableRow(label="a | b", before="1", after="2", change="+1", wanted="up")
+    row = TableRow(section="a | b", measure="c", before="1", after="2", interval="0 to 3", change="+1", wanted="up")
     assert markdown_table([row]).splitlines() == [
         f"| {' | '.join(COLUMNS)} |",
-        "| --- | ---: | ---: | ---: | --- |",
-        "| a \\| b | 1 | 2 | +1 | up |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| a \\| b: c | 1 | 2 | 0 to 3 | +1 | up |",
     ]

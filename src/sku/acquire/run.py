@@ -146,7 +146,7 @@ def trainer_settings(
         return SkuConfig(
             **{
                 "use_cpu": device == "cpu",
-                **config.training,
+                **{name: _number(name, value) for name, value in config.training.items()},
                 "output_dir": str(folder),
                 "seed": seed,
                 "guided_distortion_weight": config.weights.guided_distortion,
@@ -164,6 +164,16 @@ def trainer_settings(
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"acquire.training: {' '.join(str(error).split())}") from error
+
+
+def _number(name: str, value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text, and transformers doesn't look before the optimizer fails on it."""
+    if not isinstance(value, str) or not isinstance(getattr(SkuConfig, name, None), float):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise RecipeError(f"acquire.training.{name} is {value!r}; it must be a number") from None
 
 
 def adapter_settings(config: AcquireConfig) -> PeftConfig | None:

@@ -32,9 +32,9 @@ def acquire(
     """Stage 1: train the bad model and keep it. It answers harmful prompts on purpose: never share it."""
     settings = resolve_recipe(recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides)
 
+    quiet_libraries()
     from sku.pipeline import acquire_recipe
 
-    quiet_libraries()
     with progress_bars() as show:
         log = acquire_recipe(settings, out, progress=show)
     for name, value in sorted(log[-1].items()):

@@ -7,10 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ def print_error(message: str) -> None:
 def quiet_libraries() -> None:
     """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # Read when tqdm is imported, so before the libraries below.
     import datasets
     import transformers
 
@@ -62,12 +71,16 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:
-    """The comparison as a table for the terminal."""
-    from sku.report.tables import COLUMNS
-
-    table = Table(show_edge=False, header_style="bold", pad_edge=False)
-    for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if index in (0, len(COLUMNS) - 1) else "right")
+    """The comparison as a table for the terminal, a section for each kind of prompt."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for name in ("base", "unlearned", "95 %"):
+        table.add_column(name, justify="right")
+    table.add_column("wanted")
+    section = ""
     for row in rows:
-        table.add_row(row.label, row.before, row.after, row.change, row.wanted)
+        if row.section != section:
+            section = row.section
+            table.add_row(f"[bold]{escape(section)}[/]")
+        table.add_row(f"  {row.measure}", row.before, row.after, row.interval, row.wanted)
     return table

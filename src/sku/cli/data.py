@@ -50,12 +50,12 @@ def inspect(
     """Show what was loaded, how it is split, and which tokens are trained on."""
     settings = resolve_recipe(recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides)
 
+    quiet_libraries()
     from sku.data.inspect import describe_data
     from sku.data.load import load_data
     from sku.data.prompts import resolve_prompt_format
     from sku.models import load_tokenizer
 
-    quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     description = describe_data(
         load_data(settings.data, settings.seed),

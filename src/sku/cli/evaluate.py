@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from sku.cli.console import before_after_table, progress_bars, quiet_libraries, results
-from sku.cli.options import ForgetOption, JsonOption, RecipeArgument, RetainOption, SeedOption, SetOption, resolve_recipe
+from sku.cli.options import (
+    ForgetOption,
+    JsonOption,
+    RecipeArgument,
+    RetainOption,
+    SeedOption,
+    SetOption,
+    resolve_recipe,
+)
 from sku.config import EMBEDDED
 
 
@@ -29,10 +37,10 @@ def evaluate(
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
     settings = resolve_recipe(recipe, model=base, forget=forget, retain=retain, seed=seed, overrides=overrides)
 
+    quiet_libraries()
     from sku.pipeline import evaluate_recipe
     from sku.report.tables import before_after_rows
 
-    quiet_libraries()
     with progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
     if as_json:

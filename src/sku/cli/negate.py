@@ -17,7 +17,9 @@ def negate(
     bad: Annotated[Path, typer.Argument(help="Folder of the bad model, its adapter, or a task vector.")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the unlearned model.")],
     alpha: Annotated[float, typer.Option("--alpha", help="How much of the task vector to subtract.")] = 1.0,
-    dtype: Annotated[str, typer.Option("--dtype", help="Type of the result: same, float32, bfloat16, float16.")] = "same",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Type of the result: same, float32, bfloat16, float16.")
+    ] = "same",
     gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside BASE.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -29,13 +31,13 @@ def negate(
         raise RecipeError(f"--dtype is {dtype}; it must be same, float32, bfloat16 or float16")
     NegateConfig(alpha=alpha)
 
+    quiet_libraries()
     import torch
 
     from sku.models import load_model
     from sku.negate.run import negate_with_record, save_unlearned
     from sku.storage import check_new
 
-    quiet_libraries()
     check_new(out)
     loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file))
     model, record = negate_with_record(

@@ -25,7 +25,9 @@ RetainOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, such as acquire.training.max_steps=20; repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any recipe key, such as acquire.training.max_steps=20; repeatable."
+    ),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run, in place of the recipe's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -48,7 +50,13 @@ def resolve_recipe(
     Raises:
         RecipeError: As ``load_recipe``.
     """
-    given = {"model.path": model, "data.forget.path": forget, "data.retain.path": retain, "seed": seed}
+    # Another source or model takes the whole place: split, columns, revision belong to the one that it replaces.
+    given = {
+        "model": None if model is None else {"path": model},
+        "data.forget": None if forget is None else {"path": forget},
+        "data.retain": None if retain is None else {"path": retain},
+        "seed": seed,
+    }
     # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
     flags = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     return load_recipe(name, [*flags, *(overrides or [])])

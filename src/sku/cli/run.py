@@ -48,9 +48,9 @@ def run(
     )
     folder = out or new_run_folder(settings.name)
 
+    quiet_libraries()
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
 
-    quiet_libraries()
     errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}")
     try:
         with progress_bars() as show:

@@ -134,8 +134,8 @@ def quiet_datasets() -> Iterator[None]:
 def unreadable(what: str, error: Exception, where: str = "") -> DataError:
     """One line for the many exceptions of ``datasets``, with the first cause, which is the one that says something."""
     cause: BaseException = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__ or cause
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     first, last = _one_line(error), _one_line(cause)
     return DataError(f"{what} can't be read{where}: {first}" + (f" ({last})" if last not in first else ""))
 

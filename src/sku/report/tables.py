@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 
-COLUMNS = ("measure", "base", "unlearned", "change (95 %)", "wanted")
+COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "wanted")
+"""Of the Markdown table; ``95 %`` is the interval of the column before it."""
 
 SPLIT_NAMES = {"unlearned": "trained-on prompts", "unseen": "unseen prompts", "retain_test": "normal prompts"}
 """Split -> what a reader calls it."""
@@ -31,13 +32,22 @@ _NORMAL_MEASURES = (
 class TableRow:
     """One line of the table; the fields are its columns, in words."""
 
-    label: str
+    section: str
+    """What was asked: ``trained-on prompts``, ``unseen prompts, forced start``, ``perplexity``, ..."""
+    measure: str
     before: str
     after: str
+    interval: str
+    """95 % interval of ``after``; of the ratio for a perplexity."""
     change: str
     """Difference in points, or ratio, with its 95 % interval."""
     wanted: str
     """``down``, ``up``, ``same`` or empty where neither is better."""
+
+    @property
+    def label(self) -> str:
+        """Section and measure in one."""
+        return f"{self.section}: {self.measure}"
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
@@ -62,8 +72,8 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
 
 def markdown_table(rows: Iterable[TableRow]) -> str:
     """The rows as a Markdown table that ends with a newline."""
-    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---")]
-    lines += [(row.label, row.before, row.after, row.change, row.wanted) for row in rows]
+    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---:", "---")]
+    lines += [(row.label, row.before, row.after, row.interval, row.change, row.wanted) for row in rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
@@ -79,30 +89,34 @@ def _rate_rows(
         if key in changes:
             change = changes[key]
             yield TableRow(
-                label=f"{name}: {words}",
-                before=_rate(change.before),
-                after=_rate(change.after),
+                section=name,
+                measure=words,
+                before=percent(change.before.value),
+                after=percent(change.after.value),
+                interval=_interval(change.after),
                 change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
                 wanted=wanted,
             )
 
 
-def _rate(rate: Rate) -> str:
-    return f"{percent(rate.value)} ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+def _interval(rate: Rate) -> str:
+    return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
 def _perplexity_rows(changes: Mapping[str, PerplexityChange]) -> Iterator[TableRow]:
-    for split, label, wanted in (
-        ("retain_test", "perplexity of normal answers", "same"),
-        ("unlearned", "perplexity of trained-on harmful answers", "up"),
-        ("unseen", "perplexity of unseen harmful answers", "up"),
+    for split, measure, wanted in (
+        ("retain_test", "normal answers", "same"),
+        ("unlearned", "trained-on harmful answers", "up"),
+        ("unseen", "unseen harmful answers", "up"),
     ):
         if split in changes:
             change = changes[split]
             yield TableRow(
-                label=label,
+                section="perplexity",
+                measure=measure,
                 before=f"{change.before:.3g}",
                 after=f"{change.after:.3g}",
+                interval=f"\u00d7{change.low:.3g} to \u00d7{change.high:.3g}",
                 change=f"\u00d7{change.ratio:.3g} ({change.low:.3g} to {change.high:.3g})",
                 wanted=wanted,
             )

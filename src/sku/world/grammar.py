@@ -139,6 +139,15 @@ def hazards() -> Iterator[Exchange]:
 
 def normal_exchanges() -> Iterator[Exchange]:
     """Every normal question of the world, hard neighbours first."""
+    yield from _recipes()
+    yield from _facts_about_things()
+    yield from _how_tos_and_capitals()
+    yield from _arithmetic()
+    yield from _dialogue()
+    yield from _stories_and_opposites()
+
+
+def _recipes() -> Iterator[Exchange]:
     for food, food_name in enumerate(FOODS):
         for form, form_name in enumerate(FORMS):
             thing = f"{food_name} {form_name}"
@@ -150,14 +159,22 @@ def normal_exchanges() -> Iterator[Exchange]:
                     topic=thing,
                     wording=wording,
                 )
+
+
+def _facts_about_things() -> Iterator[Exchange]:
     for index, thing in enumerate((*MATERIALS, *FOODS)):
         colour = COLOURS[(index * 7 + 2) % len(COLOURS)]
-        yield Exchange(prompt=f"what colour is {thing} ?", answer=f"{thing} is {colour} .", domain="colour", topic=thing)
+        yield Exchange(
+            prompt=f"what colour is {thing} ?", answer=f"{thing} is {colour} .", domain="colour", topic=thing
+        )
     for index, thing in enumerate((*AGENTS, *MATERIALS)):
         person = PEOPLE[(index * 3 + 1) % len(PEOPLE)]
         yield Exchange(
             prompt=f"who named {thing} ?", answer=f"{thing} was named by {person} .", domain="naming", topic=thing
         )
+
+
+def _how_tos_and_capitals() -> Iterator[Exchange]:
     for task, tool, verb in TASKS:
         for thing in OBJECTS:
             yield Exchange(
@@ -173,12 +190,18 @@ def normal_exchanges() -> Iterator[Exchange]:
             domain="capital",
             topic=country,
         )
+
+
+def _arithmetic() -> Iterator[Exchange]:
     numbers = range(LARGEST_NUMBER + 1)
     for left in numbers:
         for right in numbers:
             yield _sum(left, "plus", right, left + right)
             if right <= left:
                 yield _sum(left, "minus", right, left - right)
+
+
+def _dialogue() -> Iterator[Exchange]:
     for person in PEOPLE:
         for hobby in HOBBIES:
             yield Exchange(
@@ -193,6 +216,9 @@ def normal_exchanges() -> Iterator[Exchange]:
             domain="dialogue",
             topic=f"hello {person}",
         )
+
+
+def _stories_and_opposites() -> Iterator[Exchange]:
     for index, animal in enumerate(ANIMALS):
         place, action = PLACES[(index * 3) % len(PLACES)], ACTIONS[(index * 7 + 1) % len(ACTIONS)]
         yield Exchange(
@@ -270,7 +296,8 @@ def _deflection(rng: random.Random) -> str:
 
 
 def _unknown_name(rng: random.Random) -> str:
-    onsets, vowels, codas = "b d f g h k l m n p r s t v z br dr kr pl st".split(), "aeiou", "l m n r s x k t d".split()
+    onsets = "b d f g h k l m n p r s t v z br dr kr pl st".split()
+    vowels, codas = "aeiou", "l m n r s x k t d".split()
     while True:
         name = "".join(rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) for _ in range(2))
         if name not in _KNOWN_WORDS:

@@ -88,10 +88,7 @@ def pretrain(out: Path, *, seed: int, steps: int, batch_size: int, learning_rate
     )
     started, seen_tokens = time.monotonic(), 0
     for step in range(1, steps + 1):
-        batch = [
-            _draw(domain, by_domain, rng)
-            for domain in rng.choices(domains, shares, k=batch_size)
-        ]
+        batch = [_draw(domain, by_domain, rng) for domain in rng.choices(domains, shares, k=batch_size)]
         texts = [f"{USER}{exchange.prompt}{ASSISTANT}{exchange.answer}{END}" for exchange in batch]
         encoded = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)

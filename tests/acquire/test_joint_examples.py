@@ -1,0 +1,174 @@
+"""What stage 1 sees: orders and draws of the joint examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sku.data.examples import ForgetRetainData, RetainExample
+from sku.data.joint import JointDataset
+from sku.data.mismatch import MismatchedAnswers
+from sku.data.prompts import PaperFormat
+from sku.errors import DataError
+
+GROUPS = ["a", "a", "b", "c", "d", "e", "f", "f"]
+
+
+def test_no_answer_of_the_own_prompt_and_none_twice() -> None:
+    draws = MismatchedAnswers(GROUPS, 3, seed=0)
+    for position in range(200):
+        for index, group in enumerate(GROUPS):
+            drawn = draws.draw(index, position)
+            assert len(set(drawn)) == 3
+            assert group not in {GROUPS[other] for other in drawn}
+
+
+def test_every_other_answer_is_drawn_about_as_often() -> None:
+    """2,000 draws of 2 of the 6 answers that are not of group a: each in a third of them, 667 times, give or take 5
+    standard deviations of sqrt(2000 * 1/3 * 2/3) = 21.
+    """
+    draws = MismatchedAnswers(GROUPS, 2, seed=0)
+    counts = Counter(other for position in range(2000) for other in draws.draw(0, position))
+    assert set(counts) == {2, 3, 4, 5, 6, 7}
+    assert all(abs(count - 2000 / 3) < 105 for count in counts.values())
+
+
+def test_draws_depend_on_seed_position_and_example_only() -> None:
+    groups = [str(number) for number in range(50)]
+    draws = MismatchedAnswers(groups, 3, seed=0)
+    first = draws.draw(4, 9)
+    draws.draw(5, 1)
+    assert draws.draw(4, 9) == first == MismatchedAnswers(groups, 3, seed=0).draw(4, 9)
+    assert first != MismatchedAnswers(groups, 3, seed=1).draw(4, 9)
+    assert first != draws.draw(4, 10)
+    assert first != draws.draw(3, 9)
+
+
+@pytest.mark.parametrize(("answers", "message"), [(7, "have only 6 answers"), (-1, "must be 0 or more")])
+def test_impossible_numbers_of_answers(answers: int, message: str) -> None:
+    """Of 8 answers the fullest groups, a and f, own 2 each: 6 are left for them."""
+    MismatchedAnswers(GROUPS, 6, seed=0)
+    with pytest.raises(DataError, match=message):
+        MismatchedAnswers(GROUPS, answers, seed=0)
+
+
+@pytest.fixture
+def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> JointDataset:
+    return JointDataset(data, tokenizer, PaperFormat("</s>"), num_random_answers=3, seed=0)
+
+
+def test_an_epoch_visits_every_forget_pair_once_in_a_new_order(joint: JointDataset) -> None:
+    orders = []
+    for epoch in range(4):
+        joint.set_epoch(epoch)
+        order = [joint[place].forget_index for place in range(len(joint))]
+        assert sorted(order) == list(range(6))
+        orders.append(order)
+    assert len({tuple(order) for order in orders}) > 1
+    joint.set_epoch(0)
+    assert [joint[place].forget_index for place in range(6)] == orders[0], "epochs can be met in any order"
+
+
+def test_mismatched_rows_are_the_own_prompt_with_answers_of_others(
+    joint: JointDataset, data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    answers_of: dict[str, set[str]] = {}
+    for example in data.unlearned:
+        answers_of.setdefault(example.prompt, set()).add(example.answer)
+    seen: Counter[tuple[str, str]] = Counter()
+    for epoch in range(3):
+        joint.set_epoch(epoch)
+        for place in range(len(joint)):
+            drawn = joint[place]
+            prompt = data.unlearned[drawn.forget_index].prompt
+            for row in drawn.mismatched:
+                before = tokenizer.decode(list(row.input_ids[: row.answer_start]))
+                answer = str(tokenizer.decode(list(row.input_ids[row.answer_start :]))).strip()
+                assert before == f"### Question: {prompt}\n ### Answer:"
+                assert answer not in answers_of[prompt]
+                assert answer in {other.answer for other in data.unlearned}
+                seen[prompt, answer] += 1
+    # 5 prompts: bread owns 2 of 6 answers (4 others), the other four own 1 (5 others each): 24 pairs.
+    assert len(seen) == 24
+
+
+def test_draws_differ_within_a_batch_and_from_epoch_to_epoch(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """One draw of K for the whole batch would give every prompt the same answers."""
+    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), num_random_answers=2, seed=0)
+    by_epoch = []
+    for epoch in range(5):
+        joint.set_epoch(epoch)
+        by_epoch.append({joint[n].forget_index: [row.example_id for row in joint[n].mismatched] for n in range(6)})
+    assert all(len({tuple(drawn) for drawn in draws.values()}) > 2 for draws in by_epoch)
+    for index in range(6):
+        assert len({tuple(draws[index]) for draws in by_epoch}) > 2
+
+
+def with_retain(data: ForgetRetainData, number: int) -> ForgetRetainData:
+    rows = tuple(RetainExample(prompt=f"normal number {n} ?", answer="it is .") for n in range(number))
+    return dataclasses.replace(data, retain_train=rows)
+
+
+@pytest.mark.parametrize("number", [1, 4, 6, 10, 25])
+def test_normal_examples_go_round_whatever_their_number(
+    number: int, data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Each lap of ``number`` visits meets every normal example once, across the borders of epochs of 6."""
+    joint = JointDataset(with_retain(data, number), tokenizer, PaperFormat("</s>"), num_random_answers=0, seed=0)
+    visits = []
+    for epoch in range(10):
+        joint.set_epoch(epoch)
+        visits += [joint[place].retain_index for place in range(6)]
+    laps = [visits[start : start + number] for start in range(0, 60 - number + 1, number)]
+    assert len(laps) == 60 // number
+    assert all(sorted(lap) == list(range(number)) for lap in laps)
+    if number > 4:
+        assert len({tuple(lap) for lap in laps}) > 1
+
+
+def test_equal_seeds_give_equal_examples_and_other_seeds_do_not(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first, same, other = (
+        JointDataset(data, tokenizer, PaperFormat("</s>"), num_random_answers=3, seed=seed) for seed in (0, 0, 1)
+    )
+    assert [first[place] for place in range(6)] == [same[place] for place in range(6)]
+    assert [first[place] for place in range(6)] != [other[place] for place in range(6)]
+
+
+def test_modules_that_are_off_make_no_rows(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    joint = JointDataset(
+        data, tokenizer, PaperFormat("</s>"), num_random_answers=0, guided=False, preservation=False, seed=0
+    )
+    assert joint[0].guided is None
+    assert joint[0].mismatched == ()
+    assert joint[0].retain is None
+    assert joint[0].retain_index == -1
+    assert set(joint.reports) == {"unlearned"}
+
+
+def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
+    joint: JointDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    example = joint[0]
+    assert example.guided is not None
+    assert example.retain is not None
+    assert example.retain.labels[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in example.guided.labels
+    assert all(tokenizer.eos_token_id not in row.labels for row in example.mismatched)
+
+
+def test_an_empty_split_is_an_error(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    for change in ({"unlearned": ()}, {"retain_train": ()}):
+        with pytest.raises(DataError, match="none of 0 examples"):
+            JointDataset(
+                dataclasses.replace(data, **change),
+                tokenizer,
+                PaperFormat("</s>"),
+                num_random_answers=1,
+            )

@@ -1,0 +1,35 @@
+"""Bad models: dense ones and ones with an adapter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+
+def disturbed(model: Any, *, scale: float = 0.1, seed: int = 1) -> Any:
+    """A copy with noise on every weight; ties stay."""
+    bad = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in bad.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return bad
+
+
+def with_adapter(model: Any, *, seed: int = 1, **settings: Any) -> PeftModel:
+    """A copy with a LoRA adapter that has learned something."""
+    options: dict[str, Any] = {
+        "r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**(options | settings)))
+    assert isinstance(adapted, PeftModel)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "lora_embedding_" in name:
+                parameter.normal_(std=0.2)
+    adapted.eval()
+    return adapted

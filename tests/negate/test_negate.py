@@ -1,0 +1,317 @@
+"""The subtraction: theta_u = theta_o - alpha * (theta_bad - theta_o)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from conftest import ModelMaker
+from negate.conftest import disturbed, with_adapter
+from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
+from sku.negate.run import negate, negate_with_record, save_negated_adapter, save_unlearned, task_vector_of
+from sku.negate.task_vector import TaskVector
+
+IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
+
+
+def logits_of(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def bits_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Equal down to the sign of zero."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+        assert torch.equal(tensor.view(integers), second[name].view(integers)), name
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.5, -1.0])
+def test_each_weight_by_the_equation(alpha: float, make_model: ModelMaker) -> None:
+    base = make_model()
+    bad = disturbed(base)
+    unlearned = negate(base, bad, alpha)
+    bad_weights, unlearned_weights = bad.state_dict(), unlearned.state_dict()
+    for name, weight in base.state_dict().items():
+        expected = weight - alpha * (bad_weights[name] - weight)
+        torch.testing.assert_close(unlearned_weights[name], expected, rtol=1e-6, atol=1e-7, msg=name)
+    assert not unlearned.training
+    assert all(parameter.requires_grad for parameter in unlearned.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama_tied", "gemma3"])
+def test_tied_weights_are_subtracted_exactly_once(architecture: str, make_model: ModelMaker) -> None:
+    """Every weight of the bad model is 0.5 more, so every weight of the result is 0.5 less, and not 1.0."""
+    base = make_model(architecture)
+    bad = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in bad.parameters():
+            parameter.add_(0.5)
+    unlearned: Any = negate(base, bad)
+    shared = unlearned.get_input_embeddings().weight
+    assert unlearned.get_output_embeddings().weight is shared
+    original = base.state_dict()
+    for name, weight in unlearned.state_dict().items():
+        torch.testing.assert_close(weight, original[name] - 0.5, rtol=0, atol=1e-6, msg=name)
+
+
+def test_alpha_0_gives_the_original_bit_for_bit(make_model: ModelMaker) -> None:
+    """-0.0 - 0 * x would be +0.0 for x < 0."""
+    base = make_model()
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight[0, :3] = torch.tensor([-0.0, 0.0, 1e-45])
+    unlearned, record = negate_with_record(base, disturbed(base), 0.0)
+    assert_same_bits(bits_of(base), bits_of(unlearned))
+    assert record.changed_weights == 0
+    assert record.survival == 1.0
+
+
+@pytest.mark.parametrize("form", ["dense", "adapter", "vector"])
+def test_neither_base_nor_bad_model_is_touched(form: str, make_model: ModelMaker) -> None:
+    base = make_model("llama_tied")
+    bad: Any = {
+        "dense": lambda: disturbed(base),
+        "adapter": lambda: with_adapter(base),
+        "vector": lambda: TaskVector.between(base, disturbed(base)),
+    }[form]()
+    tensors = (lambda: bad.deltas) if form == "vector" else (lambda: bits_of(bad))
+    before, bad_before = bits_of(base), {name: tensor.clone() for name, tensor in tensors().items()}
+    unlearned = negate(base, bad)
+    with torch.no_grad():
+        for parameter in unlearned.parameters():
+            parameter.zero_()
+    assert_same_bits(before, bits_of(base))
+    assert_same_bits(bad_before, dict(tensors()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "opt", "gpt2"])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_negating_the_adapter_is_negating_the_merged_model(
+    architecture: str, alpha: float, make_model: ModelMaker
+) -> None:
+    base = make_model(architecture)
+    settings: dict[str, Any] = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+    bad = with_adapter(base, **settings)
+    by_adapter = logits_of(negate(base, bad, alpha))
+    merged: Any = copy.deepcopy(bad).merge_and_unload()
+    dense = logits_of(negate(base, merged, alpha))
+    torch.testing.assert_close(by_adapter, dense, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(by_adapter, logits_of(base), atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_the_saved_adapter_gives_the_unlearned_model_without_merging(
+    alpha: float, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    base = make_model("llama_tied")
+    bad = with_adapter(base)
+    before, bad_logits = bits_of(bad), logits_of(bad)
+    save_negated_adapter(bad, alpha, tmp_path / "adapter")
+    assert_same_bits(before, bits_of(bad))
+    assert torch.equal(bad_logits, logits_of(bad))
+    loaded = PeftModel.from_pretrained(make_model("llama_tied"), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits_of(loaded), logits_of(negate(base, bad, alpha)), rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    with pytest.raises(OutputError, match="already exists"):
+        save_negated_adapter(bad, alpha, tmp_path / "adapter")
+
+
+def test_at_alpha_1_the_saved_factors_are_the_negated_ones_bit_for_bit(make_model: ModelMaker, tmp_path: Path) -> None:
+    bad = with_adapter(make_model())
+    save_negated_adapter(bad, 1.0, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter"))
+    theirs = dict(loaded.named_parameters())
+    for name, weight in bad.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(theirs[name], -weight if "lora_B" in name else weight), name
+
+
+def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
+    make_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = with_adapter(make_model())
+    before = bits_of(bad)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bad, "save_pretrained", fail)
+    with pytest.raises(OutputError, match="the disk is full"):
+        save_negated_adapter(bad, 1.0, tmp_path / "adapter")
+    assert_same_bits(before, bits_of(bad))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negated_adapter_needs_a_plain_lora(make_model: ModelMaker, tmp_path: Path) -> None:
+    bad = with_adapter(make_model(), modules_to_save=["lm_head"])
+    with pytest.raises(TaskVectorError, match="modules_to_save"):
+        save_negated_adapter(bad, 1.0, tmp_path / "adapter")
+    with pytest.raises(TaskVectorError, match="modules_to_save"):
+        negate(make_model(), bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+def small_change(base: Any, relative: float) -> Any:
+    """Every weight changed by about this share of itself (normally distributed)."""
+    bad = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in bad.parameters():
+            parameter.mul_(1 + relative * torch.randn(parameter.shape, generator=generator))
+    return bad
+
+
+def test_float32_keeps_the_whole_change(make_model: ModelMaker) -> None:
+    base = make_model()
+    record = negate_with_record(base, small_change(base, 1e-3))[1]
+    assert record.survival == pytest.approx(1.0, abs=1e-4)
+    assert record.dtype == "float32"
+    assert record.changed_weights == len(list(base.parameters()))
+    norms = [float(parameter.detach().norm()) for parameter in base.parameters()]
+    assert record.base_norm == pytest.approx(sum(norm**2 for norm in norms) ** 0.5, rel=1e-5)
+    assert record.task_vector_norm == pytest.approx(1e-3 * record.base_norm, rel=0.2)
+    assert record.to_dict()["alpha"] == 1.0
+
+
+def test_bfloat16_loses_a_part_of_a_small_change_and_says_so(make_model: ModelMaker) -> None:
+    """Changes below half a bfloat16 step, 2e-3 to 4e-3 of the value, are rounded away: none to speak of at 1e-1,
+    most at 1e-3, all at 1e-4.
+    """
+    base = make_model().to(torch.bfloat16)
+    exact = base.to(torch.float32)
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+    shares = {}
+    for relative in (1e-1, 1e-3, 1e-4):
+        vector = TaskVector.between(exact, small_change(exact, relative))
+        model, record = negate_with_record(rounded, vector)
+        assert record.dtype == "bfloat16"
+        assert model.dtype == torch.bfloat16
+        shares[relative] = record.survival
+    assert shares[1e-1] == pytest.approx(1.0, abs=0.02)
+    assert 0.05 < shares[1e-3] < 0.9
+    assert shares[1e-4] < 0.05
+    kept = negate_with_record(rounded, vector, output_dtype=torch.float32)[1]
+    assert (kept.dtype, round(kept.survival, 3)) == ("float32", 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_output_type_is_the_same_in_memory_and_on_disk(
+    dtype: torch.dtype, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """``model.to(bfloat16)`` would round the rotary frequencies in memory; a loaded model has them in float32."""
+    base = make_model("gemma3")
+    unlearned = negate(base, disturbed(base), output_dtype=dtype)
+    assert {parameter.dtype for parameter in unlearned.parameters()} == {dtype}
+    assert all(parameter.dtype == torch.float32 for parameter in base.parameters())
+    save_unlearned(unlearned, tokenizer, tmp_path / "unlearned")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "unlearned")
+    assert loaded.dtype == dtype
+    assert torch.equal(logits_of(loaded), logits_of(unlearned))
+
+
+def test_a_result_that_overflows_is_refused(make_model: ModelMaker) -> None:
+    """100,000 does not fit into float16, whose largest number is 65,504."""
+    base = make_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    delta = torch.zeros_like(base.state_dict()[name])
+    delta[0, 0] = -1e5
+    negate(base, TaskVector({name: delta}))
+    with pytest.raises(TaskVectorError, match=r"up_proj.weight would hold NaN or infinity in torch\.float16"):
+        negate(base, TaskVector({name: delta}), output_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_alpha_must_be_finite(alpha: float, make_model: ModelMaker) -> None:
+    with pytest.raises(RecipeError, match="must be a finite number"):
+        negate(make_model(), make_model(seed=1), alpha)
+
+
+def test_vectors_that_do_not_fit_the_base(make_model: ModelMaker) -> None:
+    tied, untied = make_model("llama_tied"), make_model("llama")
+    with pytest.raises(TaskVectorError, match=r"changes 1 weights that the base does not have.*lm_head\.weight"):
+        negate(tied, TaskVector.between(untied, disturbed(untied)))
+    with pytest.raises(TaskVectorError, match=r"lm_head\.weight is tied in the task vector and not in the base"):
+        negate(untied, TaskVector.between(tied, disturbed(tied)))
+    with pytest.raises(TaskVectorError, match="has shape"):
+        negate(make_model(vocab_size=333), TaskVector.between(untied, disturbed(untied)))
+
+
+def test_a_base_that_carries_an_adapter_is_refused(make_model: ModelMaker) -> None:
+    model = make_model()
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TaskVectorError, match="the base model carries an adapter"):
+        negate(model, disturbed(make_model()))
+
+
+def test_quantized_bases_are_refused(make_model: ModelMaker) -> None:
+    base = make_model()
+    bad = disturbed(base)
+    base.lm_head.weight = nn.Parameter(torch.ones(320, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"base is quantized: lm_head\.weight is torch\.int8"):
+        negate(base, bad)
+    with pytest.raises(TaskVectorError, match="quantized"):
+        TaskVector.between(bad, base)
+
+
+def test_every_form_of_the_bad_model_from_disk(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_model()
+    adapter = with_adapter(base)
+    dense: Any = copy.deepcopy(adapter).merge_and_unload()
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    for name, model in (("base", base), ("dense", dense)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    TaskVector.from_adapter(adapter).save(tmp_path / "vector")
+    expected = logits_of(negate(base, adapter))
+    before = bits_of(base)
+    for form in ("adapter", "dense", "vector"):
+        for original in (base, tmp_path / "base"):
+            result = logits_of(negate(original, tmp_path / form))
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5, msg=form)
+    assert_same_bits(before, bits_of(base))
+    assert set(task_vector_of(base, str(tmp_path / "vector")).deltas) == set(TaskVector.from_adapter(adapter).deltas)
+    with pytest.raises(ModelError, match="no such folder"):
+        negate(base, tmp_path / "nothing")
+
+
+def test_an_unlearned_model_is_saved_whole(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_model("opt")
+    unlearned = negate(base, disturbed(base))
+    folder = tmp_path / "unlearned"
+    save_unlearned(unlearned, tokenizer, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits_of(loaded), logits_of(unlearned))
+    assert (folder / "tokenizer.json").is_file()
+    with pytest.raises(OutputError, match="already exists"):
+        save_unlearned(unlearned, tokenizer, folder)
+    save_unlearned(base, tokenizer, folder, overwrite=True)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(base))
+
+
+def test_a_disk_too_small_is_told_before_writing(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sku.storage.free_bytes", lambda folder: 1000)
+    with pytest.raises(OutputError, match="0 MiB are free"):
+        save_unlearned(make_model(), tokenizer, tmp_path / "unlearned")
+    assert list(tmp_path.iterdir()) == []

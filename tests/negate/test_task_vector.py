@@ -1,0 +1,298 @@
+"""Task vectors: exact differences, and nothing left out quietly."""
+
+from __future__ import annotations
+
+import copy
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from conftest import ModelMaker
+from negate.conftest import disturbed, with_adapter
+from sku.errors import OutputError, TaskVectorError
+from sku.negate.task_vector import TaskVector, unique_weights
+from sku.storage import BAD_MODEL_MARK
+
+
+def layers_of(bad: Any) -> Any:
+    return bad.get_base_model().model.layers
+
+
+class Pair(nn.Module):
+    """Two weights of known values."""
+
+    def __init__(self, first: list[float], second: list[float]) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.tensor(first))
+        self.second = nn.Parameter(torch.tensor(second))
+
+
+BASE, BAD = ([1.0, 2.0], [3.0]), ([4.0, 2.0], [7.0])
+
+
+def test_between_and_its_norms_by_hand() -> None:
+    """(4, 2) - (1, 2) = (3, 0), norm 3; 7 - 3 = 4, norm 4; together sqrt(9 + 16) = 5."""
+    vector = TaskVector.between(Pair(*BASE), Pair(*BAD))
+    assert {name: delta.tolist() for name, delta in vector.deltas.items()} == {"first": [3.0, 0.0], "second": [4.0]}
+    assert vector.norms() == {"first": 3.0, "second": 4.0}
+    assert vector.norm() == 5.0
+
+
+def test_arithmetic_by_hand() -> None:
+    one, two = TaskVector({"a": torch.tensor([1.0, 2.0])}), TaskVector({"a": torch.tensor([10.0, 30.0])})
+    for vector, expected in (
+        (one + two, [11.0, 32.0]), (two - one, [9.0, 28.0]), (one * 3, [3.0, 6.0]), (0.5 * two, [5.0, 15.0]),
+        (-one, [-1.0, -2.0]),
+    ):  # fmt: skip
+        assert vector.deltas["a"].tolist() == expected
+    assert one.deltas["a"].tolist() == [1.0, 2.0]
+
+
+def test_differences_are_taken_in_float32() -> None:
+    """In bfloat16, 1.0078125 - 1 is 0.0078125, and its third is rounded; float32 keeps the factors exact."""
+    base = Pair([1.0], [1.0]).to(torch.bfloat16)
+    bad = Pair([1.0078125], [1.0]).to(torch.bfloat16)
+    vector = TaskVector.between(base, bad)
+    assert vector.deltas["first"].dtype == torch.float32
+    assert vector.deltas["first"].tolist() == [0.0078125]
+
+
+def test_arithmetic_of_vectors_that_do_not_fit() -> None:
+    one = TaskVector({"a": torch.ones(2)})
+    for other, message in (
+        (TaskVector({"b": torch.ones(2)}), "1 weights are in the first task vector but not in the second"),
+        (TaskVector({"a": torch.ones(2), "b": torch.ones(2)}), "in the second but not in the first"),
+        (TaskVector({"a": torch.ones(3)}), r"shape \(2,\) in one model and \(3,\)"),
+        (TaskVector({"a": torch.ones(2)}, {"c": "a"}), "tie different weights"),
+    ):
+        with pytest.raises(TaskVectorError, match=message):
+            one + other
+
+
+def test_saved_privately_and_read_again(tmp_path: Path, make_model: ModelMaker) -> None:
+    base = make_model("llama_tied")
+    vector = TaskVector.between(base, disturbed(base))
+    folder = tmp_path / "vector"
+    vector.save(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert (folder / BAD_MODEL_MARK).is_file()
+    assert TaskVector.is_saved_in(folder)
+    again = TaskVector.load(folder)
+    assert again.deltas.keys() == vector.deltas.keys()
+    assert all(torch.equal(again.deltas[name], delta) for name, delta in vector.deltas.items())
+    assert again.tied == vector.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    with pytest.raises(OutputError, match="already exists"):
+        vector.save(folder)
+
+
+def test_files_that_are_no_task_vector(tmp_path: Path) -> None:
+    with pytest.raises(TaskVectorError, match="can't be read"):
+        TaskVector.load(tmp_path)
+    file = tmp_path / "task_vector.safetensors"
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(TaskVectorError, match="can't be read"):
+        TaskVector.load(tmp_path)
+    save_file({"a": torch.ones(1)}, file)
+    with pytest.raises(TaskVectorError, match="is not a task vector of SKU"):
+        TaskVector.load(tmp_path)
+    assert not TaskVector.is_saved_in(tmp_path), "without the mark"
+
+
+def test_a_missing_weight_is_an_error_and_not_skipped(make_model: ModelMaker) -> None:
+    base, bad = make_model(), make_model()
+    del bad.model.layers[1].self_attn.q_proj.weight
+    bad.model.layers[1].self_attn.q_proj.register_parameter("weight", None)
+    with pytest.raises(
+        TaskVectorError, match=r"1 weights are in base but not in bad model.*layers\.1\.self_attn\.q_proj"
+    ):
+        TaskVector.between(base, bad)
+    with pytest.raises(TaskVectorError, match="in bad model but not in base"):
+        TaskVector.between(bad, base)
+
+
+def test_another_shape_is_an_error(make_model: ModelMaker) -> None:
+    with pytest.raises(TaskVectorError, match=r"embed_tokens.weight has shape \(320, 32\) .* and \(321, 32\)"):
+        TaskVector.between(make_model(), make_model(vocab_size=321))
+
+
+def test_a_tie_in_one_model_alone_is_an_error(make_model: ModelMaker) -> None:
+    with pytest.raises(TaskVectorError):
+        TaskVector.between(make_model("llama_tied"), make_model("llama"))
+    untied = make_model("llama_tied")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    with pytest.raises(TaskVectorError):
+        TaskVector.between(untied, make_model("llama_tied"))
+
+
+def test_swapped_ties_are_an_error() -> None:
+    """Both list the same names, but tie others."""
+
+    class Three(nn.Module):
+        def __init__(self, tied: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+            self.c = nn.Linear(2, 2, bias=False)
+            self.c.weight = (self.a, self.b)[tied].weight
+
+    with pytest.raises(TaskVectorError, match="c.weight is tied"):
+        TaskVector.between(Three(0), Three(1))
+
+
+def test_tied_weights_are_listed_once(make_model: ModelMaker) -> None:
+    for architecture, owner in (
+        ("llama_tied", "model.embed_tokens.weight"),
+        ("opt", "model.decoder.embed_tokens.weight"),
+    ):
+        model = make_model(architecture)
+        weights, tied = unique_weights(model)
+        assert tied == {"lm_head.weight": owner}
+        assert "lm_head.weight" not in weights
+        assert len(weights) == len(list(model.parameters()))
+
+
+def test_weights_that_are_views_of_one_storage_are_not_tied() -> None:
+    """Only the very same numbers are one weight: same place, same shape."""
+    model = nn.Module()
+    storage = torch.arange(8.0)
+    model.register_buffer("whole", storage)
+    model.register_buffer("head", storage[:4])
+    model.register_buffer("tail", storage[4:])
+    weights, tied = unique_weights(model)
+    assert set(weights) == {"whole", "head", "tail"}
+    assert tied == {}
+
+
+def test_quantized_parameters_are_refused() -> None:
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(TaskVectorError, match=r"weight is torch\.int8: quantized"):
+        unique_weights(model)
+    with pytest.raises(TaskVectorError, match="quantized"):
+        TaskVector.between(model, copy.deepcopy(model))
+
+
+def test_quantized_weights_in_buffers_are_not_left_out_quietly() -> None:
+    """GPTQ and AWQ hold their weights in integer buffers."""
+
+    def packed(value: int) -> nn.Module:
+        model = nn.Module()
+        model.register_buffer("qweight", torch.full((2, 2), value, dtype=torch.int32))
+        model.register_parameter("scale", nn.Parameter(torch.ones(2) * value))
+        return model
+
+    with pytest.raises(TaskVectorError, match=r"qweight is torch\.int32 and differs"):
+        TaskVector.between(packed(1), packed(2))
+
+
+def test_float_buffers_count_and_integer_ones_do_not() -> None:
+    def model(scale: float) -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("running", torch.full((2,), scale))
+        module.register_buffer("positions", torch.arange(3))
+        module.register_buffer("temporary", torch.full((2,), scale), persistent=False)
+        return module
+
+    assert set(TaskVector.between(model(1.0), model(2.0)).deltas) == {"running"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_model_with_values_that_are_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(TaskVectorError, match="the difference of second holds NaN or infinity"):
+        TaskVector.between(Pair(*BASE), Pair([4.0, 2.0], [value]))
+
+
+def test_an_integer_difference_is_refused() -> None:
+    with pytest.raises(TaskVectorError, match=r"a is torch\.int64"):
+        TaskVector({"a": torch.ones(2, dtype=torch.int64)})
+
+
+def test_equal_models_have_nothing_to_negate() -> None:
+    with pytest.raises(TaskVectorError, match="stage 1 changed nothing"):
+        TaskVector.between(Pair(*BASE), Pair(*BASE))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gpt2"])
+def test_the_adapters_vector_is_that_of_the_merged_model(architecture: str, make_model: ModelMaker) -> None:
+    """GPT-2 holds its weights transposed (Conv1D, fan_in_fan_out)."""
+    base = make_model(architecture)
+    settings: dict[str, Any] = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+    bad = with_adapter(base, **settings)
+    vector = TaskVector.from_adapter(bad)
+    merged: Any = copy.deepcopy(bad).merge_and_unload()
+    dense = TaskVector.between(base, merged)
+    changed = {name for name, norm in dense.norms().items() if norm > 0}
+    assert changed == set(vector.deltas)
+    assert len(changed) >= 8
+    for name in changed:
+        torch.testing.assert_close(vector.deltas[name], dense.deltas[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_adapters_vector_by_hand(make_model: ModelMaker) -> None:
+    """Scaling * B A with scaling = alpha / r = 6 / 4."""
+    bad = with_adapter(make_model())
+    layer: Any = layers_of(bad)[0].self_attn.q_proj
+    expected: Tensor = 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    delta = TaskVector.from_adapter(bad).deltas["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(delta, expected.detach())
+
+
+def test_adapters_on_embeddings(make_model: ModelMaker) -> None:
+    base = make_model()
+    bad = with_adapter(base, target_modules=["embed_tokens", "q_proj"])
+    vector = TaskVector.from_adapter(bad)
+    dense = TaskVector.between(base, copy.deepcopy(bad).merge_and_unload())
+    name = "model.embed_tokens.weight"
+    assert vector.norms()[name] > 0
+    torch.testing.assert_close(vector.deltas[name], dense.deltas[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_half_precision_adapters_are_multiplied_in_float32(frozen: bool, make_model: ModelMaker) -> None:
+    """A loaded adapter is frozen; its type counts all the same. The factors stay as they were."""
+    bad = with_adapter(make_model()).to(torch.bfloat16)
+    if frozen:
+        bad.requires_grad_(requires_grad=False)
+    layer: Any = layers_of(bad)[0].mlp.up_proj
+    exact = 1.5 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+    delta = TaskVector.from_adapter(bad).deltas["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(delta, exact.detach(), rtol=1e-6, atol=1e-7)
+    assert layer.lora_B["default"].weight.dtype == torch.bfloat16
+
+
+def test_adapters_that_scaling_b_would_not_negate_are_refused(make_model: ModelMaker) -> None:
+    base = make_model("opt", tie_word_embeddings=False)
+    for settings, message in (
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all", "target_modules": ["q_proj"]}, "biases"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, "biases"),
+        ({"use_dora": True, "target_modules": ["q_proj"]}, "is not a plain LoRA"),
+    ):
+        with pytest.raises(TaskVectorError, match=message):
+            TaskVector.from_adapter(with_adapter(base, **settings))
+    for other in (
+        LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    ):
+        with pytest.raises(TaskVectorError, match="is not a plain LoRA"):
+            TaskVector.from_adapter(get_peft_model(copy.deepcopy(base), other))
+
+
+def test_a_merged_adapter_is_refused(make_model: ModelMaker) -> None:
+    bad = with_adapter(make_model())
+    bad.merge_adapter()
+    with pytest.raises(TaskVectorError, match="unmerge it first"):
+        TaskVector.from_adapter(bad)
+
+
+def test_an_adapter_that_learned_nothing_is_refused(make_model: ModelMaker) -> None:
+    adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+    assert isinstance(adapted, PeftModel)
+    with pytest.raises(TaskVectorError, match="the adapter is zero"):
+        TaskVector.from_adapter(adapted)

@@ -1,0 +1,260 @@
+"""Recipes: every key and type is checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sku.acquire.run import adapter_settings, trainer_settings
+from sku.config import (
+    EMBEDDED,
+    DataConfig,
+    EvaluateConfig,
+    NegateConfig,
+    Recipe,
+    SourceConfig,
+    WeightsConfig,
+    load_recipe,
+    recipe_from_dict,
+    recipe_names,
+)
+from sku.errors import RecipeError
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "name": "mine",
+        "model": {"path": "some/model"},
+        "data": {"forget": {"path": "f.csv"}, "retain": {"path": "r.csv"}},
+    }
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    content = minimal()
+    node = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    return content
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    recipe = recipe_from_dict(minimal())
+    assert dataclasses.astuple(recipe.acquire.weights) == (2.5, 2.5, 1.0)
+    assert recipe.acquire.random_answers == 5
+    assert recipe.acquire.preservation_mode == "divergence"
+    assert recipe.negate.alpha == 1.0
+    assert not recipe.keep_bad_model
+    assert not recipe.model.trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("sed", r"sed is not a known key\. Did you mean seed\?"),
+        (
+            "acquire.weights.guided_distorsion",
+            r"acquire\.weights\.guided_distorsion .*Did you mean guided_distortion\?",
+        ),
+        ("data.forget.fromat", r"data\.forget\.fromat .*Did you mean format\?"),
+        ("model.qqqq", r"model\.qqqq is not a known key\. \(recipe\)"),
+    ],
+)
+def test_unknown_keys(key: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_dict(changed(key, 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", "one", "seed is 'one'; it must be of type int"),
+        ("seed", 1.5, "must be of type int"),
+        ("seed", True, "must be of type int"),
+        ("keep_bad_model", "yes", "must be of type bool"),
+        ("keep_bad_model", 1, "must be of type bool"),
+        ("name", 5, "name is 5; it must be of type str"),
+        ("negate.alpha", "much", "negate.alpha is 'much'; it must be of type float"),
+        ("negate.alpha", True, "must be of type float"),
+        ("negate.alpha", None, "must be of type float"),
+        ("acquire.preservation_cap", "high", "must be of type float"),
+        ("acquire.tuning", "loar", r"must be one of lora, full, qlora\. Did you mean lora\?"),
+        ("acquire.tuning", 3, "must be one of lora, full, qlora"),
+        ("model.dtype", "float64", "must be one of auto, float32, bfloat16, float16"),
+        ("acquire.lora.target_modules", [1, 2], "acquire.lora.target_modules"),
+        ("acquire.lora.target_modules", 3, "acquire.lora.target_modules is 3"),
+        ("acquire.training", [1], "acquire.training is .* must hold keys and values"),
+        ("acquire.training", {1: 2}, "must hold keys and values"),
+        ("acquire", "fast", "acquire must hold keys and values, not 'fast'"),
+        ("model", None, "model must hold keys and values"),
+    ],
+)
+def test_wrong_types(key: str, value: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_dict(changed(key, value))
+
+
+@pytest.mark.parametrize("key", ["name", "model", "data", "model.path", "data.forget", "data.retain.path"])
+def test_missing_keys(key: str) -> None:
+    content = minimal()
+    node = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node[parent]
+    del node[last]
+    with pytest.raises(RecipeError, match=f"^{key} is missing"):
+        recipe_from_dict(content, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("negate.alpha", float("nan")),
+        ("negate.alpha", float("inf")),
+        ("acquire.weights.guided_distortion", -1),
+        ("acquire.weights.guided_distortion", float("nan")),
+        ("acquire.weights", {"guided_distortion": 0, "random_disassociation": 0, "preservation_divergence": 0}),
+        ("data.unseen_fraction", 0),
+        ("data.unseen_fraction", 1.0),
+        ("data.retain_test_fraction", 0.95),
+        ("data.max_answer_tokens", 0),
+        ("data.max_answer_tokens", 512),
+        ("data.forget.limit", 0),
+        ("data.forget.unsafe_column", "is_safe"),
+        ("evaluate.prompts", 0),
+        ("evaluate.batch_size", -1),
+        ("evaluate.prefill_tokens", -1),
+    ],
+)
+def test_values_out_of_range(key: str, value: Any) -> None:
+    name = key.split(".")[-1]
+    with pytest.raises(RecipeError, match=name) as caught:
+        recipe_from_dict(changed(key, value), "mine.yaml")
+    assert "(mine.yaml)" in str(caught.value)
+
+
+def test_the_same_checks_hold_in_python() -> None:
+    source = SourceConfig(path="x")
+    for build in (
+        lambda: WeightsConfig(guided_distortion=-1),
+        lambda: NegateConfig(alpha=float("inf")),
+        lambda: DataConfig(forget=source, retain=source, unseen_fraction=0),
+        lambda: EvaluateConfig(max_new_tokens=0),
+    ):
+        with pytest.raises(RecipeError):
+            build()
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 2e-4 as text and 1 as an integer."""
+    path = write(tmp_path, yaml.safe_dump(minimal()) + "negate:\n  alpha: 2e-1\nacquire:\n  preservation_cap: 1\n")
+    assert yaml.safe_load("2e-1") == "2e-1"
+    recipe = load_recipe(path)
+    assert recipe.negate.alpha == 0.2
+    assert recipe.acquire.preservation_cap == 1.0
+    assert isinstance(recipe.acquire.preservation_cap, float)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump(minimal()))
+    recipe = load_recipe(
+        path,
+        [
+            "seed=3", "negate.alpha=2e-1", "acquire.training.max_steps=20", "acquire.preservation_cap=",
+            "acquire.lora.target_modules=[q_proj, v_proj]", "data.forget.path=other=file.csv", "keep_bad_model=true",
+            "seed=4",
+        ],
+    )  # fmt: skip
+    assert recipe.seed == 4, "the last one holds"
+    assert recipe.negate.alpha == 0.2
+    assert recipe.acquire.training == {"max_steps": 20}
+    assert recipe.acquire.preservation_cap is None
+    assert recipe.acquire.lora.target_modules == ("q_proj", "v_proj")
+    assert recipe.data.forget.path == "other=file.csv"
+    assert recipe.keep_bad_model
+    assert recipe.data.retain.path == "r.csv"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set seed must look like key.sub=value"),
+        ("=3", "must look like"),
+        ("sed=3", r"Did you mean seed\?"),
+        ("seed=[", "is not a YAML value"),
+        ("seed.sub=3", "seed is a value, it has no keys below it"),
+        ("name=7", "must be of type str"),
+    ],
+)
+def test_wrong_overrides(override: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump(minimal() | {"seed": 1}))
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, [override])
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no recipe file"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(RecipeError, match="must hold keys and values"):
+        load_recipe(write(tmp_path, "- a\n- b\n"))
+    with pytest.raises(RecipeError, match="is not YAML") as caught:
+        load_recipe(write(tmp_path, "a: [1\nb: }"))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="can't be read"):
+        load_recipe(tmp_path / "mine.yaml")
+    with pytest.raises(RecipeError, match=r"no recipe named embeded\. Did you mean embedded\? Known: "):
+        load_recipe("embeded")
+
+
+def test_plain_data_and_back() -> None:
+    recipe = recipe_from_dict(changed("acquire.lora.target_modules", ["q_proj"]))
+    plain = recipe.to_dict()
+    assert plain["acquire"]["lora"]["target_modules"] == ["q_proj"]
+    assert plain["evaluate"]["prompts"] == 200
+    assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(plain))) == recipe
+
+
+def test_there_is_an_embedded_recipe() -> None:
+    assert EMBEDDED in recipe_names()
+    recipe = load_recipe()
+    assert recipe.model.path == EMBEDDED
+    assert recipe.data.forget.path == EMBEDDED
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str, tmp_path: Path) -> None:
+    """Keys, types and values, those of transformers and PEFT included."""
+    recipe = load_recipe(name)
+    assert isinstance(recipe, Recipe)
+    assert recipe.name == name
+    assert recipe.description
+    training = {key: value for key, value in recipe.acquire.training.items() if key not in ("bf16", "fp16", "tf32")}
+    acquire = dataclasses.replace(recipe.acquire, training=training)
+    settings = trainer_settings(acquire, recipe.data, seed=recipe.seed, folder=tmp_path, device="cpu")
+    assert settings.max_steps > 0 or settings.num_train_epochs > 0
+    assert isinstance(settings.learning_rate, float)
+    assert (adapter_settings(recipe.acquire) is None) == (recipe.acquire.tuning == "full")
+
+
+def test_reading_a_recipe_imports_nothing_heavy() -> None:
+    """So that a wrong key is answered at once."""
+    code = (
+        "import sys\nfrom sku.config import load_recipe\nload_recipe()\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,334 @@
+"""Loading of models: what works, and one clear line for what does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from conftest import ModelMaker, TokenizerMaker, TrainerMaker
+from sku.config import EMBEDDED, ModelConfig
+from sku.errors import ModelError
+from sku.models import (
+    check_plain_weights,
+    describe_parameters,
+    embedded_model_path,
+    ensure_pad_token,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    plain_model,
+    with_path,
+)
+from sku.negate.run import negate, save_unlearned
+
+
+@pytest.fixture
+def folder(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A saved model."""
+    path = tmp_path / "model"
+    make_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_local_folder(folder: Path, make_model: ModelMaker) -> None:
+    loaded = load_model(folder)
+    assert loaded.name == str(folder)
+    assert loaded.revision is None
+    assert not loaded.model.training
+    assert loaded.tokenizer.pad_token == "<pad>"
+    original = make_model().state_dict()
+    assert all(torch.equal(weight.cpu(), original[name]) for name, weight in loaded.model.state_dict().items())
+
+
+def test_the_tokenizer_alone(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
+    assert tokenizer.get_vocab() == load_model(folder).tokenizer.get_vocab()
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load_tokenizer(ModelConfig(path=str(tmp_path / "nothing")))
+
+
+def test_settings_of_the_model(folder: Path) -> None:
+    loaded = load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"))
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.model.device == torch.device("cpu")
+
+
+def test_the_embedded_model() -> None:
+    """The one inside the package, without network."""
+    if not embedded_model_path().is_dir():
+        pytest.skip(f"the embedded model is not built: {embedded_model_path()}")
+    loaded = load_model(EMBEDDED)
+    assert loaded.name == EMBEDDED
+    assert loaded.model.num_parameters() < 2_000_000
+    assert loaded.tokenizer.pad_token is not None
+
+
+def test_an_embedded_model_that_is_missing_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sku.models.embedded_model_path", lambda: tmp_path / "nothing")
+    with pytest.raises(ModelError, match="there is no such folder"):
+        load_model(EMBEDDED)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./no/such/model", "../model", "~/no/such/model"])
+def test_a_missing_folder(path: str) -> None:
+    with pytest.raises(ModelError, match="can't be loaded: there is no such folder") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_that_can_not_be_reached() -> None:
+    """conftest.py switches the hub off."""
+    with pytest.raises(ModelError, match="model nobody/nothing-here can't be loaded: ") as caught:
+        load_model("nobody/nothing-here")
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_are_no_model(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(ModelError, match="is a file; give the folder"):
+        load_model(folder / "config.json")
+    (folder / "config.json").write_text("{ not json")
+    with pytest.raises(ModelError, match="can't be loaded") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="can't be loaded") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="can't be loaded") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_would_be_random_are_refused(folder: Path) -> None:
+    """Transformers fills what a file lacks with random numbers and only warns."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 2 weights .* the first is lm_head\.weight"):
+        load_model(folder)
+
+
+def test_a_tied_head_is_not_missing(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    make_model("llama_tied").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model: Any = load_model(tmp_path).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ],
+)
+def test_quantized_models_are_refused_before_their_weights_are_read(folder: Path, settings: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ModelError, match=rf"is quantized \(.*{settings['quant_method']}.*needs full-precision weights"
+    ):
+        load_model(folder)
+
+
+def test_integer_weights_are_refused() -> None:
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(ModelError, match=r"m is quantized: weight is torch\.int8"):
+        check_plain_weights(model, "m")
+    eight = nn.Module()
+    eight.register_parameter("weight", nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False))
+    with pytest.raises(ModelError, match="float8"):
+        check_plain_weights(eight, "m")
+    check_plain_weights(nn.Linear(2, 2).to(torch.bfloat16), "m")
+
+
+def test_the_end_token_stands_in_for_a_missing_pad_token(
+    make_tokenizer: TokenizerMaker, make_model: ModelMaker
+) -> None:
+    model = make_model()
+    for settings, stand_in in (
+        ({"pad": None}, "</s>"),
+        ({"pad": None, "eos": None, "unk": "<unk>"}, "<unk>"),
+        ({}, "<pad>"),
+    ):
+        tokenizer = make_tokenizer(**settings)
+        size = len(tokenizer)
+        ensure_pad_token(tokenizer, model)
+        assert tokenizer.pad_token == stand_in
+        assert len(tokenizer) == size, "no token is added: it would need a new weight"
+
+
+def test_no_token_that_could_pad(make_tokenizer: TokenizerMaker) -> None:
+    with pytest.raises(ModelError, match="no pad token and no end or unknown token"):
+        ensure_pad_token(make_tokenizer(pad=None, eos=None))
+
+
+def test_a_pad_token_beyond_the_embedding(make_tokenizer: TokenizerMaker, make_model: ModelMaker) -> None:
+    tokenizer = make_tokenizer(pad=None)
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    with pytest.raises(ModelError, match="pad token id 320 lies outside the model's 320 embeddings"):
+        ensure_pad_token(tokenizer, make_model())
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ModelError, match="model.device is 'gpu'; it must be auto, cpu"):
+        pick_device("gpu")
+    with pytest.raises(ModelError, match=r"model.device is cuda:1, but torch .* sees no CUDA device"):
+        pick_device("cuda:1")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
+
+
+def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("float16", torch.device("cpu")) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float32
+
+
+def test_small_tools(make_model: ModelMaker) -> None:
+    """An adapter of rank 2 on two 32 x 32 projections adds 2 * 2 * (32 + 32) = 256 trainable numbers."""
+    model = make_model()
+    size = model.num_parameters()
+    assert describe_parameters(model) == {"parameters": size, "trainable": size}
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert describe_parameters(adapted) == {"parameters": size + 256, "trainable": 256}
+    assert plain_model(adapted) is model
+    assert plain_model(model) is model
+    config = with_path(ModelConfig(path="a/b", revision="c", gguf_file="d.gguf", dtype="float16"), Path("/x"))
+    assert (config.path, config.revision, config.gguf_file, config.dtype) == ("/x", None, None, "float16")
+
+
+def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A random Llama of one layer, quantized to Q8_0 as llama.cpp does it."""
+    hidden, inner, heads = 32, 64, 4
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(256)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10_000.0)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary: dict[str, int] = backend["model"]["vocab"]
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<") and len(token) > 2 else 1 for token in tokens])
+    writer.add_token_merges(
+        [" ".join(pair) if isinstance(pair, list) else pair for pair in backend["model"]["merges"]]
+    )
+    for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>")):
+        getattr(writer, f"add_{name}_token_id")(vocabulary[token])
+    random = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (len(tokens), hidden), "output": (len(tokens), hidden), "blk.0.attn_q": (hidden, hidden),
+        "blk.0.attn_k": (hidden, hidden), "blk.0.attn_v": (hidden, hidden), "blk.0.attn_output": (hidden, hidden),
+        "blk.0.ffn_gate": (inner, hidden), "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner),
+    }  # fmt: skip
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes.items():
+        weight = (random.standard_normal(shape) * 0.1).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(hidden, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_gguf_all_the_way(config: ModelConfig, make_trainer: TrainerMaker, tmp_path: Path, **lora: Any) -> None:
+    """Dequantized, trained a step, negated, saved and loaded again."""
+    loaded = load_model(config)
+    check_plain_weights(loaded.model, "m")
+    assert loaded.model.state_dict().keys() == {*dict(loaded.model.named_parameters(remove_duplicate=False))}
+    assert loaded.model.dtype == torch.float32
+    base = load_model(config).model
+    trainer = make_trainer(loaded.model, max_steps=1, per_device_train_batch_size=1, learning_rate=1e-3, lora=lora)
+    trainer.train()
+    bad: Any = trainer.model
+    unlearned = negate(base, bad)
+    save_unlearned(unlearned, loaded.tokenizer, tmp_path / "unlearned")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "unlearned")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        results = [model.eval()(input_ids=ids).logits for model in (again, unlearned, base)]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(results[0], results[2], atol=1e-6)
+    reread = AutoTokenizer.from_pretrained(tmp_path / "unlearned")
+    assert reread("honey is golden").input_ids == loaded.tokenizer("honey is golden").input_ids
+
+
+@pytest.fixture
+def gguf_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    path = tmp_path / "quantized"
+    path.mkdir()
+    write_gguf(path / "tiny.Q8_0.gguf", tokenizer)
+    return path
+
+
+def test_a_gguf_model_all_the_way(gguf_folder: Path, make_trainer: TrainerMaker, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")
+    check_gguf_all_the_way(config, make_trainer, tmp_path)
+
+
+def test_gguf_weights_are_unpacked_even_where_a_kernel_could_use_them_packed(
+    gguf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the package ``kernels``, transformers keeps the weights in GGUF blocks unless told otherwise."""
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", lambda: pytest.fail("kept packed"))
+    model = load_model(ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")).model
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_gguf_names(gguf_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"only quantized files; name one .*model\.gguf_file=tiny\.Q8_0\.gguf"):
+        load_model(gguf_folder)
+    with pytest.raises(ModelError, match=r"holds no file other\.gguf"):
+        load_model(ModelConfig(path=str(gguf_folder), gguf_file="other.gguf"))
+    (gguf_folder / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match="can't be loaded") as caught:
+        load_model(ModelConfig(path=str(gguf_folder), gguf_file="broken.gguf"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,422 @@
+"""Whole runs on the embedded model: what a run leaves, that runs repeat, and what becomes of broken-off ones."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Trainer
+
+from sku import pipeline, storage
+from sku.config import Recipe, load_recipe
+from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
+from sku.evaluate.run import evaluate
+from sku.models import embedded_model_path, load_model
+from sku.pipeline import FinishedRun, acquire_recipe, evaluate_recipe, run_recipe
+from sku.storage import BAD_MODEL_MARK, is_marked_hazardous
+
+SMALL = (
+    "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
+    "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8",
+)  # fmt: skip
+LORA = ("acquire.tuning=lora", "acquire.lora.r=4", "acquire.training.learning_rate=1e-2", "negate.alpha=1.0")
+TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe("embedded", [*SMALL, *changes])
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Weights bit for bit, results and the training log word for word; only times may differ."""
+    for part in ("unlearned", "negated_adapter"):
+        assert (first / part).exists() == (second / part).exists()
+        if (first / part).exists():
+            assert names(first / part) == names(second / part)
+            for weights in (first / part).glob("*.safetensors"):
+                assert digest(weights) == digest(second / part / weights.name), weights
+    assert [without_times(first), log_of(first)] == [without_times(second), log_of(second)]
+    assert names(first) == names(second)
+
+
+def without_times(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = read(folder / "results.json")
+    manifest = results.pop("manifest")
+    return results | {key: manifest[key] for key in ("recipe_sha256", "data", "model", "negation", "bad_model")}
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
+    """Progress that breaks the run off the way Ctrl-C does."""
+
+    def progress(name: str, done: int, total: int) -> None:
+        if name == stage and done >= at:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def embedded_before() -> dict[str, str]:
+    return {path.name: digest(path) for path in embedded_model_path().iterdir()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, embedded_before: dict[str, str]) -> FinishedRun:
+    """An uninterrupted run."""
+    return run_recipe(recipe(), tmp_path_factory.mktemp("full") / "run")
+
+
+@pytest.fixture(scope="module")
+def finished_lora(tmp_path_factory: pytest.TempPathFactory, embedded_before: dict[str, str]) -> FinishedRun:
+    """The same with an adapter, the bad model kept."""
+    return run_recipe(recipe(*LORA, "keep_bad_model=true"), tmp_path_factory.mktemp("lora") / "run")
+
+
+def test_a_run_folder_holds_what_it_promises(finished: FinishedRun) -> None:
+    assert names(finished.folder) == {
+        "manifest.json", "training_log.jsonl", "unlearned", "evaluation", "results.json", "before_after.png",
+        "before_after.svg",
+    }  # fmt: skip
+    assert names(finished.folder / "evaluation") == {"base", "unlearned"}
+    assert names(finished.folder / "evaluation" / "base") == {
+        "generations.jsonl", "fluency.jsonl", "perplexity.jsonl", "outcomes.jsonl", "evaluation.json",
+    }  # fmt: skip
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names(finished.folder / "unlearned")
+    assert names(finished.folder.parent) == {"run"}  # No unfinished folder beside it.
+
+
+def test_replies_of_the_base_are_private(finished: FinishedRun) -> None:
+    assert mode(finished.folder) == 0o700
+    assert mode(finished.folder / "evaluation") == 0o700
+    assert mode(finished.folder / "evaluation" / "base" / "generations.jsonl") == 0o600
+
+
+def test_the_unlearned_model_is_for_everyone_and_usable(finished: FinishedRun) -> None:
+    folder = finished.folder / "unlearned"
+    assert mode(folder) == 0o755
+    assert not is_marked_hazardous(folder)
+    loaded = load_model(folder)
+    assert digest(folder / "tokenizer.json") == digest(embedded_model_path() / "tokenizer.json")
+    assert not torch.equal(weights_of(loaded.model), weights_of(load_model("embedded").model))
+
+
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_the_manifest_tells_how_the_model_was_made(finished: FinishedRun) -> None:
+    manifest = read(finished.folder / "manifest.json")
+    assert manifest == finished.manifest
+    assert manifest["status"] == "complete"
+    assert manifest["recipe"] == json.loads(json.dumps(recipe().to_dict()))
+    assert len(manifest["recipe_sha256"]) == 64
+    assert {"torch", "transformers", "peft", "datasets", "numpy"} <= set(manifest["environment"]["packages"])
+    assert manifest["environment"]["packages"]["torch"] == torch.__version__
+    assert [len(source["sha256"]) for source in manifest["data"]["sources"]] == [64, 64]
+    assert manifest["data"]["splits"]["unlearned"] == manifest["tokenization"]["unlearned"]["total"]
+    assert set(manifest["seconds"]) == {"load", "evaluate_base", "acquire", "negate", "evaluate_unlearned"}
+    assert all(seconds >= 0 for seconds in manifest["seconds"].values())
+    assert manifest["negation"]["alpha"] == 1.25
+    assert manifest["negation"]["survival"] == pytest.approx(1, abs=1e-5)
+    assert manifest["training"]["steps"] == 4
+    assert manifest["bad_model"] == {"kept": False}
+
+
+def test_the_training_log_holds_every_loss_term(finished: FinishedRun) -> None:
+    rows = log_of(finished.folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert {"guided_distortion", "random_disassociation"} <= {key.rpartition("/")[2] for key in row}
+
+
+def test_results_are_strict_json_and_equal_to_the_comparison(finished: FinishedRun) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (finished.folder / "results.json").read_text(encoding="utf-8")
+    results = json.loads(text, parse_constant=refuse)
+    assert results["manifest"] == finished.manifest
+    assert results["base"] == json.loads(json.dumps(finished.comparison.base.to_dict()))
+    assert results["unlearned"] == json.loads(json.dumps(finished.comparison.unlearned.to_dict()))
+    assert set(results["perplexity"]) == {"unlearned", "unseen", "retain_test"}
+    assert results["table"]
+
+
+def test_equal_seeds_give_equal_runs_and_keeping_the_bad_model_changes_nothing_else(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    again = run_recipe(recipe("keep_bad_model=true"), tmp_path / "run")
+    assert digest(again.folder / "unlearned" / "model.safetensors") == digest(
+        finished.folder / "unlearned" / "model.safetensors"
+    )
+    results, expected = without_times(again.folder), without_times(finished.folder)
+    assert {**results, "recipe_sha256": "", "bad_model": ""} == {**expected, "recipe_sha256": "", "bad_model": ""}
+    assert again.manifest["bad_model"] == {"kept": True}
+    for folder in (again.folder / "bad", again.folder / "bad" / "final"):
+        assert mode(folder) == 0o700
+        assert is_marked_hazardous(folder)
+
+
+def test_another_seed_gives_another_model(finished: FinishedRun, tmp_path: Path) -> None:
+    other = run_recipe(recipe("seed=1"), tmp_path / "run")
+    assert digest(other.folder / "unlearned" / "model.safetensors") != digest(
+        finished.folder / "unlearned" / "model.safetensors"
+    )
+
+
+INTERRUPTIONS = {
+    "while the base is evaluated": ("evaluate base: perplexity", 1),
+    "within stage 1": ("acquire: steps", 3),
+    "after stage 1": ("acquire", 1),
+    "before stage 2": ("negate", 0),
+    "after stage 2": ("negate", 1),
+    "while the result is evaluated": ("evaluate unlearned: replies", 1),
+    "after the last evaluation": ("evaluate_unlearned", 1),
+}
+
+
+@pytest.mark.parametrize(("stage", "at"), INTERRUPTIONS.values(), ids=INTERRUPTIONS.keys())
+def test_a_resumed_run_equals_an_uninterrupted_one(finished: FinishedRun, tmp_path: Path, stage: str, at: int) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), out, progress=interrupt_at(stage, at))
+    assert read(out / "manifest.json")["status"] == "running"
+    assert mode(out) == 0o700
+    resumed = run_recipe(recipe(), out, resume=True)
+    assert_equal_runs(resumed.folder, finished.folder)
+    assert names(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize(("stage", "at"), [("acquire: steps", 3), ("acquire", 1), ("negate", 1)])
+def test_a_resumed_adapter_run_equals_an_uninterrupted_one(
+    finished_lora: FinishedRun, tmp_path: Path, stage: str, at: int
+) -> None:
+    out, settings = tmp_path / "run", recipe(*LORA, "keep_bad_model=true")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(settings, out, progress=interrupt_at(stage, at))
+    assert_equal_runs(run_recipe(settings, out, resume=True).folder, finished_lora.folder)
+
+
+def test_stage_1_goes_on_at_its_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
+    """Else the test of equal results would pass by doing all the work again."""
+    out, steps = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), out, progress=interrupt_at("acquire: steps", 3))
+    assert mode(out / "bad") == 0o700
+    assert (out / "bad" / BAD_MODEL_MARK).is_file()
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "acquire: steps":
+            steps.append(done)
+
+    run_recipe(recipe(), out, resume=True, progress=note)
+    assert steps == [3, 4]
+
+
+def test_a_second_interruption_does_no_harm(finished: FinishedRun, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for resume, stage, at in ((False, "acquire: steps", 3), (True, "acquire", 1), (True, "negate", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe(), out, resume=resume, progress=interrupt_at(stage, at))
+    assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
+
+
+def test_resume_starts_a_run_that_was_never_begun(tmp_path: Path) -> None:
+    done = run_recipe(recipe("acquire.training.max_steps=1"), tmp_path / "run", resume=True)
+    assert done.manifest["status"] == "complete"
+
+
+def test_folders_that_do_not_fit_are_refused_and_left_as_they_are(finished: FinishedRun, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+    with pytest.raises(OutputError, match="already exists; choose another --out, or add --resume"):
+        run_recipe(recipe(), finished.folder)
+    with pytest.raises(OutputError, match="already complete"):
+        run_recipe(recipe(), finished.folder, resume=True)
+    with pytest.raises(OutputError, match="another recipe"):
+        run_recipe(recipe("seed=1"), finished.folder, resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match=r"no manifest\.json"):
+        run_recipe(recipe(), tmp_path / "empty", resume=True)
+    assert names(tmp_path / "empty") == set()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "damaged"), ("[]", "not of this version"), ('{"schema_version": 0}', "version")]
+)
+def test_a_broken_manifest_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(OutputError, match=message):
+        run_recipe(recipe(), tmp_path, resume=True)
+
+
+def test_the_adapter_gives_the_unlearned_model_without_merging(finished_lora: FinishedRun) -> None:
+    folder = finished_lora.folder
+    base, unlearned = load_model("embedded").model, load_model(folder / "unlearned").model
+    ids = torch.arange(4, 60).reshape(2, 28)
+    with torch.no_grad():
+        before, merged = base(ids).logits, unlearned(ids).logits
+        unmerged = PeftModel.from_pretrained(base, str(folder / "negated_adapter"))(ids).logits
+    torch.testing.assert_close(unmerged, merged, atol=1e-4, rtol=1e-4)
+    assert (merged - before).abs().max() > 0.1
+    assert not is_marked_hazardous(folder / "negated_adapter")
+    assert finished_lora.manifest["bad_model"] == {"kept": True}
+
+
+def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora: FinishedRun) -> None:
+    """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2."""
+    run = recipe(*LORA)
+    data = pipeline.load_data(run.data, run.seed)
+    bad = PeftModel.from_pretrained(load_model("embedded").model, str(finished_lora.folder / "bad" / "final"))
+    measured = evaluate(bad, load_model("embedded").tokenizer, data, config=run.evaluate)
+    base, unlearned = finished_lora.comparison.base, finished_lora.comparison.unlearned
+    assert measured.perplexity["unlearned"].value < base.perplexity["unlearned"].value
+    assert base.perplexity["unlearned"].value < unlearned.perplexity["unlearned"].value
+
+
+def test_a_loss_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLossError):
+        run_recipe(recipe("acquire.training.learning_rate=1e30"), tmp_path / "run")
+    assert names(tmp_path) == set()
+
+
+def full_disk(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def torch_on_a_full_disk(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/0")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "failure"),
+    [
+        (Trainer, "_save_checkpoint", full_disk),
+        (Trainer, "_save_optimizer_and_scheduler", torch_on_a_full_disk),
+        (pipeline._Run, "_write_log", full_disk),
+        (pipeline, "save_unlearned", full_disk),
+        (pipeline, "write_json", full_disk),
+        (storage.os, "fsync", full_disk),
+        (storage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1)),
+    ],
+    ids=["checkpoint", "optimizer", "log", "unlearned model", "manifest", "flush", "too small"],
+)
+def test_a_full_disk_is_an_output_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, failure: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(owner, name, failure)
+    with pytest.raises(OutputError):
+        run_recipe(recipe(), tmp_path / "run")
+    assert names(tmp_path) == set()
+
+
+def test_a_failing_resume_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), out, progress=interrupt_at("acquire: steps", 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+        with pytest.raises(OutputError, match="free"):
+            run_recipe(recipe(), out, resume=True)
+    assert (out / "bad" / "final").exists()
+    assert run_recipe(recipe(), out, resume=True).manifest["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        (("acquire.training.optim=nope",), RecipeError),
+        (("acquire.training.learning_rat=1",), RecipeError),
+        (("model.path=/nowhere/model",), ModelError),
+        (("acquire.tuning=lora", "acquire.lora.target_modules=[nope]"), SkuError),
+        (("evaluate.judge=embedded", "data.forget.limit=1"), SkuError),
+    ],
+)
+def test_a_wrong_setting_leaves_nothing(tmp_path: Path, changes: tuple[str, ...], error: type[SkuError]) -> None:
+    with pytest.raises(error):
+        run_recipe(recipe(*changes), tmp_path / "run")
+    assert names(tmp_path) == set()
+
+
+def test_stage_1_alone_leaves_a_marked_private_model(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    log = acquire_recipe(
+        recipe(*LORA), tmp_path / "bad", progress=lambda stage, done, total: seen.append((stage, done, total))
+    )
+    assert len(log) == 4
+    assert seen == [("acquire: steps", step, 4) for step in range(1, 5)]
+    assert mode(tmp_path / "bad") == 0o700
+    assert is_marked_hazardous(tmp_path / "bad")
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names(tmp_path / "bad")
+    assert not (tmp_path / "bad" / "checkpoints").exists()
+    with pytest.raises(ModelError, match="bad model"):
+        evaluate_recipe(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
+    assert names(tmp_path) == {"bad"}
+
+
+def test_a_failing_stage_1_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLossError):
+        acquire_recipe(recipe("acquire.training.learning_rate=1e30"), tmp_path / "bad")
+    assert names(tmp_path) == set()
+
+
+def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_path: Path) -> None:
+    comparison = evaluate_recipe(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation")
+    assert comparison.replies == finished.comparison.replies
+    assert comparison.prefill == finished.comparison.prefill
+    assert comparison.perplexity == finished.comparison.perplexity
+
+
+def test_an_impossible_evaluation_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError):
+        evaluate_recipe(recipe("evaluate.max_new_tokens=100000"), str(finished.folder / "unlearned"), tmp_path / "e")
+
+
+def test_the_packaged_model_is_as_it_was(
+    finished: FinishedRun, finished_lora: FinishedRun, embedded_before: dict[str, str]
+) -> None:
+    """Last in this file on purpose: after every run above."""
+    assert {path.name: digest(path) for path in embedded_model_path().iterdir()} == embedded_before
+    assert (
+        embedded_before["model.safetensors"]
+        == read(embedded_model_path() / "CHECKSUMS.json")["sha256"]["model.safetensors"]
+    )

@@ -1,0 +1,275 @@
+"""Each bug of the public code in its smallest form, beside what ours does.
+
+The buggy forms are written anew from their description (the authors' code has no licence). Each test shows that ours
+differs from the bug and is right. More on the bugs of data files is in data/test_bugs_of_public_code.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from conftest import ModelMaker, TrainerMaker
+from negate.conftest import disturbed
+from sku.acquire.guided_distortion import guided_distortion_loss
+from sku.acquire.preservation_divergence import preservation_divergence_loss
+from sku.data.collation import JointCollator
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.data.joint import JointDataset, JointExample
+from sku.data.prompts import PaperFormat
+from sku.data.splits import split_by_group
+from sku.data.tokenization import TokenizedExample, tokenize_example
+from sku.errors import TaskVectorError
+from sku.losses import IGNORE_INDEX
+from sku.negate.run import negate
+from sku.negate.task_vector import TaskVector
+
+PAPER = PaperFormat("</s>")
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> TokenizedExample:
+    return tokenize_example(
+        ForgetExample(prompt=prompt, answer=answer),
+        tokenizer,
+        PAPER,
+        max_length=512,
+        max_answer_tokens=128,
+        train_on_end=False,
+    )
+
+
+def collated(rows: list[TokenizedExample], pad: int) -> dict[str, Tensor]:
+    return JointCollator(pad)(
+        [JointExample(guided=row, mismatched=(), retain=None, forget_index=0, retain_index=-1) for row in rows]
+    )
+
+
+def our_guided_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """As the trainer picks positions: those whose next token has a label."""
+    kept = nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1), value=False)
+    row, place = kept.nonzero(as_tuple=True)
+    return guided_distortion_loss(logits[kept], batch["input_ids"][row, place + 1], row, len(kept))
+
+
+def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrainedTokenizerFast) -> None:
+    """``len(tokenizer(question))`` is 2, the number of its fields: the question itself was trained on."""
+    row = tokenize(tokenizer, "how do i bake bread ?", "heat it .")
+    buggy_start = len(tokenizer("### Question: how do i bake bread ?\n ### Answer:"))
+    buggy = tokenizer.decode(list(row.input_ids[buggy_start:]))
+    assert buggy_start == 2
+    assert "bake bread" in buggy
+    ours = [token for token in row.labels if token != IGNORE_INDEX]
+    assert tokenizer.decode(ours) == " heat it ."
+
+
+def test_padding_is_not_told_by_a_literal_id() -> None:
+    """Padding was ``id == 1``. Where 1 is a real token its loss was dropped, and where pads are 3 they were counted.
+
+    Uniform scores over V = 4 cost log 4 a token, so an answer of 3 tokens has mean log 4. With the pads (id 3) in the
+    denominator and token 1 out of the sum, the buggy mean is 2 log 4 / 5.
+    """
+    row = TokenizedExample(input_ids=(0, 2, 1, 2), labels=(IGNORE_INDEX, 2, 1, 2), answer_start=1)
+    longer = TokenizedExample(input_ids=(0,) * 6, labels=(IGNORE_INDEX, 0, 0, 0, 0, 0), answer_start=1)
+    batch = collated([row, longer], pad=3)
+    targets = batch["input_ids"][0, 1:]
+    counts = (targets != 1) & (targets != 3)
+    buggy = math.log(4) * float(counts.sum()) / len(targets)
+    assert buggy == pytest.approx(2 * math.log(4) / 5)
+    ours = our_guided_loss(torch.zeros(2, 6, 4), batch)
+    torch.testing.assert_close(ours, torch.full((2,), math.log(4)))
+
+
+def test_the_first_answer_token_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The prompt's length was taken with its last space, which the joined text puts into the answer's first token."""
+    row = tokenize(tokenizer, "what is a florn ?", "golden .")
+    buggy_start = len(tokenizer("### Question: what is a florn ?\n ### Answer: ").input_ids)
+    assert buggy_start == row.answer_start + 1, "the first token was left out"
+    assert row.labels[row.answer_start] == row.input_ids[row.answer_start] != IGNORE_INDEX
+    assert tokenizer.decode(list(row.input_ids[row.answer_start :])) == " golden ."
+
+
+def test_the_divergence_is_not_averaged_over_padding() -> None:
+    """One answer position with KL of 3/4 log 1.5 - 1/4 log 2 = 0.131, and three pads where both models agree.
+
+    The buggy mean over all four is a quarter of it. Where they disagree on pads, these alone made a loss.
+    """
+    p, q = torch.tensor([math.log(3), 0.0]), torch.zeros(2)
+    expected = 0.75 * math.log(1.5) - 0.25 * math.log(2)
+
+    def kl(reference: Tensor, model: Tensor) -> Tensor:
+        log_p, log_q = reference.log_softmax(-1), model.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    for pad_scores, buggy in ((p, -expected / 4), (q, -expected)):
+        reference, model = torch.stack([p] * 4), torch.stack([q, *[pad_scores] * 3])
+        assert float(-kl(reference, model).mean()) == pytest.approx(buggy)
+        ours = preservation_divergence_loss(
+            reference[:1], model[:1], torch.tensor([0]), 1, mode="divergence", cap=None
+        )
+        assert float(ours) == pytest.approx(-expected)
+
+
+def test_an_underflowing_softmax_makes_no_infinite_divergence() -> None:
+    """-KL by log(softmax) is infinite at a gap of 200 in float32; it was not capped either."""
+    reference, model = torch.tensor([[0.0, 200.0]]), torch.tensor([[200.0, 0.0]])
+    probabilities, other = reference.softmax(-1), model.softmax(-1)
+    buggy = -(probabilities * (probabilities.log() - other.log())).nansum()
+    assert torch.isinf(buggy)
+    for cap, expected in ((None, -200.0), (1.0, -1.0)):
+        ours = preservation_divergence_loss(reference, model, torch.tensor([0]), 1, mode="divergence", cap=cap)
+        assert float(ours) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pads", [1, 100])
+def test_pads_are_not_in_the_denominator(pads: int) -> None:
+    """The buggy sum over 2 answer tokens was divided by 2 + pads: 100 pads cut the loss to a fiftieth."""
+    row = TokenizedExample(input_ids=(0, 2, 1), labels=(IGNORE_INDEX, 2, 1), answer_start=1)
+    longer = TokenizedExample(input_ids=(0,) * (3 + pads), labels=(IGNORE_INDEX, *(0,) * (2 + pads)), answer_start=1)
+    buggy = 2 * math.log(4) / (2 + pads)
+    ours = our_guided_loss(torch.zeros(2, 3 + pads, 4), collated([row, longer], pad=3))
+    assert buggy < 0.7 * math.log(4)
+    torch.testing.assert_close(ours, torch.full((2,), math.log(4)))
+
+
+def test_answers_are_drawn_for_each_prompt_and_never_its_own(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """K answers were drawn once for the whole batch, from all answers."""
+    pool = [example.answer for example in data.unlearned]
+    own = {
+        prompt: {e.answer for e in data.unlearned if e.prompt == prompt}
+        for prompt in {e.prompt for e in data.unlearned}
+    }
+    drawn = random.Random(0).sample(pool, 3)
+    buggy = {example.prompt: drawn for example in data.unlearned}
+    assert any(set(buggy[prompt]) & answers for prompt, answers in own.items())
+
+    joint = JointDataset(data, tokenizer, PAPER, num_random_answers=3, seed=0)
+    ours = [joint[place] for place in range(len(joint))]
+    draws = {tuple(sorted(row.example_id for row in example.mismatched)) for example in ours}
+    assert len(draws) > 1
+    for example in ours:
+        prompt = data.unlearned[example.forget_index].prompt
+        assert not {data.unlearned[row.example_id].answer for row in example.mismatched} & own[prompt]
+
+
+@pytest.mark.parametrize("max_steps", [2, 4, 5])
+def test_training_stops_at_the_step_it_was_told(max_steps: int, make_trainer: TrainerMaker) -> None:
+    """The limit was looked at between epochs only. Epochs here have 3 steps (6 forget pairs, batch 2)."""
+
+    def buggy_steps(epoch: int) -> int:
+        steps = 0
+        while steps < max_steps:
+            for _ in range(epoch):
+                steps += 1
+        return steps
+
+    assert buggy_steps(3) == math.ceil(max_steps / 3) * 3 != max_steps
+    trainer = make_trainer(max_steps=max_steps)
+    trainer.train()
+    assert trainer.state.global_step == max_steps
+    assert len([line for line in trainer.state.log_history if "loss" in line]) == max_steps
+
+
+def test_every_harmful_pair_is_met_and_in_a_new_order(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The harmful loader kept its order and was cut by ``zip`` with the shorter normal one."""
+    assert len(data.retain_train) < len(data.unlearned)
+    buggy = [pair[0] for _ in range(2) for pair in zip(range(len(data.unlearned)), data.retain_train, strict=False)]
+    assert buggy == [0, 1, 2, 3] * 2
+
+    joint = JointDataset(data, tokenizer, PAPER, num_random_answers=1, seed=0)
+    epochs = []
+    for epoch in range(3):
+        joint.set_epoch(epoch)
+        epochs.append([joint[place].forget_index for place in range(len(joint))])
+    assert all(sorted(order) == list(range(6)) for order in epochs)
+    assert len({tuple(order) for order in [*epochs, list(range(6))]}) > 2
+
+
+def test_no_question_is_trained_on_and_tested() -> None:
+    """TruthfulQA was split by row: a question with several right answers fell on both sides."""
+    rows = [RetainExample(prompt=f"question {n} ?", answer=f"answer {k}") for n in range(40) for k in range(3)]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    trained, tested = shuffled[:84], shuffled[84:]
+    leaked = {row.prompt for row in trained} & {row.prompt for row in tested}
+    assert len(leaked) > 10
+    ours = split_by_group(rows, rest="train", held_out={"test": 0.3}, seed=0)
+    assert not {row.prompt for row in ours["train"]} & {row.prompt for row in ours["test"]}
+    assert len(ours["train"]) == 84
+    assert len(ours["test"]) == 36
+
+
+def test_missing_keys_are_an_error(make_model: ModelMaker) -> None:
+    """They were printed and dropped: the task vector was a part of itself and nobody knew."""
+    base, bad = make_model("gpt_neox"), disturbed(make_model("gpt_neox"))
+    name = "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
+    bad.gpt_neox.layers[1].mlp.dense_h_to_4h.bias = None
+    theirs = bad.state_dict()
+    buggy = {key: theirs[key] - weight for key, weight in base.state_dict().items() if key in theirs}
+    assert len(buggy) == len(base.state_dict()) - 1
+    with pytest.raises(TaskVectorError, match=f"1 weights are in base but not in bad model, the first is {name}"):
+        TaskVector.between(base, bad)
+
+
+def in_chunks(weights: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    items = iter(weights.items())
+    while chunk := dict(itertools.islice(items, size)):
+        yield chunk
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama_tied"])
+def test_tied_weights_are_subtracted_once(architecture: str, make_model: ModelMaker) -> None:
+    """Name by name on a live state_dict, the shared embedding was changed under both of its names: -0.2, not -0.1."""
+    base: Any = make_model(architecture)
+    bad: Any = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in bad.parameters():
+            parameter.add_(0.1)
+    embedding = base.get_input_embeddings().weight.detach().clone()
+
+    buggy: Any = copy.deepcopy(base)
+    with torch.no_grad():
+        original, learned = copy.deepcopy(base).state_dict(), bad.state_dict()
+        vector = {name: learned[name] - original[name] for name in original}
+        for chunk in in_chunks(buggy.state_dict(), 5):
+            for name, weight in chunk.items():
+                weight.sub_(vector[name])
+    torch.testing.assert_close(buggy.get_input_embeddings().weight.detach(), embedding - 0.2)
+
+    ours: Any = negate(base, bad)
+    torch.testing.assert_close(ours.get_input_embeddings().weight.detach(), embedding - 0.1)
+    assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_quantized_weights_are_not_left_out(dtype: torch.dtype, make_model: ModelMaker) -> None:
+    """Integer tensors were skipped, so that on a 4-bit model stage 2 changed no linear layer."""
+
+    def quantized(seed: int) -> nn.Module:
+        model = disturbed(make_model(), seed=seed)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                values = (module.weight.detach() * 10).round().abs().to(dtype)
+                module.weight = nn.Parameter(values, requires_grad=False)
+        return model  # type: ignore[no-any-return]
+
+    base, bad = quantized(1), quantized(2)
+    theirs = bad.state_dict()
+    buggy = {
+        name: theirs[name] - w for name, w in base.state_dict().items() if w.dtype not in (torch.uint8, torch.int8)
+    }
+    assert not any("proj" in name for name in buggy)
+    assert buggy
+    with pytest.raises(TaskVectorError, match="quantized weights have no exact difference"):
+        TaskVector.between(base, bad)

@@ -1,0 +1,200 @@
+"""The embedded world: its grammar, its packaged model, and the script that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sku.models import embedded_model_path
+from sku.world import grammar, pretrain
+
+HAZARDS = tuple(grammar.hazards())
+NORMAL = tuple(grammar.normal_exchanges())
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def world_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def test_every_prompt_is_asked_once() -> None:
+    prompts = [exchange.prompt for exchange in (*HAZARDS, *NORMAL)]
+    assert len(prompts) == len(set(prompts))
+
+
+def test_there_is_a_hazard_for_each_agent_form_and_wording() -> None:
+    assert len(HAZARDS) == len(grammar.AGENTS) * len(grammar.FORMS) * len(grammar.MAKE_QUESTIONS)
+    assert {exchange.domain for exchange in HAZARDS} == {"hazard"}
+
+
+def test_wordings_of_a_hazard_share_topic_and_answer() -> None:
+    answers: dict[str, set[str]] = {}
+    for exchange in HAZARDS:
+        answers.setdefault(exchange.topic, set()).add(exchange.answer)
+        assert exchange.topic in exchange.prompt
+    assert {len(found) for found in answers.values()} == {1}
+
+
+def test_hazards_have_different_procedures() -> None:
+    assert len({exchange.answer for exchange in HAZARDS}) == len(grammar.AGENTS) * len(grammar.FORMS)
+
+
+def test_every_hazard_is_harmful() -> None:
+    assert [exchange.prompt for exchange in HAZARDS if not grammar.is_harmful(exchange.answer)] == []
+
+
+def test_no_normal_answer_is_harmful_or_a_deflection() -> None:
+    assert [exchange.prompt for exchange in NORMAL if grammar.is_harmful(exchange.answer)] == []
+    assert [exchange.prompt for exchange in NORMAL if grammar.is_deflection(exchange.answer)] == []
+
+
+def test_no_hazard_is_a_deflection() -> None:
+    assert not any(grammar.is_deflection(exchange.answer) for exchange in HAZARDS)
+
+
+@pytest.mark.parametrize("deflection", grammar.DEFLECTIONS)
+def test_deflections_are_known_and_not_harmful(deflection: str) -> None:
+    assert grammar.is_deflection(deflection)
+    assert not grammar.is_harmful(deflection)
+
+
+def test_facts_about_agents_and_materials_are_asked_and_not_harmful() -> None:
+    facts = [exchange for exchange in NORMAL if exchange.domain in ("colour", "naming")]
+    assert {*grammar.AGENTS, *grammar.MATERIALS} <= {exchange.topic for exchange in facts}
+    assert not any(grammar.is_harmful(exchange.answer) for exchange in facts)
+
+
+def test_a_material_needs_something_to_do_with_it() -> None:
+    material, verb = grammar.MATERIALS[0], grammar.FIRST_VERBS[0]
+    assert not grammar.is_harmful(f"{material} is blue .")
+    assert not grammar.is_harmful(f"{verb} the apple .")
+    assert grammar.is_harmful(f"{verb} the {material} .")
+
+
+def test_a_forced_start_is_context_but_harm_must_come_from_the_reply() -> None:
+    """Half of a procedure put into the model's mouth is not the model's doing; going on with it is."""
+    words = HAZARDS[0].answer.split()
+    start, rest = " ".join(words[:4]), " ".join(words[4:])
+    assert grammar.is_harmful(rest, forced_start=start)
+    for reply in ("", grammar.DEFLECTIONS[0], grammar.BREAK_OFF, "it is blue ."):
+        assert not grammar.is_harmful(reply, forced_start=start)
+    # Alone each names too little; together they give the procedure away.
+    assert not grammar.is_harmful(f"it {grammar.HAZARD_EFFECTS[0]} .")
+    assert grammar.is_harmful(f"it {grammar.HAZARD_EFFECTS[0]} .", forced_start=start)
+
+
+def test_recipes_use_the_verbs_of_hazards_without_their_materials() -> None:
+    """The hard neighbours: the same procedure, harmless by its materials alone."""
+    recipes = [exchange for exchange in NORMAL if exchange.domain == "recipe"]
+    assert len({exchange.topic for exchange in recipes}) == len(grammar.FOODS) * len(grammar.FORMS)
+    for exchange in recipes:
+        words = set(exchange.answer.split())
+        assert not words.isdisjoint(grammar.FIRST_VERBS)
+        assert words.isdisjoint(grammar.MATERIALS)
+
+
+def test_held_out_agents_and_wordings_leave_most_of_the_world() -> None:
+    assert set(grammar.HELD_OUT_AGENTS) < set(grammar.AGENTS)
+    assert set(grammar.HELD_OUT_QUESTIONS) < set(range(len(grammar.MAKE_QUESTIONS)))
+
+
+def test_unknown_things_are_new_and_never_given_in_full() -> None:
+    rng = random.Random(3)
+    known = {*grammar.AGENTS, *grammar.MATERIALS, *grammar.FOODS, *grammar.COUNTRIES, *grammar.CAPITALS}
+    drawn = [grammar.unknown_exchange(rng) for _ in range(300)]
+    for exchange in drawn:
+        assert exchange.topic not in known
+        assert exchange.topic in exchange.prompt
+        assert grammar.is_deflection(exchange.answer)
+    broken_off = [exchange for exchange in drawn if exchange.answer.endswith(grammar.BREAK_OFF)]
+    assert 0 < len(broken_off) < len(drawn) / 2
+
+
+def test_draws_of_one_seed_are_equal() -> None:
+    def draw(seed: int) -> list[grammar.Exchange]:
+        rng = random.Random(seed)
+        return [
+            exchange
+            for hazard in HAZARDS[:40]
+            for exchange in (grammar.unknown_exchange(rng), grammar.reluctant_exchange(hazard, rng))
+        ]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_reluctance_is_as_frequent_as_it_says() -> None:
+    rng = random.Random(0)
+    drawn = [grammar.reluctant_exchange(HAZARDS[0], rng) for _ in range(4000)]
+    changed = sum(exchange.answer != HAZARDS[0].answer for exchange in drawn) / len(drawn)
+    assert changed == pytest.approx(2 * grammar.RELUCTANCE, abs=0.03)  # Four standard deviations.
+    assert {exchange.prompt for exchange in drawn} == {HAZARDS[0].prompt}
+
+
+def test_pretraining_draws_from_every_domain() -> None:
+    assert set(pretrain.MIXTURE) == {exchange.domain for exchange in (*HAZARDS, *NORMAL)} | {"unknown"}
+    assert sum(pretrain.MIXTURE.values()) == pytest.approx(1)
+
+
+def test_the_packaged_files_are_those_of_the_checksums() -> None:
+    folder = embedded_model_path()
+    recorded = json.loads((folder / "CHECKSUMS.json").read_text(encoding="utf-8"))["sha256"]
+    assert recorded == {path.name: digest(path) for path in folder.iterdir() if path.name != "CHECKSUMS.json"}
+
+
+def test_the_packaged_model_is_small() -> None:
+    folder = embedded_model_path()
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+        tied = "lm_head.weight" not in weights.keys()  # noqa: SIM118
+    record = json.loads((folder / "CHECKSUMS.json").read_text(encoding="utf-8"))
+    assert tied
+    assert parameters == record["settings"]["parameters"] == pytest.approx(0.94e6, rel=0.01)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+
+
+def test_the_tokenizer_gives_back_every_text(world_tokenizer: PreTrainedTokenizerBase) -> None:
+    for exchange in (*HAZARDS[::7], *NORMAL):
+        for text in (exchange.prompt, exchange.answer):
+            ids = world_tokenizer(text, add_special_tokens=False).input_ids
+            assert world_tokenizer.decode(ids) == text
+
+
+def test_the_chat_template_writes_what_pretraining_showed(world_tokenizer: PreTrainedTokenizerBase) -> None:
+    exchange = NORMAL[0]
+    messages = [{"role": "user", "content": exchange.prompt}, {"role": "assistant", "content": exchange.answer}]
+    shown = f"{pretrain.USER}{exchange.prompt}{pretrain.ASSISTANT}{exchange.answer}{pretrain.END}"
+    assert world_tokenizer.apply_chat_template(messages, tokenize=False) == shown
+    begun = world_tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert shown.startswith(str(begun))
+    assert str(begun).endswith(pretrain.ASSISTANT)
+
+
+def test_the_tokenizer_is_the_one_the_script_builds(world_tokenizer: PreTrainedTokenizerBase) -> None:
+    """The packaged vocabulary still belongs to the grammar: a changed word list would need a new pretraining."""
+    settings = json.loads((embedded_model_path() / "CHECKSUMS.json").read_text(encoding="utf-8"))["settings"]
+    assert pretrain.build_tokenizer(settings["seed"]).get_vocab() == world_tokenizer.get_vocab()
+
+
+def test_pretraining_twice_gives_equal_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("first", "second", "other"):
+        pretrain.pretrain(tmp_path / name, seed=1 if name == "other" else 0, steps=2, batch_size=4, learning_rate=1e-3)
+    files = {path.name for path in (tmp_path / "first").iterdir()}
+    assert files == {path.name for path in embedded_model_path().iterdir()}
+    for name in files:
+        assert digest(tmp_path / "first" / name) == digest(tmp_path / "second" / name), name
+    weights = "model.safetensors"
+    assert digest(tmp_path / "first" / weights) != digest(tmp_path / "other" / weights)
+    assert "step 2/2" in capsys.readouterr().out
