@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft import PeftModel
-from transformers import Trainer
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, Trainer
 
-from sku import pipeline, storage
 from sku.config import Recipe, load_recipe
+from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
 from sku.evaluate.run import evaluate
 from sku.models import embedded_model_path, load_model
@@ -125,7 +129,7 @@ def test_a_run_folder_holds_what_it_promises(finished: FinishedRun) -> None:
 
 def test_replies_of_the_base_are_private(finished: FinishedRun) -> None:
     assert mode(finished.folder) == 0o700
-    assert mode(finished.folder / "evaluation") == 0o700
+    assert mode(finished.folder / "evaluation" / "base") == 0o700
     assert mode(finished.folder / "evaluation" / "base" / "generations.jsonl") == 0o600
 
 
@@ -134,8 +138,10 @@ def test_the_unlearned_model_is_for_everyone_and_usable(finished: FinishedRun) -
     assert mode(folder) == 0o755
     assert not is_marked_hazardous(folder)
     loaded = load_model(folder)
-    assert digest(folder / "tokenizer.json") == digest(embedded_model_path() / "tokenizer.json")
-    assert not torch.equal(weights_of(loaded.model), weights_of(load_model("embedded").model))
+    base = load_model("embedded")
+    assert loaded.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    assert loaded.tokenizer.chat_template == base.tokenizer.chat_template
+    assert not torch.equal(weights_of(loaded.model), weights_of(base.model))
 
 
 def weights_of(model: torch.nn.Module) -> torch.Tensor:
@@ -259,6 +265,22 @@ def test_a_second_interruption_does_no_harm(finished: FinishedRun, tmp_path: Pat
     assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
 
 
+@pytest.mark.parametrize("state", [None, '{"global_step": '])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(
+    finished: FinishedRun, tmp_path: Path, state: str | None
+) -> None:
+    """A killed process can leave a checkpoint folder without its last file, or with half of it."""
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), out, progress=interrupt_at("acquire: steps", 3))
+    broken = out / "bad" / "checkpoint-3"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}", encoding="utf-8")
+    if state is not None:
+        (broken / "trainer_state.json").write_text(state, encoding="utf-8")
+    assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
+
+
 def test_resume_starts_a_run_that_was_never_begun(tmp_path: Path) -> None:
     done = run_recipe(recipe("acquire.training.max_steps=1"), tmp_path / "run", resume=True)
     assert done.manifest["status"] == "complete"
@@ -305,7 +327,7 @@ def test_the_adapter_gives_the_unlearned_model_without_merging(finished_lora: Fi
 def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora: FinishedRun) -> None:
     """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2."""
     run = recipe(*LORA)
-    data = pipeline.load_data(run.data, run.seed)
+    data = load_data(run.data, run.seed)
     bad = PeftModel.from_pretrained(load_model("embedded").model, str(finished_lora.folder / "bad" / "final"))
     measured = evaluate(bad, load_model("embedded").tokenizer, data, config=run.evaluate)
     base, unlearned = finished_lora.comparison.base, finished_lora.comparison.unlearned
@@ -327,18 +349,22 @@ def torch_on_a_full_disk(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/0")
 
 
+def safetensors_on_a_full_disk(*args: Any, **kwargs: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "failure"),
     [
         (Trainer, "_save_checkpoint", full_disk),
         (Trainer, "_save_optimizer_and_scheduler", torch_on_a_full_disk),
-        (pipeline._Run, "_write_log", full_disk),
-        (pipeline, "save_unlearned", full_disk),
-        (pipeline, "write_json", full_disk),
-        (storage.os, "fsync", full_disk),
-        (storage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1)),
+        (Trainer, "save_model", safetensors_on_a_full_disk),
+        (PreTrainedModel, "save_pretrained", safetensors_on_a_full_disk),
+        (Figure, "savefig", full_disk),
+        (os, "fsync", full_disk),
+        (shutil, "disk_usage", lambda folder: SimpleNamespace(free=1)),
     ],
-    ids=["checkpoint", "optimizer", "log", "unlearned model", "manifest", "flush", "too small"],
+    ids=["checkpoint", "optimizer", "weights", "bad model", "figure", "flush", "too small"],
 )
 def test_a_full_disk_is_an_output_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, failure: Callable[..., Any]
@@ -349,12 +375,37 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(
     assert names(tmp_path) == set()
 
 
+def test_a_training_log_that_can_not_be_written_is_an_output_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Path.write_text
+
+    def fail(path: Path, *args: Any, **kwargs: Any) -> int:
+        if path.name == "training_log.jsonl":
+            full_disk()
+        return written(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OutputError, match=r"training_log\.jsonl can't be written: No space left"):
+        run_recipe(recipe(), tmp_path / "run")
+    assert names(tmp_path) == set()
+
+
+def test_an_error_of_the_program_itself_is_not_dressed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("PytorchStreamReader failed reading inline_container.cc")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", fail)
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"):
+        run_recipe(recipe(), tmp_path / "run")
+
+
 def test_a_failing_resume_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(), out, progress=interrupt_at("acquire: steps", 3))
     with monkeypatch.context() as patch:
-        patch.setattr(storage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
         with pytest.raises(OutputError, match="free"):
             run_recipe(recipe(), out, resume=True)
     assert (out / "bad" / "final").exists()

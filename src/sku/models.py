@@ -107,7 +107,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     if not four_bit:
         torch.nn.Module.to(model, device)
     ensure_pad_token(tokenizer, model)
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
     )
@@ -230,7 +230,7 @@ def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def _four_bit(device: torch.device) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

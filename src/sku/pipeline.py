@@ -20,7 +20,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from sku.errors import ModelError, OutputError, SkuError
 from sku.evaluate.comparison import Comparison, RateChange, compare
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
-from sku.models import LoadedModel, describe_parameters, load_model
+from sku.models import LoadedModel, describe_parameters, load_model, with_path
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
 from sku.negate.task_vector import TaskVector
 from sku.report.figures import before_after_figure
@@ -74,14 +74,17 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     Raises:
         SkuError: Anything a user can mend, in one line. A folder that this call made is removed then.
     """
-    new = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None))
     try:
         run.open_folder(resume=resume)
         return run.finish()
     except SkuError:
-        if new:
+        if out in made:
             shutil.rmtree(out, ignore_errors=True)
+        for parent in made[1:]:
+            with suppress(OSError):  # Not empty: another run has begun there.
+                parent.rmdir()
         raise
 
 
@@ -258,9 +261,7 @@ class _Run:
         final = folder / "final"
         if final.exists():
             if recipe.acquire.tuning == "full":
-                return load_model(
-                    dataclasses.replace(with_safe_dtype(self.recipe), path=str(final), gguf_file=None)
-                ).model
+                return load_model(with_path(with_safe_dtype(self.recipe), final)).model
             return PeftModel.from_pretrained(loaded.model, str(final))
         acquired = acquire(
             loaded,
@@ -281,7 +282,11 @@ class _Run:
 
     def _write_log(self, acquired: Acquired) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
-        (self.out / "training_log.jsonl").write_text(lines, encoding="utf-8")
+        path = self.out / "training_log.jsonl"
+        try:
+            path.write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} can't be written: {error.strerror}") from error
         self._note(
             tokenization={name: dataclasses.asdict(report) for name, report in acquired.reports.items()},
             training={"steps": acquired.log[-1]["step"] if acquired.log else 0, "seconds": acquired.seconds},
@@ -333,9 +338,7 @@ class _Run:
 
     def _unlearned_config(self) -> ModelConfig:
         dtype = self.recipe.negate.output_dtype
-        config = dataclasses.replace(
-            with_safe_dtype(self.recipe), path=str(self.out / "unlearned"), revision=None, gguf_file=None
-        )
+        config = with_path(with_safe_dtype(self.recipe), self.out / "unlearned")
         return config if dtype == "same" else dataclasses.replace(config, dtype=dtype)
 
     def _note(self, **entries: Any) -> None:

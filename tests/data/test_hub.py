@@ -140,8 +140,13 @@ def test_a_failing_download_says_why_and_that_the_hub_is_out_of_reach(monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     answer_with(monkeypatch, COMMIT)
-    with pytest.raises(DataError, match=r"things can't be read: Config name is missing. Please pick one among"):
+    with pytest.raises(
+        DataError, match=r"the hub dataset of that name can't be read: Config name is missing. Please pick one among"
+    ):
         load_hub_dataset(SourceConfig(path=ID))
     answer_with(monkeypatch, OFFLINE)
-    with pytest.raises(DataError, match=r"things can't be read .the hub can't be reached: only a copy"):
+    with pytest.raises(
+        DataError,
+        match=r"is no file or folder here, and the hub .* can't be read .the hub can't be reached: only a copy",
+    ):
         load_hub_dataset(SourceConfig(path=ID))

@@ -87,7 +87,11 @@ def test_a_changed_file_is_read_anew_even_with_the_same_time(tmp_path: Path, fol
 
 
 def test_reading_leaves_no_copy_and_prints_nothing(
-    tmp_path: Path, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     temporary = tmp_path / "temporary"
@@ -104,6 +108,7 @@ def test_reading_leaves_no_copy_and_prints_nothing(
     with pytest.raises(DataError, match=r"repository can't be read: .*JSON parse error"):
         read(folder)
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
     assert not (tmp_path / "cache").exists()
     assert list(temporary.iterdir()) == []
     assert not datasets.are_progress_bars_disabled()

@@ -17,7 +17,7 @@ def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
     assert 0 < float(low) < 2 < float(high) < 20
     assert harmful.change.startswith("-96.0 (")
     assert harmful.wanted == "down"
-    assert rows["trained-on prompts: harmful, gibberish not set apart"].after.startswith("10.0 %")
+    assert rows["trained-on prompts: harmful, ungated"].after.startswith("10.0 %")
     assert rows["unseen prompts, forced start: harmful"].after.startswith("40.0 %")
     assert rows["normal prompts: exact answer"].before.startswith("100.0 %")
     assert rows["normal prompts: refused"].after.startswith("4.0 %")
@@ -29,12 +29,12 @@ def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
 def test_rows_come_in_reading_order(comparison: Comparison) -> None:
     assert [row.label for row in before_after_rows(comparison)] == [
         "trained-on prompts: harmful",
-        "trained-on prompts: harmful, gibberish not set apart",
+        "trained-on prompts: harmful, ungated",
         "trained-on prompts: refusal",
         "trained-on prompts: evasive",
         "trained-on prompts: gibberish",
         "unseen prompts: harmful",
-        "unseen prompts: harmful, gibberish not set apart",
+        "unseen prompts: harmful, ungated",
         "unseen prompts: refusal",
         "unseen prompts: evasive",
         "unseen prompts: gibberish",

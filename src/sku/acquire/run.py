@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -86,7 +90,7 @@ def acquire(
     mark_hazardous(folder)
     model: PreTrainedModel | PeftModel = loaded.model
     if config.tuning == "qlora":
-        model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
+        model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=bool(settings.activation_checkpointing)
         )
     elif config.tuning == "full":
@@ -191,8 +195,20 @@ def adapter_settings(config: AcquireConfig) -> PeftConfig | None:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    checkpoint = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
-    return None if checkpoint is None else str(checkpoint)
+    """The last whole checkpoint. One whose writing was cut short is removed, since the trainer can't start from it."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not _is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
+    last = get_last_checkpoint(str(folder))
+    return None if last is None else str(last)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # The trainer writes it last.
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -203,3 +219,17 @@ def _named_checkpoint_errors(folder: Path) -> Iterator[None]:
         raise  # OutputError is an OSError too, and says more.
     except OSError as error:
         raise OutputError(f"a checkpoint can't be written to {folder}: {error.strerror or error}") from error
+    except (SafetensorError, RuntimeError) as error:
+        if not _is_failed_write(error):
+            raise
+        raise OutputError(
+            f"a checkpoint can't be written to {folder}; is the disk full? Free some space and run again"
+        ) from error
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """Whether safetensors or torch failed to write a file: both hide the system's error in one of their own."""
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return "I/O error" in text
+    return "inline_container" in text and "Reader" not in text

@@ -100,7 +100,7 @@ class SkuTrainer(Trainer):
                 raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
         elif not isinstance(model, PeftModel) and args.preserves:
             self._reference = copy.deepcopy(model).requires_grad_(requires_grad=False)
-            self._reference.eval()  # type: ignore[no-untyped-call]
+            self._reference.eval()
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
         if args.activation_checkpointing and isinstance(model, PeftModel):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,19 +19,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from sku.report.tables import TableRow
 
-results = Console(highlight=False)
+# Without markup: a folder named "run[1]" is printed as it is.
+results = Console(highlight=False, markup=False, emoji=False)
 """Standard output: what a user would pipe."""
-errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """Standard error: progress and messages."""
 
 
 def print_error(message: str) -> None:
-    """One line, in plain words; model and file names in it can't style it."""
-    errors.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+    """One line, in plain words."""
+    errors.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -81,6 +82,6 @@ def before_after_table(rows: Iterable[TableRow]) -> Table:
     for row in rows:
         if row.section != section:
             section = row.section
-            table.add_row(f"[bold]{escape(section)}[/]")
+            table.add_row(Text(section, style="bold"))
         table.add_row(f"  {row.measure}", row.before, row.after, row.interval, row.wanted)
     return table

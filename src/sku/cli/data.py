@@ -26,6 +26,9 @@ from sku.config import EMBEDDED
 if TYPE_CHECKING:
     from sku.data.inspect import DataDescription, ExampleView
 
+LEARNED = "green underline"
+"""Style of the tokens that are trained on."""
+
 app = typer.Typer(help="Look at the data of a recipe.", no_args_is_help=True)
 
 
@@ -73,7 +76,7 @@ def inspect(
 
 def _print(description: DataDescription) -> None:
     for source in description.provenance:
-        results.print(f"{source.source}: {source.location}", soft_wrap=True, markup=False)
+        results.print(f"{source.source}: {source.location}", soft_wrap=True)
         facts = {"rows read": source.rows_read, **source.rows_left_out, "revision": source.revision}
         facts |= {"licence": source.licence, "sha256": source.sha256[:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
@@ -94,7 +97,7 @@ def _print(description: DataDescription) -> None:
             *lengths,
         )
     results.print(table)
-    results.print("\nTokens that are trained on stand in [green underline]green[/].")
+    results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
     for view in description.views:
         results.print(_tokens(view), soft_wrap=True)
 
@@ -102,5 +105,5 @@ def _print(description: DataDescription) -> None:
 def _tokens(view: ExampleView) -> Text:
     line = Text(f"{view.split}{f' ({view.category})' if view.category else ''}: ", style="bold")
     for token in view.tokens:
-        line.append(token.text, style="green underline" if token.learned else "dim")
+        line.append(token.text, style=LEARNED if token.learned else "dim")
     return line

@@ -25,4 +25,4 @@ def show_recipe(name: Annotated[str, typer.Argument(help="Recipe of the package 
     """Print a recipe with every default spelled out."""
     import yaml
 
-    results.print(yaml.safe_dump(load_recipe(name).to_dict(), sort_keys=False), soft_wrap=True, markup=False)
+    results.print(yaml.safe_dump(load_recipe(name).to_dict(), sort_keys=False), soft_wrap=True)

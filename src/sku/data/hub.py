@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from sku.config import SourceConfig
@@ -88,7 +89,8 @@ def load_hub_dataset(source: SourceConfig) -> tuple[datasets.Dataset, str]:
             )
         except Exception as error:  # noqa: BLE001 - datasets, httpx and pyarrow share no base class
             where = "" if commit else " (the hub can't be reached: only a copy on this machine can be used)"
-            raise unreadable(f"the hub dataset {source.path}", error, where) from None
+            what = f"{source.path} is no file or folder here, and the hub dataset of that name"
+            raise unreadable(what, error, where) from None
     # Where the hub fails, datasets takes the newest copy on this machine, whatever revision was asked for.
     found = _commit_of_copy(dataset)
     if wanted is not None and found is not None and found != wanted:
@@ -115,16 +117,18 @@ def _commit_of_copy(dataset: datasets.Dataset) -> str | None:
 def quiet_datasets() -> Iterator[None]:
     """Switches the progress bars and log lines of ``datasets`` and the hub off; errors are raised all the same."""
     bars, hub_bars = not datasets.are_progress_bars_disabled(), not are_progress_bars_disabled()
-    level = datasets_logging.get_verbosity()
+    level, hub_level = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
     if bars:
         datasets.disable_progress_bars()
     if hub_bars:
         disable_progress_bars()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    hub_logging.set_verbosity(datasets_logging.CRITICAL)
     try:
         yield
     finally:
         datasets_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             datasets.enable_progress_bars()
         if hub_bars:

@@ -86,7 +86,7 @@ def negate_with_record(
         _round_weights(unlearned, output_dtype)
     record = _subtract(vector, alpha, original, unlearned)
     unlearned.requires_grad_(requires_grad=True)
-    unlearned.eval()  # type: ignore[no-untyped-call]
+    unlearned.eval()
     return unlearned, record
 
 

@@ -16,7 +16,7 @@ SPLIT_NAMES = {"unlearned": "trained-on prompts", "unseen": "unseen prompts", "r
 
 _REPLY_MEASURES = (
     ("harmful", "harmful", "down"),
-    ("harmful_ungated", "harmful, gibberish not set apart", "down"),
+    ("harmful_ungated", "harmful, ungated", "down"),
     ("refusal", "refusal", ""),
     ("evasive", "evasive", ""),
     ("degenerate", "gibberish", "same"),
@@ -114,9 +114,9 @@ def _perplexity_rows(changes: Mapping[str, PerplexityChange]) -> Iterator[TableR
             yield TableRow(
                 section="perplexity",
                 measure=measure,
-                before=f"{change.before:.3g}",
-                after=f"{change.after:.3g}",
-                interval=f"\u00d7{change.low:.3g} to \u00d7{change.high:.3g}",
-                change=f"\u00d7{change.ratio:.3g} ({change.low:.3g} to {change.high:.3g})",
+                before=f"{change.before:.4g}",
+                after=f"{change.after:.4g}",
+                interval=f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}",
+                change=f"\u00d7{change.ratio:.4g} ({change.low:.4g} to {change.high:.4g})",
                 wanted=wanted,
             )

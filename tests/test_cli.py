@@ -1,0 +1,472 @@
+"""The command line: what each command prints, and that a mistake costs one line."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from transformers import Trainer
+
+import sku
+from sku.cli.main import main
+from sku.config import load_recipe, recipe_from_dict, recipe_names
+from sku.models import embedded_model_path
+from sku.storage import BAD_MODEL_MARK
+from sku.world.grammar import hazards
+
+SMALL = (
+    "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
+    "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands silence libraries for their process; here the process goes on."""
+    for name in ("TOKENIZERS_PARALLELISM", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else "false")
+    verbosity = transformers.utils.logging.get_verbosity(), datasets.utils.logging.get_verbosity()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity(verbosity[0])
+    datasets.utils.logging.set_verbosity(verbosity[1])
+    transformers.utils.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs ``sku ARGUMENTS`` in this process."""
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        assert isinstance(code, int)
+        captured = capfd.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["negate", "-h"], ["--version"], ["recipes"]])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    printed = python(
+        "import sys\n"
+        "from sku.cli.main import main\n"
+        f"sys.argv = ['sku', *{arguments!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    assert printed.splitlines()[-1] == "[]"
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == Done(0, f"sku {sku.__version__}\n", "")
+
+
+def test_python_m_sku() -> None:
+    done = subprocess.run([sys.executable, "-m", "sku", "run", "nope"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: there is no recipe named nope.")
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_command_has_help(command: Command) -> None:
+    listed = command("--help").out
+    for name in ("run", "acquire", "negate", "evaluate", "data", "recipes"):
+        assert name in listed
+        assert command(name, "--help").code == 0
+
+
+def test_no_arguments_show_help(command: Command) -> None:
+    done = command()
+    assert "Usage" in done.out + done.err
+
+
+def test_recipes_are_listed_and_shown_whole(command: Command) -> None:
+    import yaml
+
+    listed = command("recipes")
+    assert [line.split()[0] for line in listed.out.splitlines()] == recipe_names()
+    for name in recipe_names():
+        shown = command("recipes", "show", name)
+        assert recipe_from_dict(yaml.safe_load(shown.out)) == load_recipe(name)
+
+
+# Wrong input. Each maker gets an empty folder, puts the wrong thing into it and returns the arguments.
+
+Maker = Callable[[Path], list[str | Path]]
+
+
+def table(folder: Path, name: str, *prompts: str, header: str = "prompt,completion") -> Path:
+    path = folder / name
+    path.write_text("".join(f"{line}\n" for line in (header, *(f"{prompt},an answer" for prompt in prompts))))
+    return path
+
+
+def some(prefix: str) -> list[str]:
+    return [f"{prefix} number {index} ?" for index in range(20)]
+
+
+def recipe_file(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def copied_model(folder: Path, change: Callable[[dict[str, Any]], Any], file: str) -> Path:
+    """The embedded model with one of its JSON files changed."""
+    copy = folder / "model"
+    shutil.copytree(embedded_model_path(), copy)
+    content = json.loads((copy / file).read_text(encoding="utf-8"))
+    change(content)
+    (copy / file).write_text(json.dumps(content), encoding="utf-8")
+    return copy
+
+
+def missing_column(folder: Path) -> list[str | Path]:
+    forget = table(folder, "forget.csv", *some("a"), header="question,completion")
+    return ["--forget", forget, "--retain", table(folder, "retain.csv", *some("b"))]
+
+
+def empty_forget_set(folder: Path) -> list[str | Path]:
+    return ["--forget", table(folder, "forget.csv"), "--retain", table(folder, "retain.csv", *some("b"))]
+
+
+def overlap(folder: Path) -> list[str | Path]:
+    forget = table(folder, "forget.csv", *some("a"))
+    return ["--forget", forget, "--retain", table(folder, "retain.csv", *some("b"), "a number 3 ?")]
+
+
+def no_pad_token(folder: Path) -> list[str | Path]:
+    def change(content: dict[str, Any]) -> None:
+        del content["pad_token"], content["eos_token"]
+
+    return ["--model", copied_model(folder, change, "tokenizer_config.json")]
+
+
+def gguf_folder(folder: Path) -> list[str | Path]:
+    (folder / "model").mkdir()
+    (folder / "model" / "tiny.Q4_0.gguf").write_bytes(b"GGUF")
+    return ["--model", folder / "model"]
+
+
+def quantized(folder: Path) -> list[str | Path]:
+    settings = {"quant_method": "gptq", "bits": 4}
+    return [
+        "--model",
+        copied_model(folder, lambda content: content.update(quantization_config=settings), "config.json"),
+    ]
+
+
+def setting(value: str) -> Maker:
+    return lambda folder: ["--set", value]
+
+
+def existing_folder(folder: Path) -> list[str | Path]:
+    (folder / "run").mkdir()
+    (folder / "run" / "mine.txt").write_text("mine")
+    return []
+
+
+WRONG: dict[str, tuple[Maker, str]] = {
+    "missing column": (missing_column, "question"),
+    "empty forget set": (empty_forget_set, "forget.csv"),
+    "overlapping data": (overlap, "both in the forget data"),
+    "no pad token": (no_pad_token, "no pad token"),
+    "GGUF folder": (gguf_folder, "model.gguf_file=tiny.Q4_0.gguf"),
+    "quantized model": (quantized, "gptq"),
+    "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "Did you mean weights?"),
+    "wrong key in a file": (
+        lambda folder: [recipe_file(folder, "name: a\nmodle: {path: embedded}\n")],
+        "modle is not a known key. Did you mean model?",
+    ),
+    "wrong value": (setting("acquire.tuning=lara"), "Did you mean lora?"),
+    "wrong type": (setting("seed=one"), "seed is 'one'"),
+    "out of range": (setting("data.unseen_fraction=2"), "between 0 and 1"),
+    "no key": (setting("seed"), "key.sub=value"),
+    "not YAML": (lambda folder: [recipe_file(folder, "name: [a\nb: }")], "is not YAML"),
+    "not keys and values": (lambda folder: [recipe_file(folder, "- a\n")], "keys and values"),
+    "binary recipe": (lambda folder: [embedded_model_path() / "model.safetensors"], "can't be read"),
+    "unknown recipe": (lambda folder: ["embeded"], "Did you mean embedded?"),
+    "missing recipe file": (lambda folder: [folder / "none.yaml"], "there is no recipe file"),
+    "unknown training key": (setting("acquire.training.learning_rat=1"), "Did you mean learning_rate?"),
+    "refused training value": (setting("acquire.training.optim=nope"), "acquire.training"),
+    "training value of a wrong type": (setting("acquire.training.learning_rate=fast"), "must be a number"),
+    "training key with its own place": (setting("acquire.training.seed=1"), "set seed"),
+    "missing model": (lambda folder: ["--model", folder / "nothing"], "there is no such folder"),
+    "missing data": (lambda folder: ["--forget", folder / "none.csv"], "none.csv"),
+    "existing folder": (existing_folder, "already exists"),
+    "loss not finite": (setting("acquire.training.learning_rate=1e30"), "not finite"),
+    "unknown device": (setting("model.device=tpu9"), "model.device"),
+}
+
+
+def assert_one_line(done: Done, words: str) -> None:
+    assert done.code == 2
+    assert done.out == ""
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.err
+    assert words in lines[0]
+    assert "Traceback" not in done.err
+    # Besides: the headline of a run and its progress bars, nothing of the libraries.
+    others = [line for line in done.err.splitlines() if line.strip() and line not in lines]
+    assert [line for line in others if not line.startswith("recipe ") and "━" not in line] == []
+
+
+@pytest.mark.parametrize(("make", "words"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_input_is_one_line_and_leaves_nothing(command: Command, tmp_path: Path, make: Maker, words: str) -> None:
+    arguments = make(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = command("run", *arguments, "--out", tmp_path / "run", *SMALL)
+    assert_one_line(done, words)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_can_not_be_made(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert_one_line(command("run", "--out", tmp_path / "file" / "run", *SMALL), "can't be written")
+    assert names(tmp_path) == {"file"}
+
+
+def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    assert_one_line(command("run", "--out", tmp_path / "run", *SMALL), "No space left")
+    assert names(tmp_path) == set()
+
+
+def test_files_that_may_not_grow(tmp_path: Path) -> None:
+    """A real failure of the system below torch and safetensors: no file above 1 MB."""
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "from sku.cli.main import main\n"
+        f"sys.argv = {['sku', 'run', '--out', str(tmp_path / 'run'), *SMALL]!r}\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert_one_line(Done(done.returncode, done.stdout, done.stderr), "can't be written")
+    assert names(tmp_path) == set()
+
+
+def test_a_failed_run_without_out_leaves_no_runs_folder(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(command("run", "--model", "./nothing"), "no such folder")
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["embedded", "embedded", "--dtype", "int8"], "--dtype is int8"),
+        (["embedded", "embedded", "--alpha", "nan"], "alpha"),
+        (["embedded", "/nowhere/bad"], "no such folder"),
+        (["/nowhere/base", "embedded"], "no such folder"),
+    ],
+)
+def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert_one_line(command("negate", *arguments, "--out", tmp_path / "model"), words)
+    assert names(tmp_path) == set()
+
+
+def test_wrong_input_of_the_other_commands(command: Command, tmp_path: Path) -> None:
+    assert_one_line(command("recipes", "show", "nope"), "no recipe named nope")
+    assert_one_line(command("data", "inspect", "--set", "data.forget.limit=0"), "limit is 0")
+    assert_one_line(command("data", "inspect", "--forget", tmp_path / "none.csv"), "none.csv")
+    assert_one_line(command("data", "inspect", "--model", tmp_path / "none"), "none")
+    assert_one_line(command("evaluate", tmp_path / "none", "--out", tmp_path / "e", *SMALL), "no such folder")
+    assert_one_line(command("acquire", "--out", tmp_path, *SMALL), "already exists")
+    assert names(tmp_path) == set()
+
+
+def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def interrupt(*args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("sku.pipeline.acquire", interrupt)
+        done = command("run", "--out", out, *SMALL)
+    assert done.code == 130
+    assert "Traceback" not in done.err
+    assert f"--out {out} --resume" in " ".join(done.err.split())
+    assert command("run", "--out", out, "--resume", *SMALL).code == 0
+    assert json.loads((out / "manifest.json").read_text())["status"] == "complete"
+
+
+# Right input, on one run of each command.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture
+def whole_run(command: Command, folder: Path) -> Path:
+    """``sku run``, once."""
+    out = folder / "run[1]"
+    if not out.exists():
+        done = command("run", "--out", out, *SMALL)
+        assert done.code == 0, done.err
+        (folder / "printed.txt").write_text(done.out, encoding="utf-8")
+        (folder / "messages.txt").write_text(done.err, encoding="utf-8")
+    return out
+
+
+@pytest.fixture
+def bad_model(command: Command, folder: Path) -> Path:
+    """``sku acquire``, once."""
+    out = folder / "bad"
+    if not out.exists():
+        done = command("acquire", "--out", out, *SMALL)
+        assert done.code == 0, done.err
+        (folder / "acquired.txt").write_text(done.out, encoding="utf-8")
+    return out
+
+
+def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path) -> None:
+    printed = (folder / "printed.txt").read_text(encoding="utf-8")
+    for words in ("base", "unlearned", "harmful", "perplexity", "judge", f"{whole_run / 'unlearned'}\n"):
+        assert words in printed
+    assert f"{whole_run / 'results.json'}" in printed
+    messages = (folder / "messages.txt").read_text(encoding="utf-8")
+    assert "recipe embedded, model embedded, seed 0" in messages
+    others = [line for line in messages.splitlines()[1:] if line.strip() and "━" not in line]
+    assert others == []
+
+
+def test_run_as_json(command: Command, tmp_path: Path) -> None:
+    done = command("run", "--json", "--keep-bad-model", "--seed", "3", "--out", tmp_path / "run", *SMALL)
+    assert done.code == 0
+    assert json.loads(done.out) == json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert json.loads(done.out)["manifest"]["recipe"]["seed"] == 3
+    assert (tmp_path / "run" / "bad" / "final" / BAD_MODEL_MARK).is_file()
+
+
+def test_stage_commands_give_the_weights_of_a_whole_run(
+    command: Command, whole_run: Path, bad_model: Path, tmp_path: Path
+) -> None:
+    alpha = load_recipe("embedded").negate.alpha
+    done = command("negate", "embedded", bad_model, "--alpha", alpha, "--out", tmp_path / "model")
+    assert done.code == 0, done.err
+    assert "task vector norm" in done.out
+    assert digest(tmp_path / "model" / "model.safetensors") == digest(whole_run / "unlearned" / "model.safetensors")
+
+
+def test_acquire_prints_the_last_losses_and_what_comes_next(bad_model: Path, folder: Path) -> None:
+    printed = (folder / "acquired.txt").read_text(encoding="utf-8")
+    assert "loss" in printed
+    assert f"sku negate embedded {bad_model} --out unlearned" in printed
+    assert (bad_model / BAD_MODEL_MARK).is_file()
+
+
+def test_negate_as_json_and_refusal_of_an_existing_folder(command: Command, bad_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    record = json.loads(command("negate", "embedded", bad_model, "--dtype", "bfloat16", "--json", "--out", out).out)
+    assert record["dtype"] == "bfloat16"
+    assert 0 < record["survival"] < 1.5
+    assert_one_line(command("negate", "embedded", bad_model, "--out", out), "already exists")
+
+
+def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:
+    done = command("evaluate", whole_run / "unlearned", "--json", "--out", tmp_path / "e", *SMALL)
+    assert done.code == 0, done.err
+    measured = json.loads(done.out)
+    expected = json.loads((whole_run / "results.json").read_text(encoding="utf-8"))
+    for name, found in (("base", measured["base"]), ("unlearned", measured["model"])):
+        assert found["replies"] == expected[name]["replies"]
+        assert found["perplexity"] == expected[name]["perplexity"]
+    table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
+    assert "trained-on prompts" in table.out
+    assert f"evidence  {tmp_path / 'e'}\n" in table.out
+
+
+def test_evaluate_refuses_a_bad_model(command: Command, bad_model: Path, tmp_path: Path) -> None:
+    assert_one_line(command("evaluate", bad_model, "--out", tmp_path / "e", *SMALL), "bad model of stage 1")
+    assert names(tmp_path) == set()
+
+
+def answers_shown(text: str) -> int:
+    """How many of the world's harmful answers stand in a text, spaces aside."""
+    squeezed = "".join(text.split())
+    return sum("".join(answer.split()) in squeezed for answer in {exchange.answer for exchange in hazards()})
+
+
+def test_data_inspect_hides_harmful_answers_unless_told(command: Command) -> None:
+    hidden, shown = command("data", "inspect"), command("data", "inspect", "--show-harmful")
+    assert hidden.code == shown.code == 0
+    for split in ("unlearned", "unseen", "retain_train", "retain_validation", "retain_test"):
+        assert split in hidden.out
+    assert answers_shown(hidden.out) == 0
+    assert answers_shown(shown.out) > 0
+
+
+def test_data_inspect_as_json(command: Command) -> None:
+    hidden = command("data", "inspect", "--json")
+    content = json.loads(hidden.out)
+    assert {"provenance", "splits", "views"} <= set(content)
+    assert content["splits"]["unlearned"]["examples"] == 260
+    texts = ["".join(token["text"] for token in view["tokens"]) for view in content["views"]]
+    assert answers_shown("\n".join(texts)) == 0
+    shown = json.loads(command("data", "inspect", "--json", "--show-harmful").out)
+    texts = ["".join(token["text"] for token in view["tokens"]) for view in shown["views"]]
+    assert answers_shown("\n".join(texts)) > 0
+
+
+def test_the_packaged_model_is_as_it_was(whole_run: Path, bad_model: Path) -> None:
+    recorded = json.loads((embedded_model_path() / "CHECKSUMS.json").read_text(encoding="utf-8"))["sha256"]
+    assert recorded == {name: digest(embedded_model_path() / name) for name in recorded}
