@@ -18,7 +18,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 def test_csv_cells_stay_text(tmp_path: Path) -> None:
-    content = '\ufeffquestion,answer\r\n1,None\r\n007,123\r\nNaN,1.50\r\n"a, b","c\r\nd ""e"""\r\ntrue,\r\n'
+    content = '\ufeffquestion,answer\r\n1,None\r\n007,123\r\nNaN,1.50\r\n"a, b","c\r\nd ""e"""\r\n\r\ntrue,\r\n'
     columns, rows = read_text_file(write(tmp_path, "a.csv", content))
     assert columns == ["question", "answer"]
     assert [tuple(row.values()) for row in rows] == [

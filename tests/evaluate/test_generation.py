@@ -100,7 +100,7 @@ def test_the_models_own_generation_settings_are_hidden_and_put_back(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     plain = generate(tiny_model, tiny_tokenizer, batch_size=4)
-    own = GenerationConfig(  # type: ignore[no-untyped-call]
+    own = GenerationConfig(
         do_sample=True, temperature=2.0, repetition_penalty=50.0, no_repeat_ngram_size=1, max_length=5, eos_token_id=9,
         suppress_tokens=list(range(2, 200)), forced_eos_token_id=1,
     )  # fmt: skip

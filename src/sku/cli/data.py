@@ -83,7 +83,7 @@ def _print(description: DataDescription) -> None:
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
     table = Table(show_edge=False, header_style="bold", pad_edge=False)
     for name in ("split", "examples", "prompts", "left out", "shortened", "tokens 50 % / 90 % / most", "learned"):
-        table.add_column(name, justify="left" if name == "split" else "right")
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=name == "split")
     for name, split in description.splits.items():
         report = split.tokenization
         lengths = [" / ".join(str(values[p]) for p in (50, 90, 100)) for values in

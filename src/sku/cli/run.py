@@ -51,12 +51,12 @@ def run(
     quiet_libraries()
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
 
-    errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}")
+    errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}", soft_wrap=True)
     try:
         with progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)
     except KeyboardInterrupt:
-        errors.print(f"interrupted; go on with the same command and --out {folder} --resume")
+        errors.print(f"interrupted; go on with the same command and --out {folder} --resume", soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
         results.print_json((folder / "results.json").read_text(encoding="utf-8"))

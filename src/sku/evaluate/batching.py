@@ -104,7 +104,7 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Switches dropout off and puts every module back into the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     try:
         yield
     finally:

@@ -86,9 +86,7 @@ def generate_replies(
         EvaluationError: GPU memory runs out on a single prompt.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        **decoding_settings(stop_ids, max_new_tokens), pad_token_id=pad_id, use_cache=True
-    )
+    settings = GenerationConfig(**decoding_settings(stop_ids, max_new_tokens), pad_token_id=pad_id, use_cache=True)
     device = embedding_weight(model).device
     records: dict[int, GenerationRecord] = {}
 
