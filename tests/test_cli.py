@@ -189,7 +189,10 @@ def no_pad_token(folder: Path) -> list[str | Path]:
     def change(content: dict[str, Any]) -> None:
         del content["pad_token"], content["eos_token"]
 
-    return ["--model", copied_model(folder, change, "tokenizer_config.json")]
+    model = copied_model(folder, change, "tokenizer_config.json")
+    vocabulary = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    (model / "tokenizer.json").write_text(json.dumps({**vocabulary, "padding": None}), encoding="utf-8")
+    return ["--model", model]
 
 
 def gguf_folder(folder: Path) -> list[str | Path]:

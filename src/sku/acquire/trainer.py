@@ -253,13 +253,17 @@ class SkuTrainer(Trainer):
         adapter_off: AbstractContextManager[None] = (
             unwrapped.disable_adapter() if isinstance(unwrapped, PeftModel) else nullcontext()
         )
-        was_training = model.training
-        model.eval()
+        # Four-bit layers stay as they are: in evaluation mode bitsandbytes repacks their weights on a CPU for a kernel
+        # that has no backward.
+        switched = [module for module in model.modules() if module.training and not hasattr(module, "quant_state")]
         try:
+            for module in switched:
+                module.training = False
             with adapter_off:
                 yield
         finally:
-            model.train(was_training)
+            for module in switched:
+                module.training = True
 
     def _check_finite(self, terms: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
         # One transfer for all terms: a synchronisation a step is the price of never training on NaN.

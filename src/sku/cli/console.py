@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ def quiet_libraries() -> None:
     """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # Read when tqdm is imported, so before the libraries below.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns of a missing CPU kernel when imported.
     import datasets
     import transformers
 

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -81,12 +82,12 @@ def _print(description: DataDescription) -> None:
         facts |= {"licence": source.licence, "sha256": source.sha256[:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
-    table = Table(show_edge=False, header_style="bold", pad_edge=False)
-    for name in ("split", "examples", "prompts", "left out", "shortened", "tokens 50 % / 90 % / most", "learned"):
-        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=name == "split")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("split", "examples", "prompts", "left out", "shortened", "tokens", "learned"):
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
     for name, split in description.splits.items():
         report = split.tokenization
-        lengths = [" / ".join(str(values[p]) for p in (50, 90, 100)) for values in
+        lengths = ["/".join(str(values[p]) for p in (50, 90, 100)) for values in
                    (split.length_percentiles, split.learned_percentiles)]  # fmt: skip
         table.add_row(
             name,
@@ -97,6 +98,7 @@ def _print(description: DataDescription) -> None:
             *lengths,
         )
     results.print(table)
+    results.print("tokens, learned: median / 90th percentile / most of an example")
     results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
     for view in description.views:
         results.print(_tokens(view), soft_wrap=True)

@@ -28,7 +28,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"sku {__version__}")
         raise typer.Exit

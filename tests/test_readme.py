@@ -1,0 +1,97 @@
+"""The README's example runs, and its numbers are those of the recorded result."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def example() -> str:
+    (code,) = blocks("python")
+    assert isinstance(code, str)
+    return code
+
+
+def strings(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        for value in content.values():
+            yield from strings(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from strings(value)
+    elif isinstance(content, str):
+        yield content
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    """With two steps of training and few prompts, in a process of its own, as a reader would start it."""
+    code, replaced = re.subn(r"max_steps=\d+", "max_steps=2", example())
+    assert replaced == 1
+    fewer = (
+        "import importlib\n"
+        "from sku.config import EvaluateConfig\n"
+        "run = importlib.import_module('sku.evaluate.run')\n"
+        "run.EvaluateConfig = lambda: EvaluateConfig(prompts=4, retain_prompts=4, max_new_tokens=8)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", fewer + code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_example_is_short() -> None:
+    assert len([line for line in example().splitlines() if line.strip()]) <= 15
+
+
+def test_every_number_of_the_result_is_recorded() -> None:
+    recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
+    seconds = recorded["manifest"]["seconds"]
+    known = {number for cell in strings(recorded["table"]) for number in NUMBER.findall(cell)}
+    known |= {str(value) for value in seconds.values()} | {f"{sum(seconds.values()):.0f}"}
+    result = blocks("text")[0]
+    shown = NUMBER.findall(result)
+    assert shown, "the README's first text block shows the result of sku run"
+    assert sorted(set(shown) - known) == []
+
+
+def test_every_row_of_the_result_is_recorded_as_it_stands() -> None:
+    """A number in the wrong row would pass the test above."""
+    recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
+    lines = [" ".join(line.split()) for line in blocks("text")[0].splitlines()]
+    for row in recorded["table"]:
+        cells = (row["measure"], row["before"], row["after"], row["interval"], row["wanted"])
+        expected = " ".join(" ".join(str(cell).split()) for cell in cells if cell)
+        assert expected in lines
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_links_into_the_repository_lead_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_every_option_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    help_texts = "".join(
+        subprocess.run(
+            [sys.executable, "-m", "sku", *command, "--help"], capture_output=True, text=True, check=True,
+            env={"COLUMNS": "300", "PATH": "", "PYTHONPATH": str(ROOT / "src"), "NO_COLOR": "1"},
+        ).stdout
+        for command in ([], ["run"], ["acquire"], ["negate"], ["evaluate"], ["data", "inspect"])
+    )  # fmt: skip
+    assert {option for option in named if option not in help_texts} == set()
