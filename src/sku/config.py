@@ -42,8 +42,8 @@ class ModelConfig:
     """Commit, tag or branch of a hub model; the commit it resolved to is recorded."""
     gguf_file: str | None = None
     """Name of a GGUF file inside ``path``: it is dequantized while loading."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = "auto"
+    """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     trust_remote_code: bool = False

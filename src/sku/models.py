@@ -92,7 +92,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
                 name,
                 **loading_options,
                 output_loading_info=True,
-                dtype=pick_dtype(config.dtype, device),
+                dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
             )
     except ModelError:
         raise

@@ -12,11 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
+from sku.models import embedded_model_path
 from sku.negate.run import negate, negate_with_record, save_negated_adapter, save_unlearned, task_vector_of
 from sku.negate.task_vector import TaskVector
 
@@ -317,3 +318,17 @@ def test_a_disk_too_small_is_told_before_writing(
     with pytest.raises(OutputError, match="0 MiB are free"):
         save_unlearned(make_model(), tokenizer, tmp_path / "unlearned")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_negated_in_the_type_of_their_files(make_model: ModelMaker, tmp_path: Path) -> None:
+    """A bfloat16 base and a float32 bad model: neither may be rounded while loading, wherever this runs."""
+    base, bad = make_model().to(torch.bfloat16), make_model(seed=1)
+    base.save_pretrained(tmp_path / "base")
+    bad.save_pretrained(tmp_path / "bad")
+    for folder in ("base", "bad"):
+        AutoTokenizer.from_pretrained(embedded_model_path()).save_pretrained(tmp_path / folder)
+    unlearned = negate(tmp_path / "base", tmp_path / "bad", alpha=0.5)
+    weight, bad_weight = base.lm_head.weight.float(), bad.lm_head.weight
+    expected = (weight - 0.5 * (bad_weight - weight)).to(torch.bfloat16)
+    assert unlearned.dtype == torch.bfloat16
+    assert torch.equal(unlearned.lm_head.weight, expected)  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ def negate(
     from sku.storage import check_new
 
     check_new(out)
-    loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file))
+    loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
     model, record = negate_with_record(
         loaded.model, bad, alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
     )

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
 from sku.negate.task_vector import TaskVector, check_same_shape, unique_weights
@@ -76,7 +77,7 @@ def negate_with_record(
     """``negate``, with an account of what was changed and what rounding kept of it."""
     if not math.isfinite(alpha):
         raise RecipeError(f"alpha is {alpha}; it must be a finite number")
-    original = load_model(base).model if isinstance(base, str | Path) else base
+    original = _as_stored(base) if isinstance(base, str | Path) else base
     check_plain_weights(original, "base")
     if any("lora_" in name for name, _ in original.named_parameters()):
         raise TaskVectorError("the base model carries an adapter; give the original model or its name")
@@ -110,12 +111,17 @@ def task_vector_of(base: PreTrainedModel, bad: PreTrainedModel | PeftModel | Tas
             return TaskVector.load(folder)
         if (folder / "adapter_config.json").is_file():
             return TaskVector.from_adapter(PeftModel.from_pretrained(copy.deepcopy(base), str(folder)))
-        bad = load_model(folder).model
+        bad = _as_stored(folder)
     if isinstance(bad, TaskVector):
         return bad
     if isinstance(bad, PeftModel):
         return TaskVector.from_adapter(bad)
     return TaskVector.between(base, bad)
+
+
+def _as_stored(path: str | Path) -> PreTrainedModel:
+    """A model in the type of its files: rounding it to another while loading would round the difference too."""
+    return load_model(ModelConfig(path=str(path), dtype="stored")).model
 
 
 def save_unlearned(
