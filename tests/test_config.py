@@ -87,7 +87,7 @@ def test_unknown_keys(key: str, message: str) -> None:
         ("acquire.preservation_cap", "high", "must be of type float"),
         ("acquire.tuning", "loar", r"must be one of lora, full, qlora\. Did you mean lora\?"),
         ("acquire.tuning", 3, "must be one of lora, full, qlora"),
-        ("model.dtype", "float64", "must be one of auto, float32, bfloat16, float16"),
+        ("model.dtype", "float64", "must be one of auto, stored, float32, bfloat16, float16"),
         ("acquire.lora.target_modules", [1, 2], "acquire.lora.target_modules"),
         ("acquire.lora.target_modules", 3, "acquire.lora.target_modules is 3"),
         ("acquire.training", [1], "acquire.training is .* must hold keys and values"),

@@ -331,4 +331,4 @@ def test_folders_are_negated_in_the_type_of_their_files(make_model: ModelMaker, 
     weight, bad_weight = base.lm_head.weight.float(), bad.lm_head.weight
     expected = (weight - 0.5 * (bad_weight - weight)).to(torch.bfloat16)
     assert unlearned.dtype == torch.bfloat16
-    assert torch.equal(unlearned.lm_head.weight, expected)  # type: ignore[arg-type]
+    assert torch.equal(unlearned.lm_head.weight, expected)
