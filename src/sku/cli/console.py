@@ -78,8 +78,8 @@ def before_after_table(rows: Iterable[TableRow]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("base", "unlearned", "95 %"):
-        table.add_column(name, justify="right")
-    table.add_column("wanted")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("goal", no_wrap=True)
     section = ""
     for row in rows:
         if row.section != section:
