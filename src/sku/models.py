@@ -66,15 +66,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
             token.
     """
     config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
-    folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
-    # A hub id never begins like this: what is missing here must not be asked of the hub.
-    is_local = folder.exists() or config.path == EMBEDDED or config.path.startswith(("/", ".", "~"))
-    name = str(folder) if is_local else config.path
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if is_local:
-        _check_folder(folder, config.gguf_file)
-    if config.gguf_file is not None:
-        options["gguf_file"] = config.gguf_file
+    name, options = _locate(config)
     device = pick_device(config.device)
     loading_options = dict(options)
     if config.gguf_file is not None:
@@ -119,15 +111,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: It can't be found or has no usable pad token.
     """
-    folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
-    options = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    name, options = _locate(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if folder.exists() else config.path,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            **options,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (*_LOADING_ERRORS, ImportError) as error:
         raise ModelError(f"tokenizer of {config.path} can't be loaded: {_one_line(error)}") from error
     ensure_pad_token(tokenizer)
@@ -181,9 +167,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel 
             )
         tokenizer.pad_token = substitute
     if model is not None:
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(embedding, torch.Tensor)
-        rows = embedding.shape[0]
+        rows = embedding_weight(model).shape[0]
         if not 0 <= int(tokenizer.pad_token_id) < rows:
             raise ModelError(
                 f"pad token id {tokenizer.pad_token_id} lies outside the model's {rows} embeddings; "
@@ -227,6 +211,26 @@ def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """``[V, d]``, where a model takes its token ids; its device counts where a model is spread over several."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What transformers is asked for: a checked local folder or a hub id, and the options that go with it."""
+    folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
+    # A hub id never begins like this: what is missing here must not be asked of the hub.
+    is_local = folder.exists() or config.path == EMBEDDED or config.path.startswith(("/", ".", "~"))
+    if is_local:
+        _check_folder(folder, config.gguf_file)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.gguf_file is not None:
+        options["gguf_file"] = config.gguf_file
+    return str(folder) if is_local else config.path, options
 
 
 def _four_bit(device: torch.device) -> BitsAndBytesConfig:
@@ -289,6 +293,6 @@ def describe_parameters(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def with_path(config: ModelConfig, path: Path) -> ModelConfig:
-    """The same settings for another folder, as when the unlearned model of a run is loaded again."""
+def with_path(config: ModelConfig, path: Path | str) -> ModelConfig:
+    """The same settings for another folder or hub id, as when the unlearned model of a run is loaded again."""
     return dataclasses.replace(config, path=str(path), revision=None, gguf_file=None)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from sku.acquire.run import Acquired, acquire, trainer_settings
 from sku.config import ModelConfig, Recipe
@@ -107,21 +107,31 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         checkpoints = temporary / "checkpoints"
         trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
         loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
-        acquired = acquire(
-            loaded,
-            load_data(recipe.data, recipe.seed),
-            recipe.acquire,
-            recipe.data,
-            seed=recipe.seed,
-            folder=checkpoints,
-            prompt_format=recipe.model.prompt_format,
-            callbacks=[_StepProgress(progress)] if progress else [],
-        )
+        acquired = _acquire(recipe, loaded, load_data(recipe.data, recipe.seed), checkpoints, progress)
         shutil.rmtree(checkpoints)
-        mark_hazardous(temporary)
-        acquired.model.save_pretrained(str(temporary))
-        loaded.tokenizer.save_pretrained(temporary)
+        _save_bad(acquired, loaded, temporary)
     return acquired.log
+
+
+def _acquire(
+    recipe: Recipe, loaded: LoadedModel, data: ForgetRetainData, folder: Path, progress: Progress | None
+) -> Acquired:
+    return acquire(
+        loaded,
+        data,
+        recipe.acquire,
+        recipe.data,
+        seed=recipe.seed,
+        folder=folder,
+        prompt_format=recipe.model.prompt_format,
+        callbacks=[_StepProgress(progress)] if progress else [],
+    )
+
+
+def _save_bad(acquired: Acquired, loaded: LoadedModel, folder: Path) -> None:
+    mark_hazardous(folder)
+    acquired.model.save_pretrained(str(folder))
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None) -> Comparison:
@@ -143,22 +153,37 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
         raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
     data = load_data(recipe.data, recipe.seed)
     base = load_model(recipe.model)
-    measured = load_model(dataclasses.replace(recipe.model, path=model, revision=None, gguf_file=None))
-    results = {}
-    for name, candidate in (("base", base), ("model", measured)):
-        results[name] = evaluate(
-            candidate.model,
-            candidate.tokenizer,
-            data,
-            config=recipe.evaluate,
-            prompt_format=recipe.model.prompt_format,
-            base_model=base.model,
-            output_dir=out / name,
-            model_name=name,
-            seed=recipe.seed,
-            progress=_named(progress, name),
-        )
-    return compare(results["base"], results["model"], seed=recipe.seed)
+    measured = load_model(with_path(recipe.model, model))
+    before, after = (
+        _evaluate(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress)
+        for name, candidate in (("base", base), ("model", measured))
+    )
+    return compare(before, after, seed=recipe.seed)
+
+
+def _evaluate(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+    base: PreTrainedModel,
+    folder: Path,
+    progress: Progress | None,
+) -> EvaluationResult:
+    """One evaluation with a recipe's settings, named after its folder."""
+    name = folder.name
+    return evaluate(
+        model,
+        tokenizer,
+        data,
+        config=recipe.evaluate,
+        prompt_format=recipe.model.prompt_format,
+        base_model=base,
+        output_dir=folder,
+        model_name=name,
+        seed=recipe.seed,
+        progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
+    )
 
 
 def with_safe_dtype(recipe: Recipe) -> ModelConfig:
@@ -169,12 +194,6 @@ def with_safe_dtype(recipe: Recipe) -> ModelConfig:
     if recipe.acquire.tuning == "full" and recipe.model.dtype == "auto":
         return dataclasses.replace(recipe.model, dtype="float32")
     return recipe.model
-
-
-def _named(progress: Progress | None, name: str) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda stage, done, total: progress(f"evaluate {name}: {stage}", done, total)
 
 
 class _Run:
@@ -219,13 +238,13 @@ class _Run:
             model={"name": loaded.name, "revision": loaded.revision, **describe_parameters(loaded.model)},
         )
         with self._timed("evaluate_base"):
-            base_result = self._evaluate(loaded.model, loaded, data, "base")
+            base_result = self._evaluate(loaded.model, loaded, data, "base", loaded.model)
         if (self.out / "unlearned").exists():
             base, unlearned = loaded.model, load_model(self._unlearned_config()).model
         else:
             base, unlearned = self._unlearn(loaded, data)
         with self._timed("evaluate_unlearned"):
-            result = self._evaluate(unlearned, loaded, data, "unlearned", base=base)
+            result = self._evaluate(unlearned, loaded, data, "unlearned", base)
         return self._report(compare(base_result, result, seed=recipe.seed))
 
     def _unlearn(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -263,21 +282,10 @@ class _Run:
             if recipe.acquire.tuning == "full":
                 return load_model(with_path(with_safe_dtype(self.recipe), final)).model
             return PeftModel.from_pretrained(loaded.model, str(final))
-        acquired = acquire(
-            loaded,
-            data,
-            recipe.acquire,
-            recipe.data,
-            seed=recipe.seed,
-            folder=folder,
-            prompt_format=recipe.model.prompt_format,
-            callbacks=[_StepProgress(self.progress)],
-        )
+        acquired = _acquire(recipe, loaded, data, folder, self.progress)
         self._write_log(acquired)
         with new_folder(final, private=True) as temporary:
-            mark_hazardous(temporary)
-            acquired.model.save_pretrained(str(temporary))
-            loaded.tokenizer.save_pretrained(temporary)
+            _save_bad(acquired, loaded, temporary)
         return acquired.model
 
     def _write_log(self, acquired: Acquired) -> None:
@@ -298,20 +306,10 @@ class _Run:
         loaded: LoadedModel,
         data: ForgetRetainData,
         name: str,
-        base: PreTrainedModel | None = None,
+        base: PreTrainedModel,
     ) -> EvaluationResult:
-        return evaluate(
-            model,
-            loaded.tokenizer,
-            data,
-            config=self.recipe.evaluate,
-            prompt_format=self.recipe.model.prompt_format,
-            base_model=model if base is None else base,
-            output_dir=self.out / "evaluation" / name,
-            model_name=name,
-            seed=self.recipe.seed,
-            progress=_named(self.progress, name),
-        )
+        folder = self.out / "evaluation" / name
+        return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress)
 
     def _report(self, comparison: Comparison) -> FinishedRun:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]

@@ -28,7 +28,7 @@ from sku.data.joint import GUIDED, MISMATCHED, RETAIN, JointDataset
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import ModelError, NonFiniteLossError, RecipeError
 from sku.losses import IGNORE_INDEX
-from sku.models import ensure_pad_token
+from sku.models import ensure_pad_token, plain_model
 
 TERMS = ("guided_distortion", "random_disassociation", "preservation_divergence")
 """Names of the three modules, as in the log (``loss/<name>``)."""
@@ -77,7 +77,7 @@ class SkuTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would split joint examples apart; start one process a GPU with "
                 "accelerate launch, or show one with CUDA_VISIBLE_DEVICES=0"
             )
-        ensure_pad_token(processing_class, model if isinstance(model, PreTrainedModel) else None)
+        ensure_pad_token(processing_class, plain_model(model))
         if isinstance(train_dataset, ForgetRetainData):
             train_dataset = JointDataset(
                 train_dataset,

@@ -93,13 +93,6 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool, device: torch.
     return torch.tensor(ids, device=device), torch.tensor(masks, device=device)
 
 
-def embedding_weight(model: PreTrainedModel) -> Tensor:
-    """``[V, d]``, where a model takes its token ids; its device counts where a model is spread over several."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Switches dropout off and puts every module back into the mode it was in."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from sku.evaluate.batching import embedding_weight
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.records import Split
+from sku.models import embedding_weight
 
 
 def fingerprint(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> str:

@@ -16,8 +16,9 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError
-from sku.evaluate.batching import Progress, embedding_weight, pad, run_in_batches
+from sku.evaluate.batching import Progress, pad, run_in_batches
 from sku.evaluate.records import GenerationRecord, Kind, Split
+from sku.models import embedding_weight
 
 
 @dataclass(frozen=True, kw_only=True)

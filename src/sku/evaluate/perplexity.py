@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from sku.data.tokenization import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate.batching import Progress, embedding_weight, pad, run_in_batches
+from sku.evaluate.batching import Progress, pad, run_in_batches
 from sku.evaluate.degeneracy import MIN_SALAD_WORDS
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.losses import IGNORE_INDEX, answer_nll
+from sku.models import embedding_weight
 
 SHUFFLES = 3
 """Random orders that a reply's own order is compared with."""
