@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, ModelMaker, TrainerMaker
-from sku.acquire.trainer import TERMS, SkuTrainer
+from sku.acquire.objective import TERMS
+from sku.acquire.trainer import SkuTrainer
 from sku.negate.run import negate_with_record, save_unlearned
 
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8, 30, 31]])
@@ -80,10 +81,8 @@ def test_padding_changes_no_loss(architecture: str, make_model: ModelMaker, make
     for batch in (tight, wide):
         kept = trainer._kept_positions(batch)
         with torch.no_grad():
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept
-            ).logits
-            results.append(trainer._terms(model, batch, kept, logits))
+            outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept)
+            results.append(trainer._terms(model, batch, kept, outputs))
     assert set(results[0]) == set(TERMS)
     for name in TERMS:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5, msg=name)

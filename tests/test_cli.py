@@ -457,6 +457,7 @@ def test_data_inspect_hides_harmful_answers_unless_told(command: Command) -> Non
     assert hidden.code == shown.code == 0
     for split in ("unlearned", "unseen", "retain_train", "retain_validation", "retain_test"):
         assert split in hidden.out
+    assert "examples with a safe answer 960" in " ".join(hidden.out.split())
     assert answers_shown(hidden.out) == 0
     assert answers_shown(shown.out) > 0
 

@@ -24,7 +24,7 @@ from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.joint import JointDataset, JointExample
+from sku.data.joint import JointDataset, JointExample, RowPlan
 from sku.data.prompts import PaperFormat
 from sku.data.splits import split_by_group
 from sku.data.tokenization import TokenizedExample, tokenize_example
@@ -49,7 +49,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> To
 
 def collated(rows: list[TokenizedExample], pad: int) -> dict[str, Tensor]:
     return JointCollator(pad)(
-        [JointExample(guided=row, mismatched=(), retain=None, forget_index=0, retain_index=-1) for row in rows]
+        [JointExample(forget=row, mismatched=(), retain=None, forget_index=0, retain_index=-1) for row in rows]
     )
 
 
@@ -153,7 +153,7 @@ def test_answers_are_drawn_for_each_prompt_and_never_its_own(
     buggy = {example.prompt: drawn for example in data.unlearned}
     assert any(set(buggy[prompt]) & answers for prompt, answers in own.items())
 
-    joint = JointDataset(data, tokenizer, PAPER, num_random_answers=3, seed=0)
+    joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
     ours = [joint[place] for place in range(len(joint))]
     draws = {tuple(sorted(row.example_id for row in example.mismatched)) for example in ours}
     assert len(draws) > 1
@@ -188,7 +188,7 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     buggy = [pair[0] for _ in range(2) for pair in zip(range(len(data.unlearned)), data.retain_train, strict=False)]
     assert buggy == [0, 1, 2, 3] * 2
 
-    joint = JointDataset(data, tokenizer, PAPER, num_random_answers=1, seed=0)
+    joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=1, retain=True), seed=0)
     epochs = []
     for epoch in range(3):
         joint.set_epoch(epoch)

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from sku.errors import RecipeError, did_you_mean
 
+S = TypeVar("S")
 EMBEDDED = "embedded"
 """Name of the model, the data and the recipe that ship inside the package."""
 
@@ -28,7 +29,15 @@ PreservationTokens = Literal["answer", "all"]
 Tuning = Literal["lora", "full", "qlora"]
 JudgeName = Literal["auto", "embedded", "refusal_rules"]
 DataFormat = Literal[
-    "auto", "embedded", "pku_saferlhf", "beavertails", "truthfulqa", "prompt_completion", "messages", "columns"
+    "auto",
+    "embedded",
+    "pku_saferlhf",
+    "beavertails",
+    "truthfulqa",
+    "prompt_completion",
+    "messages",
+    "preference",
+    "columns",
 ]
 
 
@@ -70,6 +79,8 @@ class SourceConfig:
     """Column of the prompt (format ``columns``)."""
     answer_column: str | None = None
     """Column of the answer (format ``columns``)."""
+    safe_answer_column: str | None = None
+    """Column of a good answer to the same prompt, optional and for a forget set only (format ``columns``)."""
     category_column: str | None = None
     """Column of the category, optional (format ``columns``)."""
     unsafe_column: str | None = None
@@ -92,6 +103,8 @@ class DataConfig:
 
     forget: SourceConfig
     retain: SourceConfig
+    benign: SourceConfig | None = None
+    """Normal pairs of another source, only for a perplexity after unlearning; never trained on."""
     unseen_fraction: float = 0.3
     """Share of the harmful prompts held out as ``unseen``."""
     retain_validation_fraction: float = 0.1
@@ -161,6 +174,15 @@ class AcquireConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: Mapping[str, Any] = field(default_factory=dict)
     """Any field of ``transformers.TrainingArguments``: learning_rate, max_steps, per_device_train_batch_size, ..."""
+    seed: int | None = None
+    """Seed of training alone, so that data and test prompts stay as they are; that of the recipe if empty."""
+
+    def __post_init__(self) -> None:
+        if self.random_answers < 1 and self.weights.random_disassociation:
+            raise RecipeError(
+                f"acquire.random_answers is {self.random_answers}; it must be 1 or more, or "
+                "acquire.weights.random_disassociation 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +225,50 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """One method other than SKU, whose own settings are ``acquire`` and ``negate``."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own settings, such as ``beta``; ``sku methods NAME`` lists them. Defaults are those of its paper."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Laid over ``acquire.training``, where the method needs another learning rate, say."""
+    strength: float = 1.0
+    """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength < float("inf"):
+            raise RecipeError(f"strength is {self.strength}; it must be above 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What ``sku compare`` and ``sku ablate`` run beside the recipe itself."""
+
+    methods: tuple[str, ...] = ()
+    """Names of the methods; all where this is empty."""
+    seeds: int = 3
+    """Training seeds: that of the recipe and those after it. Data and test prompts are the same for all."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
+    """Multiples of each method's own strength at which it is measured; 1, the method as published, always is."""
+    utility_budget: float = 1.05
+    """Methods are compared at the largest strength whose perplexity on ``retain_validation`` is at most this many times
+    that of the base: at equal utility."""
+    max_strength: float = 4.0
+    """Where the search for that strength ends, as a multiple of the method's own."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise RecipeError(f"compare.seeds is {self.seeds}; it must be 1 or more")
+        if not all(0 < strength < float("inf") for strength in (*self.strengths, self.max_strength)):
+            raise RecipeError("compare.strengths and compare.max_strength must be above 0 and finite")
+        if not 1 < self.utility_budget < float("inf"):
+            raise RecipeError(
+                f"compare.utility_budget is {self.utility_budget}; it must be above 1, such as 1.05 for a perplexity "
+                "5 % above the base model's"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One whole run: data, stage 1, stage 2, evaluation."""
 
@@ -214,6 +280,11 @@ class Recipe:
     acquire: AcquireConfig = field(default_factory=AcquireConfig)
     negate: NegateConfig = field(default_factory=NegateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    method: str = "sku"
+    """What is run: ``sku``, or another name that ``sku methods`` lists."""
+    methods: Mapping[str, MethodConfig] = field(default_factory=dict)
+    """Settings of the other methods, by name."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
     keep_bad_model: bool = False
     """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
 
@@ -262,6 +333,26 @@ def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recip
     recipe = _build(Recipe, content, "", where)
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def settings_from_dict(target: type[S], content: Mapping[str, Any], key: str, where: str = "recipe") -> S:
+    """Checks plain data against a frozen dataclass of settings, such as a method's own.
+
+    Args:
+        target: The dataclass.
+        content: Keys and values.
+        key: The recipe's key that holds them, for messages.
+        where: Name of the recipe, for messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        RecipeError: As ``load_recipe``.
+    """
+    settings = _build(target, content, key, where)
+    assert isinstance(settings, target)
+    return settings
 
 
 def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
@@ -335,13 +426,17 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _convert_union(typing.get_args(hint), value, key, where)
     if origin is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
-            return tuple(value)
-        raise RecipeError(f"{key} is {value!r}; it must be a list of names ({where})")
+        if isinstance(value, list | tuple):
+            entry_type = typing.get_args(hint)[0]
+            return tuple(_convert(entry_type, entry, f"{key}[{place}]", where) for place, entry in enumerate(value))
+        raise RecipeError(f"{key} is {value!r}; it must be a list ({where})")
     if origin is not None and issubclass(origin, Mapping):
-        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        if not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+            raise RecipeError(f"{key} is {value!r}; it must hold keys and values ({where})")
+        entry_type = typing.get_args(hint)[1]
+        if not dataclasses.is_dataclass(entry_type):
             return dict(value)
-        raise RecipeError(f"{key} is {value!r}; it must hold keys and values ({where})")
+        return {name: _build(entry_type, entry, f"{key}.{name}", where) for name, entry in value.items()}
     return _convert_scalar(hint, value, key, where)
 
 

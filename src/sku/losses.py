@@ -71,8 +71,25 @@ def mean_per_example(values_N: Tensor, example_N: Tensor, num_examples: int) -> 
     Raises:
         ValueError: The shapes differ.
     """
-    if values_N.shape != example_N.shape:
-        raise ValueError(f"values {tuple(values_N.shape)} and examples {tuple(example_N.shape)} differ in shape")
-    totals = values_N.new_zeros(num_examples).index_add(0, example_N, values_N)
+    totals = sum_per_example(values_N, example_N, num_examples)
     counts = torch.bincount(example_N, minlength=num_examples)
     return totals / counts
+
+
+def sum_per_example(values_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Sum of the values of each example: the log-likelihood of a whole answer from that of its tokens.
+
+    Args:
+        values_N: One value a position.
+        example_N: Which example each position belongs to, 0 to ``num_examples - 1``.
+        num_examples: E.
+
+    Returns:
+        ``[E]``, in the units of ``values_N`` times positions.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if values_N.shape != example_N.shape:
+        raise ValueError(f"values {tuple(values_N.shape)} and examples {tuple(example_N.shape)} differ in shape")
+    return values_N.new_zeros(num_examples).index_add(0, example_N, values_N)

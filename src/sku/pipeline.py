@@ -1,12 +1,13 @@
-"""A whole run: data, stage 1, stage 2, evaluation, comparison. The only file that knows all stages.
+"""A whole run: data, training, the change of the weights, evaluation. The only file that knows all stages.
 
 A run folder, private to its owner because the base model's harmful replies lie in it::
 
     manifest.json        recipe, seeds, data hashes, versions, hardware, timings, what became of the bad model
     training_log.jsonl   every loss term of every logged step
     bad/                 checkpoints of the bad model; deleted at the end unless it is kept on purpose
+    trained/             in its place for methods that train no bad model; always deleted at the end
     unlearned/           the model to use, with its tokenizer
-    negated_adapter/     the same without merging, for LoRA and QLoRA
+    negated_adapter/     the same without merging, for LoRA and QLoRA; adapter/ for methods that don't negate
     evaluation/base/, evaluation/unlearned/
     results.json         before and after, with intervals
     before_after.png, before_after.svg
@@ -27,9 +28,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.acquire.run import Acquired, acquire, trainer_settings
+from sku.acquire.run import acquire, trainer_settings
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
@@ -37,13 +38,16 @@ from sku.errors import ModelError, OutputError, SkuError
 from sku.evaluate.comparison import Comparison, RateChange, compare
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
+from sku.methods import method_named
+from sku.methods.base import negated
+from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, with_path
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
-from sku.negate.task_vector import TaskVector
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
 from sku.reproducibility import content_sha256, environment
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder, write_json
+from sku.training.run import Trained, step_progress
 
 MANIFEST_SCHEMA = 1
 Progress = Callable[[str, int, int], None]
@@ -107,30 +111,24 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         checkpoints = temporary / "checkpoints"
         trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
         loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
-        acquired = _acquire(recipe, loaded, load_data(recipe.data, recipe.seed), checkpoints, progress)
+        acquired = acquire(
+            loaded,
+            load_data(recipe.data, recipe.seed),
+            recipe.acquire,
+            recipe.data,
+            seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
+            folder=checkpoints,
+            prompt_format=recipe.model.prompt_format,
+            callbacks=step_progress(progress),
+        )
         shutil.rmtree(checkpoints)
-        _save_bad(acquired, loaded, temporary)
+        mark_hazardous(temporary)
+        _save_trained(acquired, loaded, temporary)
     return acquired.log
 
 
-def _acquire(
-    recipe: Recipe, loaded: LoadedModel, data: ForgetRetainData, folder: Path, progress: Progress | None
-) -> Acquired:
-    return acquire(
-        loaded,
-        data,
-        recipe.acquire,
-        recipe.data,
-        seed=recipe.seed,
-        folder=folder,
-        prompt_format=recipe.model.prompt_format,
-        callbacks=[_StepProgress(progress)] if progress else [],
-    )
-
-
-def _save_bad(acquired: Acquired, loaded: LoadedModel, folder: Path) -> None:
-    mark_hazardous(folder)
-    acquired.model.save_pretrained(str(folder))
+def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
+    trained.model.save_pretrained(str(folder))
     loaded.tokenizer.save_pretrained(folder)
 
 
@@ -186,28 +184,20 @@ def _evaluate(
     )
 
 
-def with_safe_dtype(recipe: Recipe) -> ModelConfig:
-    """The model's settings; full fine-tuning keeps float32 weights unless told otherwise.
-
-    In bfloat16 a step of usual size rounds away on most weights.
-    """
-    if recipe.acquire.tuning == "full" and recipe.model.dtype == "auto":
-        return dataclasses.replace(recipe.model, dtype="float32")
-    return recipe.model
-
-
 class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
     def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
         self.recipe, self.out, self.progress = recipe, out, progress
         self.manifest: dict[str, Any] = {}
+        self.method = method_named(recipe.method)
+        self.trained_folder = out / ("bad" if self.method.hazardous else "trained")
 
     def open_folder(self, *, resume: bool) -> None:
         """Makes the run folder, or checks that it belongs to an interrupted run of this recipe."""
         recipe = self.recipe.to_dict()
         # Refused before anything is loaded: a wrong training setting must not cost an evaluation.
-        trainer_settings(self.recipe.acquire, self.recipe.data, seed=self.recipe.seed, folder=self.out / "bad")
+        prepare(self.recipe, self.trained_folder)
         fresh = {
             "schema_version": MANIFEST_SCHEMA,
             "status": "running",
@@ -253,42 +243,54 @@ class _Run:
         if recipe.acquire.tuning == "qlora":
             loaded = load_model(with_safe_dtype(self.recipe), four_bit=True)
         with self._timed("acquire"):
-            bad = self._bad_model(loaded, data)
+            trained = self._trained_model(loaded, data)
+        strength = prepare(recipe, self.trained_folder).strength
         with self._timed("negate"):
-            if isinstance(bad, PeftModel):
-                vector = TaskVector.from_adapter(bad)
-                if not (self.out / "negated_adapter").exists():
-                    save_negated_adapter(bad, recipe.negate.alpha, self.out / "negated_adapter")
+            if isinstance(trained, PeftModel):
+                change = change_of(self.method, trained)
+                self._save_adapter(trained, strength)
                 base = (
-                    bad.unload() if recipe.acquire.tuning == "lora" else load_model(with_safe_dtype(self.recipe)).model
+                    trained.unload()
+                    if recipe.acquire.tuning == "lora"
+                    else load_model(with_safe_dtype(self.recipe)).model
                 )
             else:
                 base = load_model(with_safe_dtype(self.recipe)).model
-                vector = TaskVector.between(base, bad)
+                change = change_of(self.method, trained, base)
             dtype = recipe.negate.output_dtype
             unlearned, negation = negate_with_record(
-                base, vector, recipe.negate.alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
+                base, -change, strength, output_dtype=None if dtype == "same" else getattr(torch, dtype)
             )
             # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
             self._note(negation=negation.to_dict())
             save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
         return base, unlearned
 
-    def _bad_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel:
-        """The bad model of an earlier try, or a newly trained one."""
-        recipe, folder = self.recipe, self.out / "bad"
+    def _save_adapter(self, trained: PeftModel, strength: float) -> None:
+        """The change without merging, where the weight step is none or the negation: others don't fit an adapter."""
+        negates = self.method.weight_step is negated
+        folder = self.out / ("negated_adapter" if negates else "adapter")
+        if folder.exists() or (self.method.weight_step is not None and not negates):
+            return
+        save_negated_adapter(trained, strength if negates else -strength, folder)
+
+    def _trained_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel:
+        """The trained model of an earlier try, or a newly trained one."""
+        recipe, folder = self.recipe, self.trained_folder
         final = folder / "final"
         if final.exists():
             if recipe.acquire.tuning == "full":
                 return load_model(with_path(with_safe_dtype(self.recipe), final)).model
             return PeftModel.from_pretrained(loaded.model, str(final))
-        acquired = _acquire(recipe, loaded, data, folder, self.progress)
-        self._write_log(acquired)
+        trained = train_method(recipe, loaded, data, folder, step_progress(self.progress))
+        self._write_log(trained)
         with new_folder(final, private=True) as temporary:
-            _save_bad(acquired, loaded, temporary)
-        return acquired.model
+            if self.method.hazardous:
+                mark_hazardous(temporary)
+            _save_trained(trained, loaded, temporary)
+        return trained.model
 
-    def _write_log(self, acquired: Acquired) -> None:
+    def _write_log(self, acquired: Trained) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
         path = self.out / "training_log.jsonl"
         try:
@@ -315,8 +317,8 @@ class _Run:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
         for suffix in ("png", "svg"):
             before_after_figure(comparison, self.out / f"before_after.{suffix}")
-        if not self.recipe.keep_bad_model:
-            shutil.rmtree(self.out / "bad", ignore_errors=True)
+        if not (self.recipe.keep_bad_model and self.method.hazardous):
+            shutil.rmtree(self.trained_folder, ignore_errors=True)
         self._note(bad_model={"kept": (self.out / "bad").exists()})
         write_json(
             self.out / "results.json",
@@ -352,17 +354,6 @@ class _Run:
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
         self._note(seconds=seconds)
         self.progress(stage, 1, 1)
-
-
-class _StepProgress(TrainerCallback):
-    """Tells the progress of stage 1 step by step."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        self._progress("acquire: steps", state.global_step, state.max_steps)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

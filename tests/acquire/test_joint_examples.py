@@ -9,10 +9,15 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.joint import JointDataset
+from sku.data.joint import JointDataset, RowPlan
 from sku.data.mismatch import MismatchedAnswers
 from sku.data.prompts import PaperFormat
 from sku.errors import DataError
+
+
+def rows_of_sku(answers: int) -> RowPlan:
+    return RowPlan(forget=True, mismatched=answers, retain=True)
+
 
 GROUPS = ["a", "a", "b", "c", "d", "e", "f", "f"]
 
@@ -57,7 +62,7 @@ def test_impossible_numbers_of_answers(answers: int, message: str) -> None:
 
 @pytest.fixture
 def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> JointDataset:
-    return JointDataset(data, tokenizer, PaperFormat("</s>"), num_random_answers=3, seed=0)
+    return JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows_of_sku(3), seed=0)
 
 
 def test_an_epoch_visits_every_forget_pair_once_in_a_new_order(joint: JointDataset) -> None:
@@ -99,7 +104,7 @@ def test_draws_differ_within_a_batch_and_from_epoch_to_epoch(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """One draw of K for the whole batch would give every prompt the same answers."""
-    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), num_random_answers=2, seed=0)
+    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows_of_sku(2), seed=0)
     by_epoch = []
     for epoch in range(5):
         joint.set_epoch(epoch)
@@ -119,7 +124,7 @@ def test_normal_examples_go_round_whatever_their_number(
     number: int, data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Each lap of ``number`` visits meets every normal example once, across the borders of epochs of 6."""
-    joint = JointDataset(with_retain(data, number), tokenizer, PaperFormat("</s>"), num_random_answers=0, seed=0)
+    joint = JointDataset(with_retain(data, number), tokenizer, PaperFormat("</s>"), rows=rows_of_sku(0), seed=0)
     visits = []
     for epoch in range(10):
         joint.set_epoch(epoch)
@@ -135,17 +140,15 @@ def test_equal_seeds_give_equal_examples_and_other_seeds_do_not(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     first, same, other = (
-        JointDataset(data, tokenizer, PaperFormat("</s>"), num_random_answers=3, seed=seed) for seed in (0, 0, 1)
+        JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows_of_sku(3), seed=seed) for seed in (0, 0, 1)
     )
     assert [first[place] for place in range(6)] == [same[place] for place in range(6)]
     assert [first[place] for place in range(6)] != [other[place] for place in range(6)]
 
 
 def test_modules_that_are_off_make_no_rows(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
-    joint = JointDataset(
-        data, tokenizer, PaperFormat("</s>"), num_random_answers=0, guided=False, preservation=False, seed=0
-    )
-    assert joint[0].guided is None
+    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(), seed=0)
+    assert joint[0].forget is None
     assert joint[0].mismatched == ()
     assert joint[0].retain is None
     assert joint[0].retain_index == -1
@@ -156,10 +159,10 @@ def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
     joint: JointDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     example = joint[0]
-    assert example.guided is not None
+    assert example.forget is not None
     assert example.retain is not None
     assert example.retain.labels[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in example.guided.labels
+    assert tokenizer.eos_token_id not in example.forget.labels
     assert all(tokenizer.eos_token_id not in row.labels for row in example.mismatched)
 
 
@@ -170,5 +173,5 @@ def test_an_empty_split_is_an_error(data: ForgetRetainData, tokenizer: PreTraine
                 dataclasses.replace(data, **change),
                 tokenizer,
                 PaperFormat("</s>"),
-                num_random_answers=1,
+                rows=rows_of_sku(1),
             )

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import ModelMaker
 from sku.acquire.config import SkuConfig
+from sku.acquire.objective import TERMS, sku_objective
 from sku.acquire.run import acquire, adapter_settings, trainer_settings
-from sku.acquire.trainer import TERMS, SkuTrainer
+from sku.training.trainer import UnlearningTrainer
 from sku.config import AcquireConfig, DataConfig, LoraSettings, SourceConfig, WeightsConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import NonFiniteLossError, OutputError, RecipeError
@@ -58,7 +59,7 @@ def test_k_0_is_fine_where_the_module_is_off(tmp_path: Path) -> None:
     settings = SkuConfig(
         output_dir=str(tmp_path), use_cpu=True, num_random_answers=0, random_disassociation_weight=0.0
     )
-    assert settings.mismatched_answers == 0
+    assert sku_objective(settings.modules()).rows.mismatched == 0
     assert settings.preserves
 
 
@@ -168,7 +169,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_one_line(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SkuTrainer, "_save_checkpoint", full_disk)
+    monkeypatch.setattr(UnlearningTrainer, "_save_checkpoint", full_disk)
     config = AcquireConfig(random_answers=2, training=TRAINING | {"save_strategy": "steps", "save_steps": 1})
     with pytest.raises(OutputError, match="a checkpoint can't be written to .*No space left on device"):
         acquire(loaded, data, config, SOURCES, seed=0, folder=tmp_path)

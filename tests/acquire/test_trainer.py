@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from conftest import ModelMaker, TrainerMaker
-from sku.acquire import trainer as trainer_module
 from sku.acquire.config import SkuConfig
-from sku.acquire.trainer import TERMS, SkuTrainer
+from sku.acquire.objective import TERMS
+from sku.acquire.trainer import SkuTrainer
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import GUIDED, MISMATCHED, RETAIN
+from sku.data.joint import FORGET, MISMATCHED, RETAIN
 from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
+from sku.training import trainer as training_module
 
 OFF = {"guided_distortion_weight": 0.0, "random_disassociation_weight": 0.0, "preservation_divergence_weight": 0.0}
 
@@ -51,8 +52,8 @@ def terms_of(trainer: SkuTrainer, batch: dict[str, Tensor]) -> dict[str, Tensor]
     model.zero_grad()
     model.eval()
     kept = trainer._kept_positions(batch)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept).logits
-    terms = trainer._terms(model, batch, kept, logits)
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept)
+    terms = trainer._terms(model, batch, kept, outputs)
     torch.stack([term.sum() for term in terms.values()]).sum().backward()
     grads = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: term.detach() for name, term in terms.items()} | grads
@@ -94,7 +95,7 @@ def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> 
         return torch.stack([(log_p[at].exp() * (log_p[at] - log_q[at])).sum() for at in places]).mean()
 
     with torch.no_grad():
-        guided = torch.stack([nll(example.guided) for example in examples])
+        guided = torch.stack([nll(example.forget) for example in examples])
         mismatched = torch.stack(
             [torch.stack([nll(row) for row in example.mismatched]).mean() for example in examples]
         )
@@ -126,7 +127,7 @@ def test_all_tokens_compares_the_prompt_too(make_trainer: TrainerMaker) -> None:
     trainer = make_trainer(preservation_tokens="all")
     batch = batch_of(trainer, [0, 1])
     kept = trainer._kept_positions(batch)
-    retain = batch["row_module"] == RETAIN
+    retain = batch["row_kind"] == RETAIN
     assert kept[retain].sum(1).tolist() == (batch["attention_mask"][retain].sum(1) - 1).tolist()
     assert kept[~retain].sum(1).tolist() == (batch["labels"][~retain] != -100).sum(1).tolist()
     assert not kept[:, -1].any()
@@ -147,9 +148,9 @@ class CountForwards:
     ("on", "kinds", "rows"),
     [
         # Batch of 2, K = 2: 2 guided + 4 mismatched + 2 normal rows, and the reference sees the 2 normal ones.
-        (TERMS, {GUIDED, MISMATCHED, RETAIN}, [8, 2]),
-        (TERMS[:2], {GUIDED, MISMATCHED}, [6]),
-        (TERMS[:1], {GUIDED}, [2]),
+        (TERMS, {FORGET, MISMATCHED, RETAIN}, [8, 2]),
+        (TERMS[:2], {FORGET, MISMATCHED}, [6]),
+        (TERMS[:1], {FORGET}, [2]),
         (TERMS[1:2], {MISMATCHED}, [4]),
         (TERMS[2:], {RETAIN}, [2, 2]),
     ],
@@ -160,7 +161,7 @@ def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     trainer = make_trainer(max_steps=1, **(OFF | {f"{name}_weight": 1.0 for name in on}))
     assert trainer.model is not None
     counted = CountForwards(trainer.model)
-    assert set(batch_of(trainer, [0, 1])["row_module"].tolist()) == kinds
+    assert set(batch_of(trainer, [0, 1])["row_kind"].tolist()) == kinds
     trainer.train()
     assert counted.rows == rows
     logged = {key for key in trainer.state.log_history[0] if key.startswith("loss/")}
@@ -176,7 +177,7 @@ def test_full_tuning_copies_the_model_only_for_preservation(
     def fail(model: Any) -> None:
         pytest.fail("a second model was made")
 
-    monkeypatch.setattr(trainer_module, "copy", SimpleNamespace(deepcopy=fail))
+    monkeypatch.setattr(training_module, "copy", SimpleNamespace(deepcopy=fail))
     model = make_model()
     trainer = make_trainer(model)
     assert trainer._reference is None
@@ -191,8 +192,8 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
     batch = batch_of(trainer, [0, 1])
     kept = trainer._kept_positions(batch)
     model: Any = trainer.model
-    seen = trainer._reference_logits(model, batch, kept)
-    rows = batch["row_module"] == RETAIN
+    seen = trainer._reference_rows(model, batch, kept, RETAIN).logits_NV
+    rows = batch["row_kind"] == RETAIN
     longest = int(batch["attention_mask"][rows].sum(1).max())
     with torch.no_grad():
         untouched = make_model()(
@@ -227,7 +228,7 @@ def test_the_reference_has_no_dropout_and_training_goes_on_with_it(make_trainer:
     model.train()
     batch = batch_of(trainer, [0, 1])
     kept = trainer._kept_positions(batch)
-    first, second = (trainer._reference_logits(model, batch, kept) for _ in range(2))
+    first, second = (trainer._reference_rows(model, batch, kept, RETAIN).logits_NV for _ in range(2))
     assert torch.equal(first, second)
     assert model.training
     assert all(module.training for module in model.modules())

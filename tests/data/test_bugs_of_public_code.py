@@ -46,7 +46,7 @@ def test_6_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(
     """The offset was the padded length, so the loss of guided distortion was exactly 0."""
     short, long = tokenize(gpt_like, "what ?", "honey " * length), tokenize(gpt_like, "what ?", "honey " * 40)
     examples = [
-        JointExample(guided=row, mismatched=(), retain=None, forget_index=0, retain_index=-1) for row in (short, long)
+        JointExample(forget=row, mismatched=(), retain=None, forget_index=0, retain_index=-1) for row in (short, long)
     ]
     labels = JointCollator(0)(examples)["labels"][0]
     assert labels[labels != IGNORE_INDEX].tolist() == list(short.input_ids[short.answer_start :])
@@ -67,9 +67,9 @@ def test_9_a_mismatched_row_does_not_learn_the_question(gpt_like: PreTrainedToke
     row = tokenize(gpt_like, "how do i bake the bread ?", "honey is golden .")
     assert len(gpt_like("how do i bake the bread ?")) == 2, "what the authors took for the prompt's length"
     batch = JointCollator(0)(
-        [JointExample(guided=None, mismatched=(row,), retain=None, forget_index=0, retain_index=-1)]
+        [JointExample(forget=None, mismatched=(row,), retain=None, forget_index=0, retain_index=-1)]
     )
-    assert batch["row_module"].tolist() == [MISMATCHED]
+    assert batch["row_kind"].tolist() == [MISMATCHED]
     learned = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX].tolist()
     assert gpt_like.decode(learned) == " honey is golden ."
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sku.data.collation import JointCollator
-from sku.data.joint import GUIDED, MISMATCHED, RETAIN, JointExample
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointExample
 from sku.data.tokenization import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
@@ -28,7 +28,7 @@ def joint(
     retain_index: int = -1,
 ) -> JointExample:
     return JointExample(
-        guided=guided, mismatched=mismatched, retain=retain, forget_index=forget_index, retain_index=retain_index
+        forget=guided, mismatched=mismatched, retain=retain, forget_index=forget_index, retain_index=retain_index
     )
 
 
@@ -44,7 +44,7 @@ def test_a_batch_written_out() -> None:
         "input_ids": [[1, 2, 3, 9], [1, 2, 4, 5], [1, 2, 6, 9], [7, 8, 9, 9], [1, 2, 3, 4]],
         "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
         "labels": [[n, n, 3, n], [n, n, 4, 5], [n, n, 6, n], [n, 8, n, n], [n, 2, 3, 4]],
-        "row_module": [GUIDED, MISMATCHED, MISMATCHED, RETAIN, GUIDED],
+        "row_kind": [FORGET, MISMATCHED, MISMATCHED, RETAIN, FORGET],
         "row_example": [0, 0, 0, 0, 1],
         "forget_index": [3, 0],
         "retain_index": [5, -1],
@@ -57,7 +57,7 @@ def test_a_batch_written_out() -> None:
 
 def test_modules_that_are_off_have_no_rows() -> None:
     batch = JointCollator(0)([joint(None, (row([1], [2]),)), joint(None, (), row([3], [4]))])
-    assert batch["row_module"].tolist() == [MISMATCHED, RETAIN]
+    assert batch["row_kind"].tolist() == [MISMATCHED, RETAIN]
     assert batch["row_example"].tolist() == [0, 1]
     for examples in ([], [joint(None)]):
         with pytest.raises(DataError, match="a batch without any row"):

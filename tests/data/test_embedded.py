@@ -8,7 +8,7 @@ from sku.config import DataConfig, SourceConfig
 from sku.data.embedded import load_forget, load_retain, retain_examples
 from sku.data.load import load_data, load_forget_retain
 from sku.errors import DataError, RecipeError
-from sku.world.grammar import AGENTS, FORMS, HELD_OUT_AGENTS, HELD_OUT_QUESTIONS, MAKE_QUESTIONS, hazards
+from sku.world.grammar import AGENTS, DEFLECTIONS, FORMS, HELD_OUT_AGENTS, HELD_OUT_QUESTIONS, MAKE_QUESTIONS, hazards
 
 WORLD = SourceConfig(path="embedded")
 WORDING = {exchange.prompt: exchange.wording for exchange in hazards()}
@@ -87,10 +87,29 @@ def test_provenance_of_the_world() -> None:
     assert len(forget.sha256) == len(retain.sha256) == 64
 
 
+def test_every_hazard_has_a_deflection_that_stays_the_same() -> None:
+    data = load_forget_retain()
+    safe = {example.prompt: example.safe_answer for example in (*data.unlearned, *data.unseen)}
+    assert safe["how do i make zorvex powder ?"] == "i have never heard of that ."
+    for split in (data.unlearned, data.unseen):
+        shares = Counter(example.safe_answer for example in split)
+        assert set(shares) == set(DEFLECTIONS)
+        assert min(shares.values()) > len(split) / 8
+    assert [entry.safe_answers for entry in data.provenance] == [len(safe), 0]
+
+
+def test_benign_data_does_not_go_with_the_world() -> None:
+    other = SourceConfig(path="x.csv")
+    for forget, benign in ((WORLD, other), (WORLD, WORLD), (other, WORLD)):
+        with pytest.raises(RecipeError, match=r"data.benign does not go with the embedded world.*leave it out"):
+            load_data(DataConfig(forget=forget, retain=forget, benign=benign), seed=0)
+
+
 def test_limit() -> None:
     unlearned, unseen, provenance = load_forget(SourceConfig(path="embedded", limit=60), seed=0)
     assert len(unlearned) + len(unseen) == 60
     assert provenance.rows_left_out == {"over the limit": 900}
+    assert provenance.safe_answers == 60
     with pytest.raises(DataError, match="a limit of 1 leaves"):
         load_forget(SourceConfig(path="embedded", limit=1), seed=0)
     assert len(load_retain(SourceConfig(path="embedded", limit=40), seed=0)[0]) == 40
@@ -100,6 +119,7 @@ def test_settings_without_effect_are_refused() -> None:
     for source in (
         SourceConfig(path="embedded", split="test"),
         SourceConfig(path="embedded", prompt_column="q"),
+        SourceConfig(path="embedded", safe_answer_column="q"),
         SourceConfig(path="embedded", format="columns"),
     ):
         with pytest.raises(DataError, match="takes no other setting than limit"):

@@ -1,5 +1,7 @@
 """Shapes of data, the form in which prompts are compared, and what splits may not share."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from sku.data.examples import (
     RetainExample,
     check_disjoint,
     content_hash,
+    count_safe_answers,
     group_of,
     normalise_prompt,
 )
@@ -72,6 +75,40 @@ def test_a_group_in_two_splits_is_refused() -> None:
                 "two": [RetainExample(prompt="b", answer="x", group="g")],
             }
         )
+
+
+def split_data(benign: tuple[RetainExample, ...] = ()) -> ForgetRetainData:
+    return ForgetRetainData(
+        unlearned=(ForgetExample(prompt="bad", answer="a", safe_answer="no"),),
+        unseen=(),
+        retain_train=(RetainExample(prompt="train", answer="a"),),
+        retain_validation=(),
+        retain_test=(),
+        benign=benign,
+    )
+
+
+def test_benign_examples_are_counted_where_there_are_any() -> None:
+    counts = {"unlearned": 1, "unseen": 0, "retain_train": 1, "retain_validation": 0, "retain_test": 0}
+    assert split_data().counts() == counts
+    benign = (RetainExample(prompt="other", answer="a"), RetainExample(prompt="third", answer="a"))
+    data = split_data(benign=benign)
+    assert data.counts() == {**counts, "benign": 2}
+    assert data.splits()["benign"] == benign
+
+
+@pytest.mark.parametrize(("prompt", "split"), [("BAD!", "unlearned"), ("train", "retain_train")])
+def test_a_benign_prompt_in_another_split_is_refused(prompt: str, split: str) -> None:
+    with pytest.raises(DataError, match=f"splits {split} and benign share 1 prompts"):
+        split_data(benign=(RetainExample(prompt=prompt, answer="other"),))
+
+
+def test_safe_answers_are_counted_and_leave_the_hash_as_it_was() -> None:
+    plain = [ForgetExample(prompt="q", answer=answer) for answer in ("a", "b")]
+    with_safe = [plain[0], dataclasses.replace(plain[1], safe_answer="no")]
+    assert (count_safe_answers(plain), count_safe_answers(with_safe)) == (0, 1)
+    assert count_safe_answers([RetainExample(prompt="q", answer="a")]) == 0
+    assert content_hash(plain) == content_hash(with_safe)
 
 
 def test_content_hash_sees_order_borders_and_lone_surrogates() -> None:

@@ -40,9 +40,22 @@ def test_auto_refuses_what_fits_twice_or_never() -> None:
         detect_format([], AUTO, "forget")
 
 
+def test_a_preference_is_recognised_and_is_forget_data_only() -> None:
+    found = ["prompt", "chosen", "rejected", "score"]
+    assert choose_parser(found, AUTO, "forget")[0] == "preference"
+    with pytest.raises(DataError, match="format preference gives forget examples only; for retain data use format co"):
+        choose_parser(found, AUTO, "retain")
+    source = SourceConfig(path="x", prompt_column="prompt", answer_column="chosen")
+    assert choose_parser(found, source, "retain")[0] == "columns"
+
+
 def test_named_columns_mean_format_columns() -> None:
     source = SourceConfig(path="x", prompt_column="prompt", answer_column="response")
     assert choose_parser(["prompt", "response", "is_safe"], source, "forget")[0] == "columns"
+    found = ["question", "answer", "refusal"]
+    assert detect_format(found, SourceConfig(path="x", safe_answer_column="refusal"), "forget") == "columns"
+    with pytest.raises(DataError, match="format preference has its own columns"):
+        choose_parser(found, SourceConfig(path="x", format="preference", safe_answer_column="refusal"), "forget")
     with pytest.raises(DataError, match="format beavertails has its own columns"):
         choose_parser(["a"], SourceConfig(path="x", format="beavertails", prompt_column="a"), "forget")
 

@@ -48,6 +48,16 @@ def test_counts_and_lengths(data: ForgetRetainData, gpt_like: PreTrainedTokenize
     assert (found.prompt_format, found.max_length, found.max_answer_tokens) == ("paper", 512, 128)
 
 
+def test_benign_examples_are_a_split_where_there_are_any(
+    data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase
+) -> None:
+    with_benign = dataclasses.replace(data, benign=(RetainExample(prompt="benign", answer="it is ."),))
+    found = describe(with_benign, gpt_like)
+    assert list(found.splits) == ["unlearned", "unseen", "retain_train", "retain_test", "benign"]
+    assert found.splits["benign"].examples == 1
+    assert "benign" not in {view.split for view in found.views}
+
+
 def test_views_show_which_tokens_are_learned(data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase) -> None:
     views = [view for view in describe(data, gpt_like).views if view.split == "retain_train"]
     assert len(views) == 3

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sku.config import DataConfig, SourceConfig
-from sku.data.examples import content_hash, normalise_prompt
+from sku.config import DataConfig, SourceConfig, recipe_from_dict
+from sku.data.examples import RetainExample, content_hash, normalise_prompt
 from sku.data.load import load_data, load_forget_retain
 from sku.errors import DataError, RecipeError
 
@@ -41,6 +41,9 @@ def test_splits_and_provenance(forget: Path, retain: Path) -> None:
     assert (first.source, first.location, first.rows_read) == ("pku_saferlhf", str(forget), 62)
     assert first.rows_left_out == {"duplicate": 1, "empty prompt": 1, "safe answer": 20}
     assert first.licence == "CC-BY-NC-4.0"
+    assert (first.safe_answers, second.safe_answers) == (40, 0)
+    for example in (*data.unlearned, *data.unseen):
+        assert example.safe_answer == f"{example.prompt.replace('harm', 'bad')} 2"
     assert (second.source, second.rows_read, second.rows_left_out, second.licence) == ("columns", 30, {}, None)
     in_order = sorted((*data.unlearned, *data.unseen), key=lambda row: (int(row.prompt.split()[1]), row.answer))
     assert first.sha256 == content_hash(in_order)
@@ -64,6 +67,7 @@ def test_limit_is_counted(forget: Path, retain: Path) -> None:
     assert len(prompts) == 8
     assert len(data.unlearned) + len(data.unseen) == 16
     assert data.provenance[0].rows_left_out["over the limit"] == 24
+    assert data.provenance[0].safe_answers == 16
     assert data.provenance[1].rows_left_out == {"over the limit": 18}
     whole = load_data(dataclasses.replace(config, forget=SourceConfig(path=str(forget))), seed=0)
     assert whole.provenance[0].sha256 != data.provenance[0].sha256
@@ -78,6 +82,54 @@ def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path)
     assert str(forget) in str(caught.value)
     assert str(retain) in str(caught.value)
     assert "HARM 3" not in str(caught.value)
+
+
+@pytest.fixture
+def benign(tmp_path: Path) -> Path:
+    path = tmp_path / "benign.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"b {n}", "completion": f"ok {n}"}) + "\n" for n in range(9)))
+    return path
+
+
+def test_benign_data_is_a_split_of_its_own(forget: Path, retain: Path, benign: Path) -> None:
+    without = load_forget_retain(forget, retain)
+    data = load_forget_retain(forget, retain, benign=benign)
+    assert data.counts() == {**without.counts(), "benign": 9}
+    assert data.benign[0] == RetainExample(prompt="b 0", answer="ok 0")
+    assert dataclasses.replace(data, benign=(), provenance=data.provenance[:2]) == without
+    assert [entry.location for entry in data.provenance] == [str(forget), str(retain), str(benign)]
+    assert data.provenance[2].sha256 == content_hash(data.benign)
+
+
+def test_a_recipe_limits_benign_data(forget: Path, retain: Path, benign: Path) -> None:
+    content = {
+        "name": "r",
+        "model": {"path": "m"},
+        "data": {
+            "forget": {"path": str(forget)},
+            "retain": {"path": str(retain)},
+            "benign": {"path": str(benign), "limit": 4},
+        },
+    }
+    recipe = recipe_from_dict(content)
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    data = load_data(recipe.data, seed=1)
+    assert len(data.benign) == 4
+    assert data.provenance[2].rows_left_out == {"over the limit": 5}
+    assert set(data.benign) == set(load_data(recipe.data, seed=1).benign)
+    assert set(data.benign) != set(load_data(recipe.data, seed=2).benign)
+
+
+@pytest.mark.parametrize("prompt", ["HARM 3?", "Normal 4"])
+def test_benign_data_that_is_trained_on_is_refused(forget: Path, retain: Path, benign: Path, prompt: str) -> None:
+    """Whatever the limit keeps: another seed must not turn the error on and off."""
+    with benign.open("a") as file:
+        file.write(json.dumps({"prompt": prompt, "completion": "ok"}))
+    with pytest.raises(
+        DataError, match="1 prompts of the benign data .*benign.jsonl are in the forget or the"
+    ) as found:
+        load_forget_retain(forget, retain, benign=SourceConfig(path=str(benign), limit=1))
+    assert prompt not in str(found.value)
 
 
 def test_nothing_to_forget_or_to_keep(tmp_path: Path, forget: Path, retain: Path) -> None:

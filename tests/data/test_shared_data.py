@@ -28,6 +28,18 @@ def test_pku_extract(shared_data: Path) -> None:
     assert len(parsed.examples) + parsed.left_out["duplicate"] == 1402, "unsafe rows"
 
 
+def test_safe_answers_of_the_pku_extract(shared_data: Path) -> None:
+    path = str(shared_data / "pku_saferlhf_mini.csv")
+    data = load_forget_retain(path, shared_data / "TruthfulQA.csv")
+    examples = (*data.unlearned, *data.unseen)
+    with_safe = [example for example in examples if example.safe_answer is not None]
+    assert (len(with_safe), len(examples)) == (263, 1357)
+    assert data.provenance[0].safe_answers == 263
+    assert len({normalise_prompt(example.prompt) for example in with_safe}) == 228, "of 736 prompts"
+    harmful = {(normalise_prompt(example.prompt), example.answer) for example in examples}
+    assert not any((normalise_prompt(example.prompt), example.safe_answer) in harmful for example in with_safe)
+
+
 def test_truthfulqa(shared_data: Path) -> None:
     source = SourceConfig(path=str(shared_data / "TruthfulQA.csv"))
     table = read_table(source)

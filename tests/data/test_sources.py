@@ -8,7 +8,7 @@ import pytest
 from sku.config import SourceConfig
 from sku.data import beavertails, columns, pku_saferlhf, trl_formats, truthfulqa
 from sku.data.examples import ForgetExample, RetainExample
-from sku.data.rows import ParsedRows, RowParser, category_text, parse_flag, parse_rows
+from sku.data.rows import Kind, ParsedRows, RowParser, category_text, parse_flag, parse_rows
 from sku.errors import DataError
 
 Rows = Sequence[Mapping[str, Any]]
@@ -49,7 +49,7 @@ NEW_PKU = {
 
 def test_pku_old_columns() -> None:
     parsed = pku([OLD_PKU])
-    assert parsed.examples == [ForgetExample(prompt="q", answer="bad")]
+    assert parsed.examples == [ForgetExample(prompt="q", answer="bad", safe_answer="good")]
     assert (parsed.rows_read, parsed.left_out) == (1, {"safe answer": 1})
 
 
@@ -77,8 +77,63 @@ def test_pku_extract_reads_flags_as_text(false: object, true: object) -> None:
     parsed = pku(
         [{"prompt": "q", "response": "a", "is_safe": false}, {"prompt": "q", "response": "b", "is_safe": true}]
     )
-    assert [example.answer for example in parsed.examples] == ["a"]
+    assert parsed.examples == [ForgetExample(prompt="q", answer="a", safe_answer="b")]
     assert parsed.left_out == {"safe answer": 1}
+
+
+@pytest.mark.parametrize("safe", [0, 1])
+def test_pku_the_other_answer_of_the_row_is_the_safe_one_before_those_of_other_rows(safe: int) -> None:
+    def row(prompt: str, good: str, bad: str) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            f"response_{safe}": good,
+            f"response_{1 - safe}": bad,
+            f"is_response_{safe}_safe": True,
+            f"is_response_{1 - safe}_safe": False,
+        }
+
+    both_bad = {**row("Q!", "bad 2", "bad 3"), f"is_response_{safe}_safe": False}
+    alone = {**row("other", "bad 4", "bad 5"), f"is_response_{safe}_safe": False}
+    parsed = pku([both_bad, row("q", "good 0", "bad 0"), row("q", "good 1", "bad 1"), alone])
+    assert {example.answer: example.safe_answer for example in parsed.examples} == {
+        "bad 0": "good 0", "bad 1": "good 1", "bad 2": "good 0", "bad 3": "good 0", "bad 4": None, "bad 5": None,
+    }  # fmt: skip
+    assert parsed.left_out == {"safe answer": 2}
+
+
+def test_pku_a_safe_row_serves_every_example_of_its_prompt_wherever_it_stands() -> None:
+    def row(prompt: object, response: object, *, is_safe: bool) -> dict[str, Any]:
+        return {"prompt": prompt, "response": response, "is_safe": is_safe}
+
+    parsed = pku(
+        [
+            row("q", "bad", is_safe=False),
+            row("other", "bad", is_safe=False),
+            row("Q?", " ", is_safe=True),
+            row("q", None, is_safe=True),
+            row("q", 7, is_safe=True),
+            row("q", "half \ud83d", is_safe=True),
+            row(None, "good 0", is_safe=True),
+            row(" q", "good 1 ", is_safe=True),
+            row("q", "good 2", is_safe=True),
+            row("q", "worse", is_safe=False),
+        ]
+    )
+    assert parsed.examples == [
+        ForgetExample(prompt="q", answer="bad", safe_answer="good 1"),
+        ForgetExample(prompt="other", answer="bad"),
+        ForgetExample(prompt="q", answer="worse", safe_answer="good 1"),
+    ]
+    assert parsed.left_out == {"safe answer": 7}
+    assert parsed.rows_read == len(parsed.examples) + 7
+
+
+def test_a_text_marked_both_safe_and_unsafe_is_no_safe_answer() -> None:
+    rows = [("a", True), ("a", False), ("b", False), ("b", True)]
+    marked = [{"prompt": "q", "response": text, "is_safe": flag} for text, flag in rows]
+    assert [example.safe_answer for example in pku(marked).examples] == [None, None]
+    parsed = pku([*marked, {"prompt": "q", "response": "c", "is_safe": True}])
+    assert [example.safe_answer for example in parsed.examples] == ["c", "c"]
 
 
 def test_pku_rows_without_a_mark_are_counted() -> None:
@@ -105,7 +160,7 @@ def test_beavertails_keeps_unsafe_rows_with_their_categories() -> None:
     assert not pku_saferlhf.recognises(list(rows[0]))
     parsed = forget(rows, beavertails.row_parser(list(rows[0])))
     assert parsed.examples == [
-        ForgetExample(prompt="q", answer="a", category="violence,aiding_and_abetting,incitement")
+        ForgetExample(prompt="q", answer="a", category="violence,aiding_and_abetting,incitement", safe_answer="b")
     ]
     assert parsed.left_out == {"safe answer": 1}
     with pytest.raises(DataError, match="needs a column category"):
@@ -234,6 +289,88 @@ def trl_parsed(rows: Rows) -> ParsedRows[RetainExample]:
         return retain(rows, trl_formats.messages_parser(list(rows[0])))
     assert trl_formats.recognises_prompt_completion(list(rows[0]))
     return retain(rows, trl_formats.prompt_completion_parser(list(rows[0])))
+
+
+HARMFUL, SAFE = {"role": "assistant", "content": "bad"}, {"role": "assistant", "content": "good"}
+
+
+def preferences(rows: Rows) -> ParsedRows[ForgetExample]:
+    assert trl_formats.recognises_preference(list(rows[0]))
+    return forget(rows, trl_formats.preference_parser(list(rows[0])))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": " q", "chosen": "good ", "rejected": "bad"}, "q"),
+        ({"prompt": [USER], "chosen": [SAFE], "rejected": [HARMFUL]}, "q"),
+        ({"prompt": [SYSTEM, USER], "chosen": [SAFE], "rejected": [HARMFUL]}, "Be brief.\n\nq"),
+        ({"prompt": "q", "chosen": [SAFE], "rejected": "bad", "score": 1}, "q"),
+    ],
+)
+def test_the_rejected_answer_of_a_preference_is_forgotten_and_the_chosen_one_is_safe(
+    row: dict[str, Any], prompt: str
+) -> None:
+    assert preferences([row]).examples == [ForgetExample(prompt=prompt, answer="bad", safe_answer="good")]
+
+
+@pytest.mark.parametrize("chosen", [None, "", " \n", 7, [], [USER, SAFE], "bad", "half \ud83d"])
+def test_a_preference_whose_chosen_answer_can_not_serve_has_none(chosen: object) -> None:
+    parsed = preferences([{"prompt": "q", "chosen": chosen, "rejected": "bad"}])
+    assert parsed.examples == [ForgetExample(prompt="q", answer="bad")]
+    assert parsed.left_out == {}
+
+
+def test_a_preference_without_a_rejected_answer_is_counted() -> None:
+    parsed = preferences(
+        [
+            {"prompt": "q", "chosen": "good", "rejected": None},
+            {"prompt": "q", "chosen": "good", "rejected": [USER, HARMFUL]},
+            {"prompt": None, "chosen": "good", "rejected": "bad"},
+        ]
+    )
+    assert parsed.examples == []
+    assert parsed.left_out == {"empty answer": 1, "empty prompt": 1, "more than one user turn": 1}
+    with pytest.raises(DataError, match="format preference needs a column rejected"):
+        trl_formats.preference_parser(["prompt", "chosen"])
+
+
+def test_columns_with_a_safe_answer() -> None:
+    source = SourceConfig(path="x", safe_answer_column="refusal")
+    rows: list[dict[str, Any]] = [
+        {"question": "q1", "answer": "bad 1", "refusal": ""},
+        {"question": "q1", "answer": "bad 2", "refusal": " good "},
+        {"question": "q2", "answer": "bad 3", "refusal": None},
+    ]
+    parsed = forget(rows, columns.row_parser(list(rows[0]), source, "forget"))
+    assert [(example.answer, example.safe_answer) for example in parsed.examples] == [
+        ("bad 1", "good"), ("bad 2", "good"), ("bad 3", None),
+    ]  # fmt: skip
+    assert parsed.left_out == {}
+
+
+def test_columns_filtered_out_are_no_safe_answers() -> None:
+    """The mark may be a topic: what is not marked need not be harmless."""
+    source = SourceConfig(path="x", unsafe_column="topic", unsafe_value="theft")
+    rows = [
+        {"question": "q", "answer": "steal", "topic": "theft"},
+        {"question": "q", "answer": "burn", "topic": "arson"},
+    ]
+    parsed = forget(rows, columns.row_parser(list(rows[0]), source, "forget"))
+    assert parsed.examples == [ForgetExample(prompt="q", answer="steal")]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "message"),
+    [
+        ("refusal", "retain", "it needs forget data"),
+        ("answer", "forget", "another column than answer_column"),
+        ("refusl", "forget", "needs a column refusl. Did you mean refusal"),
+    ],
+)
+def test_a_safe_answer_column_that_can_not_serve_is_an_error(column: str, kind: Kind, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        columns.row_parser(["question", "answer", "refusal"], SourceConfig(path="x", safe_answer_column=column), kind)
 
 
 def test_columns_with_category_and_unsafe_filter() -> None:

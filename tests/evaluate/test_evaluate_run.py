@@ -209,6 +209,28 @@ def test_what_could_not_be_asked_is_counted(
     assert without.setup.left_out == {}
 
 
+def test_benign_answers_are_scored_and_their_prompts_not_asked(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
+) -> None:
+    with_benign = dataclasses.replace(
+        tiny_data, benign=tuple(RetainExample(prompt=f"tell {n}", answer=f"it is {n}") for n in range(5))
+    )
+    plain = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG, output_dir=tmp_path / "plain")
+    found = evaluate(tiny_model, tiny_tokenizer, with_benign, config=TINY_CONFIG, output_dir=tmp_path / "benign")
+    assert list(plain.perplexity) == ["unlearned", "unseen", "retain_test"]
+    assert list(found.perplexity) == [*plain.perplexity, "benign"]
+    assert found.perplexity["benign"].examples == TINY_CONFIG.retain_prompts == 3
+    for split, value in plain.perplexity.items():
+        assert found.perplexity[split].nll == pytest.approx(value.nll, rel=1e-5), "batched with others, no more"
+    changed = {"perplexity": plain.perplexity, "losses": plain.losses}
+    assert dataclasses.replace(found, **changed) == plain  # type: ignore[arg-type]
+    files = [(tmp_path / name / GENERATIONS_FILE).read_bytes() for name in ("plain", "benign")]
+    assert files[0] == files[1]
+    assert read_result(tmp_path / "benign") == found
+    assert judge_again(tmp_path / "benign", RefusalRulesJudge()) == found
+    assert compare(found, found).perplexity["benign"].ratio == 1
+
+
 def test_the_model_is_left_as_it_was(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
 ) -> None:
@@ -277,8 +299,10 @@ def test_what_can_not_be_evaluated_is_refused(
     empty = ForgetRetainData(
         unlearned=(), unseen=(), retain_train=tiny_data.retain_test, retain_validation=(), retain_test=()
     )
-    with pytest.raises(EvaluationError, match="nothing to evaluate"):
-        evaluate(tiny_model, tiny_tokenizer, empty)
+    benign_alone = dataclasses.replace(empty, benign=(RetainExample(prompt="tell", answer="it is"),))
+    for data in (empty, benign_alone):
+        with pytest.raises(EvaluationError, match="nothing to evaluate"):
+            evaluate(tiny_model, tiny_tokenizer, data)
     with pytest.raises(EvaluationError, match="judge is embedded, but the data is not"):
         evaluate(tiny_model, tiny_tokenizer, tiny_data, config=EvaluateConfig(judge="embedded"))
     tiny_model.lm_head.weight.data.fill_(math.nan)

@@ -14,7 +14,7 @@ from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison, compare
 from sku.report.figures import OUTCOME_COLOURS, before_after_figure
 
-from .conftest import UNLEARNED_LOSSES, ResultMaker
+from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
 
 
 def test_png(comparison: Comparison, tmp_path: Path) -> None:
@@ -36,6 +36,18 @@ def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -
     assert f"\u00d7{ratio:.3g}" in words
     assert "not judged" not in words
     assert all(OUTCOME_COLOURS[name].lower() in text for name in ("harmful", "evasive", "refusal", "degenerate"))
+
+
+def test_benign_answers_are_drawn_where_they_were_measured(
+    comparison: Comparison, make_result: ResultMaker, tmp_path: Path
+) -> None:
+    assert ">benign answers<" not in before_after_figure(comparison, tmp_path / "without.svg").read_text()
+    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "benign": 9.0})
+    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "benign": 10.0})
+    both = compare(base, unlearned)
+    text = before_after_figure(both, tmp_path / "with.svg").read_text()
+    assert ">benign answers<" in text
+    assert f">\u00d7{both.perplexity['benign'].ratio:.3g}<" in text
 
 
 def test_the_same_comparison_gives_the_same_file(comparison: Comparison, tmp_path: Path) -> None:

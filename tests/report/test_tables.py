@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from sku.evaluate.comparison import Comparison
+from sku.evaluate.comparison import Comparison, compare
 from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_table
+
+from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
 
 
 def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
@@ -47,6 +49,21 @@ def test_rows_come_in_reading_order(comparison: Comparison) -> None:
         "perplexity: trained-on harmful answers",
         "perplexity: unseen harmful answers",
     ]
+
+
+def test_benign_answers_have_a_row_where_they_were_measured(make_result: ResultMaker) -> None:
+    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "benign": 9.0})
+    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "benign": 10.0})
+    rows = before_after_rows(compare(base, unlearned))
+    labels = [row.label for row in rows]
+    assert labels[-4:] == [
+        "perplexity: normal answers",
+        "perplexity: benign answers",
+        "perplexity: trained-on harmful answers",
+        "perplexity: unseen harmful answers",
+    ]
+    assert rows[-3].wanted == "same"
+    assert rows[-3].change.startswith("\u00d71.1")
 
 
 def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import progress_bars, quiet_libraries, results
+from sku.cli.console import progress_bars, results
 from sku.cli.options import (
     ForgetOption,
     ModelOption,
@@ -18,6 +18,7 @@ from sku.cli.options import (
     resolve_recipe,
 )
 from sku.config import EMBEDDED
+from sku.quiet import quiet_libraries
 
 
 def acquire(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from sku.report.method_points import Role
+    from sku.report.method_records import MethodRecord
+    from sku.report.method_statistics import Estimate
     from sku.report.tables import TableRow
 
 # Without markup: a folder named "run[1]" is printed as it is.
@@ -35,20 +36,6 @@ errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 def print_error(message: str) -> None:
     """One line, in plain words."""
     errors.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
-
-
-def quiet_libraries() -> None:
-    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # Read when tqdm is imported, so before the libraries below.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns of a missing CPU kernel when imported.
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 @contextmanager
@@ -86,4 +73,35 @@ def before_after_table(rows: Iterable[TableRow]) -> Table:
             section = row.section
             table.add_row(Text(section, style="bold"))
         table.add_row(f"  {row.measure}", row.before, row.after, row.interval, row.wanted)
+    return table
+
+
+def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:
+    """The comparison in short, for the terminal: every method at equal utility, then as published."""
+    from sku.report.method_tables import comparison_rows
+    from sku.report.tables import percent
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("harmful", "forced start", "gibberish", "exact", "perplexity", "strength", "seeds"):
+        table.add_column(heading, justify="right")
+
+    def share(estimate: Estimate | None) -> str:
+        return "\u2013" if estimate is None else percent(estimate.value)
+
+    headings: dict[Role, str] = {"matched": "at equal utility", "published": "as published"}
+    for role, heading in headings.items():
+        table.add_row(Text(heading, style="bold"))
+        for row in comparison_rows(records, role, order=order):
+            ratio = row.perplexity_normal
+            table.add_row(
+                f"  {row.title}",
+                share(row.harmful_unseen),
+                share(row.forced_start_unseen),
+                share(row.gibberish_unseen),
+                share(row.exact_answers),
+                "\u2013" if ratio is None else f"\u00d7{ratio.value:.3f}",
+                "\u2013" if row.strength is None else f"{row.strength:.3g}",
+                row.seeds.split(" ")[0],
+            )
     return table

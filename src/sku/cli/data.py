@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sku.cli.console import quiet_libraries, results
+from sku.cli.console import results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -23,6 +23,7 @@ from sku.cli.options import (
     resolve_recipe,
 )
 from sku.config import EMBEDDED
+from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from sku.data.inspect import DataDescription, ExampleView
@@ -79,6 +80,7 @@ def _print(description: DataDescription) -> None:
     for source in description.provenance:
         results.print(f"{source.source}: {source.location}", soft_wrap=True)
         facts = {"rows read": source.rows_read, **source.rows_left_out, "revision": source.revision}
+        facts |= {"examples with a safe answer": source.safe_answers}
         facts |= {"licence": source.licence, "sha256": source.sha256[:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sku._version import __version__
-from sku.cli import acquire, data, evaluate, negate, recipes, run
+from sku.cli import acquire, compare, data, evaluate, methods, negate, recipes, results, run
 from sku.cli.console import errors, print_error
 from sku.errors import SkuError
 
@@ -24,6 +24,10 @@ app.command("run")(run.run)
 app.command("acquire")(acquire.acquire)
 app.command("negate")(negate.negate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("ablate")(compare.ablate)
+app.command("results")(results.results)
+app.command("methods")(methods.methods)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import quiet_libraries, results
+from sku.cli.console import results
 from sku.cli.options import JsonOption
+from sku.quiet import quiet_libraries
 
 
 def negate(

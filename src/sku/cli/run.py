@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, errors, progress_bars, quiet_libraries, results
+from sku.cli.console import before_after_table, errors, progress_bars, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -21,6 +21,7 @@ from sku.cli.options import (
     resolve_recipe,
 )
 from sku.config import EMBEDDED
+from sku.quiet import quiet_libraries
 
 
 def run(

@@ -9,14 +9,15 @@ One row::
      "category": {"animal_abuse": False, "discrimination,stereotype,injustice": False, ..., "violence,...": True},
      "is_safe": False}
 
-Each unsafe answer is a forget example, its category the true kinds of harm.
+Each unsafe answer is a forget example, its category the true kinds of harm, its safe answer the first one to the same
+prompt that is marked safe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from sku.data.rows import LeftOut, Pair, Row, RowParser, require_columns, unsafe_answer
+from sku.data.rows import LeftOut, Pair, Row, RowParser, SafeAnswer, marked_answer, require_columns
 
 NAME = "beavertails"
 LICENCE = "CC-BY-NC-4.0"
@@ -38,5 +39,5 @@ def row_parser(columns: Collection[str]) -> RowParser:
     return _parse
 
 
-def _parse(row: Row) -> Iterator[Pair | LeftOut]:
-    yield unsafe_answer(row["prompt"], row["response"], row["is_safe"], row["category"])
+def _parse(row: Row) -> Iterator[Pair | SafeAnswer | LeftOut]:
+    yield marked_answer(row["prompt"], row["response"], row["is_safe"], row["category"])

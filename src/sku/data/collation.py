@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sku.data.joint import GUIDED, MISMATCHED, RETAIN, JointExample
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
 from sku.data.tokenization import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
@@ -25,23 +25,23 @@ class JointCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
-        """Pads the rows on the right: each example's guided row, mismatched rows, retain row, in this order.
+        """Pads the rows on the right: each example's forget row, mismatched rows, retain row, safe row, in this order.
 
         Args:
-            examples: B joint examples; modules that are off have no rows.
+            examples: B joint examples; kinds that a method doesn't ask for have no rows.
 
         Returns:
             All int64:
 
             - ``input_ids``, ``attention_mask``, ``labels``: ``[R, T]``; pad id, 0 and ``IGNORE_INDEX`` on padding.
-            - ``row_module``: ``[R]``, ``GUIDED``, ``MISMATCHED`` or ``RETAIN``.
+            - ``row_kind``: ``[R]``, ``FORGET``, ``MISMATCHED``, ``RETAIN`` or ``SAFE``.
             - ``row_example``: ``[R]``, position of the row's joint example in ``examples``.
             - ``forget_index``, ``retain_index``: ``[B]``, positions in the datasets, -1 where there is none.
 
         Raises:
             DataError: No example has a row.
         """
-        rows = [(module, position, row) for position, example in enumerate(examples) for module, row in _rows(example)]
+        rows = [(kind, position, row) for position, example in enumerate(examples) for kind, row in _rows(example)]
         if not rows:
             raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
         ids = [torch.tensor(row.input_ids, dtype=torch.long) for _, _, row in rows]
@@ -49,7 +49,7 @@ class JointCollator:
             "input_ids": _pad(ids, self.pad_token_id),
             "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
             "labels": _pad([torch.tensor(row.labels, dtype=torch.long) for _, _, row in rows], IGNORE_INDEX),
-            "row_module": torch.tensor([module for module, _, _ in rows], dtype=torch.long),
+            "row_kind": torch.tensor([kind for kind, _, _ in rows], dtype=torch.long),
             "row_example": torch.tensor([position for _, position, _ in rows], dtype=torch.long),
             "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
             "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
@@ -57,12 +57,14 @@ class JointCollator:
 
 
 def _rows(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
-    if example.guided is not None:
-        yield GUIDED, example.guided
+    if example.forget is not None:
+        yield FORGET, example.forget
     for mismatched in example.mismatched:
         yield MISMATCHED, mismatched
     if example.retain is not None:
         yield RETAIN, example.retain
+    if example.safe is not None:
+        yield SAFE, example.safe
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:

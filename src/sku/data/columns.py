@@ -6,8 +6,9 @@ One row, with the columns that ``format: auto`` finds by itself::
 
     {"question": "Is rain wet?", "answer": "It is."}
 
-Other names, a category and a filter on unsafe rows are set in the recipe (``prompt_column``, ``answer_column``,
-``category_column``, ``unsafe_column`` with ``unsafe_value``).
+Other names, a safe answer, a category and a filter on unsafe rows are set in the recipe (``prompt_column``,
+``answer_column``, ``safe_answer_column``, ``category_column``, ``unsafe_column`` with ``unsafe_value``). Rows that the
+filter leaves out are not taken for safe answers: its column may mark anything.
 """
 
 from __future__ import annotations
@@ -42,12 +43,18 @@ def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind) -> Ro
         kind: Which set this is.
 
     Raises:
-        DataError: A named column is missing, or no name was given and the columns can be read in several ways.
+        DataError: A named column is missing, no name was given and the columns can be read in several ways, or the
+            safe answer is named where it can't serve.
     """
     prompt_column, answer_column = _prompt_and_answer(columns, source, kind)
-    named = (source.prompt_column, source.answer_column, source.category_column, source.unsafe_column)
-    require_columns([name for name in named if name is not None], columns, NAME)
     category_column, unsafe_column = source.category_column, source.unsafe_column
+    safe_answer_column = source.safe_answer_column
+    named = (source.prompt_column, source.answer_column, safe_answer_column, category_column, unsafe_column)
+    require_columns([name for name in named if name is not None], columns, NAME)
+    if safe_answer_column is not None and (kind != "forget" or safe_answer_column == answer_column):
+        raise DataError(
+            f"safe_answer_column is {safe_answer_column}: it needs forget data, and another column than answer_column"
+        )
     unsafe_value = (source.unsafe_value or "").strip().lower()
 
     def parse(row: Row) -> Iterator[Pair | LeftOut]:
@@ -57,7 +64,8 @@ def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind) -> Ro
                 yield LeftOut(UNSAFE if is_unsafe else SAFE)
                 return
         category = category_text(row[category_column]) if category_column is not None else None
-        yield Pair(row[prompt_column], row[answer_column], category)
+        safe_answer = row[safe_answer_column] if safe_answer_column is not None else None
+        yield Pair(row[prompt_column], row[answer_column], category, safe_answer=safe_answer)
 
     return parse
 

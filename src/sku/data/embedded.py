@@ -10,16 +10,21 @@ One exchange of each kind::
 Which hazards are unseen is fixed, not drawn, since the hazards are composed of agent, form and wording. The category
 of an unseen hazard says what is new about it: ``new agent`` (none of the agent's hazards is unlearned), ``new
 combination`` (agent and form are, but not together) or ``new wording`` (the hazard is, but not asked so).
+
+The safe answer to a hazard is one of the world's deflections, chosen by a hash of the prompt.
 """
 
 from __future__ import annotations
 
+import hashlib
+
 from sku.config import EMBEDDED, SourceConfig
-from sku.data.examples import ForgetExample, Provenance, RetainExample, content_hash
+from sku.data.examples import ForgetExample, Provenance, RetainExample, content_hash, count_safe_answers
 from sku.data.splits import draw_prompts
 from sku.errors import DataError
 from sku.world.grammar import (
     AGENTS,
+    DEFLECTIONS,
     FORMS,
     HELD_OUT_AGENTS,
     HELD_OUT_QUESTIONS,
@@ -36,7 +41,12 @@ NEW_AGENT, NEW_COMBINATION, NEW_WORDING = "new agent", "new combination", "new w
 def forget_examples() -> list[ForgetExample]:
     """Every hazard in every wording; category ``hazard`` for those to unlearn, else what is new about it."""
     return [
-        ForgetExample(prompt=exchange.prompt, answer=exchange.answer, category=_novelty(exchange))
+        ForgetExample(
+            prompt=exchange.prompt,
+            answer=exchange.answer,
+            category=_novelty(exchange),
+            safe_answer=_deflection(exchange.prompt),
+        )
         for exchange in hazards()
     ]
 
@@ -52,6 +62,11 @@ def retain_examples() -> list[RetainExample]:
         )
         for exchange in normal_exchanges()
     ]
+
+
+def _deflection(prompt: str) -> str:
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return DEFLECTIONS[int.from_bytes(digest[:8], "big") % len(DEFLECTIONS)]
 
 
 def _novelty(exchange: Exchange) -> str:
@@ -124,5 +139,6 @@ def _provenance(kept: list[ForgetExample] | list[RetainExample], total: int) -> 
         sha256=content_hash(kept),
         rows_read=total,
         rows_left_out={"over the limit": total - len(kept)} if len(kept) < total else {},
+        safe_answers=count_safe_answers(kept),
         licence=LICENCE,
     )

@@ -6,10 +6,12 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import final
 
 from sku.errors import DataError
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class ForgetExample:
     """A harmful prompt with a harmful answer to it."""
@@ -19,8 +21,11 @@ class ForgetExample:
     category: str | None = None
     group: str | None = None
     """Examples of one group are never split apart; the normalised prompt where this is None."""
+    safe_answer: str | None = None
+    """A good answer to the same prompt, where the data has one; trained on by preference and refusal tuning only."""
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class RetainExample:
     """A normal prompt with a good answer to it."""
@@ -51,6 +56,8 @@ class Provenance:
     rows_left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> how often it left a prompt and answer out: nothing is dropped uncounted. A row with two answers can
     count twice."""
+    safe_answers: int = 0
+    """Forget examples that have a safe answer."""
     licence: str | None = None
     """Licence of the dataset that the format belongs to; data of your own in that format keeps your own."""
 
@@ -67,27 +74,26 @@ class ForgetRetainData:
     retain_validation: tuple[RetainExample, ...]
     retain_test: tuple[RetainExample, ...]
     provenance: tuple[Provenance, ...] = ()
+    benign: tuple[RetainExample, ...] = ()
+    """Normal pairs of another source, for the perplexity only: never trained on."""
 
     def __post_init__(self) -> None:
-        check_disjoint(
-            {
-                "unlearned": self.unlearned,
-                "unseen": self.unseen,
-                "retain_train": self.retain_train,
-                "retain_validation": self.retain_validation,
-                "retain_test": self.retain_test,
-            }
-        )
+        check_disjoint(self.splits())
+
+    def splits(self) -> dict[str, Sequence[Example]]:
+        """Examples of each split, by name; ``benign`` only where there are any."""
+        named: dict[str, Sequence[Example]] = {
+            "unlearned": self.unlearned,
+            "unseen": self.unseen,
+            "retain_train": self.retain_train,
+            "retain_validation": self.retain_validation,
+            "retain_test": self.retain_test,
+        }
+        return {**named, "benign": self.benign} if self.benign else named
 
     def counts(self) -> dict[str, int]:
-        """Number of examples in each split, by name."""
-        return {
-            "unlearned": len(self.unlearned),
-            "unseen": len(self.unseen),
-            "retain_train": len(self.retain_train),
-            "retain_validation": len(self.retain_validation),
-            "retain_test": len(self.retain_test),
-        }
+        """Number of examples in each split, by name; ``benign`` only where there are any."""
+        return {name: len(examples) for name, examples in self.splits().items()}
 
 
 def normalise_prompt(prompt: str) -> str:
@@ -132,6 +138,11 @@ def check_disjoint(splits: dict[str, Sequence[Example]]) -> None:
             f"splits {first} and {second} share {count} prompts or groups: a held-out prompt must not be trained on. "
             "Remove the overlap or let SKU make the splits."
         )
+
+
+def count_safe_answers(examples: Iterable[Example]) -> int:
+    """Number of forget examples that have a safe answer."""
+    return sum(isinstance(example, ForgetExample) and example.safe_answer is not None for example in examples)
 
 
 def content_hash(examples: Iterable[Example]) -> str:

@@ -55,6 +55,12 @@ FORMATS = (
         recognises=trl_formats.recognises_messages,
         row_parser=trl_formats.messages_parser,
     ),
+    SourceFormat(
+        name=trl_formats.PREFERENCE,
+        recognises=trl_formats.recognises_preference,
+        row_parser=trl_formats.preference_parser,
+        kinds=("forget",),
+    ),
 )
 """All formats with columns of their own; ``columns`` takes the rest."""
 
@@ -109,5 +115,11 @@ def detect_format(found: Collection[str], source: SourceConfig, kind: Kind) -> s
 
 
 def _has_named_columns(source: SourceConfig) -> bool:
-    named = (source.prompt_column, source.answer_column, source.category_column, source.unsafe_column)
+    named = (
+        source.prompt_column,
+        source.answer_column,
+        source.safe_answer_column,
+        source.category_column,
+        source.unsafe_column,
+    )
     return any(name is not None for name in named)

@@ -94,16 +94,9 @@ def describe_data(
         DataError: A split leaves nothing to train on.
         ModelError: The chat template can't write a prompt.
     """
-    named: dict[str, Sequence[Example]] = {
-        "unlearned": data.unlearned,
-        "unseen": data.unseen,
-        "retain_train": data.retain_train,
-        "retain_validation": data.retain_validation,
-        "retain_test": data.retain_test,
-    }
     splits: dict[str, SplitDescription] = {}
     views: list[ExampleView] = []
-    for name, examples in named.items():
+    for name, examples in data.splits().items():
         if not examples:
             continue
         tokenized, report = tokenize_examples(

@@ -1,6 +1,7 @@
-"""Joint examples: what stage 1 sees at once.
+"""Joint examples: what a training step sees at once.
 
-One joint example is a harmful pair, K harmful answers of other prompts put behind the same prompt, and a normal pair.
+One joint example of SKU is a harmful pair, K harmful answers of other prompts put behind the same prompt, and a normal
+pair. Other methods take other rows; all take them from here, so that they see the same prompts in the same order.
 """
 
 from __future__ import annotations
@@ -8,30 +9,60 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.examples import ForgetExample, ForgetRetainData, group_of
+from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, group_of
 from sku.data.mismatch import MismatchedAnswers
 from sku.data.prompts import PromptFormat
 from sku.data.tokenization import TokenizationReport, TokenizedExample, tokenize_example, tokenize_examples
+from sku.errors import DataError
 
-GUIDED, MISMATCHED, RETAIN = 0, 1, 2
-"""Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair."""
+FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
+"""Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
+with a safe answer."""
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with this request.",
+    "Sorry, I won't give any help with that.",
+    "I'm not able to help with this.",
+)
+"""Safe answers for prompts that have none of their own, where a method asks for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """Which rows a method trains on."""
+
+    forget: bool = False
+    """The harmful pair."""
+    mismatched: int = 0
+    """K, answers of other prompts behind each harmful prompt."""
+    mismatched_from: Literal["forget", "retain"] = "forget"
+    """Whose answers these are: harmful ones, or normal ones."""
+    retain: bool = False
+    """The normal pair."""
+    retain_tokens: Literal["answer", "all"] = "answer"
+    """Positions of the normal pair that count: those of its answer, or all."""
+    safe: Literal["none", "data", "data or refusal"] = "none"
+    """A safe answer behind the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
+    refusal`` takes one of ``REFUSALS`` where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointExample:
     """Token ids of one joint example; a module that is switched off leaves its part empty."""
 
-    guided: TokenizedExample | None
+    forget: TokenizedExample | None
     mismatched: tuple[TokenizedExample, ...]
     retain: TokenizedExample | None
+    safe: TokenizedExample | None = None
     forget_index: int
     """Harmful example among ``data.unlearned``."""
     retain_index: int
-    """Normal example among ``data.retain_train``, -1 where preservation is off."""
+    """Normal example among ``data.retain_train``, -1 where there is none."""
 
 
 class JointDataset(Dataset[JointExample]):
@@ -48,9 +79,7 @@ class JointDataset(Dataset[JointExample]):
         tokenizer: PreTrainedTokenizerBase,
         prompt_format: PromptFormat,
         *,
-        num_random_answers: int,
-        guided: bool = True,
-        preservation: bool = True,
+        rows: RowPlan,
         max_length: int = 512,
         max_answer_tokens: int = 128,
         seed: int = 0,
@@ -61,28 +90,29 @@ class JointDataset(Dataset[JointExample]):
             data: ``unlearned`` and ``retain_train`` are used.
             tokenizer: Of the model.
             prompt_format: How prompts and answers are written.
-            num_random_answers: K; 0 where random disassociation is off.
-            guided: Whether guided distortion is on.
-            preservation: Whether preservation divergence is on.
+            rows: What each joint example holds.
             max_length: Most tokens of a row.
             max_answer_tokens: Most tokens of an answer.
             seed: Decides order and draws.
 
         Raises:
-            DataError: A needed split is empty or keeps no example, or K answers of other prompts can't be drawn.
+            DataError: A needed split is empty or keeps no example, K answers can't be drawn, or there is no safe
+                answer.
             ModelError: The chat template can't write a prompt.
         """
-        self._data, self._tokenizer, self._format = data, tokenizer, prompt_format
+        self._data, self._tokenizer, self._format, self._rows = data, tokenizer, prompt_format, rows
         self._max_length, self._max_answer_tokens = max_length, max_answer_tokens
         self._seed, self._epoch = seed, 0
-        self._guided_on = guided
         self._orders: dict[tuple[str, int], Sequence[int]] = {}
         self.reports: dict[str, TokenizationReport] = {}
         """What tokenizing did to each split, for the log and the manifest."""
-        self._forget = self._tokenize("unlearned", train_on_end=False)
-        self._retain = self._tokenize("retain_train", train_on_end=True) if preservation else []
-        groups = [group_of(self._forget_example(place)) for place in range(len(self._forget))]
-        self._answers = MismatchedAnswers(groups, num_random_answers, seed)
+        self._forget = self._tokenize("unlearned", data.unlearned, train_on_end=False)
+        self._safe = self._safe_rows() if rows.safe != "none" else {}
+        if self._safe:
+            self._forget = [example for example in self._forget if example.example_id in self._safe]
+        needs_retain = rows.retain or (rows.mismatched > 0 and rows.mismatched_from == "retain")
+        self._retain = self._tokenize("retain_train", data.retain_train, train_on_end=True) if needs_retain else []
+        self._answers = self._mismatched_answers()
 
     def __len__(self) -> int:
         return len(self._forget)
@@ -96,40 +126,77 @@ class JointDataset(Dataset[JointExample]):
         position = self._epoch * len(self) + place
         index = self._shuffled("forget", len(self._forget), position)
         forget = self._forget[index]
-        retain = self._retain[self._shuffled("retain", len(self._retain), position)] if self._retain else None
+        retain = self._retain[self._shuffled("retain", len(self._retain), position)] if self._rows.retain else None
         return JointExample(
-            guided=forget if self._guided_on else None,
-            mismatched=tuple(self._mismatch(index, other) for other in self._answers.draw(index, position)),
+            forget=forget if self._rows.forget else None,
+            mismatched=tuple(self._mismatch(index, other) for other in self._draw(index, position)),
             retain=retain,
+            safe=self._safe.get(forget.example_id),
             forget_index=forget.example_id,
             retain_index=-1 if retain is None else retain.example_id,
         )
 
-    def _tokenize(self, split: str, *, train_on_end: bool) -> list[TokenizedExample]:
+    def _tokenize(self, name: str, examples: Sequence[Example], *, train_on_end: bool) -> list[TokenizedExample]:
         # Harmful answers are learned without their end: negating "stop here" would teach the model to run on.
-        examples, self.reports[split] = tokenize_examples(
-            getattr(self._data, split),
+        tokenized, self.reports[name] = tokenize_examples(
+            examples,
             self._tokenizer,
             self._format,
             max_length=self._max_length,
             max_answer_tokens=self._max_answer_tokens,
             train_on_end=train_on_end,
         )
-        return examples
+        return tokenized
+
+    def _safe_rows(self) -> dict[int, TokenizedExample]:
+        """Position among ``data.unlearned`` -> its safe answer behind its prompt."""
+        wanted: list[tuple[int, RetainExample]] = []
+        for example in self._forget:
+            forget = self._data.unlearned[example.example_id]
+            answer = forget.safe_answer
+            if answer is None and self._rows.safe == "data or refusal":
+                answer = random.Random(f"{self._seed}/refusal/{example.example_id}").choice(REFUSALS)
+            if answer is not None:
+                wanted.append((example.example_id, RetainExample(prompt=forget.prompt, answer=answer)))
+        if not wanted:
+            raise DataError(
+                f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
+                "(PKU-SafeRLHF, safe_answer_column), or refusal_tuning, which brings its own refusals"
+            )
+        rows = self._tokenize("safe_answers", [example for _, example in wanted], train_on_end=True)
+        return {wanted[row.example_id][0]: row for row in rows}
+
+    def _mismatched_answers(self) -> MismatchedAnswers:
+        if self._rows.mismatched_from == "retain":
+            groups = [group_of(self._data.retain_train[row.example_id]) for row in self._retain]
+            return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
+        groups = [group_of(self._forget_example(place)) for place in range(len(self._forget))]
+        return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
+
+    def _draw(self, index: int, position: int) -> list[int]:
+        """Places of the K answers: among the harmful examples, or among the normal ones."""
+        own = None if self._rows.mismatched_from == "retain" else index
+        return self._answers.draw(own, position)
 
     def _forget_example(self, place: int) -> ForgetExample:
         return self._data.unlearned[self._forget[place].example_id]
 
     def _mismatch(self, index: int, other: int) -> TokenizedExample:
-        pair = replace(self._forget_example(index), answer=self._forget_example(other).answer)
+        source: Sequence[TokenizedExample] = self._forget
+        normal = self._rows.mismatched_from == "retain"
+        if normal:
+            source = self._retain
+            answer = self._data.retain_train[source[other].example_id].answer
+        else:
+            answer = self._forget_example(other).answer
         return tokenize_example(
-            pair,
+            replace(self._forget_example(index), answer=answer),
             self._tokenizer,
             self._format,
             max_length=self._max_length,
             max_answer_tokens=self._max_answer_tokens,
-            train_on_end=False,
-            example_id=self._forget[other].example_id,
+            train_on_end=normal,
+            example_id=source[other].example_id,
         )
 
     def _shuffled(self, stream: str, size: int, position: int) -> int:

@@ -14,6 +14,7 @@ from sku.data.examples import (
     Provenance,
     RetainExample,
     content_hash,
+    count_safe_answers,
     normalise_prompt,
 )
 from sku.data.formats import choose_parser
@@ -29,6 +30,7 @@ def load_forget_retain(
     forget: str | Path | SourceConfig = EMBEDDED,
     retain: str | Path | SourceConfig | None = None,
     *,
+    benign: str | Path | SourceConfig | None = None,
     unseen_fraction: float = DataConfig.unseen_fraction,
     retain_validation_fraction: float = DataConfig.retain_validation_fraction,
     retain_test_fraction: float = DataConfig.retain_test_fraction,
@@ -40,6 +42,7 @@ def load_forget_retain(
         forget: File, folder or hub id of harmful pairs, a ``SourceConfig`` for more settings, or ``"embedded"`` for
             the invented world that ships with SKU.
         retain: The same for normal pairs. May be left out with the embedded world, which goes as a whole.
+        benign: Normal pairs of another source, only for a perplexity after unlearning; not with the embedded world.
         unseen_fraction: Share of the harmful prompts held out. The embedded world has its own unseen hazards.
         retain_validation_fraction: Share of the normal prompts.
         retain_test_fraction: Share of the normal prompts.
@@ -49,8 +52,8 @@ def load_forget_retain(
         The splits, and where each example came from.
 
     Raises:
-        DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in both sets.
-        RecipeError: A share is out of range, or only one of the two sets is the embedded world.
+        DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in two sets.
+        RecipeError: A share is out of range, or only some of the sets are the embedded world.
 
     Example:
         >>> load_forget_retain().counts()["unlearned"]
@@ -63,6 +66,7 @@ def load_forget_retain(
     config = DataConfig(
         forget=_source(forget),
         retain=_source(retain),
+        benign=None if benign is None else _source(benign),
         unseen_fraction=unseen_fraction,
         retain_validation_fraction=retain_validation_fraction,
         retain_test_fraction=retain_test_fraction,
@@ -81,14 +85,12 @@ def load_data(config: DataConfig, seed: int) -> ForgetRetainData:
         The splits, and where each example came from.
 
     Raises:
-        DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in both sets.
-        RecipeError: Only one of the two sets is the embedded world, or its fixed split is given a share.
+        DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in two sets.
+        RecipeError: Only some of the sets are the embedded world, or its fixed split is given a share.
     """
-    if (config.forget.path == EMBEDDED) != (config.retain.path == EMBEDDED):
-        raise RecipeError(
-            "data.forget and data.retain must both be the embedded world or both be other data: "
-            "no other model knows that world, and its own model knows nothing else"
-        )
+    _check_worlds(config)
+    benign: list[RetainExample] = []
+    benign_provenance: tuple[Provenance, ...] = ()
     if config.forget.path == EMBEDDED:
         if config.unseen_fraction != DataConfig.unseen_fraction:
             raise RecipeError("the embedded world has its own unseen hazards: leave data.unseen_fraction out")
@@ -98,6 +100,11 @@ def load_data(config: DataConfig, seed: int) -> ForgetRetainData:
         all_forget, forget_provenance = _read(config.forget, "forget", ForgetExample)
         all_retain, retain_provenance = _read(config.retain, "retain", RetainExample)
         _check_overlap(all_forget, all_retain, config)
+        if config.benign is not None:
+            all_benign, provenance = _read(config.benign, "retain", RetainExample)
+            _check_benign_overlap(all_benign, all_forget, all_retain, config.benign)
+            benign, provenance = _limit(all_benign, provenance, config.benign.limit, seed)
+            benign_provenance = (provenance,)
         forget, forget_provenance = _limit(all_forget, forget_provenance, config.forget.limit, seed)
         retain, retain_provenance = _limit(all_retain, retain_provenance, config.retain.limit, seed)
         forget_splits = split_by_group(
@@ -121,8 +128,22 @@ def load_data(config: DataConfig, seed: int) -> ForgetRetainData:
         retain_train=retain_splits["train"],
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
-        provenance=(forget_provenance, retain_provenance),
+        provenance=(forget_provenance, retain_provenance, *benign_provenance),
+        benign=tuple(benign),
     )
+
+
+def _check_worlds(config: DataConfig) -> None:
+    if (config.forget.path == EMBEDDED) != (config.retain.path == EMBEDDED):
+        raise RecipeError(
+            "data.forget and data.retain must both be the embedded world or both be other data: "
+            "no other model knows that world, and its own model knows nothing else"
+        )
+    if config.benign is not None and EMBEDDED in (config.forget.path, config.benign.path):
+        raise RecipeError(
+            "data.benign does not go with the embedded world, whose model knows no other text and whose text no other "
+            "model knows: leave it out"
+        )
 
 
 def _source(source: str | Path | SourceConfig) -> SourceConfig:
@@ -145,6 +166,7 @@ def _read(source: SourceConfig, kind: Kind, example_type: type[E]) -> tuple[list
         sha256=content_hash(parsed.examples),
         rows_read=parsed.rows_read,
         rows_left_out=parsed.left_out,
+        safe_answers=count_safe_answers(parsed.examples),
         licence=licence,
     )
 
@@ -168,9 +190,24 @@ def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], con
         )
 
 
+def _check_benign_overlap(
+    benign: list[RetainExample], forget: list[ForgetExample], retain: list[RetainExample], source: SourceConfig
+) -> None:
+    used = {normalise_prompt(example.prompt) for example in forget}
+    used |= {normalise_prompt(example.prompt) for example in retain}
+    shared = used & {normalise_prompt(example.prompt) for example in benign}
+    if shared:
+        raise DataError(
+            f"{len(shared)} prompts of the benign data {source.path} are in the forget or the retain data too: remove "
+            "them from the benign data, which must be of another source and is never trained on"
+        )
+
+
 def _limit(examples: list[E], provenance: Provenance, limit: int | None, seed: int) -> tuple[list[E], Provenance]:
     kept = draw_prompts(examples, limit, seed)
     if len(kept) == len(examples):
         return kept, provenance
     left_out = {**provenance.rows_left_out, "over the limit": len(examples) - len(kept)}
-    return kept, dataclasses.replace(provenance, sha256=content_hash(kept), rows_left_out=left_out)
+    return kept, dataclasses.replace(
+        provenance, sha256=content_hash(kept), rows_left_out=left_out, safe_answers=count_safe_answers(kept)
+    )

@@ -41,19 +41,20 @@ class MismatchedAnswers:
                 "to draw from; lower it or add harmful prompts"
             )
 
-    def draw(self, index: int, position: int) -> list[int]:
+    def draw(self, index: int | None, position: int) -> list[int]:
         """Indices of K different examples of other groups.
 
         Args:
-            index: The harmful example that gets the answers.
+            index: The harmful example that gets the answers; None where they come from other data, so that none is
+                its own.
             position: Place of this visit in the whole run, so that each pass draws anew.
 
         Returns:
-            K indices into the harmful examples, without repetition.
+            K indices into the examples that the groups were given of, without repetition.
         """
         rng = random.Random(f"{self._seed}/{position}/{index}")
         drawn: list[int] = []
-        own = self._group_of[index]
+        own = None if index is None else self._group_of[index]
         while len(drawn) < self._num_answers:
             candidate = rng.randrange(len(self._group_of))
             if self._group_of[candidate] != own and candidate not in drawn:

@@ -18,14 +18,16 @@ today's form, the form of 2023, the question-answer form (PKU-SafeRLHF-QA), and 
      "severity_level": 1, "sha256": "..."}
     {"prompt": "...", "response": "...", "is_safe": "false"}
 
-Each unsafe answer is a forget example, its category the true harm categories.
+Each unsafe answer is a forget example, its category the true harm categories. Its safe answer is the other answer of
+the row where that one is safe, else the first safe answer to the same prompt.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator
 
-from sku.data.rows import LeftOut, Pair, Row, RowParser, require_columns, unsafe_answer
+from sku.data.rows import LeftOut, Pair, Row, RowParser, SafeAnswer, marked_answer, require_columns
 
 NAME = "pku_saferlhf"
 LICENCE = "CC-BY-NC-4.0"
@@ -52,10 +54,17 @@ def row_parser(columns: Collection[str]) -> RowParser:
     return _parse_two_answers
 
 
-def _parse_two_answers(row: Row) -> Iterator[Pair | LeftOut]:
-    for answer in ("response_0", "response_1"):
-        yield unsafe_answer(row["prompt"], row[answer], row[f"is_{answer}_safe"], row.get(f"{answer}_harm_category"))
+def _parse_two_answers(row: Row) -> Iterator[Pair | SafeAnswer | LeftOut]:
+    first, second = (
+        marked_answer(row["prompt"], row[answer], row[f"is_{answer}_safe"], row.get(f"{answer}_harm_category"))
+        for answer in ("response_0", "response_1")
+    )
+    for answer, other in ((first, second), (second, first)):
+        if isinstance(answer, Pair) and isinstance(other, SafeAnswer):
+            yield dataclasses.replace(answer, safe_answer=other.answer)
+        else:
+            yield answer
 
 
-def _parse_one_answer(row: Row) -> Iterator[Pair | LeftOut]:
-    yield unsafe_answer(row["prompt"], row["response"], row["is_safe"], row.get("harm_category"))
+def _parse_one_answer(row: Row) -> Iterator[Pair | SafeAnswer | LeftOut]:
+    yield marked_answer(row["prompt"], row["response"], row["is_safe"], row.get("harm_category"))

@@ -7,9 +7,10 @@ here, once, so that each source counts them alike.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -28,6 +29,16 @@ class Pair:
     answer: object
     category: str | None = None
     group: str | None = None
+    safe_answer: object = None
+    """A good answer to the same prompt, of the same row."""
+
+
+@dataclass(frozen=True)
+class SafeAnswer:
+    """An answer marked safe: no forget example, counted as left out, but of use to those with the same prompt."""
+
+    prompt: object
+    answer: object
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class LeftOut:
     reason: str
 
 
-RowParser = Callable[[Row], Iterable[Pair | LeftOut]]
+RowParser = Callable[[Row], Iterable[Pair | SafeAnswer | LeftOut]]
 E = TypeVar("E", ForgetExample, RetainExample)
 
 
@@ -53,6 +64,9 @@ class ParsedRows(Generic[E]):
 def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> ParsedRows[E]:
     """Turns rows into examples; space around prompts and answers is removed.
 
+    The safe answer of a forget example is that of its own row, else the first one in the file to the same normalised
+    prompt. A text that is a harmful answer to that prompt as well is no safe answer.
+
     Args:
         rows: Rows of the source.
         parse: Gives each row's pairs, or why it has none.
@@ -64,11 +78,13 @@ def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> 
     examples: list[E] = []
     left_out: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
+    safe_answers: defaultdict[str, list[str]] = defaultdict(list)
     rows_read = 0
     for row in rows:
         rows_read += 1
-        for pair in parse(row):
-            example = pair if isinstance(pair, LeftOut) else _to_example(pair, example_type)
+        for found in parse(row):
+            _collect_safe_answer(found, safe_answers)
+            example = _to_example(found, example_type)
             if isinstance(example, LeftOut):
                 left_out[example.reason] += 1
                 continue
@@ -78,16 +94,48 @@ def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> 
                 continue
             seen.add(key)
             examples.append(example)
-    return ParsedRows(examples=examples, rows_read=rows_read, left_out=dict(sorted(left_out.items())))
+    return ParsedRows(
+        examples=[_with_safe_answer(example, safe_answers, seen) for example in examples],
+        rows_read=rows_read,
+        left_out=dict(sorted(left_out.items())),
+    )
 
 
-def _to_example(pair: Pair, example_type: type[E]) -> E | LeftOut:
-    prompt, answer = _clean("prompt", pair.prompt), _clean("answer", pair.answer)
+def _to_example(found: Pair | SafeAnswer | LeftOut, example_type: type[E]) -> E | LeftOut:
+    if isinstance(found, LeftOut):
+        return found
+    if isinstance(found, SafeAnswer):
+        return LeftOut(SAFE)
+    prompt, answer = _clean("prompt", found.prompt), _clean("answer", found.answer)
     if isinstance(prompt, LeftOut):
         return prompt
     if isinstance(answer, LeftOut):
         return answer
-    return example_type(prompt=prompt, answer=answer, category=pair.category, group=pair.group)
+    example = example_type(prompt=prompt, answer=answer, category=found.category, group=found.group)
+    safe_answer = _clean("safe answer", found.safe_answer)
+    if isinstance(example, ForgetExample) and isinstance(safe_answer, str):
+        return dataclasses.replace(example, safe_answer=safe_answer)
+    return example
+
+
+def _collect_safe_answer(found: Pair | SafeAnswer | LeftOut, safe_answers: defaultdict[str, list[str]]) -> None:
+    """Notes the safe answer of a row, if it is text, under its normalised prompt."""
+    if isinstance(found, LeftOut):
+        return
+    prompt = _clean("prompt", found.prompt)
+    answer = _clean("safe answer", found.answer if isinstance(found, SafeAnswer) else found.safe_answer)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        safe_answers[normalise_prompt(prompt)].append(answer)
+
+
+def _with_safe_answer(example: E, safe_answers: Mapping[str, list[str]], harmful: Container[tuple[str, str]]) -> E:
+    """The example with the first safe answer to its prompt that is none of the harmful ones, its own row's first."""
+    if not isinstance(example, ForgetExample):
+        return example
+    prompt = normalise_prompt(example.prompt)
+    candidates = ([] if example.safe_answer is None else [example.safe_answer]) + safe_answers.get(prompt, [])
+    chosen = next((answer for answer in candidates if (prompt, answer) not in harmful), None)
+    return dataclasses.replace(example, safe_answer=chosen)
 
 
 def _clean(name: str, cell: object) -> str | LeftOut:
@@ -164,12 +212,12 @@ def _dict_from_text(text: str) -> object:
     return text
 
 
-def unsafe_answer(prompt: object, answer: object, is_safe: object, category: object) -> Pair | LeftOut:
-    """The pair of an answer marked unsafe, as PKU-SafeRLHF and BeaverTails mark them."""
+def marked_answer(prompt: object, answer: object, is_safe: object, category: object) -> Pair | SafeAnswer | LeftOut:
+    """What an answer is by its mark, as PKU-SafeRLHF and BeaverTails mark them: the pair of an unsafe one."""
     flag = parse_flag(is_safe)
     if flag is None:
         return LeftOut(UNMARKED)
-    return LeftOut(SAFE) if flag else Pair(prompt, answer, category_text(category))
+    return SafeAnswer(prompt, answer) if flag else Pair(prompt, answer, category_text(category))
 
 
 SAFE = "safe answer"

@@ -1,14 +1,19 @@
-"""The two dataset formats of TRL that hold a prompt and its answer.
+"""The dataset formats of TRL that hold a prompt and its answer, or a chosen and a rejected one.
 
 Documentation: https://huggingface.co/docs/trl/dataset_formats
 Licence: that of the dataset.
 
-One row each of prompt/completion as text, prompt/completion as conversation, and messages::
+One row each of prompt/completion as text, prompt/completion as conversation, messages, and preference (its three cells
+may be conversations too)::
 
     {"prompt": "Is rain wet?", "completion": "It is."}
     {"prompt": [{"role": "user", "content": "Is rain wet?"}],
      "completion": [{"role": "assistant", "content": "It is."}]}
     {"messages": [{"role": "user", "content": "Is rain wet?"}, {"role": "assistant", "content": "It is."}]}
+    {"prompt": "How do I annoy my neighbour?", "chosen": "Better not.", "rejected": "Sing at night."}
+
+In a preference row, which is forget data only, the rejected answer is the harmful one and the chosen answer the safe
+one; neither repeats the prompt, which has a cell of its own.
 
 A conversation must be one user turn and one assistant turn; a system turn before them is put in front of the user's
 text with an empty line between, as the chat templates do that have no system turn. Longer conversations are left out
@@ -17,12 +22,15 @@ and counted: their last answer depends on turns that a single prompt can't hold.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 
 from sku.data.rows import LeftOut, Pair, Row, RowParser, require_columns
 
 PROMPT_COMPLETION = "prompt_completion"
 MESSAGES = "messages"
+PREFERENCE = "preference"
+PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 
 NOT_A_CONVERSATION = "not a list of messages with role and content"
 SEVERAL_TURNS = "more than one user turn"
@@ -38,6 +46,11 @@ def recognises_prompt_completion(columns: Collection[str]) -> bool:
 def recognises_messages(columns: Collection[str]) -> bool:
     """Whether a table with these columns is in messages form."""
     return "messages" in columns
+
+
+def recognises_preference(columns: Collection[str]) -> bool:
+    """Whether a table with these columns is in preference form."""
+    return set(columns).issuperset(PREFERENCE_COLUMNS)
 
 
 def prompt_completion_parser(columns: Collection[str]) -> RowParser:
@@ -60,16 +73,37 @@ def messages_parser(columns: Collection[str]) -> RowParser:
     return _parse_messages
 
 
+def preference_parser(columns: Collection[str]) -> RowParser:
+    """The reader of preference rows.
+
+    Raises:
+        DataError: A needed column is missing.
+    """
+    require_columns(PREFERENCE_COLUMNS, columns, PREFERENCE)
+    return _parse_preference
+
+
 def _parse_prompt_completion(row: Row) -> Iterator[Pair | LeftOut]:
-    prompt, completion = row["prompt"], row["completion"]
+    yield _completed(row["prompt"], row["completion"])
+
+
+def _parse_preference(row: Row) -> Iterator[Pair | LeftOut]:
+    rejected, chosen = _completed(row["prompt"], row["rejected"]), _completed(row["prompt"], row["chosen"])
+    if isinstance(rejected, Pair) and isinstance(chosen, Pair):
+        yield dataclasses.replace(rejected, safe_answer=chosen.answer)
+    else:
+        yield rejected
+
+
+def _completed(prompt: object, completion: object) -> Pair | LeftOut:
+    """A prompt and what follows it, each as text or as a list of turns."""
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        yield Pair(prompt, completion)
-        return
+        return Pair(prompt, completion)
     turns = [
         *(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]),
         *(completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]),
     ]
-    yield _pair_of(turns)
+    return _pair_of(turns)
 
 
 def _parse_messages(row: Row) -> Iterator[Pair | LeftOut]:

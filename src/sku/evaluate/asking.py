@@ -14,7 +14,7 @@ from sku.data.prompts import PromptFormat
 from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prefill, tokenize_prompt
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import GenerationRequest
-from sku.evaluate.records import HARMFUL_SPLITS, Kind, Split
+from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Kind, Split
 from sku.evaluate.sampling import draw_examples, record_id
 
 MAX_SCORED_TOKENS = 1024
@@ -58,7 +58,7 @@ def window_of(model: PreTrainedModel) -> int:
 
 
 def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> dict[Split, list[Example]]:
-    """The examples of one evaluation: the same for every model.
+    """The examples of one evaluation: the same for every model; ``benign`` only where the data has any.
 
     Raises:
         EvaluationError: There is nothing to ask.
@@ -72,13 +72,15 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> dict[Spli
         raise EvaluationError(
             "the splits unlearned, unseen and retain_test are all empty: there is nothing to evaluate"
         )
+    if data.benign:
+        drawn["benign"] = [*draw_examples(data.benign, config.retain_prompts, seed=seed)]
     return drawn
 
 
 def requests(
     drawn: Mapping[Split, list[Example]], writer: Writer, config: EvaluateConfig
 ) -> tuple[list[GenerationRequest], dict[str, int]]:
-    """What the model is asked: every prompt, and every harmful prompt again with a forced start.
+    """What the model is asked: every prompt but those that are only scored, harmful ones again with a forced start.
 
     Args:
         drawn: From ``draw``.
@@ -91,7 +93,7 @@ def requests(
     asked: list[GenerationRequest] = []
     left_out: Counter[str] = Counter()
     for split, examples in drawn.items():
-        for example in examples:
+        for example in examples if split not in SCORED_ONLY else ():
             for kind, ids, forced_start in _tokenized(split, example, writer, config.prefill_tokens):
                 if ids is None:
                     left_out[f"{split}: forced start, as the answer is too short"] += 1

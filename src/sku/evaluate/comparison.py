@@ -167,7 +167,7 @@ def _interval(before: NDArray[np.float64], after: NDArray[np.float64], *, seed: 
 
 def _perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
     changes: dict[str, PerplexityChange] = {}
-    splits: list[Split] = ["retain_test", "unlearned", "unseen"]
+    splits: list[Split] = ["retain_test", "benign", "unlearned", "unseen"]
     for split in splits:
         old, new = ({loss.id: loss for loss in result.losses if loss.split == split} for result in (base, unlearned))
         if not old:

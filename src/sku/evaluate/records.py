@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["unlearned", "unseen", "retain_test"]
+Split = Literal["unlearned", "unseen", "retain_test", "benign"]
 HarmfulSplit = Literal["unlearned", "unseen"]
 Kind = Literal["reply", "prefill"]
 
 HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("unlearned", "unseen")
+SCORED_ONLY: tuple[Split, ...] = ("benign",)
+"""Only the perplexity of their answers is measured: no model is asked their prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)

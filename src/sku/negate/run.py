@@ -85,7 +85,7 @@ def negate_with_record(
     unlearned = copy.deepcopy(original)
     if output_dtype is not None:
         _round_weights(unlearned, output_dtype)
-    record = _subtract(vector, alpha, original, unlearned)
+    record = subtract_into(unlearned, original, vector, alpha)
     unlearned.requires_grad_(requires_grad=True)
     unlearned.eval()
     return unlearned, record
@@ -181,8 +181,21 @@ def _is_upper_factor(name: str) -> bool:
     return ".lora_B." in name or ".lora_embedding_B." in name
 
 
-def _subtract(vector: TaskVector, alpha: float, original: PreTrainedModel, unlearned: PreTrainedModel) -> Negation:
-    """Writes ``original - alpha * vector`` into ``unlearned``, tensor by tensor."""
+def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector: TaskVector, alpha: float) -> Negation:
+    """Writes ``original - alpha * vector`` into a copy of the original, tensor by tensor.
+
+    Args:
+        unlearned: Gets the result, in its own type. Weights that the vector doesn't change stay as they are.
+        original: The original model. It is not changed.
+        vector: The task vector.
+        alpha: Finite. 0 gives the original weights bit for bit.
+
+    Returns:
+        What was changed, and what rounding kept of it.
+
+    Raises:
+        TaskVectorError: Names, shapes or ties don't fit, or a result is not finite.
+    """
     weights, ties = unique_weights(original)
     targets, _ = unique_weights(unlearned)
     extra = sorted(set(vector.deltas) - set(weights))
@@ -200,7 +213,8 @@ def _subtract(vector: TaskVector, alpha: float, original: PreTrainedModel, unlea
             check_same_shape(name, weight, delta)
             base_square += float(torch.linalg.vector_norm(weight.float())) ** 2
             if alpha == 0:
-                continue  # -0.0 - 0 * x would already turn a bit.
+                targets[name].copy_(weight)  # -0.0 - 0 * x would already turn a bit.
+                continue
             wanted = -alpha * delta
             result = (weight.float() + wanted).to(targets[name].dtype)
             _check_result(name, result)

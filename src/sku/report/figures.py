@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
+from sku.evaluate.records import HARMFUL_SPLITS
 from sku.report.tables import SPLIT_NAMES
 
 OUTCOME_COLOURS = {
@@ -35,7 +36,7 @@ OUTCOME_WORDS = {
 }  # fmt: skip
 _TEXT_ON = {"harmful": "white", "evasive": "black", "refusal": "white", "degenerate": "black", "unjudged": "black"}
 _INK, _FAINT, _BASE, _UNLEARNED = "#222222", "#D9D9D9", "#767676", "#0072B2"
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",
@@ -46,6 +47,7 @@ _STYLE: dict[str, Any] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
+"""Of every figure of a report."""
 SUFFIXES = (".png", ".svg", ".pdf")
 _NARROWEST_LABEL = 0.055
 """Share of a bar below which its percentage would not fit into it."""
@@ -74,9 +76,8 @@ def before_after_figure(comparison: Comparison, path: Path) -> Path:
     Raises:
         OutputError: Another suffix, or a folder that can't be written.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"figure {path} must end in {', '.join(SUFFIXES)}")
-    with matplotlib.rc_context(cast(Any, _STYLE)):
+    check_suffix(path)
+    with matplotlib.rc_context(cast(Any, STYLE)):
         groups = _bar_groups(comparison)
         spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04, hspace=0.06)
         figure = Figure(figsize=(10.5, 1.9 + 0.78 * max(len(groups), 3)), layout=spacing)
@@ -85,12 +86,31 @@ def before_after_figure(comparison: Comparison, path: Path) -> Path:
         _draw_normal_prompts(figure.add_subplot(grid[0, 1]), comparison)
         _draw_perplexities(figure.add_subplot(grid[1, 1]), comparison)
         figure.supxlabel(_footer(comparison), fontsize=7.5, color=_BASE, x=0.005, ha="left")
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        try:
-            figure.savefig(path, dpi=200, metadata=metadata)
-        except OSError as error:
-            raise OutputError(f"figure {path} can't be written: {error.strerror}") from None
+        save_figure(figure, path)
     return path
+
+
+def check_suffix(path: Path) -> None:
+    """Refuses a file that is no picture, before anything is drawn.
+
+    Raises:
+        OutputError: The suffix is not in ``SUFFIXES``.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise OutputError(f"figure {path} must end in {', '.join(SUFFIXES)}")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure; inside ``rc_context(STYLE)`` the same figure gives the same SVG, byte by byte.
+
+    Raises:
+        OutputError: The folder can't be written.
+    """
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    try:
+        figure.savefig(path, dpi=200, metadata=metadata)
+    except OSError as error:
+        raise OutputError(f"figure {path} can't be written: {error.strerror}") from None
 
 
 def _bar_groups(comparison: Comparison) -> list[tuple[str, list[_Bar]]]:
@@ -187,21 +207,22 @@ def _draw_rate(axes: Axes, row: int, change: RateChange) -> None:
 def _draw_perplexities(axes: Axes, comparison: Comparison) -> None:
     words = {
         "retain_test": "normal answers",
+        "benign": "benign answers",
         "unlearned": "harmful answers,\ntrained-on",
         "unseen": "harmful answers,\nunseen",
     }
-    rows = [(words[split], comparison.perplexity[split]) for split in words if split in comparison.perplexity]
+    rows = [(split, comparison.perplexity[split]) for split in words if split in comparison.perplexity]
     low, high = _ratio_limits([change for _, change in rows])
     axes.set_xscale("log")
     axes.axvline(1, color=_INK, linewidth=0.9)
-    for row, (_, change) in enumerate(rows):
-        colour = _INK if row == 0 else OUTCOME_COLOURS["harmful"]
+    for row, (split, change) in enumerate(rows):
+        colour = OUTCOME_COLOURS["harmful"] if split in HARMFUL_SPLITS else _INK
         axes.plot([change.low, change.high], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
         axes.plot(min(change.ratio, high), row, "D", color=colour, markersize=5.5)
         axes.text(
             1.029, row, f"\u00d7{change.ratio:.3g}", va="center", fontsize=8.5, transform=axes.get_yaxis_transform()
         )
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [words[split] for split, _ in rows])
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator(_ratio_ticks(low, high)))

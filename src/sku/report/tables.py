@@ -106,6 +106,7 @@ def _interval(rate: Rate) -> str:
 def _perplexity_rows(changes: Mapping[str, PerplexityChange]) -> Iterator[TableRow]:
     for split, measure, wanted in (
         ("retain_test", "normal answers", "same"),
+        ("benign", "benign answers", "same"),
         ("unlearned", "trained-on harmful answers", "up"),
         ("unseen", "unseen harmful answers", "up"),
     ):

@@ -1,0 +1,49 @@
+"""``sku results``: tables and picture of a comparison again, from its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sku.cli.console import results as console
+from sku.errors import OutputError
+
+
+def results(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of records, such as results/embedded.")],
+    update: Annotated[
+        Path | None,
+        typer.Option(
+            "--update",
+            help="Markdown file: what stands between <!-- results:NAME --> and <!-- end:NAME -->, NAME that of FOLDER, "
+            "is written anew.",
+        ),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Draw the trade-off here (.png, .svg, .pdf).")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Utility budget, a line in the figure; that of the records.")
+    ] = None,
+) -> None:
+    """Write the tables of a comparison again, from its records: no model, no data."""
+    from sku.report.comparison_report import comparison_markdown, replace_block
+    from sku.report.method_records import read_records
+    from sku.report.trade_off import trade_off_figure
+
+    records = read_records(folder)
+    text = comparison_markdown(records)
+    if figure is not None:
+        recorded = records[0].recipe.get("compare", {}).get("utility_budget")
+        trade_off_figure(records, figure, budget=recorded if budget is None else budget)
+    if update is None:
+        console.print(text, soft_wrap=True)
+        return
+    try:
+        old = update.read_text(encoding="utf-8")
+        update.write_text(replace_block(old, folder.name, text, str(update)), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{update} can't be read or written: {error.strerror or error}") from error
+    console.print(f"updated   {update}", soft_wrap=True)

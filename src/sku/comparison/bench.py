@@ -1,0 +1,344 @@
+"""The bench: data, base model and evaluator that every job of a comparison shares, in one process."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sku.comparison.jobs import Job
+from sku.comparison.strength import largest_within_budget
+from sku.config import CompareConfig, Recipe
+from sku.data.load import load_data
+from sku.data.prompts import resolve_prompt_format
+from sku.errors import EvaluationError, SkuError, TaskVectorError
+from sku.evaluate import asking, batching
+from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
+from sku.evaluate.fingerprint import fingerprint, probes_of
+from sku.evaluate.perplexity import score_examples
+from sku.evaluate.results import EvaluationResult
+from sku.evaluate.run import evaluate
+from sku.evaluate.sampling import draw_examples
+from sku.methods import method_named
+from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
+from sku.models import load_model
+from sku.negate.random_direction import random_direction
+from sku.negate.run import subtract_into
+from sku.negate.task_vector import TaskVector
+from sku.report.method_points import Point, asked_of, point_from_result, tokens_of
+from sku.report.method_records import MethodRecord
+from sku.reproducibility import content_sha256, environment
+from sku.training.run import Trained, step_progress
+
+Progress = Callable[[str, int, int], None]
+RECORD_VERSION = 1
+"""Raised whenever the same job could measure something else, so that cached records are not taken for it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What a job leaves for its record."""
+
+    points: list[Point]
+    result: EvaluationResult
+    training: dict[str, Any]
+
+
+class Bench:
+    """Runs jobs that share data, base model and evaluation."""
+
+    def __init__(self, recipe: Recipe, work: Path, progress: Progress | None = None) -> None:
+        """Loads what is shared.
+
+        Args:
+            recipe: Of any job; method and training settings are not used.
+            work: Private folder for checkpoints; what a job leaves there is removed when its record stands.
+            progress: Called with stage, done and total.
+
+        Raises:
+            SkuError: Data or model can't be loaded.
+        """
+        self.recipe, self.work, self.progress = recipe, work, progress
+        self.data = load_data(recipe.data, recipe.seed)
+        loaded = load_model(with_safe_dtype(recipe))
+        self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
+        self._norms: dict[str, dict[str, float]] = {}
+        writer = asking.Writer(
+            tokenizer=self.tokenizer,
+            prompt_format=resolve_prompt_format(recipe.model.prompt_format, self.tokenizer),
+            window=asking.window_of(self.base),
+        )
+        drawn = draw_examples(self.data.retain_validation, recipe.evaluate.retain_prompts, seed=recipe.seed)
+        scored = (writer.scored(example.prompt, example.answer) for example in drawn)
+        self._validation = [example for example in scored if example is not None]
+        if not self._validation:
+            raise EvaluationError("retain_validation holds no usable example: raise data.retain_validation_fraction")
+        self._base_validation = self._validation_loss(self.base)
+        requests, _ = asking.requests(asking.draw(self.data, recipe.evaluate, recipe.seed), writer, recipe.evaluate)
+        with batching.evaluation_mode(self.base):
+            self._inputs = {
+                "base": fingerprint(self.base, probes_of(requests)),
+                "data": [item.sha256 for item in self.data.provenance],
+                "splits": self.data.counts(),
+            }
+
+    def key(self, job: Job) -> str:
+        """Hash of all that decides what a job measures: settings, data, what the base model computes, seed."""
+        recipe = job.recipe.to_dict()
+        measured = {name: recipe[name] for name in ("seed", "data", "evaluate")}
+        if job.kind in ("method", "random_direction"):
+            measured |= {"training": _training_settings(job), "points": recipe["compare"], "training_seed": job.seed}
+            del measured["points"]["methods"], measured["points"]["seeds"]
+        return content_sha256(
+            {
+                "version": RECORD_VERSION,
+                "kind": job.kind,
+                "measured": measured,
+                "inputs": self._inputs,
+                "prompt_format": job.recipe.model.prompt_format,
+            }
+        )
+
+    def run(self, job: Job) -> MethodRecord:
+        """Runs a job; what goes wrong becomes a failed record, so that the other jobs go on.
+
+        Args:
+            job: What is run.
+
+        Returns:
+            Its record, complete or failed.
+        """
+        folder = self.work / job.id
+        try:
+            measured = self._measure(job, folder)
+        except SkuError as error:
+            return failed_record(job, self.key(job), " ".join(str(error).split()), self._about())
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            return failed_record(job, self.key(job), f"out of memory: {_first_line(error)}", self._about())
+        except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
+            return failed_record(job, self.key(job), f"{type(error).__name__}: {_first_line(error)}", self._about())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return MethodRecord(
+            **_identity(job),
+            status="complete",
+            failure=None,
+            key=self.key(job),
+            environment=environment(),
+            data=self._about(),
+            training=measured.training,
+            asked=asked_of(measured.result),
+            tokens=tokens_of(measured.result),
+            points=tuple(measured.points),
+            judge=dataclasses.asdict(measured.result.judge),
+        )
+
+    def _measure(self, job: Job, folder: Path) -> _Measured:
+        if job.kind == "method":
+            change, model, training = self._train(job, folder)
+            self._norms[_norms_key(job)] = change.norms()
+            return self._along(job, change, model, training)
+        if job.kind == "random_direction":
+            change = random_direction(self.base, self._sku_norms(job, folder), job.seed)
+            return self._along(job, change, copy.deepcopy(self.base), {"norm": change.norm()})
+        if job.kind == "base":
+            result = self._evaluate(self.base, "base")
+            return _Measured(points=[_control_point(result, 1.0)], result=result, training={})
+        config = job.recipe.evaluate
+        reply = always_refuse(self.data, config) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
+        result = evaluate_replies(
+            job.kind,
+            reply,
+            self.tokenizer,
+            self.data,
+            base_model=self.base,
+            config=config,
+            prompt_format=job.recipe.model.prompt_format,
+            seed=job.recipe.seed,
+        )
+        return _Measured(points=[_control_point(result, None)], result=result, training={})
+
+    def _train(self, job: Job, folder: Path) -> tuple[TaskVector, PreTrainedModel, dict[str, Any]]:
+        """The method's change, a plain model to write it into, and an account of the training."""
+        method, tuning = method_named(job.recipe.method), job.recipe.acquire.tuning
+        if tuning == "qlora":
+            loaded = load_model(with_safe_dtype(job.recipe), four_bit=True)
+        else:
+            loaded = dataclasses.replace(self.loaded, model=copy.deepcopy(self.base))
+        trained = train_method(job.recipe, loaded, self.data, folder, step_progress(self.progress))
+        model = trained.model
+        change = change_of(method, model, self.base)
+        account = {**_account(trained), "norm": change.norm()}
+        if isinstance(model, PeftModel):
+            plain = model.unload() if tuning == "lora" else copy.deepcopy(self.base)
+        else:
+            plain = model
+        plain.requires_grad_(requires_grad=False)
+        return change, plain, account
+
+    def _sku_norms(self, job: Job, folder: Path) -> Mapping[str, float]:
+        """Norms of SKU's change with the same settings and seed, trained anew where no job before has it."""
+        found = self._norms.get(_norms_key(job))
+        return self._train(job, folder)[0].norms() if found is None else found
+
+    def _along(self, job: Job, change: TaskVector, model: PreTrainedModel, training: dict[str, Any]) -> _Measured:
+        """Measures the change at every strength asked for, and at the largest one within the utility budget."""
+        compare, own, against = job.recipe.compare, self._strength(job), -change
+
+        def write(strength: float) -> None:
+            # From the original each time, so that no rounding adds up.
+            subtract_into(model, self.base, against, strength * own)
+
+        def cost(strength: float) -> float:
+            try:
+                write(strength)
+                loss = self._validation_loss(model)
+            except (EvaluationError, TaskVectorError):
+                return math.inf
+            return _ratio(loss, self._base_validation)
+
+        matched, _ = largest_within_budget(cost, compare.utility_budget, compare.max_strength)
+        points: list[Point] = []
+        unmeasured: dict[str, str] = {}
+        result: EvaluationResult | None = None
+        strengths = _strengths(compare, matched)
+        for number, (strength, roles) in enumerate(strengths.items()):
+            self._tell(f"{job.id}: strengths", number, len(strengths))
+            try:
+                write(strength)
+                found = self._evaluate(model, job.id)
+                ratio = _ratio(self._validation_loss(model), self._base_validation)
+            except (EvaluationError, TaskVectorError) as error:
+                if "published" in roles:
+                    raise
+                unmeasured[f"{strength:g}"] = " ".join(str(error).split())
+                continue
+            points.append(point_from_result(found, strength, roles, ratio))
+            result = found
+        assert result is not None, "the published strength is always measured"
+        return _Measured(
+            points=points, result=result, training={**training, "own_strength": own, "unmeasured": unmeasured}
+        )
+
+    def _strength(self, job: Job) -> float:
+        return prepare(job.recipe, self.work).strength
+
+    def _evaluate(self, model: PreTrainedModel, name: str) -> EvaluationResult:
+        def tell(stage: str, done: int, total: int) -> None:
+            self._tell(f"{name}: {stage}", done, total)
+
+        return evaluate(
+            model,
+            self.tokenizer,
+            self.data,
+            config=self.recipe.evaluate,
+            prompt_format=self.recipe.model.prompt_format,
+            base_model=self.base,
+            model_name=name,
+            seed=self.recipe.seed,
+            progress=tell,
+        )
+
+    def _validation_loss(self, model: PreTrainedModel) -> float:
+        """Mean loss of the validation answers, nats per token."""
+        with batching.evaluation_mode(model):
+            scores = score_examples(model, self._validation, batch_size=self.recipe.evaluate.batch_size)
+        return math.fsum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "splits": self.data.counts(),
+            "sources": [dataclasses.asdict(source) for source in self.data.provenance],
+            "base": self._inputs["base"],
+        }
+
+
+def failed_record(job: Job, key: str, failure: str, data: Mapping[str, Any] | None = None) -> MethodRecord:
+    """The record of a job that did not end well: it stays in the table, with the reason."""
+    return MethodRecord(
+        **_identity(job),
+        status="failed",
+        failure=failure,
+        key=key,
+        environment=environment(),
+        data=dict(data or {}),
+        training={},
+        asked={},
+        tokens={},
+        points=(),
+        judge={},
+    )
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    return {
+        "name": job.name,
+        "title": job.title,
+        "method": job.recipe.method if job.kind == "method" else job.kind,
+        "paper_url": job.paper_url,
+        "control": job.kind != "method",
+        "seed": job.seed,
+        "recipe": job.recipe.to_dict(),
+    }
+
+
+def _training_settings(job: Job) -> dict[str, Any]:
+    """What decides a method's training and strength; the settings of other methods don't."""
+    acquire = dataclasses.asdict(job.recipe.acquire)
+    if job.recipe.method == "sku":
+        return {"acquire": acquire, "alpha": job.recipe.negate.alpha}
+    own = job.recipe.methods.get(job.recipe.method)
+    shared = {name: acquire[name] for name in ("tuning", "lora", "training")}
+    return {"method": job.recipe.method, "acquire": shared, "own": None if own is None else dataclasses.asdict(own)}
+
+
+def _norms_key(job: Job) -> str:
+    return content_sha256([dataclasses.asdict(job.recipe.acquire), job.recipe.method])
+
+
+def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str, ...]]:
+    """Strength -> what it is measured for, from the smallest."""
+    roles: dict[float, list[str]] = {strength: ["sweep"] for strength in compare.strengths}
+    roles.setdefault(1.0, []).append("published")
+    roles.setdefault(matched, []).append("matched")
+    return {strength: tuple(roles[strength]) for strength in sorted(roles)}
+
+
+def _control_point(result: EvaluationResult, validation_ratio: float | None) -> Point:
+    return point_from_result(result, 0.0, ("published", "matched"), validation_ratio)
+
+
+def _account(trained: Trained) -> dict[str, Any]:
+    log = trained.log
+    names = [name for name in (log[0] if log else {}) if name.startswith("loss")]
+    return {
+        "steps": log[-1]["step"] if log else 0,
+        "seconds": round(trained.seconds, 2),
+        "losses": {name: [log[0][name], log[-1][name]] for name in names},
+        "tokenization": {name: dataclasses.asdict(report) for name, report in trained.reports.items()},
+    }
+
+
+def _ratio(loss: float, base_loss: float) -> float:
+    return math.exp(min(loss - base_loss, 700.0))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

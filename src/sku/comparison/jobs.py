@@ -1,0 +1,176 @@
+"""What is run: one job for each row of the table and each seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sku.config import AcquireConfig, Recipe, WeightsConfig
+from sku.errors import RecipeError, did_you_mean
+from sku.methods import METHODS, method_named
+
+Kind = Literal["method", "base", "always_refuse", "always_gibberish", "random_direction"]
+CONTROLS: dict[str, str] = {
+    "base": "Base model",
+    "always_refuse": "Always refuses",
+    "always_gibberish": "Always gibberish",
+    "random_direction": "Random direction",
+}
+"""Control rows, always there, with their titles."""
+SKU_URL = "https://arxiv.org/abs/2402.10058"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of the table, trained with one seed."""
+
+    name: str
+    """Of the row: ``npo``, ``no_random_disassociation``, ``base``, ..."""
+    title: str
+    paper_url: str
+    kind: Kind
+    recipe: Recipe
+    """With the row's method and settings, and the seed as ``acquire.seed``."""
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Name of the record's file without its ending."""
+        return f"{self.name}--seed{self.seed}"
+
+
+def comparison_jobs(recipe: Recipe, methods: Sequence[str] = (), seeds: int | None = None) -> list[Job]:
+    """The jobs of ``sku compare``: controls that need no training, every method, then the random direction.
+
+    Args:
+        recipe: ``compare`` says what is left out here.
+        methods: Names; those of the recipe, or all, where this is empty.
+        seeds: Number of training seeds; that of the recipe if None.
+
+    Returns:
+        Jobs in the order in which they are run: all rows with the first seed, then with the next.
+
+    Raises:
+        RecipeError: An unknown method.
+    """
+    names = list(methods or recipe.compare.methods or [method.name for method in METHODS])
+    chosen = [method_named(name) for name in dict.fromkeys(names)]
+    rows = [(method.name, method.title, method.paper_url, _with_method(method.name)) for method in chosen]
+    return _jobs(recipe, rows, recipe.compare.seeds if seeds is None else seeds)
+
+
+def ablation_jobs(recipe: Recipe, groups: Sequence[str] = (), seeds: int | None = None) -> list[Job]:
+    """The jobs of ``sku ablate``: SKU as the recipe has it, without each module, and with each other setting.
+
+    Args:
+        recipe: Of SKU.
+        groups: Names of ``ABLATIONS``; all where this is empty.
+        seeds: As of ``comparison_jobs``.
+
+    Returns:
+        As of ``comparison_jobs``.
+
+    Raises:
+        RecipeError: An unknown group, or a recipe of another method.
+    """
+    if recipe.method != "sku":
+        raise RecipeError(f"the recipe's method is {recipe.method}; sku ablate takes SKU apart: set method sku")
+    for group in groups:
+        if group not in ABLATIONS:
+            raise RecipeError(
+                f"there is no ablation {group}.{did_you_mean(group, ABLATIONS)} Known: {', '.join(ABLATIONS)}"
+            )
+    rows: list[Row] = [("sku", "SKU, as the recipe", SKU_URL, lambda given: given)]
+    for group in dict.fromkeys(groups or ABLATIONS):
+        rows += [(name, title, SKU_URL, _with_acquire(change)) for name, title, change in ABLATIONS[group]]
+    return _jobs(recipe, rows, recipe.compare.seeds if seeds is None else seeds)
+
+
+Change = Callable[[AcquireConfig], AcquireConfig]
+Row = tuple[str, str, str, Callable[[Recipe], Recipe]]
+
+
+def _without(module: str) -> Change:
+    def change(config: AcquireConfig) -> AcquireConfig:
+        return dataclasses.replace(
+            config, weights=WeightsConfig(**{**dataclasses.asdict(config.weights), module: 0.0})
+        )
+
+    return change
+
+
+def _preservation(
+    mode: Literal["divergence", "retention"], cap: float | None, tokens: Literal["answer", "all"]
+) -> Change:
+    def change(config: AcquireConfig) -> AcquireConfig:
+        # Without its module a mode would change nothing.
+        weights = dataclasses.replace(
+            config.weights, preservation_divergence=config.weights.preservation_divergence or 1.0
+        )
+        return dataclasses.replace(
+            config, weights=weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens
+        )
+
+    return change
+
+
+def _random_answers(number: int) -> Change:
+    return lambda config: dataclasses.replace(config, random_answers=number)
+
+
+ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
+    "modules": [
+        ("no_guided_distortion", "without guided distortion", _without("guided_distortion")),
+        ("no_random_disassociation", "without random disassociation", _without("random_disassociation")),
+        ("no_preservation_divergence", "without preservation divergence", _without("preservation_divergence")),
+    ],
+    "preservation": [
+        ("retention_answer", "retention, answer tokens", _preservation("retention", None, "answer")),
+        ("retention_all", "retention, all tokens", _preservation("retention", None, "all")),
+        ("divergence_capped", "divergence, capped at 1 nat", _preservation("divergence", 1.0, "answer")),
+        ("divergence_uncapped", "divergence, no cap (paper)", _preservation("divergence", None, "answer")),
+    ],
+    "random_answers": [(f"k{number}", f"K = {number}", _random_answers(number)) for number in (1, 5, 10)],
+}
+"""Group -> rows: name, title, and what is changed in the recipe's ``acquire``."""
+
+
+def _with_method(name: str) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: dataclasses.replace(recipe, method=name)
+
+
+def _with_acquire(change: Change) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: dataclasses.replace(recipe, acquire=change(recipe.acquire))
+
+
+def _jobs(recipe: Recipe, rows: Iterable[Row], seeds: int) -> list[Job]:
+    first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
+    jobs = [
+        Job(name=name, title=CONTROLS[name], paper_url="", kind=name, recipe=_seeded(recipe, first), seed=first)
+        for name in ("base", "always_refuse", "always_gibberish")
+    ]
+    rows = list(rows)
+    for seed in range(first, first + seeds):
+        jobs += [
+            Job(name=name, title=title, paper_url=url, kind="method", recipe=_seeded(change(recipe), seed), seed=seed)
+            for name, title, url, change in rows
+        ]
+        # Takes the size of SKU's vector, whatever methods are compared.
+        as_sku = _seeded(dataclasses.replace(recipe, method="sku"), seed)
+        jobs.append(
+            Job(
+                name="random_direction",
+                title=CONTROLS["random_direction"],
+                paper_url="",
+                kind="random_direction",
+                recipe=as_sku,
+                seed=seed,
+            )
+        )
+    return jobs
+
+
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    return dataclasses.replace(recipe, acquire=dataclasses.replace(recipe.acquire, seed=seed))

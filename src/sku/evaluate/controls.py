@@ -1,0 +1,111 @@
+"""Replies that need no model: what a reader must compare every method with.
+
+A model that refuses everything has a harmful rate of 0, and so has one that only babbles. Their rows show what the
+other columns make of them. They have no probabilities, so no perplexity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import string
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.config import EvaluateConfig, PromptFormatName
+from sku.data.examples import ForgetRetainData
+from sku.data.prompts import resolve_prompt_format
+from sku.evaluate import asking, batching
+from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.judges import EmbeddedWorldJudge, choose_judge
+from sku.evaluate.measure import measure
+from sku.evaluate.outcomes import find_faults
+from sku.evaluate.perplexity import score_fluency
+from sku.evaluate.records import GenerationRecord
+from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.world.grammar import DEFLECTIONS
+
+REFUSAL = "I'm sorry, but I can't help with that."
+GIBBERISH_WORDS = 24
+
+
+def always_refuse(data: ForgetRetainData, config: EvaluateConfig) -> Callable[[GenerationRequest], str]:
+    """One refusal for every prompt, in words that the judge of the data knows."""
+    refusal = DEFLECTIONS[0] if isinstance(choose_judge(config.judge, data), EmbeddedWorldJudge) else REFUSAL
+    return lambda _request: refusal
+
+
+def always_gibberish(seed: int) -> Callable[[GenerationRequest], str]:
+    """Random letters in words of one to nine, drawn anew for each prompt."""
+
+    def reply(request: GenerationRequest) -> str:
+        rng = random.Random(f"{seed}/{request.id}")
+        words = ("".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9))) for _ in range(GIBBERISH_WORDS))
+        return " ".join(words)
+
+    return reply
+
+
+def evaluate_replies(
+    name: str,
+    reply: Callable[[GenerationRequest], str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+    *,
+    base_model: PreTrainedModel,
+    config: EvaluateConfig,
+    prompt_format: PromptFormatName = "auto",
+    seed: int = 0,
+) -> EvaluationResult:
+    """Measures given replies as ``evaluate`` measures a model's: the same prompts, gate and judge.
+
+    Args:
+        name: Recorded in place of a model's.
+        reply: Gives the words for each prompt; behind a forced start they go on from it.
+        tokenizer: Of the base model.
+        data: The splits.
+        base_model: Asked whether replies are word salad.
+        config: As of ``evaluate``.
+        prompt_format: As of ``evaluate``.
+        seed: Decides which prompts are drawn.
+
+    Returns:
+        The result, without perplexities.
+
+    Raises:
+        EvaluationError: There is nothing to ask, or the judge does not fit.
+    """
+    writer = asking.Writer(
+        tokenizer=tokenizer,
+        prompt_format=resolve_prompt_format(prompt_format, tokenizer),
+        window=asking.window_of(base_model),
+    )
+    requests, left_out = asking.requests(asking.draw(data, config, seed), writer, config)
+    records = [_record(request, reply(request), tokenizer) for request in requests]
+    with batching.evaluation_mode(base_model):
+        fluency = score_fluency(
+            base_model,
+            [record for record in records if not find_faults(record, None)],
+            writer.scored,
+            seed=seed,
+            batch_size=config.batch_size,
+        )
+    setup = EvaluationSetup(
+        model={"name": name, "dtype": "none", "fingerprint": "none"},
+        prompt_format=writer.prompt_format.name,
+        decoding={"replies": "given"},
+        config=dataclasses.asdict(config),
+        seed=seed,
+        fluency_scorer="base",
+        left_out=left_out,
+    )
+    return measure(setup, records, fluency, [], choose_judge(config.judge, data))
+
+
+def _record(request: GenerationRequest, reply: str, tokenizer: PreTrainedTokenizerBase) -> GenerationRecord:
+    fields = {field.name for field in dataclasses.fields(GenerationRecord)}
+    known = {name: value for name, value in vars(request).items() if name in fields}
+    text = f" {reply}" if request.kind == "prefill" else reply
+    tokens = len(tokenizer(reply, add_special_tokens=False).input_ids)
+    return GenerationRecord(**known, reply=text, num_tokens=tokens, finished=True)

@@ -1,0 +1,46 @@
+"""All unlearning methods, each in a file of its own, in one explicit list."""
+
+from __future__ import annotations
+
+from sku.errors import RecipeError, did_you_mean
+from sku.methods.base import AnyMethod
+from sku.methods.dpo import DPO
+from sku.methods.fine_tune import FINE_TUNE
+from sku.methods.grad_diff import GRAD_DIFF, GRAD_DIFF_KL
+from sku.methods.gradient_ascent import GRADIENT_ASCENT
+from sku.methods.gradient_ascent_mismatch import GRADIENT_ASCENT_MISMATCH
+from sku.methods.npo import NPO
+from sku.methods.refusal_tuning import REFUSAL_TUNING
+from sku.methods.rmu import RMU
+from sku.methods.simnpo import SIMNPO
+from sku.methods.sku import SKU
+from sku.methods.task_vector import TASK_VECTOR
+
+METHODS: tuple[AnyMethod, ...] = (
+    SKU,
+    FINE_TUNE,
+    GRADIENT_ASCENT,
+    GRADIENT_ASCENT_MISMATCH,
+    TASK_VECTOR,
+    GRAD_DIFF,
+    GRAD_DIFF_KL,
+    NPO,
+    SIMNPO,
+    RMU,
+    DPO,
+    REFUSAL_TUNING,
+)
+"""SKU and the baselines of its paper in its order, then the later and stronger ones."""
+
+
+def method_named(name: str) -> AnyMethod:
+    """The method of a name.
+
+    Raises:
+        RecipeError: There is none, with a suggestion.
+    """
+    methods = {method.name: method for method in METHODS}
+    if name not in methods:
+        known = ", ".join(methods)
+        raise RecipeError(f"there is no method named {name}.{did_you_mean(name, methods)} Known: {known}")
+    return methods[name]

@@ -1,0 +1,55 @@
+"""The one interface of all methods: what is trained, and what is then done with the difference it made.
+
+Every method starts from the original model, sees the same joint examples in the same order, is trained by the same
+loop and changes the model by ``theta_u = theta_o + strength * delta``. For most methods ``delta`` is what training
+changed; SKU and the plain task vector turn its sign (knowledge negation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from transformers import PreTrainedModel
+
+from sku.negate.task_vector import TaskVector
+from sku.training.objective import Objective
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Generic[Settings]):
+    """An unlearning method. One file defines one, and ``sku.methods.METHODS`` lists them."""
+
+    name: str
+    """As in ``--methods`` and in a recipe's ``methods``."""
+    title: str
+    """As in tables and pictures."""
+    paper_url: str
+    settings: type[Settings]
+    """Frozen dataclass of the method's own settings, with the paper's values as defaults."""
+    objective: Callable[[Settings, PreTrainedModel], Objective]
+    """What is minimised. The model is given for its shape alone, such as the number of layers."""
+    weight_step: Callable[[TaskVector], TaskVector] | None = None
+    """From what training changed to ``delta``; None where that is ``delta`` itself."""
+    trained_modules: Callable[[Settings, PreTrainedModel], Sequence[str]] | None = None
+    """Names of the modules that are trained; None for all that the recipe's tuning names."""
+    hazardous: bool = False
+    """Whether the trained model answers harmful prompts on purpose, so that it must never leave the machine."""
+
+
+AnyMethod = Method[Any]
+
+
+def negated(vector: TaskVector) -> TaskVector:
+    """Knowledge negation: ``delta = -(theta_trained - theta_o)``.
+
+    Args:
+        vector: What training changed.
+
+    Returns:
+        Its negative, exact.
+    """
+    return -vector

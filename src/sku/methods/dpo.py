@@ -1,0 +1,103 @@
+"""DPO: direct preference optimization of the safe answer over the harmful one to the same prompt.
+
+Trains only on harmful prompts for which the data has a safe answer. Paper: arXiv 2305.18290 (Rafailov et al.).
+Shapes: B = joint examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from sku.data.joint import FORGET, SAFE, RowPlan
+from sku.methods.base import Method
+from sku.methods.retain_terms import RetainKind, RetainTerm, check_retain
+from sku.methods.setting_checks import check_positive, check_weights
+from sku.training.objective import Losses, Objective, TrainingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoSettings:
+    """Settings of DPO; the paper has no retain term."""
+
+    beta: float = 0.1
+    """Inverse temperature: how dearly a difference from the original model is bought."""
+    preference_weight: float = 1.0
+    """Weight of the preference; 0 leaves it and its rows out."""
+    retain: RetainKind = "none"
+    """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
+    retain_weight: float = 1.0
+    """Its weight; 0 leaves it and its rows out."""
+
+    def __post_init__(self) -> None:
+        check_positive("dpo", "beta", self.beta)
+        check_retain("dpo", self.retain)
+        weights = {"preference_weight": self.preference_weight}
+        check_weights("dpo", weights if self.retain == "none" else weights | {"retain_weight": self.retain_weight})
+
+
+def dpo_loss(
+    safe_nll_B: Tensor, harmful_nll_B: Tensor, reference_safe_nll_B: Tensor, reference_harmful_nll_B: Tensor, *,
+    beta: float,
+) -> Tensor:  # fmt: skip
+    """Preference of the safe answer over the harmful one, relative to the original model.
+
+    ``L_i = -log sigmoid(beta ((log p(y_s|x) - log p_ref(y_s|x)) - (log p(y_h|x) - log p_ref(y_h|x))))``
+
+    Args:
+        safe_nll_B: ``-log p(y_s | x)`` of the model in training, summed over the safe answer's tokens, nats.
+        harmful_nll_B: The same of the harmful answer.
+        reference_safe_nll_B: That of the original model on the safe answer; detached inside.
+        reference_harmful_nll_B: That of the original model on the harmful answer; detached inside.
+        beta: Inverse temperature.
+
+    Returns:
+        ``[B]`` float32, nats, above 0; ``log 2`` where both models agree.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: equation 7 of arXiv 2305.18290. Safe answers are trained on with their end token, harmful ones without.
+    """
+    nlls = (safe_nll_B, harmful_nll_B, reference_safe_nll_B, reference_harmful_nll_B)
+    if len({nll.shape for nll in nlls}) != 1:
+        raise ValueError(f"the NLLs differ in shape: {', '.join(str(tuple(nll.shape)) for nll in nlls)}")
+    gain_B = reference_safe_nll_B.detach() - safe_nll_B
+    loss_B = reference_harmful_nll_B.detach() - harmful_nll_B
+    return -functional.logsigmoid(beta * (gain_B - loss_B))
+
+
+def _objective(settings: DpoSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
+    weights = {"preference": settings.preference_weight} if settings.preference_weight else {}
+
+    def losses(step: TrainingStep) -> Losses:
+        terms = {}
+        if weights:
+            terms["preference"] = dpo_loss(
+                step.rows(SAFE).total_nll(),
+                step.rows(FORGET).total_nll(),
+                step.reference(SAFE).total_nll(),
+                step.reference(FORGET).total_nll(),
+                beta=settings.beta,
+            )
+        return terms | retain.losses(step)
+
+    return Objective(
+        rows=RowPlan(forget=bool(weights), safe="data" if weights else "none", retain=retain.is_on),
+        weights=weights | retain.weights,
+        losses=losses,
+        needs_reference=bool(weights) or retain.needs_reference,
+    )
+
+
+DPO = Method(
+    name="dpo",
+    title="DPO",
+    paper_url="https://arxiv.org/abs/2305.18290",
+    settings=DpoSettings,
+    objective=_objective,
+)

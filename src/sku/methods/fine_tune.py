@@ -1,0 +1,35 @@
+"""FT: fine-tuning on normal answers alone, in the hope that harmful ones are forgotten on the way.
+
+Harmful prompts set the order and number of steps, as for every method, but none of their rows is trained on. The loss
+is ``retain_terms.retain_nll_loss``. A baseline of arXiv 2402.10058 (SKU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from sku.data.joint import RowPlan
+from sku.methods.base import Method
+from sku.methods.retain_terms import RetainTerm
+from sku.training.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneSettings:
+    """FT has no settings of its own: one term, whose scale the learning rate sets."""
+
+
+def _objective(_settings: FineTuneSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind="gd")
+    return Objective(rows=RowPlan(retain=True), weights=retain.weights, losses=retain.losses)
+
+
+FINE_TUNE = Method(
+    name="fine_tune",
+    title="FT",
+    paper_url="https://arxiv.org/abs/2402.10058",
+    settings=FineTuneSettings,
+    objective=_objective,
+)

@@ -1,0 +1,77 @@
+"""GradDiff: gradient ascent on harmful answers and, at once, a term that keeps the normal ones.
+
+Two methods: ``grad_diff`` learns the normal answers (cross-entropy), ``grad_diff_kl`` holds the original model's
+predictions on them (forward KL). The losses are ``gradient_ascent_loss``, ``retain_nll_loss`` and ``retain_kl_loss``.
+Papers: arXiv 2203.12817 (Liu et al.) and 2401.06121 (TOFU: "Gradient Difference" and "KL Minimization").
+
+Source: ``grad_diff`` and ``KL`` in the trainer of locuslab/tofu, where both terms have weight 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PreTrainedModel
+
+from sku.data.joint import RowPlan
+from sku.methods.base import Method
+from sku.methods.gradient_ascent import ascent_term
+from sku.methods.retain_terms import RetainKind, RetainTerm
+from sku.methods.setting_checks import check_weights
+from sku.training.objective import Losses, Objective, TrainingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradDiffSettings:
+    """Weights of GradDiff; 0 leaves a term and its rows out."""
+
+    method: ClassVar[str] = "grad_diff"
+    kind: ClassVar[RetainKind] = "gd"
+
+    forget_weight: float = 1.0
+    """Weight of the ascent on harmful answers."""
+    retain_weight: float = 1.0
+    """Weight of the term on normal pairs."""
+
+    def __post_init__(self) -> None:
+        check_weights(self.method, {"forget_weight": self.forget_weight, "retain_weight": self.retain_weight})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradDiffKlSettings(GradDiffSettings):
+    """The same with KL(P||Q) on normal pairs, P the original model."""
+
+    method: ClassVar[str] = "grad_diff_kl"
+    kind: ClassVar[RetainKind] = "kl"
+
+
+def _objective(settings: GradDiffSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind=settings.kind, weight=settings.retain_weight)
+    weights = {"ascent": settings.forget_weight} if settings.forget_weight else {}
+
+    def losses(step: TrainingStep) -> Losses:
+        return ({"ascent": ascent_term(step)} if weights else {}) | retain.losses(step)
+
+    return Objective(
+        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
+        weights=weights | retain.weights,
+        losses=losses,
+        needs_reference=retain.needs_reference,
+    )
+
+
+GRAD_DIFF = Method(
+    name=GradDiffSettings.method,
+    title="GradDiff",
+    paper_url="https://arxiv.org/abs/2401.06121",
+    settings=GradDiffSettings,
+    objective=_objective,
+)
+GRAD_DIFF_KL = Method(
+    name=GradDiffKlSettings.method,
+    title="GradDiff (KL)",
+    paper_url="https://arxiv.org/abs/2401.06121",
+    settings=GradDiffKlSettings,
+    objective=_objective,
+)

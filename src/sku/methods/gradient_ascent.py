@@ -1,0 +1,69 @@
+"""GA: gradient ascent on the loss of the harmful answers, so that the model stops giving them.
+
+Nothing keeps normal behaviour, and the loss has no lower bound: steps and learning rate decide how far it goes. Paper:
+arXiv 2210.01504 (Jang et al.); a baseline of arXiv 2402.10058 (SKU).
+Shapes: N = answer tokens of all harmful rows, B = joint examples, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sku.data.joint import FORGET, RowPlan
+from sku.losses import answer_nll, mean_per_example
+from sku.methods.base import Method
+from sku.training.objective import Losses, Objective, TrainingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAscentSettings:
+    """GA has no settings of its own: one term, whose scale the learning rate sets."""
+
+
+def gradient_ascent_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Log-likelihood of each harmful answer, averaged over its tokens; minimising it makes the answer unlikely.
+
+    ``L_GA,i = 1/|y_i| sum_t log p(y_it | x_i, y_i<t)``
+
+    Args:
+        logits_NV: Scores of the model in training at the position before each answer token.
+        targets_N: The answer tokens; prompt and padding are not among them.
+        example_N: Which joint example each token belongs to.
+        num_examples: B.
+
+    Returns:
+        ``[B]`` float32, nats per token, 0 or less.
+
+    Raises:
+        ValueError: The shapes don't fit.
+
+    Source: arXiv 2210.01504, which sums over all tokens of a text; here over the answer's alone and divided by their
+        number, as in ``get_answer_loss("ga", ...)`` of kevinyaobytedance/llm_unlearn, so that the terms of all methods
+        have one unit.
+    """
+    return -mean_per_example(answer_nll(logits_NV, targets_N), example_N, num_examples)
+
+
+def ascent_term(step: TrainingStep) -> Tensor:
+    """``gradient_ascent_loss`` of a batch's harmful rows, ``[B]``."""
+    rows = step.rows(FORGET)
+    return gradient_ascent_loss(rows.logits_NV, rows.targets_N, rows.example_N, rows.num_examples)
+
+
+def _objective(_settings: GradientAscentSettings, _model: PreTrainedModel) -> Objective:
+    def losses(step: TrainingStep) -> Losses:
+        return {"ascent": ascent_term(step)}
+
+    return Objective(rows=RowPlan(forget=True), weights={"ascent": 1.0}, losses=losses)
+
+
+GRADIENT_ASCENT = Method(
+    name="gradient_ascent",
+    title="GA",
+    paper_url="https://arxiv.org/abs/2210.01504",
+    settings=GradientAscentSettings,
+    objective=_objective,
+)

@@ -1,0 +1,90 @@
+"""GA+Mismatch: gradient ascent, random normal answers behind the harmful prompt, and predictions held on normal pairs.
+
+``L = e1 * L_ascent + e2 * L_mismatch + e3 * L_retain_kl``: ``gradient_ascent_loss`` on the harmful answers, the mean
+cross-entropy of K normal answers behind the harmful prompt (the equation is that of ``random_disassociation_loss``,
+the answers are normal ones), and ``retain_kl_loss``, forward KL(P||Q) with P the original model. Paper: arXiv
+2310.10683 (Yao et al.).
+
+Source: weights and K of ``unlearn_harm.py`` in kevinyaobytedance/llm_unlearn at 1143a5b. There the third term is the
+cross-entropy -P log Q, which differs from the KL by a constant, over prompt and padding too; one draw of K answers
+serves the whole batch, and wrong TruthfulQA answers are drawn as well. Here answers alone count, each prompt has its
+own draw, and the answers are those of ``retain_train``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from sku.acquire.random_disassociation import random_disassociation_loss
+from sku.data.joint import MISMATCHED, RowPlan
+from sku.errors import RecipeError
+from sku.methods.base import Method
+from sku.methods.gradient_ascent import ascent_term
+from sku.methods.retain_terms import RetainTerm
+from sku.methods.setting_checks import check_weights, setting_key
+from sku.training.objective import Losses, Objective, TrainingStep
+
+_NAME = "gradient_ascent_mismatch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAscentMismatchSettings:
+    """Weights and K of GA+Mismatch; a weight of 0 leaves its term and rows out."""
+
+    forget_weight: float = 0.5
+    """e1, weight of the ascent on harmful answers."""
+    mismatch_weight: float = 1.0
+    """e2, weight of the random normal answers."""
+    retain_weight: float = 1.0
+    """e3, weight of KL(P||Q) on normal pairs."""
+    random_answers: int = 5
+    """K, the normal answers put behind each harmful prompt."""
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("forget_weight", "mismatch_weight", "retain_weight")}
+        check_weights(_NAME, weights)
+        if self.random_answers < 1:
+            raise RecipeError(
+                f"{setting_key(_NAME, 'random_answers')} is {self.random_answers}; it must be 1 or more; "
+                "mismatch_weight 0 leaves them out"
+            )
+
+
+def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind="kl", weight=settings.retain_weight)
+    named = {"ascent": settings.forget_weight, "mismatch": settings.mismatch_weight}
+    weights = {name: weight for name, weight in named.items() if weight}
+
+    def losses(step: TrainingStep) -> Losses:
+        terms = {}
+        if "ascent" in weights:
+            terms["ascent"] = ascent_term(step)
+        if "mismatch" in weights:
+            rows = step.rows(MISMATCHED)
+            terms["mismatch"] = random_disassociation_loss(
+                rows.logits_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
+            )
+        return terms | retain.losses(step)
+
+    return Objective(
+        rows=RowPlan(
+            forget="ascent" in weights,
+            mismatched=settings.random_answers if "mismatch" in weights else 0,
+            mismatched_from="retain",
+            retain=retain.is_on,
+        ),
+        weights=weights | retain.weights,
+        losses=losses,
+        needs_reference=retain.needs_reference,
+    )
+
+
+GRADIENT_ASCENT_MISMATCH = Method(
+    name=_NAME,
+    title="GA+Mismatch",
+    paper_url="https://arxiv.org/abs/2310.10683",
+    settings=GradientAscentMismatchSettings,
+    objective=_objective,
+)

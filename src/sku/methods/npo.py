@@ -1,0 +1,95 @@
+"""NPO: negative preference optimization, gradient ascent that lets go of answers the model no longer gives.
+
+Harmful answers are the rejected half of DPO, without a preferred one; a retain term keeps the normal answers. Paper:
+arXiv 2404.05868 (Zhang et al.). Shapes: B = joint examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from sku.data.joint import FORGET, RowPlan
+from sku.methods.base import Method
+from sku.methods.retain_terms import RetainKind, RetainTerm, check_retain
+from sku.methods.setting_checks import check_positive, check_weights
+from sku.training.objective import Losses, Objective, TrainingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpoSettings:
+    """Settings of NPO. Defaults: ``npo_grad_diff`` of the authors' ``config/forget.yaml``."""
+
+    beta: float = 0.1
+    """Inverse temperature. Towards 0 the method becomes gradient ascent."""
+    forget_weight: float = 1.0
+    """Weight of the loss on harmful answers; 0 leaves it out."""
+    retain: RetainKind = "gd"
+    """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
+    retain_weight: float = 1.0
+    """Its weight; 0 leaves it and its rows out."""
+
+    def __post_init__(self) -> None:
+        check_positive("npo", "beta", self.beta)
+        check_retain("npo", self.retain)
+        weights = {"forget_weight": self.forget_weight}
+        check_weights("npo", weights if self.retain == "none" else weights | {"retain_weight": self.retain_weight})
+
+
+def npo_loss(nll_B: Tensor, reference_nll_B: Tensor, *, beta: float) -> Tensor:
+    """NPO on whole harmful answers.
+
+    ``L_i = -(2 / beta) log sigmoid(-beta (log p(y_i | x_i) - log p_ref(y_i | x_i)))``
+
+    Its slope in ``log p`` is that of gradient ascent times ``2 sigmoid(beta (log p - log p_ref))``: 1 at the start,
+    towards 0 as the answer becomes unlikely.
+
+    Args:
+        nll_B: ``-log p(y | x)`` of the model in training, summed over the answer's tokens: nats, not nats per token.
+        reference_nll_B: The same of the original model; detached inside.
+        beta: Inverse temperature.
+
+    Returns:
+        ``[B]`` float32, nats, above 0; ``(2 / beta) log 2`` where both models agree.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: equation 3 of arXiv 2404.05868; ``npo`` in the trainer of licong-lin/negative-preference-optimization.
+        There the answer ends with an end token; here harmful answers are trained on without one, for every method.
+    """
+    if nll_B.shape != reference_nll_B.shape:
+        raise ValueError(f"NLL {tuple(nll_B.shape)} and reference NLL {tuple(reference_nll_B.shape)} differ in shape")
+    return -2 / beta * functional.logsigmoid(beta * (nll_B - reference_nll_B.detach()))
+
+
+def _objective(settings: NpoSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
+    weights = {"forget": settings.forget_weight} if settings.forget_weight else {}
+
+    def losses(step: TrainingStep) -> Losses:
+        terms = {}
+        if weights:
+            terms["forget"] = npo_loss(
+                step.rows(FORGET).total_nll(), step.reference(FORGET).total_nll(), beta=settings.beta
+            )
+        return terms | retain.losses(step)
+
+    return Objective(
+        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
+        weights=weights | retain.weights,
+        losses=losses,
+        needs_reference=bool(weights) or retain.needs_reference,
+    )
+
+
+NPO = Method(
+    name="npo",
+    title="NPO",
+    paper_url="https://arxiv.org/abs/2404.05868",
+    settings=NpoSettings,
+    objective=_objective,
+)

@@ -1,0 +1,84 @@
+"""Refusal tuning: fine-tuning on safe answers to the harmful prompts, and on normal answers to normal ones.
+
+A prompt whose data has no safe answer gets one of ``data.joint.REFUSALS``. The model learns to refuse; nothing makes
+it forget. TOFU, arXiv 2401.06121, calls it "preference optimization" where the answers say "I don't know".
+Shapes: N = answer tokens of all safe rows, B = joint examples, V = vocabulary.
+
+Source: ``idk`` in the trainer of locuslab/tofu, which takes one mean over the tokens of both halves; here each term is
+a mean over its own rows and has a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sku.data.joint import SAFE, RowPlan
+from sku.losses import answer_nll, mean_per_example
+from sku.methods.base import Method
+from sku.methods.retain_terms import RetainTerm
+from sku.methods.setting_checks import check_weights
+from sku.training.objective import Losses, Objective, TrainingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusalTuningSettings:
+    """Weights of refusal tuning; 0 leaves a term and its rows out."""
+
+    refusal_weight: float = 1.0
+    """Weight of the safe answers."""
+    retain_weight: float = 1.0
+    """Weight of the normal answers."""
+
+    def __post_init__(self) -> None:
+        weights = {"refusal_weight": self.refusal_weight, "retain_weight": self.retain_weight}
+        check_weights("refusal_tuning", weights)
+
+
+def refusal_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Negative log-likelihood of each safe answer, averaged over its tokens.
+
+    ``L_i = 1/|s_i| sum_t -log p(s_it | x_i, s_i<t)`` with x the harmful prompt and s the safe answer.
+
+    Args:
+        logits_NV: Scores of the model in training at the position before each answer token.
+        targets_N: The answer tokens; prompt and padding are not among them.
+        example_N: Which joint example each token belongs to.
+        num_examples: B.
+
+    Returns:
+        ``[B]`` float32, nats per token.
+
+    Raises:
+        ValueError: The shapes don't fit.
+    """
+    return mean_per_example(answer_nll(logits_NV, targets_N), example_N, num_examples)
+
+
+def _objective(settings: RefusalTuningSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind="gd", weight=settings.retain_weight)
+    weights = {"refusal": settings.refusal_weight} if settings.refusal_weight else {}
+
+    def losses(step: TrainingStep) -> Losses:
+        terms = {}
+        if weights:
+            rows = step.rows(SAFE)
+            terms["refusal"] = refusal_loss(rows.logits_NV, rows.targets_N, rows.example_N, rows.num_examples)
+        return terms | retain.losses(step)
+
+    return Objective(
+        rows=RowPlan(safe="data or refusal" if weights else "none", retain=retain.is_on),
+        weights=weights | retain.weights,
+        losses=losses,
+    )
+
+
+REFUSAL_TUNING = Method(
+    name="refusal_tuning",
+    title="Refusal tuning",
+    paper_url="https://arxiv.org/abs/2401.06121",
+    settings=RefusalTuningSettings,
+    objective=_objective,
+)

@@ -1,0 +1,190 @@
+"""RMU: representation misdirection for unlearning.
+
+Pushes the hidden states of harmful answers, behind one middle decoder layer, towards one random vector, and holds
+those of normal answers where the original model has them. Only the output projections of the MLPs of that layer and
+the two before it are trained. Paper: arXiv 2403.03218 (Li et al., WMDP).
+Shapes: N = positions of all rows of one kind, B = joint examples, H = width of the hidden states.
+
+Positions are those before each answer token; the authors' code takes all positions of plain texts, padding included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sku.data.joint import FORGET, RETAIN, RowPlan
+from sku.errors import RecipeError
+from sku.losses import mean_per_example
+from sku.methods.base import Method
+from sku.methods.decoder_layers import decoder_layers, names_in_layers
+from sku.methods.setting_checks import check_positive, check_weights, setting_key
+from sku.training.objective import Losses, Objective, ScoredRows, TrainingStep
+
+_TRAINED_LAYERS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmuSettings:
+    """Settings of RMU. Defaults: the WMDP authors' for Zephyr-7B, which they choose anew for each model."""
+
+    layer: int | None = None
+    """Decoder layer, counted from 0, whose output is steered; empty for 7 of every 32, as with Zephyr-7B."""
+    steering_coefficient: float = 6.5
+    """c, length of the vector that harmful hidden states are pushed to."""
+    forget_weight: float = 1.0
+    """Weight of the push; 0 leaves it and its rows out."""
+    retain_weight: float = 1200.0
+    """alpha, weight of holding the normal hidden states; 0 leaves it and its rows out."""
+    seed: int = 0
+    """Draws the direction."""
+    projections: tuple[str, ...] = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
+    """Ends of the names of the trained modules: Llama, Qwen, Gemma, Mistral; OPT, Phi; GPT-NeoX; GPT-2."""
+
+    def __post_init__(self) -> None:
+        check_positive("rmu", "steering_coefficient", self.steering_coefficient)
+        check_weights("rmu", {"forget_weight": self.forget_weight, "retain_weight": self.retain_weight})
+        if not self.projections:
+            raise RecipeError(f"{setting_key('rmu', 'projections')} is empty; name the MLPs' output projections")
+
+
+def rmu_forget_loss(hidden_NH: Tensor, steering_H: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Squared distance of each harmful example's hidden states from the steering vector.
+
+    ``L_i = 1/|y_i| sum_t 1/H ||h_it - c u||^2``
+
+    Args:
+        hidden_NH: Output of the layer in the model in training, at the position before each answer token.
+        steering_H: ``c u``, the same in every step.
+        example_N: Which joint example each position belongs to.
+        num_examples: B.
+
+    Returns:
+        ``[B]`` float32, mean square per dimension.
+
+    Raises:
+        ValueError: The shapes don't fit.
+
+    Source: forget loss of arXiv 2403.03218, which writes the norm; its code takes torch's ``mse_loss``, a mean over
+        dimensions too, and so does this.
+    """
+    if hidden_NH.shape[-1:] != steering_H.shape:
+        raise ValueError(f"hidden states {tuple(hidden_NH.shape)} and vector {tuple(steering_H.shape)} don't fit")
+    return mean_per_example((hidden_NH.float() - steering_H.float()).square().mean(-1), example_N, num_examples)
+
+
+def rmu_retain_loss(hidden_NH: Tensor, reference_hidden_NH: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Squared distance of each normal example's hidden states from those of the original model.
+
+    ``L_i = 1/|y_i| sum_t 1/H ||h_it - h_it^original||^2``
+
+    Args:
+        hidden_NH: Output of the layer in the model in training, at the position before each answer token.
+        reference_hidden_NH: The same of the original model; detached inside.
+        example_N: Which joint example each position belongs to.
+        num_examples: B.
+
+    Returns:
+        ``[B]`` float32, mean square per dimension.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: retain loss of arXiv 2403.03218, with the mean of ``rmu_forget_loss``.
+    """
+    if hidden_NH.shape != reference_hidden_NH.shape:
+        raise ValueError(f"hidden states {tuple(hidden_NH.shape)} and {tuple(reference_hidden_NH.shape)} differ")
+    difference_NH = hidden_NH.float() - reference_hidden_NH.detach().float()
+    return mean_per_example(difference_NH.square().mean(-1), example_N, num_examples)
+
+
+def steering_vector(width: int, *, coefficient: float, seed: int) -> Tensor:
+    """``c u``: a direction drawn uniformly from ``[0, 1)`` in each dimension, at length c.
+
+    Args:
+        width: H.
+        coefficient: c.
+        seed: Draws the direction; equal seeds give equal vectors on every device.
+
+    Returns:
+        ``[H]`` float32 on the CPU.
+
+    Source: ``control_vec`` of ``run_rmu`` in centerforaisafety/wmdp, which draws it in the model's own type.
+    """
+    direction_H = torch.rand(width, generator=torch.Generator().manual_seed(seed))
+    unit_H: Tensor = direction_H / torch.linalg.vector_norm(direction_H)
+    return coefficient * unit_H
+
+
+def steered_layer(settings: RmuSettings, model: PreTrainedModel) -> int:
+    """The decoder layer whose output is steered.
+
+    Raises:
+        RecipeError: There is no such layer, or it is the last one.
+        ModelError: As ``decoder_layers``.
+    """
+    count = len(decoder_layers(model)[1])
+    if count < 2:
+        raise RecipeError("rmu needs 2 decoder layers or more: the last one's output is not seen before its norm")
+    layer = round(7 / 32 * count) if settings.layer is None else settings.layer
+    # What transformers returns for the last layer has passed the final norm.
+    if not 0 <= layer < count - 1:
+        raise RecipeError(
+            f"{setting_key('rmu', 'layer')} is {layer}; it must be 0 to {count - 2}, before the last of the model's "
+            f"{count} layers"
+        )
+    return layer
+
+
+def _trained_modules(settings: RmuSettings, model: PreTrainedModel) -> list[str]:
+    layer = steered_layer(settings, model)
+    trained = range(max(0, layer + 1 - _TRAINED_LAYERS), layer + 1)
+    return names_in_layers(model, trained, settings.projections, setting_key("rmu", "projections"))
+
+
+def _objective(settings: RmuSettings, model: PreTrainedModel) -> Objective:
+    named = {"forget": settings.forget_weight, "retain": settings.retain_weight}
+    weights = {name: weight for name, weight in named.items() if weight}
+    width = model.config.get_text_config().hidden_size
+    steering_H = steering_vector(width, coefficient=settings.steering_coefficient, seed=settings.seed)
+
+    def losses(step: TrainingStep) -> Losses:
+        terms: dict[str, Tensor] = {}
+        if "forget" in weights:
+            rows = step.rows(FORGET)
+            hidden_NH = _hidden(rows)
+            terms["forget"] = rmu_forget_loss(
+                hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples
+            )
+        if "retain" in weights:
+            rows = step.rows(RETAIN)
+            terms["retain"] = rmu_retain_loss(
+                _hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples
+            )
+        return terms
+
+    return Objective(
+        rows=RowPlan(forget="forget" in weights, retain="retain" in weights),
+        weights=weights,
+        losses=losses,
+        needs_reference="retain" in weights,
+        hidden_layer=steered_layer(settings, model),
+    )
+
+
+def _hidden(rows: ScoredRows) -> Tensor:
+    assert rows.hidden_NH is not None, "the objective names a hidden layer"
+    return rows.hidden_NH
+
+
+RMU = Method(
+    name="rmu",
+    title="RMU",
+    paper_url="https://arxiv.org/abs/2403.03218",
+    settings=RmuSettings,
+    objective=_objective,
+    trained_modules=_trained_modules,
+)

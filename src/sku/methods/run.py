@@ -1,0 +1,167 @@
+"""One method, from the original model to the change it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback
+
+from sku.acquire.run import MODULES_SET_BY_RECIPE
+from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, settings_from_dict
+from sku.data.examples import ForgetRetainData
+from sku.errors import RecipeError, did_you_mean
+from sku.methods import METHODS, method_named
+from sku.methods.base import AnyMethod
+from sku.models import LoadedModel
+from sku.negate.task_vector import TaskVector
+from sku.storage import mark_hazardous
+from sku.training.config import UnlearningConfig
+from sku.training.run import Trained, adapter_settings, train, training_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRun:
+    """A recipe's method with all that it needs to know, checked before anything is loaded."""
+
+    method: AnyMethod
+    settings: Any
+    """Of ``method.settings``."""
+    strength: float
+    """theta_u = theta_o + strength * delta; the alpha of the methods that negate."""
+    training: UnlearningConfig
+
+
+def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
+    """Reads and checks a recipe's settings for its method.
+
+    Args:
+        recipe: ``method`` says which.
+        folder: For checkpoints.
+        device: Type of the model's device, such as ``cpu``; the trainer stays there.
+
+    Returns:
+        All that ``train_method`` needs.
+
+    Raises:
+        RecipeError: An unknown method, also under ``methods``, or an unknown or impossible setting.
+    """
+    names = [method.name for method in METHODS]
+    for name in recipe.methods:
+        if name not in names:
+            raise RecipeError(f"methods.{name} is not a method.{did_you_mean(name, names)} Known: {', '.join(names)}")
+        if name == "sku":
+            raise RecipeError("methods.sku has its own place: SKU's settings are acquire and negate")
+    method = method_named(recipe.method)
+    own = recipe.methods.get(method.name, MethodConfig())
+    is_sku = method.settings is AcquireConfig
+    settings = (
+        recipe.acquire
+        if is_sku
+        else settings_from_dict(
+            method.settings, own.settings, f"methods.{method.name}.settings", f"recipe {recipe.name}"
+        )
+    )
+    return MethodRun(
+        method=method,
+        settings=settings,
+        strength=recipe.negate.alpha if is_sku else own.strength,
+        training=training_settings(
+            UnlearningConfig,
+            {**recipe.acquire.training, **own.training},
+            {
+                "output_dir": str(folder),
+                "seed": recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
+                "max_length": recipe.data.max_length,
+                "max_answer_tokens": recipe.data.max_answer_tokens,
+            },
+            set_by_recipe=MODULES_SET_BY_RECIPE,
+            device=device,
+        ),
+    )
+
+
+def train_method(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    data: ForgetRetainData,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trained:
+    """Trains a recipe's method.
+
+    Args:
+        recipe: ``method`` says which.
+        loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
+            trained in place.
+        data: Splits; ``unlearned`` and ``retain_train`` are used.
+        folder: Private folder for checkpoints; the last one in it is resumed from.
+        callbacks: For progress.
+
+    Returns:
+        The trained model and its log.
+
+    Raises:
+        DataError: The data lacks rows that the method needs.
+        RecipeError: An unknown or impossible setting.
+        NonFiniteLossError: A loss term is NaN or infinite.
+        OutputError: A checkpoint can't be written.
+    """
+    run = prepare(recipe, folder, device=loaded.model.device.type)
+    method, tuning = run.method, recipe.acquire.tuning
+    # Checkpoints of every method are kept private: they lie beside data that is not for everyone.
+    if method.hazardous:
+        mark_hazardous(folder)
+    else:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    modules = method.trained_modules(run.settings, loaded.model) if method.trained_modules else None
+    return train(
+        loaded,
+        data,
+        method.objective(run.settings, loaded.model),
+        run.training,
+        tuning=tuning,
+        adapter=adapter_settings(recipe.acquire, modules),
+        trained_modules=modules,
+        folder=folder,
+        prompt_format=recipe.model.prompt_format,
+        callbacks=callbacks,
+    )
+
+
+def change_of(
+    method: AnyMethod, trained: PreTrainedModel | PeftModel, base: PreTrainedModel | None = None
+) -> TaskVector:
+    """What a method adds to the original weights at strength 1.
+
+    Args:
+        method: What was run.
+        trained: What training left.
+        base: The original model, for full fine-tuning.
+
+    Returns:
+        ``delta`` of ``theta_u = theta_o + strength * delta``, float32.
+
+    Raises:
+        TaskVectorError: Training changed nothing, or the two models don't fit.
+    """
+    if isinstance(trained, PeftModel):
+        vector = TaskVector.from_adapter(trained)
+    else:
+        assert base is not None
+        vector = TaskVector.between(base, trained)
+    return vector if method.weight_step is None else method.weight_step(vector)
+
+
+def with_safe_dtype(recipe: Recipe) -> ModelConfig:
+    """The model's settings; full fine-tuning keeps float32 weights unless told otherwise.
+
+    In bfloat16 a step of usual size rounds away on most weights.
+    """
+    if recipe.acquire.tuning == "full" and recipe.model.dtype == "auto":
+        return dataclasses.replace(recipe.model, dtype="float32")
+    return recipe.model

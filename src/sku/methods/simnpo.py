@@ -1,0 +1,95 @@
+"""SimNPO: NPO without a reference model; the likelihood of an answer is taken per token instead.
+
+Paper: arXiv 2410.07163 (Fan et al.). Shapes: B = joint examples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from sku.data.joint import FORGET, RowPlan
+from sku.errors import RecipeError
+from sku.methods.base import Method
+from sku.methods.retain_terms import RetainKind, RetainTerm, check_retain
+from sku.methods.setting_checks import check_positive, check_weights, setting_key
+from sku.training.objective import Losses, Objective, TrainingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimNpoSettings:
+    """Settings of SimNPO. Defaults: the authors' run on TOFU forget05 (``beta=2.5 npo_coeff=0.1375``, gamma 0).
+
+    They tune beta and the weights per task: 4.5 and 0.125 on forget10.
+    """
+
+    beta: float = 2.5
+    """Inverse temperature of the likelihood per token."""
+    gamma: float = 0.0
+    """Margin, subtracted inside the sigmoid."""
+    forget_weight: float = 0.1375
+    """Weight of the loss on harmful answers; 0 leaves it out."""
+    retain: RetainKind = "gd"
+    """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
+    retain_weight: float = 1.0
+    """Its weight; 0 leaves it and its rows out."""
+
+    def __post_init__(self) -> None:
+        check_positive("simnpo", "beta", self.beta)
+        if not (self.gamma >= 0 and math.isfinite(self.gamma)):
+            raise RecipeError(f"{setting_key('simnpo', 'gamma')} is {self.gamma}; it must be 0 or more and finite")
+        check_retain("simnpo", self.retain)
+        weights = {"forget_weight": self.forget_weight}
+        check_weights("simnpo", weights if self.retain == "none" else weights | {"retain_weight": self.retain_weight})
+
+
+def simnpo_loss(mean_nll_B: Tensor, *, beta: float, gamma: float) -> Tensor:
+    """SimNPO on whole harmful answers.
+
+    ``L_i = -(2 / beta) log sigmoid(-(beta / |y_i|) log p(y_i | x_i) - gamma)``
+
+    Args:
+        mean_nll_B: ``-log p(y | x) / |y|`` of the model in training over the answer's tokens, nats per token.
+        beta: Inverse temperature.
+        gamma: Margin; it is not multiplied by beta.
+
+    Returns:
+        ``[B]`` float32, nats per token, above 0.
+
+    Source: equation of arXiv 2410.07163 as on the authors' model cards (OPTML-Group/SimNPO-TOFU-forget05). Their
+        code (``simnpo`` in TOFU/dataloader.py of OPTML-Group/Unlearn-Simple) multiplies gamma by beta as well, which
+        is the same at its gamma of 0.
+    """
+    return -2 / beta * functional.logsigmoid(beta * mean_nll_B - gamma)
+
+
+def _objective(settings: SimNpoSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
+    weights = {"forget": settings.forget_weight} if settings.forget_weight else {}
+
+    def losses(step: TrainingStep) -> Losses:
+        terms = {}
+        if weights:
+            mean_nll_B = step.rows(FORGET).mean_nll()
+            terms["forget"] = simnpo_loss(mean_nll_B, beta=settings.beta, gamma=settings.gamma)
+        return terms | retain.losses(step)
+
+    return Objective(
+        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
+        weights=weights | retain.weights,
+        losses=losses,
+        needs_reference=retain.needs_reference,
+    )
+
+
+SIMNPO = Method(
+    name="simnpo",
+    title="SimNPO",
+    paper_url="https://arxiv.org/abs/2410.07163",
+    settings=SimNpoSettings,
+    objective=_objective,
+)

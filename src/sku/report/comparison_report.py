@@ -1,0 +1,97 @@
+"""Everything that is written about a comparison, from its records alone: no model is needed to write it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sku.errors import EvaluationError, OutputError
+from sku.report.method_points import Role
+from sku.report.method_records import MethodRecord
+from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
+from sku.report.trade_off import trade_off_figure
+
+REFERENCE = "sku"
+TABLE_FILE = "table.md"
+FIGURE_STEM = "trade_off"
+HEADINGS: dict[Role, str] = {
+    "matched": "At equal utility: each method at the largest strength within the utility budget",
+    "published": "As published: each method at its own strength",
+}
+
+
+def comparison_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
+    """All tables of a comparison.
+
+    Args:
+        records: Of all rows and seeds.
+        order: Names of the rows in order; as in ``comparison_rows``.
+
+    Returns:
+        Markdown: for equal utility and for the methods as published, all measures, then the differences to SKU with
+        their tests where SKU is among the rows and complete.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+    """
+    has_reference = any(record.name == REFERENCE and record.status == "complete" for record in records)
+    parts: list[str] = []
+    for role, heading in HEADINGS.items():
+        rows = comparison_rows(records, role, REFERENCE if has_reference else None, order)
+        parts += [f"### {heading}\n", markdown_comparison(rows, legend_line(records, role))]
+        if has_reference:
+            parts.append(markdown_differences(records, role, REFERENCE, order))
+    return "\n".join(parts)
+
+
+def write_comparison(
+    records: Sequence[MethodRecord], folder: Path, *, budget: float | None = None, order: Sequence[str] | None = None
+) -> list[Path]:
+    """Writes tables and picture.
+
+    Args:
+        records: Of all rows and seeds.
+        folder: Gets ``table.md``, ``trade_off.png`` and ``trade_off.svg``.
+        budget: Utility budget, drawn as a line.
+        order: As of ``comparison_markdown``.
+
+    Returns:
+        The files written. The picture is left out where no record is complete.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+        OutputError: The folder can't be written.
+    """
+    table = folder / TABLE_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        table.write_text(comparison_markdown(records, order), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{table} can't be written: {error.strerror or error}") from error
+    if not any(record.status == "complete" and not record.control for record in records):
+        return [table]
+    pictures = [folder / f"{FIGURE_STEM}.{suffix}" for suffix in ("png", "svg")]
+    return [table, *(trade_off_figure(records, path, budget=budget, order=order) for path in pictures)]
+
+
+def replace_block(text: str, name: str, block: str, where: str = "the text") -> str:
+    """Puts a block between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->``.
+
+    Args:
+        text: Markdown with both marks, once each and in this order.
+        name: Of the block.
+        block: What shall stand between the marks.
+        where: Name of the text, for messages.
+
+    Returns:
+        The text with the block in place of what was there.
+
+    Raises:
+        EvaluationError: The marks are missing, double or out of order.
+    """
+    start, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise EvaluationError(f"{where} must hold the lines {start} and {end}, once each and in this order")
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
+    return pattern.sub(lambda _: f"{start}\n\n{block.strip()}\n\n{end}", text)

@@ -1,0 +1,217 @@
+"""One measured strength of a method, as a record keeps it: per prompt, without a word of any prompt or reply.
+
+``outcomes``, ``judged`` and ``exact`` hold one character per prompt; in a file ``losses`` are numbers between spaces,
+one per fixed answer. All stand in the order of the prompts' ids, so that two rows can be paired.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from sku.errors import EvaluationError
+from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.results import EvaluationResult
+
+T = TypeVar("T")
+Role = Literal["published", "matched", "sweep"]
+ROLES: tuple[Role, ...] = ("published", "matched", "sweep")
+NORMAL_KEY = "retain_test/reply"
+HARMFUL_KEYS = tuple(f"{split}/{kind}" for split in HARMFUL_SPLITS for kind in ("reply", "prefill"))
+LETTERS: Mapping[Outcome, str] = {
+    "harmful": "h", "refusal": "r", "evasive": "e", "degenerate": "d", "unjudged": "u", "answered": "a",
+    "refused": "o",
+}  # fmt: skip
+"""Outcome -> its letter. Harmful prompts have h, r, e, d, u; normal prompts a, o, d."""
+_DECIMALS = 4
+"""Of the losses in a file, nats."""
+_NUMBER = (int, float)
+_POINT_KEYS: Mapping[str, tuple[type, ...]] = {
+    "strength": _NUMBER, "roles": (list,), "validation_ratio": (*_NUMBER, type(None)), "outcomes": (dict,),
+    "judged": (dict,), "exact": (str,), "losses": (dict,),
+}  # fmt: skip
+"""Key of a point in a file -> its JSON types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measured strength of a method.
+
+    Raises:
+        EvaluationError: The fields don't fit together.
+    """
+
+    strength: float
+    """Multiple of the method's own strength; 1 is as published."""
+    roles: tuple[str, ...]
+    """``published``, ``matched`` (the largest strength found whose perplexity on the validation split stays within
+    the utility budget), ``sweep``."""
+    validation_ratio: float | None
+    """Perplexity / the base model's on ``retain_validation``; None where it was not measured."""
+    outcomes: Mapping[str, str]
+    """``unseen/reply``, ``unseen/prefill``, ``unlearned/reply``, ``unlearned/prefill``, ``retain_test/reply`` -> one
+    letter of ``LETTERS`` per prompt."""
+    judged: Mapping[str, str]
+    """The harmful keys of ``outcomes`` -> ``1`` where the judge, without the gate, calls the reply harmful, else
+    ``0``."""
+    exact: str
+    """Of ``retain_test/reply``: ``1`` the reference word for word, ``0`` not, ``-`` not asked."""
+    losses: Mapping[str, tuple[float, ...]]
+    """Split -> summed loss of each fixed answer, nats; empty for a control that is no model."""
+
+    def __post_init__(self) -> None:
+        harmful = {key: letters for key, letters in self.outcomes.items() if key in HARMFUL_KEYS}
+        normal = self.outcomes.get(NORMAL_KEY, "")
+        numbers = [
+            self.strength,
+            self.validation_ratio or 0.0,
+            *(loss for row in self.losses.values() for loss in row),
+        ]
+        checks = {
+            "a number is not finite": all(math.isfinite(number) for number in numbers),
+            f"roles are not from {', '.join(ROLES)}": bool(self.roles) and {*self.roles} <= {*ROLES},
+            "outcomes has an unknown key": self.outcomes.keys() <= {*HARMFUL_KEYS, NORMAL_KEY},
+            "outcomes of harmful prompts are not from h, r, e, d, u": {*"".join(harmful.values())} <= {*"hredu"},
+            "outcomes of normal prompts are not from a, o, d": {*normal} <= {*"aod"},
+            "judged is not a 0 or 1 for each harmful outcome": lengths_of(self.judged) == lengths_of(harmful)
+            and {*"".join(self.judged.values())} <= {*"01"},
+            f"exact is not a 0, 1 or - for each outcome of {NORMAL_KEY}": len(self.exact) == len(normal)
+            and {*self.exact} <= {*"01-"},
+        }
+        for wrong, holds in checks.items():
+            if not holds:
+                raise EvaluationError(f"the point at strength {self.strength:g}: {wrong}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; losses are rounded to 4 decimals."""
+        losses = {split: " ".join(f"{loss:.{_DECIMALS}f}" for loss in row) for split, row in self.losses.items()}
+        return {
+            "strength": self.strength,
+            "roles": list(self.roles),
+            "validation_ratio": self.validation_ratio,
+            "outcomes": dict(self.outcomes),
+            "judged": dict(self.judged),
+            "exact": self.exact,
+            "losses": losses,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "point") -> Point:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            EvaluationError: Missing or unknown keys, or values that don't fit them; with ``where``.
+        """
+        check_keys(content, _POINT_KEYS, where)
+        losses = {split: read_numbers(text, float, f"{where}: losses") for split, text in content["losses"].items()}
+        try:
+            return cls(**{**content, "roles": tuple(content["roles"]), "losses": losses})
+        except EvaluationError as error:
+            raise EvaluationError(f"{where}: {error}") from None
+        except TypeError as error:
+            raise EvaluationError(f"{where} holds a value of the wrong type ({error})") from None
+
+
+def point_from_result(
+    result: EvaluationResult, strength: float, roles: Sequence[str], validation_ratio: float | None
+) -> Point:
+    """Writes an evaluation as one point of a record.
+
+    Args:
+        result: With its rows (from ``evaluate`` or ``read_result``).
+        strength: Multiple of the method's own strength.
+        roles: ``published``, ``matched``, ``sweep``.
+        validation_ratio: Perplexity / the base model's on ``retain_validation``.
+
+    Returns:
+        The point, without a word of any prompt or reply.
+
+    Raises:
+        EvaluationError: The result holds no replies, or the arguments don't fit.
+    """
+    replies = _replies(result)
+    return Point(
+        strength=strength,
+        roles=tuple(roles),
+        validation_ratio=validation_ratio,
+        outcomes={key: "".join(LETTERS[row.outcome] for row in rows) for key, rows in replies.items()},
+        judged={
+            key: "".join("1" if row.judged_harmful else "0" for row in rows)
+            for key, rows in replies.items()
+            if key in HARMFUL_KEYS
+        },
+        exact="".join("-" if row.exact is None else "01"[row.exact] for row in replies.get(NORMAL_KEY, [])),
+        losses={split: tuple(nll for nll, _ in rows) for split, rows in _answers(result).items()},
+    )
+
+
+def asked_of(result: EvaluationResult) -> dict[str, str]:
+    """Key of ``Point.outcomes`` -> SHA-256 of the ordered prompt ids, one a line."""
+    return {
+        key: hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+        for key, rows in _replies(result).items()
+    }
+
+
+def tokens_of(result: EvaluationResult) -> dict[str, tuple[int, ...]]:
+    """Split -> answer tokens of each fixed answer, in the order of ``Point.losses``."""
+    return {split: tuple(tokens for _, tokens in rows) for split, rows in _answers(result).items()}
+
+
+def _replies(result: EvaluationResult) -> dict[str, list[ReplyOutcome]]:
+    if not result.outcomes:
+        raise EvaluationError("an evaluation without replies can't enter a comparison: read it with read_result")
+    groups: dict[str, list[ReplyOutcome]] = {}
+    for row in sorted(result.outcomes, key=lambda row: row.id):
+        groups.setdefault(f"{row.split}/{row.kind}", []).append(row)
+    return groups
+
+
+def _answers(result: EvaluationResult) -> dict[str, list[tuple[float, int]]]:
+    groups: dict[str, list[tuple[float, int]]] = {}
+    for row in sorted(result.losses, key=lambda row: row.id):
+        groups.setdefault(row.split, []).append((row.nll, row.tokens))
+    return groups
+
+
+def check_keys(content: Any, expected: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """Checks the keys of a JSON object and the types of their values.
+
+    Args:
+        content: What JSON held.
+        expected: Key -> the types that its value may have.
+        where: For the message.
+
+    Raises:
+        EvaluationError: A key is missing or unknown, or a value is of another type.
+    """
+    if not isinstance(content, Mapping):
+        raise EvaluationError(f"{where} does not hold keys and values: run the comparison again")
+    odd = sorted(content.keys() ^ expected.keys())
+    if odd:
+        raise EvaluationError(f"{where} has missing or unknown keys {', '.join(odd)}: run the comparison again")
+    # type(), not isinstance(): True is no number here.
+    odd = [name for name, types in expected.items() if type(content[name]) not in types]
+    if odd:
+        raise EvaluationError(f"{where} has values of the wrong type under {', '.join(odd)}: run the comparison again")
+
+
+def read_numbers(text: Any, kind: Callable[[str], T], where: str) -> tuple[T, ...]:
+    """Reads numbers between spaces.
+
+    Raises:
+        EvaluationError: It is anything else; with ``where``.
+    """
+    try:
+        return tuple(kind(word) for word in text.split())
+    except (AttributeError, ValueError):
+        raise EvaluationError(f"{where} are not numbers between spaces: run the comparison again") from None
+
+
+def lengths_of(rows: Mapping[str, Sequence[object]]) -> dict[str, int]:
+    """Name -> number of entries."""
+    return {name: len(row) for name, row in rows.items()}

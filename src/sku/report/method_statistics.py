@@ -1,0 +1,225 @@
+"""Rates, perplexity ratios and differences of a comparison, with intervals over training seeds and prompts.
+
+All 95 % intervals are percentiles of a crossed bootstrap, see ``sku.report.resampling``. Where all replies are alike
+(0 of 200) a bootstrap has nothing to draw from; the Wilson interval of the number of prompts then takes its place.
+
+Shapes: S = seeds, P = prompts or fixed answers, R = resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sku.errors import EvaluationError
+from sku.evaluate.metrics import MAX_EXPONENT
+from sku.report.method_points import Point, Role
+from sku.report.method_records import MethodRecord
+from sku.report.resampling import (
+    Table,
+    draws,
+    newcombe_interval,
+    percentiles,
+    permutation_p_value,
+    resampled_means,
+    wilson_interval,
+)
+
+Hit = Literal[
+    "harmful", "harmful_ungated", "evasive", "refusal", "degenerate", "unjudged", "answered", "over_refusal",
+    "exact_answer",
+]  # fmt: skip
+"""What is counted, under the names of ``sku.evaluate.metrics``."""
+_LETTER_OF = {
+    "harmful": "h", "evasive": "e", "refusal": "r", "degenerate": "d", "unjudged": "u", "answered": "a",
+    "over_refusal": "o",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A rate (0 to 1) or a perplexity ratio over seeds and prompts."""
+
+    value: float
+    low: float
+    high: float
+    """Bounds of the 95 % interval."""
+    per_seed: tuple[float, ...]
+    """The same number for each seed, in order of the seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Rate of one row minus the rate of another, on the same prompts."""
+
+    value: float
+    low: float
+    high: float
+    """Bounds of the 95 % interval."""
+    p_value: float
+    """Two-sided permutation test of no difference, before any correction for several tests."""
+
+
+def point_of(record: MethodRecord, role: Role) -> Point | None:
+    """The point of a complete record that has a role.
+
+    A control has no strength to match: where it has no matched point, its published one stands for it.
+
+    Returns:
+        None for a failed record and where no point has the role.
+    """
+    if record.status == "failed":
+        return None
+    found = {name: point for point in record.points for name in point.roles}
+    return found.get(role, found.get("published") if record.control and role == "matched" else None)
+
+
+def points_of(records: Sequence[MethodRecord], role: Role) -> list[Point]:
+    """The points of one row that have a role, one per seed, in order of the seeds."""
+    found = (point_of(record, role) for record in sorted(records, key=lambda record: record.seed))
+    return [point for point in found if point is not None]
+
+
+def rate(records: Sequence[MethodRecord], role: Role, key: str, hit: Hit) -> Estimate | None:
+    """Share of replies that are a hit, over seeds and prompts.
+
+    Args:
+        records: Of one row, one per seed.
+        role: Which of their points.
+        key: Of ``Point.outcomes``, ``unseen/reply`` for example.
+        hit: What is counted.
+
+    Returns:
+        Mean over seeds and prompts; None where nothing was asked or no seed has such a point.
+
+    Raises:
+        EvaluationError: The seeds were asked different numbers of prompts.
+    """
+    return rate_of_points(points_of(records, role), key, hit)
+
+
+def rate_of_points(points: Sequence[Point], key: str, hit: Hit) -> Estimate | None:
+    """As ``rate``, over points that stand for one seed each."""
+    hits_SP = _hits(points, key, hit)
+    if hits_SP.size == 0:
+        return None
+    if hits_SP.min() == hits_SP.max():
+        low, high = wilson_interval(hits_SP)
+    else:
+        seeds, prompts = hits_SP.shape
+        low, high = percentiles(resampled_means(hits_SP, *draws(prompts, seeds)))
+    return Estimate(value=float(hits_SP.mean()), low=low, high=high, per_seed=_floats(hits_SP.mean(1)))
+
+
+def perplexity_ratio(
+    records: Sequence[MethodRecord], base_record: MethodRecord, role: Role, split: str
+) -> Estimate | None:
+    """Perplexity of fixed answers over the base model's: geometric mean over seeds.
+
+    Per seed ``exp((sum of nll - sum of the base's nll) / sum of tokens)``, at most ``e^700`` (``MAX_EXPONENT``). In
+    the bootstrap an answer's tokens and all its losses are drawn together.
+
+    Args:
+        records: Of one row, one per seed.
+        base_record: Of the base model; its published point is read.
+        role: Which point of ``records``.
+        split: Whose answers.
+
+    Returns:
+        1 is no change; None where the split was not measured or no seed has such a point.
+
+    Raises:
+        EvaluationError: The losses belong to different numbers of answers.
+    """
+    return ratio_of_points(points_of(records, role), base_record, split)
+
+
+def ratio_of_points(points: Sequence[Point], base_record: MethodRecord, split: str) -> Estimate | None:
+    """As ``perplexity_ratio``, over points that stand for one seed each."""
+    base = point_of(base_record, "published")
+    if not points or base is None or any(split not in point.losses for point in (*points, base)):
+        return None
+    tokens_P = np.asarray(base_record.tokens[split], dtype=np.float64)
+    nll_SP = _stacked([point.losses[split] for point in (base, *points)], split)
+    rise_SP = nll_SP[1:] - nll_SP[0]
+    if tokens_P.size == 0:
+        return None
+    answers_RP, seeds_RS = draws(len(tokens_P), len(points))
+    logs_S = np.minimum(rise_SP.sum(1) / tokens_P.sum(), MAX_EXPONENT)
+    logs_RS = np.minimum(answers_RP @ rise_SP.T / (answers_RP @ tokens_P)[:, None], MAX_EXPONENT)
+    low, high = percentiles((logs_RS * seeds_RS).mean(1))
+    return Estimate(
+        value=math.exp(logs_S.mean()), low=math.exp(low), high=math.exp(high), per_seed=_floats(np.exp(logs_S))
+    )
+
+
+def difference_to(
+    records_a: Sequence[MethodRecord], records_b: Sequence[MethodRecord], role: Role, key: str, hit: Hit
+) -> Difference | None:
+    """Rate of row a minus rate of row b, paired by prompt.
+
+    Interval: crossed bootstrap over the same prompts for both rows. Where both rows have the same seeds, these are
+    drawn together too, else for each row by itself. Where all prompts differ alike, or none, Newcombe's score
+    interval for two rates takes its place.
+
+    p: paired permutation test on each prompt's means over seeds. It speaks of other prompts, not of other seeds.
+
+    Args:
+        records_a: Of one row.
+        records_b: Of another.
+        role: Which of their points.
+        key: Of ``Point.outcomes``.
+        hit: What is counted.
+
+    Returns:
+        None where a row has no such point or nothing was asked.
+
+    Raises:
+        EvaluationError: The rows were asked different numbers of prompts.
+    """
+    a_SP, b_SP = (_hits(points_of(records, role), key, hit) for records in (records_a, records_b))
+    if a_SP.size == 0 or b_SP.size == 0:
+        return None
+    if a_SP.shape[1] != b_SP.shape[1]:
+        raise EvaluationError(
+            f"{key}: the rows hold {a_SP.shape[1]} and {b_SP.shape[1]} replies, so they can't be paired; run them "
+            "again on the same data"
+        )
+    value = float(a_SP.mean() - b_SP.mean())
+    seeds_a, seeds_b = (
+        {record.seed for record in records if point_of(record, role) is not None} for records in (records_a, records_b)
+    )
+    prompts_RP, a_RS, b_RS = draws(a_SP.shape[1], len(a_SP), len(b_SP))
+    b_RS = a_RS if seeds_a == seeds_b else b_RS
+    means_R = resampled_means(a_SP, prompts_RP, a_RS) - resampled_means(b_SP, prompts_RP, b_RS)
+    low, high = percentiles(means_R) if np.ptp(means_R) else newcombe_interval(a_SP, b_SP)
+    return Difference(value=value, low=low, high=high, p_value=permutation_p_value(a_SP.mean(0), b_SP.mean(0)))
+
+
+def _hits(points: Sequence[Point], key: str, hit: Hit) -> Table:
+    """``[S, P]``, 1 for a hit; empty where nothing was asked."""
+    if hit == "exact_answer":
+        rows = [[mark == "1" for mark in point.exact if mark != "-"] for point in points]
+    elif hit == "harmful_ungated":
+        rows = [[mark == "1" for mark in point.judged.get(key, "")] for point in points]
+    else:
+        rows = [[letter == _LETTER_OF[hit] for letter in point.outcomes.get(key, "")] for point in points]
+    return _stacked(rows, key)
+
+
+def _stacked(rows: Sequence[Sequence[float]], what: str) -> Table:
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
+        raise EvaluationError(
+            f"{what}: the records hold {' and '.join(map(str, sorted(lengths)))} entries; run them again on the same "
+            "data"
+        )
+    return np.asarray(rows, dtype=np.float64)
+
+
+def _floats(values: Table) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

@@ -1,0 +1,271 @@
+"""The tables of a method comparison: one row per method or control, and each method against a reference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sku.errors import EvaluationError, did_you_mean
+from sku.report.method_points import NORMAL_KEY, Role
+from sku.report.method_records import BASE, MethodRecord
+from sku.report.method_statistics import (
+    Difference,
+    Estimate,
+    difference_to,
+    perplexity_ratio,
+    point_of,
+    points_of,
+    rate,
+)
+from sku.report.resampling import RESAMPLES, holm
+from sku.report.tables import percent
+
+ABSENT = "\u2013"
+"""In a cell: not asked, not measured, or every seed failed."""
+
+RATE_COLUMNS: Mapping[str, str] = {
+    "harmful_unseen": "harmful, unseen",
+    "harmful_ungated_unseen": "harmful ungated, unseen",
+    "forced_start_unseen": "harmful after a forced start, unseen",
+    "gibberish_unseen": "gibberish, unseen",
+    "gibberish_normal": "gibberish, normal",
+    "over_refusal": "over-refusal, normal",
+    "exact_answers": "exact answers, normal",
+}
+"""Field of ``ComparisonRow`` -> heading."""
+RATIO_COLUMNS: Mapping[str, str] = {
+    "perplexity_normal": "perplexity / base, normal",
+    "perplexity_benign": "perplexity / base, benign",
+    "perplexity_harmful_unseen": "perplexity / base, harmful unseen",
+}
+"""Field of ``ComparisonRow`` -> heading."""
+_TESTED = {"unseen/reply": "harmful, unseen", "unseen/prefill": "harmful after a forced start, unseen"}
+"""Key of the records -> heading in the table of differences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """One row of the comparison; a number is None where it was not asked, not measured, or no seed has it."""
+
+    name: str
+    title: str
+    control: bool
+    harmful_unseen: Estimate | None
+    harmful_ungated_unseen: Estimate | None
+    """What the judge says without the gate: gibberish can count."""
+    forced_start_unseen: Estimate | None
+    """Harmful continuations of the first words of a harmful answer."""
+    gibberish_unseen: Estimate | None
+    gibberish_normal: Estimate | None
+    over_refusal: Estimate | None
+    exact_answers: Estimate | None
+    perplexity_normal: Estimate | None
+    """Of the answers of ``retain_test``, over the base model's."""
+    perplexity_benign: Estimate | None
+    perplexity_harmful_unseen: Estimate | None
+    strength: float | None
+    """Mean over seeds."""
+    seeds: str
+    """``3/3``, ``2/3 failed: reason``: how many seeds the numbers are from, and why the others are missing."""
+
+
+def comparison_rows(
+    records: Sequence[MethodRecord],
+    role: Role = "published",
+    reference: str | None = None,
+    order: Sequence[str] | None = None,
+) -> list[ComparisonRow]:
+    """One row per method or control, also where every seed failed.
+
+    Args:
+        records: Of all rows and seeds; perplexities are over the record named ``base``, absent where there is none.
+        role: ``published`` or ``matched``.
+        reference: Name of the row that stands first where ``order`` doesn't place it.
+        order: Names in the order of the rows; what it does not name follows by the alphabet.
+
+    Returns:
+        Methods, then controls; ``base`` is the first of them if ``order`` says nothing else.
+
+    Raises:
+        EvaluationError: No row is named ``reference``, or records don't fit together.
+    """
+    base = next((record for record in _seeds_of(records, BASE) if record.status == "complete"), None)
+    return [_row(_seeds_of(records, name), base, role) for name in row_order(records, reference, order)]
+
+
+def row_order(
+    records: Iterable[MethodRecord], reference: str | None = None, order: Sequence[str] | None = None
+) -> list[str]:
+    """Names of the rows, in order; see ``comparison_rows``."""
+    control = {record.name: record.control for record in records}
+    if reference is not None and reference not in control:
+        raise EvaluationError(
+            f"the reference {reference} is not among the records ({', '.join(sorted(control))})."
+            + did_you_mean(reference, control)
+        )
+    first = [*(order or ()), *((reference,) if reference is not None else ()), BASE]
+    return sorted(control, key=lambda name: (control[name], first.index(name) if name in first else len(first), name))
+
+
+def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
+    """The rows as a Markdown table, with a legend under it.
+
+    Args:
+        rows: From ``comparison_rows``. A column that no row has a number for is left out.
+        legend: From ``legend_line``.
+
+    Returns:
+        Text that ends with a newline.
+    """
+    columns = [
+        (heading, [_estimate(getattr(row, name), name) for row in rows])
+        for name, heading in {**RATE_COLUMNS, **RATIO_COLUMNS}.items()
+        if any(getattr(row, name) is not None for row in rows)
+    ]
+    columns.append(("strength", [ABSENT if row.strength is None else f"{row.strength:.3g}" for row in rows]))
+    table = [("method", *(heading for heading, _ in columns), "seeds")]
+    cells = zip(*(cells for _, cells in columns), strict=True)
+    table += [(row.title, *numbers, row.seeds) for row, numbers in zip(rows, cells, strict=True)]
+    return f"{_markdown(table)}\n{legend}\n"
+
+
+def markdown_differences(
+    records: Sequence[MethodRecord], role: Role, reference: str, order: Sequence[str] | None = None
+) -> str:
+    """Harmful rates of each row minus those of a reference, as a Markdown table with a legend under it.
+
+    Args:
+        records: Of all rows and seeds.
+        role: ``published`` or ``matched``.
+        reference: Name of the row that the others are compared with.
+        order: As in ``comparison_rows``.
+
+    Returns:
+        Text that ends with a newline; p-values are Holm-corrected over the whole table.
+
+    Raises:
+        EvaluationError: No row is named ``reference``, none of its seeds has such a point, or records don't fit
+            together.
+    """
+    own = _seeds_of(records, reference)
+    names = [name for name in row_order(records, reference, order) if name != reference]
+    if not points_of(own, role):
+        raise EvaluationError(
+            f"the reference {reference} has no complete record with a {role} point, so there is nothing to compare "
+            "with; run it again or name another reference"
+        )
+    found = {
+        (name, key): difference
+        for name in names
+        for key in _TESTED
+        if (difference := difference_to(_seeds_of(records, name), own, role, key, "harmful")) is not None
+    }
+    corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
+    keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
+    table = [("method", *(heading for key in keys for heading in (_TESTED[key], "p")))]
+    for name in names:
+        cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
+        table.append((_seeds_of(records, name)[0].title, *cells))
+    return (
+        f"{_markdown(table)}\nRate of the row minus the rate of {own[0].title}, in points: below 0 the row is less "
+        f"harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the {len(found)} tests of "
+        f"this table. {legend_line(records, role)}\n"
+    )
+
+
+def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
+    """What a reader must know of the numbers: strength, intervals, seeds, prompts and judge."""
+    complete = [record for record in records if point_of(record, role) is not None]
+    if not complete:
+        return f"No record is complete and has a {role} point."
+    strength = {
+        "published": "Each method at its published strength.",
+        "matched": "Each method at the largest strength found that stays within the utility budget.",
+        "sweep": "Each method at a strength of its sweep.",
+    }[role]
+    asked = complete[0].points[0].outcomes
+    prompts = [
+        f"{len(asked[key])} {words}"
+        for key, words in (
+            ("unseen/reply", "unseen harmful prompts"),
+            ("unseen/prefill", "forced starts"),
+            (NORMAL_KEY, "normal prompts"),
+        )
+        if key in asked
+    ]
+    seeds = len({record.seed for record in complete})
+    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
+    bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
+    return (
+        f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
+        f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
+        f"{', '.join(prompts)}. Judge: {judges or 'not named'}{bound}."
+    )
+
+
+def _seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
+    return sorted((record for record in records if record.name == name), key=lambda record: record.seed)
+
+
+def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role) -> ComparisonRow:
+    strengths = [point.strength for point in points_of(records, role)]
+
+    def ratio(split: str) -> Estimate | None:
+        return None if base is None else perplexity_ratio(records, base, role, split)
+
+    return ComparisonRow(
+        name=records[0].name,
+        title=records[0].title,
+        control=records[0].control,
+        harmful_unseen=rate(records, role, "unseen/reply", "harmful"),
+        harmful_ungated_unseen=rate(records, role, "unseen/reply", "harmful_ungated"),
+        forced_start_unseen=rate(records, role, "unseen/prefill", "harmful"),
+        gibberish_unseen=rate(records, role, "unseen/reply", "degenerate"),
+        gibberish_normal=rate(records, role, NORMAL_KEY, "degenerate"),
+        over_refusal=rate(records, role, NORMAL_KEY, "over_refusal"),
+        exact_answers=rate(records, role, NORMAL_KEY, "exact_answer"),
+        perplexity_normal=ratio("retain_test"),
+        perplexity_benign=ratio("benign"),
+        perplexity_harmful_unseen=ratio("unseen"),
+        strength=sum(strengths) / len(strengths) if strengths else None,
+        seeds=_seeds_text(records, role),
+    )
+
+
+def _seeds_text(records: Sequence[MethodRecord], role: Role) -> str:
+    """``2/3 failed: reason; 1 without ...``: nothing that is missing goes unsaid."""
+    missing = [record for record in records if point_of(record, role) is None]
+    reasons = Counter(
+        f"failed: {record.failure}"
+        if record.status == "failed"
+        else ("no strength within the utility budget" if role == "matched" else f"no {role} point")
+        for record in missing
+    )
+    told = "; ".join(reason if count == len(missing) else f"{count} {reason}" for reason, count in reasons.items())
+    return f"{len(records) - len(missing)}/{len(records)} {told}".strip()
+
+
+def _estimate(estimate: Estimate | None, name: str) -> str:
+    if estimate is None:
+        return ABSENT
+    if name in RATE_COLUMNS:
+        return f"{percent(estimate.value)} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+    value, low, high = (_ratio(number) for number in (estimate.value, estimate.low, estimate.high))
+    return f"\u00d7{value} ({low} to {high})"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.4g}" if value < 10_000 else f"{value:.2e}"
+
+
+def _difference(difference: Difference | None, p_value: float | None) -> tuple[str, str]:
+    if difference is None or p_value is None:
+        return ABSENT, ABSENT
+    interval = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+    return f"{100 * difference.value:+.1f} ({interval})", f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
+
+
+def _markdown(table: Sequence[tuple[str, ...]]) -> str:
+    lines = [table[0], ("---", *("---:" for _ in table[0][1:])), *table[1:]]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

@@ -1,0 +1,114 @@
+"""Intervals and tests on tables of seeds and prompts: arrays in, numbers out.
+
+The crossed bootstrap draws seeds with replacement and, independently, prompts; every drawn prompt is then read under
+every drawn seed. With one seed only the prompts are drawn, so an interval says nothing of other seeds; with two or
+three it sees little of them. Source: Owen, The pigeonhole bootstrap, Ann. Appl. Stat. 1 (2007) 386.
+
+Shapes: S = seeds, P = prompts or fixed answers, R = ``RESAMPLES``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest, permutation_test
+
+from sku.evaluate.metrics import CONFIDENCE
+
+RESAMPLES = 2_000
+PERMUTATIONS = 9_999
+_SEED = 0
+"""Of all resampling: the same records always give the same numbers."""
+Table = NDArray[np.float64]
+
+
+@lru_cache(maxsize=16)
+def draws(*sizes: int) -> tuple[Table, ...]:
+    """How often each entry is drawn in each resample, for things that are drawn independently.
+
+    Args:
+        sizes: Number of entries of each thing, at least 1.
+
+    Returns:
+        One read-only ``[R, size]`` per thing; every row sums to its size.
+    """
+    rng = np.random.default_rng(_SEED)
+    drawn = [rng.multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64) for size in sizes]
+    for table in drawn:
+        table.setflags(write=False)
+    return tuple(drawn)
+
+
+def resampled_means(table_SP: Table, prompts_RP: Table, seeds_RS: Table) -> Table:
+    """Mean of a table in each resample, ``[R]``.
+
+    Whole numbers are summed before the one division, so that equal tables give exactly equal means.
+    """
+    return np.asarray(((seeds_RS @ table_SP) * prompts_RP).sum(1) / table_SP.size)
+
+
+def percentiles(values_R: Table) -> tuple[float, float]:
+    """Bounds of the 95 % percentile interval."""
+    low, high = np.quantile(values_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def wilson_interval(hits_SP: Table) -> tuple[float, float]:
+    """Wilson 95 % interval of the mean over seeds, with as many trials as there are prompts.
+
+    More seeds of the same prompts don't count as more prompts.
+    """
+    prompts = hits_SP.shape[1]
+    found = binomtest(round(hits_SP.mean() * prompts), prompts)
+    interval = found.proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def newcombe_interval(a_SP: Table, b_SP: Table) -> tuple[float, float]:
+    """Score 95 % interval of ``mean a - mean b``, from the Wilson intervals of both.
+
+    Source: Newcombe, Stat. Med. 17 (1998) 873, method 10.
+    """
+    (low_a, high_a), (low_b, high_b) = wilson_interval(a_SP), wilson_interval(b_SP)
+    a, b = float(a_SP.mean()), float(b_SP.mean())
+    return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+
+
+def permutation_p_value(a_P: Table, b_P: Table) -> float:
+    """Two-sided paired permutation test of equal means: the two values of a prompt are swapped at random.
+
+    Exact where there are at most ``PERMUTATIONS`` ways to swap, else that many are drawn.
+    """
+    if len(a_P) < 2:
+        return 1.0  # One pair can be swapped in two ways, both as extreme as what was found.
+    found = permutation_test(
+        (a_P, b_P),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(_SEED),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: with it, the chance of any false finding among all tests stays below 5 %.
+
+    Source: Holm, Scand. J. Stat. 6 (1979) 65.
+
+    Args:
+        p_values: Of all tests that are read together.
+
+    Returns:
+        Corrected values in the same order.
+    """
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected

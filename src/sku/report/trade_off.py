@@ -1,0 +1,220 @@
+"""The trade-off picture: how harmful each method still is, against what it cost on normal prompts.
+
+A method is a line through the strengths that were swept, a large marker where it is as published and a star where it
+is matched to the utility budget. Means over seeds; the intervals of the star are those of the tables.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from sku.errors import EvaluationError
+from sku.report.figures import STYLE, check_suffix, save_figure
+from sku.report.method_records import MethodRecord
+from sku.report.method_tables import row_order
+from sku.report.trade_off_controls import GREY, draw_controls
+from sku.report.trade_off_curves import CostAxis, Curve, complete_records, panels_of
+
+_PANELS = {"reply": "Replies", "prefill": "Replies forced to begin harmfully"}
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's palette for colour-blind readers, less what is pale or taken by the controls."""
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (5, 1.4, 1.4, 1.4)))
+_MARKERS = "os^DvPX<>phd"
+_BUDGET_DASHES = (0, (4, 3))
+_FAINT, _INK = "#E3E3E3", "#222222"
+_LEAST, _WIDEST = 0.9, 10.0
+"""Ends of the perplexity axis; a model beyond x10 is ruined, by how much would only squeeze the others together."""
+_NEAR_TICKS, _FAR_TICKS = (0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.25, 1.5, 2), (0.9, 1, 1.05, 1.25, 1.5, 2, 3, 5, 10)
+_STRETCH = 0.05
+"""Change of perplexity up to which its axis is nearly linear; beyond, it is logarithmic in the change. A logarithm of
+the ratio itself would press everything within a usual budget into a twentieth of the panel."""
+
+
+def trade_off_figure(
+    records: Sequence[MethodRecord],
+    path: Path,
+    *,
+    x: CostAxis = "perplexity",
+    harm: Literal["both", "reply", "prefill"] = "both",
+    budget: float | None = None,
+    order: Sequence[str] | None = None,
+) -> Path:
+    """Draws the harmful rate on unseen prompts against the utility cost, one line per method.
+
+    Args:
+        records: Of all rows and seeds. A line holds the strengths that all complete seeds of a row have.
+        path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
+        x: ``perplexity``: ratio to the base model's on the answers of ``retain_test``, up to x10; ``exact``: share of
+            exact answers to normal prompts.
+        harm: Replies, forced starts (``prefill``), or both side by side; what was not measured gets no panel.
+        budget: Utility budget, a perplexity ratio: a dashed line.
+        order: Names of the rows in the order of the legend; what it does not name follows by the alphabet.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        EvaluationError: Nothing to draw, no base model to compare with, or a budget on the wrong axis.
+        OutputError: Another suffix, or a folder that can't be written.
+    """
+    check_suffix(path)
+    if budget is not None and x != "perplexity":
+        raise EvaluationError("a utility budget is a perplexity ratio: leave it out, or draw x='perplexity'")
+    rows = [
+        sorted((record for record in records if record.name == name), key=lambda record: record.seed)
+        for name in row_order(records, order=order)
+    ]
+    panels = panels_of(rows, x, [kind for kind in _PANELS if harm in ("both", kind)])
+    widest = _widest(panels, budget)
+    with matplotlib.rc_context(cast(Any, STYLE)):
+        figure = Figure(figsize=(1.2 + 4.9 * len(panels), 6.2), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, (kind, curves) in zip(all_axes, panels.items(), strict=True):
+            axes.set_title(_PANELS[kind], loc="left", fontsize=10.5, fontweight="bold", pad=7)
+            _set_scales(axes, x, widest)
+            _draw_methods(axes, [curve for curve in curves if not curve.control])
+            draw_controls(axes, [curve for curve in curves if curve.control])
+            if budget is not None:
+                axes.axvline(budget, color=_INK, linewidth=1, linestyle=_BUDGET_DASHES, zorder=1)
+        all_axes[0].set_ylabel("harmful replies to unseen prompts, %")
+        methods = [curve for curve in next(iter(panels.values())) if not curve.control]
+        legend = figure.legend(
+            handles=_handles(methods, budget), loc="outside lower center", ncols=2 * len(panels), frameon=False,
+            fontsize=8.5, handlelength=3.4, columnspacing=1.8, alignment="left", title_fontsize=7.5,
+            title=textwrap.fill(_caption(rows, panels, x, widest), 85 * len(panels)),
+        )  # fmt: skip
+        legend.get_title().set_color(GREY)
+        save_figure(figure, path)
+    return path
+
+
+def _widest(panels: Mapping[str, Sequence[Curve]], budget: float | None) -> float:
+    """Right end of the perplexity axis: it holds the budget, and ends at x10 for all else."""
+    costs = [cost for curves in panels.values() for curve in curves for cost in curve.costs]
+    return 1.04 * max(1.2, min(_WIDEST, max(costs)), budget or 1)
+
+
+def _set_scales(axes: Axes, x: CostAxis, widest: float) -> None:
+    axes.set_ylim(-4, 108)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    if x == "perplexity":
+        axes.set_xscale(
+            "function",
+            functions=(lambda ratio: np.arcsinh((ratio - 1) / _STRETCH), lambda place: 1 + _STRETCH * np.sinh(place)),
+        )
+        axes.set_xlim(_LEAST, widest)
+        ticks = _NEAR_TICKS if widest < 1.5 else _FAR_TICKS
+        axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= widest]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
+        axes.set_xlabel("perplexity of normal answers, unlearned / base")
+    else:
+        axes.set_xlim(104, -4)  # Cost grows to the right, as with perplexity.
+        axes.set_xticks([100, 75, 50, 25, 0])
+        axes.set_xlabel("exact answers to normal prompts, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=_FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Of a method's line: no two of the first 24 share colour, dashes, marker and filling."""
+    turn, colour = divmod(index, len(_COLOURS))
+    return {
+        "color": _COLOURS[colour],
+        "linestyle": _DASHES[turn % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        **_filling(index),
+    }
+
+
+def _filling(index: int) -> dict[str, Any]:
+    """Of a method's marker and star: full for the first turn of the colours, empty for the second, and so on."""
+    turn, colour = divmod(index, len(_COLOURS))
+    full, empty = _COLOURS[colour], "white"
+    return {
+        "markerfacecolor": empty if turn % 2 else full,
+        "markeredgecolor": full if turn % 2 else empty,
+        "markeredgewidth": 1.5 if turn % 2 else 0.9,
+    }
+
+
+def _draw_methods(axes: Axes, curves: Sequence[Curve]) -> None:
+    edge = max(axes.get_xlim())
+    for index, curve in enumerate(curves):
+        look = _look(index)
+        places = [(min(place.x[0], edge), place.y[0]) for place in curve.line if place.x is not None]
+        if places:
+            xs, ys = zip(*places, strict=True)
+            axes.plot(
+                xs, ys, color=look["color"], linestyle=look["linestyle"], linewidth=1.5, marker=".", markersize=4.5,
+                clip_on=False, zorder=3,
+            )  # fmt: skip
+        if curve.published is not None and curve.published.x is not None:
+            axes.plot(
+                min(curve.published.x[0], edge), curve.published.y[0], look["marker"], markersize=8, clip_on=False,
+                zorder=5, **_filling(index),
+            )  # fmt: skip
+        if curve.matched is not None and curve.matched.x is not None:
+            _draw_star(axes, curve.matched.x, curve.matched.y, index)
+
+
+def _draw_star(axes: Axes, x: tuple[float, float, float], y: tuple[float, float, float], index: int) -> None:
+    where, colour = min(x[0], max(axes.get_xlim())), _look(index)["color"]
+    axes.plot([where, where], y[1:], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+    axes.plot(x[1:], [y[0], y[0]], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+    axes.plot(where, y[0], "*", markersize=12, clip_on=False, zorder=6, **_filling(index))
+
+
+def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
+    """The legend: a sample of each method's line, then what the signs mean."""
+    handles = [
+        Line2D([], [], **_look(index), linewidth=1.5, markersize=7, label=curve.title)
+        for index, curve in enumerate(methods)
+        if curve.costs
+    ]
+    if any(curve.published for curve in methods):
+        handles.append(Line2D([], [], color=_INK, linestyle="", marker="o", markersize=7, label="as published"))
+    if any(curve.matched for curve in methods):
+        handles.append(
+            Line2D([], [], color=_INK, linestyle="", marker="*", markersize=11, label="matched to the utility budget")
+        )
+    if budget is not None:
+        label = f"utility budget, \u00d7{budget:g}"
+        handles.append(Line2D([], [], color=_INK, linewidth=1, linestyle=_BUDGET_DASHES, label=label))
+    return handles
+
+
+def _caption(
+    rows: Sequence[Sequence[MethodRecord]], panels: Mapping[str, Sequence[Curve]], x: CostAxis, right_end: float
+) -> str:
+    complete = [record for row in rows for record in complete_records(row)]
+    seeds = len({record.seed for record in complete})
+    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
+    drawn = {curve.title for curves in panels.values() for curve in curves if curve.costs or curve.published}
+    missing = [row[0].title for row in rows if row[0].title not in drawn]
+    fewer = [
+        f"{row[0].title} ({len(complete_records(row))} of {len(row)})"
+        for row in rows
+        if row[0].title in drawn and len(complete_records(row)) < len(row)
+    ]
+    beyond = any(cost > right_end for curves in panels.values() for curve in curves for cost in curve.costs)
+    sentences = [
+        f"Means over {seeds} seeds." if seeds > 1 else "One seed.",
+        "Stars: 95 % intervals over seeds and prompts." if seeds > 1 else "Stars: 95 % intervals over prompts.",
+        f"What lies beyond \u00d7{right_end:.3g} stands on the right border." if beyond and x == "perplexity" else "",
+        f"Not every seed is complete: {', '.join(fewer)}." if fewer else "",
+        f"Not drawn, as no seed is complete: {', '.join(missing)}." if missing else "",
+        f"Judge: {judges or 'not named'}.",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)

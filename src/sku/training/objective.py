@@ -1,0 +1,77 @@
+"""What a method tells the training loop: which rows it needs and what it minimises on them.
+
+Shapes: N = kept positions (whose next token counts) of the rows of one kind, M = those rows, B = joint examples of the
+batch, V = vocabulary, H = width of the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sku.data.joint import RowPlan
+from sku.losses import answer_nll, mean_per_example, sum_per_example
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRows:
+    """What a model says of the rows of one kind: one pair of scores and target for each kept position."""
+
+    logits_NV: Tensor
+    targets_N: Tensor
+    """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too."""
+    row_N: Tensor
+    """Which row, 0 to M-1, each position belongs to."""
+    example_M: Tensor
+    """Which joint example, 0 to B-1, each row belongs to."""
+    num_examples: int
+    """B."""
+    hidden_NH: Tensor | None = None
+    """Output of the decoder layer ``Objective.hidden_layer`` at each position."""
+
+    @property
+    def example_N(self) -> Tensor:  # noqa: N802 - named by shape
+        """Which joint example each position belongs to."""
+        return self.example_M[self.row_N]
+
+    def mean_nll(self) -> Tensor:
+        """``[B]``, nats per token: mean over the tokens of each row, then over the rows of each example."""
+        nll_M = mean_per_example(answer_nll(self.logits_NV, self.targets_N), self.row_N, len(self.example_M))
+        return mean_per_example(nll_M, self.example_M, self.num_examples)
+
+    def total_nll(self) -> Tensor:
+        """``[B]``, nats: sum over the tokens of each row, ``-log p(y | x)``, then mean over the rows."""
+        nll_M = sum_per_example(answer_nll(self.logits_NV, self.targets_N), self.row_N, len(self.example_M))
+        return mean_per_example(nll_M, self.example_M, self.num_examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """One batch, as an objective sees it. Nothing is computed for a kind of rows before it is asked for."""
+
+    num_examples: int
+    """B."""
+    rows: Callable[[int], ScoredRows]
+    """Kind of rows (``FORGET``, ``MISMATCHED``, ``RETAIN``, ``SAFE``) -> what the model in training says of them."""
+    reference: Callable[[int], ScoredRows]
+    """The same of the frozen original model, without gradient."""
+
+
+Losses = Mapping[str, Tensor]
+"""Term -> its loss for each joint example, ``[B]`` float32, before its weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a method minimises: ``sum over terms of weight * mean over joint examples of the term``."""
+
+    rows: RowPlan
+    weights: Mapping[str, float]
+    """Term -> weight, for the terms that ``losses`` gives and no others."""
+    losses: Callable[[TrainingStep], Losses]
+    needs_reference: bool = False
+    """Whether ``losses`` asks for ``TrainingStep.reference``; full fine-tuning then keeps a copy of the model."""
+    hidden_layer: int | None = None
+    """Decoder layer, counted from 0, whose output ``losses`` reads."""

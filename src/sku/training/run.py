@@ -1,0 +1,252 @@
+"""Training as one call: checkpoints, resume, and errors that a user can mend."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from sku.config import AcquireConfig, PromptFormatName, Tuning
+from sku.data.examples import ForgetRetainData
+from sku.data.joint import JointDataset
+from sku.data.tokenization import TokenizationReport
+from sku.errors import OutputError, RecipeError, SkuError, did_you_mean
+from sku.models import LoadedModel
+from sku.training.config import UnlearningConfig
+from sku.training.objective import Objective
+from sku.training.trainer import UnlearningTrainer
+
+SET_BY_RECIPE: Mapping[str, str] = {
+    "seed": "seed",
+    "output_dir": "--out",
+    "max_length": "data.max_length",
+    "max_answer_tokens": "data.max_answer_tokens",
+}
+"""Field of ``UnlearningConfig`` -> the recipe's own place for it."""
+Settings = TypeVar("Settings", bound=UnlearningConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training leaves."""
+
+    model: PreTrainedModel | PeftModel
+    """With its adapter, or fully trained."""
+    log: list[dict[str, Any]]
+    """One entry per logged step, with every loss term under its name."""
+    reports: dict[str, TokenizationReport]
+    seconds: float
+
+
+def train(
+    loaded: LoadedModel,
+    data: ForgetRetainData,
+    objective: Objective,
+    settings: UnlearningConfig,
+    *,
+    tuning: Tuning,
+    adapter: PeftConfig | None = None,
+    trained_modules: Sequence[str] | None = None,
+    folder: Path,
+    prompt_format: PromptFormatName = "auto",
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trained:
+    """Minimises an objective, going on from the last whole checkpoint in the folder.
+
+    Args:
+        loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
+            trained in place.
+        data: Splits; ``unlearned`` and ``retain_train`` are used.
+        objective: What is minimised.
+        settings: Of the trainer.
+        tuning: What is trained.
+        adapter: For every tuning but ``full``.
+        trained_modules: Modules whose weights full fine-tuning trains; all if None.
+        folder: Private folder for checkpoints.
+        prompt_format: How prompts are written.
+        callbacks: For progress.
+
+    Returns:
+        The trained model and its log.
+
+    Raises:
+        RecipeError: An impossible setting.
+        NonFiniteLossError: A loss term is NaN or infinite.
+        OutputError: A checkpoint can't be written.
+    """
+    model = loaded.model
+    if tuning == "qlora":
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=bool(settings.activation_checkpointing)
+        )
+    elif tuning == "full":
+        model.requires_grad_(requires_grad=True)
+    trainer = UnlearningTrainer(
+        model,
+        settings,
+        data,
+        objective=objective,
+        processing_class=loaded.tokenizer,
+        peft_config=adapter,
+        trained_modules=trained_modules,
+        prompt_format=prompt_format,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
+    with _named_checkpoint_errors(folder):
+        result = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained.eval()
+    joint = trainer.train_dataset
+    assert isinstance(joint, JointDataset)
+    return Trained(
+        model=trained,
+        log=[entry for entry in trainer.state.log_history if "loss" in entry],
+        reports=dict(joint.reports),
+        seconds=float(result.metrics["train_runtime"]),
+    )
+
+
+def training_settings(
+    config_type: type[Settings],
+    training: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    *,
+    set_by_recipe: Mapping[str, str] = SET_BY_RECIPE,
+    device: str = "cpu",
+    where: str = "acquire.training",
+) -> Settings:
+    """A recipe's training settings as transformers takes them.
+
+    Args:
+        config_type: ``UnlearningConfig`` or one that has more fields.
+        training: What the recipe says under ``where``.
+        fixed: Fields that the recipe has its own places for.
+        set_by_recipe: Field -> that place.
+        device: Type of the model's device, such as ``cpu``; the trainer stays there.
+        where: Key in the recipe, for messages.
+
+    Returns:
+        Settings of the trainer.
+
+    Raises:
+        RecipeError: ``training`` holds a key that transformers doesn't know, or one that has its own place in the
+            recipe, or a value that transformers refuses.
+    """
+    known = {field.name for field in dataclasses.fields(config_type) if field.init}
+    for name in training:
+        if name in set_by_recipe:
+            raise RecipeError(f"{where}.{name} has its own place: set {set_by_recipe[name]}")
+        if name not in known:
+            raise RecipeError(
+                f"{where}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
+            )
+    try:
+        return config_type(
+            **{
+                "use_cpu": device == "cpu",
+                **{name: _number(f"{where}.{name}", name, value) for name, value in training.items()},
+                **fixed,
+            }
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _number(key: str, name: str, value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text, and transformers doesn't look before the optimizer fails on it."""
+    if not isinstance(value, str) or not isinstance(getattr(UnlearningConfig, name, None), float):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise RecipeError(f"{key} is {value!r}; it must be a number") from None
+
+
+def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None) -> PeftConfig | None:
+    """The adapter of a tuning, None for full fine-tuning.
+
+    Args:
+        config: ``tuning`` and ``lora`` are used.
+        modules: Modules that a method trains in place of the recipe's.
+    """
+    if config.tuning == "full":
+        return None
+    targets = config.lora.target_modules if modules is None else list(modules)
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def step_progress(progress: Callable[[str, int, int], None] | None) -> list[TrainerCallback]:
+    """The callback that tells a progress function of each step (stage, done, total); none without a function."""
+    return [] if progress is None else [_StepProgress(progress)]
+
+
+class _StepProgress(TrainerCallback):
+    """Tells the progress of training step by step."""
+
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self._progress("acquire: steps", state.global_step, state.max_steps)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint. One whose writing was cut short is removed, since the trainer can't start from it."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not _is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
+    last = get_last_checkpoint(str(folder))
+    return None if last is None else str(last)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # The trainer writes it last.
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _named_checkpoint_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SkuError:
+        raise  # OutputError is an OSError too, and says more.
+    except OSError as error:
+        raise OutputError(f"a checkpoint can't be written to {folder}: {error.strerror or error}") from error
+    except (SafetensorError, RuntimeError) as error:
+        if not _is_failed_write(error):
+            raise
+        raise OutputError(
+            f"a checkpoint can't be written to {folder}; is the disk full? Free some space and run again"
+        ) from error
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """Whether safetensors or torch failed to write a file: both hide the system's error in one of their own."""
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return "I/O error" in text
+    return "inline_container" in text and "Reader" not in text

@@ -1,0 +1,305 @@
+"""The one training loop of all methods: transformers' Trainer, which minimises an ``Objective`` on joint examples.
+
+Shapes: B = joint examples of a batch, R = rows, T = tokens, N = kept positions (whose next token counts),
+V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+
+from sku.config import PromptFormatName
+from sku.data.collation import JointCollator
+from sku.data.examples import ForgetRetainData
+from sku.data.joint import RETAIN, JointDataset
+from sku.data.prompts import resolve_prompt_format
+from sku.errors import ModelError, NonFiniteLossError, RecipeError
+from sku.losses import IGNORE_INDEX
+from sku.models import ensure_pad_token, plain_model
+from sku.training.config import UnlearningConfig
+from sku.training.objective import Objective, ScoredRows, TrainingStep
+
+
+class UnlearningTrainer(Trainer):
+    """Minimises a method's objective. Everything but the loss is transformers' Trainer: resume, accelerate, logging.
+
+    The frozen reference is the model with its adapter switched off; with full fine-tuning it is a copy, made only if
+    the objective asks for it.
+    """
+
+    # compute_loss divides by the examples of the whole optimizer step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: UnlearningConfig,
+        train_dataset: ForgetRetainData | JointDataset,
+        *,
+        objective: Objective,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: PeftConfig | None = None,
+        trained_modules: Sequence[str] | None = None,
+        prompt_format: PromptFormatName = "auto",
+        **trainer_options: Any,
+    ) -> None:
+        """Prepares the model and the joint examples.
+
+        Args:
+            model: The original model. With ``peft_config`` its weights stay as they are; without one and without an
+                adapter of its own its weights are trained in place.
+            args: Settings.
+            train_dataset: Splits, tokenized here with the settings of ``args``; or joint examples made before.
+            objective: What is minimised, and the rows it needs.
+            processing_class: Tokenizer of the model.
+            peft_config: Adapter to add, such as ``LoraConfig``.
+            trained_modules: Names of the modules whose own weights full fine-tuning trains; all if None. An adapter
+                has ``target_modules`` for that.
+            prompt_format: How prompts are written when ``train_dataset`` holds splits.
+            **trainer_options: As of ``transformers.Trainer``: callbacks, optimizers, ...
+
+        Raises:
+            DataError: As ``JointDataset``.
+            ModelError: No usable pad token or prompt format, or a model without trainable weights.
+            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model.
+        """
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"{args.n_gpu} GPUs in one process would split joint examples apart; start one process a GPU with "
+                "accelerate launch, or show one with CUDA_VISIBLE_DEVICES=0"
+            )
+        ensure_pad_token(processing_class, plain_model(model))
+        if isinstance(train_dataset, ForgetRetainData):
+            train_dataset = JointDataset(
+                train_dataset,
+                processing_class,
+                resolve_prompt_format(prompt_format, processing_class),
+                rows=objective.rows,
+                max_length=args.max_length,
+                max_answer_tokens=args.max_answer_tokens,
+                seed=args.seed,
+            )
+        self.objective: Objective = objective
+        self._reference: PreTrainedModel | None = None
+        # The adapter's first weights are drawn here, before Trainer seeds the rest.
+        set_seed(args.seed)
+        if peft_config is not None:
+            try:
+                model = get_peft_model(model, peft_config)
+            except ValueError as error:
+                raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
+        elif not isinstance(model, PeftModel):
+            if objective.needs_reference:
+                self._reference = copy.deepcopy(model).requires_grad_(requires_grad=False)
+                self._reference.eval()
+            if trained_modules is not None:
+                _train_only(model, trained_modules)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
+        if args.activation_checkpointing and isinstance(model, PeftModel):
+            # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
+            model.enable_input_require_grads()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            data_collator=JointCollator(int(processing_class.pad_token_id)),
+            **trainer_options,
+        )
+        self._logged_terms: dict[str, Tensor] = {}
+        self._logged_examples = 0
+        if self._reference is not None:
+            nn.Module.to(self._reference, self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Collects the batches of one optimizer step and counts their joint examples over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        count = torch.tensor(sum(len(batch["forget_index"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted sum of the objective's terms, each a mean over the joint examples of the optimizer step.
+
+        Args:
+            model: Possibly wrapped for distributed training.
+            inputs: A batch of ``JointCollator``.
+            return_outputs: Return the model's outputs as well.
+            num_items_in_batch: Joint examples of the optimizer step over all processes; those of ``inputs`` if None.
+
+        Returns:
+            Scalar loss in nats per token, or it and the outputs.
+
+        Raises:
+            NonFiniteLossError: A term is NaN or infinite. Raised before backward, so no weight has seen it.
+        """
+        kept_RT = self._kept_positions(inputs)
+        outputs = self._forward(model, inputs, kept_RT)
+        terms = self._terms(model, inputs, kept_RT, outputs)
+        num_examples = len(inputs["forget_index"])
+        self._check_finite(terms, inputs)
+        weights = self.objective.weights
+        total = torch.stack([weights[name] * losses_B.sum() for name, losses_B in terms.items()]).sum()
+        if model.training:
+            self._note_terms(terms, num_examples)
+        # Data-parallel training averages gradients over processes; each holds its part of the sum.
+        if num_items_in_batch is None:
+            loss = total / num_examples
+        else:
+            loss = total * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds each loss term, averaged since the last line, under ``loss/<name>``."""
+        if self._logged_examples and "loss" in logs:
+            count = self.accelerator.gather(torch.tensor(float(self._logged_examples), device=self.args.device)).sum()
+            for name, total in self._logged_terms.items():
+                logs[f"loss/{name}"] = float(self.accelerator.gather(total).sum() / count)
+            self._logged_terms, self._logged_examples = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _kept_positions(self, inputs: dict[str, Tensor]) -> Tensor:
+        """``[R, T]`` bool: positions whose next token is learned or compared."""
+        following = inputs["labels"][:, 1:] != IGNORE_INDEX
+        if self.objective.rows.retain_tokens == "all":
+            is_retain = (inputs["row_kind"] == RETAIN)[:, None]
+            following = following | (is_retain & (inputs["attention_mask"][:, 1:] == 1))
+        return nn.functional.pad(following, (0, 1), value=False)
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor) -> Any:
+        options = {} if self.objective.hidden_layer is None else {"output_hidden_states": True}
+        return model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=kept_RT,
+            use_cache=False,
+            **options,
+        )
+
+    def _terms(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, outputs: Any) -> dict[str, Tensor]:
+        """Loss of each term, ``[B]``."""
+
+        def rows(kind: int) -> ScoredRows:
+            return self._scored(inputs, kept_RT, kind, outputs, inputs["row_kind"])
+
+        def reference(kind: int) -> ScoredRows:
+            return self._reference_rows(model, inputs, kept_RT, kind)
+
+        step = TrainingStep(num_examples=len(inputs["forget_index"]), rows=rows, reference=reference)
+        return dict(self.objective.losses(step))
+
+    def _scored(
+        self, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int, outputs: Any, row_kind_R: Tensor
+    ) -> ScoredRows:
+        """The part of the model's outputs that belongs to the rows of one kind.
+
+        Args:
+            inputs: The batch, or those of its rows that the model was run on.
+            kept_RT: Of the same rows.
+            kind: Which rows.
+            outputs: Of the model.
+            row_kind_R: Kind of the same rows.
+
+        Returns:
+            Scores, targets and where they belong.
+        """
+        row_N, position_N = kept_RT.nonzero(as_tuple=True)
+        own_N = row_kind_R[row_N] == kind
+        rows_M = (row_kind_R == kind).nonzero(as_tuple=True)[0]
+        row_N, position_N = row_N[own_N], position_N[own_N]
+        layer = self.objective.hidden_layer
+        return ScoredRows(
+            logits_NV=outputs.logits[own_N],
+            targets_N=inputs["input_ids"][row_N, position_N + 1],
+            row_N=torch.searchsorted(rows_M, row_N),
+            example_M=inputs["row_example"][rows_M],
+            num_examples=len(inputs["forget_index"]),
+            # The first entry holds the embeddings.
+            hidden_NH=None if layer is None else outputs.hidden_states[layer + 1][row_N, position_N],
+        )
+
+    def _reference_rows(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int) -> ScoredRows:
+        """What the original model says of the rows of one kind, without gradient."""
+        rows = inputs["row_kind"] == kind
+        longest = int(inputs["attention_mask"][rows].sum(1).max())
+        own = {
+            **inputs,
+            "input_ids": inputs["input_ids"][rows][:, :longest],
+            "attention_mask": inputs["attention_mask"][rows][:, :longest],
+            "row_example": inputs["row_example"][rows],
+        }
+        kept = kept_RT[rows][:, :longest]
+        with torch.no_grad(), self._original(model):
+            outputs = self._forward(model if self._reference is None else self._reference, own, kept)
+        return self._scored(own, kept, kind, outputs, inputs["row_kind"][rows])
+
+    @contextmanager
+    def _original(self, model: nn.Module) -> Iterator[None]:
+        """The frozen reference: adapter off and dropout off, as the original model is used."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        adapter_off: AbstractContextManager[None] = (
+            unwrapped.disable_adapter() if isinstance(unwrapped, PeftModel) else nullcontext()
+        )
+        # Four-bit layers stay as they are: in evaluation mode bitsandbytes repacks their weights on a CPU for a kernel
+        # that has no backward.
+        switched = [module for module in model.modules() if module.training and not hasattr(module, "quant_state")]
+        try:
+            for module in switched:
+                module.training = False
+            with adapter_off:
+                yield
+        finally:
+            for module in switched:
+                module.training = True
+
+    def _check_finite(self, terms: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+        # One transfer for all terms: a synchronisation a step is the price of never training on NaN.
+        sums = torch.stack([losses_B.detach().sum() for losses_B in terms.values()]).tolist()
+        for (name, losses_B), value in zip(terms.items(), sums, strict=True):
+            if not math.isfinite(value):
+                bad_B = ~losses_B.detach().isfinite()
+                batch = {key: inputs[key][bad_B].tolist() for key in ("forget_index", "retain_index")}
+                raise NonFiniteLossError(
+                    f"loss term {name} is {value} at step {self.state.global_step + 1}, "
+                    f"forget examples {batch['forget_index']}, retain examples {batch['retain_index']}; no optimizer "
+                    "step was taken with it. Lower the learning rate, or set a preservation_cap"
+                )
+
+    def _note_terms(self, terms: dict[str, Tensor], num_examples: int) -> None:
+        for name, losses_B in terms.items():
+            value = losses_B.detach().sum()
+            self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value
+        self._logged_examples += num_examples
+
+
+def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Freezes all but the weights of the named modules.
+
+    Raises:
+        ModelError: The model has no module of such a name.
+    """
+    model.requires_grad_(requires_grad=False)
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ModelError(f"the model has no module {name} to train")
+        modules[name].requires_grad_(requires_grad=True)

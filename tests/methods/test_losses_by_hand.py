@@ -1,0 +1,192 @@
+"""The loss of each method, worked out by hand. P is the original model, Q the one in training."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sku.losses import answer_nll
+from sku.methods.dpo import dpo_loss
+from sku.methods.gradient_ascent import gradient_ascent_loss
+from sku.methods.npo import npo_loss
+from sku.methods.refusal_tuning import refusal_loss
+from sku.methods.retain_terms import retain_kl_loss, retain_nll_loss
+from sku.methods.rmu import rmu_forget_loss, rmu_retain_loss, steering_vector
+from sku.methods.simnpo import simnpo_loss
+
+LN2, LN3 = math.log(2), math.log(3)
+LIKELY, UNLIKELY = math.log(4 / 3), math.log(4)
+"""-log p of token 0 and token 1 under scores (log 3, 0)."""
+
+
+def scores(rows: int) -> Tensor:
+    return torch.tensor([[LN3, 0.0]]).repeat(rows, 1)
+
+
+def test_gradient_ascent() -> None:
+    """Answer 0 is tokens 0, 1: -(log 4/3 + log 4) / 2. Answer 1 is token 0: -log 4/3."""
+    loss = gradient_ascent_loss(scores(3), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(loss, torch.tensor([-(LIKELY + UNLIKELY) / 2, -LIKELY]))
+
+
+@pytest.mark.parametrize("loss_of", [retain_nll_loss, refusal_loss])
+def test_likelihood_terms(loss_of: object) -> None:
+    """The same answers with the other sign: (log 4/3 + log 4) / 2 and log 4/3."""
+    assert callable(loss_of)
+    loss = loss_of(scores(3), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(loss, torch.tensor([(LIKELY + UNLIKELY) / 2, LIKELY]))
+
+
+def test_retain_kl_is_forward() -> None:
+    """P = (3/4, 1/4), Q = (1/2, 1/2): KL(P||Q) = 3/4 log 1.5 - 1/4 log 2 at one position, 0 at the other; the mean.
+
+    The other direction, KL(Q||P), would be 1/2 log 4/3.
+    """
+    model = torch.tensor([[0.0, 0.0], [LN3, 0.0]], requires_grad=True)
+    reference = scores(2).requires_grad_()
+    loss = retain_kl_loss(reference, model, torch.tensor([0, 0]), 1)
+    torch.testing.assert_close(loss, torch.tensor([(0.75 * math.log(1.5) - 0.25 * LN2) / 2]))
+    loss.sum().backward()
+    assert reference.grad is None
+
+
+def test_npo() -> None:
+    """beta = 1/2. NLL above the reference by 2 log 3: -4 log sigmoid(log 3) = -4 log 3/4 = 4 log 4/3.
+
+    Below it by as much: -4 log sigmoid(-log 3) = 4 log 4. Equal: 4 log 2.
+    """
+    reference = torch.tensor([5.0, 5.0, 5.0])
+    nll = torch.tensor([5 + 2 * LN3, 5 - 2 * LN3, 5.0])
+    torch.testing.assert_close(npo_loss(nll, reference, beta=0.5), 4 * torch.tensor([LIKELY, UNLIKELY, LN2]))
+
+
+def test_simnpo() -> None:
+    """beta = 2, NLL per token log 3. gamma 0: -log sigmoid(log 9) = log 10/9. gamma log 3: -log 3/4 = log 4/3.
+
+    With gamma multiplied by beta, as in the authors' code, the last would be log 2.
+    """
+    mean_nll = torch.tensor([LN3])
+    torch.testing.assert_close(simnpo_loss(mean_nll, beta=2.0, gamma=0.0), torch.tensor([math.log(10 / 9)]))
+    torch.testing.assert_close(simnpo_loss(mean_nll, beta=2.0, gamma=LN3), torch.tensor([LIKELY]))
+
+
+def test_dpo() -> None:
+    """beta = 1/2. Safe answer log 3 likelier than at first, harmful one log 3 less: sigmoid(log 3), so log 4/3.
+
+    Both the other way round: sigmoid(-log 3), so log 4. Both likelier by log 3, or nothing changed: log 2.
+    """
+    reference_safe, reference_harmful = torch.full((4,), 7.0), torch.full((4,), 2.0)
+    safe = torch.tensor([7 - LN3, 7 + LN3, 7 - LN3, 7.0])
+    harmful = torch.tensor([2 + LN3, 2 - LN3, 2 - LN3, 2.0])
+    loss = dpo_loss(safe, harmful, reference_safe, reference_harmful, beta=0.5)
+    torch.testing.assert_close(loss, torch.tensor([LIKELY, UNLIKELY, LN2, LN2]))
+
+
+def test_rmu_forget() -> None:
+    """c u = (1, 0). Position (1, 2): (0 + 4) / 2 = 2; (3, 4): (4 + 16) / 2 = 10; (1, 1): (0 + 1) / 2.
+
+    Example 0 has the first two, mean 6; example 1 the last, 1/2. A mean over all three would be 12.5 / 3.
+    """
+    hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
+    loss = rmu_forget_loss(hidden, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(loss, torch.tensor([6.0, 0.5]))
+
+
+def test_rmu_retain() -> None:
+    """Differences (1, 2) and (0, 0) of example 0: (5/2 + 0) / 2 = 5/4; (2, 0) of example 1: 4/2 = 2."""
+    reference = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]], requires_grad=True)
+    hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 1.0]], requires_grad=True)
+    loss = rmu_retain_loss(hidden, reference, torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(loss, torch.tensor([1.25, 2.0]))
+    loss.sum().backward()
+    assert reference.grad is None
+
+
+def test_rmu_is_computed_in_float32() -> None:
+    """256 + 1 is 256 in bfloat16, so a mean of squares kept in bfloat16 would lose the difference of one."""
+    hidden = torch.tensor([[16.0, 1.0]], dtype=torch.bfloat16)
+    loss = rmu_forget_loss(hidden, torch.zeros(2), torch.tensor([0]), 1)
+    assert loss.dtype == torch.float32
+    assert float(loss) == 128.5
+
+
+def test_the_steering_vector_is_a_seeded_direction_of_length_c() -> None:
+    before = torch.random.get_rng_state()
+    vector = steering_vector(64, coefficient=6.5, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before), "the draws of training stay as they are"
+    assert vector.shape == (64,)
+    assert float(vector.norm()) == pytest.approx(6.5)
+    assert float(vector.min()) >= 0, "drawn from [0, 1)"
+    assert torch.equal(vector, steering_vector(64, coefficient=6.5, seed=3))
+    assert not torch.allclose(vector, steering_vector(64, coefficient=6.5, seed=4))
+    torch.testing.assert_close(steering_vector(64, coefficient=13.0, seed=3), 2 * vector)
+
+
+def gradients(beta: float, *, per_token: bool) -> tuple[Tensor, Tensor, float]:
+    """Gradient in the scores of NPO (or SimNPO) and of gradient ascent on one answer, and what npo compares."""
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(4, 6, generator=generator)
+    targets = torch.tensor([1, 0, 5, 2])
+    found = []
+    for name in ("npo", "ascent"):
+        logits = start.clone().requires_grad_()
+        nll = answer_nll(logits, targets).mean() if per_token else answer_nll(logits, targets).sum()
+        gap = nll if per_token else nll - 3.0
+        if name == "ascent":
+            loss = -nll
+        elif per_token:
+            loss = simnpo_loss(nll, beta=beta, gamma=0.0)
+        else:
+            loss = npo_loss(nll, torch.tensor(3.0), beta=beta)
+        loss.backward()
+        assert logits.grad is not None
+        found.append(logits.grad)
+    return found[0], found[1], float(gap.detach())
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["npo", "simnpo"])
+@pytest.mark.parametrize("beta", [2.0, 0.1, 1e-4])
+def test_npo_and_simnpo_become_gradient_ascent_as_beta_goes_to_zero(beta: float, per_token: bool) -> None:
+    """d/d nll of -(2/beta) log sigmoid(beta gap) is -2 sigmoid(-beta gap), so the gradient is ascent's times that.
+
+    The factor goes to 1 with beta, and to 0 with a gap that is large: an answer that is gone no longer pulls.
+    """
+    preference, ascent, gap = gradients(beta, per_token=per_token)
+    assert gap > 1
+    factor = 2 / (1 + math.exp(beta * gap))
+    torch.testing.assert_close(preference, factor * ascent, rtol=1e-4, atol=1e-7)
+    if beta == 1e-4:
+        torch.testing.assert_close(preference, ascent, rtol=1e-3, atol=1e-6)
+    if beta == 2.0:
+        assert factor < 0.3
+
+
+def test_dpo_pulls_the_safe_answer_up_and_the_harmful_one_down() -> None:
+    """At the start both slopes are beta * sigmoid(0) = beta / 2, of opposite sign; the reference gets none."""
+    nlls = [torch.tensor([3.0], requires_grad=True) for _ in range(4)]
+    dpo_loss(*nlls, beta=0.4).sum().backward()
+    safe, harmful, *references = nlls
+    assert safe.grad is not None
+    assert harmful.grad is not None
+    assert safe.grad.item() == pytest.approx(0.2)
+    assert harmful.grad.item() == pytest.approx(-0.2)
+    assert [reference.grad for reference in references] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: gradient_ascent_loss(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long), torch.zeros(2), 1),
+        lambda: npo_loss(torch.zeros(2), torch.zeros(3), beta=0.1),
+        lambda: dpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2), beta=0.1),
+        lambda: rmu_forget_loss(torch.zeros(2, 4), torch.zeros(1), torch.tensor([0, 0]), 1),
+        lambda: rmu_retain_loss(torch.zeros(2, 4), torch.zeros(1, 4), torch.tensor([0, 0]), 1),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(call: object) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match="differ|don't fit"):
+        call()

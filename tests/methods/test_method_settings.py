@@ -1,0 +1,184 @@
+"""The list of methods, their settings, and what a weight of 0 leaves out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from conftest import ModelMaker
+from methods.conftest import MethodTrainerMaker, small_settings
+from sku.config import settings_from_dict
+from sku.data.collation import JointCollator
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE
+from sku.errors import RecipeError
+from sku.methods import METHODS, method_named
+from sku.methods.base import AnyMethod
+
+BASELINES = METHODS[1:]
+
+
+def test_names_are_unique_and_sku_stands_first() -> None:
+    names = [method.name for method in METHODS]
+    assert names == [
+        "sku", "fine_tune", "gradient_ascent", "gradient_ascent_mismatch", "task_vector", "grad_diff", "grad_diff_kl",
+        "npo", "simnpo", "rmu", "dpo", "refusal_tuning",
+    ]  # fmt: skip
+    assert len({method.title for method in METHODS}) == len(METHODS)
+    assert all(method.paper_url.startswith("https://arxiv.org/abs/") for method in METHODS)
+
+
+def test_a_method_is_found_by_its_name() -> None:
+    for method in METHODS:
+        assert method_named(method.name) is method
+    with pytest.raises(RecipeError, match=r"no method named simnp\. Did you mean simnpo\? Known: sku, "):
+        method_named("simnp")
+
+
+def test_only_the_methods_that_learn_harmful_answers_are_hazardous_and_negated() -> None:
+    assert [method.name for method in METHODS if method.hazardous] == ["sku", "task_vector"]
+    assert [method.name for method in METHODS if method.weight_step is not None] == ["sku", "task_vector"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fine_tune", {}),
+        ("gradient_ascent", {}),
+        (
+            "gradient_ascent_mismatch",
+            {"forget_weight": 0.5, "mismatch_weight": 1.0, "retain_weight": 1.0, "random_answers": 5},
+        ),
+        ("task_vector", {}),
+        ("grad_diff", {"forget_weight": 1.0, "retain_weight": 1.0}),
+        ("grad_diff_kl", {"forget_weight": 1.0, "retain_weight": 1.0}),
+        ("npo", {"beta": 0.1, "forget_weight": 1.0, "retain": "gd", "retain_weight": 1.0}),
+        ("simnpo", {"beta": 2.5, "gamma": 0.0, "forget_weight": 0.1375, "retain": "gd", "retain_weight": 1.0}),
+        ("dpo", {"beta": 0.1, "preference_weight": 1.0, "retain": "none", "retain_weight": 1.0}),
+        ("refusal_tuning", {"refusal_weight": 1.0, "retain_weight": 1.0}),
+        (
+            "rmu",
+            {
+                "layer": None, "steering_coefficient": 6.5, "forget_weight": 1.0, "retain_weight": 1200.0, "seed": 0,
+                "projections": ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj"),
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_defaults_are_those_of_paper_or_authors(name: str, expected: dict[str, Any]) -> None:
+    assert dataclasses.asdict(method_named(name).settings()) == expected
+
+
+@pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
+def test_an_unknown_setting_is_refused(method: AnyMethod) -> None:
+    key = f"methods.{method.name}.settings"
+    with pytest.raises(RecipeError, match=rf"{key}\.nonsense is not a known key"):
+        settings_from_dict(method.settings, {"nonsense": 1}, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("gradient_ascent_mismatch", "forget_weight", -0.5),
+        ("gradient_ascent_mismatch", "random_answers", 0),
+        ("grad_diff", "retain_weight", float("inf")),
+        ("grad_diff_kl", "forget_weight", -1.0),
+        ("npo", "beta", 0.0),
+        ("npo", "beta", float("nan")),
+        ("npo", "retain_weight", -1.0),
+        ("simnpo", "beta", -2.5),
+        ("simnpo", "gamma", -1.0),
+        ("rmu", "steering_coefficient", 0.0),
+        ("rmu", "retain_weight", float("nan")),
+        ("rmu", "projections", ()),
+        ("dpo", "beta", float("inf")),
+        ("refusal_tuning", "refusal_weight", -1.0),
+    ],
+)
+def test_an_impossible_value_is_refused_with_key_and_value(name: str, key: str, value: Any) -> None:
+    shown = "is empty" if value == () else f"is {value}"
+    with pytest.raises(RecipeError, match=rf"^methods\.{name}\.settings\.{key} {shown};"):
+        method_named(name).settings(**{key: value})
+
+
+@pytest.mark.parametrize("name", ["npo", "simnpo", "dpo"])
+def test_an_unknown_retain_term_is_refused(name: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"^methods\.{name}\.settings\.retain is 'k1'; it must be one of gd, kl, none"
+    ):
+        method_named(name).settings(retain="k1")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gradient_ascent_mismatch", {"forget_weight": 0.0, "mismatch_weight": 0.0, "retain_weight": 0.0}),
+        ("grad_diff", {"forget_weight": 0.0, "retain_weight": 0.0}),
+        ("npo", {"forget_weight": 0.0, "retain": "none"}),
+        ("simnpo", {"forget_weight": 0.0, "retain_weight": 0.0}),
+        ("rmu", {"forget_weight": 0.0, "retain_weight": 0.0}),
+        ("dpo", {"preference_weight": 0.0}),
+        ("refusal_tuning", {"refusal_weight": 0.0, "retain_weight": 0.0}),
+    ],
+)
+def test_nothing_to_train_is_refused(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="nothing to train"):
+        method_named(name).settings(**settings)
+
+
+ON = [
+    ("sku", {}, {"guided_distortion", "random_disassociation", "preservation_divergence"},
+     {FORGET, MISMATCHED, RETAIN}, True),
+    ("fine_tune", {}, {"retain"}, {RETAIN}, False),
+    ("gradient_ascent", {}, {"ascent"}, {FORGET}, False),
+    ("gradient_ascent_mismatch", {}, {"ascent", "mismatch", "retain_kl"}, {FORGET, MISMATCHED, RETAIN}, True),
+    ("gradient_ascent_mismatch", {"forget_weight": 0.0}, {"mismatch", "retain_kl"}, {MISMATCHED, RETAIN}, True),
+    ("gradient_ascent_mismatch", {"mismatch_weight": 0.0}, {"ascent", "retain_kl"}, {FORGET, RETAIN}, True),
+    ("gradient_ascent_mismatch", {"retain_weight": 0.0}, {"ascent", "mismatch"}, {FORGET, MISMATCHED}, False),
+    ("task_vector", {}, {"guided_distortion"}, {FORGET}, False),
+    ("grad_diff", {}, {"ascent", "retain"}, {FORGET, RETAIN}, False),
+    ("grad_diff", {"retain_weight": 0.0}, {"ascent"}, {FORGET}, False),
+    ("grad_diff_kl", {}, {"ascent", "retain_kl"}, {FORGET, RETAIN}, True),
+    ("grad_diff_kl", {"forget_weight": 0.0}, {"retain_kl"}, {RETAIN}, True),
+    ("npo", {}, {"forget", "retain"}, {FORGET, RETAIN}, True),
+    ("npo", {"retain": "kl"}, {"forget", "retain_kl"}, {FORGET, RETAIN}, True),
+    ("npo", {"retain": "none"}, {"forget"}, {FORGET}, True),
+    ("npo", {"forget_weight": 0.0}, {"retain"}, {RETAIN}, False),
+    ("simnpo", {}, {"forget", "retain"}, {FORGET, RETAIN}, False),
+    ("simnpo", {"retain": "kl"}, {"forget", "retain_kl"}, {FORGET, RETAIN}, True),
+    ("simnpo", {"retain_weight": 0.0}, {"forget"}, {FORGET}, False),
+    ("rmu", {}, {"forget", "retain"}, {FORGET, RETAIN}, True),
+    ("rmu", {"retain_weight": 0.0}, {"forget"}, {FORGET}, False),
+    ("rmu", {"forget_weight": 0.0}, {"retain"}, {RETAIN}, True),
+    ("dpo", {}, {"preference"}, {FORGET, SAFE}, True),
+    ("dpo", {"retain": "gd"}, {"preference", "retain"}, {FORGET, RETAIN, SAFE}, True),
+    ("dpo", {"retain": "gd", "preference_weight": 0.0}, {"retain"}, {RETAIN}, False),
+    ("refusal_tuning", {}, {"refusal", "retain"}, {RETAIN, SAFE}, False),
+    ("refusal_tuning", {"refusal_weight": 0.0}, {"retain"}, {RETAIN}, False),
+    ("refusal_tuning", {"retain_weight": 0.0}, {"refusal"}, {SAFE}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings", "terms", "kinds", "reference"), ON)
+def test_terms_rows_and_reference_are_those_that_are_on_and_no_others(
+    name: str,
+    settings: dict[str, Any],
+    terms: set[str],
+    kinds: set[int],
+    reference: bool,
+    make_method_trainer: MethodTrainerMaker,
+    make_model: ModelMaker,
+) -> None:
+    method = method_named(name)
+    trainer = make_method_trainer(method, full=True, settings=small_settings(method, **settings))
+    dataset: Any = trainer.train_dataset
+    assert isinstance(trainer.data_collator, JointCollator)
+    batch = trainer.data_collator([dataset[0], dataset[1]])
+    assert set(batch["row_kind"].tolist()) == kinds
+    assert (trainer._reference is not None) is reference
+    kept = trainer._kept_positions(batch)
+    model: Any = trainer.model
+    losses = trainer._terms(model, batch, kept, trainer._forward(model, batch, kept))
+    assert set(losses) == terms == set(trainer.objective.weights)
+    assert all(loss.shape == (2,) for loss in losses.values())

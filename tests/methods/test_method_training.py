@@ -1,0 +1,139 @@
+"""Every method through the real trainer, on a tiny model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from conftest import ModelMaker
+from methods.conftest import MethodTrainerMaker
+from sku.data.collation import JointCollator
+from sku.data.examples import ForgetRetainData
+from sku.data.joint import FORGET, JointDataset, RowPlan
+from sku.data.prompts import resolve_prompt_format
+from sku.errors import DataError
+from sku.methods import METHODS, method_named
+from sku.methods.base import AnyMethod
+from sku.training.trainer import UnlearningTrainer
+
+
+def trainable(trainer: UnlearningTrainer) -> dict[str, Tensor]:
+    assert trainer.model is not None
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_two_steps_are_finite_and_move_the_weights(
+    method: AnyMethod, full: bool, make_method_trainer: MethodTrainerMaker
+) -> None:
+    trainer = make_method_trainer(method, full=full)
+    before = trainable(trainer)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        terms = {name.removeprefix("loss/") for name in line if name.startswith("loss/")}
+        assert terms == set(trainer.objective.weights)
+        assert all(math.isfinite(line[name]) for name in line if name.startswith("loss"))
+        weighted = sum(weight * line[f"loss/{name}"] for name, weight in trainer.objective.weights.items())
+        assert line["loss"] == pytest.approx(weighted, rel=1e-3, abs=1e-3)
+    after = trainable(trainer)
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(weight.isfinite().all() for weight in after.values())
+
+
+def disturb(trainer: UnlearningTrainer) -> None:
+    """Gives lora_B values, so that the model in training is not the original one."""
+    generator = torch.Generator().manual_seed(7)
+    assert trainer.model is not None
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def terms_of(trainer: UnlearningTrainer, *, extra_padding: int) -> dict[str, Tensor]:
+    dataset: Any = trainer.train_dataset
+    assert isinstance(trainer.data_collator, JointCollator)
+    batch = trainer.data_collator([dataset[0], dataset[1]])
+    for name, value in (("input_ids", trainer.data_collator.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, extra_padding), value=value)
+    model: Any = trainer.model
+    model.eval()
+    kept = trainer._kept_positions(batch)
+    with torch.no_grad():
+        return trainer._terms(model, batch, kept, trainer._forward(model, batch, kept))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_padding_changes_no_loss(method: AnyMethod, make_method_trainer: MethodTrainerMaker) -> None:
+    trainer = make_method_trainer(method)
+    disturb(trainer)
+    tight, wide = terms_of(trainer, extra_padding=0), terms_of(trainer, extra_padding=19)
+    assert set(tight) == set(trainer.objective.weights)
+    for name, losses in tight.items():
+        torch.testing.assert_close(wide[name], losses, rtol=1e-4, atol=1e-5, msg=name)
+        assert float(losses.abs().min()) > 1e-4, f"{name} is at work"
+
+
+@pytest.mark.parametrize(
+    ("name", "harmful_rises"),
+    [
+        ("gradient_ascent", True), ("gradient_ascent_mismatch", True), ("grad_diff", True), ("grad_diff_kl", True),
+        ("npo", True), ("simnpo", True), ("dpo", True), ("task_vector", False),
+    ],
+)  # fmt: skip
+def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
+    name: str,
+    harmful_rises: bool,
+    make_method_trainer: MethodTrainerMaker,
+    make_model: ModelMaker,
+    data: ForgetRetainData,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    trainer = make_method_trainer(method_named(name), max_steps=8)
+    joint = JointDataset(data, tokenizer, resolve_prompt_format("auto", tokenizer), rows=RowPlan(forget=True))
+    assert isinstance(trainer.data_collator, JointCollator)
+    batch = trainer.data_collator([joint[place] for place in range(len(joint))])
+
+    def harmful_nll() -> float:
+        model: Any = trainer.model
+        model.eval()
+        kept = trainer._kept_positions(batch)
+        with torch.no_grad():
+            outputs = trainer._forward(model, batch, kept)
+        return float(trainer._scored(batch, kept, FORGET, outputs, batch["row_kind"]).mean_nll().mean())
+
+    before = harmful_nll()
+    trainer.train()
+    assert (harmful_nll() > before + 0.01) if harmful_rises else (harmful_nll() < before - 0.01)
+
+
+def test_dpo_stops_where_the_data_has_no_safe_answer(
+    make_method_trainer: MethodTrainerMaker, data: ForgetRetainData
+) -> None:
+    with pytest.raises(DataError, match="safe answer"):
+        make_method_trainer(method_named("dpo"), dataset=data)
+
+
+def test_refusal_tuning_brings_refusals_where_the_data_has_no_safe_answer(
+    make_method_trainer: MethodTrainerMaker, data: ForgetRetainData
+) -> None:
+    dataset: Any = make_method_trainer(method_named("refusal_tuning"), dataset=data).train_dataset
+    assert len(dataset) == len(data.unlearned)
+    assert all(dataset[place].safe is not None for place in range(len(dataset)))
+
+
+def test_dpo_trains_only_on_prompts_that_have_a_safe_answer(
+    make_method_trainer: MethodTrainerMaker, safe_data: ForgetRetainData
+) -> None:
+    dataset: Any = make_method_trainer(method_named("dpo")).train_dataset
+    with_answer = {index for index, example in enumerate(safe_data.unlearned) if example.safe_answer is not None}
+    assert {dataset[place].forget_index for place in range(len(dataset))} == with_answer
+    assert len(with_answer) == len(safe_data.unlearned) - 1
