@@ -10,8 +10,7 @@ from torch import Tensor
 
 from conftest import ModelMaker
 from sku.data.joint import FORGET, MISMATCHED, RETAIN
-from sku.methods import GRADIENT_ASCENT_MISMATCH
-from sku.methods.gradient_ascent_mismatch import GradientAscentMismatchSettings
+from sku.methods.gradient_ascent_mismatch import GRADIENT_ASCENT_MISMATCH, GradientAscentMismatchSettings
 from sku.training.objective import ScoredRows, TrainingStep
 
 LN3 = math.log(3)
@@ -49,8 +48,8 @@ def test_all_three_terms_and_their_sum(make_model: ModelMaker) -> None:
     Ascent: answer 0 is tokens 0, 1, answer 1 is token 0: -(log 4/3 + log 4) / 2 and -log 4/3.
     Mismatch: example 0 has A = 0, 0, 0 (mean log 4/3) and B = 1 (log 4), example 1 has C = 1 and D = 0: both
     (log 4/3 + log 4) / 2.
-    KL(P||Q), Q = (1/2, 1/2): P = (3/4, 1/4) gives k = 3/4 log 3/2 + 1/4 log 1/2 = 0.1308, P = Q gives 0, P = (1/4, 3/4)
-    gives k again; example 0 has the first two (mean k / 2), example 1 the last (k).
+    KL(P||Q), Q = (1/2, 1/2): P = (3/4, 1/4) gives k = 3/4 log 3/2 + 1/4 log 1/2 = 0.1308, P = Q gives 0 and
+    P = (1/4, 3/4) gives k again; example 0 has the first two (mean k / 2), example 1 the last (k).
     Sum with e1 = 1/2, e2 = e3 = 1, each term a mean over the two examples.
     """
     objective = GRADIENT_ASCENT_MISMATCH.objective(GradientAscentMismatchSettings(), make_model())

@@ -54,7 +54,7 @@ def test_retain_kl_is_forward() -> None:
 
 
 def test_npo() -> None:
-    """beta = 1/2. NLL above the reference by 2 log 3: -4 log sigmoid(log 3) = -4 log 3/4 = 4 log 4/3.
+    """With beta = 1/2. NLL above the reference by 2 log 3: -4 log sigmoid(log 3) = -4 log 3/4 = 4 log 4/3.
 
     Below it by as much: -4 log sigmoid(-log 3) = 4 log 4. Equal: 4 log 2.
     """
@@ -64,7 +64,7 @@ def test_npo() -> None:
 
 
 def test_simnpo() -> None:
-    """beta = 2, NLL per token log 3. gamma 0: -log sigmoid(log 9) = log 10/9. gamma log 3: -log 3/4 = log 4/3.
+    """With beta = 2 and NLL per token log 3. gamma 0: -log sigmoid(log 9) = log 10/9. gamma log 3: -log 3/4 = log 4/3.
 
     With gamma multiplied by beta, as in the authors' code, the last would be log 2.
     """
@@ -74,7 +74,7 @@ def test_simnpo() -> None:
 
 
 def test_dpo() -> None:
-    """beta = 1/2. Safe answer log 3 likelier than at first, harmful one log 3 less: sigmoid(log 3), so log 4/3.
+    """With beta = 1/2. Safe answer log 3 likelier than at first, harmful one log 3 less: sigmoid(log 3), so log 4/3.
 
     Both the other way round: sigmoid(-log 3), so log 4. Both likelier by log 3, or nothing changed: log 2.
     """
@@ -86,7 +86,7 @@ def test_dpo() -> None:
 
 
 def test_rmu_forget() -> None:
-    """c u = (1, 0). Position (1, 2): (0 + 4) / 2 = 2; (3, 4): (4 + 16) / 2 = 10; (1, 1): (0 + 1) / 2.
+    """Vector c u = (1, 0). Position (1, 2): (0 + 4) / 2 = 2; (3, 4): (4 + 16) / 2 = 10; (1, 1): (0 + 1) / 2.
 
     Example 0 has the first two, mean 6; example 1 the last, 1/2. A mean over all three would be 12.5 / 3.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
-from methods.conftest import MethodTrainerMaker
+from methods.conftest import MethodTrainerMaker, small_settings
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, JointDataset, RowPlan
@@ -73,31 +73,42 @@ def terms_of(trainer: UnlearningTrainer, *, extra_padding: int) -> dict[str, Ten
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_padding_changes_no_loss(method: AnyMethod, make_method_trainer: MethodTrainerMaker) -> None:
-    trainer = make_method_trainer(method)
+    # At its own beta SimNPO has nothing left to do on a random model, whose answers are unlikely as they are.
+    settings = small_settings(method, **({"beta": 0.1} if method.name == "simnpo" else {}))
+    trainer = make_method_trainer(method, settings=settings)
     disturb(trainer)
     tight, wide = terms_of(trainer, extra_padding=0), terms_of(trainer, extra_padding=19)
     assert set(tight) == set(trainer.objective.weights)
     for name, losses in tight.items():
-        torch.testing.assert_close(wide[name], losses, rtol=1e-4, atol=1e-5, msg=name)
-        assert float(losses.abs().min()) > 1e-4, f"{name} is at work"
+        torch.testing.assert_close(wide[name], losses, rtol=1e-4, atol=1e-6, msg=name)
+        assert float(losses.abs().min()) > 1e-5, f"{name} is at work"
 
 
 @pytest.mark.parametrize(
-    ("name", "harmful_rises"),
+    ("name", "settings", "harmful_rises"),
     [
-        ("gradient_ascent", True), ("gradient_ascent_mismatch", True), ("grad_diff", True), ("grad_diff_kl", True),
-        ("npo", True), ("simnpo", True), ("dpo", True), ("task_vector", False),
+        ("gradient_ascent", {}, True),
+        # The tiny vocabulary is shared: learning normal answers makes harmful ones likelier as well.
+        ("gradient_ascent_mismatch", {"forget_weight": 2.0}, True),
+        ("grad_diff", {}, True),
+        ("grad_diff_kl", {}, True),
+        ("npo", {}, True),
+        ("simnpo", {"beta": 0.1, "forget_weight": 2.0}, True),
+        ("dpo", {}, True),
+        ("task_vector", {}, False),
     ],
 )  # fmt: skip
 def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
     name: str,
+    settings: dict[str, Any],
     harmful_rises: bool,
     make_method_trainer: MethodTrainerMaker,
     make_model: ModelMaker,
     data: ForgetRetainData,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    trainer = make_method_trainer(method_named(name), max_steps=8)
+    method = method_named(name)
+    trainer = make_method_trainer(method, settings=small_settings(method, **settings), max_steps=8)
     joint = JointDataset(data, tokenizer, resolve_prompt_format("auto", tokenizer), rows=RowPlan(forget=True))
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([joint[place] for place in range(len(joint))])

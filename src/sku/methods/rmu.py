@@ -6,6 +6,10 @@ the two before it are trained. Paper: arXiv 2403.03218 (Li et al., WMDP).
 Shapes: N = positions of all rows of one kind, B = joint examples, H = width of the hidden states.
 
 Positions are those before each answer token; the authors' code takes all positions of plain texts, padding included.
+It trains weights alone, these modules' biases (OPT, GPT-NeoX, GPT-2) are trained too.
+
+Source: ``rmu/unlearn.py`` of centerforaisafety/wmdp, read in copies of it (sheepjun0330/wmdp-main, and locuslab/
+open-unlearning). c 6.5, alpha 1200 and layers 5, 6, 7 are its command for Zephyr-7B; its arguments default to 20, 100.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def trade_off_figure(
 def _widest(panels: Mapping[str, Sequence[Curve]], budget: float | None) -> float:
     """Right end of the perplexity axis: it holds the budget, and ends at x10 for all else."""
     costs = [cost for curves in panels.values() for curve in curves for cost in curve.costs]
-    return 1.04 * max(1.2, min(_WIDEST, max(costs)), budget or 1)
+    return max(1.25, min(_WIDEST, 1.04 * max(costs)), 1.04 * (budget or 1))
 
 
 def _set_scales(axes: Axes, x: CostAxis, widest: float) -> None:
@@ -117,7 +117,7 @@ def _set_scales(axes: Axes, x: CostAxis, widest: float) -> None:
         axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= widest]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
-        axes.set_xlabel("perplexity of normal answers, unlearned / base")
+        axes.set_xlabel("perplexity of normal answers / base model's (axis stretched around \u00d71)")
     else:
         axes.set_xlim(104, -4)  # Cost grows to the right, as with perplexity.
         axes.set_xticks([100, 75, 50, 25, 0])
@@ -208,10 +208,11 @@ def _caption(
         for row in rows
         if row[0].title in drawn and len(complete_records(row)) < len(row)
     ]
+    stars = any(curve.matched for curves in panels.values() for curve in curves)
     beyond = any(cost > right_end for curves in panels.values() for curve in curves for cost in curve.costs)
     sentences = [
         f"Means over {seeds} seeds." if seeds > 1 else "One seed.",
-        "Stars: 95 % intervals over seeds and prompts." if seeds > 1 else "Stars: 95 % intervals over prompts.",
+        f"Stars: 95 % intervals over {'seeds and prompts' if seeds > 1 else 'prompts'}." if stars else "",
         f"What lies beyond \u00d7{right_end:.3g} stands on the right border." if beyond and x == "perplexity" else "",
         f"Not every seed is complete: {', '.join(fewer)}." if fewer else "",
         f"Not drawn, as no seed is complete: {', '.join(missing)}." if missing else "",

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 
 from sku.report.trade_off_curves import Curve, Place
@@ -47,8 +46,9 @@ def _draw_inside(axes: Axes, controls: Sequence[tuple[str, Place]]) -> None:
         box = free[0] if free else boxes[0]
         taken.append(box)
         axes.text(
-            box[0], box[1], title, va="bottom", fontsize=8, color=GREY, transform=axes.transAxes, zorder=6.5,
-            path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
+            box[0], (box[1] + box[3]) / 2, title, va="center_baseline", fontsize=8, color=GREY,
+            transform=axes.transAxes, zorder=6.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
         )  # fmt: skip
 
 

@@ -1,0 +1,135 @@
+"""The trade-off picture."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sku.errors import EvaluationError, OutputError
+from sku.report.method_records import MethodRecord
+from sku.report.trade_off import trade_off_figure
+from sku.report.trade_off_controls import _apart, _boxes, _fits
+from sku.report.trade_off_curves import panels_of
+
+from .invented_records import METHODS, STRENGTHS, failed_record, invented_comparison, make_point, make_record
+
+
+@pytest.fixture(scope="module")
+def records() -> list[MethodRecord]:
+    return invented_comparison(seeds=2, prompts=20)
+
+
+def words_of(path: Path) -> list[str]:
+    return re.findall(r">([^<>\n]+)</(?:text|tspan)>", path.read_text())
+
+
+def test_png(records: list[MethodRecord], tmp_path: Path) -> None:
+    path = trade_off_figure(records, tmp_path / "figure.png", budget=1.05)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_svg_names_every_row_and_sign(records: list[MethodRecord], tmp_path: Path) -> None:
+    words = words_of(trade_off_figure(records, tmp_path / "figure.svg", budget=1.05, order=METHODS))
+    titles = [name.replace("_", " ") for name in METHODS]
+    assert [word for word in words if word in titles] == titles
+    assert {"Replies", "Replies forced to begin harmfully", "utility budget, \u00d71.05"} <= set(words)
+    assert {"base", "random direction", "as published", "matched to the utility budget"} <= set(words)
+    assert any(word.startswith("Means over 2 seeds. Stars: 95 % intervals over seeds and prompts.") for word in words)
+
+
+def test_the_same_records_give_the_same_file(records: list[MethodRecord], tmp_path: Path) -> None:
+    first = trade_off_figure(records, tmp_path / "a.svg").read_bytes()
+    assert trade_off_figure(records, tmp_path / "b.svg").read_bytes() == first
+
+
+@pytest.mark.parametrize(("harm", "title"), [("reply", "Replies"), ("prefill", "Replies forced to begin harmfully")])
+def test_one_panel(harm: str, title: str, records: list[MethodRecord], tmp_path: Path) -> None:
+    path = trade_off_figure(records, tmp_path / "figure.svg", harm=harm, x="exact")  # type: ignore[arg-type]
+    words = words_of(path)
+    assert [word for word in words if word.startswith("Replies")] == [title]
+    assert "exact answers to normal prompts, %" in words
+
+
+def test_curves_are_means_over_seeds_by_strength() -> None:
+    def seed(number: int, *letters: str) -> MethodRecord:
+        points = [
+            make_point(text, losses={"retain_test": (10 + 2 * strength,) * 2}, strength=strength, roles=["sweep"])
+            for strength, text in zip((2.0, 1.0), letters, strict=True)
+        ]
+        return make_record("sku", *points, seed=number)
+
+    base = make_record("base", make_point("hh", losses={"retain_test": (10, 10)}), control=True)
+    (own, control) = panels_of([[seed(0, "rr", "hh"), seed(1, "hr", "rh")], [base]], "perplexity", ["reply"])["reply"]
+    assert [place.y[0] for place in own.line] == [75, 25]
+    assert [place.x[0] for place in own.line if place.x] == pytest.approx([2.718281828**0.2, 2.718281828**0.4])
+    assert own.published is None
+    assert own.matched is None
+    assert control.published is not None
+    assert control.published.y[0] == 100
+
+
+def test_strengths_that_a_seed_lacks_are_no_part_of_the_line(records: list[MethodRecord]) -> None:
+    sku = [record for record in records if record.name == "sku"]
+    short = make_record("sku", *sku[1].points[:3], seed=1)
+    base = [record for record in records if record.name == "base"]
+    both, less = (panels_of([row, base], "perplexity", ["reply"])["reply"][0] for row in (sku, [sku[0], short]))
+    assert len(both.line) == len(STRENGTHS)
+    assert len(less.line) == 3
+
+
+def test_failures_are_told(records: list[MethodRecord], tmp_path: Path) -> None:
+    more = [*records, failed_record("sku", 2, "NaN"), failed_record("lost", 0, "NaN")]
+    text = " ".join(words_of(trade_off_figure(more, tmp_path / "figure.svg")))
+    assert "Not every seed is complete: sku (2 of 3)." in text
+    assert "Not drawn, as no seed is complete: lost." in text
+    assert "lost" not in words_of(tmp_path / "figure.svg")
+
+
+def test_ruined_models_stand_on_the_border(tmp_path: Path) -> None:
+    base = make_record("base", make_point("hh", losses={"retain_test": (10, 10)}), control=True)
+    point = make_point("rr", losses={"retain_test": (1e6, 1e6)}, roles=["published", "matched", "sweep"])
+    text = " ".join(words_of(trade_off_figure([base, make_record("ga", point)], tmp_path / "figure.svg")))
+    assert "What lies beyond \u00d710 stands on the right border." in text
+    point = make_point("rr", losses={"retain_test": (11, 11)})
+    text = " ".join(words_of(trade_off_figure([base, make_record("ga", point)], tmp_path / "figure.svg")))
+    assert "border" not in text
+    assert "Stars" not in text
+
+
+def test_panels_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
+    records = [make_record("base", make_point("hh", losses={"retain_test": (10, 10)}), control=True)]
+    words = words_of(trade_off_figure(records, tmp_path / "figure.svg"))
+    assert [word for word in words if word.startswith("Replies")] == ["Replies"]
+    with pytest.raises(EvaluationError, match=r"harmful rate \(prefill\) and perplexity"):
+        trade_off_figure(records, tmp_path / "figure.svg", harm="prefill")
+    with pytest.raises(EvaluationError, match="and exact on normal prompts: nothing to draw"):
+        trade_off_figure(records, tmp_path / "figure.svg", x="exact")
+
+
+def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"must end in \.png"):
+        trade_off_figure(records, tmp_path / "figure.gif")
+    with pytest.raises(OutputError, match="can't be written"):
+        trade_off_figure(records[-4:], tmp_path / "missing" / "figure.png")
+    with pytest.raises(EvaluationError, match="budget is a perplexity ratio"):
+        trade_off_figure(records, tmp_path / "figure.png", x="exact", budget=1.05)
+    with pytest.raises(EvaluationError, match="no complete record is named base"):
+        trade_off_figure([record for record in records if record.name == "sku"], tmp_path / "figure.png")
+
+
+def test_names_of_controls_cover_nothing() -> None:
+    boxes = list(_boxes("base", 0.5, 0.5))
+    assert _fits(boxes[0], [])
+    assert not _fits(boxes[0], [boxes[0]])
+    assert _fits(boxes[1], [boxes[0]])
+    assert not _fits(next(_boxes("base", 0.99, 0.5)), [])
+    assert _apart([0, 50, 0, 4], 10) == [0, 50, 10, 20]
+
+
+def test_no_torch() -> None:
+    code = "import sys, sku.report.trade_off, sku.report.method_tables; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
