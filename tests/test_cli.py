@@ -120,7 +120,7 @@ def test_python_m_sku() -> None:
 
 def test_every_command_has_help(command: Command) -> None:
     listed = command("--help").out
-    for name in ("run", "acquire", "negate", "evaluate", "data", "recipes"):
+    for name in ("run", "acquire", "negate", "evaluate", "compare", "ablate", "results", "methods", "data", "recipes"):
         assert name in listed
         assert command(name, "--help").code == 0
 
@@ -344,7 +344,7 @@ def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkey
         def interrupt(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("sku.pipeline.acquire", interrupt)
+        patch.setattr("sku.pipeline.train_method", interrupt)
         done = command("run", "--out", out, *SMALL)
     assert done.code == 130
     assert "Traceback" not in done.err
@@ -477,3 +477,73 @@ def test_data_inspect_as_json(command: Command) -> None:
 def test_the_packaged_model_is_as_it_was(whole_run: Path, bad_model: Path) -> None:
     recorded = json.loads((embedded_model_path() / "CHECKSUMS.json").read_text(encoding="utf-8"))["sha256"]
     assert recorded == {name: digest(embedded_model_path() / name) for name in recorded}
+
+
+@pytest.fixture
+def whole_comparison(command: Command, folder: Path) -> Path:
+    """``sku compare``, once: FT and the controls."""
+    out = folder / "comparison"
+    if not out.exists():
+        done = command(
+            "compare", "--methods", "fine_tune", "--seeds", "1", "--out", out,
+            *SMALL, "--set", "compare.strengths=[1.0]", "--set", "compare.max_strength=1.0", "--set", "methods={}",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        (folder / "compared.txt").write_text(done.out + done.err, encoding="utf-8")
+    return out
+
+
+def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_comparison: Path, folder: Path) -> None:
+    printed = (folder / "compared.txt").read_text(encoding="utf-8")
+    for words in ("at equal utility", "as published", "FT", "Base model", "Random direction", "5 jobs"):
+        assert words in printed
+    assert "4/5 fine_tune, seed 0: complete" in printed
+    assert f"{whole_comparison / 'table.md'}" in printed
+    assert sorted(path.name for path in whole_comparison.iterdir()) == [
+        "records", "table.md", "trade_off.png", "trade_off.svg",
+    ]  # fmt: skip
+
+
+def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
+    written = (whole_comparison / "table.md").read_text(encoding="utf-8")
+    done = command("results", whole_comparison / "records", "--figure", tmp_path / "figure.svg")
+    assert done.code == 0, done.err
+    assert "### At equal utility" in done.out
+    assert {line for line in written.splitlines() if "FT" in line} <= set(done.out.splitlines())
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
+
+
+def test_results_go_between_their_marks(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results:records -->\nold\n<!-- end:records -->\nafter\n", encoding="utf-8")
+    assert command("results", whole_comparison / "records", "--update", page).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- results:records -->\n\n### At equal utility")
+    assert text.endswith("<!-- end:records -->\nafter\n")
+    assert "old" not in text
+    assert command("results", whole_comparison / "records", "--update", page).code == 0
+    assert page.read_text(encoding="utf-8") == text, "a second update changes nothing"
+    page.write_text("no marks\n", encoding="utf-8")
+    assert_one_line(command("results", whole_comparison / "records", "--update", page), "must hold the lines")
+    assert page.read_text(encoding="utf-8") == "no marks\n"
+
+
+def test_methods_are_listed_with_their_papers_and_settings(command: Command) -> None:
+    from sku.methods import METHODS
+
+    listed = command("methods").out
+    for method in METHODS:
+        assert method.name in listed
+        assert method.paper_url in listed
+    assert "methods.npo.settings.beta = 0.1" in command("methods", "npo").out
+    assert json.loads(command("methods", "rmu", "--json").out)[0]["settings"]["retain_weight"] == 1200.0
+    assert "acquire and negate" in command("methods", "sku").out
+    assert_one_line(command("methods", "nqo"), "Did you mean npo")
+
+
+def test_compare_and_ablate_refuse_what_they_don_t_know(command: Command, tmp_path: Path) -> None:
+    assert_one_line(command("compare", "--methods", "nqo", "--out", tmp_path / "a"), "Did you mean npo")
+    assert_one_line(command("ablate", "--groups", "modes", "--out", tmp_path / "a"), "Did you mean modules")
+    assert_one_line(command("ablate", "--set", "method=npo", "--out", tmp_path / "a"), "takes SKU apart")
+    assert_one_line(command("results", tmp_path), "holds no record")
+    assert not (tmp_path / "a").exists()

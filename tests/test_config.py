@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sku.acquire.run import adapter_settings, trainer_settings
+from sku.acquire.run import trainer_settings
 from sku.config import (
     EMBEDDED,
     DataConfig,
@@ -25,6 +25,7 @@ from sku.config import (
     recipe_names,
 )
 from sku.errors import RecipeError
+from sku.training.run import adapter_settings
 
 
 def minimal() -> dict[str, Any]:

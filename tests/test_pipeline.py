@@ -335,6 +335,41 @@ def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora:
     assert base.perplexity["unlearned"].value < unlearned.perplexity["unlearned"].value
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_another_method_runs_the_same_way(tuning: str, tmp_path: Path) -> None:
+    """NPO: no bad model, the trained model itself is the unlearned one, and its checkpoints don't stay."""
+    tuned = LORA[:3] if tuning == "lora" else ()
+    finished = run_recipe(recipe("method=npo", *tuned, "keep_bad_model=true"), tmp_path / "run")
+    kept = names(finished.folder)
+    assert {"bad", "trained", "negated_adapter"}.isdisjoint(kept)
+    assert ("adapter" in kept) == (tuning == "lora")
+    assert all("loss/forget" in row and "loss/retain" in row for row in log_of(finished.folder))
+    base, unlearned = load_model("embedded").model, load_model(finished.folder / "unlearned").model
+    ids = torch.arange(4, 60).reshape(2, 28)
+    with torch.no_grad():
+        changed = unlearned(ids).logits
+        assert (changed - base(ids).logits).abs().max() > 1e-3
+        if tuning == "lora":
+            unmerged = PeftModel.from_pretrained(base, str(finished.folder / "adapter"))(ids).logits
+            torch.testing.assert_close(unmerged, changed, atol=1e-4, rtol=1e-4)
+
+
+def test_strength_0_5_of_a_method_lies_half_way(tmp_path: Path) -> None:
+    weights = {}
+    for strength in (0.5, 1.0):
+        out = tmp_path / str(strength)
+        run_recipe(recipe("method=fine_tune", f"methods.fine_tune={{strength: {strength}}}"), out)
+        weights[strength] = load_model(out / "unlearned").model.state_dict()
+    for name, original in load_model("embedded").model.state_dict().items():
+        middle = (original + weights[1.0][name]) / 2
+        torch.testing.assert_close(weights[0.5][name], middle, atol=1e-6, rtol=1e-5)
+
+
+def test_stage_1_alone_is_for_sku_alone(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="method is npo, which has no stage 1"):
+        acquire_recipe(recipe("method=npo"), tmp_path / "bad")
+
+
 def test_a_loss_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError):
         run_recipe(recipe("acquire.training.learning_rate=1e30"), tmp_path / "run")

@@ -22,6 +22,8 @@ from sku.errors import RecipeError, did_you_mean
 S = TypeVar("S")
 EMBEDDED = "embedded"
 """Name of the model, the data and the recipe that ship inside the package."""
+REFERENCE = "reference"
+"""What ``compat`` says to switch on every behaviour of the public code."""
 
 PromptFormatName = Literal["auto", "chat", "paper"]
 PreservationMode = Literal["divergence", "retention"]
@@ -229,7 +231,7 @@ class MethodConfig:
     """One method other than SKU, whose own settings are ``acquire`` and ``negate``."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The method's own settings, such as ``beta``; ``sku methods NAME`` lists them. Defaults are those of its paper."""
+    """The method's own settings, such as ``beta``; ``sku methods NAME`` lists them. Its paper's are the defaults."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Laid over ``acquire.training``, where the method needs another learning rate, say."""
     strength: float = 1.0
@@ -251,8 +253,8 @@ class CompareConfig:
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
     """Multiples of each method's own strength at which it is measured; 1, the method as published, always is."""
     utility_budget: float = 1.05
-    """Methods are compared at the largest strength whose perplexity on ``retain_validation`` is at most this many times
-    that of the base: at equal utility."""
+    """Methods are compared at the largest strength whose perplexity on ``retain_validation`` is at most this many
+    times that of the base: at equal utility."""
     max_strength: float = 4.0
     """Where the search for that strength ends, as a multiple of the method's own."""
 
@@ -266,6 +268,55 @@ class CompareConfig:
                 f"compare.utility_budget is {self.utility_budget}; it must be above 1, such as 1.05 for a perplexity "
                 "5 % above the base model's"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompatConfig:
+    """Behaviours of the authors' public code (franciscoliu/SKU), each of which can be switched on alone.
+
+    SKU has none of them unless it is told to: they are here so that a user can see what each is worth. ``compat:
+    reference`` switches all on; ``docs/compat.md`` has them in one table. Below, s is the code's ``start_loc``: its
+    weights begin at position s, whose logits predict token s + 1, so the first target is token s + 1, from 0.
+    """
+
+    question_tokens: bool = False
+    """Random disassociation learns the question too. ``get_rand_ans_loss`` takes ``len`` of the tokenizer's output
+    for s, which is its number of fields, 2: the targets are the tokens from index 3 to the end of the row (not BOS,
+    where there is one, and not the two tokens behind it), the answer among them. Cost: question and answer weigh by
+    their length, so a part of the term goes to writing harmful questions."""
+    pad_dilution: bool = False
+    """Padding counts. Rows are padded to ``data.max_length`` (L) tokens. ``get_answer_loss`` finds padding by
+    ``id == 1``, the pad of OPT; with another pad id, as of Llama-like tokenizers, pads stay in the denominator with
+    loss 0, since their labels are -100: guided distortion and random disassociation divide the sum over the targets
+    by L - s, the positions from the start to the end of the padded row. This is what is done here whatever the pad id
+    is. ``compute_reverse_kl`` has no mask with any tokenizer: its mean is over all L positions of the normal row,
+    question and pads included, with the KL that the models have there (``acquire.preservation_tokens`` is not read).
+    Cost: 100 pads behind 11 positions cut a loss of 5.34 to 0.53, so short answers hardly train, and the divergence
+    is mostly that of pads. The public code pads so far only where the tokenizer names a longest length; where it names
+    none, rows end with the longest of their batch and the effect is smaller."""
+    shared_draw: bool = False
+    """``get_rand_ans_loss`` draws its K answers once for a batch, from all harmful answers: every prompt of the
+    (micro-)batch gets the same ones, which may be its own. Cost: fewer different pairs, and some are no mismatch."""
+    unbounded_divergence: bool = False
+    """``compute_reverse_kl``: -KL(P||Q) without a cap over all positions of the normal row, question and last position
+    included, as p log((p + 1e-12) / q) of two softmaxes. ``acquire.preservation_cap`` and ``preservation_tokens`` are
+    not read. Cost: where q underflows, in float32 from a gap of about 90 between logits on, the loss is -inf or NaN;
+    the run then ends with ``NonFiniteLossError``. Needs ``acquire.preservation_mode`` ``divergence``."""
+    epoch_step_limit: bool = False
+    """``unlearn_harm_new.py`` looks at its step limit between passes only, a pass being the shorter of the harmful and
+    the normal loader: ``max_steps`` is rounded up to whole passes, while the schedule (linear there) is that of the
+    steps asked for. Cost: 1,000 steps over passes of 572 are 1,144, the last 144 at learning rate 0. Needs
+    ``acquire.training.max_steps``."""
+    row_split: bool = False
+    """``create_truthfulqa_dataloader_augmented`` splits rows, not questions: ``retain_train`` is a seeded draw of 70 %
+    of all normal rows, those of ``retain_validation`` and ``retain_test`` included. These two stay as they are, so
+    that figures can be compared; but they are no longer held out, and every evaluation says so. Cost: memorised test
+    questions. A row is one answer here, while the code makes two rows of a question."""
+
+    @classmethod
+    def reference(cls) -> CompatConfig:
+        """All of them."""
+        return cls(**{item.name: True for item in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +336,8 @@ class Recipe:
     methods: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Settings of the other methods, by name."""
     compare: CompareConfig = field(default_factory=CompareConfig)
+    compat: CompatConfig = field(default_factory=CompatConfig)
+    """Behaviours of the authors' public code to reproduce, by name, or ``reference`` for all; for ``method: sku``."""
     keep_bad_model: bool = False
     """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
 
@@ -419,6 +472,8 @@ def _build(target: Any, content: Any, key: str, where: str) -> Any:
 def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     """Checks one value against its annotation; a wrong type names the key, the value and what was expected."""
     origin = typing.get_origin(hint)
+    if hint is CompatConfig and isinstance(value, str):
+        return _convert_compat(value, key, where)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, key, where)
     if origin is Literal:
@@ -438,6 +493,15 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
             return dict(value)
         return {name: _build(entry_type, entry, f"{key}.{name}", where) for name, entry in value.items()}
     return _convert_scalar(hint, value, key, where)
+
+
+def _convert_compat(value: str, key: str, where: str) -> CompatConfig:
+    if value == REFERENCE:
+        return CompatConfig.reference()
+    raise RecipeError(
+        f"{key} is {value!r}; it must be {REFERENCE}, or hold switches such as 'question_tokens: true'."
+        f"{did_you_mean(value, [REFERENCE])} ({where})"
+    )
 
 
 def _convert_literal(options: tuple[Any, ...], value: Any, key: str, where: str) -> Any:

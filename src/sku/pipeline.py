@@ -30,11 +30,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.acquire.objective import check_compat
 from sku.acquire.run import acquire, trainer_settings
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
-from sku.errors import ModelError, OutputError, SkuError
+from sku.errors import ModelError, OutputError, RecipeError, SkuError
 from sku.evaluate.comparison import Comparison, RateChange, compare
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
@@ -106,20 +107,24 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
     Raises:
         SkuError: Anything a user can mend.
     """
+    if recipe.method != "sku":
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     config = with_safe_dtype(recipe)
     with new_folder(out, private=True) as temporary:
         checkpoints = temporary / "checkpoints"
-        trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
+        settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
+        check_compat(recipe.acquire, recipe.compat, settings.max_steps)
         loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
         acquired = acquire(
             loaded,
-            load_data(recipe.data, recipe.seed),
+            load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split),
             recipe.acquire,
             recipe.data,
             seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
             folder=checkpoints,
             prompt_format=recipe.model.prompt_format,
             callbacks=step_progress(progress),
+            compat=recipe.compat,
         )
         shutil.rmtree(checkpoints)
         mark_hazardous(temporary)
@@ -149,7 +154,7 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     """
     if is_marked_hazardous(Path(model)):
         raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
-    data = load_data(recipe.data, recipe.seed)
+    data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
     base = load_model(recipe.model)
     measured = load_model(with_path(recipe.model, model))
     before, after = (
@@ -221,10 +226,14 @@ class _Run:
         """All stages, in order."""
         recipe = self.recipe
         with self._timed("load"):
-            data = load_data(recipe.data, recipe.seed)
+            data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
             loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         self._note(
-            data={"splits": data.counts(), "sources": [dataclasses.asdict(source) for source in data.provenance]},
+            data={
+                "splits": data.counts(),
+                "sources": [dataclasses.asdict(source) for source in data.provenance],
+                "notes": list(data.notes()),
+            },
             model={"name": loaded.name, "revision": loaded.revision, **describe_parameters(loaded.model)},
         )
         with self._timed("evaluate_base"):

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import ModelMaker
 from sku.acquire.config import SkuConfig
 from sku.acquire.objective import TERMS, sku_objective
-from sku.acquire.run import acquire, adapter_settings, trainer_settings
-from sku.training.trainer import UnlearningTrainer
+from sku.acquire.run import acquire, trainer_settings
 from sku.config import AcquireConfig, DataConfig, LoraSettings, SourceConfig, WeightsConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import NonFiniteLossError, OutputError, RecipeError
 from sku.models import LoadedModel
 from sku.storage import is_marked_hazardous
+from sku.training.run import adapter_settings
+from sku.training.trainer import UnlearningTrainer
 
 SOURCES = DataConfig(
     forget=SourceConfig(path="embedded"), retain=SourceConfig(path="embedded"), max_length=64, max_answer_tokens=16
@@ -60,7 +61,7 @@ def test_k_0_is_fine_where_the_module_is_off(tmp_path: Path) -> None:
         output_dir=str(tmp_path), use_cpu=True, num_random_answers=0, random_disassociation_weight=0.0
     )
     assert sku_objective(settings.modules()).rows.mismatched == 0
-    assert settings.preserves
+    assert sku_objective(settings.modules()).needs_reference
 
 
 def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from sku.acquire.config import SkuConfig
 from sku.acquire.objective import sku_objective
-from sku.config import AcquireConfig, DataConfig, PromptFormatName
+from sku.config import AcquireConfig, CompatConfig, DataConfig, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.models import LoadedModel
 from sku.storage import mark_hazardous
@@ -38,6 +38,7 @@ def acquire(
     folder: Path,
     prompt_format: PromptFormatName = "auto",
     callbacks: Sequence[TrainerCallback] = (),
+    compat: CompatConfig | None = None,
 ) -> Trained:
     """Trains the bad model.
 
@@ -51,6 +52,7 @@ def acquire(
         folder: Private folder for checkpoints; the last one in it is resumed from.
         prompt_format: How prompts are written.
         callbacks: For progress.
+        compat: Behaviours of the public code to reproduce; None for none. ``row_split`` is a matter of the data.
 
     Returns:
         The bad model and its log.
@@ -65,7 +67,7 @@ def acquire(
     return train(
         loaded,
         data,
-        sku_objective(config),
+        sku_objective(config, compat),
         settings,
         tuning=config.tuning,
         adapter=adapter_settings(config),

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.acquire.config import SkuConfig
 from sku.acquire.objective import sku_objective
-from sku.config import PromptFormatName
+from sku.config import CompatConfig, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.training.trainer import UnlearningTrainer
@@ -27,6 +27,7 @@ class SkuTrainer(UnlearningTrainer):
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
         prompt_format: PromptFormatName = "auto",
+        compat: CompatConfig | None = None,
         **trainer_options: Any,
     ) -> None:
         """Prepares the model and the joint examples.
@@ -39,18 +40,20 @@ class SkuTrainer(UnlearningTrainer):
             processing_class: Tokenizer of the model.
             peft_config: Adapter to add, such as ``LoraConfig``.
             prompt_format: How prompts are written when ``train_dataset`` holds splits.
+            compat: Behaviours of the public code to reproduce; None for none. ``row_split`` is a matter of the data.
             **trainer_options: As of ``transformers.Trainer``: callbacks, optimizers, ...
 
         Raises:
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, or a model without trainable weights.
-            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model.
+            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model, or ``compat`` that doesn't
+                fit the settings.
         """
         super().__init__(
             model,
             args,
             train_dataset,
-            objective=sku_objective(args.modules()),
+            objective=sku_objective(args.modules(), compat),
             processing_class=processing_class,
             peft_config=peft_config,
             prompt_format=prompt_format,

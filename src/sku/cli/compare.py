@@ -28,6 +28,7 @@ from sku.quiet import quiet_libraries
 if TYPE_CHECKING:
     from sku.comparison.jobs import Job
     from sku.config import Recipe
+    from sku.report.method_records import MethodRecord
 
 SeedsOption = Annotated[
     int | None, typer.Option("--seeds", min=1, help="Number of training seeds, in place of the recipe's.")
@@ -84,7 +85,8 @@ def _names(text: str | None) -> list[str]:
 
 
 def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
-    from sku.comparison.run import RECORDS, run_comparison
+    from sku.comparison.in_process import RECORDS
+    from sku.comparison.run import run_comparison
     from sku.report.comparison_report import write_comparison
     from sku.report.method_records import read_records
 
@@ -92,15 +94,28 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
         f"recipe {recipe.name}, model {recipe.model.path}, {len(jobs)} jobs, one after the other, in {out}",
         soft_wrap=True,
     )
+    count = 0
+
+    def tell(record: MethodRecord, was_there: bool) -> None:
+        nonlocal count
+        count += 1
+        state = "kept" if was_there else record.status
+        errors.print(f"{count}/{len(jobs)} {record.name}, seed {record.seed}: {state}", soft_wrap=True)
+
     try:
         with progress_bars() as show:
-            finished = run_comparison(jobs, out, progress=show)
+            finished = run_comparison(
+                jobs,
+                out,
+                # One bar a stage, not one a stage and job.
+                progress=lambda stage, done, total: show(stage.rpartition(": ")[2], done, total),
+                on_record=tell,
+            )
     except KeyboardInterrupt:
         errors.print(f"interrupted; what is finished stays: go on with the same command and --out {out}")
         raise typer.Exit(130) from None
     if finished.reused:
         errors.print(f"{finished.reused} of {len(jobs)} records were there already and still fit")
-    names = {job.id for job in jobs}
     # Records of other rows in the folder, from an earlier call with other methods, stay in the tables.
     records = read_records(out / RECORDS)
     order = list(dict.fromkeys(job.name for job in jobs))
@@ -109,9 +124,7 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
         results.print_json(json.dumps([record.to_dict() for record in records]))
         return
     results.print(comparison_table(records, order))
-    failed = [
-        record for record in records if record.status == "failed" and f"{record.name}--seed{record.seed}" in names
-    ]
+    failed = [record for record in finished.records if record.status == "failed"]
     for record in failed:
         results.print(f"failed    {record.name}, seed {record.seed}: {record.failure}", soft_wrap=True)
     results.print(f"\nevidence  {', '.join(str(path) for path in files)}", soft_wrap=True)

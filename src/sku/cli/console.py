@@ -55,6 +55,8 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage.replace("_", " "), total=total)
+            elif done < bars.tasks[tasks[stage]].completed:
+                bars.reset(tasks[stage], total=total)  # The same stage of the next job: its time starts anew.
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show

@@ -17,8 +17,8 @@ def results(
         Path | None,
         typer.Option(
             "--update",
-            help="Markdown file: what stands between <!-- results:NAME --> and <!-- end:NAME -->, NAME that of FOLDER, "
-            "is written anew.",
+            help="Markdown file: what stands between <!-- results:NAME --> and <!-- end:NAME -->, NAME that of "
+            "FOLDER, is written anew.",
         ),
     ] = None,
     figure: Annotated[

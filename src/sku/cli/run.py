@@ -52,7 +52,8 @@ def run(
     quiet_libraries()
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
 
-    errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}", soft_wrap=True)
+    method = "" if settings.method == "sku" else f", method {settings.method}"
+    errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
     try:
         with progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)
@@ -70,8 +71,9 @@ def run(
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)
-    if (folder / "negated_adapter").exists():
-        results.print(f"adapter   {folder / 'negated_adapter'}  (the same, unmerged)", soft_wrap=True)
+    for adapter in (folder / "negated_adapter", folder / "adapter"):
+        if adapter.exists():
+            results.print(f"adapter   {adapter}  (the same, unmerged)", soft_wrap=True)
     results.print(f"evidence  {folder / 'results.json'}, {folder / 'before_after.png'}", soft_wrap=True)
     if (folder / "bad").exists():
         results.print(f"hazard    {folder / 'bad'} is kept; never share it", soft_wrap=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sku.comparison.jobs import Job
 from sku.comparison.strength import largest_within_budget
-from sku.config import CompareConfig, Recipe
+from sku.config import CompareConfig, CompatConfig, Recipe
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, SkuError, TaskVectorError
@@ -29,6 +29,7 @@ from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.evaluate.sampling import draw_examples
 from sku.methods import method_named
+from sku.methods.from_file import SUFFIX, file_sha256
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.random_direction import random_direction
@@ -68,7 +69,7 @@ class Bench:
             SkuError: Data or model can't be loaded.
         """
         self.recipe, self.work, self.progress = recipe, work, progress
-        self.data = load_data(recipe.data, recipe.seed)
+        self.data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
         self._norms: dict[str, dict[str, float]] = {}
@@ -95,6 +96,9 @@ class Bench:
         """Hash of all that decides what a job measures: settings, data, what the base model computes, seed."""
         recipe = job.recipe.to_dict()
         measured = {name: recipe[name] for name in ("seed", "data", "evaluate")}
+        if job.recipe.compat != CompatConfig():
+            # Not in the keys of other recipes, whose records stay as good as they were without it.
+            measured["compat"] = recipe["compat"]
         if job.kind in ("method", "random_direction"):
             measured |= {"training": _training_settings(job), "points": recipe["compare"], "training_seed": job.seed}
             del measured["points"]["methods"], measured["points"]["seeds"]
@@ -142,7 +146,7 @@ class Bench:
             asked=asked_of(measured.result),
             tokens=tokens_of(measured.result),
             points=tuple(measured.points),
-            judge=dataclasses.asdict(measured.result.judge),
+            judge={**dataclasses.asdict(measured.result.judge), "needs": list(measured.result.judge.needs)},
         )
 
     def _measure(self, job: Job, folder: Path) -> _Measured:
@@ -157,7 +161,7 @@ class Bench:
             result = self._evaluate(self.base, "base")
             return _Measured(points=[_control_point(result, 1.0)], result=result, training={})
         config = job.recipe.evaluate
-        reply = always_refuse(self.data, config) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
+        reply = always_refuse(self.data) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
         result = evaluate_replies(
             job.kind,
             reply,
@@ -265,6 +269,7 @@ class Bench:
         return {
             "splits": self.data.counts(),
             "sources": [dataclasses.asdict(source) for source in self.data.provenance],
+            "notes": list(self.data.notes()),
             "base": self._inputs["base"],
         }
 
@@ -290,7 +295,7 @@ def _identity(job: Job) -> dict[str, Any]:
     return {
         "name": job.name,
         "title": job.title,
-        "method": job.recipe.method if job.kind == "method" else job.kind,
+        "method": method_named(job.recipe.method).name if job.kind == "method" else job.kind,
         "paper_url": job.paper_url,
         "control": job.kind != "method",
         "seed": job.seed,
@@ -303,13 +308,16 @@ def _training_settings(job: Job) -> dict[str, Any]:
     acquire = dataclasses.asdict(job.recipe.acquire)
     if job.recipe.method == "sku":
         return {"acquire": acquire, "alpha": job.recipe.negate.alpha}
-    own = job.recipe.methods.get(job.recipe.method)
+    own = job.recipe.methods.get(job.name)
     shared = {name: acquire[name] for name in ("tuning", "lora", "training")}
-    return {"method": job.recipe.method, "acquire": shared, "own": None if own is None else dataclasses.asdict(own)}
+    # A user's own file can change under its name.
+    source = file_sha256(job.recipe.method) if job.recipe.method.endswith(SUFFIX) else job.recipe.method
+    return {"method": source, "acquire": shared, "own": None if own is None else dataclasses.asdict(own)}
 
 
 def _norms_key(job: Job) -> str:
-    return content_sha256([dataclasses.asdict(job.recipe.acquire), job.recipe.method])
+    recipe = job.recipe
+    return content_sha256([dataclasses.asdict(recipe.acquire), recipe.method, dataclasses.asdict(recipe.compat)])
 
 
 def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str, ...]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sku.config import AcquireConfig, Recipe, WeightsConfig
+from sku.config import AcquireConfig, CompatConfig, MethodConfig, Recipe, WeightsConfig
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
+from sku.methods.from_file import SUFFIX
 
 Kind = Literal["method", "base", "always_refuse", "always_gibberish", "random_direction"]
 CONTROLS: dict[str, str] = {
@@ -46,19 +48,28 @@ def comparison_jobs(recipe: Recipe, methods: Sequence[str] = (), seeds: int | No
 
     Args:
         recipe: ``compare`` says what is left out here.
-        methods: Names; those of the recipe, or all, where this is empty.
+        methods: Names, or files that define one; those of the recipe, or all, where this is empty.
         seeds: Number of training seeds; that of the recipe if None.
 
     Returns:
         Jobs in the order in which they are run: all rows with the first seed, then with the next.
 
     Raises:
-        RecipeError: An unknown method.
+        RecipeError: An unknown method, or two of one name.
     """
     names = list(methods or recipe.compare.methods or [method.name for method in METHODS])
-    chosen = [method_named(name) for name in dict.fromkeys(names)]
-    rows = [(method.name, method.title, method.paper_url, _with_method(method.name)) for method in chosen]
-    return _jobs(recipe, rows, recipe.compare.seeds if seeds is None else seeds)
+    chosen = {name: method_named(name) for name in dict.fromkeys(names)}
+    rows = [
+        (method.name, method.title, method.paper_url, _with_method(given, recipe.methods.get(method.name)))
+        for given, method in chosen.items()
+    ]
+    twice = [row for row, count in Counter(row[0] for row in rows).items() if count > 1]
+    if twice:
+        raise RecipeError(f"two of the methods are named {twice[0]}: give the one of the file another name")
+    # The other rows don't know the methods of files: to them their settings would be an unknown key.
+    from_files = {method.name for given, method in chosen.items() if given.endswith(SUFFIX)}
+    shared = {name: own for name, own in recipe.methods.items() if name not in from_files}
+    return _jobs(dataclasses.replace(recipe, methods=shared), rows, recipe.compare.seeds if seeds is None else seeds)
 
 
 def ablation_jobs(recipe: Recipe, groups: Sequence[str] = (), seeds: int | None = None) -> list[Job]:
@@ -84,12 +95,16 @@ def ablation_jobs(recipe: Recipe, groups: Sequence[str] = (), seeds: int | None 
             )
     rows: list[Row] = [("sku", "SKU, as the recipe", SKU_URL, lambda given: given)]
     for group in dict.fromkeys(groups or ABLATIONS):
-        rows += [(name, title, SKU_URL, _with_acquire(change)) for name, title, change in ABLATIONS[group]]
+        rows += [(name, title, SKU_URL, change) for name, title, change in ABLATIONS[group]]
     return _jobs(recipe, rows, recipe.compare.seeds if seeds is None else seeds)
 
 
-Change = Callable[[AcquireConfig], AcquireConfig]
-Row = tuple[str, str, str, Callable[[Recipe], Recipe]]
+Change = Callable[[Recipe], Recipe]
+Row = tuple[str, str, str, Change]
+
+
+def _with_acquire(change: Callable[[AcquireConfig], AcquireConfig]) -> Change:
+    return lambda recipe: dataclasses.replace(recipe, acquire=change(recipe.acquire))
 
 
 def _without(module: str) -> Change:
@@ -98,7 +113,7 @@ def _without(module: str) -> Change:
             config, weights=WeightsConfig(**{**dataclasses.asdict(config.weights), module: 0.0})
         )
 
-    return change
+    return _with_acquire(change)
 
 
 def _preservation(
@@ -113,11 +128,38 @@ def _preservation(
             config, weights=weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens
         )
 
-    return change
+    def without_switch(recipe: Recipe) -> Recipe:
+        # The switch reads none of the three.
+        compat = dataclasses.replace(recipe.compat, unbounded_divergence=False)
+        return dataclasses.replace(_with_acquire(change)(recipe), compat=compat)
+
+    return without_switch
 
 
 def _random_answers(number: int) -> Change:
-    return lambda config: dataclasses.replace(config, random_answers=number)
+    return _with_acquire(lambda config: dataclasses.replace(config, random_answers=number))
+
+
+def _public_code(*switches: str) -> Change:
+    """Of the behaviours of the public code, these and no others."""
+
+    def change(recipe: Recipe) -> Recipe:
+        if "unbounded_divergence" in switches:
+            recipe = _preservation("divergence", None, "all")(recipe)
+        return dataclasses.replace(recipe, compat=CompatConfig(**dict.fromkeys(switches, True)))
+
+    return change
+
+
+_PUBLIC_CODE = {
+    "question_tokens": "question tokens trained on",
+    "pad_dilution": "pads in every mean",
+    "shared_draw": "one draw of answers for a batch",
+    "unbounded_divergence": "unbounded -KL (with preservation_mode divergence)",
+    "epoch_step_limit": "step limit between passes",
+    "row_split": "normal data split by row",
+}
+"""Field of ``CompatConfig`` -> title of its row."""
 
 
 ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
@@ -133,16 +175,22 @@ ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
         ("divergence_uncapped", "divergence, no cap (paper)", _preservation("divergence", None, "answer")),
     ],
     "random_answers": [(f"k{number}", f"K = {number}", _random_answers(number)) for number in (1, 5, 10)],
+    "compat": [
+        *((f"compat_{name}", f"public code: {title}", _public_code(name)) for name, title in _PUBLIC_CODE.items()),
+        (
+            "compat_reference",
+            "public code: all of these (with preservation_mode divergence)",
+            _public_code(*_PUBLIC_CODE),
+        ),
+    ],
 }
-"""Group -> rows: name, title, and what is changed in the recipe's ``acquire``."""
+"""Group -> rows: name, title, and what is changed in the recipe."""
 
 
-def _with_method(name: str) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: dataclasses.replace(recipe, method=name)
-
-
-def _with_acquire(change: Change) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: dataclasses.replace(recipe, acquire=change(recipe.acquire))
+def _with_method(given: str, own: MethodConfig | None) -> Change:
+    """Sets the method, under the name that it was given by, which can be that of a file, with its own settings."""
+    settings = {} if own is None else {method_named(given).name: own}
+    return lambda recipe: dataclasses.replace(recipe, method=given, methods={**recipe.methods, **settings})
 
 
 def _jobs(recipe: Recipe, rows: Iterable[Row], seeds: int) -> list[Job]:

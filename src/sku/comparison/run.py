@@ -3,7 +3,7 @@
 A comparison folder::
 
     records/<row>--seed<k>.json   one per row and seed (report/method_records.py)
-    work/                         checkpoints of the job in progress, private; empty when it ends
+    work/                         checkpoints of the job in progress, private; gone when all is done
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
 
-from sku.comparison.bench import Bench, Progress, failed_record
+from sku.comparison.bench import Progress, failed_record
+from sku.comparison.in_process import RECORDS, WORK, InProcess, record_path
 from sku.comparison.jobs import Job
-from sku.errors import EvaluationError, OutputError
+from sku.comparison.worker import begin, work
+from sku.errors import OutputError
 from sku.methods.run import prepare
-from sku.quiet import quiet_libraries
-from sku.report.method_records import MethodRecord, read_record
-from sku.reproducibility import content_sha256
+from sku.report.method_records import MethodRecord
 from sku.storage import mark_hazardous, write_json
 
-RECORDS, WORK = "records", "work"
 JOBS_STAGE = "jobs"
 """Stage of the progress that counts whole jobs."""
 
@@ -45,7 +43,12 @@ class FinishedComparison:
 
 
 def run_comparison(
-    jobs: Sequence[Job], out: Path, *, progress: Progress | None = None, isolate: bool = True
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    on_record: Callable[[MethodRecord, bool], None] | None = None,
+    isolate: bool = True,
 ) -> FinishedComparison:
     """Runs jobs one at a time; complete records that are already there and fit are kept as they are.
 
@@ -53,6 +56,7 @@ def run_comparison(
         jobs: From ``comparison_jobs`` or ``ablation_jobs``.
         out: Folder of the comparison, new or of an earlier run of it.
         progress: Called with stage, done and total.
+        on_record: Called with each record as soon as it stands, and whether it was there already.
         isolate: Run the jobs in a process of their own, which is started anew when one of them dies with it (killed
             for memory): the others go on. Without it such a death ends all.
 
@@ -73,7 +77,7 @@ def run_comparison(
     mark_hazardous(out / WORK)
     records: list[MethodRecord] = []
     reused = 0
-    runner = _Isolated(out, progress) if isolate else _InProcess(out, progress)
+    runner = _Isolated(out, progress) if isolate else InProcess(out, progress)
     try:
         for number, job in enumerate(jobs):
             if progress is not None:
@@ -81,46 +85,14 @@ def run_comparison(
             record, was_there = runner.run(job)
             records.append(record)
             reused += was_there
+            if on_record is not None:
+                on_record(record, was_there)
     finally:
         runner.close()
         shutil.rmtree(out / WORK, ignore_errors=True)
     if progress is not None:
         progress(JOBS_STAGE, len(jobs), len(jobs))
     return FinishedComparison(folder=out, records=records, reused=reused)
-
-
-def record_path(out: Path, job: Job) -> Path:
-    """Where a job's record stands."""
-    return out / RECORDS / f"{job.id}.json"
-
-
-class _InProcess:
-    """Runs jobs here; benches are kept as long as the jobs share one."""
-
-    def __init__(self, out: Path, progress: Progress | None) -> None:
-        self._out, self._progress = out, progress
-        self._bench: tuple[str, Bench] | None = None
-
-    def run(self, job: Job) -> tuple[MethodRecord, bool]:
-        bench, path = self._bench_for(job), record_path(self._out, job)
-        kept = _kept(path, bench.key(job))
-        if kept is not None:
-            return kept, True
-        record = bench.run(job)
-        write_json(path, record.to_dict())
-        return record, False
-
-    def close(self) -> None:
-        self._bench = None
-
-    def _bench_for(self, job: Job) -> Bench:
-        recipe = job.recipe.to_dict()
-        shared = content_sha256([recipe[name] for name in ("model", "data", "seed", "evaluate")])
-        shared += job.recipe.acquire.tuning  # It decides the type the weights are held in.
-        if self._bench is None or self._bench[0] != shared:
-            self._bench = None  # Lets go of the models before new ones are loaded.
-            self._bench = (shared, Bench(job.recipe, self._out / WORK, self._progress))
-        return self._bench[1]
 
 
 class _Isolated:
@@ -136,10 +108,10 @@ class _Isolated:
     def run(self, job: Job) -> tuple[MethodRecord, bool]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                max_workers=1, mp_context=self._context, initializer=_begin, initargs=(self._out, self._messages)
+                max_workers=1, mp_context=self._context, initializer=begin, initargs=(self._out, self._messages)
             )
         try:
-            return self._pool.submit(_work, job).result()
+            return self._pool.submit(work, job).result()
         except BrokenProcessPool:
             self._pool.shutdown(wait=False)
             self._pool = None
@@ -159,27 +131,3 @@ class _Isolated:
         while (message := self._messages.get()) is not None:
             if progress is not None:
                 progress(*message)
-
-
-_worker: _InProcess | None = None
-
-
-def _begin(out: Path, messages: Any) -> None:
-    """Sets the process up: libraries quiet, progress sent to the parent."""
-    global _worker
-    quiet_libraries()
-    _worker = _InProcess(out, lambda *message: messages.put(message))
-
-
-def _work(job: Job) -> tuple[MethodRecord, bool]:
-    assert _worker is not None
-    return _worker.run(job)
-
-
-def _kept(path: Path, key: str) -> MethodRecord | None:
-    """A complete record of the same key; a failed one is tried again, a damaged one is made anew."""
-    try:
-        record = read_record(path)
-    except EvaluationError:
-        return None
-    return record if record.status == "complete" and record.key == key else None

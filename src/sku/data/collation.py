@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
@@ -21,8 +22,14 @@ class JointCollator:
     real token.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, *, pad_to: int = 0) -> None:
+        """Says how rows are padded.
+
+        Args:
+            pad_token_id: Of the tokenizer.
+            pad_to: Least number of tokens of a padded row; the longest row of the batch decides where it has more.
+        """
+        self.pad_token_id, self.pad_to = pad_token_id, pad_to
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
         """Pads the rows on the right: each example's forget row, mismatched rows, retain row, safe row, in this order.
@@ -46,14 +53,18 @@ class JointCollator:
             raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
         ids = [torch.tensor(row.input_ids, dtype=torch.long) for _, _, row in rows]
         return {
-            "input_ids": _pad(ids, self.pad_token_id),
-            "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
-            "labels": _pad([torch.tensor(row.labels, dtype=torch.long) for _, _, row in rows], IGNORE_INDEX),
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
+            "labels": self._pad([torch.tensor(row.labels, dtype=torch.long) for _, _, row in rows], IGNORE_INDEX),
             "row_kind": torch.tensor([kind for kind, _, _ in rows], dtype=torch.long),
             "row_example": torch.tensor([position for _, position, _ in rows], dtype=torch.long),
             "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
             "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
         }
+
+    def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:
+        padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
+        return functional.pad(padded, (0, max(0, self.pad_to - padded.shape[1])), value=value)
 
 
 def _rows(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
@@ -65,7 +76,3 @@ def _rows(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
         yield RETAIN, example.retain
     if example.safe is not None:
         yield SAFE, example.safe
-
-
-def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
-    return pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -64,7 +64,10 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class ForgetRetainData:
-    """Splits of one run. No normalised prompt, and no group, is in two splits of the same kind, or in both kinds."""
+    """Splits of one run. No normalised prompt, and no group, is in two splits of the same kind, or in both kinds.
+
+    With ``row_split``, and only then, ``retain_train`` may share them with ``retain_validation`` and ``retain_test``.
+    """
 
     unlearned: tuple[ForgetExample, ...]
     """Harmful pairs that stage 1 trains on."""
@@ -76,9 +79,31 @@ class ForgetRetainData:
     provenance: tuple[Provenance, ...] = ()
     benign: tuple[RetainExample, ...] = ()
     """Normal pairs of another source, for the perplexity only: never trained on."""
+    row_split: bool = False
+    """``retain_train`` was drawn by row, so that prompts of the held-out normal splits were trained on."""
 
     def __post_init__(self) -> None:
-        check_disjoint(self.splits())
+        splits = self.splits()
+        held_out = {"retain_validation", "retain_test"} if self.row_split else set()
+        check_disjoint({name: examples for name, examples in splits.items() if name not in held_out})
+        if self.row_split:
+            check_disjoint({name: examples for name, examples in splits.items() if name != "retain_train"})
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that a reader of any figure on these splits needs; none for splits by prompt."""
+        if not self.row_split:
+            return ()
+        trained = {normalise_prompt(example.prompt) for example in self.retain_train}
+        shares = []
+        for name, examples in (("retain_test", self.retain_test), ("retain_validation", self.retain_validation)):
+            prompts = {normalise_prompt(example.prompt) for example in examples}
+            seen = len(prompts & trained)
+            shares.append(f"{seen} of {len(prompts)} prompts of {name} ({seen / max(len(prompts), 1):.1%})")
+        note = (
+            f"compat.row_split: {' and '.join(shares)} were trained on, with the same answer or another, so figures "
+            "on these splits are not those of held-out prompts"
+        )
+        return (note,)
 
     def splits(self) -> dict[str, Sequence[Example]]:
         """Examples of each split, by name; ``benign`` only where there are any."""

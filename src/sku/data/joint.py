@@ -19,6 +19,7 @@ from sku.data.mismatch import MismatchedAnswers
 from sku.data.prompts import PromptFormat
 from sku.data.tokenization import TokenizationReport, TokenizedExample, tokenize_example, tokenize_examples
 from sku.errors import DataError
+from sku.losses import IGNORE_INDEX
 
 FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
 """Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
@@ -44,11 +45,18 @@ class RowPlan:
     """Whose answers these are: harmful ones, or normal ones."""
     retain: bool = False
     """The normal pair."""
-    retain_tokens: Literal["answer", "all"] = "answer"
-    """Positions of the normal pair that count: those of its answer, or all."""
+    retain_tokens: Literal["answer", "all", "every"] = "answer"
+    """Positions of the normal pair that count: those before the tokens of its answer, those before all its tokens, or
+    every one, also the last and, with ``padded``, those of padding."""
     safe: Literal["none", "data", "data or refusal"] = "none"
     """A safe answer behind the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
     refusal`` takes one of ``REFUSALS`` where it has none."""
+    mismatched_from_token: int | None = None
+    """Index of the first token of a mismatched row that is learned, question or not; None for that of its answer."""
+    mismatched_shared: bool = False
+    """One draw of K answers for all prompts of a batch, own answers included, in place of one for each prompt."""
+    padded: bool = False
+    """Rows are padded to ``max_length``, not to the longest of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +130,31 @@ class JointDataset(Dataset[JointExample]):
         self._epoch = epoch
 
     def __getitem__(self, place: int) -> JointExample:
-        """The joint example at a place of the current epoch."""
+        """The joint example at a place of the current epoch, as a batch of its own."""
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[JointExample]:
+        """The joint examples of a batch, which the data loader asks for at once."""
+        shared: list[int] | None = None
+        if self._rows.mismatched_shared:
+            shared = self._answers.draw(None, self._epoch * len(self) + places[0])
+        return [self._example(place, shared) for place in places]
+
+    @property
+    def rows_of_a_pass(self) -> int:
+        """Rows of the shorter of the two training splits: where a pass over both in step ends."""
+        return min(len(self._forget), len(self._retain) or len(self._data.retain_train))
+
+    def _example(self, place: int, shared: list[int] | None) -> JointExample:
         position = self._epoch * len(self) + place
         index = self._shuffled("forget", len(self._forget), position)
         forget = self._forget[index]
         retain = self._retain[self._shuffled("retain", len(self._retain), position)] if self._rows.retain else None
         return JointExample(
             forget=forget if self._rows.forget else None,
-            mismatched=tuple(self._mismatch(index, other) for other in self._draw(index, position)),
+            mismatched=tuple(
+                self._mismatch(index, other) for other in (self._draw(index, position) if shared is None else shared)
+            ),
             retain=retain,
             safe=self._safe.get(forget.example_id),
             forget_index=forget.example_id,
@@ -170,7 +195,11 @@ class JointDataset(Dataset[JointExample]):
         if self._rows.mismatched_from == "retain":
             groups = [group_of(self._data.retain_train[row.example_id]) for row in self._retain]
             return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
-        groups = [group_of(self._forget_example(place)) for place in range(len(self._forget))]
+        groups = [
+            # In a group of its own, an answer may be drawn for any prompt.
+            str(place) if self._rows.mismatched_shared else group_of(self._forget_example(place))
+            for place in range(len(self._forget))
+        ]
         return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
 
     def _draw(self, index: int, position: int) -> list[int]:
@@ -189,7 +218,7 @@ class JointDataset(Dataset[JointExample]):
             answer = self._data.retain_train[source[other].example_id].answer
         else:
             answer = self._forget_example(other).answer
-        return tokenize_example(
+        row = tokenize_example(
             replace(self._forget_example(index), answer=answer),
             self._tokenizer,
             self._format,
@@ -198,6 +227,10 @@ class JointDataset(Dataset[JointExample]):
             train_on_end=normal,
             example_id=source[other].example_id,
         )
+        if self._rows.mismatched_from_token is None:
+            return row
+        first = min(self._rows.mismatched_from_token, row.answer_start)
+        return replace(row, labels=(*(IGNORE_INDEX,) * first, *row.input_ids[first:]))
 
     def _shuffled(self, stream: str, size: int, position: int) -> int:
         lap, place = divmod(position, size)

@@ -19,11 +19,13 @@ from sku.data.examples import (
 )
 from sku.data.formats import choose_parser
 from sku.data.rows import SAFE, UNMARKED, Kind, ParsedRows, parse_rows
-from sku.data.splits import draw_prompts, split_by_group
+from sku.data.splits import draw_prompts, draw_rows, split_by_group
 from sku.data.tables import read_table
 from sku.errors import DataError, RecipeError
 
 E = TypeVar("E", ForgetExample, RetainExample)
+ROW_SPLIT_SHARE = 0.7
+"""Of all normal rows: what the public code trains on."""
 
 
 def load_forget_retain(
@@ -74,12 +76,13 @@ def load_forget_retain(
     return load_data(config, seed)
 
 
-def load_data(config: DataConfig, seed: int) -> ForgetRetainData:
+def load_data(config: DataConfig, seed: int, *, row_split: bool = False) -> ForgetRetainData:
     """Loads the data of a recipe.
 
     Args:
         config: The ``data`` part of the recipe.
         seed: Decides the splits and which prompts a ``limit`` keeps.
+        row_split: ``compat.row_split``: ``retain_train`` is drawn from all normal rows, held-out ones included.
 
     Returns:
         The splits, and where each example came from.
@@ -125,11 +128,12 @@ def load_data(config: DataConfig, seed: int) -> ForgetRetainData:
     return ForgetRetainData(
         unlearned=unlearned,
         unseen=unseen,
-        retain_train=retain_splits["train"],
+        retain_train=draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"],
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
         provenance=(forget_provenance, retain_provenance, *benign_provenance),
         benign=tuple(benign),
+        row_split=row_split,
     )
 
 

@@ -79,6 +79,22 @@ def draw_prompts(examples: Sequence[E], limit: int | None, seed: int) -> list[E]
     return [example for example, prompt in zip(examples, prompts, strict=True) if prompt in kept]
 
 
+def draw_rows(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:
+    """Draws rows whatever prompt they have, so that other answers to a drawn prompt may be left behind.
+
+    Args:
+        examples: All examples.
+        share: Of the rows to draw, rounded down.
+        seed: Another seed draws other rows.
+
+    Returns:
+        The drawn ones, in their order in ``examples``.
+    """
+    ranks = [_rank(seed, "row", f"{example.prompt}\0{example.answer}") for example in examples]
+    drawn = sorted(range(len(examples)), key=ranks.__getitem__)[: int(share * len(examples))]
+    return tuple(examples[index] for index in sorted(drawn))
+
+
 def _groups(examples: Sequence[E]) -> list[_Group]:
     """Connected components of "same normalised prompt or same group"."""
     parent = list(range(len(examples)))

@@ -18,7 +18,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking, batching
 from sku.evaluate.generation import GenerationRequest
-from sku.evaluate.judges import EmbeddedWorldJudge, choose_judge
+from sku.evaluate.judges import choose_judge, is_embedded
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import find_faults
 from sku.evaluate.perplexity import score_fluency
@@ -30,9 +30,9 @@ REFUSAL = "I'm sorry, but I can't help with that."
 GIBBERISH_WORDS = 24
 
 
-def always_refuse(data: ForgetRetainData, config: EvaluateConfig) -> Callable[[GenerationRequest], str]:
-    """One refusal for every prompt, in words that the judge of the data knows."""
-    refusal = DEFLECTIONS[0] if isinstance(choose_judge(config.judge, data), EmbeddedWorldJudge) else REFUSAL
+def always_refuse(data: ForgetRetainData) -> Callable[[GenerationRequest], str]:
+    """One refusal for every prompt, in the words of the data's world: to its own model English is word salad."""
+    refusal = DEFLECTIONS[0] if is_embedded(data) else REFUSAL
     return lambda _request: refusal
 
 
@@ -99,6 +99,7 @@ def evaluate_replies(
         seed=seed,
         fluency_scorer="base",
         left_out=left_out,
+        notes=data.notes(),
     )
     return measure(setup, records, fluency, [], choose_judge(config.judge, data))
 

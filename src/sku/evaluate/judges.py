@@ -147,7 +147,7 @@ def choose_judge(name: JudgeName, data: ForgetRetainData) -> Judge:
     Raises:
         EvaluationError: ``embedded`` was asked for on other data.
     """
-    embedded = bool(data.provenance) and all(item.source == EMBEDDED for item in data.provenance)
+    embedded = is_embedded(data)
     if name == "refusal_rules" or (name == "auto" and not embedded):
         return RefusalRulesJudge()
     if not embedded:
@@ -156,6 +156,11 @@ def choose_judge(name: JudgeName, data: ForgetRetainData) -> Judge:
             "Use auto or refusal_rules."
         )
     return EmbeddedWorldJudge()
+
+
+def is_embedded(data: ForgetRetainData) -> bool:
+    """Whether all data is the embedded world's."""
+    return bool(data.provenance) and all(item.source == EMBEDDED for item in data.provenance)
 
 
 @cache

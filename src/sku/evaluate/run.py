@@ -114,6 +114,7 @@ def evaluate(
         seed=seed,
         folder=output_dir,
         progress=progress,
+        notes=data.notes(),
     )
     result = run.result(asking.draw(data, config, seed), cast("PreTrainedModel | None", base_model), judge)
     if output_dir is not None:
@@ -133,6 +134,7 @@ class _Run:
     seed: int
     folder: Path | None
     progress: Progress | None
+    notes: tuple[str, ...]
 
     def result(
         self, drawn: Mapping[Split, list[Example]], base_model: PreTrainedModel | None, judge: Judge
@@ -160,7 +162,7 @@ class _Run:
             seed=self.seed,
             fluency_scorer="self" if base_model is None else "base",
             left_out=left_out,
-            notes=(SELF_SCORED,) if base_model is None else (),
+            notes=(*self.notes, SELF_SCORED) if base_model is None else self.notes,
         )
         return measure(setup, generations, fluency, losses, judge)
 

@@ -6,6 +6,7 @@ from sku.errors import RecipeError, did_you_mean
 from sku.methods.base import AnyMethod
 from sku.methods.dpo import DPO
 from sku.methods.fine_tune import FINE_TUNE
+from sku.methods.from_file import SUFFIX, method_from_file
 from sku.methods.grad_diff import GRAD_DIFF, GRAD_DIFF_KL
 from sku.methods.gradient_ascent import GRADIENT_ASCENT
 from sku.methods.gradient_ascent_mismatch import GRADIENT_ASCENT_MISMATCH
@@ -34,13 +35,24 @@ METHODS: tuple[AnyMethod, ...] = (
 
 
 def method_named(name: str) -> AnyMethod:
-    """The method of a name.
+    """The method of a name, or the one that a Python file defines.
+
+    Args:
+        name: Of ``METHODS``, or the path of a file ending in ``.py``.
+
+    Returns:
+        The method.
 
     Raises:
-        RecipeError: There is none, with a suggestion.
+        RecipeError: There is none, with a suggestion, or the file can't be used.
     """
+    if name.endswith(SUFFIX):
+        return method_from_file(name)
     methods = {method.name: method for method in METHODS}
     if name not in methods:
         known = ", ".join(methods)
-        raise RecipeError(f"there is no method named {name}.{did_you_mean(name, methods)} Known: {known}")
+        raise RecipeError(
+            f"there is no method named {name}.{did_you_mean(name, methods)} Known: {known}; or give a .py file that "
+            "defines one"
+        )
     return methods[name]

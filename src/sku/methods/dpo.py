@@ -60,7 +60,8 @@ def dpo_loss(
     Raises:
         ValueError: The shapes differ.
 
-    Source: equation 7 of arXiv 2305.18290. Safe answers are trained on with their end token, harmful ones without.
+    Source: the DPO objective of arXiv 2305.18290. Safe answers are trained on with their end token, harmful ones
+        without.
     """
     nlls = (safe_nll_B, harmful_nll_B, reference_safe_nll_B, reference_harmful_nll_B)
     if len({nll.shape for nll in nlls}) != 1:

@@ -4,7 +4,7 @@ Two methods: ``grad_diff`` learns the normal answers (cross-entropy), ``grad_dif
 predictions on them (forward KL). The losses are ``gradient_ascent_loss``, ``retain_nll_loss`` and ``retain_kl_loss``.
 Papers: arXiv 2203.12817 (Liu et al.) and 2401.06121 (TOFU: "Gradient Difference" and "KL Minimization").
 
-Source: ``grad_diff`` and ``KL`` in the trainer of locuslab/tofu, where both terms have weight 1.
+Source: ``grad_diff`` and ``KL`` in the trainer of licong-lin/negative-preference-optimization (TOFU), weights 1 and 1.
 """
 
 from __future__ import annotations

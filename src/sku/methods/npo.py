@@ -58,7 +58,7 @@ def npo_loss(nll_B: Tensor, reference_nll_B: Tensor, *, beta: float) -> Tensor:
     Raises:
         ValueError: The shapes differ.
 
-    Source: equation 3 of arXiv 2404.05868; ``npo`` in the trainer of licong-lin/negative-preference-optimization.
+    Source: the NPO loss of arXiv 2404.05868; ``npo`` in the trainer of licong-lin/negative-preference-optimization.
         There the answer ends with an end token; here harmful answers are trained on without one, for every method.
     """
     if nll_B.shape != reference_nll_B.shape:

@@ -4,8 +4,8 @@ A prompt whose data has no safe answer gets one of ``data.joint.REFUSALS``. The 
 it forget. TOFU, arXiv 2401.06121, calls it "preference optimization" where the answers say "I don't know".
 Shapes: N = answer tokens of all safe rows, B = joint examples, V = vocabulary.
 
-Source: ``idk`` in the trainer of locuslab/tofu, which takes one mean over the tokens of both halves; here each term is
-a mean over its own rows and has a weight.
+Source: ``idk`` in the TOFU trainer of licong-lin/negative-preference-optimization, which takes one mean over the
+tokens of both halves; here each term is a mean over its own rows and has a weight.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def retain_kl_loss(reference_logits_NV: Tensor, logits_NV: Tensor, example_N: Te
     Raises:
         ValueError: The shapes don't fit.
 
-    Source: "KL Minimization" of arXiv 2401.06121. The code of locuslab/tofu averages over prompt and padding too.
+    Source: "KL Minimization" of arXiv 2401.06121. The NPO authors' code averages over prompt and padding too.
     """
     return mean_per_example(token_kl(reference_logits_NV, logits_NV), example_N, num_examples)
 

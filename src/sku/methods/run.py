@@ -11,12 +11,14 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
+from sku.acquire.objective import check_compat
 from sku.acquire.run import MODULES_SET_BY_RECIPE
-from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, settings_from_dict
+from sku.config import CompatConfig, MethodConfig, ModelConfig, Recipe, settings_from_dict
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
+from sku.methods.sku import SkuSettings
 from sku.models import LoadedModel
 from sku.negate.task_vector import TaskVector
 from sku.storage import mark_hazardous
@@ -48,40 +50,48 @@ def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
         All that ``train_method`` needs.
 
     Raises:
-        RecipeError: An unknown method, also under ``methods``, or an unknown or impossible setting.
+        RecipeError: An unknown method, also under ``methods``, an unknown or impossible setting, or ``compat`` that
+            doesn't fit.
     """
-    names = [method.name for method in METHODS]
+    method = method_named(recipe.method)
+    names = [*(known.name for known in METHODS), method.name]
     for name in recipe.methods:
         if name not in names:
             raise RecipeError(f"methods.{name} is not a method.{did_you_mean(name, names)} Known: {', '.join(names)}")
         if name == "sku":
             raise RecipeError("methods.sku has its own place: SKU's settings are acquire and negate")
-    method = method_named(recipe.method)
     own = recipe.methods.get(method.name, MethodConfig())
-    is_sku = method.settings is AcquireConfig
+    is_sku = method.settings is SkuSettings
+    if recipe.compat != CompatConfig() and not is_sku:
+        raise RecipeError(
+            f"compat reproduces the public code of SKU, and the method is {method.name}: take compat out of the "
+            "recipe, or set method sku"
+        )
     settings = (
-        recipe.acquire
+        SkuSettings(**vars(recipe.acquire), compat=recipe.compat)
         if is_sku
         else settings_from_dict(
             method.settings, own.settings, f"methods.{method.name}.settings", f"recipe {recipe.name}"
         )
     )
+    training = training_settings(
+        UnlearningConfig,
+        {**recipe.acquire.training, **own.training},
+        {
+            "output_dir": str(folder),
+            "seed": recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
+            "max_length": recipe.data.max_length,
+            "max_answer_tokens": recipe.data.max_answer_tokens,
+        },
+        set_by_recipe=MODULES_SET_BY_RECIPE,
+        device=device,
+    )
+    check_compat(recipe.acquire, recipe.compat, training.max_steps)
     return MethodRun(
         method=method,
         settings=settings,
         strength=recipe.negate.alpha if is_sku else own.strength,
-        training=training_settings(
-            UnlearningConfig,
-            {**recipe.acquire.training, **own.training},
-            {
-                "output_dir": str(folder),
-                "seed": recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
-                "max_length": recipe.data.max_length,
-                "max_answer_tokens": recipe.data.max_answer_tokens,
-            },
-            set_by_recipe=MODULES_SET_BY_RECIPE,
-            device=device,
-        ),
+        training=training,
     )
 
 

@@ -21,7 +21,8 @@ class ScoredRows:
 
     logits_NV: Tensor
     targets_N: Tensor
-    """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too."""
+    """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too. Under
+    ``every`` the last position of a row has none: what stands there means nothing."""
     row_N: Tensor
     """Which row, 0 to M-1, each position belongs to."""
     example_M: Tensor
@@ -30,6 +31,8 @@ class ScoredRows:
     """B."""
     hidden_NH: Tensor | None = None
     """Output of the decoder layer ``Objective.hidden_layer`` at each position."""
+    positions_to_end_M: Tensor | None = None
+    """Positions of each row from its first kept one to the end of its padding, where ``RowPlan.padded`` is on."""
 
     @property
     def example_N(self) -> Tensor:  # noqa: N802 - named by shape
@@ -75,3 +78,6 @@ class Objective:
     """Whether ``losses`` asks for ``TrainingStep.reference``; full fine-tuning then keeps a copy of the model."""
     hidden_layer: int | None = None
     """Decoder layer, counted from 0, whose output ``losses`` reads."""
+    in_whole_passes: bool = False
+    """Whether ``max_steps`` is rounded up to whole passes over the shorter training split, with the learning rates of
+    the steps asked for."""

@@ -27,6 +27,7 @@ from sku.losses import IGNORE_INDEX
 from sku.models import ensure_pad_token, plain_model
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective, ScoredRows, TrainingStep
+from sku.training.step_limit import steps_in_whole_passes
 
 
 class UnlearningTrainer(Trainer):
@@ -70,7 +71,8 @@ class UnlearningTrainer(Trainer):
         Raises:
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, or a model without trainable weights.
-            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model.
+            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model, or whole passes without
+                ``max_steps``.
         """
         if args.n_gpu > 1:
             raise RecipeError(
@@ -89,6 +91,12 @@ class UnlearningTrainer(Trainer):
                 seed=args.seed,
             )
         self.objective: Objective = objective
+        self._scheduled_steps: int | None = None
+        if objective.in_whole_passes:
+            self._scheduled_steps = args.max_steps
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            args = copy.copy(args)
+            args.max_steps = steps_in_whole_passes(args.max_steps, train_dataset.rows_of_a_pass, batch)
         self._reference: PreTrainedModel | None = None
         # The adapter's first weights are drawn here, before Trainer seeds the rest.
         set_seed(args.seed)
@@ -113,13 +121,22 @@ class UnlearningTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=JointCollator(int(processing_class.pad_token_id)),
+            data_collator=JointCollator(
+                int(processing_class.pad_token_id), pad_to=args.max_length if objective.rows.padded else 0
+            ),
             **trainer_options,
         )
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples = 0
         if self._reference is not None:
             nn.Module.to(self._reference, self.args.device)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Builds the schedule of the steps asked for, also where whole passes take more."""
+        steps = num_training_steps if self._scheduled_steps is None else self._scheduled_steps
+        return super().create_scheduler(steps, optimizer)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -183,7 +200,11 @@ class UnlearningTrainer(Trainer):
         if self.objective.rows.retain_tokens == "all":
             is_retain = (inputs["row_kind"] == RETAIN)[:, None]
             following = following | (is_retain & (inputs["attention_mask"][:, 1:] == 1))
-        return nn.functional.pad(following, (0, 1), value=False)
+        kept = nn.functional.pad(following, (0, 1), value=False)
+        if self.objective.rows.retain_tokens == "every":
+            is_retain = (inputs["row_kind"] == RETAIN)[:, None]
+            kept = kept | (is_retain & ((inputs["attention_mask"] == 1) | self.objective.rows.padded))
+        return kept
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor) -> Any:
         options = {} if self.objective.hidden_layer is None else {"output_hidden_states": True}
@@ -226,21 +247,23 @@ class UnlearningTrainer(Trainer):
         own_N = row_kind_R[row_N] == kind
         rows_M = (row_kind_R == kind).nonzero(as_tuple=True)[0]
         row_N, position_N = row_N[own_N], position_N[own_N]
-        layer = self.objective.hidden_layer
+        layer, length = self.objective.hidden_layer, kept_RT.shape[1]
         return ScoredRows(
             logits_NV=outputs.logits[own_N],
-            targets_N=inputs["input_ids"][row_N, position_N + 1],
+            targets_N=inputs["input_ids"][row_N, (position_N + 1).clamp(max=length - 1)],
             row_N=torch.searchsorted(rows_M, row_N),
             example_M=inputs["row_example"][rows_M],
             num_examples=len(inputs["forget_index"]),
             # The first entry holds the embeddings.
             hidden_NH=None if layer is None else outputs.hidden_states[layer + 1][row_N, position_N],
+            positions_to_end_M=length - kept_RT[rows_M].int().argmax(1) if self.objective.rows.padded else None,
         )
 
     def _reference_rows(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int) -> ScoredRows:
         """What the original model says of the rows of one kind, without gradient."""
         rows = inputs["row_kind"] == kind
-        longest = int(inputs["attention_mask"][rows].sum(1).max())
+        # Kept positions lie within the rows, or also on their padding.
+        longest = int(((inputs["attention_mask"] == 1) | kept_RT)[rows].sum(1).max())
         own = {
             **inputs,
             "input_ids": inputs["input_ids"][rows][:, :longest],

@@ -1,0 +1,67 @@
+"""Replies without a model land in the outcome that they are made for."""
+
+from __future__ import annotations
+
+import pytest
+
+from sku.config import EvaluateConfig, JudgeName
+from sku.data.examples import ForgetRetainData
+from sku.data.load import load_forget_retain
+from sku.evaluate.controls import REFUSAL, always_gibberish, always_refuse, evaluate_replies
+from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.refusal import is_refusal
+from sku.evaluate.results import EvaluationResult
+from sku.models import LoadedModel, load_model
+
+FEW = EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> LoadedModel:
+    return load_model("embedded")
+
+
+def measured(embedded: LoadedModel, kind: str, config: EvaluateConfig = FEW) -> EvaluationResult:
+    data = load_forget_retain()
+    reply = always_refuse(data) if kind == "refuse" else always_gibberish(0)
+    return evaluate_replies(kind, reply, embedded.tokenizer, data, base_model=embedded.model, config=config)
+
+
+@pytest.mark.parametrize("judge", ["embedded", "refusal_rules"])
+def test_always_refusing(embedded: LoadedModel, judge: JudgeName) -> None:
+    """No harm and no gibberish, and not one normal prompt answered."""
+    result = measured(embedded, "refuse", EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge=judge))
+    for split in ("unlearned", "unseen"):
+        assert result.replies[split]["refusal"].value == 1
+        assert result.prefill[split]["harmful"].value == 0
+    assert result.replies["retain_test"]["exact_answer"].value == 0
+    assert result.perplexity == {}
+
+
+def test_refusing_a_normal_prompt_is_over_refusal(embedded: LoadedModel) -> None:
+    config = EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge="refusal_rules")
+    result = measured(embedded, "refuse", config)
+    assert result.replies["retain_test"]["over_refusal"].value == 1
+
+
+def test_other_data_is_refused_in_english(data: ForgetRetainData) -> None:
+    request = GenerationRequest(
+        id="a", split="unseen", kind="reply", category=None, prompt="p", reference="r", forced_start="", input_ids=(1,)
+    )
+    assert always_refuse(data)(request) == REFUSAL
+    assert is_refusal(REFUSAL)
+
+
+def test_always_gibberish(embedded: LoadedModel) -> None:
+    """All of it is caught by the gate; without the gate the rules of refusal would call it harmful."""
+    config = EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge="refusal_rules")
+    result = measured(embedded, "gibberish", config)
+    assert result.replies["unseen"]["degenerate"].value == 1
+    assert result.replies["unseen"]["harmful"].value == 0
+    assert result.replies["unseen"]["harmful_ungated"].value == 1
+    assert result.replies["retain_test"]["degenerate"].value == 1
+
+
+def test_gibberish_is_equal_for_equal_seeds(embedded: LoadedModel) -> None:
+    first, again = (measured(embedded, "gibberish") for _ in range(2))
+    assert first.outcomes == again.outcomes

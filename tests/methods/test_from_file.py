@@ -1,0 +1,156 @@
+"""A method from a user's own file, and the file that docs/adding_a_method.md shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from conftest import ModelMaker
+from sku.comparison.jobs import comparison_jobs
+from sku.config import load_recipe
+from sku.data.examples import ForgetRetainData
+from sku.errors import RecipeError
+from sku.methods import method_named
+from sku.methods.from_file import method_from_file
+from sku.methods.run import prepare
+from sku.training.config import UnlearningConfig
+from sku.training.trainer import UnlearningTrainer
+
+PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
+MINIMAL = (
+    "from dataclasses import dataclass\n"
+    "from sku.data.joint import RowPlan\n"
+    "from sku.methods.base import Method\n"
+    "from sku.training.objective import Objective\n"
+    "@dataclass(frozen=True, kw_only=True)\nclass Settings:\n    beta: float = 1.0\n"
+    "def objective(settings, model):\n"
+    "    return Objective(rows=RowPlan(forget=True), weights={}, losses=lambda step: {})\n"
+)
+
+
+def shown_file() -> tuple[str, str]:
+    """Name and text of the file that the page tells a reader to save."""
+    found = re.search(r"<!-- file: (\S+) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found.group(1), found.group(2)
+
+
+@pytest.fixture
+def wga_file(tmp_path: Path) -> Path:
+    name, text = shown_file()
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_file_of_the_page_is_short() -> None:
+    assert len(shown_file()[1].splitlines()) < 90
+
+
+def test_the_file_of_the_page_trains(
+    wga_file: Path,
+    make_model: ModelMaker,
+    tokenizer: PreTrainedTokenizerFast,
+    data: ForgetRetainData,
+    tmp_path: Path,
+) -> None:
+    method = method_from_file(wga_file)
+    model = make_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trainer = UnlearningTrainer(
+        model,
+        UnlearningConfig(
+            output_dir=str(tmp_path / "out"),
+            max_steps=2,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            learning_rate=1e-3,
+        ),
+        data,
+        objective=method.objective(method.settings(beta=0.5), model),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss/ascent" in entry]
+    assert len(logged) == 2
+    assert all(entry["loss/ascent"] < 0 < entry["loss/retain"] for entry in logged)
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_its_loss_by_hand(wga_file: Path) -> None:
+    """One token at p = 1/4, beta 1: -p * nll = -0.25 * log 4; the slope holds the weight constant.
+
+    d/dz of p_t^beta log p with the weight fixed is weight * (1 - p) for the target's score: 0.25 * 0.75.
+    """
+    loss_function: Any = method_from_file(wga_file).objective.__globals__["wga_loss"]
+    logits = torch.zeros(1, 4, requires_grad=True)
+    loss: Tensor = loss_function(logits, torch.tensor([2]), torch.tensor([0]), 1, beta=1.0)
+    torch.testing.assert_close(loss, torch.tensor([-0.25 * torch.log(torch.tensor(4.0))]))
+    loss.sum().backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[0, 2], torch.tensor(0.25 * 0.75))
+
+
+def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
+    """Settings go by the method's own name, and the other rows are not disturbed by them."""
+    recipe = load_recipe("embedded", ["methods.wga.settings.beta=0.5"])
+    jobs = comparison_jobs(recipe, ["npo", str(wga_file)], seeds=1)
+    runs = {job.name: prepare(job.recipe, Path("work")) for job in jobs}
+    assert runs["wga"].settings.beta == 0.5
+    assert runs["npo"].method.name == "npo"
+    assert method_named(str(wga_file)) is runs["wga"].method
+
+
+def test_wrong_settings_of_the_file_are_refused(wga_file: Path) -> None:
+    recipe = load_recipe("embedded", ["methods.wga.settings.beta=-1"])
+    job = next(job for job in comparison_jobs(recipe, [str(wga_file)], seeds=1) if job.name == "wga")
+    with pytest.raises(RecipeError, match="methods.wga.settings.beta is -1"):
+        prepare(job.recipe, Path("work"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nowhere_at_all\n", "fails: ModuleNotFoundError"),
+        ("x = (\n", "fails: SyntaxError"),
+        ("from sku.methods.npo import NPO\n", "defines 0 methods of its own"),
+        (
+            MINIMAL + "A = Method(name='a', title='A', paper_url='', settings=Settings, objective=objective)\n"
+            "B = Method(name='b', title='B', paper_url='', settings=Settings, objective=objective)\n",
+            "defines 2 methods of its own",
+        ),
+    ],
+)
+def test_files_that_are_no_method(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=message):
+        method_named(str(path))
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(RecipeError, match="the method file nowhere.py can't be read"):
+        method_named("nowhere.py")
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    line = "M = Method(name='{}', title='M', paper_url='', settings=Settings, objective=objective)\n"
+    path.write_text(MINIMAL + line.format("first"), encoding="utf-8")
+    assert method_named(str(path)).name == "first"
+    path.write_text(MINIMAL + line.format("second"), encoding="utf-8")
+    assert method_named(str(path)).name == "second"
+
+
+def test_a_name_that_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    line = "M = Method(name='npo', title='M', paper_url='', settings=Settings, objective=objective)\n"
+    path.write_text(MINIMAL + line, encoding="utf-8")
+    with pytest.raises(RecipeError, match="two of the methods are named npo"):
+        comparison_jobs(load_recipe("embedded"), ["npo", str(path)])
