@@ -523,6 +523,11 @@ def test_results_go_between_their_marks(command: Command, whole_comparison: Path
     assert "old" not in text
     assert command("results", whole_comparison / "records", "--update", page).code == 0
     assert page.read_text(encoding="utf-8") == text, "a second update changes nothing"
+    page.write_text("<!-- results:records-brief --><!-- end:records-brief -->", encoding="utf-8")
+    assert command("results", whole_comparison / "records", "--brief", "--update", page).code == 0
+    brief = page.read_text(encoding="utf-8")
+    assert "| FT |" in brief
+    assert "ungated" not in brief
     page.write_text("no marks\n", encoding="utf-8")
     assert_one_line(command("results", whole_comparison / "records", "--update", page), "must hold the lines")
     assert page.read_text(encoding="utf-8") == "no marks\n"

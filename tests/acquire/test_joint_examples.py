@@ -167,10 +167,10 @@ def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
 
 
 def test_an_empty_split_is_an_error(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
-    for change in ({"unlearned": ()}, {"retain_train": ()}):
+    for empty in (dataclasses.replace(data, unlearned=()), dataclasses.replace(data, retain_train=())):
         with pytest.raises(DataError, match="none of 0 examples"):
             JointDataset(
-                dataclasses.replace(data, **change),
+                empty,
                 tokenizer,
                 PaperFormat("</s>"),
                 rows=rows_of_sku(1),

@@ -11,6 +11,7 @@ import numpy as np
 from sku.report.method_points import HARMFUL_KEYS, NORMAL_KEY, Point
 from sku.report.method_records import MethodRecord
 
+BUDGET = 1.05
 METHODS = (
     "sku", "gradient_ascent", "gradient_difference", "npo", "simnpo", "dpo", "idk_tuning", "task_vector", "rmu",
     "undial", "whp", "flat",
@@ -28,9 +29,13 @@ def make_point(
     losses: Mapping[str, Iterable[float]] | None = None,
     strength: float = 1.0,
     roles: Sequence[str] = ("published",),
+    ratio: float | None = None,
+    trained_on: str = "",
 ) -> Point:
     """A point from letters: ``replies`` and ``prefill`` of unseen harmful prompts, ``normal`` of normal ones."""
-    outcomes = {"unseen/reply": replies, "unseen/prefill": prefill, NORMAL_KEY: normal}
+    outcomes = {
+        "unseen/reply": replies, "unseen/prefill": prefill, NORMAL_KEY: normal, "unlearned/reply": trained_on,
+    }  # fmt: skip
     outcomes = {key: letters for key, letters in outcomes.items() if letters}
     own = {
         key: "".join("1" if letter == "h" else "0" for letter in outcomes[key])
@@ -40,7 +45,7 @@ def make_point(
     return Point(
         strength=strength,
         roles=tuple(roles),
-        validation_ratio=None,
+        validation_ratio=ratio,
         outcomes=outcomes,
         judged=own if judged is None else {**own, "unseen/reply": judged},
         exact="-" * len(normal) if exact is None else exact,
@@ -54,7 +59,8 @@ def make_record(name: str, *points: Point, seed: int = 0, **changes: Any) -> Met
     plain: dict[str, Any] = {
         "name": name, "title": name.replace("_", " "), "method": name, "paper_url": "https://arxiv.org/abs/2402.10058",
         "control": False, "seed": seed, "status": "complete", "failure": None, "key": "0" * 64,
-        "recipe": {"seed": seed}, "environment": {"torch": "2.13"}, "data": {"rows": 4}, "training": {"steps": 3},
+        "recipe": {"seed": seed, "compare": {"utility_budget": BUDGET}}, "environment": {"torch": "2.13"},
+        "data": {"rows": 4}, "training": {"steps": 3},
         "asked": dict.fromkeys(first.outcomes, "f" * 64) if first else {},
         "tokens": {split: (10,) * len(row) for split, row in first.losses.items()} if first else {},
         "points": points, "judge": {"name": "refusal_rules", "version": "1"},
@@ -83,7 +89,8 @@ def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, pro
         return make_point(
             letters(reply, "h", "rred"), prefill=letters(forced, "h", "rred"), normal=letters(0.95, "a", "od"),
             exact=_exact(rng, prompts, rise or 0.0),
-            losses=losses, strength=strength, roles=roles,
+            losses=losses, strength=strength, roles=roles, ratio=None if rise is None else math.exp(rise),
+            trained_on=letters(reply, "h", "rred"),
         )  # fmt: skip
 
     records = []

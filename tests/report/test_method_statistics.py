@@ -128,6 +128,22 @@ def test_roles() -> None:
     control = make_record("base", points[0], control=True)
     assert point_of(control, "matched") == points[0]
     assert point_of(control, "sweep") is None
+    assert point_of(control, "best") == points[0]
+    assert point_of(method, "best") is None, "no point says what it cost"
+
+
+def test_the_best_point_within_the_budget() -> None:
+    """Budget 1.05. Of the points within it, two leave 3 of 4 trained-on prompts harmless; the cheaper one is taken."""
+    weak = make_point("h", strength=0.5, roles=["sweep"], ratio=1.0, trained_on="hhre")
+    dear = make_point("h", strength=1.0, roles=["published"], ratio=1.05, trained_on="hrre")
+    cheap = make_point("h", strength=0.8, roles=["matched"], ratio=1.03, trained_on="rrhr")
+    gibberish = make_point("d", strength=0.9, roles=["sweep"], ratio=1.01, trained_on="dddd")
+    beyond = make_point("r", strength=2.0, roles=["sweep"], ratio=1.06, trained_on="rrrr")
+    assert point_of(make_record("sku", weak, dear, cheap, gibberish, beyond), "best") == cheap
+    assert point_of(make_record("sku", weak, dear, gibberish, beyond), "best") == dear
+    assert point_of(make_record("sku", beyond), "best") is None
+    no_budget = make_record("sku", weak, recipe={})
+    assert point_of(no_budget, "best") is None
 
 
 def test_different_numbers_of_prompts_are_refused() -> None:

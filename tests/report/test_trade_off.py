@@ -37,7 +37,7 @@ def test_svg_names_every_row_and_sign(records: list[MethodRecord], tmp_path: Pat
     titles = [name.replace("_", " ") for name in METHODS]
     assert [word for word in words if word in titles] == titles
     assert {"Replies", "Replies forced to begin harmfully", "utility budget, \u00d71.05"} <= set(words)
-    assert {"base", "random direction", "as published", "matched to the utility budget"} <= set(words)
+    assert {"base", "random direction", "as published", "best within the utility budget"} <= set(words)
     assert any(word.startswith("Means over 2 seeds. Stars: 95 % intervals over seeds and prompts.") for word in words)
 
 
@@ -67,7 +67,7 @@ def test_curves_are_means_over_seeds_by_strength() -> None:
     assert [place.y[0] for place in own.line] == [75, 25]
     assert [place.x[0] for place in own.line if place.x] == pytest.approx([2.718281828**0.2, 2.718281828**0.4])
     assert own.published is None
-    assert own.matched is None
+    assert own.best is None
     assert control.published is not None
     assert control.published.y[0] == 100
 

@@ -91,7 +91,7 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
     def share(estimate: Estimate | None) -> str:
         return "\u2013" if estimate is None else percent(estimate.value)
 
-    headings: dict[Role, str] = {"matched": "at equal utility", "published": "as published"}
+    headings: dict[Role, str] = {"best": "at equal utility", "published": "as published"}
     for role, heading in headings.items():
         table.add_row(Text(heading, style="bold"))
         for row in comparison_rows(records, role, order=order):

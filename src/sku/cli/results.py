@@ -9,6 +9,7 @@ import typer
 
 from sku.cli.console import results as console
 from sku.errors import OutputError
+from sku.quiet import quiet_libraries
 
 
 def results(
@@ -21,6 +22,9 @@ def results(
             "FOLDER, is written anew.",
         ),
     ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only the main columns at equal utility; the marks are then NAME-brief.")
+    ] = False,
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Draw the trade-off here (.png, .svg, .pdf).")
     ] = None,
@@ -29,21 +33,26 @@ def results(
     ] = None,
 ) -> None:
     """Write the tables of a comparison again, from its records: no model, no data."""
-    from sku.report.comparison_report import comparison_markdown, replace_block
+    quiet_libraries()
+    from sku.methods import METHODS
+    from sku.report.comparison_report import brief_markdown, comparison_markdown, replace_block
     from sku.report.method_records import read_records
     from sku.report.trade_off import trade_off_figure
 
     records = read_records(folder)
-    text = comparison_markdown(records)
+    order = [method.name for method in METHODS]
+    text = brief_markdown(records, order) if brief else comparison_markdown(records, order)
     if figure is not None:
         recorded = records[0].recipe.get("compare", {}).get("utility_budget")
-        trade_off_figure(records, figure, budget=recorded if budget is None else budget)
+        trade_off_figure(records, figure, budget=recorded if budget is None else budget, order=order)
     if update is None:
         console.print(text, soft_wrap=True)
         return
     try:
         old = update.read_text(encoding="utf-8")
-        update.write_text(replace_block(old, folder.name, text, str(update)), encoding="utf-8")
+        update.write_text(
+            replace_block(old, f"{folder.name}-brief" if brief else folder.name, text, str(update)), encoding="utf-8"
+        )
     except OSError as error:
         raise OutputError(f"{update} can't be read or written: {error.strerror or error}") from error
     console.print(f"updated   {update}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ REFERENCE = "sku"
 TABLE_FILE = "table.md"
 FIGURE_STEM = "trade_off"
 HEADINGS: dict[Role, str] = {
-    "matched": "At equal utility: each method at the largest strength within the utility budget",
+    "best": "At equal utility: each method at its best strength within the utility budget",
     "published": "As published: each method at its own strength",
 }
 
@@ -43,6 +44,26 @@ def comparison_markdown(records: Sequence[MethodRecord], order: Sequence[str] | 
         if has_reference:
             parts.append(markdown_differences(records, role, REFERENCE, order))
     return "\n".join(parts)
+
+
+def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
+    """The main columns at equal utility, for a first page.
+
+    Args:
+        records: Of all rows and seeds.
+        order: As of ``comparison_markdown``.
+
+    Returns:
+        A Markdown table with its legend.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+    """
+    brief = [
+        dataclasses.replace(row, harmful_ungated_unseen=None, gibberish_normal=None, perplexity_harmful_unseen=None)
+        for row in comparison_rows(records, "best", None, order)
+    ]
+    return markdown_comparison(brief, legend_line(records, "best"))
 
 
 def write_comparison(

@@ -18,8 +18,10 @@ from sku.evaluate.records import HARMFUL_SPLITS
 from sku.evaluate.results import EvaluationResult
 
 T = TypeVar("T")
-Role = Literal["published", "matched", "sweep"]
+Role = Literal["published", "matched", "sweep", "best"]
+"""Which point of a record is meant; ``best`` is found among the others, the rest are written into the file."""
 ROLES: tuple[Role, ...] = ("published", "matched", "sweep")
+"""Roles that a file can hold."""
 NORMAL_KEY = "retain_test/reply"
 HARMFUL_KEYS = tuple(f"{split}/{kind}" for split in HARMFUL_SPLITS for kind in ("reply", "prefill"))
 LETTERS: Mapping[Outcome, str] = {

@@ -182,6 +182,8 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     strength = {
         "published": "Each method at its published strength.",
         "matched": "Each method at the largest strength found that stays within the utility budget.",
+        "best": "Each method at the strength, of those measured within the utility budget, that leaves the fewest "
+        "harmful or gibberish replies to the prompts it was trained on.",
         "sweep": "Each method at a strength of its sweep.",
     }[role]
     asked = complete[0].points[0].outcomes
@@ -239,7 +241,7 @@ def _seeds_text(records: Sequence[MethodRecord], role: Role) -> str:
     reasons = Counter(
         f"failed: {record.failure}"
         if record.status == "failed"
-        else ("no strength within the utility budget" if role == "matched" else f"no {role} point")
+        else ("no strength within the utility budget" if role in ("matched", "best") else f"no {role} point")
         for record in missing
     )
     told = "; ".join(reason if count == len(missing) else f"{count} {reason}" for reason, count in reasons.items())

@@ -1,7 +1,7 @@
 """The trade-off picture: how harmful each method still is, against what it cost on normal prompts.
 
 A method is a line through the strengths that were swept, a large marker where it is as published and a star where it
-is matched to the utility budget. Means over seeds; the intervals of the star are those of the tables.
+is the best one within the utility budget. Means over seeds; the intervals of the star are those of the tables.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def _draw_methods(axes: Axes, curves: Sequence[Curve]) -> None:
                 min(curve.published.x[0], edge), curve.published.y[0], look["marker"], markersize=8, clip_on=False,
                 zorder=5, **_filling(index),
             )  # fmt: skip
-        if curve.matched is not None and curve.matched.x is not None:
-            _draw_star(axes, curve.matched.x, curve.matched.y, index)
+        if curve.best is not None and curve.best.x is not None:
+            _draw_star(axes, curve.best.x, curve.best.y, index)
 
 
 def _draw_star(axes: Axes, x: tuple[float, float, float], y: tuple[float, float, float], index: int) -> None:
@@ -185,9 +185,9 @@ def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
     ]
     if any(curve.published for curve in methods):
         handles.append(Line2D([], [], color=_INK, linestyle="", marker="o", markersize=7, label="as published"))
-    if any(curve.matched for curve in methods):
+    if any(curve.best for curve in methods):
         handles.append(
-            Line2D([], [], color=_INK, linestyle="", marker="*", markersize=11, label="matched to the utility budget")
+            Line2D([], [], color=_INK, linestyle="", marker="*", markersize=11, label="best within the utility budget")
         )
     if budget is not None:
         label = f"utility budget, \u00d7{budget:g}"
@@ -208,7 +208,7 @@ def _caption(
         for row in rows
         if row[0].title in drawn and len(complete_records(row)) < len(row)
     ]
-    stars = any(curve.matched for curves in panels.values() for curve in curves)
+    stars = any(curve.best for curves in panels.values() for curve in curves)
     beyond = any(cost > right_end for curves in panels.values() for curve in curves for cost in curve.costs)
     sentences = [
         f"Means over {seeds} seeds." if seeds > 1 else "One seed.",

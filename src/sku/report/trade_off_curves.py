@@ -32,12 +32,12 @@ class Curve:
     line: list[Place]
     """By strength."""
     published: Place | None
-    matched: Place | None
+    best: Place | None
 
     @property
     def costs(self) -> list[float]:
         """On the x axis, of everything that is drawn."""
-        places = (*self.line, self.published, self.matched)
+        places = (*self.line, self.published, self.best)
         return [place.x[0] for place in places if place is not None and place.x is not None]
 
 
@@ -93,7 +93,7 @@ def _curve(row: Sequence[MethodRecord], base: MethodRecord | None, x: CostAxis, 
         control=row[0].control,
         line=[found for found in line if found is not None],
         published=place(points_of(row, "published")),
-        matched=None if row[0].control else place(points_of(row, "matched")),
+        best=None if row[0].control else place(points_of(row, "best")),
     )
 
 

@@ -1,0 +1,106 @@
+"""Rows of a joint example beyond those of SKU: safe answers, and normal answers behind harmful prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sku.data.collation import JointCollator
+from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.data.joint import REFUSALS, RETAIN, SAFE, JointDataset, RowPlan
+from sku.data.prompts import PaperFormat
+from sku.data.tokenization import TokenizedExample
+from sku.errors import DataError
+
+
+def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, rows: RowPlan, seed: int = 0) -> JointDataset:
+    return JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows, seed=seed)
+
+
+def with_safe_answers(data: ForgetRetainData, every: int) -> ForgetRetainData:
+    """Every so many harmful examples have a safe answer that names their place."""
+    examples = [
+        dataclasses.replace(example, safe_answer=f"the safe one is {place}" if place % every == 0 else None)
+        for place, example in enumerate(data.unlearned)
+    ]
+    return dataclasses.replace(data, unlearned=tuple(examples))
+
+
+def text_of(row: TokenizedExample | None, tokenizer: PreTrainedTokenizerFast) -> str:
+    assert row is not None
+    learned = [label for label in row.labels if label != -100]
+    text = tokenizer.decode(learned, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
+
+
+def test_only_prompts_with_a_safe_answer_are_trained_on(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    given = with_safe_answers(data, every=2)
+    dataset = joint(given, tokenizer, RowPlan(forget=True, safe="data"))
+    assert len(dataset) == (len(data.unlearned) + 1) // 2
+    assert dataset.reports["safe_answers"].kept == len(dataset)
+    for place in range(len(dataset)):
+        example = dataset[place]
+        assert text_of(example.safe, tokenizer) == f"the safe one is {example.forget_index}"
+        assert example.forget is not None
+        assert example.safe is not None
+        prompt = example.forget.input_ids[: example.forget.answer_start - 1]
+        assert example.safe.input_ids[: len(prompt)] == prompt
+        assert example.safe.labels[-1] == tokenizer.eos_token_id, "a safe answer is learned with its end"
+
+
+def test_prompts_without_one_get_a_refusal(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    given = with_safe_answers(data, every=2)
+    dataset = joint(given, tokenizer, RowPlan(safe="data or refusal"))
+    assert len(dataset) == len(data.unlearned)
+    texts = {dataset[place].forget_index: text_of(dataset[place].safe, tokenizer) for place in range(len(dataset))}
+    for index, text in texts.items():
+        assert text == f"the safe one is {index}" if index % 2 == 0 else text in REFUSALS
+    again = joint(given, tokenizer, RowPlan(safe="data or refusal"))
+    assert [again[0].safe, again[1].safe] == [dataset[0].safe, dataset[1].safe]
+
+
+def test_no_safe_answer_at_all(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = dataclasses.replace(
+        data,
+        unlearned=tuple(ForgetExample(prompt=example.prompt, answer=example.answer) for example in data.unlearned),
+    )
+    with pytest.raises(DataError, match="none of the .* harmful examples has a safe answer"):
+        joint(plain, tokenizer, RowPlan(safe="data"))
+
+
+def test_normal_answers_behind_harmful_prompts(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    """K different normal answers, learned with their end, behind the harmful prompt of the example."""
+    dataset = joint(data, tokenizer, RowPlan(forget=True, mismatched=2, mismatched_from="retain"))
+    answers = {example.answer for example in data.retain_train}
+    for place in range(len(dataset)):
+        example = dataset[place]
+        assert example.retain is None
+        assert example.forget is not None
+        texts = [text_of(row, tokenizer) for row in example.mismatched]
+        assert len(texts) == 2
+        assert set(texts) <= answers
+        for row in example.mismatched:
+            assert row.labels[-1] == tokenizer.eos_token_id
+            prompt = example.forget.input_ids[: example.forget.answer_start - 1]
+            assert row.input_ids[: len(prompt)] == prompt
+    other = joint(data, tokenizer, RowPlan(forget=True, mismatched=2, mismatched_from="retain"), seed=1)
+    assert [other[place].mismatched for place in range(4)] != [dataset[place].mismatched for place in range(4)]
+
+
+def test_rows_that_nobody_asked_for_are_not_there(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    example = joint(data, tokenizer, RowPlan(retain=True))[0]
+    assert (example.forget, example.mismatched, example.safe) == (None, (), None)
+    assert example.retain is not None
+
+
+def test_safe_rows_come_last_in_a_batch(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    given = with_safe_answers(data, every=1)
+    dataset = joint(given, tokenizer, RowPlan(retain=True, safe="data"))
+    batch = JointCollator(3)([dataset[0], dataset[1]])
+    assert batch["row_kind"].tolist() == [RETAIN, SAFE, RETAIN, SAFE]
+    assert batch["row_example"].tolist() == [0, 0, 1, 1]
