@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,22 @@ def test_records_of_other_data_are_refused_together(
     write_json(tmp_path / fine.file_name, fine.to_dict())
     with pytest.raises(Exception, match="different prompts"):
         read_records(tmp_path)
+
+
+def test_an_interrupt_ends_the_job_at_once_and_leaves_what_is_finished(small_recipe: Recipe, tmp_path: Path) -> None:
+    """The first record stands; the job in progress is neither waited for nor recorded; no checkpoint stays."""
+    jobs = [job for job in comparison_jobs(small_recipe, ["fine_tune"]) if job.name in ("always_refuse", "fine_tune")]
+
+    finished: list[str] = []
+
+    def on_record(record: MethodRecord, was_there: bool) -> None:
+        finished.append(record.name)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(jobs, out, on_record=on_record)
+    assert finished == ["always_refuse"]
+    assert [path.name for path in (out / RECORDS).iterdir()] == ["always_refuse--seed0.json"]
+    assert not (out / WORK).exists()
+    assert multiprocessing.active_children() == []

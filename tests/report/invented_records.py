@@ -30,12 +30,9 @@ def make_point(
     strength: float = 1.0,
     roles: Sequence[str] = ("published",),
     ratio: float | None = None,
-    trained_on: str = "",
 ) -> Point:
     """A point from letters: ``replies`` and ``prefill`` of unseen harmful prompts, ``normal`` of normal ones."""
-    outcomes = {
-        "unseen/reply": replies, "unseen/prefill": prefill, NORMAL_KEY: normal, "unlearned/reply": trained_on,
-    }  # fmt: skip
+    outcomes = {"unseen/reply": replies, "unseen/prefill": prefill, NORMAL_KEY: normal}
     outcomes = {key: letters for key, letters in outcomes.items() if letters}
     own = {
         key: "".join("1" if letter == "h" else "0" for letter in outcomes[key])
@@ -90,7 +87,6 @@ def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, pro
             letters(reply, "h", "rred"), prefill=letters(forced, "h", "rred"), normal=letters(0.95, "a", "od"),
             exact=_exact(rng, prompts, rise or 0.0),
             losses=losses, strength=strength, roles=roles, ratio=None if rise is None else math.exp(rise),
-            trained_on=letters(reply, "h", "rred"),
         )  # fmt: skip
 
     records = []

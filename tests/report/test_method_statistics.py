@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sku.errors import EvaluationError
+from sku.report.method_points import Point
 from sku.report.method_records import MethodRecord
 from sku.report.method_statistics import (
     Difference,
@@ -128,22 +129,50 @@ def test_roles() -> None:
     control = make_record("base", points[0], control=True)
     assert point_of(control, "matched") == points[0]
     assert point_of(control, "sweep") is None
-    assert point_of(control, "best") == points[0]
+    shown = point_of(control, "best")
+    assert shown is not None
+    assert shown.outcomes == {KEY: ""}
     assert point_of(method, "best") is None, "no point says what it cost"
 
 
 def test_the_best_point_within_the_budget() -> None:
-    """Budget 1.05. Of the points within it, two leave 3 of 4 trained-on prompts harmless; the cheaper one is taken."""
-    weak = make_point("h", strength=0.5, roles=["sweep"], ratio=1.0, trained_on="hhre")
-    dear = make_point("h", strength=1.0, roles=["published"], ratio=1.05, trained_on="hrre")
-    cheap = make_point("h", strength=0.8, roles=["matched"], ratio=1.03, trained_on="rrhr")
-    gibberish = make_point("d", strength=0.9, roles=["sweep"], ratio=1.01, trained_on="dddd")
-    beyond = make_point("r", strength=2.0, roles=["sweep"], ratio=1.06, trained_on="rrrr")
-    assert point_of(make_record("sku", weak, dear, cheap, gibberish, beyond), "best") == cheap
-    assert point_of(make_record("sku", weak, dear, gibberish, beyond), "best") == dear
-    assert point_of(make_record("sku", beyond), "best") is None
-    no_budget = make_record("sku", weak, recipe={})
-    assert point_of(no_budget, "best") is None
+    """Budget 1.05. On the 1st and 3rd unseen prompt two points are harmless: the stronger is taken. Only the 2nd and
+    4th prompt are left in it, where it is harmful once.
+    """
+    weak = make_point("hrhr", strength=0.5, roles=["sweep"], ratio=1.0)
+    strong = make_point("rheh", strength=1.0, roles=["published"], ratio=1.05)
+    cheap = make_point("rrrr", strength=0.8, roles=["matched"], ratio=1.03)
+    gibberish = make_point("drdr", strength=1.2, roles=["sweep"], ratio=1.01)
+    beyond = make_point("rrrr", strength=2.0, roles=["sweep"], ratio=1.06)
+
+    def best(*points: Point) -> str | None:
+        point = point_of(make_record("sku", *points), "best")
+        return None if point is None else f"{point.strength} {point.outcomes[KEY]} {point.judged[KEY]}"
+
+    assert best(weak, strong, cheap, gibberish, beyond) == "1.0 hh 11"
+    assert best(weak, cheap, gibberish, beyond) == "0.8 rr 00"
+    assert best(beyond) is None
+    assert point_of(make_record("sku", weak, recipe={}), "best") is None
+
+
+def test_forced_starts_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> None:
+    points = (
+        make_point("rr", prefill="hh", normal="aao", strength=1.0, ratio=1.0),
+        make_point("rr", prefill="rh", normal="aao", strength=0.5, ratio=1.0, roles=["sweep"]),
+    )
+    chosen = point_of(make_record("sku", *points), "best")
+    assert chosen is not None
+    assert chosen.strength == 0.5
+    assert chosen.outcomes == {"unseen/reply": "r", "unseen/prefill": "h", "retain_test/reply": "aao"}
+
+
+def test_controls_are_shown_on_the_same_half() -> None:
+    """So that they can be paired with the methods."""
+    control = make_record("base", make_point("hrrh", prefill="hhhh"), control=True)
+    method = make_record("sku", make_point("rhhr", prefill="rrrr", ratio=1.0))
+    difference = difference_to([method], [control], "best", KEY, "harmful")
+    assert difference is not None
+    assert difference.value == 0.0
 
 
 def test_different_numbers_of_prompts_are_refused() -> None:

@@ -79,14 +79,14 @@ def before_after_table(rows: Iterable[TableRow]) -> Table:
 
 
 def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:
-    """The comparison in short, for the terminal: every method at equal utility, then as published."""
-    from sku.report.method_tables import comparison_rows
+    """The comparison in short, for the terminal: unseen prompts, every method at equal utility, then as published."""
+    from sku.report.method_tables import comparison_rows, ratio_text
     from sku.report.tables import percent
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 0))
     table.add_column("", no_wrap=True)
-    for heading in ("harmful", "forced start", "gibberish", "exact", "perplexity", "strength", "seeds"):
-        table.add_column(heading, justify="right")
+    for heading in ("harmful", "forced", "gibber.", "exact", "ppl", "at", "seeds"):
+        table.add_column(heading, justify="right", no_wrap=True)
 
     def share(estimate: Estimate | None) -> str:
         return "\u2013" if estimate is None else percent(estimate.value)
@@ -97,12 +97,12 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
         for row in comparison_rows(records, role, order=order):
             ratio = row.perplexity_normal
             table.add_row(
-                f"  {row.title}",
+                f" {row.title}",
                 share(row.harmful_unseen),
                 share(row.forced_start_unseen),
                 share(row.gibberish_unseen),
                 share(row.exact_answers),
-                "\u2013" if ratio is None else f"\u00d7{ratio.value:.3f}",
+                "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",
                 "\u2013" if row.strength is None else f"{row.strength:.3g}",
                 row.seeds.split(" ")[0],
             )

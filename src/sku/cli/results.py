@@ -34,13 +34,13 @@ def results(
 ) -> None:
     """Write the tables of a comparison again, from its records: no model, no data."""
     quiet_libraries()
-    from sku.methods import METHODS
+    from sku.comparison.jobs import row_names
     from sku.report.comparison_report import brief_markdown, comparison_markdown, replace_block
     from sku.report.method_records import read_records
     from sku.report.trade_off import trade_off_figure
 
     records = read_records(folder)
-    order = [method.name for method in METHODS]
+    order = row_names()
     text = brief_markdown(records, order) if brief else comparison_markdown(records, order)
     if figure is not None:
         recorded = records[0].recipe.get("compare", {}).get("utility_budget")

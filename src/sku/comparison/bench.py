@@ -89,6 +89,8 @@ class Bench:
             self._inputs = {
                 "base": fingerprint(self.base, probes_of(requests)),
                 "data": [item.sha256 for item in self.data.provenance],
+                # Not in the data's own hash, and trained on by some methods.
+                "safe_answers": content_sha256([example.safe_answer for example in self.data.unlearned]),
                 "splits": self.data.counts(),
             }
 

@@ -37,6 +37,9 @@ class InProcess:
         write_json(path, record.to_dict())
         return record, False
 
+    def abort(self) -> None:
+        """Nothing is left to end: the job in progress ended with the error that came through here."""
+
     def close(self) -> None:
         """Lets go of the models."""
         self._bench = None

@@ -187,6 +187,12 @@ ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
 """Group -> rows: name, title, and what is changed in the recipe."""
 
 
+def row_names() -> list[str]:
+    """Names of all rows that the package knows, in the order of the tables: methods, ablations, controls."""
+    ablations = [name for rows in ABLATIONS.values() for name, _, _ in rows]
+    return [*(method.name for method in METHODS), *ablations, *CONTROLS]
+
+
 def _with_method(given: str, own: MethodConfig | None) -> Change:
     """Sets the method, under the name that it was given by, which can be that of a file, with its own settings."""
     settings = {} if own is None else {method_named(given).name: own}

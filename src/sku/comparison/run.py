@@ -9,6 +9,7 @@ A comparison folder::
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -87,6 +88,9 @@ def run_comparison(
             reused += was_there
             if on_record is not None:
                 on_record(record, was_there)
+    except BaseException:
+        runner.abort()
+        raise
     finally:
         runner.close()
         shutil.rmtree(out / WORK, ignore_errors=True)
@@ -104,6 +108,7 @@ class _Isolated:
         self._listener = threading.Thread(target=self._listen, args=(progress,), daemon=True)
         self._listener.start()
         self._pool: ProcessPoolExecutor | None = None
+        self._worker_pid: int | None = None
 
     def run(self, job: Job) -> tuple[MethodRecord, bool]:
         if self._pool is None:
@@ -111,6 +116,7 @@ class _Isolated:
                 max_workers=1, mp_context=self._context, initializer=begin, initargs=(self._out, self._messages)
             )
         try:
+            self._worker_pid = self._pool.submit(os.getpid).result()
             return self._pool.submit(work, job).result()
         except BrokenProcessPool:
             self._pool.shutdown(wait=False)
@@ -120,6 +126,13 @@ class _Isolated:
             record = failed_record(job, "", reason)
             write_json(record_path(self._out, job), record.to_dict())
             return record, False
+
+    def abort(self) -> None:
+        """Ends the job in progress at once: an interrupt must not wait for the end of a training."""
+        for child in multiprocessing.active_children():
+            if child.pid == self._worker_pid:
+                child.terminate()
+                child.join(timeout=10)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -71,7 +71,8 @@ def evaluate(
         model: The model, or a folder, hub id or ``embedded`` to load with ``sku.models.load_model``. Its dropout is
             switched off for the time of the evaluation; it is not changed.
         tokenizer: Of the model; None with a name, whose own tokenizer is then used.
-        data: The splits ``unlearned``, ``unseen`` and ``retain_test`` are measured.
+        data: The splits ``unlearned``, ``unseen`` and ``retain_test`` are measured; of ``benign``, where there is one,
+            the perplexity alone.
         config: Numbers of prompts, lengths, judge; the defaults of ``EvaluateConfig`` if None.
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.

@@ -182,11 +182,13 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     strength = {
         "published": "Each method at its published strength.",
         "matched": "Each method at the largest strength found that stays within the utility budget.",
-        "best": "Each method at the strength, of those measured within the utility budget, that leaves the fewest "
-        "harmful or gibberish replies to the prompts it was trained on.",
+        "best": "Each method at the strongest of the strengths within the utility budget that leave the fewest "
+        "harmful or gibberish replies to every second unseen prompt; the other half is shown.",
         "sweep": "Each method at a strength of its sweep.",
     }[role]
-    asked = complete[0].points[0].outcomes
+    shown = point_of(complete[0], role)
+    assert shown is not None, "complete holds only records that have the point"
+    asked = shown.outcomes
     prompts = [
         f"{len(asked[key])} {words}"
         for key, words in (
@@ -253,11 +255,12 @@ def _estimate(estimate: Estimate | None, name: str) -> str:
         return ABSENT
     if name in RATE_COLUMNS:
         return f"{percent(estimate.value)} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
-    value, low, high = (_ratio(number) for number in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (ratio_text(number) for number in (estimate.value, estimate.low, estimate.high))
     return f"\u00d7{value} ({low} to {high})"
 
 
-def _ratio(value: float) -> str:
+def ratio_text(value: float) -> str:
+    """A ratio with as many digits as say something: ``1.012``, ``66.87``, ``1.19e+10``."""
     return f"{value:.3f}" if value < 10 else f"{value:.4g}" if value < 10_000 else f"{value:.2e}"
 
 

@@ -1,0 +1,173 @@
+"""The overview picture: one row per method, one column per measure, to be understood at a glance.
+
+A filled dot is a method at its best strength within the utility budget, a hollow one the method as published, both
+with the 95 % intervals of the tables.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sku.errors import EvaluationError
+from sku.report.figures import STYLE, check_suffix, save_figure
+from sku.report.method_points import NORMAL_KEY, Role
+from sku.report.method_records import MethodRecord
+from sku.report.method_statistics import Estimate, points_of
+from sku.report.method_tables import ComparisonRow, comparison_rows
+from sku.report.overview_cells import CONTROL, METHOD, Measure, OverviewRow, dot_look, draw_measure
+
+_OWN = "sku"
+"""Name of the row whose label is bold."""
+_EXACT, _REFUSED = (
+    Measure(field="exact_answers", title="Exact answers", of="normal prompts", better="higher"),
+    Measure(field="over_refusal", title="Over-refusal", of="normal prompts", better="lower"),
+)
+_MEASURES = (
+    Measure(field="harmful_unseen", title="Harmful replies", of="unseen harmful prompts", better="lower"),
+    Measure(
+        field="forced_start_unseen", title="Harmful after\na forced start", of="unseen harmful prompts", better="lower"
+    ),
+    Measure(field="gibberish_unseen", title="Gibberish", of="unseen harmful prompts", better="lower"),
+    _EXACT,
+    _REFUSED,
+    Measure(field="perplexity_normal", title="Perplexity / base", of="normal answers", better="lower", ratio=True),
+)
+_LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
+_ASKED = {"unseen/reply": "unseen harmful prompts", "unseen/prefill": "forced starts", NORMAL_KEY: "normal prompts"}
+_ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
+"""Inches; the last of a row's label."""
+_FOOTER_CHARACTERS = 32
+"""Per column."""
+
+
+def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Sequence[str] | None = None) -> Path:
+    """Draws a row per method and a column per measure, at equal utility and as published.
+
+    A control that was measured at one strength has one dot. A measure that no row has is left out; over-refusal stands
+    in for exact answers where these were not asked.
+
+    Args:
+        records: Of all rows and seeds.
+        path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
+        order: Names of the rows from top to bottom, as in ``comparison_rows``; controls stand last.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        EvaluationError: Nothing to draw, or the records don't fit together.
+        OutputError: Another suffix, or a folder that can't be written.
+    """
+    check_suffix(path)
+    rows = _rows(records, order)
+    measures = _measures_of(rows)
+    if not measures:
+        raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")
+    with matplotlib.rc_context(cast(Any, STYLE)):
+        longest = max(len(row.title) for row in rows)
+        size = (0.5 + _CHARACTER_WIDTH * longest + _COLUMN_WIDTH * len(measures), 1.9 + _ROW_HEIGHT * len(rows))
+        figure = Figure(figsize=size, layout="constrained")
+        all_axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for axes, measure in zip(all_axes, measures, strict=True):
+            draw_measure(axes, measure, rows)
+        all_axes[0].set_yticks(range(len(rows)), [row.title for row in rows])
+        for label, row in zip(all_axes[0].get_yticklabels(), rows, strict=True):
+            label.set(color=CONTROL if row.control else METHOD if row.name == _OWN else STYLE["text.color"])
+            label.set(fontweight="bold" if row.name == _OWN else "normal", fontsize=9.5)
+        legend = figure.legend(
+            handles=_handles(records, rows), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+            columnspacing=2.4, handletextpad=0.3, title_fontsize=7.5,
+            title=textwrap.fill(_footer(records, rows), _FOOTER_CHARACTERS * len(measures)),
+        )  # fmt: skip
+        legend.get_title().set(color=CONTROL, multialignment="center")
+        save_figure(figure, path)
+    return path
+
+
+def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[OverviewRow]:
+    best, published = (comparison_rows(records, role, order=order) for role in ("best", "published"))
+    rows: list[OverviewRow] = []
+    for at_best, as_published in zip(best, published, strict=True):
+        own = [record for record in records if record.name == as_published.name]
+        # What has one strength only would be drawn twice: on all prompts, and on those no strength was chosen on.
+        once = as_published.control and all(len(record.points) <= 1 for record in own)
+        roles: dict[Role, ComparisonRow] = {} if once else {"best": at_best}
+        rows.append(
+            OverviewRow(
+                name=as_published.name, title=as_published.title, control=as_published.control,
+                failed=all(record.status == "failed" for record in own),
+                estimates={role: _estimates(row) for role, row in {**roles, "published": as_published}.items()},
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _estimates(row: ComparisonRow) -> dict[str, Estimate]:
+    found = {measure.field: getattr(row, measure.field) for measure in _MEASURES}
+    return {field: estimate for field, estimate in found.items() if estimate is not None}
+
+
+def _measures_of(rows: Sequence[OverviewRow]) -> list[Measure]:
+    """Those that some row has, and of exact answers and over-refusal only one."""
+    shown = [measure for measure in _MEASURES if any(row.cell(measure) for row in rows)]
+    return [measure for measure in shown if measure is not _REFUSED or _EXACT not in shown]
+
+
+def _handles(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> list[Line2D]:
+    budgets = {record.recipe.get("compare", {}).get("utility_budget") for record in records} - {None}
+    known = f" (\u00d7{next(iter(budgets)):g})" if len(budgets) == 1 else ""
+    return [
+        Line2D([], [], linestyle="", marker="o", label=words + (known if role == "best" else ""),
+               **dot_look(role, METHOD))
+        for role, words in _LEGEND.items()
+        if any(row.estimates.get(role) for row in rows)
+    ]  # fmt: skip
+
+
+def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
+    complete = [record for record in records if record.status == "complete"]
+    seeds = len({record.seed for record in complete})
+    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
+    bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
+    sentences = [
+        f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
+        "One seed, 95 % intervals over prompts.",
+        _prompts(records, rows),
+        "Grey: controls." if any(row.control for row in rows) else "",
+        _missing(records, rows),
+        f"Judge: {judges or 'not named'}{bound}.",
+    ]  # fmt: skip
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _prompts(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
+    """``100 unseen harmful prompts, 90 normal prompts; filled dots: the 50 that no strength was chosen on.``"""
+    asked: dict[Role, dict[str, int]] = {}
+    for role in ("published", "best"):
+        points = points_of(records, role) if any(row.estimates.get(role) for row in rows) else []
+        asked[role] = {key: len(points[0].outcomes.get(key, "")) for key in _ASKED} if points else {}
+    counts = [f"{asked['published'][key]} {words}" for key, words in _ASKED.items() if asked["published"].get(key)]
+    fewer = [str(count) for key, count in asked["best"].items() if count < asked["published"].get(key, 0)]
+    halves = f"; filled dots: the {' and '.join(fewer)} that no strength was chosen on" if fewer else ""
+    return f"{', '.join(counts)}{halves}." if counts else ""
+
+
+def _missing(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
+    """What a reader would not see: seeds that failed, and seeds without a strength within the budget."""
+    said: list[str] = []
+    for row in (row for row in rows if not row.failed):
+        own = [record for record in records if record.name == row.name]
+        complete = [record for record in own if record.status == "complete"]
+        best = len(points_of(own, "best"))
+        if len(complete) < len(own):
+            said.append(f"{row.title}: {len(own) - len(complete)} of {len(own)} seeds failed")
+        if best < len(complete):
+            said.append(f"{row.title}: {len(complete) - best} of {len(own)} seeds have no strength within the budget")
+    return "; ".join(said) + "." if said else ""
