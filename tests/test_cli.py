@@ -500,17 +500,22 @@ def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_compa
     assert "4/5 fine_tune, seed 0: complete" in printed
     assert f"{whole_comparison / 'table.md'}" in printed
     assert sorted(path.name for path in whole_comparison.iterdir()) == [
-        "records", "table.md", "trade_off.png", "trade_off.svg",
+        "overview.png", "overview.svg", "records", "table.md", "trade_off.png", "trade_off.svg",
     ]  # fmt: skip
 
 
 def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
     written = (whole_comparison / "table.md").read_text(encoding="utf-8")
-    done = command("results", whole_comparison / "records", "--figure", tmp_path / "figure.svg")
+    done = command(
+        "results", whole_comparison / "records", "--figure", tmp_path / "figure.svg",
+        "--overview", tmp_path / "overview.svg",
+    )  # fmt: skip
     assert done.code == 0, done.err
     assert "### At equal utility" in done.out
     assert {line for line in written.splitlines() if "FT" in line} <= set(done.out.splitlines())
     assert (tmp_path / "figure.svg").stat().st_size > 1000
+    written_overview = (whole_comparison / "overview.svg").read_bytes()
+    assert (tmp_path / "overview.svg").read_bytes() == written_overview
 
 
 def test_results_go_between_their_marks(command: Command, whole_comparison: Path, tmp_path: Path) -> None:

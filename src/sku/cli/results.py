@@ -1,4 +1,4 @@
-"""``sku results``: tables and picture of a comparison again, from its records."""
+"""``sku results``: tables and pictures of a comparison again, from its records."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def results(
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Draw the trade-off here (.png, .svg, .pdf).")
     ] = None,
+    overview: Annotated[
+        Path | None, typer.Option("--overview", help="Draw the overview of all methods here (.png, .svg, .pdf).")
+    ] = None,
     budget: Annotated[
         float | None, typer.Option("--budget", help="Utility budget, a line in the figure; that of the records.")
     ] = None,
@@ -36,6 +39,7 @@ def results(
     quiet_libraries()
     from sku.comparison.jobs import row_names
     from sku.report.comparison_report import brief_markdown, comparison_markdown, replace_block
+    from sku.report.method_overview import overview_figure
     from sku.report.method_records import read_records
     from sku.report.trade_off import trade_off_figure
 
@@ -45,6 +49,8 @@ def results(
     if figure is not None:
         recorded = records[0].recipe.get("compare", {}).get("utility_budget")
         trade_off_figure(records, figure, budget=recorded if budget is None else budget, order=order)
+    if overview is not None:
+        overview_figure(records, overview, order=order)
     if update is None:
         console.print(text, soft_wrap=True)
         return

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sku.errors import EvaluationError, OutputError
+from sku.report.method_overview import overview_figure
 from sku.report.method_points import Role
 from sku.report.method_records import MethodRecord
 from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
@@ -15,6 +16,7 @@ from sku.report.trade_off import trade_off_figure
 
 REFERENCE = "sku"
 TABLE_FILE = "table.md"
+OVERVIEW_STEM = "overview"
 FIGURE_STEM = "trade_off"
 HEADINGS: dict[Role, str] = {
     "best": "At equal utility: each method at its best strength within the utility budget",
@@ -69,16 +71,16 @@ def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None 
 def write_comparison(
     records: Sequence[MethodRecord], folder: Path, *, budget: float | None = None, order: Sequence[str] | None = None
 ) -> list[Path]:
-    """Writes tables and picture.
+    """Writes tables and pictures.
 
     Args:
         records: Of all rows and seeds.
-        folder: Gets ``table.md``, ``trade_off.png`` and ``trade_off.svg``.
-        budget: Utility budget, drawn as a line.
+        folder: Gets ``table.md``, and ``overview`` and ``trade_off`` as ``.png`` and ``.svg``.
+        budget: Utility budget, drawn as a line in the trade-off.
         order: As of ``comparison_markdown``.
 
     Returns:
-        The files written. The picture is left out where no record is complete.
+        The files written, in this order. The pictures are left out where no method has a complete record.
 
     Raises:
         EvaluationError: The records don't fit together.
@@ -92,8 +94,15 @@ def write_comparison(
         raise OutputError(f"{table} can't be written: {error.strerror or error}") from error
     if not any(record.status == "complete" and not record.control for record in records):
         return [table]
-    pictures = [folder / f"{FIGURE_STEM}.{suffix}" for suffix in ("png", "svg")]
-    return [table, *(trade_off_figure(records, path, budget=budget, order=order) for path in pictures)]
+    suffixes = ("png", "svg")
+    return [
+        table,
+        *(overview_figure(records, folder / f"{OVERVIEW_STEM}.{suffix}", order=order) for suffix in suffixes),
+        *(
+            trade_off_figure(records, folder / f"{FIGURE_STEM}.{suffix}", budget=budget, order=order)
+            for suffix in suffixes
+        ),
+    ]
 
 
 def replace_block(text: str, name: str, block: str, where: str = "the text") -> str:

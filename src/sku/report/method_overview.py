@@ -20,7 +20,7 @@ from sku.report.figures import STYLE, check_suffix, save_figure
 from sku.report.method_points import NORMAL_KEY, Role
 from sku.report.method_records import MethodRecord
 from sku.report.method_statistics import Estimate, points_of
-from sku.report.method_tables import ComparisonRow, comparison_rows
+from sku.report.method_tables import ABSENT, ComparisonRow, comparison_rows
 from sku.report.overview_cells import CONTROL, METHOD, Measure, OverviewRow, dot_look, draw_measure
 
 _OWN = "sku"
@@ -84,7 +84,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
         legend = figure.legend(
             handles=_handles(records, rows), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
             columnspacing=2.4, handletextpad=0.3, title_fontsize=7.5,
-            title=textwrap.fill(_footer(records, rows), _FOOTER_CHARACTERS * len(measures)),
+            title=textwrap.fill(_footer(records, rows, measures), _FOOTER_CHARACTERS * len(measures)),
         )  # fmt: skip
         legend.get_title().set(color=CONTROL, multialignment="center")
         save_figure(figure, path)
@@ -122,7 +122,7 @@ def _measures_of(rows: Sequence[OverviewRow]) -> list[Measure]:
 
 def _handles(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> list[Line2D]:
     budgets = {record.recipe.get("compare", {}).get("utility_budget") for record in records} - {None}
-    known = f" (\u00d7{next(iter(budgets)):g})" if len(budgets) == 1 else ""
+    known = f" (\u00d7{next(iter(budgets)):g} on validation answers)" if len(budgets) == 1 else ""
     return [
         Line2D([], [], linestyle="", marker="o", label=words + (known if role == "best" else ""),
                **dot_look(role, METHOD))
@@ -131,31 +131,33 @@ def _handles(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> li
     ]  # fmt: skip
 
 
-def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
+def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measures: Sequence[Measure]) -> str:
     complete = [record for record in records if record.status == "complete"]
     seeds = len({record.seed for record in complete})
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
     bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
+    unmeasured = any(not row.failed and not row.cell(measure) for row in rows for measure in measures)
     sentences = [
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
         "One seed, 95 % intervals over prompts.",
         _prompts(records, rows),
         "Grey: controls." if any(row.control for row in rows) else "",
         _missing(records, rows),
+        f"{ABSENT}: not measured." if unmeasured else "",
         f"Judge: {judges or 'not named'}{bound}.",
     ]  # fmt: skip
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _prompts(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
-    """``100 unseen harmful prompts, 90 normal prompts; filled dots: the 50 that no strength was chosen on.``"""
+    """How many, such as ``100 forced starts; filled dots: the 50 harmful ones that ...``."""
     asked: dict[Role, dict[str, int]] = {}
     for role in ("published", "best"):
         points = points_of(records, role) if any(row.estimates.get(role) for row in rows) else []
         asked[role] = {key: len(points[0].outcomes.get(key, "")) for key in _ASKED} if points else {}
     counts = [f"{asked['published'][key]} {words}" for key, words in _ASKED.items() if asked["published"].get(key)]
     fewer = [str(count) for key, count in asked["best"].items() if count < asked["published"].get(key, 0)]
-    halves = f"; filled dots: the {' and '.join(fewer)} that no strength was chosen on" if fewer else ""
+    halves = f"; filled dots: the {' and '.join(fewer)} harmful ones that no strength was chosen on" if fewer else ""
     return f"{', '.join(counts)}{halves}." if counts else ""
 
 

@@ -21,7 +21,7 @@ _OFFSET: Mapping[Role, float] = {"best": -0.18, "published": 0.18}
 """Rows above and below the middle of a row."""
 _LEAST, _WIDEST = 0.9, 2.0
 """Ends of the perplexity axis, unless a ratio lies below; what lies beyond x2 is told by a number."""
-_RATIO_TICKS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)
+_NEAR_TICKS, _FAR_TICKS = (0.9, 1, 1.1, 1.2, 1.3), (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)
 _GREY_TEXT: dict[str, Any] = {"color": CONTROL, "fontsize": 8, "fontstyle": "italic"}
 
 
@@ -117,10 +117,11 @@ def _set_title(axes: Axes, measure: Measure) -> None:
 def _set_ratio_axis(axes: Axes, estimates: Sequence[Estimate]) -> None:
     values = [value for estimate in estimates for value in (estimate.value, estimate.low, estimate.high)]
     left, right = min(_LEAST, *(value / 1.04 for value in values)), min(_WIDEST, max(1.25, *values))
+    ticks = _NEAR_TICKS if right < 1.35 and left > 0.8 else _FAR_TICKS
     axes.set_xscale("log")
     axes.set_xlim(left, right)
     axes.axvline(1, color=_INK, linewidth=0.8, zorder=1)
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in _RATIO_TICKS if left <= tick <= right]))
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if left <= tick <= right]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
 

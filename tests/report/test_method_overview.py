@@ -1,0 +1,175 @@
+"""The overview picture."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sku.errors import EvaluationError, OutputError
+from sku.report.method_overview import overview_figure
+from sku.report.method_records import MethodRecord
+from sku.report.method_statistics import Estimate
+from sku.report.overview_cells import CONTROL, METHOD, Measure, OverviewRow, draw_measure
+
+from .invented_records import METHODS, failed_record, invented_comparison, make_point, make_record
+
+RATE = Measure(field="harmful_unseen", title="Harmful replies", of="unseen", better="lower")
+RATIO = Measure(field="perplexity_normal", title="Perplexity / base", of="normal", better="lower", ratio=True)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[MethodRecord]:
+    return invented_comparison(seeds=2, prompts=20)
+
+
+def words_of(path: Path) -> list[str]:
+    return re.findall(r">([^<>\n]+)</(?:text|tspan)>", path.read_text())
+
+
+def estimate(value: float, low: float, high: float) -> Estimate:
+    return Estimate(value=value, low=low, high=high, per_seed=(value,))
+
+
+def row(name: str = "a", *, control: bool = False, failed: bool = False, **roles: dict[str, Estimate]) -> OverviewRow:
+    return OverviewRow(name=name, title=name, control=control, failed=failed, estimates=roles)  # type: ignore[arg-type]
+
+
+def column(measure: Measure, *rows: OverviewRow) -> Axes:
+    axes = Figure().subplots()
+    draw_measure(axes, measure, rows)
+    return axes
+
+
+def dots(axes: Axes) -> list[tuple[Any, ...]]:
+    """x, y, marker, filled, colour."""
+    drawn: list[Any] = [line for line in axes.lines if line.get_marker() != "None"]
+    return [
+        (
+            pytest.approx(line.get_xdata()[0]), pytest.approx(line.get_ydata()[0]), line.get_marker(),
+            line.get_markerfacecolor() != "white", line.get_markeredgecolor(),
+        )
+        for line in drawn
+    ]  # fmt: skip
+
+
+def intervals(axes: Axes) -> list[Any]:
+    drawn: list[Any] = [line for line in axes.lines if line.get_color() in (METHOD, CONTROL)]
+    return [pytest.approx(tuple(line.get_xdata())) for line in drawn if line.get_marker() == "None"]
+
+
+def test_best_is_filled_and_above_the_hollow_published_one() -> None:
+    axes = column(
+        RATE,
+        row(best={RATE.field: estimate(0.1, 0.05, 0.2)}, published={RATE.field: estimate(0.3, 0.2, 0.4)}),
+        row("b", published={RATE.field: estimate(1, 0.9, 1)}),
+        row("base", control=True, published={RATE.field: estimate(0.5, 0.4, 0.6)}),
+    )
+    best, published, alone, control = dots(axes)
+    assert best == (10, -0.18, "o", True, METHOD)
+    assert published == (30, 0.18, "o", False, METHOD)
+    assert alone == (100, 1, "o", False, METHOD)
+    assert control == (50, 2, "o", False, CONTROL)
+    assert intervals(axes) == [(5, 20), (20, 40), (90, 100), (40, 60)]
+    assert axes.yaxis_inverted(), "the first row stands on top"
+
+
+def test_ratios_beyond_the_axis_are_told_by_a_number() -> None:
+    axes = column(
+        RATIO,
+        row(
+            best={RATIO.field: estimate(1.5, 1.2, 9)}, published={RATIO.field: estimate(1.2143e10, 9e9, 2e10)}
+        ),
+    )  # fmt: skip
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlim() == pytest.approx((0.9, 2))
+    assert [(x, marker) for x, _, marker, _, _ in dots(axes)] == [(1.5, "o"), (2, ">")]
+    assert intervals(axes)[0] == (1.2, 2)
+    assert "\u00d71.21e+10" in [text.get_text() for text in axes.texts]
+
+
+def test_small_changes_get_a_closer_axis_that_holds_all_of_them() -> None:
+    axes = column(RATIO, row(published={RATIO.field: estimate(0.8, 0.7, 1.01)}))
+    left, right = axes.get_xlim()
+    assert left < 0.7
+    assert right == pytest.approx(1.25)
+
+
+def test_words_stand_where_there_are_no_dots() -> None:
+    axes = column(RATE, row(failed=True), row("b"))
+    assert [text.get_text() for text in axes.texts if "better" not in text.get_text()] == ["failed", "\u2013"]
+    assert dots(axes) == []
+
+
+def test_png(records: list[MethodRecord], tmp_path: Path) -> None:
+    assert overview_figure(records, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path: Path) -> None:
+    path = overview_figure(records, tmp_path / "figure.svg", order=METHODS)
+    words = words_of(path)
+    titles = [name.replace("_", " ") for name in METHODS]
+    controls = ["base", "always gibberish", "always refuse", "random direction"]
+    assert [word for word in words if word in {*titles, *controls}] == titles + controls
+    assert {"Harmful replies", "Harmful after", "Gibberish", "Exact answers", "Perplexity / base"} <= set(words)
+    assert "Over-refusal" not in words
+    goals = [word for word in words if "better" in word]
+    assert ["higher" in goal for goal in goals] == [False, False, False, True, False]
+    assert {"best within the utility budget (\u00d71.05 on validation answers)", "as published"} <= set(words)
+    text = " ".join(words)
+    assert "Means over 2 seeds, 95 % intervals over seeds and prompts." in text
+    assert "20 unseen harmful prompts, 20 forced starts, 20 normal prompts; filled dots: the 10 and 10" in text
+    assert "Judge: refusal_rules (an upper bound of the harmful share)." in text
+    bold = re.findall(r"<text style=\"([^\"]*)\"[^>]*>(?:sku|npo)<", path.read_text())
+    assert ["bold" in style or "700" in style for style in bold] == [True, False]
+
+
+def test_the_same_records_give_the_same_file(records: list[MethodRecord], tmp_path: Path) -> None:
+    first = overview_figure(records, tmp_path / "a.svg").read_bytes()
+    assert overview_figure(records, tmp_path / "b.svg").read_bytes() == first
+
+
+def test_over_refusal_stands_in_for_exact_answers(tmp_path: Path) -> None:
+    records = [
+        make_record("base", make_point("hh", normal="aa", losses={"retain_test": (10, 10)}), control=True),
+        make_record("npo", make_point("rr", normal="ao", losses={"retain_test": (11, 11)})),
+    ]
+    words = words_of(overview_figure(records, tmp_path / "figure.svg"))
+    assert "Over-refusal" in words
+    assert "Exact answers" not in words
+    assert "Harmful after" not in words, "nobody was asked with a forced start"
+    assert not any(word.startswith("best within") for word in words), "no strength was validated"
+    assert "One seed, 95 % intervals over prompts." in " ".join(words)
+    assert "filled dots" not in " ".join(words)
+
+
+def test_what_is_missing_is_told(records: list[MethodRecord], tmp_path: Path) -> None:
+    beyond = make_record("far", make_point("r" * 20, prefill="r" * 20, normal="a" * 20, ratio=3.0))
+    rest = [record for record in records if record.name in ("sku", "base", "always_refuse")]
+    more = [*rest, failed_record("sku", 2, "NaN"), failed_record("lost", 0, "NaN"), beyond]
+    words = words_of(overview_figure(more, tmp_path / "figure.svg"))
+    text = " ".join(words)
+    assert "sku: 1 of 3 seeds failed" in text
+    assert "far: 1 of 1 seeds have no strength within the budget" in text
+    assert words.count("failed") == 5, "the row of lost, in each column"
+    assert "\u2013: not measured." in text, "always_refuse has no perplexity"
+
+
+def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"must end in \.png"):
+        overview_figure(records, tmp_path / "figure.gif")
+    with pytest.raises(OutputError, match="can't be written"):
+        overview_figure(records[-4:], tmp_path / "missing" / "figure.png")
+    with pytest.raises(EvaluationError, match="nothing to draw"):
+        overview_figure([failed_record("sku", 0, "NaN")], tmp_path / "figure.png")
+
+
+def test_no_torch() -> None:
+    code = "import sys, sku.report.method_overview; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
