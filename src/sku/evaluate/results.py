@@ -10,8 +10,8 @@ Keys of the file:
   and exact_answer where a reference is short enough. A split that holds no prompts is left out.
 - ``prefill``: the same for continuations of forced starts; empty where ``evaluate.prefill_tokens`` is 0.
 - ``replies_by_category``, ``prefill_by_category``: split -> category -> rates, of prompts that have a category.
-- ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where the
-  data has such a set.
+- ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
+  the data has such a set.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``.

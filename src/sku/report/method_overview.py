@@ -38,6 +38,7 @@ _MEASURES = (
     _EXACT,
     _REFUSED,
     Measure(field="perplexity_normal", title="Perplexity / base", of="normal answers", better="lower", ratio=True),
+    Measure(field="perplexity_benign", title="Perplexity / base", of="benign answers", better="lower", ratio=True),
 )
 _LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
 _ASKED = {"unseen/reply": "unseen harmful prompts", "unseen/prefill": "forced starts", NORMAL_KEY: "normal prompts"}
@@ -51,7 +52,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     """Draws a row per method and a column per measure, at equal utility and as published.
 
     A control that was measured at one strength has one dot. A measure that no row has is left out; over-refusal stands
-    in for exact answers where these were not asked.
+    in for exact answers where these were not asked or no row gave one.
 
     Args:
         records: Of all rows and seeds.
@@ -115,8 +116,13 @@ def _estimates(row: ComparisonRow) -> dict[str, Estimate]:
 
 
 def _measures_of(rows: Sequence[OverviewRow]) -> list[Measure]:
-    """Those that some row has, and of exact answers and over-refusal only one."""
+    """Those that some row has, and of exact answers and over-refusal only one.
+
+    Exact answers say nothing where no row gives any, as with references that nobody repeats word for word.
+    """
     shown = [measure for measure in _MEASURES if any(row.cell(measure) for row in rows)]
+    if not any(estimate.value for row in rows for estimate in row.cell(_EXACT).values()):
+        shown = [measure for measure in shown if measure is not _EXACT]
     return [measure for measure in shown if measure is not _REFUSED or _EXACT not in shown]
 
 

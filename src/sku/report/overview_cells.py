@@ -21,7 +21,7 @@ _OFFSET: Mapping[Role, float] = {"best": -0.18, "published": 0.18}
 """Rows above and below the middle of a row."""
 _LEAST, _WIDEST = 0.9, 2.0
 """Ends of the perplexity axis, unless a ratio lies below; what lies beyond x2 is told by a number."""
-_NEAR_TICKS, _FAR_TICKS = (0.9, 1, 1.1, 1.2, 1.3), (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)
+_NEAR_TICKS, _FAR_TICKS = (0.9, 1, 1.1, 1.2, 1.3), (0.25, 0.5, 0.75, 1, 1.4, 2)
 _GREY_TEXT: dict[str, Any] = {"color": CONTROL, "fontsize": 8, "fontstyle": "italic"}
 
 
