@@ -111,21 +111,23 @@ class _Isolated:
         self._worker_pid: int | None = None
 
     def run(self, job: Job) -> tuple[MethodRecord, bool]:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                max_workers=1, mp_context=self._context, initializer=begin, initargs=(self._out, self._messages)
-            )
+        pool = self._pool or ProcessPoolExecutor(
+            max_workers=1, mp_context=self._context, initializer=begin, initargs=(self._out, self._messages)
+        )
+        self._pool = pool
         try:
-            self._worker_pid = self._pool.submit(os.getpid).result()
-            return self._pool.submit(work, job).result()
+            self._worker_pid = pool.submit(os.getpid).result()
+            record, was_there = pool.submit(work, job).result()
         except BrokenProcessPool:
-            self._pool.shutdown(wait=False)
-            self._pool = None
             shutil.rmtree(self._out / WORK / job.id, ignore_errors=True)
             reason = "the process died without a word: most likely it was killed because memory ran out"
-            record = failed_record(job, "", reason)
+            record, was_there = failed_record(job, "", reason), False
             write_json(record_path(self._out, job), record.to_dict())
-            return record, False
+        if record.status == "failed":
+            # Dead, or left unusable and full by an error on a GPU: the next job gets a new process.
+            pool.shutdown(wait=True)
+            self._pool = None
+        return record, was_there
 
     def abort(self) -> None:
         """Ends the job in progress at once: an interrupt must not wait for the end of a training."""
