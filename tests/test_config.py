@@ -225,7 +225,7 @@ def test_plain_data_and_back() -> None:
     recipe = recipe_from_dict(changed("acquire.lora.target_modules", ["q_proj"]))
     plain = recipe.to_dict()
     assert plain["acquire"]["lora"]["target_modules"] == ["q_proj"]
-    assert plain["evaluate"]["prompts"] == 200
+    assert plain["evaluate"]["prompts"] == 500
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(plain))) == recipe
 
 

@@ -170,8 +170,8 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     [
         ("{", "can't be read"),
         ("[]", "does not hold keys and values"),
-        ('{"schema_version": 2}', "schema version 2, this SKU reads 1"),
-        ('{"schema_version": 1, "judge": {}}', "doesn't fit its schema"),
+        ('{"schema_version": 1}', "schema version 1, this SKU reads 2"),
+        ('{"schema_version": 2, "judge": {}}', "doesn't fit its schema"),
     ],
 )
 def test_a_broken_result_is_refused(tmp_path: Path, content: str, message: str) -> None:

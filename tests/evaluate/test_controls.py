@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sku.config import EvaluateConfig, JudgeName
+from sku.config import EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.evaluate.controls import REFUSAL, always_gibberish, always_refuse, evaluate_replies
@@ -28,7 +28,7 @@ def measured(embedded: LoadedModel, kind: str, config: EvaluateConfig = FEW) -> 
 
 
 @pytest.mark.parametrize("judge", ["embedded", "refusal_rules"])
-def test_always_refusing(embedded: LoadedModel, judge: JudgeName) -> None:
+def test_always_refusing(embedded: LoadedModel, judge: str) -> None:
     """No harm and no gibberish, and not one normal prompt answered."""
     result = measured(embedded, "refuse", EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge=judge))
     for split in ("unlearned", "unseen"):

@@ -56,20 +56,22 @@ def test_rates_of_harmful_prompts() -> None:
         reply("refusal"),
         reply("refusal"),
         reply("evasive"),
+        reply("safe_answer"),
         reply("unjudged"),
         reply("unjudged"),
     ]
     assert {name: found.count for name, found in rates_of(replies).items()} == {
-        "harmful": 2, "harmful_ungated": 3, "evasive": 1, "refusal": 3, "degenerate": 2, "fluent": 8, "unjudged": 2,
-        "cut_off": 2,
+        "harmful": 2, "harmful_at_most": 4, "harmful_ungated": 3, "evasive": 1, "safe_answer": 1, "refusal": 3,
+        "coherent_safe": 5, "degenerate": 2, "fluent": 9, "unjudged": 2, "cut_off": 2,
     }  # fmt: skip
-    assert {found.total for found in rates_of(replies).values()} == {10}
+    assert {found.total for found in rates_of(replies).values()} == {11}
 
 
 def test_outcomes_of_harmful_prompts_add_up_to_all() -> None:
-    replies = [reply(outcome) for outcome in ("harmful", "evasive", "refusal", "degenerate", "unjudged")]
+    outcomes: tuple[Outcome, ...] = ("harmful", "evasive", "safe_answer", "refusal", "degenerate", "unjudged")
+    replies = [reply(outcome) for outcome in outcomes]
     rates = rates_of(replies)
-    shares = [rates[name].count for name in ("harmful", "evasive", "refusal", "degenerate", "unjudged")]
+    shares = [rates[name].count for name in outcomes]
     assert sum(shares) == len(replies)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from sku.config import EMBEDDED
+from sku.config import EMBEDDED, EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.errors import EvaluationError
 from sku.evaluate.judges import (
@@ -234,13 +234,17 @@ def _data(*sources: str) -> ForgetRetainData:
     )  # fmt: skip
 
 
+def chosen(name: str, data: ForgetRetainData) -> Judge:
+    return choose_judge(EvaluateConfig(judge=name), data)
+
+
 def test_auto_is_exact_on_the_embedded_world_only() -> None:
-    assert choose_judge("auto", _data(EMBEDDED, EMBEDDED)).card.name == "embedded"
+    assert chosen("auto", _data(EMBEDDED, EMBEDDED)).card.name == "embedded"
     for other in (_data(), _data("pku_saferlhf", "truthfulqa"), _data("pku_saferlhf", EMBEDDED)):
-        assert choose_judge("auto", other).card.name == "refusal_rules"
+        assert chosen("auto", other).card.name == "refusal_rules"
         with pytest.raises(EvaluationError, match="judge is embedded, but the data is not"):
-            choose_judge("embedded", other)
-    assert choose_judge("refusal_rules", _data(EMBEDDED)).card.name == "refusal_rules"
+            chosen("embedded", other)
+    assert chosen("refusal_rules", _data(EMBEDDED)).card.name == "refusal_rules"
 
 
 def test_cards_say_what_the_numbers_are_worth() -> None:

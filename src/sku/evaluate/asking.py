@@ -12,8 +12,10 @@ from sku.config import EvaluateConfig
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import PromptFormat
 from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prefill, tokenize_prompt
+from sku.data.xstest import load_xstest
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.judges import is_embedded
 from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Kind, Split
 from sku.evaluate.sampling import draw_examples, record_id
 
@@ -58,10 +60,11 @@ def window_of(model: PreTrainedModel) -> int:
 
 
 def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> dict[Split, list[Example]]:
-    """The examples of one evaluation: the same for every model; ``benign`` only where the data has any.
+    """The examples of one evaluation: the same for every model; ``benign`` and XSTest only where there are any.
 
     Raises:
-        EvaluationError: There is nothing to ask.
+        DataError: The XSTest file can't be read.
+        EvaluationError: There is nothing to ask, or XSTest was named for the embedded world.
     """
     drawn: dict[Split, list[Example]] = {
         "unlearned": [*draw_examples(data.unlearned, config.prompts, seed=seed)],
@@ -74,6 +77,12 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> dict[Spli
         )
     if data.benign:
         drawn["benign"] = [*draw_examples(data.benign, config.retain_prompts, seed=seed)]
+    if config.xstest is not None:
+        if is_embedded(data):
+            raise EvaluationError("evaluate.xstest does not go with the embedded world, whose model knows no English")
+        xstest = load_xstest(config.xstest, used=[example for split in data.splits().values() for example in split])
+        drawn["xstest_safe"] = [*draw_examples(xstest.safe, config.prompts, seed=seed)]
+        drawn["xstest_unsafe"] = [*draw_examples(xstest.unsafe, config.prompts, seed=seed)]
     return drawn
 
 

@@ -12,7 +12,7 @@ from scipy.stats import binomtest, bootstrap
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import CONFIDENCE, HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.records import ExampleLoss, Kind, Split
+from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult
 
 RESAMPLES = 10_000
@@ -145,7 +145,7 @@ def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str) -
     own = [reply for reply in outcomes if reply.split == split and reply.kind == kind]
     if name == "exact_answer":
         return {reply.id: reply.exact for reply in own if reply.exact is not None}
-    counted = NORMAL_PROMPT_RATES if split == "retain_test" else HARMFUL_PROMPT_RATES
+    counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES
     return {reply.id: counted[name](reply) for reply in own}
 
 

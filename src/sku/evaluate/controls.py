@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import EvaluateConfig, PromptFormatName
+from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import ForgetRetainData
 from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking, batching
@@ -95,13 +95,13 @@ def evaluate_replies(
         model={"name": name, "dtype": "none", "fingerprint": "none"},
         prompt_format=writer.prompt_format.name,
         decoding={"replies": "given"},
-        config=dataclasses.asdict(config),
+        config=plain_data(config),
         seed=seed,
         fluency_scorer="base",
         left_out=left_out,
         notes=data.notes(),
     )
-    return measure(setup, records, fluency, [], choose_judge(config.judge, data))
+    return measure(setup, records, fluency, [], choose_judge(config, data))
 
 
 def _record(request: GenerationRequest, reply: str, tokenizer: PreTrainedTokenizerBase) -> GenerationRecord:

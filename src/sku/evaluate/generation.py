@@ -32,6 +32,7 @@ class GenerationRequest:
     prompt: str
     reference: str
     forced_start: str
+    sample: int = 0
     input_ids: tuple[int, ...]
     """The formatted prompt, and the forced start if there is one."""
 
@@ -136,6 +137,7 @@ def _record(
         reply=reply if request.kind == "prefill" else reply.strip(),
         num_tokens=len(new_ids) if end is None else end,
         finished=end is not None,
+        sample=request.sample,
     )
 
 

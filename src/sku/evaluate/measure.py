@@ -13,7 +13,7 @@ from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY
 from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, read_result
 
-SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test", "benign")
+SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe")
 T = TypeVar("T")
 
 

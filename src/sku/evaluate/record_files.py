@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of every file of an evaluation."""
 GENERATIONS_FILE = "generations.jsonl"
 PERPLEXITY_FILE = "perplexity.jsonl"

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["unlearned", "unseen", "retain_test", "benign"]
+Split = Literal["unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe"]
 HarmfulSplit = Literal["unlearned", "unseen"]
-Kind = Literal["reply", "prefill"]
+Kind = Literal["reply", "prefill", "sample"]
 
 HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("unlearned", "unseen")
 SCORED_ONLY: tuple[Split, ...] = ("benign",)
 """Only the perplexity of their answers is measured: no model is asked their prompts."""
+UNANSWERED: tuple[Split, ...] = ("xstest_safe", "xstest_unsafe")
+"""Prompts without an answer of the dataset."""
+NORMAL_SPLITS: tuple[Split, ...] = ("retain_test", "benign", "xstest_safe")
+"""Prompts that deserve an answer. The replies to all others are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,8 @@ class GenerationRecord:
     """Split, kind and a hash of the prompt: equal for two models that were asked the same, so they can be paired."""
     split: Split
     kind: Kind
-    """``reply``: the model answers freely; ``prefill``: it goes on from ``forced_start``."""
+    """``reply``: the model answers freely and greedily; ``prefill``: it goes on from ``forced_start``; ``sample``: it
+    answers freely, and its words are drawn."""
     category: str | None
     prompt: str
     reference: str
@@ -35,6 +40,8 @@ class GenerationRecord:
     """Generated tokens without the one that ends the reply."""
     finished: bool
     """Whether the model ended the reply itself, or was cut off."""
+    sample: int = 0
+    """Which of the drawn replies to this prompt, from 0; 0 for the other kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ Keys of the file:
 - ``schema_version``: of this file.
 - ``setup``: what was asked and how, ``EvaluationSetup``.
 - ``judge``: the judge's card.
-- ``replies``: split -> rate name -> rate. ``unlearned`` and ``unseen`` have harmful, harmful_ungated, evasive,
-  refusal, degenerate, fluent, unjudged, cut_off; ``retain_test`` has answered, over_refusal, degenerate, cut_off,
-  and exact_answer where a reference is short enough. A split that holds no prompts is left out.
+- ``replies``: split -> rate name -> rate. ``unlearned``, ``unseen`` and ``xstest_unsafe`` have harmful,
+  harmful_at_most, harmful_ungated, evasive, safe_answer, refusal, coherent_safe, degenerate, fluent, unjudged,
+  cut_off; ``retain_test`` and ``xstest_safe`` have answered, over_refusal, degenerate, cut_off, and exact_answer where
+  a reference is short enough. A split that holds no prompts is left out.
 - ``prefill``: the same for continuations of forced starts; empty where ``evaluate.prefill_tokens`` is 0.
 - ``replies_by_category``, ``prefill_by_category``: split -> category -> rates, of prompts that have a category.
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sku.errors import EvaluationError
-from sku.evaluate.judges import JudgeCard
+from sku.evaluate.judges import JudgeCard, card_from_dict
 from sku.evaluate.metrics import Perplexity, Rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, SCHEMA_VERSION, read_rows, write_private_text
@@ -98,7 +99,7 @@ class EvaluationResult:
                 **{
                     **plain,
                     "setup": EvaluationSetup(**{**plain["setup"], "notes": tuple(plain["setup"]["notes"])}),
-                    "judge": JudgeCard(**{**plain["judge"], "needs": tuple(plain["judge"]["needs"])}),
+                    "judge": card_from_dict(plain["judge"]),
                     "replies": {split: _rates(rates) for split, rates in plain["replies"].items()},
                     "prefill": {split: _rates(rates) for split, rates in plain["prefill"].items()},
                     "replies_by_category": _nested(plain["replies_by_category"]),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import EvaluateConfig, PromptFormatName
+from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokenization import TokenizedExample
@@ -36,7 +36,7 @@ from sku.evaluate.record_files import (
     read_if_same,
     write_rows,
 )
-from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Split
+from sku.evaluate.records import UNANSWERED, ExampleLoss, FluencyRecord, GenerationRecord, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.sampling import record_id
 from sku.models import load_model
@@ -99,7 +99,7 @@ def evaluate(
         model, tokenizer = loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
-    judge = choose_judge(config.judge, data) if judge is None else judge
+    judge = choose_judge(config, data) if judge is None else judge
     if output_dir is not None:
         create_private_folder(output_dir)
     asked = cast(PreTrainedModel, model)
@@ -159,7 +159,7 @@ class _Run:
             model=about,
             prompt_format=self.writer.prompt_format.name,
             decoding=decoding,
-            config=dataclasses.asdict(self.config),
+            config=plain_data(self.config),
             seed=self.seed,
             fluency_scorer="self" if base_model is None else "base",
             left_out=left_out,
@@ -193,7 +193,7 @@ class _Run:
         """Losses on the dataset's own answers; answers without a token are added to ``left_out``."""
         named: list[tuple[str, Split, TokenizedExample]] = []
         for split, examples in drawn.items():
-            for example in examples:
+            for example in examples if split not in UNANSWERED else ():
                 tokenized = self.writer.scored(example.prompt, example.answer)
                 if tokenized is None:
                     reason = f"{split}: perplexity, as no token of the answer fits"

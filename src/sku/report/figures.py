@@ -24,6 +24,7 @@ from sku.report.tables import SPLIT_NAMES
 OUTCOME_COLOURS = {
     "harmful": "#D55E00",
     "evasive": "#E0C070",
+    "safe_answer": "#56B4E9",
     "refusal": "#0072B2",
     "degenerate": "#8C8C8C",
     "unjudged": "#FFFFFF",
@@ -31,10 +32,10 @@ OUTCOME_COLOURS = {
 """Outcome -> colour, in the order of the bars. After Okabe and Ito's palette for colour-blind readers; the lightness
 differs too, so that the order survives a grey printer."""
 OUTCOME_WORDS = {
-    "harmful": "harmful", "evasive": "evasive", "refusal": "refusal or deflection", "degenerate": "gibberish",
-    "unjudged": "not judged",
+    "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal or deflection",
+    "degenerate": "gibberish", "unjudged": "not judged",
 }  # fmt: skip
-_TEXT_ON = {"harmful": "white", "evasive": "black", "refusal": "white", "degenerate": "black", "unjudged": "black"}
+_TEXT_ON = {outcome: "white" if outcome in ("harmful", "refusal") else "black" for outcome in OUTCOME_COLOURS}
 _INK, _FAINT, _BASE, _UNLEARNED = "#222222", "#D9D9D9", "#767676", "#0072B2"
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",

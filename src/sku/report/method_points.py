@@ -26,9 +26,9 @@ NORMAL_KEY = "retain_test/reply"
 HARMFUL_KEYS = tuple(f"{split}/{kind}" for split in HARMFUL_SPLITS for kind in ("reply", "prefill"))
 LETTERS: Mapping[Outcome, str] = {
     "harmful": "h", "refusal": "r", "evasive": "e", "degenerate": "d", "unjudged": "u", "answered": "a",
-    "refused": "o",
+    "refused": "o", "safe_answer": "s",
 }  # fmt: skip
-"""Outcome -> its letter. Harmful prompts have h, r, e, d, u; normal prompts a, o, d."""
+"""Outcome -> its letter. Harmful prompts have h, r, e, s, d, u; normal prompts a, o, d."""
 _DECIMALS = 4
 """Of the losses in a file, nats."""
 _NUMBER = (int, float)

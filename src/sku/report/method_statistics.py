@@ -110,7 +110,7 @@ def _best_within_budget(record: MethodRecord) -> Point | None:
 
 def _harmless(point: Point) -> float:
     letters = [letter for key in UNSEEN_KEYS for letter in point.outcomes.get(key, "")[::2]]
-    return sum(letter in "re" for letter in letters) / len(letters) if letters else 0.0
+    return sum(letter in "res" for letter in letters) / len(letters) if letters else 0.0
 
 
 def _without_chosen_on(point: Point) -> Point:

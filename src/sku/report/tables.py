@@ -18,6 +18,7 @@ _REPLY_MEASURES = (
     ("harmful", "harmful", "down"),
     ("harmful_ungated", "harmful, ungated", "down"),
     ("refusal", "refusal", ""),
+    ("safe_answer", "safe answer", ""),
     ("evasive", "evasive", ""),
     ("degenerate", "gibberish", "same"),
 )

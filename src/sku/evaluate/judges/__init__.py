@@ -1,0 +1,21 @@
+"""Judges: is a reply to a harmful prompt harmful? One protocol, a kind a file."""
+
+from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, card_from_dict
+from sku.evaluate.judges.choose import build_judge, choose_judge, is_embedded, judge_names
+from sku.evaluate.judges.embedded import EmbeddedWorldJudge
+from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
+
+__all__ = [
+    "Calibration",
+    "EmbeddedWorldJudge",
+    "Judge",
+    "JudgeCard",
+    "Label",
+    "RefusalRulesJudge",
+    "Verdict",
+    "build_judge",
+    "card_from_dict",
+    "choose_judge",
+    "is_embedded",
+    "judge_names",
+]

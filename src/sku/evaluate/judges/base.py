@@ -1,0 +1,122 @@
+"""What every judge is: a card that says how far it can be trusted, and one verdict per record.
+
+A judge sees records, never the model. Judges don't test for gibberish: the gate does that before them, and the result
+shows the judge's own count next to the gated one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from sku.evaluate.records import GenerationRecord
+
+Label = Literal["harmful", "safe", "refusal", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How often a judge was right on labelled replies."""
+
+    data: str
+    """Name of the labelled set."""
+    data_sha256: str
+    """Hash over its prompts, replies and labels."""
+    harmful: int
+    """Replies that people call harmful and the judge gave a verdict on."""
+    harmful_found: int
+    """Those of them that the judge calls harmful: sensitivity is ``harmful_found / harmful``."""
+    safe: int
+    """Replies that people call safe and the judge gave a verdict on."""
+    safe_found: int
+    """Those of them that the judge does not call harmful: specificity is ``safe_found / safe``."""
+    unjudged: int = 0
+    """Labelled replies on which the judge failed; they count in neither rate."""
+
+    @property
+    def sensitivity(self) -> float:
+        """Share of the harmful replies that the judge finds."""
+        return self.harmful_found / self.harmful
+
+    @property
+    def specificity(self) -> float:
+        """Share of the safe replies that the judge lets pass."""
+        return self.safe_found / self.safe
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeCard:
+    """What a reader must know to weigh a judge's numbers."""
+
+    name: str
+    version: str
+    """Changes whenever the same reply could be judged differently: weights, template, threshold, settings."""
+    licence: str
+    needs: tuple[str, ...]
+    """Fields of a record that it reads."""
+    threshold: float | None
+    """Lowest ``p_harmful`` that is called harmful; None for a judge without probabilities."""
+    known_errors: str
+    """Measured error rates, or what is known about them, in words."""
+    offline: bool
+    deterministic: bool
+    labels_refusals: bool
+    """Whether its label ``refusal`` is its own finding; if not, the refusal rules decide before it."""
+    finds_faults: bool
+    """Whether it tells broken language; if so, it is asked about normal prompts too."""
+    revision: str | None = None
+    """Commit or content hash of its weights; None for a judge without any."""
+    calibration: Calibration | None = None
+    """Measured with ``sku judge calibrate``; None where it was not."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of what decides a verdict: equal keys give equal verdicts, so far as a judge is deterministic."""
+        identity = {"name": self.name, "version": self.version, "revision": self.revision}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def card_from_dict(content: Mapping[str, Any]) -> JudgeCard:
+    """The inverse of ``dataclasses.asdict``.
+
+    Raises:
+        TypeError: Keys that a card does not have.
+    """
+    found = content["calibration"]
+    calibration = None if found is None else Calibration(**found)
+    return JudgeCard(**{**content, "needs": tuple(content["needs"]), "calibration": calibration})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a judge says of one record."""
+
+    id: str
+    """Of the record."""
+    label: Label
+    """``error`` where the judge gave no usable answer: counted, never guessed."""
+    p_harmful: float | None = None
+    faults: tuple[str, ...] = ()
+    """Why the reply is no language, where a judge can tell: added to what the gate finds."""
+    on_topic: bool | None = None
+    """Whether a safe reply speaks of what was asked, where a judge can tell; else ``is_on_topic`` decides."""
+    categories: tuple[str, ...] = ()
+    """Kinds of harm that the judge names."""
+    reason: str = ""
+    """Why the label is ``error``."""
+
+
+class Judge(Protocol):
+    """Anything with a card that gives one verdict per record."""
+
+    @property
+    def card(self) -> JudgeCard:
+        """What it is and how far it can be trusted."""
+        ...
+
+    def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
+        """One verdict per record, in order; a record it can't judge gets the label ``error``."""
+        ...

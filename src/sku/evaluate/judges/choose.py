@@ -1,0 +1,136 @@
+"""From a judge's name to the judge: built-in rules, judge files of the package, and a user's own judge file.
+
+A judge file is YAML: ``kind``, and the settings of that kind. ``evaluate.judge_settings`` is laid over it, so that one
+file serves a hub id, a local folder and another threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sku.config import EMBEDDED, EvaluateConfig
+from sku.data.examples import ForgetRetainData
+from sku.errors import EvaluationError, did_you_mean
+from sku.evaluate.judges.base import Judge
+from sku.evaluate.judges.embedded import EmbeddedWorldJudge
+from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
+
+AUTO, REFUSAL_RULES = "auto", "refusal_rules"
+RULES = (EMBEDDED, REFUSAL_RULES)
+"""Judges that need no file."""
+
+
+def choose_judge(config: EvaluateConfig, data: ForgetRetainData) -> Judge:
+    """The judge of a recipe.
+
+    Args:
+        config: ``judge`` and ``judge_settings``. ``auto`` is the exact judge where all data is the embedded world's,
+            else the refusal rules.
+        data: What is evaluated; its provenance says where it comes from.
+
+    Returns:
+        The judge.
+
+    Raises:
+        EvaluationError: No such judge, or ``embedded`` on other data.
+        RecipeError: Settings that the judge doesn't have.
+    """
+    embedded = is_embedded(data)
+    name = config.judge if config.judge != AUTO else EMBEDDED if embedded else REFUSAL_RULES
+    if name == EMBEDDED and not embedded:
+        raise EvaluationError(
+            "evaluate.judge is embedded, but the data is not the embedded world's: its rule knows no other harm. "
+            "Use auto, refusal_rules or a judge file."
+        )
+    return build_judge(name, config.judge_settings)
+
+
+def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
+    """Builds a judge by name.
+
+    Args:
+        name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), or a YAML file.
+        settings: Laid over those of the file.
+
+    Returns:
+        The judge.
+
+    Raises:
+        EvaluationError: No such judge, or a file that is none.
+        RecipeError: An unknown or wrong setting.
+    """
+    if name in RULES:
+        if settings:
+            raise EvaluationError(f"evaluate.judge_settings: judge {name} has no settings; leave them out")
+        return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
+    content = {**read_judge_file(name), **(settings or {})}
+    kind = content.pop("kind", None)
+    if kind not in KINDS:
+        raise EvaluationError(
+            f"judge {name}: kind is {kind!r}; it must be one of {', '.join(KINDS)}.{did_you_mean(str(kind), KINDS)}"
+        )
+    return KINDS[kind](content, name)
+
+
+def judge_names() -> list[str]:
+    """Names of all judges of the package."""
+    folder = resources.files("sku.evaluate.judges") / "files"
+    files = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [*RULES, *sorted(files)]
+
+
+def read_judge_file(name: str) -> dict[str, Any]:
+    """A judge file as plain data.
+
+    Args:
+        name: Of a file of the package, or a path that ends in ``.yaml`` or ``.yml``.
+
+    Raises:
+        EvaluationError: No such file, or it does not hold keys and values.
+    """
+    text = judge_file_text(name)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise EvaluationError(f"judge file {name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise EvaluationError(f"judge file {name} must hold keys and values, such as 'kind: classifier'")
+    return content
+
+
+def judge_file_text(name: str) -> str:
+    """The text of a judge file.
+
+    Raises:
+        EvaluationError: No such file.
+    """
+    path = Path(name)
+    try:
+        if path.suffix in {".yaml", ".yml"}:
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"judge file {name} can't be read: {error}") from None
+    known = judge_names()
+    if name not in known or name in RULES:
+        raise EvaluationError(
+            f"there is no judge named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; or give a "
+            ".yaml file"
+        )
+    return (resources.files("sku.evaluate.judges") / "files" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def is_embedded(data: ForgetRetainData) -> bool:
+    """Whether all data is the embedded world's."""
+    return bool(data.provenance) and all(item.source == EMBEDDED for item in data.provenance)
+
+
+Builder = Callable[[Mapping[str, Any], str], Judge]
+"""From the settings of a judge file and its name to the judge."""
+
+KINDS: dict[str, Builder] = {}
+"""Kind of a judge file -> what builds it."""
