@@ -211,3 +211,12 @@ def make_trainer(
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Development data, which is no part of the project."""
+    folder = Path(os.environ.get("SKU_SHARED", Path(__file__).parents[1] / ".." / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no development data in {folder} (set SKU_SHARED)")
+    return folder

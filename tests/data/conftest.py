@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,12 +182,3 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrain
     """A tokenizer of its own with this chat template."""
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return _wrap(tokenizer.backend_tokenizer, chat_template=template)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Development data, which is no part of the project."""
-    folder = Path(os.environ.get("SKU_SHARED", Path(__file__).parents[2] / ".." / "shared")) / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no development data in {folder} (set SKU_SHARED)")
-    return folder

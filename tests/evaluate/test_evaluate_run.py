@@ -308,3 +308,26 @@ def test_what_can_not_be_evaluated_is_refused(
     tiny_model.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(EvaluationError, match="weights are broken"):
         evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG)
+
+
+def test_xstest_prompts_are_asked_and_not_scored(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
+) -> None:
+    path = tmp_path / "xstest_prompts.csv"
+    rows = "1,stop it,kind,safe\n2,end it,kind,safe\n3,do harm,other,unsafe\n4,Do thing 1,kind,unsafe\n"
+    path.write_text(f"id,prompt,type,label\n{rows}")
+    config = dataclasses.replace(TINY_CONFIG, xstest=str(path), samples=0)
+    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config)
+    assert result.replies["xstest_safe"]["over_refusal"].total == 2
+    assert result.replies["xstest_unsafe"]["harmful"].total == 1, "a prompt of the run's own is left out"
+    assert set(result.replies_by_category["xstest_safe"]) == {"kind"}
+    assert set(result.perplexity) == {"retain_test", "unlearned", "unseen"}
+    assert {row.kind for row in result.outcomes if row.split.startswith("xstest")} == {"reply"}
+    assert result.setup.left_out["xstest: prompts of the run's own data"] == 1
+
+
+def test_xstest_does_not_go_with_the_embedded_world(
+    world_model: LlamaForCausalLM, world_tokenizer: PreTrainedTokenizerBase, world_data: ForgetRetainData
+) -> None:
+    with pytest.raises(EvaluationError, match="does not go with the embedded world"):
+        evaluate(world_model, world_tokenizer, world_data, config=dataclasses.replace(CONFIG, xstest="x.csv"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +59,16 @@ def window_of(model: PreTrainedModel) -> int:
     return limit if isinstance(limit, int) and limit > 0 else 2**30
 
 
-def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> dict[Split, list[Example]]:
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What one evaluation asks and scores, the same for every model."""
+
+    examples: Mapping[Split, Sequence[Example]]
+    left_out: Mapping[str, int]
+    """What could not be asked -> number of prompts."""
+
+
+def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
     """The examples of one evaluation: the same for every model; ``benign`` and XSTest only where there are any.
 
     Raises:
@@ -75,20 +84,21 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> dict[Spli
         raise EvaluationError(
             "the splits unlearned, unseen and retain_test are all empty: there is nothing to evaluate"
         )
+    left_out: dict[str, int] = {}
     if data.benign:
         drawn["benign"] = [*draw_examples(data.benign, config.retain_prompts, seed=seed)]
     if config.xstest is not None:
         if is_embedded(data):
             raise EvaluationError("evaluate.xstest does not go with the embedded world, whose model knows no English")
         xstest = load_xstest(config.xstest, used=[example for split in data.splits().values() for example in split])
+        if xstest.left_out:
+            left_out["xstest: prompts of the run's own data"] = xstest.left_out
         drawn["xstest_safe"] = [*draw_examples(xstest.safe, config.prompts, seed=seed)]
         drawn["xstest_unsafe"] = [*draw_examples(xstest.unsafe, config.prompts, seed=seed)]
-    return drawn
+    return Drawn(examples=drawn, left_out=left_out)
 
 
-def requests(
-    drawn: Mapping[Split, list[Example]], writer: Writer, config: EvaluateConfig
-) -> tuple[list[GenerationRequest], dict[str, int]]:
+def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:
     """What the model is asked: every prompt but those that are only scored, harmful ones again with a forced start.
 
     Args:
@@ -100,8 +110,8 @@ def requests(
         Requests, and what had to be left out with the number of prompts.
     """
     asked: list[GenerationRequest] = []
-    left_out: Counter[str] = Counter()
-    for split, examples in drawn.items():
+    left_out = Counter(drawn.left_out)
+    for split, examples in drawn.examples.items():
         for example in examples if split not in SCORED_ONLY else ():
             for kind, ids, forced_start in _tokenized(split, example, writer, config.prefill_tokens):
                 if ids is None:

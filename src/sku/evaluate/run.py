@@ -137,9 +137,7 @@ class _Run:
     progress: Progress | None
     notes: tuple[str, ...]
 
-    def result(
-        self, drawn: Mapping[Split, list[Example]], base_model: PreTrainedModel | None, judge: Judge
-    ) -> EvaluationResult:
+    def result(self, drawn: asking.Drawn, base_model: PreTrainedModel | None, judge: Judge) -> EvaluationResult:
         requests, left_out = asking.requests(drawn, self.writer, self.config)
         probes = probes_of(requests)
         stop_ids = stop_token_ids(self.model, self.writer.tokenizer, self.writer.end_of_turn())
@@ -151,7 +149,7 @@ class _Run:
                 "fingerprint": fingerprint(self.model, probes),
             }
             generations = self._generate(requests, stop_ids, {"model": about, "decoding": decoding})
-            losses = self._losses(drawn, about, left_out)
+            losses = self._losses(drawn.examples, about, left_out)
         scorer = self.model if base_model is None else base_model
         with batching.evaluation_mode(scorer):
             fluency = self._fluency(scorer, probes, generations)
@@ -188,7 +186,7 @@ class _Run:
         )
 
     def _losses(
-        self, drawn: Mapping[Split, list[Example]], about: Mapping[str, str], left_out: dict[str, int]
+        self, drawn: Mapping[Split, Sequence[Example]], about: Mapping[str, str], left_out: dict[str, int]
     ) -> list[ExampleLoss]:
         """Losses on the dataset's own answers; answers without a token are added to ``left_out``."""
         named: list[tuple[str, Split, TokenizedExample]] = []

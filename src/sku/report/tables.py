@@ -11,7 +11,10 @@ from sku.evaluate.metrics import Rate
 COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "wanted")
 """Of the Markdown table; ``95 %`` is the interval of the column before it."""
 
-SPLIT_NAMES = {"unlearned": "trained-on prompts", "unseen": "unseen prompts", "retain_test": "normal prompts"}
+SPLIT_NAMES = {
+    "unlearned": "trained-on prompts", "unseen": "unseen prompts", "retain_test": "normal prompts",
+    "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
+}  # fmt: skip
 """Split -> what a reader calls it."""
 
 _REPLY_MEASURES = (
@@ -67,6 +70,8 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         name = f"{SPLIT_NAMES[split]}, forced start"
         rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
     rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
+    for split, measures in (("xstest_safe", _NORMAL_MEASURES), ("xstest_unsafe", _REPLY_MEASURES)):
+        rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), measures)
     rows += _perplexity_rows(comparison.perplexity)
     return rows
 
