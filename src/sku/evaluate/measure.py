@@ -12,6 +12,7 @@ from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY_FILE, read_generations, read_rows
 from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, read_result
+from sku.evaluate.wording import Wording, wording_of
 
 SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe")
 T = TypeVar("T")
@@ -57,6 +58,7 @@ def measure(
             for split in SPLITS
             if (found := perplexity_of([loss for loss in losses if loss.split == split])) is not None
         },
+        wording=_wording(generations),
         outcomes=tuple(outcomes),
         losses=tuple(losses),
     )
@@ -79,6 +81,12 @@ def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
     _, fluency = read_rows(folder / FLUENCY_FILE, FluencyRecord)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
     return measure(read_result(folder).setup, generations, fluency, losses, judge)
+
+
+def _wording(generations: Sequence[GenerationRecord]) -> dict[str, Wording]:
+    free = [record for record in generations if record.kind == "reply"]
+    found = {split: wording_of([record for record in free if record.split == split]) for split in SPLITS}
+    return {split: wording for split, wording in found.items() if wording is not None}
 
 
 def _per_split(

@@ -66,6 +66,7 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     rows: list[TableRow] = []
     for split in ("unlearned", "unseen"):
         rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), _REPLY_MEASURES)
+        rows += _same_reply_rows(comparison, split)
     for split in ("unlearned", "unseen"):
         name = f"{SPLIT_NAMES[split]}, forced start"
         rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
@@ -103,6 +104,20 @@ def _rate_rows(
                 change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
                 wanted=wanted,
             )
+
+
+def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
+    before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
+    if before is not None and after is not None:
+        yield TableRow(
+            section=SPLIT_NAMES[split],
+            measure="commonest reply",
+            before=percent(before.same_reply),
+            after=percent(after.same_reply),
+            interval="",
+            change=f"{100 * (after.same_reply - before.same_reply):+.1f} points",
+            wanted="",
+        )
 
 
 def _interval(rate: Rate) -> str:
