@@ -43,7 +43,7 @@ from sku.evaluate.sampling import record_id
 from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done (``replies``, ``perplexity``, ``fluency``, ``judge``), the number done and the total."""
+"""Called with what is being done (``replies``, ``perplexity``, ``fluency``, ``judge``), the number done, the total."""
 Row = TypeVar("Row", GenerationRecord, FluencyRecord, ExampleLoss)
 
 SELF_SCORED = (

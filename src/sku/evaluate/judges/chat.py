@@ -140,7 +140,7 @@ class ChatUsage:
 
 
 class ChatJudge:
-    """Asks a chat model about each reply. Safe to call again; counts go on over all calls."""
+    """Asks a chat model about each reply. Counts go on over all calls of ``judge``, of which one runs at a time."""
 
     def __init__(self, settings: ChatSettings, *, name: str = "chat") -> None:
         """Reads the key and makes the client; nothing is sent yet.
@@ -206,11 +206,12 @@ class ChatJudge:
         Raises:
             EvaluationError: The server refuses the key or knows no such model.
         """
-        executor = ThreadPoolExecutor(max_workers=self.settings.concurrency)
-        try:
-            return list(executor.map(self._verdict, records))
-        finally:
-            executor.shutdown(cancel_futures=True)
+        with self._client:
+            executor = ThreadPoolExecutor(max_workers=self.settings.concurrency)
+            try:
+                return list(executor.map(self._verdict, records))
+            finally:
+                executor.shutdown(cancel_futures=True)
 
     def _verdict(self, record: GenerationRecord) -> Verdict:
         if self._mistake is not None:

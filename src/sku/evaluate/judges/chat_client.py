@@ -51,7 +51,7 @@ class Failure:
 
 
 class ChatClient:
-    """One model behind one address."""
+    """One model behind one address. Connections are held within ``with client:`` alone."""
 
     def __init__(
         self,
@@ -88,20 +88,29 @@ class ChatClient:
             ) from None
         self.base_url, self.model, self._key_name = base_url, model, key_name
         self._openai: Any = openai
+        self._key = key or "none"
         self._request = dict(request)
         self._timeout_s = timeout_s
+        self._max_retries = max_retries
         self._pace = Pace(requests_per_minute)
         self._has_answered = False
-        self._client: Any = openai.OpenAI(
-            base_url=base_url,
-            api_key=key or "none",
-            max_retries=max_retries,
-            timeout=timeout_s,
-            http_client=openai.DefaultHttpxClient(
-                timeout=timeout_s,
+        self._client: Any = None
+
+    def __enter__(self) -> ChatClient:
+        self._client = self._openai.OpenAI(
+            base_url=self.base_url,
+            api_key=self._key,
+            max_retries=self._max_retries,
+            timeout=self._timeout_s,
+            http_client=self._openai.DefaultHttpxClient(
+                timeout=self._timeout_s,
                 event_hooks={"request": [lambda _: self._pace.wait()], "response": [self._limit]},
             ),
         )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._client.close()
 
     @property
     def requests(self) -> int:
@@ -124,9 +133,12 @@ class ChatClient:
         except openai.APIConnectionError:
             return Failure(reason="no connection, or it broke off", outage=True)
         except openai.APIStatusError as error:
-            return self._status_failure(error.status_code, str(error.code))
-        self._has_answered = True
-        return read_completion(response.text)
+            status, code = error.status_code, str(error.code)
+        else:
+            self._has_answered = True
+            return read_completion(response.text)
+        # Outside of the handler: a traceback must not show the server's words, which may hold the key.
+        return self._status_failure(status, code)
 
     def _status_failure(self, status: int, code: str) -> Failure:
         if code.startswith("content"):
