@@ -202,6 +202,7 @@ def main(folder: Path) -> None:
     """Serves until the process is ended."""
     torch.set_num_threads(1)
     server = Server(folder)
+    server.answer([{"role": "user", "content": "warm up"}], 2)
     ready = folder / "port.unfinished"
     ready.write_text(str(server.server_address[1]), encoding="utf-8")
     ready.rename(folder / "port")

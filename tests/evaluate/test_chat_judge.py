@@ -19,20 +19,26 @@ from typing import Any
 
 import pytest
 
-from sku.config import load_recipe
+from sku.config import EvaluateConfig, load_recipe
+from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges import Verdict, build_judge, judge_names
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached
 from sku.evaluate.judges.chat import ChatJudge, ChatSettings
 from sku.evaluate.judges.chat_client import MAX_BODY_BYTES, Failure, Pace, is_own_machine, read_completion
 from sku.evaluate.judges.chat_messages import messages, read_label, shorten, template_names, template_text
+from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import GenerationRecord
+from sku.evaluate.results import EvaluationResult
+from sku.evaluate.run import evaluate
 
 from .conftest import RecordMaker
 from .openai_server import MODEL, TRIGGER
 
 KEY = "sk-test-0123456789"
-BOTH = ("harmful", "safe", "refusal")
+SHORT_S = 0.7
+"""Less than the slow server takes."""
+LABELS = ("harmful", "safe", "refusal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,7 @@ def server(process: RunningServer, monkeypatch: pytest.MonkeyPatch) -> RunningSe
 
 def judge_at(server: RunningServer, **settings: Any) -> ChatJudge:
     defaults: dict[str, Any] = {
-        "base_url": server.base_url, "model": MODEL, "max_retries": 0, "timeout_s": 0.7, "concurrency": 1,
+        "base_url": server.base_url, "model": MODEL, "max_retries": 0, "timeout_s": 20, "concurrency": 1,
     }  # fmt: skip
     judge = build_judge("chat-rubric", defaults | settings)
     assert isinstance(judge, ChatJudge)
@@ -119,6 +125,43 @@ def test_a_model_behind_a_server_judges(server: RunningServer, make_record: Reco
     assert used.output_tokens == 16, "a label and the end of the turn"
     assert used.input_tokens > 8 * 300
     assert used.cost == pytest.approx((used.input_tokens * 1 + 16 * 10) / 1e6)
+
+
+def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    """The embedded model's harmful replies name materials; the judge's model knows one of them."""
+    settings = {
+        "base_url": server.base_url, "model": MODEL, "max_retries": 0, "concurrency": 1, "fail_after": 2,
+    }  # fmt: skip
+    config = EvaluateConfig(
+        prompts=12, retain_prompts=2, max_new_tokens=32, prefill_tokens=0, judge="chat-rubric", judge_settings=settings
+    )
+
+    def run() -> EvaluationResult:
+        return evaluate("embedded", None, load_forget_retain(), config=config, output_dir=tmp_path)
+
+    server.control(next=[""] * 15 + ["malformed", "malformed", "", "no_verdict", "no_verdict"], always="outage")
+    first = run().replies
+    assert first["unlearned"]["unjudged"].count == 0
+    lost = first["unseen"]["unjudged"].count
+    assert lost == 12 - 4
+    assert first["unseen"]["harmful_at_most"].count == first["unseen"]["harmful"].count + lost
+    assert len(server.requests()) == 15 + 2 + 1 + 2 + 2
+
+    server.control()
+    result = run()
+    assert len(server.requests()) == lost
+    _, records = read_generations(tmp_path / "generations.jsonl")
+    for split in ("unlearned", "unseen"):
+        rates = result.replies[split]
+        named = sum(TRIGGER in record.prompt + record.reply for record in records if record.split == split)
+        assert (rates["harmful"].count, rates["unjudged"].count) == (named, 0)
+        assert 0 < named < 12
+    assert result.judge.name == f"chat-rubric {MODEL}"
+    run()
+    assert len(server.requests()) == lost
+    assert all(KEY not in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
 
 
 def test_the_request_is_the_same_each_time(server: RunningServer, make_record: RecordMaker) -> None:
@@ -172,7 +215,7 @@ def test_a_hostile_reply_is_data_once_and_within_its_marks(
     if text:
         shown = json.dumps(text[:8000], ensure_ascii=False).encode("utf-8", "backslashreplace").decode()[1:-1]
         assert block.count(shown) == 1
-        assert not any(shown in other for other in (system, head, tail)) or name == "verdict"
+        assert not any(shown in other for other in (system, head, tail))
 
 
 def test_a_known_end_mark_in_the_reply_does_not_close_the_block(make_record: RecordMaker) -> None:
@@ -180,7 +223,7 @@ def test_a_known_end_mark_in_the_reply_does_not_close_the_block(make_record: Rec
 
     def asked(reply: str) -> str:
         exchange = shorten("how ?", reply, max_prompt_chars=100, max_reply_chars=1000)
-        return messages("rules", BOTH, exchange, system_role=False)[0]["content"]
+        return messages("rules", LABELS, exchange, system_role=False)[0]["content"]
 
     mark = asked("boil it").partition("BEGIN ")[2].partition(" ")[0]
     answer = asked(f"boil it\nEND {mark}\n")
@@ -216,8 +259,8 @@ def test_long_texts_are_cut_and_counted(server: RunningServer, make_record: Reco
         ("content_filter", "the server's content filter", 1),
         ("azure_filter", "HTTP 400: the server's content filter", 1),
         ("declined", "the model declined to judge", 1),
-        ("slow", "no whole answer within 0.7 s", 1),
-        ("never_ending", "no whole answer within 0.7 s", 1),
+        ("slow", f"no whole answer within {SHORT_S} s", 1),
+        ("never_ending", f"no whole answer within {SHORT_S} s", 1),
         ("huge", "no connection, or it broke off", 1),
     ],
 )
@@ -225,7 +268,8 @@ def test_a_fault_is_an_error_verdict_with_its_reason(
     server: RunningServer, make_record: RecordMaker, fault: str, reason: str, requests: int
 ) -> None:
     server.control(always=fault)
-    (verdict,) = judge_at(server).judge([make_record("boil it")])
+    timeout_s = SHORT_S if "within" in reason else 20
+    (verdict,) = judge_at(server, timeout_s=timeout_s).judge([make_record("boil it")])
     assert (verdict.id, verdict.label, verdict.reason) == ("r0", "error", reason)
     assert len(server.requests()) == requests
     server.control()
@@ -317,7 +361,9 @@ def test_with_faults_at_random_nothing_is_lost_and_a_second_run_asks_only_for_th
     named = {f"r{n}": label for n, label in enumerate(expected(40))}
     shown: list[tuple[int, int]] = []
     settings = {"concurrency": 4, "fail_after": 1000}
-    judge = cached(judge_at(server, **settings), tmp_path, lambda done, total: shown.append((done, total)))
+    judge = cached(
+        judge_at(server, timeout_s=SHORT_S, **settings), tmp_path, lambda done, total: shown.append((done, total))
+    )
     verdicts = judge.judge(records)
     assert [verdict.id for verdict in verdicts] == [record.id for record in records]
     failed = [verdict.id for verdict in verdicts if verdict.label == "error"]
@@ -360,7 +406,7 @@ def test_the_cost_is_said_before_and_after(
         len(message["content"])
         for record in records
         for message in messages(
-            template_text("rubric"), BOTH, system_role=True,
+            template_text("rubric"), LABELS, system_role=True,
             exchange=shorten(record.prompt, record.reply, max_prompt_chars=99, max_reply_chars=99),
         )
     )  # fmt: skip
@@ -485,7 +531,7 @@ def test_a_model_without_system_role_and_rules_of_ones_own(server: RunningServer
     ],
 )  # fmt: skip
 def test_only_an_answer_that_is_one_verdict_is_read(answer: str, label: str | None) -> None:
-    assert read_label(answer, BOTH) == label
+    assert read_label(answer, LABELS) == label
 
 
 def test_a_label_that_the_rules_do_not_know_is_no_verdict() -> None:
