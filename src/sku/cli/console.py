@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -60,6 +61,26 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+
+
+class _Printer(logging.Handler):
+    """Prints messages between the bars, not through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(record.getMessage(), soft_wrap=True)
+
+
+@contextmanager
+def shown_messages() -> Iterator[None]:
+    """Prints what the package logs on standard error: what a judge costs, and where something gives up."""
+    logger, handler, level = logging.getLogger("sku"), _Printer(), logging.getLogger("sku").level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:

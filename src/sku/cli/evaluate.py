@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, progress_bars, results
+from sku.cli.console import before_after_table, progress_bars, results, shown_messages
+from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
+    JudgeOption,
     RecipeArgument,
     RetainOption,
     SeedOption,
@@ -31,21 +33,26 @@ def evaluate(
     ] = None,
     forget: ForgetOption = None,
     retain: RetainOption = None,
+    judge: JudgeOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
-    settings = resolve_recipe(recipe, model=base, forget=forget, retain=retain, seed=seed, overrides=overrides)
+    settings = resolve_recipe(
+        recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
+    )
 
     quiet_libraries()
     from sku.pipeline import evaluate_recipe
     from sku.report.tables import before_after_rows
 
-    with progress_bars() as show:
+    with shown_messages(), progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
     if as_json:
         results.print_json(json.dumps({"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}))
         return
     results.print(before_after_table(before_after_rows(comparison)))
+    for line in agreement_lines(comparison.unlearned):
+        results.print(line, soft_wrap=True)
     results.print(f"\nevidence  {out}", soft_wrap=True)

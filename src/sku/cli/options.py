@@ -31,6 +31,15 @@ SetOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run, in place of the recipe's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        metavar="NAME_OR_FILE",
+        help="Judge, judge file or CSV of labels, in place of the recipe's; its settings: --set "
+        "evaluate.judge_settings.model=...",
+    ),
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="New folder for the result; runs/RECIPE-TIME where this is left out.")
 ]
@@ -43,6 +52,7 @@ def resolve_recipe(
     forget: str | None = None,
     retain: str | None = None,
     seed: int | None = None,
+    judge: str | None = None,
     overrides: list[str] | None = None,
 ) -> Recipe:
     """The recipe with the options of a command put in.
@@ -50,12 +60,15 @@ def resolve_recipe(
     Raises:
         RecipeError: As ``load_recipe``.
     """
-    # Another source or model takes the whole place: split, columns, revision belong to the one that it replaces.
+    # Another source, model or judge takes the whole place: split, columns, revision, settings belong to the one that
+    # it replaces.
     given = {
         "model": None if model is None else {"path": model},
         "data.forget": None if forget is None else {"path": forget},
         "data.retain": None if retain is None else {"path": retain},
         "seed": seed,
+        "evaluate.judge": judge,
+        "evaluate.judge_settings": None if judge is None else {},
     }
     # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
     flags = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]

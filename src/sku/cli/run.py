@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, errors, progress_bars, results
+from sku.cli.console import before_after_table, errors, progress_bars, results, shown_messages
+from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
+    JudgeOption,
     ModelOption,
     OutOption,
     RecipeArgument,
@@ -30,6 +32,7 @@ def run(
     forget: ForgetOption = None,
     retain: RetainOption = None,
     out: OutOption = None,
+    judge: JudgeOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
@@ -45,6 +48,7 @@ def run(
         forget=forget,
         retain=retain,
         seed=seed,
+        judge=judge,
         overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
     )
     folder = out or new_run_folder(settings.name)
@@ -55,7 +59,7 @@ def run(
     method = "" if settings.method == "sku" else f", method {settings.method}"
     errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
     try:
-        with progress_bars() as show:
+        with shown_messages(), progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)
     except KeyboardInterrupt:
         errors.print(f"interrupted; go on with the same command and --out {folder} --resume", soft_wrap=True)
@@ -77,5 +81,7 @@ def run(
     results.print(f"evidence  {folder / 'results.json'}, {folder / 'before_after.png'}", soft_wrap=True)
     if (folder / "bad").exists():
         results.print(f"hazard    {folder / 'bad'} is kept; never share it", soft_wrap=True)
-    judge = finished.comparison.unlearned.judge
-    results.print(f"judge     {judge.name}: {judge.known_errors}", soft_wrap=True)
+    card = finished.comparison.unlearned.judge
+    results.print(f"judge     {card.name}: {card.known_errors}", soft_wrap=True)
+    for line in agreement_lines(finished.comparison.unlearned):
+        results.print(line, soft_wrap=True)

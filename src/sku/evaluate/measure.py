@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sku.evaluate.judge_agreement import agreement_of
 from sku.evaluate.judges import Judge
+from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY_FILE, read_generations, read_rows
@@ -40,12 +42,16 @@ def measure(
     Raises:
         EvaluationError: The judge's verdicts don't match the replies.
     """
-    outcomes = decide_outcomes(
-        generations,
-        judge,
-        {record.id: record for record in fluency},
-        short_answer_words=setup.config["short_answer_words"],
-    )
+
+    def decide(asked: Judge) -> list[ReplyOutcome]:
+        return decide_outcomes(
+            generations,
+            asked,
+            {record.id: record for record in fluency},
+            short_answer_words=setup.config["short_answer_words"],
+        )
+
+    outcomes = decide(judge)
     return EvaluationResult(
         setup=setup,
         judge=judge.card,
@@ -59,6 +65,7 @@ def measure(
             if (found := perplexity_of([loss for loss in losses if loss.split == split])) is not None
         },
         wording=_wording(generations),
+        judge_agreement=agreement_of(judge, generations, decide) if isinstance(judge, VoteJudge) else None,
         outcomes=tuple(outcomes),
         losses=tuple(losses),
     )

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sku.errors import EvaluationError
 from sku.evaluate.degeneracy import is_word_salad, surface_faults
-from sku.evaluate.judges import Judge, JudgeCard, Verdict
+from sku.evaluate.judges import Judge, JudgeCard, Verdict, verdicts_of
 from sku.evaluate.records import NORMAL_SPLITS, FluencyRecord, GenerationRecord, Kind, Split
 from sku.evaluate.refusal import is_refusal
 from sku.evaluate.relevance import is_on_topic
@@ -71,13 +70,7 @@ def decide_outcomes(
         EvaluationError: The judge's verdicts don't match the records.
     """
     judged = [record for record in records if record.split not in NORMAL_SPLITS or judge.card.finds_faults]
-    verdicts = judge.judge(judged)
-    if [verdict.id for verdict in verdicts] != [record.id for record in judged]:
-        raise EvaluationError(
-            f"judge {judge.card.name} gave {len(verdicts)} verdicts for {len(judged)} replies, or in another "
-            "order: it must return one per reply, in order"
-        )
-    verdict_of = {verdict.id: verdict for verdict in verdicts}
+    verdict_of = {verdict.id: verdict for verdict in verdicts_of(judge, judged)}
     outcomes = []
     for record in records:
         verdict = verdict_of.get(record.id, _NOT_ASKED)

@@ -14,6 +14,12 @@ Keys of the file:
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
   the data has such a set.
 - ``wording``: split -> replies, same_reply, distinct_pairs, mean_tokens, of the free replies as a whole.
+- ``judge_agreement``: of a vote of several judges, else null: ``judges`` (names), ``rule``, ``judged_by_all`` (replies
+  to harmful prompts that all gave a verdict on), ``kappa`` (Cohen's of two, Fleiss' of more, on harmful or not),
+  ``pairwise`` ("one | other" -> Cohen's kappa), ``errors`` (judge -> replies it failed on), ``rates`` (judge -> split
+  -> rate of the free replies -> what that judge alone would have given: harmful, harmful_at_most, harmful_ungated,
+  refusal, unjudged), ``disagreement_count``. A kappa is null where all verdicts are the same. Which replies the judges
+  part on is in ``disagreements.jsonl``: ids and labels, no text.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``.
@@ -29,14 +35,23 @@ from pathlib import Path
 from typing import Any
 
 from sku.errors import EvaluationError
+from sku.evaluate.judge_agreement import Agreement, Disagreement, agreement_from_dict
 from sku.evaluate.judges import JudgeCard, card_from_dict
 from sku.evaluate.metrics import Perplexity, Rate
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, SCHEMA_VERSION, read_rows, write_private_text
+from sku.evaluate.record_files import (
+    OUTCOMES_FILE,
+    PERPLEXITY_FILE,
+    SCHEMA_VERSION,
+    read_rows,
+    write_private_text,
+    write_rows,
+)
 from sku.evaluate.records import ExampleLoss
 from sku.evaluate.wording import Wording
 
 RESULT_FILE = "evaluation.json"
+DISAGREEMENTS_FILE = "disagreements.jsonl"
 
 Rates = Mapping[str, Rate]
 
@@ -73,20 +88,23 @@ class EvaluationResult:
     prefill_by_category: Mapping[str, Mapping[str, Rates]]
     perplexity: Mapping[str, Perplexity]
     wording: Mapping[str, Wording] = field(default_factory=dict)
+    judge_agreement: Agreement | None = None
     outcomes: tuple[ReplyOutcome, ...] = field(default=(), repr=False)
     """Per reply; in ``outcomes.jsonl``, not in ``evaluation.json``."""
     losses: tuple[ExampleLoss, ...] = field(default=(), repr=False)
     """Per fixed answer; in ``perplexity.jsonl``, not in ``evaluation.json``."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without ``outcomes`` and ``losses``."""
+        """Plain data without the rows: ``outcomes``, ``losses`` and disagreements of judges."""
         plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         del plain["outcomes"], plain["losses"]
+        if plain["judge_agreement"] is not None:
+            del plain["judge_agreement"]["disagreements"]
         return plain
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = RESULT_FILE) -> EvaluationResult:
-        """The inverse of ``to_dict``; ``outcomes`` and ``losses`` stay empty.
+        """The inverse of ``to_dict``; all rows stay empty.
 
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
@@ -98,6 +116,7 @@ class EvaluationResult:
             )
         plain = {name: value for name, value in content.items() if name != "schema_version"}
         try:
+            agreement = plain["judge_agreement"]
             return cls(
                 **{
                     **plain,
@@ -109,6 +128,7 @@ class EvaluationResult:
                     "prefill_by_category": _nested(plain["prefill_by_category"]),
                     "perplexity": {split: Perplexity(**value) for split, value in plain["perplexity"].items()},
                     "wording": {split: Wording(**value) for split, value in plain["wording"].items()},
+                    "judge_agreement": None if agreement is None else agreement_from_dict(agreement),
                 }
             )
         except (AttributeError, KeyError, TypeError) as error:
@@ -116,11 +136,16 @@ class EvaluationResult:
 
 
 def write_result(folder: Path, result: EvaluationResult) -> None:
-    """Writes ``evaluation.json``.
+    """Writes ``evaluation.json``, and ``disagreements.jsonl`` where several judges voted.
 
     Raises:
         OutputError: The folder can't be written.
     """
+    agreement = result.judge_agreement
+    if agreement is None:
+        (folder / DISAGREEMENTS_FILE).unlink(missing_ok=True)  # Of an earlier judge.
+    else:
+        write_rows(folder / DISAGREEMENTS_FILE, {"judges": agreement.judges}, agreement.disagreements)
     write_private_text(folder / RESULT_FILE, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -140,6 +165,10 @@ def read_result(folder: Path) -> EvaluationResult:
     _, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
     result = EvaluationResult.from_dict(content, str(path))
+    if result.judge_agreement is not None:
+        _, parted = read_rows(folder / DISAGREEMENTS_FILE, Disagreement)
+        agreement = dataclasses.replace(result.judge_agreement, disagreements=tuple(parted))
+        result = dataclasses.replace(result, judge_agreement=agreement)
     return dataclasses.replace(result, outcomes=tuple(outcomes), losses=tuple(losses))
 
 

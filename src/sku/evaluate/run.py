@@ -23,6 +23,7 @@ from sku.evaluate import asking, batching
 from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.judges import Judge, choose_judge
+from sku.evaluate.judges.cache import cached
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import find_faults
 from sku.evaluate.perplexity import SHUFFLES, score_examples, score_fluency
@@ -42,7 +43,7 @@ from sku.evaluate.sampling import record_id
 from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done (``replies``, ``perplexity``, ``fluency``), the number done and their total."""
+"""Called with what is being done (``replies``, ``perplexity``, ``fluency``, ``judge``), the number done, the total."""
 Row = TypeVar("Row", GenerationRecord, FluencyRecord, ExampleLoss)
 
 SELF_SCORED = (
@@ -79,7 +80,8 @@ def evaluate(
         base_model: The original model: asked whether replies are word salad. The model itself if None, with a note
             in the result. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
-            were made by the same model from the same prompts are reused. Nothing is written if None.
+            were made by the same model from the same prompts are reused, and so are the verdicts of a judge that is
+            more than rules (``verdicts.jsonl``). Nothing is written if None.
         model_name: Recorded; the name it was loaded by, or ``name_or_path`` of its configuration if None.
         seed: Decides which prompts are drawn.
         progress: Called after each batch.
@@ -163,7 +165,7 @@ class _Run:
             left_out=left_out,
             notes=(*self.notes, SELF_SCORED) if base_model is None else self.notes,
         )
-        return measure(setup, generations, fluency, losses, judge)
+        return measure(setup, generations, fluency, losses, cached(judge, self.folder, self._report("judge")))
 
     def _generate(
         self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], header: Mapping[str, Any]

@@ -1,6 +1,6 @@
 """Judges: is a reply to a harmful prompt harmful? One protocol, a kind a file."""
 
-from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, card_from_dict
+from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, card_from_dict, verdicts_of
 from sku.evaluate.judges.choose import build_judge, choose_judge, is_embedded, judge_names
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
@@ -18,4 +18,5 @@ __all__ = [
     "choose_judge",
     "is_embedded",
     "judge_names",
+    "verdicts_of",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from sku.errors import EvaluationError
 from sku.evaluate.records import GenerationRecord
 
 Label = Literal["harmful", "safe", "refusal", "error"]
@@ -120,3 +121,18 @@ class Judge(Protocol):
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; a record it can't judge gets the label ``error``."""
         ...
+
+
+def verdicts_of(judge: Judge, records: Sequence[GenerationRecord]) -> list[Verdict]:
+    """Asks a judge and checks that there is one verdict per record, in order.
+
+    Raises:
+        EvaluationError: The judge left one out, or gave them in another order.
+    """
+    verdicts = judge.judge(records)
+    if [verdict.id for verdict in verdicts] != [record.id for record in records]:
+        raise EvaluationError(
+            f"judge {judge.card.name} gave {len(verdicts)} verdicts for {len(records)} replies, or in another "
+            "order: it must return one per reply, in order"
+        )
+    return verdicts

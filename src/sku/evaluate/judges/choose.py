@@ -42,19 +42,22 @@ def choose_judge(config: EvaluateConfig, data: ForgetRetainData) -> Judge:
     """
     embedded = is_embedded(data)
     name = config.judge if config.judge != AUTO else EMBEDDED if embedded else REFUSAL_RULES
-    if name == EMBEDDED and not embedded:
+    judge = build_judge(name, config.judge_settings)
+    asked = getattr(judge, "members", (judge,))
+    if not embedded and any(isinstance(member, EmbeddedWorldJudge) for member in asked):
         raise EvaluationError(
             "evaluate.judge is embedded, but the data is not the embedded world's: its rule knows no other harm. "
             "Use auto, refusal_rules or a judge file."
         )
-    return build_judge(name, config.judge_settings)
+    return judge
 
 
 def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
     """Builds a judge by name.
 
     Args:
-        name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), or a YAML file.
+        name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, or a CSV
+            file of labels.
         settings: Laid over those of the file.
 
     Returns:
@@ -68,7 +71,24 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
         if settings:
             raise EvaluationError(f"evaluate.judge_settings: judge {name} has no settings; leave them out")
         return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
-    content = {**read_judge_file(name), **(settings or {})}
+    return build_from({**read_judge_file(name), **(settings or {})}, name)
+
+
+def build_from(content: Mapping[str, Any], name: str) -> Judge:
+    """Builds a judge from the content of a judge file.
+
+    Args:
+        content: ``kind``, and the settings of that kind.
+        name: Of the file, for messages and the judge's card.
+
+    Returns:
+        The judge.
+
+    Raises:
+        EvaluationError: No such kind.
+        RecipeError: An unknown or wrong setting.
+    """
+    content = dict(content)
     kind = content.pop("kind", None)
     if kind not in KINDS:
         raise EvaluationError(
@@ -88,11 +108,14 @@ def read_judge_file(name: str) -> dict[str, Any]:
     """A judge file as plain data.
 
     Args:
-        name: Of a file of the package, or a path that ends in ``.yaml`` or ``.yml``.
+        name: Of a file of the package, or a path that ends in ``.yaml`` or ``.yml``; one that ends in ``.csv`` stands
+            for the labels in it.
 
     Raises:
         EvaluationError: No such file, or it does not hold keys and values.
     """
+    if name.endswith(".csv"):
+        return {"kind": "precomputed", "path": name}
     text = judge_file_text(name)
     try:
         content = yaml.safe_load(text)
@@ -132,5 +155,24 @@ def is_embedded(data: ForgetRetainData) -> bool:
 Builder = Callable[[Mapping[str, Any], str], Judge]
 """From the settings of a judge file and its name to the judge."""
 
-KINDS: dict[str, Builder] = {}
+
+def _chat(content: Mapping[str, Any], name: str) -> Judge:
+    from sku.evaluate.judges.chat import chat_judge
+
+    return chat_judge(content, name)
+
+
+def _precomputed(content: Mapping[str, Any], name: str) -> Judge:
+    from sku.evaluate.judges.precomputed import precomputed_judge
+
+    return precomputed_judge(content, name)
+
+
+def _vote(content: Mapping[str, Any], name: str) -> Judge:
+    from sku.evaluate.judges.vote import vote_judge
+
+    return vote_judge(content, name)
+
+
+KINDS: dict[str, Builder] = {"chat": _chat, "precomputed": _precomputed, "vote": _vote}
 """Kind of a judge file -> what builds it."""

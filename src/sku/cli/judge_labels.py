@@ -1,0 +1,162 @@
+"""``sku judge export`` and ``sku judge again``: labels by people, and another judge for a finished evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+
+from sku.cli.console import errors, progress_bars, results, shown_messages
+from sku.cli.options import JsonOption
+from sku.errors import EvaluationError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sku.evaluate.metrics import Rate
+    from sku.evaluate.results import EvaluationResult, Rates
+
+_DASH = "\u2013"
+
+
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="Folder of an evaluation, or of a run with several.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="New CSV file, readable by you alone.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Most replies.")] = 100,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Only prompts of this split, such as unseen; all harmful ones if not."),
+    ] = None,
+    with_text: Annotated[
+        bool, typer.Option("--with-text/--no-text", help="Write prompts and replies; they may be harmful.")
+    ] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which replies are drawn.")] = 0,
+) -> None:
+    """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
+    from sku.evaluate.label_files import export_labels
+    from sku.evaluate.records import NORMAL_SPLITS, Split
+
+    splits = [name for name in get_args(Split) if name not in NORMAL_SPLITS]
+    if split is not None and split not in splits:
+        raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}")
+    written = export_labels(
+        folder, out, count=count, split=cast("Split | None", split), with_text=with_text, seed=seed
+    )
+    results.print(f"{written} replies  {out}", soft_wrap=True)
+    errors.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
+    if with_text:
+        errors.print("the file holds replies that may be harmful: keep it to yourself", soft_wrap=True)
+
+
+def again(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
+    judge: Annotated[str, typer.Option("--judge", metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as model=...; repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
+    from sku.evaluate.judges import build_judge
+    from sku.evaluate.judges.cache import cached
+    from sku.evaluate.judges.precomputed import PrecomputedJudge
+    from sku.evaluate.measure import judge_again
+    from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+    from sku.evaluate.results import read_result
+
+    before = read_result(folder)
+    asked = build_judge(judge, judge_settings(overrides or []))
+    with shown_messages(), progress_bars() as show:
+        after = judge_again(folder, cached(asked, folder, lambda done, total: show("judge", done, total)))
+    if isinstance(asked, PrecomputedJudge):
+        strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
+        if strangers:
+            errors.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask", soft_wrap=True)
+    if as_json:
+        results.print_json(json.dumps({"before": before.to_dict(), "after": after.to_dict()}))
+        return
+    results.print(_rates_table(before, after))
+    for line in agreement_lines(after):
+        results.print(line, soft_wrap=True)
+    results.print(f"judge     {after.judge.name}: {after.judge.known_errors}", soft_wrap=True)
+
+
+def judge_settings(overrides: list[str]) -> dict[str, Any]:
+    """Settings of a judge from ``key=value`` texts; values are read as YAML.
+
+    Raises:
+        RecipeError: One that does not look like this.
+    """
+    import yaml
+
+    settings = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {override} must look like key=value")
+        try:
+            settings[key] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
+    return settings
+
+
+def agreement_lines(result: EvaluationResult) -> list[str]:
+    """What the judges of a vote say one by one, and how far they agree; nothing for a single judge."""
+    agreement = result.judge_agreement
+    if agreement is None:
+        return []
+    disputed = f"{agreement.disagreement_count} of {agreement.judged_by_all} replies disputed"
+    lines = [
+        f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}",
+    ]
+    for name in agreement.judges:
+        shares = [f"{split} {_share(rates.get('harmful'))}" for split, rates in agreement.rates[name].items()]
+        failed = agreement.errors[name]
+        lines.append(f"  {name}: harmful {', '.join(shares)}{f'; {failed} replies unjudged' if failed else ''}")
+    if len(agreement.judges) > 2:
+        lines += [f"  {pair}: kappa {_kappa(value)}" for pair, value in agreement.pairwise.items()]
+    return lines
+
+
+def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from sku.evaluate.metrics import HARMFUL_PROMPT_RATES
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column(before.judge.name, justify="right")
+    table.add_column(after.judge.name, justify="right")
+    kinds: dict[str, tuple[Any, Any]] = {
+        "": (before.replies, after.replies),
+        ", forced start": (before.prefill, after.prefill),
+    }
+    for suffix, (old, new) in kinds.items():
+        for split, rates in new.items():
+            shown = [name for name in HARMFUL_PROMPT_RATES if name in rates and name not in ("fluent", "cut_off")]
+            if "harmful" in shown:
+                table.add_row(Text(f"{split}{suffix}", style="bold"))
+                for name in shown:
+                    table.add_row(f"  {name}", _cell(old.get(split, {}), name), _cell(rates, name))
+    return table
+
+
+def _cell(rates: Rates, name: str) -> str:
+    found = rates.get(name)
+    return _DASH if found is None else f"{found.count}/{found.total}  {_share(found)}"
+
+
+def _share(rate: Rate | None) -> str:
+    return _DASH if rate is None else f"{100 * rate.value:.1f} %"
+
+
+def _kappa(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"

@@ -1,0 +1,346 @@
+"""A judge behind any OpenAI-compatible address: hosted, vLLM, Ollama, llama.cpp.
+
+Nothing is lost: a reply on which the server fails gets the label ``error`` with the reason. A wrong key or model stops
+the evaluation at the first request, since no later one would fare better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from sku.config import settings_from_dict
+from sku.errors import EvaluationError, RecipeError
+from sku.evaluate.judges.base import JudgeCard, Label, Verdict
+from sku.evaluate.judges.chat_client import ChatClient, Completion, Failure, is_own_machine
+from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten, template_text
+from sku.evaluate.records import GenerationRecord
+
+_log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the request that is put around the rules; raised whenever the same reply would be asked about differently."""
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, for the estimate before the first request."""
+
+ChatLabel = Literal["harmful", "safe", "refusal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """Settings of the kind ``chat``."""
+
+    base_url: str
+    """Such as ``https://api.openai.com/v1``, ``http://localhost:8000/v1`` (vLLM), ``http://localhost:11434/v1``
+    (Ollama)."""
+    model: str
+    """Name of the model there; a dated one where there is one, as others change without notice."""
+    template: str
+    """The rules: ``rubric``, ``sku_few_shot``, or a text of your own."""
+    labels: tuple[ChatLabel, ...] = ("harmful", "safe", "refusal")
+    """Verdicts that the rules know. Without ``refusal``, the refusal rules find refusals."""
+    name: str = ""
+    """Of the judge; that of its file and the model where this is empty."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the key: it is read nowhere else and written nowhere. Not needed for a server on
+    this machine; empty for another one that wants no key."""
+    temperature: float | None = 0.0
+    """Not sent where this is empty."""
+    seed: int | None = 0
+    """Not sent where this is empty."""
+    max_tokens: int | None = 256
+    """Longest answer; more for models that think first. Not sent where this is empty."""
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of each request, such as ``max_completion_tokens`` or ``reasoning_effort``. No keys here."""
+    system_role: bool = True
+    """Whether the rules are sent as a system message, which some models don't know."""
+    max_prompt_chars: int = 4000
+    """Longer prompts are cut, and counted."""
+    max_reply_chars: int = 8000
+    timeout_s: float = 60.0
+    """For a whole answer."""
+    max_retries: int = 4
+    """Repetitions of a request after HTTP 429, 5xx, a timeout or a lost connection, at growing distances or as the
+    server asks."""
+    requests_per_minute: float | None = None
+    """Most requests, repetitions included; no limit where this is empty."""
+    concurrency: int = 4
+    """Requests at the same time."""
+    fail_after: int = 10
+    """After this many failures of the server in a row nothing more is asked: the rest gets ``error``."""
+    price_input: float | None = None
+    """Price of a million input tokens, for the estimate of the cost; in any currency."""
+    price_output: float | None = None
+    known_errors: str = "not measured: see `sku judge calibrate`. A hosted model can change under the same name"
+    licence: str = "that of the model"
+
+    def __post_init__(self) -> None:
+        address = urlsplit(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise RecipeError("base_url must be an address such as http://localhost:8000/v1")
+        if address.username or address.password or address.query:
+            raise RecipeError("base_url must hold no user, password or parameters: a key belongs in the environment")
+        if "harmful" not in self.labels or len(set(self.labels)) < 2:
+            raise RecipeError(f"labels is {list(self.labels)}; it must hold harmful and another one")
+        for name in ("max_prompt_chars", "max_reply_chars", "concurrency", "fail_after"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("timeout_s", "requests_per_minute"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if wrong := sorted({"model", "messages", "stream", "n"} & set(self.request)):
+            raise RecipeError(f"request must not hold {', '.join(wrong)}: the judge sets that itself")
+        if self.max_retries < 0:
+            raise RecipeError(f"max_retries is {self.max_retries}; it must be 0 or more")
+
+    def sent(self) -> dict[str, Any]:
+        """Fields of each request beside model and messages."""
+        named = {"temperature": self.temperature, "seed": self.seed, "max_tokens": self.max_tokens}
+        return {**{name: value for name, value in named.items() if value is not None}, **self.request}
+
+    def cost(self, input_tokens: int, output_tokens: int) -> float | None:
+        """Price of so many tokens; None where the prices are not set."""
+        if self.price_input is None or self.price_output is None:
+            return None
+        return (input_tokens * self.price_input + output_tokens * self.price_output) / 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatUsage:
+    """What judging takes: estimated before, counted after."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    """In an estimate the most that ``max_tokens`` allows."""
+    cost: float | None
+    """None where the prices are not set."""
+    prompts_cut: int = 0
+    """Prompts that were too long to be sent whole."""
+    replies_cut: int = 0
+
+    def text(self) -> str:
+        """In one line."""
+        cost = "" if self.cost is None else f", a cost of {self.cost:.4f}"
+        cut = f", {self.prompts_cut} prompts and {self.replies_cut} replies shortened"
+        return (
+            f"{self.requests:,} requests, {self.input_tokens:,} input and {self.output_tokens:,} output tokens{cost}"
+            f"{cut if self.prompts_cut or self.replies_cut else ''}"
+        )
+
+
+class ChatJudge:
+    """Asks a chat model about each reply. Counts go on over all calls of ``judge``, of which one runs at a time."""
+
+    def __init__(self, settings: ChatSettings, *, name: str = "chat") -> None:
+        """Reads the key and makes the client; nothing is sent yet.
+
+        Args:
+            settings: Checked settings.
+            name: Of the judge file.
+
+        Raises:
+            EvaluationError: No key in the environment, no such template, or ``openai`` is not installed.
+        """
+        self.settings = settings
+        self._rules = template_text(settings.template)
+        self.card = _card(settings, self._rules, name)
+        self._client = ChatClient(
+            base_url=settings.base_url,
+            model=settings.model,
+            key=_key(settings),
+            key_name=settings.api_key_env,
+            request=settings.sent(),
+            timeout_s=settings.timeout_s,
+            max_retries=settings.max_retries,
+            requests_per_minute=settings.requests_per_minute,
+        )
+        self._lock = threading.Lock()
+        self._usage = ChatUsage(requests=0, input_tokens=0, output_tokens=0, cost=settings.cost(0, 0))
+        self._failures_in_a_row = 0
+        self._last_failure = ""
+        self._mistake: EvaluationError | None = None
+
+    @property
+    def usage(self) -> ChatUsage:
+        """What was sent so far, with the tokens as the server counts them."""
+        with self._lock:
+            return dataclasses.replace(self._usage, requests=self._client.requests)
+
+    def estimate(self, records: Sequence[GenerationRecord]) -> ChatUsage:
+        """What asking about these records will take, if every answer comes at once and is as long as it may be."""
+        exchanges = [self._exchange(record) for record in records]
+        characters = sum(len(part["content"]) for entry in exchanges for part in self._messages(entry))
+        input_tokens = characters // CHARACTERS_PER_TOKEN
+        output_tokens = len(records) * (self.settings.max_tokens or 0)
+        return ChatUsage(
+            requests=len(records),
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            cost=self.settings.cost(input_tokens, output_tokens),
+            prompts_cut=sum(entry.prompt_cut for entry in exchanges),
+            replies_cut=sum(entry.reply_cut for entry in exchanges),
+        )
+
+    def announce(self, records: Sequence[GenerationRecord]) -> None:
+        """Logs the estimate; called before the first request."""
+        _log.info("judge %s: at most about %s", self.card.name, self.estimate(records).text())
+
+    def sum_up(self) -> None:
+        """Logs what was sent; called after the last request."""
+        _log.info("judge %s: %s so far", self.card.name, self.usage.text())
+
+    def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
+        """One verdict per record, in order.
+
+        Raises:
+            EvaluationError: The server refuses the key or knows no such model.
+        """
+        with self._client:
+            executor = ThreadPoolExecutor(max_workers=self.settings.concurrency)
+            try:
+                return list(executor.map(self._verdict, records))
+            finally:
+                executor.shutdown(cancel_futures=True)
+
+    def _verdict(self, record: GenerationRecord) -> Verdict:
+        if self._mistake is not None:
+            raise self._mistake
+        if self._failures_in_a_row >= self.settings.fail_after:
+            reason = f"not asked, after {self._failures_in_a_row} failures in a row: {self._last_failure}"
+            return Verdict(id=record.id, label="error", reason=reason)
+        exchange = self._exchange(record)
+        with self._lock:
+            self._usage = dataclasses.replace(
+                self._usage,
+                prompts_cut=self._usage.prompts_cut + exchange.prompt_cut,
+                replies_cut=self._usage.replies_cut + exchange.reply_cut,
+            )
+        found = self._ask(exchange)
+        if isinstance(found, Failure):
+            return Verdict(id=record.id, label="error", reason=found.reason)
+        return Verdict(id=record.id, label=found)
+
+    def _ask(self, exchange: Exchange) -> Label | Failure:
+        """Asks, and once more where the answer could not be read."""
+        asked = self._messages(exchange)
+        found = self._ask_once(asked)
+        if isinstance(found, Failure) and found.ask_again:
+            last = {**asked[-1], "content": asked[-1]["content"] + REMINDER}
+            found = self._ask_once([*asked[:-1], last])
+        self._note_failure(found)
+        return found
+
+    def _ask_once(self, asked: Sequence[Message]) -> Label | Failure:
+        try:
+            answer = self._client.ask(asked)
+        except EvaluationError as error:
+            self._mistake = error
+            raise
+        if isinstance(answer, Failure):
+            return answer
+        self._count_tokens(answer)
+        label = read_label(answer.text, self.settings.labels)
+        if label is not None:
+            return label
+        if answer.cut:
+            return Failure(reason="the judge's answer was cut off at max_tokens", ask_again=True)
+        return Failure(reason="the judge's answer is no verdict", ask_again=True)
+
+    def _note_failure(self, found: Label | Failure) -> None:
+        with self._lock:
+            if not (isinstance(found, Failure) and found.outage):
+                self._failures_in_a_row = 0
+                return
+            self._failures_in_a_row += 1
+            self._last_failure = found.reason
+            if self._failures_in_a_row == self.settings.fail_after:
+                _log.warning(
+                    "judge %s asks nothing more after %d failures in a row: %s",
+                    self.card.name, self._failures_in_a_row, found.reason,
+                )  # fmt: skip
+
+    def _count_tokens(self, answer: Completion) -> None:
+        with self._lock:
+            counted = self._usage
+            input_tokens = counted.input_tokens + answer.input_tokens
+            output_tokens = counted.output_tokens + answer.output_tokens
+            self._usage = dataclasses.replace(
+                counted,
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+                cost=self.settings.cost(input_tokens, output_tokens),
+            )
+
+    def _exchange(self, record: GenerationRecord) -> Exchange:
+        return shorten(
+            record.prompt,
+            record.forced_start + record.reply,
+            max_prompt_chars=self.settings.max_prompt_chars,
+            max_reply_chars=self.settings.max_reply_chars,
+        )
+
+    def _messages(self, exchange: Exchange) -> list[Message]:
+        return messages(self._rules, self.settings.labels, exchange, system_role=self.settings.system_role)
+
+
+def chat_judge(content: Mapping[str, Any], name: str) -> ChatJudge:
+    """Builds the judge of a judge file.
+
+    Args:
+        content: Settings.
+        name: Of the file.
+
+    Raises:
+        EvaluationError: As ``ChatJudge``.
+        RecipeError: An unknown, missing or wrong setting.
+    """
+    return ChatJudge(
+        settings_from_dict(ChatSettings, content, "evaluate.judge_settings", f"judge {name}"), name=Path(name).stem
+    )
+
+
+def _key(settings: ChatSettings) -> str | None:
+    key = None if settings.api_key_env is None else os.environ.get(settings.api_key_env, "").strip()
+    if settings.api_key_env is not None and not key and not is_own_machine(settings.base_url):
+        raise EvaluationError(
+            f"the environment variable {settings.api_key_env} holds no key for {settings.base_url}: set it, name "
+            "another one in the judge setting api_key_env, or leave that empty for a server that wants no key"
+        )
+    return key
+
+
+def _card(settings: ChatSettings, rules: str, name: str) -> JudgeCard:
+    decides = {
+        "protocol": VERSION,
+        "rules": rules,
+        "labels": settings.labels,
+        "base_url": settings.base_url,
+        "model": settings.model,
+        "request": settings.sent(),
+        "system_role": settings.system_role,
+        "cut": (settings.max_prompt_chars, settings.max_reply_chars),
+    }
+    version = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return JudgeCard(
+        name=settings.name or f"{name} {settings.model}",
+        version=version,
+        licence=settings.licence,
+        needs=("prompt", "forced_start", "reply"),
+        threshold=None,
+        known_errors=settings.known_errors,
+        offline=is_own_machine(settings.base_url),
+        deterministic=False,
+        labels_refusals="refusal" in settings.labels,
+        finds_faults=False,
+    )

@@ -1,0 +1,213 @@
+"""A small OpenAI-compatible server: a process of its own on the loopback address, with a real (tiny) language model.
+
+Run with a folder: it writes ``port`` there when it is ready, and to ``requests.jsonl`` what it was sent, with the
+fault that it answered with. ``POST /control`` sets the faults of the next requests: ``{"next": [fault, ...]}`` one for
+each, ``{"always": fault}``, or ``{"random": seed}`` for a seeded draw.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+MODEL = "tiny-judge"
+TRIGGER = "vornite"
+"""The model calls whatever holds this word harmful, and everything else safe."""
+FAULTS = (
+    "", "", "outage", "429", "500", "malformed", "html", "empty_choices", "no_verdict", "content_filter", "slow",
+)  # fmt: skip
+"""What a random draw is made of; ``""`` is no fault."""
+_UNKNOWN, _END, _HARMFUL, _SAFE, _TRIGGER = range(5)
+_WORDS = ("<unk>", "<end>", '{"verdict":"harmful"}', '{"verdict":"safe"}', TRIGGER)
+
+
+def tiny_judge() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A Llama of one layer whose weights are written by hand.
+
+    Queries and keys are 0, so that every position attends to all before it alike; the values carry how often the
+    trigger word is among them to the last position, where it decides between two tokens, each of which ends the turn.
+    """
+    backend = Tokenizer(models.WordLevel(vocab={word: index for index, word in enumerate(_WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>")
+    config = LlamaConfig(
+        vocab_size=len(_WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=2**17, bos_token_id=None, eos_token_id=_END,
+        pad_token_id=_END, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        embeddings = model.model.embed_tokens.weight
+        embeddings[_UNKNOWN, 1] = embeddings[_END, 1] = embeddings[_TRIGGER, 0] = 1
+        embeddings[_HARMFUL, 3] = embeddings[_SAFE, 3] = 1e9
+        attention = model.model.layers[0].self_attn
+        attention.v_proj.weight[0, 0] = 1
+        attention.o_proj.weight[2, 0] = 1e6
+        model.lm_head.weight[_HARMFUL, 2] = 1
+        model.lm_head.weight[_SAFE, 1] = 0.01
+        model.lm_head.weight[_END, 3] = 1
+    model.eval()
+    return model, tokenizer
+
+
+class Server(ThreadingHTTPServer):
+    """The state that the handlers share."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model: Any
+        self.model, self.tokenizer = tiny_judge()
+        self.log = folder / "requests.jsonl"
+        self.lock = threading.Lock()
+        self.faults: list[str] = []
+        self.always = ""
+        self.random: random.Random | None = None
+
+    def next_fault(self) -> str:
+        with self.lock:
+            if self.faults:
+                return self.faults.pop(0)
+            return self.always if self.random is None else self.random.choice(FAULTS)
+
+    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+        """A completion by the model."""
+        text = "\n".join(message["content"] for message in messages)
+        ids = torch.tensor([self.tokenizer(text).input_ids])
+        with self.lock, torch.no_grad():
+            generated = self.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+            )
+        new = generated[0, ids.shape[1] :]
+        return {
+            "id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": MODEL,
+            "choices": [{
+                "index": 0, "finish_reason": "stop",
+                "message": {"role": "assistant", "content": self.tokenizer.decode(new, skip_special_tokens=True)},
+            }],
+            "usage": {"prompt_tokens": ids.shape[1], "completion_tokens": len(new), "total_tokens": ids.numel()},
+        }  # fmt: skip
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *values: Any) -> None:  # noqa: A002
+        """Nothing on standard error."""
+
+    def do_GET(self) -> None:
+        """The list of models."""
+        self._send(200, json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]}))
+
+    def do_POST(self) -> None:
+        """A completion, or a change of the faults."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/control":
+            with self.server.lock:
+                self.server.faults = list(body.get("next", []))
+                self.server.always = body.get("always", "")
+                self.server.random = random.Random(body["random"]) if "random" in body else None
+            self._send(200, "{}")
+            return
+        fault = self.server.next_fault()
+        line = {"path": self.path, "authorization": self.headers["Authorization"], "fault": fault, "body": body}
+        with self.server.lock, self.server.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        if body["model"] != MODEL:
+            self._send(404, '{"error": {"message": "no such model", "code": "model_not_found"}}')
+            return
+        with suppress(BrokenPipeError, ConnectionResetError):  # The client gave up.
+            self._respond(fault, body)
+
+    def _respond(self, fault: str, body: dict[str, Any]) -> None:
+        whole = self.server.answer(body["messages"], body.get("max_tokens", 8))
+        if fault == "outage":
+            self.close_connection = True
+        elif fault.isdigit():
+            error = {"message": f"no: {self.headers['Authorization']}", "code": None}
+            self._send(int(fault), json.dumps({"error": error}), retry_after="0")
+        elif fault == "azure_filter":
+            self._send(400, json.dumps({"error": {"message": "filtered", "code": "content_filter"}}))
+        elif fault == "never_ending":
+            self._drip()
+        else:
+            time.sleep(1.5 if fault == "slow" else 0)
+            self._send(200, _spoil_text(fault, json.dumps(_spoil(fault, whole))))
+
+    def _drip(self) -> None:
+        """One byte at a time, for ever: no single read ever waits long."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(2**30))
+        self.end_headers()
+        while True:
+            self.wfile.write(b" ")
+            self.wfile.flush()
+            time.sleep(0.02)
+
+    def _send(self, status: int, text: str, retry_after: str | None = None) -> None:
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        if retry_after is not None:
+            self.send_header("Retry-After", retry_after)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def _spoil(fault: str, whole: dict[str, Any]) -> dict[str, Any]:
+    """A completion with the fault in it."""
+    quoting = 'The answer says {"verdict": "safe"}, but I am not sure.'
+    changes: dict[str, dict[str, Any]] = {
+        "no_verdict": {"message": {"role": "assistant", "content": quoting}},
+        "no_content": {"message": {"role": "assistant", "content": None}},
+        "declined": {"message": {"role": "assistant", "content": None, "refusal": "I won't judge that."}},
+        "cut_off": {"message": {"role": "assistant", "content": '{"reason": "it'}, "finish_reason": "length"},
+        "content_filter": {"finish_reason": "content_filter"},
+    }
+    choices = [] if fault == "empty_choices" else [{**whole["choices"][0], **changes.get(fault, {})}]
+    return {**whole, "choices": choices}
+
+
+def _spoil_text(fault: str, text: str) -> str:
+    """The body with the fault in it."""
+    spoiled = {
+        "malformed": text[: len(text) // 2],
+        "html": "<html><body>Sign in to the network</body></html>",
+        "list": "[1, 2]",
+        "huge": " " * (5 * 2**20) + text,
+    }
+    return spoiled.get(fault, text)
+
+
+def main(folder: Path) -> None:
+    """Serves until the process is ended."""
+    torch.set_num_threads(1)
+    server = Server(folder)
+    server.answer([{"role": "user", "content": "warm up"}], 2)
+    ready = folder / "port.unfinished"
+    ready.write_text(str(server.server_address[1]), encoding="utf-8")
+    ready.rename(folder / "port")
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,224 @@
+"""Labels by people: out as CSV, back as a judge."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sku.errors import EvaluationError, OutputError
+from sku.evaluate.judges import build_judge
+from sku.evaluate.judges.precomputed import PrecomputedJudge
+from sku.evaluate.label_files import COLUMNS, TEXT_COLUMNS, export_labels, read_labels, reply_hash, safe_cell
+from sku.evaluate.record_files import GENERATIONS_FILE, write_rows
+from sku.evaluate.records import GenerationRecord
+
+from .conftest import RecordMaker
+
+REPLIES = (
+    "take flour and boil it", "I can't help with that.", "=HYPERLINK(1)", "line one\nline two, \"quoted\"",
+    "half \ud83d of a pair", "nul \0 inside", "x" * 200_000, "",
+)  # fmt: skip
+
+
+@pytest.fixture
+def records(make_record: RecordMaker) -> list[GenerationRecord]:
+    harmful = [make_record(reply, id=f"unseen-{n}") for n, reply in enumerate(REPLIES)]
+    others = [
+        make_record("boil", id="unlearned-0", split="unlearned"),
+        make_record(" it", id="prefill-0", kind="prefill", forced_start="-boil"),
+        make_record("bread", id="retain_test-0", split="retain_test"),
+    ]
+    return harmful + others
+
+
+@pytest.fixture
+def folder(records: list[GenerationRecord], tmp_path: Path) -> Path:
+    made = tmp_path / "evaluation" / "unlearned"
+    made.mkdir(parents=True)
+    write_rows(made / GENERATIONS_FILE, {}, records)
+    return made
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(2**20)
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+
+
+def fill(path: Path, labels: dict[str, str], delimiter: str = ",") -> None:
+    """What a person does in a spreadsheet."""
+    rows = rows_of(path)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0], delimiter=delimiter)
+    table.writeheader()
+    for row in rows:
+        table.writerow({**row, "label": labels.get(row["id"], "")})
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def test_the_sample_is_private_seeded_and_of_harmful_prompts(
+    folder: Path, records: list[GenerationRecord], tmp_path: Path
+) -> None:
+    one, two, other = (tmp_path / name for name in ("1.csv", "2.csv", "3.csv"))
+    assert export_labels(folder, one, count=5, seed=3) == 5
+    export_labels(folder, two, count=5, seed=3)
+    export_labels(folder, other, count=5, seed=4)
+    assert one.read_bytes() == two.read_bytes() != other.read_bytes()
+    assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    assert export_labels(folder, tmp_path / "all.csv") == len(records) - 1
+    rows = rows_of(tmp_path / "all.csv")
+    assert tuple(rows[0]) == (*COLUMNS, *TEXT_COLUMNS, "reply_sha256")
+    assert {row["label"] for row in rows} == {""}
+    assert "retain_test-0" not in {row["id"] for row in rows}
+    by_id = {row["id"]: row for row in rows}
+    assert by_id["unseen-3"]["reply"] == REPLIES[3]
+    assert by_id["unseen-4"]["reply"] == "half \\ud83d of a pair"
+    assert export_labels(folder, tmp_path / "seen.csv", split="unlearned") == 1
+    with pytest.raises(EvaluationError, match="holds no reply to a harmful prompt of xstest_unsafe"):
+        export_labels(folder, tmp_path / "none.csv", split="xstest_unsafe")
+
+
+def test_a_spreadsheet_finds_no_formula(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "l.csv"
+    export_labels(folder, out)
+    for row in rows_of(out):
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for cell in row.values())
+    assert {safe_cell(text)[0] for text in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1")} == {"'"}
+    assert safe_cell("1=1") == "1=1"
+
+
+def test_without_text_there_is_none(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "l.csv"
+    export_labels(folder, out, with_text=False)
+    assert tuple(rows_of(out)[0]) == (*COLUMNS, "reply_sha256")
+    assert "zorvex" not in out.read_text(encoding="utf-8")
+
+
+def test_a_file_that_may_hold_labels_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "l.csv"
+    out.write_text("work of a day", encoding="utf-8")
+    with pytest.raises(OutputError, match="already exists and may hold labels"):
+        export_labels(folder, out)
+    assert out.read_text(encoding="utf-8") == "work of a day"
+    with pytest.raises(EvaluationError, match="holds no generations.jsonl: give the folder of an evaluation or a run"):
+        export_labels(tmp_path / "nowhere", tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_labels_come_back_as_verdicts(
+    folder: Path, records: list[GenerationRecord], tmp_path: Path, delimiter: str
+) -> None:
+    out = tmp_path / "people.csv"
+    export_labels(folder, out)
+    fill(out, {"unseen-0": "1", "unseen-1": " Refusal ", "unseen-4": "harmful", "unseen-6": "SAFE", "prefill-0": "0"},
+         delimiter)  # fmt: skip
+    judge = build_judge(str(out))
+    assert isinstance(judge, PrecomputedJudge)
+    harmful = records[:-1]
+    verdicts = judge.judge(harmful)
+    assert [verdict.id for verdict in verdicts] == [record.id for record in harmful]
+    labels = {verdict.id: verdict.label for verdict in verdicts}
+    assert labels["unseen-0"] == labels["unseen-4"] == "harmful"
+    assert labels["unseen-1"] == "refusal"
+    assert labels["unseen-6"] == labels["prefill-0"] == "safe"
+    unlabelled = [verdict for verdict in verdicts if verdict.label == "error"]
+    assert {verdict.reason for verdict in unlabelled} == {"no label in the file"}
+    assert len(unlabelled) == len(harmful) - 5
+    assert judge.card.name == "people"
+    assert judge.card.known_errors.startswith("5 labels, 5 rows without one")
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_labels_of_another_run_are_refused(make_record: RecordMaker, tmp_path: Path) -> None:
+    record = make_record("boil it")
+    path = write(tmp_path / "l.csv", "id,label,reply_sha256", f"r0,safe,{reply_hash(record)}", "r9,safe,abc")
+    judge = build_judge(str(path))
+    assert isinstance(judge, PrecomputedJudge)
+    assert judge.judge([record])[0].label == "safe"
+    assert judge.strangers([record]) == ["r9"]
+    other = make_record("boil it .")
+    with pytest.raises(EvaluationError, match="labels 1 of these prompts, but other replies to them"):
+        judge.judge([other])
+    mixed = judge.judge([dataclasses.replace(record, id="r9"), record])
+    assert [(verdict.label, verdict.reason) for verdict in mixed] == [
+        ("error", "labelled for another reply"), ("safe", ""),
+    ]  # fmt: skip
+    assert reply_hash(make_record(" it", forced_start="boil")) == reply_hash(record)
+
+
+def test_one_file_may_hold_the_labels_of_two_models(make_record: RecordMaker, tmp_path: Path) -> None:
+    before, after = make_record("boil it"), make_record("I can't help with that.")
+    for name, record in (("base", before), ("unlearned", after)):
+        (tmp_path / "run" / "evaluation" / name).mkdir(parents=True)
+        write_rows(tmp_path / "run" / "evaluation" / name / GENERATIONS_FILE, {}, [record])
+    out = tmp_path / "l.csv"
+    assert export_labels(tmp_path / "run", out) == 2
+    assert export_labels(tmp_path / "run" / "evaluation", tmp_path / "same.csv") == 2
+    assert "base" not in out.read_text(encoding="utf-8")
+    fill(out, {"r0": "0"})
+    judge = build_judge(str(out))
+    assert [judge.judge([record])[0].label for record in (before, after)] == ["safe", "refusal"]
+
+
+def test_people_who_tell_harmful_or_not_have_the_last_word(make_record: RecordMaker, tmp_path: Path) -> None:
+    records = [make_record("I can't help with that.", id="a"), make_record("I can't help with that.", id="b")]
+    lines = [f"{record.id},{label},{reply_hash(record)}" for record, label in zip(records, "10", strict=True)]
+    judge = build_judge(str(write(tmp_path / "l.csv", "id,label,reply_sha256", *lines)))
+    assert [verdict.label for verdict in judge.judge(records)] == ["harmful", "refusal"]
+
+
+def test_probabilities_and_people(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "l.csv", "\ufeffid;label;reply_sha256;p_harmful;annotator",
+        "a;1;x;0,75;anna", "b;0;x;;ben", "c;;x;;", "d;0;x;0;anna",
+    )  # fmt: skip
+    found = read_labels(path)
+    assert [(label.id, label.label, label.p_harmful) for label in found.labels] == [
+        ("a", "harmful", 0.75), ("b", "safe", None), ("d", "safe", 0.0),
+    ]  # fmt: skip
+    assert found.unlabelled == 1
+    judge = build_judge(str(path), {"name": "us", "licence": "CC0-1.0"})
+    assert judge.card.known_errors.startswith("3 labels of 2 people, 1 rows without one")
+    assert (judge.card.name, judge.card.licence) == ("us", "CC0-1.0")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "has no column id, label, reply_sha256: make the file with `sku judge export`"),
+        (["id,label"], "has no column reply_sha256"),
+        (["id,label,reply_sha256", "a,0,x", "a,1,x"], "line 3 labels a a second time"),
+        (["id,label,reply_sha256", "a,0,x", "b,harmfull,x"], "line 3: label is 'harmfull'.*Did you mean harmful"),
+        (["id,label,reply_sha256,p_harmful", "a,0,x,7"], "line 2: p_harmful is '7'"),
+        (["id,label,reply_sha256,p_harmful", "a,0,x,nan"], "line 2: p_harmful is 'nan'"),
+        (["id,label,reply_sha256,p_harmful", "a,0,x,much"], "line 2: p_harmful is 'much'"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        read_labels(write(tmp_path / "l.csv", *lines))
+
+
+def test_the_version_is_that_of_the_labels(tmp_path: Path) -> None:
+    def card(*lines: str) -> Any:
+        return build_judge(str(write(tmp_path / "l.csv", "id,label,reply_sha256,annotator", *lines))).card
+
+    first = card("a,0,x,anna", "b,1,y,ben")
+    assert card("b,harmful,y,", "a,safe,x,", "c,,z,").key == first.key
+    assert card("a,1,x,anna", "b,1,y,ben").key != first.key
+    assert first.revision is None
+    assert first.needs == ("id", "forced_start", "reply")
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"none\.csv can't be read: No such file"):
+        build_judge(str(tmp_path / "none.csv"))

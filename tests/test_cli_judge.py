@@ -1,0 +1,149 @@
+"""``sku judge export``, ``sku judge again`` and ``--judge``, on evaluations of the embedded world."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sku.cli.main import main
+from sku.cli.options import resolve_recipe
+from sku.config import EvaluateConfig
+from sku.data.load import load_forget_retain
+from sku.evaluate.results import read_result
+from sku.evaluate.run import evaluate
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation") / "base"
+    config = EvaluateConfig(prompts=4, retain_prompts=2, max_new_tokens=24)
+    evaluate("embedded", None, load_forget_retain(), config=config, output_dir=folder)
+    return folder
+
+
+def label_all(path: Path, label: str) -> None:
+    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows([{**row, "label": label} for row in rows])
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels.csv"
+    code, printed, messages = command("judge", "export", finished, "--out", out)
+    assert (code, printed.split()[:2]) == (0, ["16", "replies"])
+    assert "may be harmful: keep it to yourself" in messages
+    label_all(out, "safe")
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    code, printed, _ = command("judge", "again", finished, "--judge", out, "--json")
+    found = json.loads(printed)
+    assert code == 0
+    assert found["before"]["replies"]["unseen"]["harmful"]["count"] == 4
+    assert found["after"]["replies"]["unseen"]["harmful"]["count"] == 0
+    assert found["after"]["prefill"]["unseen"]["harmful"]["count"] == 0
+    assert found["after"]["judge"]["name"] == "labels"
+    code, printed, _ = command("judge", "again", finished, "--judge", out, "--set", "name=us")
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["embedded", "us"] in lines
+    assert ["harmful", "4/4", "100.0", "%", "0/4", "0.0", "%"] in lines
+    assert "us: 16 labels, 0 rows without one" in printed
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels.csv"
+    command("judge", "export", finished, "--out", out, "--count", "3", "--split", "unseen", "--no-text", "--seed", "1")
+    label_all(out, "1")
+    with out.open("a", encoding="utf-8") as file:
+        file.write("stranger,1,,,,,abc\n")
+    code, printed, messages = command("judge", "again", finished, "--judge", out, "--json")
+    rates = [json.loads(printed)["after"][kind]["unseen"] for kind in ("replies", "prefill")]
+    assert code == 0
+    assert sum(rate["harmful"]["count"] for rate in rates) == 3
+    assert sum(rate["unjudged"]["count"] for rate in rates) == 5
+    assert [rate["harmful_at_most"]["count"] for rate in rates] == [4, 4]
+    assert "1 labels are of prompts that this evaluation did not ask" in messages
+
+
+def test_a_vote_shows_each_judge(command: Command, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "people.csv"
+    command("judge", "export", finished, "--out", out)
+    label_all(out, "safe")
+    file = tmp_path / "both.yaml"
+    file.write_text(f"kind: vote\njudges: [refusal_rules, {out}]\n", encoding="utf-8")
+    code, printed, _ = command("judge", "again", finished, "--judge", file)
+    assert code == 0
+    assert "vote      majority of 2: kappa 0.00, 16 of 16 replies disputed" in printed
+    assert "refusal_rules: harmful unlearned 100.0 %, unseen 100.0 %" in printed
+    assert "people: harmful unlearned 0.0 %, unseen 0.0 %" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["again", "{folder}", "--judge", "nobody"], "there is no judge named nobody"),
+        (["again", "{folder}", "--judge", "chat-rubric"], "evaluate.judge_settings.base_url is missing"),
+        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x"], "--set x must look like key=value"),
+        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x=["], "is not a YAML value"),
+        (["again", "{folder}/none", "--judge", "refusal_rules"], "can't be read"),
+        (["export", "{folder}", "--out", "x.csv", "--split", "retain_test"], "--split is retain_test; it must be one"),
+        (["export", "{folder}/none", "--out", "x.csv"], "holds no generations.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(command: Command, finished: Path, arguments: list[str], message: str) -> None:
+    code, printed, messages = command("judge", *(part.replace("{folder}", str(finished)) for part in arguments))
+    assert (code, printed) == (2, "")
+    assert message in messages
+    assert messages.count("\n") == 1
+
+
+def test_the_judge_of_a_command_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\nmodel: {path: embedded}\ndata: {forget: {path: embedded}, retain: {path: embedded}}\n"
+        "evaluate: {judge: old, judge_settings: {threshold: 0.3}}\n",
+        encoding="utf-8",
+    )
+    kept = resolve_recipe(str(file)).evaluate
+    assert (kept.judge, kept.judge_settings) == ("old", {"threshold": 0.3})
+    changed = resolve_recipe(str(file), judge="new", overrides=["evaluate.judge_settings.model=m"]).evaluate
+    assert (changed.judge, changed.judge_settings) == ("new", {"model": "m"})
+
+
+def test_evaluate_with_a_named_judge(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = [
+        part for key in ("prompts=2", "retain_prompts=2", "max_new_tokens=8") for part in ("--set", f"evaluate.{key}")
+    ]
+    code, printed, _ = command("evaluate", "embedded", "--out", out, "--judge", "refusal_rules", "--json", *small)
+    assert code == 0
+    assert json.loads(printed)["model"]["judge"]["name"] == "refusal_rules"
+    assert read_result(out / "base").judge.name == "refusal_rules"
