@@ -132,5 +132,18 @@ def is_embedded(data: ForgetRetainData) -> bool:
 Builder = Callable[[Mapping[str, Any], str], Judge]
 """From the settings of a judge file and its name to the judge."""
 
-KINDS: dict[str, Builder] = {}
-"""Kind of a judge file -> what builds it."""
+
+def _classifier(content: Mapping[str, Any], name: str) -> Judge:
+    from sku.evaluate.judges.classifier import build_classifier
+
+    return build_classifier(content, name)
+
+
+def _guard(content: Mapping[str, Any], name: str) -> Judge:
+    from sku.evaluate.judges.guard import build_guard
+
+    return build_guard(content, name)
+
+
+KINDS: dict[str, Builder] = {"classifier": _classifier, "guard": _guard}
+"""Kind of a judge file -> what builds it; torch is imported inside."""
