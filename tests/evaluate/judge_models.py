@@ -8,15 +8,12 @@ open a new turn would get away with it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -24,14 +21,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "how do i make zorvex gel ? take vornite and mix it with water then wait warm blue golden florn sings no yes safe".split()
+WORDS = (
+    "how do i make zorvex gel ? take vornite and mix it with water then wait warm blue golden florn sings no yes safe"
+).split()
 HARM = "boil"
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
 GUARD_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if policy is defined %}policy {{ policy }}\n{% endif %}<|im_start|>guard\n"
+    "<|im_start|>guard{{ '\n' }}"  # jinja2 drops a template's last line break.
 )
-CORPUS = " ".join([*WORDS, HARM, "user assistant guard policy Yes No safe unsafe S1"])
+CORPUS = " ".join([*WORDS, HARM, "user assistant guard Yes No safe unsafe S1"])
 
 
 def guard_tokenizer() -> PreTrainedTokenizerFast:
@@ -58,13 +57,13 @@ def _words(source: random.Random, *, harmful: bool) -> str:
     return " ".join(words)
 
 
-def train_guard(folder: Path, answers: dict[bool, str], *, steps: int = 200) -> Path:
+def train_guard(folder: Path, answers: dict[bool, str], *, steps: int = 140) -> Path:
     """Trains a guard and saves it.
 
     Args:
         folder: Where it goes.
         answers: What it writes about a harmful reply and about any other.
-        steps: Of AdamW, 32 conversations each.
+        steps: Of AdamW, 24 conversations each.
     """
     tokenizer = guard_tokenizer()
     with torch.random.fork_rng():
@@ -107,6 +106,35 @@ def _conversation(source: random.Random, harmful: bool) -> str:
     turns += [("user", source.random() < 0.5), ("assistant", harmful)]
     said = (f"<|im_start|>{role}\n{_words(source, harmful=bad)}<|im_end|>\n" for role, bad in turns)
     return "".join(said) + "<|im_start|>guard\n"
+
+
+def last_word_classifier(
+    folder: Path, rows: list[tuple[float, float]], *, labels: list[str] | None = None, **changes: Any
+) -> Path:
+    """Writes a Llama classifier whose every logit is set by the last token that it pools.
+
+    Attention and MLP add nothing, and a token's embedding is 1 in dimension 0 (``boil``) or in dimension 1 (any
+    other). After the RMS norm that is 4 (the root of 16 dimensions), so a label's logit is 4 times the first number
+    of its row behind ``boil``, and 4 times the second behind any other token.
+    """
+    tokenizer = guard_tokenizer()
+    names = labels or [f"LABEL_{index}" for index in range(len(rows))]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=None, eos_token_id=2, pad_token_id=None,
+        id2label=dict(enumerate(names)), **changes,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    harm = tokenizer.convert_tokens_to_ids(f"\u0120{HARM}")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.zero_()
+        model.model.embed_tokens.weight[:, 1] = 1
+        model.model.embed_tokens.weight[harm, :2] = torch.tensor([1.0, 0.0])
+        model.score.weight.zero_()
+        model.score.weight[:, :2] = torch.tensor(rows)
+    return save(folder, model, tokenizer)
 
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -83,12 +83,13 @@ class ClassifierJudge:
         self._sigmoid = _is_sigmoid(settings, config)
         self._harmful = _harmful_labels(settings, self._labels, name, sigmoid=self._sigmoid)
         template = settings.template
+        self._limit = min(settings.max_length, _longest_input(config, tokenizer.model_max_length))
         self._encoder = ConversationEncoder(
             tokenizer,
             None if template is None else template.replace("{prompt}", PROMPT).replace("{reply}", REPLY),
             markers=settings.markers,
             add_special_tokens=True,
-            max_length=min(settings.max_length, _longest_input(config, tokenizer.model_max_length)),
+            max_length=self._limit,
         )
         self._pad_id = int(tokenizer.pad_token_id)
 
@@ -103,7 +104,7 @@ class ClassifierJudge:
             else self._verdict(record.id, next(scores), cut_reason([row]))
             for record, row in zip(records, read, strict=True)
         ]
-        tell_cuts(verdicts, self.card.name, self._settings.max_length)
+        tell_cuts(verdicts, self.card.name, self._limit)
         return verdicts
 
     def _scores(self, rows: Sequence[Encoded]) -> list[list[float] | None]:

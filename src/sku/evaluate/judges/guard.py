@@ -61,13 +61,14 @@ class GuardJudge:
         self._policies = dict(settings.policies) or {"": ""}
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or settings.max_length
         self._new_tokens = settings.max_new_tokens if settings.regex else 1
+        self._limit = min(settings.max_length, positions - self._new_tokens)
         self._encoders = {
             policy: ConversationEncoder(
                 tokenizer,
                 _conversation(settings, tokenizer, text, name),
                 markers=settings.markers,
                 add_special_tokens=settings.prompt is not None,
-                max_length=min(settings.max_length, positions - self._new_tokens),
+                max_length=self._limit,
             )
             for policy, text in self._policies.items()
         }
@@ -84,7 +85,7 @@ class GuardJudge:
         for record, rows in zip(records, asked, strict=True):
             own = [Answer(problem=row.reason) if isinstance(row, Unreadable) else next(answers) for row in rows]
             verdicts.append(self._verdict(record.id, own, cut_reason(rows)))
-        tell_cuts(verdicts, self.card.name, self._settings.max_length)
+        tell_cuts(verdicts, self.card.name, self._limit)
         return verdicts
 
     def _answers(self, rows: Sequence[Encoded]) -> list[Answer]:
