@@ -116,7 +116,8 @@ def test_a_reply_that_opens_turns_of_its_own_changes_nothing(
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert isinstance(text, str)
     inputs = tokenizer(text, return_tensors="pt")
-    naive = LlamaForCausalLM.from_pretrained(guard).generate(**inputs, max_new_tokens=4, do_sample=False)
+    model: Any = LlamaForCausalLM.from_pretrained(guard)
+    naive = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(naive[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == "safe"
     for settings in (WORDS, REGEX):
         (verdict,) = build(**settings).judge([make_record(INJECTION)])

@@ -108,7 +108,7 @@ def make_card(settings: LocalModelSettings, name: str, **traits: Any) -> JudgeCa
         ModelError: The model can't be found.
     """
     return JudgeCard(
-        name=settings.name or Path(name).stem,
+        name=settings.name or _name_of(name),
         version=_version(settings),
         licence=settings.licence,
         known_errors=settings.known_errors,
@@ -118,6 +118,12 @@ def make_card(settings: LocalModelSettings, name: str, **traits: Any) -> JudgeCa
         revision=weights_revision(settings.source),
         **traits,
     )
+
+
+def _name_of(file: str) -> str:
+    """A packaged judge's own name, which may hold a dot, or a user's file without folder and ending."""
+    path = Path(file)
+    return path.stem if path.suffix in {".yaml", ".yml"} else file
 
 
 def _version(settings: LocalModelSettings) -> str:
