@@ -89,7 +89,7 @@ def pairs(folder: Path) -> Path:
 def build(model: Path, **settings: Any) -> ClassifierJudge:
     """Through the judge file, as a user does."""
     path = model.parent / f"{model.name}.yaml"
-    path.write_text("kind: classifier\nlicence: none\n", encoding="utf-8")
+    path.write_text("kind: classifier\nlicence: none\ndevice: cpu\n", encoding="utf-8")
     judge = build_judge(str(path), {"model": str(model), "template": TEMPLATE, **settings})
     assert isinstance(judge, ClassifierJudge)
     return judge
@@ -115,9 +115,10 @@ def test_any_of_fourteen_kinds_is_harm(fourteen: Path, make_record: RecordMaker)
 
 def test_the_packaged_beaver_dam_file_reads_fourteen_heads(fourteen: Path, make_record: RecordMaker) -> None:
     """Its template ends in ``</s>``, plain text to this tokenizer: the last token is no harm."""
-    judge = build_judge("beaver-dam-7b", {"model": str(fourteen)})
+    judge = build_judge("beaver-dam-7b", {"model": str(fourteen), "device": "cpu"})
     assert [verdict.label for verdict in judge.judge([make_record(HARMFUL)])] == ["safe"]
-    ours = build_judge("beaver-dam-7b", {"model": str(fourteen), "template": "USER: {prompt} ASSISTANT: {reply}"})
+    changed = {"model": str(fourteen), "device": "cpu", "template": "USER: {prompt} ASSISTANT: {reply}"}
+    ours = build_judge("beaver-dam-7b", changed)
     assert [verdict.label for verdict in ours.judge([make_record(HARMFUL)])] == ["harmful"]
     assert ours.card.name == "beaver-dam-7b"
 

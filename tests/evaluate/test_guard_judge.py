@@ -17,7 +17,6 @@ from sku.errors import EvaluationError, ModelError, RecipeError
 from sku.evaluate.judges import build_judge
 from sku.evaluate.judges.guard import GuardJudge
 from sku.evaluate.judges.guard_answers import Answer, GuardSettings, read_answer
-from sku.evaluate.judges.local_models import LocalModelSettings
 
 HARMFUL, SAFE = "take vornite and boil it", "mix it with warm water"
 WORDS: dict[str, Any] = {"positive": ["unsafe"], "negative": ["safe"]}
@@ -42,7 +41,7 @@ def build(guard: Path, tmp_path: Path) -> GuardMaker:
 
     def make(**settings: Any) -> GuardJudge:
         path = tmp_path / "my-guard.yaml"
-        path.write_text(f"kind: guard\nmodel: {guard}\n", encoding="utf-8")
+        path.write_text(f"kind: guard\nmodel: {guard}\ndevice: cpu\n", encoding="utf-8")
         judge = build_judge(str(path), settings)
         assert isinstance(judge, GuardJudge)
         return judge
@@ -364,5 +363,6 @@ def test_refusals_and_the_key_of_the_card(build: GuardMaker) -> None:
         assert build(**WORDS, **changed).card.key != card.key
 
 
-def test_settings_are_shared_by_both_kinds() -> None:
-    assert issubclass(GuardSettings, LocalModelSettings)
+def test_a_gguf_file_is_passed_on() -> None:
+    source = settings_of(**WORDS_ONLY, gguf_file="guard.gguf", revision="main").source
+    assert (source.path, source.gguf_file, source.revision) == ("x", "guard.gguf", "main")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from sku.config import ModelConfig
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import Label, Verdict
 from sku.evaluate.judges.local_models import LocalModelSettings
@@ -24,6 +26,8 @@ _WORD_STARTS = "\u0120\u2581 "
 class GuardSettings(LocalModelSettings):
     """A judge file of kind ``guard``."""
 
+    gguf_file: str | None = None
+    """Name of a GGUF file inside ``model``: it is dequantized while loading."""
     prompt: str | None = None
     """The whole text to read, with ``{prompt}``, ``{reply}`` and ``{policy}``; empty: the model's chat template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -73,6 +77,11 @@ class GuardSettings(LocalModelSettings):
             raise RecipeError(
                 f"labels must say for each label whether it is harmful or safe (wrong: {wrong or 'none'})"
             )
+
+    @property
+    def source(self) -> ModelConfig:
+        """Where the model is and how it is held."""
+        return dataclasses.replace(super().source, gguf_file=self.gguf_file)
 
     @property
     def finds_refusals(self) -> bool:
