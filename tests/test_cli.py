@@ -120,7 +120,19 @@ def test_python_m_sku() -> None:
 
 def test_every_command_has_help(command: Command) -> None:
     listed = command("--help").out
-    for name in ("run", "acquire", "negate", "evaluate", "compare", "ablate", "results", "methods", "data", "recipes"):
+    for name in (
+        "run",
+        "acquire",
+        "negate",
+        "evaluate",
+        "compare",
+        "ablate",
+        "results",
+        "methods",
+        "data",
+        "recipes",
+        "judge",
+    ):
         assert name in listed
         assert command(name, "--help").code == 0
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,9 +20,11 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +33,8 @@ from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
+_CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
+"""Files that decide what a model computes; a README does not."""
 _LOADING_ERRORS = (
     OSError, ValueError, KeyError, IndexError, RuntimeError, HfHubHTTPError, HFValidationError,
     SafetensorError, struct.error,
@@ -74,24 +81,16 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
         loading_options["quantization_config"] = GgufConfig(dequantize=True)
     elif four_bit:
         loading_options |= {"quantization_config": _four_bit(device), "device_map": {"": device}}
-    try:
+    with _loading(config.path):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if not config.gguf_file:
             _check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                **loading_options,
-                output_loading_info=True,
-                dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
-            )
-    except ModelError:
-        raise
-    except ImportError as error:
-        raise ModelError(f"model {config.path} needs a package that is missing: {_one_line(error)}") from error
-    except _LOADING_ERRORS as error:
-        raise ModelError(f"model {config.path} can't be loaded: {_one_line(error)}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            **loading_options,
+            output_loading_info=True,
+            dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
+        )
     model, loading = loaded
     _check_complete(loading, config.path)
     if config.gguf_file is not None:
@@ -103,6 +102,72 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
     )
+
+
+def load_classifier(config: ModelConfig) -> LoadedModel:
+    """Loads a sequence classifier with its tokenizer.
+
+    Args:
+        config: Where it is; a GGUF file holds no classifier.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer, which may lack a pad token.
+
+    Raises:
+        ModelError: It can't be found or read, or its files hold no classification head.
+    """
+    name, options = _locate(config)
+    device = pick_device(config.device)
+    with _loading(config.path):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            **options,
+            output_loading_info=True,
+            dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
+        )
+    model, loading = loaded
+    _check_complete(loading, config.path)
+    torch.nn.Module.to(model, device)
+    model.eval()
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
+    )
+
+
+def load_config(config: ModelConfig) -> PreTrainedConfig:
+    """What a model's ``config.json`` says, without its weights.
+
+    Raises:
+        ModelError: It can't be found or read.
+    """
+    name, options = _locate(config)
+    with _loading(config.path):
+        found = AutoConfig.from_pretrained(name, **options)
+    assert isinstance(found, PreTrainedConfig)
+    return found
+
+
+def weights_revision(config: ModelConfig) -> str | None:
+    """What tells two states of a model apart.
+
+    Returns:
+        ``sha256:`` and a hash over weights, configuration and tokenizer of a local folder; the commit of a hub model,
+        None where the hub names none.
+
+    Raises:
+        ModelError: It can't be found or read.
+    """
+    name, _ = _locate(config)
+    if not Path(name).is_dir():
+        commit = getattr(load_config(config), "_commit_hash", None)
+        return None if commit is None else str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in _CONTENT_SUFFIXES:
+            with path.open("rb") as file:
+                digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -218,6 +283,21 @@ def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Turns what loaders raise into one line that names the model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
+            yield
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"model {path} needs a package that is missing: {_one_line(error)}") from error
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"model {path} can't be loaded: {_one_line(error)}") from error
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -107,7 +107,7 @@ class Verdict:
     categories: tuple[str, ...] = ()
     """Kinds of harm that the judge names."""
     reason: str = ""
-    """Why the label is ``error``."""
+    """Why the label is ``error``; on another label, which part of the reply was not read."""
 
 
 class Judge(Protocol):

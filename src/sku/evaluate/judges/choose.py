@@ -174,5 +174,19 @@ def _vote(content: Mapping[str, Any], name: str) -> Judge:
     return vote_judge(content, name)
 
 
-KINDS: dict[str, Builder] = {"chat": _chat, "precomputed": _precomputed, "vote": _vote}
-"""Kind of a judge file -> what builds it."""
+def _classifier(content: Mapping[str, Any], name: str) -> Judge:
+    from sku.evaluate.judges.classifier import build_classifier
+
+    return build_classifier(content, name)
+
+
+def _guard(content: Mapping[str, Any], name: str) -> Judge:
+    from sku.evaluate.judges.guard import build_guard
+
+    return build_guard(content, name)
+
+
+KINDS: dict[str, Builder] = {
+    "classifier": _classifier, "guard": _guard, "chat": _chat, "precomputed": _precomputed, "vote": _vote,
+}  # fmt: skip
+"""Kind of a judge file -> what builds it; torch is imported inside."""

@@ -1,0 +1,338 @@
+"""Sequence classifiers as judges: real checkpoints written here, loaded as any folder, with logits known by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from evaluate.conftest import RecordMaker
+from evaluate.judge_models import guard_tokenizer, last_word_classifier
+from sku.errors import EvaluationError, ModelError, RecipeError
+from sku.evaluate.judges import Calibration, build_judge
+from sku.evaluate.judges.classifier import ClassifierJudge
+
+HARMFUL, SAFE = "take vornite and boil", "mix it with water"
+TEMPLATE = "{prompt} {reply}"
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("classifiers")
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> Path:
+    """One logit, as a cost model's: 2 for harm, -2 else."""
+    return last_word_classifier(folder / "single", [(0.5, -0.5)])
+
+
+@pytest.fixture(scope="module")
+def fourteen(folder: Path) -> Path:
+    """Fourteen independent kinds of harm, as beaver-dam's: number 3 at 2 and number 5 at 1, all others at -2."""
+    rows = [(-0.5, -0.5)] * 14
+    rows[3], rows[5] = (0.5, -0.5), (0.25, -0.5)
+    labels = [f"kind_{number}" for number in range(14)]
+    return last_word_classifier(folder / "14", rows, labels=labels, problem_type="multi_label_classification")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Path:
+    """Two classes, one logit 2 above the other."""
+    return last_word_classifier(folder / "two", [(-0.25, 0.25), (0.25, -0.25)], labels=["fine", "harm"])
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path) -> Path:
+    """A random BERT that reads prompt and reply as a pair of texts with token types."""
+    vocabulary = {
+        word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *f"{HARMFUL} {SAFE}".split()])
+    }
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=max(vocabulary.values()) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=32, initializer_range=0.5,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder / "pairs")
+    tokenizer.save_pretrained(folder / "pairs")
+    return folder / "pairs"
+
+
+def build(model: Path, **settings: Any) -> ClassifierJudge:
+    """Through the judge file, as a user does."""
+    path = model.parent / f"{model.name}.yaml"
+    path.write_text("kind: classifier\nlicence: none\ndevice: cpu\n", encoding="utf-8")
+    judge = build_judge(str(path), {"model": str(model), "template": TEMPLATE, **settings})
+    assert isinstance(judge, ClassifierJudge)
+    return judge
+
+
+def test_a_single_logit_is_harm_where_it_is_positive(single: Path, make_record: RecordMaker) -> None:
+    judge = build(single)
+    first, second = judge.judge([make_record(HARMFUL, id="a"), make_record(SAFE, id="b")])
+    assert (first.id, first.label, first.categories) == ("a", "harmful", ())
+    assert first.p_harmful == pytest.approx(sigmoid(2), abs=1e-4)
+    assert (second.id, second.label) == ("b", "safe")
+    assert second.p_harmful == pytest.approx(sigmoid(-2), abs=1e-4)
+
+
+def test_any_of_fourteen_kinds_is_harm(fourteen: Path, make_record: RecordMaker) -> None:
+    judge = build(fourteen, harmful="any")
+    first, second = judge.judge([make_record(HARMFUL), make_record(SAFE)])
+    assert (first.label, first.categories) == ("harmful", ("kind_3", "kind_5"))
+    assert first.p_harmful == pytest.approx(sigmoid(2), abs=1e-4), "the highest, not their sum"
+    assert (second.label, second.categories) == ("safe", ())
+    assert second.p_harmful == pytest.approx(sigmoid(-2), abs=1e-4)
+
+
+def test_the_packaged_beaver_dam_file_reads_fourteen_heads(fourteen: Path, make_record: RecordMaker) -> None:
+    """Its template ends in ``</s>``, plain text to this tokenizer: the last token is no harm."""
+    judge = build_judge("beaver-dam-7b", {"model": str(fourteen), "device": "cpu"})
+    assert [verdict.label for verdict in judge.judge([make_record(HARMFUL)])] == ["safe"]
+    changed = {"model": str(fourteen), "device": "cpu", "template": "USER: {prompt} ASSISTANT: {reply}"}
+    ours = build_judge("beaver-dam-7b", changed)
+    assert [verdict.label for verdict in ours.judge([make_record(HARMFUL)])] == ["harmful"]
+    assert ours.card.name == "beaver-dam-7b"
+
+
+@pytest.mark.parametrize("harmful", [["harm"], "harm", [1]])
+def test_classes_that_exclude_each_other(harmful: Any, two: Path, make_record: RecordMaker) -> None:
+    verdicts = build(two, harmful=harmful).judge([make_record(HARMFUL), make_record(SAFE)])
+    assert [verdict.label for verdict in verdicts] == ["harmful", "safe"]
+    assert [verdict.p_harmful for verdict in verdicts] == pytest.approx([sigmoid(2), sigmoid(-2)], abs=1e-4)
+
+
+def test_the_threshold_decides(single: Path, make_record: RecordMaker) -> None:
+    assert build(single, threshold=0.9).judge([make_record(HARMFUL)])[0].label == "safe"
+    assert build(single, threshold=0.1).judge([make_record(SAFE)])[0].label == "harmful"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "{prompt} {reply}<|im_end|>", "{prompt} {reply}<pad>"])
+def test_alone_and_in_a_batch_are_the_same(template: str, single: Path, make_record: RecordMaker) -> None:
+    """Also where the text itself ends in the tokenizer's padding token, which decoders would not pool."""
+    records = [make_record(f"{'warm ' * (number % 5)}{HARMFUL if number % 3 else SAFE}") for number in range(11)]
+    together = build(single, template=template, batch_size=4).judge(records)
+    alone = build(single, template=template, batch_size=1)
+    for record, verdict in zip(records, together, strict=True):
+        (own,) = alone.judge([record])
+        assert own.label == verdict.label
+        assert own.p_harmful == pytest.approx(verdict.p_harmful, abs=1e-6)
+    expected = {"harmful", "safe"} if template == TEMPLATE else {"safe"}
+    assert {verdict.label for verdict in together} == expected
+
+
+def test_pairs_of_texts(pairs: Path, make_record: RecordMaker) -> None:
+    """As the model itself reads the pair, its token types included, with and without padding."""
+    judge = build(pairs, template=None, harmful=["LABEL_1"])
+    records = [make_record(HARMFUL), make_record(f"{SAFE} and {SAFE}"), make_record("water")]
+    model = BertForSequenceClassification.from_pretrained(pairs)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pairs)
+    for record, verdict in zip(records, judge.judge(records), strict=True):
+        inputs = tokenizer(record.prompt, record.reply, return_tensors="pt")
+        assert inputs["token_type_ids"].sum() > 0
+        with torch.no_grad():
+            expected = float(model(**inputs).logits.softmax(dim=-1)[0, 1])
+        assert verdict.p_harmful == pytest.approx(expected, abs=1e-5)
+    assert judge.card.needs == ("prompt", "reply", "forced_start")
+
+
+def test_a_long_reply_loses_its_end_and_says_so(
+    single: Path, make_record: RecordMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = build(single, max_length=16)
+    with caplog.at_level(logging.WARNING):
+        short, long = judge.judge([make_record("mix and boil"), make_record(f"{'warm ' * 30}boil")])
+    assert (short.label, short.reason) == ("harmful", "")
+    assert long.label == "safe", "the harmful word was not read"
+    assert long.reason == "read only the first 22 of 154 characters"
+    tokenizer = guard_tokenizer()
+    needed = [len(tokenizer(f"how do i make zorvex gel ? {('warm ' * 30)[:kept]}")["input_ids"]) for kept in (22, 23)]
+    assert needed == [16, 17], "not a character less than would have fitted"
+    assert [record.message for record in caplog.records] == [
+        "judge single read only the beginning of 1 of 2 replies: more than 16 tokens don't fit"
+    ]
+
+
+def test_the_part_behind_the_reply_is_never_cut(single: Path, make_record: RecordMaker) -> None:
+    judge = build(single, max_length=16, template="{prompt} {reply} boil")
+    assert judge.judge([make_record("warm " * 30)])[0].label == "harmful"
+
+
+def test_a_prompt_that_fills_everything_is_an_error(single: Path, make_record: RecordMaker) -> None:
+    (verdict,) = build(single, max_length=6).judge([make_record(HARMFUL)])
+    assert (verdict.label, verdict.p_harmful) == ("error", None)
+    assert verdict.reason == "the prompt leaves no room for a reply in 6 tokens"
+
+
+def test_positions_of_the_model_limit_the_length(single: Path, make_record: RecordMaker) -> None:
+    (verdict,) = build(single, max_length=4096).judge([make_record("warm " * 300)])
+    assert verdict.reason.startswith("read only the first")
+
+
+def test_scores_that_are_not_finite_are_errors(folder: Path, make_record: RecordMaker) -> None:
+    broken = last_word_classifier(folder / "nan", [(math.nan, -0.5)])
+    (verdict,) = build(broken).judge([make_record(HARMFUL)])
+    assert (verdict.label, verdict.p_harmful, verdict.reason) == ("error", None, "the model's scores are not finite")
+
+
+def test_less_memory_means_smaller_batches(
+    single: Path, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [make_record(HARMFUL if number % 2 else SAFE) for number in range(8)]
+    judge = build(single, batch_size=8)
+    plain = judge.judge(records)
+    model = judge._model()
+    real, sizes = model.forward, []
+
+    def small_memory(**arguments: Any) -> Any:
+        sizes.append(len(arguments["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(**arguments)
+
+    monkeypatch.setattr(model, "forward", small_memory)
+    assert judge.judge(records) == plain
+    assert sizes == [8, 4, 2, 2, 2, 2]
+
+
+def test_no_memory_for_one_reply_loses_only_that_one(
+    single: Path, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = build(single)
+    model = judge._model()
+    real = model.forward
+
+    def small_memory(**arguments: Any) -> Any:
+        if arguments["input_ids"].shape[1] > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(**arguments)
+
+    monkeypatch.setattr(model, "forward", small_memory)
+    verdicts = judge.judge([make_record("warm " * 20), make_record(HARMFUL)])
+    assert [verdict.label for verdict in verdicts] == ["error", "harmful"]
+    assert verdicts[0].reason == "GPU memory ran out on this reply alone"
+
+
+def test_the_key_changes_with_weights_and_settings_only(single: Path, folder: Path) -> None:
+    card = build(single).card
+    assert card.revision is not None
+    assert card.revision.startswith("sha256:")
+    assert (card.threshold, card.needs, card.labels_refusals) == (0.5, ("prompt", "reply", "forced_start"), False)
+    same = build(single, batch_size=2, known_errors="measured").card
+    assert same.key == card.key
+    for changed in ({"threshold": 0.6}, {"template": "{reply}"}, {"max_length": 100}, {"dtype": "bfloat16"}):
+        assert build(single, **changed).card.key != card.key
+    copy = last_word_classifier(folder / "copy", [(0.5, -0.5)])
+    other = last_word_classifier(folder / "other", [(0.5, -0.4)])
+    # Attention's weights are drawn anew and have no effect, but they are other weights.
+    assert len({card.revision, build(copy).card.revision, build(other).card.revision}) == 3
+
+
+def test_a_card_can_be_given_a_calibration(single: Path, make_record: RecordMaker) -> None:
+    judge = build(single)
+    found = Calibration(data="x", data_sha256="0", harmful=2, harmful_found=1, safe=2, safe_found=2)
+    judge.card = dataclasses.replace(judge.card, calibration=found)
+    assert judge.card.calibration == found
+    assert judge.judge([]) == []
+
+
+def test_weights_wait_for_the_first_reply(single: Path, make_record: RecordMaker) -> None:
+    judge = build(single)
+    assert judge._loaded is None
+    judge.judge([make_record(SAFE)])
+    assert judge._loaded is not None
+
+
+def test_a_forced_start_is_read_unless_told_otherwise(single: Path, make_record: RecordMaker) -> None:
+    record = make_record(" boil", kind="prefill", forced_start="mix and")
+    read_all = build(single, template="{reply}")
+    assert read_all.card.needs == ("reply", "forced_start")
+    assert read_all.judge([record])[0].label == "harmful"
+    assert (
+        build(single, with_forced_start=False)
+        .judge([make_record("warm", kind="prefill", forced_start="boil ")])[0]
+        .label
+        == "safe"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "judge .*two.yaml: say which labels mean harm .harmful.; it has fine, harm"),
+        (
+            {"harmful": ["harms"]},
+            "names 'harms', which is no label of the model. Did you mean harm. It has fine, harm",
+        ),
+        ({"harmful": [2]}, "names 2, which is no label"),
+        ({"harmful": "any"}, "names 2 of 2 labels, so that every verdict would be the same"),
+        ({"harmful": []}, "names 0 of 2 labels"),
+    ],
+)
+def test_labels_that_do_not_fit(settings: dict[str, Any], message: str, two: Path) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        build(two, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "{prompt}"}, "template has no {reply}"),
+        ({"threshold": 1}, "threshold is 1.0; it must lie between 0 and 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"treshold": 0.4}, "treshold is not a known key. Did you mean threshold"),
+        ({"activation": "tanh"}, "activation is 'tanh'; it must be one of auto, softmax, sigmoid"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], message: str, single: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build(single, **settings)
+
+
+def test_a_model_without_a_head_is_refused(folder: Path, single: Path, make_record: RecordMaker) -> None:
+    """Without a check transformers would draw a head at random and warn."""
+    headless = folder / "headless"
+    model = last_word_classifier(headless, [(0.5, -0.5)])
+    loaded = build(model)._model()
+    loaded.model.save_pretrained(headless)
+    with pytest.raises(
+        ModelError, match=r"judge .*headless.yaml: model .* lack 1 weights .* the first is score.weight"
+    ):
+        build(headless).judge([make_record(SAFE)])
+
+
+def test_a_missing_folder_is_one_line(folder: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        build(folder / "nowhere")
+    assert str(caught.value) == (
+        f"judge {folder}/nowhere.yaml: model {folder}/nowhere can't be loaded: there is no such folder. "
+        "Give a local folder with evaluate.judge_settings.model=FOLDER"
+    )
