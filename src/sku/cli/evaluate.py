@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, progress_bars, results
+from sku.cli.console import before_after_table, print_notes, progress_bars, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -45,7 +45,9 @@ def evaluate(
     with progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
     if as_json:
-        results.print_json(json.dumps({"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}))
+        measured = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
+        results.print_json(json.dumps({**measured, "notes": comparison.notes}))
         return
     results.print(before_after_table(before_after_rows(comparison)))
+    print_notes(comparison.notes)
     results.print(f"\nevidence  {out}", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sku._version import __version__
-from sku.cli import acquire, compare, data, evaluate, methods, negate, recipes, results, run
+from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, results, run
 from sku.cli.console import errors, print_error
 from sku.errors import SkuError
 
@@ -29,6 +29,7 @@ app.command("ablate")(compare.ablate)
 app.command("results")(results.results)
 app.command("methods")(methods.methods)
 app.add_typer(data.app, name="data")
+app.add_typer(judge.app, name="judge")
 app.add_typer(recipes.app, name="recipes")
 
 

@@ -13,6 +13,9 @@ Keys of the file:
 - ``replies_by_category``, ``prefill_by_category``: split -> category -> rates, of prompts that have a category.
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
   the data has such a set.
+- ``corrected``: split -> ``replies`` or ``prefill`` -> the harmful rate with the judge's errors taken out: value, low,
+  high, floor (what the judge calls harmful where nothing is), below_floor (whether the observed rate is not shown to
+  be above it), observed; ``CorrectedRate``. Empty where the judge's card holds no calibration.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``.
@@ -33,6 +36,7 @@ from sku.evaluate.metrics import Perplexity, Rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, SCHEMA_VERSION, read_rows, write_private_text
 from sku.evaluate.records import ExampleLoss
+from sku.evaluate.statistics import CorrectedRate
 
 RESULT_FILE = "evaluation.json"
 
@@ -70,6 +74,7 @@ class EvaluationResult:
     replies_by_category: Mapping[str, Mapping[str, Rates]]
     prefill_by_category: Mapping[str, Mapping[str, Rates]]
     perplexity: Mapping[str, Perplexity]
+    corrected: Mapping[str, Mapping[str, CorrectedRate]] = field(default_factory=dict)
     outcomes: tuple[ReplyOutcome, ...] = field(default=(), repr=False)
     """Per reply; in ``outcomes.jsonl``, not in ``evaluation.json``."""
     losses: tuple[ExampleLoss, ...] = field(default=(), repr=False)
@@ -105,6 +110,10 @@ class EvaluationResult:
                     "replies_by_category": _nested(plain["replies_by_category"]),
                     "prefill_by_category": _nested(plain["prefill_by_category"]),
                     "perplexity": {split: Perplexity(**value) for split, value in plain["perplexity"].items()},
+                    "corrected": {
+                        split: {kind: CorrectedRate(**value) for kind, value in kinds.items()}
+                        for split, kinds in plain["corrected"].items()
+                    },
                 }
             )
         except (AttributeError, KeyError, TypeError) as error:
