@@ -166,7 +166,7 @@ def test_coverage_of_a_rate_with_several_replies_a_prompt() -> None:
     """400 data sets. Drawing replies as if each had a prompt of its own gives intervals that miss far too often."""
     rng = np.random.default_rng(7)
     clustered, plain = [], []
-    prompts = np.repeat(np.arange(CLUSTERS), ROWS)
+    prompts = [row // ROWS for row in range(CLUSTERS * ROWS)]
     ones = np.ones(len(prompts))
     for seed in range(400):
         hits = np.concatenate([np.arange(ROWS) < count for count in _beta_binomial(rng)])
@@ -196,7 +196,7 @@ def test_coverage_of_a_perplexity_ratio() -> None:
 def test_coverage_of_a_paired_difference() -> None:
     """Rates 0.3 and 0.1 on the same prompts, four replies each, alike within a prompt."""
     rng = np.random.default_rng(9)
-    prompts, ones = np.repeat(np.arange(80), 4), np.ones(320)
+    prompts, ones = [row // 4 for row in range(320)], np.ones(320)
     intervals = []
     for seed in range(400):
         risk = np.repeat(rng.beta(0.9, 2.1, size=80), 4)

@@ -112,7 +112,7 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
     if before is not None and after is not None:
         yield TableRow(
             section=section,
-            measure="harmful, corrected for the judge",
+            measure="harmful, judge corrected",
             before=percent(before.value),
             after=percent(after.value),
             interval=interval(after),
