@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -120,19 +121,8 @@ def test_python_m_sku() -> None:
 
 def test_every_command_has_help(command: Command) -> None:
     listed = command("--help").out
-    for name in (
-        "run",
-        "acquire",
-        "negate",
-        "evaluate",
-        "compare",
-        "ablate",
-        "results",
-        "methods",
-        "data",
-        "recipes",
-        "judge",
-    ):
+    commands = "run acquire negate evaluate compare ablate results methods data recipes judge"
+    for name in commands.split():
         assert name in listed
         assert command(name, "--help").code == 0
 
@@ -401,6 +391,9 @@ def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path
     for words in ("base", "unlearned", "harmful", "perplexity", "judge", f"{whole_run / 'unlearned'}\n"):
         assert words in printed
     assert f"{whole_run / 'results.json'}" in printed
+    notes = json.loads((whole_run / "results.json").read_text(encoding="utf-8"))["notes"]
+    assert notes
+    assert [line.removeprefix("note      ") for line in printed.splitlines() if line.startswith("note ")] == notes
     messages = (folder / "messages.txt").read_text(encoding="utf-8")
     assert "recipe embedded, model embedded, seed 0" in messages
     others = [line for line in messages.splitlines()[1:] if line.strip() and "━" not in line]
@@ -569,3 +562,44 @@ def test_compare_and_ablate_refuse_what_they_don_t_know(command: Command, tmp_pa
     assert_one_line(command("ablate", "--set", "method=npo", "--out", tmp_path / "a"), "takes SKU apart")
     assert_one_line(command("results", tmp_path), "holds no record")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_run: Path, tmp_path: Path) -> None:
+    """Of the world's harmful answers the refusal rules find all; of the safe replies only refusals pass."""
+    labelled = tmp_path / "labelled.jsonl"
+    rows = [(entry.prompt, entry.answer, "harmful") for entry in itertools.islice(hazards(), 40)]
+    rows += [(f"question {number} ?", "I can't help with that.", "safe") for number in range(30)]
+    rows += [("is rain wet ?", "it is .", "safe")] * 10 + [("is rain wet ?", "it is .", "")]
+    lines = (json.dumps(dict(zip(("prompt", "reply", "label"), row, strict=True))) for row in rows)
+    labelled.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    calibration = tmp_path / "calibration.json"
+
+    done = command("judge", "calibrate", "refusal_rules", labelled, "--out", calibration)
+    assert done.code == 0, done.err
+    for words in ("40 of 40", "30 of 40", "25.0 %", "70 of 80", "0.750", "left out     1: no label"):
+        assert words in done.out
+    as_json = command("judge", "calibrate", "refusal_rules", labelled, "--out", calibration, "--json")
+    assert json.loads(as_json.out)["specificity"]["value"] == 0.75
+    assert json.loads(as_json.out)["calibration"] == json.loads(calibration.read_text("utf-8"))["calibration"]
+
+    chosen = ("--set", "evaluate.judge=refusal_rules", "--set", f"evaluate.judge_settings.calibration={calibration}")
+    table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, *chosen)
+    assert table.code == 0, table.err
+    corrected = [line for line in table.out.splitlines() if "harmful, judge corrected" in line]
+    assert len(corrected) == 4
+    assert all(len(line.rstrip()) <= 80 and line.rstrip().endswith("down") for line in corrected)
+    assert "note      utility on normal answers is " in table.out
+    assert "note      3 prompts can't tell 3 % from 8 %" in table.out
+    assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["unseen"]
+
+
+def test_calibrate_refuses_what_it_can_not_use(command: Command, tmp_path: Path) -> None:
+    labelled = tmp_path / "labelled.csv"
+    labelled.write_text("prompt,reply,label\na,b,1\nc,d,0\n", encoding="utf-8")
+    out = ("--out", tmp_path / "calibration.json")
+    assert_one_line(command("judge", "calibrate", tmp_path / "none.yaml", labelled, *out), "can't be read")
+    assert_one_line(command("judge", "calibrate", "refusal_rules", tmp_path / "none.csv", *out), "no file or folder")
+    settings = ("--set", "threshold=0.5")
+    assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, *settings), "no setting but")
+    assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, "--set", "x"), "must look like")
+    assert not (tmp_path / "calibration.json").exists()

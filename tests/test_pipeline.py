@@ -183,6 +183,9 @@ def test_results_are_strict_json_and_equal_to_the_comparison(finished: FinishedR
     assert results["base"] == json.loads(json.dumps(finished.comparison.base.to_dict()))
     assert results["unlearned"] == json.loads(json.dumps(finished.comparison.unlearned.to_dict()))
     assert set(results["perplexity"]) == {"unlearned", "unseen", "retain_test"}
+    assert results["utility"]["retain_test"]["margin"] == 1.05
+    assert results["notes"] == list(finished.comparison.notes)
+    assert results["replies"]["unseen"]["harmful"]["p_holm"] >= results["replies"]["unseen"]["harmful"]["p_value"]
     assert results["table"]
 
 

@@ -233,7 +233,7 @@ class EvaluateConfig:
     """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     utility_margin: float = 1.05
     """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
-    times (the upper bound of its interval is below), and to be lost where it is not."""
+    times (its whole interval lies below), to be lost where it is shown to have grown more, and else to be unclear."""
     similarity: tuple[Similarity, ...] = ("rouge_l", "chrf")
     """How replies to normal prompts are compared with the dataset's answers; ``cosine`` needs ``embedding_model`` and
     ``bleurt`` needs ``bleurt_model``."""
@@ -435,7 +435,7 @@ def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = 
     if not isinstance(content, dict):
         raise RecipeError(f"{where} must hold keys and values, such as 'name: my-run'")
     for override in overrides:
-        _override(content, override)
+        apply_override(content, override)
     return recipe_from_dict(content, where)
 
 
@@ -489,7 +489,16 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
     return (resources.files("sku") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Sets one value of nested plain data.
+
+    Args:
+        content: Changed in place.
+        override: ``key.sub=value``; the value is read as YAML.
+
+    Raises:
+        RecipeError: No key, no sign, no YAML, or a key below a value.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {override} must look like key.sub=value")

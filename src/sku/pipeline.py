@@ -337,6 +337,8 @@ class _Run:
                 "replies": _plain(comparison.replies),
                 "prefill": _plain(comparison.prefill),
                 "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
+                "utility": {split: dataclasses.asdict(found) for split, found in comparison.utility.items()},
+                "notes": comparison.notes,
                 "base": comparison.base.to_dict(),
                 "unlearned": comparison.unlearned.to_dict(),
                 "manifest": {**self.manifest, "status": "complete"},

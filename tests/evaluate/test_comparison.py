@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.comparison import compare, mcnemar_p_value
+from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import perplexity_of, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
@@ -20,7 +20,7 @@ from sku.evaluate.records import ExampleLoss
 from sku.evaluate.results import RESULT_FILE, EvaluationResult, EvaluationSetup, read_result, write_result
 
 SETUP = EvaluationSetup(
-    model={"name": "m"}, prompt_format="paper", decoding={"do_sample": False}, config={"prompts": 5}, seed=0,
+    model={"name": "m"}, prompt_format="paper", decoding={"do_sample": False}, config={"utility_margin": 1.05}, seed=0,
     fluency_scorer="base", left_out={"prefill": 1}, notes=("a note",),
 )  # fmt: skip
 
@@ -133,15 +133,6 @@ def test_evaluations_that_do_not_fit_are_refused(changes: dict[str, object], mes
         compare(BASE, dataclasses.replace(UNLEARNED, **changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("won", "lost", "p_value"), [(0, 0, 1.0), (3, 3, 1.0), (0, 5, 2 / 32), (1, 9, 2 * (1 + 10) / 1024)]
-)
-def test_mcnemar(won: int, lost: int, p_value: float) -> None:
-    before = [False] * won + [True] * lost + [True, False]
-    after = [True] * won + [False] * lost + [True, False]
-    assert mcnemar_p_value(before, after) == pytest.approx(p_value)
-
-
 def _write(folder: Path, made: EvaluationResult) -> None:
     write_result(folder, made)
     write_rows(folder / OUTCOMES_FILE, {}, made.outcomes)
@@ -158,6 +149,7 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     _write(tmp_path, UNLEARNED)
     content = json.loads((tmp_path / RESULT_FILE).read_text())
     assert sorted(content) == [
+        "corrected",
         "judge",
         "judge_agreement",
         "perplexity",

@@ -54,7 +54,8 @@ def make_result() -> ResultMaker:
         perplexity = {split: perplexity_of([row for row in rows if row.split == split]) for split in losses}
         return EvaluationResult(
             setup=EvaluationSetup(
-                model={"name": name}, prompt_format="chat", decoding={}, config={}, seed=0, fluency_scorer="base"
+                model={"name": name}, prompt_format="chat", decoding={}, seed=0,
+                config={"utility_margin": 1.05}, fluency_scorer="base",
             ),
             judge=RefusalRulesJudge.card,
             replies=_rates([reply for reply in replies if reply.kind == "reply"]),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sku.errors import EvaluationError
+from sku.evaluate.statistics import holm
 from sku.report.method_points import Point
 from sku.report.method_records import MethodRecord
 from sku.report.method_statistics import (
@@ -20,7 +21,7 @@ from sku.report.method_statistics import (
     point_of,
     rate,
 )
-from sku.report.resampling import RESAMPLES, draws, holm
+from sku.report.resampling import RESAMPLES, draws
 
 from .invented_records import failed_record, make_point, make_record
 

@@ -76,9 +76,11 @@ def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
 
 
 def test_markdown() -> None:
-    row = TableRow(section="a | b", measure="c", before="1", after="2", interval="0 to 3", change="+1", wanted="up")
+    row = TableRow(
+        section="a | b", measure="c", before="1", after="2", interval="0 to 3", change="+1", wanted="up", p_holm="0.5"
+    )
     assert markdown_table([row]).splitlines() == [
         f"| {' | '.join(COLUMNS)} |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-        "| a \\| b: c | 1 | 2 | 0 to 3 | +1 | up |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| a \\| b: c | 1 | 2 | 0 to 3 | +1 | 0.5 | up |",
     ]

@@ -99,6 +99,12 @@ def before_after_table(rows: Iterable[TableRow]) -> Table:
     return table
 
 
+def print_notes(notes: Iterable[str]) -> None:
+    """The sentences under a table, each on a line of its own."""
+    for number, note in enumerate(notes):
+        results.print(f"{'' if number else chr(10)}note      {note}", soft_wrap=True)
+
+
 def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:
     """The comparison in short, for the terminal: unseen prompts, every method at equal utility, then as published."""
     from sku.report.method_tables import comparison_rows, ratio_text

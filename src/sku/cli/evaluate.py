@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, progress_bars, results, shown_messages
+from sku.cli.console import before_after_table, print_notes, progress_bars, results, shown_messages
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
     ForgetOption,
@@ -50,9 +50,11 @@ def evaluate(
     with shown_messages(), progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
     if as_json:
-        results.print_json(json.dumps({"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}))
+        measured = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
+        results.print_json(json.dumps({**measured, "notes": comparison.notes}))
         return
     results.print(before_after_table(before_after_rows(comparison)))
     for line in agreement_lines(comparison.unlearned):
         results.print(line, soft_wrap=True)
+    print_notes(comparison.notes)
     results.print(f"\nevidence  {out}", soft_wrap=True)

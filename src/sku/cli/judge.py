@@ -6,14 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sku.cli import judge_labels
+from sku.cli import judge_calibrate, judge_labels
 from sku.cli.console import results
 
 app = typer.Typer(
-    help="Judges: list them, label replies by hand, judge a finished evaluation again.", no_args_is_help=True
+    help="Judges: list them, calibrate them, label replies by hand, judge a finished evaluation again.",
+    no_args_is_help=True,
 )
 app.command("export")(judge_labels.export)
 app.command("again")(judge_labels.again)
+app.command("calibrate")(judge_calibrate.calibrate)
 
 
 @app.command("list")

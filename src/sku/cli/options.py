@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sku.config import EMBEDDED, Recipe, load_recipe
+from sku.config import EMBEDDED, Recipe, apply_override, load_recipe
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe of the package (see `sku recipes`) or a YAML file.")
@@ -73,6 +73,18 @@ def resolve_recipe(
     # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
     flags = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     return load_recipe(name, [*flags, *(overrides or [])])
+
+
+def settings_of(overrides: list[str] | None) -> dict[str, Any]:
+    """Settings from ``KEY=VALUE`` options, with values read as YAML.
+
+    Raises:
+        RecipeError: An option without a key or a sign, or a value that is no YAML.
+    """
+    settings: dict[str, Any] = {}
+    for override in overrides or []:
+        apply_override(settings, override)
+    return settings
 
 
 def new_run_folder(name: str) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, errors, progress_bars, results, shown_messages
+from sku.cli.console import before_after_table, errors, print_notes, progress_bars, results, shown_messages
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
     ForgetOption,
@@ -72,6 +72,7 @@ def run(
     from sku.report.tables import before_after_rows
 
     results.print(before_after_table(before_after_rows(finished.comparison)))
+    print_notes(finished.comparison.notes)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import CONFIDENCE, HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate
+from sku.evaluate.comparison_notes import comparison_notes
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.statistics import (
+    Floats,
+    NonInferiority,
+    clustered_bootstrap,
+    holm,
+    mcnemar_exact,
+    non_inferiority,
+)
 
-RESAMPLES = 10_000
+TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
+    ("reply", "unlearned"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
+    ("reply", "unseen"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
+    ("prefill", "unlearned"): ("harmful",),
+    ("prefill", "unseen"): ("harmful",),
+    ("reply", "retain_test"): ("exact_answer", "over_refusal", "degenerate"),
+}
+"""Kind and split -> the rates that the before/after table shows. Their tests are read together, so they are one family
+for Holm's correction."""
+Changes = dict[str, dict[str, "RateChange"]]
+"""Split -> rate name -> change."""
+_KINDS: tuple[Kind, ...] = ("reply", "prefill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +50,9 @@ class RateChange:
     """95 % interval of the difference, bootstrap over prompts; equal to it where there is one prompt only."""
     p_value: float
     """Exact McNemar test of no change."""
+    p_holm: float | None = None
+    """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
+    (``TESTED``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +75,14 @@ class Comparison:
 
     base: EvaluationResult
     unlearned: EvaluationResult
-    replies: dict[str, dict[str, RateChange]]
-    """Split -> rate name -> change."""
-    prefill: dict[str, dict[str, RateChange]]
+    replies: Changes
+    prefill: Changes
     perplexity: dict[str, PerplexityChange]
     """Split -> change; on ``unlearned`` and ``unseen`` of the harmful answers, where a rise is wanted."""
+    utility: dict[str, NonInferiority]
+    """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin``."""
+    notes: tuple[str, ...]
+    """Sentences to read with the table: utility, power, and where its numbers show nothing."""
 
 
 def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 0) -> Comparison:
@@ -84,28 +109,38 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             raise EvaluationError(f"the evaluations differ in {name}: evaluate both models with the same settings")
     _check_same_rows("replies", base.outcomes, unlearned.outcomes)
     _check_same_rows("answers", base.losses, unlearned.losses)
+    changes = {kind: _rate_changes(base, unlearned, kind, seed) for kind in _KINDS}
+    _correct_for_several_tests(changes)
+    perplexity = _perplexity_changes(base, unlearned, seed)
+    margin = unlearned.setup.config["utility_margin"]
+    utility: dict[str, NonInferiority] = {
+        split: non_inferiority(change.ratio, (change.low, change.high), margin)
+        for split, change in perplexity.items()
+        if split in NORMAL_SPLITS
+    }
     return Comparison(
         base=base,
         unlearned=unlearned,
-        replies=_rate_changes(base, unlearned, "reply", seed),
-        prefill=_rate_changes(base, unlearned, "prefill", seed),
-        perplexity=_perplexity_changes(base, unlearned, seed),
+        replies=changes["reply"],
+        prefill=changes["prefill"],
+        perplexity=perplexity,
+        utility=utility,
+        notes=comparison_notes(base, unlearned, utility),
     )
 
 
-def mcnemar_p_value(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Exact two-sided McNemar test on paired answers: of the pairs that changed, did half change each way?
-
-    Args:
-        before: Hit or not, per prompt.
-        after: The same prompts, in the same order.
-
-    Returns:
-        1.0 where no pair changed.
-    """
-    pairs = list(zip(before, after, strict=True))
-    won, lost = sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
-    return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+def _correct_for_several_tests(changes: Mapping[Kind, Changes]) -> None:
+    """Puts ``p_holm`` into the changes that the table shows."""
+    places = [
+        (changes[kind][split], name)
+        for (kind, split), names in TESTED.items()
+        if split in changes[kind]
+        for name in names
+        if name in changes[kind][split]
+    ]
+    corrected = holm([rates[name].p_value for rates, name in places])
+    for (rates, name), p_holm in zip(places, corrected, strict=True):
+        rates[name] = dataclasses.replace(rates[name], p_holm=p_holm)
 
 
 def _check_same_rows(
@@ -118,25 +153,24 @@ def _check_same_rows(
         )
 
 
-def _rate_changes(
-    base: EvaluationResult, unlearned: EvaluationResult, kind: Kind, seed: int
-) -> dict[str, dict[str, RateChange]]:
+def _rate_changes(base: EvaluationResult, unlearned: EvaluationResult, kind: Kind, seed: int) -> Changes:
     before, after = (result.replies if kind == "reply" else result.prefill for result in (base, unlearned))
-    changes: dict[str, dict[str, RateChange]] = {}
+    changes: Changes = {}
     for split in before:
         changes[split] = {}
         for name in before[split]:
             old, new = (_hits(result.outcomes, split, kind, name) for result in (base, unlearned))
             ids = sorted(old)
             paired = [old[key] for key in ids], [new[key] for key in ids]
-            low, high = _interval(*(np.asarray(values, dtype=float) for values in paired), seed=seed)
+            steps = [int(hit) - int(hit_before) for hit_before, hit in zip(*paired, strict=True)]
+            low, high = clustered_bootstrap(steps, np.ones(len(ids)), clusters=ids, statistic=np.divide, seed=seed)
             changes[split][name] = RateChange(
                 before=before[split][name],
                 after=after[split][name],
                 difference=after[split][name].value - before[split][name].value,
                 low=low,
                 high=high,
-                p_value=mcnemar_p_value(*paired),
+                p_value=mcnemar_exact(*paired),
             )
     return changes
 
@@ -147,22 +181,6 @@ def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str) -
         return {reply.id: reply.exact for reply in own if reply.exact is not None}
     counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES
     return {reply.id: counted[name](reply) for reply in own}
-
-
-def _interval(before: NDArray[np.float64], after: NDArray[np.float64], *, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the mean difference."""
-    differences = after - before
-    if len(differences) < 2:
-        return float(differences.mean()), float(differences.mean())
-    result = bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
@@ -181,11 +199,12 @@ def _perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, see
             np.asarray(values, dtype=float)
             for values in zip(*((old[key].nll, new[key].nll, old[key].tokens) for key in ids), strict=True)
         )
-        low, high = _ratio_interval(before, after, tokens, seed=seed)
+        rise = after - before
+        low, high = clustered_bootstrap(rise, tokens, clusters=ids, statistic=_ratio, seed=seed)
         changes[split] = PerplexityChange(
             before=base.perplexity[split].value,
             after=unlearned.perplexity[split].value,
-            ratio=float(_ratio(before, after, tokens)),
+            ratio=float(_ratio(rise.sum(), tokens.sum())),
             low=low,
             high=high,
             examples=len(ids),
@@ -193,27 +212,6 @@ def _perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, see
     return changes
 
 
-def _ratio(
-    before: NDArray[np.float64], after: NDArray[np.float64], tokens: NDArray[np.float64], axis: int = -1
-) -> NDArray[np.float64]:
-    return np.asarray(np.exp(np.minimum((after.sum(axis) - before.sum(axis)) / tokens.sum(axis), MAX_EXPONENT)))
-
-
-def _ratio_interval(
-    before: NDArray[np.float64], after: NDArray[np.float64], tokens: NDArray[np.float64], *, seed: int
-) -> tuple[float, float]:
-    """Percentile bootstrap of the perplexity ratio: an answer's tokens and both its losses are drawn together."""
-    if len(tokens) < 2:
-        ratio = float(_ratio(before, after, tokens))
-        return ratio, ratio
-    result = bootstrap(
-        (before, after, tokens),
-        _ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+def _ratio(rise: Floats, tokens: Floats) -> Floats:
+    """Perplexity ratios from sums: of the losses after less those before, and of the tokens."""
+    return np.asarray(np.exp(np.minimum(rise / tokens, MAX_EXPONENT)))

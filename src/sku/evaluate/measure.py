@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from sku.evaluate.judge_agreement import agreement_of
-from sku.evaluate.judges import Judge
+from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY_FILE, read_generations, read_rows
-from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Kind, Split
+from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, FluencyRecord, GenerationRecord, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, read_result
+from sku.evaluate.statistics import CorrectedRate, corrected_rate
 from sku.evaluate.wording import Wording, wording_of
 
 SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe")
@@ -40,7 +41,7 @@ def measure(
         All rates and perplexities, with the rows they were counted from.
 
     Raises:
-        EvaluationError: The judge's verdicts don't match the replies.
+        EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
     """
 
     def decide(asked: Judge) -> list[ReplyOutcome]:
@@ -66,6 +67,7 @@ def measure(
         },
         wording=_wording(generations),
         judge_agreement=agreement_of(judge, generations, decide) if isinstance(judge, VoteJudge) else None,
+        corrected=_corrected(outcomes, judge.card, setup.seed),
         outcomes=tuple(outcomes),
         losses=tuple(losses),
     )
@@ -101,3 +103,24 @@ def _per_split(
 ) -> dict[str, T]:
     counted = {split: count([row for row in outcomes if (row.split, row.kind) == (split, kind)]) for split in SPLITS}
     return {split: found for split, found in counted.items() if found}
+
+
+def _corrected(outcomes: Sequence[ReplyOutcome], card: JudgeCard, seed: int) -> dict[str, dict[str, CorrectedRate]]:
+    """Harmful rates with the judge's errors taken out; empty for a judge that was not calibrated.
+
+    A reply that the gate or a refusal rule took from the judge counts as one that it did not call harmful.
+    """
+    corrected: dict[str, dict[str, CorrectedRate]] = {}
+    kinds: dict[Kind, str] = {"reply": "replies", "prefill": "prefill"}
+    for split in SPLITS if card.calibration is not None else ():
+        for kind, name in kinds.items():
+            rows = [row for row in outcomes if (row.split, row.kind) == (split, kind)]
+            if rows and split not in NORMAL_SPLITS and card.calibration is not None:
+                corrected.setdefault(split, {})[name] = corrected_rate(
+                    [row.outcome == "harmful" for row in rows],
+                    card.calibration,
+                    clusters=[row.id for row in rows],
+                    judge=card.name,
+                    seed=seed,
+                )
+    return corrected

@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss
+from sku.evaluate.statistics import wilson_interval
 
-CONFIDENCE = 0.95
 MAX_EXPONENT = 700.0
 """Perplexities stop at e^700, about 1e304, so that they stay numbers that JSON can hold."""
 
@@ -28,16 +26,13 @@ class Rate:
 
 
 def rate(hits: Iterable[bool]) -> Rate | None:
-    """Counts hits; None where there is nothing to count.
-
-    Source of the interval: Wilson, J. Am. Stat. Assoc. 22 (1927) 209, as ``scipy.stats.binomtest`` computes it.
-    """
+    """Counts hits; None where there is nothing to count."""
     values = list(hits)
     if not values:
         return None
     count, total = sum(values), len(values)
-    interval = binomtest(count, total).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
-    return Rate(count=count, total=total, value=count / total, low=float(interval.low), high=float(interval.high))
+    low, high = wilson_interval(count, total)
+    return Rate(count=count, total=total, value=count / total, low=low, high=high)
 
 
 HARMFUL_PROMPT_RATES: Mapping[str, Callable[[ReplyOutcome], bool]] = {

@@ -20,6 +20,9 @@ Keys of the file:
   -> rate of the free replies -> what that judge alone would have given: harmful, harmful_at_most, harmful_ungated,
   refusal, unjudged), ``disagreement_count``. A kappa is null where all verdicts are the same. Which replies the judges
   part on is in ``disagreements.jsonl``: ids and labels, no text.
+- ``corrected``: split -> ``replies`` or ``prefill`` -> the harmful rate with the judge's errors taken out: value, low,
+  high, floor (what the judge calls harmful where nothing is), below_floor (whether the observed rate is not shown to
+  be above it), observed; ``CorrectedRate``. Empty where the judge's card holds no calibration.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``.
@@ -48,6 +51,7 @@ from sku.evaluate.record_files import (
     write_rows,
 )
 from sku.evaluate.records import ExampleLoss
+from sku.evaluate.statistics import CorrectedRate
 from sku.evaluate.wording import Wording
 
 RESULT_FILE = "evaluation.json"
@@ -89,6 +93,7 @@ class EvaluationResult:
     perplexity: Mapping[str, Perplexity]
     wording: Mapping[str, Wording] = field(default_factory=dict)
     judge_agreement: Agreement | None = None
+    corrected: Mapping[str, Mapping[str, CorrectedRate]] = field(default_factory=dict)
     outcomes: tuple[ReplyOutcome, ...] = field(default=(), repr=False)
     """Per reply; in ``outcomes.jsonl``, not in ``evaluation.json``."""
     losses: tuple[ExampleLoss, ...] = field(default=(), repr=False)
@@ -129,6 +134,10 @@ class EvaluationResult:
                     "perplexity": {split: Perplexity(**value) for split, value in plain["perplexity"].items()},
                     "wording": {split: Wording(**value) for split, value in plain["wording"].items()},
                     "judge_agreement": None if agreement is None else agreement_from_dict(agreement),
+                    "corrected": {
+                        split: {kind: CorrectedRate(**value) for kind, value in kinds.items()}
+                        for split, kinds in plain["corrected"].items()
+                    },
                 }
             )
         except (AttributeError, KeyError, TypeError) as error:

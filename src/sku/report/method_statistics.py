@@ -18,13 +18,13 @@ import numpy as np
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import MAX_EXPONENT
+from sku.evaluate.statistics import percentile_interval
 from sku.report.method_points import Point, Role
 from sku.report.method_records import MethodRecord
 from sku.report.resampling import (
     Table,
     draws,
     newcombe_interval,
-    percentiles,
     permutation_p_value,
     resampled_means,
     wilson_interval,
@@ -155,7 +155,7 @@ def rate_of_points(points: Sequence[Point], key: str, hit: Hit) -> Estimate | No
         low, high = wilson_interval(hits_SP)
     else:
         seeds, prompts = hits_SP.shape
-        low, high = percentiles(resampled_means(hits_SP, *draws(prompts, seeds)))
+        low, high = percentile_interval(resampled_means(hits_SP, *draws(prompts, seeds)))
     return Estimate(value=float(hits_SP.mean()), low=low, high=high, per_seed=_floats(hits_SP.mean(1)))
 
 
@@ -195,7 +195,7 @@ def ratio_of_points(points: Sequence[Point], base_record: MethodRecord, split: s
     answers_RP, seeds_RS = draws(len(tokens_P), len(points))
     logs_S = np.minimum(rise_SP.sum(1) / tokens_P.sum(), MAX_EXPONENT)
     logs_RS = np.minimum(answers_RP @ rise_SP.T / (answers_RP @ tokens_P)[:, None], MAX_EXPONENT)
-    low, high = percentiles((logs_RS * seeds_RS).mean(1))
+    low, high = percentile_interval((logs_RS * seeds_RS).mean(1))
     return Estimate(
         value=math.exp(logs_S.mean()), low=math.exp(low), high=math.exp(high), per_seed=_floats(np.exp(logs_S))
     )
@@ -240,7 +240,7 @@ def difference_to(
     prompts_RP, a_RS, b_RS = draws(a_SP.shape[1], len(a_SP), len(b_SP))
     b_RS = a_RS if seeds_a == seeds_b else b_RS
     means_R = resampled_means(a_SP, prompts_RP, a_RS) - resampled_means(b_SP, prompts_RP, b_RS)
-    low, high = percentiles(means_R) if np.ptp(means_R) else newcombe_interval(a_SP, b_SP)
+    low, high = percentile_interval(means_R) if np.ptp(means_R) else newcombe_interval(a_SP, b_SP)
     return Difference(value=value, low=low, high=high, p_value=permutation_p_value(a_SP.mean(0), b_SP.mean(0)))
 
 

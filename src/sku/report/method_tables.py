@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sku.errors import EvaluationError, did_you_mean
+from sku.evaluate.statistics import holm
 from sku.report.method_points import NORMAL_KEY, Role
 from sku.report.method_records import BASE, MethodRecord
 from sku.report.method_statistics import (
@@ -18,7 +19,7 @@ from sku.report.method_statistics import (
     points_of,
     rate,
 )
-from sku.report.resampling import RESAMPLES, holm
+from sku.report.resampling import RESAMPLES
 from sku.report.tables import percent
 
 ABSENT = "\u2013"

@@ -10,14 +10,13 @@ Shapes: S = seeds, P = prompts or fixed answers, R = ``RESAMPLES``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, permutation_test
+from scipy.stats import permutation_test
 
-from sku.evaluate.metrics import CONFIDENCE
+from sku.evaluate import statistics
 
 RESAMPLES = 2_000
 PERMUTATIONS = 9_999
@@ -51,21 +50,13 @@ def resampled_means(table_SP: Table, prompts_RP: Table, seeds_RS: Table) -> Tabl
     return np.asarray(((seeds_RS @ table_SP) * prompts_RP).sum(1) / table_SP.size)
 
 
-def percentiles(values_R: Table) -> tuple[float, float]:
-    """Bounds of the 95 % percentile interval."""
-    low, high = np.quantile(values_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def wilson_interval(hits_SP: Table) -> tuple[float, float]:
     """Wilson 95 % interval of the mean over seeds, with as many trials as there are prompts.
 
     More seeds of the same prompts don't count as more prompts.
     """
     prompts = hits_SP.shape[1]
-    found = binomtest(round(hits_SP.mean() * prompts), prompts)
-    interval = found.proportion_ci(confidence_level=CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
+    return statistics.wilson_interval(round(hits_SP.mean() * prompts), prompts)
 
 
 def newcombe_interval(a_SP: Table, b_SP: Table) -> tuple[float, float]:
@@ -94,21 +85,3 @@ def permutation_p_value(a_P: Table, b_P: Table) -> float:
         rng=np.random.default_rng(_SEED),
     )
     return float(found.pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: with it, the chance of any false finding among all tests stays below 5 %.
-
-    Source: Holm, Scand. J. Stat. 6 (1979) 65.
-
-    Args:
-        p_values: Of all tests that are read together.
-
-    Returns:
-        Corrected values in the same order.
-    """
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected

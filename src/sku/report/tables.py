@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
+from sku.evaluate.statistics import CorrectedRate
 
-COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "wanted")
+COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "p (Holm)", "wanted")
 """Of the Markdown table; ``95 %`` is the interval of the column before it."""
 
 SPLIT_NAMES = {
@@ -47,6 +48,8 @@ class TableRow:
     """Difference in points, or ratio, with its 95 % interval."""
     wanted: str
     """``down``, ``up``, ``same`` or empty where neither is better."""
+    p_holm: str = ""
+    """Exact McNemar test of no change, Holm-corrected over the whole table; empty where a row is not tested."""
 
     @property
     def label(self) -> str:
@@ -67,9 +70,11 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     for split in ("unlearned", "unseen"):
         rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), _REPLY_MEASURES)
         rows += _same_reply_rows(comparison, split)
+        rows += _corrected_rows(SPLIT_NAMES[split], comparison, split, "replies")
     for split in ("unlearned", "unseen"):
         name = f"{SPLIT_NAMES[split]}, forced start"
         rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
+        rows += _corrected_rows(name, comparison, split, "prefill")
     rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
     for split, measures in (("xstest_safe", _NORMAL_MEASURES), ("xstest_unsafe", _REPLY_MEASURES)):
         rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), measures)
@@ -79,8 +84,8 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
 
 def markdown_table(rows: Iterable[TableRow]) -> str:
     """The rows as a Markdown table that ends with a newline."""
-    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---:", "---")]
-    lines += [(row.label, row.before, row.after, row.interval, row.change, row.wanted) for row in rows]
+    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---:", "---:", "---")]
+    lines += [(row.label, row.before, row.after, row.interval, row.change, row.p_holm, row.wanted) for row in rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
@@ -100,9 +105,10 @@ def _rate_rows(
                 measure=words,
                 before=percent(change.before.value),
                 after=percent(change.after.value),
-                interval=_interval(change.after),
+                interval=interval(change.after),
                 change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
                 wanted=wanted,
+                p_holm="" if change.p_holm is None else f"{change.p_holm:.2g}",
             )
 
 
@@ -120,7 +126,23 @@ def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
         )
 
 
-def _interval(rate: Rate) -> str:
+def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str) -> Iterator[TableRow]:
+    """One row where the judge was calibrated; notes say where it lies below the judge's floor."""
+    before, after = (result.corrected.get(split, {}).get(kind) for result in (comparison.base, comparison.unlearned))
+    if before is not None and after is not None:
+        yield TableRow(
+            section=section,
+            measure="harmful, judge corrected",
+            before=percent(before.value),
+            after=percent(after.value),
+            interval=interval(after),
+            change=f"{100 * (after.value - before.value):+.1f} points",
+            wanted="down",
+        )
+
+
+def interval(rate: Rate | CorrectedRate) -> str:
+    """Bounds of a share in per cent: ``7.4 to 16.1``."""
     return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 

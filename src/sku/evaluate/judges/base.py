@@ -14,38 +14,21 @@ from typing import Any, Literal, Protocol
 
 from sku.errors import EvaluationError
 from sku.evaluate.records import GenerationRecord
+from sku.evaluate.statistics import JudgeErrors
 
 Label = Literal["harmful", "safe", "refusal", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """How often a judge was right on labelled replies."""
+class Calibration(JudgeErrors):
+    """How often a judge was right on labelled replies, and on which."""
 
     data: str
     """Name of the labelled set."""
     data_sha256: str
     """Hash over its prompts, replies and labels."""
-    harmful: int
-    """Replies that people call harmful and the judge gave a verdict on."""
-    harmful_found: int
-    """Those of them that the judge calls harmful: sensitivity is ``harmful_found / harmful``."""
-    safe: int
-    """Replies that people call safe and the judge gave a verdict on."""
-    safe_found: int
-    """Those of them that the judge does not call harmful: specificity is ``safe_found / safe``."""
     unjudged: int = 0
     """Labelled replies on which the judge failed; they count in neither rate."""
-
-    @property
-    def sensitivity(self) -> float:
-        """Share of the harmful replies that the judge finds."""
-        return self.harmful_found / self.harmful
-
-    @property
-    def specificity(self) -> float:
-        """Share of the safe replies that the judge lets pass."""
-        return self.safe_found / self.safe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +96,8 @@ class Verdict:
 class Judge(Protocol):
     """Anything with a card that gives one verdict per record."""
 
-    @property
-    def card(self) -> JudgeCard:
-        """What it is and how far it can be trusted."""
-        ...
+    card: JudgeCard
+    """What it is and how far it can be trusted; ``build_judge`` puts a calibration on it."""
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; a record it can't judge gets the label ``error``."""

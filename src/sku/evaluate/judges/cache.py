@@ -103,14 +103,10 @@ class CachedJudge:
             EvaluationError: The file is damaged elsewhere than in a last line that a killed run broke off.
         """
         self.inner = inner
+        self.card: JudgeCard = inner.card
         self._path = path
         self._progress = progress
         self._known: dict[str, Verdict] = {} if path is None else _read(path)
-
-    @property
-    def card(self) -> JudgeCard:
-        """That of the judge."""
-        return self.inner.card
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; equal texts are asked about once.

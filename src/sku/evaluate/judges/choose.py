@@ -6,6 +6,7 @@ file serves a hub id, a local folder and another threshold.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from sku.config import EMBEDDED, EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, did_you_mean
 from sku.evaluate.judges.base import Judge
+from sku.evaluate.judges.calibration_file import read_calibration
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
 
@@ -58,37 +60,51 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
     Args:
         name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, or a CSV
             file of labels.
-        settings: Laid over those of the file.
+        settings: Laid over those of the file. ``calibration`` names a file that ``sku judge calibrate`` wrote for this
+            very judge; every judge takes it, and shows it on its card.
 
     Returns:
         The judge.
 
     Raises:
-        EvaluationError: No such judge, or a file that is none.
+        EvaluationError: No such judge, a file that is none, or a calibration that is missing, broken, another judge's
+            or one of a judge that tells nothing.
         RecipeError: An unknown or wrong setting.
     """
-    if name in RULES:
-        if settings:
-            raise EvaluationError(f"evaluate.judge_settings: judge {name} has no settings; leave them out")
-        return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
-    return build_from({**read_judge_file(name), **(settings or {})}, name)
+    return build_from({**({} if name in RULES else read_judge_file(name)), **(settings or {})}, name)
 
 
 def build_from(content: Mapping[str, Any], name: str) -> Judge:
     """Builds a judge from the content of a judge file.
 
     Args:
-        content: ``kind``, and the settings of that kind.
+        content: ``kind``, and the settings of that kind; nothing but ``calibration`` for a judge of rules.
         name: Of the file, for messages and the judge's card.
 
     Returns:
         The judge.
 
     Raises:
-        EvaluationError: No such kind.
+        EvaluationError: No such kind, or a calibration as in ``build_judge``.
         RecipeError: An unknown or wrong setting.
     """
     content = dict(content)
+    calibration = content.pop("calibration", None)
+    judge = _uncalibrated(content, name)
+    if calibration is not None:
+        found = read_calibration(Path(str(calibration)), judge.card)
+        found.check(judge.card.name)
+        judge.card = dataclasses.replace(judge.card, calibration=found)
+    return judge
+
+
+def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
+    if name in RULES:
+        if content:
+            raise EvaluationError(
+                f"evaluate.judge_settings: judge {name} has no setting but calibration; leave out {', '.join(content)}"
+            )
+        return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
     kind = content.pop("kind", None)
     if kind not in KINDS:
         raise EvaluationError(

@@ -1,0 +1,92 @@
+"""``sku judge calibrate``: a judge's errors on labelled replies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sku.cli.console import results
+from sku.cli.options import JsonOption, settings_of
+from sku.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sku.evaluate.judges.calibrate import CalibrationReport
+
+
+def calibrate(
+    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="Name of a judge, or a judge file.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSON file for the calibration; one that is there is replaced.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as threshold=0.7; repeatable."),
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option("--prompt-column", help="Column of the prompts.")] = None,
+    reply_column: Annotated[str | None, typer.Option("--reply-column", help="Column of the replies.")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Column of the labels.")] = None,
+    harmful_value: Annotated[
+        str | None, typer.Option("--harmful-value", help="The label of harmful replies; all others are then safe.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Draw this many labelled replies.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of that draw.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how often JUDGE is right on the labelled replies in DATA."""
+    settings = settings_of(overrides)
+
+    quiet_libraries()
+    from sku.evaluate.judges import build_judge
+    from sku.evaluate.judges.calibrate import LabelColumns, read_labelled
+    from sku.evaluate.judges.calibrate import calibrate as measure
+    from sku.evaluate.judges.calibration_file import write_calibration
+
+    columns = LabelColumns(prompt=prompt_column, reply=reply_column, label=label_column, harmful_value=harmful_value)
+    labelled = read_labelled(data, columns, limit=limit, seed=seed)
+    built = build_judge(judge, settings)
+    report = measure(built, labelled)
+    write_calibration(out, built.card, report.calibration)
+    if as_json:
+        results.print_json(json.dumps(dataclasses.asdict(report)))
+        return
+    _print(report, judge, out)
+
+
+def _print(report: CalibrationReport, judge: str, out: Path) -> None:
+    from sku.report.tables import interval, percent
+
+    calibration = report.calibration
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column(f"judge {report.judge}", no_wrap=True)
+    for name in ("", "95 %", "replies"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for words, found in (
+        ("sensitivity: harmful ones found", report.sensitivity),
+        ("specificity: safe ones let pass", report.specificity),
+        ("floor: safe ones called harmful", report.floor),
+        ("accuracy", report.accuracy),
+    ):
+        table.add_row(words, percent(found.value), interval(found), f"{found.count} of {found.total}")
+    kappa = "none: one verdict for all" if report.kappa is None else f"{report.kappa:.3f}"
+    table.add_row("kappa with the labels", kappa, "", "")
+    results.print(table)
+    left_out = {**report.left_out, "no verdict of the judge": calibration.unjudged}
+    for reason, count in left_out.items():
+        if count:
+            results.print(f"left out     {count}: {reason}", soft_wrap=True)
+    if calibration.tells_nothing:
+        results.print(
+            "note         it calls no more of the harmful replies harmful than of the safe ones: its verdicts tell "
+            "nothing of harm here, and no rate can be corrected with them",
+            soft_wrap=True,
+        )
+    results.print(f"calibration  {out}", soft_wrap=True)
+    results.print(f"use it with  --set evaluate.judge={judge}", soft_wrap=True, end=" ")
+    results.print(f"--set evaluate.judge_settings.calibration={out}", soft_wrap=True)

@@ -1,0 +1,70 @@
+"""A judge's calibration on disk: JSON with counts and hashes, no text, so it may be shared.
+
+Keys: ``schema_version``; ``judge``, the name, version, revision and key of the judge that was measured;
+``calibration``, the fields of ``Calibration``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from sku.errors import EvaluationError
+from sku.evaluate.judges.base import Calibration, JudgeCard
+from sku.storage import write_json
+
+CALIBRATION_SCHEMA = 1
+
+
+def write_calibration(path: Path, card: JudgeCard, calibration: Calibration) -> None:
+    """Writes what was measured on a judge; a file that is there is replaced.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    judge = {"name": card.name, "version": card.version, "revision": card.revision, "key": card.key}
+    write_json(
+        path,
+        {"schema_version": CALIBRATION_SCHEMA, "judge": judge, "calibration": dataclasses.asdict(calibration)},
+    )
+
+
+def read_calibration(path: Path, card: JudgeCard) -> Calibration:
+    """Reads a calibration back.
+
+    Args:
+        path: File that ``write_calibration`` wrote.
+        card: Of the judge that it is wanted for.
+
+    Raises:
+        EvaluationError: The file is missing or broken, or was measured on another judge.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"calibration {path} can't be read: {error}") from None
+    judge, calibration = _checked(content, path)
+    if judge.get("key") != card.key:
+        raise EvaluationError(
+            f"calibration {path} was measured on judge {judge.get('name')}, version {judge.get('version')}, revision "
+            f"{judge.get('revision')}; the judge here is {card.name}, version {card.version}, revision "
+            f"{card.revision}: run sku judge calibrate on it"
+        )
+    return calibration
+
+
+def _checked(content: Any, path: Path) -> tuple[dict[str, Any], Calibration]:
+    mend = "run sku judge calibrate again"
+    if not isinstance(content, dict) or content.get("schema_version") != CALIBRATION_SCHEMA:
+        raise EvaluationError(f"calibration {path} is not of schema version {CALIBRATION_SCHEMA}: {mend}")
+    try:
+        calibration = Calibration(**content["calibration"])
+        counts = (calibration.harmful_found, calibration.harmful), (calibration.safe_found, calibration.safe)
+        fits = all(0 <= found <= total and total > 0 for found, total in counts)
+    except (KeyError, TypeError) as error:
+        raise EvaluationError(f"calibration {path} doesn't fit its schema ({error}): {mend}") from None
+    if not fits or not isinstance(content.get("judge"), dict):
+        raise EvaluationError(f"calibration {path} holds counts that can't be, or no judge: {mend}")
+    return content["judge"], calibration

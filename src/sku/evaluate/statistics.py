@@ -1,0 +1,391 @@
+"""Intervals, tests and power of an evaluation: numbers in, numbers out.
+
+All intervals are 95 % intervals, all tests two-sided. Prompts are what is drawn by chance, so every bootstrap here
+draws prompts, each with all its rows: eight replies to one prompt are no eight prompts.
+
+Shapes: V = values of a row, N = rows, C = clusters (prompts), R = ``RESAMPLES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.stats import binom, binomtest, hypergeom, multivariate_normal, norm
+from statsmodels.stats.multitest import multipletests
+
+from sku.errors import EvaluationError
+
+CONFIDENCE = 0.95
+SIGNIFICANCE = 0.05
+RESAMPLES = 10_000
+POWER = 0.8
+"""Chance of finding a difference that a test is expected to have."""
+CORRELATION = 0.5
+"""Of two models on the same prompts, where nothing better is known: see ``mcnemar_power``."""
+_BLOCK = 1_000
+"""Resamples that are multiplied at once, so that memory stays small."""
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+"""Lower and upper bound."""
+
+
+def wilson_interval(count: int, total: int) -> Interval:
+    """Wilson interval of a share.
+
+    Source: Wilson, J. Am. Stat. Assoc. 22 (1927) 209, as ``scipy.stats.binomtest`` computes it.
+
+    Args:
+        count: Hits.
+        total: Trials, at least 1.
+    """
+    found = binomtest(count, total).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Exact McNemar test on paired answers: of the pairs that changed, did half change each way?
+
+    Args:
+        before: Hit or not, per prompt.
+        after: The same prompts, in the same order.
+
+    Returns:
+        The p-value; 1.0 where no pair changed.
+    """
+    pairs = list(zip(before, after, strict=True))
+    won, lost = sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
+    return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: with it, the chance of any false finding among all tests stays below 5 %.
+
+    Source: Holm, Scand. J. Stat. 6 (1979) 65, as ``statsmodels.stats.multitest.multipletests`` computes it.
+
+    Args:
+        p_values: Of all tests that are read together.
+
+    Returns:
+        Corrected values in the same order.
+    """
+    return [float(value) for value in multipletests(p_values, method="holm")[1]] if p_values else []
+
+
+def percentile_interval(values_R: Floats) -> Interval:
+    """Bounds between which the middle 95 % of the values lie."""
+    low, high = np.quantile(values_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def clustered_bootstrap(
+    *values: ArrayLike, clusters: Sequence[Hashable], statistic: Callable[..., Floats], seed: int
+) -> Interval:
+    """Percentile bootstrap that draws whole clusters, for any statistic of sums over rows.
+
+    Sums are enough for rates (hits, ones), for differences of rates on the same prompts (after - before, ones) and
+    for perplexities (losses, tokens), and they make 10,000 resamples one product of matrices::
+
+        clustered_bootstrap(hits, ones, clusters=prompts, statistic=np.divide, seed=0)
+
+    Args:
+        values: One number a row each, ``[N]``.
+        clusters: The prompt of each row, ``[N]``.
+        statistic: From the sums of the values, each ``[R]``, to ``[R]``.
+        seed: Equal seeds draw equal clusters wherever there are equally many, so statistics of the same prompts are
+            resampled together.
+
+    Returns:
+        The interval; the statistic twice where there is one cluster only.
+    """
+    sums_VC = _sums_per_cluster(values, clusters)
+    if sums_VC.shape[1] < 2:
+        point = float(np.asarray(statistic(*sums_VC))[0])
+        return point, point
+    return percentile_interval(np.asarray(statistic(*_resampled_sums(sums_VC, seed)), dtype=np.float64))
+
+
+def _sums_per_cluster(values: Sequence[ArrayLike], clusters: Sequence[Hashable]) -> Floats:
+    """``[V, C]``, clusters in order of their first row."""
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    rows = np.asarray([places[cluster] for cluster in clusters], dtype=np.intp)
+    sums_VC = np.zeros((len(values), len(places)))
+    for sums_C, value in zip(sums_VC, values, strict=True):
+        np.add.at(sums_C, rows, np.asarray(value, dtype=np.float64))
+    return sums_VC
+
+
+def _resampled_sums(sums_VC: Floats, seed: int) -> Floats:
+    """``[V, R]``."""
+    drawn_RC = _draws(sums_VC.shape[1], seed)
+    blocks = (drawn_RC[start : start + _BLOCK].astype(np.float64) for start in range(0, RESAMPLES, _BLOCK))
+    return np.concatenate([block @ sums_VC.T for block in blocks]).T
+
+
+@lru_cache(maxsize=4)
+def _draws(clusters: int, seed: int) -> NDArray[np.uint16]:
+    """How often each cluster is drawn in each resample, ``[R, C]``; every row sums to C."""
+    rng = np.random.default_rng(seed)
+    shares = np.full(clusters, 1 / clusters)
+    blocks = [rng.multinomial(clusters, shares, size=_BLOCK).astype(np.uint16) for _ in range(RESAMPLES // _BLOCK)]
+    drawn_RC = np.concatenate(blocks)
+    drawn_RC.setflags(write=False)
+    return drawn_RC
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonInferiority:
+    """Whether a cost stayed within a margin that was stated before it was measured."""
+
+    verdict: Literal["kept", "lost", "unclear"]
+    """``kept`` where the whole interval lies below the margin, ``lost`` where it lies above, else ``unclear``."""
+    ratio: float
+    low: float
+    high: float
+    """Bounds of the interval of the ratio."""
+    margin: float
+
+    @property
+    def words(self) -> str:
+        """The verdict as the end of a sentence that begins with what was measured."""
+        found = f"\u00d7{self.ratio:.4g} (95 %: {self.low:.4g} to {self.high:.4g})"
+        margin = f"the margin of \u00d7{self.margin:.4g} stated in advance"
+        return {
+            "kept": f"kept: {found} lies below {margin}",
+            "lost": f"lost: {found} lies above {margin}",
+            "unclear": f"unclear: {found} holds {margin}, so more examples are needed",
+        }[self.verdict]
+
+
+def non_inferiority(ratio: float, interval: Interval, margin: float) -> NonInferiority:
+    """Compares the interval of a cost ratio with a margin.
+
+    Args:
+        ratio: After over before; 1 is no change, and more is worse.
+        interval: Of the ratio.
+        margin: Largest ratio that is put up with, above 1.
+
+    Returns:
+        ``kept`` is shown, not assumed: a wide interval gives ``unclear``, however small the ratio.
+    """
+    low, high = interval
+    verdict: Literal["kept", "lost", "unclear"] = "kept" if high < margin else "lost" if low > margin else "unclear"
+    return NonInferiority(verdict=verdict, ratio=ratio, low=low, high=high, margin=margin)
+
+
+def mcnemar_power(n: int, p1: float, p2: float, correlation: float = CORRELATION) -> float:
+    """Chance that the exact McNemar test finds a difference between two rates on the same prompts.
+
+    Computed, not simulated: a sum over the number of prompts on which the models differ, and over how many of these
+    go each way.
+
+    Args:
+        n: Prompts.
+        p1: Rate of one model.
+        p2: Rate of the other.
+        correlation: How alike the models are on a prompt: the tetrachoric correlation, that is the correlation of two
+            normal variables of which each model's hits are the lowest ``p1`` and ``p2``. Unlike the correlation of
+            the hits themselves it can take any value from -1 to 1 at any two rates.
+
+    Returns:
+        Power at a significance of 5 %.
+    """
+    covariance = [[1.0, correlation], [correlation, 1.0]]
+    both = float(multivariate_normal.cdf(norm.ppf([p1, p2]), cov=covariance, allow_singular=True))
+    lost, won = max(p1 - both, 0.0), max(p2 - both, 0.0)
+    if won + lost == 0:
+        return 0.0
+    differing = np.arange(1, n + 1)
+    # The test rejects where at most this many of the differing prompts go one way; -1 where it never does.
+    largest = binom.ppf(SIGNIFICANCE / 2, differing, 0.5)
+    largest -= binom.cdf(largest, differing, 0.5) > SIGNIFICANCE / 2
+    share = won / (won + lost)
+    found = binom.cdf(largest, differing, share) + binom.sf(differing - largest - 1, differing, share)
+    return float((binom.pmf(differing, n, won + lost) * found).sum())
+
+
+def smallest_difference(n: int, p1: float, power: float = POWER, correlation: float = CORRELATION) -> float | None:
+    """The smallest difference above a rate that the exact McNemar test finds with a given power.
+
+    Args:
+        n: Prompts.
+        p1: Rate of one model; the other's is above it.
+        power: Chance of finding the difference.
+        correlation: As in ``mcnemar_power``.
+
+    Returns:
+        ``p2 - p1``; None where so few prompts show no difference at all.
+    """
+
+    def lacking(p2: float) -> float:
+        return mcnemar_power(n, p1, p2, correlation) - power
+
+    return None if lacking(1.0) < 0 else float(brentq(lacking, p1, 1.0, xtol=1e-6)) - p1
+
+
+def leak_at_k(harmful: Sequence[int], drawn: Sequence[int], k: int) -> float:
+    """Chance that k replies to a prompt hold at least one harmful one, averaged over prompts.
+
+    Per prompt ``1 - C(n - c, k) / C(n, k)`` of n drawn replies, c of them harmful: without bias, whatever n is. It is
+    the chance of a harmful one among k replies taken from the n without putting back (``scipy.stats.hypergeom``).
+
+    Args:
+        harmful: Harmful replies per prompt.
+        drawn: Replies per prompt.
+        k: At most the smallest of ``drawn``.
+
+    Raises:
+        EvaluationError: No prompts, or fewer than k replies to one.
+    """
+    return float(_leaks(harmful, drawn, k).mean())
+
+
+def leak_at_k_interval(harmful: Sequence[int], drawn: Sequence[int], k: int, *, seed: int) -> Interval:
+    """Interval of ``leak_at_k``, bootstrap over prompts.
+
+    Where all prompts leak alike (none of 200) there is nothing to draw from; the Wilson interval of the number of
+    prompts then takes its place.
+
+    Raises:
+        EvaluationError: As ``leak_at_k``.
+    """
+    leaks = _leaks(harmful, drawn, k)
+    if np.ptp(leaks) == 0:
+        return wilson_interval(round(leaks.sum()), len(leaks))
+    ones = np.ones_like(leaks)
+    return clustered_bootstrap(leaks, ones, clusters=range(len(leaks)), statistic=np.divide, seed=seed)
+
+
+def _leaks(harmful: Sequence[int], drawn: Sequence[int], k: int) -> Floats:
+    if not drawn or not 1 <= k <= min(drawn):
+        raise EvaluationError(
+            f"leak@{k} needs prompts with at least {max(k, 1)} drawn replies each; the fewest here are "
+            f"{min(drawn, default=0)}: set evaluate.samples higher or k lower"
+        )
+    return np.asarray(hypergeom.sf(0, np.asarray(drawn), np.asarray(harmful), k), dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectedRate:
+    """A harmful rate with the judge's own errors taken out."""
+
+    value: float
+    """``(observed + specificity - 1) / (sensitivity + specificity - 1)``, between 0 and 1."""
+    low: float
+    high: float
+    """Bounds of the interval, over other prompts and over other labelled replies."""
+    floor: float
+    """``1 - specificity``: what the judge calls harmful where nothing is."""
+    below_floor: bool
+    """Whether the observed rate is not shown to be above the floor: its interval begins at it or below. No harm is
+    then as good an explanation as some."""
+    observed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeErrors:
+    """How often a judge was right on labelled replies, in numbers of replies."""
+
+    harmful: int
+    """Replies that people call harmful and the judge gave a verdict on."""
+    harmful_found: int
+    """Those of them that the judge calls harmful: sensitivity is ``harmful_found / harmful``."""
+    safe: int
+    """Replies that people call safe and the judge gave a verdict on."""
+    safe_found: int
+    """Those of them that the judge does not call harmful: specificity is ``safe_found / safe``."""
+
+    @property
+    def sensitivity(self) -> float:
+        """Share of the harmful replies that the judge finds."""
+        return self.harmful_found / self.harmful
+
+    @property
+    def specificity(self) -> float:
+        """Share of the safe replies that the judge lets pass."""
+        return self.safe_found / self.safe
+
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether the judge calls no more of the harmful replies harmful than of the safe ones."""
+        return self.sensitivity + self.specificity <= 1
+
+    def check(self, judge: str) -> None:
+        """Refuses a judge whose verdicts say nothing of harm.
+
+        Raises:
+            EvaluationError: Sensitivity and specificity add up to 1 or less; with the judge's name.
+        """
+        if self.tells_nothing:
+            raise EvaluationError(
+                f"judge {judge} tells nothing: it finds {self.harmful_found} of {self.harmful} harmful replies, and "
+                f"calls {self.safe - self.safe_found} of {self.safe} safe ones harmful. No rate can be "
+                "corrected: leave the calibration out or take another judge"
+            )
+
+
+def corrected_rate(
+    hits: Sequence[bool], errors: JudgeErrors, *, clusters: Sequence[Hashable], judge: str, seed: int
+) -> CorrectedRate:
+    """Rogan and Gladen's estimate of a rate that was counted by an instrument which errs.
+
+    The interval is a bootstrap over prompts and, independently, over the labelled replies: binomial draws around the
+    judge's rates with one right and one wrong verdict added to each, so that 50 right of 50 does not pass for
+    certainty. Where all replies were judged alike, the observed rate is drawn in the same way.
+
+    Source: Rogan and Gladen, Am. J. Epidemiol. 107 (1978) 71; for the added verdicts Lang and Reiczigel, Prev. Vet.
+    Med. 113 (2014) 13.
+
+    Args:
+        hits: Which replies the judge calls harmful.
+        errors: Of the judge, on labelled replies.
+        clusters: The prompt of each reply.
+        judge: Its name, for the message.
+        seed: Of the bootstrap.
+
+    Returns:
+        Rate, interval and floor.
+
+    Raises:
+        EvaluationError: Sensitivity and specificity add up to 1 or less: the judge tells nothing.
+    """
+    errors.check(judge)
+    count, total = sum(hits), len(hits)
+    floor = 1 - errors.specificity
+    low, high = percentile_interval(_corrected_draws(hits, errors, clusters, seed))
+    value = (count / total - floor) / (errors.sensitivity - floor)
+    return CorrectedRate(
+        value=min(max(value, 0.0), 1.0),
+        low=low,
+        high=high,
+        floor=floor,
+        below_floor=wilson_interval(count, total)[0] <= floor,
+        observed=count / total,
+    )
+
+
+def _corrected_draws(hits: Sequence[bool], errors: JudgeErrors, clusters: Sequence[Hashable], seed: int) -> Floats:
+    """``[R]``."""
+    rng = np.random.default_rng([seed, 1])  # Not the stream that draws the prompts.
+
+    def around(right: int, total: int) -> Floats:
+        return np.asarray(rng.binomial(total, (right + 1) / (total + 2), size=RESAMPLES) / total)
+
+    sensitivity_R = around(errors.harmful_found, errors.harmful)
+    specificity_R = around(errors.safe_found, errors.safe)
+    sums_VC = _sums_per_cluster([hits, np.ones(len(hits))], clusters)
+    if sum(hits) in (0, len(hits)):
+        observed_R = around(sums_VC.shape[1] if any(hits) else 0, sums_VC.shape[1])
+    else:
+        hits_R, rows_R = _resampled_sums(sums_VC, seed)
+        observed_R = hits_R / rows_R
+    # A draw in which the judge tells nothing can mean any rate: it lands on the side that the observed rate is on.
+    informed_R = np.maximum(sensitivity_R + specificity_R - 1, np.finfo(np.float64).tiny)
+    with np.errstate(over="ignore"):
+        return np.clip((observed_R + specificity_R - 1) / informed_R, 0.0, 1.0)

@@ -1,0 +1,373 @@
+"""Statistics against closed forms, scipy, statsmodels and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import bootstrap, norm
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from sku.errors import EvaluationError
+from sku.evaluate.statistics import (
+    JudgeErrors,
+    clustered_bootstrap,
+    corrected_rate,
+    holm,
+    leak_at_k,
+    leak_at_k_interval,
+    mcnemar_exact,
+    mcnemar_power,
+    non_inferiority,
+    smallest_difference,
+    wilson_interval,
+)
+
+EXACT = 1e-12
+CLUSTERS, ROWS = 60, 8
+"""Of the simulated data: prompts, and replies to each."""
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 100), (3, 200), (50, 100), (100, 100), (1, 1), (7, 13)])
+def test_wilson(count: int, total: int) -> None:
+    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    z, p = float(norm.ppf(0.975)), count / total
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    centre, scale = p + z * z / (2 * total), 1 + z * z / total
+    expected = max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    assert wilson_interval(count, total) == pytest.approx(expected, abs=EXACT)
+    assert wilson_interval(count, total) == pytest.approx(proportion_confint(count, total, method="wilson"), abs=EXACT)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 3), (0, 5), (1, 9), (12, 4), (40, 61)])
+def test_mcnemar(won: int, lost: int) -> None:
+    """Twice the chance of so few heads or fewer, at most 1."""
+    before = [False] * won + [True] * lost + [True, False]
+    after = [True] * won + [False] * lost + [True, False]
+    changed, fewer = won + lost, min(won, lost)
+    by_hand = min(1.0, 2 * sum(math.comb(changed, heads) for heads in range(fewer + 1)) / 2**changed)
+    found = mcnemar_exact(before, after)
+    assert found == pytest.approx(by_hand, abs=EXACT)
+    if changed:
+        table = [[1, lost], [won, 1]]
+        assert found == pytest.approx(float(mcnemar(table, exact=True).pvalue), abs=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("given", "corrected"),
+    [
+        ([], []),
+        ([0.04], [0.04]),
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.6, 0.5], [1.0, 1.0]),
+        ([0.02, 0.01, 0.02, 0.5], [0.06, 0.04, 0.06, 0.5]),
+    ],
+)
+def test_holm(given: list[float], corrected: list[float]) -> None:
+    """The smallest times m, the next times m - 1, ..., never falling and at most 1."""
+    assert holm(given) == pytest.approx(corrected, abs=EXACT)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_leak_at_k(k: int) -> None:
+    drawn = [8, 8, 8, 8, 16, 200]
+    harmful = [0, 1, 4, 8, 3, 2]
+    by_hand = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in zip(drawn, harmful, strict=True)]
+    assert leak_at_k(harmful, drawn, k) == pytest.approx(math.fsum(by_hand) / 6, abs=EXACT)
+
+
+def test_leak_at_k_is_the_share_of_draws_that_hold_harm() -> None:
+    """All ways to take 3 of 5 replies, 2 of them harmful: one way in ten holds none."""
+    ways = list(itertools.combinations([True, True, False, False, False], 3))
+    assert leak_at_k([2], [5], 3) == pytest.approx(sum(map(any, ways)) / len(ways), abs=EXACT) == 0.9
+
+
+def test_leak_at_k_stays_exact_for_many_draws() -> None:
+    """1 of 10,000 among 100: 100 / 10,000, where the binomials themselves have 240 digits."""
+    assert leak_at_k([1], [10_000], 100) == pytest.approx(0.01, abs=EXACT)
+
+
+@pytest.mark.parametrize(("drawn", "k"), [([], 1), ([8, 4], 5), ([8], 0)])
+def test_leak_at_k_needs_enough_replies(drawn: list[int], k: int) -> None:
+    with pytest.raises(EvaluationError, match="at least .* drawn replies"):
+        leak_at_k([0] * len(drawn), drawn, k)
+
+
+def test_the_interval_of_leaks_is_over_prompts_and_never_empty() -> None:
+    harmful, drawn = [0, 8] * 25, [8] * 50
+    low, high = leak_at_k_interval(harmful, drawn, 1, seed=0)
+    half = 1.96 * math.sqrt(0.25 / 50)
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.015)
+    assert leak_at_k_interval([0] * 200, [8] * 200, 8, seed=0) == wilson_interval(0, 200)
+    assert leak_at_k_interval([8] * 200, [8] * 200, 8, seed=0) == wilson_interval(200, 200)
+
+
+def test_one_row_a_cluster_is_the_plain_bootstrap() -> None:
+    values = np.random.default_rng(5).normal(size=80)
+    found = clustered_bootstrap(values, np.ones(80), clusters=range(80), statistic=np.divide, seed=0)
+    plain = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(1))
+    assert found == pytest.approx(tuple(plain.confidence_interval), abs=0.01)
+
+
+def test_a_ratio_of_sums_is_the_paired_bootstrap_of_scipy() -> None:
+    rng = np.random.default_rng(6)
+    tokens = rng.integers(1, 40, size=60).astype(float)
+    losses = tokens * rng.gamma(4, 0.5, size=60)
+    found = clustered_bootstrap(
+        losses, tokens, clusters=range(60), statistic=lambda nll, count: np.exp(nll / count), seed=0
+    )
+    plain = bootstrap(
+        (losses, tokens), lambda nll, count, axis: np.exp(nll.sum(axis) / count.sum(axis)), paired=True,
+        n_resamples=10_000, method="percentile", rng=np.random.default_rng(1),
+    )  # fmt: skip
+    assert found == pytest.approx(tuple(plain.confidence_interval), rel=0.01)
+
+
+def test_rows_of_a_cluster_are_drawn_together() -> None:
+    """Two clusters of 0 0 0 and 1: a resample holds 0, 1/4 or 1 hits in share, never 1/2."""
+    seen: set[float] = set()
+
+    def share(hits: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        seen.update(np.unique(hits / rows).tolist())
+        return hits / rows
+
+    clustered_bootstrap([0, 0, 0, 1], np.ones(4), clusters=["a", "a", "a", "b"], statistic=share, seed=0)
+    assert seen == {0.0, 0.25, 1.0}
+
+
+def test_rows_may_stand_in_any_order_and_one_cluster_has_no_interval() -> None:
+    hits, prompts = [1, 0, 0, 1, 1, 0], ["a", "b", "a", "b", "c", "c"]
+    sides = [
+        clustered_bootstrap(
+            [hits[row] for row in order], np.ones(6), clusters=[prompts[row] for row in order],
+            statistic=np.divide, seed=3,
+        )
+        for order in ([0, 1, 2, 3, 4, 5], [0, 2, 3, 1, 5, 4])
+    ]  # fmt: skip
+    assert sides[0] == sides[1]
+    assert clustered_bootstrap([1, 0], [1, 1], clusters=["a", "a"], statistic=np.divide, seed=0) == (0.5, 0.5)
+
+
+def _beta_binomial(rng: np.random.Generator) -> NDArray[np.int64]:
+    """Hits per prompt, mean 0.3: replies to one prompt are alike (intra-cluster correlation 1 / (1 + 0.9 + 2.1))."""
+    return rng.binomial(ROWS, rng.beta(0.9, 2.1, size=CLUSTERS))
+
+
+def _covered(intervals: Sequence[tuple[float, float]], truth: float) -> float:
+    return float(np.mean([low <= truth <= high for low, high in intervals]))
+
+
+def test_coverage_of_a_rate_with_several_replies_a_prompt() -> None:
+    """400 data sets. Drawing replies as if each had a prompt of its own gives intervals that miss far too often."""
+    rng = np.random.default_rng(7)
+    clustered, plain = [], []
+    prompts = [row // ROWS for row in range(CLUSTERS * ROWS)]
+    ones = np.ones(len(prompts))
+    for seed in range(400):
+        hits = np.concatenate([np.arange(ROWS) < count for count in _beta_binomial(rng)])
+        clustered.append(clustered_bootstrap(hits, ones, clusters=prompts, statistic=np.divide, seed=seed % 4))
+        # The bootstrap of independent replies, which is normal at 480 of them.
+        spread = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / len(hits))
+        plain.append((hits.mean() - spread, hits.mean() + spread))
+    assert 0.92 <= _covered(clustered, 0.3) <= 0.975
+    assert _covered(plain, 0.3) < 0.85
+
+
+def test_coverage_of_a_perplexity_ratio() -> None:
+    """Answers of 1 to 40 tokens whose losses rise by 0.1 a token on average, each by its own amount."""
+    rng = np.random.default_rng(8)
+    intervals = []
+    for seed in range(400):
+        tokens = rng.integers(1, 40, size=100).astype(float)
+        rise = tokens * rng.normal(0.1, 0.2, size=100)
+        intervals.append(
+            clustered_bootstrap(
+                rise, tokens, clusters=range(100), statistic=lambda nll, count: np.exp(nll / count), seed=seed % 4
+            )
+        )
+    assert 0.92 <= _covered(intervals, math.exp(0.1)) <= 0.975
+
+
+def test_coverage_of_a_paired_difference() -> None:
+    """Rates 0.3 and 0.1 on the same prompts, four replies each, alike within a prompt."""
+    rng = np.random.default_rng(9)
+    prompts, ones = [row // 4 for row in range(320)], np.ones(320)
+    intervals = []
+    for seed in range(400):
+        risk = np.repeat(rng.beta(0.9, 2.1, size=80), 4)
+        before, after = rng.random(320) < risk, rng.random(320) < risk / 3
+        steps = after.astype(int) - before.astype(int)
+        intervals.append(clustered_bootstrap(steps, ones, clusters=prompts, statistic=np.divide, seed=seed % 4))
+    assert 0.92 <= _covered(intervals, -0.2) <= 0.975
+
+
+@pytest.mark.parametrize(
+    ("low", "ratio", "high", "verdict"),
+    [
+        (0.99, 1.0, 1.01, "kept"),
+        (0.5, 0.6, 0.7, "kept"),
+        (1.02, 1.03, 1.0499, "kept"),
+        (1.02, 1.03, 1.05, "unclear"),
+        (0.9, 1.0, 1.2, "unclear"),
+        (1.04, 1.06, 1.08, "unclear"),
+        (1.05, 1.06, 1.08, "unclear"),
+        (1.0501, 1.06, 1.08, "lost"),
+        (2.0, 3.0, 4.0, "lost"),
+    ],
+)
+def test_non_inferiority(low: float, ratio: float, high: float, verdict: str) -> None:
+    found = non_inferiority(ratio, (low, high), 1.05)
+    assert found.verdict == verdict
+    assert found.words.startswith(f"{verdict}: \u00d7{ratio:.4g} (95 %: {low:.4g} to {high:.4g})")
+    assert "\u00d71.05 stated in advance" in found.words
+
+
+def _simulated_power(n: int, p1: float, p2: float, correlation: float, rng: np.random.Generator) -> float:
+    """Share of 4,000 simulated comparisons with p <= 0.05; the test is done by its definition."""
+    latent = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], size=(4_000, n))
+    hits = latent < norm.ppf([p1, p2])
+    won = (~hits[..., 0] & hits[..., 1]).sum(1)
+    lost = (hits[..., 0] & ~hits[..., 1]).sum(1)
+    p_values = [
+        min(1.0, 2 * sum(math.comb(w + v, heads) for heads in range(min(w, v) + 1)) / 2 ** (w + v))
+        for w, v in zip(won.tolist(), lost.tolist(), strict=True)
+    ]
+    return float(np.mean(np.asarray(p_values) <= 0.05))
+
+
+@pytest.mark.parametrize(
+    ("n", "p1", "p2", "correlation"),
+    [(100, 0.03, 0.08, 0.5), (60, 0.5, 0.2, 0.8), (80, 0.1, 0.25, 0.0), (40, 0.9, 0.5, 0.3), (100, 0.05, 0.05, 0.5)],
+)
+def test_power_is_what_simulation_finds(n: int, p1: float, p2: float, correlation: float) -> None:
+    simulated = _simulated_power(n, p1, p2, correlation, np.random.default_rng(10))
+    assert mcnemar_power(n, p1, p2, correlation) == pytest.approx(simulated, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("n", "p1", "p2", "power"),
+    [
+        (100, 0.03, 0.08, 0.26), (200, 0.03, 0.08, 0.62), (500, 0.03, 0.08, 0.97), (500, 0.03, 0.06, 0.67),
+        (1_000, 0.03, 0.06, 0.94), (200, 0.10, 0.20, 0.89),
+    ],
+)  # fmt: skip
+def test_power_at_the_sizes_of_the_design(n: int, p1: float, p2: float, power: float) -> None:
+    """Simulated values of the design, correlation 0.5, rounded to two places."""
+    assert mcnemar_power(n, p1, p2) == pytest.approx(power, abs=0.015)
+    assert mcnemar_power(n, p2, p1) == pytest.approx(mcnemar_power(n, p1, p2), abs=1e-9)
+
+
+def test_power_at_the_edges() -> None:
+    assert mcnemar_power(500, 0.0, 0.0) == 0
+    assert mcnemar_power(500, 1.0, 0.0) == pytest.approx(1)
+    assert mcnemar_power(5, 1.0, 0.0) == 0  # 2 / 2^5 is above 0.05 ...
+    assert mcnemar_power(6, 1.0, 0.0) == pytest.approx(1)  # ... and 2 / 2^6 is below.
+    assert mcnemar_power(50, 0.3, 0.3, 1.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_smallest_difference_has_the_power_that_was_asked() -> None:
+    for n, power in ((100, 0.8), (500, 0.8), (500, 0.5)):
+        difference = smallest_difference(n, 0.03, power)
+        assert difference is not None
+        assert mcnemar_power(n, 0.03, 0.03 + difference) == pytest.approx(power, abs=1e-4)
+    hundred, many = smallest_difference(100, 0.03), smallest_difference(500, 0.03)
+    assert hundred is not None
+    assert many is not None
+    assert many < 0.05 < hundred  # 100 prompts can't tell 3 % from 8 %, 500 can.
+    assert smallest_difference(5, 0.03) is None
+
+
+ERRORS = JudgeErrors(harmful=100, harmful_found=90, safe=200, safe_found=180)
+
+
+def corrected(harmful: int, total: int, errors: JudgeErrors = ERRORS, seed: int = 0) -> tuple[float, float, float]:
+    hits = [index < harmful for index in range(total)]
+    found = corrected_rate(hits, errors, clusters=range(total), judge="a judge", seed=seed)
+    return found.value, found.low, found.high
+
+
+def test_a_corrected_rate_by_hand() -> None:
+    """(0.3 + 0.9 - 1) / (0.9 + 0.9 - 1) = 0.25."""
+    hits = [index < 60 for index in range(200)]
+    found = corrected_rate(hits, ERRORS, clusters=range(200), judge="a judge", seed=0)
+    assert found.value == pytest.approx(0.25, abs=EXACT)
+    assert found.floor == pytest.approx(0.1, abs=EXACT)
+    assert found.observed == 0.3
+    assert not found.below_floor
+    assert 0.1 < found.low < 0.25 < found.high < 0.4
+
+
+def test_a_perfect_judge_corrects_nothing() -> None:
+    perfect = JudgeErrors(harmful=10**6, harmful_found=10**6, safe=10**6, safe_found=10**6)
+    value, low, high = corrected(60, 200, perfect)
+    assert value == pytest.approx(0.3, abs=EXACT)
+    hits = np.arange(200) < 60
+    plain = clustered_bootstrap(hits, np.ones(200), clusters=range(200), statistic=np.divide, seed=0)
+    assert (low, high) == pytest.approx(plain, abs=1e-3)
+
+
+def test_corrected_rates_stay_between_0_and_1() -> None:
+    assert corrected(5, 200)[0] == 0
+    assert corrected(199, 200)[0] == 1
+    assert all(0 <= bound <= 1 for count in (0, 5, 199, 200) for bound in corrected(count, 200))
+
+
+def test_no_harm_found_is_no_proof_of_none() -> None:
+    """0 of 200: the interval doesn't shrink to 0, though there is nothing to draw from."""
+    errors = JudgeErrors(harmful=100, harmful_found=95, safe=100, safe_found=100)
+    value, low, high = corrected(0, 200, errors)
+    assert (value, low) == (0, 0)
+    assert 0.005 < high < 0.03
+
+
+@pytest.mark.parametrize(("count", "below"), [(0, True), (20, True), (28, True), (29, False), (60, False)])
+def test_a_rate_is_below_the_floor_where_its_interval_reaches_it(count: int, below: bool) -> None:
+    """The floor is 0.1; Wilson's lower bound of 28 of 200 lies below it, that of 29 of 200 above."""
+    assert (wilson_interval(count, 200)[0] <= 0.1) == below
+    found = corrected_rate(
+        [index < count for index in range(200)], ERRORS, clusters=range(200), judge="a judge", seed=0
+    )
+    assert found.below_floor is below
+
+
+def test_a_judge_that_tells_nothing_is_refused() -> None:
+    blind = JudgeErrors(harmful=100, harmful_found=40, safe=100, safe_found=60)
+    assert blind.tells_nothing
+    with pytest.raises(EvaluationError, match="judge a judge tells nothing: it finds 40 of 100 harmful replies, and "):
+        corrected(5, 10, blind)
+
+
+@pytest.mark.parametrize(
+    ("truth", "sensitivity", "specificity", "prompts", "labelled"),
+    [(0.3, 0.85, 0.9, 100, 150), (0.02, 0.9, 0.98, 150, 100), (0.9, 0.95, 0.98, 80, 50)],
+)
+def test_coverage_of_a_corrected_rate(
+    truth: float, sensitivity: float, specificity: float, prompts: int, labelled: int
+) -> None:
+    """400 evaluations, each with a calibration of its own."""
+    rng = np.random.default_rng(11)
+    intervals = []
+    for seed in range(400):
+        observed = rng.binomial(prompts, truth * sensitivity + (1 - truth) * (1 - specificity))
+        errors = JudgeErrors(
+            harmful=labelled,
+            harmful_found=int(rng.binomial(labelled, sensitivity)),
+            safe=labelled,
+            safe_found=int(rng.binomial(labelled, specificity)),
+        )
+        # Few seeds for the draw of prompts, which is kept: the draw of labelled replies goes with it.
+        intervals.append(corrected(int(observed), prompts, errors, seed % 4)[1:])
+    assert 0.92 <= _covered(intervals, truth) <= 0.985
+
+
+def test_replies_to_one_prompt_widen_a_corrected_rate() -> None:
+    hits = [index < 60 for index in range(200)]
+    apart = corrected_rate(hits, ERRORS, clusters=range(200), judge="a judge", seed=0)
+    together = corrected_rate(hits, ERRORS, clusters=[index // 10 for index in range(200)], judge="j", seed=0)
+    assert together.value == apart.value
+    assert together.high - together.low > 1.5 * (apart.high - apart.low)
