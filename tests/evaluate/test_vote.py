@@ -184,7 +184,7 @@ def test_a_vote_file_names_judges_in_every_way(tmp_path: Path, make_record: Reco
         (["refusal_rules", "{file}"], "a vote can't be a member of a vote"),
         (["refusal_rules", {"kind": "vote", "judges": []}], "a vote can't be a member of a vote"),
         (["refusal_rules", "chat-rubrik"], "there is no judge named chat-rubrik. Did you mean chat-rubric"),
-        (["refusal_rules", {"judge": "embedded", "threshold": 1}], "judge embedded has no settings"),
+        (["refusal_rules", {"judge": "embedded", "threshold": 1}], "judge embedded has no setting but calibration"),
         (["refusal_rules", 3], "judges\\[1\\] is 3"),
     ],
 )
