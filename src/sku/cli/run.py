@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, errors, progress_bars, results
+from sku.cli.console import before_after_table, errors, print_attacks, progress_bars, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -68,6 +68,8 @@ def run(
     from sku.report.tables import before_after_rows
 
     results.print(before_after_table(before_after_rows(finished.comparison)))
+    if finished.attacks is not None:
+        print_attacks(finished.attacks)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, bootstrap
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import CONFIDENCE, HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate
+from sku.evaluate.metrics import CONFIDENCE, HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult
@@ -106,6 +106,31 @@ def mcnemar_p_value(before: Sequence[bool], after: Sequence[bool]) -> float:
     pairs = list(zip(before, after, strict=True))
     won, lost = sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
     return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+
+
+def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> RateChange:
+    """A rate before and after, counted on the same prompts.
+
+    Args:
+        before: Hit or not, per prompt; at least one.
+        after: The same prompts, in the same order.
+        seed: Of the bootstrap.
+
+    Returns:
+        Both rates and their difference.
+    """
+    old, new = rate(before), rate(after)
+    assert old is not None
+    assert new is not None
+    low, high = _interval(*(np.asarray(values, dtype=float) for values in (before, after)), seed=seed)
+    return RateChange(
+        before=old,
+        after=new,
+        difference=new.value - old.value,
+        low=low,
+        high=high,
+        p_value=mcnemar_p_value(before, after),
+    )
 
 
 def _check_same_rows(
