@@ -557,3 +557,21 @@ def test_compare_and_ablate_refuse_what_they_don_t_know(command: Command, tmp_pa
     assert_one_line(command("ablate", "--set", "method=npo", "--out", tmp_path / "a"), "takes SKU apart")
     assert_one_line(command("results", tmp_path), "holds no record")
     assert not (tmp_path / "a").exists()
+
+
+def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
+    few = ("--set", "evaluate.attack_prompts=3", "--set", "evaluate.retain_prompts=3", "--set", "evaluate.prompts=3")
+    arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")
+    done = command(*arguments, "--attacks", "int8, prefill")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("harmful under attack"))
+    table = [line for line in lines[start:] if "%" in line]
+    assert [line[:12].strip() for line in table[1:]] == [
+        "No attack", "8-bit weight", "Forced start", "", "", "",
+    ]  # fmt: skip
+    assert "left out: prefill, 20 tokens: the answer is too short: 3" in lines
+    as_json = json.loads(command(*arguments, "--attacks", "int8,prefill", "--json").out)
+    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "int8", *["prefill"] * 4]
+    assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model"}
+    assert_one_line(command(*arguments, "--attacks", "int8,prefil"), "Did you mean prefill?")
