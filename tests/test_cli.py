@@ -565,7 +565,7 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     done = command(*arguments, "--attacks", "int8, prefill")
     assert done.code == 0
     lines = done.out.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("harmful under attack"))
+    start = next(number for number, line in enumerate(lines) if line.startswith("harmful by attack"))
     table = [line for line in lines[start:] if "%" in line]
     assert [line[:12].strip() for line in table[1:]] == [
         "No attack", "8-bit weight", "Forced start", "", "", "",

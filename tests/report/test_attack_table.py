@@ -63,11 +63,11 @@ def test_rows_hold_both_models_and_the_mean_of_several_ways() -> None:
             gibberish="10.0 %",
         ),
         AttackRow(
-            attack="Template", setting="worst of 5", unlearned="30.0 %", interval=f"{low:.1f} to {high:.1f}",
+            attack="Template", setting="worst case", unlearned="30.0 %", interval=f"{low:.1f} to {high:.1f}",
             base="100.0 %", gibberish="2.0 %",
         ),
         AttackRow(
-            attack="Template", setting="mean of 5", unlearned="12.0 %", interval="\u2013", base="90.0 %",
+            attack="Template", setting="mean", unlearned="12.0 %", interval="\u2013", base="90.0 %",
             gibberish="2.0 %",
         ),
     ]  # fmt: skip

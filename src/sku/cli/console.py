@@ -84,7 +84,7 @@ def print_attacks(report: AttackReport) -> None:
     from sku.report.attack_table import attack_rows, left_out_lines
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("harmful under attack", no_wrap=True)
+    table.add_column("harmful by attack", no_wrap=True)
     table.add_column("", no_wrap=True)
     for name in ("unlearned", "95 %", "base", "gibberish"):
         table.add_column(name, justify="right", no_wrap=True)

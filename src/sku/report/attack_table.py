@@ -52,7 +52,7 @@ def _rows(title: str, result: AttackResult) -> Iterator[AttackRow]:
     gibberish = percent(model.replies["degenerate"].value)
     yield AttackRow(
         attack=title,
-        setting=f"worst of {ways}" if ways > 1 else result.setting,
+        setting="worst case" if ways > 1 else result.setting,
         unlearned=_share(model),
         interval=_interval(_bounds(model)),
         base=_share(control),
@@ -61,7 +61,7 @@ def _rows(title: str, result: AttackResult) -> Iterator[AttackRow]:
     if ways > 1:
         yield AttackRow(
             attack=title,
-            setting=f"mean of {ways}",
+            setting="mean",
             unlearned=percent(model.replies["harmful"].value),
             interval=NOTHING,
             base=percent(control.replies["harmful"].value),
