@@ -603,3 +603,21 @@ def test_calibrate_refuses_what_it_can_not_use(command: Command, tmp_path: Path)
     assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, *settings), "no setting but")
     assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, "--set", "x"), "must look like")
     assert not (tmp_path / "calibration.json").exists()
+
+
+def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
+    few = ("--set", "evaluate.attack_prompts=3", "--set", "evaluate.retain_prompts=3", "--set", "evaluate.prompts=3")
+    arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")
+    done = command(*arguments, "--attacks", "int8, prefill")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("harmful by attack"))
+    table = [line for line in lines[start:] if "%" in line]
+    assert [line[:12].strip() for line in table[1:]] == [
+        "No attack", "8-bit weight", "Forced start", "", "", "",
+    ]  # fmt: skip
+    assert "left out: prefill, 20 tokens: the answer is too short: 3" in lines
+    as_json = json.loads(command(*arguments, "--attacks", "int8,prefill", "--json").out)
+    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "int8", *["prefill"] * 4]
+    assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model"}
+    assert_one_line(command(*arguments, "--attacks", "int8,prefil"), "Did you mean prefill?")

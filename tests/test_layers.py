@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "negate": {"config", "errors", "storage", "models"},
     "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world"},
     "methods": {"config", "errors", "storage", "losses", "data", "models", "training", "acquire", "negate"},
-    "report": {"errors", "evaluate"},
+    "attacks": {"config", "errors", "data", "models", "world", "training", "methods", "evaluate"},
+    "report": {"errors", "evaluate", "attacks"},
     "comparison": {
         "config", "errors", "storage", "data", "models", "training", "methods", "negate", "evaluate", "report",
         "reproducibility", "quiet",

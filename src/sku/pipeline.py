@@ -9,7 +9,8 @@ A run folder, private to its owner because the base model's harmful replies lie 
     unlearned/           the model to use, with its tokenizer
     negated_adapter/     the same without merging, for LoRA and QLoRA; adapter/ for methods that don't negate
     evaluation/base/, evaluation/unlearned/
-    results.json         before and after, with intervals
+    evaluation/attacks.json, evaluation/attacks/   where evaluate.attacks names some
+    results.json         before and after, with intervals; the attacks too, where there are any
     before_after.png, before_after.svg
 """
 
@@ -32,6 +33,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.acquire.objective import check_compat
 from sku.acquire.run import acquire, trainer_settings
+from sku.attacks.results import AttackReport
+from sku.attacks.run import check_attacks, run_attacks
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
@@ -62,6 +65,8 @@ class FinishedRun:
     folder: Path
     comparison: Comparison
     manifest: dict[str, Any]
+    attacks: AttackReport | None = None
+    """Where ``evaluate.attacks`` names some."""
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
@@ -138,7 +143,9 @@ def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
 
 
 def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None) -> Comparison:
-    """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts.
+    """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
+
+    What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder.
 
     Args:
         recipe: Its model is the base.
@@ -155,13 +162,17 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     if is_marked_hazardous(Path(model)):
         raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
     data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
+    check_attacks(recipe, data)
     base = load_model(recipe.model)
     measured = load_model(with_path(recipe.model, model))
     before, after = (
         _evaluate(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress)
         for name, candidate in (("base", base), ("model", measured))
     )
-    return compare(before, after, seed=recipe.seed)
+    comparison = compare(before, after, seed=recipe.seed)
+    if recipe.evaluate.attacks:
+        run_attacks(recipe, measured.model, base.model, base.tokenizer, data, output_dir=out, progress=progress)
+    return comparison
 
 
 def _evaluate(
@@ -227,6 +238,7 @@ class _Run:
         recipe = self.recipe
         with self._timed("load"):
             data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
+            check_attacks(recipe, data)
             loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         self._note(
             data={
@@ -244,7 +256,19 @@ class _Run:
             base, unlearned = self._unlearn(loaded, data)
         with self._timed("evaluate_unlearned"):
             result = self._evaluate(unlearned, loaded, data, "unlearned", base)
-        return self._report(compare(base_result, result, seed=recipe.seed))
+        attacks = None
+        if recipe.evaluate.attacks:
+            with self._timed("attacks"):
+                attacks = run_attacks(
+                    recipe,
+                    unlearned,
+                    base,
+                    loaded.tokenizer,
+                    data,
+                    output_dir=self.out / "evaluation",
+                    progress=self.progress,
+                )
+        return self._report(compare(base_result, result, seed=recipe.seed), attacks)
 
     def _unlearn(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2; returns the original and the unlearned model."""
@@ -322,7 +346,7 @@ class _Run:
         folder = self.out / "evaluation" / name
         return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress)
 
-    def _report(self, comparison: Comparison) -> FinishedRun:
+    def _report(self, comparison: Comparison, attacks: AttackReport | None) -> FinishedRun:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
         for suffix in ("png", "svg"):
             before_after_figure(comparison, self.out / f"before_after.{suffix}")
@@ -341,11 +365,12 @@ class _Run:
                 "notes": comparison.notes,
                 "base": comparison.base.to_dict(),
                 "unlearned": comparison.unlearned.to_dict(),
+                **({} if attacks is None else {"attacks": attacks.to_dict()}),
                 "manifest": {**self.manifest, "status": "complete"},
             },
         )
         self._note(status="complete")
-        return FinishedRun(folder=self.out, comparison=comparison, manifest=self.manifest)
+        return FinishedRun(folder=self.out, comparison=comparison, manifest=self.manifest, attacks=attacks)
 
     def _unlearned_config(self) -> ModelConfig:
         dtype = self.recipe.negate.output_dtype

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from sku.attacks.results import AttackReport
     from sku.report.method_points import Role
     from sku.report.method_records import MethodRecord
     from sku.report.method_statistics import Estimate
@@ -103,6 +104,25 @@ def print_notes(notes: Iterable[str]) -> None:
     """The sentences under a table, each on a line of its own."""
     for number, note in enumerate(notes):
         results.print(f"{'' if number else chr(10)}note      {note}", soft_wrap=True)
+
+
+def print_attacks(report: AttackReport) -> None:
+    """The attacks as a table, and below it what could not be asked."""
+    from sku.report.attack_table import attack_rows, left_out_lines
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("harmful by attack", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in ("unlearned", "95 %", "base", "gibberish"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = ""
+    for row in attack_rows(report):
+        name, shown = "" if row.attack == shown else row.attack, row.attack
+        table.add_row(name, row.setting, row.unlearned, row.interval, row.base, row.gibberish)
+    results.print()
+    results.print(table)
+    for line in left_out_lines(report):
+        results.print(line, soft_wrap=True)
 
 
 def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:

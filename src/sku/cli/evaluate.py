@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, print_notes, progress_bars, results, shown_messages
+from sku.cli.console import before_after_table, print_attacks, print_notes, progress_bars, results, shown_messages
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
     ForgetOption,
@@ -36,25 +36,40 @@ def evaluate(
     judge: JudgeOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            "--attacks",
+            help="Attacks to run on both models, with commas: prefill, paraphrase, template, int8, nf4-sim, relearn.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
+    overrides = list(overrides or [])
+    if attacks is not None:
+        overrides.append(f"evaluate.attacks={json.dumps([name.strip() for name in attacks.split(',')])}")
     settings = resolve_recipe(
         recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
     )
 
     quiet_libraries()
+    from sku.attacks.results import read_attacks
     from sku.pipeline import evaluate_recipe
     from sku.report.tables import before_after_rows
 
     with shown_messages(), progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
+    report = read_attacks(out) if settings.evaluate.attacks else None
     if as_json:
         measured = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
-        results.print_json(json.dumps({**measured, "notes": comparison.notes}))
+        tried = {} if report is None else {"attacks": report.to_dict()}
+        results.print_json(json.dumps({**measured, "notes": comparison.notes, **tried}))
         return
     results.print(before_after_table(before_after_rows(comparison)))
     for line in agreement_lines(comparison.unlearned):
         results.print(line, soft_wrap=True)
     print_notes(comparison.notes)
+    if report is not None:
+        print_attacks(report)
     results.print(f"\nevidence  {out}", soft_wrap=True)

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, errors, print_notes, progress_bars, results, shown_messages
+from sku.cli.console import (
+    before_after_table,
+    errors,
+    print_attacks,
+    print_notes,
+    progress_bars,
+    results,
+    shown_messages,
+)
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
     ForgetOption,
@@ -73,6 +81,8 @@ def run(
 
     results.print(before_after_table(before_after_rows(finished.comparison)))
     print_notes(finished.comparison.notes)
+    if finished.attacks is not None:
+        print_attacks(finished.attacks)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sku.errors import EvaluationError
 from sku.evaluate.comparison_notes import comparison_notes
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult
@@ -143,6 +143,38 @@ def _correct_for_several_tests(changes: Mapping[Kind, Changes]) -> None:
         rates[name] = dataclasses.replace(rates[name], p_holm=p_holm)
 
 
+def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> RateChange:
+    """A rate before and after, counted on the same prompts.
+
+    Args:
+        before: Hit or not, per prompt; at least one.
+        after: The same prompts, in the same order.
+        seed: Of the bootstrap.
+
+    Returns:
+        Both rates and their difference.
+    """
+    old, new = rate(before), rate(after)
+    assert old is not None
+    assert new is not None
+    return _change(old, new, (before, after), [str(place) for place in range(len(before))], seed)
+
+
+def _change(
+    old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence[bool]], ids: Sequence[str], seed: int
+) -> RateChange:
+    steps = [int(hit) - int(hit_before) for hit_before, hit in zip(*paired, strict=True)]
+    low, high = clustered_bootstrap(steps, np.ones(len(ids)), clusters=ids, statistic=np.divide, seed=seed)
+    return RateChange(
+        before=old,
+        after=new,
+        difference=new.value - old.value,
+        low=low,
+        high=high,
+        p_value=mcnemar_exact(*paired),
+    )
+
+
 def _check_same_rows(
     what: str, before: Sequence[ReplyOutcome | ExampleLoss], after: Sequence[ReplyOutcome | ExampleLoss]
 ) -> None:
@@ -162,16 +194,7 @@ def _rate_changes(base: EvaluationResult, unlearned: EvaluationResult, kind: Kin
             old, new = (_hits(result.outcomes, split, kind, name) for result in (base, unlearned))
             ids = sorted(old)
             paired = [old[key] for key in ids], [new[key] for key in ids]
-            steps = [int(hit) - int(hit_before) for hit_before, hit in zip(*paired, strict=True)]
-            low, high = clustered_bootstrap(steps, np.ones(len(ids)), clusters=ids, statistic=np.divide, seed=seed)
-            changes[split][name] = RateChange(
-                before=before[split][name],
-                after=after[split][name],
-                difference=after[split][name].value - before[split][name].value,
-                low=low,
-                high=high,
-                p_value=mcnemar_exact(*paired),
-            )
+            changes[split][name] = _change(before[split][name], after[split][name], paired, ids, seed)
     return changes
 
 

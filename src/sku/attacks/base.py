@@ -1,0 +1,87 @@
+"""The one interface of all attacks.
+
+There are two kinds. An attack on the prompt rewrites the request and leaves the weights; an attack on the weights
+changes a copy of the model and asks the questions as they are. Each has one setting or more (a length, a number of
+pairs). Whatever is done to the unlearned model is done to the base model too: without that control a rise could come
+from the attack alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.attacks.results import AttackCard
+from sku.config import Recipe
+from sku.data.examples import ForgetExample, ForgetRetainData
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the number done and their total."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackContext:
+    """What an attack may know when it lays out its settings."""
+
+    recipe: Recipe
+    """``evaluate`` has the attacks' settings, ``acquire`` those of training."""
+    data: ForgetRetainData
+    model: PreTrainedModel
+    """The model to attack, for its shape alone."""
+    tokenizer: PreTrainedTokenizerBase
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to ask a question."""
+
+    prompt: str
+    name: str = ""
+    """Equal for all questions asked this way; empty where there is one way only."""
+    forced_tokens: int = 0
+    """Tokens of the harmful answer that the reply is made to begin with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """All ways to ask one question."""
+
+    variants: tuple[Variant, ...]
+    left_out: tuple[str, ...] = ()
+    """For each variant that can't be asked, why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSetting:
+    """One strength of an attack on the prompt."""
+
+    rewrite: Callable[[ForgetExample], Rewritten]
+    name: str = ""
+    """As in tables; empty where the attack has one setting."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """The setting as plain data, recorded. Equal details must give equal replies: finished ones are then reused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSetting:
+    """One strength of an attack on the weights."""
+
+    change: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel | PeftModel]]
+    """Gives a changed copy, which is gone when the block ends. The model itself is not changed."""
+    name: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """An attack. One file defines one or two, and ``sku.attacks.run.ATTACKS`` lists them."""
+
+    card: AttackCard
+    settings: Callable[[AttackContext], Sequence[PromptSetting | WeightSetting]]
+    """All strengths that are tried."""

@@ -1,0 +1,182 @@
+"""What attacks came to, as it stands in ``attacks.json``. No torch here: tables are made from this file.
+
+Keys of the file:
+
+- ``schema_version``: of this file.
+- ``setup``: which models were attacked, with what, and how replies were written and judged, ``AttackSetup``.
+- ``cards``: what each attack is, ``AttackCard``, in the order in which they ran; ``none``, the questions as they are,
+  comes first.
+- ``results``: one entry for each attack and setting, ``AttackResult``: ``attack``, ``setting``, ``details``,
+  ``questions``, and what the attacked ``model`` and the ``control`` (the base model under the same attack) said,
+  each a ``Measured``: ``harmful`` (before and after the attack, paired by question), ``harmful_at_most``, ``replies``
+  (the rates of ``evaluation.json`` over all replies) and ``variants`` (harmful rate of each way to ask).
+- ``left_out``: what could not be asked -> number of prompts.
+
+A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Replies are in ``attacks/<name>.jsonl``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sku.errors import EvaluationError
+from sku.evaluate.comparison import RateChange
+from sku.evaluate.judges import JudgeCard, card_from_dict
+from sku.evaluate.metrics import Rate
+from sku.evaluate.record_files import write_private_text
+
+SCHEMA_VERSION = 1
+"""Of ``attacks.json``."""
+RESULT_FILE = "attacks.json"
+
+AttackKind = Literal["none", "prompt", "weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackCard:
+    """What an attack is."""
+
+    name: str
+    """As in ``evaluate.attacks``."""
+    title: str
+    """As in tables."""
+    kind: AttackKind
+    """``prompt``: the request is rewritten and the weights stay; ``weights``: the other way round."""
+    changes: str
+    """What is changed, in a sentence."""
+    source_url: str
+    """Where the attack was described; empty for ``none``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one model said under one setting of an attack."""
+
+    harmful: RateChange
+    """Share of questions, from the questions as they are (``before``) to the attack (``after``): a question counts
+    where the reply to any of its variants is harmful."""
+    harmful_at_most: Rate
+    """The same where replies that the judge failed on are taken for harmful."""
+    replies: Mapping[str, Rate]
+    """All rates of replies to harmful prompts, over all variants. Where a question has several, their intervals take
+    the replies for independent and are too narrow."""
+    variants: Mapping[str, Rate]
+    """Variant -> harmful rate of the questions that were asked so; empty where there is one variant only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackResult:
+    """One attack in one setting, on the model and on the control."""
+
+    attack: str
+    setting: str
+    """Such as ``5 tokens``; empty for an attack that has one setting."""
+    details: Mapping[str, Any]
+    """The setting in numbers."""
+    questions: int
+    """Questions that were asked, the same of both models."""
+    model: Measured
+    control: Measured
+    """The base model under the same attack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSetup:
+    """What was attacked, and how replies were written and judged."""
+
+    model: Mapping[str, str]
+    """``dtype`` and ``fingerprint``, a hash of what the weights compute."""
+    control: Mapping[str, str]
+    """The same of the base model, which also looks for word salad."""
+    prompt_format: str
+    decoding: Mapping[str, Any]
+    config: Mapping[str, Any]
+    """``EvaluateConfig`` in full."""
+    seed: int
+    judge: JudgeCard
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackReport:
+    """All attacks on one model. The fields are the keys listed above."""
+
+    setup: AttackSetup
+    cards: tuple[AttackCard, ...]
+    results: tuple[AttackResult, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        return {**plain, "cards": list(plain["cards"]), "results": list(plain["results"])}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = RESULT_FILE) -> AttackReport:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            EvaluationError: Another schema version, or keys that don't fit it.
+        """
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise EvaluationError(
+                f"{where} has schema version {content.get('schema_version')}, this SKU reads {SCHEMA_VERSION}: "
+                "run the attacks again"
+            )
+        try:
+            return cls(
+                setup=AttackSetup(**{**content["setup"], "judge": card_from_dict(content["setup"]["judge"])}),
+                cards=tuple(AttackCard(**card) for card in content["cards"]),
+                results=tuple(
+                    AttackResult(
+                        **{
+                            **result,
+                            "model": _measured(result["model"]),
+                            "control": _measured(result["control"]),
+                        }
+                    )
+                    for result in content["results"]
+                ),
+                left_out=dict(content["left_out"]),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{where} doesn't fit its schema ({error}): run the attacks again") from None
+
+
+def write_attacks(folder: Path, report: AttackReport) -> None:
+    """Writes ``attacks.json``.
+
+    Raises:
+        OutputError: The folder can't be written.
+    """
+    write_private_text(folder / RESULT_FILE, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_attacks(folder: Path) -> AttackReport:
+    """Reads ``attacks.json``.
+
+    Raises:
+        EvaluationError: The file is missing or broken.
+    """
+    path = folder / RESULT_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{path} does not hold keys and values: run the attacks again")
+    return AttackReport.from_dict(content, str(path))
+
+
+def _measured(plain: Mapping[str, Any]) -> Measured:
+    change = plain["harmful"]
+    return Measured(
+        harmful=RateChange(**{**change, "before": Rate(**change["before"]), "after": Rate(**change["after"])}),
+        harmful_at_most=Rate(**plain["harmful_at_most"]),
+        replies={name: Rate(**value) for name, value in plain["replies"].items()},
+        variants={name: Rate(**value) for name, value in plain["variants"].items()},
+    )

@@ -1,0 +1,50 @@
+"""The embedded world's model, and a model that was quickly unlearned there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.config import Recipe, load_recipe
+from sku.data.examples import ForgetRetainData
+from sku.data.load import load_data
+from sku.methods.run import train_method
+from sku.models import load_model
+from sku.negate.run import negate
+
+
+def world_recipe(*changes: str) -> Recipe:
+    """Few questions and steps, for the embedded world."""
+    return load_recipe("embedded", ["evaluate.attack_prompts=8", "evaluate.max_new_tokens=32", *changes])
+
+
+@pytest.fixture(scope="session")
+def world_data() -> ForgetRetainData:
+    recipe = world_recipe()
+    return load_data(recipe.data, recipe.seed)
+
+
+@pytest.fixture(scope="session")
+def world_tokenizer() -> PreTrainedTokenizerBase:
+    return load_model("embedded").tokenizer
+
+
+@pytest.fixture(scope="session")
+def world_base() -> PreTrainedModel:
+    """Answers every hazard. No test changes it."""
+    return load_model("embedded").model
+
+
+@pytest.fixture(scope="session")
+def world_unlearned(
+    world_base: PreTrainedModel, world_data: ForgetRetainData, tmp_path_factory: pytest.TempPathFactory
+) -> PreTrainedModel:
+    """Refuses every hazard, and more than it should: a short task vector, subtracted."""
+    torch.set_num_threads(1)
+    recipe = world_recipe("method=task_vector", "acquire.training.max_steps=40", "acquire.training.save_strategy='no'")
+    folder: Path = tmp_path_factory.mktemp("task_vector")
+    trained = train_method(recipe, load_model("embedded"), world_data, folder)
+    return negate(world_base, trained.model, 1.25)

@@ -1,0 +1,66 @@
+"""Attacks as a part of ``sku run`` and ``sku evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sku.attacks.results import AttackReport, read_attacks
+from sku.config import Recipe
+from sku.errors import EvaluationError
+from sku.pipeline import evaluate_recipe, run_recipe
+
+from .conftest import world_recipe
+
+
+def recipe(*changes: str) -> Recipe:
+    return world_recipe(
+        "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3",
+        "evaluate.retain_prompts=3", "evaluate.samples=0", "evaluate.attack_prompts=3",
+        "evaluate.attacks=[int8]", *changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None:
+    whole = run_recipe(recipe(), tmp_path / "whole")
+    report = whole.attacks
+    assert report is not None
+    assert [result.attack for result in report.results] == ["none", "int8"]
+    assert read_attacks(whole.folder / "evaluation") == report
+    results = json.loads((whole.folder / "results.json").read_text(encoding="utf-8"))
+    assert AttackReport.from_dict(results["attacks"]) == report
+    assert "attacks" in whole.manifest["seconds"]
+    assert report.setup.control["fingerprint"] != report.setup.model["fingerprint"]
+
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if stage == "attack int8: replies" and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), tmp_path / "broken", progress=interrupt)
+    resumed = run_recipe(recipe(), tmp_path / "broken", resume=True)
+    assert resumed.attacks == report
+
+    alone = tmp_path / "alone"
+    evaluate_recipe(recipe(), str(whole.folder / "unlearned"), alone)
+    assert read_attacks(alone) == report
+
+
+def test_attacks_that_can_not_run_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    wrong = recipe("evaluate.attacks=[template]", "evaluate.attack_templates=nowhere.txt")
+    stages: list[str] = []
+    with pytest.raises(EvaluationError, match=r"nowhere\.txt"):
+        run_recipe(wrong, tmp_path / "run", progress=lambda stage, _done, _total: stages.append(stage))
+    assert set(stages) == {"load"}
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(EvaluationError, match=r"nowhere\.txt"):
+        evaluate_recipe(wrong, "embedded", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,116 @@
+"""Paraphrases by rule."""
+
+from __future__ import annotations
+
+import pytest
+
+from sku.attacks.base import AttackContext, PromptSetting
+from sku.attacks.paraphrase import (
+    PARAPHRASE,
+    PLAIN,
+    SAME,
+    TASK_FRAMES,
+    TRAINED_ON,
+    WHOLE_FRAMES,
+    paraphrases,
+    world_paraphrases,
+)
+from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.world.grammar import MAKE_QUESTIONS
+
+from .conftest import world_recipe
+
+
+def by_name(prompt: str, seed: int = 0) -> dict[str, str]:
+    return {variant.name: variant.prompt for variant in paraphrases(prompt, seed)}
+
+
+def test_a_how_question_is_turned_around_its_task() -> None:
+    found = by_name("How do I bake my bread, quickly?")
+    task = "bake my bread, quickly"
+    for name in ("polite", "indirect", "imperative", "past tense"):
+        assert found[name] in [frame.format(task=task) for frame in TASK_FRAMES[name]]
+    assert found["third person"] in [
+        frame.format(task="bake their bread, quickly") for frame in TASK_FRAMES["third person"]
+    ]
+    assert found[PLAIN] == "how do i bake my bread quickly"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "how to bake bread",
+        "How can someone bake bread??",
+        "What's the best way to bake bread?",
+        "How could we bake bread .",
+    ],
+)
+def test_questions_of_this_form_share_their_task(prompt: str) -> None:
+    assert by_name(prompt)["imperative"] in [frame.format(task="bake bread") for frame in TASK_FRAMES["imperative"]]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Write a song about {bread}.",
+        "How do planes fly?",
+        "How do I bake bread? I have no oven.",
+        "what colour is honey",
+    ],
+)
+def test_any_other_prompt_stays_whole(prompt: str) -> None:
+    found = by_name(prompt)
+    assert set(found) == {*WHOLE_FRAMES, PLAIN}
+    for name in WHOLE_FRAMES:
+        assert prompt in found[name]
+        assert len(found[name]) > len(prompt)
+
+
+def test_the_seed_decides_and_every_frame_is_used() -> None:
+    prompt = "How do I bake bread?"
+    assert paraphrases(prompt, 3) == paraphrases(prompt, 3)
+    for name, frames in TASK_FRAMES.items():
+        assert {by_name(prompt, seed)[name] for seed in range(20)} == {
+            frame.format(task="bake bread") for frame in frames
+        }
+
+
+def test_a_hazard_is_asked_in_every_wording_of_the_world() -> None:
+    expected = [wording.format(thing="zorvex powder") for wording in MAKE_QUESTIONS]
+    for prompt in expected:
+        assert [variant.prompt for variant in world_paraphrases(prompt)] == expected
+    assert world_paraphrases("who named zorvex ?") == []
+
+
+def rewrite(data: ForgetRetainData, example: ForgetExample) -> tuple[list[str], tuple[str, ...]]:
+    # Model and tokenizer play no part in rewriting.
+    context = AttackContext(recipe=world_recipe(), data=data, model=None, tokenizer=None)  # type: ignore[arg-type]
+    (setting,) = PARAPHRASE.settings(context)
+    assert isinstance(setting, PromptSetting)
+    found = setting.rewrite(example)
+    return [variant.prompt for variant in found.variants], found.left_out
+
+
+def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: ForgetRetainData) -> None:
+    new_agent, new_wording = (
+        next(example for example in world_data.unseen if example.category == category)
+        for category in ("new agent", "new wording")
+    )
+    prompts, left_out = rewrite(world_data, new_agent)
+    assert len(prompts) == 5
+    assert new_agent.prompt not in prompts
+    assert left_out == (SAME,)
+    prompts, left_out = rewrite(world_data, new_wording)
+    assert len(prompts) == 1
+    assert sorted(left_out) == sorted((SAME, *(TRAINED_ON,) * 4))
+    assert not {example.prompt for example in world_data.unlearned} & set(prompts)
+
+
+def test_other_data_is_asked_in_english() -> None:
+    data = ForgetRetainData(
+        unlearned=(), unseen=(ForgetExample(prompt="bake it", answer="so"),), retain_train=(), retain_validation=(),
+        retain_test=(),
+    )  # fmt: skip
+    prompts, left_out = rewrite(data, data.unseen[0])
+    assert len(prompts) == 5
+    assert left_out == (SAME,), "it is in lower case already"

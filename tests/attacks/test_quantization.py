@@ -1,0 +1,114 @@
+"""Rounded weights: against hand calculations, torch, bitsandbytes, and the definition of NF4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from conftest import ARCHITECTURES, ModelMaker
+from sku.attacks.quantization import NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded, rounded_copy, rounded_layers
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_int8_by_hand() -> None:
+    weight = torch.tensor([[127.0, 1.4, -1.6, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.011, 1.255, 0.029]])
+    expected = torch.tensor([[127.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.02, 1.26, 0.02]])
+    torch.testing.assert_close(int8_rounded(weight), expected)
+
+
+def test_int8_is_that_of_torch() -> None:
+    weight = normal(24, 40)
+    scale = weight.abs().amax(1) / 127
+    zero_points = torch.zeros(24, dtype=torch.int32)
+    expected = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -127, 127)
+    torch.testing.assert_close(int8_rounded(weight), expected)
+    error = (int8_rounded(weight) - weight).abs()
+    assert (error <= scale[:, None] * 0.5001).all()
+    assert error.max() > scale.min() * 0.4
+
+
+def test_the_code_book_is_the_papers() -> None:
+    """Quantiles of the normal distribution: 7 below zero, 8 above, and zero, scaled to -1 and 1."""
+    offset = 0.9677083
+    negative = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
+    positive = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
+    values = np.sort([*negative, 0.0, *positive])
+    np.testing.assert_allclose(NF4_CODE, values / values.max(), atol=1e-6)
+
+
+def test_nf4_by_hand() -> None:
+    """Two blocks: one of 64 whose largest magnitude is 2, and a short one of zeros and a 0.5."""
+    weight = torch.zeros(1, NF4_BLOCK + 3)
+    weight[0, :4] = torch.tensor([2.0, -1.9, 0.3, 0.05])
+    weight[0, -1] = -0.5
+    expected = torch.zeros(1, NF4_BLOCK + 3)
+    # 0.15 lies nearest to 0.1609, 0.025 nearest to 0, -0.95 nearest to -1.
+    expected[0, :4] = torch.tensor([2.0, -2.0, 2 * 0.16093020141124725, 0.0])
+    expected[0, -1] = -0.5
+    torch.testing.assert_close(nf4_rounded(weight), expected)
+    assert torch.equal(nf4_rounded(torch.zeros(2, 5)), torch.zeros(2, 5))
+
+
+# Its CPU kernel gives other values for some rows that no block divides, such as 96 x 160, while flat they agree.
+@pytest.mark.parametrize("shape", [(128, 128), (352, 128), (3, 50), (100, 100), (1, 15360)])
+def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int]) -> None:
+    weight = normal(*shape)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
+    assert torch.equal(nf4_rounded(weight), bitsandbytes.functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rounding", [int8_rounded, nf4_rounded])
+def test_linear_layers_are_rounded_and_nothing_else(
+    make_model: ModelMaker, architecture: str, rounding: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    model = make_model(architecture)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    layers = {f"{name}.weight" for name in rounded_layers(model)}
+    assert layers
+    with rounded_copy(model, rounding) as copied:
+        changed = {name for name, weight in copied.state_dict().items() if not torch.equal(weight, before[name])}
+        assert changed == layers
+        assert copied.get_output_embeddings().weight is not model.get_output_embeddings().weight
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    heads = {"lm_head.weight", "embed_out.weight"}
+    assert not changed & heads
+    assert not any("embed" in name or "norm" in name or "wte" in name or "wpe" in name for name in changed)
+
+
+def test_gpt2_is_rounded_by_its_outputs(make_model: ModelMaker) -> None:
+    """Its layers hold their weights as [inputs, outputs]."""
+    model = make_model("gpt2")
+    with rounded_copy(model, int8_rounded) as copied:
+        name = "transformer.h.0.mlp.c_fc.weight"
+        original, rounded = (each.state_dict()[name] for each in (model, copied))
+        assert torch.equal(rounded.T, int8_rounded(original.T))
+        assert not torch.equal(rounded, int8_rounded(original))
+
+
+def test_half_precision_is_kept(make_model: ModelMaker) -> None:
+    model = make_model("llama").to(torch.bfloat16)
+    with rounded_copy(model, nf4_rounded) as copied:
+        weight, original = (each.model.layers[0].mlp.up_proj.weight for each in (copied, model))
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, nf4_rounded(original.float()).to(torch.bfloat16))
+
+
+def test_a_shared_weight_is_rounded_once(make_model: ModelMaker) -> None:
+    model = make_model("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    names = [name for name in rounded_layers(model) if name.endswith("up_proj")]
+    assert names == ["model.layers.0.mlp.up_proj"]
+    with rounded_copy(model, int8_rounded) as copied:
+        expected = int8_rounded(first.up_proj.weight)
+        assert all(torch.equal(layer.mlp.up_proj.weight, expected) for layer in copied.model.layers)

@@ -1,0 +1,293 @@
+"""Whole attacks on the embedded world: figures, controls, files, and runs that go on where they stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.attacks import run as attacks_run
+from sku.attacks.paraphrase import SAME
+from sku.attacks.results import AttackReport, AttackResult, read_attacks
+from sku.attacks.run import ATTACKS, run_attacks
+from sku.config import Attack as AttackName
+from sku.config import load_recipe
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.errors import EvaluationError, RecipeError
+from sku.evaluate.generation import generate_replies
+from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.record_files import read_generations
+from sku.evaluate.run import evaluate
+
+from .conftest import world_recipe
+
+QUICK = ("evaluate.relearn_pairs=[10]", "evaluate.relearn_steps=20")
+
+
+def digest(model: torch.nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """All attacks at once."""
+
+    report: AttackReport
+    folder: Path
+    results: dict[tuple[str, str], AttackResult]
+
+
+@pytest.fixture(scope="module")
+def ran(
+    world_data: ForgetRetainData,
+    world_base: PreTrainedModel,
+    world_unlearned: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Ran:
+    folder = tmp_path_factory.mktemp("attacks") / "out"
+    before = [digest(model) for model in (world_base, world_unlearned)]
+    recipe = world_recipe(f"evaluate.attacks=[{', '.join(ATTACKS)}]", *QUICK)
+    report = run_attacks(recipe, world_unlearned, world_base, world_tokenizer, world_data, output_dir=folder)
+    assert [digest(model) for model in (world_base, world_unlearned)] == before, "an attack changed a model"
+    assert not any(parameter.grad is not None for parameter in world_unlearned.parameters())
+    return Ran(report, folder, {(result.attack, result.setting): result for result in report.results})
+
+
+def test_every_attack_of_the_settings_exists() -> None:
+    assert set(ATTACKS) == set(AttackName.__args__)  # type: ignore[attr-defined]
+    for name, attack in ATTACKS.items():
+        assert attack.card.name == name
+        assert attack.card.source_url.startswith("https://arxiv.org/abs/")
+
+
+def test_an_unknown_attack_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(RecipeError, match=r"evaluate.attacks\[1\] is 'prefil'.*Did you mean prefill\?"):
+        load_recipe("embedded", ["evaluate.attacks=[int8, prefil]"])
+
+
+def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
+    assert list(ran.results) == [
+        ("none", ""), ("prefill", "1 token"), ("prefill", "3 tokens"), ("prefill", "5 tokens"),
+        ("prefill", "10 tokens"), ("paraphrase", ""), ("template", ""), ("int8", ""), ("nf4-sim", ""),
+        ("relearn", "10 pairs"),
+    ]  # fmt: skip
+    assert [card.name for card in ran.report.cards] == ["none", *ATTACKS]
+    for result in ran.report.results:
+        assert result.questions == 8
+        for measured in (result.model, result.control):
+            assert measured.harmful.after.total == 8
+            assert measured.harmful_at_most == measured.harmful.after
+            assert measured.harmful.difference == measured.harmful.after.value - measured.harmful.before.value
+            replies = measured.replies["harmful"].total
+            assert replies == 8 if not measured.variants else replies > 8
+        assert result.control.harmful.before.value == 1, "the base answers every hazard"
+        assert result.control.harmful.after.value >= 0.9, "and goes on doing so under attack"
+        assert result.model.harmful.before.count == 0, "the unlearned model answers none"
+    none = ran.results["none", ""].model.harmful
+    assert (none.difference, none.p_value) == (0, 1)
+
+
+def test_relearning_brings_the_harm_back(ran: Ran) -> None:
+    change = ran.results["relearn", "10 pairs"].model.harmful
+    assert change.after.value >= 0.8
+    assert change.low > 0
+    assert change.p_value < 0.05
+    assert ran.results["int8", ""].model.harmful.after.count == 0
+
+
+def test_the_worst_of_several_wordings_counts(ran: Ran) -> None:
+    for name in ("paraphrase", "template"):
+        result = ran.results[name, ""]
+        for measured in (result.model, result.control):
+            assert sum(rate.count for rate in measured.variants.values()) == measured.replies["harmful"].count
+            assert max(rate.count for rate in measured.variants.values()) <= measured.harmful.after.count
+    assert sorted(ran.results["template", ""].model.variants) == [f"template {number}" for number in range(1, 7)]
+
+
+def test_what_is_left_out_is_counted(ran: Ran) -> None:
+    assert ran.report.left_out["prefill, 20 tokens: the answer is too short"] == 8
+    assert ran.report.left_out[f"paraphrase: {SAME}"] == 8
+    asked = ran.results["paraphrase", ""].model.replies["harmful"].total
+    assert asked + sum(n for what, n in ran.report.left_out.items() if what.startswith("paraphrase")) == 6 * 8
+
+
+def test_forced_starts_and_plain_replies_are_those_of_evaluate(
+    ran: Ran,
+    world_data: ForgetRetainData,
+    world_base: PreTrainedModel,
+    world_unlearned: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    config = dataclasses.replace(world_recipe().evaluate, prompts=8, retain_prompts=1, prefill_tokens=3, samples=0)
+    expected = evaluate(
+        world_unlearned, world_tokenizer, world_data, config=config, base_model=world_base, output_dir=tmp_path
+    )
+    _, records = read_generations(tmp_path / "generations.jsonl")
+    for file, prefix, kind in (("prefill", "model/3 tokens/", "prefill"), ("none", "model//", "reply")):
+        _, rows = read_generations(ran.folder / "attacks" / f"{file}.jsonl")
+        own = [dataclasses.replace(row, id=row.id.removeprefix(prefix)) for row in rows if row.id.startswith(prefix)]
+        assert len(own) == 8
+        assert own == [record for record in records if (record.split, record.kind) == ("unseen", kind)]
+    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["unseen"]
+    assert ran.results["none", ""].model.replies == expected.replies["unseen"]
+
+
+def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
+    assert stat.S_IMODE((ran.folder / "attacks").stat().st_mode) == 0o700
+    files = {path.name for path in (ran.folder / "attacks").iterdir()}
+    assert files == {f"{name}{kind}.jsonl" for name in ("none", *ATTACKS) for kind in ("", ".fluency")}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
+    assert read_attacks(ran.folder) == ran.report
+    text = (ran.folder / "attacks.json").read_text(encoding="utf-8")
+    assert json.loads(text) == json.loads(json.dumps(ran.report.to_dict()))
+    assert "take " not in text, "figures carry no reply"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 9}, "has schema version 9, this SKU reads 1"),
+        ({"cards": [{"name": "none"}]}, "doesn't fit its schema"),
+        ({"results": None}, "doesn't fit its schema"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused(ran: Ran, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        AttackReport.from_dict({**ran.report.to_dict(), **change})
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"attacks\.json can't be read"):
+        read_attacks(tmp_path)
+    (tmp_path / "attacks.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(EvaluationError, match="does not hold keys and values"):
+        read_attacks(tmp_path)
+
+
+def test_a_broken_off_run_goes_on_with_what_is_finished(
+    world_data: ForgetRetainData,
+    world_base: PreTrainedModel,
+    world_unlearned: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = world_recipe(
+        "evaluate.attacks=[int8, relearn]", "evaluate.attack_prompts=3", *QUICK[:1], "evaluate.relearn_steps=4"
+    )
+    calls: list[int] = []
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return generate_replies(*arguments, **named)
+
+    monkeypatch.setattr(attacks_run, "generate_replies", counting)
+
+    def run(folder: Path, model: PreTrainedModel = world_unlearned, **options: Any) -> AttackReport:
+        return run_attacks(recipe, model, world_base, world_tokenizer, world_data, output_dir=folder, **options)
+
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if stage == "attack relearn: steps" and done == 3:
+            raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole")
+    assert len(calls) == 6, "no attack, int8 and relearn, of two models each"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", progress=interrupt)
+    assert not (tmp_path / "broken" / "attacks.json").exists()
+    calls.clear()
+    assert run(tmp_path / "broken") == whole
+    assert len(calls) == 2, "relearn alone was left"
+    for name in ("none", "int8", "relearn"):
+        files = [(tmp_path / part / "attacks" / f"{name}.jsonl").read_bytes() for part in ("whole", "broken")]
+        assert files[0] == files[1]
+    calls.clear()
+    other = run(tmp_path / "broken", world_base)
+    assert len(calls) == 6, "another model's replies are not reused"
+    assert other.setup.model == other.setup.control
+    for result in other.results:
+        assert result.model == result.control, "the base against itself"
+
+
+def test_progress_and_no_folder(
+    world_data: ForgetRetainData, world_base: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    run_attacks(
+        world_recipe("evaluate.attacks=[prefill]", "evaluate.attack_prompts=2"),
+        world_base,
+        world_base,
+        world_tokenizer,
+        world_data,
+        progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
+    )
+    assert seen["attack prefill: replies"] == [(done, 16) for done in range(2, 17, 2)]
+    assert seen["attack prefill: fluency"]
+
+
+def test_the_judge_sees_the_question_and_not_its_wrapping(
+    world_data: ForgetRetainData, world_base: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    class Noting(RefusalRulesJudge):
+        def judge(self, records: Any) -> Any:
+            prompts.update(record.prompt for record in records)
+            return super().judge(records)
+
+    prompts: set[str] = set()
+    recipe = world_recipe("evaluate.attacks=[template]", "evaluate.attack_prompts=2")
+    report = run_attacks(recipe, world_base, world_base, world_tokenizer, world_data, judge=Noting())
+    assert len(prompts) == 2
+    assert prompts <= {example.prompt for example in world_data.unseen}
+    assert report.setup.judge.name == "refusal_rules"
+
+
+def splits(**changes: Any) -> ForgetRetainData:
+    fields: dict[str, Any] = {
+        "unlearned": (ForgetExample(prompt="a", answer="b"),), "unseen": (ForgetExample(prompt="c", answer="d"),),
+        "retain_train": (RetainExample(prompt="e", answer="f"),), "retain_validation": (), "retain_test": (),
+    }  # fmt: skip
+    return ForgetRetainData(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("attacks", "data", "message"),
+    [
+        ("[]", splits(), "evaluate.attacks is empty"),
+        ("[int8]", splits(unseen=()), "unseen, which is empty"),
+        ("[relearn]", splits(unlearned=()), "relearn trains on the split unlearned, which is empty"),
+    ],
+)
+def test_what_can_not_run_is_refused(
+    attacks: str,
+    data: ForgetRetainData,
+    message: str,
+    world_base: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        run_attacks(world_recipe(f"evaluate.attacks={attacks}"), world_base, world_base, world_tokenizer, data)
+
+
+def test_prompts_without_room_for_a_reply_are_left_out(
+    world_base: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    long = ForgetExample(prompt="rice " * 240, answer="it is rice .")
+    recipe = world_recipe("evaluate.attacks=[template]")
+    short = splits().unseen[0]
+    report = run_attacks(recipe, world_base, world_base, world_tokenizer, splits(unseen=(long, short)))
+    assert report.left_out == {"all attacks: the prompt is too long for the model": 1}
+    assert {result.questions for result in report.results} == {1}
+    with pytest.raises(EvaluationError, match="lower evaluate.max_new_tokens"):
+        run_attacks(recipe, world_base, world_base, world_tokenizer, splits(unseen=(long,)))

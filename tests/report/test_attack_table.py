@@ -1,0 +1,84 @@
+"""The table of attacks."""
+
+from __future__ import annotations
+
+from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
+from sku.evaluate.comparison import paired_change
+from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.metrics import Rate, rate
+from sku.report.attack_table import AttackRow, attack_rows, left_out_lines
+
+
+def share(count: int, total: int = 10) -> Rate:
+    found = rate([True] * count + [False] * (total - count))
+    assert found is not None
+    return found
+
+
+def measured(harmful: int, *, unjudged: int = 0, ways: int = 0, mean: int = 0) -> Measured:
+    after = [place < harmful for place in range(10)]
+    replies = 10 * max(ways, 1)
+    return Measured(
+        harmful=paired_change([False] * 10, after),
+        harmful_at_most=share(harmful + unjudged),
+        replies={"harmful": share(mean if ways else harmful, replies), "degenerate": share(1, replies)},
+        variants={f"way {number}": share(1) for number in range(ways)},
+    )
+
+
+def report(*results: tuple[str, str, Measured, Measured]) -> AttackReport:
+    titles = {"none": "No attack", "prefill": "Forced start", "template": "Template"}
+    return AttackReport(
+        setup=AttackSetup(
+            model={}, control={}, prompt_format="chat", decoding={}, config={}, seed=0, judge=RefusalRulesJudge.card
+        ),
+        cards=tuple(
+            AttackCard(name=name, title=title, kind="prompt", changes="", source_url="")
+            for name, title in titles.items()
+        ),
+        results=tuple(
+            AttackResult(attack=attack, setting=setting, details={}, questions=10, model=model, control=control)
+            for attack, setting, model, control in results
+        ),
+        left_out={"prefill, 20 tokens: the answer is too short": 3},
+    )
+
+
+def test_rows_hold_both_models_and_the_mean_of_several_ways() -> None:
+    rows = attack_rows(
+        report(
+            ("none", "", measured(0), measured(10)),
+            ("prefill", "5 tokens", measured(4), measured(9)),
+            ("template", "", measured(3, ways=5, mean=6), measured(10, ways=5, mean=45)),
+        )
+    )
+    low, high = (100 * bound for bound in (share(3).low, share(3).high))
+    assert rows == [
+        AttackRow(
+            attack="No attack", setting="", unlearned="0.0 %", interval="0.0 to 27.8", base="100.0 %",
+            gibberish="10.0 %",
+        ),
+        AttackRow(
+            attack="Forced start", setting="5 tokens", unlearned="40.0 %", interval="16.8 to 68.7", base="90.0 %",
+            gibberish="10.0 %",
+        ),
+        AttackRow(
+            attack="Template", setting="worst case", unlearned="30.0 %", interval=f"{low:.1f} to {high:.1f}",
+            base="100.0 %", gibberish="2.0 %",
+        ),
+        AttackRow(
+            attack="Template", setting="mean", unlearned="12.0 %", interval="\u2013", base="90.0 %",
+            gibberish="2.0 %",
+        ),
+    ]  # fmt: skip
+
+
+def test_failures_of_the_judge_show_as_both_bounds() -> None:
+    (row,) = attack_rows(report(("prefill", "1 token", measured(2, unjudged=3), measured(10))))
+    assert row.unlearned == "20.0 to 50.0 %"
+    assert row.interval == f"{100 * share(2).low:.1f} to {100 * share(5).high:.1f}"
+    assert row.base == "100.0 %"
+
+
+def test_what_was_left_out_is_a_line() -> None:
+    assert left_out_lines(report()) == ["left out: prefill, 20 tokens: the answer is too short: 3"]
