@@ -32,10 +32,17 @@ def evaluate(
     forget: ForgetOption = None,
     retain: RetainOption = None,
     seed: SeedOption = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, such as mmlu,hellaswag."),
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
+    if lm_eval is not None:
+        tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
+        overrides = [*(overrides or []), f"evaluate.lm_eval={json.dumps(tasks)}"]
     settings = resolve_recipe(recipe, model=base, forget=forget, retain=retain, seed=seed, overrides=overrides)
 
     quiet_libraries()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -9,9 +10,16 @@ from typing import TypeVar
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
-from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY_FILE, read_generations, read_rows
-from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Kind, Split
-from sku.evaluate.results import EvaluationResult, EvaluationSetup, read_result
+from sku.evaluate.record_files import (
+    FLUENCY_FILE,
+    GENERATIONS_FILE,
+    PERPLEXITY_FILE,
+    RELEVANCE_FILE,
+    read_generations,
+    read_rows,
+)
+from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, Kind, RelevanceRow, Split
+from sku.evaluate.results import JUDGE_FREE, EvaluationResult, EvaluationSetup, read_result
 
 SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe")
 T = TypeVar("T")
@@ -23,6 +31,7 @@ def measure(
     fluency: Sequence[FluencyRecord],
     losses: Sequence[ExampleLoss],
     judge: Judge,
+    relevance: Sequence[RelevanceRow] = (),
 ) -> EvaluationResult:
     """Judges and counts.
 
@@ -32,6 +41,7 @@ def measure(
         fluency: The base model's losses on them.
         losses: Losses on the dataset's own answers.
         judge: Asked about replies to harmful prompts.
+        relevance: Cosines of harmful prompts and replies, where an embedding model was asked.
 
     Returns:
         All rates and perplexities, with the rows they were counted from.
@@ -44,6 +54,7 @@ def measure(
         judge,
         {record.id: record for record in fluency},
         short_answer_words=setup.config["short_answer_words"],
+        cosines={row.id: row.cosine for row in relevance},
     )
     return EvaluationResult(
         setup=setup,
@@ -78,7 +89,12 @@ def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
     _, generations = read_generations(folder / GENERATIONS_FILE)
     _, fluency = read_rows(folder / FLUENCY_FILE, FluencyRecord)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
-    return measure(read_result(folder).setup, generations, fluency, losses, judge)
+    before = read_result(folder)
+    relevance: list[RelevanceRow] = []
+    if before.setup.config["embedding_model"] is not None:
+        _, relevance = read_rows(folder / RELEVANCE_FILE, RelevanceRow)
+    result = measure(before.setup, generations, fluency, losses, judge, relevance)
+    return dataclasses.replace(result, **{name: getattr(before, name) for name in JUDGE_FREE})
 
 
 def _per_split(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
+from sku.report.table_rows import TableRow as TableRow
+from sku.report.utility_tables import utility_rows
 
 COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "wanted")
 """Of the Markdown table; ``95 %`` is the interval of the column before it."""
@@ -29,30 +30,8 @@ _NORMAL_MEASURES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableRow:
-    """One line of the table; the fields are its columns, in words."""
-
-    section: str
-    """What was asked: ``trained-on prompts``, ``unseen prompts, forced start``, ``perplexity``, ..."""
-    measure: str
-    before: str
-    after: str
-    interval: str
-    """95 % interval of ``after``; of the ratio for a perplexity."""
-    change: str
-    """Difference in points, or ratio, with its 95 % interval."""
-    wanted: str
-    """``down``, ``up``, ``same`` or empty where neither is better."""
-
-    @property
-    def label(self) -> str:
-        """Section and measure in one."""
-        return f"{self.section}: {self.measure}"
-
-
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
-    """The whole comparison: replies to harmful prompts, forced starts, normal prompts, perplexities.
+    """The whole comparison: replies to harmful prompts, forced starts, normal prompts, perplexities, other utility.
 
     Args:
         comparison: From ``compare``.
@@ -68,6 +47,7 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
     rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
     rows += _perplexity_rows(comparison.perplexity)
+    rows += utility_rows(comparison)
     return rows
 
 
