@@ -57,11 +57,20 @@ def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 @pytest.fixture
 def embedding_folder(tmp_path: Path) -> Path:
     """A random sentence encoder in the format of all-MiniLM-L6-v2, with a few words and all letters."""
-    letters = [letter for letter in "abcdefghijklmnopqrstuvwxyz.?'"]
-    words = ["bread", "is", "golden", "florn", "sings", "of", "and", "honey", "the", "moon", "do", "thing", "say", "it"]
+    letters = list("abcdefghijklmnopqrstuvwxyz.?'")
+    words = "bread is golden florn sings of and honey the moon do thing say it".split()
     folder = tmp_path / "embedder"
     folder.mkdir()
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *words,
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     torch.manual_seed(0)

@@ -127,8 +127,8 @@ def test_means_are_per_token_and_intervals_over_examples() -> None:
     normal = found["retain_test"]
     assert (normal.kl, normal.top1, normal.tokens, normal.examples) == (4 / 8, 7 / 8, 8, 2)
     # Two examples: each drawn twice is the extreme, and more frequent than 2.5 %.
-    assert (normal.kl_low, normal.kl_high) == (pytest.approx(1 / 6), pytest.approx(3 / 2))
-    assert (normal.top1_low, normal.top1_high) == (pytest.approx(1 / 2), pytest.approx(1))
+    assert (normal.kl_low, normal.kl_high) == pytest.approx((1 / 6, 3 / 2))
+    assert (normal.top1_low, normal.top1_high) == pytest.approx((1 / 2, 1))
     benign = found["benign"]
     assert (benign.kl, benign.kl_low, benign.kl_high, benign.top1) == (0.5, 0.5, 0.5, 0)
     assert agreement_of(rows, seed=3) == agreement_of(rows, seed=3)

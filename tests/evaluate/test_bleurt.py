@@ -108,9 +108,7 @@ def make_checkpoint(tmp_path: Path) -> Maker:
 
 @pytest.mark.parametrize("embedding_size", [None, 8])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_scores_are_those_of_the_package(
-    make_checkpoint: Maker, embedding_size: int | None, batch_size: int
-) -> None:
+def test_scores_are_those_of_the_package(make_checkpoint: Maker, embedding_size: int | None, batch_size: int) -> None:
     folder = make_checkpoint(embedding_size=embedding_size, safetensors=embedding_size is not None)
     bleurt = load_bleurt(str(folder), torch.device("cpu"))
     scores = bleurt.score([pair[0] for pair in PAIRS], [pair[1] for pair in PAIRS], batch_size=batch_size)

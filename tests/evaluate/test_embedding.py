@@ -21,9 +21,7 @@ CPU = torch.device("cpu")
 def test_embeddings_are_the_mean_of_each_text_alone(embedding_folder: Path, batch_size: int) -> None:
     embedder = load_embedder(str(embedding_folder), CPU)
     done: list[tuple[int, int]] = []
-    found = embedder.embed(
-        TEXTS, batch_size=batch_size, progress=lambda count, total: done.append((count, total))
-    )
+    found = embedder.embed(TEXTS, batch_size=batch_size, progress=lambda count, total: done.append((count, total)))
     assert found.shape == (5, 16)
     assert done[-1] == (4, 4), "a text that comes twice is embedded once"
     for text, vector in zip(TEXTS, found, strict=True):

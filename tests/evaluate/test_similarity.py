@@ -51,7 +51,9 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
 
 
 def test_chrf_is_between_0_and_1() -> None:
-    found = chrf(["the florn is golden", "the florn is golden", "bread", "abc"], ["the florn is golden", "xxx", "", "ab"])
+    found = chrf(
+        ["the florn is golden", "the florn is golden", "bread", "abc"], ["the florn is golden", "xxx", "", "ab"]
+    )
     # "abc" and "ab": precision 1 and 1, recall 2/3 and 1/2, for one letter and two; F with beta 2 of their means.
     precision, recall = 1, (2 / 3 + 1 / 2) / 2
     assert found == pytest.approx([1, 0, 0, 5 * precision * recall / (4 * precision + recall)])
@@ -76,7 +78,8 @@ def test_the_nearest_answer_counts_and_a_degenerate_reply_counts_as_nothing() ->
     assert all(row.chrf is None and row.cosine is None for row in rows)
     found = similarity_of(rows, seed=0)
     assert list(found) == ["rouge_l", "bleurt"]
-    assert (found["rouge_l"].value, found["rouge_l"].examples) == (pytest.approx(1.5 / 4), 4)
+    assert found["rouge_l"].value == pytest.approx(1.5 / 4)
+    assert found["rouge_l"].examples == 4
     assert 0 <= found["rouge_l"].low < 1.5 / 4 < found["rouge_l"].high <= 1
     assert similarity_of([], seed=0) == {}
 
@@ -132,8 +135,12 @@ def test_an_evaluation_holds_similarity_and_relevance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[int] = []
-    real = compare_with_references
-    monkeypatch.setattr(utility, "compare_with_references", lambda *given: (made.append(1), real(*given))[1])
+
+    def counting(*given: Any) -> list[SimilarityRow]:
+        made.append(1)
+        return compare_with_references(*given)
+
+    monkeypatch.setattr(utility, "compare_with_references", counting)
     config = dataclasses.replace(
         CONFIG, similarity=("cosine", "rouge_l", "chrf"), embedding_model=str(embedding_folder)
     )
@@ -157,7 +164,9 @@ def test_an_evaluation_holds_similarity_and_relevance(
     assert [row.id for row in relevance] == [row.id for row in generations if row.split not in NORMAL_SPLITS]
     embedder = load_embedder(str(embedding_folder), CPU)
     for row, record in zip(relevance, generations, strict=False):
-        assert row.cosine == pytest.approx(cosines(embedder, [record.prompt], [record.reply], batch_size=1)[0], abs=1e-5)
+        assert row.cosine == pytest.approx(
+            cosines(embedder, [record.prompt], [record.reply], batch_size=1)[0], abs=1e-5
+        )
     assert read_result(folder) == result
     assert judge_again(folder, Harmless()) == result
     assert judge_again(folder, RefusalRulesJudge()).similarity == result.similarity
@@ -186,9 +195,7 @@ def test_cosines_decide_what_is_evasive(make_record: RecordMaker) -> None:
         assert result.replies["unseen"]["evasive"].count == 1
 
 
-def test_changes_are_paired_by_reply(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     base = evaluate(tiny_model, tiny_tokenizer, DATA, config=CONFIG)
     scores = [0.1, 0.5, 0.9]
     rows = [dataclasses.replace(row, rouge_l=score) for row, score in zip(base.similarity_rows, scores, strict=True)]

@@ -21,7 +21,7 @@ from sku.evaluate.record_files import TRUTHFULQA_FILE, read_rows
 from sku.evaluate.records import ChoiceRow
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
-from sku.evaluate.truthfulqa_mc import Question, choice_scores, load_questions, untrained
+from sku.evaluate.truthfulqa_mc import Question, choice_rows, choice_scores, load_questions, untrained
 
 CSV = ("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source")
 # On a model without knowledge every token costs the same, so shorter answers are likelier: one token a byte.
@@ -95,7 +95,8 @@ def test_mc1_and_mc2_by_hand() -> None:
     assert far.mc2 == pytest.approx(0.25)
     found = choice_scores([first, far], seed=0)
     assert found is not None
-    assert (found.mc1.value, found.mc2.value, found.questions) == (0.5, pytest.approx(0.375), 2)
+    assert (found.mc1.value, found.questions) == (0.5, 2)
+    assert found.mc2.value == pytest.approx(0.375)
     assert (found.mc2.low, found.mc2.high) == pytest.approx((0.25, 0.5))
     assert found.mc1.low == pytest.approx(0.0945, abs=1e-4), "Wilson, 1 of 2"
     assert choice_scores([], seed=0) is None
@@ -132,9 +133,7 @@ def test_a_known_model_scores_what_it_must(
         # The format puts no token between question and answer that the answer would have to share.
         assert row.correct == pytest.approx(expected, abs=log_v + 1e-3)
         steps = [(own - other) / log_v for own, other in zip(row.correct, row.incorrect, strict=False)]
-        lengths = [
-            len(other) - len(own) for own, other in zip(question.correct, question.incorrect, strict=False)
-        ]
+        lengths = [len(other) - len(own) for own, other in zip(question.correct, question.incorrect, strict=False)]
         assert steps == pytest.approx(lengths, abs=1e-4)
     # "bird" is shorter than both fish and stone; "yes it can" is longer than "no"; "no" is shorter than "it is".
     assert result.truthfulqa is not None
@@ -153,8 +152,12 @@ def test_only_questions_that_were_not_trained_on_are_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[int] = []
-    real = utility.choice_rows
-    monkeypatch.setattr(utility, "choice_rows", lambda *given: (made.append(1), real(*given))[1])
+
+    def counting(*given: Any) -> list[ChoiceRow]:
+        made.append(1)
+        return choice_rows(*given)
+
+    monkeypatch.setattr(utility, "choice_rows", counting)
     config = dataclasses.replace(CONFIG, truthfulqa=write(tmp_path / "TruthfulQA.csv", ROWS))
     data = dataclasses.replace(
         DATA,
@@ -164,7 +167,11 @@ def test_only_questions_that_were_not_trained_on_are_asked(
 
     def again(**changes: Any) -> Any:
         return evaluate(
-            tiny_model, tiny_tokenizer, data, config=dataclasses.replace(config, **changes), output_dir=tmp_path / "out"
+            tiny_model,
+            tiny_tokenizer,
+            data,
+            config=dataclasses.replace(config, **changes),
+            output_dir=tmp_path / "out",
         )
 
     result = again()

@@ -136,13 +136,27 @@ def _task_manager(tasks: tuple[str, ...], include: str | None) -> Any:
         if set(tasks) <= set(own.all_tasks):
             return own
     manager = TaskManager(include_path=None if include is None else str(folder))
+    check_known(tasks, manager.all_tasks, include)
+    return manager
+
+
+def check_known(tasks: Sequence[str], known: Sequence[str], include: str | None) -> None:
+    """Refuses a task that the harness does not have.
+
+    Args:
+        tasks: Names as configured.
+        known: Names of all tasks, groups and tags.
+        include: Folder of task files of one's own, for the message.
+
+    Raises:
+        EvaluationError: With the first unknown name and the one that comes near.
+    """
     for task in tasks:
-        if task not in manager.task_index:
+        if task not in known:
             raise EvaluationError(
                 f"evaluate.lm_eval names {task}, which is no task of lm-eval {harness_version()}"
-                f"{'' if include is None else f' nor of {include}'}.{did_you_mean(task, manager.all_tasks)}"
+                f"{'' if include is None else f' nor of {include}'}.{did_you_mean(task, known)}"
             )
-    return manager
 
 
 def _task_scores(found: Mapping[str, Any]) -> dict[str, TaskScores]:
