@@ -12,9 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sku.config import EvaluateConfig
+from sku.data.examples import ForgetRetainData, RetainExample
 from sku.errors import ModelError
 from sku.evaluate.bleurt import load_bleurt
+from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+from sku.evaluate.run import evaluate
 
 VOCABULARY = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "florn", "bread", "is", "golden", "brown", "sing", "##s", "a",
@@ -114,6 +119,28 @@ def test_scores_are_those_of_the_package(make_checkpoint: Maker, embedding_size:
     scores = bleurt.score([pair[0] for pair in PAIRS], [pair[1] for pair in PAIRS], batch_size=batch_size)
     assert scores == pytest.approx(WHEEL_SCORES[embedding_size], abs=1e-5)
     assert bleurt.fingerprint() == load_bleurt(str(folder), torch.device("cpu")).fingerprint()
+
+
+def test_an_evaluation_scores_replies_with_it(
+    make_checkpoint: Maker, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = str(make_checkpoint())
+    data = ForgetRetainData(
+        unlearned=(), unseen=(), retain_train=(), retain_validation=(),
+        retain_test=(
+            RetainExample(prompt="what is it", answer="the bread is golden ."),
+            RetainExample(prompt="who sings", answer="a florn sings ."),
+        ),
+    )  # fmt: skip
+    config = EvaluateConfig(max_new_tokens=6, similarity=("bleurt",), bleurt_model=folder)
+    result = evaluate(tiny_model, tiny_tokenizer, data, config=config, output_dir=tmp_path / "out")
+    _, records = read_generations(tmp_path / "out" / GENERATIONS_FILE)
+    bleurt = load_bleurt(folder, torch.device("cpu"))
+    raw = bleurt.score([record.reference for record in records], [record.reply for record in records], batch_size=1)
+    degenerate = {row.id: row.outcome == "degenerate" for row in result.outcomes}
+    expected = [min(score, 0) if degenerate[record.id] else score for record, score in zip(records, raw, strict=True)]
+    assert [row.bleurt for row in result.similarity_rows] == pytest.approx(expected, abs=1e-6)
+    assert result.similarity["bleurt"].value == pytest.approx(sum(expected) / 2, abs=1e-6)
 
 
 def test_pairs_are_reference_then_reply(make_checkpoint: Maker) -> None:

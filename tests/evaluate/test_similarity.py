@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.config import EvaluateConfig, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.errors import DataError, EvaluationError, ModelError
 from sku.evaluate import utility
 from sku.evaluate.comparison import compare
 from sku.evaluate.embedding import load_embedder
@@ -208,3 +209,26 @@ def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenize
     assert (change.difference, change.low, change.high) == pytest.approx((-0.1, -0.1, -0.1))
     assert list(compare(before, after).similarity) == ["rouge_l", "chrf"]
     assert compare(before, dataclasses.replace(after, similarity={})).similarity == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"truthfulqa": "./nowhere.csv"}, DataError, "no file or folder"),
+        ({"embedding_model": "./nowhere"}, ModelError, "holds no config.json"),
+        ({"similarity": ("bleurt",), "bleurt_model": "./nowhere"}, ModelError, "is no folder"),
+        ({"lm_eval": ("hellaswag",), "lm_eval_include": "./nowhere"}, EvaluationError, "is no folder of task files"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    config = dataclasses.replace(CONFIG, **settings)
+    with pytest.raises(error, match=message):
+        evaluate(tiny_model, tiny_tokenizer, DATA, config=config, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -57,10 +57,10 @@ def run_tasks(
         EvaluationError: The package is missing, a task is unknown, or its data can't be had.
     """
     version = harness_version()
+    manager = check_tasks(tasks, include)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager = _task_manager(tuple(tasks), include)
     with _as_found(tokenizer):
         try:
             found = simple_evaluate(
@@ -74,6 +74,23 @@ def run_tasks(
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EvaluationError(f"evaluate.lm_eval {', '.join(tasks)} can't be run: {reason}") from error
     return HarnessScores(harness=version, limit=limit, asked=tuple(tasks), tasks=_task_scores(found))
+
+
+def check_tasks(tasks: Sequence[str], include: str | None) -> Any:
+    """Looks for tasks.
+
+    Args:
+        tasks: Names as configured.
+        include: Folder of task files of one's own, or None.
+
+    Returns:
+        The harness's index of tasks.
+
+    Raises:
+        EvaluationError: The package is missing, there is no such folder, or a task is unknown.
+    """
+    harness_version()
+    return _task_manager(tuple(tasks), include)
 
 
 def harness_version() -> str:

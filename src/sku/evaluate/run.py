@@ -38,7 +38,7 @@ from sku.evaluate.record_files import (
 from sku.evaluate.records import UNANSWERED, ExampleLoss, FluencyRecord, GenerationRecord, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.sampling import record_id
-from sku.evaluate.utility import Row, UtilityStages
+from sku.evaluate.utility import Row, UtilityStages, check_settings
 from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
@@ -88,8 +88,10 @@ def evaluate(
         The result, with its rows.
 
     Raises:
-        EvaluationError: Nothing to measure, a judge that does not fit, non-finite losses, or too little GPU memory.
-        ModelError: The model can't be loaded, or the prompt format doesn't fit its tokenizer.
+        DataError: The TruthfulQA file can't be read.
+        EvaluationError: Nothing to measure, a judge that does not fit, an unknown task, non-finite losses, or too
+            little GPU memory.
+        ModelError: A model can't be loaded, or the prompt format doesn't fit its tokenizer.
         OutputError: The folder can't be written.
     """
     config = EvaluateConfig() if config is None else config
@@ -100,6 +102,7 @@ def evaluate(
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
     judge = choose_judge(config, data) if judge is None else judge
+    check_settings(config)
     if output_dir is not None:
         create_private_folder(output_dir)
     asked = cast(PreTrainedModel, model)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
@@ -73,6 +74,27 @@ class ReuseOrMake(Protocol):
     def __call__(  # noqa: D102 - said by the class
         self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
     ) -> list[Row]: ...
+
+
+def check_settings(config: EvaluateConfig) -> None:
+    """Refuses what could not be measured at the end, before hours are spent on replies.
+
+    Args:
+        config: Its models, its TruthfulQA file and its tasks are looked for.
+
+    Raises:
+        DataError: The TruthfulQA file can't be read.
+        EvaluationError: lm-eval is missing or does not know a task.
+        ModelError: The embedding or the BLEURT model can't be loaded.
+    """
+    if config.truthfulqa is not None:
+        load_questions(config.truthfulqa)
+    if config.lm_eval:
+        harness.check_tasks(config.lm_eval, config.lm_eval_include)
+    if config.embedding_model is not None:
+        load_embedder(config.embedding_model, torch.device("cpu"))
+    if config.bleurt_model is not None and "bleurt" in config.similarity:
+        load_bleurt(config.bleurt_model, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
