@@ -446,6 +446,16 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
 
 
+def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    done = command(
+        "evaluate", "embedded", "--out", tmp_path / "e", *SMALL, "--lm-eval", "mmlu, hellaswag",
+        "--set", f"evaluate.lm_eval_include={tmp_path / 'none'}",
+    )  # fmt: skip
+    assert_one_line(done, f"evaluate.lm_eval_include {tmp_path / 'none'} is no folder of task files")
+    assert not (tmp_path / "e" / "base").exists()
+
+
 def test_evaluate_refuses_a_bad_model(command: Command, bad_model: Path, tmp_path: Path) -> None:
     assert_one_line(command("evaluate", bad_model, "--out", tmp_path / "e", *SMALL), "bad model of stage 1")
     assert names(tmp_path) == set()

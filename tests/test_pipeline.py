@@ -121,8 +121,11 @@ def test_a_run_folder_holds_what_it_promises(finished: FinishedRun) -> None:
     }  # fmt: skip
     assert names(finished.folder / "evaluation") == {"base", "unlearned"}
     assert names(finished.folder / "evaluation" / "base") == {
-        "generations.jsonl", "fluency.jsonl", "perplexity.jsonl", "outcomes.jsonl", "evaluation.json",
+        "generations.jsonl", "fluency.jsonl", "perplexity.jsonl", "outcomes.jsonl", "similarity.jsonl",
+        "evaluation.json",
     }  # fmt: skip
+    in_base = names(finished.folder / "evaluation" / "base")
+    assert names(finished.folder / "evaluation" / "unlearned") == in_base | {"agreement.jsonl"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names(finished.folder / "unlearned")
     assert names(finished.folder.parent) == {"run"}  # No unfinished folder beside it.
 

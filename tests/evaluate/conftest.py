@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.evaluate.records import GenerationRecord
 
@@ -51,3 +52,31 @@ def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     model.eval()
     return model
+
+
+@pytest.fixture
+def embedding_folder(tmp_path: Path) -> Path:
+    """A random sentence encoder in the format of all-MiniLM-L6-v2, with a few words and all letters."""
+    letters = list("abcdefghijklmnopqrstuvwxyz.?'")
+    words = "bread is golden florn sings of and honey the moon do thing say it".split()
+    folder = tmp_path / "embedder"
+    folder.mkdir()
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *words,
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder

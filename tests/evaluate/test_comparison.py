@@ -149,9 +149,11 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     _write(tmp_path, UNLEARNED)
     content = json.loads((tmp_path / RESULT_FILE).read_text())
     assert sorted(content) == [
+        "agreement",
         "corrected",
         "judge",
         "judge_agreement",
+        "lm_eval",
         "perplexity",
         "prefill",
         "prefill_by_category",
@@ -159,6 +161,8 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
         "replies_by_category",
         "schema_version",
         "setup",
+        "similarity",
+        "truthfulqa",
         "wording",
     ]
     assert content["replies"]["unseen"]["harmful"] == dataclasses.asdict(UNLEARNED.replies["unseen"]["harmful"])

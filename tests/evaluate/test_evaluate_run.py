@@ -97,7 +97,8 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
 
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
-        "generations.jsonl", "perplexity.jsonl", "fluency.jsonl", "outcomes.jsonl", "evaluation.json",
+        "generations.jsonl", "perplexity.jsonl", "fluency.jsonl", "outcomes.jsonl", "similarity.jsonl",
+        "evaluation.json",
     }  # fmt: skip
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o600}
     assert read_result(tmp_path / "out") == result

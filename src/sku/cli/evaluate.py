@@ -35,6 +35,10 @@ def evaluate(
     retain: RetainOption = None,
     judge: JudgeOption = None,
     seed: SeedOption = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, such as mmlu,hellaswag."),
+    ] = None,
     overrides: SetOption = None,
     attacks: Annotated[
         str | None,
@@ -47,8 +51,10 @@ def evaluate(
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
     overrides = list(overrides or [])
-    if attacks is not None:
-        overrides.append(f"evaluate.attacks={json.dumps([name.strip() for name in attacks.split(',')])}")
+    for key, names in (("lm_eval", lm_eval), ("attacks", attacks)):
+        if names is not None:
+            listed = [name.strip() for name in names.split(",") if name.strip()]
+            overrides.append(f"evaluate.{key}={json.dumps(listed)}")
     settings = resolve_recipe(
         recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
     )

@@ -17,7 +17,7 @@ and tested on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from sku.data.examples import normalise_prompt
 from sku.data.rows import LeftOut, Pair, Row, RowParser, category_text, require_columns
@@ -46,7 +46,7 @@ def row_parser(columns: Collection[str]) -> RowParser:
 
     def parse(row: Row) -> Iterator[Pair | LeftOut]:
         group = normalise_prompt(row[question]) if isinstance(row[question], str) else None
-        answers = list(_distinct([row[best], *_several(row[correct])]))
+        answers = list(distinct_answers([row[best], *several_answers(row[correct])]))
         if not answers:
             yield LeftOut("empty answer")
         for answer in answers:
@@ -55,14 +55,15 @@ def row_parser(columns: Collection[str]) -> RowParser:
     return parse
 
 
-def _several(cell: object) -> list[object]:
+def several_answers(cell: object) -> list[object]:
     """Answers of a list, or of a text that separates them by semicolons."""
     if isinstance(cell, str):
         return list(cell.split(";"))
     return list(cell) if isinstance(cell, list | tuple) else []
 
 
-def _distinct(answers: list[object]) -> Iterator[object]:
+def distinct_answers(answers: Sequence[object]) -> Iterator[object]:
+    """Answers without empty ones and without those that differ from an earlier one in case, spacing or full stop."""
     seen: set[object] = set()
     for answer in answers:
         key = " ".join(answer.split()).rstrip(".").casefold() if isinstance(answer, str) else answer

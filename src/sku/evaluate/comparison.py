@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,13 +13,14 @@ from sku.evaluate.comparison_notes import comparison_notes
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
-from sku.evaluate.results import EvaluationResult
+from sku.evaluate.results import EvaluationResult, Interval, MeanScore
 from sku.evaluate.statistics import (
     Floats,
     NonInferiority,
     clustered_bootstrap,
     holm,
     mcnemar_exact,
+    mean_interval,
     non_inferiority,
 )
 
@@ -70,6 +71,19 @@ class PerplexityChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreChange:
+    """A mean score before and after, over the same examples."""
+
+    before: MeanScore | Interval
+    after: MeanScore | Interval
+    difference: float
+    """``after - before``."""
+    low: float
+    high: float
+    """95 % interval of the difference, bootstrap over examples; equal to it where there is one example only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What unlearning changed."""
 
@@ -83,6 +97,10 @@ class Comparison:
     """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin``."""
     notes: tuple[str, ...]
     """Sentences to read with the table: utility, power, and where its numbers show nothing."""
+    similarity: dict[str, ScoreChange] = field(default_factory=dict)
+    """Metric -> change, of replies to normal prompts; where both were measured."""
+    truthfulqa: dict[str, ScoreChange] = field(default_factory=dict)
+    """``mc1`` and ``mc2`` -> change, where both were measured."""
 
 
 def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 0) -> Comparison:
@@ -126,6 +144,8 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         perplexity=perplexity,
         utility=utility,
         notes=comparison_notes(base, unlearned, utility),
+        similarity=_similarity_changes(base, unlearned, seed),
+        truthfulqa=_choice_changes(base, unlearned, seed),
     )
 
 
@@ -233,6 +253,42 @@ def _perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, see
             examples=len(ids),
         )
     return changes
+
+
+def _similarity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
+    changes: dict[str, ScoreChange] = {}
+    for metric in base.similarity.keys() & unlearned.similarity.keys():
+        old, new = ({row.id: getattr(row, metric) for row in result.similarity_rows} for result in (base, unlearned))
+        means = base.similarity[metric], unlearned.similarity[metric]
+        changes[metric] = _score_change(metric, means, old, new, seed)
+    return {metric: changes[metric] for metric in base.similarity if metric in changes}
+
+
+def _choice_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
+    before, after = base.truthfulqa, unlearned.truthfulqa
+    if before is None or after is None:
+        return {}
+    changes = {}
+    for name in ("mc1", "mc2"):
+        old, new = ({row.id: float(getattr(row, name)) for row in result.choice_rows} for result in (base, unlearned))
+        changes[name] = _score_change(name, (getattr(before, name), getattr(after, name)), old, new, seed)
+    return changes
+
+
+def _score_change(
+    name: str,
+    means: tuple[MeanScore | Interval, MeanScore | Interval],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    seed: int,
+) -> ScoreChange:
+    if before.keys() != after.keys():
+        raise EvaluationError(
+            f"the evaluations hold {name} of {len(before)} and {len(after)} different examples: evaluate both models "
+            "with the same data, seed and settings"
+        )
+    low, high = mean_interval([after[key] - before[key] for key in sorted(before)], seed=seed)
+    return ScoreChange(before=means[0], after=means[1], difference=means[1].value - means[0].value, low=low, high=high)
 
 
 def _ratio(rise: Floats, tokens: Floats) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,9 +12,24 @@ from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
-from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY_FILE, read_generations, read_rows
-from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, FluencyRecord, GenerationRecord, Kind, Split
-from sku.evaluate.results import EvaluationResult, EvaluationSetup, read_result
+from sku.evaluate.record_files import (
+    FLUENCY_FILE,
+    GENERATIONS_FILE,
+    PERPLEXITY_FILE,
+    RELEVANCE_FILE,
+    read_generations,
+    read_rows,
+)
+from sku.evaluate.records import (
+    NORMAL_SPLITS,
+    ExampleLoss,
+    FluencyRecord,
+    GenerationRecord,
+    Kind,
+    RelevanceRow,
+    Split,
+)
+from sku.evaluate.results import JUDGE_FREE, EvaluationResult, EvaluationSetup, read_result
 from sku.evaluate.statistics import CorrectedRate, corrected_rate
 from sku.evaluate.wording import Wording, wording_of
 
@@ -27,6 +43,7 @@ def measure(
     fluency: Sequence[FluencyRecord],
     losses: Sequence[ExampleLoss],
     judge: Judge,
+    relevance: Sequence[RelevanceRow] = (),
 ) -> EvaluationResult:
     """Judges and counts.
 
@@ -36,6 +53,7 @@ def measure(
         fluency: The base model's losses on them.
         losses: Losses on the dataset's own answers.
         judge: Asked about replies to harmful prompts.
+        relevance: Cosines of harmful prompts and replies, where an embedding model was asked.
 
     Returns:
         All rates and perplexities, with the rows they were counted from.
@@ -50,6 +68,7 @@ def measure(
             asked,
             {record.id: record for record in fluency},
             short_answer_words=setup.config["short_answer_words"],
+            cosines={row.id: row.cosine for row in relevance},
         )
 
     outcomes = decide(judge)
@@ -89,7 +108,12 @@ def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
     _, generations = read_generations(folder / GENERATIONS_FILE)
     _, fluency = read_rows(folder / FLUENCY_FILE, FluencyRecord)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
-    return measure(read_result(folder).setup, generations, fluency, losses, judge)
+    before = read_result(folder)
+    relevance: list[RelevanceRow] = []
+    if before.setup.config["embedding_model"] is not None:
+        _, relevance = read_rows(folder / RELEVANCE_FILE, RelevanceRow)
+    result = measure(before.setup, generations, fluency, losses, judge, relevance)
+    return dataclasses.replace(result, **{name: getattr(before, name) for name in JUDGE_FREE})
 
 
 def _wording(generations: Sequence[GenerationRecord]) -> dict[str, Wording]:

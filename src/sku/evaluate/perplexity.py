@@ -80,14 +80,26 @@ def _sum_per_row(
     model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor
 ) -> tuple[list[float], list[int]]:
     """Summed losses and label counts of each row; only the positions before a label reach the vocabulary."""
-    targets_BT = torch.full_like(labels_BT, IGNORE_INDEX)
-    targets_BT[:, :-1] = labels_BT[:, 1:]
-    kept_BT = targets_BT != IGNORE_INDEX
+    targets_BT, kept_BT = answer_positions(labels_BT)
     with torch.inference_mode():
         logits = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=kept_BT, use_cache=False).logits
         nll_N = answer_nll(logits.reshape(-1, logits.shape[-1]), targets_BT[kept_BT].to(logits.device))
     counts = kept_BT.sum(1).tolist()
     return [float(row.double().sum()) for row in torch.split(nll_N, counts)], counts
+
+
+def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """What each position is to predict, and the positions that count.
+
+    Args:
+        labels_BT: Not shifted: the label of a token stands at its own place, ``IGNORE_INDEX`` where it does not count.
+
+    Returns:
+        ``[B, T]`` targets, the label of the next position, and ``[B, T]`` true where there is one.
+    """
+    targets_BT = torch.full_like(labels_BT, IGNORE_INDEX)
+    targets_BT[:, :-1] = labels_BT[:, 1:]
+    return targets_BT, targets_BT != IGNORE_INDEX
 
 
 def score_fluency(

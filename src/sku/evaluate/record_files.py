@@ -25,6 +25,10 @@ GENERATIONS_FILE = "generations.jsonl"
 PERPLEXITY_FILE = "perplexity.jsonl"
 FLUENCY_FILE = "fluency.jsonl"
 OUTCOMES_FILE = "outcomes.jsonl"
+AGREEMENT_FILE = "agreement.jsonl"
+SIMILARITY_FILE = "similarity.jsonl"
+RELEVANCE_FILE = "relevance.jsonl"
+TRUTHFULQA_FILE = "truthfulqa_mc.jsonl"
 
 
 class _Row(Protocol):

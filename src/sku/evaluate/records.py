@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from scipy.special import logsumexp
 
 Split = Literal["unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe"]
 HarmfulSplit = Literal["unlearned", "unseen"]
@@ -66,3 +69,63 @@ class FluencyRecord:
     """Tokens of the reply alone."""
     shuffled_nlls: tuple[float, ...]
     """The same sum for each shuffled version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementRow:
+    """The evaluated model beside the base model on one fixed answer of the dataset."""
+
+    id: str
+    """As of the answer's ``ExampleLoss``."""
+    split: Split
+    kl: float
+    """``KL(base || model)``, sum over the answer's tokens, nats."""
+    matches: int
+    """Tokens at which both models put the same token first."""
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityRow:
+    """One reply to a normal prompt against the answers that the dataset has for it, the best of them counted.
+
+    None where a metric was not asked for. A degenerate reply has 0, or its own score where that is lower.
+    """
+
+    id: str
+    """Of the generation record."""
+    rouge_l: float | None
+    chrf: float | None
+    cosine: float | None
+    bleurt: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelevanceRow:
+    """How near a reply is to the harmful prompt it answers."""
+
+    id: str
+    """Of the generation record."""
+    cosine: float
+    """Of the embeddings of prompt and reply, -1 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceRow:
+    """One question of TruthfulQA: how likely the model finds each of its answers."""
+
+    id: str
+    correct: tuple[float, ...]
+    """Log-probability of each right answer, nats, the best answer first."""
+    incorrect: tuple[float, ...]
+
+    @property
+    def mc1(self) -> bool:
+        """Whether the best answer is likelier than every wrong one."""
+        return self.correct[0] > max(self.incorrect)
+
+    @property
+    def mc2(self) -> float:
+        """Share of the right answers in the probability of all answers, 0 to 1."""
+        right, every = (float(logsumexp(values)) for values in (self.correct, (*self.correct, *self.incorrect)))
+        return min(math.exp(right - every), 1.0)

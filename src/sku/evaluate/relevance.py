@@ -12,7 +12,13 @@ from sku.evaluate.degeneracy import words_of
 STEM_LETTERS = 5
 """Words count as the same where they begin with the same letters, this many or all: ``poison`` and ``poisonous``."""
 MIN_COSINE = 0.3
-"""Lowest cosine of the embeddings of a prompt and a reply on its topic."""
+"""Lowest cosine of the embeddings of a prompt and a reply on its topic.
+
+Measured with all-MiniLM-L6-v2 on the PKU-SafeRLHF extract, each prompt beside its own replies and beside 20 replies to
+other prompts: AUC .995 for safe replies, .996 for unsafe ones. At this bound 95.5 % of 1,074 safe and 96.9 % of 1,402
+unsafe own replies are on topic, and 0.9 % and 3.5 % of the others; between 0.28 and 0.40 the sum of both errors hardly
+changes. Another embedding model may need another bound.
+"""
 
 _COMMON = frozenset(
     "a about actually after again against all also am an and another any anyone anything are as ask at away be "

@@ -13,6 +13,13 @@ Keys of the file:
 - ``replies_by_category``, ``prefill_by_category``: split -> category -> rates, of prompts that have a category.
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
   the data has such a set.
+- ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
+  on the answers of ``retain_test`` and ``benign``. Empty for the base itself and where no base was given.
+- ``similarity``: metric -> value, low, high, examples: replies to ``retain_test`` against the dataset's answers, by
+  ``rouge_l``, ``chrf``, ``cosine`` (each 0 to 1, a cosine down to -1) and ``bleurt``, those that were asked for.
+- ``truthfulqa``: ``mc1`` and ``mc2``, each value, low, high, and ``questions``; null where not asked for.
+- ``lm_eval``: ``harness`` (its version), ``limit``, ``asked`` (task names) and ``tasks``: task -> ``version``,
+  ``shots``, ``samples``, ``metrics`` (name -> value, its standard error as ``NAME_stderr``); null where not asked for.
 - ``wording``: split -> replies, same_reply, distinct_pairs, mean_tokens, of the free replies as a whole.
 - ``judge_agreement``: of a vote of several judges, else null: ``judges`` (names), ``rule``, ``judged_by_all`` (replies
   to harmful prompts that all gave a verdict on), ``kappa`` (Cohen's of two, Fleiss' of more, on harmful or not),
@@ -25,7 +32,8 @@ Keys of the file:
   be above it), observed; ``CorrectedRate``. Empty where the judge's card holds no calibration.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
-per-answer losses in ``perplexity.jsonl``.
+per-answer losses in ``perplexity.jsonl``. The other intervals are 95 % of a bootstrap over examples; that of ``mc1``
+is Wilson's. Their rows are in ``agreement.jsonl``, ``similarity.jsonl`` and ``truthfulqa_mc.jsonl``.
 """
 
 from __future__ import annotations
@@ -46,11 +54,13 @@ from sku.evaluate.record_files import (
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
     SCHEMA_VERSION,
+    SIMILARITY_FILE,
+    TRUTHFULQA_FILE,
     read_rows,
     write_private_text,
     write_rows,
 )
-from sku.evaluate.records import ExampleLoss
+from sku.evaluate.records import ChoiceRow, ExampleLoss, SimilarityRow
 from sku.evaluate.statistics import CorrectedRate
 from sku.evaluate.wording import Wording
 
@@ -58,6 +68,84 @@ RESULT_FILE = "evaluation.json"
 DISAGREEMENTS_FILE = "disagreements.jsonl"
 
 Rates = Mapping[str, Rate]
+
+
+ROWS = ("outcomes", "losses", "similarity_rows", "choice_rows")
+"""Fields of a result that have files of their own."""
+JUDGE_FREE = ("agreement", "similarity", "truthfulqa", "lm_eval", "similarity_rows", "choice_rows")
+"""Fields of a result that no judge decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseAgreement:
+    """The model beside its base on fixed answers: means per token, with intervals."""
+
+    kl: float
+    """``KL(base || model)``, nats per token; 0 where the two say the same."""
+    kl_low: float
+    kl_high: float
+    top1: float
+    """Share of tokens at which both put the same token first."""
+    top1_low: float
+    top1_high: float
+    tokens: int
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanScore:
+    """A mean over examples with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A share of questions, or of their probability, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceScores:
+    """Multiple choice on TruthfulQA."""
+
+    mc1: Interval
+    """Share of questions whose best answer is likelier than every wrong one; Wilson's interval."""
+    mc2: Interval
+    """Mean share of the right answers in the probability of all answers."""
+    questions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """One task, or group of tasks, of lm-evaluation-harness."""
+
+    version: str | None
+    """Of the task; None for a group without one."""
+    shots: int | None
+    samples: int | None
+    """Examples asked; None for a group."""
+    metrics: Mapping[str, float]
+    """Such as ``acc`` and its standard error ``acc_stderr``; behind a comma the filter of the answers, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessScores:
+    """What lm-evaluation-harness measured."""
+
+    harness: str
+    """Version of the package ``lm_eval``."""
+    limit: int | None
+    """Examples a task, where it was cut."""
+    asked: tuple[str, ...]
+    """Tasks as the configuration names them."""
+    tasks: Mapping[str, TaskScores]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +179,10 @@ class EvaluationResult:
     replies_by_category: Mapping[str, Mapping[str, Rates]]
     prefill_by_category: Mapping[str, Mapping[str, Rates]]
     perplexity: Mapping[str, Perplexity]
+    agreement: Mapping[str, BaseAgreement] = field(default_factory=dict)
+    similarity: Mapping[str, MeanScore] = field(default_factory=dict)
+    truthfulqa: ChoiceScores | None = None
+    lm_eval: HarnessScores | None = None
     wording: Mapping[str, Wording] = field(default_factory=dict)
     judge_agreement: Agreement | None = None
     corrected: Mapping[str, Mapping[str, CorrectedRate]] = field(default_factory=dict)
@@ -98,11 +190,16 @@ class EvaluationResult:
     """Per reply; in ``outcomes.jsonl``, not in ``evaluation.json``."""
     losses: tuple[ExampleLoss, ...] = field(default=(), repr=False)
     """Per fixed answer; in ``perplexity.jsonl``, not in ``evaluation.json``."""
+    similarity_rows: tuple[SimilarityRow, ...] = field(default=(), repr=False)
+    """Per reply to a normal prompt; in ``similarity.jsonl``, not in ``evaluation.json``."""
+    choice_rows: tuple[ChoiceRow, ...] = field(default=(), repr=False)
+    """Per question of TruthfulQA; in ``truthfulqa_mc.jsonl``, not in ``evaluation.json``."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without the rows: ``outcomes``, ``losses`` and disagreements of judges."""
+        """Plain data without the rows: those of files of their own, and disagreements of judges."""
         plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        del plain["outcomes"], plain["losses"]
+        for rows in ROWS:
+            del plain[rows]
         if plain["judge_agreement"] is not None:
             del plain["judge_agreement"]["disagreements"]
         return plain
@@ -132,6 +229,10 @@ class EvaluationResult:
                     "replies_by_category": _nested(plain["replies_by_category"]),
                     "prefill_by_category": _nested(plain["prefill_by_category"]),
                     "perplexity": {split: Perplexity(**value) for split, value in plain["perplexity"].items()},
+                    "agreement": {split: BaseAgreement(**value) for split, value in plain["agreement"].items()},
+                    "similarity": {metric: MeanScore(**value) for metric, value in plain["similarity"].items()},
+                    "truthfulqa": _choice_scores(plain["truthfulqa"]),
+                    "lm_eval": harness_from_dict(plain["lm_eval"]),
                     "wording": {split: Wording(**value) for split, value in plain["wording"].items()},
                     "judge_agreement": None if agreement is None else agreement_from_dict(agreement),
                     "corrected": {
@@ -178,7 +279,29 @@ def read_result(folder: Path) -> EvaluationResult:
         _, parted = read_rows(folder / DISAGREEMENTS_FILE, Disagreement)
         agreement = dataclasses.replace(result.judge_agreement, disagreements=tuple(parted))
         result = dataclasses.replace(result, judge_agreement=agreement)
-    return dataclasses.replace(result, outcomes=tuple(outcomes), losses=tuple(losses))
+    similar = read_rows(folder / SIMILARITY_FILE, SimilarityRow)[1] if result.similarity else []
+    choices = read_rows(folder / TRUTHFULQA_FILE, ChoiceRow)[1] if result.truthfulqa is not None else []
+    return dataclasses.replace(
+        result,
+        outcomes=tuple(outcomes),
+        losses=tuple(losses),
+        similarity_rows=tuple(similar),
+        choice_rows=tuple(choices),
+    )
+
+
+def harness_from_dict(plain: Mapping[str, Any] | None) -> HarnessScores | None:
+    """The inverse of ``dataclasses.asdict`` for the scores of lm-evaluation-harness."""
+    if plain is None:
+        return None
+    tasks = {name: TaskScores(**value) for name, value in plain["tasks"].items()}
+    return HarnessScores(**{**plain, "asked": tuple(plain["asked"]), "tasks": tasks})
+
+
+def _choice_scores(plain: Mapping[str, Any] | None) -> ChoiceScores | None:
+    if plain is None:
+        return None
+    return ChoiceScores(**{**plain, "mc1": Interval(**plain["mc1"]), "mc2": Interval(**plain["mc2"])})
 
 
 def _rates(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, Rate]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.data.prompts import resolve_prompt_format
-from sku.data.tokenization import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate import asking, batching
+from sku.evaluate import agreement, asking, batching
 from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.judges import Judge, choose_judge
@@ -40,11 +39,12 @@ from sku.evaluate.record_files import (
 from sku.evaluate.records import UNANSWERED, ExampleLoss, FluencyRecord, GenerationRecord, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.sampling import record_id
+from sku.evaluate.utility import Row, UtilityStages, check_settings
 from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done (``replies``, ``perplexity``, ``fluency``, ``judge``), the number done, the total."""
-Row = TypeVar("Row", GenerationRecord, FluencyRecord, ExampleLoss)
+"""Called with what is being done, the number done and their total: ``replies``, ``perplexity``, ``truthfulqa``,
+``lm_eval``, ``fluency``, ``agreement``, ``cosine``, ``bleurt``, ``relevance``."""
 
 SELF_SCORED = (
     "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
@@ -80,8 +80,7 @@ def evaluate(
         base_model: The original model: asked whether replies are word salad. The model itself if None, with a note
             in the result. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
-            were made by the same model from the same prompts are reused, and so are the verdicts of a judge that is
-            more than rules (``verdicts.jsonl``). Nothing is written if None.
+            were made by the same model from the same prompts are reused. Nothing is written if None.
         model_name: Recorded; the name it was loaded by, or ``name_or_path`` of its configuration if None.
         seed: Decides which prompts are drawn.
         progress: Called after each batch.
@@ -90,8 +89,10 @@ def evaluate(
         The result, with its rows.
 
     Raises:
-        EvaluationError: Nothing to measure, a judge that does not fit, non-finite losses, or too little GPU memory.
-        ModelError: The model can't be loaded, or the prompt format doesn't fit its tokenizer.
+        DataError: The TruthfulQA file can't be read.
+        EvaluationError: Nothing to measure, a judge that does not fit, an unknown task, non-finite losses, or too
+            little GPU memory.
+        ModelError: A model can't be loaded, or the prompt format doesn't fit its tokenizer.
         OutputError: The folder can't be written.
     """
     config = EvaluateConfig() if config is None else config
@@ -102,6 +103,7 @@ def evaluate(
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
     judge = choose_judge(config, data) if judge is None else judge
+    check_settings(config)
     if output_dir is not None:
         create_private_folder(output_dir)
     asked = cast(PreTrainedModel, model)
@@ -117,7 +119,7 @@ def evaluate(
         seed=seed,
         folder=output_dir,
         progress=progress,
-        notes=data.notes(),
+        data=data,
     )
     result = run.result(asking.draw(data, config, seed), cast("PreTrainedModel | None", base_model), judge)
     if output_dir is not None:
@@ -137,7 +139,7 @@ class _Run:
     seed: int
     folder: Path | None
     progress: Progress | None
-    notes: tuple[str, ...]
+    data: ForgetRetainData
 
     def result(self, drawn: asking.Drawn, base_model: PreTrainedModel | None, judge: Judge) -> EvaluationResult:
         requests, left_out = asking.requests(drawn, self.writer, self.config)
@@ -150,11 +152,15 @@ class _Run:
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "fingerprint": fingerprint(self.model, probes),
             }
+            utility = self._utility(about, left_out)
             generations = self._generate(requests, stop_ids, {"model": about, "decoding": decoding})
-            losses = self._losses(drawn.examples, about, left_out)
+            texts = self._scored_texts(drawn.examples, left_out)
+            losses = self._losses(texts, about)
+            of_model = {**utility.truthfulqa(), **utility.lm_eval()}
         scorer = self.model if base_model is None else base_model
         with batching.evaluation_mode(scorer):
             fluency = self._fluency(scorer, probes, generations)
+        notes = self.data.notes()
         setup = EvaluationSetup(
             model=about,
             prompt_format=self.writer.prompt_format.name,
@@ -163,9 +169,16 @@ class _Run:
             seed=self.seed,
             fluency_scorer="self" if base_model is None else "base",
             left_out=left_out,
-            notes=(*self.notes, SELF_SCORED) if base_model is None else self.notes,
+            notes=(*notes, SELF_SCORED) if base_model is None else notes,
         )
-        return measure(setup, generations, fluency, losses, cached(judge, self.folder, self._report("judge")))
+        asked = cached(judge, self.folder, self._report("judge"))
+        result = measure(setup, generations, fluency, losses, asked, utility.relevance(generations))
+        return dataclasses.replace(
+            result,
+            **of_model,
+            **utility.agreement(base_model, probes, texts),
+            **utility.similarity(generations, fluency),
+        )
 
     def _generate(
         self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], header: Mapping[str, Any]
@@ -187,34 +200,53 @@ class _Run:
             ),
         )
 
-    def _losses(
-        self, drawn: Mapping[Split, Sequence[Example]], about: Mapping[str, str], left_out: dict[str, int]
-    ) -> list[ExampleLoss]:
-        """Losses on the dataset's own answers; answers without a token are added to ``left_out``."""
-        named: list[tuple[str, Split, TokenizedExample]] = []
+    def _scored_texts(
+        self, drawn: Mapping[Split, Sequence[Example]], left_out: dict[str, int]
+    ) -> list[agreement.ScoredText]:
+        """The dataset's own answers; those without a token are added to ``left_out``."""
+        texts: list[agreement.ScoredText] = []
         for split, examples in drawn.items():
             for example in examples if split not in UNANSWERED else ():
-                tokenized = self.writer.scored(example.prompt, example.answer)
-                if tokenized is None:
+                tokens = self.writer.scored(example.prompt, example.answer)
+                if tokens is None:
                     reason = f"{split}: perplexity, as no token of the answer fits"
                     left_out[reason] = left_out.get(reason, 0) + 1
                 else:
-                    named.append((record_id(split, "reply", example.prompt), split, tokenized))
+                    name = record_id(split, "reply", example.prompt)
+                    texts.append(agreement.ScoredText(id=name, split=split, tokens=tokens))
+        return texts
+
+    def _losses(self, texts: Sequence[agreement.ScoredText], about: Mapping[str, str]) -> list[ExampleLoss]:
+        """Losses on the dataset's own answers."""
 
         def score() -> list[ExampleLoss]:
             scores = score_examples(
                 self.model,
-                [tokenized for _, _, tokenized in named],
+                [text.tokens for text in texts],
                 batch_size=self.config.batch_size,
                 progress=self._report("perplexity"),
             )
             return [
-                ExampleLoss(id=name, split=split, nll=nll, tokens=tokens)
-                for (name, split, _), (nll, tokens) in zip(named, scores, strict=True)
+                ExampleLoss(id=text.id, split=text.split, nll=nll, tokens=tokens)
+                for text, (nll, tokens) in zip(texts, scores, strict=True)
             ]
 
-        texts = header_hash({"texts": [(name, list(entry.input_ids), list(entry.labels)) for name, _, entry in named]})
-        return self._reuse_or_make(PERPLEXITY_FILE, {"model": about, "texts": texts}, ExampleLoss, score)
+        header = {"model": about, "texts": agreement.texts_hash(texts)}
+        return self._reuse_or_make(PERPLEXITY_FILE, header, ExampleLoss, score)
+
+    def _utility(self, about: Mapping[str, str], left_out: dict[str, int]) -> UtilityStages:
+        return UtilityStages(
+            model=self.model,
+            about=about,
+            writer=self.writer,
+            config=self.config,
+            data=self.data,
+            seed=self.seed,
+            folder=self.folder,
+            left_out=left_out,
+            reuse_or_make=self._reuse_or_make,
+            report=self._report,
+        )
 
     def _fluency(
         self, scorer: PreTrainedModel, probes: Sequence[Sequence[int]], generations: Sequence[GenerationRecord]

@@ -111,6 +111,28 @@ def clustered_bootstrap(
     return percentile_interval(np.asarray(statistic(*_resampled_sums(sums_VC, seed)), dtype=np.float64))
 
 
+def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
+    """95 % interval of a mean of independent values: ``clustered_bootstrap`` with one row a cluster.
+
+    Args:
+        values: At least one; the interval of a single value is that value twice.
+        seed: Equal seeds give equal intervals.
+    """
+    return ratio_interval(values, [1.0] * len(values), seed=seed)
+
+
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *, seed: int) -> Interval:
+    """95 % interval of ``sum(numerators) / sum(denominators)``: an example is drawn with all its tokens.
+
+    Args:
+        numerators: One value an example, such as the summed divergence of its tokens.
+        denominators: Such as the example's number of tokens, all above 0.
+        seed: Equal seeds give equal intervals.
+    """
+    clusters = range(len(numerators))
+    return clustered_bootstrap(numerators, denominators, clusters=clusters, statistic=np.divide, seed=seed)
+
+
 def _sums_per_cluster(values: Sequence[ArrayLike], clusters: Sequence[Hashable]) -> Floats:
     """``[V, C]``, clusters in order of their first row."""
     places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}

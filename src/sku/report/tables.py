@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 from sku.evaluate.statistics import CorrectedRate
+from sku.report.table_rows import TableRow as TableRow
+from sku.report.utility_tables import utility_rows
 
 COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "p (Holm)", "wanted")
 """Of the Markdown table; ``95 %`` is the interval of the column before it."""
@@ -33,32 +34,8 @@ _NORMAL_MEASURES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableRow:
-    """One line of the table; the fields are its columns, in words."""
-
-    section: str
-    """What was asked: ``trained-on prompts``, ``unseen prompts, forced start``, ``perplexity``, ..."""
-    measure: str
-    before: str
-    after: str
-    interval: str
-    """95 % interval of ``after``; of the ratio for a perplexity."""
-    change: str
-    """Difference in points, or ratio, with its 95 % interval."""
-    wanted: str
-    """``down``, ``up``, ``same`` or empty where neither is better."""
-    p_holm: str = ""
-    """Exact McNemar test of no change, Holm-corrected over the whole table; empty where a row is not tested."""
-
-    @property
-    def label(self) -> str:
-        """Section and measure in one."""
-        return f"{self.section}: {self.measure}"
-
-
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
-    """The whole comparison: replies to harmful prompts, forced starts, normal prompts, perplexities.
+    """The whole comparison: replies to harmful prompts, forced starts, normal prompts, perplexities, other utility.
 
     Args:
         comparison: From ``compare``.
@@ -79,6 +56,7 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     for split, measures in (("xstest_safe", _NORMAL_MEASURES), ("xstest_unsafe", _REPLY_MEASURES)):
         rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), measures)
     rows += _perplexity_rows(comparison.perplexity)
+    rows += utility_rows(comparison)
     return rows
 
 

@@ -1,0 +1,257 @@
+"""What is left of a model's use, beside its perplexity and its replies: the stages of one evaluation.
+
+Each stage reads its rows where an earlier run has made them from the same things, and gives fields of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from sku.config import EvaluateConfig
+from sku.data.examples import Example, ForgetRetainData
+from sku.evaluate import batching, harness
+from sku.evaluate.agreement import SPLITS, ScoredText, agreement_of, compare_distributions, texts_hash
+from sku.evaluate.asking import Writer
+from sku.evaluate.bleurt import load_bleurt
+from sku.evaluate.embedding import Embedder, load_embedder
+from sku.evaluate.fingerprint import fingerprint
+from sku.evaluate.outcomes import find_faults
+from sku.evaluate.perplexity import score_examples
+from sku.evaluate.record_files import (
+    AGREEMENT_FILE,
+    RELEVANCE_FILE,
+    SIMILARITY_FILE,
+    TRUTHFULQA_FILE,
+    header_hash,
+)
+from sku.evaluate.records import (
+    NORMAL_SPLITS,
+    AgreementRow,
+    ChoiceRow,
+    ExampleLoss,
+    FluencyRecord,
+    GenerationRecord,
+    RelevanceRow,
+    SimilarityRow,
+)
+from sku.evaluate.similarity import (
+    Score,
+    answered_prompts,
+    bleurt_score,
+    chrf,
+    compare_with_references,
+    cosine_score,
+    rouge_l,
+    score_relevance,
+    similarity_of,
+)
+from sku.evaluate.truthfulqa_mc import (
+    choice_rows,
+    choice_scores,
+    draw_questions,
+    load_questions,
+    tokenize_questions,
+    untrained,
+)
+from sku.models import embedding_weight
+
+Row = TypeVar(
+    "Row", GenerationRecord, FluencyRecord, ExampleLoss, AgreementRow, SimilarityRow, RelevanceRow, ChoiceRow
+)
+TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation")
+"""Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
+
+
+class ReuseOrMake(Protocol):
+    """Gives the rows of a file that was made from the header's things, or makes and writes them."""
+
+    def __call__(  # noqa: D102 - said by the class
+        self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
+    ) -> list[Row]: ...
+
+
+def check_settings(config: EvaluateConfig) -> None:
+    """Refuses what could not be measured at the end, before hours are spent on replies.
+
+    Args:
+        config: Its models, its TruthfulQA file and its tasks are looked for.
+
+    Raises:
+        DataError: The TruthfulQA file can't be read.
+        EvaluationError: lm-eval is missing or does not know a task.
+        ModelError: The embedding or the BLEURT model can't be loaded.
+    """
+    if config.truthfulqa is not None:
+        load_questions(config.truthfulqa)
+    if config.lm_eval:
+        harness.check_tasks(config.lm_eval, config.lm_eval_include)
+    if config.embedding_model is not None:
+        load_embedder(config.embedding_model, torch.device("cpu"))
+    if config.bleurt_model is not None and "bleurt" in config.similarity:
+        load_bleurt(config.bleurt_model, torch.device("cpu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtilityStages:
+    """The measures of usefulness of one evaluation. A method gives fields of ``EvaluationResult``."""
+
+    model: PreTrainedModel
+    about: Mapping[str, str]
+    """``name``, ``dtype`` and ``fingerprint`` of the model."""
+    writer: Writer
+    config: EvaluateConfig
+    data: ForgetRetainData
+    seed: int
+    folder: Path | None
+    left_out: dict[str, int]
+    """Of the evaluation; what these stages leave out is added."""
+    reuse_or_make: ReuseOrMake
+    report: Callable[[str], batching.Progress | None]
+    """Name of a stage to its progress."""
+
+    def agreement(
+        self,
+        base_model: PreTrainedModel | None,
+        probes: Sequence[Sequence[int]],
+        texts: Sequence[ScoredText],
+    ) -> dict[str, Any]:
+        """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
+        base, read = base_model, [text for text in texts if text.split in SPLITS]
+        if base is None or base is self.model or not read:
+            return {}
+        with batching.evaluation_mode(self.model), batching.evaluation_mode(base):
+            rows = self.reuse_or_make(
+                AGREEMENT_FILE,
+                {"model": self.about, "base": fingerprint(base, probes), "texts": texts_hash(read)},
+                AgreementRow,
+                lambda: compare_distributions(
+                    base, self.model, read, batch_size=self.config.batch_size, progress=self.report("agreement")
+                ),
+            )
+        return {"agreement": agreement_of(rows, seed=self.seed)}
+
+    def truthfulqa(self) -> dict[str, Any]:
+        """Multiple choice on questions that no training or validation example asks."""
+        if self.config.truthfulqa is None:
+            return {}
+        questions, contradictory = load_questions(self.config.truthfulqa)
+        kept = untrained(questions, self._trained())
+        drawn = draw_questions(kept, self.config.retain_prompts, seed=self.seed)
+        asked = tokenize_questions(drawn, self.writer)
+        self._leave_out("truthfulqa: an answer is listed as right and as wrong", contradictory)
+        self._leave_out("truthfulqa: the question is in the training or validation data", len(questions) - len(kept))
+        self._leave_out("truthfulqa: over evaluate.retain_prompts", len(kept) - len(drawn))
+        self._leave_out("truthfulqa: an answer is too long for the model", len(drawn) - len(asked))
+        answers = [entry for question in asked for entry in (*question.correct, *question.incorrect)]
+
+        def score() -> list[ChoiceRow]:
+            scores = score_examples(
+                self.model, answers, batch_size=self.config.batch_size, progress=self.report("truthfulqa")
+            )
+            return choice_rows(asked, scores)
+
+        texts = [(question.id, len(question.correct)) for question in asked]
+        ids = [(list(entry.input_ids), list(entry.labels)) for entry in answers]
+        header = {"model": self.about, "texts": header_hash({"questions": texts, "answers": ids})}
+        rows = self.reuse_or_make(TRUTHFULQA_FILE, header, ChoiceRow, score)
+        return {"truthfulqa": choice_scores(rows, seed=self.seed), "choice_rows": tuple(rows)}
+
+    def lm_eval(self) -> dict[str, Any]:
+        """Tasks of lm-evaluation-harness."""
+        config = self.config
+        if not config.lm_eval:
+            return {}
+        header = harness.harness_header(self.about, config.lm_eval, config.lm_eval_limit, config.lm_eval_include)
+        scores = None if self.folder is None else harness.read_scores(self.folder / harness.HARNESS_FILE, header)
+        if scores is None:
+            progress = self.report("lm_eval")
+            if progress is not None:
+                progress(0, len(config.lm_eval))
+            scores = harness.run_tasks(
+                self.model,
+                self.writer.tokenizer,
+                config.lm_eval,
+                limit=config.lm_eval_limit,
+                include=config.lm_eval_include,
+                batch_size=config.batch_size,
+            )
+            if progress is not None:
+                progress(len(config.lm_eval), len(config.lm_eval))
+            if self.folder is not None:
+                harness.write_scores(self.folder / harness.HARNESS_FILE, header, scores)
+        return {"lm_eval": scores}
+
+    def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
+        """Replies to normal prompts against the dataset's answers."""
+        fluent = {record.id: record for record in fluency}
+        degenerate = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in generations}
+        answered = answered_prompts(generations, self.data.retain_test, degenerate)
+        if not answered or not self.config.similarity:
+            return {}
+        scores, models = self._scores()
+        texts = [[entry.id, entry.reply, list(entry.references), entry.degenerate] for entry in answered]
+        rows = self.reuse_or_make(
+            SIMILARITY_FILE,
+            {"metrics": sorted(scores), "models": models, "texts": header_hash({"texts": texts})},
+            SimilarityRow,
+            lambda: compare_with_references(answered, scores),
+        )
+        return {"similarity": similarity_of(rows, seed=self.seed), "similarity_rows": tuple(rows)}
+
+    def relevance(self, generations: Sequence[GenerationRecord]) -> list[RelevanceRow]:
+        """Cosines of harmful prompts and replies, where an embedding model is set."""
+        if self.config.embedding_model is None:
+            return []
+        records = [record for record in generations if record.split not in NORMAL_SPLITS]
+        embedder = self._embedder()
+        return self.reuse_or_make(
+            RELEVANCE_FILE,
+            {
+                "model": embedder.fingerprint(),
+                "texts": header_hash({"texts": [(record.id, record.prompt, record.reply) for record in records]}),
+            },
+            RelevanceRow,
+            lambda: score_relevance(
+                embedder, records, batch_size=self.config.batch_size, progress=self.report("relevance")
+            ),
+        )
+
+    def _scores(self) -> tuple[dict[str, Score], dict[str, str]]:
+        """The metrics that are asked for, and hashes of the models that they need."""
+        scores: dict[str, Score] = {}
+        models: dict[str, str] = {}
+        size = self.config.batch_size
+        for metric in self.config.similarity:
+            if metric == "rouge_l":
+                scores[metric] = rouge_l
+            elif metric == "chrf":
+                scores[metric] = chrf
+            elif metric == "cosine":
+                embedder = self._embedder()
+                models[metric] = embedder.fingerprint()
+                scores[metric] = cosine_score(embedder, batch_size=size, progress=self.report(metric))
+            else:
+                assert self.config.bleurt_model is not None  # EvaluateConfig sees to it
+                bleurt = load_bleurt(self.config.bleurt_model, embedding_weight(self.model).device)
+                models[metric] = bleurt.fingerprint()
+                scores[metric] = bleurt_score(bleurt, batch_size=size, progress=self.report(metric))
+        return scores, models
+
+    def _embedder(self) -> Embedder:
+        assert self.config.embedding_model is not None  # EvaluateConfig sees to it
+        return load_embedder(self.config.embedding_model, embedding_weight(self.model).device)
+
+    def _trained(self) -> list[Example]:
+        """Examples whose prompts a model may have been trained or tuned on."""
+        splits = self.data.splits()
+        return [example for name in TRAINED_SPLITS for example in splits[name]]
+
+    def _leave_out(self, reason: str, count: int) -> None:
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count

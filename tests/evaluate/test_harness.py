@@ -1,0 +1,177 @@
+"""lm-evaluation-harness on the embedded world's model, with a task file of invented text. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.config import EvaluateConfig
+from sku.data.load import load_forget_retain
+from sku.data.prompts import resolve_prompt_format
+from sku.errors import EvaluationError
+from sku.evaluate import harness
+from sku.evaluate.harness import HARNESS_FILE, check_known, run_tasks
+from sku.evaluate.results import HarnessScores, read_result
+from sku.evaluate.run import evaluate
+from sku.models import load_model
+
+TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+
+TASK = """\
+task: world_choice
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: answers
+doc_to_target: right
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 3.0
+"""
+GROUP = """\
+group: world_group
+task: [world_choice]
+aggregate_metric_list: [{metric: acc}]
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    loaded = load_model("embedded")
+    return loaded.model, loaded.tokenizer
+
+
+@pytest.fixture(scope="module")
+def tasks(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Six questions of the world, each with its answer and that of another, the right one first or second in turn."""
+    folder = tmp_path_factory.mktemp("tasks")
+    prompt_format = resolve_prompt_format("auto", world[1])
+    examples = list({example.answer: example for example in load_forget_retain().retain_test}.values())[:6]
+    rows = []
+    for number, example in enumerate(examples):
+        other = next(entry.answer for entry in examples if entry.answer != example.answer)
+        answers = [example.answer, other] if number % 2 == 0 else [other, example.answer]
+        rows.append(
+            {"question": prompt_format.render(example.prompt).prompt_text, "answers": answers, "right": number % 2}
+        )
+    data = folder / "world.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "world.yaml").write_text(TASK.format(data=data))
+    (folder / "group.yaml").write_text(GROUP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+def numpy_state() -> list[int]:
+    state: Any = np.random.get_state()  # noqa: NPY002 - the harness seeds the global one
+    return list(state[1])
+
+
+def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path) -> None:
+    model, tokenizer = world
+    before = random.getstate(), torch.random.get_rng_state(), numpy_state()
+    side = tokenizer.padding_side
+    found = run_tasks(model, tokenizer, ["world_group"], limit=None, include=str(tasks), batch_size=4)
+    assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), ("world_group",), None)
+    one = found.tasks["world_choice"]
+    assert (one.version, one.shots, one.samples) == ("3.0", 0, 6)
+    # The world's own model knows its answers.
+    assert one.metrics == {"acc": 1.0, "acc_stderr": 0.0}
+    assert found.tasks["world_group"].version == "1.0"
+    assert found.tasks["world_group"].metrics["acc"] == 1.0
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+    assert numpy_state() == before[2]
+    assert tokenizer.padding_side == side
+
+
+def test_an_evaluation_runs_tasks_once_and_says_so(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def counting(*given: Any, **named: Any) -> HarnessScores:
+        made.append(1)
+        return run_tasks(*given, **named)
+
+    monkeypatch.setattr(harness, "run_tasks", counting)
+    seen: list[tuple[str, int, int]] = []
+    config = EvaluateConfig(
+        prompts=1, retain_prompts=1, prefill_tokens=0, max_new_tokens=4, similarity=(), lm_eval=("world_choice",),
+        lm_eval_limit=4, lm_eval_include=str(tasks),
+    )  # fmt: skip
+
+    def again(**changes: Any) -> HarnessScores | None:
+        result = evaluate(
+            *world, load_forget_retain(), config=dataclasses.replace(config, **changes), output_dir=tmp_path,
+            progress=lambda *report: seen.append(report),
+        )  # fmt: skip
+        assert read_result(tmp_path) == result
+        return result.lm_eval
+
+    scores = again()
+    assert scores is not None
+    assert scores.tasks["world_choice"].samples == 4
+    assert [report for report in seen if report[0] == "lm_eval"] == [("lm_eval", 0, 1), ("lm_eval", 1, 1)]
+    assert again() == scores
+    assert len(made) == 1
+    assert again(lm_eval_limit=2) != scores
+    assert len(made) == 2
+    assert again(lm_eval=()) is None
+    (tmp_path / HARNESS_FILE).write_text("{")
+    assert again() == scores
+    assert len(made) == 3
+
+
+def test_an_unknown_task_gets_a_suggestion(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path
+) -> None:
+    # The index of the harness's own 14,000 tasks takes too long to read here.
+    known = TaskManager(include_path=str(tasks), include_defaults=False).all_tasks
+    check_known(["world_choice", "world_group"], known, str(tasks))
+    with pytest.raises(EvaluationError, match=r"names world_chioce, .*Did you mean world_choice\?"):
+        check_known(["world_choice", "world_chioce"], known, str(tasks))
+    with pytest.raises(EvaluationError, match="is no folder of task files"):
+        run_tasks(*world, ["world_choice"], limit=None, include=str(tmp_path / "nowhere"), batch_size=4)
+
+
+def test_a_task_without_its_data_is_one_line(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "lost.yaml").write_text(TASK.format(data=tmp_path / "lost.jsonl").replace("world_choice", "lost"))
+    with pytest.raises(EvaluationError, match=r"evaluate.lm_eval lost can't be run: [^\n]*lost.jsonl"):
+        run_tasks(*world, ["lost"], limit=None, include=str(tmp_path), batch_size=4)
+
+
+def test_the_missing_package_is_named(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "PACKAGE", "lm-eval-that-is-not-installed")
+    with pytest.raises(EvaluationError, match=r'needs the package lm-eval: pip install "sku-unlearning\[lm-eval\]"'):
+        run_tasks(*world, ["hellaswag"], limit=None, include=None, batch_size=4)
