@@ -32,11 +32,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.acquire.objective import check_compat
 from sku.acquire.run import acquire, trainer_settings
-from sku.config import ModelConfig, Recipe
+from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.errors import ModelError, OutputError, RecipeError, SkuError
-from sku.evaluate.comparison import Comparison, RateChange, compare
+from sku.evaluate.comparison import Comparison, LeakChange, RateChange, compare
+from sku.evaluate.processes import current_processes
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods import method_named
@@ -154,12 +155,13 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     """
     if is_marked_hazardous(Path(model)):
         raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
+    current_processes()  # Before any model is loaded: each process takes its own GPU.
     data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
     base = load_model(recipe.model)
     measured = load_model(with_path(recipe.model, model))
     before, after = (
-        _evaluate(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress)
-        for name, candidate in (("base", base), ("model", measured))
+        _evaluate(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress, source)
+        for name, candidate, source in (("base", base, _source(recipe.model)), ("model", measured, model))
     )
     return compare(before, after, seed=recipe.seed)
 
@@ -172,6 +174,7 @@ def _evaluate(
     base: PreTrainedModel,
     folder: Path,
     progress: Progress | None,
+    source: str | Path | None,
 ) -> EvaluationResult:
     """One evaluation with a recipe's settings, named after its folder."""
     name = folder.name
@@ -184,9 +187,15 @@ def _evaluate(
         base_model=base,
         output_dir=folder,
         model_name=name,
+        model_source=source,
         seed=recipe.seed,
         progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
     )
+
+
+def _source(config: ModelConfig) -> str | None:
+    """Where another engine can read a model from: GGUF files and the embedded model have no such place."""
+    return None if config.gguf_file is not None or config.path == EMBEDDED else config.path
 
 
 class _Run:
@@ -320,7 +329,8 @@ class _Run:
         base: PreTrainedModel,
     ) -> EvaluationResult:
         folder = self.out / "evaluation" / name
-        return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress)
+        source = _source(self.recipe.model) if name == "base" else self.out / name
+        return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress, source)
 
     def _report(self, comparison: Comparison) -> FinishedRun:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
@@ -336,6 +346,8 @@ class _Run:
                 "table": rows,
                 "replies": _plain(comparison.replies),
                 "prefill": _plain(comparison.prefill),
+                "samples": _plain(comparison.samples),
+                "leak": _plain(comparison.leak),
                 "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
                 "base": comparison.base.to_dict(),
                 "unlearned": comparison.unlearned.to_dict(),
@@ -377,7 +389,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(changes: Mapping[str, Mapping[str, RateChange]]) -> dict[str, dict[str, Any]]:
+def _plain(changes: Mapping[str, Mapping[str, RateChange | LeakChange]]) -> dict[str, dict[str, Any]]:
     return {
         split: {name: dataclasses.asdict(change) for name, change in rates.items()} for split, rates in changes.items()
     }

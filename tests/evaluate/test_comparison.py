@@ -158,8 +158,8 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     _write(tmp_path, UNLEARNED)
     content = json.loads((tmp_path / RESULT_FILE).read_text())
     assert sorted(content) == [
-        "judge", "perplexity", "prefill", "prefill_by_category", "replies", "replies_by_category", "schema_version",
-        "setup",
+        "judge", "leak", "perplexity", "prefill", "prefill_by_category", "replies", "replies_by_category", "samples",
+        "schema_version", "setup",
     ]  # fmt: skip
     assert content["replies"]["unseen"]["harmful"] == dataclasses.asdict(UNLEARNED.replies["unseen"]["harmful"])
     assert EvaluationResult.from_dict(content) == dataclasses.replace(UNLEARNED, outcomes=(), losses=())

@@ -34,7 +34,7 @@ from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
-CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40)
+CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40, samples=0)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def tiny_data() -> ForgetRetainData:
     )
 
 
-TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3)
+TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3, samples=0)
 
 
 def test_the_embedded_worlds_own_model_is_harmful_and_right(

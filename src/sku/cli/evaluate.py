@@ -32,16 +32,30 @@ def evaluate(
     forget: ForgetOption = None,
     retain: RetainOption = None,
     seed: SeedOption = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="What writes the replies: generate, generate_batch or vllm.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Drawn replies to each harmful prompt, for leak@k; 0 for none.")
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
-    settings = resolve_recipe(recipe, model=base, forget=forget, retain=retain, seed=seed, overrides=overrides)
+    given = {"evaluate.backend": backend, "evaluate.samples": samples}
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings = resolve_recipe(
+        recipe, model=base, forget=forget, retain=retain, seed=seed, overrides=[*flags, *(overrides or [])]
+    )
 
     quiet_libraries()
+    from sku.evaluate.processes import current_processes
     from sku.pipeline import evaluate_recipe
     from sku.report.tables import before_after_rows
 
+    if not current_processes().is_main:  # Of several, the first process speaks for all.
+        evaluate_recipe(settings, model, out)
+        return
     with progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
     if as_json:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 from sku.errors import EvaluationError
+from sku.evaluate.leakage import Leak, leaks_per_prompt
 from sku.evaluate.metrics import CONFIDENCE, HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.sampling import prompt_hash
 
 RESAMPLES = 10_000
+PERMUTATIONS = 9_999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,23 @@ class RateChange:
     high: float
     """95 % interval of the difference, bootstrap over prompts; equal to it where there is one prompt only."""
     p_value: float
-    """Exact McNemar test of no change."""
+    """Exact McNemar test of no change; for drawn replies, of which a prompt has several, a sign-flip permutation test
+    over prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakChange:
+    """leak@k of the same prompts before and after."""
+
+    before: Leak
+    after: Leak
+    difference: float
+    """``after - before``, a share."""
+    low: float
+    high: float
+    """95 % interval of the difference, bootstrap over prompts; equal to it where there is one prompt only."""
+    p_value: float
+    """Sign-flip permutation test of no change, over prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +77,10 @@ class Comparison:
     prefill: dict[str, dict[str, RateChange]]
     perplexity: dict[str, PerplexityChange]
     """Split -> change; on ``unlearned`` and ``unseen`` of the harmful answers, where a rise is wanted."""
+    samples: dict[str, dict[str, RateChange]] = field(default_factory=dict)
+    """Of the drawn replies, as ``replies``; the intervals are over prompts."""
+    leak: dict[str, dict[str, LeakChange]] = field(default_factory=dict)
+    """Split -> k as a word -> change of leak@k."""
 
 
 def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 0) -> Comparison:
@@ -90,6 +113,8 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         replies=_rate_changes(base, unlearned, "reply", seed),
         prefill=_rate_changes(base, unlearned, "prefill", seed),
         perplexity=_perplexity_changes(base, unlearned, seed),
+        samples=_rate_changes(base, unlearned, "sample", seed),
+        leak=_leak_changes(base, unlearned, seed),
     )
 
 
@@ -121,7 +146,10 @@ def _check_same_rows(
 def _rate_changes(
     base: EvaluationResult, unlearned: EvaluationResult, kind: Kind, seed: int
 ) -> dict[str, dict[str, RateChange]]:
-    before, after = (result.replies if kind == "reply" else result.prefill for result in (base, unlearned))
+    before, after = (
+        {"reply": result.replies, "prefill": result.prefill, "sample": result.samples}[kind]
+        for result in (base, unlearned)
+    )
     changes: dict[str, dict[str, RateChange]] = {}
     for split in before:
         changes[split] = {}
@@ -129,16 +157,64 @@ def _rate_changes(
             old, new = (_hits(result.outcomes, split, kind, name) for result in (base, unlearned))
             ids = sorted(old)
             paired = [old[key] for key in ids], [new[key] for key in ids]
-            low, high = _interval(*(np.asarray(values, dtype=float) for values in paired), seed=seed)
+            if kind == "sample":
+                low, high, p_value = _over_prompts(_means_per_prompt(old), _means_per_prompt(new), seed)
+            else:
+                low, high = _interval(*(np.asarray(values, dtype=float) for values in paired), seed=seed)
+                p_value = mcnemar_p_value(*paired)
             changes[split][name] = RateChange(
                 before=before[split][name],
                 after=after[split][name],
                 difference=after[split][name].value - before[split][name].value,
                 low=low,
                 high=high,
-                p_value=mcnemar_p_value(*paired),
+                p_value=p_value,
             )
     return changes
+
+
+def _leak_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, dict[str, LeakChange]]:
+    changes: dict[str, dict[str, LeakChange]] = {}
+    for split, leaks in base.leak.items():
+        changes[split] = {}
+        for k, before in leaks.items():
+            old, new = (
+                leaks_per_prompt(
+                    [reply for reply in result.outcomes if (reply.split, reply.kind) == (split, "sample")], int(k)
+                )
+                for result in (base, unlearned)
+            )
+            after = unlearned.leak[split][k]
+            low, high, p_value = _over_prompts(old, new, seed)
+            changes[split][k] = LeakChange(
+                before=before, after=after, difference=after.value - before.value, low=low, high=high, p_value=p_value
+            )
+    return changes
+
+
+def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
+    """Hash of the prompt -> share of its drawn replies that are hits."""
+    groups: dict[str, list[bool]] = {}
+    for name, hit in hits.items():
+        groups.setdefault(prompt_hash(name), []).append(hit)
+    return {prompt: sum(values) / len(values) for prompt, values in groups.items()}
+
+
+def _over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed: int) -> tuple[float, float, float]:
+    """Interval of the mean difference, and the p value of no change; each prompt counts once."""
+    prompts = sorted(before)
+    old, new = (np.array([values[prompt] for prompt in prompts]) for values in (before, after))
+    low, high = _interval(old, new, seed=seed)
+    if len(prompts) < 2 or bool((old == new).all()):
+        return low, high, 1.0
+    test = permutation_test(
+        (new - old,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(seed),
+    )
+    return low, high, float(test.pvalue)
 
 
 def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str) -> dict[str, bool]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sku.evaluate.judges import Judge
+from sku.evaluate.leakage import leaks_of, sample_rates
 from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, PERPLEXITY_FILE, read_generations, read_rows
@@ -57,6 +58,8 @@ def measure(
             for split in SPLITS
             if (found := perplexity_of([loss for loss in losses if loss.split == split])) is not None
         },
+        samples=_per_split(outcomes, "sample", sample_rates),
+        leak=_per_split(outcomes, "sample", leaks_of),
         outcomes=tuple(outcomes),
         losses=tuple(losses),
     )

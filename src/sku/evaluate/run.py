@@ -20,12 +20,21 @@ from sku.data.prompts import resolve_prompt_format
 from sku.data.tokenization import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
+from sku.evaluate.backends import (
+    CHECKED_PROMPTS,
+    BackendCheck,
+    GenerationBackend,
+    choose_backend,
+    compare_replies,
+)
 from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import find_faults
+from sku.evaluate.partial_files import PartialFile
 from sku.evaluate.perplexity import SHUFFLES, score_examples, score_fluency
+from sku.evaluate.processes import Processes, current_processes
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     GENERATIONS_FILE,
@@ -38,13 +47,18 @@ from sku.evaluate.record_files import (
 )
 from sku.evaluate.records import UNANSWERED, ExampleLoss, FluencyRecord, GenerationRecord, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
+from sku.evaluate.row_sampling import Drawing
 from sku.evaluate.sampling import record_id
 from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done (``replies``, ``perplexity``, ``fluency``), the number done and their total."""
+"""Called with what is being done (``backend check``, ``replies``, ``samples``, ``perplexity``, ``fluency``), the
+number done and their total."""
 Row = TypeVar("Row", GenerationRecord, FluencyRecord, ExampleLoss)
 
+SAMPLES_BY_GENERATE = (
+    "the drawn replies were written by the backend generate, as generate_batch can't give each reply its own seed"
+)
 SELF_SCORED = (
     "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
     "word salad fluent"
@@ -62,10 +76,14 @@ def evaluate(
     base_model: PreTrainedModel | PeftModel | None = None,
     output_dir: Path | None = None,
     model_name: str | None = None,
+    model_source: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Measures what a model answers to harmful and to normal prompts, and the perplexity of fixed answers.
+
+    Under ``accelerate launch`` or ``torchrun`` every process must call this with the same arguments: they share the
+    batches, the first one judges and writes, and all return the same result.
 
     Args:
         model: The model, or a folder, hub id or ``embedded`` to load with ``sku.models.load_model``. Its dropout is
@@ -79,29 +97,36 @@ def evaluate(
         base_model: The original model: asked whether replies are word salad. The model itself if None, with a note
             in the result. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
-            were made by the same model from the same prompts are reused. Nothing is written if None.
+            were made by the same model from the same prompts are reused, those of an interrupted run too. Nothing is
+            written if None.
         model_name: Recorded; the name it was loaded by, or ``name_or_path`` of its configuration if None.
-        seed: Decides which prompts are drawn.
+        model_source: Folder or hub id that holds the same weights, for the backend ``vllm``; that of ``model``
+            where it is a name.
+        seed: Decides which prompts are drawn, and the drawn replies.
         progress: Called after each batch.
 
     Returns:
         The result, with its rows.
 
     Raises:
-        EvaluationError: Nothing to measure, a judge that does not fit, non-finite losses, or too little GPU memory.
+        EvaluationError: Nothing to measure, a judge that does not fit, non-finite losses, too little GPU memory, a
+            backend that fails, or another process that does.
         ModelError: The model can't be loaded, or the prompt format doesn't fit its tokenizer.
         OutputError: The folder can't be written.
     """
     config = EvaluateConfig() if config is None else config
+    processes = current_processes()
     if isinstance(model, str | Path):
+        model_source = model if model_source is None else model_source
         loaded = load_model(model)
         model_name = loaded.name if model_name is None else model_name
         model, tokenizer = loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
-    judge = choose_judge(config, data) if judge is None else judge
+    judges: list[Judge] = []  # In the main process alone: a judge may be a large model.
+    processes.on_main(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
     if output_dir is not None:
-        create_private_folder(output_dir)
+        processes.on_main(lambda: create_private_folder(output_dir))
     asked = cast(PreTrainedModel, model)
     run = _Run(
         model=asked,
@@ -114,13 +139,28 @@ def evaluate(
         config=config,
         seed=seed,
         folder=output_dir,
+        source=model_source,
+        processes=processes,
         progress=progress,
         notes=data.notes(),
     )
-    result = run.result(asking.draw(data, config, seed), cast("PreTrainedModel | None", base_model), judge)
-    if output_dir is not None:
-        write_rows(output_dir / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
-        write_result(output_dir, result)
+    rows = run.rows(asking.draw(data, config, seed), cast("PreTrainedModel | None", base_model))
+    return processes.on_main(lambda: _judged(*rows, judges[0], output_dir))
+
+
+def _judged(
+    setup: EvaluationSetup,
+    generations: Sequence[GenerationRecord],
+    fluency: Sequence[FluencyRecord],
+    losses: Sequence[ExampleLoss],
+    judge: Judge,
+    folder: Path | None,
+) -> EvaluationResult:
+    """Judges, counts, and writes what came out."""
+    result = measure(setup, generations, fluency, losses, judge)
+    if folder is not None:
+        write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
+        write_result(folder, result)
     return result
 
 
@@ -134,23 +174,26 @@ class _Run:
     config: EvaluateConfig
     seed: int
     folder: Path | None
+    source: str | Path | None
+    processes: Processes
     progress: Progress | None
     notes: tuple[str, ...]
 
-    def result(
-        self, drawn: Mapping[Split, list[Example]], base_model: PreTrainedModel | None, judge: Judge
-    ) -> EvaluationResult:
+    def rows(
+        self, drawn: Mapping[Split, list[Example]], base_model: PreTrainedModel | None
+    ) -> tuple[EvaluationSetup, list[GenerationRecord], list[FluencyRecord], list[ExampleLoss]]:
+        """All that a model is needed for, in every process."""
         requests, left_out = asking.requests(drawn, self.writer, self.config)
         probes = probes_of(requests)
         stop_ids = stop_token_ids(self.model, self.writer.tokenizer, self.writer.end_of_turn())
-        decoding = decoding_settings(stop_ids, self.config.max_new_tokens)
+        decoding = self._decoding(stop_ids)
         with batching.evaluation_mode(self.model):
             about = {
                 "name": self.name,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "fingerprint": fingerprint(self.model, probes),
             }
-            generations = self._generate(requests, stop_ids, {"model": about, "decoding": decoding})
+            generations, check = self._generate(requests, stop_ids, {"model": about, "decoding": decoding})
             losses = self._losses(drawn, about, left_out)
         scorer = self.model if base_model is None else base_model
         with batching.evaluation_mode(scorer):
@@ -163,29 +206,103 @@ class _Run:
             seed=self.seed,
             fluency_scorer="self" if base_model is None else "base",
             left_out=left_out,
-            notes=(*self.notes, SELF_SCORED) if base_model is None else self.notes,
+            backend_check=None if check is None else dataclasses.asdict(check),
+            notes=self._all_notes(check, base_model is None),
         )
-        return measure(setup, generations, fluency, losses, judge)
+        return setup, generations, fluency, losses
+
+    def _decoding(self, stop_ids: Sequence[int]) -> dict[str, Any]:
+        """Every setting that decides the replies, drawn ones included."""
+        greedy = decoding_settings(stop_ids, self.config.max_new_tokens)
+        drawn = {**greedy, **self._drawing().settings(), "number": self.config.samples}
+        return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
+
+    def _drawing(self) -> Drawing:
+        return Drawing(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.seed)
+
+    def _all_notes(self, check: BackendCheck | None, self_scored: bool) -> tuple[str, ...]:
+        config = self.config
+        own = (
+            None if check is None else check.note(config.backend),
+            SAMPLES_BY_GENERATE if config.samples and config.backend == "generate_batch" else None,
+            SELF_SCORED if self_scored else None,
+        )
+        return (*self.notes, *(note for note in own if note is not None))
 
     def _generate(
         self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], header: Mapping[str, Any]
-    ) -> list[GenerationRecord]:
-        """Replies, or those of an earlier run that asked the same."""
+    ) -> tuple[list[GenerationRecord], BackendCheck | None]:
+        """Replies, or those of an earlier run that asked the same; and what ``generate`` says to some of them."""
         asked = header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
-        return self._reuse_or_make(
-            GENERATIONS_FILE,
-            {**header, "prompt_format": self.writer.prompt_format.name, "seed": self.seed, "requests": asked},
-            GenerationRecord,
-            lambda: generate_replies(
-                self.model,
-                self.writer.tokenizer,
-                requests,
-                stop_ids=stop_ids,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.batch_size,
-                progress=self._report("replies"),
-            ),
+        header = {**header, "prompt_format": self.writer.prompt_format.name, "seed": self.seed, "requests": asked}
+        greedy = [request for request in requests if request.kind != "sample"]
+        checks: list[BackendCheck | None] = []
+
+        def make() -> list[GenerationRecord]:
+            backend = choose_backend(
+                self.config, self.model, source=self.source, seed=self.seed, processes=self.processes.count
+            )
+            checks.append(self._check(greedy, stop_ids, lambda some: self._ask(some, stop_ids, backend=backend)))
+            return self._make_replies(greedy, requests[len(greedy) :], stop_ids, backend, header)
+
+        records = self._reuse_or_make(GENERATIONS_FILE, header, GenerationRecord, make)
+        if not checks:
+            checks.append(self._check(greedy, stop_ids, lambda some: records[: len(some)]))
+        return records, checks[0]
+
+    def _make_replies(
+        self,
+        greedy: Sequence[GenerationRequest],
+        samples: Sequence[GenerationRequest],
+        stop_ids: Sequence[int],
+        backend: GenerationBackend,
+        header: Mapping[str, Any],
+    ) -> list[GenerationRecord]:
+        """Greedy replies, then drawn ones; each batch is saved, and found again by the next run."""
+        partial = (
+            None if self.folder is None else PartialFile(self.folder / GENERATIONS_FILE, header, GenerationRecord)
         )
+        saved: dict[str, Any] = {}
+        if partial is not None:
+            saved = {"finished": self.processes.on_main(partial.recover), "keep": partial.append}
+        records = self._ask(greedy, stop_ids, backend=backend, progress=self._report("replies"), **saved)
+        if samples:
+            records += self._ask(
+                samples,
+                stop_ids,
+                backend=None if self.config.backend == "generate_batch" else backend,
+                drawing=self._drawing(),
+                progress=self._report("samples"),
+                **saved,
+            )
+        return records
+
+    def _ask(
+        self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], **options: Any
+    ) -> list[GenerationRecord]:
+        return generate_replies(
+            self.model,
+            self.writer.tokenizer,
+            requests,
+            stop_ids=stop_ids,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.config.batch_size,
+            processes=self.processes,
+            **options,
+        )
+
+    def _check(
+        self,
+        greedy: Sequence[GenerationRequest],
+        stop_ids: Sequence[int],
+        answer: Callable[[Sequence[GenerationRequest]], Sequence[GenerationRecord]],
+    ) -> BackendCheck | None:
+        """Compares another backend's first replies with those of ``generate``."""
+        if self.config.backend == "generate":
+            return None
+        some = greedy[:CHECKED_PROMPTS]
+        plain = self._ask(some, stop_ids, progress=self._report("backend check"))
+        return compare_replies(self.config.backend, plain, answer(some))
 
     def _losses(
         self, drawn: Mapping[Split, list[Example]], about: Mapping[str, str], left_out: dict[str, int]
@@ -206,6 +323,7 @@ class _Run:
                 self.model,
                 [tokenized for _, _, tokenized in named],
                 batch_size=self.config.batch_size,
+                processes=self.processes,
                 progress=self._report("perplexity"),
             )
             return [
@@ -237,6 +355,7 @@ class _Run:
                 self.writer.scored,
                 seed=self.seed,
                 batch_size=self.config.batch_size,
+                processes=self.processes,
                 progress=self._report("fluency"),
             ),
         )
@@ -246,10 +365,13 @@ class _Run:
     ) -> list[Row]:
         if self.folder is None:
             return make()
-        rows = read_if_same(self.folder / file, header, row_type)
+        path = self.folder / file
+        rows = self.processes.on_main(lambda: read_if_same(path, header, row_type))
         if rows is None:
-            rows = make()
-            write_rows(self.folder / file, header, rows)
+            rows = made = make()
+            self.processes.on_main(lambda: write_rows(path, header, made))
+        if self.processes.is_main:
+            PartialFile(path, header, row_type).remove()
         return rows
 
     def _report(self, stage: str) -> batching.Progress | None:

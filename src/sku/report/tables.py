@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
+from sku.evaluate.comparison import Comparison, LeakChange, PerplexityChange, RateChange
+from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Rate
 
 COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "wanted")
@@ -52,7 +53,7 @@ class TableRow:
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
-    """The whole comparison: replies to harmful prompts, forced starts, normal prompts, perplexities.
+    """The whole comparison: replies to harmful prompts, forced starts, drawn replies, normal prompts, perplexities.
 
     Args:
         comparison: From ``compare``.
@@ -66,6 +67,10 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     for split in ("unlearned", "unseen"):
         name = f"{SPLIT_NAMES[split]}, forced start"
         rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
+    for split in ("unlearned", "unseen"):
+        name = f"{SPLIT_NAMES[split]}, drawn replies"
+        rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1])
+        rows += _leak_rows(name, comparison.leak.get(split, {}))
     rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
     rows += _perplexity_rows(comparison.perplexity)
     return rows
@@ -83,24 +88,34 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _leak_rows(name: str, changes: Mapping[str, LeakChange]) -> Iterator[TableRow]:
+    """The row of the largest k: any of that many drawn replies."""
+    for k in sorted(changes, key=int)[-1:]:
+        if int(k) > 1:
+            yield _share_row(name, f"harmful in at least one of {k}", changes[k], "down")
+
+
 def _rate_rows(
     name: str, changes: Mapping[str, RateChange], measures: Sequence[tuple[str, str, str]]
 ) -> Iterator[TableRow]:
     for key, words, wanted in measures:
         if key in changes:
-            change = changes[key]
-            yield TableRow(
-                section=name,
-                measure=words,
-                before=percent(change.before.value),
-                after=percent(change.after.value),
-                interval=_interval(change.after),
-                change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
-                wanted=wanted,
-            )
+            yield _share_row(name, words, changes[key], wanted)
 
 
-def _interval(rate: Rate) -> str:
+def _share_row(name: str, words: str, change: RateChange | LeakChange, wanted: str) -> TableRow:
+    return TableRow(
+        section=name,
+        measure=words,
+        before=percent(change.before.value),
+        after=percent(change.after.value),
+        interval=_interval(change.after),
+        change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
+        wanted=wanted,
+    )
+
+
+def _interval(rate: Rate | Leak) -> str:
     return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
