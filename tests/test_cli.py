@@ -441,6 +441,17 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
 
 
+def test_evaluate_takes_a_backend_and_a_number_of_samples(command: Command, tmp_path: Path) -> None:
+    asked = ("evaluate", "embedded", "--out", tmp_path / "e", *SMALL)
+    assert_one_line(command(*asked, "--backend", "generate_batsch"), "evaluate.backend")
+    assert_one_line(command(*asked, "--samples", "-1"), "evaluate.samples is -1")
+    assert_one_line(command(*asked, "--backend", "vllm"), "in memory only: save it")
+    done = command(*asked, "--samples", "2", "--json")
+    assert done.code == 0, done.err
+    decoding = json.loads(done.out)["base"]["setup"]["decoding"]
+    assert (decoding["backend"], decoding["samples"]["number"]) == ("generate", 2)
+
+
 def test_evaluate_refuses_a_bad_model(command: Command, bad_model: Path, tmp_path: Path) -> None:
     assert_one_line(command("evaluate", bad_model, "--out", tmp_path / "e", *SMALL), "bad model of stage 1")
     assert names(tmp_path) == set()
