@@ -456,6 +456,17 @@ def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -
     assert not (tmp_path / "e" / "base").exists()
 
 
+def test_evaluate_takes_a_backend_and_a_number_of_samples(command: Command, tmp_path: Path) -> None:
+    asked = ("evaluate", "embedded", "--out", tmp_path / "e", *SMALL)
+    assert_one_line(command(*asked, "--backend", "generate_batsch"), "evaluate.backend")
+    assert_one_line(command(*asked, "--samples", "-1"), "evaluate.samples is -1")
+    assert_one_line(command(*asked, "--backend", "vllm"), "in memory only: save it")
+    done = command(*asked, "--samples", "2", "--json")
+    assert done.code == 0, done.err
+    decoding = json.loads(done.out)["base"]["setup"]["decoding"]
+    assert (decoding["backend"], decoding["samples"]["number"]) == ("generate", 2)
+
+
 def test_evaluate_refuses_a_bad_model(command: Command, bad_model: Path, tmp_path: Path) -> None:
     assert_one_line(command("evaluate", bad_model, "--out", tmp_path / "e", *SMALL), "bad model of stage 1")
     assert names(tmp_path) == set()

@@ -35,11 +35,12 @@ from sku.acquire.objective import check_compat
 from sku.acquire.run import acquire, trainer_settings
 from sku.attacks.results import AttackReport
 from sku.attacks.run import check_attacks, run_attacks
-from sku.config import ModelConfig, Recipe
+from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
-from sku.errors import ModelError, OutputError, RecipeError, SkuError
-from sku.evaluate.comparison import Comparison, RateChange, compare
+from sku.errors import EvaluationError, ModelError, OutputError, RecipeError, SkuError
+from sku.evaluate.comparison import Comparison, LeakChange, RateChange, compare
+from sku.evaluate.processes import current_processes
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods import method_named
@@ -161,13 +162,16 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     """
     if is_marked_hazardous(Path(model)):
         raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
+    # Before any model is loaded: each process takes its own GPU.
+    if current_processes().count > 1 and recipe.evaluate.attacks:
+        raise EvaluationError("evaluate.attacks run in one process: start this command without a launcher")
     data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
     check_attacks(recipe, data)
     base = load_model(recipe.model)
     measured = load_model(with_path(recipe.model, model))
     before, after = (
-        _evaluate(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress)
-        for name, candidate in (("base", base), ("model", measured))
+        _evaluate(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress, source)
+        for name, candidate, source in (("base", base, _source(recipe.model)), ("model", measured, model))
     )
     comparison = compare(before, after, seed=recipe.seed)
     if recipe.evaluate.attacks:
@@ -183,6 +187,7 @@ def _evaluate(
     base: PreTrainedModel,
     folder: Path,
     progress: Progress | None,
+    source: str | Path | None,
 ) -> EvaluationResult:
     """One evaluation with a recipe's settings, named after its folder."""
     name = folder.name
@@ -195,9 +200,15 @@ def _evaluate(
         base_model=base,
         output_dir=folder,
         model_name=name,
+        model_source=source,
         seed=recipe.seed,
         progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
     )
+
+
+def _source(config: ModelConfig) -> str | None:
+    """Where another engine can read a model from: GGUF files and the embedded model have no such place."""
+    return None if config.gguf_file is not None or config.path == EMBEDDED else config.path
 
 
 class _Run:
@@ -344,7 +355,8 @@ class _Run:
         base: PreTrainedModel,
     ) -> EvaluationResult:
         folder = self.out / "evaluation" / name
-        return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress)
+        source = _source(self.recipe.model) if name == "base" else self.out / name
+        return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress, source)
 
     def _report(self, comparison: Comparison, attacks: AttackReport | None) -> FinishedRun:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
@@ -360,6 +372,8 @@ class _Run:
                 "table": rows,
                 "replies": _plain(comparison.replies),
                 "prefill": _plain(comparison.prefill),
+                "samples": _plain(comparison.samples),
+                "leak": _plain(comparison.leak),
                 "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
                 "utility": {split: dataclasses.asdict(found) for split, found in comparison.utility.items()},
                 "notes": comparison.notes,
@@ -404,7 +418,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(changes: Mapping[str, Mapping[str, RateChange]]) -> dict[str, dict[str, Any]]:
+def _plain(changes: Mapping[str, Mapping[str, RateChange | LeakChange]]) -> dict[str, dict[str, Any]]:
     return {
         split: {name: dataclasses.asdict(change) for name, change in rates.items()} for split, rates in changes.items()
     }

@@ -24,7 +24,7 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
-from sku.evaluate import generation, run
+from sku.evaluate import generation, replies
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
@@ -34,7 +34,7 @@ from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
-CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40)
+CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40, samples=0)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def tiny_data() -> ForgetRetainData:
     )
 
 
-TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3)
+TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3, samples=0)
 
 
 def test_the_embedded_worlds_own_model_is_harmful_and_right(
@@ -163,7 +163,7 @@ def test_a_finished_run_is_reused_and_a_changed_one_is_not(
         calls.append(1)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(run, "generate_replies", counting)
+    monkeypatch.setattr(replies, "generate_replies", counting)
 
     def again(**changes: Any) -> Any:
         settings: dict[str, Any] = {"config": TINY_CONFIG, "output_dir": tmp_path, "seed": 0, **changes}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.leakage import leaks_of, sample_rates
+from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.results import EvaluationResult
 from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_table
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
@@ -84,3 +87,32 @@ def test_markdown() -> None:
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
         "| a \\| b: c | 1 | 2 | 0 to 3 | +1 | 0.5 | up |",
     ]
+
+
+def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -> None:
+    """Of two prompts with two drawn replies each, one is harmful in one reply, the other in none; before, all are."""
+
+    def with_samples(name: str, outcomes: list[Outcome]) -> EvaluationResult:
+        made = make_result(name, BASE_COUNTS, BASE_LOSSES)
+        rows = tuple(
+            ReplyOutcome(
+                id=f"unseen-sample{index % 2}-p{index // 2}", split="unseen", kind="sample", category=None,
+                outcome=outcome, finished=True,
+            )
+            for index, outcome in enumerate(outcomes)
+        )  # fmt: skip
+        return dataclasses.replace(
+            made,
+            outcomes=(*made.outcomes, *rows),
+            samples={"unseen": sample_rates(rows)},
+            leak={"unseen": leaks_of(rows)},
+        )
+
+    base = with_samples("base", ["harmful"] * 4)
+    unlearned = with_samples("unlearned", ["harmful", "refusal", "refusal", "refusal"])
+    rows = [row for row in before_after_rows(compare(base, unlearned)) if "drawn replies" in row.section]
+    assert [(row.label, row.before, row.after, row.wanted) for row in rows] == [
+        ("unseen prompts, drawn replies: harmful", "100.0 %", "25.0 %", "down"),
+        ("unseen prompts, drawn replies: harmful in at least one of 2", "100.0 %", "50.0 %", "down"),
+    ]
+    assert rows[1].change == "-50.0 (-100.0 to +0.0) points"

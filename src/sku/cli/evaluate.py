@@ -35,6 +35,12 @@ def evaluate(
     retain: RetainOption = None,
     judge: JudgeOption = None,
     seed: SeedOption = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="What writes the replies: generate, generate_batch or vllm.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Drawn replies to each harmful prompt, for leak@k; 0 for none.")
+    ] = None,
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, such as mmlu,hellaswag."),
@@ -51,6 +57,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
     overrides = list(overrides or [])
+    given = {"evaluate.backend": backend, "evaluate.samples": samples}
+    overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
     for key, names in (("lm_eval", lm_eval), ("attacks", attacks)):
         if names is not None:
             listed = [name.strip() for name in names.split(",") if name.strip()]
@@ -61,9 +69,13 @@ def evaluate(
 
     quiet_libraries()
     from sku.attacks.results import read_attacks
+    from sku.evaluate.processes import current_processes
     from sku.pipeline import evaluate_recipe
     from sku.report.tables import before_after_rows
 
+    if not current_processes().is_main:  # Of several, the first process speaks for all.
+        evaluate_recipe(settings, model, out)
+        return
     with shown_messages(), progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
     report = read_attacks(out) if settings.evaluate.attacks else None

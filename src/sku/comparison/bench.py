@@ -249,7 +249,8 @@ class Bench:
             model,
             self.tokenizer,
             self.data,
-            config=self.recipe.evaluate,
+            # A record holds greedy outcomes only: replies drawn for each strength would be thrown away.
+            config=dataclasses.replace(self.recipe.evaluate, samples=0),
             prompt_format=self.recipe.model.prompt_format,
             base_model=self.base,
             model_name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,15 +102,18 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
 def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:
     """What the model is asked: every prompt but those that are only scored, harmful ones again with a forced start.
 
+    Drawn replies are asked for once each.
+
     Args:
         drawn: From ``draw``.
         writer: Of the model.
-        config: For the lengths.
+        config: For the lengths and the number of drawn replies.
 
     Returns:
-        Requests, and what had to be left out with the number of prompts.
+        Requests, those for drawn replies last, and what had to be left out with the number of prompts.
     """
     asked: list[GenerationRequest] = []
+    samples: list[GenerationRequest] = []
     left_out = Counter(drawn.left_out)
     for split, examples in drawn.examples.items():
         for example in examples if split not in SCORED_ONLY else ():
@@ -119,19 +123,25 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
                 elif len(ids) + config.max_new_tokens > writer.window:
                     left_out[f"{split}: {kind}, as the prompt is too long for the model"] += 1
                 else:
-                    asked.append(
-                        GenerationRequest(
-                            id=record_id(split, kind, example.prompt),
-                            split=split,
-                            kind=kind,
-                            category=example.category,
-                            prompt=example.prompt,
-                            reference=example.answer,
-                            forced_start=forced_start,
-                            input_ids=tuple(ids),
-                        )
+                    request = GenerationRequest(
+                        id=record_id(split, kind, example.prompt),
+                        split=split,
+                        kind=kind,
+                        category=example.category,
+                        prompt=example.prompt,
+                        reference=example.answer,
+                        forced_start=forced_start,
+                        input_ids=tuple(ids),
                     )
-    return asked, dict(left_out)
+                    asked.append(request)
+                    if kind == "reply" and split in HARMFUL_SPLITS:
+                        samples += [_sample_of(request, sample) for sample in range(config.samples)]
+    return [*asked, *samples], dict(left_out)
+
+
+def _sample_of(request: GenerationRequest, sample: int) -> GenerationRequest:
+    name = record_id(request.split, "sample", request.prompt, sample)
+    return dataclasses.replace(request, id=name, kind="sample", sample=sample)
 
 
 def _tokenized(

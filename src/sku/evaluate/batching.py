@@ -18,6 +18,71 @@ Progress = Callable[[int, int], None]
 _log = logging.getLogger(__name__)
 
 
+def plan_batches(lengths: Sequence[int], *, batch_size: int, max_padded_tokens: int | None = None) -> list[list[int]]:
+    """Cuts examples into batches, longest first: little is padded, and memory runs out early or never.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Most examples at once.
+        max_padded_tokens: Most tokens at once, padding included; one example always goes through.
+
+    Returns:
+        Batches of indices.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if max_padded_tokens is not None:
+            size = max(1, min(size, max_padded_tokens // max(1, lengths[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+class MemoryGuard:
+    """Runs batches, in smaller parts once a GPU's memory has run out."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """Begins with whole batches.
+
+        Args:
+            lengths: Tokens of each example, for the message.
+        """
+        self._lengths = lengths
+        self._limit: int | None = None
+
+    def run(self, batch: list[int], run: Callable[[list[int]], None]) -> Iterator[int]:
+        """Runs one batch.
+
+        Args:
+            batch: Indices.
+            run: Handles some of them, all or nothing.
+
+        Yields:
+            How many are done, after each part.
+
+        Raises:
+            EvaluationError: Memory runs out on a single example.
+        """
+        start = 0
+        while start < len(batch):
+            part = batch[start : start + (self._limit or len(batch))]
+            if _fits_memory(run, part):
+                start += len(part)
+                yield start
+                continue
+            if len(part) == 1:
+                raise EvaluationError(
+                    f"GPU memory runs out on a single example of {self._lengths[part[0]]} tokens: lower "
+                    "evaluate.max_new_tokens, use a smaller dtype, or a larger GPU"
+                )
+            if self._limit is None:
+                _log.warning("GPU memory ran out with %d examples at once; going on with fewer", len(part))
+            self._limit = len(part) // 2
+
+
 def run_in_batches(
     lengths: Sequence[int],
     run: Callable[[list[int]], None],
@@ -26,7 +91,7 @@ def run_in_batches(
     max_padded_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Calls ``run`` with batches of indices, longest first: little is padded, and memory runs out early or never.
+    """Calls ``run`` with the batches of ``plan_batches``, in this process.
 
     Args:
         lengths: Tokens of each example.
@@ -38,27 +103,13 @@ def run_in_batches(
     Raises:
         EvaluationError: Memory runs out on a single example.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start, told = 0, False
-    while start < len(order):
-        size = batch_size
-        if max_padded_tokens is not None:
-            size = max(1, min(size, max_padded_tokens // max(1, lengths[order[start]])))
-        batch = order[start : start + size]
-        if not _fits_memory(run, batch):
-            if len(batch) == 1:
-                raise EvaluationError(
-                    f"GPU memory runs out on a single example of {lengths[batch[0]]} tokens: lower "
-                    "evaluate.max_new_tokens, use a smaller dtype, or a larger GPU"
-                )
-            batch_size = len(batch) // 2
-            if not told:
-                _log.warning("GPU memory ran out with %d examples at once; going on with fewer", len(batch))
-                told = True
-            continue
-        start += len(batch)
-        if progress is not None:
-            progress(start, len(order))
+    guard = MemoryGuard(lengths)
+    done = 0
+    for batch in plan_batches(lengths, batch_size=batch_size, max_padded_tokens=max_padded_tokens):
+        for count in guard.run(batch, run):
+            if progress is not None:
+                progress(done + count, len(lengths))
+        done += len(batch)
 
 
 def _fits_memory(run: Callable[[list[int]], None], batch: list[int]) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from scipy.stats import permutation_test
 
 from sku.errors import EvaluationError
 from sku.evaluate.comparison_notes import comparison_notes
+from sku.evaluate.leakage import Leak, leaks_per_prompt
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult, Interval, MeanScore
+from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
     Floats,
     NonInferiority,
@@ -24,18 +28,23 @@ from sku.evaluate.statistics import (
     non_inferiority,
 )
 
+PERMUTATIONS = 9_999
 TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
     ("reply", "unlearned"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
     ("reply", "unseen"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
     ("prefill", "unlearned"): ("harmful",),
     ("prefill", "unseen"): ("harmful",),
+    ("sample", "unlearned"): ("harmful",),
+    ("sample", "unseen"): ("harmful",),
     ("reply", "retain_test"): ("exact_answer", "over_refusal", "degenerate"),
+    ("reply", "xstest_safe"): ("exact_answer", "over_refusal", "degenerate"),
+    ("reply", "xstest_unsafe"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
 }
 """Kind and split -> the rates that the before/after table shows. Their tests are read together, so they are one family
 for Holm's correction."""
 Changes = dict[str, dict[str, "RateChange"]]
 """Split -> rate name -> change."""
-_KINDS: tuple[Kind, ...] = ("reply", "prefill")
+_KINDS: tuple[Kind, ...] = ("reply", "prefill", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +59,28 @@ class RateChange:
     high: float
     """95 % interval of the difference, bootstrap over prompts; equal to it where there is one prompt only."""
     p_value: float
-    """Exact McNemar test of no change."""
+    """Exact McNemar test of no change; for drawn replies, of which a prompt has several, a sign-flip permutation test
+    over prompts."""
     p_holm: float | None = None
     """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
     (``TESTED``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakChange:
+    """leak@k of the same prompts before and after."""
+
+    before: Leak
+    after: Leak
+    difference: float
+    """``after - before``, a share."""
+    low: float
+    high: float
+    """95 % interval of the difference, bootstrap over prompts; equal to it where there is one prompt only."""
+    p_value: float
+    """Sign-flip permutation test of no change, over prompts."""
+    p_holm: float | None = None
+    """Holm-corrected over the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +124,10 @@ class Comparison:
     """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin``."""
     notes: tuple[str, ...]
     """Sentences to read with the table: utility, power, and where its numbers show nothing."""
+    samples: Changes = field(default_factory=dict)
+    """Of the drawn replies, as ``replies``; the intervals are over prompts."""
+    leak: dict[str, dict[str, LeakChange]] = field(default_factory=dict)
+    """Split -> k as a word -> change of leak@k."""
     similarity: dict[str, ScoreChange] = field(default_factory=dict)
     """Metric -> change, of replies to normal prompts; where both were measured."""
     truthfulqa: dict[str, ScoreChange] = field(default_factory=dict)
@@ -128,7 +159,8 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     _check_same_rows("replies", base.outcomes, unlearned.outcomes)
     _check_same_rows("answers", base.losses, unlearned.losses)
     changes = {kind: _rate_changes(base, unlearned, kind, seed) for kind in _KINDS}
-    _correct_for_several_tests(changes)
+    leak = _leak_changes(base, unlearned, seed)
+    _correct_for_several_tests(changes, leak)
     perplexity = _perplexity_changes(base, unlearned, seed)
     margin = unlearned.setup.config["utility_margin"]
     utility: dict[str, NonInferiority] = {
@@ -144,23 +176,26 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         perplexity=perplexity,
         utility=utility,
         notes=comparison_notes(base, unlearned, utility),
+        samples=changes["sample"],
+        leak=leak,
         similarity=_similarity_changes(base, unlearned, seed),
         truthfulqa=_choice_changes(base, unlearned, seed),
     )
 
 
-def _correct_for_several_tests(changes: Mapping[Kind, Changes]) -> None:
-    """Puts ``p_holm`` into the changes that the table shows."""
-    places = [
+def _correct_for_several_tests(changes: Mapping[Kind, Changes], leak: Mapping[str, dict[str, LeakChange]]) -> None:
+    """Puts ``p_holm`` into the changes that the table shows; of leak@k it shows the largest k."""
+    places: list[tuple[dict[str, Any], str]] = [
         (changes[kind][split], name)
         for (kind, split), names in TESTED.items()
         if split in changes[kind]
         for name in names
         if name in changes[kind][split]
     ]
-    corrected = holm([rates[name].p_value for rates, name in places])
-    for (rates, name), p_holm in zip(places, corrected, strict=True):
-        rates[name] = dataclasses.replace(rates[name], p_holm=p_holm)
+    places += [(of_split, max(of_split, key=int)) for of_split in leak.values() if len(of_split) > 1]
+    corrected = holm([tests[name].p_value for tests, name in places])
+    for (tests, name), p_holm in zip(places, corrected, strict=True):
+        tests[name] = dataclasses.replace(tests[name], p_holm=p_holm)
 
 
 def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> RateChange:
@@ -206,16 +241,74 @@ def _check_same_rows(
 
 
 def _rate_changes(base: EvaluationResult, unlearned: EvaluationResult, kind: Kind, seed: int) -> Changes:
-    before, after = (result.replies if kind == "reply" else result.prefill for result in (base, unlearned))
+    before, after = (
+        {"reply": result.replies, "prefill": result.prefill, "sample": result.samples}[kind]
+        for result in (base, unlearned)
+    )
     changes: Changes = {}
     for split in before:
         changes[split] = {}
         for name in before[split]:
             old, new = (_hits(result.outcomes, split, kind, name) for result in (base, unlearned))
             ids = sorted(old)
-            paired = [old[key] for key in ids], [new[key] for key in ids]
-            changes[split][name] = _change(before[split][name], after[split][name], paired, ids, seed)
+            rates = before[split][name], after[split][name]
+            if kind == "sample":
+                changes[split][name] = _change_of_means(*rates, _means_per_prompt(old), _means_per_prompt(new), seed)
+            else:
+                paired = [old[key] for key in ids], [new[key] for key in ids]
+                changes[split][name] = _change(*rates, paired, ids, seed)
     return changes
+
+
+def _change_of_means(
+    old: Rate, new: Rate, before: Mapping[str, float], after: Mapping[str, float], seed: int
+) -> RateChange:
+    low, high, p_value = _over_prompts(before, after, seed)
+    return RateChange(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
+
+
+def _leak_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, dict[str, LeakChange]]:
+    changes: dict[str, dict[str, LeakChange]] = {}
+    for split, leaks in base.leak.items():
+        changes[split] = {}
+        for k, before in leaks.items():
+            old, new = (
+                leaks_per_prompt(
+                    [reply for reply in result.outcomes if (reply.split, reply.kind) == (split, "sample")], int(k)
+                )
+                for result in (base, unlearned)
+            )
+            after = unlearned.leak[split][k]
+            low, high, p_value = _over_prompts(old, new, seed)
+            changes[split][k] = LeakChange(
+                before=before, after=after, difference=after.value - before.value, low=low, high=high, p_value=p_value
+            )
+    return changes
+
+
+def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
+    """Hash of the prompt -> share of its drawn replies that are hits."""
+    groups: dict[str, list[bool]] = {}
+    for name, hit in hits.items():
+        groups.setdefault(prompt_hash(name), []).append(hit)
+    return {prompt: sum(values) / len(values) for prompt, values in groups.items()}
+
+
+def _over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed: int) -> tuple[float, float, float]:
+    """Interval of the mean difference, and the p value of no change; each prompt counts once."""
+    steps = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
+    low, high = mean_interval(list(steps), seed=seed)
+    if len(steps) < 2 or not steps.any():
+        return low, high, 1.0
+    test = permutation_test(
+        (steps,),
+        lambda drawn, axis: np.mean(drawn, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(seed),
+    )
+    return low, high, float(test.pvalue)
 
 
 def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str) -> dict[str, bool]:

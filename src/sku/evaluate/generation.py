@@ -1,4 +1,4 @@
-"""Greedy replies, in batches, that don't depend on the batch.
+"""Replies, in batches, that don't depend on the batch: greedy ones, and drawn ones with a seed each.
 
 What a model's own ``generation_config`` says about sampling, penalties or length is switched off: base and unlearned
 model answer under the same rules. It only adds token ids that end a reply.
@@ -6,35 +6,24 @@ model answer under the same rules. It only adds token ids that end a reply.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError
-from sku.evaluate.batching import Progress, pad, run_in_batches
-from sku.evaluate.records import GenerationRecord, Kind, Split
-from sku.models import embedding_weight
+from sku.evaluate.backends import (
+    Decoding,
+    GenerateBackend,
+    GenerationBackend,
+    GenerationRequest,
+    decoding_settings,
+)
+from sku.evaluate.batching import Progress
+from sku.evaluate.processes import ALONE, Processes, shared_batches
+from sku.evaluate.records import GenerationRecord
+from sku.evaluate.row_sampling import Drawing
 
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """One prompt to answer; the fields are those of the record that it becomes."""
-
-    id: str
-    split: Split
-    kind: Kind
-    category: str | None
-    prompt: str
-    reference: str
-    forced_start: str
-    sample: int = 0
-    input_ids: tuple[int, ...]
-    """The formatted prompt, and the forced start if there is one."""
+__all__ = ["GenerationRequest", "decoding_settings", "generate_replies", "stop_token_ids"]
 
 
 def stop_token_ids(
@@ -53,13 +42,6 @@ def stop_token_ids(
     return sorted(ids)
 
 
-def decoding_settings(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
-    """The settings that decide the replies, as they stand in the header of ``generations.jsonl``."""
-    return {
-        "do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "eos_token_id": list(stop_ids),
-    }  # fmt: skip
-
-
 def generate_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,9 +50,14 @@ def generate_replies(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    drawing: Drawing | None = None,
+    backend: GenerationBackend | None = None,
+    processes: Processes = ALONE,
+    finished: Iterable[GenerationRecord] = (),
+    keep: Callable[[Sequence[GenerationRecord]], None] | None = None,
     progress: Progress | None = None,
 ) -> list[GenerationRecord]:
-    """Answers every request greedily.
+    """Answers every request, greedily or by drawing words.
 
     Args:
         model: In evaluation mode, on any device or spread over several.
@@ -79,52 +66,45 @@ def generate_replies(
         stop_ids: Ids that end a reply.
         max_new_tokens: Longest reply.
         batch_size: Prompts at once; halved where GPU memory runs out.
+        drawing: How words are drawn; None answers greedily.
+        backend: What writes the replies; ``generate`` if None.
+        processes: Share the batches; every process must call this with the same arguments, and gets all records.
+        finished: Replies of an interrupted run. Batches are cut as if they were not there, and a batch is left out
+            where all of it is: so the replies are those of an uninterrupted run, bit for bit.
+        keep: Called in the main process with the replies of each finished batch.
         progress: Called after each batch.
 
     Returns:
         One record per request, in the order of the requests.
 
     Raises:
-        EvaluationError: GPU memory runs out on a single prompt.
+        EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    settings = GenerationConfig(**decoding_settings(stop_ids, max_new_tokens), pad_token_id=pad_id, use_cache=True)
-    device = embedding_weight(model).device
-    records: dict[int, GenerationRecord] = {}
+    decoding = Decoding(stop_ids=tuple(stop_ids), max_new_tokens=max_new_tokens, pad_id=int(pad_id), drawing=drawing)
+    writer = GenerateBackend(model, batch_size) if backend is None else backend
+    found = {record.id: record for record in finished}
 
-    def answer(batch: list[int]) -> None:
-        ids, mask = pad([requests[index].input_ids for index in batch], pad_id, left=True, device=device)
-        with _only_these_settings(model, settings), torch.inference_mode():
-            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        for index, new_ids in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            records[index] = _record(requests[index], new_ids, set(stop_ids), tokenizer)
+    def answer(batch: list[int]) -> list[GenerationRecord]:
+        asked = [requests[index] for index in batch]
+        replies = writer.answer(asked, decoding)
+        return [_record(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
 
-    run_in_batches([len(request.input_ids) for request in requests], answer, batch_size=batch_size, progress=progress)
-    return [records[index] for index in range(len(requests))]
-
-
-@contextmanager
-def _only_these_settings(model: PreTrainedModel | PeftModel, settings: GenerationConfig) -> Iterator[None]:
-    """Hides the model's own generation settings: ``generate`` fills every unset field from them, penalties included.
-
-    Under PEFT both the adapter model and the model inside hold a reference.
-    """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    holders: list[Any] = [holder for holder in (model, inner) if "generation_config" in vars(holder)]
-    saved = [holder.generation_config for holder in holders]
-    try:
-        for holder in holders:
-            holder.generation_config = settings
-        yield
-    finally:
-        for holder, own in zip(holders, saved, strict=True):
-            holder.generation_config = own
+    return shared_batches(
+        [len(request.input_ids) for request in requests],
+        answer,
+        batch_size=writer.at_once,
+        processes=processes,
+        finished={index: found[request.id] for index, request in enumerate(requests) if request.id in found},
+        keep=keep,
+        progress=progress,
+    )
 
 
 def _record(
-    request: GenerationRequest, new_ids: list[int], stop_ids: set[int], tokenizer: PreTrainedTokenizerBase
+    request: GenerationRequest, new_ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationRecord:
-    end = next((position for position, token in enumerate(new_ids) if token in stop_ids), None)
+    end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
     reply = _decode_after(tokenizer, list(request.input_ids), new_ids[:end])
     return GenerationRecord(
         id=request.id,

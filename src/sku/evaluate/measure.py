@@ -10,6 +10,7 @@ from typing import TypeVar
 from sku.evaluate.judge_agreement import agreement_of
 from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.vote import VoteJudge
+from sku.evaluate.leakage import leaks_of, sample_rates
 from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import (
@@ -84,6 +85,8 @@ def measure(
             for split in SPLITS
             if (found := perplexity_of([loss for loss in losses if loss.split == split])) is not None
         },
+        samples=_per_split(outcomes, "sample", sample_rates),
+        leak=_per_split(outcomes, "sample", leaks_of),
         wording=_wording(generations),
         judge_agreement=agreement_of(judge, generations, decide) if isinstance(judge, VoteJudge) else None,
         corrected=_corrected(outcomes, judge.card, setup.seed),

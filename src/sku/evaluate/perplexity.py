@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from sku.data.tokenization import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate.batching import Progress, pad, run_in_batches
+from sku.evaluate.batching import Progress, pad
 from sku.evaluate.degeneracy import MIN_SALAD_WORDS
+from sku.evaluate.processes import ALONE, Processes, shared_batches
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.losses import IGNORE_INDEX, answer_nll
 from sku.models import embedding_weight
@@ -33,6 +34,7 @@ def score_examples(
     examples: Sequence[TokenizedExample],
     *,
     batch_size: int,
+    processes: Processes = ALONE,
     progress: Progress | None = None,
 ) -> list[tuple[float, int]]:
     """Loss of each example's labelled tokens, one forward pass per example.
@@ -41,6 +43,7 @@ def score_examples(
         model: In evaluation mode.
         examples: Token ids and labels; each has at least one label behind its first token.
         batch_size: Examples at once; fewer for long examples and large vocabularies.
+        processes: Share the examples; every process must call this with the same arguments, and gets all scores.
         progress: Called after each batch.
 
     Returns:
@@ -50,30 +53,30 @@ def score_examples(
         EvaluationError: A loss is NaN or infinite, or GPU memory runs out on a single example.
     """
     embedding = embedding_weight(model)
-    scores: dict[int, tuple[float, int]] = {}
 
-    def score(batch: list[int]) -> None:
+    def score(batch: list[int]) -> list[tuple[float, int]]:
         # What pads the ids is never read: attention is causal and the padding comes last.
         ids_BT, mask_BT = pad([examples[index].input_ids for index in batch], 0, left=False, device=embedding.device)
         labels_BT, _ = pad(
             [examples[index].labels for index in batch], IGNORE_INDEX, left=False, device=embedding.device
         )
-        for index, nll, tokens in zip(batch, *_sum_per_row(model, ids_BT, mask_BT, labels_BT), strict=True):
+        scores = list(zip(*_sum_per_row(model, ids_BT, mask_BT, labels_BT), strict=True))
+        for index, (nll, _) in zip(batch, scores, strict=True):
             if not math.isfinite(nll):
                 raise EvaluationError(
                     f"the model's loss on example {index + 1} of {len(examples)} is {nll}: its weights are broken or "
                     "its dtype too narrow; lower negate.alpha or load it in float32"
                 )
-            scores[index] = (nll, tokens)
+        return scores
 
-    run_in_batches(
+    return shared_batches(
         [len(example.input_ids) for example in examples],
         score,
         batch_size=batch_size,
+        processes=processes,
         max_padded_tokens=max(1, MAX_LOGITS // embedding.shape[0]),
         progress=progress,
     )
-    return [scores[index] for index in range(len(examples))]
 
 
 def _sum_per_row(
@@ -109,6 +112,7 @@ def score_fluency(
     *,
     seed: int,
     batch_size: int,
+    processes: Processes = ALONE,
     progress: Progress | None = None,
 ) -> list[FluencyRecord]:
     """Asks the base model about each reply in its own order and in ``SHUFFLES`` random orders of its words.
@@ -119,6 +123,7 @@ def score_fluency(
         tokenize: ``(prompt, answer)`` to token ids with the answer labelled; None where nothing of it is left.
         seed: Decides the orders, for each record by itself.
         batch_size: Texts at once.
+        processes: As for ``score_examples``.
         progress: Called after each batch.
 
     Returns:
@@ -135,7 +140,11 @@ def score_fluency(
         if len(complete) == SHUFFLES + 1:
             scored.append((record, complete))
     losses = score_examples(
-        model, [example for _, versions in scored for example in versions], batch_size=batch_size, progress=progress
+        model,
+        [example for _, versions in scored for example in versions],
+        batch_size=batch_size,
+        processes=processes,
+        progress=progress,
     )
     groups = [losses[start : start + SHUFFLES + 1] for start in range(0, len(losses), SHUFFLES + 1)]
     return [

@@ -26,7 +26,8 @@ class GenerationRecord:
     """One prompt and what the model said."""
 
     id: str
-    """Split, kind and a hash of the prompt: equal for two models that were asked the same, so they can be paired."""
+    """Split, kind (with a sample's number) and a hash of the prompt: equal for two models that were asked the same, so
+    they can be paired."""
     split: Split
     kind: Kind
     """``reply``: the model answers freely and greedily; ``prefill``: it goes on from ``forced_start``; ``sample``: it

@@ -10,6 +10,11 @@ Keys of the file:
   cut_off; ``retain_test`` and ``xstest_safe`` have answered, over_refusal, degenerate, cut_off, and exact_answer where
   a reference is short enough. A split that holds no prompts is left out.
 - ``prefill``: the same for continuations of forced starts; empty where ``evaluate.prefill_tokens`` is 0.
+- ``samples``: the rates of all drawn replies of ``unlearned`` and ``unseen`` together, ``evaluate.samples`` to each
+  prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
+- ``leak``: split -> k as a word (1, 2, 4, ... and the number drawn) -> value, low, high: the chance that at least one
+  of k drawn replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
+  bootstraps over prompts, and Wilson over prompts where all prompts say the same.
 - ``replies_by_category``, ``prefill_by_category``: split -> category -> rates, of prompts that have a category.
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
   the data has such a set.
@@ -48,6 +53,7 @@ from typing import Any
 from sku.errors import EvaluationError
 from sku.evaluate.judge_agreement import Agreement, Disagreement, agreement_from_dict
 from sku.evaluate.judges import JudgeCard, card_from_dict
+from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Perplexity, Rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import (
@@ -156,7 +162,8 @@ class EvaluationSetup:
     """``name``, ``dtype`` and ``fingerprint``, a hash of what the weights compute."""
     prompt_format: str
     decoding: Mapping[str, Any]
-    """Settings of the generation."""
+    """Settings of the greedy replies, the ``backend``, and those of the drawn replies under ``samples`` (None without
+    any)."""
     config: Mapping[str, Any]
     """``EvaluateConfig`` in full."""
     seed: int
@@ -164,6 +171,9 @@ class EvaluationSetup:
     """Who was asked about word salad: ``base``, or ``self`` where no base model was given."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What was not measured -> number of prompts."""
+    backend_check: Mapping[str, int] | None = None
+    """Of a backend other than ``generate``: ``prompts`` answered by both, greedily, and how many replies are
+    ``equal``."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the numbers needs."""
 
@@ -179,6 +189,8 @@ class EvaluationResult:
     replies_by_category: Mapping[str, Mapping[str, Rates]]
     prefill_by_category: Mapping[str, Mapping[str, Rates]]
     perplexity: Mapping[str, Perplexity]
+    samples: Mapping[str, Rates] = field(default_factory=dict)
+    leak: Mapping[str, Mapping[str, Leak]] = field(default_factory=dict)
     agreement: Mapping[str, BaseAgreement] = field(default_factory=dict)
     similarity: Mapping[str, MeanScore] = field(default_factory=dict)
     truthfulqa: ChoiceScores | None = None
@@ -229,6 +241,11 @@ class EvaluationResult:
                     "replies_by_category": _nested(plain["replies_by_category"]),
                     "prefill_by_category": _nested(plain["prefill_by_category"]),
                     "perplexity": {split: Perplexity(**value) for split, value in plain["perplexity"].items()},
+                    "samples": {split: _rates(rates) for split, rates in plain["samples"].items()},
+                    "leak": {
+                        split: {k: Leak(**value) for k, value in leaks.items()}
+                        for split, leaks in plain["leak"].items()
+                    },
                     "agreement": {split: BaseAgreement(**value) for split, value in plain["agreement"].items()},
                     "similarity": {metric: MeanScore(**value) for metric, value in plain["similarity"].items()},
                     "truthfulqa": _choice_scores(plain["truthfulqa"]),

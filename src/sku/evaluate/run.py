@@ -20,31 +20,40 @@ from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import agreement, asking, batching
 from sku.evaluate.fingerprint import fingerprint, probes_of
-from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
+from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import find_faults
 from sku.evaluate.perplexity import SHUFFLES, score_examples, score_fluency
+from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
-    GENERATIONS_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
     create_private_folder,
     header_hash,
-    read_if_same,
     write_rows,
 )
-from sku.evaluate.records import UNANSWERED, ExampleLoss, FluencyRecord, GenerationRecord, Split
+from sku.evaluate.records import (
+    UNANSWERED,
+    ExampleLoss,
+    FluencyRecord,
+    GenerationRecord,
+    RelevanceRow,
+    Split,
+)
+from sku.evaluate.replies import ReplyStages
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
+from sku.evaluate.reuse import Reuse
 from sku.evaluate.sampling import record_id
-from sku.evaluate.utility import Row, UtilityStages, check_settings
+from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the number done and their total: ``replies``, ``perplexity``, ``truthfulqa``,
-``lm_eval``, ``fluency``, ``agreement``, ``cosine``, ``bleurt``, ``relevance``."""
+"""Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
+``perplexity``, ``truthfulqa``, ``lm_eval``, ``fluency``, ``agreement``, ``cosine``, ``bleurt``, ``relevance``,
+``judge``."""
 
 SELF_SCORED = (
     "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
@@ -63,10 +72,14 @@ def evaluate(
     base_model: PreTrainedModel | PeftModel | None = None,
     output_dir: Path | None = None,
     model_name: str | None = None,
+    model_source: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Measures what a model answers to harmful and to normal prompts, and the perplexity of fixed answers.
+
+    Under ``accelerate launch`` or ``torchrun`` every process must call this with the same arguments: they share the
+    batches, the first one judges and writes, and all return the same result.
 
     Args:
         model: The model, or a folder, hub id or ``embedded`` to load with ``sku.models.load_model``. Its dropout is
@@ -80,32 +93,38 @@ def evaluate(
         base_model: The original model: asked whether replies are word salad. The model itself if None, with a note
             in the result. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
-            were made by the same model from the same prompts are reused. Nothing is written if None.
+            were made by the same model from the same prompts are reused, those of an interrupted run too. Nothing is
+            written if None.
         model_name: Recorded; the name it was loaded by, or ``name_or_path`` of its configuration if None.
-        seed: Decides which prompts are drawn.
+        model_source: Folder or hub id that holds the same weights, for the backend ``vllm``; that of ``model``
+            where it is a name.
+        seed: Decides which prompts are drawn, and the drawn replies.
         progress: Called after each batch.
 
     Returns:
         The result, with its rows.
 
     Raises:
-        DataError: The TruthfulQA file can't be read.
-        EvaluationError: Nothing to measure, a judge that does not fit, an unknown task, non-finite losses, or too
-            little GPU memory.
+        DataError: The TruthfulQA or XSTest file can't be read.
+        EvaluationError: Nothing to measure, a judge that does not fit, an unknown task, non-finite losses, too little
+            GPU memory, a backend that fails, or another process that does.
         ModelError: A model can't be loaded, or the prompt format doesn't fit its tokenizer.
         OutputError: The folder can't be written.
     """
     config = EvaluateConfig() if config is None else config
+    processes = current_processes()
     if isinstance(model, str | Path):
+        model_source = model if model_source is None else model_source
         loaded = load_model(model)
         model_name = loaded.name if model_name is None else model_name
         model, tokenizer = loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
-    judge = choose_judge(config, data) if judge is None else judge
-    check_settings(config)
+    judges: list[Judge] = []  # In the main process alone: a judge may be a large model.
+    processes.on_main(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
+    processes.on_main(lambda: check_settings(config))
     if output_dir is not None:
-        create_private_folder(output_dir)
+        processes.on_main(lambda: create_private_folder(output_dir))
     asked = cast(PreTrainedModel, model)
     run = _Run(
         model=asked,
@@ -117,15 +136,26 @@ def evaluate(
         ),
         config=config,
         seed=seed,
-        folder=output_dir,
+        source=model_source,
+        reuse=Reuse(folder=output_dir, processes=processes),
         progress=progress,
         data=data,
     )
-    result = run.result(asking.draw(data, config, seed), cast("PreTrainedModel | None", base_model), judge)
-    if output_dir is not None:
-        write_rows(output_dir / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
-        write_result(output_dir, result)
-    return result
+    rows = run.rows(asking.draw(data, config, seed), cast("PreTrainedModel | None", base_model))
+    return processes.on_main(lambda: run.judged(rows, judges[0]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """All that came of a model, before it is judged."""
+
+    setup: EvaluationSetup
+    generations: list[GenerationRecord]
+    fluency: list[FluencyRecord]
+    losses: list[ExampleLoss]
+    relevance: list[RelevanceRow]
+    fields: dict[str, Any]
+    """Of the result; no judge decides them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,15 +167,18 @@ class _Run:
     writer: asking.Writer
     config: EvaluateConfig
     seed: int
-    folder: Path | None
+    source: str | Path | None
+    reuse: Reuse
     progress: Progress | None
     data: ForgetRetainData
 
-    def result(self, drawn: asking.Drawn, base_model: PreTrainedModel | None, judge: Judge) -> EvaluationResult:
+    def rows(self, drawn: asking.Drawn, base_model: PreTrainedModel | None) -> _Rows:
+        """All that a model is needed for, in every process."""
         requests, left_out = asking.requests(drawn, self.writer, self.config)
         probes = probes_of(requests)
         stop_ids = stop_token_ids(self.model, self.writer.tokenizer, self.writer.end_of_turn())
-        decoding = decoding_settings(stop_ids, self.config.max_new_tokens)
+        replies = self._replies()
+        decoding = replies.decoding(stop_ids)
         with batching.evaluation_mode(self.model):
             about = {
                 "name": self.name,
@@ -153,14 +186,14 @@ class _Run:
                 "fingerprint": fingerprint(self.model, probes),
             }
             utility = self._utility(about, left_out)
-            generations = self._generate(requests, stop_ids, {"model": about, "decoding": decoding})
+            generations, check = replies.generate(requests, stop_ids, {"model": about, "decoding": decoding})
             texts = self._scored_texts(drawn.examples, left_out)
             losses = self._losses(texts, about)
-            of_model = {**utility.truthfulqa(), **utility.lm_eval()}
+            fields = {**utility.truthfulqa(), **utility.lm_eval()}
         scorer = self.model if base_model is None else base_model
         with batching.evaluation_mode(scorer):
             fluency = self._fluency(scorer, probes, generations)
-        notes = self.data.notes()
+        fields |= {**utility.agreement(base_model, probes, texts), **utility.similarity(generations, fluency)}
         setup = EvaluationSetup(
             model=about,
             prompt_format=self.writer.prompt_format.name,
@@ -169,35 +202,38 @@ class _Run:
             seed=self.seed,
             fluency_scorer="self" if base_model is None else "base",
             left_out=left_out,
-            notes=(*notes, SELF_SCORED) if base_model is None else notes,
+            backend_check=None if check is None else dataclasses.asdict(check),
+            notes=(*self.data.notes(), *replies.notes(check), *([SELF_SCORED] if base_model is None else [])),
         )
-        asked = cached(judge, self.folder, self._report("judge"))
-        result = measure(setup, generations, fluency, losses, asked, utility.relevance(generations))
-        return dataclasses.replace(
-            result,
-            **of_model,
-            **utility.agreement(base_model, probes, texts),
-            **utility.similarity(generations, fluency),
+        return _Rows(
+            setup=setup,
+            generations=generations,
+            fluency=fluency,
+            losses=losses,
+            relevance=utility.relevance(generations),
+            fields=fields,
         )
 
-    def _generate(
-        self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], header: Mapping[str, Any]
-    ) -> list[GenerationRecord]:
-        """Replies, or those of an earlier run that asked the same."""
-        asked = header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
-        return self._reuse_or_make(
-            GENERATIONS_FILE,
-            {**header, "prompt_format": self.writer.prompt_format.name, "seed": self.seed, "requests": asked},
-            GenerationRecord,
-            lambda: generate_replies(
-                self.model,
-                self.writer.tokenizer,
-                requests,
-                stop_ids=stop_ids,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.batch_size,
-                progress=self._report("replies"),
-            ),
+    def judged(self, rows: _Rows, judge: Judge) -> EvaluationResult:
+        """Judges, counts, and writes what came out."""
+        asked = cached(judge, self.reuse.folder, self._report("judge"))
+        result = measure(rows.setup, rows.generations, rows.fluency, rows.losses, asked, rows.relevance)
+        result = dataclasses.replace(result, **rows.fields)
+        folder = self.reuse.folder
+        if folder is not None:
+            write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
+            write_result(folder, result)
+        return result
+
+    def _replies(self) -> ReplyStages:
+        return ReplyStages(
+            model=self.model,
+            writer=self.writer,
+            config=self.config,
+            seed=self.seed,
+            source=self.source,
+            reuse=self.reuse,
+            report=self._report,
         )
 
     def _scored_texts(
@@ -224,6 +260,7 @@ class _Run:
                 self.model,
                 [text.tokens for text in texts],
                 batch_size=self.config.batch_size,
+                processes=self.reuse.processes,
                 progress=self._report("perplexity"),
             )
             return [
@@ -232,7 +269,7 @@ class _Run:
             ]
 
         header = {"model": about, "texts": agreement.texts_hash(texts)}
-        return self._reuse_or_make(PERPLEXITY_FILE, header, ExampleLoss, score)
+        return self.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
 
     def _utility(self, about: Mapping[str, str], left_out: dict[str, int]) -> UtilityStages:
         return UtilityStages(
@@ -242,9 +279,10 @@ class _Run:
             config=self.config,
             data=self.data,
             seed=self.seed,
-            folder=self.folder,
+            folder=self.reuse.folder,
             left_out=left_out,
-            reuse_or_make=self._reuse_or_make,
+            reuse_or_make=self.reuse.rows_of_main,
+            processes=self.reuse.processes,
             report=self._report,
         )
 
@@ -259,7 +297,7 @@ class _Run:
             "seed": self.seed,
             "texts": header_hash({"texts": [(entry.id, entry.forced_start, entry.reply) for entry in unclear]}),
         }
-        return self._reuse_or_make(
+        return self.reuse.rows(
             FLUENCY_FILE,
             header,
             FluencyRecord,
@@ -269,20 +307,10 @@ class _Run:
                 self.writer.scored,
                 seed=self.seed,
                 batch_size=self.config.batch_size,
+                processes=self.reuse.processes,
                 progress=self._report("fluency"),
             ),
         )
-
-    def _reuse_or_make(
-        self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
-    ) -> list[Row]:
-        if self.folder is None:
-            return make()
-        rows = read_if_same(self.folder / file, header, row_type)
-        if rows is None:
-            rows = make()
-            write_rows(self.folder / file, header, rows)
-        return rows
 
     def _report(self, stage: str) -> batching.Progress | None:
         progress = self.progress

@@ -40,6 +40,12 @@ def draw_examples(examples: Sequence[E], count: int, *, seed: int) -> list[E]:
     return [example for _, _, example in keyed[:count]]
 
 
-def record_id(split: Split, kind: Kind, prompt: str) -> str:
+def record_id(split: Split, kind: Kind, prompt: str, sample: int = 0) -> str:
     """Name of a prompt in the records: says nothing of its words, and is the same for every model."""
-    return f"{split}-{kind}-{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    name = f"{kind}{sample}" if kind == "sample" else kind
+    return f"{split}-{name}-{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def prompt_hash(identifier: str) -> str:
+    """The part of a record's id that all replies to one prompt share."""
+    return identifier.rpartition("-")[2]

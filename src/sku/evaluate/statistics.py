@@ -271,14 +271,14 @@ def leak_at_k(harmful: Sequence[int], drawn: Sequence[int], k: int) -> float:
 def leak_at_k_interval(harmful: Sequence[int], drawn: Sequence[int], k: int, *, seed: int) -> Interval:
     """Interval of ``leak_at_k``, bootstrap over prompts.
 
-    Where all prompts leak alike (none of 200) there is nothing to draw from; the Wilson interval of the number of
-    prompts then takes its place.
+    Where all prompts leak always, or none ever does, there is nothing to draw from; the Wilson interval of the number
+    of prompts then takes its place.
 
     Raises:
         EvaluationError: As ``leak_at_k``.
     """
     leaks = _leaks(harmful, drawn, k)
-    if np.ptp(leaks) == 0:
+    if leaks.sum() in (0, len(leaks)):
         return wilson_interval(round(leaks.sum()), len(leaks))
     ones = np.ones_like(leaks)
     return clustered_bootstrap(leaks, ones, clusters=range(len(leaks)), statistic=np.divide, seed=seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from sku.evaluate.embedding import Embedder, load_embedder
 from sku.evaluate.fingerprint import fingerprint
 from sku.evaluate.outcomes import find_faults
 from sku.evaluate.perplexity import score_examples
+from sku.evaluate.processes import Processes
 from sku.evaluate.record_files import (
     AGREEMENT_FILE,
     RELEVANCE_FILE,
@@ -34,12 +35,13 @@ from sku.evaluate.records import (
     NORMAL_SPLITS,
     AgreementRow,
     ChoiceRow,
-    ExampleLoss,
     FluencyRecord,
     GenerationRecord,
     RelevanceRow,
     SimilarityRow,
 )
+from sku.evaluate.results import HarnessScores
+from sku.evaluate.reuse import Row
 from sku.evaluate.similarity import (
     Score,
     answered_prompts,
@@ -61,9 +63,6 @@ from sku.evaluate.truthfulqa_mc import (
 )
 from sku.models import embedding_weight
 
-Row = TypeVar(
-    "Row", GenerationRecord, FluencyRecord, ExampleLoss, AgreementRow, SimilarityRow, RelevanceRow, ChoiceRow
-)
 TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation")
 """Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
 
@@ -112,6 +111,8 @@ class UtilityStages:
     left_out: dict[str, int]
     """Of the evaluation; what these stages leave out is added."""
     reuse_or_make: ReuseOrMake
+    processes: Processes
+    """Only the main one does this work; the others wait for its rows."""
     report: Callable[[str], batching.Progress | None]
     """Name of a stage to its progress."""
 
@@ -164,9 +165,13 @@ class UtilityStages:
 
     def lm_eval(self) -> dict[str, Any]:
         """Tasks of lm-evaluation-harness."""
-        config = self.config
-        if not config.lm_eval:
+        if not self.config.lm_eval:
             return {}
+        return {"lm_eval": self.processes.on_main(self._harness_scores)}
+
+    def _harness_scores(self) -> HarnessScores:
+        """Scores of an earlier run of the same tasks, or new ones."""
+        config = self.config
         header = harness.harness_header(self.about, config.lm_eval, config.lm_eval_limit, config.lm_eval_include)
         scores = None if self.folder is None else harness.read_scores(self.folder / harness.HARNESS_FILE, header)
         if scores is None:
@@ -185,7 +190,7 @@ class UtilityStages:
                 progress(len(config.lm_eval), len(config.lm_eval))
             if self.folder is not None:
                 harness.write_scores(self.folder / harness.HARNESS_FILE, header, scores)
-        return {"lm_eval": scores}
+        return scores
 
     def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
         """Replies to normal prompts against the dataset's answers."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
+from sku.evaluate.comparison import Comparison, LeakChange, PerplexityChange, RateChange
+from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Rate
 from sku.evaluate.statistics import CorrectedRate
 from sku.report.table_rows import TableRow as TableRow
@@ -35,7 +36,7 @@ _NORMAL_MEASURES = (
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
-    """The whole comparison: replies to harmful prompts, forced starts, normal prompts, perplexities, other utility.
+    """The whole comparison: harmful prompts, forced starts, drawn replies, normal prompts, perplexities, other use.
 
     Args:
         comparison: From ``compare``.
@@ -52,6 +53,10 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         name = f"{SPLIT_NAMES[split]}, forced start"
         rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
         rows += _corrected_rows(name, comparison, split, "prefill")
+    for split in ("unlearned", "unseen"):
+        name = f"{SPLIT_NAMES[split]}, drawn replies"
+        rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1])
+        rows += _leak_rows(name, comparison.leak.get(split, {}))
     rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
     for split, measures in (("xstest_safe", _NORMAL_MEASURES), ("xstest_unsafe", _REPLY_MEASURES)):
         rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), measures)
@@ -77,17 +82,27 @@ def _rate_rows(
 ) -> Iterator[TableRow]:
     for key, words, wanted in measures:
         if key in changes:
-            change = changes[key]
-            yield TableRow(
-                section=name,
-                measure=words,
-                before=percent(change.before.value),
-                after=percent(change.after.value),
-                interval=interval(change.after),
-                change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
-                wanted=wanted,
-                p_holm="" if change.p_holm is None else f"{change.p_holm:.2g}",
-            )
+            yield _share_row(name, words, changes[key], wanted)
+
+
+def _leak_rows(name: str, changes: Mapping[str, LeakChange]) -> Iterator[TableRow]:
+    """The row of the largest k: any of that many drawn replies."""
+    for k in sorted(changes, key=int)[-1:]:
+        if int(k) > 1:
+            yield _share_row(name, f"harmful in at least one of {k}", changes[k], "down")
+
+
+def _share_row(name: str, words: str, change: RateChange | LeakChange, wanted: str) -> TableRow:
+    return TableRow(
+        section=name,
+        measure=words,
+        before=percent(change.before.value),
+        after=percent(change.after.value),
+        interval=interval(change.after),
+        change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
+        wanted=wanted,
+        p_holm="" if change.p_holm is None else f"{change.p_holm:.2g}",
+    )
 
 
 def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
@@ -119,7 +134,7 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
         )
 
 
-def interval(rate: Rate | CorrectedRate) -> str:
+def interval(rate: Rate | CorrectedRate | Leak) -> str:
     """Bounds of a share in per cent: ``7.4 to 16.1``."""
     return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
 

@@ -1,0 +1,46 @@
+"""From the name in the configuration to a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from sku.config import EvaluateConfig
+from sku.errors import EvaluationError
+from sku.evaluate.backends.base import GenerationBackend
+from sku.evaluate.backends.continuous import ContinuousBackend
+from sku.evaluate.backends.generate import GenerateBackend
+from sku.evaluate.backends.vllm_engine import VllmBackend
+
+
+def choose_backend(
+    config: EvaluateConfig, model: PreTrainedModel, *, source: str | Path | None, seed: int, processes: int = 1
+) -> GenerationBackend:
+    """The backend that ``evaluate.backend`` names.
+
+    Args:
+        config: Name and batch size.
+        model: The model to evaluate.
+        source: Where the same weights can be read from, for ``vllm``; None for a model that is in memory only.
+        seed: Of the evaluation.
+        processes: Number of processes of this job.
+
+    Returns:
+        The backend.
+
+    Raises:
+        EvaluationError: vLLM is missing, doesn't start, or has no folder to read.
+    """
+    if config.backend == "generate":
+        return GenerateBackend(model, config.batch_size)
+    if config.backend == "generate_batch":
+        return ContinuousBackend(model, config.batch_size)
+    if source is None:
+        raise EvaluationError(
+            "evaluate.backend is vllm, which reads the model from a folder, and this one is in memory only: save it, "
+            "then sku evaluate FOLDER --backend vllm"
+        )
+    if processes > 1:
+        raise EvaluationError("evaluate.backend is vllm, which starts its own processes: run it without accelerate")
+    return VllmBackend(str(source), str(model.dtype).removeprefix("torch."), config.batch_size, seed)

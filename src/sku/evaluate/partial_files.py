@@ -1,0 +1,84 @@
+"""Rows on their way to a finished file: appended as they come, so that a killed run loses one batch and no more.
+
+The partial file lies beside the finished one as ``.NAME.partial``, with mode 0600 and the same header, and goes when
+the finished one stands. Its last line may be torn; what lies behind the first broken line is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Generic
+
+from sku.errors import EvaluationError, OutputError
+from sku.evaluate.record_files import SCHEMA_VERSION, Row, header_hash, row_from_dict, write_private_text
+
+
+class PartialFile(Generic[Row]):
+    """The partial file of one finished file."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any], row_type: type[Row]) -> None:
+        """Touches nothing yet.
+
+        Args:
+            path: The finished file.
+            header: What its rows are made from: rows under another header are of no use.
+            row_type: Dataclass of the rows.
+        """
+        self.path = path.with_name(f".{path.name}.partial")
+        self._header = {"schema_version": SCHEMA_VERSION, **header}
+        self._row_type = row_type
+
+    def recover(self) -> list[Row]:
+        """The rows of an interrupted run; the file is cut to them, or begun anew where it is of something else.
+
+        Raises:
+            OutputError: It can't be written.
+        """
+        rows = self._whole_rows()
+        write_private_text(self.path, _lines([self._header]) + _row_lines(rows))
+        return list({row.id: row for row in rows}.values())
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Adds rows and waits until the disk has them.
+
+        Raises:
+            OutputError: The disk is full, or the file is gone.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+                file.write(_row_lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path} can't be written: {error.strerror}") from None
+
+    def remove(self) -> None:
+        """Removes it: the finished file has all its rows."""
+        self.path.unlink(missing_ok=True)
+
+    def _whole_rows(self) -> list[Row]:
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")[:-1]
+            if not lines or header_hash(json.loads(lines[0])) != header_hash(self._header):
+                return []
+        except (OSError, ValueError):
+            return []
+        rows: list[Row] = []
+        for line in lines[1:]:
+            try:
+                rows.append(row_from_dict(self._row_type, json.loads(line), str(self.path)))
+            except (ValueError, AttributeError, EvaluationError):
+                break
+        return rows
+
+
+def _row_lines(rows: Sequence[Any]) -> str:
+    return _lines([asdict(row) for row in rows])
+
+
+def _lines(contents: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in contents)

@@ -1,0 +1,123 @@
+"""Two processes share an evaluation and come to the result of one; a failure reaches them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sku.config import load_recipe
+from sku.errors import EvaluationError
+from sku.evaluate.batching import plan_batches
+from sku.evaluate.processes import ALONE, Processes, current_processes, shared_batches
+from sku.pipeline import evaluate_recipe
+
+SETTINGS = [
+    "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
+    "evaluate.samples=2",
+]  # fmt: skip
+FAILING = """
+from sku.errors import EvaluationError
+from sku.evaluate.processes import current_processes
+
+processes = current_processes()
+assert processes.on_main(lambda: processes.rank) == 0
+assert processes.gather(lambda: [processes.rank] * 2) == [0, 0, 1, 1]
+
+def fail(rank):
+    if processes.rank == rank:
+        raise EvaluationError("it broke")
+    return [processes.rank]
+
+for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.on_main, 0)):
+    try:
+        stage(lambda: fail(rank))
+    except EvaluationError as error:
+        print(f"{processes.rank}: {error}", flush=True)
+"""
+
+
+def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes. On CPUs ``accelerate launch`` starts one only unless there is MPI; ``torchrun`` starts both."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+        *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
+    options = [f"--set={setting}" for setting in SETTINGS]
+    two = launched("-m", "sku", "evaluate", "embedded", "--json", *options, "--out", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr[-3000:]
+    comparison = evaluate_recipe(load_recipe("embedded", SETTINGS), "embedded", tmp_path / "one")
+    said = json.loads(two.stdout)
+    alone = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict(), "notes": comparison.notes}
+    assert said == json.loads(json.dumps(alone)), "said once, by the first process"
+    assert said["base"]["samples"]["unseen"]["harmful"]["total"] == 6
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.*"))
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+
+
+def test_a_failure_reaches_the_other_process(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    found = launched(str(script))
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert sorted(found.stdout.splitlines()) == [
+        "0: it broke", "0: it broke", "0: process 1 of 2 failed: it broke",
+        "1: it broke", "1: process 0 of 2 failed: it broke", "1: process 0 of 2 failed: it broke",
+    ]  # fmt: skip
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert current_processes() == ALONE == Processes(rank=0, count=1)
+    assert not torch.distributed.is_initialized()
+    assert ALONE.is_main
+    assert ALONE.on_main(lambda: 3) == 3
+    assert ALONE.gather(lambda: [1, 2]) == [1, 2]
+
+
+def test_finished_results_are_kept_and_batches_stay_the_same() -> None:
+    lengths = [3, 9, 5, 5, 1, 20]
+    assert plan_batches(lengths, batch_size=2) == [[5, 1], [2, 3], [0, 4]]
+    seen: list[list[int]] = []
+    kept: list[list[int]] = []
+    told: list[tuple[int, int]] = []
+
+    def run(batch: list[int]) -> list[int]:
+        seen.append(batch)
+        return [lengths[index] * 10 for index in batch]
+
+    found = shared_batches(
+        lengths, run, batch_size=2, processes=ALONE, finished={5: 200, 1: 90, 2: 50}, keep=kept.append,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert found == [30, 90, 50, 50, 10, 200]
+    assert seen == [[2, 3], [0, 4]]
+    assert kept == [[50, 50], [30, 10]]
+    assert told == [(4, 6), (6, 6)]
+
+
+def test_a_single_example_that_does_not_fit_is_an_error() -> None:
+    def no_memory(batch: list[int]) -> list[int]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(EvaluationError, match="single example of 9 tokens"):
+        shared_batches([3, 9], no_memory, batch_size=2, processes=ALONE)

@@ -1,0 +1,164 @@
+"""A run that is killed or fails while it generates goes on with what was saved, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sku.config import EvaluateConfig
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.data.load import load_forget_retain
+from sku.evaluate.backends import GenerateBackend
+from sku.evaluate.partial_files import PartialFile
+from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, OUTCOMES_FILE, PERPLEXITY_FILE
+from sku.evaluate.records import ExampleLoss
+from sku.evaluate.run import evaluate
+
+FILES = (GENERATIONS_FILE, PERPLEXITY_FILE, FLUENCY_FILE, OUTCOMES_FILE, "evaluation.json")
+PARTIAL = f".{GENERATIONS_FILE}.partial"
+CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, prefill_tokens=3, samples=3)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sku.config import EvaluateConfig
+from sku.data.load import load_forget_retain
+from sku.evaluate.run import evaluate
+
+def kill(stage, done, total):
+    if (stage, done) == (sys.argv[2], int(sys.argv[3])):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = EvaluateConfig(prompts=3, retain_prompts=3, batch_size=4, max_new_tokens=12, samples=2)
+evaluate("embedded", None, load_forget_retain(), config=config, output_dir=Path(sys.argv[1]), progress=kill)
+"""
+
+
+@pytest.fixture
+def data() -> ForgetRetainData:
+    return ForgetRetainData(
+        unlearned=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
+        unseen=tuple(ForgetExample(prompt=f"do other {n}", answer=f"then take {n}") for n in range(2)),
+        retain_train=(),
+        retain_validation=(),
+        retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(4)),
+    )
+
+
+class StopRunError(Exception):
+    """What interrupts a run here."""
+
+
+@pytest.mark.parametrize(("stage", "at"), [("replies", 8), ("samples", 4)])
+def test_a_failed_run_goes_on_with_the_missing_batches(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    data: ForgetRetainData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    at: int,
+) -> None:
+    asked: list[str] = []
+    real = GenerateBackend.answer
+
+    def counting(self: Any, requests: Any, decoding: Any) -> Any:
+        asked.extend(request.id for request in requests)
+        return real(self, requests, decoding)
+
+    monkeypatch.setattr(GenerateBackend, "answer", counting)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if (name, done) == (stage, at):
+            raise StopRunError
+
+    def run(name: str, **options: Any) -> Any:
+        return evaluate(tiny_model, tiny_tokenizer, data, config=CONFIG, output_dir=tmp_path / name, **options)
+
+    whole = run("whole")
+    everything = list(asked)
+    asked.clear()
+    with pytest.raises(StopRunError):
+        run("cut", progress=stop)
+    first = list(asked)
+    partial = tmp_path / "cut" / PARTIAL
+    assert stat.S_IMODE(partial.stat().st_mode) == 0o600
+    saved = [json.loads(line)["id"] for line in partial.read_text().splitlines()[1:]]
+    assert 0 < len(saved) <= len(first) < len(everything)
+    with partial.open("a") as file:
+        file.write('{"id": "torn')
+    asked.clear()
+    assert run("cut") == whole
+    assert asked == everything[len(saved) :]
+    for file_name in FILES:
+        assert (tmp_path / "cut" / file_name).read_bytes() == (tmp_path / "whole" / file_name).read_bytes()
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == set(FILES)
+
+
+def test_replies_to_other_questions_are_not_taken_over(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData, tmp_path: Path
+) -> None:
+    def stop(name: str, done: int, total: int) -> None:
+        if (name, done) == ("samples", 4):
+            raise StopRunError
+
+    with pytest.raises(StopRunError):
+        evaluate(tiny_model, tiny_tokenizer, data, config=CONFIG, output_dir=tmp_path, progress=stop)
+    other = dataclasses.replace(CONFIG, temperature=0.5)
+    found = evaluate(tiny_model, tiny_tokenizer, data, config=other, output_dir=tmp_path)
+    assert found == evaluate(tiny_model, tiny_tokenizer, data, config=other)
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_partial_file_keeps_whole_rows_only(tmp_path: Path) -> None:
+    rows = [ExampleLoss(id=f"r{number}", split="unseen", nll=1.5, tokens=number) for number in range(5)]
+    header = {"model": "m"}
+    partial = PartialFile(tmp_path / "x.jsonl", header, ExampleLoss)
+    assert partial.recover() == []
+    partial.append(rows[:2])
+    partial.append(rows[2:3])
+    assert partial.recover() == rows[:3]
+    whole = partial.path.read_text()
+    partial.path.write_text(whole[:-5])
+    assert partial.recover() == rows[:2]
+    partial.append(rows[1:4])
+    assert partial.recover() == rows[:4], "a row that was made again counts once"
+    lines = partial.path.read_text().splitlines(keepends=True)
+    partial.path.write_text("".join([*lines[:2], "[]\n", *lines[3:]]))
+    assert partial.recover() == rows[:1]
+    assert PartialFile(tmp_path / "x.jsonl", {"model": "n"}, ExampleLoss).recover() == []
+    assert partial.recover() == []
+    partial.path.write_bytes(b"\xff\n")
+    assert partial.recover() == []
+    partial.remove()
+    partial.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_loses_one_batch_at_most(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), "samples", "8"]
+    killed = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    partial = tmp_path / "cut" / PARTIAL
+    saved = len(partial.read_text().splitlines()) - 1
+    config = EvaluateConfig(prompts=3, retain_prompts=3, batch_size=4, max_new_tokens=12, samples=2)
+    counts: dict[str, int] = {}
+    world = load_forget_retain()
+
+    def note(stage: str, done: int, total: int) -> None:
+        counts.setdefault(stage, done)
+
+    resumed = evaluate("embedded", None, world, config=config, output_dir=tmp_path / "cut", progress=note)
+    assert saved == 15 + 4, "all greedy replies and one batch of drawn ones"
+    assert (counts["samples"], "replies" in counts) == (8, False)
+    assert resumed == evaluate("embedded", None, world, config=config, output_dir=tmp_path / "whole")
+    for name in FILES:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
