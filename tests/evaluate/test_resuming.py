@@ -23,7 +23,7 @@ from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, OUTCOMES_F
 from sku.evaluate.records import ExampleLoss
 from sku.evaluate.run import evaluate
 
-FILES = (GENERATIONS_FILE, PERPLEXITY_FILE, FLUENCY_FILE, OUTCOMES_FILE, "evaluation.json")
+FILES = (GENERATIONS_FILE, PERPLEXITY_FILE, FLUENCY_FILE, OUTCOMES_FILE, "similarity.jsonl", "evaluation.json")
 PARTIAL = f".{GENERATIONS_FILE}.partial"
 CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, prefill_tokens=3, samples=3)
 KILLED = """
