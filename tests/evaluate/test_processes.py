@@ -20,7 +20,7 @@ from sku.pipeline import evaluate_recipe
 
 SETTINGS = [
     "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
-    "evaluate.samples=2",
+    "evaluate.samples=2", "evaluate.attacks=[]",
 ]  # fmt: skip
 FAILING = """
 from sku.errors import EvaluationError

@@ -89,7 +89,7 @@ def _leak_rows(name: str, changes: Mapping[str, LeakChange]) -> Iterator[TableRo
     """The row of the largest k: any of that many drawn replies."""
     for k in sorted(changes, key=int)[-1:]:
         if int(k) > 1:
-            yield _share_row(name, f"harmful in at least one of {k}", changes[k], "down")
+            yield _share_row(name, f"harmful, any of {k}", changes[k], "down")
 
 
 def _share_row(name: str, words: str, change: RateChange | LeakChange, wanted: str) -> TableRow:

@@ -37,13 +37,13 @@ def main_metric(scores: TaskScores) -> str | None:
 
 def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow]:
     """The base agrees with itself: divergence 0, the same first token everywhere."""
-    section = "agreement with the base model"
+    whole = "agreement with the base"
     for split, words in _TEXT_NAMES.items():
         if split in agreement:
             found = agreement[split]
             yield TableRow(
-                section=section,
-                measure=f"{words}, same first token",
+                section=f"{whole}, {words}",
+                measure="same first token",
                 before="100.0 %",
                 after=f"{100 * found.top1:.1f} %",
                 interval=f"{100 * found.top1_low:.1f} to {100 * found.top1_high:.1f}",
@@ -52,8 +52,8 @@ def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow
                 wanted="same",
             )
             yield TableRow(
-                section=section,
-                measure=f"{words}, KL per token",
+                section=f"{whole}, {words}",
+                measure="KL per token, nats",
                 before="0",
                 after=f"{found.kl:.3g}",
                 interval=f"{found.kl_low:.3g} to {found.kl_high:.3g}",
