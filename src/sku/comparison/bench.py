@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sku.comparison.jobs import Job
 from sku.comparison.strength import largest_within_budget
-from sku.config import CompareConfig, CompatConfig, Recipe
+from sku.config import CompareConfig, CompatConfig, EvaluateConfig, Recipe
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, SkuError, TaskVectorError
@@ -84,7 +84,8 @@ class Bench:
         if not self._validation:
             raise EvaluationError("retain_validation holds no usable example: raise data.retain_validation_fraction")
         self._base_validation = self._validation_loss(self.base)
-        requests, _ = asking.requests(asking.draw(self.data, recipe.evaluate, recipe.seed), writer, recipe.evaluate)
+        config = _recorded(recipe.evaluate)
+        requests, _ = asking.requests(asking.draw(self.data, config, recipe.seed), writer, config)
         with batching.evaluation_mode(self.base):
             self._inputs = {
                 "base": fingerprint(self.base, probes_of(requests)),
@@ -162,7 +163,7 @@ class Bench:
         if job.kind == "base":
             result = self._evaluate(self.base, "base")
             return _Measured(points=[_control_point(result, 1.0)], result=result, training={})
-        config = job.recipe.evaluate
+        config = _recorded(job.recipe.evaluate)
         reply = always_refuse(self.data) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
         result = evaluate_replies(
             job.kind,
@@ -249,8 +250,7 @@ class Bench:
             model,
             self.tokenizer,
             self.data,
-            # A record holds greedy outcomes only: replies drawn for each strength would be thrown away.
-            config=dataclasses.replace(self.recipe.evaluate, samples=0),
+            config=_recorded(self.recipe.evaluate),
             prompt_format=self.recipe.model.prompt_format,
             base_model=self.base,
             model_name=name,
@@ -275,6 +275,11 @@ class Bench:
             "notes": list(self.data.notes()),
             "base": self._inputs["base"],
         }
+
+
+def _recorded(config: EvaluateConfig) -> EvaluateConfig:
+    """What a record does not hold is not measured for each strength: it holds greedy outcomes and losses."""
+    return dataclasses.replace(config, samples=0, similarity=(), truthfulqa=None, xstest=None, lm_eval=(), attacks=())
 
 
 def failed_record(job: Job, key: str, failure: str, data: Mapping[str, Any] | None = None) -> MethodRecord:
