@@ -42,10 +42,10 @@ def test_rows_in_reading_order_with_their_numbers(comparison: Comparison) -> Non
     less = harness(("mmlu",), mmlu=scores({"acc": 0.55, "acc_stderr": 0.01}), mmlu_law=scores({"acc": 0.4}))
     rows = list(utility_rows(measured(comparison, tasks, less)))
     assert [row.label for row in rows] == [
-        "agreement with the base, normal answers: same first token",
-        "agreement with the base, normal answers: KL per token, nats",
-        "agreement with the base, benign answers: same first token",
-        "agreement with the base, benign answers: KL per token, nats",
+        "same as base, normal answers: same first token",
+        "same as base, normal answers: KL per token, nats",
+        "same as base, benign answers: same first token",
+        "same as base, benign answers: KL per token, nats",
         "similarity to the right answer: ROUGE-L",
         "TruthfulQA: MC1",
         "lm-eval: mmlu, acc",

@@ -37,7 +37,7 @@ def main_metric(scores: TaskScores) -> str | None:
 
 def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow]:
     """The base agrees with itself: divergence 0, the same first token everywhere."""
-    whole = "agreement with the base"
+    whole = "same as base"
     for split, words in _TEXT_NAMES.items():
         if split in agreement:
             found = agreement[split]
