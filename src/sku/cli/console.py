@@ -86,7 +86,7 @@ def shown_messages() -> Iterator[None]:
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:
     """The comparison as a table for the terminal, a section for each kind of prompt."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
     for name in ("base", "unlearned", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
