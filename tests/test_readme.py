@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sku.attacks.results import AttackReport
+from sku.report.attack_table import attack_rows, left_out_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +66,12 @@ def test_the_example_is_short() -> None:
 def test_every_number_of_the_result_is_recorded() -> None:
     recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
     seconds = recorded["manifest"]["seconds"]
-    known = {number for cell in strings(recorded["table"]) for number in NUMBER.findall(cell)}
+    attacks = AttackReport.from_dict(recorded["attacks"])
+    cells = [
+        *strings(recorded["table"]), *recorded["notes"], *left_out_lines(attacks),
+        *(str(cell) for row in attack_rows(attacks) for cell in dataclasses.astuple(row)),
+    ]  # fmt: skip
+    known = {number for cell in cells for number in NUMBER.findall(cell)}
     known |= {str(value) for value in seconds.values()} | {f"{sum(seconds.values()):.0f}"}
     # The heading says how wide intervals are; the folder's name is the time of the run.
     lines = [line for line in blocks("text")[0].splitlines()[1:] if "runs/embedded-" not in line]
@@ -81,6 +90,16 @@ def test_every_row_of_the_result_is_recorded_as_it_stands() -> None:
         assert expected in lines
 
 
+def test_every_attack_of_the_result_is_recorded_as_it_stands() -> None:
+    recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
+    lines = [" ".join(line.split()) for line in blocks("text")[0].splitlines()]
+    rows = attack_rows(AttackReport.from_dict(recorded["attacks"]))
+    assert rows
+    for row in rows:
+        expected = " ".join((row.setting, row.unlearned, row.interval, row.base, row.gibberish)).strip()
+        assert any(line.endswith(expected) for line in lines), expected
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_links_into_the_repository_lead_somewhere(path: str) -> None:
     assert (ROOT / path).exists()
@@ -93,6 +112,6 @@ def test_every_option_that_the_readme_names_exists() -> None:
             [sys.executable, "-m", "sku", *command, "--help"], capture_output=True, text=True, check=True,
             env={"COLUMNS": "300", "PATH": "", "PYTHONPATH": str(ROOT / "src"), "NO_COLOR": "1"},
         ).stdout
-        for command in ([], ["run"], ["acquire"], ["negate"], ["evaluate"], ["data", "inspect"])
+        for command in ([], ["run"], ["acquire"], ["negate"], ["evaluate"], ["data", "inspect"], ["judge"])
     )  # fmt: skip
     assert {option for option in named if option not in help_texts} == set()
