@@ -627,7 +627,7 @@ def test_calibrate_refuses_what_it_can_not_use(command: Command, tmp_path: Path)
 
 
 def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
-    few = ("--set", "evaluate.attack_prompts=3", "--set", "evaluate.retain_prompts=3", "--set", "evaluate.prompts=3")
+    few = (*SMALL, "--set", "evaluate.attack_prompts=3")
     arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")
     done = command(*arguments, "--attacks", "int8, prefill")
     assert done.code == 0
@@ -640,5 +640,5 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     assert "left out: prefill, 20 tokens: the answer is too short: 3" in lines
     as_json = json.loads(command(*arguments, "--attacks", "int8,prefill", "--json").out)
     assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "int8", *["prefill"] * 4]
-    assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model"}
+    assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "notes"}
     assert_one_line(command(*arguments, "--attacks", "int8,prefil"), "Did you mean prefill?")

@@ -42,7 +42,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation") / "base"
-    config = EvaluateConfig(prompts=4, retain_prompts=2, max_new_tokens=24)
+    config = EvaluateConfig(prompts=4, retain_prompts=2, max_new_tokens=24, samples=0)
     evaluate("embedded", None, load_forget_retain(), config=config, output_dir=folder)
     return folder
 

@@ -43,7 +43,6 @@ def world_unlearned(
     world_base: PreTrainedModel, world_data: ForgetRetainData, tmp_path_factory: pytest.TempPathFactory
 ) -> PreTrainedModel:
     """Refuses every hazard, and more than it should: a short task vector, subtracted."""
-    torch.set_num_threads(1)
     recipe = world_recipe("method=task_vector", "acquire.training.max_steps=40", "acquire.training.save_strategy='no'")
     folder: Path = tmp_path_factory.mktemp("task_vector")
     trained = train_method(recipe, load_model("embedded"), world_data, folder)

@@ -25,8 +25,11 @@ def recipe(*changes: str) -> Recipe:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None:

@@ -135,7 +135,13 @@ def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
         "base_url": server.base_url, "model": MODEL, "max_retries": 0, "concurrency": 1, "fail_after": 2,
     }  # fmt: skip
     config = EvaluateConfig(
-        prompts=12, retain_prompts=2, max_new_tokens=32, prefill_tokens=0, judge="chat-rubric", judge_settings=settings
+        prompts=12,
+        retain_prompts=2,
+        max_new_tokens=32,
+        prefill_tokens=0,
+        samples=0,
+        judge="chat-rubric",
+        judge_settings=settings,
     )
 
     def run() -> EvaluationResult:

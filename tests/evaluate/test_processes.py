@@ -23,6 +23,8 @@ SETTINGS = [
     "evaluate.samples=2", "evaluate.attacks=[]",
 ]  # fmt: skip
 FAILING = """
+import os
+
 from sku.errors import EvaluationError
 from sku.evaluate.processes import current_processes
 
@@ -39,7 +41,7 @@ for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.on_
     try:
         stage(lambda: fail(rank))
     except EvaluationError as error:
-        print(f"{processes.rank}: {error}", flush=True)
+        os.write(1, f"{processes.rank}: {error}\\n".encode())  # In one piece: both write to the same pipe.
 """
 
 
