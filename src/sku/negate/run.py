@@ -16,6 +16,7 @@ from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
 from sku.negate.matching import check_known_ties, check_known_weights, check_same_shape, unusable_result
 from sku.negate.record import Negation
+from sku.negate.sums import dot_float64
 from sku.negate.task_vector import TaskVector, unique_weights
 from sku.storage import check_space, new_folder
 
@@ -185,7 +186,7 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
         for name, delta in vector.deltas.items():
             weight = weights[name].detach().cpu()
             check_same_shape(name, weight, delta)
-            base_square += float(torch.linalg.vector_norm(weight.float(), dtype=torch.float64)) ** 2
+            base_square += dot_float64(weight.float(), weight.float())
             if alpha == 0:
                 targets[name].copy_(weight)  # -0.0 - 0 * x would already turn a bit.
                 continue
@@ -193,9 +194,8 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
             result = (weight.float() + wanted).to(targets[name].dtype)
             _check_result(name, result)
             targets[name].copy_(result)
-            applied = (result.float() - weight.float()).double()
-            wanted_square += float((wanted.double() ** 2).sum())
-            applied_times_wanted += float((applied * wanted.double()).sum())
+            wanted_square += dot_float64(wanted, wanted)
+            applied_times_wanted += dot_float64(result.float() - weight.float(), wanted)
     return Negation(
         alpha=alpha,
         task_vector_norm=vector.norm(),

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from sku.negate.rounding import round_stochastically
-
-_PIECE = 2**16
-"""Elements that are computed together: few enough that all intermediate results stay in a core's cache."""
+from sku.negate.sums import PIECE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +40,8 @@ class Arithmetic:
     """Buffers of one thread, and what it computes in them."""
 
     def __init__(self) -> None:
-        self._single = torch.empty(3, _PIECE)
-        self._double = torch.empty(2, _PIECE, dtype=torch.float64)
+        self._single = torch.empty(3, PIECE)
+        self._double = torch.empty(2, PIECE, dtype=torch.float64)
 
     def subtract(
         self, base: Tensor, other: Tensor, result: Tensor, alpha: float, *, is_difference: bool, draws: Tensor | None
@@ -64,14 +62,14 @@ class Arithmetic:
         return Sums.total(
             [
                 self._piece(
-                    base[at : at + _PIECE],
-                    other[at : at + _PIECE],
-                    result[at : at + _PIECE],
+                    base[at : at + PIECE],
+                    other[at : at + PIECE],
+                    result[at : at + PIECE],
                     alpha,
                     is_difference=is_difference,
-                    draws=None if draws is None else draws[at : at + _PIECE],
+                    draws=None if draws is None else draws[at : at + PIECE],
                 )
-                for at in range(0, base.numel(), _PIECE)
+                for at in range(0, base.numel(), PIECE)
             ]
         )
 
@@ -111,8 +109,8 @@ def convert(base: Tensor, result: Tensor, draws: Tensor | None) -> None:
         result: Takes the result in its own type.
         draws: As in ``Arithmetic.subtract``.
     """
-    for at in range(0, base.numel(), _PIECE):
-        piece = slice(at, at + _PIECE)
+    for at in range(0, base.numel(), PIECE):
+        piece = slice(at, at + PIECE)
         _round(base[piece], result[piece], None if draws is None else draws[piece])
 
 

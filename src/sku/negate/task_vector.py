@@ -30,6 +30,7 @@ from sku.negate.matching import (
     quantized_weight,
     unusable_difference,
 )
+from sku.negate.sums import dot_float64
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
 
 _FILE = "task_vector.safetensors"
@@ -125,9 +126,7 @@ class TaskVector:
 
     def norms(self) -> dict[str, float]:
         """Euclidean norm of each difference."""
-        return {
-            name: float(torch.linalg.vector_norm(delta, dtype=torch.float64)) for name, delta in self.deltas.items()
-        }
+        return {name: math.sqrt(dot_float64(delta, delta)) for name, delta in self.deltas.items()}
 
     def norm(self) -> float:
         """Euclidean norm of the whole vector."""
