@@ -68,12 +68,26 @@ def measured(command: Sequence[str], log: Path) -> Measured:
     with log.open("w") as output:
         begun = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        peak = 0.0
+        while True:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            peak = max(peak, _peak_mib(process.pid))
+            time.sleep(0.01)
         seconds = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command[:4])} failed:\n{log.read_text()[-3000:]}")
-    return Measured(seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_mib=usage.ru_maxrss / 1024)
+    return Measured(seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_mib=peak)
+
+
+def _peak_mib(process: int) -> float:
+    """High-water mark of resident memory; ``ru_maxrss`` would count what this process held when it forked."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0  # It has ended and waits to be collected.
 
 
 def prepare_cache(folders: Sequence[Path], *, drop: bool) -> None:
@@ -92,9 +106,11 @@ def prepare_cache(folders: Sequence[Path], *, drop: bool) -> None:
 def summary(name: str, runs: Sequence[Measured]) -> str:
     """A line: median and range of wall time, cpu time, peak memory."""
     seconds = [run.seconds for run in runs]
+    cpu_seconds = statistics.median(run.cpu_seconds for run in runs)
+    peak = max(run.peak_mib for run in runs)
     return (
         f"{name:<22}{statistics.median(seconds):>9.2f} s  ({min(seconds):.2f} to {max(seconds):.2f})"
-        f"{statistics.median(run.cpu_seconds for run in runs):>9.2f} cpu s{max(run.peak_mib for run in runs):>9,.0f} MiB"
+        f"{cpu_seconds:>9.2f} cpu s{peak:>9,.0f} MiB"
     )
 
 

@@ -160,7 +160,8 @@ def _match_model(
     theirs = {tensor.name: tensor for file in files for tensor in file.tensors}
     their_weights = _floating(theirs.values(), "bad model")
     twins: dict[str, str] = {}
-    if weights.keys() != their_weights.keys() or _may_be_tied(weights.values()):
+    untied = all(read_config(folder).get("tie_word_embeddings") is False for folder in (base, bad))
+    if weights.keys() != their_weights.keys() or (not untied and _may_be_tied(weights.values())):
         ties, their_ties = (_ties(folder, found) for folder, found in ((base, weights), (bad, their_weights)))
         unique, their_unique = (
             {tied.get(name, name) for name in found} for tied, found in ((ties, weights), (their_ties, their_weights))
