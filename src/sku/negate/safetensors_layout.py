@@ -207,7 +207,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"the shape or the offsets of {name} are not whole numbers")
-    if entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise ModelError(
             f"{path}: {name} is of type {entry['dtype']}, which has no exact difference. Use full-precision weights"
         )

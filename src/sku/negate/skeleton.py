@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Embedding
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from sku.errors import ModelError, TaskVectorError
 from sku.negate.matching import check_known_weights
@@ -46,7 +48,9 @@ class Skeleton:
         self.weights: set[str] = set()
         """Names of all floating-point weights, tied ones once."""
         owner: dict[int, str] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        state = model.state_dict(keep_vars=True)
+        self._converted = _names_in_files(model, state)
+        for name, tensor in state.items():
             if not tensor.is_floating_point():
                 continue
             if id(tensor) in owner:
@@ -56,7 +60,9 @@ class Skeleton:
                 self.weights.add(name)
 
     def stored_name(self, name: str, stored: Mapping[str, object]) -> str | None:
-        """The name of a weight in the model's files, which may leave the name of the inner model out.
+        """The name of a weight in the model's files.
+
+        transformers renames some weights while it loads them, and files may leave the name of the inner model out.
 
         Args:
             name: In the model.
@@ -65,10 +71,14 @@ class Skeleton:
         Returns:
             None where the files don't have it.
         """
-        for candidate in (name, name.removeprefix(self._prefix), self._prefix + name):
+        for candidate in (self.name_in_files(name), name, name.removeprefix(self._prefix), self._prefix + name):
             if candidate in stored:
                 return candidate
         return None
+
+    def name_in_files(self, name: str) -> str:
+        """The name that ``save_pretrained`` would give a weight."""
+        return self._converted.get(name, name)
 
     def adapted(self, folder: Path) -> dict[str, AdaptedWeight]:
         """What an adapter changes, with PEFT's own reading of its settings.
@@ -122,11 +132,17 @@ def skeleton_of(folder: Path) -> Skeleton:
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            return Skeleton(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {folder} can't be built from its config.json: {_first_line(error)}") from error
-    assert isinstance(model, PreTrainedModel)
-    return Skeleton(model)
+
+
+def _names_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name of a weight -> the one that ``save_pretrained`` would give it; without those that it takes apart."""
+    marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    names = {id(mark): name for name, mark in marks.items()}
+    saved = revert_weight_conversion(model, marks)
+    return {names[id(mark)]: name for name, mark in saved.items() if id(mark) in names}
 
 
 def _settings(folder: Path) -> LoraConfig:

@@ -266,7 +266,7 @@ def _ties(folder: Path, weights: Mapping[str, StoredTensor]) -> dict[str, str]:
     for name, owner in skeleton.ties.items():
         place, owner_place = (skeleton.stored_name(item, weights) for item in (name, owner))
         if place is None or owner_place is None or _same_content(weights[place], weights[owner_place]):
-            ties[place or name] = owner_place or owner
+            ties[place or skeleton.name_in_files(name)] = owner_place or skeleton.name_in_files(owner)
     return ties
 
 
