@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.negate import low_rank
+from sku.negate.record import Rounding
 from sku.negate.run import negate_with_record, save_unlearned
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import TaskVector
@@ -129,7 +130,7 @@ def test_alpha_0_gives_the_base_bit_for_bit(
         base.model.layers[0].self_attn.q_proj.weight[0] = -0.0
     folders = Folders(tmp_path, base, tokenizer)
     for form in ("model", "adapter", "vector"):
-        for rounding in ("nearest", "stochastic"):
+        for rounding in get_args(Rounding):
             out = tmp_path / f"{form}-{rounding}"
             negated = negate_folders(folders.base, tmp_path / form, out, 0.0, rounding=rounding)
             assert_same_bits(stored(out), stored(folders.base))
@@ -288,7 +289,7 @@ def test_threads_do_not_change_a_bit(
     make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     folders = Folders(tmp_path, make_model().to(torch.bfloat16), tokenizer)
-    for rounding in ("nearest", "stochastic"):
+    for rounding in get_args(Rounding):
         for form in ("model", "adapter"):
             records = []
             for threads in (1, 4):
@@ -315,11 +316,12 @@ def test_stochastic_rounding_keeps_a_change_that_rounding_to_nearest_drops(
     for name, model in (("base", base), ("bad", bad)):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
+    calls: tuple[tuple[Rounding, int], ...] = (("nearest", 0), ("stochastic", 0), ("stochastic", 1))
     records = {
         (rounding, seed): negate_folders(
             tmp_path / "base", tmp_path / "bad", tmp_path / f"{rounding}{seed}", rounding=rounding, seed=seed
         ).record
-        for rounding, seed in (("nearest", 0), ("stochastic", 0), ("stochastic", 1))
+        for rounding, seed in calls
     }
     assert records["nearest", 0].survival < 0.01
     assert records["stochastic", 0].survival == pytest.approx(1.0, abs=0.15)
@@ -489,13 +491,13 @@ def test_a_tie_in_one_model_alone(make_model: ModelMaker, tokenizer: PreTrainedT
 
 def test_adapters_that_are_more_than_factors(folders: Folders, make_model: ModelMaker) -> None:
     base = make_model()
-    for number, (options, words) in enumerate((
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all", "target_modules": ["q_proj"]}, "biases"),
         ({"use_dora": True, "target_modules": ["q_proj"]}, "is not a plain LoRA"),
-    )):  # fmt: skip
-        settings_: dict[str, Any] = options
-        with_adapter(base, **settings_).save_pretrained(str(folders.path / f"other{number}"))
+    )
+    for number, (options, words) in enumerate(refused):
+        with_adapter(base, **options).save_pretrained(str(folders.path / f"other{number}"))
         with pytest.raises(TaskVectorError, match=words):
             negate_folders(folders.base, folders.path / f"other{number}", folders.path / "out")
 

@@ -11,7 +11,7 @@ import typer
 
 from sku.cli.console import errors, progress_bars, results
 from sku.cli.options import JsonOption
-from sku.quiet import quiet_libraries
+from sku.quiet import quiet_imports, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ def negate(
     _check_choice("--rounding", rounding, ROUNDINGS)
     NegateConfig(alpha=alpha)
 
+    quiet_imports()
     import torch
 
     from sku.negate.sources import model_folder
