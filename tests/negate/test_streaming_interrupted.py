@@ -139,6 +139,24 @@ def test_other_inputs_are_not_gone_on_with(inputs: Path, tmp_path: Path) -> None
     assert hidden(tmp_path) == [], "without resume it is removed"
 
 
+def test_what_a_kill_at_the_very_end_left_is_not_trusted(inputs: Path, tmp_path: Path) -> None:
+    """Behind the last rename the list of finished files is left without the files; before it, a config that loads."""
+    out = tmp_path / "out"
+    negated(inputs, tmp_path / "whole")
+    interrupted(inputs, out, 1.0)
+    [partial] = hidden(tmp_path)
+    (partial / "model" / "config.json").write_text("{}")
+    kept = sorted((partial / "model").glob("*.safetensors"))
+    kept[0].unlink()
+
+    def look(done: int, total: int) -> None:
+        assert not (partial / "model" / "config.json").exists()
+
+    again = negate_folders(inputs / "base", inputs / "bad", out, resume=True, progress=look)
+    assert again.resumed_files == len(kept) - 1
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_resuming_what_was_never_begun_begins(inputs: Path, tmp_path: Path) -> None:
     assert negated(inputs, tmp_path / "out", resume=True).resumed_files == 0
     with pytest.raises(OutputError, match="already exists"):

@@ -94,7 +94,9 @@ def negate_folders(
     if not resume:
         check_space(out, sum(layout.size for layout in layouts), f"the unlearned model in {out}")
     with resumable_folder(out, inputs, resume=resume) as folder:
-        done = _Finished(folder)
+        # A call that was killed at its very end left it; no folder may load while files are copied into it anew.
+        (folder / "config.json").unlink(missing_ok=True)
+        done = _Finished(folder, layouts)
         resumed = len(done.sums)
         with ShardWriter(plan, alpha, rounding, seed) as writer:
             _write_shards(writer, layouts, done, threads, progress)
@@ -113,13 +115,16 @@ def negate_folders(
 class _Finished:
     """The weight files that are whole, with their sums: what an interrupted call is gone on from."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layouts: list[ShardLayout]) -> None:
         self.folder = folder
         self._path = folder.parent / _FINISHED
         self.sums: dict[str, Sums] = {}
         if self._path.is_file():
             found = json.loads(self._path.read_text(encoding="utf-8"))
-            self.sums = {name: Sums(**sums) for name, sums in found.items()}
+            # After a kill behind the last rename the list is left and the files are gone.
+            there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+            whole = {layout.name for layout in layouts if there.get(layout.name) == layout.size}
+            self.sums = {name: Sums(**sums) for name, sums in found.items() if name in whole}
 
     def add(self, name: str, sums: Sums) -> None:
         self.sums[name] = sums
