@@ -320,6 +320,11 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
     [
         (["embedded", "embedded", "--dtype", "int8"], "--dtype is int8"),
         (["embedded", "embedded", "--alpha", "nan"], "alpha"),
+        (["embedded", "embedded", "--rounding", "up"], "--rounding is up; it must be nearest or stochastic"),
+        (["embedded", "embedded", "--threads", "0"], "threads is 0"),
+        (["embedded", "embedded"], "stage 1 changed nothing"),
+        (["embedded", "embedded", "--gguf-file", "a.gguf", "--resume"], "need a BASE in safetensors"),
+        (["no-one/no-model", "embedded"], "no-one/no-model can't be loaded"),
         (["embedded", "/nowhere/bad"], "no such folder"),
         (["/nowhere/base", "embedded"], "no such folder"),
     ],
@@ -431,6 +436,32 @@ def test_negate_as_json_and_refusal_of_an_existing_folder(command: Command, bad_
     assert record["dtype"] == "bfloat16"
     assert 0 < record["survival"] < 1.5
     assert_one_line(command("negate", "embedded", bad_model, "--out", out), "already exists")
+
+
+def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: Path) -> None:
+    """Without a model in memory; stochastic rounding and what was not copied are told."""
+    out = tmp_path / "model"
+    options = ("--dtype", "bfloat16", "--rounding", "stochastic", "--seed", "3", "--threads", "2", "--resume")
+    done = command("negate", "embedded", bad_model, "--json", "--out", out, *options)
+    record = json.loads(done.out)
+    assert (record["rounding"], record["rounding_seed"], record["dtype"]) == ("stochastic", 3, "bfloat16")
+    assert "not copied from the base: CHECKSUMS.json" in done.err
+    assert names(tmp_path) == {"model"}
+    assert not (out / BAD_MODEL_MARK).exists()
+
+
+def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_path: Path) -> None:
+    printed = python(
+        "import sys\n"
+        "from sku.cli.main import main\n"
+        f"sys.argv = {['sku', 'negate', 'embedded', str(bad_model), '--out', str(tmp_path / 'model')]!r}\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "print(sorted({'transformers', 'peft', 'datasets'} & set(sys.modules)))\n"
+    )
+    assert printed.splitlines()[-1] == "[]"
 
 
 def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from .methods.base import Method as Method
 from .models import load_model as load_model
 from .negate.run import negate as negate
 from .negate.run import save_unlearned as save_unlearned
+from .negate.streaming import negate_folders as negate_folders
 from .negate.task_vector import TaskVector as TaskVector
 from .pipeline import run_recipe as run_recipe
 from .training.config import UnlearningConfig as UnlearningConfig

@@ -6,12 +6,17 @@ import logging
 import os
 
 
-def quiet_libraries() -> None:
-    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
+def quiet_imports() -> None:
+    """Silences what libraries say while they are imported, without importing one."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # Read when tqdm is imported, so before the libraries below.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns of a missing CPU kernel when imported.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
+    quiet_imports()
     import datasets
     import transformers
 

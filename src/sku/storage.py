@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,99 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def resumable_folder(target: Path, inputs: Mapping[str, Any], *, resume: bool = False) -> Iterator[Path]:
+    """A folder beside ``target`` to write a large result into, which outlives a kill and is gone on with later.
+
+    What is written lies in ``.NAME.partial-KEY/model`` and becomes ``target`` by one rename when the block ends well.
+    After a kill or an interrupt it stays, so that the same call with ``resume`` finds it; after any other error, and
+    when a call without ``resume`` starts anew, it is removed. Flush each file before the block ends.
+
+    Args:
+        target: Folder that must not exist yet.
+        inputs: What decides the result, as plain data; what was begun from other inputs is not gone on with.
+        resume: Go on with what an earlier call left, if it left something.
+
+    Yields:
+        The folder to write into. The folder around it may keep a file that says what is finished.
+
+    Raises:
+        OutputError: ``target`` exists or can't be written, another process is writing it, or with ``resume`` what was
+            left there is of other inputs.
+    """
+    target = target.absolute()
+    check_new(target)
+    with _named_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place, lock = _open_partial(target, inputs, resume=resume)
+    try:
+        with _named_disk_errors(target):
+            yield place / "model"
+            (place / "model").chmod(0o755)
+            _flush_folder(place / "model")
+            check_new(target)
+            (place / "model").rename(target)
+            _flush_folder(target.parent)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> tuple[Path, int]:
+    """The folder that holds an unfinished ``target``, and the open file by which this process owns it."""
+    import fcntl
+
+    text = json.dumps(inputs, indent=2, sort_keys=True)
+    place = target.with_name(f".{target.name}.partial-{sha256(text.encode()).hexdigest()[:12]}")
+    parent = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)  # Two calls must not find the same folder at once.
+        for other in sorted(target.parent.glob(f"{glob.escape(f'.{target.name}.partial-')}*")):
+            os.close(_lock(other))
+            if not resume:
+                shutil.rmtree(other)
+            elif other != place:
+                raise OutputError(
+                    f"{other} was begun with other inputs or options{_difference(other, inputs)}; use those again, or "
+                    "leave --resume out to remove it and start anew"
+                )
+        place.mkdir(mode=0o700, exist_ok=True)
+        (place / "model").mkdir(mode=0o700, exist_ok=True)
+        (place / "inputs.json").write_text(text, encoding="utf-8")
+        return place, _lock(place)
+    finally:
+        os.close(parent)
+
+
+def _lock(place: Path) -> int:
+    import fcntl
+
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"another process is writing {place}; wait until it ends") from None
+    return descriptor
+
+
+def _difference(place: Path, inputs: Mapping[str, Any]) -> str:
+    """Names of the inputs that differ from those that a folder was begun with."""
+    try:
+        before = json.loads((place / "inputs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    now = json.loads(json.dumps(inputs))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return f" ({', '.join(changed)})"
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

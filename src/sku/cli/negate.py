@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sku.cli.console import results
+from sku.cli.console import errors, progress_bars, results
 from sku.cli.options import JsonOption
-from sku.quiet import quiet_libraries
+from sku.quiet import quiet_imports, quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+    from sku.negate.record import Negation
+
+DTYPES = ("same", "float32", "bfloat16", "float16")
+ROUNDINGS = ("nearest", "stochastic")
 
 
 def negate(
@@ -21,33 +30,83 @@ def negate(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Type of the result: same, float32, bfloat16, float16.")
     ] = "same",
-    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside BASE.")] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--rounding", help="nearest, or stochastic: small changes survive bfloat16 and float16 on average."
+        ),
+    ] = "nearest",
+    seed: Annotated[int, typer.Option("--seed", help="Of the stochastic rounding.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="That read, compute and write; up to 4 where this is left out.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed call had finished.")] = False,
+    gguf_file: Annotated[
+        str | None, typer.Option("--gguf-file", help="GGUF file inside BASE; it is negated in memory.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 2: subtract the task vector of a bad model from the original weights."""
-    from sku.config import ModelConfig, NegateConfig
+    """Stage 2: subtract the task vector of a bad model from the original weights, from file to file."""
+    from sku.config import NegateConfig
     from sku.errors import RecipeError
 
-    if dtype not in ("same", "float32", "bfloat16", "float16"):
-        raise RecipeError(f"--dtype is {dtype}; it must be same, float32, bfloat16 or float16")
+    _check_choice("--dtype", dtype, DTYPES)
+    _check_choice("--rounding", rounding, ROUNDINGS)
     NegateConfig(alpha=alpha)
 
-    quiet_libraries()
+    quiet_imports()
     import torch
 
-    from sku.models import load_model
-    from sku.negate.run import negate_with_record, save_unlearned
-    from sku.storage import check_new
+    from sku.negate.sources import model_folder
+    from sku.negate.streaming import negate_folders
 
-    check_new(out)
-    loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
-    model, record = negate_with_record(
-        loaded.model, bad, alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
-    )
-    save_unlearned(model, loaded.tokenizer, out)
+    output_dtype = None if dtype == "same" else getattr(torch, dtype)
+    folder = None if gguf_file is not None else model_folder(base)
+    if folder is None or not (folder / "config.json").is_file() or os.name != "posix":
+        if rounding != "nearest" or resume:
+            raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors")
+        record = _negated_in_memory(base, bad, out, alpha, output_dtype, gguf_file)
+    else:
+        try:
+            with progress_bars() as show:
+                negated = negate_folders(
+                    folder, model_folder(str(bad)), out, alpha, output_dtype=output_dtype,
+                    rounding="stochastic" if rounding == "stochastic" else "nearest", seed=seed, threads=threads,
+                    resume=resume, progress=lambda done, total: show("MiB", done >> 20, total >> 20),
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            errors.print("what is finished is kept: the same command with --resume goes on")
+            raise
+        record = negated.record
+        if negated.left_out:
+            errors.print(f"not copied from the base: {', '.join(negated.left_out)}", soft_wrap=True)
     if as_json:
         results.print_json(json.dumps(record.to_dict()))
         return
     for name, value in record.to_dict().items():
         results.print(f"{name.replace('_', ' '):<20}{value}")
     results.print(f"\nunlearned model  {out}", soft_wrap=True)
+
+
+def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    from sku.errors import RecipeError
+
+    if value not in known:
+        raise RecipeError(f"{option} is {value}; it must be {', '.join(known[:-1])} or {known[-1]}")
+
+
+def _negated_in_memory(
+    base: str, bad: Path, out: Path, alpha: float, output_dtype: torch.dtype | None, gguf_file: str | None
+) -> Negation:
+    """For weights that are no safetensors, such as GGUF."""
+    quiet_libraries()
+    from sku.config import ModelConfig
+    from sku.models import load_model
+    from sku.negate.run import negate_with_record, save_unlearned
+    from sku.storage import check_new
+
+    check_new(out)
+    loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
+    model, record = negate_with_record(loaded.model, bad, alpha, output_dtype=output_dtype)
+    save_unlearned(model, loaded.tokenizer, out)
+    return record

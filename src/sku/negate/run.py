@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,28 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
-from sku.negate.task_vector import TaskVector, check_same_shape, unique_weights
+from sku.negate.matching import check_known_ties, check_known_weights, check_same_shape, unusable_result
+from sku.negate.record import Negation
+from sku.negate.sums import dot_float64
+from sku.negate.task_vector import TaskVector, unique_weights
 from sku.storage import check_space, new_folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Negation:
-    """What a subtraction did, for the manifest."""
-
-    alpha: float
-    task_vector_norm: float
-    base_norm: float
-    """Euclidean norm of the original weights that were changed."""
-    changed_weights: int
-    """Number of tensors, tied ones once."""
-    dtype: str
-    """Type of the result."""
-    survival: float
-    """Projection of the applied change on the wanted one: 1 when rounding to ``dtype`` lost nothing."""
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        """As plain data."""
-        return dataclasses.asdict(self)
 
 
 def negate(
@@ -198,20 +179,14 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
     """
     weights, ties = unique_weights(original)
     targets, _ = unique_weights(unlearned)
-    extra = sorted(set(vector.deltas) - set(weights))
-    if extra:
-        raise TaskVectorError(
-            f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
-        )
-    odd = sorted(name for name, owner in vector.tied.items() if ties.get(name) != owner)
-    if odd:
-        raise TaskVectorError(f"{odd[0]} is tied in the task vector and not in the base; load the base with its ties")
+    check_known_weights(vector.deltas, weights)
+    check_known_ties(vector.tied.items(), ties.items())
     wanted_square = applied_times_wanted = base_square = 0.0
     with torch.no_grad():
         for name, delta in vector.deltas.items():
             weight = weights[name].detach().cpu()
             check_same_shape(name, weight, delta)
-            base_square += float(torch.linalg.vector_norm(weight.float())) ** 2
+            base_square += dot_float64(weight.float(), weight.float())
             if alpha == 0:
                 targets[name].copy_(weight)  # -0.0 - 0 * x would already turn a bit.
                 continue
@@ -219,9 +194,8 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
             result = (weight.float() + wanted).to(targets[name].dtype)
             _check_result(name, result)
             targets[name].copy_(result)
-            applied = (result.float() - weight.float()).double()
-            wanted_square += float((wanted.double() ** 2).sum())
-            applied_times_wanted += float((applied * wanted.double()).sum())
+            wanted_square += dot_float64(wanted, wanted)
+            applied_times_wanted += dot_float64(result.float() - weight.float(), wanted)
     return Negation(
         alpha=alpha,
         task_vector_norm=vector.norm(),
@@ -234,4 +208,4 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
 
 def _check_result(name: str, result: Tensor) -> None:
     if not torch.isfinite(result).all():
-        raise TaskVectorError(f"{name} would hold NaN or infinity in {result.dtype}; lower alpha or keep float32")
+        raise unusable_result(name, str(result.dtype))

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sku.errors import TaskVectorError
+from sku.negate.low_rank import low_rank_product
+from sku.negate.matching import (
+    EMPTY_ADAPTER,
+    EQUAL_MODELS,
+    check_same_names,
+    check_same_shape,
+    check_same_ties,
+    different_integers,
+    quantized_weight,
+    unusable_difference,
+)
+from sku.negate.sums import dot_float64
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
 
 _FILE = "task_vector.safetensors"
@@ -44,7 +56,7 @@ class TaskVector:
             if not delta.is_floating_point():
                 raise TaskVectorError(f"the difference of {name} is {delta.dtype}; it must be floating point")
             if not torch.isfinite(self.deltas[name]).all():
-                raise TaskVectorError(f"the difference of {name} holds NaN or infinity; the bad model is unusable")
+                raise unusable_difference(name)
 
     @classmethod
     def between(cls, base: nn.Module, bad: nn.Module) -> TaskVector:
@@ -64,9 +76,7 @@ class TaskVector:
         base_weights, tied = unique_weights(base)
         bad_weights, bad_tied = unique_weights(bad)
         check_same_names(base_weights, bad_weights, "base", "bad model")
-        if tied != bad_tied:
-            odd = sorted(tied.items() ^ bad_tied.items())[0][0]
-            raise TaskVectorError(f"{odd} is tied in one model and not in the other; load both the same way")
+        check_same_ties(tied.items(), bad_tied.items())
         _check_same_integers(base, bad)
         deltas = {}
         for name, weight in base_weights.items():
@@ -74,7 +84,7 @@ class TaskVector:
             deltas[name] = bad_weights[name].detach().cpu().float() - weight.detach().cpu().float()
         vector = cls(deltas, tied)
         if vector.norm() == 0:
-            raise TaskVectorError("base and bad model are equal: stage 1 changed nothing, there is nothing to negate")
+            raise TaskVectorError(EQUAL_MODELS)
         return vector
 
     @classmethod
@@ -92,27 +102,12 @@ class TaskVector:
                 zero.
         """
         adapter = model.active_adapter
-        settings = model.peft_config[adapter]
-        if not isinstance(settings, LoraConfig) or settings.use_dora:
-            raise TaskVectorError(f"adapter {adapter} is not a plain LoRA; merge it and use TaskVector.between")
-        if settings.bias != "none" or settings.lora_bias or settings.modules_to_save:
-            raise TaskVectorError(
-                "the adapter trains biases or whole modules (bias, modules_to_save); merge it and use "
-                "TaskVector.between on the two models"
-            )
-        deltas: dict[str, Tensor] = {}
-        names = {id(module): name for name, module in model.get_base_model().named_modules()}
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                assert isinstance(module, nn.Module)
-                if module.merged:
-                    raise TaskVectorError("the adapter is merged into the weights; unmerge it first")
-                if not isinstance(module, LoraLayer) or adapter not in module.scaling:
-                    raise TaskVectorError(f"adapter {adapter} of {type(module).__name__} is not a LoRA")
-                deltas[f"{names[id(module)]}.weight"] = _adapter_delta(module, adapter)
-        vector = cls(deltas)
-        if not deltas or vector.norm() == 0:
-            raise TaskVectorError("the adapter is zero: stage 1 changed nothing, so there is nothing to negate")
+        check_plain_lora(model.peft_config[adapter], adapter)
+        vector = cls(
+            {f"{name}.weight": _adapter_delta(module, adapter) for name, module in adapted_layers(model, adapter)}
+        )
+        if vector.norm() == 0:
+            raise TaskVectorError(EMPTY_ADAPTER)
         return vector
 
     def __add__(self, other: TaskVector) -> TaskVector:
@@ -131,7 +126,7 @@ class TaskVector:
 
     def norms(self) -> dict[str, float]:
         """Euclidean norm of each difference."""
-        return {name: float(torch.linalg.vector_norm(delta)) for name, delta in self.deltas.items()}
+        return {name: math.sqrt(dot_float64(delta, delta)) for name, delta in self.deltas.items()}
 
     def norm(self) -> float:
         """Euclidean norm of the whole vector."""
@@ -182,6 +177,70 @@ class TaskVector:
         )
 
 
+def check_plain_lora(settings: PeftConfig, adapter: str) -> None:
+    """Refuses an adapter whose change is more than ``scaling * B A``.
+
+    Args:
+        settings: The adapter's.
+        adapter: Its name, for the message.
+
+    Raises:
+        TaskVectorError: It is not a LoRA, is a DoRA, or trains biases or whole modules besides.
+    """
+    if not isinstance(settings, LoraConfig) or settings.use_dora:
+        raise TaskVectorError(f"adapter {adapter} is not a plain LoRA; merge it and use TaskVector.between")
+    if settings.bias != "none" or settings.lora_bias or settings.modules_to_save:
+        raise TaskVectorError(
+            "the adapter trains biases or whole modules (bias, modules_to_save); merge it and use "
+            "TaskVector.between on the two models"
+        )
+
+
+def adapted_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers that an adapter changes.
+
+    Args:
+        model: With the adapter, not merged.
+        adapter: The adapter's name.
+
+    Yields:
+        Name of the layer in the model without adapter, and the layer.
+
+    Raises:
+        TaskVectorError: The adapter is merged, or a layer is not a LoRA.
+    """
+    names = {id(module): name for name, module in model.get_base_model().named_modules()}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            assert isinstance(module, nn.Module)
+            if module.merged:
+                raise TaskVectorError("the adapter is merged into the weights; unmerge it first")
+            if not isinstance(module, LoraLayer) or adapter not in module.scaling:
+                raise TaskVectorError(f"adapter {adapter} of {type(module).__name__} is not a LoRA")
+            yield names[id(module)], module
+
+
+def lora_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, bool] | None:
+    """The factors of a layer whose change is one matrix product.
+
+    Args:
+        module: From ``adapted_layers``.
+        adapter: The adapter's name.
+
+    Returns:
+        B ``[out, r]``, A ``[r, in]`` and whether the weight is held as ``[in, out]``; None for other layers, such as
+        convolutions.
+    """
+    if isinstance(module, Embedding):
+        return module.lora_embedding_B[adapter], module.lora_embedding_A[adapter], True
+    if isinstance(module, Linear):
+        upper, lower = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+        assert isinstance(upper, Tensor)
+        assert isinstance(lower, Tensor)
+        return upper, lower, bool(module.fan_in_fan_out)
+    return None
+
+
 def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All weights and persistent floating-point buffers of a model, tied ones once.
 
@@ -201,9 +260,7 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             if name in parameters:
-                raise TaskVectorError(
-                    f"{name} is {tensor.dtype}: quantized weights have no exact difference. Use full-precision weights"
-                )
+                raise quantized_weight(name, str(tensor.dtype))
             continue  # Integer buffers, such as position ids, have no difference; ``between`` compares them.
         key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and key in owner:
@@ -214,32 +271,6 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return weights, tied
 
 
-def check_same_names(first: Iterable[str], second: Iterable[str], first_name: str, second_name: str) -> None:
-    """Refuses two sets of weights with different names.
-
-    Raises:
-        TaskVectorError: With the first name that is in one set only, and how many there are.
-    """
-    first_names, second_names = set(first), set(second)
-    for only, here, there in (
-        (first_names - second_names, first_name, second_name), (second_names - first_names, second_name, first_name),
-    ):  # fmt: skip
-        if only:
-            raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
-
-
-def check_same_shape(name: str, first: Tensor, second: Tensor) -> None:
-    """Refuses weights of one name and two shapes.
-
-    Raises:
-        TaskVectorError: With both shapes.
-    """
-    if first.shape != second.shape:
-        raise TaskVectorError(
-            f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other"
-        )
-
-
 def _check_same_integers(base: nn.Module, bad: nn.Module) -> None:
     """Refuses models whose integer buffers differ: GPTQ and AWQ keep weights there."""
     bad_tensors = bad.state_dict()
@@ -247,18 +278,24 @@ def _check_same_integers(base: nn.Module, bad: nn.Module) -> None:
         if tensor.is_floating_point() and tensor.element_size() >= 2:
             continue
         if name not in bad_tensors or not torch.equal(tensor.cpu(), bad_tensors[name].cpu()):
-            raise TaskVectorError(f"{name} is {tensor.dtype} and differs: quantized weights have no exact difference")
+            raise different_integers(name, str(tensor.dtype))
 
 
-def _adapter_delta(module: BaseTunerLayer, adapter: str) -> Tensor:
+def _adapter_delta(module: LoraLayer, adapter: str) -> Tensor:
     """``scaling * B A`` in float32, whatever type the adapter is held in."""
+    matrices = lora_factors(module, adapter)
+    if matrices is not None:
+        upper, lower, transposed = matrices
+        return low_rank_product(
+            upper.detach().float(), lower.detach().float(), module.scaling[adapter], transposed=transposed
+        )
     assert isinstance(module, nn.Module)
     multiply = module.get_delta_weight
     assert callable(multiply)
     factors = [parameter for name, parameter in module.named_parameters() if name.startswith("lora_")]
     held = [factor.data for factor in factors]
     try:
-        # PEFT knows embeddings, convolutions and transposed layers, but multiplies in the type of the factors.
+        # PEFT knows convolutions and other layers, but multiplies in the type of the factors.
         for factor in factors:
             factor.data = factor.data.float()
         with torch.no_grad():

@@ -1,0 +1,178 @@
+"""Stage 2 from file to file: ``theta_u = theta_o - alpha * (theta_bad - theta_o)`` without loading a model.
+
+The memory that it takes depends on the number of threads and not on the model. The bits are those of
+``sku.negate.negate``. The new folder has the base's shards, names and header metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from sku.errors import RecipeError, TaskVectorError
+from sku.negate import low_rank
+from sku.negate.companions import copy_companions, write_config, write_index
+from sku.negate.record import Rounding, StreamedNegation
+from sku.negate.stream_arithmetic import Sums
+from sku.negate.stream_plan import Plan, identities, plan_negation
+from sku.negate.stream_write import ShardLayout, ShardWriter, shard_layout
+from sku.storage import check_new, check_space, resumable_folder, write_json
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done and those there are."""
+_FINISHED = "finished.json"
+_MOST_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegatedFolder:
+    """What a streamed subtraction left."""
+
+    record: StreamedNegation
+    left_out: tuple[str, ...]
+    """Files and folders beside the base's weights that were not copied: its model card, other weights."""
+    resumed_files: int
+    """Weight files that an interrupted call had finished."""
+
+
+def negate_folders(
+    base: Path | str,
+    bad: Path | str,
+    out: Path | str,
+    alpha: float = 1.0,
+    *,
+    output_dtype: torch.dtype | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    threads: int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> NegatedFolder:
+    """Subtracts what stage 1 learned from the original weights, from folder to folder.
+
+    Args:
+        base: Folder of the original model, in safetensors. It is only read, and so is ``bad``.
+        bad: Folder of the bad model, of its LoRA adapter, or a saved task vector.
+        out: New folder for the unlearned model; loads with transformers.
+        alpha: How much to subtract; the paper uses 1. 0 gives the original weights bit for bit.
+        output_dtype: Type of the result; that of each stored tensor if None. The arithmetic is float32.
+        rounding: How a result becomes bfloat16 or float16: to the nearest number, or by chance to one of the two
+            neighbours, which on average loses nothing of the change.
+        seed: Of the stochastic rounding. Equal seeds give equal bits, with any number of threads.
+        threads: How many read, compute and write; at most 4 by default, which suffice for a fast disk.
+        resume: Go on with the files that a killed call with the same inputs had finished.
+        progress: Called after each block.
+
+    Returns:
+        The record, and what was not copied.
+
+    Raises:
+        RecipeError: ``alpha``, ``rounding`` or ``threads`` is not usable.
+        ModelError: A file is damaged, quantized or no model's.
+        TaskVectorError: The two don't fit, or a result is not finite.
+        OutputError: ``out`` exists or can't be written, or what is to be resumed had other inputs.
+    """
+    base, bad, out = Path(base), Path(bad), Path(out)
+    threads = min(_MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
+    _check_settings(alpha, rounding, threads)
+    check_new(out)
+    plan = plan_negation(base, bad, output_dtype)
+    layouts = [shard_layout(file, plan) for file in plan.files]
+    inputs = identities(base, bad, plan) | {
+        "alpha": alpha, "dtype": str(output_dtype), "rounding": rounding, "seed": seed,
+        "block": low_rank.BLOCK_ELEMENTS,
+    }  # fmt: skip
+    if not resume:
+        check_space(out, sum(layout.size for layout in layouts), f"the unlearned model in {out}")
+    with resumable_folder(out, inputs, resume=resume) as folder:
+        # A call that was killed at its very end left it; no folder may load while files are copied into it anew.
+        (folder / "config.json").unlink(missing_ok=True)
+        done = _Finished(folder, layouts)
+        resumed = len(done.sums)
+        with ShardWriter(plan, alpha, rounding, seed) as writer:
+            _write_shards(writer, layouts, done, threads, progress)
+        total = Sums.total([done.sums[layout.name] for layout in layouts])
+        if total.difference == 0 and plan.empty_message is not None:
+            raise TaskVectorError(plan.empty_message)
+        for file in plan.inputs:
+            file.check_unchanged()
+        left_out = copy_companions(base, folder, [layout.name for layout in layouts])
+        write_index(base, folder, sum(layout.size - len(layout.header) for layout in layouts))
+        write_config(base, folder, output_dtype)
+    record = _record(plan, total, alpha, rounding, seed)
+    return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
+
+
+class _Finished:
+    """The weight files that are whole, with their sums: what an interrupted call is gone on from."""
+
+    def __init__(self, folder: Path, layouts: list[ShardLayout]) -> None:
+        self.folder = folder
+        self._path = folder.parent / _FINISHED
+        self.sums: dict[str, Sums] = {}
+        if self._path.is_file():
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            # After a kill behind the last rename the list is left and the files are gone.
+            there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+            whole = {layout.name for layout in layouts if there.get(layout.name) == layout.size}
+            self.sums = {name: Sums(**sums) for name, sums in found.items() if name in whole}
+
+    def add(self, name: str, sums: Sums) -> None:
+        self.sums[name] = sums
+        write_json(self._path, {name: dataclasses.asdict(sums) for name, sums in self.sums.items()})
+
+
+def _write_shards(
+    writer: ShardWriter, layouts: list[ShardLayout], done: _Finished, threads: int, progress: Progress | None
+) -> None:
+    total = sum(layout.size for layout in layouts)
+    written = sum(layout.size for layout in layouts if layout.name in done.sums)
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        if progress is not None:
+            progress(written, total)
+
+    advance(0)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # The pool is the parallelism; its threads begin with this number.
+    try:
+        with ThreadPoolExecutor(threads, "negate") as pool:
+            for layout in layouts:
+                if layout.name not in done.sums:
+                    done.add(layout.name, writer.write(layout, done.folder, pool, advance))
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def _check_settings(alpha: float, rounding: str, threads: int) -> None:
+    if not math.isfinite(alpha):
+        raise RecipeError(f"alpha is {alpha}; it must be a finite number")
+    if rounding not in get_args(Rounding):
+        raise RecipeError(f"rounding is {rounding}; it must be one of {', '.join(get_args(Rounding))}")
+    if threads < 1:
+        raise RecipeError(f"threads is {threads}; it must be at least 1")
+
+
+def _record(plan: Plan, total: Sums, alpha: float, rounding: Rounding, seed: int) -> StreamedNegation:
+    changed = sum(work.change is not None and work.counts for work in plan.work.values())
+    return StreamedNegation(
+        alpha=alpha,
+        task_vector_norm=math.sqrt(total.difference),
+        base_norm=math.sqrt(total.base),
+        changed_weights=changed if alpha else 0,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        survival=total.applied / total.wanted if total.wanted else 1.0,
+        rounding=rounding,
+        rounding_seed=seed,
+    )

@@ -1,0 +1,170 @@
+"""Headers are read strictly: a damaged file is told before anything is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load, save_file
+
+from sku.errors import ModelError
+from sku.negate.safetensors_layout import make_header, read_folder, read_layout
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64), "c": torch.tensor(1.5)}
+
+
+def raw(path: Path, entries: Any, data: bytes = b"", *, length: int | None = None) -> Path:
+    """Writes a header, or text in place of one, and the bytes behind it."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(start: int, end: int, dtype: Any = "F32", shape: Any = (1,), **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end], **more}
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, {"format": "pt"})
+    layout = read_layout(path)
+    content = path.read_bytes()
+    assert layout.metadata == {"format": "pt"}
+    assert {tensor.name for tensor in layout.tensors} == set(TENSORS)
+    assert content.startswith(layout.header)
+    for tensor in layout.tensors:
+        part = content[tensor.start : tensor.start + tensor.size]
+        read = torch.frombuffer(bytearray(part), dtype=tensor.dtype).reshape(tensor.shape)
+        assert torch.equal(read, TENSORS[tensor.name])
+    layout.check_unchanged()
+    path.write_bytes(content + b"0")
+    with pytest.raises(ModelError, match="was changed while it was read"):
+        layout.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("entries", "data", "length", "words"),
+    [
+        ({"a": entry(0, 4)}, b"123", None, "its tensors end at byte .* and the file at"),
+        ({"a": entry(0, 4)}, b"12345", None, "its tensors end at byte"),
+        ({"a": entry(0, 4)}, b"1234", 10**6, "its header would be 1000000 bytes long"),
+        ({"a": entry(0, 4)}, b"1234", 2**60, "its header would be"),
+        ({"a": entry(0, 4), "b": entry(2, 6)}, b"123456", None, "b overlaps another tensor"),
+        ({"a": entry(0, 4), "b": entry(5, 9)}, b"123456789", None, "leaves a hole"),
+        ({"a": entry(4, 8)}, b"12345678", None, "leaves a hole"),
+        ({"a": entry(4, 0)}, b"1234", None, "takes -4 bytes and its shape asks for 4"),
+        ({"a": entry(0, 4, shape=(2,))}, b"1234", None, "takes 4 bytes and its shape asks for 8"),
+        ({"a": entry(0, 4, shape=(-1,))}, b"1234", None, "are not whole numbers"),
+        ({"a": entry(0, 4, shape=(1.0,))}, b"1234", None, "are not whole numbers"),
+        ({"a": entry(0, 4, shape=(True,))}, b"1234", None, "are not whole numbers"),
+        ({"a": entry(0, 4) | {"data_offsets": [0]}}, b"1234", None, "are not whole numbers"),
+        ({"a": entry(0, 4, more=1)}, b"1234", None, "does not hold dtype, shape and data_offsets"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, b"1234", None, "does not hold"),
+        ({"a": 1}, b"", None, "does not hold"),
+        ({"a": entry(0, 4, dtype="F4")}, b"1234", None, "a is of type F4, which has no exact difference"),
+        ({"a": entry(0, 4, dtype=["F32"])}, b"1234", None, "is of type"),
+        ({"__metadata__": {"format": 1}}, b"", None, "its metadata is not text"),
+        ([], b"", None, "not a JSON object"),
+        (b'{"a"', b"", None, "its header is not JSON"),
+        (b"\xff\xfe", b"", None, "its header is not JSON"),
+        (b'{"a": {}, "a": {}}', b"", None, "names something twice"),
+    ],
+)
+def test_damaged_files(entries: Any, data: bytes, length: int | None, words: str, tmp_path: Path) -> None:
+    path = raw(tmp_path / "model.safetensors", entries, data, length=length)
+    with pytest.raises(ModelError, match=words) as caught:
+        read_layout(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 9, 100])
+def test_files_cut_off_anywhere(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ModelError, match="is damaged or cut off"):
+        read_layout(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can't be read: No such file"):
+        read_layout(tmp_path / "nothing.safetensors")
+
+
+@given(
+    shapes=st.lists(st.tuples(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+                              st.lists(st.integers(0, 4), max_size=3)), max_size=5),
+    metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2),
+)  # fmt: skip
+def test_headers_that_safetensors_reads(shapes: list[tuple[torch.dtype, list[int]]], metadata: dict[str, str]) -> None:
+    entries = [(f"t{number}é", dtype, tuple(shape)) for number, (dtype, shape) in enumerate(shapes)]
+    header, starts = make_header(entries, metadata)
+    assert len(header) % 8 == 0
+    data = b"".join(bytes(math.prod(shape) * dtype.itemsize) for _, dtype, shape in entries)
+    read = load(header + data)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read.items()} == {
+        name: (dtype, shape) for name, dtype, shape in entries
+    }
+    position = len(header)
+    for name, dtype, shape in entries:
+        assert starts[name] == position
+        position += math.prod(shape) * dtype.itemsize
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """Two shards and their index."""
+    place = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
+    for file in set(place.values()):
+        save_file({name: TENSORS[name] for name in place if place[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    return place
+
+
+def test_shards_by_their_index(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    files = read_folder(tmp_path)
+    assert [[tensor.name for tensor in file.tensors] for file in files] == [["a"], ["b", "c"]]
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert [file.path.name for file in read_folder(tmp_path)] == ["model.safetensors"], "as transformers chooses"
+
+
+def test_an_index_that_is_wrong(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    place = sharded(tmp_path)
+    for changed, words in (
+        (place | {"d": "one.safetensors"}, "places d in one.safetensors and it is in no file"),
+        ({"a": "one.safetensors", "b": "two.safetensors"}, "places c in no file and it is in two.safetensors"),
+        (place | {"a": "two.safetensors"}, "places a in two.safetensors and it is in no file"),
+        (place | {"a": "../one.safetensors"}, "names shards that are no safetensors files of this folder"),
+        (place | {"a": "one.bin"}, "names shards that are no safetensors files"),
+        ([], "names shards"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(ModelError, match=words):
+            read_folder(tmp_path)
+    for text in ("{", "[]", "{}"):
+        index.write_text(text)
+        with pytest.raises(ModelError, match="is not an index of shards"):
+            read_folder(tmp_path)
+    index.write_text(json.dumps({"weight_map": place}))
+    save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, tmp_path / "one.safetensors")
+    with pytest.raises(ModelError, match=r"places b in two.safetensors and it is in one|holds a tensor of one name"):
+        read_folder(tmp_path)
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"two\.safetensors can't be read: No such file"):
+        read_folder(tmp_path)
+
+
+def test_metadata_reaches_safe_open(tmp_path: Path) -> None:
+    header, _ = make_header([], {"format": "pt"})
+    (tmp_path / "empty.safetensors").write_bytes(header)
+    with safe_open(tmp_path / "empty.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}

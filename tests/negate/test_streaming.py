@@ -1,0 +1,583 @@
+"""Negation from file to file gives the bits of negation in memory, and refuses what that refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from conftest import ModelMaker
+from negate.conftest import disturbed, with_adapter
+from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
+from sku.negate import low_rank
+from sku.negate.record import Rounding
+from sku.negate.run import negate_with_record, save_unlearned
+from sku.negate.streaming import negate_folders
+from sku.negate.task_vector import TaskVector
+from sku.storage import BAD_MODEL_MARK, mark_hazardous
+
+DTYPES = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models in many blocks; in memory the factors of an adapter are multiplied in the same ones."""
+    monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", 1000)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert tensor.shape == second[name].shape, name
+        integers = INTEGERS[tensor.element_size()]
+        assert torch.equal(tensor.view(integers), second[name].view(integers)), name
+
+
+def assert_same_record(streamed: Any, in_memory: Any) -> None:
+    for name, value in in_memory.to_dict().items():
+        assert streamed.to_dict()[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
+
+
+class Folders:
+    """A base and the three forms of a bad model on disk."""
+
+    def __init__(self, path: Path, base: Any, tokenizer: Any, *, shards: str = "5GB", bad_shards: str = "5GB") -> None:
+        self.path = path
+        self.base = path / "base"
+        base.save_pretrained(self.base, max_shard_size=shards)
+        bad = disturbed(base)
+        bad.save_pretrained(path / "model", max_shard_size=bad_shards)
+        for folder in (self.base, path / "model"):
+            tokenizer.save_pretrained(folder)
+        mark_hazardous(path / "model")
+        options = {"fan_in_fan_out": True} if base.config.model_type == "gpt2" else {}
+        with_adapter(base, **options).save_pretrained(str(path / "adapter"))
+        TaskVector.between(base, bad).save(path / "vector")
+
+    def check(self, form: str, alpha: float, dtype: torch.dtype | None, tokenizer: Any) -> None:
+        """Both ways, compared."""
+        out, expected = self.path / "out", self.path / "expected"
+        model, record = negate_with_record(self.base, self.path / form, alpha, output_dtype=dtype)
+        save_unlearned(model, tokenizer, expected, overwrite=True)
+        negated = negate_folders(self.base, self.path / form, out, alpha, output_dtype=dtype)
+        assert_same_bits(stored(out), stored(expected))
+        assert_same_record(negated.record, record)
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+        assert loaded.dtype == model.dtype
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[name]), name
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3", "gpt_neox", "gpt2"])
+def test_streamed_is_in_memory_bit_for_bit(
+    architecture: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folders = Folders(tmp_path, make_model(architecture), tokenizer, shards="40KB", bad_shards="90KB")
+    for form, alpha, dtype in (
+        ("model", 1.0, None), ("model", 0.3, torch.bfloat16), ("adapter", 1.0, torch.float16), ("adapter", -0.7, None),
+        ("vector", 2.5, None),
+    ):  # fmt: skip
+        folders.check(form, alpha, dtype, tokenizer)
+
+
+@pytest.mark.parametrize("of_base", ["bfloat16", "float16"])
+@pytest.mark.parametrize("of_result", sorted(DTYPES))
+def test_half_precision_files(
+    of_base: str, of_result: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folders = Folders(tmp_path, make_model("llama_tied").to(DTYPES[of_base]), tokenizer)
+    for form in ("model", "adapter", "vector"):
+        folders.check(form, 0.7, DTYPES[of_result], tokenizer)
+
+
+def test_a_float32_bad_model_of_a_bfloat16_base(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_model()
+    folders = Folders(tmp_path, base.to(torch.bfloat16), tokenizer)
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    folders.check("other", 0.5, None, tokenizer)
+
+
+def test_alpha_0_gives_the_base_bit_for_bit(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_model()
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight[0] = -0.0
+    folders = Folders(tmp_path, base, tokenizer)
+    for form in ("model", "adapter", "vector"):
+        for rounding in get_args(Rounding):
+            out = tmp_path / f"{form}-{rounding}"
+            negated = negate_folders(folders.base, tmp_path / form, out, 0.0, rounding=rounding)
+            assert_same_bits(stored(out), stored(folders.base))
+            assert (negated.record.changed_weights, negated.record.survival) == (0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 32}},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "down_proj"]},
+        {"layers_to_transform": [1], "target_modules": ["v_proj"]},
+        {"init_lora_weights": "orthogonal"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_adapters_by_the_settings_that_peft_reads(
+    options: dict[str, Any], make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_model()
+    folders = Folders(tmp_path, base, tokenizer)
+    with_adapter(base, **options).save_pretrained(str(tmp_path / "other"))
+    folders.check("other", 1.0, None, tokenizer)
+
+
+def test_an_adapter_in_bfloat16_is_multiplied_in_float32(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_model().to(torch.bfloat16)
+    folders = Folders(tmp_path, base, tokenizer)
+    with_adapter(base).to(torch.bfloat16).save_pretrained(str(tmp_path / "other"))
+    assert {tensor.dtype for tensor in stored(tmp_path / "other").values()} == {torch.bfloat16}
+    folders.check("other", 1.0, torch.float32, tokenizer)
+
+
+def test_only_adapted_tensors_change(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_model()
+    folders = Folders(tmp_path, base, tokenizer)
+    with_adapter(base, target_modules=["q_proj"]).save_pretrained(str(tmp_path / "other"))
+    record = negate_folders(folders.base, tmp_path / "other", tmp_path / "out").record
+    before, after = stored(folders.base), stored(tmp_path / "out")
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+    assert record.changed_weights == 2
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("form", ["model", "adapter", "vector"])
+def test_a_tied_pair_that_is_stored_twice_stays_one(
+    form: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The base stores both copies, its bad model one: transformers ties them, so both become the same."""
+    base = make_model("llama_tied")
+    folders = Folders(tmp_path, base, tokenizer)
+    if form == "adapter":
+        TaskVector.from_adapter(with_adapter(base, target_modules=["embed_tokens"])).save(tmp_path / "other")
+        form = "other"
+    tensors = stored(folders.base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folders.base / "model.safetensors", {"format": "pt"})
+    model, record = negate_with_record(folders.base, tmp_path / form)
+    negated = negate_folders(folders.base, tmp_path / form, tmp_path / "out")
+    after = stored(tmp_path / "out")
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
+    assert_same_bits(
+        {name: after[name] for name in model.state_dict()}, {n: t.detach() for n, t in model.state_dict().items()}
+    )
+    assert_same_record(negated.record, record)
+
+
+def test_a_bad_model_that_stores_the_tied_pair_twice_or_under_its_other_name(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folders = Folders(tmp_path, make_model("llama_tied"), tokenizer)
+    negate_folders(folders.base, tmp_path / "model", tmp_path / "expected")
+    tensors = stored(tmp_path / "model")
+    shared = tensors.pop("model.embed_tokens.weight")
+    for name, more in (("both", {"model.embed_tokens.weight": shared.clone()}), ("other", {})):
+        shutil.copytree(tmp_path / "model", tmp_path / name)
+        save_file(tensors | {"lm_head.weight": shared} | more, tmp_path / name / "model.safetensors", {"format": "pt"})
+        negate_folders(folders.base, tmp_path / name, tmp_path / f"from_{name}")
+        assert_same_bits(stored(tmp_path / f"from_{name}"), stored(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_the_new_folder_is_cut_and_named_like_the_base(
+    shards: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folders = Folders(tmp_path, make_model(), tokenizer, shards=shards)
+    (folders.base / "README.md").write_text("The base is good at its work.")
+    (folders.base / "LICENSE").write_text("Terms.")
+    (folders.base / "model.gguf").write_bytes(b"other weights")
+    (folders.base / "pytorch_model.bin").write_bytes(b"other weights")
+    before = {path.name: path.read_bytes() for path in folders.base.iterdir()}
+    out = tmp_path / "out"
+    negated = negate_folders(folders.base, tmp_path / "model", out)
+    assert negated.left_out == ("README.md", "model.gguf", "pytorch_model.bin")
+    assert {path.name for path in out.iterdir()} == before.keys() - set(negated.left_out)
+    assert not (out / BAD_MODEL_MARK).exists()
+    assert (out / "LICENSE").read_text() == "Terms."
+    for path in out.glob("*.safetensors"):
+        size = int.from_bytes(before[path.name][:8], "little") + 8
+        assert path.read_bytes()[:size] == before[path.name][:size]
+    assert {path.name: path.read_bytes() for path in folders.base.iterdir()} == before, "the base is only read"
+    assert json.loads((out / "config.json").read_text()) == json.loads(before["config.json"])
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "model", "adapter", "vector", "out"}
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+def test_another_type_is_told_in_config_and_index(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folders = Folders(tmp_path, make_model(), tokenizer, shards="40KB")
+    negate_folders(folders.base, tmp_path / "model", tmp_path / "out", output_dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    sizes = [
+        json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        for folder in (folders.base, tmp_path / "out")
+    ]
+    assert sizes[0] == 2 * sizes[1]
+    config = folders.base / "config.json"
+    config.write_text(config.read_text().replace('"dtype"', '"torch_dtype"'))
+    negate_folders(folders.base, tmp_path / "model", tmp_path / "old", output_dtype=torch.float16)
+    old = json.loads((tmp_path / "old" / "config.json").read_text())
+    assert (old["torch_dtype"], "dtype" in old) == ("float16", False)
+
+
+def test_integers_and_constants_of_old_checkpoints_go_along(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Position ids are compared; causal masks and rotary frequencies, which only old files hold, are not asked for."""
+    folders = Folders(tmp_path, make_model(), tokenizer)
+    old = {
+        "model.position_ids": torch.arange(5),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4),
+    }
+    base, bad = folders.base / "model.safetensors", tmp_path / "model" / "model.safetensors"
+    save_file(load_file(base) | old, base, {"format": "pt"})
+    with pytest.raises(TaskVectorError, match=r"position_ids is torch\.int64 and differs"):
+        negate_folders(folders.base, tmp_path / "model", tmp_path / "out")
+    save_file(load_file(bad) | {"model.position_ids": torch.arange(5)}, bad, {"format": "pt"})
+    record = negate_folders(folders.base, tmp_path / "model", tmp_path / "out", output_dtype=torch.bfloat16).record
+    after = stored(tmp_path / "out")
+    assert_same_bits({name: after[name] for name in old}, old)
+    assert record.changed_weights == len(after) - 3
+
+
+def test_threads_do_not_change_a_bit(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folders = Folders(tmp_path, make_model().to(torch.bfloat16), tokenizer)
+    for rounding in get_args(Rounding):
+        for form in ("model", "adapter"):
+            records = []
+            for threads in (1, 4):
+                out = tmp_path / f"{rounding}-{form}-{threads}"
+                records.append(
+                    negate_folders(
+                        folders.base, tmp_path / form, out, 0.3, rounding=rounding, seed=5, threads=threads
+                    ).record
+                )
+            assert records[0] == records[1]
+            first, second = (stored(tmp_path / f"{rounding}-{form}-{threads}") for threads in (1, 4))
+            assert_same_bits(first, second)
+
+
+def test_stochastic_rounding_keeps_a_change_that_rounding_to_nearest_drops(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Changes of 1e-4 of each weight are a fortieth of half a bfloat16 step."""
+    base = make_model().to(torch.bfloat16)
+    bad = copy.deepcopy(base).float()
+    with torch.no_grad():
+        for parameter in bad.parameters():
+            parameter.mul_(1.0001)
+    for name, model in (("base", base), ("bad", bad)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    calls: tuple[tuple[Rounding, int], ...] = (("nearest", 0), ("stochastic", 0), ("stochastic", 1))
+    records = {
+        (rounding, seed): negate_folders(
+            tmp_path / "base", tmp_path / "bad", tmp_path / f"{rounding}{seed}", rounding=rounding, seed=seed
+        ).record
+        for rounding, seed in calls
+    }
+    assert records["nearest", 0].survival < 0.01
+    assert records["stochastic", 0].survival == pytest.approx(1.0, abs=0.15)
+    assert records["stochastic", 0].to_dict()["rounding"] == "stochastic"
+    assert records["stochastic", 1].to_dict()["rounding_seed"] == 1
+    first, second = (stored(tmp_path / f"stochastic{seed}") for seed in (0, 1))
+    assert any(not torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_progress_ends_at_the_whole(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folders = Folders(tmp_path, make_model(), tokenizer, shards="40KB")
+    seen: list[tuple[int, int]] = []
+    negate_folders(
+        folders.base, tmp_path / "model", tmp_path / "out", progress=lambda done, total: seen.append((done, total))
+    )
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert seen[0] == (0, size)
+    assert seen[-1] == (size, size)
+    assert sorted(seen) == seen
+
+
+# --- any set of tensors
+
+
+SHAPES = st.lists(st.integers(0, 7), max_size=3).map(tuple)
+
+
+@st.composite
+def tensor_sets(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Small tensors of mixed types; none, one or three dimensions; empty ones too."""
+    kinds = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    return {
+        f"part.{number}.w{'é' * draw(st.integers(0, 1))}": torch.randn(shape, generator=generator).to(dtype)
+        for number, (shape, dtype) in enumerate(draw(st.lists(st.tuples(SHAPES, kinds), min_size=1, max_size=6)))
+    }
+
+
+@given(tensors=tensor_sets(), alpha=st.sampled_from([0.0, 1.0, -0.3]), result=st.sampled_from(sorted(DTYPES)),
+       cut=st.integers(0, 6), block=st.integers(1, 50))  # fmt: skip
+@settings(
+    max_examples=40, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)  # fmt: skip
+def test_any_set_of_tensors(
+    tensors: dict[str, Tensor], alpha: float, result: str, cut: int, block: int,
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By the equation itself, element by element, in a base of two shards and a bad model of one."""
+    monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", block)
+    tmp_path = tmp_path_factory.mktemp("any")
+    base, bad = tmp_path / "base", tmp_path / "bad"
+    for folder in (base, bad):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    names = list(tensors)
+    place = {name: f"model-0000{1 + (number >= cut)}-of-00002.safetensors" for number, name in enumerate(names)}
+    for file in set(place.values()):
+        save_file({name: tensors[name] for name in names if place[name] == file}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    moved = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    save_file(moved, bad / "model.safetensors")
+    if not any(tensor.is_floating_point() and tensor.numel() for tensor in tensors.values()):
+        with pytest.raises(TaskVectorError, match="equal"):
+            negate_folders(base, bad, tmp_path / "out", alpha)
+        return
+    negate_folders(base, bad, tmp_path / "out", alpha, output_dtype=DTYPES[result])
+    after = stored(tmp_path / "out")
+    assert after.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        expected = tensor
+        if tensor.is_floating_point():
+            if alpha:
+                expected = tensor.float() + -alpha * (moved[name].float() - tensor.float())
+            expected = expected.to(DTYPES[result] or tensor.dtype)
+        assert_same_bits({name: after[name]}, {name: expected})
+
+
+# --- what is refused
+
+
+@pytest.fixture
+def folders(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Folders:
+    """An untied Llama."""
+    return Folders(tmp_path, make_model(), tokenizer)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object], name: str = "model.safetensors") -> None:
+    """Changes the tensors of a file."""
+    with safe_open(folder / name, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name, metadata)
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "error", "words"),
+    [
+        ("model", lambda t: t.pop(UP), TaskVectorError, f"1 weights are in base but not in bad model.*{UP}"),
+        ("base", lambda t: t.pop(UP), TaskVectorError, f"1 weights are in bad model but not in base.*{UP}"),
+        ("model", lambda t: t.update(more=torch.ones(2)), TaskVectorError, "in bad model but not in base.*more"),
+        ("model", lambda t: t.update({UP: torch.ones(3, 4)}), TaskVectorError, f"{UP} has shape .* and \\(3, 4\\)"),
+        ("model", lambda t: t.update({UP: t[UP].to(torch.int8)}), TaskVectorError, f"{UP} .*int8: quantized"),
+        ("base", lambda t: t.update({UP: t[UP].to(torch.uint8)}), TaskVectorError, f"{UP} .*uint8: quantized"),
+        ("base", lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), TaskVectorError, "float8_e4m3fn: quantized"),
+        ("base", lambda t: t.update({UP: t[UP].to(torch.int32)}), TaskVectorError, f"{UP} .*int32: quantized"),
+        ("model", lambda t: t[UP].fill_(math.nan), TaskVectorError, f"the difference of {UP} holds NaN or infinity"),
+        ("base", lambda t: t[UP].fill_(math.inf), TaskVectorError, f"the difference of {UP} holds NaN or infinity"),
+        ("model", lambda t: t[UP].fill_(-1e38), TaskVectorError, f"{UP} would hold NaN or infinity in torch.float32"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit(
+    where: str, change: Callable[[dict[str, Tensor]], object], error: type[Exception], words: str, folders: Folders
+) -> None:
+    rewrite(folders.path / where, change)
+    before = sorted(folders.path.iterdir())
+    alpha = 10.0 if "would hold" in words else 1.0
+    with pytest.raises(error, match=words) as caught:
+        negate_folders(folders.base, folders.path / "model", folders.path / "out", alpha)
+    assert "\n" not in str(caught.value)
+    assert sorted(folders.path.iterdir()) == before, "nothing is left"
+
+
+def test_equal_models_and_empty_adapters(folders: Folders, make_model: ModelMaker) -> None:
+    out = folders.path / "out"
+    with pytest.raises(TaskVectorError, match="stage 1 changed nothing"):
+        negate_folders(folders.base, folders.base, out)
+    shutil.copytree(folders.base, folders.path / "copy")
+    with pytest.raises(TaskVectorError, match="stage 1 changed nothing"):
+        negate_folders(folders.base, folders.path / "copy", out)
+    rewrite(
+        folders.path / "adapter",
+        lambda t: [tensor.zero_() for name, tensor in t.items() if "lora_B" in name],
+        "adapter_model.safetensors",
+    )
+    with pytest.raises(TaskVectorError, match="the adapter is zero"):
+        negate_folders(folders.base, folders.path / "adapter", out)
+    assert not out.exists()
+
+
+def test_a_result_too_large_for_float16(folders: Folders) -> None:
+    rewrite(folders.path / "vector", lambda t: t[UP].fill_(-1e5), "task_vector.safetensors")
+    negate_folders(folders.base, folders.path / "vector", folders.path / "float32")
+    with pytest.raises(TaskVectorError, match=f"{UP} would hold NaN or infinity in torch.float16"):
+        negate_folders(folders.base, folders.path / "vector", folders.path / "out", output_dtype=torch.float16)
+
+
+def test_a_tie_in_one_model_alone(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name in ("tied", "untied"):
+        (tmp_path / name).mkdir()
+    tied = Folders(tmp_path / "tied", make_model("llama_tied"), tokenizer)
+    untied = Folders(tmp_path / "untied", make_model("llama"), tokenizer)
+    out = tmp_path / "out"
+    with pytest.raises(TaskVectorError, match=r"in bad model but not in base, the first is lm_head\.weight"):
+        negate_folders(tied.base, untied.path / "model", out)
+    with pytest.raises(TaskVectorError, match=r"lm_head\.weight is tied in the task vector and not in the base"):
+        negate_folders(untied.base, tied.path / "vector", out)
+    with pytest.raises(TaskVectorError, match=r"changes 1 weights that the base does not have.*lm_head\.weight"):
+        negate_folders(tied.base, untied.path / "vector", out)
+
+
+def test_adapters_that_are_more_than_factors(folders: Folders, make_model: ModelMaker) -> None:
+    base = make_model()
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all", "target_modules": ["q_proj"]}, "biases"),
+        ({"use_dora": True, "target_modules": ["q_proj"]}, "is not a plain LoRA"),
+    )
+    for number, (options, words) in enumerate(refused):
+        with_adapter(base, **options).save_pretrained(str(folders.path / f"other{number}"))
+        with pytest.raises(TaskVectorError, match=words):
+            negate_folders(folders.base, folders.path / f"other{number}", folders.path / "out")
+
+
+def test_adapter_files_that_do_not_fit_their_settings(folders: Folders) -> None:
+    adapter, out = folders.path / "adapter", folders.path / "out"
+    file = "adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    whole = load_file(adapter / file)
+    elsewhere = key.replace("layers.0", "layers.7")
+    for change, words in (
+        ({key: None}, "1 weights are in the adapter's settings but not in its file"),
+        ({elsewhere: whole[key].clone()}, "1 weights are in its file but not in the adapter's"),
+        ({key: whole[key][:2].clone()}, "which are no factors of rank 4"),
+        ({key: whole[key].to(torch.int8)}, "int8: quantized"),
+        ({key: whole[key][:, :5].clone()}, f"{UP} has shape"),
+    ):  # fmt: skip
+        changed: dict[str, Any] = whole | change
+        save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, adapter / file)
+        with pytest.raises(TaskVectorError, match=words):
+            negate_folders(folders.base, adapter, out)
+    (adapter / file).unlink()
+    with pytest.raises(ModelError, match=r"holds no adapter_model\.safetensors"):
+        negate_folders(folders.base, adapter, out)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="adapter .* can't be read"):
+        negate_folders(folders.base, adapter, out)
+
+
+def test_an_adapter_of_another_model(folders: Folders, make_model: ModelMaker) -> None:
+    with_adapter(make_model("opt"), target_modules=["fc1"]).save_pretrained(str(folders.path / "other"))
+    with pytest.raises(ModelError, match="does not fit the base model"):
+        negate_folders(folders.base, folders.path / "other", folders.path / "out")
+
+
+def test_quantized_and_pickled_folders(folders: Folders) -> None:
+    out, config = folders.path / "out", folders.base / "config.json"
+    settings_ = json.loads(config.read_text())
+    config.write_text(json.dumps(settings_ | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ModelError, match=r"is quantized \(gptq\)"):
+        negate_folders(folders.base, folders.path / "model", out)
+    config.write_text(json.dumps(settings_))
+    (folders.base / "model.safetensors").rename(folders.base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickled weights \(pytorch_model.bin\).*convert them: .*save_pretrained"):
+        negate_folders(folders.base, folders.path / "model", out)
+    (folders.base / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor"):
+        negate_folders(folders.base, folders.path / "model", out)
+    config.unlink()
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        negate_folders(folders.base, folders.path / "model", out)
+    with pytest.raises(ModelError, match="no such folder"):
+        negate_folders(folders.path / "nothing", folders.path / "model", out)
+    assert not out.exists()
+
+
+def test_settings_that_are_not_usable(folders: Folders) -> None:
+    bad, out = folders.path / "model", folders.path / "out"
+    options: dict[str, Any]
+    for options, words in (
+        ({"alpha": math.nan}, "alpha is nan"), ({"rounding": "up"}, "rounding is up"), ({"threads": 0}, "threads is 0")
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=words):
+            negate_folders(folders.base, bad, out, **options)
+    out.mkdir()
+    with pytest.raises(OutputError, match="already exists"):
+        negate_folders(folders.base, bad, out)
+
+
+def test_a_disk_too_small_is_told_before_writing(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sku.storage.free_bytes", lambda folder: 1000)
+    with pytest.raises(OutputError, match="0 MiB are free"):
+        negate_folders(folders.base, folders.path / "model", folders.path / "out")
+    assert not list(folders.path.glob("*out*"))
+
+
+def test_an_input_that_changes_meanwhile(folders: Folders) -> None:
+    file = folders.path / "model" / "model.safetensors"
+    with pytest.raises(ModelError, match=r"model\.safetensors was changed while it was read"):
+        negate_folders(
+            folders.base, folders.path / "model", folders.path / "out", progress=lambda done, total: os.utime(file)
+        )
+    assert not list(folders.path.glob("*out*"))
