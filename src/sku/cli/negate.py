@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ def negate(
         str, typer.Option("--dtype", help="Type of the result: same, float32, bfloat16, float16.")
     ] = "same",
     gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside BASE.")] = None,
+    operators: Annotated[
+        list[str] | None,
+        typer.Option("--operator", help="NAME={key: value} as in a recipe; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: subtract the task vector of a bad model from the original weights."""
@@ -31,18 +35,27 @@ def negate(
     if dtype not in ("same", "float32", "bfloat16", "float16"):
         raise RecipeError(f"--dtype is {dtype}; it must be same, float32, bfloat16 or float16")
     NegateConfig(alpha=alpha)
+    entries = [_operator(text) for text in operators or ()]
 
     quiet_libraries()
     import torch
 
     from sku.models import load_model
-    from sku.negate.run import negate_with_record, save_unlearned
+    from sku.negate.operators import operate, prepare_operators
+    from sku.negate.operators.base import OperatorContext
+    from sku.negate.run import negate_with_record, save_unlearned, task_vector_of
     from sku.storage import check_new
 
     check_new(out)
+    prepared = prepare_operators(entries, "--operator")
     loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
+    vector = (
+        operate(task_vector_of(loaded.model, bad), prepared, OperatorContext(base=loaded.model)).vector
+        if prepared
+        else bad
+    )
     model, record = negate_with_record(
-        loaded.model, bad, alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
+        loaded.model, vector, alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
     )
     save_unlearned(model, loaded.tokenizer, out)
     if as_json:
@@ -51,3 +64,16 @@ def negate(
     for name, value in record.to_dict().items():
         results.print(f"{name.replace('_', ' '):<20}{value}")
     results.print(f"\nunlearned model  {out}", soft_wrap=True)
+
+
+def _operator(text: str) -> dict[str, Any]:
+    """``name={key: value}`` as a recipe's ``negate.operators`` holds it."""
+    import yaml
+
+    from sku.errors import RecipeError
+
+    name, _, settings = text.partition("=")
+    try:
+        return {name: yaml.safe_load(settings) if settings else {}}
+    except yaml.YAMLError:
+        raise RecipeError(f"--operator {text}: {settings!r} is no YAML, such as {{energy: 0.9}}") from None

@@ -71,16 +71,14 @@ class AdapterVector:
         for module in model.modules():
             if not isinstance(module, LoraLayer):
                 continue
-            assert isinstance(module, nn.Module)
-            scale = module.scaling
-            assert isinstance(scale, dict)
+            layer: Any = module
             weight = f"{names[id(module)]}.weight"
-            if adapter not in module.lora_A or not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+            if adapter not in layer.lora_A or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
                 raise TaskVectorError(f"{weight} is adapted and no linear layer: its change can't be kept in factors")
-            if isinstance(module.get_base_layer(), Conv1D):
+            if isinstance(layer.get_base_layer(), Conv1D):
                 turned.add(weight)
-            upper, lower = (part[adapter].weight.detach().cpu().float() for part in (module.lora_B, module.lora_A))
-            factors[weight] = LowRank(upper_Or=upper * scale[adapter], lower_rI=lower.clone())
+            upper, lower = (part[adapter].weight.detach().cpu().float() for part in (layer.lora_B, layer.lora_A))
+            factors[weight] = LowRank(upper_Or=upper * layer.scaling[adapter], lower_rI=lower.clone())
         config = model.peft_config[adapter]
         assert isinstance(config, LoraConfig)
         targets = config.target_modules

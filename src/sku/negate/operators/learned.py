@@ -120,7 +120,7 @@ def _learn(
         loss = shortfall + settings.weight * divergence
         if not torch.isfinite(loss):
             raise TaskVectorError("learned: the loss is NaN or infinite; lower its start")
-        measured.append({"loss": float(loss), "harmful_gain": float(gain), "normal_kl": float(divergence)})
+        measured.append({"loss": loss.item(), "harmful_gain": gain.item(), "normal_kl": divergence.item()})
         optimizer.zero_grad()
         (values.grad,) = torch.autograd.grad(loss, [values])
         optimizer.step()

@@ -199,7 +199,7 @@ def _spectrum(name: str, mean_II: Tensor) -> Spectrum:
 @contextmanager
 def _hooked(layers: Mapping[str, nn.Module], look: Any) -> Iterator[None]:
     def before(name: str) -> Any:
-        return lambda _module, inputs: look(name, inputs[0].detach())
+        return lambda _module, inputs: look(name, inputs[0])
 
     handles = [module.register_forward_pre_hook(before(name)) for name, module in layers.items()]
     try:
