@@ -37,7 +37,8 @@ class Survival:
     entries: int
     """Entries whose change was wanted."""
     changed: float
-    """Share of these that differ between the two rounded models."""
+    """Share of these that differ between the two rounded models. In 8 and 4 bits they also do where nothing but the
+    scale of their channel or block moved, so that ``projection`` says more."""
     projection: float
     """``<applied, wanted> / <wanted, wanted>``: 1 where nothing was lost, 0 where nothing is left."""
 

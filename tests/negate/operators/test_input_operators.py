@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import ModelMaker
-from negate.conftest import disturbed, with_adapter
-from negate.operators.conftest import ContextMaker
+from negate.conftest import ContextMaker, disturbed, with_adapter
 from sku.errors import TaskVectorError
 from sku.negate.adapters import AdapterVector
 from sku.negate.operators import OperatedVector, operate, prepare_operators

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conftest import ModelMaker
-from negate.operators.conftest import ContextMaker
+from negate.conftest import ContextMaker
 from sku.errors import TaskVectorError
 from sku.negate.operators.base import linear_weights
 from sku.negate.operators.spectra import InputSpectra, Spectrum, input_groups, input_spectra

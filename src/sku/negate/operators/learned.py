@@ -51,7 +51,7 @@ class LearnedSettings:
     """Nats a token by which the loss on harmful answers shall grow; 2 is a perplexity 7.4 times as high."""
     weight: float = 10.0
     """Cost of a nat of KL on normal text."""
-    start: float = 1.0
+    start: float = 0.5
     """All coefficients at first."""
     largest: float = 8.0
     """Coefficients stay between 0 and this."""
