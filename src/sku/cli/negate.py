@@ -49,17 +49,18 @@ def negate(
     check_new(out)
     prepared = prepare_operators(entries, "--operator")
     loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
-    vector = (
-        operate(task_vector_of(loaded.model, bad), prepared, OperatorContext(base=loaded.model)).vector
-        if prepared
-        else bad
-    )
+    context = OperatorContext(base=loaded.model)
+    for chosen in prepared:  # Before a large vector is read.
+        context.check(chosen.operator.needs, f"the operator {chosen.operator.name}")
+    operated = operate(task_vector_of(loaded.model, bad), prepared, context) if prepared else None
+    vector = bad if operated is None else operated.vector
     model, record = negate_with_record(
         loaded.model, vector, alpha, output_dtype=None if dtype == "same" else getattr(torch, dtype)
     )
     save_unlearned(model, loaded.tokenizer, out)
     if as_json:
-        results.print_json(json.dumps(record.to_dict()))
+        account = {} if operated is None else {"operators": operated.records}
+        results.print_json(json.dumps({**record.to_dict(), **account}))
         return
     for name, value in record.to_dict().items():
         results.print(f"{name.replace('_', ' '):<20}{value}")
