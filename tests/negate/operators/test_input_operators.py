@@ -179,7 +179,7 @@ def test_contrast_keeps_more_of_harmful_inputs_than_of_normal_ones(make_context:
 
     kept = {}
     for text in ("harmful", "normal"):
-        spectra = input_spectra(context, text, positions="all", examples=256, unit=False)  # type: ignore[arg-type]
+        spectra = input_spectra(context, text, positions="all", examples=256, unit=False)
         name = "model.layers.0.self_attn.q_proj.weight"
         spectrum = spectra.of(name)
         assert spectrum is not None

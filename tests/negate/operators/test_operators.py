@@ -226,7 +226,7 @@ def test_each_entry_gets_its_factor(importance: str, make_context: ContextMaker,
 
 def test_groups() -> None:
     name = "model.layers.12.self_attn.q_proj.weight"
-    assert [group_of(name, per) for per in ("layer", "module", "layer_and_module")] == [  # type: ignore[arg-type]
+    assert [group_of(name, per) for per in ("layer", "module", "layer_and_module")] == [
         "12", "self_attn.q_proj", "12.self_attn.q_proj",
     ]  # fmt: skip
     assert group_of("model.embed_tokens.weight", "layer") == "others"

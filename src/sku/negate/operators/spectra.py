@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from sku.data.tokenization import TokenizedExample
 from sku.errors import TaskVectorError
+from sku.models import embedding_weight
 from sku.negate.operators.base import OperatorContext, linear_weights
 from sku.negate.operators.texts import Batch, batch_of, batches, device_of, drawn
 from sku.negate.task_vector import unique_weights
@@ -210,12 +211,19 @@ def _hooked(layers: Mapping[str, nn.Module], look: Any) -> Iterator[None]:
 
 
 def _run(model: PreTrainedModel, batch: Batch) -> None:
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding_weight(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            # An output head is a linear layer as well: it must see all positions.
-            model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+            # An output head of its own is a linear layer as well: it must see all positions.
+            model(
+                input_ids=batch.ids_BT,
+                attention_mask=batch.mask_BT,
+                logits_to_keep=1 if tied else 0,
+                use_cache=False,
+            )
     finally:
         for module, training in modes:
             module.training = training
