@@ -13,6 +13,7 @@ the first stopped. OUT holds bad vectors: it is made private, and is to be remov
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -268,9 +269,7 @@ class Table:
 
     def _model(self) -> PreTrainedModel:
         if "model" not in self.memory:
-            self.memory["model"] = load_model(
-                dataclasses.replace(recipe_of(self.options, "retention").model, dtype="float32")
-            ).model
+            self.memory["model"] = copy.deepcopy(self.base)
         model = self.memory["model"]
         assert isinstance(model, PreTrainedModel)
         # Another vector may have changed weights that this one leaves alone.
