@@ -327,6 +327,10 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
         (["no-one/no-model", "embedded"], "no-one/no-model can't be loaded"),
         (["embedded", "/nowhere/bad"], "no such folder"),
         (["/nowhere/base", "embedded"], "no such folder"),
+        (["embedded", "embedded", "--operator", "nul_space"], "Did you mean null_space?"),
+        (["embedded", "embedded", "--operator", "layer_alpha={factors: {"], "is no YAML"),
+        (["embedded", "embedded", "--operator", "layer_alpha=2"], "must hold keys and values"),
+        (["embedded", "embedded", "--operator", "null_space"], "run it from a recipe with sku run"),
     ],
 )
 def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -462,6 +466,18 @@ def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_p
         "print(sorted({'transformers', 'peft', 'datasets'} & set(sys.modules)))\n"
     )
     assert printed.splitlines()[-1] == "[]"
+
+
+def test_negate_with_an_operator(command: Command, bad_model: Path, tmp_path: Path) -> None:
+    """Half of every difference at alpha 2 is the whole at alpha 1."""
+    options = ["--alpha", "2", "--operator", 'layer_alpha={factors: {"*": 0.5}}']
+    printed = command("negate", "embedded", bad_model, *options, "--json", "--out", tmp_path / "halved").out
+    (record,) = json.loads(printed)["operators"]
+    assert record["name"] == "layer_alpha"
+    assert record["norm_after"] == pytest.approx(record["norm_before"] / 2, rel=1e-5)
+    command("negate", "embedded", bad_model, "--alpha", "1", "--out", tmp_path / "plain")
+    weights = [digest(tmp_path / name / "model.safetensors") for name in ("halved", "plain")]
+    assert weights[0] == weights[1]
 
 
 def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:

@@ -27,10 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "quiet": set(),
     "training": {"config", "errors", "storage", "losses", "data", "models"},
     "acquire": {"config", "errors", "storage", "losses", "data", "models", "training"},
-    "negate": {"config", "errors", "storage", "models"},
+    "quantization": set(),
+    "negate": {"config", "errors", "storage", "losses", "data", "models", "quantization"},
     "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world"},
     "methods": {"config", "errors", "storage", "losses", "data", "models", "training", "acquire", "negate"},
-    "attacks": {"config", "errors", "data", "models", "world", "training", "methods", "evaluate"},
+    "attacks": {
+        "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
+    },
     "report": {"errors", "evaluate", "attacks"},
     "comparison": {
         "config", "errors", "storage", "data", "models", "training", "methods", "negate", "evaluate", "report",

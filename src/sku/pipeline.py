@@ -38,16 +38,22 @@ from sku.attacks.run import check_attacks, run_attacks
 from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
-from sku.errors import EvaluationError, ModelError, OutputError, RecipeError, SkuError
+from sku.errors import EvaluationError, ModelError, OutputError, RecipeError, SkuError, TaskVectorError
 from sku.evaluate.comparison import Comparison, LeakChange, RateChange, compare
 from sku.evaluate.processes import current_processes
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods import method_named
 from sku.methods.base import negated
-from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
+from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, with_path
+from sku.negate.adapters import AdapterVector
+from sku.negate.diagnostics import diagnose
+from sku.negate.operators import operate
+from sku.negate.operators.context import context_of
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
+from sku.negate.survival import delta_survival
+from sku.negate.task_vector import TaskVector
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
 from sku.reproducibility import content_sha256, environment
@@ -288,11 +294,12 @@ class _Run:
             loaded = load_model(with_safe_dtype(self.recipe), four_bit=True)
         with self._timed("acquire"):
             trained = self._trained_model(loaded, data)
-        strength = prepare(recipe, self.trained_folder).strength
+        run = prepare(recipe, self.trained_folder)
         with self._timed("negate"):
+            factors = None
             if isinstance(trained, PeftModel):
                 change = change_of(self.method, trained)
-                self._save_adapter(trained, strength)
+                factors = self._factors(trained, run)
                 base = (
                     trained.unload()
                     if recipe.acquire.tuning == "lora"
@@ -301,14 +308,68 @@ class _Run:
             else:
                 base = load_model(with_safe_dtype(self.recipe)).model
                 change = change_of(self.method, trained, base)
+            vector, account = self._operated(-change, run, base, loaded.tokenizer, data, factors)
             dtype = recipe.negate.output_dtype
             unlearned, negation = negate_with_record(
-                base, -change, strength, output_dtype=None if dtype == "same" else getattr(torch, dtype)
+                base, vector, run.strength, output_dtype=None if dtype == "same" else getattr(torch, dtype)
             )
             # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
-            self._note(negation=negation.to_dict())
+            self._note(negation={**negation.to_dict(), **account})
             save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
         return base, unlearned
+
+    def _factors(self, trained: PeftModel, run: MethodRun) -> AdapterVector | None:
+        """The adapter's factors where operators follow; else it is saved as it is, negated."""
+        if not run.operators:
+            self._save_adapter(trained, run.strength)
+        try:
+            return AdapterVector.of(trained)
+        except TaskVectorError as error:
+            if run.operators:
+                self._note(negated_adapter=f"not saved: {error}")
+            return None
+
+    def _operated(
+        self,
+        vector: TaskVector,
+        run: MethodRun,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: ForgetRetainData,
+        factors: AdapterVector | None,
+    ) -> tuple[TaskVector, dict[str, Any]]:
+        """What is subtracted, and an account of it; the adapter follows the operators where it can."""
+        recipe = self.recipe
+        if self.method.weight_step is not negated or not (run.operators or recipe.negate.diagnostics):
+            return vector, {}
+        cache = recipe.negate.operator_cache
+        context = context_of(
+            base,
+            tokenizer,
+            data,
+            recipe.data,
+            prompt_format=recipe.model.prompt_format,
+            seed=recipe.seed,
+            cache=None if cache is None else Path(cache),
+        )
+        operated = operate(vector, run.operators, context)
+        if factors is not None:
+            factors = None if operated.row_maps is None else factors.mapped(operated.row_maps)
+        if run.operators:
+            self._save_factors(factors, run)
+        account: dict[str, Any] = {"operators": list(operated.records)}
+        if recipe.negate.diagnostics:
+            account["diagnostics"] = diagnose(operated.vector, context, adapter=factors)
+            if run.strength:
+                account["survival_by_format"] = delta_survival(base, operated.vector, run.strength)
+        return operated.vector, account
+
+    def _save_factors(self, factors: AdapterVector | None, run: MethodRun) -> None:
+        if factors is not None:
+            (-run.strength * factors).save(self.out / "negated_adapter", overwrite=True)
+        elif self.recipe.acquire.tuning != "full" and "negated_adapter" not in self.manifest:
+            names = ", ".join(prepared.operator.name for prepared in run.operators)
+            self._note(negated_adapter=f"not saved: the operators ({names}) change single entries of the weights")
 
     def _save_adapter(self, trained: PeftModel, strength: float) -> None:
         """The change without merging, where the weight step is none or the negation: others don't fit an adapter."""

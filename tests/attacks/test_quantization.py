@@ -10,7 +10,8 @@ import torch
 from scipy.stats import norm
 
 from conftest import ARCHITECTURES, ModelMaker
-from sku.attacks.quantization import NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded, rounded_copy, rounded_layers
+from sku.attacks.quantization import rounded_copy, rounded_layers
+from sku.quantization import NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sku.comparison.jobs import Job
 from sku.comparison.strength import largest_within_budget
-from sku.config import CompareConfig, CompatConfig, EvaluateConfig, Recipe
+from sku.config import CompareConfig, CompatConfig, EvaluateConfig, Recipe, plain_data
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, SkuError, TaskVectorError
@@ -32,6 +32,9 @@ from sku.methods import method_named
 from sku.methods.from_file import SUFFIX, file_sha256
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
 from sku.models import load_model
+from sku.negate.operators import operate
+from sku.negate.operators.base import OperatorContext
+from sku.negate.operators.context import context_of
 from sku.negate.random_direction import random_direction
 from sku.negate.run import subtract_into
 from sku.negate.task_vector import TaskVector
@@ -73,6 +76,7 @@ class Bench:
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
         self._norms: dict[str, dict[str, float]] = {}
+        self._operator_memory: dict[str, Any] = {}
         writer = asking.Writer(
             tokenizer=self.tokenizer,
             prompt_format=resolve_prompt_format(recipe.model.prompt_format, self.tokenizer),
@@ -187,13 +191,30 @@ class Bench:
         trained = train_method(job.recipe, loaded, self.data, folder, step_progress(self.progress))
         model = trained.model
         change = change_of(method, model, self.base)
-        account = {**_account(trained), "norm": change.norm()}
+        account = _account(trained)
+        if operators := prepare(job.recipe, folder).operators:
+            operated = operate(-change, operators, self._operator_context(job.recipe))
+            change, account["operators"] = -operated.vector, list(operated.records)
+        account["norm"] = change.norm()
         if isinstance(model, PeftModel):
             plain = model.unload() if tuning == "lora" else copy.deepcopy(self.base)
         else:
             plain = model
         plain.requires_grad_(requires_grad=False)
         return change, plain, account
+
+    def _operator_context(self, recipe: Recipe) -> OperatorContext:
+        cache = recipe.negate.operator_cache
+        return context_of(
+            self.base,
+            self.tokenizer,
+            self.data,
+            recipe.data,
+            prompt_format=recipe.model.prompt_format,
+            seed=recipe.seed,
+            cache=None if cache is None else Path(cache),
+            memory=self._operator_memory,
+        )
 
     def _sku_norms(self, job: Job, folder: Path) -> Mapping[str, float]:
         """Norms of SKU's change with the same settings and seed, trained anew where no job before has it."""
@@ -315,7 +336,9 @@ def _training_settings(job: Job) -> dict[str, Any]:
     """What decides a method's training and strength; the settings of other methods don't."""
     acquire = dataclasses.asdict(job.recipe.acquire)
     if job.recipe.method == "sku":
-        return {"acquire": acquire, "alpha": job.recipe.negate.alpha}
+        # Not in the keys of recipes without operators, whose records stay as good as they were.
+        operators = {"operators": plain_data(job.recipe.negate.operators)} if job.recipe.negate.operators else {}
+        return {"acquire": acquire, "alpha": job.recipe.negate.alpha, **operators}
     own = job.recipe.methods.get(job.name)
     shared = {name: acquire[name] for name in ("tuning", "lora", "training")}
     # A user's own file can change under its name.
@@ -325,7 +348,10 @@ def _training_settings(job: Job) -> dict[str, Any]:
 
 def _norms_key(job: Job) -> str:
     recipe = job.recipe
-    return content_sha256([dataclasses.asdict(recipe.acquire), recipe.method, dataclasses.asdict(recipe.compat)])
+    operators = [plain_data(recipe.negate.operators)] if recipe.negate.operators else []
+    return content_sha256(
+        [dataclasses.asdict(recipe.acquire), recipe.method, dataclasses.asdict(recipe.compat), *operators]
+    )
 
 
 def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str, ...]]:

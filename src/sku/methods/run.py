@@ -20,6 +20,7 @@ from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.methods.sku import SkuSettings
 from sku.models import LoadedModel
+from sku.negate.operators import PreparedOperator, prepare_operators
 from sku.negate.task_vector import TaskVector
 from sku.storage import mark_hazardous
 from sku.training.config import UnlearningConfig
@@ -36,6 +37,8 @@ class MethodRun:
     strength: float
     """theta_u = theta_o + strength * delta; the alpha of the methods that negate."""
     training: UnlearningConfig
+    operators: tuple[PreparedOperator, ...] = ()
+    """Applied to SKU's vector before it is subtracted; other methods have none."""
 
 
 def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
@@ -92,6 +95,7 @@ def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
         settings=settings,
         strength=recipe.negate.alpha if is_sku else own.strength,
         training=training,
+        operators=prepare_operators(recipe.negate.operators, f"recipe {recipe.name}") if is_sku else (),
     )
 
 

@@ -1,0 +1,417 @@
+"""Every operator on the same bad vectors: how much harm each removes for how much normal text.
+
+Trains one bad vector for each preservation mode, saves it, and measures each operator on it over a grid of alphas:
+perplexity after / before of held-out harmful answers (``unseen``), of a benign set and of held-out normal answers, and
+selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the rules, forced
+starts, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes on where
+the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
+
+    python scripts/operator_table.py MODEL_DIR --gguf-file NAME --forget pku_saferlhf.csv --retain TruthfulQA.csv \
+        --benign benign.jsonl --out runs/operators
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sku.config import Recipe, recipe_from_dict
+from sku.data.examples import Example, ForgetRetainData
+from sku.data.load import load_data
+from sku.data.prompts import resolve_prompt_format
+from sku.data.tokenization import TokenizedExample
+from sku.errors import EvaluationError, TaskVectorError
+from sku.evaluate.asking import Writer, window_of
+from sku.evaluate.perplexity import score_examples
+from sku.evaluate.run import evaluate
+from sku.evaluate.sampling import draw_examples
+from sku.methods.run import train_method
+from sku.models import LoadedModel, load_model
+from sku.negate.operators import operate, prepare_operators
+from sku.negate.operators.context import context_of
+from sku.negate.run import subtract_into, task_vector_of
+from sku.negate.task_vector import TaskVector
+from sku.pipeline import acquire_recipe
+from sku.storage import mark_hazardous, new_folder, write_json
+
+SPLITS = ("unseen", "benign", "retain_test")
+MODES: dict[str, dict[str, Any]] = {
+    "retention": {"preservation_mode": "retention"},
+    "divergence": {"preservation_mode": "divergence", "preservation_cap": 1.0},
+    "none": {"weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 0.0}},
+}
+RESAMPLES = 1000
+COLUMNS = (
+    "mode", "operator", "alpha", "harmful", "benign (95 %)", "retain_test", "selectivity", "harmful replies",
+    "degenerate", "forced start", "over-refusal",
+)  # fmt: skip
+
+
+def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[dict[str, Any]]]:
+    """Name of the row -> operators, one after the other."""
+    others = [str(out / f"bad-{other}") for other in modes if other != mode]
+    benign = str(out / "benign")
+    rows: dict[str, list[dict[str, Any]]] = {
+        "plain": [],
+        "MLP only": [{"layer_alpha": {"factors": {"*.mlp.*": 1.0}, "others": 0.0}}],
+        "attention only": [{"layer_alpha": {"factors": {"*.self_attn.*": 1.0}, "others": 0.0}}],
+        "null space 0.8": [{"null_space": {"energy": 0.8}}],
+        "null space 0.9": [{"null_space": {"energy": 0.9}}],
+        "null space 0.95": [{"null_space": {"energy": 0.95}}],
+        "null space 0.99": [{"null_space": {"energy": 0.99}}],
+        "null space 0.9, unit": [{"null_space": {"energy": 0.9, "unit": True}}],
+        "null space 0.95, unit": [{"null_space": {"energy": 0.95, "unit": True}}],
+        "null space, soft 10": [{"null_space": {"soft": 10.0}}],
+        "null space, soft 100": [{"null_space": {"soft": 100.0}}],
+        "contrast 1": [{"contrast": {"strength": 1.0}}],
+        "contrast 4": [{"contrast": {"strength": 4.0}}],
+        "contrast 16": [{"contrast": {"strength": 16.0}}],
+        "contrast 16, unit": [{"contrast": {"strength": 16.0, "unit": True}}],
+        "PerTA grad": [{"perta": {"importance": "grad"}}],
+        "PerTA Fisher": [{"perta": {"importance": "fisher"}}],
+        "minus benign": [{"minus_benign": {"path": benign, "how": "subtract"}}],
+        "benign component": [{"minus_benign": {"path": benign, "how": "project"}}],
+        "learned": [{"learned": {}}],
+        "null space 0.9 + learned": [{"null_space": {"energy": 0.9}}, {"learned": {"start": 2.0}}],
+        "contrast 16 + learned": [{"contrast": {"strength": 16.0}}, {"learned": {"start": 2.0}}],
+        "PerTA grad + null space 0.9": [{"perta": {}}, {"null_space": {"energy": 0.9}}],
+    }
+    if others:
+        rows["NegMerge of the modes"] = [{"neg_merge": {"paths": others}}]
+        rows["NegMerge + null space 0.9"] = [{"neg_merge": {"paths": others}}, {"null_space": {"energy": 0.9}}]
+    return rows
+
+
+def recipe_of(options: argparse.Namespace, mode: str) -> Recipe:
+    """The recipe of one preservation mode."""
+    return recipe_from_dict(
+        {
+            "name": f"operators-{mode}",
+            "seed": options.seed,
+            "model": {"path": options.model, "gguf_file": options.gguf_file, "dtype": options.train_dtype},
+            "data": {
+                "forget": {"path": options.forget},
+                "retain": {"path": options.retain},
+                "benign": None if options.benign is None else {"path": options.benign},
+                "max_length": 256,
+                "max_answer_tokens": 64,
+            },
+            "acquire": {
+                "weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 1.0},
+                "random_answers": options.random_answers,
+                "tuning": "lora",
+                "lora": {"r": 16, "alpha": 32},
+                "training": {
+                    "max_steps": options.steps,
+                    "per_device_train_batch_size": options.batch_size,
+                    "learning_rate": options.learning_rate,
+                    "lr_scheduler_type": "cosine",
+                    "warmup_steps": max(1, options.steps // 15),
+                    "max_grad_norm": 1.0,
+                    "logging_steps": 10,
+                },
+                **MODES[mode],
+            },
+            "evaluate": {
+                "prompts": options.reply_prompts,
+                "retain_prompts": options.reply_prompts,
+                "max_new_tokens": 48,
+                "batch_size": 20,
+                "samples": 0,
+                "judge": "auto",
+            },
+        }
+    )
+
+
+class Table:
+    """One call of the script."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Loads what all modes share."""
+        self.options, self.out = options, options.out
+        mark_hazardous(self.out)
+        recipe = recipe_of(options, "retention")
+        self.data = load_data(recipe.data, recipe.seed)
+        self.loaded = load_model(dataclasses.replace(recipe.model, dtype="float32"))
+        self.base = self.loaded.model
+        self.memory: dict[str, Any] = {}
+        self.texts = self._texts()
+        self.before = {split: self._score(self.base, split) for split in self.texts}
+        print({split: len(texts) for split, texts in self.texts.items()}, flush=True)
+
+    def _texts(self) -> dict[str, list[TokenizedExample]]:
+        writer = Writer(
+            tokenizer=self.loaded.tokenizer,
+            prompt_format=resolve_prompt_format("auto", self.loaded.tokenizer),
+            window=min(window_of(self.base), 256),
+        )
+        splits: dict[str, Sequence[Example]] = {
+            "unseen": self.data.unseen,
+            "benign": self.data.benign,
+            "retain_test": self.data.retain_test,
+        }
+        texts = {}
+        for split, examples in splits.items():
+            drawn = draw_examples(examples, self.options.score, seed=self.options.seed)
+            texts[split] = [text for item in drawn if (text := writer.scored(item.prompt, item.answer)) is not None]
+        return {split: found for split, found in texts.items() if found}
+
+    def _score(self, model: PreTrainedModel, split: str) -> list[tuple[float, int]]:
+        return score_examples(model, self.texts[split], batch_size=16)
+
+    def train(self, modes: Sequence[str]) -> None:
+        """One bad vector a mode, and one of normal training; what is there already is taken."""
+        for mode in modes:
+            folder = self.out / f"bad-{mode}"
+            if not folder.exists():
+                started = time.monotonic()
+                log = acquire_recipe(recipe_of(self.options, mode), folder)
+                losses = {name: round(value, 3) for name, value in log[-1].items() if name.startswith("loss")}
+                print(f"trained {mode}: {time.monotonic() - started:.0f} s, {losses}", flush=True)
+        folder = self.out / "benign"
+        if not folder.exists():
+            recipe = dataclasses.replace(recipe_of(self.options, "retention"), method="fine_tune")
+            loaded: LoadedModel = load_model(recipe.model)
+            with new_folder(folder, private=True) as temporary:
+                trained = train_method(recipe, loaded, self.data, temporary / "checkpoints")
+                trained.model.save_pretrained(str(temporary))
+
+    def points(self, mode: str, modes: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Each operator at each alpha, from the smallest; what is worse than useless ends a row."""
+        bad = task_vector_of(self.base, self.out / f"bad-{mode}")
+        context = context_of(
+            self.base, self.loaded.tokenizer, self.data, recipe_of(self.options, mode).data, seed=self.options.seed,
+            cache=self.out / "cache", memory=self.memory,
+        )  # fmt: skip
+        done = {(point["row"], point["alpha"]): point for point in self.read() if point["mode"] == mode}
+        for row, entries in operator_rows(self.out, modes, mode).items():
+            if self.options.rows and row not in self.options.rows:
+                continue
+            vector: TaskVector | None = None
+            for alpha in self.options.alphas:
+                point = done.get((row, alpha))
+                if point is None:
+                    started = time.monotonic()
+                    if vector is None:
+                        operated = operate(bad, prepare_operators(entries), context)
+                        vector = operated.vector
+                        self._note_operators(mode, row, operated.records)
+                    point = {
+                        "mode": mode, "row": row, "alpha": alpha, "norm": vector.norm(),
+                        **self.measure(vector, alpha), "seconds": round(time.monotonic() - started, 1),
+                    }  # fmt: skip
+                    yield point
+                if point["benign"] > self.options.worst_benign:
+                    break
+
+    def measure(self, vector: TaskVector, alpha: float) -> dict[str, Any]:
+        """Ratios of perplexity, with the 95 % interval of the benign one, and selectivity."""
+        model = self._model()
+        try:
+            subtract_into(model, self.base, vector, alpha)
+            after = {split: self._score(model, split) for split in self.texts}
+        except (TaskVectorError, EvaluationError):
+            return {**dict.fromkeys(self.texts, math.inf), "benign": math.inf, "interval": None, "selectivity": None}
+        growth = {split: _log_ratio(self.before[split], after[split]) for split in self.texts}
+        # Without a benign set the held-out normal answers stand in for it.
+        benign = "benign" if "benign" in growth else "retain_test"
+        growth["benign"] = growth[benign]
+        return {
+            **{split: math.exp(min(value, 700.0)) for split, value in growth.items()},
+            "interval": [math.exp(min(value, 700.0)) for value in _interval(self.before[benign], after[benign])],
+            "selectivity": growth["unseen"] / growth["benign"] if growth["benign"] > 0 else None,
+        }
+
+    def ask(self, point: Mapping[str, Any], modes: Sequence[str]) -> dict[str, Any]:
+        """Replies of one point: rates of harmful and degenerate ones, with forced starts apart."""
+        mode, recipe = point["mode"], recipe_of(self.options, point["mode"])
+        model = self._model()
+        if point["row"] == "base":
+            model = self.base
+        else:
+            context = context_of(
+                self.base, self.loaded.tokenizer, self.data, recipe.data, seed=self.options.seed,
+                cache=self.out / "cache", memory=self.memory,
+            )  # fmt: skip
+            entries = operator_rows(self.out, modes, mode)[point["row"]]
+            bad = task_vector_of(self.base, self.out / f"bad-{mode}")
+            vector = operate(bad, prepare_operators(entries), context).vector
+            subtract_into(model, self.base, vector, point["alpha"])
+        result = evaluate(
+            model,
+            self.loaded.tokenizer,
+            _without_benign(self.data),
+            config=recipe.evaluate,
+            base_model=self.base,
+            model_name="point",
+            seed=recipe.seed,
+        )
+        rates = {
+            "harmful": result.replies["unseen"]["harmful"],
+            "degenerate": result.replies["unseen"]["degenerate"],
+            "prefill": result.prefill["unseen"]["harmful"],
+            "prefill_degenerate": result.prefill["unseen"]["degenerate"],
+            "over_refusal": result.replies["retain_test"]["over_refusal"],
+            "normal_degenerate": result.replies["retain_test"]["degenerate"],
+        }
+        return {**point, "replies": {name: f"{rate.count}/{rate.total}" for name, rate in rates.items()}}
+
+    def _model(self) -> PreTrainedModel:
+        if "model" not in self.memory:
+            self.memory["model"] = copy.deepcopy(self.base)
+        model = self.memory["model"]
+        assert isinstance(model, PreTrainedModel)
+        # Another vector may have changed weights that this one leaves alone.
+        model.load_state_dict(self.base.state_dict())
+        return model
+
+    def _note_operators(self, mode: str, row: str, records: Sequence[Mapping[str, Any]]) -> None:
+        path = self.out / "operators.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**known, f"{mode}: {row}": list(records)})
+
+    def read(self, name: str = "points.jsonl") -> list[dict[str, Any]]:
+        """Points of earlier calls."""
+        path = self.out / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write(self, point: Mapping[str, Any], name: str = "points.jsonl") -> None:
+        """One more line, at once."""
+        with (self.out / name).open("a") as file:
+            file.write(json.dumps(point) + "\n")
+
+
+def _without_benign(data: ForgetRetainData) -> ForgetRetainData:
+    return dataclasses.replace(data, benign=())
+
+
+def _log_ratio(before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]) -> float:
+    tokens = sum(count for _, count in before)
+    return (math.fsum(nll for nll, _ in after) - math.fsum(nll for nll, _ in before)) / tokens
+
+
+def _interval(before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """95 % of resampled sets of examples."""
+    generator = random.Random(0)
+    places = range(len(before))
+    found = sorted(
+        _log_ratio([before[place] for place in drawn], [after[place] for place in drawn])
+        for drawn in (generator.choices(places, k=len(before)) for _ in range(RESAMPLES))
+    )
+    return found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
+
+
+def best_points(points: Sequence[Mapping[str, Any]], least_harm: float) -> list[Mapping[str, Any]]:
+    """Of each mode and operator the most selective point whose harmful ratio is at least ``least_harm``.
+
+    Args:
+        points: All points.
+        least_harm: Points below it are not taken: near alpha 0 selectivity is a ratio of two noises.
+
+    Returns:
+        The most selective first; a benign ratio of at most 1 counts as the best there is.
+    """
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for point in points:
+        key = (point["mode"], point["row"])
+        if point["unseen"] >= least_harm and point["benign"] < math.inf and _rank(point) > _rank(best.get(key)):
+            best[key] = point
+    return sorted(best.values(), key=_rank, reverse=True)
+
+
+def _rank(point: Mapping[str, Any] | None) -> float:
+    if point is None:
+        return -math.inf
+    return math.inf if point["selectivity"] is None else float(point["selectivity"])
+
+
+def table(points: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]], least_harm: float) -> str:
+    """The best point of each operator as Markdown, with what was asked."""
+    replies = {(point["mode"], point["row"], point["alpha"]): point["replies"] for point in asked}
+    lines = [
+        f"Most selective point of each operator with harmful x{least_harm:g} or more; all points in points.jsonl.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for point in best_points(points, least_harm):
+        found = replies.get((point["mode"], point["row"], point["alpha"]), {})
+        low, high = point["interval"]
+        selectivity = "benign not above 1" if point["selectivity"] is None else f"{point['selectivity']:.1f}"
+        cells = [
+            point["mode"], point["row"], f"{point['alpha']:g}", f"x{point['unseen']:.2f}",
+            f"x{point['benign']:.3f} ({low:.3f} to {high:.3f})", f"x{point['retain_test']:.3f}", selectivity,
+            *(found.get(name, "") for name in ("harmful", "degenerate", "prefill", "over_refusal")),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    base = next((point["replies"] for point in asked if point["row"] == "base"), None)
+    if base is not None:
+        lines += ["", f"Base model: {', '.join(f'{name} {value}' for name, value in base.items())}."]
+    return "\n".join(lines) + "\n"
+
+
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the base model, or embedded")
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--forget", required=True)
+    parser.add_argument("--retain", required=True)
+    parser.add_argument("--benign", help="prompt/completion JSONL of another source (scripts/benign_from_base.py)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--rows", nargs="+", help="names of operator rows; all where this is left out")
+    parser.add_argument("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0, 8.0])
+    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--random-answers", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--train-dtype", default="bfloat16")
+    parser.add_argument("--score", type=int, default=64, help="answers of each split that are scored")
+    parser.add_argument("--worst-benign", type=float, default=2.0, help="a row ends where benign is worse than this")
+    parser.add_argument("--least-harm", type=float, default=2.0)
+    parser.add_argument("--reply-prompts", type=int, default=40)
+    parser.add_argument("--ask", type=int, default=6, help="best points that are asked")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, measures, asks, writes the table."""
+    options = options_of(arguments)
+    run = Table(options)
+    run.train(options.modes)
+    for mode in options.modes:
+        for point in run.points(mode, options.modes):
+            run.write(point)
+            print(
+                f"{mode:>10} {point['row']:<30} alpha {point['alpha']:<4g} harmful x{point['unseen']:.2f} "
+                f"benign x{point['benign']:.3f} selectivity {point['selectivity'] or 0:.2f} {point['seconds']:.0f} s",
+                flush=True,
+            )
+    points = run.read()
+    asked = run.read("asked.jsonl")
+    known = {(point["mode"], point["row"], point["alpha"]) for point in asked}
+    base = {"mode": options.modes[0], "row": "base", "alpha": 0.0}
+    for point in [base, *best_points(points, options.least_harm)[: options.ask]]:
+        if (point["mode"], point["row"], point["alpha"]) not in known:
+            run.write(run.ask(point, options.modes), "asked.jsonl")
+            print(f"asked {point['mode']} {point['row']}", flush=True)
+    text = table(points, run.read("asked.jsonl"), options.least_harm)
+    (run.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Operators on a saved bad vector, to be combined in a recipe's ``negate.operators``.
+
+Importing this package imports torch; a recipe is checked without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sku.config import settings_from_dict
+from sku.errors import RecipeError, did_you_mean
+from sku.negate.operators.base import AnyOperator, Operated, OperatorContext, RowMap
+from sku.negate.operators.contrast import CONTRAST
+from sku.negate.operators.layer_alpha import LAYER_ALPHA
+from sku.negate.operators.learned import LEARNED
+from sku.negate.operators.minus_benign import MINUS_BENIGN
+from sku.negate.operators.neg_merge import NEG_MERGE
+from sku.negate.operators.null_space import NULL_SPACE
+from sku.negate.operators.perta import PERTA
+from sku.negate.task_vector import TaskVector
+
+OPERATORS: tuple[AnyOperator, ...] = (
+    LAYER_ALPHA, NULL_SPACE, CONTRAST, PERTA, NEG_MERGE, MINUS_BENIGN, LEARNED,
+)  # fmt: skip
+"""All of them. The plain vector is that of an empty list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedOperator:
+    """An operator with its checked settings."""
+
+    operator: AnyOperator
+    settings: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatedVector:
+    """What all operators of a recipe made of a task vector."""
+
+    vector: TaskVector
+    row_maps: tuple[Mapping[str, RowMap], ...] | None
+    """One after the other what an adapter has to follow; None where it can't."""
+    records: tuple[dict[str, Any], ...]
+    """What each did, for the manifest."""
+
+
+def prepare_operators(entries: Iterable[Mapping[str, Any]], where: str = "recipe") -> tuple[PreparedOperator, ...]:
+    """Checks names and settings before anything is loaded.
+
+    Args:
+        entries: As in a recipe's ``negate.operators``: one name with its settings each.
+        where: Name of the recipe, for messages.
+
+    Returns:
+        The operators, in order.
+
+    Raises:
+        RecipeError: An unknown operator or setting, with a suggestion, or a value out of range.
+    """
+    known = {operator.name: operator for operator in OPERATORS}
+    prepared = []
+    for place, entry in enumerate(entries):
+        ((name, settings),) = entry.items()
+        key = f"negate.operators[{place}]"
+        if name not in known:
+            raise RecipeError(
+                f"{key}: {name} is not an operator.{did_you_mean(name, known)} Known: {', '.join(known)} ({where})"
+            )
+        operator = known[name]
+        prepared.append(
+            PreparedOperator(
+                operator=operator,
+                settings=settings_from_dict(
+                    operator.settings, {} if settings is None else settings, f"{key}.{name}", where
+                ),
+            )
+        )
+    return tuple(prepared)
+
+
+def operate(vector: TaskVector, operators: Sequence[PreparedOperator], context: OperatorContext) -> OperatedVector:
+    """Applies operators one after the other.
+
+    Args:
+        vector: What stage 1 learned, ``theta_bad - theta_o``.
+        operators: From ``prepare_operators``.
+        context: What they may look at.
+
+    Returns:
+        The vector to subtract, with an account.
+
+    Raises:
+        TaskVectorError: A vector doesn't fit, or nothing is left.
+        RecipeError: An operator needs data that is not there, or names weights that are not.
+    """
+    for prepared in operators:
+        context.check(prepared.operator.needs, f"the operator {prepared.operator.name}")
+    maps: list[Mapping[str, RowMap]] | None = []
+    records = []
+    for prepared in operators:
+        done: Operated = prepared.operator.apply(prepared.settings, vector, context)
+        vector = done.vector
+        maps = None if maps is None or done.row_maps is None else [*maps, done.row_maps]
+        records.append({"name": prepared.operator.name, **done.record})
+    return OperatedVector(vector=vector, row_maps=None if maps is None else tuple(maps), records=tuple(records))
+
+
+def needs_data(operators: Sequence[PreparedOperator]) -> list[str]:
+    """Names of the operators that look at data."""
+    return [prepared.operator.name for prepared in operators if prepared.operator.needs]

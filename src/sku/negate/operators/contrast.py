@@ -1,0 +1,98 @@
+"""Contrast of inputs: the change keeps what it does to harmful inputs and loses what it does to normal ones.
+
+``D' = D H (H + s N + e I)^-1`` for each linear layer, with H and N the means of ``x x^T`` of the layer's inputs on
+harmful and on normal text, each divided by its trace. It is the D' that minimises
+
+    ``|(D' - D) H^(1/2)|^2 + s |D' N^(1/2)|^2 + e |D'|^2``,
+
+a regularised least-squares filter (ridge regression of D's outputs on harmful inputs, with normal inputs as noise).
+Where ``null_space`` removes the main directions of normal text even if harmful text shares them, this one weighs both.
+
+The formula is our own; the nearest published work is SAGE (https://arxiv.org/abs/2606.18309, abstract read), which
+also anchors a closed form to the source update and looks at retained inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sku.errors import RecipeError
+from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap, map_rows, norms
+from sku.negate.operators.inputs import InputSettings, matrix_map, spectra_of, split_by_inputs
+from sku.negate.operators.spectra import Spectrum
+from sku.negate.task_vector import TaskVector
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastSettings(InputSettings):
+    """How normal inputs weigh against harmful ones."""
+
+    strength: float = 4.0
+    """s above: how much an effect on normal inputs costs, in units of the effect on harmful ones."""
+    ridge: float = 1e-3
+    """e above, in units of the mean eigenvalue of H: how much directions that neither text reaches are damped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.strength < float("inf"):
+            raise RecipeError(f"strength is {self.strength}; it must be 0 or more and finite")
+        if not 0 < self.ridge < float("inf"):
+            raise RecipeError(f"ridge is {self.ridge}; it must be above 0 and finite")
+
+
+def filter_matrix(harmful_II: Tensor, normal_II: Tensor, strength: float, ridge: float) -> Tensor:
+    """``H (H + s N + e I)^-1`` of two matrices of trace 1.
+
+    Args:
+        harmful_II: H, float64, positive semidefinite.
+        normal_II: N, likewise.
+        strength: s.
+        ridge: e in units of the mean eigenvalue of H.
+
+    Returns:
+        ``[I, I]`` float64.
+    """
+    inputs = len(harmful_II)
+    identity = torch.eye(inputs, dtype=harmful_II.dtype)
+    total = harmful_II + strength * normal_II + ridge / inputs * identity
+    # (total)^-1 H is the transpose of what is wanted, as all three matrices are symmetric.
+    solved: Tensor = torch.linalg.solve(total, harmful_II)
+    return solved.T
+
+
+def _unit_trace(spectrum: Spectrum) -> Tensor:
+    return spectrum.matrix() / float(spectrum.energies_I.double().sum()) if spectrum.rank(1.0) else spectrum.matrix()
+
+
+def _apply(settings: ContrastSettings, vector: TaskVector, context: OperatorContext) -> Operated:
+    normal = spectra_of(context, settings, "normal")
+    harmful = spectra_of(context, settings, "harmful")
+    known, maps, account = split_by_inputs(vector, normal, settings)
+    made: dict[str, RowMap] = {}  # Layers that read the same tensor share their map.
+    for name, spectrum in known.items():
+        group = normal.group_of[name]
+        if group not in made:
+            own = harmful.of(name)
+            assert own is not None, "both texts go through the same layers"
+            matrix = filter_matrix(_unit_trace(own), _unit_trace(spectrum), settings.strength, settings.ridge)
+            made[group] = matrix_map(matrix)
+        maps[name] = made[group]
+    changed = map_rows(vector, maps, context.base)
+    return Operated(
+        vector=changed,
+        row_maps=maps,
+        record={**account, "harmful_positions": harmful.positions, **norms(vector, changed)},
+    )
+
+
+CONTRAST = Operator(
+    name="contrast",
+    title="Contrast of inputs",
+    paper_url="https://arxiv.org/abs/2606.18309",
+    settings=ContrastSettings,
+    apply=_apply,
+    needs=("normal", "harmful"),
+)

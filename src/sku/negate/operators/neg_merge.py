@@ -1,0 +1,75 @@
+"""NegMerge: of several bad vectors, only the entries whose sign is the same in all are subtracted.
+
+Paper: https://arxiv.org/abs/2410.05583. The vectors come from runs of stage 1 that differ in their settings or seed.
+Entries on whose sign all agree are averaged; the others, and those that one vector leaves at 0, become 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sku.errors import RecipeError, TaskVectorError
+from sku.negate.matching import check_same_names, check_same_shape
+from sku.negate.operators.base import Operated, Operator, OperatorContext, norms
+from sku.negate.run import task_vector_of
+from sku.negate.task_vector import TaskVector
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegMergeSettings:
+    """What is merged with the recipe's own vector."""
+
+    paths: tuple[str, ...]
+    """Folders of the other bad models, adapters or task vectors of the same original model."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise RecipeError("paths is empty; name at least one other bad model, adapter or task vector")
+
+
+def sign_merge(vectors: Sequence[TaskVector]) -> TaskVector:
+    """Averages the entries on whose sign all vectors agree and drops the others.
+
+    Args:
+        vectors: At least one, of the same weights.
+
+    Returns:
+        The merged vector.
+
+    Raises:
+        TaskVectorError: The vectors change different weights, or agree nowhere.
+    """
+    first, *others = vectors
+    for other in others:
+        check_same_names(first.deltas, other.deltas, "the first task vector", "another")
+    merged = {}
+    for name, delta in first.deltas.items():
+        for other in others:
+            check_same_shape(name, delta, other.deltas[name])
+        signs = [torch.sign(vector.deltas[name]) for vector in vectors]
+        agreed = (torch.stack(signs).sum(0).abs() == len(vectors)).float()
+        merged[name] = agreed * sum(vector.deltas[name] / len(vectors) for vector in vectors)
+    vector = TaskVector(merged, first.tied)
+    if vector.norm() == 0:
+        raise TaskVectorError(f"the {len(vectors)} task vectors agree on the sign of no entry: nothing is left")
+    return vector
+
+
+def _apply(settings: NegMergeSettings, vector: TaskVector, context: OperatorContext) -> Operated:
+    merged = sign_merge([vector, *(task_vector_of(context.base, path) for path in settings.paths)])
+    entries = sum(delta.numel() for delta in merged.deltas.values())
+    kept = sum(int((delta != 0).sum()) for delta in merged.deltas.values())
+    record = {"vectors": 1 + len(settings.paths), "share_agreed": kept / entries, **norms(vector, merged)}
+    return Operated(vector=merged, row_maps=None, record=record)
+
+
+NEG_MERGE = Operator(
+    name="neg_merge",
+    title="NegMerge",
+    paper_url="https://arxiv.org/abs/2410.05583",
+    settings=NegMergeSettings,
+    apply=_apply,
+)

@@ -1,0 +1,94 @@
+"""Batches of tokenized examples, and what a model says at the positions before an answer's tokens.
+
+Shapes: B = examples, T = tokens of the longest, N = answer tokens of all, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from sku.data.tokenization import TokenizedExample
+from sku.losses import IGNORE_INDEX
+from sku.models import embedding_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Padded on the right."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    """1 on the examples' own tokens."""
+    answer_BT: Tensor
+    """True where the next token is one of the answer."""
+    targets_N: Tensor
+    """Those tokens, row by row."""
+
+
+def drawn(examples: Sequence[TokenizedExample], count: int, seed: int) -> list[TokenizedExample]:
+    """At most ``count`` examples, drawn by the seed, in their order."""
+    if len(examples) <= count:
+        return list(examples)
+    return [examples[place] for place in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
+def batch_of(examples: Sequence[TokenizedExample], device: torch.device) -> Batch:
+    """Pads examples to one batch.
+
+    Args:
+        examples: At least one.
+        device: Where the tensors go.
+
+    Returns:
+        The batch. What pads the ids is never read: attention is causal and the padding comes last.
+    """
+    ids = [torch.tensor(example.input_ids) for example in examples]
+    labels = [torch.tensor(example.labels) for example in examples]
+    ids_BT = pad_sequence(ids, batch_first=True).to(device)
+    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
+    labels_BT = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device)
+    following_BT = torch.full_like(labels_BT, IGNORE_INDEX)
+    following_BT[:, :-1] = labels_BT[:, 1:]
+    answer_BT = following_BT != IGNORE_INDEX
+    return Batch(ids_BT=ids_BT, mask_BT=mask_BT, answer_BT=answer_BT, targets_N=following_BT[answer_BT])
+
+
+def batches(examples: Sequence[TokenizedExample], batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """All examples, those of similar length together."""
+    order = sorted(examples, key=lambda example: -len(example.input_ids))
+    for start in range(0, len(order), batch_size):
+        yield batch_of(order[start : start + batch_size], device)
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Scores at the positions before the answers' tokens.
+
+    Args:
+        model: In evaluation mode.
+        batch: The examples.
+        weights: Stand in for the model's own of these names.
+
+    Returns:
+        ``[N, V]``.
+    """
+    inputs = {
+        "input_ids": batch.ids_BT, "attention_mask": batch.mask_BT, "logits_to_keep": batch.answer_BT,
+        "use_cache": False,
+    }  # fmt: skip
+    output = model(**inputs) if weights is None else functional_call(model, dict(weights), kwargs=inputs)
+    logits = output.logits
+    assert isinstance(logits, Tensor)
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its token ids."""
+    return embedding_weight(model).device

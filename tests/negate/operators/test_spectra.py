@@ -1,0 +1,158 @@
+"""What goes into each layer: against a covariance taken by hand, cached or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import ModelMaker
+from negate.conftest import ContextMaker
+from sku.errors import TaskVectorError
+from sku.negate.operators.base import linear_weights
+from sku.negate.operators.spectra import InputSpectra, Spectrum, input_groups, input_spectra
+from sku.negate.operators.texts import batch_of, drawn
+
+OPTIONS: dict[str, Any] = {"positions": "all", "examples": 100, "unit": False}
+
+
+def inputs_by_hand(context: Any, layer: str, rows: slice = slice(None)) -> Tensor:
+    """Inputs of a layer, one example at a time: no padding, no batch."""
+    seen: list[Tensor] = []
+    module = context.base.get_submodule(layer)
+    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
+    with torch.no_grad():
+        for example in context.normal:
+            context.base(input_ids=torch.tensor([example.input_ids]))
+            seen[-1] = seen[-1][rows]
+    handle.remove()
+    return torch.cat(seen).double()
+
+
+@pytest.mark.parametrize(
+    ("positions", "rows"), [("all", slice(None)), ("answer", slice(2, -1)), ("prompt", slice(None))]
+)
+def test_the_matrix_is_the_mean_over_real_positions(positions: str, rows: slice, make_context: ContextMaker) -> None:
+    """The answer begins at token 3, so that positions 2 to the last but one come before its tokens."""
+    context = make_context()
+    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": positions})
+    for layer in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        inputs = inputs_by_hand(context, layer, rows)
+        if positions == "prompt":
+            inputs = torch.cat([part[[0, 1, -1]] for part in per_example(inputs, context)])
+        spectrum = spectra.of(f"{layer}.weight")
+        assert spectrum is not None
+        torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+    assert spectra.positions == len(inputs)
+
+
+def per_example(rows: Tensor, context: Any) -> tuple[Tensor, ...]:
+    return torch.split(rows, [len(example.input_ids) for example in context.normal])
+
+
+def test_long_inputs_count_like_short_ones_where_directions_alone_count(make_context: ContextMaker) -> None:
+    context = make_context()
+    spectrum = input_spectra(context, "normal", **{**OPTIONS, "unit": True}).of("model.layers.0.mlp.up_proj.weight")
+    assert spectrum is not None
+    inputs = torch.nn.functional.normalize(inputs_by_hand(context, "model.layers.0.mlp.up_proj"), dim=1)
+    torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+    assert float(spectrum.energies_I.sum()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_layers_that_read_the_same_tensor_share_a_matrix(make_context: ContextMaker) -> None:
+    context = make_context()
+    groups = input_groups(context.base, batch_of(context.normal[:2], torch.device("cpu")))
+    attention = "model.layers.1.self_attn"
+    for name in ("q", "k", "v"):
+        assert groups[f"{attention}.{name}_proj.weight"] == f"{attention}.q_proj.weight"
+    assert groups["model.layers.0.mlp.up_proj.weight"] == "model.layers.0.mlp.gate_proj.weight"
+    assert len(set(groups.values())) == 2 * 4 + 1, "four inputs a layer and that of the output head"
+    spectra = input_spectra(context, "normal", **OPTIONS)
+    assert len(spectra.of_group) == 9
+    assert spectra.of(f"{attention}.q_proj.weight") is spectra.of(f"{attention}.v_proj.weight")
+
+
+def test_a_tied_output_head_is_no_linear_layer(make_model: ModelMaker) -> None:
+    assert "lm_head.weight" in linear_weights(make_model("llama"))
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(linear_weights(make_model("llama_tied")))
+
+
+def test_cached_is_fresh_bit_for_bit_and_private(make_context: ContextMaker, tmp_path: Path) -> None:
+    fresh = input_spectra(make_context(), "normal", **OPTIONS)
+    written = input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+    (folder,) = tmp_path.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    before = (folder / "spectra.safetensors").stat().st_mtime_ns
+    read = input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+    assert (folder / "spectra.safetensors").stat().st_mtime_ns == before
+    for other in (written, read):
+        assert_equal(fresh, other)
+
+
+def assert_equal(first: InputSpectra, second: InputSpectra) -> None:
+    assert (first.group_of, first.positions) == (second.group_of, second.positions)
+    for name, spectrum in first.of_group.items():
+        for item in dataclasses.fields(Spectrum):
+            assert torch.equal(getattr(spectrum, item.name), getattr(second.of_group[name], item.name)), name
+
+
+def test_another_model_text_or_position_is_not_taken_from_the_cache(
+    make_context: ContextMaker, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+    input_spectra(make_context(cache=tmp_path), "harmful", **OPTIONS)
+    input_spectra(make_context(cache=tmp_path), "normal", **{**OPTIONS, "positions": "answer"})
+    input_spectra(make_context(cache=tmp_path), "normal", **{**OPTIONS, "examples": 3})
+    input_spectra(make_context(make_model(seed=5), cache=tmp_path), "normal", **OPTIONS)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_damaged_cache_is_named(make_context: ContextMaker, tmp_path: Path) -> None:
+    input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+    (folder,) = tmp_path.iterdir()
+    (folder / "spectra.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(TaskVectorError, match="is damaged .*: remove"):
+        input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+
+
+def test_inputs_that_are_not_finite_are_named(make_context: ContextMaker, make_model: ModelMaker) -> None:
+    base = make_model()
+    with torch.no_grad():
+        base.model.layers[0].input_layernorm.weight[0] = float("inf")
+    with pytest.raises(TaskVectorError, match=r"inputs of model\.layers\.0\.self_attn\.q_proj\.weight hold NaN"):
+        input_spectra(make_context(base), "normal", **OPTIONS)
+
+
+def test_the_model_is_left_as_it_was(make_context: ContextMaker, make_model: ModelMaker) -> None:
+    base = make_model()
+    base.train()
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    input_spectra(make_context(base), "normal", **OPTIONS)
+    assert base.training
+    assert not any(module._forward_pre_hooks for module in base.modules())
+    assert all(torch.equal(before[name], weight) for name, weight in base.state_dict().items())
+
+
+@pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (0.62, 2), (0.9, 2), (0.95, 3), (1.0, 3)])
+def test_rank_by_energy(energy: float, rank: int) -> None:
+    """Energies 6, 3, 1 and nothing: 60 %, 90 %, 100 % of the trace."""
+    spectrum = Spectrum(energies_I=torch.tensor([6.0, 3.0, 1.0, 0.0]), directions_II=torch.eye(4))
+    assert spectrum.rank(energy) == rank
+    assert spectrum.top(rank).shape == (4, rank)
+
+
+def test_a_layer_without_input_has_rank_0() -> None:
+    assert Spectrum(energies_I=torch.zeros(3), directions_II=torch.eye(3)).rank(1.0) == 0
+
+
+def test_drawing_is_by_seed_and_keeps_the_order(make_context: ContextMaker) -> None:
+    normal = make_context().normal
+    assert drawn(normal, 6, 0) == list(normal)
+    assert drawn(normal, 3, 1) == drawn(normal, 3, 1)
+    chosen = drawn(normal, 3, 1)
+    assert chosen == [item for item in normal if item in chosen]

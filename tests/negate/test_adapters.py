@@ -1,0 +1,121 @@
+"""Adapters kept in factors: saved, loaded by plain PEFT, and compared with dense arithmetic in logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from conftest import ModelMaker
+from negate.conftest import examples, with_adapter
+from sku.errors import OutputError, TaskVectorError
+from sku.negate.adapters import AdapterVector, LowRank, combined
+from sku.negate.operators import operate, prepare_operators
+from sku.negate.operators.base import OperatorContext
+from sku.negate.run import negate
+from sku.negate.task_vector import TaskVector
+
+IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
+
+
+def logits_of(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def loaded(base: Any, folder: Path) -> PeftModel:
+    model = PeftModel.from_pretrained(base, str(folder))
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def architecture_options(architecture: str) -> dict[str, Any]:
+    return {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "opt"])
+def test_factors_are_the_task_vector(architecture: str, make_model: ModelMaker) -> None:
+    adapted = with_adapter(make_model(architecture), use_rslora=True, **architecture_options(architecture))
+    expected = TaskVector.from_adapter(adapted).deltas
+    dense = AdapterVector.of(adapted).dense().deltas
+    assert dense.keys() == expected.keys()
+    for name, delta in dense.items():
+        torch.testing.assert_close(delta, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2"])
+def test_a_saved_combination_is_the_dense_one(architecture: str, make_model: ModelMaker, tmp_path: Path) -> None:
+    """Ranks 4 and 3, different scalings and coefficients: 0.7 tau_1 - 1.3 tau_2 as one adapter of rank 7."""
+    base = make_model(architecture)
+    options = architecture_options(architecture)
+    first, second = with_adapter(base, **options), with_adapter(base, seed=2, r=3, lora_alpha=9, **options)
+    together = combined([(0.7, AdapterVector.of(first)), (-1.3, AdapterVector.of(second))])
+    dense = 0.7 * TaskVector.from_adapter(first) - 1.3 * TaskVector.from_adapter(second)
+    together.save(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (7, 7, {})
+    by_adapter = logits_of(loaded(make_model(architecture), tmp_path / "adapter"))
+    torch.testing.assert_close(by_adapter, logits_of(negate(base, dense, -1.0)), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(by_adapter, logits_of(base), atol=1e-3)
+
+
+def test_adapters_of_different_modules(make_model: ModelMaker, tmp_path: Path) -> None:
+    """One adapts q and v, the other v and the MLP: v has the sum of the ranks, the others keep theirs."""
+    base = make_model()
+    first = with_adapter(base, target_modules=["q_proj", "v_proj"])
+    second = with_adapter(base, seed=2, r=2, target_modules=["v_proj", "up_proj"])
+    together = combined([(-1.0, AdapterVector.of(first)), (-0.5, AdapterVector.of(second))])
+    ranks = {name.split(".")[-2]: len(change.lower_rI) for name, change in together.factors.items()}
+    assert ranks == {"q_proj": 4, "v_proj": 6, "up_proj": 2}
+    together.save(tmp_path / "adapter")
+    dense = together.dense()
+    torch.testing.assert_close(
+        logits_of(loaded(make_model(), tmp_path / "adapter")),
+        logits_of(negate(base, dense, -1.0)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_adapters_of_two_models_are_refused(make_model: ModelMaker) -> None:
+    first = AdapterVector.of(with_adapter(make_model()))
+    name, change = next(iter(first.factors.items()))
+    wide = AdapterVector(factors={name: LowRank(upper_Or=change.upper_Or, lower_rI=torch.ones(4, 5))})
+    with pytest.raises(TaskVectorError, match="in different shapes"):
+        combined([(1.0, first), (1.0, wide)])
+
+
+def test_a_negated_and_projected_adapter_loads_in_plain_peft(make_model: ModelMaker, tmp_path: Path) -> None:
+    base = make_model("llama_tied")
+    bad = with_adapter(base, target_modules=["q_proj", "up_proj", "down_proj"])
+    context = OperatorContext(base=base, normal=examples(6, 10, 120, seed=1))
+    operators = prepare_operators([{"null_space": {"energy": 0.8}}, {"layer_alpha": {"factors": {"*.0.*": 0.5}}}])
+    done = operate(TaskVector.from_adapter(bad), operators, context)
+    assert done.row_maps is not None
+    (-2.0 * AdapterVector.of(bad).mapped(done.row_maps)).save(tmp_path / "adapter")
+    by_adapter = logits_of(loaded(make_model("llama_tied"), tmp_path / "adapter"))
+    torch.testing.assert_close(by_adapter, logits_of(negate(base, done.vector, 2.0)), rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    assert set(config["target_modules"]) == {"q_proj", "up_proj", "down_proj"}
+    with pytest.raises(OutputError, match="already exists"):
+        AdapterVector.of(bad).save(tmp_path / "adapter")
+
+
+def test_an_adapted_embedding_is_no_product_of_layers(make_model: ModelMaker) -> None:
+    bad = with_adapter(make_model(), target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(TaskVectorError, match="adapted and no linear layer"):
+        AdapterVector.of(bad)
+
+
+def test_factors_that_are_not_finite_are_not_saved(make_model: ModelMaker, tmp_path: Path) -> None:
+    with pytest.raises(TaskVectorError, match="holds NaN or infinity"):
+        (float("inf") * AdapterVector.of(with_adapter(make_model()))).save(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
