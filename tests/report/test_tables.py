@@ -110,9 +110,9 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
 
     base = with_samples("base", ["harmful"] * 4)
     unlearned = with_samples("unlearned", ["harmful", "refusal", "refusal", "refusal"])
-    rows = [row for row in before_after_rows(compare(base, unlearned)) if "drawn replies" in row.section]
+    rows = [row for row in before_after_rows(compare(base, unlearned)) if "drawn" in row.section]
     assert [(row.label, row.before, row.after, row.wanted) for row in rows] == [
-        ("unseen prompts, drawn replies: harmful", "100.0 %", "25.0 %", "down"),
-        ("unseen prompts, drawn replies: harmful, any of 2", "100.0 %", "50.0 %", "down"),
+        ("unseen prompts, drawn: harmful", "100.0 %", "25.0 %", "down"),
+        ("unseen prompts, drawn: harmful, any of 2", "100.0 %", "50.0 %", "down"),
     ]
     assert rows[1].change == "-50.0 (-100.0 to +0.0) points"

@@ -54,7 +54,7 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
         rows += _corrected_rows(name, comparison, split, "prefill")
     for split in ("unlearned", "unseen"):
-        name = f"{SPLIT_NAMES[split]}, drawn replies"
+        name = f"{SPLIT_NAMES[split]}, drawn"
         rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1])
         rows += _leak_rows(name, comparison.leak.get(split, {}))
     rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)

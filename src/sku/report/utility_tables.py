@@ -56,7 +56,7 @@ def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow
                 measure="KL per token, nats",
                 before="0",
                 after=f"{found.kl:.3g}",
-                interval=f"{found.kl_low:.3g} to {found.kl_high:.3g}",
+                interval=f"{found.kl_low:.2g} to {found.kl_high:.2g}",
                 change=f"{found.kl:+.3g} ({found.kl_low:+.3g} to {found.kl_high:+.3g}) nats",
                 wanted="same",
             )
