@@ -30,6 +30,7 @@ from sku.world.grammar import hazards
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
+    "--set", "negate.diagnostics=false",
 )  # fmt: skip
 
 
