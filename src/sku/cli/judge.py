@@ -27,7 +27,9 @@ def list_judges() -> None:
     from sku.evaluate.judges.choose import judge_names
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    for heading in ("name", "kind", "licence", "model", "needs"):
+    for heading in ("name", "kind"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("licence", "model", "needs"):
         table.add_column(heading, overflow="fold")
     for name in judge_names():
         table.add_row(name, *_described(name))
