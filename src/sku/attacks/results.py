@@ -18,7 +18,6 @@ A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Rep
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.comparison import RateChange
 from sku.evaluate.judges import JudgeCard, card_from_dict
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import write_private_text
+from sku.evaluate.record_files import read_json_object, write_json_object
 
 SCHEMA_VERSION = 1
 """Of ``attacks.json``."""
@@ -153,7 +152,7 @@ def write_attacks(folder: Path, report: AttackReport) -> None:
     Raises:
         OutputError: The folder can't be written.
     """
-    write_private_text(folder / RESULT_FILE, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_json_object(folder / RESULT_FILE, report.to_dict())
 
 
 def read_attacks(folder: Path) -> AttackReport:
@@ -163,12 +162,7 @@ def read_attacks(folder: Path) -> AttackReport:
         EvaluationError: The file is missing or broken.
     """
     path = folder / RESULT_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path} can't be read: {error}") from None
-    if not isinstance(content, dict):
-        raise EvaluationError(f"{path} does not hold keys and values: run the attacks again")
+    content = read_json_object(path, "run the attacks again")
     return AttackReport.from_dict(content, str(path))
 
 

@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError, did_you_mean
-from sku.evaluate.record_files import SCHEMA_VERSION, header_hash, write_private_text
+from sku.evaluate.record_files import SCHEMA_VERSION, header_hash, write_json_object
 from sku.evaluate.results import HarnessScores, TaskScores, harness_from_dict
 
 HARNESS_FILE = "lm_eval.json"
@@ -137,7 +137,7 @@ def write_scores(path: Path, header: Mapping[str, Any], scores: HarnessScores) -
         OutputError: The folder can't be written.
     """
     content = {"schema_version": SCHEMA_VERSION, "header": header, "scores": dataclasses.asdict(scores)}
-    write_private_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json_object(path, content)
 
 
 @functools.lru_cache(maxsize=1)

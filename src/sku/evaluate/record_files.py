@@ -76,6 +76,34 @@ def write_private_text(path: Path, text: str) -> None:
         raise OutputError(f"{path} can't be written: {error.strerror}") from None
 
 
+def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes keys and values for people to read too.
+
+    Raises:
+        OutputError: As ``write_private_text``.
+    """
+    write_private_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads what ``write_json_object`` wrote.
+
+    Args:
+        path: The file.
+        remedy: What a user can do where it holds something else.
+
+    Raises:
+        EvaluationError: The file is missing or broken.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{path} does not hold keys and values: {remedy}")
+    return content
+
+
 def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """Writes a header and one line per row.
 

@@ -44,7 +44,6 @@ is Wilson's. Their rows are in ``agreement.jsonl``, ``similarity.jsonl`` and ``t
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +61,9 @@ from sku.evaluate.record_files import (
     SCHEMA_VERSION,
     SIMILARITY_FILE,
     TRUTHFULQA_FILE,
+    read_json_object,
     read_rows,
-    write_private_text,
+    write_json_object,
     write_rows,
 )
 from sku.evaluate.records import ChoiceRow, ExampleLoss, SimilarityRow
@@ -273,7 +273,7 @@ def write_result(folder: Path, result: EvaluationResult) -> None:
         (folder / DISAGREEMENTS_FILE).unlink(missing_ok=True)  # Of an earlier judge.
     else:
         write_rows(folder / DISAGREEMENTS_FILE, {"judges": agreement.judges}, agreement.disagreements)
-    write_private_text(folder / RESULT_FILE, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_json_object(folder / RESULT_FILE, result.to_dict())
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -283,12 +283,7 @@ def read_result(folder: Path) -> EvaluationResult:
         EvaluationError: A file is missing or broken.
     """
     path = folder / RESULT_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path} can't be read: {error}") from None
-    if not isinstance(content, dict):
-        raise EvaluationError(f"{path} does not hold keys and values: evaluate again")
+    content = read_json_object(path, "evaluate again")
     _, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
     result = EvaluationResult.from_dict(content, str(path))

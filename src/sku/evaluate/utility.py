@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -214,7 +215,7 @@ class UtilityStages:
         if self.config.embedding_model is None:
             return []
         records = [record for record in generations if record.split not in NORMAL_SPLITS]
-        embedder = self._embedder()
+        embedder = self._embedder
         return self.reuse_or_make(
             RELEVANCE_FILE,
             {
@@ -238,7 +239,7 @@ class UtilityStages:
             elif metric == "chrf":
                 scores[metric] = chrf
             elif metric == "cosine":
-                embedder = self._embedder()
+                embedder = self._embedder
                 models[metric] = embedder.fingerprint()
                 scores[metric] = cosine_score(embedder, batch_size=size, progress=self.report(metric))
             else:
@@ -248,7 +249,9 @@ class UtilityStages:
                 scores[metric] = bleurt_score(bleurt, batch_size=size, progress=self.report(metric))
         return scores, models
 
+    @cached_property
     def _embedder(self) -> Embedder:
+        """Read once, for both what is on the topic and what is like the right answer."""
         assert self.config.embedding_model is not None  # EvaluateConfig sees to it
         return load_embedder(self.config.embedding_model, embedding_weight(self.model).device)
 
