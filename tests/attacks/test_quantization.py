@@ -10,8 +10,7 @@ import torch
 from scipy.stats import norm
 
 from conftest import ARCHITECTURES, ModelMaker
-from sku.attacks.quantization import rounded_copy, rounded_layers
-from sku.quantization import NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded
+from sku.quantization import NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded, rounded_copy, rounded_layers
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -76,7 +75,7 @@ def test_linear_layers_are_rounded_and_nothing_else(
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     layers = {f"{name}.weight" for name in rounded_layers(model)}
     assert layers
-    with rounded_copy(model, rounding) as copied:
+    with rounded_copy(model, rounding) as (copied, _):
         changed = {name for name, weight in copied.state_dict().items() if not torch.equal(weight, before[name])}
         assert changed == layers
         assert copied.get_output_embeddings().weight is not model.get_output_embeddings().weight
@@ -89,7 +88,7 @@ def test_linear_layers_are_rounded_and_nothing_else(
 def test_gpt2_is_rounded_by_its_outputs(make_model: ModelMaker) -> None:
     """Its layers hold their weights as [inputs, outputs]."""
     model = make_model("gpt2")
-    with rounded_copy(model, int8_rounded) as copied:
+    with rounded_copy(model, int8_rounded) as (copied, _):
         name = "transformer.h.0.mlp.c_fc.weight"
         original, rounded = (each.state_dict()[name] for each in (model, copied))
         assert torch.equal(rounded.T, int8_rounded(original.T))
@@ -98,7 +97,7 @@ def test_gpt2_is_rounded_by_its_outputs(make_model: ModelMaker) -> None:
 
 def test_half_precision_is_kept(make_model: ModelMaker) -> None:
     model = make_model("llama").to(torch.bfloat16)
-    with rounded_copy(model, nf4_rounded) as copied:
+    with rounded_copy(model, nf4_rounded) as (copied, _):
         weight, original = (each.model.layers[0].mlp.up_proj.weight for each in (copied, model))
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, nf4_rounded(original.float()).to(torch.bfloat16))
@@ -110,6 +109,6 @@ def test_a_shared_weight_is_rounded_once(make_model: ModelMaker) -> None:
     second.up_proj.weight = first.up_proj.weight
     names = [name for name in rounded_layers(model) if name.endswith("up_proj")]
     assert names == ["model.layers.0.mlp.up_proj"]
-    with rounded_copy(model, int8_rounded) as copied:
+    with rounded_copy(model, int8_rounded) as (copied, _):
         expected = int8_rounded(first.up_proj.weight)
         assert all(torch.equal(layer.mlp.up_proj.weight, expected) for layer in copied.model.layers)
