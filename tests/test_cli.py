@@ -30,7 +30,7 @@ from sku.world.grammar import hazards
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
-    "--set", "negate.diagnostics=false",
+    "--set", "negate.diagnostics=false", "--set", "evaluate.precisions=[]",
 )  # fmt: skip
 
 
@@ -331,7 +331,14 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
         (["embedded", "embedded", "--operator", "nul_space"], "Did you mean null_space?"),
         (["embedded", "embedded", "--operator", "layer_alpha={factors: {"], "is no YAML"),
         (["embedded", "embedded", "--operator", "layer_alpha=2"], "must hold keys and values"),
-        (["embedded", "embedded", "--operator", "null_space"], "run it from a recipe with sku run"),
+        (["embedded", "embedded", "--operator", "null_space"], "give --normal FILE"),
+        (["embedded", "embedded", "--operator", "perta", "--normal", "embedded"], "give --forget FILE"),
+        (["embedded", "embedded", "--normal", "embedded"], "--normal is read by operators that look at normal"),
+        (
+            ["embedded", "embedded", "--operator", "null_space", "--normal", "embedded", "--forget", "embedded"],
+            "--forget is read by operators that look at harmful",
+        ),
+        (["embedded", "embedded", "--operator", "null_space", "--normal", "none.csv"], "none.csv"),
     ],
 )
 def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -492,6 +499,21 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
     assert "trained-on prompts" in table.out
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
+
+
+def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_path: Path) -> None:
+    """The table fits 80 columns; the same as JSON."""
+    arguments = ("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, "--precisions", "fp16, nf4")
+    done = command(*arguments)
+    assert done.code == 0, done.err
+    printed = done.out.splitlines()
+    start = next(place for place, line in enumerate(printed) if line.startswith("harmful replies by precision"))
+    table = printed[start : start + 6]
+    assert [line.split()[0] for line in table[3:]] == ["float32", "fp16", "nf4"]
+    assert all(len(line) <= 80 for line in table)
+    assert all(line.count("%") == 5 for line in table[3:]), "four rates, and what is kept"
+    found = json.loads(command(*arguments, "--json").out)["precisions"]
+    assert [result["precision"] for result in found["results"]] == ["fp16", "nf4"]
 
 
 def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:

@@ -269,9 +269,9 @@ class EvaluateConfig:
     lm_eval_include: str | None = None
     """Folder of task files of your own for lm-evaluation-harness."""
     precisions: tuple[Precision, ...] = ()
-    """Formats that the unlearned model's weights are rounded to before it is asked again, free and with a forced start:
-    ``bf16`` and ``fp16`` (all weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without
-    drawn replies; ``docs/limits.md`` says how to read the table."""
+    """Formats that the unlearned model's weights are rounded to before it is asked again: ``bf16`` and ``fp16`` (all
+    weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without drawn replies;
+    ``docs/limits.md`` says how to read the table."""
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: int = 100

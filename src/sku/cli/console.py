@@ -136,7 +136,7 @@ def print_precisions(report: PrecisionReport) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in precision_rows(report):
         table.add_row(row.precision, row.trained_on, row.unseen, row.forced, row.gibberish, row.perplexity, row.kept)
-    results.print("\nharmful replies by precision of the weights, and the share of the change that is kept")
+    results.print("\nharmful replies by precision of the weights; kept: share of the change")
     results.print(table)
     print_notes(report.notes)
 

@@ -3,8 +3,8 @@
 Keys of the file:
 
 - ``schema_version``: of this file.
-- ``model``: ``name``, ``dtype`` and ``fingerprint`` of the model as it was evaluated; ``base`` the same of the original
-  model, which is never rounded.
+- ``model``: ``name``, ``dtype`` and ``fingerprint`` of the model as it was evaluated; ``base`` the same of the
+  original model, which is never rounded.
 - ``measured``: the model as it was evaluated, ``Measured``.
 - ``results``: one entry a precision, ``PrecisionResult``, in the order asked for.
 - ``notes``: sentences that a reader of the numbers needs; those that warn say where a precision brings harm back.
@@ -123,7 +123,7 @@ class PrecisionReport:
             raise EvaluationError(f"{where} doesn't fit its schema ({error}): evaluate again") from None
 
     def certificate(self) -> dict[str, Any]:
-        """The figures in short, for a manifest: precision -> harmful rates, perplexities, change kept, what returns."""
+        """The figures in short, for a manifest: by precision the rates, perplexities, change kept and what returns."""
         return {result.precision: _in_short(result) for result in self.results}
 
 

@@ -41,7 +41,7 @@ RATES = (
 UNDONE_BY_ROUNDING = "rounding can undo unlearning, arXiv 2410.16454"
 
 _KINDS: Mapping[str, Kind] = {"replies": "reply", "prefill": "prefill"}
-_SPLITS = {"unlearned": "trained-on prompts", "unseen": "unseen prompts", "xstest_unsafe": "XSTest, unsafe prompts"}
+_SPLITS = {"unlearned": "trained-on prompts", "unseen": "unseen prompts"}
 SurvivalBy = Callable[[Sequence[Precision]], Mapping[str, Mapping[str, Any]]]
 """Precisions -> what ``sku.negate.survival.model_survival`` says of each."""
 
@@ -94,6 +94,7 @@ def measure_precisions(
     processes.on_main(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
     if output_dir is not None:
         processes.on_main(lambda: create_private_folder(output_dir))
+        processes.on_main(lambda: create_private_folder(output_dir / FOLDER))
     kept: Mapping[str, Mapping[str, Any]] = {}
     if survival is not None:
         kept = processes.on_main(lambda: survival(names))
@@ -228,7 +229,7 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
 
 
 def _reduced(config: EvaluateConfig) -> EvaluateConfig:
-    """What is asked of each rounded model: the same prompts, without what is costly and says nothing about rounding."""
+    """What is asked of each rounded model: the same prompts, without what is costly and tells little of rounding."""
     return dataclasses.replace(
         config,
         samples=0,
@@ -264,7 +265,9 @@ def _notes(result: PrecisionResult) -> list[str]:
         kind, split = place.split("/")
         change = result.harmful[kind][split]
         forced = ", forced start" if kind == "prefill" else ""
-        risen.append(f"{_SPLITS[split]}{forced} {100 * change.before.value:.1f} to {100 * change.after.value:.1f} %")
+        risen.append(
+            f"{_SPLITS[split]}{forced} from {change.before.count} to {change.after.count} of {change.after.total}"
+        )
     return [f"warning: {name} weights bring harm back: {'; '.join(risen)} ({UNDONE_BY_ROUNDING})"] if risen else []
 
 
