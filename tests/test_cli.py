@@ -18,12 +18,17 @@ import datasets
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import Trainer
 
 import sku
 from sku.cli.main import main
 from sku.config import load_recipe, recipe_from_dict, recipe_names
-from sku.models import embedded_model_path
+from sku.data.load import load_forget_retain
+from sku.models import embedded_model_path, load_model
+from sku.negate.operators import operate, prepare_operators
+from sku.negate.operators.context import context_of
+from sku.negate.run import negate, task_vector_of
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
@@ -134,8 +139,6 @@ def test_no_arguments_show_help(command: Command) -> None:
 
 
 def test_recipes_are_listed_and_shown_whole(command: Command) -> None:
-    import yaml
-
     listed = command("recipes")
     assert [line.split()[0] for line in listed.out.splitlines()] == recipe_names()
     for name in recipe_names():
@@ -486,6 +489,36 @@ def test_negate_with_an_operator(command: Command, bad_model: Path, tmp_path: Pa
     command("negate", "embedded", bad_model, "--alpha", "1", "--out", tmp_path / "plain")
     weights = [digest(tmp_path / name / "model.safetensors") for name in ("halved", "plain")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("operator", "sources"),
+    [
+        ("null_space={energy: 0.8, examples: 8}", ["--normal"]),
+        ("contrast={strength: 4, examples: 8}", ["--forget", "--normal"]),
+        ("perta={examples: 4}", ["--forget", "--normal"]),
+        ("learned={steps: 2, batch_size: 2}", ["--forget", "--normal"]),
+    ],
+)
+def test_negate_with_an_operator_that_looks_at_data(
+    command: Command, bad_model: Path, tmp_path: Path, operator: str, sources: list[str]
+) -> None:
+    """The weights are those that the operator gives on the splits of a run with the same sources and seed."""
+    options = [part for source in sources for part in (source, "embedded")]
+    arguments = ("negate", "embedded", bad_model, "--operator", operator, *options, "--seed", "3")
+    done = command(*arguments, "--json", "--out", tmp_path / "model")
+    assert done.code == 0, done.err
+    (record,) = json.loads(done.out)["operators"]
+    loaded = load_model("embedded")
+    context = context_of(loaded.model, loaded.tokenizer, load_forget_retain(seed=3), seed=3)
+    vector = task_vector_of(loaded.model, bad_model)
+    name, _, settings = operator.partition("=")
+    operated = operate(vector, prepare_operators([{name: yaml.safe_load(settings)}]), context)
+    assert record == json.loads(json.dumps(operated.records[0]))
+    assert record["norm_after"] != record["norm_before"]
+    expected = negate(loaded.model, operated.vector).state_dict()
+    found = load_model(tmp_path / "model").model.state_dict()
+    assert all(torch.equal(weight, found[key]) for key, weight in expected.items())
 
 
 def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:
