@@ -22,7 +22,7 @@ import yaml
 from transformers import Trainer
 
 import sku
-from sku.cli.main import main
+from sku.cli.main import app, main
 from sku.config import load_recipe, recipe_from_dict, recipe_names
 from sku.data.load import load_forget_retain
 from sku.models import embedded_model_path, load_model
@@ -131,6 +131,11 @@ def test_every_command_has_help(command: Command) -> None:
     for name in commands.split():
         assert name in listed
         assert command(name, "--help").code == 0
+
+
+def test_no_command_is_there_twice() -> None:
+    named = [group.name for group in app.registered_groups] + [given.name for given in app.registered_commands]
+    assert len(named) == len(set(named))
 
 
 def test_no_arguments_show_help(command: Command) -> None:

@@ -10,7 +10,8 @@ import torch
 from scipy.stats import norm
 
 from conftest import ARCHITECTURES, ModelMaker
-from sku.quantization import NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded, rounded_copy, rounded_layers
+from sku.config import Precision
+from sku.quantization import FORMATS, NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded, rounded_copy, rounded_layers
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -64,6 +65,36 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int]) -> None:
     weight = normal(*shape)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
     assert torch.equal(nf4_rounded(weight), bitsandbytes.functional.dequantize_4bit(packed, state))
+
+
+def test_a_gpu_rounds_with_the_kernels_of_bitsandbytes_and_a_cpu_with_ours() -> None:
+    weight = normal(128, 128)
+    rounding, name = FORMATS["nf4"].on(torch.device("cuda"))
+    assert name == f"bitsandbytes {bitsandbytes.__version__}"
+    assert torch.equal(rounding(weight), nf4_rounded(weight))
+    assert FORMATS["nf4"].on(torch.device("cpu")) == (nf4_rounded, "sku")
+    assert FORMATS["int8"].on(torch.device("cuda")) == (int8_rounded, "sku")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_sixteen_bits_round_all_weights_and_tell_how_many(
+    make_model: ModelMaker, architecture: str, name: Precision
+) -> None:
+    """Counts by hand, tied weights once; one weight is beyond float16."""
+    model = make_model(architecture)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] = 1e5
+    form = FORMATS[name]
+    with rounded_copy(model, form.rounding, layers_only=form.layers_only) as (copied, rounded):
+        assert rounded.rounded == model.num_parameters()
+        assert rounded.overflowed == (1 if name == "fp16" else 0)
+        weights = dict(copied.named_parameters())
+        moved = 0
+        for key, weight in model.named_parameters():
+            assert torch.equal(weights[key], form.rounding(weight)), key
+            moved += int((weights[key] != weight).sum())
+        assert rounded.moved == moved > 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

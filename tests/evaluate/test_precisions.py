@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sku.config import EvaluateConfig, load_recipe
+from sku.config import EvaluateConfig, Precision, load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.load import load_data
 from sku.errors import EvaluationError
-from sku.evaluate import replies
+from sku.evaluate import generation, replies
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.precision_results import PrecisionReport, read_precisions
 from sku.evaluate.precisions import measure_precisions
@@ -52,7 +52,7 @@ Certifier = Callable[..., PrecisionReport]
 def certify(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Any) -> Certifier:
     """Evaluates the random model, as base and as unlearned one, then at the precisions that are named."""
 
-    def make(*precisions: str, model: Any = None, folder: Path | None = None) -> PrecisionReport:
+    def make(*precisions: Precision, model: Any = None, folder: Path | None = None) -> PrecisionReport:
         model = tiny_model if model is None else model
         config = dataclasses.replace(TINY, precisions=precisions)
         return measure_precisions(
@@ -148,7 +148,7 @@ def test_finished_precisions_are_reused_and_equal_runs_are_equal(
     written = {path.name for path in (tmp_path / "one" / "precisions" / "nf4").iterdir()}
     assert "generations.jsonl" in written
     asked: list[int] = []
-    whole = replies.generate_replies
+    whole = generation.generate_replies
 
     def counted(model: Any, tokenizer: Any, requests: Any, **options: Any) -> Any:
         asked.append(len(requests))
@@ -173,7 +173,8 @@ def test_nothing_is_drawn_and_the_model_is_left_as_it_was(certify: Certifier, ti
 def test_a_precision_that_moves_no_weight_costs_nothing(
     certify: Certifier, tiny_model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    report = certify("bf16", model=copy.deepcopy(tiny_model).to(torch.bfloat16), folder=tmp_path / "out")
+    model: Any = copy.deepcopy(tiny_model)
+    report = certify("bf16", model=model.to(torch.bfloat16), folder=tmp_path / "out")
     (result,) = report.results
     assert (result.moved, result.measured) == (0, report.measured)
     assert report.notes == ("bf16 moves no weight of this model: its figures are those of the evaluation",)
@@ -182,7 +183,7 @@ def test_a_precision_that_moves_no_weight_costs_nothing(
 
 def test_weights_that_overflow_are_told_and_not_measured(certify: Certifier, tiny_model: LlamaForCausalLM) -> None:
     """1e5 is beyond float16. The row of the embedding that it stands in is never read."""
-    model = copy.deepcopy(tiny_model)
+    model: Any = copy.deepcopy(tiny_model)
     with torch.no_grad():
         model.get_input_embeddings().weight[-1, :2] = 1e5
     report = certify("fp16", "int8", model=model)
