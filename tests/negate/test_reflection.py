@@ -88,6 +88,7 @@ def test_of_rounded_weights_comes_back_what_survived_the_rounding(make_model: Mo
     exact: Any = copy.deepcopy(stored)
     exact.to(torch.float32)
     vector = TaskVector.between(exact, disturbed(exact, scale=2e-5))
+    unlearned: Any
     unlearned, record = negate_with_record(stored, vector)
     assert 0.01 < record.survival < 0.95
     again = TaskVector.between(exact, reflected(exact, unlearned.to(torch.float32), 1.0))
