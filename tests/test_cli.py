@@ -18,19 +18,24 @@ import datasets
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import Trainer
 
 import sku
-from sku.cli.main import main
+from sku.cli.main import app, main
 from sku.config import load_recipe, recipe_from_dict, recipe_names
-from sku.models import embedded_model_path
+from sku.data.load import load_forget_retain
+from sku.models import embedded_model_path, load_model
+from sku.negate.operators import operate, prepare_operators
+from sku.negate.operators.context import context_of
+from sku.negate.run import negate, task_vector_of
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
-    "--set", "negate.diagnostics=false",
+    "--set", "negate.diagnostics=false", "--set", "evaluate.precisions=[]",
 )  # fmt: skip
 
 
@@ -128,14 +133,17 @@ def test_every_command_has_help(command: Command) -> None:
         assert command(name, "--help").code == 0
 
 
+def test_no_command_is_there_twice() -> None:
+    named = [group.name for group in app.registered_groups] + [given.name for given in app.registered_commands]
+    assert len(named) == len(set(named))
+
+
 def test_no_arguments_show_help(command: Command) -> None:
     done = command()
     assert "Usage" in done.out + done.err
 
 
 def test_recipes_are_listed_and_shown_whole(command: Command) -> None:
-    import yaml
-
     listed = command("recipes")
     assert [line.split()[0] for line in listed.out.splitlines()] == recipe_names()
     for name in recipe_names():
@@ -331,7 +339,14 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
         (["embedded", "embedded", "--operator", "nul_space"], "Did you mean null_space?"),
         (["embedded", "embedded", "--operator", "layer_alpha={factors: {"], "is no YAML"),
         (["embedded", "embedded", "--operator", "layer_alpha=2"], "must hold keys and values"),
-        (["embedded", "embedded", "--operator", "null_space"], "run it from a recipe with sku run"),
+        (["embedded", "embedded", "--operator", "null_space"], "give --normal FILE"),
+        (["embedded", "embedded", "--operator", "perta", "--normal", "embedded"], "give --forget FILE"),
+        (["embedded", "embedded", "--normal", "embedded"], "--normal is read by operators that look at normal"),
+        (
+            ["embedded", "embedded", "--operator", "null_space", "--normal", "embedded", "--forget", "embedded"],
+            "--forget is read by operators that look at harmful",
+        ),
+        (["embedded", "embedded", "--operator", "null_space", "--normal", "none.csv"], "none.csv"),
     ],
 )
 def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -481,6 +496,36 @@ def test_negate_with_an_operator(command: Command, bad_model: Path, tmp_path: Pa
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize(
+    ("operator", "sources"),
+    [
+        ("null_space={energy: 0.8, examples: 8}", ["--normal"]),
+        ("contrast={strength: 4, examples: 8}", ["--forget", "--normal"]),
+        ("perta={examples: 4}", ["--forget", "--normal"]),
+        ("learned={steps: 2, batch_size: 2}", ["--forget", "--normal"]),
+    ],
+)
+def test_negate_with_an_operator_that_looks_at_data(
+    command: Command, bad_model: Path, tmp_path: Path, operator: str, sources: list[str]
+) -> None:
+    """The weights are those that the operator gives on the splits of a run with the same sources and seed."""
+    options = [part for source in sources for part in (source, "embedded")]
+    arguments = ("negate", "embedded", bad_model, "--operator", operator, *options, "--seed", "3")
+    done = command(*arguments, "--json", "--out", tmp_path / "model")
+    assert done.code == 0, done.err
+    (record,) = json.loads(done.out)["operators"]
+    loaded = load_model("embedded")
+    context = context_of(loaded.model, loaded.tokenizer, load_forget_retain(seed=3), seed=3)
+    vector = task_vector_of(loaded.model, bad_model)
+    name, _, settings = operator.partition("=")
+    operated = operate(vector, prepare_operators([{name: yaml.safe_load(settings)}]), context)
+    assert record == json.loads(json.dumps(operated.records[0]))
+    assert record["norm_after"] != record["norm_before"]
+    expected = negate(loaded.model, operated.vector).state_dict()
+    found = load_model(tmp_path / "model").model.state_dict()
+    assert all(torch.equal(weight, found[key]) for key, weight in expected.items())
+
+
 def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:
     done = command("evaluate", whole_run / "unlearned", "--json", "--out", tmp_path / "e", *SMALL)
     assert done.code == 0, done.err
@@ -492,6 +537,21 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
     assert "trained-on prompts" in table.out
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
+
+
+def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_path: Path) -> None:
+    """The table fits 80 columns; the same as JSON."""
+    arguments = ("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, "--precisions", "fp16, nf4")
+    done = command(*arguments)
+    assert done.code == 0, done.err
+    printed = done.out.splitlines()
+    start = next(place for place, line in enumerate(printed) if line.startswith("harmful replies by precision"))
+    table = printed[start : start + 6]
+    assert [line.split()[0] for line in table[3:]] == ["float32", "fp16", "nf4"]
+    assert all(len(line) <= 80 for line in table)
+    assert all(line.count("%") == 5 for line in table[3:]), "four rates, and what is kept"
+    found = json.loads(command(*arguments, "--json").out)["precisions"]
+    assert [result["precision"] for result in found["results"]] == ["fp16", "nf4"]
 
 
 def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "quiet": set(),
     "training": {"config", "errors", "storage", "losses", "data", "models"},
     "acquire": {"config", "errors", "storage", "losses", "data", "models", "training"},
-    "quantization": set(),
+    "quantization": {"config"},
     "negate": {"config", "errors", "storage", "losses", "data", "models", "quantization"},
-    "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world"},
+    "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world", "quantization"},
     "methods": {"config", "errors", "storage", "losses", "data", "models", "training", "acquire", "negate"},
     "attacks": {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",

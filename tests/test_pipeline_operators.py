@@ -85,7 +85,7 @@ def test_the_manifest_accounts_for_operators_and_vector(finished: FinishedRun) -
     assert all(1 <= rank <= 4.01 for rank in diagnostics["effective_rank"].values()), "from the adapter, of rank 4"
     assert -1 <= diagnostics["normal_cosine"] <= 1
     assert 0 <= diagnostics["normal_share"] <= 1
-    assert set(negation["survival_by_format"]) == {"bf16", "fp16", "int8", "nf4-sim"}
+    assert set(negation["survival_by_format"]) == {"bf16", "fp16", "int8", "nf4"}
 
 
 def test_what_was_measured_on_the_original_model_is_kept(finished: FinishedRun) -> None:

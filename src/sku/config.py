@@ -32,6 +32,7 @@ Tuning = Literal["lora", "full", "qlora"]
 Backend = Literal["generate", "generate_batch", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine", "bleurt"]
 Attack = Literal["prefill", "paraphrase", "template", "int8", "nf4-sim", "relearn"]
+Precision = Literal["bf16", "fp16", "int8", "nf4"]
 DataFormat = Literal[
     "auto",
     "embedded",
@@ -267,6 +268,10 @@ class EvaluateConfig:
     """Examples of each of those tasks; all where this is empty."""
     lm_eval_include: str | None = None
     """Folder of task files of your own for lm-evaluation-harness."""
+    precisions: tuple[Precision, ...] = ()
+    """Formats that the unlearned model's weights are rounded to before it is asked again: ``bf16`` and ``fp16`` (all
+    weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without drawn replies;
+    ``docs/limits.md`` says how to read the table."""
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: int = 100

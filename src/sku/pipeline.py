@@ -9,6 +9,7 @@ A run folder, private to its owner because the base model's harmful replies lie 
     unlearned/           the model to use, with its tokenizer
     negated_adapter/     the same without merging, for LoRA and QLoRA; adapter/ for methods that don't negate
     evaluation/base/, evaluation/unlearned/
+    evaluation/precisions.json, evaluation/precisions/   where evaluate.precisions names some
     evaluation/attacks.json, evaluation/attacks/   where evaluate.attacks names some
     results.json         before and after, with intervals; the attacks too, where there are any
     before_after.png, before_after.svg
@@ -21,7 +22,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,13 @@ from sku.acquire.objective import check_compat
 from sku.acquire.run import acquire, trainer_settings
 from sku.attacks.results import AttackReport
 from sku.attacks.run import check_attacks, run_attacks
-from sku.config import EMBEDDED, ModelConfig, Recipe
+from sku.config import EMBEDDED, ModelConfig, Precision, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, OutputError, RecipeError, SkuError, TaskVectorError
 from sku.evaluate.comparison import Comparison, LeakChange, RateChange, compare
+from sku.evaluate.precision_results import PrecisionReport
+from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.processes import current_processes
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
@@ -52,7 +55,7 @@ from sku.negate.diagnostics import diagnose
 from sku.negate.operators import operate
 from sku.negate.operators.context import context_of
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
-from sku.negate.survival import delta_survival
+from sku.negate.survival import delta_survival, model_survival
 from sku.negate.task_vector import TaskVector
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
@@ -74,6 +77,8 @@ class FinishedRun:
     manifest: dict[str, Any]
     attacks: AttackReport | None = None
     """Where ``evaluate.attacks`` names some."""
+    precisions: PrecisionReport | None = None
+    """Where ``evaluate.precisions`` names some."""
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
@@ -152,7 +157,8 @@ def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
 def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None) -> Comparison:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
-    What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder.
+    What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder, what the
+    model says at the precisions that ``evaluate.precisions`` names to ``precisions.json``.
 
     Args:
         recipe: Its model is the base.
@@ -180,6 +186,8 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
         for name, candidate, source in (("base", base, _source(recipe.model)), ("model", measured, model))
     )
     comparison = compare(before, after, seed=recipe.seed)
+    if recipe.evaluate.precisions:
+        _measure_precisions(recipe, measured.model, base, data, comparison, out, progress)
     if recipe.evaluate.attacks:
         run_attacks(recipe, measured.model, base.model, base.tokenizer, data, output_dir=out, progress=progress)
     return comparison
@@ -210,6 +218,43 @@ def _evaluate(
         seed=recipe.seed,
         progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
     )
+
+
+def _measure_precisions(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    base: LoadedModel,
+    data: ForgetRetainData,
+    comparison: Comparison,
+    folder: Path,
+    progress: Progress | None,
+) -> PrecisionReport:
+    """The certificate of a model, with a recipe's settings."""
+    return measure_precisions(
+        model,
+        base.model,
+        base.tokenizer,
+        data,
+        comparison,
+        config=recipe.evaluate,
+        prompt_format=recipe.model.prompt_format,
+        survival=_survival_of(base.model, model),
+        output_dir=folder,
+        seed=recipe.seed,
+        progress=progress,
+    )
+
+
+def _survival_of(base: PreTrainedModel, model: PreTrainedModel) -> SurvivalBy:
+    """What rounding leaves of the change; nothing for a model of another shape, which is no change of the base."""
+
+    def survival(names: Sequence[Precision]) -> Mapping[str, Mapping[str, Any]]:
+        try:
+            return model_survival(base, model, names)
+        except TaskVectorError:
+            return {}
+
+    return survival
 
 
 def _source(config: ModelConfig) -> str | None:
@@ -273,7 +318,20 @@ class _Run:
             base, unlearned = self._unlearn(loaded, data)
         with self._timed("evaluate_unlearned"):
             result = self._evaluate(unlearned, loaded, data, "unlearned", base)
-        attacks = None
+        comparison = compare(base_result, result, seed=recipe.seed)
+        precisions = attacks = None
+        if recipe.evaluate.precisions:
+            with self._timed("precisions"):
+                precisions = _measure_precisions(
+                    recipe,
+                    unlearned,
+                    dataclasses.replace(loaded, model=base),
+                    data,
+                    comparison,
+                    self.out / "evaluation",
+                    self.progress,
+                )
+            self._note(certificate=precisions.certificate())
         if recipe.evaluate.attacks:
             with self._timed("attacks"):
                 attacks = run_attacks(
@@ -285,7 +343,7 @@ class _Run:
                     output_dir=self.out / "evaluation",
                     progress=self.progress,
                 )
-        return self._report(compare(base_result, result, seed=recipe.seed), attacks)
+        return self._report(comparison, precisions, attacks)
 
     def _unlearn(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2; returns the original and the unlearned model."""
@@ -419,7 +477,9 @@ class _Run:
         source = _source(self.recipe.model) if name == "base" else self.out / name
         return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress, source)
 
-    def _report(self, comparison: Comparison, attacks: AttackReport | None) -> FinishedRun:
+    def _report(
+        self, comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None
+    ) -> FinishedRun:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
         for suffix in ("png", "svg"):
             before_after_figure(comparison, self.out / f"before_after.{suffix}")
@@ -440,12 +500,15 @@ class _Run:
                 "notes": comparison.notes,
                 "base": comparison.base.to_dict(),
                 "unlearned": comparison.unlearned.to_dict(),
+                **({} if precisions is None else {"precisions": precisions.to_dict()}),
                 **({} if attacks is None else {"attacks": attacks.to_dict()}),
                 "manifest": {**self.manifest, "status": "complete"},
             },
         )
         self._note(status="complete")
-        return FinishedRun(folder=self.out, comparison=comparison, manifest=self.manifest, attacks=attacks)
+        return FinishedRun(
+            folder=self.out, comparison=comparison, manifest=self.manifest, attacks=attacks, precisions=precisions
+        )
 
     def _unlearned_config(self) -> ModelConfig:
         dtype = self.recipe.negate.output_dtype

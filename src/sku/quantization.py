@@ -1,15 +1,30 @@
-"""Rounding weights to what 8-bit and 4-bit formats can hold: tensors in, tensors out.
+"""Rounding weights to what 16-bit, 8-bit and 4-bit formats can hold: of tensors, and of a copy of a model.
 
-Both are simulated: the rounded values come back in float32, so that they run everywhere.
+All are simulated: the rounded values are held in the model's own type, so that they run everywhere and differ from
+those of a quantized kernel by no more than that type's rounding.
 
 Shapes: O = outputs of a layer, I = its inputs, B = blocks of ``NF4_BLOCK`` weights.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sku.config import Precision
+
+Rounding = Callable[[Tensor], Tensor]
+"""Weights ``[O, I]`` float32 (any shape for the 16-bit formats) to the nearest values that a format has."""
 
 NF4_BLOCK = 64
 """Weights that share one scale."""
@@ -60,6 +75,155 @@ def nf4_rounded(weight_OI: Tensor) -> Tensor:
     borders = (code[1:] + code[:-1]) / 2
     nearest_B64 = code[torch.bucketize(blocks_B64 / _nonzero(absmax_B1), borders)]
     return (nearest_B64 * absmax_B1).reshape(-1)[: flat.numel()].reshape(weight_OI.shape)
+
+
+def nf4_by_bitsandbytes(weight_OI: Tensor) -> Tensor:
+    """``nf4_rounded`` by the kernels that a deployed model is quantized with.
+
+    Args:
+        weight_OI: ``[O, I]`` float32, on a GPU.
+
+    Returns:
+        ``[O, I]`` float32.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    from bitsandbytes import functional as kernels
+
+    packed, state = kernels.quantize_4bit(weight_OI.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+    rounded = kernels.dequantize_4bit(packed, state)
+    assert isinstance(rounded, Tensor)
+    return rounded
+
+
+def nf4_rounder(device: torch.device) -> tuple[Rounding, str]:
+    """What rounds to NF4 on a device, and its name: bitsandbytes on a GPU where it is installed, else ``nf4_rounded``.
+
+    Not on a CPU: the kernel there gives other values for some rows that no block divides.
+    """
+    if device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
+        return nf4_by_bitsandbytes, f"bitsandbytes {version('bitsandbytes')}"
+    return nf4_rounded, "sku"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A way to hold weights."""
+
+    name: Precision
+    scheme: str
+    """What is rounded, and how, in a line."""
+    rounding: Rounding
+    layers_only: bool
+    """Whether linear layers alone are rounded (``rounded_layers``), as quantizers do, or all weights."""
+
+    def on(self, device: torch.device) -> tuple[Rounding, str]:
+        """The rounding that is used on a device, and who wrote it: ``torch``, ``sku`` or ``bitsandbytes VERSION``."""
+        if self.name == "nf4":
+            return nf4_rounder(device)
+        return self.rounding, "sku" if self.layers_only else "torch"
+
+
+FORMATS: Mapping[Precision, Format] = {
+    entry.name: entry
+    for entry in (
+        Format(
+            name="bf16",
+            scheme="all weights in bfloat16, rounded to nearest",
+            rounding=lambda weight: weight.to(torch.bfloat16).float(),
+            layers_only=False,
+        ),
+        Format(
+            name="fp16",
+            scheme="all weights in float16, rounded to nearest",
+            rounding=lambda weight: weight.to(torch.float16).float(),
+            layers_only=False,
+        ),
+        Format(
+            name="int8",
+            scheme="linear layers in 8-bit integers, symmetric, one scale an output channel, rounded to nearest",
+            rounding=int8_rounded,
+            layers_only=True,
+        ),
+        Format(
+            name="nf4",
+            scheme="linear layers in NF4, blocks of 64, one absolute maximum a block, rounded to nearest",
+            rounding=nf4_rounded,
+            layers_only=True,
+        ),
+    )
+}
+"""All formats by name, from the finest to the coarsest."""
+
+
+def rounded_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """The layers whose weights 8-bit and 4-bit formats round, by name: all linear ones but the output head.
+
+    Embeddings, norms and the output head stay as they are, as bitsandbytes leaves them. A weight that several layers
+    share is listed once, and one that is tied to the embedding not at all.
+    """
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    seen = {id(head.weight) for head in heads if head is not None}
+    layers: dict[str, nn.Linear | Conv1D] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            layers[name] = module
+    return layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """What rounding a copy of a model did."""
+
+    rounded: int
+    """Weights that were rounded."""
+    moved: int
+    """Those of them whose value is another now."""
+    overflowed: int
+    """Those that the format can't hold: infinite now, and finite before."""
+
+
+@contextmanager
+def rounded_copy(
+    model: PreTrainedModel, rounding: Rounding, *, layers_only: bool = True
+) -> Iterator[tuple[PreTrainedModel, Rounded]]:
+    """A copy of a model with rounded weights.
+
+    Args:
+        model: It is not changed.
+        rounding: The format's.
+        layers_only: Round linear layers alone; else all weights and stored floating-point buffers.
+
+    Yields:
+        The copy, and what was rounded.
+    """
+    copied = copy.deepcopy(model)
+    count = moved = overflowed = 0
+    with torch.no_grad():
+        for weight in _weights(copied, layers_only=layers_only):
+            before = weight.float()
+            after = rounding(before).to(weight.dtype)
+            count += weight.numel()
+            moved += int((after != weight).sum())
+            overflowed += int((torch.isinf(after) & torch.isfinite(before)).sum())
+            weight.copy_(after)
+    yield copied, Rounded(rounded=count, moved=moved, overflowed=overflowed)
+
+
+def _weights(model: PreTrainedModel, *, layers_only: bool) -> Iterator[Tensor]:
+    """What is rounded, each once; a layer's weights as ``[O, I]``."""
+    if layers_only:
+        for layer in rounded_layers(model).values():
+            # GPT-2 keeps its weights the other way round, inputs first.
+            yield layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        return
+    seen: set[int] = set()
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point() and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -185,12 +185,27 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         OutputError: The file can't be written or the disk is full.
     """
+    _write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=0o666)
+
+
+def write_private_text(path: Path, text: str) -> None:
+    """Writes a whole file or none, with mode 0600, lone surrogates too.
+
+    Raises:
+        OutputError: The folder is missing, full or not writable.
+    """
+    _write_whole(path, text, mode=0o600)
+
+
+def _write_whole(path: Path, text: str, *, mode: int) -> None:
+    """Under a name of this process alone, then renamed; ``mode`` is less what the umask takes away."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     with _named_disk_errors(path):
-        temporary = path.with_name(f".{path.name}.unfinished")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-                file.write("\n")
+            temporary.unlink(missing_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

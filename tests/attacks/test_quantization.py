@@ -10,8 +10,8 @@ import torch
 from scipy.stats import norm
 
 from conftest import ARCHITECTURES, ModelMaker
-from sku.attacks.quantization import rounded_copy, rounded_layers
-from sku.quantization import NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded
+from sku.config import Precision
+from sku.quantization import FORMATS, NF4_BLOCK, NF4_CODE, int8_rounded, nf4_rounded, rounded_copy, rounded_layers
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -67,6 +67,36 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int]) -> None:
     assert torch.equal(nf4_rounded(weight), bitsandbytes.functional.dequantize_4bit(packed, state))
 
 
+def test_a_gpu_rounds_with_the_kernels_of_bitsandbytes_and_a_cpu_with_ours() -> None:
+    weight = normal(128, 128)
+    rounding, name = FORMATS["nf4"].on(torch.device("cuda"))
+    assert name == f"bitsandbytes {bitsandbytes.__version__}"
+    assert torch.equal(rounding(weight), nf4_rounded(weight))
+    assert FORMATS["nf4"].on(torch.device("cpu")) == (nf4_rounded, "sku")
+    assert FORMATS["int8"].on(torch.device("cuda")) == (int8_rounded, "sku")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_sixteen_bits_round_all_weights_and_tell_how_many(
+    make_model: ModelMaker, architecture: str, name: Precision
+) -> None:
+    """Counts by hand, tied weights once; one weight is beyond float16."""
+    model = make_model(architecture)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] = 1e5
+    form = FORMATS[name]
+    with rounded_copy(model, form.rounding, layers_only=form.layers_only) as (copied, rounded):
+        assert rounded.rounded == model.num_parameters()
+        assert rounded.overflowed == (1 if name == "fp16" else 0)
+        weights = dict(copied.named_parameters())
+        moved = 0
+        for key, weight in model.named_parameters():
+            assert torch.equal(weights[key], form.rounding(weight)), key
+            moved += int((weights[key] != weight).sum())
+        assert rounded.moved == moved > 0
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rounding", [int8_rounded, nf4_rounded])
 def test_linear_layers_are_rounded_and_nothing_else(
@@ -76,7 +106,7 @@ def test_linear_layers_are_rounded_and_nothing_else(
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     layers = {f"{name}.weight" for name in rounded_layers(model)}
     assert layers
-    with rounded_copy(model, rounding) as copied:
+    with rounded_copy(model, rounding) as (copied, _):
         changed = {name for name, weight in copied.state_dict().items() if not torch.equal(weight, before[name])}
         assert changed == layers
         assert copied.get_output_embeddings().weight is not model.get_output_embeddings().weight
@@ -89,7 +119,7 @@ def test_linear_layers_are_rounded_and_nothing_else(
 def test_gpt2_is_rounded_by_its_outputs(make_model: ModelMaker) -> None:
     """Its layers hold their weights as [inputs, outputs]."""
     model = make_model("gpt2")
-    with rounded_copy(model, int8_rounded) as copied:
+    with rounded_copy(model, int8_rounded) as (copied, _):
         name = "transformer.h.0.mlp.c_fc.weight"
         original, rounded = (each.state_dict()[name] for each in (model, copied))
         assert torch.equal(rounded.T, int8_rounded(original.T))
@@ -98,7 +128,7 @@ def test_gpt2_is_rounded_by_its_outputs(make_model: ModelMaker) -> None:
 
 def test_half_precision_is_kept(make_model: ModelMaker) -> None:
     model = make_model("llama").to(torch.bfloat16)
-    with rounded_copy(model, nf4_rounded) as copied:
+    with rounded_copy(model, nf4_rounded) as (copied, _):
         weight, original = (each.model.layers[0].mlp.up_proj.weight for each in (copied, model))
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, nf4_rounded(original.float()).to(torch.bfloat16))
@@ -110,6 +140,6 @@ def test_a_shared_weight_is_rounded_once(make_model: ModelMaker) -> None:
     second.up_proj.weight = first.up_proj.weight
     names = [name for name in rounded_layers(model) if name.endswith("up_proj")]
     assert names == ["model.layers.0.mlp.up_proj"]
-    with rounded_copy(model, int8_rounded) as copied:
+    with rounded_copy(model, int8_rounded) as (copied, _):
         expected = int8_rounded(first.up_proj.weight)
         assert all(torch.equal(layer.mlp.up_proj.weight, expected) for layer in copied.model.layers)

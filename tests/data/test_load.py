@@ -9,7 +9,7 @@ import pytest
 
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
 from sku.data.examples import RetainExample, content_hash, normalise_prompt
-from sku.data.load import load_data, load_forget_retain
+from sku.data.load import load_data, load_forget_retain, load_parts
 from sku.errors import DataError, RecipeError
 
 
@@ -174,3 +174,22 @@ def test_too_little_data_for_the_splits(tmp_path: Path, forget: Path) -> None:
 def test_shares_out_of_range_are_refused(forget: Path, retain: Path) -> None:
     with pytest.raises(RecipeError, match=r"data.unseen_fraction is 1.5"):
         load_forget_retain(forget, retain, unseen_fraction=1.5)
+
+
+def test_parts_are_those_of_a_run_with_both(tmp_path: Path) -> None:
+    forget, retain = (tmp_path / name for name in ("forget.csv", "retain.csv"))
+    for path, prefix in ((forget, "how"), (retain, "what")):
+        rows = "".join(f"{prefix} is {place} ?,answer {place}\n" for place in range(30))
+        path.write_text(f"prompt,completion\n{rows}", encoding="utf-8")
+    whole = load_forget_retain(forget, retain, seed=5)
+    sources = [SourceConfig(path=str(path)) for path in (forget, retain)]
+    harmful, normal = load_parts(sources[0], seed=5), load_parts(None, sources[1], seed=5)
+    assert (harmful.unlearned, harmful.unseen) == (whole.unlearned, whole.unseen)
+    assert normal.retain_train == whole.retain_train
+    assert normal.retain_validation == whole.retain_validation
+    assert (harmful.retain_train, normal.unlearned) == ((), ())
+    assert [found.location for found in normal.provenance] == [str(retain)]
+    assert load_parts(*sources, seed=5) == whole
+    embedded = SourceConfig(path="embedded")
+    assert load_parts(embedded).unlearned == load_forget_retain().unlearned
+    assert load_parts(None, embedded).retain_train == load_forget_retain().retain_train

@@ -213,7 +213,7 @@ def broken(**changes: Any) -> str:
     [
         (None, "can't be read"),
         ("{", "can't be read"),
-        ("[]", "not of schema version 1"),
+        ("[]", "does not hold keys and values"),
         (broken(schema_version=2), "not of schema version 1"),
         (broken(calibration={}), "doesn't fit its schema"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "more": 1}), "doesn't fit its schema"),

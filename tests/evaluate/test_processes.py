@@ -15,12 +15,13 @@ import torch
 from sku.config import load_recipe
 from sku.errors import EvaluationError
 from sku.evaluate.batching import plan_batches
+from sku.evaluate.precision_results import read_precisions
 from sku.evaluate.processes import ALONE, Processes, current_processes, shared_batches
 from sku.pipeline import evaluate_recipe
 
 SETTINGS = [
     "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
-    "evaluate.samples=2", "evaluate.attacks=[]",
+    "evaluate.samples=2", "evaluate.attacks=[]", "evaluate.precisions=[int8]",
 ]  # fmt: skip
 FAILING = """
 import os
@@ -68,6 +69,7 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     comparison = evaluate_recipe(load_recipe("embedded", SETTINGS), "embedded", tmp_path / "one")
     said = json.loads(two.stdout)
     alone = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict(), "notes": comparison.notes}
+    alone["precisions"] = read_precisions(tmp_path / "one").to_dict()
     assert said == json.loads(json.dumps(alone)), "said once, by the first process"
     assert said["base"]["samples"]["unseen"]["harmful"]["total"] == 6
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))

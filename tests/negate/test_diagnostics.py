@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 
 from conftest import ModelMaker
 from negate.conftest import ContextMaker, disturbed, with_adapter
+from sku.errors import TaskVectorError
 from sku.negate.adapters import AdapterVector, LowRank
 from sku.negate.diagnostics import cosine, diagnose, effective_rank, effective_rank_of_factors, normal_share
 from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.perta import mean_gradient
 from sku.negate.operators.spectra import InputSpectra, Spectrum
-from sku.negate.survival import delta_survival
+from sku.negate.run import negate
+from sku.negate.survival import delta_survival, model_survival
 from sku.negate.task_vector import TaskVector
+from sku.quantization import rounded_layers
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
@@ -132,7 +136,7 @@ def test_a_change_below_half_a_step_is_gone(make_model: ModelMaker) -> None:
     name = DOWN.format(0)
     found = delta_survival(base, one_layer(base, name, 1.0, 2.0**-10), 1.0)
     assert (found["bf16"]["changed"], found["bf16"]["projection"]) == (0.0, 0.0)
-    for form in ("fp16", "int8", "nf4-sim"):
+    for form in ("fp16", "int8", "nf4"):
         assert (found[form]["changed"], found[form]["projection"]) == (1.0, pytest.approx(1.0, abs=1e-3)), form
     assert found["bf16"]["tensors"] == {name: 0.0}
     assert found["bf16"]["entries"] == 32 * 48
@@ -165,12 +169,32 @@ def test_only_layers_are_quantized_and_the_rest_is_counted(
     found = delta_survival(base, vector, 1.0)
     json.dumps(found, allow_nan=False)
     assert found["bf16"]["not_rounded"] == 0
-    from sku.negate.operators.base import linear_weights
-
-    layers = linear_weights(base)
-    assert found["int8"]["not_rounded"] == len(vector.deltas) - len(layers) > 0
+    assert found["int8"]["not_rounded"] == len(vector.deltas) - len(rounded_layers(base)) > 0
     assert found["fp16"]["projection"] == pytest.approx(1.0, abs=0.01)
-    assert found["nf4-sim"]["changed"] < found["bf16"]["changed"]
-    assert found["nf4-sim"]["projection"] == pytest.approx(1.0, abs=0.1), "on average rounding has no bias"
+    assert found["nf4"]["changed"] < found["bf16"]["changed"]
+    assert found["nf4"]["projection"] == pytest.approx(1.0, abs=0.1), "on average rounding has no bias"
     assert all(torch.equal(before[name], weight) for name, weight in base.state_dict().items())
     assert OperatorContext(base=base).normal == ()
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2"])
+def test_two_models_survive_as_their_vector_does(architecture: str, make_model: ModelMaker) -> None:
+    """Weights of 16-bit integers over 1,024 leave no rounding in the differences: both ways see the same change."""
+    base = make_model(architecture)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(4096).round_().div_(1024)
+    bad = copy.deepcopy(base)
+    changed = [name for name, _ in base.named_parameters() if "mlp" in name]
+    with torch.no_grad():
+        for name in changed:
+            bad.get_parameter(name).add_(2.0**-6)
+    vector = TaskVector.between(base, bad)
+    vector = TaskVector({name: vector.deltas[name] for name in changed})
+    found = model_survival(base, negate(base, bad, 0.5))
+    assert found == delta_survival(base, vector, 0.5)
+    assert set(found["bf16"]["tensors"]) == set(changed)
+    untouched = model_survival(base, base)["int8"]
+    assert (untouched["entries"], untouched["tensors"]) == (0, {})
+    with pytest.raises(TaskVectorError, match="are in"):
+        model_survival(make_model("opt"), base)

@@ -1,74 +1,32 @@
 """Rounding the weights: what a small change of the weights hid, coarse rounding can bring back.
 
-Paper: arXiv 2410.16454 (Zhang et al., unlearning undone by quantization). Two schemes, each on a copy and both
-simulated: the rounded weights are held in the model's own type, so that they run everywhere and differ from those of a
-quantized kernel by no more than that type's rounding. Linear layers are rounded; embeddings, norms and the output head
-stay as they are, as bitsandbytes leaves them.
-
-Shapes: O = outputs of a layer, I = its inputs, B = blocks of 64 weights.
+Paper: arXiv 2410.16454 (Zhang et al., unlearning undone by quantization). Two schemes, each on a copy of the model;
+``sku.quantization`` says what is rounded.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from sku.attacks.base import Attack, AttackContext, WeightSetting
 from sku.attacks.results import AttackCard
-from sku.quantization import int8_rounded, nf4_rounded
-
-Rounding = Callable[[Tensor], Tensor]
-"""Weights ``[O, I]`` float32 to the values that the scheme can hold."""
-
-
-def rounded_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
-    """The layers whose weights are rounded, by name: all linear ones but the output head.
-
-    A weight that several layers share is listed once, and one that is tied to the embedding not at all.
-    """
-    heads = (model.get_input_embeddings(), model.get_output_embeddings())
-    seen = {id(head.weight) for head in heads if head is not None}
-    layers: dict[str, nn.Linear | Conv1D] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            layers[name] = module
-    return layers
-
-
-@contextmanager
-def rounded_copy(model: PreTrainedModel, rounding: Rounding) -> Iterator[PreTrainedModel]:
-    """A copy of a model with rounded weights.
-
-    Args:
-        model: It is not changed.
-        rounding: The scheme.
-
-    Yields:
-        The copy.
-    """
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in rounded_layers(copied).values():
-            # GPT-2 keeps its weights the other way round, inputs first.
-            turned = isinstance(layer, Conv1D)
-            weight_OI = layer.weight.T if turned else layer.weight
-            weight_OI.copy_(rounding(weight_OI.float()))
-    yield copied
+from sku.quantization import Rounding, int8_rounded, nf4_rounded, rounded_copy, rounded_layers
 
 
 def _settings_of(rounding: Rounding, scheme: str) -> Callable[[AttackContext], list[WeightSetting]]:
+    @contextmanager
+    def changed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        with rounded_copy(model, rounding) as (copied, _):
+            yield copied
+
     def settings(context: AttackContext) -> list[WeightSetting]:
         weights = sum(layer.weight.numel() for layer in rounded_layers(context.model).values())
         return [
             WeightSetting(
-                change=lambda model: rounded_copy(model, rounding),
+                change=changed,
                 details={"scheme": scheme, "rounded_weights": weights, "weights": context.model.num_parameters()},
             )
         ]

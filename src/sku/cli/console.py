@@ -23,6 +23,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
+    from sku.evaluate.precision_results import PrecisionReport
     from sku.report.method_points import Role
     from sku.report.method_records import MethodRecord
     from sku.report.method_statistics import Estimate
@@ -123,6 +124,21 @@ def print_attacks(report: AttackReport) -> None:
     results.print(table)
     for line in left_out_lines(report):
         results.print(line, soft_wrap=True)
+
+
+def print_precisions(report: PrecisionReport) -> None:
+    """The model at each precision as a table, and below it where harm comes back."""
+    from sku.report.precision_table import precision_rows
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("weights", no_wrap=True)
+    for name in ("trained on", "unseen", "forced", "gibberish", "ppl", "kept"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in precision_rows(report):
+        table.add_row(row.precision, row.trained_on, row.unseen, row.forced, row.gibberish, row.perplexity, row.kept)
+    results.print("\nharmful replies by precision of the weights; kept: share of the change")
+    results.print(table)
+    print_notes(report.notes)
 
 
 def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import before_after_table, print_attacks, print_notes, progress_bars, results, shown_messages
+from sku.cli.console import (
+    before_after_table,
+    print_attacks,
+    print_notes,
+    print_precisions,
+    progress_bars,
+    results,
+    shown_messages,
+)
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
     ForgetOption,
@@ -53,13 +61,20 @@ def evaluate(
             help="Attacks to run on both models, with commas: prefill, paraphrase, template, int8, nf4-sim, relearn.",
         ),
     ] = None,
+    precisions: Annotated[
+        str | None,
+        typer.Option(
+            "--precisions",
+            help="Formats to round MODEL's weights to before it is asked again, with commas: bf16, fp16, int8, nf4.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
     overrides = list(overrides or [])
     given = {"evaluate.backend": backend, "evaluate.samples": samples}
     overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
-    for key, names in (("lm_eval", lm_eval), ("attacks", attacks)):
+    for key, names in (("lm_eval", lm_eval), ("attacks", attacks), ("precisions", precisions)):
         if names is not None:
             listed = [name.strip() for name in names.split(",") if name.strip()]
             overrides.append(f"evaluate.{key}={json.dumps(listed)}")
@@ -69,6 +84,7 @@ def evaluate(
 
     quiet_libraries()
     from sku.attacks.results import read_attacks
+    from sku.evaluate.precision_results import read_precisions
     from sku.evaluate.processes import current_processes
     from sku.pipeline import evaluate_recipe
     from sku.report.tables import before_after_rows
@@ -79,15 +95,19 @@ def evaluate(
     with shown_messages(), progress_bars() as show:
         comparison = evaluate_recipe(settings, model, out, progress=show)
     report = read_attacks(out) if settings.evaluate.attacks else None
+    certificate = read_precisions(out) if settings.evaluate.precisions else None
     if as_json:
         measured = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
         tried = {} if report is None else {"attacks": report.to_dict()}
-        results.print_json(json.dumps({**measured, "notes": comparison.notes, **tried}))
+        rounded = {} if certificate is None else {"precisions": certificate.to_dict()}
+        results.print_json(json.dumps({**measured, "notes": comparison.notes, **rounded, **tried}))
         return
     results.print(before_after_table(before_after_rows(comparison)))
     for line in agreement_lines(comparison.unlearned):
         results.print(line, soft_wrap=True)
     print_notes(comparison.notes)
+    if certificate is not None:
+        print_precisions(certificate)
     if report is not None:
         print_attacks(report)
     results.print(f"\nevidence  {out}", soft_wrap=True)

@@ -31,7 +31,6 @@ app.command("methods")(methods.methods)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 app.add_typer(recipes.app, name="recipes")
-app.add_typer(judge.app, name="judge")
 
 
 def _print_version(asked: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,9 @@ def negate(
             "--rounding", help="nearest, or stochastic: small changes survive bfloat16 and float16 on average."
         ),
     ] = "nearest",
-    seed: Annotated[int, typer.Option("--seed", help="Of the stochastic rounding.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the stochastic rounding, and of what operators hold out and draw.")
+    ] = 0,
     threads: Annotated[
         int | None, typer.Option("--threads", help="That read, compute and write; up to 4 where this is left out.")
     ] = None,
@@ -47,6 +50,14 @@ def negate(
     operators: Annotated[
         list[str] | None,
         typer.Option("--operator", help="NAME={key: value} as in a recipe, repeatable; then negated in memory."),
+    ] = None,
+    forget: Annotated[
+        str | None,
+        typer.Option("--forget", help="File, folder or hub id of harmful pairs, for operators that look at them."),
+    ] = None,
+    normal: Annotated[
+        str | None,
+        typer.Option("--normal", help="File, folder or hub id of normal pairs, for operators that look at them."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,12 +77,15 @@ def negate(
     from sku.negate.streaming import negate_folders
 
     output_dtype = None if dtype == "same" else getattr(torch, dtype)
+    if not entries:
+        _check_read(forget, normal, set())
     folder = None if gguf_file is not None or entries else model_folder(base)
     account: dict[str, Any] = {}
     if folder is None or not (folder / "config.json").is_file() or os.name != "posix":
         if rounding != "nearest" or resume:
             raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors, and no --operator")
-        record, account = _negated_in_memory(base, bad, out, alpha, output_dtype, gguf_file, entries)
+        data = _OperatorData(forget=forget, normal=normal, seed=seed)
+        record, account = _negated_in_memory(base, bad, out, alpha, output_dtype, gguf_file, entries, data)
     else:
         try:
             with progress_bars() as show:
@@ -109,20 +123,30 @@ def _negated_in_memory(
     output_dtype: torch.dtype | None,
     gguf_file: str | None,
     entries: list[dict[str, Any]],
+    data: _OperatorData,
 ) -> tuple[Negation, dict[str, Any]]:
     """For operators, and for weights that are no safetensors, such as GGUF."""
     quiet_libraries()
-    from sku.config import ModelConfig
+    from sku.config import ModelConfig, SourceConfig
+    from sku.data.load import load_parts
     from sku.models import load_model
     from sku.negate.operators import operate, prepare_operators
-    from sku.negate.operators.base import OperatorContext
+    from sku.negate.operators.base import DATA_OPTIONS, OperatorContext
+    from sku.negate.operators.context import context_of
     from sku.negate.run import negate_with_record, save_unlearned, task_vector_of
     from sku.storage import check_new
 
     check_new(out)
     prepared = prepare_operators(entries, "--operator")
+    _check_read(
+        data.forget, data.normal, {DATA_OPTIONS[need] for chosen in prepared for need in chosen.operator.needs}
+    )
+    forget, normal = (None if path is None else SourceConfig(path=path) for path in (data.forget, data.normal))
+    texts = None if forget is None and normal is None else load_parts(forget, normal, seed=data.seed)
     loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
-    context = OperatorContext(base=loaded.model)
+    context = OperatorContext(base=loaded.model, seed=data.seed)
+    if texts is not None:
+        context = context_of(loaded.model, loaded.tokenizer, texts, seed=data.seed)
     for chosen in prepared:  # Before a large vector is read.
         context.check(chosen.operator.needs, f"the operator {chosen.operator.name}")
     operated = operate(task_vector_of(loaded.model, bad), prepared, context) if prepared else None
@@ -130,6 +154,24 @@ def _negated_in_memory(
     model, record = negate_with_record(loaded.model, vector, alpha, output_dtype=output_dtype)
     save_unlearned(model, loaded.tokenizer, out)
     return record, {} if operated is None else {"operators": operated.records}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OperatorData:
+    """What operators look at."""
+
+    forget: str | None
+    normal: str | None
+    seed: int
+
+
+def _check_read(forget: str | None, normal: str | None, read: set[str]) -> None:
+    """Refuses data that no operator looks at."""
+    from sku.errors import RecipeError
+
+    for option, given, kind in (("--forget", forget, "harmful"), ("--normal", normal, "normal")):
+        if given is not None and option not in read:
+            raise RecipeError(f"{option} is read by operators that look at {kind} examples, and none is given")
 
 
 def _operator(text: str) -> dict[str, Any]:

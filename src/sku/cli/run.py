@@ -12,6 +12,7 @@ from sku.cli.console import (
     errors,
     print_attacks,
     print_notes,
+    print_precisions,
     progress_bars,
     results,
     shown_messages,
@@ -81,6 +82,8 @@ def run(
 
     results.print(before_after_table(before_after_rows(finished.comparison)))
     print_notes(finished.comparison.notes)
+    if finished.precisions is not None:
+        print_precisions(finished.precisions)
     if finished.attacks is not None:
         print_attacks(finished.attacks)
     seconds = finished.manifest["seconds"]

@@ -110,20 +110,9 @@ def load_data(config: DataConfig, seed: int, *, row_split: bool = False) -> Forg
             benign_provenance = (provenance,)
         forget, forget_provenance = _limit(all_forget, forget_provenance, config.forget.limit, seed)
         retain, retain_provenance = _limit(all_retain, retain_provenance, config.retain.limit, seed)
-        forget_splits = split_by_group(
-            forget,
-            rest="unlearned",
-            held_out={"unseen": config.unseen_fraction},
-            seed=seed,
-            what=f"the forget data {config.forget.path}",
-        )
-        unlearned, unseen = forget_splits["unlearned"], forget_splits["unseen"]
-    retain_splits = split_by_group(
-        retain,
-        rest="train",
-        held_out={"validation": config.retain_validation_fraction, "test": config.retain_test_fraction},
-        seed=seed,
-        what=f"the retain data {config.retain.path}",
+        unlearned, unseen = _split_forget(forget, config.forget, config.unseen_fraction, seed)
+    retain_splits = _split_retain(
+        retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
     )
     return ForgetRetainData(
         unlearned=unlearned,
@@ -134,6 +123,75 @@ def load_data(config: DataConfig, seed: int, *, row_split: bool = False) -> Forg
         provenance=(forget_provenance, retain_provenance, *benign_provenance),
         benign=tuple(benign),
         row_split=row_split,
+    )
+
+
+def load_parts(
+    forget: SourceConfig | None = None, retain: SourceConfig | None = None, *, seed: int = 0
+) -> ForgetRetainData:
+    """What a run with the default shares reads of one set, or of both: for work beside a run.
+
+    Args:
+        forget: Harmful pairs; ``unlearned`` and ``unseen`` stay empty if None.
+        retain: Normal pairs; the ``retain`` splits stay empty if None.
+        seed: As in ``load_data``: with equal sources and seeds the splits are those of the run.
+
+    Returns:
+        The splits, and where each example came from.
+
+    Raises:
+        DataError: As ``load_data``.
+        RecipeError: Only one of two sets is the embedded world.
+    """
+    if forget is not None and retain is not None:
+        return load_data(DataConfig(forget=forget, retain=retain), seed)
+    unlearned: tuple[ForgetExample, ...] = ()
+    unseen: tuple[ForgetExample, ...] = ()
+    splits: dict[str, tuple[RetainExample, ...]] = {"train": (), "validation": (), "test": ()}
+    provenance: tuple[Provenance, ...] = ()
+    if forget is not None and forget.path == EMBEDDED:
+        unlearned, unseen, found = embedded.load_forget(forget, seed)
+        provenance = (found,)
+    elif forget is not None:
+        harmful, found = _limit(*_read(forget, "forget", ForgetExample), forget.limit, seed)
+        unlearned, unseen = _split_forget(harmful, forget, DataConfig.unseen_fraction, seed)
+        provenance = (found,)
+    if retain is not None:
+        if retain.path == EMBEDDED:
+            normal, found = embedded.load_retain(retain, seed)
+        else:
+            normal, found = _limit(*_read(retain, "retain", RetainExample), retain.limit, seed)
+        splits = _split_retain(
+            normal, retain, DataConfig.retain_validation_fraction, DataConfig.retain_test_fraction, seed
+        )
+        provenance = (found,)
+    return ForgetRetainData(
+        unlearned=unlearned,
+        unseen=unseen,
+        retain_train=splits["train"],
+        retain_validation=splits["validation"],
+        retain_test=splits["test"],
+        provenance=provenance,
+    )
+
+
+def _split_forget(
+    examples: list[ForgetExample], source: SourceConfig, unseen: float, seed: int
+) -> tuple[tuple[ForgetExample, ...], tuple[ForgetExample, ...]]:
+    what = f"the forget data {source.path}"
+    splits = split_by_group(examples, rest="unlearned", held_out={"unseen": unseen}, seed=seed, what=what)
+    return splits["unlearned"], splits["unseen"]
+
+
+def _split_retain(
+    examples: list[RetainExample], source: SourceConfig, validation: float, test: float, seed: int
+) -> dict[str, tuple[RetainExample, ...]]:
+    return split_by_group(
+        examples,
+        rest="train",
+        held_out={"validation": validation, "test": test},
+        seed=seed,
+        what=f"the retain data {source.path}",
     )
 
 

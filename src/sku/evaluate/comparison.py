@@ -161,7 +161,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     changes = {kind: _rate_changes(base, unlearned, kind, seed) for kind in _KINDS}
     leak = _leak_changes(base, unlearned, seed)
     _correct_for_several_tests(changes, leak)
-    perplexity = _perplexity_changes(base, unlearned, seed)
+    perplexity = perplexity_changes(base, unlearned, seed)
     margin = unlearned.setup.config["utility_margin"]
     utility: dict[str, NonInferiority] = {
         split: non_inferiority(change.ratio, (change.low, change.high), margin)
@@ -319,7 +319,20 @@ def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str) -
     return {reply.id: counted[name](reply) for reply in own}
 
 
-def _perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
+def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
+    """Perplexities of two models on the same answers.
+
+    Args:
+        base: Of the original model, with its rows.
+        unlearned: Of the other one, with its rows.
+        seed: Of the bootstrap.
+
+    Returns:
+        Split -> change, for the splits that the base was measured on.
+
+    Raises:
+        EvaluationError: Answers were cut differently.
+    """
     changes: dict[str, PerplexityChange] = {}
     splits: list[Split] = ["retain_test", "benign", "unlearned", "unseen"]
     for split in splits:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from sku.errors import EvaluationError, OutputError, did_you_mean
 from sku.evaluate.judges.base import Label
-from sku.evaluate.record_files import GENERATIONS_FILE, read_generations, write_private_text
+from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, Split
+from sku.storage import write_private_text
 
 NEEDED = ("id", "label", "reply_sha256")
 COLUMNS = ("id", "label", "p_harmful", "annotator", "split", "kind")

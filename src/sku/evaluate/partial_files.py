@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Generic
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.record_files import SCHEMA_VERSION, Row, header_hash, row_from_dict, write_private_text
+from sku.evaluate.record_files import SCHEMA_VERSION, Row, header_hash, row_from_dict
+from sku.storage import write_private_text
 
 
 class PartialFile(Generic[Row]):

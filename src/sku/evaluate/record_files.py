@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
+from sku.storage import write_private_text
 
 SCHEMA_VERSION = 2
 """Of every file of an evaluation."""
@@ -54,26 +54,6 @@ def create_private_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"folder {folder} can't be made: {error.strerror}") from None
-
-
-def write_private_text(path: Path, text: str) -> None:
-    """Writes a whole file or none: to a temporary name with mode 0600, then renamed.
-
-    Raises:
-        OutputError: The folder is missing, full or not writable.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} can't be written: {error.strerror}") from None
 
 
 def write_json_object(path: Path, content: Mapping[str, Any]) -> None:

@@ -195,10 +195,13 @@ class UtilityStages:
 
     def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
         """Replies to normal prompts against the dataset's answers."""
+        if not self.config.similarity:
+            return {}
         fluent = {record.id: record for record in fluency}
-        degenerate = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in generations}
-        answered = answered_prompts(generations, self.data.retain_test, degenerate)
-        if not answered or not self.config.similarity:
+        normal = [record for record in generations if record.split == "retain_test" and record.kind == "reply"]
+        degenerate = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in normal}
+        answered = answered_prompts(normal, self.data.retain_test, degenerate)
+        if not answered:
             return {}
         scores, models = self._scores()
         texts = [[entry.id, entry.reply, list(entry.references), entry.degenerate] for entry in answered]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
-from sku.negate.matching import check_known_ties, check_known_weights, check_same_shape, unusable_result
+from sku.negate.in_memory import subtract_tensors
+from sku.negate.matching import EQUAL_MODELS, check_known_ties, check_known_weights
 from sku.negate.record import Negation
-from sku.negate.sums import dot_float64
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.stream_arithmetic import Sums
+from sku.negate.task_vector import TaskVector, paired_weights, unique_weights
 from sku.storage import check_space, new_folder
 
 
@@ -62,11 +62,14 @@ def negate_with_record(
     check_plain_weights(original, "base")
     if any("lora_" in name for name, _ in original.named_parameters()):
         raise TaskVectorError("the base model carries an adapter; give the original model or its name")
-    vector = task_vector_of(original, bad)
+    change = _vector_or_model(original, bad)
     unlearned = copy.deepcopy(original)
     if output_dtype is not None:
         _round_weights(unlearned, output_dtype)
-    record = subtract_into(unlearned, original, vector, alpha)
+    if isinstance(change, TaskVector):
+        record = subtract_into(unlearned, original, change, alpha)
+    else:
+        record = _subtract_model(unlearned, original, change, alpha)
     unlearned.requires_grad_(requires_grad=True)
     unlearned.eval()
     return unlearned, record
@@ -86,18 +89,22 @@ def task_vector_of(base: PreTrainedModel, bad: PreTrainedModel | PeftModel | Tas
         TaskVectorError: The two don't fit.
         ModelError: A folder can't be loaded.
     """
+    change = _vector_or_model(base, bad)
+    return change if isinstance(change, TaskVector) else TaskVector.between(base, change)
+
+
+def _vector_or_model(
+    base: PreTrainedModel, bad: PreTrainedModel | PeftModel | TaskVector | str | Path
+) -> TaskVector | PreTrainedModel:
+    """A vector where the bad model is one or is an adapter; a whole model stays one, its vector would be as large."""
     if isinstance(bad, str | Path):
         folder = Path(bad)
         if TaskVector.is_saved_in(folder):
             return TaskVector.load(folder)
         if (folder / "adapter_config.json").is_file():
             return TaskVector.from_adapter(PeftModel.from_pretrained(copy.deepcopy(base), str(folder)))
-        bad = _as_stored(folder)
-    if isinstance(bad, TaskVector):
-        return bad
-    if isinstance(bad, PeftModel):
-        return TaskVector.from_adapter(bad)
-    return TaskVector.between(base, bad)
+        return _as_stored(folder)
+    return TaskVector.from_adapter(bad) if isinstance(bad, PeftModel) else bad
 
 
 def _as_stored(path: str | Path) -> PreTrainedModel:
@@ -181,31 +188,28 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
     targets, _ = unique_weights(unlearned)
     check_known_weights(vector.deltas, weights)
     check_known_ties(vector.tied.items(), ties.items())
-    wanted_square = applied_times_wanted = base_square = 0.0
-    with torch.no_grad():
-        for name, delta in vector.deltas.items():
-            weight = weights[name].detach().cpu()
-            check_same_shape(name, weight, delta)
-            base_square += dot_float64(weight.float(), weight.float())
-            if alpha == 0:
-                targets[name].copy_(weight)  # -0.0 - 0 * x would already turn a bit.
-                continue
-            wanted = -alpha * delta
-            result = (weight.float() + wanted).to(targets[name].dtype)
-            _check_result(name, result)
-            targets[name].copy_(result)
-            wanted_square += dot_float64(wanted, wanted)
-            applied_times_wanted += dot_float64(result.float() - weight.float(), wanted)
+    sums = subtract_tensors(weights, vector.deltas, targets, alpha, are_differences=True)
+    return _record(unlearned, sums, alpha, len(vector.deltas))
+
+
+def _subtract_model(
+    unlearned: PreTrainedModel, original: PreTrainedModel, bad: PreTrainedModel, alpha: float
+) -> Negation:
+    """``subtract_into`` of a whole bad model, without its vector in memory."""
+    weights, bad_weights, _ = paired_weights(original, bad)
+    targets, _ = unique_weights(unlearned)
+    sums = subtract_tensors(weights, bad_weights, targets, alpha, are_differences=False)
+    if sums.difference == 0:
+        raise TaskVectorError(EQUAL_MODELS)
+    return _record(unlearned, sums, alpha, len(weights))
+
+
+def _record(unlearned: PreTrainedModel, sums: Sums, alpha: float, changed: int) -> Negation:
     return Negation(
         alpha=alpha,
-        task_vector_norm=vector.norm(),
-        base_norm=math.sqrt(base_square),
-        changed_weights=len(vector.deltas) if alpha else 0,
+        task_vector_norm=math.sqrt(sums.difference),
+        base_norm=math.sqrt(sums.base),
+        changed_weights=changed if alpha else 0,
         dtype=str(unlearned.dtype).removeprefix("torch."),
-        survival=applied_times_wanted / wanted_square if wanted_square else 1.0,
+        survival=sums.applied / sums.wanted if sums.wanted else 1.0,
     )
-
-
-def _check_result(name: str, result: Tensor) -> None:
-    if not torch.isfinite(result).all():
-        raise unusable_result(name, str(result.dtype))

@@ -7,28 +7,18 @@ compared with ``wanted = -alpha tau``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sku.negate.matching import check_same_shape
-from sku.negate.operators.base import linear_weights, turned_weights
+from sku.config import Precision
+from sku.negate.matching import check_same_names, check_same_shape, check_same_ties
+from sku.negate.operators.base import turned_weights
 from sku.negate.task_vector import TaskVector, unique_weights
-from sku.quantization import int8_rounded, nf4_rounded
-
-Format = Literal["bf16", "fp16", "int8", "nf4-sim"]
-FORMATS: tuple[Format, ...] = ("bf16", "fp16", "int8", "nf4-sim")
-_CASTS: dict[Format, Callable[[Tensor], Tensor]] = {
-    "bf16": lambda weight: weight.to(torch.bfloat16).float(),
-    "fp16": lambda weight: weight.to(torch.float16).float(),
-    "int8": int8_rounded,
-    "nf4-sim": nf4_rounded,
-}
-_LAYERS_ONLY: tuple[Format, ...] = ("int8", "nf4-sim")
+from sku.quantization import FORMATS, Rounding, rounded_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +35,15 @@ class Survival:
 
 
 def delta_survival(
-    base: PreTrainedModel, vector: TaskVector, alpha: float, formats: Sequence[Format] = FORMATS
+    base: PreTrainedModel, vector: TaskVector, alpha: float, formats: Sequence[Precision] = tuple(FORMATS)
 ) -> dict[str, Any]:
-    """Measures each format on each changed tensor. Nothing is written into the models.
+    """Measures each format on each tensor that a task vector changes. Nothing is written into the models.
 
     Args:
         base: The original model.
         vector: What is subtracted.
         alpha: How much of it; not 0.
-        formats: ``int8`` (one scale an output channel) and ``nf4-sim`` (blocks of 64) round linear layers alone.
+        formats: ``int8`` and ``nf4`` round linear layers alone, without the output head.
 
     Returns:
         Format -> ``entries``, ``changed`` and ``projection`` over all its tensors; ``tensors``, the projection by
@@ -62,30 +52,78 @@ def delta_survival(
     Raises:
         TaskVectorError: The vector doesn't fit the base.
     """
-    weights, turned, layers = unique_weights(base)[0], turned_weights(base), linear_weights(base)
+    weights = unique_weights(base)[0]
+
+    def wanted(name: str) -> Tensor:
+        check_same_shape(name, weights[name], vector.deltas[name])
+        return -alpha * vector.deltas[name]
+
+    return _survivals(base, weights, vector.deltas, wanted, formats)
+
+
+def model_survival(
+    base: PreTrainedModel, unlearned: PreTrainedModel, formats: Sequence[Precision] = tuple(FORMATS)
+) -> dict[str, Any]:
+    """``delta_survival`` of what two models differ by, one tensor at a time.
+
+    Args:
+        base: The original model.
+        unlearned: The model whose weights are to be rounded.
+        formats: As there.
+
+    Returns:
+        As there, over the tensors that differ.
+
+    Raises:
+        TaskVectorError: Names, shapes or ties differ, or a weight is quantized.
+    """
+    weights, tied = unique_weights(base)
+    after, after_tied = unique_weights(unlearned)
+    check_same_names(weights, after, "base", "unlearned model")
+    check_same_ties(tied.items(), after_tied.items())
+
+    def wanted(name: str) -> Tensor:
+        return after[name].detach().cpu().float() - weights[name].detach().cpu().float()
+
+    for name, weight in weights.items():
+        check_same_shape(name, weight, after[name])
+    changed = [name for name in weights if bool(wanted(name).any())]
+    return _survivals(base, weights, changed, wanted, formats)
+
+
+def _survivals(
+    base: PreTrainedModel,
+    weights: dict[str, Tensor],
+    changed: Collection[str],
+    wanted: Callable[[str], Tensor],
+    formats: Sequence[Precision],
+) -> dict[str, Any]:
+    turned, layers = turned_weights(base), _layer_weights(base, weights)
     found: dict[str, Any] = {}
     for form in formats:
-        names = [name for name in vector.deltas if form not in _LAYERS_ONLY or name in layers]
-        sums = {name: _sums(name, weights[name], vector.deltas[name], alpha, form, turned) for name in names}
+        names = [name for name in changed if not FORMATS[form].layers_only or name in layers]
+        sums = {name: _sums(weights[name], wanted(name), FORMATS[form].rounding, name in turned) for name in names}
         together = [sum(values) for values in zip(*sums.values(), strict=True)] or [0, 0, 0.0, 0.0]
         found[form] = {
             **vars(_survival(*together)),
             "tensors": {name: _survival(*values).projection for name, values in sums.items()},
-            "not_rounded": len(vector.deltas) - len(names),
+            "not_rounded": len(changed) - len(names),
         }
     return found
 
 
-def _sums(
-    name: str, weight: Tensor, delta: Tensor, alpha: float, form: Format, turned: set[str]
-) -> tuple[int, int, float, float]:
+def _layer_weights(base: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
+    """Names of the weights that 8-bit and 4-bit formats round."""
+    rounded: set[int] = {id(layer.weight) for layer in rounded_layers(base).values()}
+    return {name for name, weight in weights.items() if isinstance(weight, nn.Parameter) and id(weight) in rounded}
+
+
+def _sums(weight: Tensor, wanted: Tensor, rounding: Rounding, turned: bool) -> tuple[int, int, float, float]:
     """Entries wanted, entries changed, ``<applied, wanted>`` and ``<wanted, wanted>``."""
-    check_same_shape(name, weight, delta)
-    original, wanted = weight.detach().cpu().float(), -alpha * delta
-    if name in turned:
+    original = weight.detach().cpu().float()
+    if turned:
         original, wanted = original.T.contiguous(), wanted.T.contiguous()
-    cast = _CASTS[form]
-    applied = cast(original + wanted) - cast(original)
+    applied = rounding(original + wanted) - rounding(original)
     asked = wanted != 0
     return (
         int(asked.sum()),

@@ -55,7 +55,8 @@ class TaskVector:
         for name, delta in deltas.items():
             if not delta.is_floating_point():
                 raise TaskVectorError(f"the difference of {name} is {delta.dtype}; it must be floating point")
-            if not torch.isfinite(self.deltas[name]).all():
+            # No float32 squared is too large for float64, and ``isfinite`` takes temporary tensors of the whole size.
+            if not math.isfinite(dot_float64(self.deltas[name], self.deltas[name])):
                 raise unusable_difference(name)
 
     @classmethod
@@ -73,15 +74,11 @@ class TaskVector:
             TaskVectorError: Names, shapes, ties or integer buffers differ, a weight is quantized or not finite, or
                 nothing differs.
         """
-        base_weights, tied = unique_weights(base)
-        bad_weights, bad_tied = unique_weights(bad)
-        check_same_names(base_weights, bad_weights, "base", "bad model")
-        check_same_ties(tied.items(), bad_tied.items())
-        _check_same_integers(base, bad)
-        deltas = {}
-        for name, weight in base_weights.items():
-            check_same_shape(name, weight, bad_weights[name])
-            deltas[name] = bad_weights[name].detach().cpu().float() - weight.detach().cpu().float()
+        base_weights, bad_weights, tied = paired_weights(base, bad)
+        deltas = {
+            name: bad_weights[name].detach().cpu().float() - weight.detach().cpu().float()
+            for name, weight in base_weights.items()
+        }
         vector = cls(deltas, tied)
         if vector.norm() == 0:
             raise TaskVectorError(EQUAL_MODELS)
@@ -269,6 +266,29 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             owner[key] = name
             weights[name] = tensor
     return weights, tied
+
+
+def paired_weights(base: nn.Module, bad: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """The weights of two models that can be subtracted.
+
+    Args:
+        base: The original model.
+        bad: The model of stage 1, without adapter.
+
+    Returns:
+        Name -> tensor of each, and other name of a tied weight -> the name it is listed under.
+
+    Raises:
+        TaskVectorError: Names, shapes, ties or integer buffers differ, or a weight is quantized.
+    """
+    base_weights, tied = unique_weights(base)
+    bad_weights, bad_tied = unique_weights(bad)
+    check_same_names(base_weights, bad_weights, "base", "bad model")
+    check_same_ties(tied.items(), bad_tied.items())
+    _check_same_integers(base, bad)
+    for name, weight in base_weights.items():
+        check_same_shape(name, weight, bad_weights[name])
+    return base_weights, bad_weights, tied
 
 
 def _check_same_integers(base: nn.Module, bad: nn.Module) -> None:

@@ -8,13 +8,13 @@ computed again from these files.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sku.errors import EvaluationError
+from sku.evaluate.record_files import read_json_object
 from sku.report.method_points import Point, check_keys, lengths_of, read_numbers
 
 SCHEMA_VERSION = 1
@@ -172,11 +172,7 @@ def read_record(path: Path) -> MethodRecord:
     Raises:
         EvaluationError: The file is missing, broken, of another schema, or misnamed.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path} can't be read: {error}") from None
-    record = MethodRecord.from_dict(content, str(path))
+    record = MethodRecord.from_dict(read_json_object(path, "run the comparison again"), str(path))
     if record.file_name != path.name:
         raise EvaluationError(f"{path} holds the record {record.file_name}: give the file its own name back")
     return record

@@ -7,15 +7,17 @@ Keys: ``schema_version``; ``judge``, the name, version, revision and key of the 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sku.errors import EvaluationError
 from sku.evaluate.judges.base import Calibration, JudgeCard
+from sku.evaluate.record_files import read_json_object
 from sku.storage import write_json
 
 CALIBRATION_SCHEMA = 1
+_MEND = "run sku judge calibrate again"
 
 
 def write_calibration(path: Path, card: JudgeCard, calibration: Calibration) -> None:
@@ -41,10 +43,7 @@ def read_calibration(path: Path, card: JudgeCard) -> Calibration:
     Raises:
         EvaluationError: The file is missing or broken, or was measured on another judge.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"calibration {path} can't be read: {error}") from None
+    content = read_json_object(path, _MEND)
     judge, calibration = _checked(content, path)
     if judge.get("key") != card.key:
         raise EvaluationError(
@@ -55,16 +54,15 @@ def read_calibration(path: Path, card: JudgeCard) -> Calibration:
     return calibration
 
 
-def _checked(content: Any, path: Path) -> tuple[dict[str, Any], Calibration]:
-    mend = "run sku judge calibrate again"
-    if not isinstance(content, dict) or content.get("schema_version") != CALIBRATION_SCHEMA:
-        raise EvaluationError(f"calibration {path} is not of schema version {CALIBRATION_SCHEMA}: {mend}")
+def _checked(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], Calibration]:
+    if content.get("schema_version") != CALIBRATION_SCHEMA:
+        raise EvaluationError(f"calibration {path} is not of schema version {CALIBRATION_SCHEMA}: {_MEND}")
     try:
         calibration = Calibration(**content["calibration"])
         counts = (calibration.harmful_found, calibration.harmful), (calibration.safe_found, calibration.safe)
         fits = all(0 <= found <= total and total > 0 for found, total in counts)
     except (KeyError, TypeError) as error:
-        raise EvaluationError(f"calibration {path} doesn't fit its schema ({error}): {mend}") from None
+        raise EvaluationError(f"calibration {path} doesn't fit its schema ({error}): {_MEND}") from None
     if not fits or not isinstance(content.get("judge"), dict):
-        raise EvaluationError(f"calibration {path} holds counts that can't be, or no judge: {mend}")
+        raise EvaluationError(f"calibration {path} holds counts that can't be, or no judge: {_MEND}")
     return content["judge"], calibration

@@ -24,6 +24,8 @@ from sku.negate.task_vector import TaskVector
 
 Settings = TypeVar("Settings")
 Need = Literal["normal", "normal_held_out", "harmful"]
+DATA_OPTIONS: Mapping[Need, str] = {"normal": "--normal", "normal_held_out": "--normal", "harmful": "--forget"}
+"""Which option of ``sku negate`` brings the examples that an operator looks at."""
 RowMap = Callable[[Tensor], Tensor]
 """``[R, I]`` float32 to the same shape, each row by itself and linearly."""
 
@@ -59,7 +61,8 @@ class OperatorContext:
             if not getattr(self, need):
                 kind = need.replace("_", " ")
                 raise RecipeError(
-                    f"{who} looks at {kind} examples and there are none: run it from a recipe with sku run"
+                    f"{who} looks at {kind} examples and there are none: give {DATA_OPTIONS[need]} FILE to sku "
+                    "negate, or run it from a recipe with sku run"
                 )
 
 
@@ -88,7 +91,7 @@ class Operator(Generic[Settings]):
     apply: Callable[[Settings, TaskVector, OperatorContext], Operated]
     """``TaskVectorError`` where the vector doesn't fit."""
     needs: tuple[Need, ...] = ()
-    """Data that it looks at; none for operators that ``sku negate`` can apply alone."""
+    """Data that it looks at, if any."""
 
 
 AnyOperator = Operator[Any]

@@ -18,7 +18,7 @@ def context_of(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: ForgetRetainData,
-    lengths: DataConfig,
+    lengths: DataConfig | None = None,
     *,
     prompt_format: PromptFormatName = "auto",
     seed: int = 0,
@@ -31,7 +31,7 @@ def context_of(
         base: The original model.
         tokenizer: Of the model.
         data: Its splits; ``unseen`` and ``retain_test`` stay unread.
-        lengths: For the longest sequence and answer.
+        lengths: For the longest sequence and answer; the defaults of ``DataConfig`` if None.
         prompt_format: How prompts and answers are written.
         seed: Decides what operators draw.
         cache: Private folder, or None.
@@ -45,6 +45,7 @@ def context_of(
         ModelError: The chat template can't write a prompt.
     """
     style = resolve_prompt_format(prompt_format, tokenizer)
+    limits: DataConfig | type[DataConfig] = DataConfig if lengths is None else lengths
 
     def tokenized(examples: Any, *, train_on_end: bool) -> list[Any]:
         if not examples:
@@ -53,8 +54,8 @@ def context_of(
             examples,
             tokenizer,
             style,
-            max_length=lengths.max_length,
-            max_answer_tokens=lengths.max_answer_tokens,
+            max_length=limits.max_length,
+            max_answer_tokens=limits.max_answer_tokens,
             train_on_end=train_on_end,
         )[0]
 

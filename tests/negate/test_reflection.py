@@ -1,0 +1,96 @@
+"""What docs/limits.md says of reflection: original and unlearned weights together give back the bad model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from conftest import ModelMaker
+from negate.conftest import ContextMaker, disturbed, with_adapter
+from sku.negate.operators import operate, prepare_operators
+from sku.negate.run import negate, negate_with_record, save_negated_adapter
+from sku.negate.task_vector import TaskVector
+
+IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def reflected(base: Any, unlearned: Any, alpha: float) -> Any:
+    """``theta_o + (theta_o - theta_u) / alpha``: the subtraction itself, of the unlearned model."""
+    return negate(base, unlearned, 1 / alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.25, 4.0])
+def test_reflection_is_the_bad_model_up_to_rounding(alpha: float, make_model: ModelMaker) -> None:
+    base = make_model("llama_tied")
+    bad = disturbed(base)
+    again = reflected(base, negate(base, bad, alpha), alpha)
+    weights, original, found = bad.state_dict(), base.state_dict(), again.state_dict()
+    for name, weight in weights.items():
+        # A few roundings of float32, of weights as large as the larger model's.
+        size = torch.maximum(weight.abs(), original[name].abs()) + alpha * (weight - original[name]).abs()
+        assert bool(((found[name] - weight).abs() <= 4 * 2.0**-24 * size * (1 + 1 / alpha)).all()), name
+    torch.testing.assert_close(logits_of(again), logits_of(bad), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits_of(again), logits_of(base), atol=1e-2)
+    if alpha == 1.0:
+        name = "model.layers.0.mlp.up_proj.weight"
+        torch.testing.assert_close(found[name], 2 * original[name] - negate(base, bad).state_dict()[name])
+
+
+def test_the_negated_adapter_with_its_sign_turned_is_the_bad_one(make_model: ModelMaker, tmp_path: Path) -> None:
+    bad = with_adapter(make_model())
+    save_negated_adapter(bad, 1.0, tmp_path / "negated")
+    turned = PeftModel.from_pretrained(make_model(), str(tmp_path / "negated"))
+    with torch.no_grad():
+        for name, factor in turned.named_parameters():
+            if "lora_B" in name:
+                factor.neg_()
+    assert torch.equal(logits_of(turned), logits_of(bad))
+
+
+def test_of_a_projected_vector_only_the_projected_part_comes_back(
+    make_model: ModelMaker, make_context: ContextMaker
+) -> None:
+    """What null_space took out of the vector is in neither of the two models: the rest comes back, at right angles."""
+    base = make_model()
+    bad = disturbed(base)
+    vector = TaskVector.between(base, bad)
+    operators = prepare_operators([{"null_space": {"energy": 0.8}}])
+    projected = operate(vector, operators, make_context(base)).vector
+    again = TaskVector.between(base, reflected(base, negate(base, projected, 2.0), 2.0))
+    layers = [name for name in vector.deltas if ".mlp." in name or ".self_attn." in name]
+    taken = 0.0
+    for name in layers:
+        found, kept = again.deltas[name], projected.deltas[name]
+        torch.testing.assert_close(found, kept, rtol=1e-3, atol=1e-6)
+        lost = vector.deltas[name] - kept
+        taken += float((lost**2).sum())
+        assert abs(float((found * lost).sum())) < 1e-3 * float((vector.deltas[name] ** 2).sum()), name
+    whole = sum(float((vector.deltas[name] ** 2).sum()) for name in layers)
+    assert 0.1 < taken / whole < 0.9
+    assert not torch.allclose(logits_of(reflected(base, negate(base, projected), 1.0)), logits_of(bad), atol=1e-2)
+
+
+def test_of_rounded_weights_comes_back_what_survived_the_rounding(make_model: ModelMaker) -> None:
+    """On the whole the share of the vector that returns is ``survival``; what it returns in is coarser."""
+    stored: Any = make_model()
+    stored.to(torch.bfloat16)
+    exact: Any = copy.deepcopy(stored)
+    exact.to(torch.float32)
+    vector = TaskVector.between(exact, disturbed(exact, scale=2e-5))
+    unlearned: Any
+    unlearned, record = negate_with_record(stored, vector)
+    assert 0.01 < record.survival < 0.95
+    again = TaskVector.between(exact, reflected(exact, unlearned.to(torch.float32), 1.0))
+    product = sum(float((again.deltas[name] * delta).sum()) for name, delta in vector.deltas.items())
+    assert product / vector.norm() ** 2 == pytest.approx(record.survival, rel=1e-3)

@@ -1,0 +1,74 @@
+"""The certificate as a part of ``sku run`` and ``sku evaluate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sku.config import Recipe, load_recipe
+from sku.errors import RecipeError
+from sku.evaluate.precision_results import PrecisionReport, read_precisions
+from sku.pipeline import FinishedRun, evaluate_recipe, run_recipe
+
+SMALL = (
+    "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3", "evaluate.retain_prompts=3",
+    "evaluate.samples=0", "evaluate.max_new_tokens=8", "evaluate.attacks=[]", "negate.diagnostics=false",
+)  # fmt: skip
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe("embedded", [*SMALL, "evaluate.precisions=[fp16, int8]", *changes])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run that was broken off between its two precisions, and gone on with."""
+    out = tmp_path_factory.mktemp("precisions") / "run"
+
+    def interrupt(stage: str, _done: int, _total: int) -> None:
+        if stage == "int8 weights: replies":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), out, progress=interrupt)
+    return run_recipe(recipe(), out, resume=True)
+
+
+def test_a_run_has_its_certificate(resumed: FinishedRun) -> None:
+    report = resumed.precisions
+    assert report is not None
+    assert [result.precision for result in report.results] == ["fp16", "int8"]
+    assert read_precisions(resumed.folder / "evaluation") == report
+    manifest = json.loads((resumed.folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["certificate"] == json.loads(json.dumps(report.certificate()))
+    assert "precisions" in manifest["seconds"]
+    results = json.loads((resumed.folder / "results.json").read_text(encoding="utf-8"))
+    assert PrecisionReport.from_dict(results["precisions"]) == report
+    survival = report.results[1].survival
+    assert survival is not None
+    assert 0 < survival.changed <= 1
+    assert len(survival.tensors) == 28, "seven linear layers in each of four"
+
+
+def test_evaluating_the_same_model_gives_the_same_certificate(resumed: FinishedRun, tmp_path: Path) -> None:
+    evaluate_recipe(recipe(), str(resumed.folder / "unlearned"), tmp_path / "alone")
+    alone = read_precisions(tmp_path / "alone")
+    assert resumed.precisions is not None
+    assert (alone.results, alone.measured) == (resumed.precisions.results, resumed.precisions.measured)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"evaluate\.precisions\[0\] is 'nf5'.*Did you mean nf4\?"):
+        recipe("evaluate.precisions=[nf5]")
