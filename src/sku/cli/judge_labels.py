@@ -38,9 +38,10 @@ def export(
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.label_files import export_labels
-    from sku.evaluate.records import NORMAL_SPLITS, Split
+    from sku.evaluate.measure import SPLITS
+    from sku.evaluate.records import NORMAL_SPLITS
 
-    splits = [name for name in get_args(Split) if name not in NORMAL_SPLITS]
+    splits = [name for name in SPLITS if name not in NORMAL_SPLITS]
     if split is not None and split not in splits:
         raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}")
     written = export_labels(
