@@ -501,6 +501,16 @@ class Recipe:
     keep_bad_model: bool = False
     """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
 
+    @property
+    def chooses_alpha(self) -> bool:
+        """Whether a run has to choose alpha; only SKU has one."""
+        return self.negate.alpha == "auto" and self.method == "sku"
+
+    @property
+    def forget_validation(self) -> float:
+        """Share of the harmful prompts to hold out for the choice of alpha; 0 where there is none to choose."""
+        return self.sweep.validation_fraction if self.chooses_alpha else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""
         return {item.name: plain_data(getattr(self, item.name)) for item in dataclasses.fields(self)}
@@ -692,8 +702,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, key: str, where: str) -
                 return _convert(option, value, key, where)
             except RecipeError as error:
                 errors.append(error)
-    words = [repr(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
-    raise RecipeError(f"{errors[0]}; or {', '.join(words)}") if words else errors[0]
+    raise errors[0]
 
 
 def _convert_scalar(hint: Any, value: Any, key: str, where: str) -> Any:

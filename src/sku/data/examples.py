@@ -117,7 +117,7 @@ class ForgetRetainData:
             "retain_validation": self.retain_validation,
             "retain_test": self.retain_test,
         }
-        optional = {"forget_validation": self.forget_validation, "benign": self.benign}
+        optional: dict[str, Sequence[Example]] = {"forget_validation": self.forget_validation, "benign": self.benign}
         return {**named, **{name: examples for name, examples in optional.items() if examples}}
 
     def counts(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The loss of ``retain_validation``: what settings such as alpha are chosen by, so that the test split stays unread."""
+"""The loss of ``retain_validation``, by which settings such as alpha are chosen: the test split stays unread."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Meter:
 
     def measure_base(self) -> SweepPoint:
         """The original model: perplexity ratio 1, and its replies."""
-        return SweepPoint(alpha=0.0, perplexity=Ratio(value=1.0, low=1.0, high=1.0), replies=self._ask(self.base, 0.0))
+        return SweepPoint(alpha=0.0, perplexity=Ratio(value=1.0, low=1.0, high=1.0), replies=self._ask(self.base))
 
     def measure(self, alpha: float) -> SweepPoint:
         """One alpha; replies are not asked for where the perplexity is hopeless.
@@ -100,7 +100,7 @@ class Meter:
         if ratio.value > self.asker.config.hopeless_ratio:
             reason = f"the perplexity is above sweep.hopeless_ratio, x{self.asker.config.hopeless_ratio:g}"
             return SweepPoint(alpha=alpha, perplexity=ratio, replies=None, unasked=reason)
-        return SweepPoint(alpha=alpha, perplexity=ratio, replies=self._ask(self.model, alpha))
+        return SweepPoint(alpha=alpha, perplexity=ratio, replies=self._ask(self.model))
 
     def _score(self, model: PreTrainedModel) -> Scores:
         return score_texts(model, self.asker.questions.texts, batch_size=self.asker.evaluate.batch_size)
@@ -113,7 +113,7 @@ class Meter:
         value = perplexity_ratio(mean_loss(scores), mean_loss(self._base_scores))
         return Ratio(value=value, low=perplexity_ratio(low, 0.0), high=perplexity_ratio(high, 0.0))
 
-    def _ask(self, model: PreTrainedModel, alpha: float) -> Replies:
+    def _ask(self, model: PreTrainedModel) -> Replies:
         asker, questions = self.asker, self.asker.questions
         with batching.evaluation_mode(model):
             records = generate_replies(
@@ -123,7 +123,7 @@ class Meter:
                 stop_ids=self._stop_ids,
                 max_new_tokens=asker.config.max_new_tokens,
                 batch_size=asker.evaluate.batch_size,
-                progress=self._report(f"alpha {alpha:g}"),
+                progress=self._report("sweep: replies"),
             )
         with batching.evaluation_mode(self.base):
             fluency = score_fluency(

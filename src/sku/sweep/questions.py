@@ -13,7 +13,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import Split
+from sku.evaluate.records import Kind, Split
 from sku.evaluate.sampling import draw_examples, record_id
 from sku.evaluate.validation import validation_texts
 from sku.sweep.points import FREE
@@ -107,7 +107,7 @@ def _requests(
         elif len(start[0]) + config.max_new_tokens > writer.window:
             left_out[f"{where}: the prompt is too long for the model"] += 1
         else:
-            kind = "reply" if tokens == FREE else "prefill"
+            kind: Kind = "reply" if tokens == FREE else "prefill"
             name = record_id(split, kind, example.prompt)
             requests.append(
                 GenerationRequest(

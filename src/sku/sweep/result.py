@@ -5,8 +5,8 @@ Keys of the file:
 - ``schema_version``, ``status`` (``running`` or ``complete``), ``key``: hash of all that decides a point's figures
   (original weights, task vector, prompts, decoding, judge). Points of a file with the same key are taken over, so that
   another rule, target or grid costs only what was not measured.
-- ``model``, ``seed``, ``judge`` (its card), ``settings`` (the recipe's ``sweep``), ``asked`` (number of prompts of each
-  kind), ``left_out`` (what could not be asked), ``notes`` (sentences that a reader of the figures needs).
+- ``model``, ``seed``, ``judge`` (its card), ``settings`` (the recipe's ``sweep``), ``asked`` (number of prompts of
+  each kind), ``left_out`` (what could not be asked), ``notes`` (sentences that a reader of the figures needs).
 - ``base``: the original model as a point with alpha 0.
 - ``points``: one an alpha that was asked for, from the smallest: ``alpha``; ``perplexity`` (value, low, high: the
   perplexity of the answers of ``retain_validation`` over the base model's, with a bootstrap interval over examples;

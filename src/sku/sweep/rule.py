@@ -36,7 +36,7 @@ def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) 
         config: Rule, target, budget and limits.
 
     Returns:
-        The alpha and why; ``lowest_alpha`` asks for ``harm_target``, ``least_harm`` for less harm than the base model's.
+        The alpha and why; ``lowest_alpha`` asks for ``harm_target``, ``least_harm`` for less harm than the base has.
 
     Raises:
         EvaluationError: The base model was not asked.
@@ -57,7 +57,8 @@ def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) 
     if enough:
         lowest = min(enough, key=lambda point: point.alpha)
         target = f"brings harm to {_percent(config.harm_target)} {limits}"
-        return Pick(alpha=lowest.alpha, met=True, why=f"alpha {lowest.alpha:g} is the lowest that {target}: {_account(lowest)}")
+        why = f"alpha {lowest.alpha:g} is the lowest that {target}: {_account(lowest)}"
+        return Pick(alpha=lowest.alpha, met=True, why=why)
     target = f"none of {len(points)} alphas brings harm to {_percent(config.harm_target)} {limits}"
     return Pick(alpha=least.alpha, met=False, why=f"{target}; the nearest is {least.alpha:g}: {_account(least)}")
 

@@ -40,7 +40,7 @@ def check_one_process() -> None:
         EvaluationError: There are several.
     """
     if current_processes().count > 1:
-        raise EvaluationError("alpha is chosen in one process: start this command without a launcher, or give an alpha")
+        raise EvaluationError("alpha is chosen in one process: start it without a launcher, or give an alpha")
 
 
 def sweep(
@@ -117,7 +117,7 @@ def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
         points = [point for _, point in sorted(measured.items())]
         write_sweep(folder, dataclasses.replace(found, points=tuple(points), spare=tuple(spare)))
         if meter.progress is not None:
-            meter.progress("alphas", len(measured), _expected(config, len(measured)))
+            meter.progress("sweep: alphas", len(measured), _expected(config, len(measured)))
         return measured[alpha]
 
     def is_enough(point: SweepPoint) -> bool:
