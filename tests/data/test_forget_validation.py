@@ -19,7 +19,9 @@ WORLD = DataConfig(forget=SourceConfig(path="embedded"), retain=SourceConfig(pat
 def files(folder: Path, prompts: int = 60) -> DataConfig:
     """Two answers to each of some harmful prompts, and normal ones."""
     forget, retain = folder / "forget.jsonl", folder / "retain.jsonl"
-    rows = [{"prompt": f"harm {n % prompts} ?", "response": f"answer {n}", "is_safe": False} for n in range(2 * prompts)]
+    rows = [
+        {"prompt": f"harm {n % prompts} ?", "response": f"answer {n}", "is_safe": False} for n in range(2 * prompts)
+    ]
     forget.write_text("".join(json.dumps(row) + "\n" for row in rows))
     retain.write_text("".join(json.dumps({"question": f"q {n}", "answer": f"a {n}"}) + "\n" for n in range(30)))
     columns = SourceConfig(path=str(forget), format="columns", prompt_column="prompt", answer_column="response")

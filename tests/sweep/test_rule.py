@@ -13,7 +13,7 @@ from sku.config import SweepConfig
 from sku.errors import EvaluationError
 from sku.sweep.points import SweepPoint
 from sku.sweep.rule import beyond_limits, choose, is_hopeless, meets_target
-from tests.sweep.frontiers import BASE, broken, hopeless, point
+from sweep.frontiers import BASE, broken, hopeless, point
 
 LOWEST = SweepConfig()
 LEAST = SweepConfig(rule="least_harm")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sku.sweep.points import SweepPoint
 from sku.sweep.search import along_grid, by_bisection
-from tests.sweep.frontiers import point
+from sweep.frontiers import point
 
 
 class Recorder:

@@ -7,6 +7,7 @@ Two models are held, the original and the one that is written; no file is. The w
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, find_faults
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.statistics import ratio_interval
-from sku.evaluate.validation import Scores, mean_loss, perplexity_ratio, score_texts
+from sku.evaluate.validation import Scores, perplexity_ratio, score_texts
 from sku.negate.run import subtract_into
 from sku.negate.task_vector import TaskVector
 from sku.sweep.points import FREE, Ratio, Replies, SweepPoint
@@ -109,9 +110,10 @@ class Meter:
         """Against the original on the same answers, which are drawn anew together."""
         scores = self._score(self.model)
         grown = [own - base for (own, _), (base, _) in zip(scores, self._base_scores, strict=True)]
-        low, high = ratio_interval(grown, [tokens for _, tokens in scores], seed=self.asker.seed)
-        value = perplexity_ratio(mean_loss(scores), mean_loss(self._base_scores))
-        return Ratio(value=value, low=perplexity_ratio(low, 0.0), high=perplexity_ratio(high, 0.0))
+        lengths = [tokens for _, tokens in scores]
+        low, high = ratio_interval(grown, lengths, seed=self.asker.seed)
+        value, low, high = (perplexity_ratio(loss, 0.0) for loss in (math.fsum(grown) / sum(lengths), low, high))
+        return Ratio(value=value, low=low, high=high)
 
     def _ask(self, model: PreTrainedModel) -> Replies:
         asker, questions = self.asker, self.asker.questions

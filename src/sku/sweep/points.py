@@ -60,12 +60,15 @@ class SweepPoint:
     unasked: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return dataclasses.asdict(self)
+        """As JSON holds it."""
+        plain = dataclasses.asdict(self)
+        for name in ("forced", "forced_degenerate") if self.replies is not None else ():
+            plain["replies"][name] = {str(tokens): rate for tokens, rate in plain["replies"][name].items()}
+        return plain
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> SweepPoint:
-        """The inverse of ``to_dict``, after JSON too.
+        """The inverse of ``to_dict``.
 
         Raises:
             EvaluationError: Keys or values that a point doesn't have.

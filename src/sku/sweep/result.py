@@ -59,14 +59,14 @@ class Sweep:
     pick: Pick | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in ``sweep.json``."""
+        """As ``sweep.json`` holds it."""
         return {
             "schema_version": SCHEMA_VERSION,
             "status": "running" if self.pick is None else "complete",
             "key": self.key,
             "model": self.model,
             "seed": self.seed,
-            "judge": dataclasses.asdict(self.judge),
+            "judge": plain_data(self.judge),
             "settings": plain_data(self.config),
             "asked": dict(self.asked),
             "left_out": dict(self.left_out),
