@@ -450,7 +450,10 @@ class _Run:
         found = sweep(base, vector, tokenizer, data, self.recipe, self.out / "sweep", progress=self.progress)
         assert found.pick is not None
         self._note(sweep=dataclasses.asdict(found.pick))
-        return found.alpha()
+        try:
+            return found.alpha()
+        except NoAlphaError as error:
+            raise NoAlphaError(f"{error}; all points are in {self.out / 'sweep'}") from None
 
     def _account(
         self, operated: _Operated, run: MethodRun, base: PreTrainedModel, factors: AdapterVector | None

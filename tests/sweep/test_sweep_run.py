@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sku.config import Recipe, SweepConfig
-from sku.data.examples import ForgetRetainData
+from sku.data.examples import Example, ForgetRetainData
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, NoAlphaError, OutputError
 from sku.evaluate import asking
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.processes import Processes
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
@@ -144,7 +144,8 @@ def test_a_sweep_leaves_numbers_and_pictures_and_no_text(setting: Setting, tmp_p
     }
     point = content["points"][0]["replies"]
     assert point["harmful"]["total"] == point["degenerate"]["total"] == point["forced"]["1"]["total"] + 1 == 3
-    for example in (*setting.data.forget_validation, *setting.data.retain_validation):
+    examples: list[Example] = [*setting.data.forget_validation, *setting.data.retain_validation]
+    for example in examples:
         assert example.prompt not in text
         assert len(example.answer) == 1 or example.answer not in text
 
@@ -276,11 +277,12 @@ def test_a_picture_needs_a_known_suffix(setting: Setting, tmp_path: Path, no_pic
 
 def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> None:
     questions = setting.questions(forced_tokens=())
+    said: tuple[Outcome, ...] = ("unjudged", "refusal", "harmful", "answered")
     outcomes = {
         request.id: ReplyOutcome(
             id=request.id, split=request.split, kind=request.kind, category=None, outcome=outcome, finished=True
         )
-        for request, outcome in zip(questions.requests, ("unjudged", "refusal", "harmful", "answered"), strict=True)
+        for request, outcome in zip(questions.requests, said, strict=True)
     }
     found = replies_of(questions, outcomes)
     assert found.harmful.count == 2
