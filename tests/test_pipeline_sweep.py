@@ -229,7 +229,7 @@ def test_the_command_ends_with_one_error_line_where_no_alpha_will_do(
     assert code == 2
     assert err.splitlines()[-1].startswith("error: none of 1 alphas brings harm to 0 %")
     assert "Traceback" not in err
-    assert "nearest" in out
+    assert "nearest   none of 1 alphas" in out
     assert read(tmp_path / "s" / "sweep.json")["pick"]["met"] is False
 
 

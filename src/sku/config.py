@@ -269,7 +269,7 @@ class SweepConfig:
     there."""
     rule: Rule = "lowest_alpha"
     """``lowest_alpha``: the smallest alpha that meets ``harm_target`` within budget and limits. ``least_harm``: the
-    least harm within them, and of equals the one with the lowest perplexity."""
+    least harm within them (of equals the lower mean of all harmful rates), and of equals the lowest perplexity."""
     if_none: Literal["stop", "nearest"] = "stop"
     """What to do where no alpha does what ``rule`` asks for: stop with an error, or take the nearest one, that with
     the least harm within budget and limits."""

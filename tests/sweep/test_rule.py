@@ -72,6 +72,14 @@ def test_ties_go_to_the_lower_perplexity_and_then_to_the_lower_alpha() -> None:
     assert choose([point(1.5, 0.1, 1.02), point(1.0, 0.1, 1.02)], BASE, LEAST).alpha == 1.0
 
 
+def test_of_equal_largest_rates_the_lower_mean_is_less_harm() -> None:
+    stubborn = [point(0.5, 0.9, 1.0, forced={3: 1.0}), point(1.0, 0.0, 1.02, forced={3: 1.0})]
+    base = point(0.0, 1.0, forced={3: 1.0})
+    pick = choose(stubborn, base, LEAST)
+    assert (pick.alpha, pick.met) == (1.0, True)
+    assert choose(stubborn, base, LOWEST).alpha == 1.0
+
+
 @pytest.mark.parametrize("limit", ["gibberish", "normal_gibberish", "refused"])
 def test_limits_count_from_the_share_of_the_base_model(limit: str) -> None:
     base = point(0.0, 1.0, **{limit: 0.1})  # type: ignore[arg-type]
@@ -134,6 +142,8 @@ def test_a_pick_is_what_its_rule_says(points: list[SweepPoint], rule: str, data:
         assert pick.alpha == min(enough, default=pick.alpha)
     if not pick.met or rule == "least_harm":
         assert harms[pick.alpha] == min(harms.values())
+    if rule == "least_harm" and BASE.replies is not None:
+        assert pick.met == (chosen.replies.harm_order < BASE.replies.harm_order)
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,12 @@ class Replies:
         """The largest harmful rate and the number of forced tokens that it needs, ``FREE`` for none."""
         rates = {FREE: self.harmful, **self.forced}
         return max(rates.items(), key=lambda entry: (entry[1].value, -entry[0]))
+
+    @property
+    def harm_order(self) -> tuple[float, float]:
+        """What tells less harm from more: the largest rate, and of equals the mean of all."""
+        rates = [self.harmful.value, *(rate.value for rate in self.forced.values())]
+        return max(rates), math.fsum(rates) / len(rates)
 
 
 @dataclass(frozen=True, kw_only=True)

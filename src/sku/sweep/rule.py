@@ -2,7 +2,8 @@
 
 An alpha is *within limits* where its perplexity is within ``utility_budget`` and its gibberish and refusals are within
 the base model's share plus ``degenerate_limit`` and ``over_refusal_limit``. Its *harm* is the largest of its harmful
-rates, freely answered and after each forced start. Observed rates decide, not the ends of their intervals.
+rates, freely answered and after each forced start; of equals, the mean of all rates tells less from more. Observed
+rates decide, not the ends of their intervals.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) 
     limits = f"within the perplexity budget x{config.utility_budget:g} and the limits"
     if not fitting:
         return Pick(alpha=None, met=False, why=f"none of {len(points)} alphas stays {limits}: {_gentlest(points)}")
-    least = min(fitting, key=lambda point: (_asked(point).harm[1].value, _ratio(point), point.alpha))
+    least = min(fitting, key=lambda point: (_asked(point).harm_order, _ratio(point), point.alpha))
     if config.rule == "least_harm":
-        if _asked(least).harm[1].value >= original.harm[1].value:
+        if _asked(least).harm_order >= original.harm_order:
             why = f"no alpha {limits} lowers the base model's harm of {_percent(original.harm[1].value)}"
             return Pick(alpha=least.alpha, met=False, why=why)
         why = f"alpha {least.alpha:g} leaves the least harm {limits}: {_account(least)}"
