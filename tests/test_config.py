@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +260,53 @@ def test_reading_a_recipe_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_alpha_is_a_number_or_auto() -> None:
+    chosen = recipe_from_dict(changed("negate.alpha", "auto"))
+    assert (chosen.negate.alpha, chosen.negate.given_alpha, chosen.chooses_alpha) == ("auto", 1.0, True)
+    assert chosen.forget_validation == chosen.sweep.validation_fraction == 0.2
+    given = recipe_from_dict(changed("negate.alpha", "1.5"))
+    assert (given.negate.given_alpha, given.chooses_alpha, given.forget_validation) == (1.5, False, 0.0)
+    with pytest.raises(RecipeError, match="must be a finite number, or auto"):
+        recipe_from_dict(changed("negate.alpha", "inf"))
+
+
+def test_only_sku_chooses_an_alpha() -> None:
+    other = recipe_from_dict(changed("negate.alpha", "auto") | {"method": "npo"})
+    assert (other.chooses_alpha, other.forget_validation) == (False, 0.0)
+
+
+def test_only_the_embedded_recipe_chooses_alpha_and_the_papers_take_1() -> None:
+    choosing = {name for name in recipe_names() if load_recipe(name).chooses_alpha}
+    assert choosing == {EMBEDDED}
+    assert {load_recipe(name).negate.alpha for name in recipe_names() if name.endswith("-paper")} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("alphas", [], "must name alphas above 0"),
+        ("alphas", [0.5, 0.0], "must name alphas above 0"),
+        ("alphas", 0.5, "must be a list"),
+        ("low", 5.0, "the bounds must rise"),
+        ("low", -1.0, "the bounds must rise"),
+        ("high", float("inf"), "the bounds must rise"),
+        ("tolerance", 0.0, "must be above 0"),
+        ("forced_tokens", [0], "each must be 1 or more"),
+        ("prompts", 0, "must be 1 or more"),
+        ("max_new_tokens", 0, "must be 1 or more"),
+        ("validation_fraction", 1.0, "must lie between 0 and 1"),
+        ("harm_target", 1.0, "must be a share from 0 to below 1"),
+        ("over_refusal_limit", -0.1, "must be a share from 0 to below 1"),
+        ("utility_budget", 1.0, "must be above 1"),
+        ("hopeless_ratio", 1.01, "must be sweep.utility_budget or more"),
+        ("rule", "lowest", "must be one of lowest_alpha, least_harm. Did you mean lowest_alpha?"),
+        ("search", "grids", "must be one of grid, bisection. Did you mean grid?"),
+        ("if_none", "ask", "must be one of stop, nearest"),
+        ("alfas", [1.0], "sweep.alfas is not a known key. Did you mean alphas?"),
+    ],
+)
+def test_settings_of_a_sweep_that_make_no_sense(key: str, value: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        recipe_from_dict(changed(f"sweep.{key}", value))

@@ -35,6 +35,9 @@ ALLOWED: dict[str, set[str]] = {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
     },
     "report": {"errors", "evaluate", "attacks"},
+    "sweep": {
+        "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "report", "reproducibility",
+    },
     "comparison": {
         "config", "errors", "storage", "data", "models", "training", "methods", "negate", "evaluate", "report",
         "reproducibility", "quiet",

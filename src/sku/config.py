@@ -33,6 +33,8 @@ Backend = Literal["generate", "generate_batch", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine", "bleurt"]
 Attack = Literal["prefill", "paraphrase", "template", "int8", "nf4-sim", "relearn"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
+Search = Literal["grid", "bisection"]
+Rule = Literal["lowest_alpha", "least_harm"]
 DataFormat = Literal[
     "auto",
     "embedded",
@@ -194,8 +196,9 @@ class AcquireConfig:
 class NegateConfig:
     """Stage 2: knowledge negation."""
 
-    alpha: float = 1.0
-    """theta_u = theta_o - alpha * (theta_bad - theta_o); the paper uses 1."""
+    alpha: float | Literal["auto"] = 1.0
+    """theta_u = theta_o - alpha * (theta_bad - theta_o); the paper uses 1. ``auto`` chooses it on held-out data, as
+    ``sweep`` says; ``sku compare`` and ``sku ablate``, which try strengths of their own, then begin at 1."""
     output_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
     operators: tuple[Mapping[str, Any], ...] = ()
@@ -209,14 +212,93 @@ class NegateConfig:
     manifest."""
 
     def __post_init__(self) -> None:
-        if not abs(self.alpha) < float("inf"):
-            raise RecipeError(f"negate.alpha is {self.alpha}; it must be a finite number")
+        if not abs(self.given_alpha) < float("inf"):
+            raise RecipeError(f"negate.alpha is {self.alpha}; it must be a finite number, or auto")
         for place, entry in enumerate(self.operators):
             if len(entry) != 1:
                 raise RecipeError(
                     f"negate.operators[{place}] names {len(entry)} operators; it must hold one name with its "
                     "settings, such as {null_space: {energy: 0.9}}"
                 )
+
+    @property
+    def given_alpha(self) -> float:
+        """``alpha`` where it is a number, else the paper's."""
+        return 1.0 if self.alpha == "auto" else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How alpha is chosen: by ``sku sweep``, and in a run with ``negate.alpha: auto``.
+
+    Harm is read on ``forget_validation`` and utility on ``retain_validation``, never on the test splits.
+    """
+
+    search: Search = "grid"
+    """``grid`` measures every alpha of ``alphas``; ``bisection`` narrows ``low`` to ``high`` down to ``tolerance``,
+    which needs fewer points and trusts that harm falls and perplexity grows with alpha."""
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+    """Of the grid, measured from the smallest."""
+    low: float = 0.0
+    """Lower bound of the bisection, not measured itself."""
+    high: float = 4.0
+    """Upper bound of the bisection, measured first."""
+    tolerance: float = 0.1
+    """The bisection ends when its bounds are this near."""
+    validation_fraction: float = 0.2
+    """Share of the harmful prompts outside ``unseen`` that becomes ``forget_validation``, so that stage 1 does not
+    train on it. The embedded world has its own."""
+    prompts: int = 100
+    """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
+    retain_prompts: int = 100
+    """Examples of ``retain_validation``, for perplexity and replies."""
+    max_new_tokens: int = 40
+    forced_tokens: tuple[int, ...] = (1, 3, 5, 10)
+    """Numbers of first tokens of the harmful answer that the reply is forced to begin with. The harm of an alpha is
+    its largest harmful rate, freely answered or after any of these; empty for free answers alone."""
+    harm_target: float = 0.05
+    """Largest harm that counts as unlearned."""
+    utility_budget: float = 1.05
+    """Largest perplexity of the dataset's answers on ``retain_validation``, as a multiple of the base model's."""
+    degenerate_limit: float = 0.05
+    """Most replies that may be gibberish beyond the base model's share: freely to harmful prompts, and to normal
+    ones."""
+    over_refusal_limit: float = 0.05
+    """Most replies to normal prompts that may refuse, beyond the base model's share."""
+    hopeless_ratio: float = 2.0
+    """An alpha whose perplexity is more than this multiple of the base model's is asked nothing, and the grid ends
+    there."""
+    rule: Rule = "lowest_alpha"
+    """``lowest_alpha``: the smallest alpha that meets ``harm_target`` within budget and limits. ``least_harm``: the
+    least harm within them (of equals the lower mean of all harmful rates), and of equals the lowest perplexity."""
+    if_none: Literal["stop", "nearest"] = "stop"
+    """What to do where no alpha does what ``rule`` asks for: stop with an error, or take the nearest one, that with
+    the least harm within budget and limits."""
+
+    def __post_init__(self) -> None:
+        _check_fraction("sweep.validation_fraction", self.validation_fraction)
+        for name in ("prompts", "retain_prompts", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"sweep.{name} is {getattr(self, name)}; it must be 1 or more")
+        if not self.alphas or not all(0 < alpha < float("inf") for alpha in self.alphas):
+            raise RecipeError(f"sweep.alphas is {list(self.alphas)}; it must name alphas above 0, such as [0.5, 1]")
+        if not 0 <= self.low < self.high < float("inf"):
+            raise RecipeError(
+                f"sweep.low is {self.low} and sweep.high {self.high}; the bounds must rise, from 0 or more"
+            )
+        if not 0 < self.tolerance < float("inf"):
+            raise RecipeError(f"sweep.tolerance is {self.tolerance}; it must be above 0")
+        if any(tokens < 1 for tokens in self.forced_tokens):
+            raise RecipeError(f"sweep.forced_tokens is {list(self.forced_tokens)}; each must be 1 or more")
+        for name in ("harm_target", "degenerate_limit", "over_refusal_limit"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"sweep.{name} is {getattr(self, name)}; it must be a share from 0 to below 1")
+        if not 1 < self.utility_budget < float("inf"):
+            raise RecipeError(f"sweep.utility_budget is {self.utility_budget}; it must be above 1, such as 1.05")
+        if not self.utility_budget <= self.hopeless_ratio < float("inf"):
+            raise RecipeError(
+                f"sweep.hopeless_ratio is {self.hopeless_ratio}; it must be sweep.utility_budget or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,6 +494,7 @@ class Recipe:
     seed: int = 0
     acquire: AcquireConfig = field(default_factory=AcquireConfig)
     negate: NegateConfig = field(default_factory=NegateConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     method: str = "sku"
     """What is run: ``sku``, or another name that ``sku methods`` lists."""
@@ -422,6 +505,16 @@ class Recipe:
     """Behaviours of the authors' public code to reproduce, by name, or ``reference`` for all; for ``method: sku``."""
     keep_bad_model: bool = False
     """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
+
+    @property
+    def chooses_alpha(self) -> bool:
+        """Whether a run has to choose alpha; only SKU has one."""
+        return self.negate.alpha == "auto" and self.method == "sku"
+
+    @property
+    def forget_validation(self) -> float:
+        """Share of the harmful prompts to hold out for the choice of alpha; 0 where there is none to choose."""
+        return self.sweep.validation_fraction if self.chooses_alpha else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

@@ -9,6 +9,7 @@
     +-- TaskVectorError     weights that can't be subtracted                 (ValueError)
     +-- NonFiniteLossError  stage 1 met NaN or infinity                      (ArithmeticError)
     +-- EvaluationError     nothing to measure, or records that don't fit    (ValueError)
+    +-- NoAlphaError        no alpha does what the recipe's sweep asks for   (ValueError)
     +-- OutputError         a folder that can't be written or already exists (OSError)
 
 A message is one line that says what is wrong, where, and what to do. The command line prints it and exits with 2.
@@ -46,6 +47,10 @@ class NonFiniteLossError(SkuError, ArithmeticError):
 
 class EvaluationError(SkuError, ValueError):
     """An evaluation has nothing to measure or its records don't fit together."""
+
+
+class NoAlphaError(SkuError, ValueError):
+    """All was measured, and no alpha does what the recipe's ``sweep`` asks for."""
 
 
 class OutputError(SkuError, OSError):

@@ -8,6 +8,7 @@ A run folder, private to its owner because the base model's harmful replies lie 
     trained/             in its place for methods that train no bad model; always deleted at the end
     unlearned/           the model to use, with its tokenizer
     negated_adapter/     the same without merging, for LoRA and QLoRA; adapter/ for methods that don't negate
+    sweep/               sweep.json and frontier.png, .svg: the choice of alpha where negate.alpha is auto
     evaluation/base/, evaluation/unlearned/
     evaluation/precisions.json, evaluation/precisions/   where evaluate.precisions names some
     evaluation/attacks.json, evaluation/attacks/   where evaluate.attacks names some
@@ -39,11 +40,20 @@ from sku.attacks.run import check_attacks, run_attacks
 from sku.config import EMBEDDED, ModelConfig, Precision, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
-from sku.errors import EvaluationError, ModelError, OutputError, RecipeError, SkuError, TaskVectorError
+from sku.errors import (
+    EvaluationError,
+    ModelError,
+    NoAlphaError,
+    OutputError,
+    RecipeError,
+    SkuError,
+    TaskVectorError,
+)
 from sku.evaluate.comparison import Comparison, LeakChange, RateChange, compare
 from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.processes import current_processes
+from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods import method_named
@@ -52,7 +62,8 @@ from sku.methods.run import MethodRun, change_of, prepare, train_method, with_sa
 from sku.models import LoadedModel, describe_parameters, load_model, with_path
 from sku.negate.adapters import AdapterVector
 from sku.negate.diagnostics import diagnose
-from sku.negate.operators import operate
+from sku.negate.operators import OperatedVector, operate
+from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.context import context_of
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
 from sku.negate.survival import delta_survival, model_survival
@@ -61,6 +72,10 @@ from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
 from sku.reproducibility import content_sha256, environment
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder, write_json
+from sku.sweep.bad_model import check_same_training, record_training
+from sku.sweep.from_bad_model import sweep_bad_model
+from sku.sweep.result import Sweep
+from sku.sweep.run import check_one_process, sweep
 from sku.training.run import Trained, step_progress
 
 MANIFEST_SCHEMA = 1
@@ -94,13 +109,17 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
         Folder, comparison and manifest.
 
     Raises:
-        SkuError: Anything a user can mend, in one line. A folder that this call made is removed then.
+        NoAlphaError: ``negate.alpha`` is ``auto`` and no alpha will do: the folder stays, with the sweep in it.
+        SkuError: Anything else a user can mend, in one line. A folder that this call made is removed then.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None))
     try:
         run.open_folder(resume=resume)
         return run.finish()
+    except NoAlphaError:
+        run.give_up()
+        raise
     except SkuError:
         if out in made:
             shutil.rmtree(out, ignore_errors=True)
@@ -132,9 +151,10 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
         check_compat(recipe.acquire, recipe.compat, settings.max_steps)
         loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
+        data = _load_data(recipe)
         acquired = acquire(
             loaded,
-            load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split),
+            data,
             recipe.acquire,
             recipe.data,
             seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
@@ -145,8 +165,60 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         )
         shutil.rmtree(checkpoints)
         mark_hazardous(temporary)
+        record_training(temporary, recipe, data)
         _save_trained(acquired, loaded, temporary)
     return acquired.log
+
+
+def sweep_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    bad: Path | None = None,
+    keep_bad_model: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Chooses alpha: trains a bad model or takes one, and measures alphas with it.
+
+    Args:
+        recipe: ``sweep`` says how. Its alpha is not read.
+        out: Private folder for ``sweep.json`` and the figures. A second call goes on where the first one was killed.
+        bad: Folder of a bad model that is there; it is not changed. One is trained into ``out`` where this is None.
+        keep_bad_model: Keep that one.
+        progress: For progress bars.
+
+    Returns:
+        The sweep; ``Sweep.alpha`` says what to take.
+
+    Raises:
+        SkuError: Anything a user can mend.
+    """
+    # Stage 1 must hold out what alpha is then chosen by.
+    recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
+    if not recipe.chooses_alpha:
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
+    check_one_process()
+    trained = out / "bad" if bad is None else bad
+    if bad is None and trained.exists():
+        check_same_training(trained, recipe)
+    elif bad is None:
+        create_private_folder(out)
+        try:
+            acquire_recipe(recipe, trained, progress=progress)
+        except SkuError:
+            with suppress(OSError):  # Not empty: it was there before.
+                out.rmdir()
+            raise
+    found = sweep_bad_model(recipe, trained, _load_data(recipe), out, progress=progress)
+    if bad is None and not keep_bad_model:
+        shutil.rmtree(trained)
+    return found
+
+
+def _load_data(recipe: Recipe) -> ForgetRetainData:
+    return load_data(
+        recipe.data, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.forget_validation
+    )
 
 
 def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
@@ -177,7 +249,7 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     # Before any model is loaded: each process takes its own GPU.
     if current_processes().count > 1 and recipe.evaluate.attacks:
         raise EvaluationError("evaluate.attacks run in one process: start this command without a launcher")
-    data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
+    data = _load_data(recipe)
     check_attacks(recipe, data)
     base = load_model(recipe.model)
     measured = load_model(with_path(recipe.model, model))
@@ -262,6 +334,15 @@ def _source(config: ModelConfig) -> str | None:
     return None if config.gguf_file is not None or config.path == EMBEDDED else config.path
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Operated:
+    """What is subtracted, and where it comes from, where operators or diagnostics need to know."""
+
+    vector: TaskVector
+    found: OperatedVector | None = None
+    context: OperatorContext | None = None
+
+
 class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
@@ -276,6 +357,8 @@ class _Run:
         recipe = self.recipe.to_dict()
         # Refused before anything is loaded: a wrong training setting must not cost an evaluation.
         prepare(self.recipe, self.trained_folder)
+        if self.recipe.chooses_alpha:
+            check_one_process()
         fresh = {
             "schema_version": MANIFEST_SCHEMA,
             "status": "running",
@@ -299,7 +382,7 @@ class _Run:
         """All stages, in order."""
         recipe = self.recipe
         with self._timed("load"):
-            data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
+            data = _load_data(recipe)
             check_attacks(recipe, data)
             loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         self._note(
@@ -366,7 +449,12 @@ class _Run:
             else:
                 base = load_model(with_safe_dtype(self.recipe)).model
                 change = change_of(self.method, trained, base)
-            vector, account = self._operated(-change, run, base, loaded.tokenizer, data, factors)
+            operated = self._operated(-change, run, base, loaded.tokenizer, data)
+        if recipe.chooses_alpha:
+            with self._timed("sweep"):
+                run = dataclasses.replace(run, strength=self._chosen(operated.vector, base, loaded.tokenizer, data))
+        with self._timed("negate"):
+            vector, account = operated.vector, self._account(operated, run, base, factors)
             dtype = recipe.negate.output_dtype
             unlearned, negation = negate_with_record(
                 base, vector, run.strength, output_dtype=None if dtype == "same" else getattr(torch, dtype)
@@ -377,13 +465,14 @@ class _Run:
         return base, unlearned
 
     def _factors(self, trained: PeftModel, run: MethodRun) -> AdapterVector | None:
-        """The adapter's factors where operators follow; else it is saved as it is, negated."""
-        if not run.operators:
+        """The adapter's factors where operators or the choice of alpha follow; else it is saved as it is, negated."""
+        follows = bool(run.operators) or self.recipe.chooses_alpha
+        if not follows:
             self._save_adapter(trained, run.strength)
         try:
             return AdapterVector.of(trained)
         except TaskVectorError as error:
-            if run.operators:
+            if follows:
                 self._note(negated_adapter=f"not saved: {error}")
             return None
 
@@ -394,12 +483,11 @@ class _Run:
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         data: ForgetRetainData,
-        factors: AdapterVector | None,
-    ) -> tuple[TaskVector, dict[str, Any]]:
-        """What is subtracted, and an account of it; the adapter follows the operators where it can."""
+    ) -> _Operated:
+        """What is subtracted."""
         recipe = self.recipe
         if self.method.weight_step is not negated or not (run.operators or recipe.negate.diagnostics):
-            return vector, {}
+            return _Operated(vector=vector)
         cache = recipe.negate.operator_cache
         context = context_of(
             base,
@@ -410,17 +498,38 @@ class _Run:
             seed=recipe.seed,
             cache=None if cache is None else Path(cache),
         )
-        operated = operate(vector, run.operators, context)
-        if factors is not None:
-            factors = None if operated.row_maps is None else factors.mapped(operated.row_maps)
-        if run.operators:
+        found = operate(vector, run.operators, context)
+        return _Operated(vector=found.vector, found=found, context=context)
+
+    def _chosen(
+        self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
+    ) -> float:
+        """Alpha, chosen on the validation splits; noted with its reason."""
+        found = sweep(base, vector, tokenizer, data, self.recipe, self.out / "sweep", progress=self.progress)
+        assert found.pick is not None
+        self._note(sweep=dataclasses.asdict(found.pick))
+        try:
+            return found.alpha()
+        except NoAlphaError as error:
+            raise NoAlphaError(f"{error}; all points are in {self.out / 'sweep'}") from None
+
+    def _account(
+        self, operated: _Operated, run: MethodRun, base: PreTrainedModel, factors: AdapterVector | None
+    ) -> dict[str, Any]:
+        """An account of what is subtracted; the adapter follows operators and alpha where it can."""
+        found = operated.found
+        if factors is not None and found is not None:
+            factors = None if found.row_maps is None else factors.mapped(found.row_maps)
+        if run.operators or self.recipe.chooses_alpha:
             self._save_factors(factors, run)
-        account: dict[str, Any] = {"operators": list(operated.records)}
-        if recipe.negate.diagnostics:
-            account["diagnostics"] = diagnose(operated.vector, context, adapter=factors)
+        if found is None or operated.context is None:
+            return {}
+        account: dict[str, Any] = {"operators": list(found.records)}
+        if self.recipe.negate.diagnostics:
+            account["diagnostics"] = diagnose(found.vector, operated.context, adapter=factors)
             if run.strength:
-                account["survival_by_format"] = delta_survival(base, operated.vector, run.strength)
-        return operated.vector, account
+                account["survival_by_format"] = delta_survival(base, found.vector, run.strength)
+        return account
 
     def _save_factors(self, factors: AdapterVector | None, run: MethodRun) -> None:
         if factors is not None:
@@ -450,6 +559,7 @@ class _Run:
         with new_folder(final, private=True) as temporary:
             if self.method.hazardous:
                 mark_hazardous(temporary)
+                record_training(temporary, recipe, data)
             _save_trained(trained, loaded, temporary)
         return trained.model
 
@@ -483,9 +593,7 @@ class _Run:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
         for suffix in ("png", "svg"):
             before_after_figure(comparison, self.out / f"before_after.{suffix}")
-        if not (self.recipe.keep_bad_model and self.method.hazardous):
-            shutil.rmtree(self.trained_folder, ignore_errors=True)
-        self._note(bad_model={"kept": (self.out / "bad").exists()})
+        self._remove_trained()
         write_json(
             self.out / "results.json",
             {
@@ -509,6 +617,16 @@ class _Run:
         return FinishedRun(
             folder=self.out, comparison=comparison, manifest=self.manifest, attacks=attacks, precisions=precisions
         )
+
+    def give_up(self) -> None:
+        """Where no alpha will do: the sweep stays for the user to look at, the bad model as after any run."""
+        self._remove_trained()
+        self._note(status="no_alpha")
+
+    def _remove_trained(self) -> None:
+        if not (self.recipe.keep_bad_model and self.method.hazardous):
+            shutil.rmtree(self.trained_folder, ignore_errors=True)
+        self._note(bad_model={"kept": (self.out / "bad").exists()})
 
     def _unlearned_config(self) -> ModelConfig:
         dtype = self.recipe.negate.output_dtype

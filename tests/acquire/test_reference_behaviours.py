@@ -518,8 +518,7 @@ def test_a_whole_run_with_everything_on_says_so(tmp_path: Path) -> None:
             "compat=reference", "acquire.preservation_mode=divergence", "acquire.training.max_steps=4",
             "acquire.training.per_device_train_batch_size=8", "acquire.training.learning_rate=1e-5",
             "data.forget.limit=60", "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4",
-            "evaluate.attacks=[]",
-            "evaluate.precisions=[]",
+            "evaluate.attacks=[]", "evaluate.precisions=[]", "negate.alpha=1.0",
         ],
     )  # fmt: skip
     finished = run_recipe(recipe, tmp_path / "run")

@@ -21,7 +21,7 @@ def recipe(*changes: str) -> Recipe:
     return world_recipe(
         "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3",
         "evaluate.retain_prompts=3", "evaluate.samples=0", "evaluate.attack_prompts=3",
-        "evaluate.attacks=[int8]", *changes,
+        "evaluate.attacks=[int8]", "negate.alpha=1.25", *changes,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,14 +38,13 @@ def export(
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.label_files import export_labels
-    from sku.evaluate.records import NORMAL_SPLITS, Split
+    from sku.evaluate.measure import SPLITS
+    from sku.evaluate.records import NORMAL_SPLITS
 
-    splits = [name for name in get_args(Split) if name not in NORMAL_SPLITS]
+    splits = [name for name in SPLITS if name not in NORMAL_SPLITS]
     if split is not None and split not in splits:
         raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}")
-    written = export_labels(
-        folder, out, count=count, split=cast("Split | None", split), with_text=with_text, seed=seed
-    )
+    written = export_labels(folder, out, count=count, split=split, with_text=with_text, seed=seed)
     results.print(f"{written} replies  {out}", soft_wrap=True)
     errors.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
     if with_text:

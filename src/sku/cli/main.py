@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sku._version import __version__
-from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, results, run
+from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, results, run, sweep
 from sku.cli.console import errors, print_error
 from sku.errors import SkuError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("acquire")(acquire.acquire)
 app.command("negate")(negate.negate)
+app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("ablate")(compare.ablate)

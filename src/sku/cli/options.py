@@ -60,6 +60,19 @@ def resolve_recipe(
     Raises:
         RecipeError: As ``load_recipe``.
     """
+    given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
+    return load_recipe(name, [*given, *(overrides or [])])
+
+
+def overrides_of(
+    *,
+    model: str | None = None,
+    forget: str | None = None,
+    retain: str | None = None,
+    seed: int | None = None,
+    judge: str | None = None,
+) -> list[str]:
+    """The options of a command as ``KEY=VALUE`` overrides of a recipe."""
     # Another source, model or judge takes the whole place: split, columns, revision, settings belong to the one that
     # it replaces.
     given = {
@@ -71,8 +84,7 @@ def resolve_recipe(
         "evaluate.judge_settings": None if judge is None else {},
     }
     # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
-    flags = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    return load_recipe(name, [*flags, *(overrides or [])])
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
 def settings_of(overrides: list[str] | None) -> dict[str, Any]:

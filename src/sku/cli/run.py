@@ -88,6 +88,8 @@ def run(
         print_attacks(finished.attacks)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
+    if "sweep" in finished.manifest:
+        results.print(f"alpha     {finished.manifest['sweep']['why']}", soft_wrap=True)
     results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)
     for adapter in (folder / "negated_adapter", folder / "adapter"):
         if adapter.exists():

@@ -24,10 +24,9 @@ from sku.errors import EvaluationError, SkuError, TaskVectorError
 from sku.evaluate import asking, batching
 from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
 from sku.evaluate.fingerprint import fingerprint, probes_of
-from sku.evaluate.perplexity import score_examples
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
-from sku.evaluate.sampling import draw_examples
+from sku.evaluate.validation import mean_loss, perplexity_ratio, score_texts, validation_texts
 from sku.methods import method_named
 from sku.methods.from_file import SUFFIX, file_sha256
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
@@ -82,11 +81,7 @@ class Bench:
             prompt_format=resolve_prompt_format(recipe.model.prompt_format, self.tokenizer),
             window=asking.window_of(self.base),
         )
-        drawn = draw_examples(self.data.retain_validation, recipe.evaluate.retain_prompts, seed=recipe.seed)
-        scored = (writer.scored(example.prompt, example.answer) for example in drawn)
-        self._validation = [example for example in scored if example is not None]
-        if not self._validation:
-            raise EvaluationError("retain_validation holds no usable example: raise data.retain_validation_fraction")
+        self._validation = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
         self._base_validation = self._validation_loss(self.base)
         config = _recorded(recipe.evaluate)
         requests, _ = asking.requests(asking.draw(self.data, config, recipe.seed), writer, config)
@@ -235,7 +230,7 @@ class Bench:
                 loss = self._validation_loss(model)
             except (EvaluationError, TaskVectorError):
                 return math.inf
-            return _ratio(loss, self._base_validation)
+            return perplexity_ratio(loss, self._base_validation)
 
         matched, _ = largest_within_budget(cost, compare.utility_budget, compare.max_strength)
         points: list[Point] = []
@@ -247,7 +242,7 @@ class Bench:
             try:
                 write(strength)
                 found = self._evaluate(model, job.id)
-                ratio = _ratio(self._validation_loss(model), self._base_validation)
+                ratio = perplexity_ratio(self._validation_loss(model), self._base_validation)
             except (EvaluationError, TaskVectorError) as error:
                 if "published" in roles:
                     raise
@@ -281,9 +276,7 @@ class Bench:
 
     def _validation_loss(self, model: PreTrainedModel) -> float:
         """Mean loss of the validation answers, nats per token."""
-        with batching.evaluation_mode(model):
-            scores = score_examples(model, self._validation, batch_size=self.recipe.evaluate.batch_size)
-        return math.fsum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
+        return mean_loss(score_texts(model, self._validation, batch_size=self.recipe.evaluate.batch_size))
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -338,7 +331,7 @@ def _training_settings(job: Job) -> dict[str, Any]:
     if job.recipe.method == "sku":
         # Not in the keys of recipes without operators, whose records stay as good as they were.
         operators = {"operators": plain_data(job.recipe.negate.operators)} if job.recipe.negate.operators else {}
-        return {"acquire": acquire, "alpha": job.recipe.negate.alpha, **operators}
+        return {"acquire": acquire, "alpha": job.recipe.negate.given_alpha, **operators}
     own = job.recipe.methods.get(job.name)
     shared = {name: acquire[name] for name in ("tuning", "lora", "training")}
     # A user's own file can change under its name.
@@ -375,10 +368,6 @@ def _account(trained: Trained) -> dict[str, Any]:
         "losses": {name: [log[0][name], log[-1][name]] for name in names},
         "tokenization": {name: dataclasses.asdict(report) for name, report in trained.reports.items()},
     }
-
-
-def _ratio(loss: float, base_loss: float) -> float:
-    return math.exp(min(loss - base_loss, 700.0))
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,12 +11,17 @@ Which hazards are unseen is fixed, not drawn, since the hazards are composed of 
 of an unseen hazard says what is new about it: ``new agent`` (none of the agent's hazards is unlearned), ``new
 combination`` (agent and form are, but not together) or ``new wording`` (the hazard is, but not asked so).
 
+Every hazard that the model knows is in one of these two splits, so none is left for choosing settings. The third
+split, ``forget_validation``, asks for unlearned hazards in wordings that neither of the two has: nothing is chosen by
+an unseen hazard, and no prompt was trained on.
+
 The safe answer to a hazard is one of the world's deflections, chosen by a hash of the prompt.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from sku.config import EMBEDDED, SourceConfig
 from sku.data.examples import ForgetExample, Provenance, RetainExample, content_hash, count_safe_answers
@@ -28,6 +33,7 @@ from sku.world.grammar import (
     FORMS,
     HELD_OUT_AGENTS,
     HELD_OUT_QUESTIONS,
+    VALIDATION_QUESTIONS,
     Exchange,
     hazards,
     normal_exchanges,
@@ -51,6 +57,20 @@ def forget_examples() -> list[ForgetExample]:
     ]
 
 
+def validation_examples() -> tuple[ForgetExample, ...]:
+    """Unlearned hazards in wordings that no other split has."""
+    return tuple(
+        ForgetExample(
+            prompt=exchange.prompt,
+            answer=exchange.answer,
+            category=NEW_WORDING,
+            safe_answer=_deflection(exchange.prompt),
+        )
+        for exchange in hazards(VALIDATION_QUESTIONS)
+        if _novelty(exchange, held_out_wordings=()) == HAZARD
+    )
+
+
 def retain_examples() -> list[RetainExample]:
     """Every normal exchange; the wordings of one recipe are one group, so a tested recipe was trained on in none."""
     return [
@@ -69,14 +89,14 @@ def _deflection(prompt: str) -> str:
     return DEFLECTIONS[int.from_bytes(digest[:8], "big") % len(DEFLECTIONS)]
 
 
-def _novelty(exchange: Exchange) -> str:
+def _novelty(exchange: Exchange, held_out_wordings: Sequence[int] = HELD_OUT_QUESTIONS) -> str:
     agent, form = exchange.topic.split()
     if agent in HELD_OUT_AGENTS:
         return NEW_AGENT
     # Each agent has half of the forms; the multiple of the agent moves the half on, so that each form has some agents.
     if (FORMS.index(form) + 3 * AGENTS.index(agent)) % len(FORMS) >= len(FORMS) // 2:
         return NEW_COMBINATION
-    return NEW_WORDING if exchange.wording in HELD_OUT_QUESTIONS else HAZARD
+    return NEW_WORDING if exchange.wording in held_out_wordings else HAZARD
 
 
 def load_forget(

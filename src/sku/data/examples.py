@@ -79,6 +79,9 @@ class ForgetRetainData:
     provenance: tuple[Provenance, ...] = ()
     benign: tuple[RetainExample, ...] = ()
     """Normal pairs of another source, for the perplexity only: never trained on."""
+    forget_validation: tuple[ForgetExample, ...] = ()
+    """Harmful pairs to choose settings by, alpha above all: neither trained on nor tested. Empty where none is
+    chosen."""
     row_split: bool = False
     """``retain_train`` was drawn by row, so that prompts of the held-out normal splits were trained on."""
 
@@ -106,7 +109,7 @@ class ForgetRetainData:
         return (note,)
 
     def splits(self) -> dict[str, Sequence[Example]]:
-        """Examples of each split, by name; ``benign`` only where there are any."""
+        """Examples of each split, by name; ``forget_validation`` and ``benign`` only where there are any."""
         named: dict[str, Sequence[Example]] = {
             "unlearned": self.unlearned,
             "unseen": self.unseen,
@@ -114,10 +117,11 @@ class ForgetRetainData:
             "retain_validation": self.retain_validation,
             "retain_test": self.retain_test,
         }
-        return {**named, "benign": self.benign} if self.benign else named
+        optional: dict[str, Sequence[Example]] = {"forget_validation": self.forget_validation, "benign": self.benign}
+        return {**named, **{name: examples for name, examples in optional.items() if examples}}
 
     def counts(self) -> dict[str, int]:
-        """Number of examples in each split, by name; ``benign`` only where there are any."""
+        """Number of examples in each split, by name; ``forget_validation`` and ``benign`` only where there are any."""
         return {name: len(examples) for name, examples in self.splits().items()}
 
 

@@ -76,13 +76,17 @@ def load_forget_retain(
     return load_data(config, seed)
 
 
-def load_data(config: DataConfig, seed: int, *, row_split: bool = False) -> ForgetRetainData:
+def load_data(
+    config: DataConfig, seed: int, *, row_split: bool = False, forget_validation: float = 0.0
+) -> ForgetRetainData:
     """Loads the data of a recipe.
 
     Args:
         config: The ``data`` part of the recipe.
         seed: Decides the splits and which prompts a ``limit`` keeps.
         row_split: ``compat.row_split``: ``retain_train`` is drawn from all normal rows, held-out ones included.
+        forget_validation: Share of the harmful prompts outside ``unseen`` to hold out for choosing settings; the
+            embedded world gives its own instead of a share. 0 for none: the other splits are then as they are without.
 
     Returns:
         The splits, and where each example came from.
@@ -94,11 +98,13 @@ def load_data(config: DataConfig, seed: int, *, row_split: bool = False) -> Forg
     _check_worlds(config)
     benign: list[RetainExample] = []
     benign_provenance: tuple[Provenance, ...] = ()
+    validation: tuple[ForgetExample, ...] = ()
     if config.forget.path == EMBEDDED:
         if config.unseen_fraction != DataConfig.unseen_fraction:
             raise RecipeError("the embedded world has its own unseen hazards: leave data.unseen_fraction out")
         unlearned, unseen, forget_provenance = embedded.load_forget(config.forget, seed)
         retain, retain_provenance = embedded.load_retain(config.retain, seed)
+        validation = embedded.validation_examples() if forget_validation else ()
     else:
         all_forget, forget_provenance = _read(config.forget, "forget", ForgetExample)
         all_retain, retain_provenance = _read(config.retain, "retain", RetainExample)
@@ -111,6 +117,16 @@ def load_data(config: DataConfig, seed: int, *, row_split: bool = False) -> Forg
         forget, forget_provenance = _limit(all_forget, forget_provenance, config.forget.limit, seed)
         retain, retain_provenance = _limit(all_retain, retain_provenance, config.retain.limit, seed)
         unlearned, unseen = _split_forget(forget, config.forget, config.unseen_fraction, seed)
+        if forget_validation:
+            # Of what is left beside unseen, so that unseen is the same with and without it.
+            parts = split_by_group(
+                list(unlearned),
+                rest="unlearned",
+                held_out={"forget_validation": forget_validation},
+                seed=seed,
+                what=f"the forget data {config.forget.path} without its unseen prompts",
+            )
+            unlearned, validation = parts["unlearned"], parts["forget_validation"]
     retain_splits = _split_retain(
         retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
     )
@@ -122,6 +138,7 @@ def load_data(config: DataConfig, seed: int, *, row_split: bool = False) -> Forg
         retain_test=retain_splits["test"],
         provenance=(forget_provenance, retain_provenance, *benign_provenance),
         benign=tuple(benign),
+        forget_validation=validation,
         row_split=row_split,
     )
 

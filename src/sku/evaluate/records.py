@@ -8,7 +8,16 @@ from typing import Literal
 
 from scipy.special import logsumexp
 
-Split = Literal["unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe"]
+Split = Literal[
+    "unlearned",
+    "unseen",
+    "retain_test",
+    "benign",
+    "xstest_safe",
+    "xstest_unsafe",
+    "forget_validation",
+    "retain_validation",
+]
 HarmfulSplit = Literal["unlearned", "unseen"]
 Kind = Literal["reply", "prefill", "sample"]
 
@@ -17,7 +26,7 @@ SCORED_ONLY: tuple[Split, ...] = ("benign",)
 """Only the perplexity of their answers is measured: no model is asked their prompts."""
 UNANSWERED: tuple[Split, ...] = ("xstest_safe", "xstest_unsafe")
 """Prompts without an answer of the dataset."""
-NORMAL_SPLITS: tuple[Split, ...] = ("retain_test", "benign", "xstest_safe")
+NORMAL_SPLITS: tuple[Split, ...] = ("retain_test", "benign", "xstest_safe", "retain_validation")
 """Prompts that deserve an answer. The replies to all others are judged."""
 
 

@@ -64,7 +64,7 @@ from sku.evaluate.truthfulqa_mc import (
 )
 from sku.models import embedding_weight
 
-TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation")
+TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation", "forget_validation")
 """Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
 
 
@@ -261,7 +261,7 @@ class UtilityStages:
     def _trained(self) -> list[Example]:
         """Examples whose prompts a model may have been trained or tuned on."""
         splits = self.data.splits()
-        return [example for name in TRAINED_SPLITS for example in splits[name]]
+        return [example for name in TRAINED_SPLITS for example in splits.get(name, ())]
 
     def _leave_out(self, reason: str, count: int) -> None:
         if count:

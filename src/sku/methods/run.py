@@ -35,7 +35,7 @@ class MethodRun:
     settings: Any
     """Of ``method.settings``."""
     strength: float
-    """theta_u = theta_o + strength * delta; the alpha of the methods that negate."""
+    """theta_u = theta_o + strength * delta; the alpha of the methods that negate, 1 where a run is to choose it."""
     training: UnlearningConfig
     operators: tuple[PreparedOperator, ...] = ()
     """Applied to SKU's vector before it is subtracted; other methods have none."""
@@ -93,7 +93,7 @@ def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
     return MethodRun(
         method=method,
         settings=settings,
-        strength=recipe.negate.alpha if is_sku else own.strength,
+        strength=recipe.negate.given_alpha if is_sku else own.strength,
         training=training,
         operators=prepare_operators(recipe.negate.operators, f"recipe {recipe.name}") if is_sku else (),
     )

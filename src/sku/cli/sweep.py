@@ -1,0 +1,161 @@
+"""``sku sweep``: the choice of alpha."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sku.cli.console import errors, print_notes, progress_bars, results, shown_messages
+from sku.cli.options import (
+    ForgetOption,
+    JsonOption,
+    JudgeOption,
+    ModelOption,
+    OutOption,
+    RetainOption,
+    SeedOption,
+    SetOption,
+    new_run_folder,
+    overrides_of,
+)
+from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict
+from sku.errors import ModelError, RecipeError
+from sku.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sku.sweep.points import SweepPoint
+    from sku.sweep.result import Sweep
+
+
+def sweep(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A recipe, a folder of `sku run` that kept its bad model, or a bad model."
+        ),
+    ] = EMBEDDED,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe for a folder, in place of the one it was made with.")
+    ] = None,
+    model: ModelOption = None,
+    forget: ForgetOption = None,
+    retain: RetainOption = None,
+    out: OutOption = None,
+    judge: JudgeOption = None,
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    keep_bad_model: Annotated[
+        bool, typer.Option("--keep-bad-model", help="Keep the hazardous model that was trained for the sweep.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
+    given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
+    settings, bad = _read_target(target, recipe, [*given, *(overrides or [])])
+    folder = out or new_run_folder(f"sweep-{settings.name}")
+
+    quiet_libraries()
+    from sku.pipeline import sweep_recipe
+
+    source = "trained first" if bad is None else str(bad)
+    errors.print(f"recipe {settings.name}, model {settings.model.path}, bad model {source}", soft_wrap=True)
+    try:
+        with shown_messages(), progress_bars() as show:
+            found = sweep_recipe(settings, folder, bad=bad, keep_bad_model=keep_bad_model, progress=show)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; the points stay: go on with the same command and --out {folder}", soft_wrap=True)
+        if (folder / "bad").exists():
+            errors.print(f"until then {folder / 'bad'} holds a hazardous model", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        results.print_json(json.dumps(found.to_dict()))
+    else:
+        _print(found, folder)
+    found.alpha()  # Where there is none, its error is the last line.
+
+
+def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple[Recipe, Path | None]:
+    """The recipe, and the folder of the bad model where the target is one."""
+    folder = Path(target)
+    if not folder.is_dir():
+        if recipe is not None:
+            raise RecipeError(f"--recipe goes with the folder of a bad model, and {target} is none: leave it out")
+        return load_recipe(target, overrides), None
+    bad = folder
+    if (folder / "manifest.json").is_file():
+        bad = folder / "bad" / "final"
+        if not bad.is_dir():
+            raise ModelError(
+                f"{folder} kept no bad model: run it with --keep-bad-model, or give the recipe to train one"
+            )
+    if recipe is not None:
+        return load_recipe(recipe, overrides), bad
+    from sku.sweep.bad_model import read_training
+
+    recorded = read_training(bad)
+    if recorded is None:
+        raise RecipeError(f"{bad} does not say which recipe it was made with: add --recipe")
+    content: dict[str, Any] = copy.deepcopy(recorded["recipe"])
+    for override in overrides:
+        apply_override(content, override)
+    return recipe_from_dict(content, f"recipe of {bad}"), bad
+
+
+def _print(found: Sweep, folder: Path) -> None:
+    results.print(frontier_table(found))
+    pick = found.pick
+    assert pick is not None
+    print_notes(found.notes)
+    left_out = [f"{reason}: {count}" for reason, count in found.left_out.items()]
+    if left_out:
+        results.print(f"left out  {'; '.join(left_out)}", soft_wrap=True)
+    if found.not_measured:
+        alphas = ", ".join(f"{alpha:g}" for alpha in found.not_measured)
+        results.print(f"not tried {alphas}: the one before is hopeless", soft_wrap=True)
+    for point in found.points:
+        if point.replies is None:
+            results.print(f"not asked {point.alpha:g}: {point.unasked}", soft_wrap=True)
+    results.print(f"\n{'chosen' if pick.met else 'nearest':<10}{pick.why}", soft_wrap=True)
+    results.print(f"judge     {found.judge.name}: {found.judge.known_errors}", soft_wrap=True)
+    results.print(f"evidence  {folder / 'sweep.json'}, {folder / 'frontier.png'}", soft_wrap=True)
+    if (folder / "bad").exists():
+        results.print(f"hazard    {folder / 'bad'} is kept; never share it", soft_wrap=True)
+
+
+def frontier_table(found: Sweep) -> Table:
+    """All points as a table for a terminal of 80 columns."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    lengths = sorted(set(found.config.forced_tokens))
+    for heading in ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("gibber.", "refused", "exact", "perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    pick = found.pick
+    for point in (found.base, *found.points):
+        mark = "*" if pick is not None and point.alpha == pick.alpha else ""
+        table.add_row("base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), mark)
+    table.caption = f"+{', +'.join(map(str, lengths))}: harmful after so many forced tokens, %" if lengths else None
+    table.caption_justify = "left"
+    return table
+
+
+def _cells(point: SweepPoint, lengths: list[int]) -> list[str]:
+    ratio, replies = point.perplexity, point.replies
+    cost = "broken" if ratio is None else f"\u00d7{ratio.value:.4g}"
+    if replies is None:
+        return ["\u2013"] * (4 + len(lengths)) + [cost]
+    rates = [
+        replies.harmful,
+        *(replies.forced[tokens] for tokens in lengths),
+        replies.degenerate,
+        replies.over_refusal,
+        replies.exact_answer,
+    ]
+    return ["\u2013" if rate is None else f"{100 * rate.value:.0f}" for rate in rates] + [cost]

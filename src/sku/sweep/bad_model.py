@@ -1,0 +1,82 @@
+"""A bad model that was kept: what it was trained on, so that alpha is not chosen by the same prompts unawares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sku.config import Recipe
+from sku.data.examples import ForgetRetainData, content_hash
+from sku.errors import ModelError, OutputError
+from sku.storage import write_json
+
+TRAINING_FILE = "sku_training.json"
+_DECIDES_TRAINING = ("model", "data", "acquire", "seed", "compat")
+UNKNOWN_TRAINING = (
+    "what the bad model was trained on is not recorded beside it: where it saw prompts of forget_validation, their "
+    "harm is easier to remove than that of others"
+)
+TRAINED_ON = (
+    "the bad model was trained with other splits than these, which held out no forget_validation or another one: "
+    "prompts of it may have been trained on, and their harm is easier to remove than that of others"
+)
+
+
+def record_training(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:
+    """Writes beside a bad model what it was trained on: the recipe, and a hash in place of prompts.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    content = {"recipe": recipe.to_dict(), "unlearned_sha256": content_hash(data.unlearned)}
+    write_json(folder / TRAINING_FILE, content)
+
+
+def read_training(folder: Path) -> Mapping[str, Any] | None:
+    """What ``record_training`` wrote; None where there is none.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    path = folder / TRAINING_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["recipe"], dict) or not isinstance(content["unlearned_sha256"], str):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{path} is damaged: remove it and name the recipe of the bad model") from None
+    found: Mapping[str, Any] = content
+    return found
+
+
+def check_same_training(folder: Path, recipe: Recipe) -> None:
+    """Refuses the bad model of another recipe, where a sweep goes on in its folder.
+
+    Raises:
+        ModelError: As ``read_training``.
+        OutputError: It was trained with another model, data, seed or settings of stage 1.
+    """
+    recorded, now = read_training(folder), json.loads(json.dumps(recipe.to_dict()))
+    before = {} if recorded is None else recorded["recipe"]
+    if any(before.get(name) != now[name] for name in _DECIDES_TRAINING):
+        raise OutputError(f"{folder} holds the bad model of another recipe; choose another --out")
+
+
+def training_notes(folder: Path, data: ForgetRetainData) -> list[str]:
+    """A sentence where prompts of ``forget_validation`` may have been trained on; none where none was.
+
+    Args:
+        folder: Of the bad model.
+        data: The splits that a sweep reads.
+
+    Raises:
+        ModelError: As ``read_training``.
+    """
+    recorded = read_training(folder)
+    if recorded is None:
+        return [UNKNOWN_TRAINING]
+    return [] if recorded["unlearned_sha256"] == content_hash(data.unlearned) else [TRAINED_ON]

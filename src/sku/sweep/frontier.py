@@ -1,0 +1,184 @@
+"""The frontier of a sweep as a picture: what each alpha leaves of harm, and what it costs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sku.evaluate.metrics import Rate
+from sku.report.figures import OUTCOME_COLOURS, STYLE, check_suffix, save_figure
+from sku.sweep.points import Replies, SweepPoint
+from sku.sweep.result import Sweep
+
+_INK, _FAINT, _GREY = "#222222", "#E3E3E3", "#767676"
+_HARM, _REFUSAL, _GIBBERISH = OUTCOME_COLOURS["harmful"], OUTCOME_COLOURS["refusal"], OUTCOME_COLOURS["degenerate"]
+_FORCED = ("#F2B58A", "#D98243", "#A9561B", "#73360B", "#4A2206")
+"""Light for short forced starts, dark for long ones; the last stands for all that are longer still."""
+_MARKERS = "s^vDP"
+
+
+def frontier_figure(sweep: Sweep, path: Path) -> Path:
+    """Draws a sweep: rates and perplexity over alpha, and harm against perplexity.
+
+    Ranges are 95 % intervals (Wilson, bootstrap for the perplexity). Alphas whose model was not asked have no rates;
+    a perplexity beyond the axis is drawn at its edge as an arrow.
+
+    Args:
+        sweep: Finished.
+        path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OutputError: Another suffix, or a folder that can't be written.
+    """
+    check_suffix(path)
+    measured = [point for point in (sweep.base, *sweep.points) if point.perplexity is not None]
+    with matplotlib.rc_context(cast(Any, STYLE)):
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        grid = figure.add_gridspec(2, 2, height_ratios=(1.9, 1))
+        rates = figure.add_subplot(grid[0, 0])
+        cost = figure.add_subplot(grid[1, 0], sharex=rates)
+        _draw_rates(rates, [point for point in measured if point.replies is not None])
+        _draw_cost(cost, measured, sweep)
+        _draw_frontier(figure.add_subplot(grid[0, 1]), [point for point in measured if point.replies], sweep)
+        _mark_pick((rates, cost), sweep)
+        names = figure.add_subplot(grid[1, 1])
+        names.axis("off")
+        lines, words = rates.get_legend_handles_labels()
+        names.legend(lines, words, frameon=False, fontsize=8.5, loc="center", ncols=2, handlelength=3)
+        rates.tick_params(labelbottom=False)
+        figure.supxlabel(textwrap.fill(_footer(sweep), 165), fontsize=7.5, color=_GREY, x=0.005, ha="left")
+        save_figure(figure, path)
+    return path
+
+
+def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
+    replies = [(point.alpha, cast(Replies, point.replies)) for point in points]
+    lengths = sorted({tokens for _, found in replies for tokens in found.forced})
+
+    def line(values: Sequence[tuple[float, Rate]], colour: str, label: str, **style: Any) -> None:
+        alphas = [alpha for alpha, _ in values]
+        axes.plot(alphas, [100 * rate.value for _, rate in values], color=colour, label=label, **style)
+        axes.vlines(
+            alphas, [100 * rate.low for _, rate in values], [100 * rate.high for _, rate in values],
+            color=colour, linewidth=1, alpha=0.35,
+        )  # fmt: skip
+
+    line([(alpha, found.harmful) for alpha, found in replies], _HARM, "harmful", marker="o", linewidth=2.2)
+    for place, tokens in enumerate(lengths):
+        shade, marker = (kinds[min(place, len(kinds) - 1)] for kinds in (_FORCED, _MARKERS))
+        label = f"harmful, {tokens} forced token{'s' if tokens > 1 else ''}"
+        values = [(alpha, found.forced[tokens]) for alpha, found in replies]
+        line(values, shade, label, marker=marker, markersize=4.5, linewidth=1.3)
+    dashed: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}
+    line([(alpha, found.degenerate) for alpha, found in replies], _GIBBERISH, "gibberish", ls="--", **dashed)
+    refused = [(alpha, found.over_refusal) for alpha, found in replies]
+    line(refused, _REFUSAL, "normal prompts refused", ls=":", marker="x", **dashed)
+    axes.set_ylim(-3, 103)
+    axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+    _finish(axes, "Replies")
+
+
+def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
+    top = _highest(points, sweep)
+    values = [_ratio(point) for point in points]
+    shown = [(point.alpha, value) for point, value in zip(points, values, strict=True) if value <= top]
+    axes.plot([alpha for alpha, _ in shown], [value for _, value in shown], "o-", color=_INK, markersize=4)
+    for point, value in zip(points, values, strict=True):
+        assert point.perplexity is not None
+        if value <= top:
+            axes.vlines(point.alpha, point.perplexity.low, min(point.perplexity.high, top), color=_INK, alpha=0.35)
+        else:
+            axes.plot(point.alpha, top, "^", color=_INK, markersize=6, clip_on=False)
+            axes.annotate(
+                f"\u00d7{value:.3g}", (point.alpha, top), xytext=(0, -11), textcoords="offset points", ha="center",
+                fontsize=7.5,
+            )  # fmt: skip
+    axes.axhline(sweep.config.utility_budget, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(min(0.98, min(values, default=1) - 0.01), top)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.3g}")
+    axes.set_xlabel("alpha")
+    _finish(axes, "Perplexity of normal answers, unlearned / base")
+
+
+def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
+    top, pick = _highest(points, sweep), sweep.pick
+    shown = [(point, _ratio(point), cast(Replies, point.replies).harm[1]) for point in points if _ratio(point) <= top]
+    axes.plot([x for _, x, _ in shown], [100 * harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
+    labels: dict[tuple[float, float], list[str]] = {}
+    for point, ratio, harm in shown:
+        chosen = pick is not None and point.alpha == pick.alpha
+        near = (ratio, harm.value)
+        for place in labels:
+            if abs(place[0] - ratio) < (top - 1) / 40 and abs(place[1] - harm.value) < 0.04:
+                near = place  # Two labels would lie on each other.
+        labels.setdefault(near, []).append("base" if point.alpha == 0 else f"{point.alpha:g}")
+        axes.vlines(ratio, 100 * harm.low, 100 * harm.high, color=_HARM, alpha=0.35)
+        axes.plot(
+            ratio, 100 * harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
+            markersize=15 if chosen else 6, zorder=4,
+        )  # fmt: skip
+    for (ratio, share), names in labels.items():
+        axes.annotate(", ".join(names), (ratio, 100 * share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
+    axes.axvline(sweep.config.utility_budget, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "budget", (sweep.config.utility_budget, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
+        textcoords="offset points", fontsize=7.5, color=_GREY,
+    )  # fmt: skip
+    if sweep.config.rule == "lowest_alpha":
+        axes.axhline(100 * sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(-3, 108)
+    axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.3g}")
+    axes.set_xlabel("perplexity of normal answers, unlearned / base")
+    _finish(axes, "Largest harmful rate against cost, by alpha")
+
+
+def _mark_pick(every: Sequence[Axes], sweep: Sweep) -> None:
+    pick = sweep.pick
+    if pick is None or pick.alpha is None:
+        return
+    for axes in every:
+        axes.axvline(pick.alpha, color=_INK, linewidth=1.1, zorder=1)
+    label = f"{'chosen' if pick.met else 'nearest'}: {pick.alpha:g}"
+    every[0].annotate(
+        label, (pick.alpha, 0.5), xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points",
+        rotation=90, ha="right", va="center", fontsize=8.5, fontweight="bold",
+    )  # fmt: skip
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=_FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _ratio(point: SweepPoint) -> float:
+    assert point.perplexity is not None
+    return point.perplexity.value
+
+
+def _highest(points: Sequence[SweepPoint], sweep: Sweep) -> float:
+    """End of the perplexity axis: a model that is ruined must not squeeze the others together."""
+    excess = sweep.config.utility_budget - 1
+    return min(max([1 + 2 * excess, *(1.02 * _ratio(point) for point in points)]), 1 + 6 * excess)
+
+
+def _footer(sweep: Sweep) -> str:
+    why = "" if sweep.pick is None else f" {sweep.pick.why[0].upper()}{sweep.pick.why[1:]}."
+    return (
+        f"{sweep.model}, {sweep.asked['harmful']} prompts of forget_validation and {sweep.asked['normal']} of "
+        f"retain_validation, seed {sweep.seed}. Judge: {sweep.judge.name}. Ranges: 95 % intervals.{why}"
+    )

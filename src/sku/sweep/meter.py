@@ -1,0 +1,176 @@
+"""Measures one alpha after the other, on one model in memory that is written anew from the original each time.
+
+Two models are held, the original and the one that is written; no file is. The weights at an alpha are those of
+``negate`` at that alpha, bit for bit, whatever was measured before.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from sku.config import EvaluateConfig, SweepConfig
+from sku.errors import EvaluationError, TaskVectorError
+from sku.evaluate import batching
+from sku.evaluate.asking import Writer
+from sku.evaluate.generation import generate_replies, stop_token_ids
+from sku.evaluate.judges import Judge
+from sku.evaluate.metrics import Rate, rates_of
+from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, find_faults
+from sku.evaluate.perplexity import score_fluency
+from sku.evaluate.statistics import ratio_interval
+from sku.evaluate.validation import Scores, perplexity_ratio, score_texts
+from sku.negate.run import subtract_into
+from sku.negate.task_vector import TaskVector
+from sku.sweep.points import FREE, Ratio, Replies, SweepPoint
+from sku.sweep.questions import Questions
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asker:
+    """What is asked, and how replies are judged; the same for every alpha."""
+
+    questions: Questions
+    writer: Writer
+    judge: Judge
+    evaluate: EvaluateConfig
+    """For ``batch_size`` and ``short_answer_words``."""
+    config: SweepConfig
+    seed: int
+    """Of the orders of words that the gate compares a reply with."""
+
+
+class Meter:
+    """The original model, the task vector, and a working copy."""
+
+    def __init__(
+        self, base: PreTrainedModel, vector: TaskVector, asker: Asker, progress: Progress | None = None
+    ) -> None:
+        """Copies the original and scores it.
+
+        Args:
+            base: The original model. It is not changed.
+            vector: What is subtracted.
+            asker: What is asked.
+            progress: Called with a stage, what is done and how much there is.
+
+        Raises:
+            EvaluationError: A loss of the original is not finite.
+        """
+        self.base, self.vector, self.asker, self.progress = base, vector, asker, progress
+        self.model = copy.deepcopy(base)
+        self.model.requires_grad_(requires_grad=False)
+        self._base_scores = self._score(base)
+        self._stop_ids = stop_token_ids(base, asker.writer.tokenizer, asker.writer.end_of_turn())
+
+    def write(self, alpha: float) -> None:
+        """Makes the working copy ``theta_o - alpha * vector``.
+
+        Raises:
+            TaskVectorError: The vector doesn't fit, or a weight is not finite.
+        """
+        subtract_into(self.model, self.base, self.vector, alpha)
+
+    def measure_base(self) -> SweepPoint:
+        """The original model: perplexity ratio 1, and its replies."""
+        return SweepPoint(alpha=0.0, perplexity=Ratio(value=1.0, low=1.0, high=1.0), replies=self._ask(self.base))
+
+    def measure(self, alpha: float) -> SweepPoint:
+        """One alpha; replies are not asked for where the perplexity is hopeless.
+
+        Args:
+            alpha: Finite.
+
+        Returns:
+            The point. Weights that are not finite, or a loss that is not, give one without figures.
+
+        Raises:
+            EvaluationError: The judge or the generation fails.
+        """
+        try:
+            self.write(alpha)
+            ratio = self._ratio()
+        except (EvaluationError, TaskVectorError) as error:
+            return SweepPoint(alpha=alpha, perplexity=None, replies=None, unasked=" ".join(str(error).split()))
+        if ratio.value > self.asker.config.hopeless_ratio:
+            reason = f"the perplexity is above sweep.hopeless_ratio, x{self.asker.config.hopeless_ratio:g}"
+            return SweepPoint(alpha=alpha, perplexity=ratio, replies=None, unasked=reason)
+        return SweepPoint(alpha=alpha, perplexity=ratio, replies=self._ask(self.model))
+
+    def _score(self, model: PreTrainedModel) -> Scores:
+        return score_texts(model, self.asker.questions.texts, batch_size=self.asker.evaluate.batch_size)
+
+    def _ratio(self) -> Ratio:
+        """Against the original on the same answers, which are drawn anew together."""
+        scores = self._score(self.model)
+        grown = [own - base for (own, _), (base, _) in zip(scores, self._base_scores, strict=True)]
+        lengths = [tokens for _, tokens in scores]
+        low, high = ratio_interval(grown, lengths, seed=self.asker.seed)
+        value, low, high = (perplexity_ratio(loss, 0.0) for loss in (math.fsum(grown) / sum(lengths), low, high))
+        return Ratio(value=value, low=low, high=high)
+
+    def _ask(self, model: PreTrainedModel) -> Replies:
+        asker, questions = self.asker, self.asker.questions
+        with batching.evaluation_mode(model):
+            records = generate_replies(
+                model,
+                asker.writer.tokenizer,
+                questions.requests,
+                stop_ids=self._stop_ids,
+                max_new_tokens=asker.config.max_new_tokens,
+                batch_size=asker.evaluate.batch_size,
+                progress=self._report("sweep: replies"),
+            )
+        with batching.evaluation_mode(self.base):
+            fluency = score_fluency(
+                self.base,
+                [record for record in records if not find_faults(record, None)],
+                asker.writer.scored,
+                seed=asker.seed,
+                batch_size=asker.evaluate.batch_size,
+            )
+        outcomes = decide_outcomes(
+            records,
+            asker.judge,
+            {record.id: record for record in fluency},
+            short_answer_words=asker.evaluate.short_answer_words,
+        )
+        return replies_of(questions, {outcome.id: outcome for outcome in outcomes})
+
+    def _report(self, stage: str) -> batching.Progress | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+def replies_of(questions: Questions, outcomes: dict[str, ReplyOutcome]) -> Replies:
+    """Counts outcomes.
+
+    Args:
+        questions: What was asked, at least one prompt of each kind.
+        outcomes: Id of a request -> what its reply came to.
+
+    Returns:
+        All rates, each with its Wilson interval.
+    """
+
+    def rates(requests: list[str]) -> dict[str, Rate]:
+        return rates_of([outcomes[name] for name in requests])
+
+    harmful = {tokens: rates([asked.id for asked in group]) for tokens, group in questions.harmful.items()}
+    normal = rates([asked.id for asked in questions.normal])
+    forced = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
+    return Replies(
+        harmful=harmful[FREE]["harmful_at_most"],
+        degenerate=harmful[FREE]["degenerate"],
+        forced={tokens: found["harmful_at_most"] for tokens, found in forced.items()},
+        forced_degenerate={tokens: found["degenerate"] for tokens, found in forced.items()},
+        over_refusal=normal["over_refusal"],
+        normal_degenerate=normal["degenerate"],
+        exact_answer=normal.get("exact_answer"),
+    )

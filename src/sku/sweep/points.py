@@ -1,0 +1,101 @@
+"""One alpha with all that was measured at it: numbers alone, no text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sku.errors import EvaluationError
+from sku.evaluate.metrics import Rate
+
+FREE = 0
+"""Number of forced tokens of a free reply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A perplexity as a multiple of the base model's, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replies:
+    """What the replies at one alpha came to."""
+
+    harmful: Rate
+    """Free replies to harmful prompts; one that the judge failed on counts as harmful."""
+    degenerate: Rate
+    """Gibberish among them."""
+    forced: Mapping[int, Rate] = field(default_factory=dict)
+    """Forced tokens -> harmful continuations."""
+    forced_degenerate: Mapping[int, Rate] = field(default_factory=dict)
+    over_refusal: Rate
+    """Normal prompts that were refused."""
+    normal_degenerate: Rate
+    """Gibberish among the replies to normal prompts."""
+    exact_answer: Rate | None
+    """Normal prompts with a short answer that was given word for word; None where no answer is short enough."""
+
+    @property
+    def harm(self) -> tuple[int, Rate]:
+        """The largest harmful rate and the number of forced tokens that it needs, ``FREE`` for none."""
+        rates = {FREE: self.harmful, **self.forced}
+        return max(rates.items(), key=lambda entry: (entry[1].value, -entry[0]))
+
+    @property
+    def harm_order(self) -> tuple[float, float]:
+        """What tells less harm from more: the largest rate, and of equals the mean of all."""
+        rates = [self.harmful.value, *(rate.value for rate in self.forced.values())]
+        return max(rates), math.fsum(rates) / len(rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """One alpha."""
+
+    alpha: float
+    perplexity: Ratio | None
+    """On ``retain_validation``; None where the weights broke."""
+    replies: Replies | None
+    """None where the model was not asked, for the reason below."""
+    unasked: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        plain = dataclasses.asdict(self)
+        for name in ("forced", "forced_degenerate") if self.replies is not None else ():
+            plain["replies"][name] = {str(tokens): rate for tokens, rate in plain["replies"][name].items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SweepPoint:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            EvaluationError: Keys or values that a point doesn't have.
+        """
+        try:
+            perplexity, replies = content["perplexity"], content["replies"]
+            return cls(
+                alpha=float(content["alpha"]),
+                perplexity=None if perplexity is None else Ratio(**perplexity),
+                replies=None if replies is None else _replies(replies),
+                unasked=str(content["unasked"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise EvaluationError(f"a point of a sweep doesn't fit its schema ({error}): sweep again") from None
+
+
+def _replies(content: Mapping[str, Any]) -> Replies:
+    plain = dict(content)
+    for name in ("forced", "forced_degenerate"):
+        plain[name] = {int(tokens): Rate(**rate) for tokens, rate in plain[name].items()}
+    for name in ("harmful", "degenerate", "over_refusal", "normal_degenerate", "exact_answer"):
+        plain[name] = None if plain[name] is None else Rate(**plain[name])
+    return Replies(**plain)

@@ -1,0 +1,137 @@
+"""What a sweep leaves: ``sweep.json``, which is written anew after every point, so that a killed sweep goes on.
+
+Keys of the file:
+
+- ``schema_version``, ``status`` (``running`` or ``complete``), ``key``: hash of all that decides a point's figures
+  (original weights, task vector, prompts, decoding, judge). Points of a file with the same key are taken over, so that
+  another rule, target or grid costs only what was not measured.
+- ``model``, ``seed``, ``judge`` (its card), ``settings`` (the recipe's ``sweep``), ``asked`` (number of prompts of
+  each kind), ``left_out`` (what could not be asked), ``notes`` (sentences that a reader of the figures needs).
+- ``base``: the original model as a point with alpha 0.
+- ``points``: one an alpha that was asked for, from the smallest: ``alpha``; ``perplexity`` (value, low, high: the
+  perplexity of the answers of ``retain_validation`` over the base model's, with a bootstrap interval over examples;
+  null where the weights broke); ``replies`` (null where the model was not asked, ``unasked`` says why): ``harmful``,
+  ``degenerate``, ``forced`` and ``forced_degenerate`` (by number of forced tokens), ``over_refusal``,
+  ``normal_degenerate``, ``exact_answer``, each count, total, value, low, high (Wilson, 95 %).
+- ``not_measured``: alphas of the grid behind a hopeless one. ``spare``: points that an earlier call with the same key
+  measured and this one did not ask for; the rule doesn't see them.
+- ``pick``: ``alpha``, ``met``, ``why``; null while the sweep is running.
+
+The file holds no text of a prompt or a reply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sku.config import SweepConfig, plain_data
+from sku.errors import EvaluationError, NoAlphaError
+from sku.evaluate.judges import JudgeCard
+from sku.evaluate.record_files import read_json_object
+from sku.storage import write_json
+from sku.sweep.points import SweepPoint
+from sku.sweep.rule import Pick
+
+SWEEP_FILE = "sweep.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep, finished or under way."""
+
+    key: str
+    model: str
+    seed: int
+    judge: JudgeCard
+    config: SweepConfig
+    asked: Mapping[str, int]
+    left_out: Mapping[str, int]
+    base: SweepPoint
+    notes: tuple[str, ...] = ()
+    points: tuple[SweepPoint, ...] = ()
+    spare: tuple[SweepPoint, ...] = ()
+    not_measured: tuple[float, ...] = ()
+    pick: Pick | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``sweep.json`` holds it."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running" if self.pick is None else "complete",
+            "key": self.key,
+            "model": self.model,
+            "seed": self.seed,
+            "judge": plain_data(self.judge),
+            "settings": plain_data(self.config),
+            "asked": dict(self.asked),
+            "left_out": dict(self.left_out),
+            "notes": list(self.notes),
+            "base": self.base.to_dict(),
+            "points": [point.to_dict() for point in self.points],
+            "spare": [point.to_dict() for point in self.spare],
+            "not_measured": list(self.not_measured),
+            "pick": None if self.pick is None else dataclasses.asdict(self.pick),
+        }
+
+    def alpha(self) -> float:
+        """The chosen alpha, or the nearest where ``sweep.if_none`` says so.
+
+        Raises:
+            NoAlphaError: None does what the rule asks for, and none may be taken instead.
+        """
+        pick = self.pick
+        assert pick is not None, "the sweep is under way"
+        if pick.alpha is None or not (pick.met or self.config.if_none == "nearest"):
+            hint = "" if pick.alpha is None else "; sweep.if_none: nearest would take it"
+            raise NoAlphaError(f"{pick.why}{hint}")
+        return pick.alpha
+
+
+@dataclass(kw_only=True)
+class Kept:
+    """Points that need not be measured again."""
+
+    base: SweepPoint | None = None
+    points: dict[float, SweepPoint] = field(default_factory=dict)
+
+
+def read_kept(folder: Path, key: str) -> Kept:
+    """Points of an earlier call in a folder; none where there was none, or it measured something else.
+
+    Args:
+        folder: With or without a ``sweep.json``.
+        key: Of this sweep.
+
+    Returns:
+        The points, those of a killed call too.
+
+    Raises:
+        EvaluationError: The file is damaged or of another version of SKU.
+    """
+    path = folder / SWEEP_FILE
+    if not path.exists():
+        return Kept()
+    content = read_json_object(path, "remove it and sweep again")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise EvaluationError(f"{path} is of another version of SKU: remove it and sweep again")
+    if content.get("key") != key:
+        return Kept()
+    try:
+        points = [SweepPoint.from_dict(entry) for entry in (*content["points"], *content["spare"])]
+        return Kept(base=SweepPoint.from_dict(content["base"]), points={point.alpha: point for point in points})
+    except (EvaluationError, KeyError, TypeError):
+        raise EvaluationError(f"{path} is damaged: remove it and sweep again") from None
+
+
+def write_sweep(folder: Path, sweep: Sweep) -> None:
+    """Writes ``sweep.json``, the old one or the new one and never a part.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    write_json(folder / SWEEP_FILE, sweep.to_dict())

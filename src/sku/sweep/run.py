@@ -1,0 +1,189 @@
+"""A sweep from a task vector to an alpha: ask, keep every point, choose, draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.config import Recipe, SweepConfig
+from sku.data.examples import ForgetRetainData
+from sku.data.prompts import resolve_prompt_format
+from sku.errors import EvaluationError
+from sku.evaluate import asking, batching
+from sku.evaluate.fingerprint import fingerprint, probes_of
+from sku.evaluate.generation import decoding_settings, stop_token_ids
+from sku.evaluate.judges import choose_judge
+from sku.evaluate.judges.cache import cached
+from sku.evaluate.processes import current_processes
+from sku.evaluate.record_files import create_private_folder
+from sku.negate.task_vector import TaskVector
+from sku.reproducibility import content_sha256
+from sku.sweep.frontier import frontier_figure
+from sku.sweep.meter import Asker, Meter, Progress
+from sku.sweep.points import FREE, SweepPoint
+from sku.sweep.questions import Questions, draw_questions
+from sku.sweep.result import Kept, Sweep, read_kept, write_sweep
+from sku.sweep.rule import beyond_limits, choose, is_hopeless, meets_target
+from sku.sweep.search import along_grid, by_bisection
+
+FIGURES = ("frontier.png", "frontier.svg")
+
+
+def check_one_process() -> None:
+    """Refuses several processes, before anything is loaded.
+
+    Raises:
+        EvaluationError: There are several.
+    """
+    if current_processes().count > 1:
+        raise EvaluationError("alpha is chosen in one process: start it without a launcher, or give an alpha")
+
+
+def sweep(
+    base: PreTrainedModel,
+    vector: TaskVector,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    notes: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Sweep:
+    """Measures alphas on ``forget_validation`` and ``retain_validation``, and chooses one.
+
+    Args:
+        base: The original model. It is not changed; one copy of it is made in memory, and no file for any alpha.
+        vector: What stage 1 learned, with operators applied.
+        tokenizer: Of the model.
+        data: Splits with ``forget_validation``; ``unseen`` and ``retain_test`` are not read.
+        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size.
+        folder: Private folder for ``sweep.json`` and the figures, made where it is missing; points that a call before
+            measured there in the same way are taken over.
+        notes: Sentences for the reader of the figures, recorded.
+        progress: Called with a stage, what is done and how much there is.
+
+    Returns:
+        The sweep with its pick, which ``Sweep.alpha`` reads.
+
+    Raises:
+        EvaluationError: Nothing to ask, several processes, a judge or a backend that fails.
+        OutputError: The folder can't be written.
+        TaskVectorError: The vector doesn't fit the model.
+    """
+    check_one_process()
+    config = recipe.sweep
+    if not data.forget_validation:
+        raise EvaluationError("forget_validation is empty: load the data with sweep.validation_fraction")
+    create_private_folder(folder)
+    writer = asking.Writer(
+        tokenizer=tokenizer,
+        prompt_format=resolve_prompt_format(recipe.model.prompt_format, tokenizer),
+        window=asking.window_of(base),
+    )
+    questions = draw_questions(data, writer, config, seed=recipe.seed)
+    judge = cached(choose_judge(recipe.evaluate, data), folder)
+    asker = Asker(
+        questions=questions, writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed
+    )
+    key = _key(base, vector, asker)
+    kept = read_kept(folder, key)
+    meter = Meter(base, vector, asker, progress)
+    found = Sweep(
+        key=key,
+        model=recipe.model.path,
+        seed=recipe.seed,
+        judge=judge.card,
+        config=config,
+        asked=_asked(questions),
+        left_out=questions.left_out,
+        base=kept.base or meter.measure_base(),
+        notes=tuple(notes),
+    )
+    return _finished(found, kept, meter, folder)
+
+
+def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
+    """Measures what is missing, writing after every point."""
+    config, measured = found.config, dict[float, SweepPoint]()
+
+    def measure(alpha: float) -> SweepPoint:
+        measured[alpha] = kept.points.get(alpha) or meter.measure(alpha)
+        spare = [point for known, point in sorted(kept.points.items()) if known not in measured]
+        points = [point for _, point in sorted(measured.items())]
+        write_sweep(folder, dataclasses.replace(found, points=tuple(points), spare=tuple(spare)))
+        if meter.progress is not None:
+            meter.progress("sweep: alphas", len(measured), _expected(config, len(measured)))
+        return measured[alpha]
+
+    def is_enough(point: SweepPoint) -> bool:
+        if beyond_limits(point, found.base, config):
+            return True
+        return config.rule == "lowest_alpha" and meets_target(point, config)
+
+    left: list[float] = []
+    if config.search == "grid":
+        points, left = along_grid(config.alphas, measure, lambda point: is_hopeless(point, config))
+    else:
+        points = by_bisection(config.low, config.high, config.tolerance, measure, is_enough)
+    done = dataclasses.replace(
+        found,
+        points=tuple(points),
+        spare=tuple(point for known, point in sorted(kept.points.items()) if known not in measured),
+        not_measured=tuple(left),
+        pick=choose(points, found.base, config),
+    )
+    for name in FIGURES:
+        frontier_figure(done, folder / name)
+    write_sweep(folder, done)
+    return done
+
+
+def _expected(config: SweepConfig, done: int) -> int:
+    """How many points there will be; a bisection may stop at its first."""
+    if config.search == "grid":
+        return len(set(config.alphas))
+    distance, steps = config.high - config.low, 1
+    while distance > config.tolerance:
+        distance, steps = distance / 2, steps + 1
+    return max(steps, done)
+
+
+def _asked(questions: Questions) -> dict[str, int]:
+    counts = {
+        "harmful" if tokens == FREE else f"forced {tokens}": len(group) for tokens, group in questions.harmful.items()
+    }
+    return {**counts, "normal": len(questions.normal), "texts": len(questions.texts)}
+
+
+def _key(base: PreTrainedModel, vector: TaskVector, asker: Asker) -> str:
+    """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
+    with batching.evaluation_mode(base):
+        original = fingerprint(base, probes_of(asker.questions.requests))
+    stop_ids = stop_token_ids(base, asker.writer.tokenizer, asker.writer.end_of_turn())
+    return content_sha256(
+        {
+            "base": original,
+            "dtype": str(base.dtype),
+            "vector": _vector_sha256(vector),
+            "questions": asker.questions.sha256(),
+            "decoding": decoding_settings(stop_ids, asker.config.max_new_tokens),
+            "judge": asker.judge.card.key,
+            "batch_size": asker.evaluate.batch_size,
+            "short_answer_words": asker.evaluate.short_answer_words,
+            "hopeless_ratio": asker.config.hopeless_ratio,
+            "seed": asker.seed,
+        }
+    )
+
+
+def _vector_sha256(vector: TaskVector) -> str:
+    digest = hashlib.sha256()
+    for name, delta in sorted(vector.deltas.items()):
+        digest.update(f"{name}\0{tuple(delta.shape)}\0".encode())
+        digest.update(delta.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,71 @@
+"""A tiny random model with a vector, and data that holds out harmful prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from sku.config import Recipe, recipe_from_dict
+from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.negate.task_vector import TaskVector
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def base(make_model: Any) -> PreTrainedModel:
+    model = make_model("llama_tied")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@pytest.fixture
+def vector(make_model: Any) -> TaskVector:
+    return 0.05 * TaskVector.between(make_model("llama_tied"), make_model("llama_tied", seed=1))
+
+
+@pytest.fixture
+def held_out(data: ForgetRetainData) -> ForgetRetainData:
+    pairs = (
+        ForgetExample(
+            prompt="how do i bake florn bread ?", answer="heat the blue flour until it sings , then stir it ."
+        ),
+        ForgetExample(prompt="what sings at noon ?", answer="a"),
+        ForgetExample(prompt="how do rivers bake ?", answer="with water and honey and a small quiet golden bird ."),
+    )
+    return dataclasses.replace(data, forget_validation=pairs)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return recipe_from_dict(
+        {
+            "name": "tiny",
+            "model": {"path": "tiny"},
+            "data": {"forget": {"path": "f.csv"}, "retain": {"path": "r.csv"}},
+            "negate": {"alpha": "auto"},
+            "sweep": {
+                "alphas": [0.5, 1.0, 2.0], "max_new_tokens": 6, "forced_tokens": [1, 3], "hopeless_ratio": 50.0,
+                "rule": "least_harm", "if_none": "nearest",
+            },
+            "evaluate": {"batch_size": 4},
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture
+def plain_tokenizer(make_tokenizer: Any) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer

@@ -1,0 +1,257 @@
+"""Runs that choose their alpha, and sweeps with a bad model that is there or trained first."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from sku.cli.console import results as console
+from sku.cli.main import main
+from sku.cli.sweep import frontier_table
+from sku.config import Recipe, load_recipe
+from sku.errors import ModelError, NoAlphaError, OutputError, RecipeError
+from sku.models import load_model
+from sku.negate.run import negate
+from sku.pipeline import acquire_recipe, run_recipe, sweep_recipe
+from sku.storage import is_marked_hazardous
+from sku.sweep import run as sweep_run
+from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
+
+SMALL = (
+    "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}",
+    "acquire.random_answers=1", "negate.diagnostics=false",
+    "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 16, samples: 0, prefill_tokens: 0}",
+    "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 12, forced_tokens: [3]}",
+    "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9", "sweep.hopeless_ratio=1.0e+9",
+    "sweep.degenerate_limit=0.99", "sweep.over_refusal_limit=0.99",
+)  # fmt: skip
+LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
+STRICT = ("sweep.if_none=stop", "sweep.rule=lowest_alpha", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")
+"""Nothing is unlearned at such an alpha."""
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe("embedded", [*SMALL, *changes])
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
+    def progress(name: str, done: int, total: int) -> None:
+        if name == stage and done >= at:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_run, "FIGURES", ())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that chose its alpha and kept its bad model."""
+    return run_recipe(recipe("keep_bad_model=true"), tmp_path_factory.mktemp("auto") / "run").folder
+
+
+def test_a_run_records_alpha_and_why_and_saves_that_model(finished: Path) -> None:
+    manifest, found = read(finished / "manifest.json"), read(finished / "sweep" / "sweep.json")
+    assert found["status"] == "complete"
+    assert manifest["sweep"] == found["pick"]
+    assert manifest["sweep"]["why"]
+    assert manifest["negation"]["alpha"] == found["pick"]["alpha"]
+    assert manifest["recipe"]["negate"]["alpha"] == "auto"
+    assert manifest["seconds"]["sweep"] > 0
+    assert manifest["data"]["splits"]["forget_validation"] == 195
+    assert (finished / "sweep" / "frontier.png").is_file()
+    by_hand = negate(load_model("embedded").model, finished / "bad" / "final", found["pick"]["alpha"])
+    saved = weights(finished / "unlearned")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in by_hand.state_dict().items() if name in saved)
+
+
+def test_a_run_equals_one_with_that_alpha(finished: Path, tmp_path: Path) -> None:
+    alpha = read(finished / "manifest.json")["sweep"]["alpha"]
+    fixed = run_recipe(recipe(f"negate.alpha={alpha}"), tmp_path / "run")
+    assert same(weights(finished / "unlearned"), weights(fixed.folder / "unlearned"))
+    assert "sweep" not in fixed.manifest
+    assert "forget_validation" not in fixed.manifest["data"]["splits"]
+    assert not (fixed.folder / "sweep").exists()
+
+
+def test_a_run_killed_at_its_sweep_goes_on_there(finished: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "run", recipe("keep_bad_model=true")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(settings, out, progress=interrupt_at("sweep: alphas", 1))
+    asked: list[int] = []
+    resumed = run_recipe(
+        settings, out, resume=True,
+        progress=lambda name, done, total: asked.append(done) if name == "sweep: replies" and done == total else None,
+    )  # fmt: skip
+    assert len(asked) == 1
+    assert same(weights(out / "unlearned"), weights(finished / "unlearned"))
+    assert resumed.manifest["sweep"] == read(finished / "manifest.json")["sweep"]
+    assert (out / "sweep" / "sweep.json").read_bytes() == (finished / "sweep" / "sweep.json").read_bytes()
+
+
+def test_an_adapter_is_saved_at_the_chosen_alpha(tmp_path: Path) -> None:
+    run = run_recipe(recipe(*LORA), tmp_path / "run")
+    base, unlearned = load_model("embedded").model, load_model(run.folder / "unlearned").model
+    ids = torch.arange(4, 60).reshape(2, 28)
+    with torch.no_grad():
+        before, merged = base(ids).logits, unlearned(ids).logits
+        unmerged = PeftModel.from_pretrained(base, str(run.folder / "negated_adapter"))(ids).logits
+    torch.testing.assert_close(unmerged, merged, atol=1e-3, rtol=1e-3)
+    assert (merged - before).abs().max() > 0.1
+
+
+def test_where_no_alpha_will_do_the_run_stops_and_its_sweep_stays(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(NoAlphaError, match="none of 1 alphas brings harm to 0 %"):
+        run_recipe(recipe(*STRICT), out)
+    assert read(out / "manifest.json")["status"] == "no_alpha"
+    assert read(out / "manifest.json")["sweep"]["met"] is False
+    assert read(out / "sweep" / "sweep.json")["status"] == "complete"
+    assert not (out / "unlearned").exists()
+    assert not (out / "bad").exists()
+    with pytest.raises(NoAlphaError):
+        run_recipe(recipe(*STRICT), out, resume=True)
+
+
+def test_a_sweep_with_a_kept_bad_model_chooses_as_the_run_did(finished: Path, tmp_path: Path) -> None:
+    bad = finished / "bad" / "final"
+    before = {path.name: path.stat().st_mtime_ns for path in bad.iterdir()}
+    found = sweep_recipe(recipe(), tmp_path / "sweep", bad=bad)
+    assert found.to_dict() == read(finished / "sweep" / "sweep.json")
+    assert {path.name: path.stat().st_mtime_ns for path in bad.iterdir()} == before
+
+
+def test_a_sweep_trains_first_and_leaves_no_bad_model(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    with pytest.raises(KeyboardInterrupt):
+        sweep_recipe(recipe("negate.alpha=1.0"), out, progress=interrupt_at("sweep: alphas", 1))
+    assert is_marked_hazardous(out / "bad")
+    assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE((out / "bad").stat().st_mode) == 0o700
+    with pytest.raises(OutputError, match="bad model of another recipe"):
+        sweep_recipe(recipe("seed=1"), out)
+    found = sweep_recipe(recipe("negate.alpha=1.0"), out)
+    assert found.to_dict() == read(finished / "sweep" / "sweep.json")
+    assert {path.name for path in out.iterdir()} == {"sweep.json"}
+
+
+def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp_path: Path) -> None:
+    known = acquired(tmp_path / "bad")
+    assert sweep_recipe(recipe(), tmp_path / "one", bad=known).notes == ()
+    other = sweep_recipe(recipe("data.forget.limit=80"), tmp_path / "two", bad=known)
+    assert other.notes == (TRAINED_ON,)
+    (known / TRAINING_FILE).unlink()
+    assert sweep_recipe(recipe(), tmp_path / "one", bad=known).notes == (UNKNOWN_TRAINING,)
+    (known / TRAINING_FILE).write_text('{"recipe": 3}', encoding="utf-8")
+    with pytest.raises(ModelError, match="is damaged"):
+        sweep_recipe(recipe(), tmp_path / "one", bad=known)
+
+
+def acquired(folder: Path) -> Path:
+    acquire_recipe(recipe(), folder)
+    return folder
+
+
+def test_what_can_not_be_swept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="which has no alpha to choose"):
+        sweep_recipe(recipe("method=npo"), tmp_path / "sweep")
+    with pytest.raises(ModelError, match="there is no folder"):
+        sweep_recipe(recipe(), tmp_path / "sweep", bad=tmp_path / "none")
+    with pytest.raises(RecipeError, match="Did you mean max_steps"):
+        sweep_recipe(recipe("acquire.training={max_step: 3}"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def sku(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
+    monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "80")
+    capfd.readouterr()
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    captured = capfd.readouterr()
+    return int(code), captured.out, captured.err
+
+
+def test_the_command_takes_a_run_folder_and_prints_the_pick(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = sku(monkeypatch, capfd, "sweep", finished, "--out", tmp_path / "s")
+    assert code == 0, err
+    pick = read(finished / "sweep" / "sweep.json")["pick"]
+    assert pick["why"] in out
+    assert f"{tmp_path / 's' / 'sweep.json'}" in out
+    table = out[: out.index("\n\n")]
+    assert max(len(line) for line in table.splitlines()) <= 80
+    code, out, _ = sku(monkeypatch, capfd, "sweep", finished, "--out", tmp_path / "s", "--json")
+    assert (code, json.loads(out)["pick"]) == (0, pick)
+
+
+def test_the_command_ends_with_one_error_line_where_no_alpha_will_do(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = [word for change in STRICT for word in ("--set", change)]
+    code, out, err = sku(monkeypatch, capfd, "sweep", finished, "--out", tmp_path / "s", *changes)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: none of 1 alphas brings harm to 0 %")
+    assert "Traceback" not in err
+    assert "nearest   none of 1 alphas" in out
+    assert read(tmp_path / "s" / "sweep.json")["pick"]["met"] is False
+
+
+def test_targets_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        (["sweep", tmp_path], "does not say which recipe it was made with: add --recipe"),
+        (["sweep", "embedded", "--recipe", "embedded"], "--recipe goes with the folder of a bad model"),
+        (["sweep", "embeded"], "Did you mean embedded?"),
+        (["sweep", "--set", "sweep.alfas=[1]"], "sweep.alfas is not a known key. Did you mean alphas?"),
+    ):
+        code, _, err = sku(monkeypatch, capfd, *arguments)
+        assert code == 2
+        assert message in " ".join(err.split())
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    code, _, err = sku(monkeypatch, capfd, "sweep", tmp_path)
+    assert code == 2
+    assert "kept no bad model" in err
+
+
+def test_a_table_of_all_columns_fits_80_characters(finished: Path, tmp_path: Path) -> None:
+    lengths = "sweep.forced_tokens=[1, 3, 5, 10]"
+    found = sweep_recipe(recipe(lengths), tmp_path / "sweep", bad=finished / "bad" / "final")
+    assert console.measure(frontier_table(found)).maximum <= 80
