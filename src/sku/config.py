@@ -28,6 +28,7 @@ REFERENCE = "reference"
 PromptFormatName = Literal["auto", "chat", "paper"]
 PreservationMode = Literal["divergence", "retention"]
 PreservationTokens = Literal["answer", "all"]
+Packing = Literal["auto", "tree", "flat", "padded"]
 Tuning = Literal["lora", "full", "qlora"]
 Backend = Literal["generate", "generate_batch", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine", "bleurt"]
