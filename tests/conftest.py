@@ -184,7 +184,7 @@ def data() -> ForgetRetainData:
 def make_trainer(
     make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData, tmp_path: Path
 ) -> TrainerMaker:
-    """Builds the real trainer of stage 1: 2 steps, padded batches of 2, K = 2, LoRA of rank 4 unless told otherwise."""
+    """Builds the real trainer of stage 1: 2 steps, padded batches of 2, K = 2, LoRA of rank 4 if not told else."""
 
     def make(
         model: Any = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,9 +103,8 @@ def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None
 
 
 def paths_read_back(packed: PackedRows) -> list[list[int]]:
-    starts = packed.paths.key_starts.tolist()
     keys = packed.input_ids[0][packed.paths.key_index_K]
-    return [keys[start:end].tolist() for start, end in zip(starts, starts[1:], strict=False)]
+    return [keys[start:end].tolist() for start, end in pairwise(packed.paths.key_starts.tolist())]
 
 
 tokens_of_a_row = st.lists(st.integers(0, 3), min_size=1, max_size=4)
@@ -117,9 +117,8 @@ def test_every_row_is_read_back_from_its_path(rows: list[tuple[list[int], list[i
     sources = [source(FORGET if index == 0 else MISMATCHED, 0, *each) for index, each in enumerate(rows)]
     packed = pack_rows(sources, 1, share=share)
     paths, keys = packed.paths, packed.input_ids[0]
-    contexts = []
-    for place in torch.cat([packed.kept[kind].place_N for kind in sorted(packed.kept)]).tolist():
-        contexts.append(keys[paths.dense_mask(None)[place]].tolist())
+    places = torch.cat([packed.kept[kind].place_N for kind in sorted(packed.kept)]).tolist()
+    contexts = [keys[paths.dense_mask(None)[place]].tolist() for place in places]
     targets = torch.cat([packed.kept[kind].targets_N for kind in sorted(packed.kept)]).tolist()
     expected = [
         (list(prompt + answer[:index]), answer[index]) for prompt, answer in rows for index in range(len(answer))
@@ -127,7 +126,9 @@ def test_every_row_is_read_back_from_its_path(rows: list[tuple[list[int], list[i
     assert list(zip(contexts, targets, strict=True)) == expected
     assert sum(segment.length for segment in paths.segments) == packed.input_ids.shape[1]
     longest = [list(prompt + answer[:-1]) for prompt, answer in rows]
-    assert all(path in longest or any(each[: len(path)] == path for each in longest) for path in paths_read_back(packed))
+    assert all(
+        path in longest or any(each[: len(path)] == path for each in longest) for path in paths_read_back(packed)
+    )
 
 
 def test_masks_by_hand() -> None:

@@ -167,7 +167,7 @@ def run_packed(model: Any, paths: AttentionPaths, ids: Tensor, **options: Any) -
 
 
 def test_a_tree_without_its_plan_is_misread_and_caught(make_model: ModelMaker) -> None:
-    """transformers takes the positions for plain packing: no error, other scores. The guard is what tells."""
+    """A library that sees no plan takes the positions for plain packing: no error, other scores. The guard tells."""
     model = make_model(initializer_range=0.2)
     paths = plan_paths(SEGMENTS)
     ids = torch.arange(paths.length) + 40

@@ -1,7 +1,7 @@
 """Which tokens of a packed row see which: segments, and the path of each back to its first token.
 
-A segment is a run of tokens. One with a prefix goes on where its prefix ends: its tokens see the prefix and themselves,
-never a sibling. Shapes: T = tokens of the packed row, S = segments, K = keys of all paths (those of a prefix once for
+A segment is a run of tokens. One with a prefix goes on where its prefix ends: its tokens see the prefix and each
+other, never a sibling. Shapes: T = tokens of the packed row, S = segments, K = keys of all paths (those of a prefix once for
 each segment that has it).
 """
 
@@ -138,7 +138,9 @@ def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
         if length < 1:
             raise ValueError(f"segment {index} has {length} tokens; it must have 1 or more")
         if prefix is not None and not (0 <= prefix < index and segments[prefix].prefix is None):
-            raise ValueError(f"segment {index} has the prefix {prefix}, which must stand before it and have none itself")
+            raise ValueError(
+                f"segment {index} has the prefix {prefix}, which must stand before it and have none itself"
+            )
     lengths = [segment.length for segment in segments]
     starts = [0, *accumulate(lengths)]
     tokens = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]

@@ -223,9 +223,9 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 def _kept_places(
     rows: Sequence[SourceRow], positions: Sequence[Tensor], places: dict[int, Tensor]
 ) -> tuple[Tensor, dict[int, KeptPlaces]]:
-    score_places, scores = torch.cat(
-        [places[index][kept] for index, kept in enumerate(positions)]
-    ).unique(return_inverse=True)
+    score_places, scores = torch.cat([places[index][kept] for index, kept in enumerate(positions)]).unique(
+        return_inverse=True
+    )
     scores_of_row = scores.split([len(kept) for kept in positions])
     kinds = {}
     for kind in sorted({row.kind for row in rows}):

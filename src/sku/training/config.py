@@ -29,8 +29,8 @@ class UnlearningConfig(TrainingArguments):
     packing: Packing = field(
         default="auto",
         metadata={
-            "help": "How rows go to the model. tree: one row without padding, prompts shared; flat: not shared; padded: "
-            "rows of equal length; auto: tree where the model can."
+            "help": "How rows go to the model. tree: one row without padding, prompts shared; flat: the same, not "
+            "shared; padded: rows of equal length; auto: tree where the model can."
         },
     )
 

@@ -33,7 +33,10 @@ except ImportError:  # Older than torch 2.10.
 
 NAME = "sku_packed"
 """Of this attention among those of transformers (``attn_implementation``)."""
-_HARMLESS = {"packed_paths", "sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"}
+_HARMLESS = {
+    "position_ids", "use_cache", "cache_position", "is_causal", "output_hidden_states", "output_router_logits",
+    "return_dict",
+}  # fmt: skip
 """Arguments of attention layers that say nothing which the plan or the function doesn't know."""
 _LARGEST_FLASH_HEAD = 256
 _in_packed_forward: ContextVar[bool] = ContextVar("_in_packed_forward", default=False)
@@ -134,8 +137,8 @@ def packed_forward_pass(model: PreTrainedModel | PeftModel, paths: AttentionPath
     """
     if not follows_paths(model):
         raise ModelError(
-            f"a packed row was given to a model with attention {plain_model(model).config._attn_implementation}, which "
-            "would misread it without an error: call use_packed_attention on it, or set packing to padded"
+            f"a packed row was given to a model with attention {plain_model(model).config._attn_implementation}, "
+            "which would misread it without an error: call use_packed_attention on it, or set packing to padded"
         )
     paths.windows_seen.clear()
     token = _in_packed_forward.set(True)

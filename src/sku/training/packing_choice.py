@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -138,8 +139,7 @@ def _plain_scores(model: PreTrainedModel | PeftModel, paths: AttentionPaths) -> 
     """``[T, V]``: each path as a row of its own, and of each what its segment adds."""
     ids_T = _trial_ids(model, paths)
     scores = []
-    starts = paths.key_starts.tolist()
-    for index, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(paths.key_starts.tolist())):
         row = ids_T[paths.key_index_K[start:end].to(ids_T.device)]
         logits = model(input_ids=row[None], attention_mask=torch.ones_like(row[None]), use_cache=False).logits[0]
         scores.append(logits[-paths.segments[index].length :])

@@ -75,7 +75,8 @@ class UnlearningTrainer(Trainer):
 
         Raises:
             DataError: As ``JointDataset``.
-            ModelError: No usable pad token or prompt format, or a model without trainable weights.
+            ModelError: No usable pad token or prompt format, a model without trainable weights, or ``packing`` that
+                asks for packed rows where the model can't be given any.
             RecipeError: Several GPUs in one process, an adapter that doesn't fit the model, or whole passes without
                 ``max_steps``.
         """
@@ -133,14 +134,17 @@ class UnlearningTrainer(Trainer):
         )
         self._own_attention = str(plain_model(model).config._attn_implementation)
         self.packing: Packing = choose_packing(model, args.packing, padded=objective.rows.padded)
-        if self.packing != "padded":
-            self.data_collator = PackedCollator(
-                share=self.packing == "tree", retain_tokens=objective.rows.retain_tokens
-            )
+        self._set_packed_collator()
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples = 0
         if self._reference is not None:
             nn.Module.to(self._reference, self.args.device)
+
+    def _set_packed_collator(self) -> None:
+        if self.packing != "padded":
+            self.data_collator = PackedCollator(
+                share=self.packing == "tree", retain_tokens=self.objective.rows.retain_tokens
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of ``transformers.Trainer``; afterwards the model has the attention that it came with."""
