@@ -28,14 +28,15 @@ SCALING = 0.3
 
 def inputs(
     paths: AttentionPaths, *, heads: int = 4, groups: int = 2, device: str = "cpu", dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [
+    query, key, value = (
         torch.randn(1, number, paths.length, 16, generator=generator, dtype=torch.float64)
         .to(device, dtype)
         .requires_grad_()
         for number in (heads, groups, groups)
-    ]
+    )
+    return query, key, value
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, paths: AttentionPaths, window: int | None) -> Tensor:
@@ -56,7 +57,7 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, paths: AttentionPaths, wi
     return torch.stack(outputs)[None]
 
 
-def gradients(output: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def gradients(output: Tensor, tensors: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
     return list(torch.autograd.grad((output * weights).sum(), tensors))
 
@@ -76,7 +77,7 @@ def by_dense_mask(query: Tensor, key: Tensor, value: Tensor, paths: AttentionPat
 def test_every_way_is_attention_along_the_path(way: Callable[..., Tensor], window: int | None) -> None:
     paths = plan_paths(SEGMENTS)
     tensors = inputs(paths)
-    expected = by_hand(*tensors, paths, window)  # type: ignore[call-arg]
+    expected = by_hand(*tensors, paths, window)
     output = way(*tensors, paths, window)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
     for ours, plain in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
@@ -94,13 +95,14 @@ def test_variable_length_flash_is_attention_along_the_path(window: int | None, g
         pytest.skip("this torch has no varlen_attn with groups and windows")
     paths = plan_paths(SEGMENTS)
     tensors = inputs(paths, groups=groups, device="cuda", dtype=torch.bfloat16)
-    output = through_layers(*tensors, paths.to("cuda"), window)  # type: ignore[call-arg]
-    wide = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
-    expected = by_hand(*wide, paths, window)  # type: ignore[call-arg]
+    output = through_layers(*tensors, paths.to("cuda"), window)
+    query, key, value = (tensor.detach().cpu().double().requires_grad_() for tensor in tensors)
+    wide = (query, key, value)
+    expected = by_hand(*wide, paths, window)
     torch.testing.assert_close(output.cpu().double(), expected, rtol=3e-2, atol=2e-2)
     for ours, plain in zip(gradients(output, tensors), gradients(expected, wide), strict=True):
         torch.testing.assert_close(ours.cpu().double(), plain, rtol=5e-2, atol=5e-2)
-    again = through_layers(*tensors, paths.to("cuda"), window)  # type: ignore[call-arg]
+    again = through_layers(*tensors, paths.to("cuda"), window)
     assert all(
         torch.equal(*pair) for pair in zip(gradients(output, tensors), gradients(again, tensors), strict=True)
     ), "the backward adds in a fixed order"
@@ -110,9 +112,10 @@ def test_half_precision_is_computed_wide_on_a_cpu() -> None:
     paths = plan_paths(SEGMENTS)
     tensors = inputs(paths, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        output = through_layers(*tensors, paths, None)  # type: ignore[call-arg]
+        output = through_layers(*tensors, paths, None)
     assert output.dtype == torch.bfloat16
-    expected = by_hand(*(tensor.detach().float() for tensor in tensors), paths, None)  # type: ignore[call-arg, arg-type]
+    query, key, value = (tensor.detach().float() for tensor in tensors)
+    expected = by_hand(query, key, value, paths, None)
     assert torch.equal(output, expected.to(torch.bfloat16)) or (output.float() - expected).abs().max() < 5e-3
 
 

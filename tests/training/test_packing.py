@@ -161,8 +161,8 @@ def test_equal_runs_are_equal_with_workers_and_with_recomputed_layers(make_train
     def trained(**settings: Any) -> dict[str, Tensor]:
         trainer = make_trainer(packing="tree", max_steps=3, **settings)
         trainer.train()
-        assert trainer.model is not None
-        assert trainer.model.get_base_model().config._attn_implementation == "sdpa"
+        model: Any = trainer.model
+        assert model.get_base_model().config._attn_implementation == "sdpa"
         return weights_of(trainer)
 
     first = trained()
@@ -208,7 +208,6 @@ def gpt_oss() -> Any:
     return GptOssForCausalLM(
         GptOssConfig(
             **SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2,
-            attn_implementation="eager",
         )
     )  # fmt: skip
 
@@ -251,7 +250,7 @@ def test_models_that_cannot_be_packed_are_padded_with_the_reason(kind: str, capl
     assert reason in lines[0]
     for asked in ("tree", "flat"):
         with pytest.raises(ModelError, match=f"packing is {asked}, but .*set packing to padded"):
-            choose_packing(model, asked, padded=False)  # type: ignore[arg-type]
+            choose_packing(model, asked, padded=False)
     assert choose_packing(model, "padded", padded=False) == "padded"
     assert model.config._attn_implementation == before
 

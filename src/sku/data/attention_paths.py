@@ -1,8 +1,8 @@
 """Which tokens of a packed row see which: segments, and the path of each back to its first token.
 
 A segment is a run of tokens. One with a prefix goes on where its prefix ends: its tokens see the prefix and each
-other, never a sibling. Shapes: T = tokens of the packed row, S = segments, K = keys of all paths (those of a prefix once for
-each segment that has it).
+other, never a sibling. Shapes: T = tokens of the packed row, S = segments, K = keys of all paths (those of a prefix
+once for each segment that has it).
 """
 
 from __future__ import annotations

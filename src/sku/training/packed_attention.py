@@ -29,7 +29,7 @@ from sku.models import plain_model
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # Older than torch 2.10.
-    varlen_attn = None  # type: ignore[assignment, misc]
+    varlen_attn = None  # type: ignore[assignment]
 
 NAME = "sku_packed"
 """Of this attention among those of transformers (``attn_implementation``)."""

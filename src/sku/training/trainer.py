@@ -152,7 +152,7 @@ class UnlearningTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             if self.packing != "padded":
-                assert self.model is not None
+                assert isinstance(self.model, PreTrainedModel | PeftModel)
                 plain_model(self.model).set_attn_implementation(self._own_attention)
 
     def create_scheduler(
