@@ -1,8 +1,8 @@
 """TRL's packed supervised fine-tuning on the harmful rows of stage 1, for ``stage1.py --trl``.
 
 The same B(K+1) prompt and answer pairs as completion-only rows, best-fit packed into one row, cross-entropy alone;
-ours is the tree without preservation divergence. Forward pass and backward, no optimizer. TRL keeps the rows of a packed
-row apart only with flash attention, so without that package it is given them unpacked, and the line says so.
+ours is the tree without preservation divergence. Forward pass and backward, no optimizer. TRL keeps the rows of a
+packed row apart only with flash attention, so without that package it is given them unpacked, and the line says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sku.models import LoadedModel, plain_model
 
 
 def race(trainer: SkuTrainer, loaded: LoadedModel, batches: Sequence[Sequence[JointExample]], *, steps: int) -> str:
-    """Times both on the first batch, in turn.
+    """Times both on the first batch: ours first, since TRL puts a forward pass of its own into the model.
 
     Args:
         trainer: Of stage 1; its model is trained by both.
@@ -51,16 +51,6 @@ def race(trainer: SkuTrainer, loaded: LoadedModel, batches: Sequence[Sequence[Jo
         for kind, row in rows_of(example)
         if kind != RETAIN
     ]
-    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    narrow = loaded.model.dtype == torch.bfloat16
-    theirs = _sft(trl, model, loaded, rows, packed=flash)
-    batch = theirs._prepare_inputs(next(iter(theirs.get_train_dataloader())))
-
-    def step_of_theirs() -> Tensor:
-        plain_model(model).set_attn_implementation("flash_attention_2" if flash else "sdpa")  # type: ignore[arg-type]
-        loss: Tensor = theirs.compute_loss(model, dict(batch))
-        return loss
-
     packed = pack_rows(rows, len(batches[0]), share=True).to(device)
     inputs = {"packed": packed, "forget_index": torch.zeros(len(batches[0])), "input_ids": packed.input_ids}
 
@@ -69,17 +59,23 @@ def race(trainer: SkuTrainer, loaded: LoadedModel, batches: Sequence[Sequence[Jo
             loss: Tensor = trainer.compute_loss(model, inputs)
         return loss
 
-    seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
-    for number in range(steps + 1):
-        for name, step in (("theirs", step_of_theirs), ("ours", step_of_ours)):
-            taken = _timed(step, model, device, narrow=narrow)
-            if number:  # The first of each sets up what later ones find.
-                seconds[name].append(taken)
-    sft, ours = (len(rows) / statistics.median(seconds[name]) for name in ("theirs", "ours"))
+    narrow = loaded.model.dtype == torch.bfloat16
+    seconds = {"ours": _timed(step_of_ours, model, device, narrow=narrow, steps=steps)}
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    plain_model(model).set_attn_implementation("flash_attention_2" if flash else "sdpa")  # type: ignore[arg-type]
+    sft = _sft(trl, model, loaded, rows, packed=flash)
+    batch = sft._prepare_inputs(next(iter(sft.get_train_dataloader())))
+
+    def step_of_theirs() -> Tensor:
+        loss: Tensor = sft.compute_loss(model, dict(batch))
+        return loss
+
+    seconds["theirs"] = _timed(step_of_theirs, model, device, narrow=narrow, steps=steps)
+    theirs, ours = (len(rows) / seconds[name] for name in ("theirs", "ours"))
     how = "packed, flash attention" if flash else "not packed: no flash_attn here"
     return (
-        f"{trl.__version__} SFT ({how}) {sft:.1f} rows/s, tree {ours:.1f} rows/s, cross-entropy alone: "
-        f"ratio {ours / sft:.2f} x"
+        f"{trl.__version__} SFT ({how}) {theirs:.1f} rows/s, tree {ours:.1f} rows/s, cross-entropy alone: "
+        f"ratio {ours / theirs:.2f} x"
     )
 
 
@@ -95,8 +91,6 @@ def _sft(trl: Any, model: nn.Module, loaded: LoadedModel, rows: Sequence[SourceR
         activation_checkpointing=False, bf16=loaded.model.dtype == torch.bfloat16,
         use_cpu=loaded.model.device.type == "cpu", disable_tqdm=True,
     )  # fmt: skip
-    if packed:
-        plain_model(model).set_attn_implementation("flash_attention_2")  # type: ignore[arg-type]
     return trl.SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_dict(examples), processing_class=loaded.tokenizer
     )
@@ -114,14 +108,18 @@ def _without_preservation(trainer: SkuTrainer) -> Iterator[None]:
         trainer.objective = objective
 
 
-def _timed(step: Callable[[], Tensor], model: nn.Module, device: torch.device, *, narrow: bool) -> float:
-    model.zero_grad()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
-        loss = step()
-    loss.backward()  # type: ignore[no-untyped-call]
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+def _timed(step: Callable[[], Tensor], model: nn.Module, device: torch.device, *, narrow: bool, steps: int) -> float:
+    """Median seconds of a step; the first one, which sets up what later ones find, is left out."""
+    seconds = []
+    for _ in range(steps + 1):
+        model.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+            loss = step()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])

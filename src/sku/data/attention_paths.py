@@ -117,7 +117,8 @@ class AttentionPaths:
             for entry in fields(self)
             if isinstance(value := getattr(self, entry.name), Tensor)
         }
-        return replace(self, **moved, windows_seen=[], _masks={})
+        # The list is the same one: where a model is spread over devices, each gets a copy of the plan.
+        return replace(self, **moved, _masks={})
 
 
 def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:

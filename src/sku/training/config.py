@@ -13,7 +13,7 @@ from sku.errors import RecipeError
 
 @dataclass
 class UnlearningConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` with the lengths of the examples, the same for every method.
+    """``transformers.TrainingArguments`` with the lengths and the packing of the examples, for every method.
 
     Fields of TrainingArguments keep their meaning. These have other defaults: ``learning_rate`` 2e-4 (LoRA),
     ``per_device_train_batch_size`` 4, ``logging_steps`` 1, ``report_to`` none, ``save_strategy`` no,
