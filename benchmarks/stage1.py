@@ -54,8 +54,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {},  # The defaults of LlamaConfig.
 }  # fmt: skip
 WEIGHTS = (2.5, 2.5, 1.0)
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-2)}
-"""Type of the arithmetic -> largest relative difference of the loss, and of the gradient as one vector."""
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 1e-1)}
+"""Type of the arithmetic -> largest relative difference of the loss, and of the gradient as one vector. Autocast alone
+moves the gradient of the naive step by 3.4e-2 on SmolLM2-135M."""
 
 
 @dataclass(kw_only=True)

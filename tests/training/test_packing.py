@@ -264,6 +264,15 @@ def test_layers_whose_window_is_not_told_are_refused(make_model: ModelMaker, mon
     assert "don't all say what they see" in str(why_not_packed(model))
 
 
+@pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention", "conv"])
+def test_layers_that_are_no_plain_attention_are_refused(kind: str, make_model: ModelMaker) -> None:
+    """Hybrids; a chunk is longer than the trial row, so that it would not show there."""
+    model = make_model("qwen3")
+    assert why_not_packed(model) is None
+    model.config.layer_types = ["full_attention", kind]
+    assert why_not_packed(model) == f"Qwen3ForCausalLM has layers of the kind {kind}"
+
+
 def test_windows_without_layer_types_are_served() -> None:
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SMALL, **HEADS, sliding_window=6)).eval()

@@ -10,18 +10,18 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model's modules in evaluation mode and those that were in training back afterwards.
+    """Puts a model's modules in evaluation mode and back afterwards.
 
     Args:
         model: Possibly wrapped for distributed training.
     """
-    # Four-bit layers stay as they are: in evaluation mode bitsandbytes repacks their weights on a CPU for a kernel
-    # that has no backward.
-    switched = [module for module in model.modules() if module.training and not hasattr(module, "quant_state")]
+    # Four-bit layers are in training mode meanwhile: else bitsandbytes repacks their weights on a CPU for a kernel that
+    # has no backward.
+    switched = [module for module in model.modules() if module.training != hasattr(module, "quant_state")]
     try:
         for module in switched:
-            module.training = False
+            module.training = not module.training
         yield
     finally:
         for module in switched:
-            module.training = True
+            module.training = not module.training
