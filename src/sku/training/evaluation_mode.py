@@ -15,8 +15,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Args:
         model: Possibly wrapped for distributed training.
     """
-    # Four-bit layers are in training mode meanwhile: else bitsandbytes repacks their weights on a CPU for a kernel that
-    # has no backward.
+    # Four-bit layers are in training mode meanwhile: else bitsandbytes repacks their weights on a CPU, for a kernel
+    # that has no backward.
     switched = [module for module in model.modules() if module.training != hasattr(module, "quant_state")]
     try:
         for module in switched:
