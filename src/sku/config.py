@@ -28,6 +28,7 @@ REFERENCE = "reference"
 PromptFormatName = Literal["auto", "chat", "paper"]
 PreservationMode = Literal["divergence", "retention"]
 PreservationTokens = Literal["answer", "all"]
+Packing = Literal["auto", "tree", "flat", "padded"]
 Tuning = Literal["lora", "full", "qlora"]
 Backend = Literal["generate", "generate_batch", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine", "bleurt"]
@@ -180,7 +181,9 @@ class AcquireConfig:
     tuning: Tuning = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Any field of ``transformers.TrainingArguments``: learning_rate, max_steps, per_device_train_batch_size, ..."""
+    """Any field of ``transformers.TrainingArguments``: learning_rate, max_steps, per_device_train_batch_size, ...; and
+    ``packing``: ``tree`` (one row without padding, prompts shared), ``flat`` (not shared), ``padded``, or ``auto``,
+    the default, which is ``tree`` where the model can be given one."""
     seed: int | None = None
     """Seed of training alone, so that data and test prompts stay as they are; that of the recipe if empty."""
 

@@ -482,6 +482,7 @@ def test_chat_and_bos_tokenizers_train_as_well(
     )
     trainer = SkuTrainer(make_model(), settings, data, processing_class=tokenizer)
     assert tokenizer.pad_token == "</s>"
-    row = batch_of(trainer, [0])["input_ids"][0].tolist()
+    dataset: Any = trainer.train_dataset
+    row = trainer.data_collator([dataset[0]])["input_ids"][0].tolist()
     assert str(tokenizer.decode(row)).startswith("<|im_start|>user\n")
     trainer.train()

@@ -51,7 +51,7 @@ def small_settings(method: AnyMethod, **changes: Any) -> Any:
 def make_method_trainer(
     make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, safe_data: ForgetRetainData, tmp_path: Path
 ) -> MethodTrainerMaker:
-    """Builds the trainer of a method: 2 steps, batches of 2, K = 2, LoRA of rank 4 unless told otherwise."""
+    """Builds the trainer of a method: 2 steps, padded batches of 2, K = 2, LoRA of rank 4 unless told otherwise."""
 
     def make(
         method: AnyMethod,
@@ -67,6 +67,7 @@ def make_method_trainer(
         defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "checkpoints"), "max_steps": 2, "per_device_train_batch_size": 2,
             "learning_rate": 1e-2, "use_cpu": True, "lr_scheduler_type": "constant", "dataloader_pin_memory": False,
+            "packing": "padded",
         }  # fmt: skip
         modules = None if method.trained_modules is None else list(method.trained_modules(settings, model))
         adapter = LoraConfig(

@@ -48,7 +48,7 @@ class JointCollator:
         Raises:
             DataError: No example has a row.
         """
-        rows = [(kind, position, row) for position, example in enumerate(examples) for kind, row in _rows(example)]
+        rows = [(kind, position, row) for position, example in enumerate(examples) for kind, row in rows_of(example)]
         if not rows:
             raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
         ids = [torch.tensor(row.input_ids, dtype=torch.long) for _, _, row in rows]
@@ -67,7 +67,8 @@ class JointCollator:
         return functional.pad(padded, (0, max(0, self.pad_to - padded.shape[1])), value=value)
 
 
-def _rows(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
+def rows_of(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
+    """Kind and tokens of each row of a joint example, in the order of a batch."""
     if example.forget is not None:
         yield FORGET, example.forget
     for mismatched in example.mismatched:

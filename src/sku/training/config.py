@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
+from sku.config import Packing
 from sku.errors import RecipeError
 
 
 @dataclass
 class UnlearningConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` with the lengths of the examples, the same for every method.
+    """``transformers.TrainingArguments`` with the lengths and the packing of the examples, for every method.
 
     Fields of TrainingArguments keep their meaning. These have other defaults: ``learning_rate`` 2e-4 (LoRA),
     ``per_device_train_batch_size`` 4, ``logging_steps`` 1, ``report_to`` none, ``save_strategy`` no,
@@ -24,6 +25,14 @@ class UnlearningConfig(TrainingArguments):
 
     max_length: int = field(default=512, metadata={"help": "Longest sequence in tokens."})
     max_answer_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
+
+    packing: Packing = field(
+        default="auto",
+        metadata={
+            "help": "How rows go to the model. tree: one row without padding, prompts shared; flat: the same, not "
+            "shared; padded: rows of equal length; auto: tree where the model can."
+        },
+    )
 
     learning_rate: float = 2e-4
     per_device_train_batch_size: int = 4
@@ -38,6 +47,8 @@ class UnlearningConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.packing not in get_args(Packing):
+            raise RecipeError(f"packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
         if self.remove_unused_columns:
             raise RecipeError("remove_unused_columns must be False: joint examples have no columns to remove")
         if self.train_sampling_strategy != "sequential":

@@ -17,16 +17,21 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from sku.config import PromptFormatName
+from sku.config import Packing, PromptFormatName
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import RETAIN, JointDataset
+from sku.data.packing import PACKED, PackedCollator, PackedRows
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import ModelError, NonFiniteLossError, RecipeError
 from sku.losses import IGNORE_INDEX
 from sku.models import ensure_pad_token, plain_model
 from sku.training.config import UnlearningConfig
+from sku.training.evaluation_mode import evaluation_mode
 from sku.training.objective import Objective, ScoredRows, TrainingStep
+from sku.training.packed_attention import use_packed_attention
+from sku.training.packed_step import forward_packed, packed_scores
+from sku.training.packing_choice import choose_packing
 from sku.training.step_limit import steps_in_whole_passes
 
 
@@ -70,7 +75,8 @@ class UnlearningTrainer(Trainer):
 
         Raises:
             DataError: As ``JointDataset``.
-            ModelError: No usable pad token or prompt format, or a model without trainable weights.
+            ModelError: No usable pad token or prompt format, a model without trainable weights, or ``packing`` that
+                asks for packed rows where the model can't be given any.
             RecipeError: Several GPUs in one process, an adapter that doesn't fit the model, or whole passes without
                 ``max_steps``.
         """
@@ -126,10 +132,28 @@ class UnlearningTrainer(Trainer):
             ),
             **trainer_options,
         )
+        self._own_attention = str(plain_model(model).config._attn_implementation)
+        self.packing: Packing = choose_packing(model, args.packing, padded=objective.rows.padded)
+        self._set_packed_collator()
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples = 0
         if self._reference is not None:
             nn.Module.to(self._reference, self.args.device)
+
+    def _set_packed_collator(self) -> None:
+        if self.packing != "padded":
+            self.data_collator = PackedCollator(
+                share=self.packing == "tree", retain_tokens=self.objective.rows.retain_tokens
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``transformers.Trainer``; afterwards the model has the attention that it came with."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.packing != "padded":
+                assert isinstance(self.model, PreTrainedModel | PeftModel)
+                plain_model(self.model).set_attn_implementation(self._own_attention)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -151,7 +175,7 @@ class UnlearningTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -159,7 +183,7 @@ class UnlearningTrainer(Trainer):
 
         Args:
             model: Possibly wrapped for distributed training.
-            inputs: A batch of ``JointCollator``.
+            inputs: A batch of ``JointCollator`` or ``PackedCollator``.
             return_outputs: Return the model's outputs as well.
             num_items_in_batch: Joint examples of the optimizer step over all processes; those of ``inputs`` if None.
 
@@ -169,9 +193,12 @@ class UnlearningTrainer(Trainer):
         Raises:
             NonFiniteLossError: A term is NaN or infinite. Raised before backward, so no weight has seen it.
         """
-        kept_RT = self._kept_positions(inputs)
-        outputs = self._forward(model, inputs, kept_RT)
-        terms = self._terms(model, inputs, kept_RT, outputs)
+        if PACKED in inputs:
+            outputs, terms = self._packed_terms(model, inputs[PACKED])
+        else:
+            kept_RT = self._kept_positions(inputs)
+            outputs = self._forward(model, inputs, kept_RT)
+            terms = self._terms(model, inputs, kept_RT, outputs)
         num_examples = len(inputs["forget_index"])
         self._check_finite(terms, inputs)
         weights = self.objective.weights
@@ -228,6 +255,31 @@ class UnlearningTrainer(Trainer):
         step = TrainingStep(num_examples=len(inputs["forget_index"]), rows=rows, reference=reference)
         return dict(self.objective.losses(step))
 
+    def _packed_terms(self, model: nn.Module, packed: PackedRows) -> tuple[Any, dict[str, Tensor]]:
+        """The model's outputs for a packed row, and the loss of each term, ``[B]``."""
+        layer = self.objective.hidden_layer
+
+        def run(run_model: nn.Module, rows: PackedRows) -> Any:
+            plain = self.accelerator.unwrap_model(run_model)
+            # Stays so until training ends: activation checkpointing runs layers again in the backward.
+            use_packed_attention(plain)
+            return forward_packed(run_model, plain, rows, hidden_states=layer is not None)
+
+        def reference(kind: int) -> ScoredRows:
+            own = packed.of_kind(kind)
+            with torch.no_grad(), self._original(model):
+                frozen = model if self._reference is None else self._reference
+                return packed_scores(own, kind, run(frozen, own), layer)
+
+        packed = packed.to(self.args.device, non_blocking=True)
+        outputs = run(model, packed)
+        step = TrainingStep(
+            num_examples=packed.num_examples,
+            rows=lambda kind: packed_scores(packed, kind, outputs, layer),
+            reference=reference,
+        )
+        return outputs, dict(self.objective.losses(step))
+
     def _scored(
         self, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int, outputs: Any, row_kind_R: Tensor
     ) -> ScoredRows:
@@ -282,17 +334,8 @@ class UnlearningTrainer(Trainer):
         adapter_off: AbstractContextManager[None] = (
             unwrapped.disable_adapter() if isinstance(unwrapped, PeftModel) else nullcontext()
         )
-        # Four-bit layers stay as they are: in evaluation mode bitsandbytes repacks their weights on a CPU for a kernel
-        # that has no backward.
-        switched = [module for module in model.modules() if module.training and not hasattr(module, "quant_state")]
-        try:
-            for module in switched:
-                module.training = False
-            with adapter_off:
-                yield
-        finally:
-            for module in switched:
-                module.training = True
+        with evaluation_mode(model), adapter_off:
+            yield
 
     def _check_finite(self, terms: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
         # One transfer for all terms: a synchronisation a step is the price of never training on NaN.

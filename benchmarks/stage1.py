@@ -1,0 +1,421 @@
+"""One step of stage 1 as the paper describes it against ours, padded, flat and as a tree. All in one run.
+
+    python benchmarks/stage1.py --model models/smollm2-135m-instruct --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
+
+A step is the forward pass and the backward of the three modules on the same token ids, weights 2.5, 2.5 and 1; the
+optimizer, equal on all sides, is left out. ``naive`` is written from the paper's description: one padded batch and one
+forward pass a module, scores at every position, a second model beside the first. The other ways are those of the
+setting ``packing``, through the trainer. ``+bf16`` runs a way under bfloat16 autocast.
+
+Loss and gradient of every way are compared with those of the first one before anything is timed; where they differ,
+the run ends with exit code 1 and no figure. Tokens are random: nothing harmful is read or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import importlib.util
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from stage1_naive import NaiveBatch, naive_loss
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from sku.acquire.config import SkuConfig
+from sku.acquire.trainer import SkuTrainer
+from sku.config import ModelConfig
+from sku.data.collation import JointCollator
+from sku.data.joint import RETAIN, JointExample
+from sku.data.packing import PackedCollator
+from sku.data.tokenization import TokenizedExample
+from sku.losses import IGNORE_INDEX
+from sku.models import LoadedModel, embedded_model_path, load_model, plain_model
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "vocab_size": 1024,
+    },
+    "llama-2-7b": {},  # The defaults of LlamaConfig.
+}  # fmt: skip
+WEIGHTS = (2.5, 2.5, 1.0)
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 1e-1)}
+"""Type of the arithmetic -> largest relative difference of the loss, and of the gradient as one vector. Autocast alone
+moves the gradient of the naive step by 3.4e-2 on SmolLM2-135M."""
+
+
+@dataclass(kw_only=True)
+class Way:
+    """One way to take the step."""
+
+    name: str
+    step: Callable[[Sequence[JointExample]], Tensor]
+    """Loss of a batch, ready for its backward."""
+    autocast: bool
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def context(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast, or nothing."""
+        return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+def main() -> None:
+    """Compares, measures and prints."""
+    options = _options()
+    torch.manual_seed(options.seed)
+    loaded = _load(options)
+    batches = [_examples(options, loaded, number) for number in range(options.batches)]
+    trainer = _trainer(options, loaded, batches)
+    model = trainer.model
+    assert isinstance(model, nn.Module)
+    ways = [_way(name, trainer, loaded) for name in options.ways]
+    _print_head(options, loaded, batches)
+    _check_equal(ways, model, batches[0], loaded)
+    for way in ways:
+        # Sets up what later steps find. Memory is measured here: with the heap trimmed, a step takes longer.
+        held = _start_memory(loaded.model.device)
+        _timed(way, model, batches[0], loaded.model.device)
+        way.peak_bytes = _peak_memory(loaded.model.device) - held
+        way.seconds.clear()
+        way.processor.clear()
+    for number in range(options.steps):
+        # In turn, so that a slow minute of the machine meets all ways.
+        for way in ways:
+            _timed(way, model, batches[number % len(batches)], loaded.model.device)
+    _print_results(options, ways, loaded, model, batches)
+    if options.trl:
+        _print_trl(options, trainer, loaded, batches)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The step of stage 1, naive against padded, flat and tree.")
+    parser.add_argument("--model", default="embedded", help="folder of the model")
+    parser.add_argument("--gguf-file", help="GGUF file in that folder")
+    parser.add_argument("--shape", choices=SHAPES, help="a Llama of this shape, random weights, in place of a model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
+    parser.add_argument("--tuning", choices=("full", "lora"), default="full", help="lora: rank 32 on q_proj, v_proj")
+    parser.add_argument("--ways", nargs="+", help="of naive, padded, flat, tree, each also with +bf16")
+    parser.add_argument("--batch", type=int, default=2, help="joint examples of a step")
+    parser.add_argument("--k", type=int, default=5, help="answers of other prompts for each prompt")
+    parser.add_argument("--prompt", type=int, default=30, help="mean tokens of a prompt")
+    parser.add_argument("--answer", type=int, default=90, help="mean tokens of an answer")
+    parser.add_argument("--normal", type=int, default=45, help="mean tokens of a normal example, prompt and answer")
+    parser.add_argument("--spread", type=float, default=0.3, help="sigma of the lognormal lengths, cut at 3 means")
+    parser.add_argument("--batches", type=int, default=3, help="batches in turn")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each way")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing, in every way")
+    parser.add_argument(
+        "--trl", action="store_true", help="race TRL's packed SFT, where installed, on the harmful rows"
+    )
+    options = parser.parse_args()
+    if options.ways is None:
+        options.ways = ["naive", "naive+bf16", "padded", "flat", "tree", "tree+bf16"]
+        if options.dtype == "bfloat16":
+            options.ways = ["naive", "padded", "flat", "tree"]
+    for name in options.ways:
+        if name.removesuffix("+bf16") not in ("naive", "padded", "flat", "tree"):
+            parser.error(f"{name} is no way; there are naive, padded, flat and tree, each also with +bf16")
+    return options
+
+
+def _load(options: argparse.Namespace) -> LoadedModel:
+    if options.shape is None:
+        return load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype=options.dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**SHAPES[options.shape]), dtype=getattr(torch, options.dtype)
+        )
+    # No text is read; the trainer asks a tokenizer for its pad token.
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=options.shape, revision=None)
+
+
+def _examples(options: argparse.Namespace, loaded: LoadedModel, number: int) -> list[JointExample]:
+    """A batch of joint examples of random tokens, with the lengths that were asked for."""
+    rng = random.Random(f"{options.seed}/{number}")
+    vocabulary = plain_model(loaded.model).get_input_embeddings().weight.shape[0]
+
+    def ids(mean: int) -> tuple[int, ...]:
+        # A lognormal with median m has the mean m exp(sigma^2 / 2).
+        drawn = mean * rng.lognormvariate(-(options.spread**2) / 2, options.spread)
+        return tuple(rng.randrange(5, vocabulary) for _ in range(max(2, min(round(drawn), 3 * mean))))
+
+    def row(prompt: tuple[int, ...], answer: tuple[int, ...]) -> TokenizedExample:
+        labels = (*(IGNORE_INDEX,) * len(prompt), *answer)
+        return TokenizedExample(input_ids=(*prompt, *answer), labels=labels, answer_start=len(prompt))
+
+    examples = []
+    for place in range(options.batch):
+        prompt = ids(options.prompt)
+        examples.append(
+            JointExample(
+                forget=row(prompt, ids(options.answer)),
+                mismatched=tuple(row(prompt, ids(options.answer)) for _ in range(options.k)),
+                retain=row(ids(options.normal // 3), ids(options.normal - options.normal // 3)),
+                forget_index=place,
+                retain_index=place,
+            )
+        )
+    return examples
+
+
+def _trainer(
+    options: argparse.Namespace, loaded: LoadedModel, batches: Sequence[Sequence[JointExample]]
+) -> SkuTrainer:
+    """The trainer of stage 1, whose model has moved away from the original, so that the divergence is not 0."""
+    settings = SkuConfig(
+        output_dir=tempfile.mkdtemp(prefix="sku-stage1-"), max_steps=1, use_cpu=loaded.model.device.type == "cpu",
+        guided_distortion_weight=WEIGHTS[0], random_disassociation_weight=WEIGHTS[1],
+        preservation_divergence_weight=WEIGHTS[2], num_random_answers=options.k, preservation_cap=None, packing="tree",
+        activation_checkpointing=options.checkpointing,
+    )  # fmt: skip
+    adapter = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = SkuTrainer(
+        copy.deepcopy(loaded.model) if options.tuning == "full" else loaded.model,
+        settings,
+        [example for batch in batches for example in batch],  # type: ignore[arg-type]
+        processing_class=loaded.tokenizer,
+        peft_config=adapter if options.tuning == "lora" else None,
+    )
+    assert isinstance(trainer.model, nn.Module)
+    if options.checkpointing:
+        plain_model(trainer.model).gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.train()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                # lora_B is all 0 at first.
+                size = 0.05 * float(parameter.float().std(correction=0)) if parameter.any() else 0.01
+                parameter.add_(torch.randn_like(parameter) * size)
+    return trainer
+
+
+def _way(name: str, trainer: SkuTrainer, loaded: LoadedModel) -> Way:
+    kind = name.removesuffix("+bf16")
+    model = trainer.model
+    assert isinstance(model, nn.Module)
+    if kind == "naive":
+        teacher = trainer._reference
+        if teacher is None:
+            # A second model beside the first, as the authors' code has.
+            assert isinstance(model, PeftModel)
+            teacher = _without_adapter(model)
+
+        def naive(examples: Sequence[JointExample]) -> Tensor:
+            batch = NaiveBatch.of(examples, int(loaded.tokenizer.pad_token_id), loaded.model.device)
+            return naive_loss(model, teacher, batch, WEIGHTS)
+
+        return Way(name=name, step=naive, autocast=name.endswith("+bf16"))
+    collator: Any = PackedCollator(share=kind == "tree", retain_tokens="answer")
+    if kind == "padded":
+        collator = JointCollator(int(loaded.tokenizer.pad_token_id))
+
+    def ours(examples: Sequence[JointExample]) -> Tensor:
+        loss: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(collator(list(examples))))
+        return loss
+
+    return Way(name=name, step=ours, autocast=name.endswith("+bf16"))
+
+
+def _without_adapter(model: PeftModel) -> nn.Module:
+    copied = copy.deepcopy(model).unload()
+    assert isinstance(copied, nn.Module)
+    return copied.eval().requires_grad_(requires_grad=False)
+
+
+def _gradient(way: Way, model: nn.Module, batch: Sequence[JointExample], device: torch.device) -> tuple[float, Tensor]:
+    model.zero_grad()
+    with way.context(device):
+        loss = way.step(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [weight.grad.float().flatten().cpu() for weight in model.parameters() if weight.grad is not None]
+    model.zero_grad()
+    return float(loss.detach()), torch.cat(gradients)
+
+
+def _check_equal(ways: Sequence[Way], model: nn.Module, batch: Sequence[JointExample], loaded: LoadedModel) -> None:
+    """Ends the run where a way computes something else than the first one."""
+    device = loaded.model.device
+    first_loss, first = _gradient(ways[0], model, batch, device)
+    print(f"loss       {first_loss:.7f} ({ways[0].name})")
+    unequal = []
+    for way in ways[1:]:
+        loss, gradient = _gradient(way, model, batch, device)
+        loss_error = abs(loss - first_loss) / abs(first_loss)
+        gradient_error = float((gradient - first).norm() / first.norm())
+        narrow = way.autocast or ways[0].autocast or loaded.model.dtype != torch.float32
+        limits = TOLERANCES[torch.bfloat16 if narrow else torch.float32]
+        fits = loss_error <= limits[0] and gradient_error <= limits[1]
+        unequal += [] if fits else [way.name]
+        print(
+            f"equal      {way.name}: relative difference of the loss {loss_error:.1e} (limit {limits[0]:.0e}), of the "
+            f"gradient {gradient_error:.1e} (limit {limits[1]:.0e}){'' if fits else '  DIFFERS'}"
+        )
+    if unequal:
+        sys.exit(f"void: {', '.join(unequal)} and {ways[0].name} don't compute the same; nothing was timed")
+
+
+def _timed(way: Way, model: nn.Module, batch: Sequence[JointExample], device: torch.device) -> None:
+    model.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started, worked = time.perf_counter(), time.process_time()
+    with way.context(device):
+        loss = way.step(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    way.seconds.append(time.perf_counter() - started)
+    way.processor.append(time.process_time() - worked)
+
+
+def _start_memory(device: torch.device) -> int:
+    """Bytes held now; the high-water mark starts again from here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    marks = Path("/proc/self/clear_refs")
+    if marks.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # What was freed before would hide what a step takes.
+        marks.write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def _peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if ":" in line)
+    return int(lines[name].split()[0]) * 1024
+
+
+def _print_head(options: argparse.Namespace, loaded: LoadedModel, batches: Sequence[Sequence[JointExample]]) -> None:
+    device = loaded.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    print(f"machine    {name}, {torch.get_num_threads()} threads")
+    print(f"versions   torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"model      {loaded.name}, {options.dtype}, {options.tuning}")
+    print(f"step       {options.batch} joint examples, K = {options.k}, weights {WEIGHTS}, no optimizer")
+    counted = [_tokens(batch) for batch in batches]
+    for kind in ("padded by module", "padded", "flat", "tree"):
+        print(f"tokens     {kind}: {statistics.mean(count[kind] for count in counted):.0f} a step")
+
+
+def _tokens(batch: Sequence[JointExample]) -> dict[str, int]:
+    padded = JointCollator(0)(list(batch))
+    modules = NaiveBatch.of(batch, 0, torch.device("cpu"))
+    flat, tree = (
+        PackedCollator(share=share, retain_tokens="answer")(list(batch))["input_ids"].numel()
+        for share in (False, True)
+    )
+    by_module = sum(part.input_ids.numel() for part in modules.parts)
+    return {"padded by module": by_module, "padded": padded["input_ids"].numel(), "flat": flat, "tree": tree}
+
+
+def _useful_flops(model: nn.Module, batch: Sequence[JointExample], full: bool) -> float:
+    """Matrix products that the step can't do without: each distinct token once, scores where they count."""
+    head = plain_model(model).get_output_embeddings()  # type: ignore[arg-type]
+    head_size = head.weight.numel()
+    body = sum(
+        module.weight.numel()
+        for name, module in plain_model(model).named_modules()  # type: ignore[arg-type]
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
+    )
+    packed = PackedCollator(share=True, retain_tokens="answer")(list(batch))["packed"]
+    normal = packed.of_kind(RETAIN)
+    passes = 3 if full else 2  # Forward, gradient of the inputs, and of the weights where they are trained.
+    trained = 2 * (body * packed.input_ids.numel() + head_size * len(packed.score_places_U)) * passes
+    return trained + 2 * (body * normal.input_ids.numel() + head_size * len(normal.score_places_U))
+
+
+def _gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product: what this machine gives at best."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        started = time.perf_counter()
+        _ = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _print_results(
+    options: argparse.Namespace, ways: Sequence[Way], loaded: LoadedModel, model: nn.Module,
+    batches: Sequence[Sequence[JointExample]],
+) -> None:  # fmt: skip
+    device = loaded.model.device
+    useful = statistics.mean(_useful_flops(model, batch, options.tuning == "full") for batch in batches)
+    # The same number for all ways: what the rows hold, each without its last token, which predicts nothing.
+    raw = statistics.mean(_tokens(batch)["flat"] for batch in batches)
+    peaks = {dtype: _gemm_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    print(
+        f"peak       {peaks[torch.float32] / 1e12:.3g} TFLOP/s float32, {peaks[torch.bfloat16] / 1e12:.3g} bfloat16, "
+        "measured; MFU is of the tree's matrix products"
+    )
+    second = sum(weight.numel() * weight.element_size() for weight in loaded.model.parameters())
+    for way in ways:
+        narrow = way.autocast or loaded.model.dtype == torch.bfloat16
+        seconds = statistics.median(way.seconds)
+        mfu = useful / seconds / peaks[torch.bfloat16 if narrow else torch.float32]
+        extra = f" + {second / 2**30:.2f} for the second model" if way.name.startswith("naive") else ""
+        print(
+            f"{way.name:<10} {seconds:.3f} s ({statistics.median(way.processor):.3f} s of processor time), "
+            f"{raw / seconds:,.0f} tokens/s, MFU {100 * mfu:.1f} %, {way.peak_bytes / 2**30:.2f} GiB{extra}"
+        )
+    for base in (way for way in ways if way.name.startswith("naive")):
+        for way in ways:
+            if not way.name.startswith("naive"):
+                wall = statistics.median(base.seconds) / statistics.median(way.seconds)
+                work = statistics.median(base.processor) / statistics.median(way.processor)
+                print(f"ratio      {base.name} / {way.name}: {wall:.2f} x ({work:.2f} x of processor time)")
+
+
+def _print_trl(
+    options: argparse.Namespace, trainer: SkuTrainer, loaded: LoadedModel, batches: Sequence[Sequence[JointExample]]
+) -> None:
+    if importlib.util.find_spec("trl") is None:
+        print("trl        skipped: it is not installed (pip install 'trl>=1.16')")
+        return
+    from stage1_trl import race
+
+    print(f"trl        {race(trainer, loaded, batches, steps=options.steps)}")
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").split("\n"):
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

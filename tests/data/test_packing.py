@@ -1,0 +1,189 @@
+"""Packed rows by hand, and as paths: each row of a batch must be read back whole from its path."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sku.data.attention_paths import Segment, plan_paths
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
+from sku.data.packing import PACKED, PackedCollator, PackedRows, SourceRow, pack_rows
+from sku.data.tokenization import TokenizedExample
+from sku.errors import DataError
+from sku.losses import IGNORE_INDEX
+
+
+def row(prompt: list[int], answer: list[int]) -> TokenizedExample:
+    return TokenizedExample(
+        input_ids=(*prompt, *answer), labels=(*(IGNORE_INDEX,) * len(prompt), *answer), answer_start=len(prompt)
+    )
+
+
+def source(kind: int, example: int, prompt: list[int], answer: list[int]) -> SourceRow:
+    return SourceRow(kind=kind, example=example, tokens=row(prompt, answer))
+
+
+ROWS = [
+    source(FORGET, 0, [1, 2, 3], [10, 11]),
+    source(MISMATCHED, 0, [1, 2, 3], [20, 21, 22]),
+    source(MISMATCHED, 0, [1, 2, 3], [10, 31]),
+    source(RETAIN, 0, [1, 2], [40, 41]),
+    source(FORGET, 1, [5], [50]),
+]
+
+
+def test_a_tree_by_hand() -> None:
+    """The last token of a row predicts nothing that counts and is left out; the retain row shares nothing."""
+    packed = pack_rows(ROWS, 2, share=True)
+    assert packed.input_ids.tolist() == [[1, 2, 3, 10, 20, 21, 10, 1, 2, 40, 5]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 3, 0, 1, 2, 0]]
+    assert packed.paths.segments == (
+        Segment(3), Segment(1, 0), Segment(2, 0), Segment(1, 0), Segment(3), Segment(1),
+    )  # fmt: skip
+    assert packed.score_places_U.tolist() == [2, 3, 4, 5, 6, 8, 9, 10]
+    mismatched = packed.kept[MISMATCHED]
+    # The prompt's last token serves the first target of each answer behind it.
+    assert mismatched.place_N.tolist() == [2, 4, 5, 2, 6]
+    assert mismatched.targets_N.tolist() == [20, 21, 22, 10, 31]
+    assert mismatched.row_N.tolist() == [0, 0, 0, 1, 1]
+    assert mismatched.example_M.tolist() == [0, 0]
+    forget = packed.kept[FORGET]
+    assert forget.place_N.tolist() == [2, 3, 10]
+    assert forget.score_N.tolist() == [0, 1, 7]
+    assert forget.example_M.tolist() == [0, 1]
+
+
+def test_flat_shares_nothing() -> None:
+    packed = pack_rows(ROWS, 2, share=False)
+    assert packed.paths.segments == (Segment(4), Segment(5), Segment(4), Segment(3), Segment(1))
+    assert not packed.paths.shares
+    assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "targets"),
+    [("answer", [1, 2], [40, 41]), ("all", [0, 1, 2], [2, 40, 41]), ("every", [0, 1, 2, 3], [2, 40, 41, 41])],
+)
+def test_positions_of_a_normal_row_that_count(tokens: str, positions: list[int], targets: list[int]) -> None:
+    packed = pack_rows([ROWS[3]], 1, share=True, retain_tokens=tokens)  # type: ignore[arg-type]
+    assert packed.kept[RETAIN].place_N.tolist() == positions
+    assert packed.kept[RETAIN].targets_N.tolist() == targets
+
+
+def test_the_rows_of_one_kind_alone() -> None:
+    alone = pack_rows(ROWS, 2, share=True).of_kind(FORGET)
+    assert alone.input_ids.tolist() == [[1, 2, 3, 10, 5]]
+    assert set(alone.kept) == {FORGET}
+    assert alone.kept[FORGET].example_M.tolist() == [0, 1]
+    assert alone.num_examples == 2
+
+
+def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None:
+    example = JointExample(
+        forget=ROWS[0].tokens, mismatched=(ROWS[1].tokens,), retain=ROWS[3].tokens, safe=row([1, 2, 3], [60, 61]),
+        forget_index=4, retain_index=7,
+    )  # fmt: skip
+    batch = PackedCollator(share=True, retain_tokens="answer")([example])
+    assert batch["forget_index"].tolist() == [4]
+    assert batch["retain_index"].tolist() == [7]
+    packed = batch[PACKED]
+    assert [(each.kind, each.example) for each in packed.rows] == [
+        (FORGET, 0), (MISMATCHED, 0), (RETAIN, 0), (SAFE, 0),
+    ]  # fmt: skip
+    assert torch.equal(batch["input_ids"], packed.input_ids)
+    # The safe row stands behind the same prompt, on the other side of the normal row.
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 20, 21, 60, 1, 2, 40]]
+    with pytest.raises(DataError, match="without any row"):
+        PackedCollator(share=True, retain_tokens="answer")([])
+
+
+def paths_read_back(packed: PackedRows) -> list[list[int]]:
+    keys = packed.input_ids[0][packed.paths.key_index_K]
+    return [keys[start:end].tolist() for start, end in pairwise(packed.paths.key_starts.tolist())]
+
+
+tokens_of_a_row = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(tokens_of_a_row, tokens_of_a_row), min_size=1, max_size=5), share=st.booleans())
+def test_every_row_is_read_back_from_its_path(rows: list[tuple[list[int], list[int]]], share: bool) -> None:
+    """Whatever is shared: what stands before each target, along the path, is what stands before it in the row."""
+    sources = [source(FORGET if index == 0 else MISMATCHED, 0, *each) for index, each in enumerate(rows)]
+    packed = pack_rows(sources, 1, share=share)
+    paths, keys = packed.paths, packed.input_ids[0]
+    places = torch.cat([packed.kept[kind].place_N for kind in sorted(packed.kept)]).tolist()
+    contexts = [keys[paths.dense_mask(None)[place]].tolist() for place in places]
+    targets = torch.cat([packed.kept[kind].targets_N for kind in sorted(packed.kept)]).tolist()
+    expected = [
+        (list(prompt + answer[:index]), answer[index]) for prompt, answer in rows for index in range(len(answer))
+    ]
+    assert list(zip(contexts, targets, strict=True)) == expected
+    assert sum(segment.length for segment in paths.segments) == packed.input_ids.shape[1]
+    longest = [list(prompt + answer[:-1]) for prompt, answer in rows]
+    assert all(
+        path in longest or any(each[: len(path)] == path for each in longest) for path in paths_read_back(packed)
+    )
+
+
+def test_masks_by_hand() -> None:
+    """A prefix of 2, branches of 2 and 1, and a row of 2; then with a window of 2."""
+    paths = plan_paths([Segment(2), Segment(2, 0), Segment(1, 0), Segment(2)])
+    assert paths.dense_mask(None).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    assert paths.dense_mask(2).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    assert paths.segment_mask(0, None) is None
+    branch = paths.segment_mask(1, 2)
+    assert branch is not None
+    assert branch.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert paths.segment_mask(1, 2) is branch
+    assert paths.query_starts.tolist() == [0, 2, 4, 5, 7]
+    assert paths.key_starts.tolist() == [0, 2, 6, 9, 11]
+    assert paths.key_index_K.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
+    assert (paths.longest_segment, paths.longest_path) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([], "without segments"),
+        ([Segment(0)], "segment 0 has 0 tokens"),
+        ([Segment(1), Segment(1, 1)], "has the prefix 1"),
+        ([Segment(1), Segment(1, 0), Segment(1, 1)], "has the prefix 1"),
+    ],
+)
+def test_impossible_plans(segments: list[Segment], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_paths(segments)
+
+
+def test_a_plan_comes_whole_from_a_worker() -> None:
+    packed = pack_rows(ROWS, 2, share=True)
+    packed.paths.dense_mask(3)
+    again = pickle.loads(pickle.dumps(packed))
+    assert torch.equal(again.paths.dense_mask(3), packed.paths.dense_mask(3))
+    assert torch.equal(again.score_places_U, packed.score_places_U)
+    assert packed.to("cpu") is packed
+    moved = packed.to("meta")
+    assert moved.paths.segments == packed.paths.segments
+    assert moved.kept[FORGET].score_N.is_meta

@@ -1,0 +1,315 @@
+"""Stage 1 and the baselines as one packed row: the losses and gradients of the padded batch, whatever the model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
+from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
+from sku.config import CompatConfig
+from sku.data.collation import JointCollator
+from sku.data.joint import RETAIN
+from sku.data.packing import PACKED, PackedCollator
+from sku.errors import ModelError, RecipeError
+from sku.methods import METHODS
+from sku.methods.base import AnyMethod
+from sku.training.config import UnlearningConfig
+from sku.training.packed_attention import NAME
+from sku.training.packing_choice import choose_packing, why_not_packed
+from sku.training.trainer import UnlearningTrainer
+
+TOLERANCE = 1e-5
+
+
+def disturb(trainer: UnlearningTrainer) -> None:
+    """Moves the trained weights, so that the model in training is not the original one, and attention matters."""
+    generator = torch.Generator().manual_seed(7)
+    assert trainer.model is not None
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    trainer.model.eval()
+
+
+def terms_and_gradients(trainer: UnlearningTrainer, collator: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    dataset: Any = trainer.train_dataset
+    model: Any = trainer.model
+    model.zero_grad()
+    noted: dict[str, Tensor] = {}
+    check = trainer._check_finite
+    trainer._check_finite = lambda terms, inputs: noted.update(terms)  # type: ignore[method-assign]
+    loss: Tensor = trainer.compute_loss(model, collator(dataset.__getitems__([0, 1, 2])))
+    trainer._check_finite = check  # type: ignore[method-assign]
+    loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {name: losses_B.detach() for name, losses_B in noted.items()}, found
+
+
+def collators(trainer: UnlearningTrainer) -> dict[str, Any]:
+    rows = trainer.objective.rows
+    assert trainer.processing_class is not None
+    return {
+        "padded": JointCollator(int(trainer.processing_class.pad_token_id)),  # type: ignore[union-attr]
+        "tree": PackedCollator(share=True, retain_tokens=rows.retain_tokens),
+        "flat": PackedCollator(share=False, retain_tokens=rows.retain_tokens),
+    }
+
+
+def assert_packed_is_padded(trainer: UnlearningTrainer) -> None:
+    results = {name: terms_and_gradients(trainer, collator) for name, collator in collators(trainer).items()}
+    terms, plain = results.pop("padded")
+    assert set(terms) == set(trainer.objective.weights)
+    whole = torch.cat([gradient.flatten() for gradient in plain.values()]).norm()
+    assert whole > 1e-4
+    for name, (packed_terms, packed) in results.items():
+        for term, losses_B in terms.items():
+            # A small divergence is a difference of log-probabilities of about 6 nats, and rounded as those are.
+            size = max(losses_B.norm(), 0.1)
+            assert (packed_terms[term] - losses_B).norm() <= TOLERANCE * size, (name, term)
+        assert packed.keys() == plain.keys()
+        for weight, gradient in plain.items():
+            # Some gradients are 0 but for rounding: that of a key's bias, say.
+            size = max(gradient.norm(), 1e-2 * whole)
+            assert (packed[weight] - gradient).norm() <= TOLERANCE * size, (name, weight)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
+def test_losses_and_gradients_are_those_of_the_padded_batch(
+    architecture: str, full: bool, make_model: ModelMaker, make_trainer: TrainerMaker
+) -> None:
+    """fp32; Gemma's window of 16 is shorter than the rows."""
+    trainer = make_trainer(make_model(architecture), full=full, preservation_mode="retention", packing="tree")
+    disturb(trainer)
+    assert_packed_is_padded(trainer)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_trains_on_packed_rows(
+    method: AnyMethod,
+    make_method_trainer: MethodTrainerMaker,  # noqa: F811
+) -> None:
+    settings = small_settings(method, **({"beta": 0.1} if method.name == "simnpo" else {}))
+    trainer = make_method_trainer(method, settings=settings, packing="auto")
+    assert trainer.packing == "tree"
+    disturb(trainer)
+    assert_packed_is_padded(trainer)
+
+
+@pytest.mark.parametrize(
+    "compat", [{"unbounded_divergence": True}, {"question_tokens": True}, {"shared_draw": True}], ids=str
+)
+def test_behaviours_of_the_public_code_that_leave_padding_alone(
+    compat: dict[str, bool], make_trainer: TrainerMaker
+) -> None:
+    trainer = make_trainer(trainer_options={"compat": CompatConfig(**compat)}, packing="auto")
+    assert trainer.packing == "tree"
+    disturb(trainer)
+    assert_packed_is_padded(trainer)
+
+
+def test_all_tokens_of_normal_rows(make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer(preservation_mode="retention", preservation_tokens="all", packing="tree")
+    disturb(trainer)
+    assert_packed_is_padded(trainer)
+
+
+def test_the_prompt_is_computed_once(make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer(packing="tree")
+    dataset: Any = trainer.train_dataset
+    batches = {name: collator([dataset[0]]) for name, collator in collators(trainer).items()}
+    rows = batches["tree"][PACKED].rows
+    behind_prompt = [len(row.tokens.input_ids) - 1 for row in rows if row.kind != RETAIN]
+    prompt = rows[0].tokens.answer_start
+    flat, tree = (batches[name]["input_ids"].shape[1] for name in ("flat", "tree"))
+    # The shared prefix is the prompt; the answers here begin with different tokens.
+    assert flat - tree == (len(behind_prompt) - 1) * prompt
+
+
+def weights_of(trainer: UnlearningTrainer) -> dict[str, Tensor]:
+    assert trainer.model is not None
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_equal_runs_are_equal_with_workers_and_with_recomputed_layers(make_trainer: TrainerMaker) -> None:
+    def trained(**settings: Any) -> dict[str, Tensor]:
+        trainer = make_trainer(packing="tree", max_steps=3, **settings)
+        trainer.train()
+        model: Any = trainer.model
+        assert model.get_base_model().config._attn_implementation == "sdpa"
+        return weights_of(trainer)
+
+    first = trained()
+    assert_same_bits(first, trained())
+    assert_same_bits(first, trained(dataloader_num_workers=1))
+    assert_same_bits(first, trained(activation_checkpointing=True))
+
+
+def test_resumed_equals_uninterrupted(make_trainer: TrainerMaker, tmp_path: Any) -> None:
+    settings = {"packing": "tree", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    resumed = make_trainer(**settings, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same_bits(weights_of(whole), weights_of(resumed))
+
+
+def test_the_attention_comes_back_after_an_error_too(make_trainer: TrainerMaker, monkeypatch: Any) -> None:
+    trainer = make_trainer(packing="tree")
+    model: Any = trainer.model
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+    seen = []
+
+    def fail(*_: Any) -> None:
+        seen.append(model.get_base_model().config._attn_implementation)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(trainer, "_check_finite", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.train()
+    assert seen == [NAME]
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 2,
+    "pad_token_id": 3,
+}  # fmt: skip
+HEADS: dict[str, Any] = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def gpt_oss() -> Any:
+    return GptOssForCausalLM(
+        GptOssConfig(
+            **SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2,
+        )
+    )  # fmt: skip
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "recurrent": (
+        lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, expand=2, conv_kernel=2)),
+        "MambaForCausalLM",
+    ),
+    "alibi": (
+        lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
+        "BloomForCausalLM",
+    ),
+    "sinks": (gpt_oss, "ask for s_aux"),
+    "soft cap": (
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, query_pre_attn_scalar=8)),
+        "ask for softcap",
+    ),
+    "encoder-decoder": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        ),
+        "is an encoder-decoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_cannot_be_packed_are_padded_with_the_reason(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, reason = REFUSED[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    before = model.config._attn_implementation
+    with caplog.at_level(logging.WARNING, logger="sku"):
+        assert choose_packing(model, "auto", padded=False) == "padded"
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("sku")]
+    assert len(lines) == 1
+    assert lines[0].startswith("packing: padded, since ")
+    assert reason in lines[0]
+    for asked in ("tree", "flat"):
+        with pytest.raises(ModelError, match=f"packing is {asked}, but .*set packing to padded"):
+            choose_packing(model, asked, padded=False)
+    assert choose_packing(model, "padded", padded=False) == "padded"
+    assert model.config._attn_implementation == before
+
+
+def test_layers_whose_window_is_not_told_are_refused(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial row is shorter than a window; that the layers ask for it must be seen some other way."""
+    model = make_model("gemma3")
+    assert why_not_packed(model) is None
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.self_attn, "sliding_window", None)
+    assert "don't all say what they see" in str(why_not_packed(model))
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention", "conv"])
+def test_layers_that_are_no_plain_attention_are_refused(kind: str, make_model: ModelMaker) -> None:
+    """Hybrids; a chunk is longer than the trial row, so that it would not show there."""
+    model = make_model("qwen3")
+    assert why_not_packed(model) is None
+    model.config.layer_types = ["full_attention", kind]
+    assert why_not_packed(model) == f"Qwen3ForCausalLM has layers of the kind {kind}"
+
+
+def test_windows_without_layer_types_are_served() -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SMALL, **HEADS, sliding_window=6)).eval()
+    assert why_not_packed(model) is None
+
+
+def test_the_trial_sees_positions_that_are_not_followed(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that counts places in the row, not on the path."""
+    model = make_model("opt", init_std=0.2)
+    embed = model.model.decoder.embed_positions
+    forward = embed.forward
+
+    def by_place(attention_mask: Tensor, past: int = 0, position_ids: Any = None) -> Any:
+        return forward(attention_mask, past, position_ids=torch.arange(attention_mask.shape[1])[None])
+
+    monkeypatch.setattr(embed, "forward", by_place)
+    assert "gives other scores for a packed row than for its parts" in str(why_not_packed(model))
+
+
+def test_an_attention_that_was_asked_for_is_kept(make_model: ModelMaker, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model(attn_implementation="eager")
+    assert choose_packing(model, "auto", padded=False) == "padded"
+    assert "loaded with attention eager, which is kept" in caplog.text
+    assert choose_packing(model, "tree", padded=False) == "tree"
+
+
+def test_settings_about_padding_pad(make_trainer: TrainerMaker) -> None:
+    compat = {"compat": CompatConfig(pad_dilution=True)}
+    trainer = make_trainer(trainer_options=compat, packing="auto", max_length=64)
+    assert trainer.packing == "padded"
+    assert isinstance(trainer.data_collator, JointCollator)
+    with pytest.raises(RecipeError, match="packing is tree and compat.pad_dilution counts the padding"):
+        make_trainer(trainer_options=compat, packing="tree", max_length=64)
+
+
+def test_an_unknown_packing(tmp_path: Any) -> None:
+    with pytest.raises(RecipeError, match="packing is 'trees'; it must be one of auto, tree, flat, padded"):
+        UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, packing="trees")  # type: ignore[arg-type]
