@@ -17,6 +17,7 @@ from sku.pipeline import FinishedRun, evaluate_recipe, run_recipe
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3", "evaluate.retain_prompts=3",
     "evaluate.samples=0", "evaluate.max_new_tokens=8", "evaluate.attacks=[]", "negate.diagnostics=false",
+    "negate.alpha=1.25",
 )  # fmt: skip
 
 
