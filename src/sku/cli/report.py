@@ -39,4 +39,4 @@ def report(
     if drawn:
         console.print(f"plots     {plots}: {len(drawn)} files", soft_wrap=True)
     if len(runs) == 1 and replies:
-        console.print("private   it holds the models' replies, harmful ones too; --no-replies leaves them out")
+        console.print("private   it holds harmful replies; --no-replies leaves them out", soft_wrap=True)

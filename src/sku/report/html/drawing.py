@@ -117,6 +117,16 @@ def share_axis(axes: Axes) -> None:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
 
 
+def add_legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
+    """Which dot means what, below the axis: colours of face and edge, and words."""
+    for face, edge, words in entries:
+        axes.plot([], [], "o", color=face, markeredgecolor=edge, markeredgewidth=1.5, markersize=6.5, label=words)
+    height = float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=len(entries), frameon=False, handletextpad=0.1
+    )
+
+
 def themed_svg(text: str, name: str) -> str:
     """What matplotlib wrote, reduced to shapes: no style sheet, no comment, no metadata, no reference to elsewhere.
 
@@ -148,37 +158,39 @@ def _clean(element: ElementTree.Element, name: str) -> ElementTree.Element | Non
     if tag not in _TAGS:
         raise ValueError(f"a drawing must not hold <{tag}>")
     found = ElementTree.Element(tag)
-    classes: list[str] = []
     for key, value in element.attrib.items():
-        if key == "style":
-            for declaration in filter(None, map(str.strip, value.split(";"))):
-                prop, _, setting = (part.strip() for part in declaration.partition(":"))
-                _set_property(found, classes, prop, setting)
-        elif key == f"{{{_XLINK}}}href" and value.startswith("#"):
-            found.set("href", f"#{name}-{value[1:]}")
-        elif key == "id":
-            found.set("id", f"{name}-{value}")
-        elif key == "clip-path":
-            found.set(key, value.replace("url(#", f"url(#{name}-"))
-        elif key in _ATTRIBUTES and _PLAIN.fullmatch(value):
-            found.set(key, value)
-        elif key in ("fill", "stroke", *_PROPERTIES):
-            _set_property(found, classes, key, value)
-        elif key not in ("version", "type"):
-            raise ValueError(f"a drawing must not hold the attribute {key}")
-    if classes:
-        found.set("class", " ".join(classes))
+        _set_attribute(found, key, value, name)
     children = (_clean(child, name) for child in element)
     found.extend(child for child in children if child is not None)
     return found
 
 
-def _set_property(element: ElementTree.Element, classes: list[str], name: str, value: str) -> None:
+def _set_attribute(element: ElementTree.Element, key: str, value: str, name: str) -> None:
+    if key == "style":
+        for declaration in filter(None, map(str.strip, value.split(";"))):
+            prop, _, setting = declaration.partition(":")
+            _set_property(element, prop.strip(), setting.strip())
+    elif key == f"{{{_XLINK}}}href" and value.startswith("#"):
+        element.set("href", f"#{name}-{value[1:]}")
+    elif key == "id":
+        element.set("id", f"{name}-{value}")
+    elif key == "clip-path":
+        element.set(key, value.replace("url(#", f"url(#{name}-"))
+    elif key in _ATTRIBUTES and _PLAIN.fullmatch(value):
+        element.set(key, value)
+    elif key in ("fill", "stroke", *_PROPERTIES):
+        _set_property(element, key, value)
+    elif key not in ("version", "type"):
+        raise ValueError(f"a drawing must not hold the attribute {key}")
+
+
+def _set_property(element: ElementTree.Element, name: str, value: str) -> None:
     if name in ("fill", "stroke"):
         if value == "none":
             element.set(name, value)
         elif value.lower() in NAME_OF:
-            classes.append(f"{name[0]}-{NAME_OF[value.lower()]}")
+            classes = [*element.get("class", "").split(), f"{name[0]}-{NAME_OF[value.lower()]}"]
+            element.set("class", " ".join(classes))
         else:
             raise ValueError(f"the palette has no colour {value}")
     elif name in _PROPERTIES and _PLAIN.fullmatch(value):

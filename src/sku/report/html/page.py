@@ -24,9 +24,10 @@ from sku.report.html.palette import PALETTE, theme_css
 from sku.report.html.reply_pairs import replies_json
 from sku.report.html.reproduction import DATA_COLUMNS
 from sku.report.html.result_charts import attack_chart, result_charts, sections_of
-from sku.report.html.run_charts import precision_chart, sweep_chart, training_chart, vector_chart
+from sku.report.html.run_charts import precision_chart, training_chart, vector_chart
 from sku.report.html.run_folder import RecordedRun
 from sku.report.html.several_runs import cautions, differences, figure_rows, figures_chart, run_titles
+from sku.report.html.sweep_chart import sweep_chart
 
 _PACKAGE = "sku.report.html"
 
@@ -55,8 +56,8 @@ def run_page(run: RecordedRun) -> Page:
         pictures.append(training_chart(run.log))
     if run.vector is not None:
         pictures.append(vector_chart(run.vector))
-    if run.precisions:
-        pictures.append(precision_chart(run.precisions))
+    if run.precisions is not None:
+        pictures.append(precision_chart(run.precisions.rows))
     if run.attacks is not None:
         pictures.append(attack_chart(run.attacks))
     html = _render(

@@ -13,7 +13,7 @@ from sku.attacks.results import AttackReport
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL_SPLITS
 from sku.report.attack_table import attack_rows
-from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure, share_axis
+from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
 from sku.report.html.palette import light
 from sku.report.html.run_folder import RecordedRun
 from sku.report.table_rows import TableRow
@@ -31,6 +31,11 @@ _ANSWERS = {
     "retain_test": "normal answers", "benign": "benign answers", "unlearned": "harmful, trained-on",
     "unseen": "harmful, unseen",
 }  # fmt: skip
+_MODELS = (
+    (light("paper"), light("base"), "base"),
+    (light("unlearned"), light("unlearned"), "unlearned"),
+)
+"""Legend of dots: the base's is hollow."""
 _RATIO_TICKS = (0.1, 0.2, 0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100, 1e3, 1e4, 1e6, 1e9)
 
 
@@ -74,8 +79,9 @@ def outcome_chart(run: RecordedRun) -> Picture | None:
     axes.set_xlim(0, 1)
     axes.spines[["left", "bottom"]].set_visible(False)
     handles = [matplotlib.patches.Patch(facecolor=light(name), label=OUTCOMES[name]) for name in shown]
+    below = -0.07 - 0.1 / len(groups)
     axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.42, -0.07 - 0.1 / len(groups)), ncols=min(3, len(shown)),
+        handles=handles, loc="upper center", bbox_to_anchor=(0.42, below), ncols=min(3, len(shown)),
         frameon=False, handlelength=1, handleheight=1, columnspacing=1.2,
     )  # fmt: skip
     return Picture(
@@ -116,7 +122,7 @@ def normal_chart(run: RecordedRun) -> Picture | None:
         mark_rate(axes, place + 0.16, change.after, "unlearned")
     name_rows(axes, [words for words, _ in rows])
     share_axis(axes)
-    add_legend(axes)
+    add_legend(axes, _MODELS)
     total = max(change.after.total for _, change in rows)
     return Picture(
         name="normal",
@@ -142,19 +148,6 @@ def mark_rate(axes: Axes, y: float, rate: Rate, colour: str) -> None:
     face = light("paper" if colour == "base" else colour)
     axes.plot([rate.low, rate.high], [y, y], color=light(colour), linewidth=1.8, solid_capstyle="butt")
     axes.plot(rate.value, y, "o", color=face, markeredgecolor=light(colour), markeredgewidth=1.5, markersize=6.5)
-
-
-def add_legend(axes: Axes) -> None:
-    """Which dot is whose, below the axis."""
-    axes.plot(
-        [], [], "o", color=light("paper"), markeredgecolor=light("base"), markeredgewidth=1.5, markersize=6.5,
-        label="base",
-    )  # fmt: skip
-    axes.plot([], [], "o", color=light("unlearned"), markersize=6.5, label="unlearned")
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.5 / float(axes.get_figure(root=True).get_size_inches()[1])),
-        ncols=2, frameon=False, handletextpad=0.1,
-    )  # fmt: skip
 
 
 def perplexity_chart(run: RecordedRun) -> Picture | None:
@@ -216,7 +209,7 @@ def attack_chart(report: AttackReport) -> Picture:
             mark_rate(axes, place + 0.14, result.model.harmful.after, "unlearned")
         name_rows(axes, [drawable(name) for name in names])
         share_axis(axes)
-        add_legend(axes)
+        add_legend(axes, _MODELS)
     return Picture(
         name="attacks",
         title="Harmful replies under attack",

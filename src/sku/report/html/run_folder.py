@@ -15,7 +15,7 @@ from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import GENERATIONS_FILE, read_json_object
 from sku.evaluate.results import EvaluationResult
-from sku.report.html.precisions_file import PRECISIONS_FILE, PrecisionRow, read_precisions
+from sku.report.html.precisions_file import PRECISIONS_FILE, Precisions, read_precisions
 from sku.report.html.reply_pairs import ReplyPair, read_reply_pairs
 from sku.report.html.reproduction import Reproduction, reproduction_of
 from sku.report.html.sweep_file import SWEEP_FILE, Sweep, read_sweep
@@ -56,7 +56,7 @@ class RecordedRun:
     survival: tuple[tuple[str, ...], ...]
     """Rows of ``survival_rows``."""
     sweep: Sweep | None
-    precisions: tuple[PrecisionRow, ...]
+    precisions: Precisions | None
     reproduction: Reproduction
 
     @property
@@ -106,13 +106,15 @@ def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
             vector=task_vector_facts(negation),
             survival=survival_rows(negation),
             sweep=read_sweep(sweep) if sweep.exists() else None,
-            precisions=read_precisions(precisions) if precisions.exists() else (),
+            precisions=read_precisions(precisions) if precisions.exists() else None,
             reproduction=reproduction_of(manifest, unlearned),
         )
     except EvaluationError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise EvaluationError(f"{path} or manifest.json beside it doesn't fit its schema ({error!r}): {_AGAIN}") from None
+        raise EvaluationError(
+            f"{path} or manifest.json beside it doesn't fit its schema ({error!r}): {_AGAIN}"
+        ) from None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -124,8 +126,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = _read_object(path)
     if manifest.get("status") != "complete":
         raise EvaluationError(
-            f"the run in {folder} is not finished (status {manifest.get('status')}): go on with the command that began "
-            f"it and --out {folder} --resume"
+            f"the run in {folder} is not finished (status {manifest.get('status')}): go on with the command that "
+            f"began it and --out {folder} --resume"
         )
     kinds = {"recipe": dict, "environment": dict, "data": dict, "model": dict, "seconds": dict}
     for name, kind in kinds.items():

@@ -37,13 +37,8 @@ def task_vector_facts(negation: Mapping[str, Any]) -> TaskVectorFacts | None:
     if found["relative_norm"] is not None:
         facts.append(("norm in units of the changed weights' own", percent(float(found["relative_norm"]))))
     if "normal_share" in found:
-        facts.append(
-            (
-                "energy in the main directions of normal inputs",
-                f"{percent(float(found['normal_share']))} (a random vector has "
-                f"{percent(float(found['normal_share_of_directions']))})",
-            )
-        )
+        share, expected = (percent(float(found[name])) for name in ("normal_share", "normal_share_of_directions"))
+        facts.append(("energy in the main directions of normal inputs", f"{share} (a random vector has {expected})"))
     if "normal_cosine" in found:
         facts.append(("cosine with normal training", f"{float(found['normal_cosine']):+.3f}"))
     ranks = [float(rank) for rank in found["effective_rank"].values()]

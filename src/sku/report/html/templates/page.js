@@ -178,7 +178,7 @@
     find("list").replaceChildren(...rows.map(card));
     const total = `${found.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")}`;
     const range = rows.length ? `, ${page * PAGE + 1} to ${page * PAGE + rows.length} shown` : "";
-    find("status").textContent = `${total} prompts${range}`;
+    find("status").textContent = `${total} pairs${range}`;
     find("where").textContent = `page ${page + 1} of ${pages}`;
     for (const id of ["first", "previous"]) find(id).disabled = page === 0;
     for (const id of ["next", "last"]) find(id).disabled = page === pages - 1;
