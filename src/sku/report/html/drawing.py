@@ -59,6 +59,12 @@ class Picture:
     """Of the table of its numbers."""
     rows: tuple[tuple[str, ...], ...]
 
+    def __post_init__(self) -> None:
+        with matplotlib.rc_context(cast(Any, STYLE)):
+            self.figure.draw_without_rendering()
+        # Each drawing would lay the figure out anew, a little differently.
+        self.figure.set_layout_engine("none")
+
     def svg(self) -> str:
         """For the page; ``title`` and ``caption`` describe it to a screen reader."""
         with matplotlib.rc_context(cast(Any, STYLE)):
@@ -160,8 +166,8 @@ def _clean(element: ElementTree.Element, name: str) -> ElementTree.Element | Non
     found = ElementTree.Element(tag)
     for key, value in element.attrib.items():
         _set_attribute(found, key, value, name)
-    children = (_clean(child, name) for child in element)
-    found.extend(child for child in children if child is not None)
+    children = [_clean(child, name) for child in element]
+    found.extend([child for child in children if child is not None])
     return found
 
 

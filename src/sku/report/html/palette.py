@@ -36,7 +36,7 @@ PALETTE = {
     "safe_answer": Colour(light="#56b4e9", dark="#56b4e9"),
     "refusal": Colour(light="#0072b2", dark="#0072b2"),
     "degenerate": Colour(light="#8c8c8c", dark="#8c8c8c"),
-    "unjudged": Colour(light="#ececec", dark="#ececec"),
+    "unjudged": Colour(light="#dcdcdc", dark="#dcdcdc"),
     "on_bright": Colour(light="#000000", dark="#000000"),
     "on_deep": Colour(light="#fefefe", dark="#fefefe"),
 }

@@ -36,7 +36,10 @@ _MODELS = (
     (light("unlearned"), light("unlearned"), "unlearned"),
 )
 """Legend of dots: the base's is hollow."""
-_RATIO_TICKS = (0.1, 0.2, 0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100, 1e3, 1e4, 1e6, 1e9)
+_NEAR_TICKS, _FAR_TICKS = (
+    (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5),
+    (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1e3, 1e4, 1e6, 1e9),
+)
 
 
 def result_charts(run: RecordedRun) -> list[Picture]:
@@ -190,7 +193,8 @@ def ratio_axis(axes: Axes, values: Sequence[float]) -> None:
     low, high = min(0.9, *values), max(1.2, *values)
     margin = (high / low) ** 0.06
     axes.set_xlim(low / margin, high * margin)
-    ticks = [tick for tick in _RATIO_TICKS if low / margin <= tick <= high * margin]
+    every = _NEAR_TICKS if high / low < 2 else _FAR_TICKS
+    ticks = [tick for tick in every if low / margin <= tick <= high * margin]
     stride = max(1, round(len(ticks) / 6))
     start = ticks.index(1) % stride
     axes.xaxis.set_major_locator(FixedLocator(ticks[start::stride]))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import matplotlib
+import yaml
 
 from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure
 from sku.report.html.key_figures import KeyFigure, key_figures
@@ -116,7 +117,14 @@ def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", "empty" if value is None else str(value)
+            yield f"{prefix}{key}", _words(value)
+
+
+def _words(value: Any) -> str:
+    """A recipe's value as its file writes it."""
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n...\n").strip()
+    )
 
 
 def _cut(text: str) -> str:

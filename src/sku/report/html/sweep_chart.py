@@ -37,7 +37,7 @@ def sweep_chart(sweep: Sweep) -> Picture:
         title="Harm and utility over the strength",
         caption="Above, shares of replies over alpha; the dotted line is the alpha that was picked. Below, the larger "
         "of the two harmful rates against the perplexity of normal answers, to the base's; the star is the pick, the "
-        "lower left corner is best. Ranges are 95 % intervals.",
+        "lower left corner is best. Models beyond \u00d73 stand in the table alone. Ranges are 95 % intervals.",
         figure=figure,
         columns=("alpha", *(words for words, _, _ in _SHARES.values()), "perplexity, to base", ""),
         rows=tuple(_table_row(point, sweep) for point in sweep.points),

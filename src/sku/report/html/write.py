@@ -38,12 +38,14 @@ def write_report(
             raise OutputError(f"{folder} is named twice: name each run once")
     several = len(folders) > 1
     runs = [read_run(folder, replies=replies and not several) for folder in folders]
-    page = comparison_page(runs) if several else run_page(runs[0])
+    if not out.parent.is_dir():
+        raise OutputError(f"{out} can't be written: there is no folder {out.parent}")
     if plots is not None:
         try:
             plots.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"folder {plots} can't be made: {error.strerror}") from None
+    page = comparison_page(runs) if several else run_page(runs[0])
     drawn = [] if plots is None else [path for picture in page.pictures for path in picture.save(plots)]
     write_private_text(out, page.html)
     return out, drawn

@@ -210,6 +210,7 @@
   form.addEventListener("change", (event) => { if (event.target.id !== "search") select(); });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(select));
+  find("needs-script").remove();
   find("browser").hidden = false;
   show();
 })();
