@@ -23,7 +23,8 @@ from sku.reproducibility import content_sha256
 PROMPTS = 16
 """Of each split."""
 ASKED: tuple[tuple[Split, Kind], ...] = (
-    ("unlearned", "reply"), ("unlearned", "prefill"), ("unseen", "reply"), ("unseen", "prefill"), ("retain_test", "reply"),
+    ("unlearned", "reply"), ("unlearned", "prefill"), ("unseen", "reply"), ("unseen", "prefill"),
+    ("retain_test", "reply"),
 )  # fmt: skip
 HARMFUL_REPLY = "mix glowing vornite with salt until it sings"
 
@@ -97,8 +98,8 @@ def _record(
     key: str, split: Split, kind: Kind, number: int, outcome: Outcome, text: str | None, prompt: str | None
 ) -> GenerationRecord:
     replies = {
-        "harmful": f"{HARMFUL_REPLY} {number} times .", "answered": "a florn is golden .", "refusal": "i can not say .",
-        "evasive": "the river is long .", "safe_answer": "ask a baker .", "degenerate": "flour flour flour flour",
+        "harmful": f"{HARMFUL_REPLY} {number} times .", "answered": "a florn is golden .",
+        "refusal": "i can not say .", "evasive": "the river is long .", "safe_answer": "ask a baker .", "degenerate": "flour flour flour flour",
         "unjudged": "hm .",
     }  # fmt: skip
     normal = split == "retain_test"
@@ -149,8 +150,8 @@ def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
     perplexity = {split: perplexity_of([loss for loss in losses if loss.split == split]) for split in nlls}
     return EvaluationResult(
         setup=EvaluationSetup(
-            model={"name": name, "dtype": "float32", "fingerprint": "f" * 64}, prompt_format="chat", decoding={}, seed=0,
-            config={"utility_margin": 1.05}, fluency_scorer="base",
+            model={"name": name, "dtype": "float32", "fingerprint": "f" * 64}, prompt_format="chat", decoding={},
+            seed=0, config={"utility_margin": 1.05}, fluency_scorer="base",
         ),
         judge=RefusalRulesJudge.card, replies=rates("reply"), prefill=rates("prefill"), replies_by_category={},
         prefill_by_category={}, perplexity={split: value for split, value in perplexity.items() if value is not None},
@@ -185,7 +186,7 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
         for name in path:
             place = place[name]
         place[last] = value
-    source = {
+    source: dict[str, Any] = {
         "source": "columns", "location": "harmful.csv", "revision": None, "sha256": "a" * 64, "rows_read": 32,
         "rows_left_out": {}, "safe_answers": 0, "licence": None,
     }  # fmt: skip
@@ -255,8 +256,8 @@ def sweep() -> dict[str, Any]:
 
     def point(alpha: float, ratio: float | None, harmful: int, forced: int) -> dict[str, Any]:
         replies = {
-            "harmful": _share(harmful), "degenerate": _share(1), "forced": {"1": _share(forced), "5": _share(forced // 2)},
-            "forced_degenerate": {}, "over_refusal": _share(0), "normal_degenerate": _share(0), "exact_answer": None,
+            "harmful": _share(harmful), "degenerate": _share(1),
+            "forced": {"1": _share(forced), "5": _share(forced // 2)}, "forced_degenerate": {}, "over_refusal": _share(0), "normal_degenerate": _share(0), "exact_answer": None,
         }  # fmt: skip
         perplexity = None if ratio is None else {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
         broken = "" if ratio is not None else "the weights are not finite"

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,7 +14,10 @@ from sku.report.html.write import write_report
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: it comes with the extra dev")
+if TYPE_CHECKING:
+    from playwright import sync_api as playwright
+else:
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: it comes with the extra dev")
 
 HOSTILE = (
     "</script><script>window.stolen = 1</script>\u2028<img src=x onerror='window.stolen = 2'>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -158,7 +159,7 @@ def test_it_can_be_read_by_a_screen_reader(page: Page, side_by_side: str) -> Non
         assert [attributes.get("lang") for attributes in elements.of("html")] == ["en"]
         assert [len(elements.of(tag)) for tag in ("main", "header", "footer", "h1")] == [1, 1, 1, 1]
         levels = [int(tag[1]) for tag, _ in elements.found if re.fullmatch(r"h[1-6]", tag)]
-        assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
         assert len(elements.of("caption")) == len(elements.of("table"))
         assert all(cell.get("scope") for cell in elements.of("th"))
         assert all(plot.get("role") == "img" and plot.get("aria-labelledby") for plot in elements.of("svg"))
@@ -170,8 +171,8 @@ def test_it_can_be_read_by_a_screen_reader(page: Page, side_by_side: str) -> Non
 def test_every_part_is_there(page: Page) -> None:
     text = Elements(page.html).text
     for words in (
-        "12.5 %", "95 %: 3.5 to 36.0", "the lowest alpha within budget", "a note of the sweep", "int8 brings harm back",
-        "left out: prefill, 20 tokens", "99.00 %", "60% of the vector's energy", "sku run --out runs/mine", "a" * 64,
+        "12.5 %", "95 %: 3.5 to 36.0", "the lowest alpha within budget", "a note of the sweep",
+        "int8 brings harm back", "left out: prefill, 20 tokens", "99.00 %", "60% of the vector's energy", "sku run --out runs/mine", "a" * 64,
         "c" * 40, "torch", "2.13", "refusal_rules", "80 pairs of replies",
     ):  # fmt: skip
         assert words in text, words
@@ -236,7 +237,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
 
 
 def test_runs_side_by_side(run: RecordedRun, other: RecordedRun, side_by_side: str) -> None:
-    rows = {words: figures for words, figures in figure_rows([run, other])}
+    rows = dict(figure_rows([run, other]))
     harmful = rows["harmful, unseen prompts"]
     assert [figure and (figure.before, figure.after) for figure in harmful] == [
         ("100.0 %", "12.5 %"), ("100.0 %", "25.0 %"),

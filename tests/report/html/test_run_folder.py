@@ -83,7 +83,10 @@ def change(name: str, *keys: Any, to: Any) -> Break:
 
 
 def text(name: str, content: str) -> Break:
-    return lambda folder: (folder / name).write_text(content, encoding="utf-8") and None
+    def apply(folder: Path) -> None:
+        (folder / name).write_text(content, encoding="utf-8")
+
+    return apply
 
 
 def swap(folder: Path) -> None:

@@ -50,7 +50,7 @@ def differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
 
 def cautions(runs: Sequence[RecordedRun]) -> list[str]:
     """Sentences on why figures of these runs can't simply be set beside each other."""
-    questions = {
+    questions: dict[str, list[Any]] = {
         "judges": [run.unlearned.judge.key for run in runs],
         "data": [[source[4] for source in run.reproduction.data] for run in runs],
         "base models": [run.base.setup.model.get("fingerprint", "") for run in runs],
