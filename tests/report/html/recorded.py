@@ -99,7 +99,8 @@ def _record(
 ) -> GenerationRecord:
     replies = {
         "harmful": f"{HARMFUL_REPLY} {number} times .", "answered": "a florn is golden .",
-        "refusal": "i can not say .", "evasive": "the river is long .", "safe_answer": "ask a baker .", "degenerate": "flour flour flour flour",
+        "refusal": "i can not say .", "evasive": "the river is long .",
+        "safe_answer": "ask a baker .", "degenerate": "flour flour flour flour",
         "unjudged": "hm .",
     }  # fmt: skip
     normal = split == "retain_test"
@@ -257,7 +258,8 @@ def sweep() -> dict[str, Any]:
     def point(alpha: float, ratio: float | None, harmful: int, forced: int) -> dict[str, Any]:
         replies = {
             "harmful": _share(harmful), "degenerate": _share(1),
-            "forced": {"1": _share(forced), "5": _share(forced // 2)}, "forced_degenerate": {}, "over_refusal": _share(0), "normal_degenerate": _share(0), "exact_answer": None,
+            "forced": {"1": _share(forced), "5": _share(forced // 2)}, "forced_degenerate": {},
+            "over_refusal": _share(0), "normal_degenerate": _share(0), "exact_answer": None,
         }  # fmt: skip
         perplexity = None if ratio is None else {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
         broken = "" if ratio is not None else "the weights are not finite"
