@@ -108,6 +108,8 @@ def test_what_was_shown_is_blurred_on_paper(reader: Reader) -> None:
     assert not card.locator(".secret").first.is_visible()
     assert card.locator(".only-print .unread").is_visible()
     assert not reader.page.locator("#filters").is_visible()
+    reader.page.set_viewport_size({"width": 720, "height": 1000})  # A4 less its margins.
+    assert reader.page.evaluate("document.documentElement.scrollWidth") <= 720
     assert HARMFUL_REPLY not in reader.page.locator("main").inner_text()
 
 
