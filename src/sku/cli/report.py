@@ -12,7 +12,7 @@ from sku.cli.console import results as console
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folder of a finished run; several are set side by side.")
+        list[Path], typer.Argument(metavar="RUN", help="Folder of a finished run; several are set side by side.")
     ],
     out: Annotated[
         Path | None,
