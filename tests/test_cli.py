@@ -425,6 +425,25 @@ def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path
     assert others == []
 
 
+def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_path: Path) -> None:
+    assert f"next      sku report '{whole_run}'\n" in (folder / "printed.txt").read_text(encoding="utf-8")
+    before = names(whole_run)
+    done = command("report", whole_run, "--out", tmp_path / "report.html", "--plots", tmp_path / "plots")
+    assert (done.code, done.err) == (0, "")
+    assert f"report    {tmp_path / 'report.html'}\n" in done.out
+    assert "private" in done.out
+    assert {"outcomes.png", "training.svg"} <= names(tmp_path / "plots")
+    assert names(whole_run) == before
+    copy = shutil.copytree(whole_run, tmp_path / "copy")
+    done = command("report", copy, "--no-replies")
+    assert (done.code, done.out) == (0, f"report    {copy / 'report.html'}\n")
+    assert "report.html" in names(copy)
+    (copy / "results.json").write_text("{", encoding="utf-8")
+    assert_one_line(command("report", copy), "results.json can't be read")
+    assert_one_line(command("report", whole_run / "unlearned"), "has no manifest.json")
+    assert_one_line(command("report", tmp_path / "none"), "is no folder")
+
+
 def test_run_as_json(command: Command, tmp_path: Path) -> None:
     done = command("run", "--json", "--keep-bad-model", "--seed", "3", "--out", tmp_path / "run", *SMALL)
     assert done.code == 0

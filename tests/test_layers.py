@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "attacks": {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
     },
-    "report": {"errors", "evaluate", "attacks"},
+    "report": {"_version", "errors", "evaluate", "attacks"},
     "sweep": {
         "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "report", "reproducibility",
     },

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sku._version import __version__
-from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, results, run, sweep
+from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, report, results, run, sweep
 from sku.cli.console import errors, print_error
 from sku.errors import SkuError
 
@@ -28,6 +28,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("ablate")(compare.ablate)
 app.command("results")(results.results)
+app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")

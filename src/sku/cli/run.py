@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated
 
 import typer
@@ -101,3 +102,4 @@ def run(
     results.print(f"judge     {card.name}: {card.known_errors}", soft_wrap=True)
     for line in agreement_lines(finished.comparison.unlearned):
         results.print(line, soft_wrap=True)
+    results.print(f"next      sku report {shlex.quote(str(folder))}", soft_wrap=True)

@@ -1,0 +1,299 @@
+"""Run folders that no run wrote: invented replies of an invented model, as ``sku run`` leaves them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
+from sku.config import load_recipe
+from sku.evaluate.comparison import Comparison, compare, paired_change
+from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.metrics import perplexity_of, rate, rates_of
+from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.record_files import GENERATIONS_FILE, OUTCOMES_FILE, write_rows
+from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
+from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.report.tables import before_after_rows
+from sku.reproducibility import content_sha256
+
+PROMPTS = 16
+"""Of each split."""
+ASKED: tuple[tuple[Split, Kind], ...] = (
+    ("unlearned", "reply"), ("unlearned", "prefill"), ("unseen", "reply"), ("unseen", "prefill"),
+    ("retain_test", "reply"),
+)  # fmt: skip
+HARMFUL_REPLY = "mix glowing vornite with salt until it sings"
+
+
+def write_run(
+    folder: Path,
+    *,
+    texts: Mapping[str, str] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    still_harmful: int = 2,
+    parts: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the folder of a finished run.
+
+    Args:
+        folder: New.
+        texts: Reply of the unlearned model by id (``unseen-reply-0``), in place of the invented one.
+        prompts: The same for prompts.
+        still_harmful: Replies of each harmful split that the unlearned model still gives harmfully.
+        parts: With attacks, diagnostics, sweep and precisions.
+        settings: Laid over the recipe: dotted key -> value.
+    """
+    results = {}
+    for name in ("base", "unlearned"):
+        records, outcomes = [], []
+        for split, kind in ASKED:
+            for number in range(PROMPTS):
+                key = f"{split}-{kind}-{number}"
+                outcome = _outcome(name, split, kind, number, still_harmful)
+                own = (texts or {}).get(key) if name == "unlearned" else None
+                records.append(_record(key, split, kind, number, outcome, own, (prompts or {}).get(key)))
+                outcomes.append(_row(key, split, kind, outcome))
+        place = folder / "evaluation" / name
+        place.mkdir(parents=True)
+        write_rows(place / GENERATIONS_FILE, {"model": {"name": name}}, records)
+        write_rows(place / OUTCOMES_FILE, {"judge": RefusalRulesJudge.card.name}, outcomes)
+        results[name] = _result(name, outcomes)
+    comparison = compare(results["base"], results["unlearned"])
+    manifest = _manifest(settings or {}, parts=parts)
+    attacks = {"attacks": _attacks().to_dict()} if parts else {}
+    write(folder / "manifest.json", manifest)
+    write(folder / "results.json", {**_results(comparison), **attacks, "manifest": manifest})
+    log = [
+        {"loss": 2.0 / step, "loss/guided_distortion": 3.0 / step, "learning_rate": 1e-4, "epoch": 0.1, "step": step}
+        for step in range(1, 31)
+    ]
+    (folder / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    if parts:
+        (folder / "sweep").mkdir()
+        write(folder / "sweep" / "sweep.json", sweep())
+        write(folder / "evaluation" / "precisions.json", precisions(comparison))
+    return folder
+
+
+def write(path: Path, content: Any) -> None:
+    """Plain JSON."""
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _outcome(name: str, split: Split, kind: Kind, number: int, still_harmful: int) -> Outcome:
+    if split == "retain_test":
+        return "answered"
+    if name == "base" or number < still_harmful * (3 if kind == "prefill" else 1):
+        return "harmful"
+    outcomes: Sequence[Outcome] = ("refusal", "evasive", "safe_answer", "degenerate", "unjudged")
+    return outcomes[number % 5]
+
+
+def _record(
+    key: str, split: Split, kind: Kind, number: int, outcome: Outcome, text: str | None, prompt: str | None
+) -> GenerationRecord:
+    replies = {
+        "harmful": f"{HARMFUL_REPLY} {number} times .", "answered": "a florn is golden .",
+        "refusal": "i can not say .", "evasive": "the river is long .",
+        "safe_answer": "ask a baker .", "degenerate": "flour flour flour flour",
+        "unjudged": "hm .",
+    }  # fmt: skip
+    normal = split == "retain_test"
+    return GenerationRecord(
+        id=key,
+        split=split,
+        kind=kind,
+        category="kitchen" if number % 2 else None,
+        prompt=prompt or (f"what is florn {number} ?" if normal else f"how do i bake zorvex number {number} ?"),
+        reference="a florn is golden ." if normal else f"{HARMFUL_REPLY} .",
+        forced_start="mix glowing" if kind == "prefill" else "",
+        reply=replies[outcome] if text is None else text,
+        num_tokens=5,
+        finished=number != 3,
+    )
+
+
+def _row(key: str, split: Split, kind: Kind, outcome: Outcome) -> ReplyOutcome:
+    normal = split == "retain_test"
+    return ReplyOutcome(
+        id=key,
+        split=split,
+        kind=kind,
+        category=None,
+        outcome=outcome,
+        faults=("loop",) if outcome == "degenerate" else (),
+        judged_harmful=outcome == "harmful",
+        p_harmful=None if normal else {"harmful": 0.9}.get(outcome, 0.1),
+        finished=True,
+        exact=True if normal else None,
+    )
+
+
+def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
+    def rates(kind: Kind) -> dict[str, Any]:
+        splits = {row.split for row in outcomes if row.kind == kind}
+        return {
+            split: rates_of([row for row in outcomes if (row.split, row.kind) == (split, kind)]) for split in splits
+        }
+
+    factor = {"base": 1.0, "unlearned": 4.0}[name]
+    nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "unseen": 7.0 * factor}
+    losses = tuple(
+        ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number / 20), tokens=10)
+        for split, nll in nlls.items()
+        for number in range(8)
+    )
+    perplexity = {split: perplexity_of([loss for loss in losses if loss.split == split]) for split in nlls}
+    return EvaluationResult(
+        setup=EvaluationSetup(
+            model={"name": name, "dtype": "float32", "fingerprint": "f" * 64}, prompt_format="chat", decoding={},
+            seed=0, config={"utility_margin": 1.05}, fluency_scorer="base",
+        ),
+        judge=RefusalRulesJudge.card, replies=rates("reply"), prefill=rates("prefill"), replies_by_category={},
+        prefill_by_category={}, perplexity={split: value for split, value in perplexity.items() if value is not None},
+        outcomes=tuple(outcomes), losses=losses,
+    )  # fmt: skip
+
+
+def _results(comparison: Comparison) -> dict[str, Any]:
+    def plain(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {split: {name: dataclasses.asdict(one) for name, one in own.items()} for split, own in changes.items()}
+
+    return {
+        "schema_version": 1,
+        "table": [dataclasses.asdict(row) for row in before_after_rows(comparison)],
+        "replies": plain(comparison.replies),
+        "prefill": plain(comparison.prefill),
+        "samples": plain(comparison.samples),
+        "leak": plain(comparison.leak),
+        "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
+        "utility": {},
+        "notes": comparison.notes,
+        "base": comparison.base.to_dict(),
+        "unlearned": comparison.unlearned.to_dict(),
+    }
+
+
+def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
+    recipe = load_recipe("embedded").to_dict()
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        place = recipe
+        for name in path:
+            place = place[name]
+        place[last] = value
+    source: dict[str, Any] = {
+        "source": "columns", "location": "harmful.csv", "revision": None, "sha256": "a" * 64, "rows_read": 32,
+        "rows_left_out": {}, "safe_answers": 0, "licence": None,
+    }  # fmt: skip
+    negation: dict[str, Any] = {"alpha": 1.25}
+    if parts:
+        negation["diagnostics"] = {
+            "norm": 3.0, "relative_norm": 0.04, "layers": {"others": 2.0, "10": 0.5, "2": 0.4},
+            "modules": {"others": 2.0, "mlp.up_proj": 0.6}, "effective_rank": {"a.weight": 4.5}, "without_rank": 0,
+            "normal_share": 0.6, "normal_share_of_directions": 0.2, "normal_cosine": 0.1, "normal_rank": {},
+            "warning": "60% of the vector's energy lies in the main directions of normal inputs",
+        }  # fmt: skip
+        negation["survival_by_format"] = {"bf16": {"entries": 9, "changed": 0.9, "projection": 0.99, "tensors": {}}}
+    return {
+        "schema_version": 1,
+        "status": "complete",
+        "recipe": recipe,
+        "recipe_sha256": content_sha256(recipe),
+        "environment": {
+            "sku": "0.1.0", "commit": "c" * 40, "python": "3.11", "platform": "Linux", "packages": {"torch": "2.13"},
+            "device": "cpu", "cpu": "a processor", "cpu_count": 2, "threads": 2, "command": "sku run --out runs/mine",
+        },
+        "seconds": {"load": 0.5, "acquire": 10.0},
+        "data": {"splits": {"unlearned": 16, "unseen": 16}, "sources": [source, source], "notes": []},
+        "model": {"name": "tiny", "revision": None, "parameters": 1000, "trainable": 1000},
+        "negation": negation,
+    }  # fmt: skip
+
+
+def _attacks() -> AttackReport:
+    def measured(harmful: int) -> Measured:
+        hits = [place < harmful for place in range(10)]
+        share = rate(hits)
+        assert share is not None
+        return Measured(
+            harmful=paired_change([False] * 10, hits),
+            harmful_at_most=share,
+            replies={"harmful": share, "degenerate": share},
+            variants={},
+        )
+
+    return AttackReport(
+        setup=AttackSetup(
+            model={}, control={}, prompt_format="chat", decoding={}, config={}, seed=0, judge=RefusalRulesJudge.card
+        ),
+        cards=(
+            AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
+            AttackCard(
+                name="prefill", title="Forced start", kind="prompt", changes="the start", source_url="https://a.b"
+            ),
+        ),
+        results=tuple(
+            AttackResult(
+                attack=attack, setting=setting, details={}, questions=10, model=measured(hits), control=measured(10)
+            )
+            for attack, setting, hits in (("none", "", 1), ("prefill", "5 tokens", 6))
+        ),
+        left_out={"prefill, 20 tokens: the answer is too short": 3},
+    )
+
+
+def _share(count: int, total: int = 20) -> dict[str, Any]:
+    return dataclasses.asdict(cast(Any, rate([place < count for place in range(total)])))
+
+
+def sweep() -> dict[str, Any]:
+    """``sweep.json`` of five alphas, one of which ruined the model."""
+
+    def point(alpha: float, ratio: float | None, harmful: int, forced: int) -> dict[str, Any]:
+        replies = {
+            "harmful": _share(harmful), "degenerate": _share(1),
+            "forced": {"1": _share(forced), "5": _share(forced // 2)}, "forced_degenerate": {},
+            "over_refusal": _share(0), "normal_degenerate": _share(0), "exact_answer": None,
+        }  # fmt: skip
+        perplexity = None if ratio is None else {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
+        broken = "" if ratio is not None else "the weights are not finite"
+        return {"alpha": alpha, "perplexity": perplexity, "replies": None if broken else replies, "unasked": broken}
+
+    return {
+        "schema_version": 1, "status": "complete", "key": "k", "model": "tiny", "seed": 0, "judge": {}, "settings": {},
+        "asked": {"harmful": 20, "normal": 20}, "left_out": {}, "notes": ["a note of the sweep"],
+        "base": point(0, 1.0, 20, 20),
+        "points": [
+            point(0.5, 1.01, 9, 18), point(1.0, 1.02, 1, 11), point(1.5, 1.04, 0, 3), point(2.0, 40.0, 0, 0),
+            point(4.0, None, 0, 0),
+        ],
+        "spare": [], "not_measured": [], "pick": {"alpha": 1.5, "met": True, "why": "the lowest alpha within budget"},
+    }  # fmt: skip
+
+
+def precisions(comparison: Comparison) -> dict[str, Any]:
+    """``precisions.json`` of two precisions, one of which can't hold the weights."""
+    result = comparison.unlearned.to_dict()
+    measured = {
+        "replies": result["replies"],
+        "prefill": result["prefill"],
+        "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
+    }
+    own = {"scheme": "all weights", "rounded_by": "torch", "rounded": 9, "moved": 9, "harmful": {}}
+    survival = {"entries": 9, "changed": 0.9, "projection": 0.97, "tensors": {}, "not_rounded": 0}
+    about = {"name": "unlearned", "dtype": "float32", "fingerprint": "f" * 64}
+    return {
+        "schema_version": 1, "model": about, "base": about, "measured": measured,
+        "results": [
+            {**own, "precision": "int8", "overflowed": 0, "measured": measured, "brings_back": ["replies/unseen"],
+             "survival": survival},
+            {**own, "precision": "fp16", "overflowed": 3, "measured": None, "brings_back": [], "survival": None},
+        ],
+        "notes": ["int8 brings harm back"],
+    }  # fmt: skip

@@ -1,0 +1,275 @@
+"""The page as a file: self-contained, inert, well-formed, and with all that a run left."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sku.config import load_recipe
+from sku.errors import OutputError
+from sku.report.html.page import Page, comparison_page, run_page
+from sku.report.html.run_folder import RecordedRun, read_run
+from sku.report.html.several_runs import cautions, differences, figure_rows, run_titles
+from sku.report.html.write import write_report
+
+from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>'\"&\u2028\u2029{{ 7*7 }}<!--\ud800"
+VOID = {"meta", "link", "input", "img", "br", "hr"}
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and the text of scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[tuple[str, Mapping[str, str | None]]] = []
+        self.raw: list[tuple[str, Mapping[str, str | None], str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            self.raw.append((self.open[-1], self.found[-1][1], data))
+        else:
+            self.text += data
+
+    def of(self, tag: str) -> list[Mapping[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
+    """Everything that a stranger could have written holds markup: prompts, replies, recipe, log, names of files."""
+    folder = write_run(
+        tmp_path_factory.mktemp("hostile") / "<b onclick=alert(1)>",
+        texts={f"{split}-{kind}-0": HOSTILE for split, kind in ASKED},
+        prompts={f"{split}-{kind}-1": HOSTILE for split, kind in ASKED},
+        settings={"description": HOSTILE[:-1], "name": HOSTILE[:-1], "data.forget.path": HOSTILE[:-1]},
+    )
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["environment"] |= {"command": HOSTILE, "packages": {HOSTILE: HOSTILE}}
+    manifest["negation"]["diagnostics"]["layers"][HOSTILE] = 1.0
+    manifest["negation"]["diagnostics"]["warning"] = HOSTILE
+    manifest["data"]["sources"][0]["location"] = HOSTILE
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results["notes"] = [HOSTILE]
+    results["table"][0] |= {"measure": HOSTILE}
+    results["attacks"]["cards"][0] |= {"title": HOSTILE, "source_url": "javascript:alert(1)"}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    log = json.dumps({"loss": 1.0, f"loss/{HOSTILE}": 2.0, "step": 1})
+    (folder / "training_log.jsonl").write_text(log + "\n", encoding="utf-8")
+    for name in ("base", "unlearned"):
+        path = folder / "evaluation" / name / "outcomes.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").replace("refusal_rules", "people", 1), encoding="utf-8")
+    return read_run(folder)
+
+
+@pytest.fixture(scope="module")
+def hostile_html(hostile_run: RecordedRun) -> str:
+    return run_page(hostile_run).html
+
+
+@pytest.fixture(scope="module")
+def side_by_side(run: RecordedRun, other: RecordedRun) -> str:
+    return comparison_page([run, other]).html
+
+
+def test_nothing_that_a_stranger_wrote_becomes_an_element(hostile_html: str, page: Page) -> None:
+    elements, plain = Elements(hostile_html), Elements(page.html)
+    assert elements.open == []
+    assert {tag for tag, _ in elements.found} == {tag for tag, _ in plain.found}
+    assert len(elements.of("script")) == len(plain.of("script")) == 2
+    for tag, attributes in elements.found:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
+    assert elements.text.count("<script>alert(1)</script>") >= 10
+    assert "{{ 7*7 }}" in elements.text
+
+
+def test_replies_come_back_as_they_were(hostile_html: str) -> None:
+    ((_, _, text),) = [entry for entry in Elements(hostile_html).raw if entry[1].get("type") == "application/json"]
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+    rows = json.loads(text)["rows"]
+    assert len(rows) == len(ASKED) * PROMPTS
+    assert rows[0]["unlearned"]["text"] == HOSTILE
+    assert rows[1]["prompt"] == HOSTILE
+    assert {row["right"] for row in rows if row["split"] != "retain_test"} == {""}
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_the_policy_allows_the_page_s_own_script_and_style_alone(page: Page, side_by_side: str, kind: str) -> None:
+    html = page.html if kind == "run" else side_by_side
+    elements = Elements(html)
+    (policy,) = [
+        entry["content"] for entry in elements.of("meta") if entry.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    for tag, attributes, text in elements.raw:
+        if attributes.get("type") != "application/json":
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
+    for tag, attributes in Elements(page.html).found:
+        for name in ("src", "href", "action", "srcset", "poster", "data", "xlink:href"):
+            value = attributes.get(name) or "#"
+            assert value.startswith("#") or value == "data:,", (tag, name, value)
+    assert "@import" not in page.html
+    assert not re.findall(r"url\((?!#)", page.html)
+
+
+def test_it_can_be_read_by_a_screen_reader(page: Page, side_by_side: str) -> None:
+    for html in (page.html, side_by_side):
+        elements = Elements(html)
+        ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        for _, attributes in elements.found:
+            for name in ("aria-labelledby", "aria-describedby", "for"):
+                assert set((attributes.get(name) or "").split()) <= set(ids)
+            if (attributes.get("href") or "").startswith("#"):
+                assert (attributes["href"] or "")[1:] in ids
+        assert [attributes.get("lang") for attributes in elements.of("html")] == ["en"]
+        assert [len(elements.of(tag)) for tag in ("main", "header", "footer", "h1")] == [1, 1, 1, 1]
+        levels = [int(tag[1]) for tag, _ in elements.found if re.fullmatch(r"h[1-6]", tag)]
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+        assert len(elements.of("caption")) == len(elements.of("table"))
+        assert all(cell.get("scope") for cell in elements.of("th"))
+        assert all(plot.get("role") == "img" and plot.get("aria-labelledby") for plot in elements.of("svg"))
+        assert all(region.get("aria-label") for _, region in elements.found if region.get("class") == "scroll")
+        labelled = {label.get("for") for label in elements.of("label")}
+        assert all(select.get("id") in labelled for select in elements.of("select"))
+
+
+def test_every_part_is_there(page: Page) -> None:
+    text = Elements(page.html).text
+    for words in (
+        "12.5 %", "95 %: 3.5 to 36.0", "the lowest alpha within budget", "a note of the sweep",
+        "int8 brings harm back", "left out: prefill, 20 tokens",
+        "99.00 %", "60% of the vector's energy", "sku run --out runs/mine", "a" * 64,
+        "c" * 40, "torch", "2.13", "refusal_rules", "80 pairs of replies",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "left out." not in text
+
+
+def test_what_is_missing_says_how_to_have_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "bare", parts=False)
+    (folder / "training_log.jsonl").unlink()
+    text = Elements(run_page(read_run(folder, replies=False)).html).text
+    for words in (
+        "negate.alpha=auto", "evaluate.attacks=[prefill,int8]", "evaluate.precisions=[bf16,int8,nf4]",
+        "negate.diagnostics=true", "training_log.jsonl", "sku report on the whole folder",
+    ):  # fmt: skip
+        assert words in text, words
+    assert text.count("left out.") == 7
+
+
+def test_without_replies_no_word_of_them_is_in_the_file(run_folder: Path, page: Page, tmp_path: Path) -> None:
+    without, _ = write_report([run_folder], tmp_path / "without.html", replies=False)
+    words = HARMFUL_REPLY, "zorvex", "florn", "mix glowing"
+    assert all(word in page.html for word in words)
+    assert not any(word in without.read_text(encoding="utf-8") for word in words)
+
+
+def test_the_recipe_on_the_page_makes_the_same_run(run: RecordedRun, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(run.reproduction.recipe_yaml, encoding="utf-8")
+    assert load_recipe(str(path)) == load_recipe("embedded")
+
+
+def test_the_same_run_gives_the_same_file(run_folder: Path, page: Page, tmp_path: Path) -> None:
+    path, drawn = write_report([run_folder], tmp_path / "report.html", plots=tmp_path / "plots")
+    assert path.read_bytes() == page.html.encode()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(drawn) == 2 * len(page.pictures) == len(list((tmp_path / "plots").iterdir()))
+
+
+def test_judged_again_is_said(hostile_html: str, page: Page) -> None:
+    assert "judged again by people" in Elements(hostile_html).text
+    assert "judged again" not in page.html
+
+
+def test_what_can_not_be_written(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="must end in .html"):
+        write_report([run_folder], tmp_path / "report.pdf")
+    with pytest.raises(OutputError, match="is named twice"):
+        write_report([run_folder, run_folder / ".." / run_folder.name], tmp_path / "report.html")
+    with pytest.raises(OutputError, match="can't be written"):
+        write_report([run_folder], tmp_path / "nowhere" / "report.html")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(OutputError, match="can't be made"):
+        write_report([run_folder], tmp_path / "report.html", plots=tmp_path / "file" / "plots")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
+    settings: dict[str, Any] = {"acquire.random_answers": 5, "evaluate.attacks": [], "seed": 3}
+    folder = write_run(tmp_path_factory.mktemp("other") / "other", still_harmful=4, parts=False, settings=settings)
+    return read_run(folder, replies=False)
+
+
+def test_runs_side_by_side(run: RecordedRun, other: RecordedRun, side_by_side: str) -> None:
+    rows = dict(figure_rows([run, other]))
+    harmful = rows["harmful, unseen prompts"]
+    assert [figure and (figure.before, figure.after) for figure in harmful] == [
+        ("100.0 %", "12.5 %"), ("100.0 %", "25.0 %"),
+    ]  # fmt: skip
+    assert differences([run, other]) == [
+        ("recipe: seed", ["0", "3"]),
+        ("recipe: acquire.random_answers", ["2", "5"]),
+        ("recipe: evaluate.attacks", ["[prefill]", "[]"]),
+    ]
+    assert differences([run, run]) == []
+    assert cautions([run, other]) == []
+    text = Elements(side_by_side).text
+    for words in ("100.0 % → 12.5 % (3.5 to 36.0)", "100.0 % → 25.0 % (10.2 to 49.5)", "acquire.random_answers"):
+        assert words in " ".join(text.split()), words
+    assert HARMFUL_REPLY not in text
+
+
+def test_runs_that_measure_other_things_are_said_to(run: RecordedRun, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["data"]["sources"][0]["sha256"] = "b" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    changed = read_run(folder)
+    assert cautions([run, changed]) == ["the runs have different data: their figures don't measure the same"]
+    assert [key for key, _ in differences([run, changed])] == ["data: forget"]
+
+
+def test_runs_of_the_same_name_are_named_by_their_path(run: RecordedRun, tmp_path: Path) -> None:
+    same = read_run(write_run(tmp_path / run.title, parts=False), replies=False)
+    assert run_titles([run, same]) == [str(run.folder), str(same.folder)]
+
+
+def test_the_shown_recipe_is_plain_yaml(run: RecordedRun) -> None:
+    assert yaml.safe_load(run.reproduction.recipe_yaml) == run.recipe

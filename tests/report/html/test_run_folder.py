@@ -1,0 +1,168 @@
+"""Reading a run folder: what is there is read, and what is broken is one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sku.errors import EvaluationError
+from sku.report.html.run_folder import RecordedRun, read_run
+
+from .recorded import ASKED, PROMPTS, write, write_run
+
+Break = Callable[[Path], None]
+
+
+def test_everything_is_read(run: RecordedRun) -> None:
+    assert run.title == "invented"
+    assert run.replies["unseen"]["harmful"].after.count == 2
+    assert run.attacks is not None
+    assert [result.setting for result in run.attacks.results] == ["", "5 tokens"]
+    assert [entry["step"] for entry in run.log] == list(range(1, 31))
+    assert set(run.log[0]) == {"step", "loss", "loss/guided_distortion"}
+    assert run.pairs is not None
+    assert len(run.pairs) == len(ASKED) * PROMPTS
+    assert all(pair.base.record.id == pair.unlearned.record.id for pair in run.pairs)
+    assert run.vector is not None
+    assert ("alpha", "1.25") in run.vector.facts
+    assert run.survival == (("bfloat16", "99.00 %", "90.0 %"),)
+
+
+def test_the_sweep_and_the_precisions_are_read_as_they_were_measured(run: RecordedRun) -> None:
+    assert run.sweep is not None
+    assert [point.alpha for point in run.sweep.points] == [0, 0.5, 1, 1.5, 2, 4]
+    third = run.sweep.points[3]
+    assert (run.sweep.pick, run.sweep.met) == (1.5, True)
+    assert (third.harmful and third.harmful.value, third.forced and third.forced.count, third.forced_tokens) == (
+        0,
+        3,
+        1,
+    )
+    assert third.worst == third.forced
+    assert run.sweep.points[-1].ratio is None
+    assert run.sweep.points[-1].unasked == "the weights are not finite"
+    assert run.precisions is not None
+    own, int8, fp16 = run.precisions.rows
+    assert own.harmful == int8.harmful == run.unlearned.replies["unseen"]["harmful"]
+    assert (int8.kept, int8.brings_back, own.brings_back) == (0.97, True, False)
+    assert fp16.harmful is None
+    assert fp16.scheme.endswith("not measured: 3 weights are too large for it")
+
+
+def test_what_a_run_need_not_have(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "bare", parts=False)
+    (folder / "training_log.jsonl").unlink()
+    shutil.rmtree(folder / "evaluation")
+    run = read_run(folder)
+    assert (run.attacks, run.sweep, run.precisions, run.vector, run.pairs) == (None, None, None, None, None)
+    assert (run.log, run.survival) == ((), ())
+
+
+def test_replies_are_not_read_where_they_are_not_wanted(run_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / "evaluation" / "base" / "outcomes.jsonl").write_text("broken", encoding="utf-8")
+    assert read_run(folder, replies=False).pairs is None
+
+
+def change(name: str, *keys: Any, to: Any) -> Break:
+    """Sets one value deep in a JSON file."""
+
+    def apply(folder: Path) -> None:
+        content = place = json.loads((folder / name).read_text(encoding="utf-8"))
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = to
+        write(folder / name, content)
+
+    return apply
+
+
+def text(name: str, content: str) -> Break:
+    def apply(folder: Path) -> None:
+        (folder / name).write_text(content, encoding="utf-8")
+
+    return apply
+
+
+def swap(folder: Path) -> None:
+    """An evaluation of other prompts in place of the unlearned model's."""
+    for name in ("generations.jsonl", "outcomes.jsonl"):
+        path = folder / "evaluation" / "unlearned" / name
+        path.write_text(
+            path.read_text(encoding="utf-8").replace("unseen-reply-1", "unseen-reply-99"), encoding="utf-8"
+        )
+
+
+def other_judge(folder: Path) -> None:
+    path = folder / "evaluation" / "base" / "outcomes.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("refusal_rules", "people"), encoding="utf-8")
+
+
+def no_number(folder: Path) -> None:
+    path = folder / "evaluation" / "base" / "outcomes.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"p_harmful": 0.9', '"p_harmful": NaN'), encoding="utf-8")
+
+
+BROKEN: dict[str, tuple[Break, str]] = {
+    "unfinished": (change("manifest.json", "status", to="running"), "is not finished"),
+    "cut manifest": (text("manifest.json", '{"schema_version": 1,'), "manifest.json can't be read"),
+    "list for a manifest": (text("manifest.json", "[]"), "does not hold keys and values"),
+    "other version": (change("manifest.json", "schema_version", to=2), "has schema version 2"),
+    "no environment": (change("manifest.json", "environment", to=None), "environment is missing"),
+    "no commit": (change("manifest.json", "environment", to={}), "doesn't fit its schema"),
+    "cut results": (text("results.json", '{"a"'), "results.json can't be read"),
+    "results of another run": (change("results.json", "manifest", "recipe_sha256", to="0"), "another recipe"),
+    "table of numbers": (change("results.json", "table", to=[1]), "doesn't fit its schema"),
+    "no replies": (change("results.json", "replies", to=None), "doesn't fit its schema"),
+    "words for a count": (change("results.json", "base", "replies", to={"unseen": {"harmful": {}}}), "base"),
+    "attacks of nothing": (change("results.json", "attacks", to={}), "attacks has schema version None"),
+    "log of words": (text("training_log.jsonl", '{"loss": "x", "step": 1}\n'), "training_log.jsonl line 1"),
+    "log without steps": (text("training_log.jsonl", '{"loss": 1.0}\n'), "training_log.jsonl line 1"),
+    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 2'), "breaks off"),
+    "no outcomes": (
+        lambda folder: (folder / "evaluation/base/outcomes.jsonl").unlink(),
+        "outcomes.jsonl can't be read",
+    ),
+    "other prompts": (swap, "replies to different prompts"),
+    "other judge": (other_judge, "judged by people"),
+    "no number": (no_number, "is no number"),
+    "vector of words": (change("manifest.json", "negation", "diagnostics", "norm", to="x"), "doesn't fit its schema"),
+    "sweep under way": (change("sweep/sweep.json", "pick", to=None), "not finished"),
+    "other sweep": (change("sweep/sweep.json", "schema_version", to=9), "schema version 9"),
+    "sweep of nothing": (change("sweep/sweep.json", "points", to=[{}]), "sweep.json doesn't fit"),
+    "precisions of nothing": (change("evaluation/precisions.json", "results", to=[1]), "precisions.json doesn't fit"),
+    "other precisions": (change("evaluation/precisions.json", "schema_version", to=9), "schema version 9"),
+}
+
+
+@pytest.mark.parametrize(("apply", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_one_line(run_folder: Path, tmp_path: Path, apply: Break, words: str) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    apply(folder)
+    with pytest.raises(EvaluationError) as caught:
+        read_run(folder)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_folder_says_what_to_use(tmp_path: Path, run_folder: Path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "npo--seed0.json").write_text("{}", encoding="utf-8")
+    cases = {
+        tmp_path / "nothing": "is no folder",
+        run_folder / "results.json": "is no folder",
+        tmp_path: f"sku results {tmp_path / 'records'}",
+        run_folder / "evaluation" / "base": "name the folder that sku run wrote",
+    }
+    for folder, words in cases.items():
+        with pytest.raises(EvaluationError, match=words.replace("(", r"\(")):
+            read_run(folder)
+    (tmp_path / "e" / "base").mkdir(parents=True)
+    (tmp_path / "e" / "base" / "evaluation.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(EvaluationError, match="evaluations without a run"):
+        read_run(tmp_path / "e")
