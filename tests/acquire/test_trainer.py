@@ -158,7 +158,7 @@ class CountForwards:
 def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     on: tuple[str, ...], kinds: set[int], rows: list[int], make_trainer: TrainerMaker
 ) -> None:
-    trainer = make_trainer(max_steps=1, **(OFF | {f"{name}_weight": 1.0 for name in on}))
+    trainer = make_trainer(max_steps=1, reference="forward", **(OFF | {f"{name}_weight": 1.0 for name in on}))
     assert trainer.model is not None
     counted = CountForwards(trainer.model)
     assert set(batch_of(trainer, [0, 1])["row_kind"].tolist()) == kinds
@@ -168,11 +168,12 @@ def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     assert logged == {f"loss/{name}" for name in on}
 
 
-def test_full_tuning_copies_the_model_only_for_preservation(
+def test_full_tuning_copies_the_model_only_for_preservation_and_only_if_told_to(
     make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert make_trainer(full=True)._reference is not None
-    assert make_trainer(full=True, preservation_divergence_weight=0.0)._reference is None
+    assert make_trainer(full=True, reference="copy")._reference is not None
+    assert make_trainer(full=True, reference="copy", preservation_divergence_weight=0.0)._reference is None
+    assert make_trainer(full=True)._reference is None
 
     def fail(model: Any) -> None:
         pytest.fail("a second model was made")
@@ -212,7 +213,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
 
 
 def test_the_copy_for_full_tuning_stays_the_original_model(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
-    trainer = make_trainer(full=True)
+    trainer = make_trainer(full=True, reference="copy")
     trainer.train()
     assert trainer._reference is not None
     untouched = make_model().state_dict()
@@ -346,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(
     accumulation: int, make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second micro-batch of step 2 (of step 1 where two are accumulated) holds NaN in one example of one term."""
-    trainer = make_trainer(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation)
+    trainer = make_trainer(max_steps=4, gradient_accumulation_steps=accumulation, reference="forward")
     calls = 0
     real = trainer._terms
     at_failure: dict[str, Tensor] = {}

@@ -148,14 +148,14 @@ def test_a_tied_head_adds_to_what_its_weight_gets_as_embedding() -> None:
     weight_VH = scores.head.weight_VH
     ids_N = torch.arange(POSITIONS)
 
-    def gradient(chunked: bool) -> Tensor:
+    def gradient(*, chunked: bool) -> Tensor:
         weight_VH.grad = None
         tied = HeadScores(hidden_NH=torch.nn.functional.embedding(ids_N, weight_VH), head=scores.head)
         answer_nll(tied if chunked else tied.logits(), targets_N).sum().backward()
         assert weight_VH.grad is not None
         return weight_VH.grad.clone()
 
-    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient(chunked=True), gradient(chunked=False), rtol=1e-5, atol=1e-5)
 
 
 class LargestTensor(TorchDispatchMode):

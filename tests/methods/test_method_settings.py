@@ -171,7 +171,7 @@ def test_terms_rows_and_reference_are_those_that_are_on_and_no_others(
     make_model: ModelMaker,
 ) -> None:
     method = method_named(name)
-    trainer = make_method_trainer(method, full=True, settings=small_settings(method, **settings))
+    trainer = make_method_trainer(method, full=True, settings=small_settings(method, **settings), reference="copy")
     dataset: Any = trainer.train_dataset
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([dataset[0], dataset[1]])

@@ -8,13 +8,18 @@ from typing import Any
 from transformers import TrainingArguments
 
 from sku.errors import RecipeError
+from sku.training.compiled import check_compile_backend
+from sku.training.finite import FiniteCheck, check_finite_check
+from sku.training.precision import bf16_pays, check_optimizer
+from sku.training.reference_mode import ReferenceMode, check_reference_mode
 
 
 @dataclass
 class UnlearningConfig(TrainingArguments):
     """``transformers.TrainingArguments`` with the lengths of the examples, the same for every method.
 
-    Fields of TrainingArguments keep their meaning. These have other defaults: ``learning_rate`` 2e-4 (LoRA),
+    Fields of TrainingArguments keep their meaning; ``bf16`` may also be ``auto``, which is on where the machine
+    computes faster in bfloat16. These have other defaults: ``learning_rate`` 2e-4 (LoRA),
     ``per_device_train_batch_size`` 4, ``logging_steps`` 1, ``report_to`` none, ``save_strategy`` no,
     ``remove_unused_columns`` False, ``logging_nan_inf_filter`` False (a non-finite loss must be seen).
 
@@ -25,6 +30,41 @@ class UnlearningConfig(TrainingArguments):
     max_length: int = field(default=512, metadata={"help": "Longest sequence in tokens."})
     max_answer_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
 
+    logits_budget_mb: float | None = field(
+        default=1024.0,
+        metadata={
+            "help": "Most MB of float32 logits made at once, of which losses and gradients need up to five times as "
+            "much. Beyond it losses are computed from hidden states chunk by chunk; None: no limit."
+        },
+    )
+    reference: ReferenceMode = field(
+        default="auto",
+        metadata={
+            "help": "How the original model is asked: cache (hidden states kept from one pass before training), "
+            "forward (adapter switched off, each step), copy (a second model, each step); auto: cache where it fits."
+        },
+    )
+    reference_cache_mb: float = field(default=2048.0, metadata={"help": "Most MB that reference=cache may take."})
+    finite_check: FiniteCheck = field(
+        default="auto",
+        metadata={
+            "help": "When losses are looked at for NaN: at_once, or late (a step behind, without waiting for the GPU; "
+            "updates are held back meanwhile); auto: late on a GPU with a fused optimizer."
+        },
+    )
+    stochastic_rounding: bool = field(
+        default=False,
+        metadata={"help": "Round bfloat16 weights at random in AdamW, so that small updates aren't lost."},
+    )
+    compile_layers: str | None = field(
+        default=None,
+        metadata={"help": "Backend of torch.compile for each decoder layer, such as inductor; None: not compiled."},
+    )
+    pad_to_multiple_of: int = field(
+        default=1, metadata={"help": "Rows are padded to a multiple of this, so that fewer lengths occur."}
+    )
+
+    bf16: Any = False
     learning_rate: float = 2e-4
     per_device_train_batch_size: int = 4
     logging_steps: float = 1
@@ -37,6 +77,8 @@ class UnlearningConfig(TrainingArguments):
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
+        if self.bf16 == "auto":
+            self.bf16 = bf16_pays(use_cpu=self.use_cpu)
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.remove_unused_columns:
             raise RecipeError("remove_unused_columns must be False: joint examples have no columns to remove")
@@ -48,3 +90,15 @@ class UnlearningConfig(TrainingArguments):
             raise RecipeError(
                 "dataloader_persistent_workers must be False: workers that outlive an epoch would repeat its draws"
             )
+        for name in ("logits_budget_mb", "reference_cache_mb"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise RecipeError(f"{name} is {value}; it must be 0 or more")
+        if self.pad_to_multiple_of < 1:
+            raise RecipeError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 or more")
+        check_reference_mode(self.reference)
+        check_finite_check(self.finite_check)
+        check_optimizer(str(self.optim), stochastic_rounding=self.stochastic_rounding)
+        if self.compile_layers is not None and self.torch_compile:
+            raise RecipeError("compile_layers and torch_compile exclude each other: set one of them")
+        check_compile_backend(self.compile_layers)

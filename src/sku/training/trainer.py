@@ -7,9 +7,8 @@ V = vocabulary.
 from __future__ import annotations
 
 import copy
-import math
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,21 +19,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from sku.config import PromptFormatName
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import RETAIN, JointDataset
+from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import ModelError, NonFiniteLossError, RecipeError
+from sku.errors import ModelError, RecipeError
 from sku.losses import IGNORE_INDEX
 from sku.models import ensure_pad_token, plain_model
+from sku.training.compiled import compiled_layers
 from sku.training.config import UnlearningConfig
+from sku.training.deferred_head import DeferredHead
+from sku.training.finite import FiniteGuard
 from sku.training.objective import Objective, ScoredRows, TrainingStep
+from sku.training.original import original_weights
+from sku.training.precision import stochastic_optimizer
+from sku.training.reference_cache import NoCacheError, ReferenceCache
+from sku.training.reference_mode import ReferenceMode, resolved_mode
 from sku.training.step_limit import steps_in_whole_passes
+from sku.training.trained_modules import train_only
+
+_LOG = logging.getLogger(__name__)
 
 
 class UnlearningTrainer(Trainer):
     """Minimises a method's objective. Everything but the loss is transformers' Trainer: resume, accelerate, logging.
 
-    The frozen reference is the model with its adapter switched off; with full fine-tuning it is a copy, made only if
-    the objective asks for it.
+    The frozen reference is what the original model made of the rows in one pass before training. Where that doesn't
+    fit it is the model with its adapter switched off, or with full fine-tuning a copy.
     """
 
     # compute_loss divides by the examples of the whole optimizer step.
@@ -105,14 +114,12 @@ class UnlearningTrainer(Trainer):
                 model = get_peft_model(model, peft_config)
             except ValueError as error:
                 raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
-        elif not isinstance(model, PeftModel):
-            if objective.needs_reference:
-                self._reference = copy.deepcopy(model).requires_grad_(requires_grad=False)
-                self._reference.eval()
-            if trained_modules is not None:
-                _train_only(model, trained_modules)
+        elif not isinstance(model, PeftModel) and trained_modules is not None:
+            train_only(model, trained_modules)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
+        if args.stochastic_rounding:
+            trainer_options |= {"optimizer_cls_and_kwargs": stochastic_optimizer(model, args)}
         if args.activation_checkpointing and isinstance(model, PeftModel):
             # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
             model.enable_input_require_grads()
@@ -122,14 +129,40 @@ class UnlearningTrainer(Trainer):
             train_dataset=train_dataset,
             processing_class=processing_class,
             data_collator=JointCollator(
-                int(processing_class.pad_token_id), pad_to=args.max_length if objective.rows.padded else 0
+                int(processing_class.pad_token_id),
+                pad_to=args.max_length if objective.rows.padded else 0,
+                multiple_of=args.pad_to_multiple_of,
             ),
             **trainer_options,
         )
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples = 0
-        if self._reference is not None:
-            nn.Module.to(self._reference, self.args.device)
+        self._guard = FiniteGuard(args.finite_check)
+        self.add_callback(self._guard)
+        self._head = DeferredHead(plain_model(model), args.logits_budget_mb)
+        self._cache: ReferenceCache | None = None
+        if objective.needs_reference:
+            self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head)
+            spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self._use_reference(args.reference, self._cache.why_not(is_spread=spread))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains. Before that and before a checkpoint is loaded, the original model is asked all that it will be.
+
+        Args:
+            *args: As of ``transformers.Trainer.train``.
+            **kwargs: As of ``transformers.Trainer.train``.
+        """
+        if self._cache is not None:
+            dataset = self.train_dataset
+            assert isinstance(dataset, JointDataset)
+            inputs = self._on_device(self.data_collator([dataset[0]]))
+            kept_RT = self._kept_positions(inputs)
+            # Dropout's draws must be there for training.
+            with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
+                self._terms(self.model, inputs, kept_RT, self._forward(self.model, inputs, kept_RT))
+        with compiled_layers(plain_model(self.model), self.args.compile_layers):
+            return super().train(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -167,13 +200,13 @@ class UnlearningTrainer(Trainer):
             Scalar loss in nats per token, or it and the outputs.
 
         Raises:
-            NonFiniteLossError: A term is NaN or infinite. Raised before backward, so no weight has seen it.
+            NonFiniteLossError: A term is NaN or infinite. No weight has seen it (``FiniteGuard``).
         """
         kept_RT = self._kept_positions(inputs)
         outputs = self._forward(model, inputs, kept_RT)
         terms = self._terms(model, inputs, kept_RT, outputs)
         num_examples = len(inputs["forget_index"])
-        self._check_finite(terms, inputs)
+        self._guard.look(terms, inputs, self.state.global_step + 1)
         weights = self.objective.weights
         total = torch.stack([weights[name] * losses_B.sum() for name, losses_B in terms.items()]).sum()
         if model.training:
@@ -206,15 +239,21 @@ class UnlearningTrainer(Trainer):
             kept = kept | (is_retain & ((inputs["attention_mask"] == 1) | self.objective.rows.padded))
         return kept
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor) -> Any:
+    def _forward(
+        self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, *, without_head: bool = False
+    ) -> Any:
         options = {} if self.objective.hidden_layer is None else {"output_hidden_states": True}
-        return model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=kept_RT,
-            use_cache=False,
-            **options,
-        )
+
+        def call() -> Any:
+            return model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                logits_to_keep=kept_RT,
+                use_cache=False,
+                **options,
+            )
+
+        return self._head.run(call, copy=self._reference if model is self._reference else None, defer=without_head)
 
     def _terms(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, outputs: Any) -> dict[str, Tensor]:
         """Loss of each term, ``[B]``."""
@@ -223,6 +262,11 @@ class UnlearningTrainer(Trainer):
             return self._scored(inputs, kept_RT, kind, outputs, inputs["row_kind"])
 
         def reference(kind: int) -> ScoredRows:
+            if self._cache is not None:
+                try:
+                    return self._cache.look_up(kind, rows(kind), inputs)
+                except NoCacheError as reason:
+                    self._use_reference(self.args.reference, str(reason))
             return self._reference_rows(model, inputs, kept_RT, kind)
 
         step = TrainingStep(num_examples=len(inputs["forget_index"]), rows=rows, reference=reference)
@@ -249,7 +293,7 @@ class UnlearningTrainer(Trainer):
         row_N, position_N = row_N[own_N], position_N[own_N]
         layer, length = self.objective.hidden_layer, kept_RT.shape[1]
         return ScoredRows(
-            logits_NV=outputs.logits[own_N],
+            scores_NV=outputs.logits[own_N],
             targets_N=inputs["input_ids"][row_N, (position_N + 1).clamp(max=length - 1)],
             row_N=torch.searchsorted(rows_M, row_N),
             example_M=inputs["row_example"][rows_M],
@@ -259,7 +303,30 @@ class UnlearningTrainer(Trainer):
             positions_to_end_M=length - kept_RT[rows_M].int().argmax(1) if self.objective.rows.padded else None,
         )
 
-    def _reference_rows(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int) -> ScoredRows:
+    def _use_reference(self, mode: ReferenceMode, no_cache: str) -> None:
+        """Settles how the original model is asked, while it still is what it was."""
+        mode = resolved_mode(mode, has_adapter=isinstance(self.model, PeftModel), no_cache=no_cache)
+        if mode == "cache":
+            return
+        if no_cache and self.args.reference == "auto":
+            _LOG.warning("the original model is asked in each step (reference=%s): %s", mode, no_cache)
+        self._cache = None
+        if mode == "copy":
+            self._reference = copy.deepcopy(self.model).requires_grad_(requires_grad=False)
+            self._reference.eval()
+
+    def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
+        """What goes into the original model's head on the rows of one kind."""
+        inputs = self._on_device(self.data_collator(examples))
+        with self.accelerator.autocast():
+            return self._reference_rows(self.model, inputs, self._kept_positions(inputs), kind, without_head=True)
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+
+    def _reference_rows(
+        self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int, *, without_head: bool = False
+    ) -> ScoredRows:
         """What the original model says of the rows of one kind, without gradient."""
         rows = inputs["row_kind"] == kind
         # Kept positions lie within the rows, or also on their padding.
@@ -271,58 +338,13 @@ class UnlearningTrainer(Trainer):
             "row_example": inputs["row_example"][rows],
         }
         kept = kept_RT[rows][:, :longest]
-        with torch.no_grad(), self._original(model):
-            outputs = self._forward(model if self._reference is None else self._reference, own, kept)
+        with torch.no_grad(), original_weights(self.accelerator.unwrap_model(model)):
+            asked = model if self._reference is None else self._reference
+            outputs = self._forward(asked, own, kept, without_head=without_head)
         return self._scored(own, kept, kind, outputs, inputs["row_kind"][rows])
-
-    @contextmanager
-    def _original(self, model: nn.Module) -> Iterator[None]:
-        """The frozen reference: adapter off and dropout off, as the original model is used."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        adapter_off: AbstractContextManager[None] = (
-            unwrapped.disable_adapter() if isinstance(unwrapped, PeftModel) else nullcontext()
-        )
-        # Four-bit layers stay as they are: in evaluation mode bitsandbytes repacks their weights on a CPU for a kernel
-        # that has no backward.
-        switched = [module for module in model.modules() if module.training and not hasattr(module, "quant_state")]
-        try:
-            for module in switched:
-                module.training = False
-            with adapter_off:
-                yield
-        finally:
-            for module in switched:
-                module.training = True
-
-    def _check_finite(self, terms: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
-        # One transfer for all terms: a synchronisation a step is the price of never training on NaN.
-        sums = torch.stack([losses_B.detach().sum() for losses_B in terms.values()]).tolist()
-        for (name, losses_B), value in zip(terms.items(), sums, strict=True):
-            if not math.isfinite(value):
-                bad_B = ~losses_B.detach().isfinite()
-                batch = {key: inputs[key][bad_B].tolist() for key in ("forget_index", "retain_index")}
-                raise NonFiniteLossError(
-                    f"loss term {name} is {value} at step {self.state.global_step + 1}, "
-                    f"forget examples {batch['forget_index']}, retain examples {batch['retain_index']}; no optimizer "
-                    "step was taken with it. Lower the learning rate, or set a preservation_cap"
-                )
 
     def _note_terms(self, terms: dict[str, Tensor], num_examples: int) -> None:
         for name, losses_B in terms.items():
             value = losses_B.detach().sum()
             self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value
         self._logged_examples += num_examples
-
-
-def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Freezes all but the weights of the named modules.
-
-    Raises:
-        ModelError: The model has no module of such a name.
-    """
-    model.requires_grad_(requires_grad=False)
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
-            raise ModelError(f"the model has no module {name} to train")
-        modules[name].requires_grad_(requires_grad=True)
