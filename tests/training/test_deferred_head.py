@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -57,7 +58,7 @@ def step_of(trainer: SkuTrainer) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "opt", "gemma3", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama_tied", "opt", "gemma2"])
 def test_losses_and_gradients_are_those_of_all_scores_at_once(
     architecture: str, full: bool, make_model: ModelMaker, make_trainer: TrainerMaker
 ) -> None:
@@ -140,7 +141,8 @@ def test_the_budget_decides_by_the_number_of_positions(make_model: ModelMaker) -
     for rows, made in ((819, True), (820, False)):
         ids = torch.full((rows, 1), 5)
         with torch.no_grad():
-            assert isinstance(head.run(lambda ids=ids: model(input_ids=ids)).logits, Tensor) is made
+            outputs = head.run(functools.partial(model, input_ids=ids))
+        assert isinstance(outputs.logits, Tensor) is made
 
 
 def test_the_model_keeps_its_head(make_trainer: TrainerMaker) -> None:
@@ -155,25 +157,17 @@ def test_the_model_keeps_its_head(make_trainer: TrainerMaker) -> None:
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_whole_run_equals_one_with_all_scores(full: bool, make_trainer: TrainerMaker) -> None:
+    """Checkpointing included."""
     runs = []
     for budget in (0.0, None):
         trainer = make_trainer(
-            full=full, logits_budget_mb=budget, max_steps=4, optim="sgd", learning_rate=0.1,
-            reference="copy" if full else "forward",
+            full=full, logits_budget_mb=budget, max_steps=3, optim="sgd", learning_rate=0.1,
+            reference="copy" if full else "forward", activation_checkpointing=budget == 0,
         )  # fmt: skip
         trainer.train()
         runs.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
     assert runs[0][0] != pytest.approx(runs[0][-1], rel=1e-4)
-
-
-def test_checkpointing_goes_with_it(make_trainer: TrainerMaker) -> None:
-    trainers = [make_trainer(logits_budget_mb=0.0, activation_checkpointing=on) for on in (False, True)]
-    for trainer in trainers:
-        trainer.train()
-    plain, saving = (dict(trainer.model.named_parameters()) for trainer in trainers)  # type: ignore[union-attr]
-    for name, weight in plain.items():
-        torch.testing.assert_close(weight, saving[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_under_autocast_the_product_is_bfloat16_on_both_ways(make_trainer: TrainerMaker) -> None:

@@ -45,19 +45,18 @@ def test_the_first_look_at_each_row_gives_the_same_bits(full: bool, make_trainer
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_later_looks_agree_up_to_rounding(full: bool, make_trainer: TrainerMaker) -> None:
+def test_later_looks_agree_up_to_rounding(make_trainer: TrainerMaker) -> None:
     """Epochs of six places and a second lap of four normal rows in another order: other batches, other padding."""
     runs = []
-    for mode in ("cache", "copy" if full else "forward"):
+    for mode in ("cache", "copy"):
         trainer = make_trainer(
-            full=full, reference=mode, max_steps=7, preservation_mode="retention", optim="sgd", learning_rate=0.05
+            full=True, reference=mode, max_steps=5, preservation_mode="retention", optim="sgd", learning_rate=0.05
         )
         trainer.train()
         runs.append(losses_of(trainer))
     for cached, asked in zip(*runs, strict=True):
         assert cached == pytest.approx(asked, rel=1e-5, abs=1e-6)
-    assert runs[0][-1][2] > 1e-5
+    assert runs[0][-1][2] > 1e-6
 
 
 def test_each_row_is_looked_at_once(make_trainer: TrainerMaker) -> None:
@@ -127,7 +126,7 @@ def test_dropout_is_off_and_its_draws_are_there_for_training(make_trainer: Train
 def test_without_all_scores_the_cache_hands_out_hidden_states(make_trainer: TrainerMaker) -> None:
     runs = []
     for budget in (0.0, 1024.0):
-        trainer = make_trainer(full=True, logits_budget_mb=budget, max_steps=4, optim="sgd", learning_rate=0.1)
+        trainer = make_trainer(full=True, logits_budget_mb=budget, optim="sgd", learning_rate=0.1)
         trainer.train()
         assert trainer._cache is not None
         runs.append(losses_of(trainer))

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from conftest import TrainerMaker
+from conftest import ModelMaker, TrainerMaker
 from sku.acquire.trainer import SkuTrainer
 from sku.errors import RecipeError
 from sku.models import plain_model
@@ -24,17 +24,17 @@ def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("mode", ["cache", "forward"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers_train_the_same_and_are_plain_again_afterwards(
-    mode: str, make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch
+    make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the backend that captures graphs and runs them as they are; adapters are switched off and on under it."""
     runs = []
     compiled: list[Any] = []
     for backend in ("eager", None):
         trainer = make_trainer(
-            compile_layers=backend, reference=mode, max_steps=3, optim="sgd", learning_rate=0.1,
-            preservation_mode="retention",
+            make_model(num_hidden_layers=1), compile_layers=backend, reference="forward", optim="sgd",
+            learning_rate=0.1, preservation_mode="retention",
         )  # fmt: skip
         model = trainer.model
         assert isinstance(model, PeftModel)
@@ -92,7 +92,15 @@ def test_an_optimizer_whose_package_is_missing_is_refused(
     with pytest.raises(RecipeError, match=f"optim is {optim}, which needs the package {package}: install it"):
         UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
     monkeypatch.setattr(precision, "find_spec", lambda name: object())
-    UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
+    precision.check_optimizer(optim, stochastic_rounding=False, on_gpu=True)
+
+
+def test_eight_bit_moments_train(make_trainer: TrainerMaker) -> None:
+    pytest.importorskip("bitsandbytes")
+    trainer = make_trainer(optim="adamw_bnb_8bit", max_steps=1)
+    before = weights_of(trainer)
+    trainer.train()
+    assert any(not torch.equal(before[name], weight) for name, weight in weights_of(trainer).items())
 
 
 @pytest.mark.parametrize(
@@ -101,6 +109,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused(
         ({"logits_budget_mb": -1.0}, "logits_budget_mb is -1.0; it must be 0 or more"),
         ({"reference_cache_mb": float("nan")}, "reference_cache_mb is nan"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; it must be 1 or more"),
+        ({"optim": "paged_adamw_8bit"}, "nothing to page out without a GPU"),
         ({"compile_layers": "inductor", "torch_compile": True}, "exclude each other"),
         ({"compile_layers": "fast"}, "compile_layers is 'fast', which torch doesn't know"),
     ],

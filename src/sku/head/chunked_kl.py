@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sku.head.gradients import ChunkPass
+from sku.head.gradients import ChunkLoss, ChunkPass
 from sku.head.scores import Head, HeadScores, chunk_scores
 
 
@@ -35,7 +35,7 @@ def chunked_kl(reference_NV: HeadScores, scores_NV: HeadScores) -> Tensor:
             f"reference scores {tuple(reference_NV.shape)} and scores {tuple(scores_NV.shape)} differ in shape"
         )
     head, reference = scores_NV.head, reference_NV.head
-    losses_N = _ChunkedKl.apply(
+    losses_N = _ChunkedKl.apply(  # type: ignore[no-untyped-call]
         scores_NV.hidden_NH, head.weight_VH, head.bias_V, head,
         reference_NV.hidden_NH.detach(), reference.weight_VH.detach(),
         None if reference.bias_V is None else reference.bias_V.detach(), reference,
@@ -66,21 +66,22 @@ class _ChunkedKl(torch.autograd.Function):
         return losses_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
         if not ctx.trains_head:
             (gradient_NH,) = ctx.saved_tensors
             return (gradient_NH * upstream_N[:, None]).to(gradient_NH.dtype), None, None, *nothing
-        hidden_NH, weight_VH, bias_V, *reference = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, reference_NH, reference_weight_VH, reference_bias_V = ctx.saved_tensors
         head, reference_head = ctx.heads
         with torch.autocast(upstream_N.device.type, enabled=False):
-            walk = ChunkPass(head, _kl_from(*reference, reference_head))
+            loss = _kl_from(reference_NH, reference_weight_VH, reference_bias_V, reference_head)
+            walk = ChunkPass(head, loss)
             gradients = walk.backward(upstream_N, hidden_NH, weight_VH, bias_V, needed=ctx.needs_input_grad[:3])
         return (*gradients, *nothing)
 
 
-def _kl_from(reference_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, head: Head) -> Any:
+def _kl_from(reference_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, head: Head) -> ChunkLoss:
     dtype = head.product_dtype
     hidden, weight = reference_NH.to(dtype), weight_VH.to(dtype)
     bias = None if bias_V is None else bias_V.to(dtype)

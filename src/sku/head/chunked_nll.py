@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sku.head.gradients import ChunkPass
+from sku.head.gradients import ChunkLoss, ChunkPass
 from sku.head.scores import Head, HeadScores
 
 
@@ -37,7 +37,9 @@ def chunked_nll(scores_NV: HeadScores, targets_N: Tensor) -> Tensor:
     if hidden_NH.dim() != 2 or targets_N.shape != hidden_NH.shape[:1]:
         raise ValueError(f"hidden states {tuple(hidden_NH.shape)} and targets {tuple(targets_N.shape)} don't fit")
     head = scores_NV.head
-    losses_N = _ChunkedNll.apply(hidden_NH, head.weight_VH, head.bias_V, targets_N, head)
+    losses_N = _ChunkedNll.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, head.weight_VH, head.bias_V, targets_N, head
+    )
     assert isinstance(losses_N, Tensor)
     return losses_N
 
@@ -49,11 +51,11 @@ class _ChunkedNll(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head
     ) -> Tensor:
-        ctx.walk = ChunkPass(head, _nll_of(targets_N))
+        ctx.walk = walk = ChunkPass(head, _nll_of(targets_N))
         ctx.trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         in_forward = ctx.needs_input_grad[0] and not ctx.trains_head
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            losses_N, gradient_NH = ctx.walk.forward(hidden_NH, weight_VH, bias_V, gradient=in_forward)
+            losses_N, gradient_NH = walk.forward(hidden_NH, weight_VH, bias_V, gradient=in_forward)
         if ctx.trains_head:
             ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
         elif gradient_NH is not None:
@@ -61,7 +63,7 @@ class _ChunkedNll(torch.autograd.Function):
         return losses_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.trains_head:
             (gradient_NH,) = ctx.saved_tensors
@@ -71,7 +73,7 @@ class _ChunkedNll(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _nll_of(targets_N: Tensor) -> Any:
+def _nll_of(targets_N: Tensor) -> ChunkLoss:
     def loss(part: slice, scores_CV: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         targets_C1 = targets_N[part, None]
         lse_C1 = scores_CV.logsumexp(-1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from sku.errors import RecipeError
@@ -98,7 +99,11 @@ class UnlearningConfig(TrainingArguments):
             raise RecipeError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 or more")
         check_reference_mode(self.reference)
         check_finite_check(self.finite_check)
-        check_optimizer(str(self.optim), stochastic_rounding=self.stochastic_rounding)
+        check_optimizer(
+            getattr(self.optim, "value", self.optim),
+            stochastic_rounding=self.stochastic_rounding,
+            on_gpu=torch.cuda.is_available() and not self.use_cpu,
+        )
         if self.compile_layers is not None and self.torch_compile:
             raise RecipeError("compile_layers and torch_compile exclude each other: set one of them")
         check_compile_backend(self.compile_layers)

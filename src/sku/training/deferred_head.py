@@ -166,11 +166,11 @@ def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
     """Gives one module another forward for a while; yields its own. Hooks that wrapped that one stay as they are."""
     own = vars(module).get("forward")
     original = module.forward
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield original
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

@@ -25,20 +25,22 @@ def bf16_pays(*, use_cpu: bool) -> bool:
     return bool(has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def check_optimizer(optim: str, *, stochastic_rounding: bool) -> None:
+def check_optimizer(optim: str, *, stochastic_rounding: bool, on_gpu: bool) -> None:
     """Refuses an optimizer whose package is missing, or that can't round at random.
 
     Args:
         optim: Name as in ``transformers.TrainingArguments``.
         stochastic_rounding: Whether it is asked for.
+        on_gpu: Whether training is on a GPU, whose memory is what paged moments spare.
 
     Raises:
         RecipeError: What is missing, or what to choose.
     """
-    optim = optim.rpartition(".")[2].lower()
     package = _package_of(optim)
     if package and find_spec(package) is None:
         raise RecipeError(f"optim is {optim}, which needs the package {package}: install it, or choose another optim")
+    if "paged" in optim and not on_gpu:
+        raise RecipeError(f"optim is {optim}, and there is nothing to page out without a GPU: drop the paged_ of it")
     if stochastic_rounding and optim not in _STOCHASTIC:
         raise RecipeError(
             f"stochastic_rounding is AdamW's, and optim is {optim}: set optim to adamw_torch, or for torchao's 8-bit "

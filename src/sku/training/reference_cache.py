@@ -112,13 +112,14 @@ class ReferenceCache:
     def _examples(self) -> int:
         """Joint examples from the start of training to its end, or more."""
         settings, size = self._settings, len(self._dataset)
-        batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-        if settings.max_steps <= 0:
+        steps: int = settings.max_steps
+        batch: int = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+        if steps <= 0:
             return math.ceil(settings.num_train_epochs) * size
         steps_of_an_epoch = max(1, size // batch)
-        if settings.max_steps <= steps_of_an_epoch:
-            return min(size, settings.max_steps * batch)
-        return -(-settings.max_steps // steps_of_an_epoch) * size
+        if steps <= steps_of_an_epoch:
+            return min(size, steps * batch)
+        return -(-steps // steps_of_an_epoch) * size
 
 
 @dataclass(frozen=True, kw_only=True)

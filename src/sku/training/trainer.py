@@ -123,16 +123,18 @@ class UnlearningTrainer(Trainer):
         if args.activation_checkpointing and isinstance(model, PeftModel):
             # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
             model.enable_input_require_grads()
+        self._trained, self._settings, self._examples = model, args, train_dataset
+        self._collate = JointCollator(
+            int(processing_class.pad_token_id),
+            pad_to=args.max_length if objective.rows.padded else 0,
+            multiple_of=args.pad_to_multiple_of,
+        )
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=JointCollator(
-                int(processing_class.pad_token_id),
-                pad_to=args.max_length if objective.rows.padded else 0,
-                multiple_of=args.pad_to_multiple_of,
-            ),
+            data_collator=self._collate,
             **trainer_options,
         )
         self._logged_terms: dict[str, Tensor] = {}
@@ -154,14 +156,12 @@ class UnlearningTrainer(Trainer):
             **kwargs: As of ``transformers.Trainer.train``.
         """
         if self._cache is not None:
-            dataset = self.train_dataset
-            assert isinstance(dataset, JointDataset)
-            inputs = self._on_device(self.data_collator([dataset[0]]))
+            inputs = self._on_device(self._collate([self._examples[0]]))
             kept_RT = self._kept_positions(inputs)
             # Dropout's draws must be there for training.
             with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
-                self._terms(self.model, inputs, kept_RT, self._forward(self.model, inputs, kept_RT))
-        with compiled_layers(plain_model(self.model), self.args.compile_layers):
+                self._terms(self._trained, inputs, kept_RT, self._forward(self._trained, inputs, kept_RT))
+        with compiled_layers(plain_model(self._trained), self._settings.compile_layers):
             return super().train(*args, **kwargs)
 
     def create_scheduler(
@@ -266,7 +266,7 @@ class UnlearningTrainer(Trainer):
                 try:
                     return self._cache.look_up(kind, rows(kind), inputs)
                 except NoCacheError as reason:
-                    self._use_reference(self.args.reference, str(reason))
+                    self._use_reference(self._settings.reference, str(reason))
             return self._reference_rows(model, inputs, kept_RT, kind)
 
         step = TrainingStep(num_examples=len(inputs["forget_index"]), rows=rows, reference=reference)
@@ -305,21 +305,21 @@ class UnlearningTrainer(Trainer):
 
     def _use_reference(self, mode: ReferenceMode, no_cache: str) -> None:
         """Settles how the original model is asked, while it still is what it was."""
-        mode = resolved_mode(mode, has_adapter=isinstance(self.model, PeftModel), no_cache=no_cache)
+        mode = resolved_mode(mode, has_adapter=isinstance(self._trained, PeftModel), no_cache=no_cache)
         if mode == "cache":
             return
-        if no_cache and self.args.reference == "auto":
+        if no_cache and self._settings.reference == "auto":
             _LOG.warning("the original model is asked in each step (reference=%s): %s", mode, no_cache)
         self._cache = None
         if mode == "copy":
-            self._reference = copy.deepcopy(self.model).requires_grad_(requires_grad=False)
+            self._reference = copy.deepcopy(plain_model(self._trained)).requires_grad_(requires_grad=False)
             self._reference.eval()
 
     def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
         """What goes into the original model's head on the rows of one kind."""
-        inputs = self._on_device(self.data_collator(examples))
+        inputs = self._on_device(self._collate(examples))
         with self.accelerator.autocast():
-            return self._reference_rows(self.model, inputs, self._kept_positions(inputs), kind, without_head=True)
+            return self._reference_rows(self._trained, inputs, self._kept_positions(inputs), kind, without_head=True)
 
     def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
