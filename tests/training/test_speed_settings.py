@@ -33,7 +33,7 @@ def test_compiled_layers_train_the_same_and_are_plain_again_afterwards(
     compiled: list[Any] = []
     for backend in ("eager", None):
         trainer = make_trainer(
-            make_model(num_hidden_layers=1), compile_layers=backend, reference="forward", optim="sgd",
+            make_model(), compile_layers=backend, reference="forward", optim="sgd",
             learning_rate=0.1, preservation_mode="retention",
         )  # fmt: skip
         model = trainer.model

@@ -51,13 +51,15 @@ class _ChunkedNll(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head
     ) -> Tensor:
-        ctx.walk = walk = ChunkPass(head, _nll_of(targets_N))
+        normalisers_N1: list[Tensor] = []
+        walk = ChunkPass(head, _nll_of(targets_N, normalisers_N1))
         ctx.trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         in_forward = ctx.needs_input_grad[0] and not ctx.trains_head
         with torch.autocast(hidden_NH.device.type, enabled=False):
             losses_N, gradient_NH = walk.forward(hidden_NH, weight_VH, bias_V, gradient=in_forward)
+        ctx.head = head
         if ctx.trains_head:
-            ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
+            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, _joined(normalisers_N1, losses_N))
         elif gradient_NH is not None:
             ctx.save_for_backward(gradient_NH)
         return losses_N
@@ -68,15 +70,28 @@ class _ChunkedNll(torch.autograd.Function):
         if not ctx.trains_head:
             (gradient_NH,) = ctx.saved_tensors
             return (gradient_NH * upstream_N[:, None]).to(gradient_NH.dtype), None, None, None, None
+        *inputs, targets_N, normalisers_N1 = ctx.saved_tensors
+        walk = ChunkPass(ctx.head, _nll_of(targets_N, normalisers_N1))
         with torch.autocast(upstream_N.device.type, enabled=False):
-            gradients = ctx.walk.backward(upstream_N, *ctx.saved_tensors, needed=ctx.needs_input_grad[:3])
+            gradients = walk.backward(upstream_N, *inputs, needed=ctx.needs_input_grad[:3])
         return (*gradients, None, None)
 
 
-def _nll_of(targets_N: Tensor) -> ChunkLoss:
+def _nll_of(targets_N: Tensor, normalisers_N1: Tensor | list[Tensor]) -> ChunkLoss:
+    """The loss of a chunk.
+
+    Args:
+        targets_N: Token ids.
+        normalisers_N1: ``logsumexp`` of each position's scores; a list takes what is computed.
+    """
+
     def loss(part: slice, scores_CV: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         targets_C1 = targets_N[part, None]
-        lse_C1 = scores_CV.logsumexp(-1, keepdim=True)
+        if isinstance(normalisers_N1, list):
+            lse_C1 = scores_CV.logsumexp(-1, keepdim=True)
+            normalisers_N1.append(lse_C1)
+        else:
+            lse_C1 = normalisers_N1[part]
         losses_C = (lse_C1 - scores_CV.gather(1, targets_C1))[:, 0]
         if not wanted:
             return losses_C, None
@@ -85,3 +100,8 @@ def _nll_of(targets_N: Tensor) -> ChunkLoss:
         return losses_C, slopes_CV
 
     return loss
+
+
+def _joined(parts: list[Tensor], like_N: Tensor) -> Tensor:
+    """``[N, 1]`` from those of the chunks, of which no position has none."""
+    return torch.cat([like_N.new_empty(0, 1), *parts])

@@ -83,7 +83,7 @@ class Objective:
     """Term -> weight, for the terms that ``losses`` gives and no others."""
     losses: Callable[[TrainingStep], Losses]
     needs_reference: bool = False
-    """Whether ``losses`` asks for ``TrainingStep.reference``; full fine-tuning then keeps a copy of the model."""
+    """Whether ``losses`` asks for ``TrainingStep.reference``, of the same kinds of rows in each step."""
     hidden_layer: int | None = None
     """Decoder layer, counted from 0, whose output ``losses`` reads."""
     in_whole_passes: bool = False
