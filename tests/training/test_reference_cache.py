@@ -151,6 +151,14 @@ def test_what_is_too_much_to_keep_is_asked_in_each_step(
         make_trainer(full=full, reference="cache", reference_cache_mb=0.0001).train()
 
 
+@pytest.mark.parametrize("mode", ["cache", "copy"])
+def test_under_autocast_the_original_is_asked_in_the_same_precision(mode: str, make_trainer: TrainerMaker) -> None:
+    """In the first step the two models are one: any other precision would show as a divergence of about 1e-6."""
+    trainer = make_trainer(full=True, reference=mode, bf16=True, max_steps=1)
+    trainer.train()
+    assert losses_of(trainer)[0][2] == pytest.approx(0.0, abs=1e-8)
+
+
 @pytest.mark.parametrize(
     ("full", "mode", "message"),
     [

@@ -34,8 +34,8 @@ class UnlearningConfig(TrainingArguments):
     logits_budget_mb: float | None = field(
         default=1024.0,
         metadata={
-            "help": "Most MB of float32 logits made at once, of which losses and gradients need up to five times as "
-            "much. Beyond it losses are computed from hidden states chunk by chunk; None: no limit."
+            "help": "Most MB of float32 logits made at once; losses and gradients need 5 to 10 times that. Beyond it "
+            "losses are computed from hidden states chunk by chunk; None: no limit."
         },
     )
     reference: ReferenceMode = field(

@@ -19,9 +19,7 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     adapter_off: AbstractContextManager[None] = (
         model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     )
-    # Four-bit layers stay as they are: in evaluation mode bitsandbytes repacks their weights on a CPU for a kernel
-    # that has no backward.
-    switched = [module for module in model.modules() if module.training and not hasattr(module, "quant_state")]
+    switched = [module for module in model.modules() if module.training and not _is_four_bit(module)]
     try:
         for module in switched:
             module.training = False
@@ -30,3 +28,20 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = True
+
+
+def keep_four_bit_trainable(model: nn.Module) -> None:
+    """Puts four-bit layers in training mode before a model that will be trained is first run.
+
+    In evaluation mode bitsandbytes repacks their weights on a CPU for a kernel that has no backward.
+
+    Args:
+        model: Its four-bit layers are changed in place.
+    """
+    for module in model.modules():
+        if _is_four_bit(module):
+            module.training = True
+
+
+def _is_four_bit(module: nn.Module) -> bool:
+    return hasattr(module, "quant_state")

@@ -29,7 +29,7 @@ from sku.training.config import UnlearningConfig
 from sku.training.deferred_head import DeferredHead
 from sku.training.finite import FiniteGuard
 from sku.training.objective import Objective, ScoredRows, TrainingStep
-from sku.training.original import original_weights
+from sku.training.original import keep_four_bit_trainable, original_weights
 from sku.training.precision import stochastic_optimizer
 from sku.training.reference_cache import NoCacheError, ReferenceCache
 from sku.training.reference_mode import ReferenceMode, resolved_mode
@@ -141,6 +141,7 @@ class UnlearningTrainer(Trainer):
         self._logged_examples = 0
         self._guard = FiniteGuard(args.finite_check)
         self.add_callback(self._guard)
+        keep_four_bit_trainable(model)
         self._head = DeferredHead(plain_model(model), args.logits_budget_mb)
         self._cache: ReferenceCache | None = None
         if objective.needs_reference:
@@ -159,7 +160,8 @@ class UnlearningTrainer(Trainer):
             inputs = self._on_device(self._collate([self._examples[0]]))
             kept_RT = self._kept_positions(inputs)
             # Dropout's draws must be there for training.
-            with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(devices), self.accelerator.autocast():
                 self._terms(self._trained, inputs, kept_RT, self._forward(self._trained, inputs, kept_RT))
         with compiled_layers(plain_model(self._trained), self._settings.compile_layers):
             return super().train(*args, **kwargs)
@@ -318,8 +320,7 @@ class UnlearningTrainer(Trainer):
     def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
         """What goes into the original model's head on the rows of one kind."""
         inputs = self._on_device(self._collate(examples))
-        with self.accelerator.autocast():
-            return self._reference_rows(self._trained, inputs, self._kept_positions(inputs), kind, without_head=True)
+        return self._reference_rows(self._trained, inputs, self._kept_positions(inputs), kind, without_head=True)
 
     def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
@@ -338,7 +339,9 @@ class UnlearningTrainer(Trainer):
             "row_example": inputs["row_example"][rows],
         }
         kept = kept_RT[rows][:, :longest]
-        with torch.no_grad(), original_weights(self.accelerator.unwrap_model(model)):
+        # In the precision of training, where the two are the same model as long as no step is taken.
+        precision = self.accelerator.autocast()
+        with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
             asked = model if self._reference is None else self._reference
             outputs = self._forward(asked, own, kept, without_head=without_head)
         return self._scored(own, kept, kind, outputs, inputs["row_kind"][rows])
