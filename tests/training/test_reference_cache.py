@@ -152,11 +152,17 @@ def test_what_is_too_much_to_keep_is_asked_in_each_step(
 
 
 @pytest.mark.parametrize("mode", ["cache", "copy"])
-def test_under_autocast_the_original_is_asked_in_the_same_precision(mode: str, make_trainer: TrainerMaker) -> None:
-    """In the first step the two models are one: any other precision would show as a divergence of about 1e-6."""
-    trainer = make_trainer(full=True, reference=mode, bf16=True, max_steps=1)
+def test_under_autocast_the_original_is_asked_in_the_same_precision(
+    mode: str, make_trainer: TrainerMaker, make_model: ModelMaker
+) -> None:
+    """In the first step the two models are one: another precision would show as a divergence, 1e-4 with scores so far
+    apart."""
+    model = make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)
+    trainer = make_trainer(model, full=True, reference=mode, bf16=True, max_steps=1)
     trainer.train()
-    assert losses_of(trainer)[0][2] == pytest.approx(0.0, abs=1e-8)
+    assert losses_of(trainer)[0][2] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,10 @@ class CachedRows:
             The same rows with the original's scores, not made yet, and hidden states.
         """
         start_M = self.start_I[index_B[rows.example_M].clamp(max=len(self.start_I) - 1)]
-        # Positions of a row lie one behind the other, so a row begins where its number is first met.
+        # Positions of a row lie one behind the other, so a row begins where its number is first met. On a GPU the look
+        # at it would be waited for, and the order is that of the processor.
+        if rows.row_N.device.type == "cpu":
+            assert bool((rows.row_N.diff() >= 0).all()), "rows are not in order"
         first_M = torch.searchsorted(rows.row_N, torch.arange(len(start_M), device=rows.row_N.device))
         place_N = torch.arange(len(rows.row_N), device=rows.row_N.device) - first_M[rows.row_N]
         start_N = start_M[rows.row_N]
