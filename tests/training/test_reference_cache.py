@@ -156,7 +156,8 @@ def test_under_autocast_the_original_is_asked_in_the_same_precision(
     mode: str, make_trainer: TrainerMaker, make_model: ModelMaker
 ) -> None:
     """In the first step the two models are one: another precision would show as a divergence, 1e-4 with scores so far
-    apart."""
+    apart.
+    """
     model = make_model()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(50)
