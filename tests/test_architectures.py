@@ -79,10 +79,8 @@ def test_padding_changes_no_loss(architecture: str, make_model: ModelMaker, make
     }
     results = []
     for batch in (tight, wide):
-        kept = trainer._kept_positions(batch)
         with torch.no_grad():
-            outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept)
-            results.append(trainer._terms(model, batch, kept, outputs))
+            results.append(trainer._outputs_and_terms(model, batch)[1])
     assert set(results[0]) == set(TERMS)
     for name in TERMS:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5, msg=name)

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sku.head.chunked_kl import chunked_kl
+from sku.head.chunked_nll import chunked_nll
+from sku.head.scores import HeadScores, Scores, logits_of
+
 IGNORE_INDEX = -100
 """Label of a token that is not trained on."""
 
 
-def answer_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+def answer_nll(scores_NV: Scores, targets_N: Tensor) -> Tensor:
     """Negative log-likelihood of each target token, ``-log p(y_t | x, y_<t)``.
 
     Args:
-        logits_NV: Scores at the position before each target, any floating type.
+        scores_NV: Scores at the position before each target, any floating type; or hidden states with their head, from
+            which the same is computed chunk by chunk (``chunked_nll``).
         targets_N: Token ids.
 
     Returns:
@@ -27,20 +32,23 @@ def answer_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes don't fit.
     """
-    if logits_NV.dim() != 2 or targets_N.shape != logits_NV.shape[:1]:
-        raise ValueError(f"logits {tuple(logits_NV.shape)} and targets {tuple(targets_N.shape)} don't fit")
-    return functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    if isinstance(scores_NV, HeadScores):
+        return chunked_nll(scores_NV, targets_N)
+    if scores_NV.dim() != 2 or targets_N.shape != scores_NV.shape[:1]:
+        raise ValueError(f"logits {tuple(scores_NV.shape)} and targets {tuple(targets_N.shape)} don't fit")
+    return functional.cross_entropy(scores_NV.float(), targets_N, reduction="none")
 
 
-def token_kl(reference_logits_NV: Tensor, logits_NV: Tensor) -> Tensor:
+def token_kl(reference_NV: Scores, scores_NV: Scores) -> Tensor:
     """``KL(P || Q) = sum_v P(v) (log P(v) - log Q(v))`` at each position, in float32 from log-softmax.
 
     Computed from log-probabilities on both sides, so an underflowing softmax can't make it infinite while the logits
     are finite.
 
     Args:
-        reference_logits_NV: P, the frozen original model. No gradient flows into it.
-        logits_NV: Q, the model in training.
+        reference_NV: P, the frozen original model. No gradient flows into it.
+        scores_NV: Q, the model in training. Where both are hidden states with their heads, the same is computed chunk
+            by chunk (``chunked_kl``).
 
     Returns:
         ``[N]`` float32, nats, zero or more up to rounding.
@@ -48,6 +56,9 @@ def token_kl(reference_logits_NV: Tensor, logits_NV: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ.
     """
+    if isinstance(reference_NV, HeadScores) and isinstance(scores_NV, HeadScores):
+        return chunked_kl(reference_NV, scores_NV)
+    reference_logits_NV, logits_NV = logits_of(reference_NV), logits_of(scores_NV)
     if logits_NV.dim() != 2 or reference_logits_NV.shape != logits_NV.shape:
         raise ValueError(
             f"reference logits {tuple(reference_logits_NV.shape)} and logits {tuple(logits_NV.shape)} differ in shape"
@@ -72,8 +83,8 @@ def mean_per_example(values_N: Tensor, example_N: Tensor, num_examples: int) -> 
         ValueError: The shapes differ.
     """
     totals = sum_per_example(values_N, example_N, num_examples)
-    counts = torch.bincount(example_N, minlength=num_examples)
-    return totals / counts
+    # Not bincount, for which a GPU has to be waited for.
+    return totals / sum_per_example(torch.ones_like(values_N), example_N, num_examples)
 
 
 def sum_per_example(values_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:

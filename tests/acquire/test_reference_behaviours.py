@@ -52,9 +52,8 @@ def trainer_with(make_trainer: TrainerMaker, *switches: str, **settings: Any) ->
 def terms_of(trainer: SkuTrainer, examples: list[Any]) -> dict[str, Tensor]:
     batch = trainer.data_collator(examples)
     model: Any = trainer.model
-    kept = trainer._kept_positions(batch)
     with torch.no_grad():
-        return trainer._terms(model, batch, kept, trainer._forward(model, batch, kept))
+        return trainer._outputs_and_terms(model, batch)[1]
 
 
 def examples_of(trainer: SkuTrainer, places: list[int]) -> list[Any]:

@@ -51,9 +51,7 @@ def terms_of(trainer: SkuTrainer, batch: dict[str, Tensor]) -> dict[str, Tensor]
     model: Any = trainer.model
     model.zero_grad()
     model.eval()
-    kept = trainer._kept_positions(batch)
-    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept)
-    terms = trainer._terms(model, batch, kept, outputs)
+    terms = trainer._outputs_and_terms(model, batch)[1]
     torch.stack([term.sum() for term in terms.values()]).sum().backward()
     grads = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: term.detach() for name, term in terms.items()} | grads
@@ -158,7 +156,7 @@ class CountForwards:
 def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     on: tuple[str, ...], kinds: set[int], rows: list[int], make_trainer: TrainerMaker
 ) -> None:
-    trainer = make_trainer(max_steps=1, **(OFF | {f"{name}_weight": 1.0 for name in on}))
+    trainer = make_trainer(max_steps=1, reference="forward", **(OFF | {f"{name}_weight": 1.0 for name in on}))
     assert trainer.model is not None
     counted = CountForwards(trainer.model)
     assert set(batch_of(trainer, [0, 1])["row_kind"].tolist()) == kinds
@@ -168,11 +166,12 @@ def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     assert logged == {f"loss/{name}" for name in on}
 
 
-def test_full_tuning_copies_the_model_only_for_preservation(
+def test_full_tuning_copies_the_model_only_for_preservation_and_only_if_told_to(
     make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert make_trainer(full=True)._reference is not None
-    assert make_trainer(full=True, preservation_divergence_weight=0.0)._reference is None
+    assert make_trainer(full=True, reference="copy")._reference is not None
+    assert make_trainer(full=True, reference="copy", preservation_divergence_weight=0.0)._reference is None
+    assert make_trainer(full=True)._reference is None
 
     def fail(model: Any) -> None:
         pytest.fail("a second model was made")
@@ -192,7 +191,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
     batch = batch_of(trainer, [0, 1])
     kept = trainer._kept_positions(batch)
     model: Any = trainer.model
-    seen = trainer._reference_rows(model, batch, kept, RETAIN).logits_NV
+    seen = trainer._reference_rows(model, batch, RETAIN).logits_NV
     rows = batch["row_kind"] == RETAIN
     longest = int(batch["attention_mask"][rows].sum(1).max())
     with torch.no_grad():
@@ -212,7 +211,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
 
 
 def test_the_copy_for_full_tuning_stays_the_original_model(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
-    trainer = make_trainer(full=True)
+    trainer = make_trainer(full=True, reference="copy")
     trainer.train()
     assert trainer._reference is not None
     untouched = make_model().state_dict()
@@ -227,8 +226,7 @@ def test_the_reference_has_no_dropout_and_training_goes_on_with_it(make_trainer:
     model: Any = trainer.model
     model.train()
     batch = batch_of(trainer, [0, 1])
-    kept = trainer._kept_positions(batch)
-    first, second = (trainer._reference_rows(model, batch, kept, RETAIN).logits_NV for _ in range(2))
+    first, second = (trainer._reference_rows(model, batch, RETAIN).logits_NV for _ in range(2))
     assert torch.equal(first, second)
     assert model.training
     assert all(module.training for module in model.modules())
@@ -346,25 +344,25 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(
     accumulation: int, make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second micro-batch of step 2 (of step 1 where two are accumulated) holds NaN in one example of one term."""
-    trainer = make_trainer(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation)
+    trainer = make_trainer(max_steps=4, gradient_accumulation_steps=accumulation, reference="forward")
     calls = 0
-    real = trainer._terms
+    real = trainer._outputs_and_terms
     at_failure: dict[str, Tensor] = {}
     ids: list[int] = []
 
-    def broken(model: Any, inputs: Any, kept: Any, logits: Any) -> dict[str, Tensor]:
+    def broken(model: Any, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         nonlocal calls
         calls += 1
-        terms = real(model, inputs, kept, logits)
+        outputs, terms = real(model, inputs)
         if calls == 2:
             at_failure.update(weights_of(trainer))
             ids.extend([int(inputs["forget_index"][1]), int(inputs["retain_index"][1])])
             spoiled = terms["random_disassociation"].clone()
             spoiled[1] = float("nan")
             terms["random_disassociation"] = spoiled
-        return terms
+        return outputs, terms
 
-    monkeypatch.setattr(trainer, "_terms", broken)
+    monkeypatch.setattr(trainer, "_outputs_and_terms", broken)
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.train()
     message = str(caught.value)

@@ -20,7 +20,7 @@ LIKELY, UNLIKELY = math.log(4 / 3), math.log(4)
 
 def rows(logits_NV: Tensor, targets: list[int], row_N: list[int], example_M: list[int]) -> ScoredRows:
     return ScoredRows(
-        logits_NV=logits_NV,
+        scores_NV=logits_NV,
         targets_N=torch.tensor(targets),
         row_N=torch.tensor(row_N),
         example_M=torch.tensor(example_M),

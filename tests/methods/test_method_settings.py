@@ -171,14 +171,13 @@ def test_terms_rows_and_reference_are_those_that_are_on_and_no_others(
     make_model: ModelMaker,
 ) -> None:
     method = method_named(name)
-    trainer = make_method_trainer(method, full=True, settings=small_settings(method, **settings))
+    trainer = make_method_trainer(method, full=True, settings=small_settings(method, **settings), reference="copy")
     dataset: Any = trainer.train_dataset
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([dataset[0], dataset[1]])
     assert set(batch["row_kind"].tolist()) == kinds
     assert (trainer._reference is not None) is reference
-    kept = trainer._kept_positions(batch)
     model: Any = trainer.model
-    losses = trainer._terms(model, batch, kept, trainer._forward(model, batch, kept))
+    losses = trainer._outputs_and_terms(model, batch)[1]
     assert set(losses) == terms == set(trainer.objective.weights)
     assert all(loss.shape == (2,) for loss in losses.values())

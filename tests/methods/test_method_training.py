@@ -66,9 +66,8 @@ def terms_of(trainer: UnlearningTrainer, *, extra_padding: int) -> dict[str, Ten
         batch[name] = torch.nn.functional.pad(batch[name], (0, extra_padding), value=value)
     model: Any = trainer.model
     model.eval()
-    kept = trainer._kept_positions(batch)
     with torch.no_grad():
-        return trainer._terms(model, batch, kept, trainer._forward(model, batch, kept))
+        return trainer._outputs_and_terms(model, batch)[1]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

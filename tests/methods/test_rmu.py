@@ -15,9 +15,9 @@ from methods.conftest import MethodTrainerMaker
 from sku.data.collation import JointCollator
 from sku.data.joint import FORGET
 from sku.errors import ModelError, RecipeError
-from sku.methods.decoder_layers import decoder_layers
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector
+from sku.training.decoder_layers import decoder_layers
 
 PROJECTIONS = {
     "llama": ("model.layers.{}.mlp.down_proj", "model.layers"),
@@ -101,10 +101,8 @@ def test_the_steered_state_is_the_output_of_the_named_layer(
     dataset: Any = trainer.train_dataset
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([dataset[0]])
-    kept = trainer._kept_positions(batch)
     with torch.no_grad():
-        outputs = trainer._forward(model, batch, kept)
-        terms = trainer._terms(model, batch, kept, outputs)
+        terms = trainer._outputs_and_terms(model, batch)[1]
     handle.remove()
     row = int((batch["row_kind"] == FORGET).nonzero())
     places = [at - 1 for at, label in enumerate(batch["labels"][row].tolist()) if label != -100]

@@ -18,7 +18,7 @@ SCORES, UNIFORM = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
 
 def one_answer(scores: Tensor, targets: list[int]) -> ScoredRows:
     return ScoredRows(
-        logits_NV=scores.repeat(len(targets), 1),
+        scores_NV=scores.repeat(len(targets), 1),
         targets_N=torch.tensor(targets),
         row_N=torch.zeros(len(targets), dtype=torch.long),
         example_M=torch.tensor([0]),

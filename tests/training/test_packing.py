@@ -56,10 +56,10 @@ def terms_and_gradients(trainer: UnlearningTrainer, collator: Any) -> tuple[dict
     model: Any = trainer.model
     model.zero_grad()
     noted: dict[str, Tensor] = {}
-    check = trainer._check_finite
-    trainer._check_finite = lambda terms, inputs: noted.update(terms)  # type: ignore[method-assign]
+    look = trainer._guard.look
+    trainer._guard.look = lambda terms, inputs, step: noted.update(terms)  # type: ignore[method-assign]
     loss: Tensor = trainer.compute_loss(model, collator(dataset.__getitems__([0, 1, 2])))
-    trainer._check_finite = check  # type: ignore[method-assign]
+    trainer._guard.look = look  # type: ignore[method-assign]
     loss.backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: losses_B.detach() for name, losses_B in noted.items()}, found
@@ -190,7 +190,7 @@ def test_the_attention_comes_back_after_an_error_too(make_trainer: TrainerMaker,
         seen.append(model.get_base_model().config._attn_implementation)
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(trainer, "_check_finite", fail)
+    monkeypatch.setattr(trainer._guard, "look", fail)
     with pytest.raises(RuntimeError, match="stop"):
         trainer.train()
     assert seen == [NAME]
@@ -313,3 +313,27 @@ def test_settings_about_padding_pad(make_trainer: TrainerMaker) -> None:
 def test_an_unknown_packing(tmp_path: Any) -> None:
     with pytest.raises(RecipeError, match="packing is 'trees'; it must be one of auto, tree, flat, padded"):
         UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, packing="trees")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool, make_trainer: TrainerMaker) -> None:
+    """Four steps with everything on that makes a step cheap are those of the plain way."""
+
+    def trained(**settings: Any) -> tuple[UnlearningTrainer, list[float]]:
+        # A small rate: what is compared is the arithmetic, not how training amplifies rounding.
+        trainer = make_trainer(full=full, preservation_mode="retention", max_steps=4, learning_rate=1e-3, **settings)
+        trainer.train()
+        return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    _, expected = trained(packing="padded", reference="copy" if full else "forward", logits_budget_mb=None)
+    lean, found = trained(packing="tree", reference="cache", logits_budget_mb=0.0)
+    assert lean._cache is not None
+    assert lean._reference is None
+    # Not the weights: Adam turns a gradient of rounding errors into a whole step.
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_without_padding_have_no_multiple_to_be_padded_to(make_trainer: TrainerMaker) -> None:
+    assert make_trainer(packing="auto", pad_to_multiple_of=16).packing == "padded"
+    with pytest.raises(RecipeError, match="pad_to_multiple_of is 16 and packing tree, which pads nothing"):
+        make_trainer(packing="tree", pad_to_multiple_of=16)

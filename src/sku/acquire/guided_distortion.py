@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example
 
 
-def guided_distortion_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+def guided_distortion_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
     """Negative log-likelihood of each harmful answer, averaged over its tokens.
 
     ``L_GD,i = 1/|y_i| sum_t -log p(y_it | x_i, y_i<t)``
 
     Args:
-        logits_NV: Scores of the model in training at the position before each answer token.
+        scores_NV: Scores of the model in training at the position before each answer token.
         targets_N: The answer tokens. Prompt and padding are not among them: the mask is the choice of positions.
         example_N: Which harmful example each token belongs to.
         num_examples: E.
@@ -31,4 +32,4 @@ def guided_distortion_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tens
     Source: equation of arXiv 2402.10058 for guided distortion. The authors' ``get_answer_loss("gd", ...)`` cuts the
         padded length as the start of the answer and divides by padding too; here the mask is exact.
     """
-    return mean_per_example(answer_nll(logits_NV, targets_N), example_N, num_examples)
+    return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)

@@ -87,19 +87,19 @@ def _check_mode(config: AcquireConfig, compat: CompatConfig) -> None:
 
 def _guided_distortion(step: TrainingStep, _config: AcquireConfig) -> Tensor:
     rows = step.rows(FORGET)
-    return guided_distortion_loss(rows.logits_NV, rows.targets_N, rows.example_N, rows.num_examples)
+    return guided_distortion_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
 
 
 def _random_disassociation(step: TrainingStep, _config: AcquireConfig) -> Tensor:
     rows = step.rows(MISMATCHED)
-    return random_disassociation_loss(rows.logits_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples)
+    return random_disassociation_loss(rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples)
 
 
 def _preservation_divergence(step: TrainingStep, config: AcquireConfig) -> Tensor:
     rows = step.rows(RETAIN)
     return preservation_divergence_loss(
-        step.reference(RETAIN).logits_NV,
-        rows.logits_NV,
+        step.reference(RETAIN).scores_NV,
+        rows.scores_NV,
         rows.example_N,
         rows.num_examples,
         mode=config.preservation_mode,
@@ -120,7 +120,7 @@ def _reference_terms(compat: CompatConfig) -> dict[str, Term]:
 
 def _diluted(rows: ScoredRows) -> Tensor:
     assert rows.positions_to_end_M is not None
-    nll_M = diluted_nll(rows.logits_NV, rows.targets_N, rows.row_N, rows.positions_to_end_M)
+    nll_M = diluted_nll(rows.scores_NV, rows.targets_N, rows.row_N, rows.positions_to_end_M)
     return mean_per_example(nll_M, rows.example_M, rows.num_examples)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sku.config import PreservationMode
 from sku.errors import RecipeError
+from sku.head.scores import Scores
 from sku.losses import mean_per_example, token_kl
 
 DEFAULT_CAP = 1.0
@@ -22,8 +23,8 @@ DEFAULT_CAP = 1.0
 
 
 def preservation_divergence_loss(
-    reference_logits_NV: Tensor,
-    logits_NV: Tensor,
+    reference_NV: Scores,
+    scores_NV: Scores,
     example_N: Tensor,
     num_examples: int,
     *,
@@ -38,8 +39,8 @@ def preservation_divergence_loss(
     with P the original model and Q the model in training, over the whole vocabulary.
 
     Args:
-        reference_logits_NV: P's scores; detached inside.
-        logits_NV: Q's scores at the same positions.
+        reference_NV: P's scores; detached inside.
+        scores_NV: Q's scores at the same positions.
         example_N: Which normal example each position belongs to.
         num_examples: E.
         mode: Which of the two.
@@ -57,7 +58,7 @@ def preservation_divergence_loss(
         same sign and direction but averages over prompt and padding and takes the log of a softmax that underflows.
     """
     check_preservation(mode, cap)
-    kl_N = token_kl(reference_logits_NV, logits_NV)
+    kl_N = token_kl(reference_NV, scores_NV)
     if mode == "retention":
         return mean_per_example(kl_N, example_N, num_examples)
     if cap is not None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example
 
 
 def random_disassociation_loss(
-    logits_NV: Tensor, targets_N: Tensor, row_N: Tensor, example_M: Tensor, num_examples: int
+    scores_NV: Scores, targets_N: Tensor, row_N: Tensor, example_M: Tensor, num_examples: int
 ) -> Tensor:
     """Negative log-likelihood of the K mismatched answers of each prompt: mean over tokens, then over the K answers.
 
     ``L_RD,i = 1/K sum_k 1/|r_ik| sum_t -log p(r_ikt | x_i, r_ik<t)``
 
     Args:
-        logits_NV: Scores of the model in training at the position before each answer token.
+        scores_NV: Scores of the model in training at the position before each answer token.
         targets_N: Tokens of the mismatched answers; the prompt's own tokens are not trained on.
         row_N: Which mismatched row (0 to M-1) each token belongs to.
         example_M: Which harmful example each mismatched row was drawn for.
@@ -35,5 +36,5 @@ def random_disassociation_loss(
     Source: equation of arXiv 2402.10058 for random disassociation. The authors' code takes the number of fields of
         the tokenizer's output (2) for the answer's start, so it trains on the question as well; here it does not.
     """
-    nll_M = mean_per_example(answer_nll(logits_NV, targets_N), row_N, len(example_M))
+    nll_M = mean_per_example(answer_nll(scores_NV, targets_N), row_N, len(example_M))
     return mean_per_example(nll_M, example_M, num_examples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example, sum_per_example
 
 QUESTION_START = 3
@@ -17,14 +18,14 @@ of fields of a tokenizer's output, and the logits there predict the next token."
 _OFFSET = 1e-12
 
 
-def diluted_nll(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor, positions_to_end_M: Tensor) -> Tensor:
+def diluted_nll(scores_NV: Scores, targets_N: Tensor, row_N: Tensor, positions_to_end_M: Tensor) -> Tensor:
     """Negative log-likelihood of each row's targets, with pads in the denominator (``compat.pad_dilution``).
 
     ``L_m = 1/(L - s_m) sum_t -log p(y_mt | y_m<t)`` with L the padded length and s_m the position whose logits predict
     the first target. The last position of the row predicts nothing and is counted all the same.
 
     Args:
-        logits_NV: Scores of the model in training at the position before each target.
+        scores_NV: Scores of the model in training at the position before each target.
         targets_N: Tokens that are learned; padding is not among them.
         row_N: Which row, 0 to M-1, each target belongs to.
         positions_to_end_M: ``L - s`` of each row.
@@ -37,7 +38,7 @@ def diluted_nll(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor, positions_t
 
     Source: what ``get_answer_loss("gd", ...)`` does where the pad id is not 1.
     """
-    nll_N = answer_nll(logits_NV, targets_N)
+    nll_N = answer_nll(scores_NV, targets_N)
     return sum_per_example(nll_N, row_N, len(positions_to_end_M)) / positions_to_end_M
 
 

@@ -140,6 +140,26 @@ class JointDataset(Dataset[JointExample]):
             shared = self._answers.draw(None, self._epoch * len(self) + places[0])
         return [self._example(place, shared) for place in places]
 
+    def fixed_rows(self, kind: int, examples: int) -> list[TokenizedExample] | None:
+        """Rows of one kind among the first joint examples of training, each once, in the order of first use.
+
+        Args:
+            kind: ``FORGET``, ``RETAIN`` or ``SAFE``, which an example's ``forget_index`` or ``retain_index`` decides.
+            examples: Joint examples from the first of epoch 0 on, over as many epochs as it takes.
+
+        Returns:
+            The rows, whose ``example_id`` is that index; None for ``MISMATCHED``, whose rows are drawn anew.
+        """
+        if kind == MISMATCHED:
+            return None
+        source = self._retain if kind == RETAIN else self._forget
+        stream = "retain" if kind == RETAIN else "forget"
+        places = (self._shuffled(stream, len(source), position) for position in range(examples))
+        rows = [source[place] for place in dict.fromkeys(places)]
+        if kind == SAFE:
+            return [replace(self._safe[row.example_id], example_id=row.example_id) for row in rows]
+        return rows
+
     @property
     def rows_of_a_pass(self) -> int:
         """Rows of the shorter of the two training splits: where a pass over both in step ends."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.data.joint import FORGET, RowPlan
+from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example
 from sku.methods.base import Method
 from sku.training.objective import Losses, Objective, TrainingStep
@@ -23,13 +24,13 @@ class GradientAscentSettings:
     """GA has no settings of its own: one term, whose scale the learning rate sets."""
 
 
-def gradient_ascent_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+def gradient_ascent_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
     """Log-likelihood of each harmful answer, averaged over its tokens; minimising it makes the answer unlikely.
 
     ``L_GA,i = 1/|y_i| sum_t log p(y_it | x_i, y_i<t)``
 
     Args:
-        logits_NV: Scores of the model in training at the position before each answer token.
+        scores_NV: Scores of the model in training at the position before each answer token.
         targets_N: The answer tokens; prompt and padding are not among them.
         example_N: Which joint example each token belongs to.
         num_examples: B.
@@ -44,13 +45,13 @@ def gradient_ascent_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor
         number, as in ``get_answer_loss("ga", ...)`` of kevinyaobytedance/llm_unlearn, so that the terms of all methods
         have one unit.
     """
-    return -mean_per_example(answer_nll(logits_NV, targets_N), example_N, num_examples)
+    return -mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
 
 
 def ascent_term(step: TrainingStep) -> Tensor:
     """``gradient_ascent_loss`` of a batch's harmful rows, ``[B]``."""
     rows = step.rows(FORGET)
-    return gradient_ascent_loss(rows.logits_NV, rows.targets_N, rows.example_N, rows.num_examples)
+    return gradient_ascent_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
 
 
 def _objective(_settings: GradientAscentSettings, _model: PreTrainedModel) -> Objective:

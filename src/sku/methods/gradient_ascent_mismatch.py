@@ -64,7 +64,7 @@ def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel
         if "mismatch" in weights:
             rows = step.rows(MISMATCHED)
             terms["mismatch"] = random_disassociation_loss(
-                rows.logits_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
+                rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
             )
         return terms | retain.losses(step)
 

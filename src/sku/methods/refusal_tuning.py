@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.data.joint import SAFE, RowPlan
+from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example
 from sku.methods.base import Method
 from sku.methods.retain_terms import RetainTerm
@@ -37,13 +38,13 @@ class RefusalTuningSettings:
         check_weights("refusal_tuning", weights)
 
 
-def refusal_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+def refusal_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
     """Negative log-likelihood of each safe answer, averaged over its tokens.
 
     ``L_i = 1/|s_i| sum_t -log p(s_it | x_i, s_i<t)`` with x the harmful prompt and s the safe answer.
 
     Args:
-        logits_NV: Scores of the model in training at the position before each answer token.
+        scores_NV: Scores of the model in training at the position before each answer token.
         targets_N: The answer tokens; prompt and padding are not among them.
         example_N: Which joint example each token belongs to.
         num_examples: B.
@@ -54,7 +55,7 @@ def refusal_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num_ex
     Raises:
         ValueError: The shapes don't fit.
     """
-    return mean_per_example(answer_nll(logits_NV, targets_N), example_N, num_examples)
+    return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
 
 
 def _objective(settings: RefusalTuningSettings, _model: PreTrainedModel) -> Objective:
@@ -65,7 +66,7 @@ def _objective(settings: RefusalTuningSettings, _model: PreTrainedModel) -> Obje
         terms = {}
         if weights:
             rows = step.rows(SAFE)
-            terms["refusal"] = refusal_loss(rows.logits_NV, rows.targets_N, rows.example_N, rows.num_examples)
+            terms["refusal"] = refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
         return terms | retain.losses(step)
 
     return Objective(

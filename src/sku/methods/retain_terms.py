@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sku.data.joint import RETAIN
 from sku.errors import RecipeError
+from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example, token_kl
 from sku.methods.setting_checks import setting_key
 from sku.training.objective import TrainingStep
@@ -21,13 +22,13 @@ from sku.training.objective import TrainingStep
 RetainKind = Literal["gd", "kl", "none"]
 
 
-def retain_nll_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+def retain_nll_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
     """Negative log-likelihood of each normal answer, averaged over its tokens.
 
     ``L_i = 1/|y_i| sum_t -log p(y_it | x_i, y_i<t)``
 
     Args:
-        logits_NV: Scores of the model in training at the position before each answer token.
+        scores_NV: Scores of the model in training at the position before each answer token.
         targets_N: The answer tokens; prompt and padding are not among them.
         example_N: Which joint example each token belongs to.
         num_examples: B.
@@ -40,17 +41,17 @@ def retain_nll_loss(logits_NV: Tensor, targets_N: Tensor, example_N: Tensor, num
 
     Source: retain term of "Gradient Difference", arXiv 2401.06121 and 2203.12817.
     """
-    return mean_per_example(answer_nll(logits_NV, targets_N), example_N, num_examples)
+    return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
 
 
-def retain_kl_loss(reference_logits_NV: Tensor, logits_NV: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+def retain_kl_loss(reference_NV: Scores, scores_NV: Scores, example_N: Tensor, num_examples: int) -> Tensor:
     """Forward divergence from the original model on each normal example, averaged over its answer's positions.
 
     ``L_i = 1/|y_i| sum_t KL(P_t || Q_t)`` with P the original model and Q the model in training.
 
     Args:
-        reference_logits_NV: P's scores at the position before each answer token; detached inside.
-        logits_NV: Q's scores at the same positions. Prompt and padding are not among them.
+        reference_NV: P's scores at the position before each answer token; detached inside.
+        scores_NV: Q's scores at the same positions. Prompt and padding are not among them.
         example_N: Which joint example each position belongs to.
         num_examples: B.
 
@@ -62,7 +63,7 @@ def retain_kl_loss(reference_logits_NV: Tensor, logits_NV: Tensor, example_N: Te
 
     Source: "KL Minimization" of arXiv 2401.06121. The NPO authors' code averages over prompt and padding too.
     """
-    return mean_per_example(token_kl(reference_logits_NV, logits_NV), example_N, num_examples)
+    return mean_per_example(token_kl(reference_NV, scores_NV), example_N, num_examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +95,9 @@ class RetainTerm:
             return {}
         rows = step.rows(RETAIN)
         if self.kind == "gd":
-            return {"retain": retain_nll_loss(rows.logits_NV, rows.targets_N, rows.example_N, rows.num_examples)}
-        reference_NV = step.reference(RETAIN).logits_NV
-        return {"retain_kl": retain_kl_loss(reference_NV, rows.logits_NV, rows.example_N, rows.num_examples)}
+            return {"retain": retain_nll_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)}
+        reference_NV = step.reference(RETAIN).scores_NV
+        return {"retain_kl": retain_kl_loss(reference_NV, rows.scores_NV, rows.example_N, rows.num_examples)}
 
 
 def check_retain(method: str, kind: str) -> None:

@@ -26,7 +26,7 @@ def _objective(_settings: TaskVectorSettings, _model: PreTrainedModel) -> Object
         rows = step.rows(FORGET)
         return {
             "guided_distortion": guided_distortion_loss(
-                rows.logits_NV, rows.targets_N, rows.example_N, rows.num_examples
+                rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples
             )
         }
 

@@ -17,7 +17,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     # Four-bit layers are in training mode meanwhile: else bitsandbytes repacks their weights on a CPU, for a kernel
     # that has no backward.
-    switched = [module for module in model.modules() if module.training != hasattr(module, "quant_state")]
+    switched = [module for module in model.modules() if module.training != is_four_bit(module)]
     try:
         for module in switched:
             module.training = not module.training
@@ -25,3 +25,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = not module.training
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of bitsandbytes with 4-bit weights."""
+    return hasattr(module, "quant_state")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sku.data.joint import RowPlan
+from sku.head.scores import Scores, logits_of
 from sku.losses import answer_nll, mean_per_example, sum_per_example
 
 
@@ -19,7 +20,9 @@ from sku.losses import answer_nll, mean_per_example, sum_per_example
 class ScoredRows:
     """What a model says of the rows of one kind: one pair of scores and target for each kept position."""
 
-    logits_NV: Tensor
+    scores_NV: Scores
+    """Logits, or what they would be made from where they are too many to hold; ``answer_nll`` and ``token_kl`` take
+    both."""
     targets_N: Tensor
     """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too. Under
     ``every`` the last position of a row has none: what stands there means nothing."""
@@ -35,18 +38,23 @@ class ScoredRows:
     """Positions of each row from its first kept one to the end of its padding, where ``RowPlan.padded`` is on."""
 
     @property
+    def logits_NV(self) -> Tensor:  # noqa: N802 - named by shape
+        """Scores as a tensor, made where they are not yet: for losses that are no function of NLL or KL."""
+        return logits_of(self.scores_NV)
+
+    @property
     def example_N(self) -> Tensor:  # noqa: N802 - named by shape
         """Which joint example each position belongs to."""
         return self.example_M[self.row_N]
 
     def mean_nll(self) -> Tensor:
         """``[B]``, nats per token: mean over the tokens of each row, then over the rows of each example."""
-        nll_M = mean_per_example(answer_nll(self.logits_NV, self.targets_N), self.row_N, len(self.example_M))
+        nll_M = mean_per_example(answer_nll(self.scores_NV, self.targets_N), self.row_N, len(self.example_M))
         return mean_per_example(nll_M, self.example_M, self.num_examples)
 
     def total_nll(self) -> Tensor:
         """``[B]``, nats: sum over the tokens of each row, ``-log p(y | x)``, then mean over the rows."""
-        nll_M = sum_per_example(answer_nll(self.logits_NV, self.targets_N), self.row_N, len(self.example_M))
+        nll_M = sum_per_example(answer_nll(self.scores_NV, self.targets_N), self.row_N, len(self.example_M))
         return mean_per_example(nll_M, self.example_M, self.num_examples)
 
 
@@ -75,7 +83,7 @@ class Objective:
     """Term -> weight, for the terms that ``losses`` gives and no others."""
     losses: Callable[[TrainingStep], Losses]
     needs_reference: bool = False
-    """Whether ``losses`` asks for ``TrainingStep.reference``; full fine-tuning then keeps a copy of the model."""
+    """Whether ``losses`` asks for ``TrainingStep.reference``, of the same kinds of rows in each step."""
     hidden_layer: int | None = None
     """Decoder layer, counted from 0, whose output ``losses`` reads."""
     in_whole_passes: bool = False

@@ -6,6 +6,7 @@ V = vocabulary, H = width of the hidden states.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sku.data.packing import PackedRows
+from sku.head.scores import HeadScores, Scores
 from sku.training.objective import ScoredRows
 from sku.training.packed_attention import packed_forward_pass
 
@@ -60,7 +62,7 @@ def packed_scores(packed: PackedRows, kind: int, outputs: Any, hidden_layer: int
     """
     kept = packed.kept[kind]
     return ScoredRows(
-        logits_NV=_take_rows(outputs.logits[0], kept.score_N),
+        scores_NV=_take_scores(outputs.logits[0], kept.score_N),
         targets_N=kept.targets_N,
         row_N=kept.row_N,
         example_M=kept.example_M,
@@ -70,6 +72,12 @@ def packed_scores(packed: PackedRows, kind: int, outputs: Any, hidden_layer: int
             None if hidden_layer is None else _take_rows(outputs.hidden_states[hidden_layer + 1][0], kept.place_N)
         ),
     )
+
+
+def _take_scores(scores_UV: Scores, index_N: Tensor) -> Scores:
+    if isinstance(scores_UV, HeadScores):
+        return replace(scores_UV, hidden_NH=_take_rows(scores_UV.hidden_NH, index_N))
+    return _take_rows(scores_UV, index_N)
 
 
 def _take_rows(values: Tensor, index_N: Tensor) -> Tensor:

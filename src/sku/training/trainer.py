@@ -7,9 +7,8 @@ V = vocabulary.
 from __future__ import annotations
 
 import copy
-import math
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,26 +19,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from sku.config import Packing, PromptFormatName
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import RETAIN, JointDataset
+from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.packing import PACKED, PackedCollator, PackedRows
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import ModelError, NonFiniteLossError, RecipeError
+from sku.errors import ModelError, RecipeError
 from sku.losses import IGNORE_INDEX
 from sku.models import ensure_pad_token, plain_model
+from sku.training.compiled import compiled_layers
 from sku.training.config import UnlearningConfig
-from sku.training.evaluation_mode import evaluation_mode
+from sku.training.deferred_head import DeferredHead
+from sku.training.finite import FiniteGuard
 from sku.training.objective import Objective, ScoredRows, TrainingStep
+from sku.training.original import keep_four_bit_trainable, original_weights
 from sku.training.packed_attention import use_packed_attention
 from sku.training.packed_step import forward_packed, packed_scores
 from sku.training.packing_choice import choose_packing
+from sku.training.precision import stochastic_optimizer
+from sku.training.reference_cache import NoCacheError, ReferenceCache
+from sku.training.reference_mode import ReferenceMode, resolved_mode
 from sku.training.step_limit import steps_in_whole_passes
+from sku.training.trained_modules import train_only
+
+_LOG = logging.getLogger(__name__)
 
 
 class UnlearningTrainer(Trainer):
     """Minimises a method's objective. Everything but the loss is transformers' Trainer: resume, accelerate, logging.
 
-    The frozen reference is the model with its adapter switched off; with full fine-tuning it is a copy, made only if
-    the objective asks for it.
+    The frozen reference is what the original model made of the rows in one pass before training. Where that doesn't
+    fit it is the model with its adapter switched off, or with full fine-tuning a copy.
     """
 
     # compute_loss divides by the examples of the whole optimizer step.
@@ -111,49 +119,66 @@ class UnlearningTrainer(Trainer):
                 model = get_peft_model(model, peft_config)
             except ValueError as error:
                 raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
-        elif not isinstance(model, PeftModel):
-            if objective.needs_reference:
-                self._reference = copy.deepcopy(model).requires_grad_(requires_grad=False)
-                self._reference.eval()
-            if trained_modules is not None:
-                _train_only(model, trained_modules)
+        elif not isinstance(model, PeftModel) and trained_modules is not None:
+            train_only(model, trained_modules)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
+        if args.stochastic_rounding:
+            trainer_options |= {"optimizer_cls_and_kwargs": stochastic_optimizer(model, args)}
         if args.activation_checkpointing and isinstance(model, PeftModel):
             # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
             model.enable_input_require_grads()
+        self._trained, self._settings, self._examples = model, args, train_dataset
+        self._collate: JointCollator | PackedCollator = JointCollator(
+            int(processing_class.pad_token_id),
+            pad_to=args.max_length if objective.rows.padded else 0,
+            multiple_of=args.pad_to_multiple_of,
+        )
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=JointCollator(
-                int(processing_class.pad_token_id), pad_to=args.max_length if objective.rows.padded else 0
-            ),
+            data_collator=self._collate,
             **trainer_options,
         )
-        self._own_attention = str(plain_model(model).config._attn_implementation)
-        self.packing: Packing = choose_packing(model, args.packing, padded=objective.rows.padded)
-        self._set_packed_collator()
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples = 0
-        if self._reference is not None:
-            nn.Module.to(self._reference, self.args.device)
-
-    def _set_packed_collator(self) -> None:
+        self._guard = FiniteGuard(args.finite_check)
+        self.add_callback(self._guard)
+        keep_four_bit_trainable(model)
+        self._own_attention = str(plain_model(model).config._attn_implementation)
+        self.packing: Packing = choose_packing(model, args.packing, padded=objective.rows.padded)
         if self.packing != "padded":
-            self.data_collator = PackedCollator(
-                share=self.packing == "tree", retain_tokens=self.objective.rows.retain_tokens
-            )
+            self._collate = PackedCollator(share=self.packing == "tree", retain_tokens=objective.rows.retain_tokens)
+            self.data_collator = self._collate
+        self._head = DeferredHead(plain_model(model), args.logits_budget_mb)
+        self._cache: ReferenceCache | None = None
+        if objective.needs_reference:
+            self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head)
+            spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self._use_reference(args.reference, self._cache.why_not(is_spread=spread))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``transformers.Trainer``; afterwards the model has the attention that it came with."""
+        """Trains. Before that and before a checkpoint is loaded, the original model is asked all that it will be.
+
+        Afterwards the model has the attention that it came with.
+
+        Args:
+            *args: As of ``transformers.Trainer.train``.
+            **kwargs: As of ``transformers.Trainer.train``.
+        """
         try:
-            return super().train(*args, **kwargs)
+            if self._cache is not None:
+                # Dropout's draws must be there for training.
+                devices = [self.args.device] if self.args.device.type == "cuda" else []
+                with torch.no_grad(), torch.random.fork_rng(devices), self.accelerator.autocast():
+                    self._outputs_and_terms(self._trained, self._on_device(self._collate([self._examples[0]])))
+            with compiled_layers(plain_model(self._trained), self._settings.compile_layers):
+                return super().train(*args, **kwargs)
         finally:
             if self.packing != "padded":
-                assert isinstance(self.model, PreTrainedModel | PeftModel)
-                plain_model(self.model).set_attn_implementation(self._own_attention)
+                plain_model(self._trained).set_attn_implementation(self._own_attention)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -191,16 +216,11 @@ class UnlearningTrainer(Trainer):
             Scalar loss in nats per token, or it and the outputs.
 
         Raises:
-            NonFiniteLossError: A term is NaN or infinite. Raised before backward, so no weight has seen it.
+            NonFiniteLossError: A term is NaN or infinite. No weight has seen it (``FiniteGuard``).
         """
-        if PACKED in inputs:
-            outputs, terms = self._packed_terms(model, inputs[PACKED])
-        else:
-            kept_RT = self._kept_positions(inputs)
-            outputs = self._forward(model, inputs, kept_RT)
-            terms = self._terms(model, inputs, kept_RT, outputs)
+        outputs, terms = self._outputs_and_terms(model, inputs)
         num_examples = len(inputs["forget_index"])
-        self._check_finite(terms, inputs)
+        self._guard.look(terms, inputs, self.state.global_step + 1)
         weights = self.objective.weights
         total = torch.stack([weights[name] * losses_B.sum() for name, losses_B in terms.items()]).sum()
         if model.training:
@@ -233,52 +253,58 @@ class UnlearningTrainer(Trainer):
             kept = kept | (is_retain & ((inputs["attention_mask"] == 1) | self.objective.rows.padded))
         return kept
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor) -> Any:
+    def _forward(
+        self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, *, without_head: bool = False
+    ) -> Any:
         options = {} if self.objective.hidden_layer is None else {"output_hidden_states": True}
-        return model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=kept_RT,
-            use_cache=False,
-            **options,
-        )
 
-    def _terms(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, outputs: Any) -> dict[str, Tensor]:
-        """Loss of each term, ``[B]``."""
+        def call() -> Any:
+            return model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                logits_to_keep=kept_RT,
+                use_cache=False,
+                **options,
+            )
+
+        return self._head.run(call, copy=self._reference if model is self._reference else None, defer=without_head)
+
+    def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
+        layer = self.objective.hidden_layer
+        if PACKED in inputs:
+            packed: PackedRows = inputs[PACKED].to(self.args.device, non_blocking=True)
+            outputs = self._forward_packed(model, packed)
+        else:
+            kept_RT = self._kept_positions(inputs)
+            outputs = self._forward(model, inputs, kept_RT)
 
         def rows(kind: int) -> ScoredRows:
+            if PACKED in inputs:
+                return packed_scores(packed, kind, outputs, layer)
             return self._scored(inputs, kept_RT, kind, outputs, inputs["row_kind"])
 
         def reference(kind: int) -> ScoredRows:
-            return self._reference_rows(model, inputs, kept_RT, kind)
+            if self._cache is not None:
+                try:
+                    return self._cache.look_up(kind, rows(kind), inputs)
+                except NoCacheError as reason:
+                    self._use_reference(self._settings.reference, str(reason))
+            return self._reference_rows(model, inputs, kind)
 
         step = TrainingStep(num_examples=len(inputs["forget_index"]), rows=rows, reference=reference)
-        return dict(self.objective.losses(step))
-
-    def _packed_terms(self, model: nn.Module, packed: PackedRows) -> tuple[Any, dict[str, Tensor]]:
-        """The model's outputs for a packed row, and the loss of each term, ``[B]``."""
-        layer = self.objective.hidden_layer
-
-        def run(run_model: nn.Module, rows: PackedRows) -> Any:
-            plain = self.accelerator.unwrap_model(run_model)
-            # Stays so until training ends: activation checkpointing runs layers again in the backward.
-            use_packed_attention(plain)
-            return forward_packed(run_model, plain, rows, hidden_states=layer is not None)
-
-        def reference(kind: int) -> ScoredRows:
-            own = packed.of_kind(kind)
-            with torch.no_grad(), self._original(model):
-                frozen = model if self._reference is None else self._reference
-                return packed_scores(own, kind, run(frozen, own), layer)
-
-        packed = packed.to(self.args.device, non_blocking=True)
-        outputs = run(model, packed)
-        step = TrainingStep(
-            num_examples=packed.num_examples,
-            rows=lambda kind: packed_scores(packed, kind, outputs, layer),
-            reference=reference,
-        )
         return outputs, dict(self.objective.losses(step))
+
+    def _forward_packed(self, model: nn.Module, packed: PackedRows, *, without_head: bool = False) -> Any:
+        plain = self.accelerator.unwrap_model(model)
+        # Stays so until training ends: activation checkpointing runs layers again in the backward.
+        use_packed_attention(plain)
+        hidden_states = self.objective.hidden_layer is not None
+        return self._head.run(
+            lambda: forward_packed(model, plain, packed, hidden_states=hidden_states),
+            copy=self._reference if model is self._reference else None,
+            defer=without_head,
+        )
 
     def _scored(
         self, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int, outputs: Any, row_kind_R: Tensor
@@ -301,7 +327,7 @@ class UnlearningTrainer(Trainer):
         row_N, position_N = row_N[own_N], position_N[own_N]
         layer, length = self.objective.hidden_layer, kept_RT.shape[1]
         return ScoredRows(
-            logits_NV=outputs.logits[own_N],
+            scores_NV=outputs.logits[own_N],
             targets_N=inputs["input_ids"][row_N, (position_N + 1).clamp(max=length - 1)],
             row_N=torch.searchsorted(rows_M, row_N),
             example_M=inputs["row_example"][rows_M],
@@ -311,61 +337,59 @@ class UnlearningTrainer(Trainer):
             positions_to_end_M=length - kept_RT[rows_M].int().argmax(1) if self.objective.rows.padded else None,
         )
 
-    def _reference_rows(self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int) -> ScoredRows:
+    def _use_reference(self, mode: ReferenceMode, no_cache: str) -> None:
+        """Settles how the original model is asked, while it still is what it was."""
+        mode = resolved_mode(mode, has_adapter=isinstance(self._trained, PeftModel), no_cache=no_cache)
+        if mode == "cache":
+            return
+        if no_cache and self._settings.reference == "auto":
+            _LOG.warning("the original model is asked in each step (reference=%s): %s", mode, no_cache)
+        self._cache = None
+        if mode == "copy":
+            self._reference = copy.deepcopy(plain_model(self._trained)).requires_grad_(requires_grad=False)
+            self._reference.eval()
+
+    def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
+        """What goes into the original model's head on the rows of one kind."""
+        inputs = self._on_device(self._collate(examples))
+        return self._reference_rows(self._trained, inputs, kind, without_head=True)
+
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: part.to(self.args.device) for name, part in inputs.items()}
+
+    def _reference_rows(
+        self, model: nn.Module, inputs: dict[str, Any], kind: int, *, without_head: bool = False
+    ) -> ScoredRows:
         """What the original model says of the rows of one kind, without gradient."""
-        rows = inputs["row_kind"] == kind
+        # In the precision of training, where the two are the same model as long as no step is taken.
+        precision = self.accelerator.autocast()
+        with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
+            asked = model if self._reference is None else self._reference
+            if PACKED in inputs:
+                packed = inputs[PACKED].of_kind(kind).to(self.args.device, non_blocking=True)
+                outputs = self._forward_packed(asked, packed, without_head=without_head)
+                return packed_scores(packed, kind, outputs, self.objective.hidden_layer)
+            own, kept_RT = self._rows_of(inputs, kind)
+            outputs = self._forward(asked, own, kept_RT, without_head=without_head)
+            return self._scored(own, kept_RT, kind, outputs, own["row_kind"])
+
+    def _rows_of(self, inputs: dict[str, Tensor], kind: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The rows of one kind of a padded batch, cut where the longest of them ends, and their kept positions."""
+        rows_R = inputs["row_kind"] == kind
+        kept_RT = self._kept_positions(inputs)[rows_R]
         # Kept positions lie within the rows, or also on their padding.
-        longest = int(((inputs["attention_mask"] == 1) | kept_RT)[rows].sum(1).max())
+        longest = int(((inputs["attention_mask"][rows_R] == 1) | kept_RT).sum(1).max())
         own = {
             **inputs,
-            "input_ids": inputs["input_ids"][rows][:, :longest],
-            "attention_mask": inputs["attention_mask"][rows][:, :longest],
-            "row_example": inputs["row_example"][rows],
+            "input_ids": inputs["input_ids"][rows_R][:, :longest],
+            "attention_mask": inputs["attention_mask"][rows_R][:, :longest],
+            "row_example": inputs["row_example"][rows_R],
+            "row_kind": inputs["row_kind"][rows_R],
         }
-        kept = kept_RT[rows][:, :longest]
-        with torch.no_grad(), self._original(model):
-            outputs = self._forward(model if self._reference is None else self._reference, own, kept)
-        return self._scored(own, kept, kind, outputs, inputs["row_kind"][rows])
-
-    @contextmanager
-    def _original(self, model: nn.Module) -> Iterator[None]:
-        """The frozen reference: adapter off and dropout off, as the original model is used."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        adapter_off: AbstractContextManager[None] = (
-            unwrapped.disable_adapter() if isinstance(unwrapped, PeftModel) else nullcontext()
-        )
-        with evaluation_mode(model), adapter_off:
-            yield
-
-    def _check_finite(self, terms: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
-        # One transfer for all terms: a synchronisation a step is the price of never training on NaN.
-        sums = torch.stack([losses_B.detach().sum() for losses_B in terms.values()]).tolist()
-        for (name, losses_B), value in zip(terms.items(), sums, strict=True):
-            if not math.isfinite(value):
-                bad_B = ~losses_B.detach().isfinite()
-                batch = {key: inputs[key][bad_B].tolist() for key in ("forget_index", "retain_index")}
-                raise NonFiniteLossError(
-                    f"loss term {name} is {value} at step {self.state.global_step + 1}, "
-                    f"forget examples {batch['forget_index']}, retain examples {batch['retain_index']}; no optimizer "
-                    "step was taken with it. Lower the learning rate, or set a preservation_cap"
-                )
+        return own, kept_RT[:, :longest]
 
     def _note_terms(self, terms: dict[str, Tensor], num_examples: int) -> None:
         for name, losses_B in terms.items():
             value = losses_B.detach().sum()
             self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value
         self._logged_examples += num_examples
-
-
-def _train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Freezes all but the weights of the named modules.
-
-    Raises:
-        ModelError: The model has no module of such a name.
-    """
-    model.requires_grad_(requires_grad=False)
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
-            raise ModelError(f"the model has no module {name} to train")
-        modules[name].requires_grad_(requires_grad=True)

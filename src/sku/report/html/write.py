@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sku.errors import OutputError
-from sku.storage import write_private_text
 from sku.report.html.page import comparison_page, run_page
 from sku.report.html.run_folder import read_run
+from sku.storage import write_private_text
 
 
 def write_report(

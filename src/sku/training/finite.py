@@ -1,0 +1,197 @@
+"""No weight ever sees a loss that is not finite; and where it can be had, without waiting for the GPU in each step.
+
+At once: the sums of all terms are fetched before backward, and the run stops. That is one wait a step, since the
+processor can't go on before the GPU has finished the forward pass.
+
+Late: the sums stay on the GPU, where a flag is raised as soon as one of them is not finite. The fused optimizers of
+torch take such a flag (``found_inf``, made for mixed precision) and leave weights, moments and step count as they are
+while it is up; it never goes down. What was seen in a step is fetched in the next one, when it is long there, and
+before anything is saved or logged, and the run stops then, with the same weights as at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from sku.errors import NonFiniteLossError, RecipeError
+
+FiniteCheck = Literal["auto", "at_once", "late"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """The terms of one batch, as they are on the device."""
+
+    step: int
+    names: tuple[str, ...]
+    sums: Tensor
+    """One for each term, and late the flag of all processes; on its way from the GPU already."""
+    is_bad_B: Tensor
+    """Whether any term of a joint example is not finite."""
+    forget_index: Tensor
+    retain_index: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class FiniteGuard(TrainerCallback):
+    """Looks at every loss term before its gradient can move a weight."""
+
+    def __init__(self, mode: FiniteCheck) -> None:
+        """Says when to look.
+
+        Args:
+            mode: ``at_once``, ``late``, or ``auto``: late on a GPU with a fused optimizer, else at once.
+        """
+        self._mode = mode
+        self._seen: list[_Seen] = []
+        self._flag: Tensor | None = None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether losses are looked at in the step behind them."""
+        return self._flag is not None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Gives the optimizer the flag, where losses are looked at late.
+
+        Raises:
+            RecipeError: ``late`` is asked for and the optimizer would not heed the flag.
+        """
+        self._seen, self._flag = [], None
+        inner = getattr(optimizer, "optimizer", optimizer)
+        reason = _why_not_late(inner, args)
+        if self._mode == "late" and reason:
+            raise RecipeError(f"finite_check is late, but {reason}; set finite_check to auto or at_once")
+        device = args.device
+        if reason or self._mode == "at_once" or (self._mode == "auto" and device.type != "cuda"):
+            return
+        self._flag = torch.zeros((), device=device)
+        inner.found_inf = self._flag
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at what is left before anything is logged or saved.
+
+        Raises:
+            NonFiniteLossError: As ``look``.
+        """
+        if control.should_log or control.should_save or control.should_training_stop:
+            self.settle()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the last step.
+
+        Raises:
+            NonFiniteLossError: As ``look``.
+        """
+        self.settle()
+
+    def look(self, terms: Mapping[str, Tensor], inputs: Mapping[str, Tensor], step: int) -> None:
+        """Looks at the terms of a batch, at once or from the next call on.
+
+        Args:
+            terms: Name -> loss of each joint example, ``[B]``.
+            inputs: The batch, for its ``forget_index`` and ``retain_index``.
+            step: The optimizer step that they are for, from 1.
+
+        Raises:
+            NonFiniteLossError: A term, of this batch or late of one before, is NaN or infinite.
+        """
+        losses = [losses_B.detach() for losses_B in terms.values()]
+        sums = torch.stack([losses_B.sum() for losses_B in losses])
+        arrived = None
+        if self._flag is not None:
+            self._flag.copy_(torch.maximum(self._flag, (~sums.isfinite().all()).float()))
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX)
+            sums, arrived = _sent_to_processor(torch.cat([sums.float(), self._flag[None]]))
+        seen = _Seen(
+            step=step,
+            names=tuple(terms),
+            sums=sums,
+            is_bad_B=~torch.stack(losses).isfinite().all(0),
+            forget_index=inputs["forget_index"],
+            retain_index=inputs["retain_index"],
+            arrived=arrived,
+        )
+        if self._flag is None:
+            _raise_if_bad(seen)
+            return
+        before, self._seen = (
+            [old for old in self._seen if old.step < step],
+            [
+                *(old for old in self._seen if old.step == step),
+                seen,
+            ],
+        )
+        for old in before:
+            _raise_if_bad(old)
+
+    def settle(self) -> None:
+        """Looks at all that has not been looked at.
+
+        Raises:
+            NonFiniteLossError: As ``look``.
+        """
+        seen, self._seen = self._seen, []
+        for old in seen:
+            _raise_if_bad(old)
+
+
+def check_finite_check(mode: str) -> None:
+    """Refuses an unknown way to look.
+
+    Raises:
+        RecipeError: With the ways there are.
+    """
+    if mode not in get_args(FiniteCheck):
+        raise RecipeError(f"finite_check is {mode!r}; it must be one of {', '.join(get_args(FiniteCheck))}")
+
+
+def _why_not_late(optimizer: Any, args: Any) -> str:
+    """Why an optimizer would step in spite of the flag, empty where it doesn't."""
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return f"{type(optimizer).__name__} is not fused (acquire.training.optim=adamw_torch_fused is)"
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return f"{type(optimizer).__name__} has no flag to be stopped by"
+    if args.fp16:
+        return "with fp16 that flag belongs to the gradient scaler"
+    if any(type(weight) is not torch.nn.Parameter for group in optimizer.param_groups for weight in group["params"]):
+        return "weights are spread over several processes"
+    return ""
+
+
+def _sent_to_processor(sums: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy that is on its way, and what tells that it has come."""
+    if sums.device.type != "cuda":
+        return sums, None
+    # Into ordinary memory a copy would be waited for.
+    copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
+
+
+def _raise_if_bad(seen: _Seen) -> None:
+    if seen.arrived is not None:
+        seen.arrived.synchronize()
+    # One transfer for all terms.
+    values = seen.sums.tolist()
+    for name, value in zip(seen.names, values, strict=False):
+        if not math.isfinite(value):
+            bad = {key: getattr(seen, key)[seen.is_bad_B].tolist() for key in ("forget_index", "retain_index")}
+            raise NonFiniteLossError(
+                f"loss term {name} is {value} at step {seen.step}, forget examples {bad['forget_index']}, retain "
+                f"examples {bad['retain_index']}; no optimizer step was taken with it. Lower the learning rate, or "
+                "set a preservation_cap"
+            )
+    if len(values) > len(seen.names) and values[-1]:
+        raise NonFiniteLossError(
+            f"a loss of another process is not finite at step {seen.step}; no optimizer step was taken with it"
+        )

@@ -1,0 +1,225 @@
+"""The frozen original model, kept as what goes into its head on the rows that training will ask about.
+
+One pass over these rows before the first step takes the place of one in every step, and of a second model where all
+weights are trained: of the original only the head is kept, and only if it is trained too. Scores are never kept:
+45 tokens of Gemma's vocabulary are 47 MB, their hidden states 58 KB.
+
+Shapes: N = kept positions, M = rows of one kind, B = joint examples of a batch, H = width of the hidden states,
+P = kept positions of all rows of a kind, I = examples of a split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sku.data.joint import FORGET, RETAIN, SAFE, JointDataset, JointExample
+from sku.data.tokenization import TokenizedExample
+from sku.head.scores import Head, HeadScores
+from sku.training.config import UnlearningConfig
+from sku.training.deferred_head import DeferredHead
+from sku.training.objective import ScoredRows
+
+_MEGABYTE = 2**20
+Ask = Callable[[int, list[JointExample]], ScoredRows]
+"""Kind and joint examples of one row each -> what goes into the original model's head there."""
+
+
+class NoCacheError(Exception):
+    """Why the original model has to be asked in each step."""
+
+
+class ReferenceCache:
+    """What the original model will be asked in training, kind by kind, filled when a kind is first asked for."""
+
+    def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: DeferredHead) -> None:
+        """Keeps nothing yet.
+
+        Args:
+            dataset: What is trained on.
+            ask: Asks the original model; may be called until the first optimizer step.
+            settings: For the number of steps, the batches and the limit.
+            head: Of the model in training.
+        """
+        self._dataset, self._ask, self._settings, self._head = dataset, ask, settings, head
+        self._rows: dict[int, CachedRows] = {}
+
+    def why_not(self, *, is_spread: bool) -> str:
+        """Why there can't be a cache, empty where there can.
+
+        Args:
+            is_spread: Whether weights are spread over several processes.
+        """
+        if is_spread:
+            return "the head's weight is spread over several processes"
+        if self._head.shape is None:
+            return "the model's head can't be left out, or logits_budget_mb is empty"
+        return ""
+
+    def look_up(self, kind: int, rows: ScoredRows, inputs: Mapping[str, Tensor]) -> ScoredRows:
+        """The original model on the rows of one kind of a batch.
+
+        Args:
+            kind: Which rows.
+            rows: Of the model in training.
+            inputs: The batch.
+
+        Returns:
+            The same rows as the original model scores them, without gradient. Scores are made where they fit, or the
+            model in training has its made.
+
+        Raises:
+            NoCacheError: These rows are drawn anew in each step, or all that is asked for is too much to keep.
+        """
+        if kind not in self._rows:
+            self._rows[kind] = self._filled(kind)
+        index_B = inputs["retain_index" if kind == RETAIN else "forget_index"]
+        found = self._rows[kind].look_up(rows, index_B)
+        # Where hidden states of a layer are compared, no one asks for scores.
+        if isinstance(rows.scores_NV, HeadScores) or found.hidden_NH is not None:
+            return found
+        return replace(found, scores_NV=found.logits_NV)
+
+    def _filled(self, kind: int) -> CachedRows:
+        rows = self._dataset.fixed_rows(kind, self._examples())
+        if rows is None:
+            raise NoCacheError("answers of other prompts are drawn anew in each step")
+        # Batches as in training, where the first rows then stand beside the same ones and get the same bits.
+        size = self._settings.per_device_train_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return gather_rows(self._scored(kind, batches, len(rows)), [row.example_id for row in rows])
+
+    def _scored(self, kind: int, batches: Sequence[list[TokenizedExample]], count: int) -> Iterator[ScoredRows]:
+        limit, seen, done = self._settings.reference_cache_mb, 0, 0
+        for batch in batches:
+            scored = self._ask(kind, [_alone(kind, row) for row in batch])
+            assert isinstance(scored.scores_NV, HeadScores)
+            kept = (scored.scores_NV.hidden_NH, scored.hidden_NH)
+            seen += sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+            done += len(batch)
+            expected = seen * count / done / _MEGABYTE
+            if expected > limit and (done >= 8 * len(batch) or done == count or seen > limit * _MEGABYTE):
+                raise NoCacheError(
+                    f"its hidden states on {count} rows would take about {expected:.0f} MB, and reference_cache_mb "
+                    f"is {limit:g}"
+                )
+            yield scored
+
+    def _examples(self) -> int:
+        """Joint examples from the start of training to its end, or more."""
+        settings, size = self._settings, len(self._dataset)
+        steps: int = settings.max_steps
+        batch: int = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+        if steps <= 0:
+            return math.ceil(settings.num_train_epochs) * size
+        steps_of_an_epoch = max(1, size // batch)
+        if steps <= steps_of_an_epoch:
+            return min(size, steps * batch)
+        return -(-steps // steps_of_an_epoch) * size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedRows:
+    """The original model on all rows of one kind."""
+
+    start_I: Tensor
+    """Position in ``hidden_PH`` of the first kept position of each example's row, -1 where it isn't kept. The last
+    entry stands for all examples beyond."""
+    hidden_PH: Tensor
+    """What goes into the head, in the model's own type. A last row of NaN stands for all that isn't kept, so that it
+    can't be used unnoticed."""
+    head: Head
+    layer_PH: Tensor | None
+    """The same of ``Objective.hidden_layer``."""
+
+    def look_up(self, rows: ScoredRows, index_B: Tensor) -> ScoredRows:
+        """The original model on the rows of a batch. Nothing waits for a GPU.
+
+        Args:
+            rows: Of the model in training; what isn't scores is the same for the original.
+            index_B: Place of each joint example's row in its split.
+
+        Returns:
+            The same rows with the original's scores, not made yet, and hidden states.
+        """
+        start_M = self.start_I[index_B[rows.example_M].clamp(max=len(self.start_I) - 1)]
+        # Positions of a row lie one behind the other, so a row begins where its number is first met. On a GPU the look
+        # at it would be waited for, and the order is that of the processor.
+        if rows.row_N.device.type == "cpu":
+            assert bool((rows.row_N.diff() >= 0).all()), "rows are not in order"
+        first_M = torch.searchsorted(rows.row_N, torch.arange(len(start_M), device=rows.row_N.device))
+        place_N = torch.arange(len(rows.row_N), device=rows.row_N.device) - first_M[rows.row_N]
+        start_N = start_M[rows.row_N]
+        place_N = torch.where(start_N < 0, len(self.hidden_PH) - 1, start_N + place_N)
+        return replace(
+            rows,
+            scores_NV=HeadScores(hidden_NH=self.hidden_PH[place_N], head=self.head),
+            hidden_NH=None if self.layer_PH is None else self.layer_PH[place_N],
+        )
+
+
+def gather_rows(scored: Iterable[ScoredRows], example_ids: list[int]) -> CachedRows:
+    """Puts batches of rows behind each other.
+
+    Args:
+        scored: The original model on some rows at a time, with its head left out: one row for each joint example, in
+            the order of ``example_ids``.
+        example_ids: Place of each row in its split.
+
+    Returns:
+        All of them, with an own copy of the head where training would change it.
+    """
+    hidden: list[Tensor] = []
+    layers: list[Tensor] = []
+    lengths: list[Tensor] = []
+    head: Head | None = None
+    for rows in scored:
+        assert isinstance(rows.scores_NV, HeadScores)
+        head = head or rows.scores_NV.head
+        hidden.append(rows.scores_NV.hidden_NH.detach())
+        lengths.append(torch.bincount(rows.row_N, minlength=len(rows.example_M)))
+        if rows.hidden_NH is not None:
+            layers.append(rows.hidden_NH.detach())
+    assert head is not None
+    length_M = torch.cat(lengths)
+    start_I = length_M.new_full((max(example_ids) + 2,), -1)
+    start_I[torch.tensor(example_ids, device=start_I.device)] = length_M.cumsum(0) - length_M
+    return CachedRows(
+        start_I=start_I,
+        hidden_PH=_with_nan(hidden),
+        head=_frozen(head),
+        layer_PH=_with_nan(layers) if layers else None,
+    )
+
+
+def _with_nan(parts: list[Tensor]) -> Tensor:
+    return torch.cat([*parts, torch.full_like(parts[0][:1], torch.nan)])
+
+
+def _frozen(head: Head) -> Head:
+    return replace(
+        head,
+        weight_VH=_original(head.weight_VH),
+        bias_V=None if head.bias_V is None else _original(head.bias_V),
+    )
+
+
+def _original(weight: Tensor) -> Tensor:
+    """A copy of a weight that training changes; a frozen one as it is."""
+    return weight.detach().clone() if weight.requires_grad else weight
+
+
+def _alone(kind: int, row: TokenizedExample) -> JointExample:
+    """A joint example of one row."""
+    return JointExample(
+        forget=row if kind == FORGET else None,
+        mismatched=(),
+        retain=row if kind == RETAIN else None,
+        safe=row if kind == SAFE else None,
+        forget_index=-1 if kind == RETAIN else row.example_id,
+        retain_index=row.example_id if kind == RETAIN else -1,
+    )

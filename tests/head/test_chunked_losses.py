@@ -1,0 +1,219 @@
+"""Losses from hidden states, chunk by chunk, against the same losses from all scores at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sku.head.scores import Head, HeadScores
+from sku.losses import answer_nll, token_kl
+
+POSITIONS, WIDTH, VOCABULARY = 11, 6, 37
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap (Gemma 2)": {"softcap": 3.0},
+    "scale (Cohere, Granite)": {"scale": 0.25},
+    "both": {"scale": 2.0, "softcap": 1.5},
+}
+
+
+def problem(
+    *, dtype: torch.dtype = torch.float32, trained: bool = True, bias: bool = False, seed: int = 0, **head: Any
+) -> tuple[HeadScores, Tensor]:
+    """Hidden states, a head and targets; chunks of 4 positions, so that the last one is a part."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    made = Head(
+        weight_VH=draw(VOCABULARY, WIDTH).requires_grad_(trained),
+        bias_V=draw(VOCABULARY).requires_grad_(trained) if bias else None,
+        **({"chunk_rows": 4} | head),
+    )
+    hidden_NH = draw(POSITIONS, WIDTH).requires_grad_()
+    return HeadScores(hidden_NH=hidden_NH, head=made), torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
+
+
+def reference_of(scores: HeadScores) -> HeadScores:
+    """Another model's hidden states and weights, in the same shape."""
+    other, _ = problem(dtype=scores.hidden_NH.dtype, bias=scores.head.bias_V is not None, seed=1)
+    head = Head(
+        weight_VH=other.head.weight_VH, bias_V=other.head.bias_V, scale=scores.head.scale,
+        softcap=scores.head.softcap, dtype=scores.head.dtype, chunk_rows=scores.head.chunk_rows,
+    )  # fmt: skip
+    return HeadScores(hidden_NH=other.hidden_NH, head=head)
+
+
+def losses_and_gradients(loss_N: Tensor, scores: HeadScores) -> dict[str, Tensor]:
+    """Loss of each position, and what flows back from an uneven weighting of them, 0 among the weights."""
+    leaves = {"hidden": scores.hidden_NH, "weight": scores.head.weight_VH, "bias": scores.head.bias_V}
+    for leaf in leaves.values():
+        if leaf is not None:
+            leaf.grad = None
+    weights_N = torch.linspace(-1, 2, POSITIONS)
+    weights_N[3] = 0
+    (loss_N * weights_N).sum().backward()
+    return {"loss": loss_N.detach()} | {
+        name: leaf.grad.clone() for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None
+    }
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
+    """Up to a part of the largest entry."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        scale = float(second[name].abs().max())
+        assert float((tensor - second[name]).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_chunks_give_what_all_scores_at_once_give(head: dict[str, Any], trained: bool, bias: bool) -> None:
+    scores, targets_N = problem(trained=trained, bias=bias, **head)
+    reference = reference_of(scores)
+    names = {"loss", "hidden"} | ({"weight"} | ({"bias"} if bias else set()) if trained else set())
+    nll = losses_and_gradients(answer_nll(scores, targets_N), scores)
+    assert nll.keys() == names
+    assert_close(nll, losses_and_gradients(answer_nll(scores.logits(), targets_N), scores), 1e-5)
+    kl = losses_and_gradients(token_kl(reference, scores), scores)
+    assert_close(kl, losses_and_gradients(token_kl(reference.logits(), scores.logits()), scores), 1e-5)
+    assert float(kl["loss"].min()) > 0.01
+    assert reference.hidden_NH.grad is None
+    assert reference.head.weight_VH.grad is None
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("head", [HEADS["plain"], HEADS["both"]], ids=["plain", "both"])
+def test_gradients_are_those_of_finite_differences(head: dict[str, Any], trained: bool) -> None:
+    scores, targets_N = problem(dtype=torch.float64, trained=trained, bias=True, **head)
+    reference = reference_of(scores)
+    assert scores.head.bias_V is not None
+    inputs = (scores.hidden_NH, scores.head.weight_VH, scores.head.bias_V)
+
+    def rebuilt(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> HeadScores:
+        made = Head(weight_VH=weight_VH, bias_V=bias_V, **({"chunk_rows": 4} | head))
+        return HeadScores(hidden_NH=hidden_NH, head=made)
+
+    assert torch.autograd.gradcheck(lambda *leaves: answer_nll(rebuilt(*leaves), targets_N), inputs)
+    assert torch.autograd.gradcheck(lambda *leaves: token_kl(reference, rebuilt(*leaves)), inputs)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_bfloat16_products_of_float32_weights_as_under_autocast(trained: bool) -> None:
+    """Against the same bfloat16 product with all scores: the rest is float32 on both sides."""
+    scores, targets_N = problem(trained=trained, dtype=torch.float32)
+    narrow = HeadScores(
+        hidden_NH=scores.hidden_NH,
+        head=Head(weight_VH=scores.head.weight_VH, dtype=torch.bfloat16, chunk_rows=4),
+    )
+    reference = reference_of(narrow)
+    assert narrow.logits().dtype == torch.bfloat16
+    first = losses_and_gradients(answer_nll(narrow, targets_N), narrow)
+    second = losses_and_gradients(answer_nll(narrow.logits(), targets_N), narrow)
+    torch.testing.assert_close(first["loss"], second["loss"], rtol=1e-5, atol=1e-5)
+    assert_close(first, second, 1e-2)
+    kl = token_kl(reference, narrow)
+    torch.testing.assert_close(kl, token_kl(reference.logits(), narrow.logits()), rtol=1e-5, atol=1e-5)
+    wide = losses_and_gradients(answer_nll(scores, targets_N), scores)
+    assert_close(first, wide, 5e-2)
+    assert all(tensor.dtype == torch.float32 for tensor in first.values())
+
+
+def test_bfloat16_models_get_gradients_of_their_own_type() -> None:
+    scores, targets_N = problem(dtype=torch.bfloat16)
+    loss_N = answer_nll(scores, targets_N)
+    assert loss_N.dtype == torch.float32
+    gradients = losses_and_gradients(loss_N, scores)
+    assert gradients["hidden"].dtype == gradients["weight"].dtype == torch.bfloat16
+    assert_close(gradients, losses_and_gradients(answer_nll(scores.logits(), targets_N), scores), 2e-2)
+
+
+def test_the_size_of_a_chunk_changes_no_bit_of_the_losses_and_little_of_the_gradient() -> None:
+    results = []
+    for rows in (1, 4, 11, 100):
+        scores, targets_N = problem(chunk_rows=rows)
+        results.append(losses_and_gradients(answer_nll(scores, targets_N), scores))
+    for other in results[1:]:
+        assert_close(other, results[0], 1e-6)
+
+
+def test_a_tied_head_adds_to_what_its_weight_gets_as_embedding() -> None:
+    """The gradient of an embedding that is the head as well is the sum of both uses."""
+    scores, targets_N = problem()
+    weight_VH = scores.head.weight_VH
+    ids_N = torch.arange(POSITIONS)
+
+    def gradient(*, chunked: bool) -> Tensor:
+        weight_VH.grad = None
+        tied = HeadScores(hidden_NH=torch.nn.functional.embedding(ids_N, weight_VH), head=scores.head)
+        answer_nll(tied if chunked else tied.logits(), targets_N).sum().backward()
+        assert weight_VH.grad is not None
+        return weight_VH.grad.clone()
+
+    torch.testing.assert_close(gradient(chunked=True), gradient(chunked=False), rtol=1e-5, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Most elements of any tensor that an operation returns, and how many operations multiplied matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_no_tensor_of_all_positions_and_the_whole_vocabulary_is_made(trained: bool) -> None:
+    """64 positions, a vocabulary of 500, chunks of 8: the largest tensor is a chunk's or the head's, not N times V."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VH = torch.randn(500, 4, generator=generator).requires_grad_(trained)
+    hidden_NH = torch.randn(64, 4, generator=generator).requires_grad_()
+    scores = HeadScores(hidden_NH=hidden_NH, head=Head(weight_VH=weight_VH, chunk_rows=8))
+    reference = HeadScores(hidden_NH=hidden_NH.detach() + 1, head=scores.head)
+    with LargestTensor() as seen:
+        (answer_nll(scores, torch.arange(64)).sum() + token_kl(reference, scores).sum()).backward()
+    assert seen.elements == 8 * 500
+    with LargestTensor() as seen_at_once:
+        answer_nll(scores.logits(), torch.arange(64)).sum().backward()
+    assert seen_at_once.elements == 64 * 500
+
+
+def test_a_frozen_head_costs_two_products_a_chunk_and_no_gradient_of_its_weight() -> None:
+    counts = {}
+    for trained in (False, True):
+        scores, targets_N = problem(trained=trained)
+        with LargestTensor() as seen:
+            answer_nll(scores, targets_N).sum().backward()
+        counts[trained] = seen.products
+        assert (scores.head.weight_VH.grad is not None) is trained
+    assert counts == {False: 3 * 2, True: 3 * 4}
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    scores, targets_N = problem()
+    with pytest.raises(ValueError, match=r"hidden states \(11, 6\) and targets \(10,\) don't fit"):
+        answer_nll(scores, targets_N[:-1])
+    with pytest.raises(ValueError, match="differ in shape"):
+        token_kl(scores[torch.arange(5)], scores)
+
+
+def test_positions_are_picked_by_mask_or_index() -> None:
+    scores, _ = problem()
+    mask = torch.arange(POSITIONS) % 2 == 0
+    for places in (mask, mask.nonzero()[:, 0]):
+        assert torch.equal(scores[places].logits(), scores.logits()[places])
+    assert scores.shape == (POSITIONS, VOCABULARY)

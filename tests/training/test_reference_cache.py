@@ -1,0 +1,224 @@
+"""The original model from one pass before training, against the original model asked in each step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import ModelMaker, TrainerMaker
+from sku.acquire.objective import TERMS
+from sku.acquire.trainer import SkuTrainer
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointDataset
+from sku.errors import RecipeError
+from sku.head.scores import HeadScores
+from sku.training import trainer as trainer_module
+
+
+def losses_of(trainer: SkuTrainer) -> list[list[float]]:
+    return [[line[f"loss/{name}"] for name in TERMS] for line in trainer.state.log_history if "loss" in line]
+
+
+def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
+    assert trainer.model is not None
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_first_look_at_each_row_gives_the_same_bits(full: bool, make_trainer: TrainerMaker) -> None:
+    """Two steps of two rows: all four normal rows once, in the same batches."""
+    runs = []
+    for mode in ("cache", "copy" if full else "forward"):
+        trainer = make_trainer(full=full, reference=mode, preservation_mode="retention")
+        trainer.train()
+        runs.append((losses_of(trainer), weights_of(trainer)))
+        assert (trainer._reference is None) is (mode != "copy")
+    (cached, weights), (asked, others) = runs
+    assert cached == asked
+    assert cached[1][2] > 1e-6
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_later_looks_agree_up_to_rounding(make_trainer: TrainerMaker) -> None:
+    """Epochs of six places and a second lap of four normal rows in another order: other batches, other padding."""
+    runs = []
+    for mode in ("cache", "copy"):
+        trainer = make_trainer(
+            full=True, reference=mode, max_steps=5, preservation_mode="retention", optim="sgd", learning_rate=0.05
+        )
+        trainer.train()
+        runs.append(losses_of(trainer))
+    for cached, asked in zip(*runs, strict=True):
+        assert cached == pytest.approx(asked, rel=1e-5, abs=1e-6)
+    assert runs[0][-1][2] > 1e-6
+
+
+def test_each_row_is_looked_at_once(make_trainer: TrainerMaker) -> None:
+    """Four normal rows in batches of two, whatever the number of steps; then no forward pass but those of training."""
+    trainer = make_trainer(max_steps=5)
+    rows: list[int] = []
+    assert trainer.model is not None
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    trainer.train()
+    # One joint example first (1 + 2 + 1 rows), to see what is asked for; then the normal rows; then five steps.
+    assert rows == [4, 2, 2, 8, 8, 8, 8, 8]
+
+
+def test_full_tuning_has_no_second_model_and_its_own_copy_of_a_trained_head(
+    make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: Any) -> None:
+        pytest.fail("a second model was made")
+
+    monkeypatch.setattr(trainer_module, "copy", SimpleNamespace(deepcopy=fail))
+    for architecture in ("llama", "llama_tied"):
+        trainer = make_trainer(make_model(architecture), full=True)
+        trainer.train()
+        assert trainer._cache is not None
+        kept = trainer._cache._rows[RETAIN]
+        untouched = make_model(architecture).get_output_embeddings().weight
+        assert torch.equal(kept.head.weight_VH, untouched)
+        trained: Any = trainer.model
+        assert not torch.equal(trained.get_output_embeddings().weight, untouched)
+
+
+def test_an_adapter_needs_no_copy_of_the_head(make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer()
+    trainer.train()
+    assert trainer._cache is not None
+    model: Any = trainer.model
+    assert trainer._cache._rows[RETAIN].head.weight_VH is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_resumed_run_asks_the_original_not_the_checkpoint(
+    full: bool, make_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {
+        "full": full, "reference": "cache", "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    whole = make_trainer(**common)
+    whole.train()
+    resumed = make_trainer(**common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
+    first, second = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses_of(whole) == losses_of(resumed)
+
+
+def test_dropout_is_off_and_its_draws_are_there_for_training(make_trainer: TrainerMaker) -> None:
+    runs = []
+    for mode in ("cache", "forward"):
+        trainer = make_trainer(reference=mode, lora={"lora_dropout": 0.5}, preservation_mode="retention")
+        trainer.train()
+        runs.append(losses_of(trainer))
+    assert runs[0] == runs[1]
+
+
+def test_without_all_scores_the_cache_hands_out_hidden_states(make_trainer: TrainerMaker) -> None:
+    runs = []
+    for budget in (0.0, 1024.0):
+        trainer = make_trainer(full=True, logits_budget_mb=budget, optim="sgd", learning_rate=0.1)
+        trainer.train()
+        assert trainer._cache is not None
+        runs.append(losses_of(trainer))
+    for chunked, whole in zip(*runs, strict=True):
+        assert chunked == pytest.approx(whole, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_what_is_too_much_to_keep_is_asked_in_each_step(
+    full: bool, make_trainer: TrainerMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(full=full, reference_cache_mb=0.0001)
+        trainer.train()
+    assert trainer._cache is None
+    assert (trainer._reference is not None) is full
+    assert f"reference={'copy' if full else 'forward'}): its hidden states on 4 rows would take about" in caplog.text
+    other = make_trainer(full=full, reference="copy" if full else "forward")
+    other.train()
+    assert losses_of(trainer) == losses_of(other)
+    with pytest.raises(RecipeError, match="reference is cache, but its hidden states on 4 rows"):
+        make_trainer(full=full, reference="cache", reference_cache_mb=0.0001).train()
+
+
+@pytest.mark.parametrize("mode", ["cache", "copy"])
+def test_under_autocast_the_original_is_asked_in_the_same_precision(
+    mode: str, make_trainer: TrainerMaker, make_model: ModelMaker
+) -> None:
+    """In the first step the two models are one: another precision would show as a divergence, 1e-4 with scores so far
+    apart.
+    """
+    model = make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)
+    trainer = make_trainer(model, full=True, reference=mode, bf16=True, max_steps=1)
+    trainer.train()
+    assert losses_of(trainer)[0][2] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("full", "mode", "message"),
+    [
+        (True, "forward", "needs an adapter to switch off"),
+        (False, "copy", "with an adapter the original is there already"),
+        (False, "cached", "must be one of auto, cache, forward, copy"),
+    ],
+)
+def test_impossible_ways_are_refused(full: bool, mode: str, message: str, make_trainer: TrainerMaker) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_trainer(full=full, reference=mode)
+
+
+def test_a_cache_needs_a_head_that_can_be_left_out(make_trainer: TrainerMaker) -> None:
+    with pytest.raises(RecipeError, match="the model's head can't be left out, or logits_budget_mb is empty"):
+        make_trainer(reference="cache", logits_budget_mb=None)
+
+
+def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: TrainerMaker) -> None:
+    """One step of two normal rows is prepared; the other two are unknown."""
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    dataset: Any = trainer.train_dataset
+    assert trainer._cache is not None
+    seen = {dataset[place].retain_index for place in (0, 1)}
+    for place in (0, 1, 2, 3):
+        batch = trainer.data_collator([dataset[place]])
+        model: Any = trainer.model
+        terms = trainer._outputs_and_terms(model, batch)[1]
+        known = dataset[place].retain_index in seen
+        assert bool(terms["preservation_divergence"].isfinite()) is known
+
+
+def test_fixed_rows_are_those_of_the_first_examples_each_once(make_trainer: TrainerMaker) -> None:
+    dataset = make_trainer().train_dataset
+    assert isinstance(dataset, JointDataset)
+    shown = copy.deepcopy(dataset)
+    for kind, name in ((RETAIN, "retain_index"), (FORGET, "forget_index")):
+        met: list[int] = []
+        for epoch in (0, 1):
+            shown.set_epoch(epoch)
+            met += [getattr(shown[place], name) for place in range(len(shown))]
+        for count in (1, 3, 6, 12):
+            rows = dataset.fixed_rows(kind, count)
+            assert rows is not None
+            assert [row.example_id for row in rows] == list(dict.fromkeys(met[:count]))
+    assert dataset.fixed_rows(MISMATCHED, 3) is None
+
+
+def test_scores_are_not_made_before_they_are_asked_for(make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer()
+    batch = trainer.data_collator([trainer.train_dataset[0]])  # type: ignore[index]
+    model: Any = trainer.model
+    rows = trainer._reference_rows(model, batch, RETAIN, without_head=True)
+    assert isinstance(rows.scores_NV, HeadScores)
+    assert torch.equal(rows.logits_NV, trainer._reference_rows(model, batch, RETAIN).logits_NV)
