@@ -117,8 +117,11 @@ def test_records_are_read_as_they_were_written(finished: FinishedComparison) -> 
 
 
 def test_the_published_point_is_what_sku_run_measures(finished: FinishedComparison, tmp_path: Path) -> None:
-    """The same recipe through ``run_recipe``: the same losses on the fixed answers, the same outcomes."""
-    recipe = load_recipe("embedded", SMALL)
+    """The same recipe through ``run_recipe``: the same losses on the fixed answers, the same outcomes.
+
+    A comparison takes alpha 1 where a run would choose one.
+    """
+    recipe = load_recipe("embedded", [*SMALL, "negate.alpha=1.0"])
     single = run_recipe(recipe, tmp_path / "run").comparison.unlearned
     point = next(point for point in records_of(finished)["sku"].points if "published" in point.roles)
     expected = [loss.nll for loss in sorted(single.losses, key=lambda row: row.id) if loss.split == "retain_test"]
