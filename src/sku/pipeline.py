@@ -6,7 +6,7 @@ A run folder, private to its owner because the base model's harmful replies lie 
     training_log.jsonl   every loss term of every logged step
     bad/                 checkpoints of the bad model; deleted at the end unless it is kept on purpose
     trained/             in its place for methods that train no bad model; always deleted at the end
-    unlearned/           the model to use, with its tokenizer
+    unlearned/           the model to use, with its tokenizer and model card
     negated_adapter/     the same without merging, for LoRA and QLoRA; adapter/ for methods that don't negate
     evaluation/base/, evaluation/unlearned/
     evaluation/attacks.json, evaluation/attacks/   where evaluate.attacks names some
@@ -46,8 +46,8 @@ from sku.evaluate.run import evaluate
 from sku.methods import method_named
 from sku.methods.base import negated
 from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
-from sku.models import LoadedModel, describe_parameters, load_model, with_path
-from sku.negate.adapters import AdapterVector
+from sku.models import LoadedModel, describe_parameters, load_config, load_model, own_license, with_path
+from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.diagnostics import diagnose
 from sku.negate.operators import operate
 from sku.negate.operators.context import context_of
@@ -57,7 +57,8 @@ from sku.negate.task_vector import TaskVector
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
 from sku.reproducibility import content_sha256, environment
-from sku.storage import is_marked_hazardous, mark_hazardous, new_folder, write_json
+from sku.sharing.card import write_cards
+from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder, remove_hazardous, write_json
 from sku.training.run import Trained, step_progress
 
 MANIFEST_SCHEMA = 1
@@ -95,10 +96,14 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None))
     try:
         run.open_folder(resume=resume)
-        return run.finish()
+        try:
+            return run.finish()
+        except BaseException:
+            run.remove_after_failure()
+            raise
     except SkuError:
         if out in made:
-            shutil.rmtree(out, ignore_errors=True)
+            remove_hazardous(out)
         for parent in made[1:]:
             with suppress(OSError):  # Not empty: another run has begun there.
                 parent.rmdir()
@@ -141,6 +146,7 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         shutil.rmtree(checkpoints)
         mark_hazardous(temporary)
         _save_trained(acquired, loaded, temporary)
+        mark_hazardous(temporary)  # Again, for its configuration.
     return acquired.log
 
 
@@ -149,7 +155,9 @@ def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
 
 
-def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None) -> Comparison:
+def evaluate_recipe(
+    recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None, allow_hazardous: bool = False
+) -> Comparison:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
     What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder.
@@ -159,6 +167,7 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
         model: Folder or hub id of the model to measure.
         out: Private folder; rows in it that fit are reused.
         progress: For progress bars.
+        allow_hazardous: Measure a model that is marked as the bad one of stage 1 too.
 
     Returns:
         The comparison.
@@ -166,8 +175,10 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     Raises:
         SkuError: Anything a user can mend.
     """
-    if is_marked_hazardous(Path(model)):
-        raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
+    if not allow_hazardous and _is_bad_model(recipe, model):
+        raise ModelError(
+            f"{model} is a bad model of stage 1; evaluate the unlearned model instead, or add --allow-hazardous"
+        )
     # Before any model is loaded: each process takes its own GPU.
     if current_processes().count > 1 and recipe.evaluate.attacks:
         raise EvaluationError("evaluate.attacks run in one process: start this command without a launcher")
@@ -210,6 +221,14 @@ def _evaluate(
         seed=recipe.seed,
         progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
     )
+
+
+def _is_bad_model(recipe: Recipe, model: str) -> bool:
+    """Whether a folder is marked, or a hub model's configuration is."""
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return is_marked_hazardous(folder)
+    return bool(getattr(load_config(with_path(recipe.model, model)), HAZARD_KEY, False))
 
 
 def _source(config: ModelConfig) -> str | None:
@@ -263,7 +282,12 @@ class _Run:
                 "sources": [dataclasses.asdict(source) for source in data.provenance],
                 "notes": list(data.notes()),
             },
-            model={"name": loaded.name, "revision": loaded.revision, **describe_parameters(loaded.model)},
+            model={
+                "name": loaded.name,
+                "revision": loaded.revision,
+                "license": own_license(recipe.model),
+                **describe_parameters(loaded.model),
+            },
         )
         with self._timed("evaluate_base"):
             base_result = self._evaluate(loaded.model, loaded, data, "base", loaded.model)
@@ -271,6 +295,7 @@ class _Run:
             base, unlearned = loaded.model, load_model(self._unlearned_config()).model
         else:
             base, unlearned = self._unlearn(loaded, data)
+        self._remove_trained()  # The unlearned model stands: nothing needs the bad one any more.
         with self._timed("evaluate_unlearned"):
             result = self._evaluate(unlearned, loaded, data, "unlearned", base)
         attacks = None
@@ -386,13 +411,15 @@ class _Run:
         if final.exists():
             if recipe.acquire.tuning == "full":
                 return load_model(with_path(with_safe_dtype(self.recipe), final)).model
-            return PeftModel.from_pretrained(loaded.model, str(final))
+            return load_adapter(loaded.model, final)
         trained = train_method(recipe, loaded, data, folder, step_progress(self.progress))
         self._write_log(trained)
         with new_folder(final, private=True) as temporary:
             if self.method.hazardous:
-                mark_hazardous(temporary)
+                mark_hazardous(temporary)  # Before there is anything to find, and again for its configuration.
             _save_trained(trained, loaded, temporary)
+            if self.method.hazardous:
+                mark_hazardous(temporary)
         return trained.model
 
     def _write_log(self, acquired: Trained) -> None:
@@ -423,8 +450,6 @@ class _Run:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
         for suffix in ("png", "svg"):
             before_after_figure(comparison, self.out / f"before_after.{suffix}")
-        if not (self.recipe.keep_bad_model and self.method.hazardous):
-            shutil.rmtree(self.trained_folder, ignore_errors=True)
         self._note(bad_model={"kept": (self.out / "bad").exists()})
         write_json(
             self.out / "results.json",
@@ -444,8 +469,18 @@ class _Run:
                 "manifest": {**self.manifest, "status": "complete"},
             },
         )
+        write_cards(self.out, within_run=True)
         self._note(status="complete")
         return FinishedRun(folder=self.out, comparison=comparison, manifest=self.manifest, attacks=attacks)
+
+    def _remove_trained(self) -> None:
+        if not (self.recipe.keep_bad_model and self.method.hazardous):
+            remove_hazardous(self.trained_folder)
+
+    def remove_after_failure(self) -> None:
+        """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
+        if not self.recipe.keep_for_resume:
+            self._remove_trained()
 
     def _unlearned_config(self) -> ModelConfig:
         dtype = self.recipe.negate.output_dtype

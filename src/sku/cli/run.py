@@ -72,7 +72,10 @@ def run(
     except KeyboardInterrupt:
         errors.print(f"interrupted; go on with the same command and --out {folder} --resume", soft_wrap=True)
         if (folder / "bad").exists():
-            errors.print(f"until then {folder / 'bad'} holds hazardous checkpoints", soft_wrap=True)
+            errors.print(
+                f"until then {folder / 'bad'} holds hazardous checkpoints; sku wipe {folder} removes them",
+                soft_wrap=True,
+            )
         raise typer.Exit(130) from None
     if as_json:
         results.print_json((folder / "results.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
+from sku.negate.adapters import load_adapter
 from sku.negate.matching import check_known_ties, check_known_weights, check_same_shape, unusable_result
 from sku.negate.record import Negation
 from sku.negate.sums import dot_float64
@@ -91,7 +92,7 @@ def task_vector_of(base: PreTrainedModel, bad: PreTrainedModel | PeftModel | Tas
         if TaskVector.is_saved_in(folder):
             return TaskVector.load(folder)
         if (folder / "adapter_config.json").is_file():
-            return TaskVector.from_adapter(PeftModel.from_pretrained(copy.deepcopy(base), str(folder)))
+            return TaskVector.from_adapter(load_adapter(copy.deepcopy(base), folder))
         bad = _as_stored(folder)
     if isinstance(bad, TaskVector):
         return bad
