@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from sku.errors import RecipeError
+from sku.training.reporting import check_no_uploads, check_services
 
 
 @dataclass
@@ -48,3 +49,5 @@ class UnlearningConfig(TrainingArguments):
             raise RecipeError(
                 "dataloader_persistent_workers must be False: workers that outlive an epoch would repeat its draws"
             )
+        check_services(self.report_to)
+        check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)
