@@ -103,7 +103,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = checks(tmp_path)["hub"]
     assert hub.status == "warning"
     assert "out of reach" in hub.found
-    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("asked although it was told not to"))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("asked although it was told not to"))
     assert {check.name: check for check in examine(tmp_path, ask_hub=False)}["hub"].found.endswith("not asked")
 
 
@@ -130,7 +130,7 @@ def test_bad_models_that_were_left_behind(tmp_path: Path) -> None:
 def test_a_changed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "world" / "model"
     shutil.copytree(ROOT / "src" / "sku" / "world" / "model", model)
-    monkeypatch.setattr(doctor.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     assert checks(tmp_path)["embedded model"].status == "ok"
     (model / "config.json").write_text("{}", encoding="utf-8")
     assert checks(tmp_path)["embedded model"].found == "changed: config.json"

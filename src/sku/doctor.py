@@ -210,8 +210,7 @@ def _hub_cache() -> Path:
 
 
 def _hub(*, ask_hub: bool) -> Check:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         found = "switched off by HF_HUB_OFFLINE; models and data come from this machine"

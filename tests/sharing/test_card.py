@@ -26,7 +26,7 @@ HOSTILE = (
 )
 
 
-def card_of(run: Path, part: str = "unlearned") -> ModelCard:
+def card_of(run: Path, part: str = "unlearned") -> Any:
     return ModelCard.load(run / part / "README.md")
 
 
@@ -142,17 +142,35 @@ def test_equal_records_give_equal_cards(run: Path, tmp_path: Path) -> None:
 
 def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Path) -> None:
     run = run_without_cards
-    (run / "sweep.json").write_text(json.dumps({"why": "largest alpha within the budget | x1.05"}), encoding="utf-8")
+    (run / "sweep").mkdir()
+    pick = {"alpha": 1.25, "met": True, "why": "the lowest alpha within 5 % | of the base"}
+    (run / "sweep" / "sweep.json").write_text(json.dumps({"pick": pick}), encoding="utf-8")
     rate = {"value": 0.25, "low": 0.1, "high": 0.4}
-    precisions = {"int8": {"harmful": rate, "perplexity_ratio": 1.5, "note": "text"}, "nf4": {"harmful": 0.5}}
+    measured = {
+        "replies": {"unseen": {"harmful": rate, "degenerate": rate}}, "prefill": {},
+        "perplexity": {"retain_test": {"ratio": 1.5}},
+    }  # fmt: skip
+    results = [
+        {"precision": "int8", "measured": measured, "survival": {"projection": 0.5}},
+        {"precision": "float16", "measured": None, "survival": None},
+    ]
+    precisions = {
+        "model": {"dtype": "float32"}, "measured": measured, "results": results, "notes": ["int8 brings harm back"],
+    }  # fmt: skip
     (run / "evaluation" / "precisions.json").write_text(json.dumps(precisions), encoding="utf-8")
     write_cards(run)
     body = body_of(run)
-    assert r"1.25: largest alpha within the budget \| x1.05" in body
-    assert "| format | harmful | perplexity ratio |" in body
-    assert "| int8 | 25.0 % (10.0 to 40.0) | \u00d71.5 |" in body
-    assert "| nf4 | 50.0 % | \u2013 |" in body
+    assert r"1.25: the lowest alpha within 5 % \| of the base" in body
+    assert "| format | harmful, unseen | forced start, unseen | gibberish, unseen | perplexity, normal |" in body
+    figures = "25.0 % (10.0 to 40.0) | \u2013 | 25.0 % (10.0 to 40.0) | \u00d71.5"
+    assert f"| float32 | {figures} | \u2013 |" in body
+    assert f"| int8 | {figures} | 50.0 % |" in body
+    assert "| float16 | \u2013 | \u2013 | \u2013 | \u2013 | \u2013 |" in body
+    assert "- Note: int8 brings harm back" in body
     assert "measured in float32 only" not in body
+    change_json(run / "manifest.json", "negation", "alpha", value=2.0)
+    write_cards(run)
+    assert "2: given in the recipe" in body_of(run), "the sweep speaks of another alpha"
 
 
 def test_a_method_that_does_not_negate(run_without_cards: Path) -> None:

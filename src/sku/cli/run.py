@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,12 +72,11 @@ def run(
             finished = run_recipe(settings, folder, resume=resume, progress=show)
     except KeyboardInterrupt:
         errors.print(f"interrupted; go on with the same command and --out {folder} --resume", soft_wrap=True)
-        if (folder / "bad").exists():
-            errors.print(
-                f"until then {folder / 'bad'} holds hazardous checkpoints; sku wipe {folder} removes them",
-                soft_wrap=True,
-            )
+        _tell_of_checkpoints(folder)
         raise typer.Exit(130) from None
+    except Exception:
+        _tell_of_checkpoints(folder)
+        raise
     if as_json:
         results.print_json((folder / "results.json").read_text(encoding="utf-8"))
         return
@@ -99,3 +99,12 @@ def run(
     results.print(f"judge     {card.name}: {card.known_errors}", soft_wrap=True)
     for line in agreement_lines(finished.comparison.unlearned):
         results.print(line, soft_wrap=True)
+
+
+def _tell_of_checkpoints(folder: Path) -> None:
+    """What an unfinished run leaves is hazardous: whoever doesn't go on with it should know."""
+    if (folder / "bad").exists():
+        errors.print(
+            f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; sku wipe {folder} removes them",
+            soft_wrap=True,
+        )

@@ -12,7 +12,7 @@ import yaml
 
 from sku.attacks.results import AttackReport
 from sku.errors import OutputError
-from sku.report.attack_table import AttackRow, attack_rows
+from sku.report.attack_table import NOTHING, AttackRow, attack_rows
 from sku.report.table_rows import TableRow
 from sku.sharing.finished_run import FinishedRunFiles, Part
 from sku.sharing.markdown import Written, escaped, fenced
@@ -177,7 +177,7 @@ def data_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
         yield {
             "name": name,
             "source": f"{public_name(source['location'])} ({source['source']})",
-            "revision": source.get("revision") or "\u2013",
+            "revision": source.get("revision") or NOTHING,
             "licence": (config or {}).get("license") or source.get("licence") or "not stated",
             "rows": f"{source['rows_read']:,}",
             "sha256": source["sha256"],
@@ -199,8 +199,9 @@ def _forced_words(run: FinishedRunFiles, attacks: Sequence[AttackRow]) -> str:
 
 
 def _why(run: FinishedRunFiles) -> str:
-    if run.sweep is not None and run.sweep.get("why"):
-        return str(run.sweep["why"])
+    pick = None if run.sweep is None else run.sweep.get("pick")
+    if pick and pick["alpha"] == run.strength:
+        return str(pick["why"])
     return "given in the recipe, not chosen by a search"
 
 
@@ -231,38 +232,31 @@ def _whole_table(rows: list[Mapping[str, str]]) -> Written:
 
 
 def _precisions(run: FinishedRunFiles) -> dict[str, Any] | None:
-    """Columns and rows of ``precisions.json``; None where there is nothing in it."""
+    """Columns, rows and notes of ``precisions.json``; None where there is no such file."""
     if run.precisions is None:
         return None
-    found = run.precisions.get("precisions", run.precisions)
-    rows = {name: entry for name, entry in found.items() if isinstance(entry, Mapping)}
-    columns = list(dict.fromkeys(key for entry in rows.values() for key, value in entry.items() if _is_figure(value)))
-    if not columns:
-        return None
-    return {
-        "columns": [name.replace("_", " ") for name in columns],
-        "rows": [
-            {"name": name, "cells": [_figure(key, entry.get(key)) for key in columns]} for name, entry in rows.items()
-        ],
-    }
+    found = run.precisions
+    rows = [_precision_row(found["model"]["dtype"], found["measured"], None)]
+    rows += [_precision_row(entry["precision"], entry["measured"], entry["survival"]) for entry in found["results"]]
+    columns = ("harmful, unseen", "forced start, unseen", "gibberish, unseen", "perplexity, normal", "change kept")
+    return {"columns": columns, "rows": rows, "notes": found["notes"]}
 
 
-def _is_figure(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return isinstance(value.get("value"), int | float)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _precision_row(
+    name: str, measured: Mapping[str, Any] | None, survival: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    cells = []
+    for kind, rate in (("replies", "harmful"), ("prefill", "harmful"), ("replies", "degenerate")):
+        share = (measured or {}).get(kind, {}).get("unseen", {}).get(rate)
+        cells.append(NOTHING if share is None else _with_interval(share))
+    ratio = (measured or {}).get("perplexity", {}).get("retain_test")
+    cells.append(NOTHING if ratio is None else f"\u00d7{ratio['ratio']:.4g}")
+    cells.append(NOTHING if survival is None else percent(survival["projection"]))
+    return {"name": name, "cells": cells}
 
 
-def _figure(name: str, value: Any) -> str:
-    if not _is_figure(value):
-        return "\u2013"
-    ratio = "ratio" in name or "perplexity" in name
-    number, bounds = (value["value"], value) if isinstance(value, Mapping) else (value, {})
-    written = f"\u00d7{number:.4g}" if ratio else percent(number)
-    if "low" in bounds and "high" in bounds:
-        low, high = (bounds[end] if ratio else 100 * bounds[end] for end in ("low", "high"))
-        written += f" ({low:.4g} to {high:.4g})" if ratio else f" ({low:.1f} to {high:.1f})"
-    return written
+def _with_interval(rate: Mapping[str, float]) -> str:
+    return f"{percent(rate['value'])} ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
 def _public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sku.storage import is_marked_hazardous
 Part = Literal["model", "adapter"]
 _FOLDERS: Mapping[Part, tuple[str, ...]] = {"model": ("unlearned",), "adapter": ("negated_adapter", "adapter")}
 _AGAIN = "run it again"
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE = "sweep/sweep.json"
 PRECISIONS_FILE = "evaluation/precisions.json"
 
 
@@ -27,7 +27,7 @@ class FinishedRunFiles:
     results: Mapping[str, Any]
     """``results.json``."""
     sweep: Mapping[str, Any] | None
-    """``sweep.json``: how alpha was chosen; None where it was given."""
+    """``sweep/sweep.json``: how alpha was chosen; None where it was given."""
     precisions: Mapping[str, Any] | None
     """``evaluation/precisions.json``: the same model in shorter number formats; None where they were not measured."""
 

@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] - public, but loaded lazily
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sku.errors import OutputError
 from sku.sharing.card import TAG, read_card
