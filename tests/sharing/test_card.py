@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard
 
 from sku.cli.main import main
 from sku.errors import EvaluationError, OutputError
-from sku.sharing.card import read_card, write_cards
+from sku.sharing.card import write_cards
 from sku.sharing.card_facts import CardChoices, public_name
+from sku.sharing.card_file import read_card
 from sku.sharing.markdown import LONGEST, Written, escaped, fenced, one_line
 
 from .conftest import change_json

@@ -5,22 +5,16 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
 
 from sku.errors import EvaluationError, OutputError
 from sku.sharing.card_facts import CardChoices, body_facts
+from sku.sharing.card_file import CARD_FILE
 from sku.sharing.card_metadata import card_metadata
 from sku.sharing.finished_run import FinishedRunFiles, Part, read_finished_run
 from sku.sharing.markdown import escaped
 from sku.storage import write_text
-
-CARD_FILE = "README.md"
-TAG = "sku"
-"""Among the tags of every card that this module writes."""
 
 
 def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run: bool = False) -> dict[Part, Path]:
@@ -73,25 +67,3 @@ def model_card(run: FinishedRunFiles, part: Part, choices: CardChoices) -> str:
         ) from error
     body = re.sub(r"\n{3,}", "\n\n", body)
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    """The front matter of a folder's card.
-
-    Args:
-        folder: Of a model or adapter.
-
-    Returns:
-        Keys and values.
-
-    Raises:
-        OutputError: There is none, or it is not one of a model.
-    """
-    path = folder / CARD_FILE
-    try:
-        card = ModelCard.load(path, ignore_metadata_errors=False)
-        metadata = card.data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise OutputError(f"{folder} has no model card that can be read ({error}): write it with sku card") from error
-    assert isinstance(metadata, dict)
-    return metadata

@@ -17,8 +17,6 @@ from sku.report.table_rows import TableRow
 from sku.sharing.finished_run import FinishedRunFiles, Part
 from sku.sharing.markdown import Written, escaped, fenced
 
-NEGATING_METHODS = ("sku", "task_vector")
-"""Methods that subtract a bad model's task vector: the base turns their result round."""
 HEADLINE = (
     ("unseen", "replies", "harmful", "harmful, unseen prompts"),
     ("unlearned", "replies", "harmful", "harmful, trained-on prompts"),
@@ -114,7 +112,7 @@ def body_facts(run: FinishedRunFiles, part: Part, choices: CardChoices) -> dict[
         "judge": results["unlearned"]["judge"],
         "forced_words": _forced_words(run, attacks),
         "prompt_format": results["unlearned"]["setup"]["prompt_format"],
-        "negates": run.method in NEGATING_METHODS,
+        "negates": run.negates,
         "method": run.method,
         "strength": f"{run.strength:g}",
         "why": _why(run),

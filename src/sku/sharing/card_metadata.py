@@ -8,10 +8,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from sku.sharing.card_facts import HEADLINE, CardChoices, base_id, data_rows, hub_id_of, license_of, public_name
+from sku.sharing.card_file import TAG
 from sku.sharing.finished_run import FinishedRunFiles, Part
 from sku.sharing.markdown import one_line
 
-TAGS = ("unlearning", "machine-unlearning", "sku", "arxiv:2402.10058")
+TAGS = ("unlearning", "machine-unlearning", TAG, "arxiv:2402.10058")
 KNOWN_LICENSES = frozenset(
     "apache-2.0 mit openrail bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m afl-3.0 "
     "artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 "

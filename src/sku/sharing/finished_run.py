@@ -13,6 +13,7 @@ from sku.storage import is_marked_hazardous
 
 Part = Literal["model", "adapter"]
 _FOLDERS: Mapping[Part, tuple[str, ...]] = {"model": ("unlearned",), "adapter": ("negated_adapter", "adapter")}
+_NEGATING_METHODS = ("sku", "task_vector")
 _AGAIN = "run it again"
 SWEEP_FILE = "sweep/sweep.json"
 PRECISIONS_FILE = "evaluation/precisions.json"
@@ -42,6 +43,11 @@ class FinishedRunFiles:
     def method(self) -> str:
         """Name of the method."""
         return str(self.recipe["method"])
+
+    @property
+    def negates(self) -> bool:
+        """Whether a bad model's task vector was subtracted: the base turns such a result round."""
+        return self.method in _NEGATING_METHODS
 
     @property
     def strength(self) -> float:

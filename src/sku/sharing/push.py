@@ -24,8 +24,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sku.errors import OutputError
-from sku.sharing.card import TAG, read_card
-from sku.sharing.card_facts import NEGATING_METHODS
+from sku.sharing.card_file import CARD_FILE, TAG, read_card
 from sku.sharing.finished_run import FinishedRunFiles, Part, read_finished_run
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 
@@ -98,7 +97,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
     _check_not_hazardous(run, folder)
     files = tuple(_files(folder))
     _check_weights(folder, files)
-    if "README.md" not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):
+    if CARD_FILE not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):
         raise OutputError(f"{folder} has no model card of SKU: write it with sku card {run_folder}")
     return PushPlan(folder=folder, repo_id=repo_id, part=part, files=files)
 
@@ -157,7 +156,7 @@ def _hint(run: FinishedRunFiles, part: Part) -> str:
 def _check_not_hazardous(run: FinishedRunFiles, folder: Path) -> None:
     if is_marked_hazardous(folder):
         raise OutputError(f"{folder} is marked as hazardous ({HAZARD_KEY}): it is never uploaded")
-    if run.method in NEGATING_METHODS and run.strength < 0:
+    if run.negates and run.strength < 0:
         raise OutputError(
             f"alpha is {run.strength:g}: a negative one adds what the bad model learned; such a model is never shared"
         )
