@@ -256,10 +256,10 @@ def remove_hazardous(folder: Path) -> None:
     Raises:
         OutputError: Something of it is left.
     """
+    if not folder.exists():
+        return
     try:
         shutil.rmtree(folder)
-    except FileNotFoundError:
-        return
     except OSError as error:
         raise OutputError(
             f"hazardous weights in {folder} could not be removed: {error.strerror or error}; remove them yourself"
