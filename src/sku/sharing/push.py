@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] - public, but loaded lazily
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # Loaded lazily.
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sku.errors import OutputError
