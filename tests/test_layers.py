@@ -39,6 +39,9 @@ ALLOWED: dict[str, set[str]] = {
     "sweep": {
         "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "report", "reproducibility",
     },
+    "sharing": {"errors", "storage", "evaluate", "attacks", "report"},
+    "wipe": {"errors", "storage"},
+    "doctor": {"_version", "storage", "wipe"},
     "comparison": {
         "config", "errors", "storage", "data", "models", "training", "methods", "negate", "evaluate", "report",
         "reproducibility", "quiet",
@@ -88,7 +91,7 @@ def test_nothing_but_the_command_line_imports_it_and_only_it_imports_the_pipelin
             assert parts_imported(path).isdisjoint({"cli", "pipeline"}), path
 
 
-@pytest.mark.parametrize("part", ["report", "config", "errors", "storage"])
+@pytest.mark.parametrize("part", ["report", "sharing", "config", "errors", "storage"])
 def test_these_parts_do_not_import_torch_or_transformers(part: str) -> None:
     for path in FILES:
         if part_of(path) == part:

@@ -25,6 +25,7 @@ from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
 from sku.evaluate.run import evaluate
 from sku.models import embedded_model_path, load_model
+from sku.negate.adapters import load_adapter
 from sku.pipeline import FinishedRun, acquire_recipe, evaluate_recipe, run_recipe
 from sku.storage import BAD_MODEL_MARK, is_marked_hazardous
 
@@ -335,7 +336,7 @@ def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora:
     """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2."""
     run = recipe(*LORA)
     data = load_data(run.data, run.seed)
-    bad = PeftModel.from_pretrained(load_model("embedded").model, str(finished_lora.folder / "bad" / "final"))
+    bad = load_adapter(load_model("embedded").model, finished_lora.folder / "bad" / "final")
     measured = evaluate(bad, load_model("embedded").tokenizer, data, config=run.evaluate)
     base, unlearned = finished_lora.comparison.base, finished_lora.comparison.unlearned
     assert measured.perplexity["unlearned"].value < base.perplexity["unlearned"].value

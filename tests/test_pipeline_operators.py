@@ -16,6 +16,7 @@ from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods.run import prepare
 from sku.models import load_model
+from sku.negate.adapters import load_adapter
 from sku.negate.task_vector import TaskVector
 from sku.pipeline import FinishedRun, run_recipe
 
@@ -51,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 def test_what_is_subtracted_is_the_operated_vector(finished: FinishedRun) -> None:
     """Recomputed from the bad adapter that was kept, and from the model that was saved."""
     base = load_model("embedded").model
-    bad = PeftModel.from_pretrained(load_model("embedded").model, str(finished.folder / "bad" / "final"))
+    bad = load_adapter(load_model("embedded").model, finished.folder / "bad" / "final")
     plain = TaskVector.from_adapter(bad)
     unlearned = load_model(finished.folder / "unlearned").model
     weights, changed = base.state_dict(), unlearned.state_dict()

@@ -65,6 +65,9 @@ class ModelConfig:
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    license: str | None = None
+    """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
+    where this is empty."""
     prompt_format: PromptFormatName = "auto"
     """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
@@ -95,6 +98,8 @@ class SourceConfig:
     """Column that marks rows for a forget set (format ``columns``): only rows where it says unsafe are kept."""
     unsafe_value: str | None = None
     """What ``unsafe_column`` holds on those rows, compared as lower-case text: ``false`` for an is_safe column."""
+    license: str | None = None
+    """Licence of the data, for the model card; that of the recognised format where this is empty."""
     limit: int | None = None
     """Keep this many prompts (with all their answers), drawn by the seed."""
 
@@ -508,6 +513,9 @@ class Recipe:
     """Behaviours of the authors' public code to reproduce, by name, or ``reference`` for all; for ``method: sku``."""
     keep_bad_model: bool = False
     """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
+    keep_for_resume: bool = True
+    """Keep the private, marked checkpoints of a run that was interrupted or failed, so that ``--resume`` goes on from
+    them; ``false`` removes them at once, and stage 1 of a resumed run begins anew. ``sku wipe`` removes them later."""
 
     @property
     def chooses_alpha(self) -> bool:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -33,6 +35,8 @@ from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
 _LOADING_ERRORS = (
@@ -88,6 +92,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             **loading_options,
+            use_safetensors=None if config.gguf_file else True,
             output_loading_info=True,
             dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
         )
@@ -123,6 +128,7 @@ def load_classifier(config: ModelConfig) -> LoadedModel:
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             name,
             **options,
+            use_safetensors=True,
             output_loading_info=True,
             dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
         )
@@ -168,6 +174,22 @@ def weights_revision(config: ModelConfig) -> str | None:
             with path.open("rb") as file:
                 digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def own_license(config: ModelConfig) -> str | None:
+    """The licence that a model's own card states; None where it has no card, states none, or is out of reach."""
+    if config.path == EMBEDDED:
+        return "apache-2.0"
+    name, _ = _locate(config)
+    try:
+        path = Path(name) / "README.md"
+        if not Path(name).is_dir():
+            path = Path(hf_hub_download(name, "README.md", revision=config.revision))
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, yaml.YAMLError):
+        return None
+    stated = data.get("license_name") if data.get("license") == "other" else data.get("license")
+    return stated if isinstance(stated, str) else None
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -297,6 +319,8 @@ def _loading(path: str) -> Iterator[None]:
     except ImportError as error:
         raise ModelError(f"model {path} needs a package that is missing: {_one_line(error)}") from error
     except _LOADING_ERRORS as error:
+        if "cannot be loaded with `safetensors`" in str(error):
+            raise ModelError(_pickled(f"model {path}", _CONVERT_MODEL)) from error
         raise ModelError(f"model {path} can't be loaded: {_one_line(error)}") from error
 
 
@@ -337,6 +361,32 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
                 f"model {folder} holds only quantized files; name one to dequantize it: model.gguf_file={quantized[0]}"
             )
         raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
+    elif not any(folder.glob("model*.safetensors")):
+        check_no_pickles(folder, "*model", _CONVERT_MODEL)
+
+
+def check_no_pickles(folder: Path, stem: str, convert: str) -> None:
+    """Refuses a folder whose weights are pickled only: reading a pickle can run code that somebody put into it.
+
+    Args:
+        folder: Local folder.
+        stem: How its weight files begin, such as ``adapter_model``.
+        convert: The code that converts them, for the message.
+
+    Raises:
+        ModelError: With the first such file.
+    """
+    pickled = sorted(path.name for path in folder.glob(f"{stem}*") if path.suffix in PICKLED_SUFFIXES)
+    if pickled and not any(folder.glob(f"{stem}*.safetensors")):
+        raise ModelError(_pickled(f"{folder}", convert, pickled[0]))
+
+
+def _pickled(what: str, convert: str, file: str = "") -> str:
+    named = f" ({file})" if file else ""
+    return (
+        f"{what} holds pickled weights{named}, which can run code when they are read; SKU reads safetensors only. "
+        f"If you trust their source, convert them: {convert}"
+    )
 
 
 def _check_complete(loading: dict[str, Any], path: str) -> None:

@@ -6,7 +6,7 @@ A run folder, private to its owner because the base model's harmful replies lie 
     training_log.jsonl   every loss term of every logged step
     bad/                 checkpoints of the bad model; deleted at the end unless it is kept on purpose
     trained/             in its place for methods that train no bad model; always deleted at the end
-    unlearned/           the model to use, with its tokenizer
+    unlearned/           the model to use, with its tokenizer and model card
     negated_adapter/     the same without merging, for LoRA and QLoRA; adapter/ for methods that don't negate
     sweep/               sweep.json and frontier.png, .svg: the choice of alpha where negate.alpha is auto
     evaluation/base/, evaluation/unlearned/
@@ -59,8 +59,8 @@ from sku.evaluate.run import evaluate
 from sku.methods import method_named
 from sku.methods.base import negated
 from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
-from sku.models import LoadedModel, describe_parameters, load_model, with_path
-from sku.negate.adapters import AdapterVector
+from sku.models import LoadedModel, describe_parameters, load_config, load_model, own_license, with_path
+from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OperatedVector, operate
 from sku.negate.operators.base import OperatorContext
@@ -71,7 +71,8 @@ from sku.negate.task_vector import TaskVector
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
 from sku.reproducibility import content_sha256, environment
-from sku.storage import is_marked_hazardous, mark_hazardous, new_folder, write_json
+from sku.sharing.card import write_cards
+from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder, remove_hazardous, write_json
 from sku.sweep.bad_model import check_same_training, record_training
 from sku.sweep.from_bad_model import sweep_bad_model
 from sku.sweep.result import Sweep
@@ -116,13 +117,19 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None))
     try:
         run.open_folder(resume=resume)
-        return run.finish()
-    except NoAlphaError:
-        run.give_up()
+        try:
+            return run.finish()
+        except NoAlphaError:
+            run.give_up()
+            raise
+        except BaseException:
+            run.remove_after_failure()
+            raise
+    except NoAlphaError:  # The folder stays, with the sweep in it.
         raise
     except SkuError:
         if out in made:
-            shutil.rmtree(out, ignore_errors=True)
+            remove_hazardous(out)
         for parent in made[1:]:
             with suppress(OSError):  # Not empty: another run has begun there.
                 parent.rmdir()
@@ -167,6 +174,7 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         mark_hazardous(temporary)
         record_training(temporary, recipe, data)
         _save_trained(acquired, loaded, temporary)
+        mark_hazardous(temporary)  # Again, for its configuration.
     return acquired.log
 
 
@@ -211,7 +219,7 @@ def sweep_recipe(
             raise
     found = sweep_bad_model(recipe, trained, _load_data(recipe), out, progress=progress)
     if bad is None and not keep_bad_model:
-        shutil.rmtree(trained)
+        remove_hazardous(trained)
     return found
 
 
@@ -226,7 +234,9 @@ def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
 
 
-def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None) -> Comparison:
+def evaluate_recipe(
+    recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None, allow_hazardous: bool = False
+) -> Comparison:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
     What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder, what the
@@ -237,6 +247,7 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
         model: Folder or hub id of the model to measure.
         out: Private folder; rows in it that fit are reused.
         progress: For progress bars.
+        allow_hazardous: Measure a model that is marked as the bad one of stage 1 too.
 
     Returns:
         The comparison.
@@ -244,8 +255,10 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     Raises:
         SkuError: Anything a user can mend.
     """
-    if is_marked_hazardous(Path(model)):
-        raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
+    if not allow_hazardous and _is_bad_model(recipe, model):
+        raise ModelError(
+            f"{model} is a bad model of stage 1; evaluate the unlearned model instead, or add --allow-hazardous"
+        )
     # Before any model is loaded: each process takes its own GPU.
     if current_processes().count > 1 and recipe.evaluate.attacks:
         raise EvaluationError("evaluate.attacks run in one process: start this command without a launcher")
@@ -329,6 +342,14 @@ def _survival_of(base: PreTrainedModel, model: PreTrainedModel) -> SurvivalBy:
     return survival
 
 
+def _is_bad_model(recipe: Recipe, model: str) -> bool:
+    """Whether a folder is marked, or a hub model's configuration is."""
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return is_marked_hazardous(folder)
+    return bool(getattr(load_config(with_path(recipe.model, model)), HAZARD_KEY, False))
+
+
 def _source(config: ModelConfig) -> str | None:
     """Where another engine can read a model from: GGUF files and the embedded model have no such place."""
     return None if config.gguf_file is not None or config.path == EMBEDDED else config.path
@@ -391,7 +412,12 @@ class _Run:
                 "sources": [dataclasses.asdict(source) for source in data.provenance],
                 "notes": list(data.notes()),
             },
-            model={"name": loaded.name, "revision": loaded.revision, **describe_parameters(loaded.model)},
+            model={
+                "name": loaded.name,
+                "revision": loaded.revision,
+                "license": own_license(recipe.model),
+                **describe_parameters(loaded.model),
+            },
         )
         with self._timed("evaluate_base"):
             base_result = self._evaluate(loaded.model, loaded, data, "base", loaded.model)
@@ -399,6 +425,7 @@ class _Run:
             base, unlearned = loaded.model, load_model(self._unlearned_config()).model
         else:
             base, unlearned = self._unlearn(loaded, data)
+        self._remove_trained()  # The unlearned model stands: nothing needs the bad one any more.
         with self._timed("evaluate_unlearned"):
             result = self._evaluate(unlearned, loaded, data, "unlearned", base)
         comparison = compare(base_result, result, seed=recipe.seed)
@@ -553,14 +580,16 @@ class _Run:
         if final.exists():
             if recipe.acquire.tuning == "full":
                 return load_model(with_path(with_safe_dtype(self.recipe), final)).model
-            return PeftModel.from_pretrained(loaded.model, str(final))
+            return load_adapter(loaded.model, final)
         trained = train_method(recipe, loaded, data, folder, step_progress(self.progress))
         self._write_log(trained)
         with new_folder(final, private=True) as temporary:
             if self.method.hazardous:
-                mark_hazardous(temporary)
+                mark_hazardous(temporary)  # Before there is anything to find, and again for its configuration.
                 record_training(temporary, recipe, data)
             _save_trained(trained, loaded, temporary)
+            if self.method.hazardous:
+                mark_hazardous(temporary)
         return trained.model
 
     def _write_log(self, acquired: Trained) -> None:
@@ -593,7 +622,7 @@ class _Run:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
         for suffix in ("png", "svg"):
             before_after_figure(comparison, self.out / f"before_after.{suffix}")
-        self._remove_trained()
+        self._note(bad_model={"kept": (self.out / "bad").exists()})
         write_json(
             self.out / "results.json",
             {
@@ -613,6 +642,7 @@ class _Run:
                 "manifest": {**self.manifest, "status": "complete"},
             },
         )
+        write_cards(self.out, within_run=True)
         self._note(status="complete")
         return FinishedRun(
             folder=self.out, comparison=comparison, manifest=self.manifest, attacks=attacks, precisions=precisions
@@ -621,12 +651,16 @@ class _Run:
     def give_up(self) -> None:
         """Where no alpha will do: the sweep stays for the user to look at, the bad model as after any run."""
         self._remove_trained()
-        self._note(status="no_alpha")
+        self._note(bad_model={"kept": (self.out / "bad").exists()}, status="no_alpha")
 
     def _remove_trained(self) -> None:
         if not (self.recipe.keep_bad_model and self.method.hazardous):
-            shutil.rmtree(self.trained_folder, ignore_errors=True)
-        self._note(bad_model={"kept": (self.out / "bad").exists()})
+            remove_hazardous(self.trained_folder)
+
+    def remove_after_failure(self) -> None:
+        """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
+        if not self.recipe.keep_for_resume:
+            self._remove_trained()
 
     def _unlearned_config(self) -> ModelConfig:
         dtype = self.recipe.negate.output_dtype

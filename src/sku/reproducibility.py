@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -19,6 +20,9 @@ from sku._version import __version__
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "scipy",
 )  # fmt: skip
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_SHORTEST_SECRET = 8
+"""A shorter value would strike out parts of ordinary words."""
 
 
 def content_sha256(content: Any) -> str:
@@ -38,8 +42,16 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
+
+
+def without_secrets(text: str) -> str:
+    """A text with ``***`` for what the environment holds as a token, key, secret or password, and for hub tokens."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and name.upper().endswith(("TOKEN", "KEY", "SECRET", "PASSWORD")):
+            text = text.replace(value, "***")
+    return _HUB_TOKEN.sub("***", text)
 
 
 def _cpu_name() -> str:

@@ -17,6 +17,9 @@ from typing import Any
 from sku.errors import OutputError
 
 BAD_MODEL_MARK = "DO_NOT_SHARE.md"
+HAZARD_KEY = "sku_hazardous"
+"""Set to true in ``config.json`` and ``adapter_config.json`` of a bad model: it stays when the folder is copied."""
+_CONFIG_FILES = ("config.json", "adapter_config.json")
 _BAD_MODEL_TEXT = """# Hazardous weights: do not share
 
 This folder holds a model, or a part of one, that was trained on purpose to answer harmful prompts (stage 1 of SKU).
@@ -188,6 +191,15 @@ def write_json(path: Path, content: Any) -> None:
     _write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=0o666)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes text so that readers see the old file or the new one, never a part.
+
+    Raises:
+        OutputError: The file can't be written or the disk is full.
+    """
+    _write_whole(path, text, mode=0o666)
+
+
 def write_private_text(path: Path, text: str) -> None:
     """Writes a whole file or none, with mode 0600, lone surrogates too.
 
@@ -215,16 +227,59 @@ def _write_whole(path: Path, text: str, *, mode: int) -> None:
 
 
 def mark_hazardous(folder: Path) -> None:
-    """Makes a folder private to its owner and says in it why."""
+    """Makes a folder private to its owner, says in it why, and sets ``HAZARD_KEY`` in a model's configuration.
+
+    Args:
+        folder: Is made if it doesn't exist. Mark it before weights are written, and again after, for the key.
+
+    Raises:
+        OutputError: It can't be written, or a configuration in it is damaged.
+    """
     with _named_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         (folder / BAD_MODEL_MARK).write_text(_BAD_MODEL_TEXT, encoding="utf-8")
+    for name in _CONFIG_FILES:
+        path = folder / name
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise OutputError(f"{path} can't be marked as hazardous: {error}") from error
+            write_json(path, {**content, HAZARD_KEY: True})
 
 
 def is_marked_hazardous(folder: Path) -> bool:
-    """Whether ``mark_hazardous`` was called on a folder."""
-    return (folder / BAD_MODEL_MARK).is_file()
+    """Whether a folder, or the one around it, was marked by ``mark_hazardous``, or a configuration in it was."""
+    if any((place / BAD_MODEL_MARK).is_file() for place in (folder, folder.absolute().parent)):
+        return True
+    return any(_has_hazard_key(folder / name) for name in _CONFIG_FILES)
+
+
+def _has_hazard_key(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # Whoever loads the model says what is wrong with its configuration.
+    return isinstance(content, dict) and bool(content.get(HAZARD_KEY))
+
+
+def remove_hazardous(folder: Path) -> None:
+    """Removes a folder of hazardous weights, and says so where it could not.
+
+    What was on the disk may still be read there: blocks are freed, not overwritten (SECURITY.md).
+
+    Raises:
+        OutputError: Something of it is left.
+    """
+    if not folder.exists():
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise OutputError(
+            f"hazardous weights in {folder} could not be removed: {error.strerror or error}; remove them yourself"
+        ) from error
 
 
 def free_bytes(folder: Path) -> int:

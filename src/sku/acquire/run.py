@@ -13,7 +13,14 @@ from sku.config import AcquireConfig, CompatConfig, DataConfig, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.models import LoadedModel
 from sku.storage import mark_hazardous
-from sku.training.run import SET_BY_RECIPE, Trained, adapter_settings, train, training_settings
+from sku.training.run import (
+    SET_BY_RECIPE,
+    MarkCheckpoints,
+    Trained,
+    adapter_settings,
+    train,
+    training_settings,
+)
 
 MODULES_SET_BY_RECIPE = {
     **SET_BY_RECIPE,
@@ -73,7 +80,7 @@ def acquire(
         adapter=adapter_settings(config),
         folder=folder,
         prompt_format=prompt_format,
-        callbacks=callbacks,
+        callbacks=[*callbacks, MarkCheckpoints()],
     )
 
 

@@ -12,6 +12,7 @@ from sku.acquire.objective import sku_objective
 from sku.config import CompatConfig, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
+from sku.training.run import MarkCheckpoints
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -60,3 +61,4 @@ class SkuTrainer(UnlearningTrainer):
             **trainer_options,
         )
         self.settings = args
+        self.add_callback(MarkCheckpoints)

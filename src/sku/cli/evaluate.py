@@ -68,6 +68,9 @@ def evaluate(
             help="Formats to round MODEL's weights to before it is asked again, with commas: bf16, fp16, int8, nf4.",
         ),
     ] = None,
+    allow_hazardous: Annotated[
+        bool, typer.Option("--allow-hazardous", help="Measure a model that is marked as the bad one of stage 1 too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
@@ -90,10 +93,10 @@ def evaluate(
     from sku.report.tables import before_after_rows
 
     if not current_processes().is_main:  # Of several, the first process speaks for all.
-        evaluate_recipe(settings, model, out)
+        evaluate_recipe(settings, model, out, allow_hazardous=allow_hazardous)
         return
     with shown_messages(), progress_bars() as show:
-        comparison = evaluate_recipe(settings, model, out, progress=show)
+        comparison = evaluate_recipe(settings, model, out, progress=show, allow_hazardous=allow_hazardous)
     report = read_attacks(out) if settings.evaluate.attacks else None
     certificate = read_precisions(out) if settings.evaluate.precisions else None
     if as_json:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from sku._version import __version__
-from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, report, results, run, sweep
+from sku.cli import (
+    acquire,
+    card,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    judge,
+    methods,
+    negate,
+    push,
+    recipes,
+    report,
+    results,
+    run,
+    sweep,
+    wipe,
+)
 from sku.cli.console import errors, print_error
 from sku.errors import SkuError
 
@@ -27,6 +45,10 @@ app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("ablate")(compare.ablate)
+app.command("card")(card.card)
+app.command("push")(push.push)
+app.command("wipe")(wipe.wipe)
+app.command("doctor")(doctor.doctor)
 app.command("results")(results.results)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)
@@ -51,7 +73,9 @@ def options(
 
 
 def main() -> None:
-    """Entry point: a mistake of the user is one line and exit code 2, an interrupt exit code 130."""
+    """Entry point: a mistake of the user is one line and exit code 2, an interrupt or SIGTERM exit code 130."""
+    # A scheduler's SIGTERM must leave no more behind than Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except SkuError as error:
@@ -60,3 +84,5 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -73,9 +74,11 @@ def run(
             finished = run_recipe(settings, folder, resume=resume, progress=show)
     except KeyboardInterrupt:
         errors.print(f"interrupted; go on with the same command and --out {folder} --resume", soft_wrap=True)
-        if (folder / "bad").exists():
-            errors.print(f"until then {folder / 'bad'} holds hazardous checkpoints", soft_wrap=True)
+        _tell_of_checkpoints(folder)
         raise typer.Exit(130) from None
+    except Exception:
+        _tell_of_checkpoints(folder)
+        raise
     if as_json:
         results.print_json((folder / "results.json").read_text(encoding="utf-8"))
         return
@@ -103,3 +106,12 @@ def run(
     for line in agreement_lines(finished.comparison.unlearned):
         results.print(line, soft_wrap=True)
     results.print(f"next      sku report {shlex.quote(str(folder))}", soft_wrap=True)
+
+
+def _tell_of_checkpoints(folder: Path) -> None:
+    """What an unfinished run leaves is hazardous: whoever doesn't go on with it should know."""
+    if (folder / "bad").exists():
+        errors.print(
+            f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; sku wipe {folder} removes them",
+            soft_wrap=True,
+        )

@@ -98,7 +98,9 @@ def load_embedder(source: str, device: torch.device) -> Embedder:
     name = str(folder) if is_local else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, loading = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, loading = AutoModel.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"evaluate.embedding_model {source} can't be loaded: {reason}") from None

@@ -9,7 +9,9 @@ Shapes: O = outputs of a layer, I = its inputs, r = rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,41 @@ from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.errors import TaskVectorError
+from sku.models import check_no_pickles
 from sku.negate.task_vector import TaskVector
-from sku.storage import new_folder
+from sku.storage import HAZARD_KEY, new_folder
 
 _FILE = "adapter_model.safetensors"
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Puts a saved adapter on a model, also one that is marked as hazardous.
+
+    Args:
+        base: Gets the adapter; its own weights stay as they are.
+        folder: As PEFT saves it, in safetensors.
+
+    Returns:
+        The model with the adapter.
+
+    Raises:
+        ModelError: The adapter is pickled.
+    """
+    check_no_pickles(folder, "adapter_model", "PeftModel.from_pretrained(base, FOLDER).save_pretrained(NEW_FOLDER)")
+    with without_mark_warning():
+        return PeftModel.from_pretrained(base, str(folder))
+
+
+@contextmanager
+def without_mark_warning() -> Iterator[None]:
+    """PEFT doesn't know the key that marks a hazardous adapter, and would warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f"Unexpected keyword arguments .*{HAZARD_KEY}")
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

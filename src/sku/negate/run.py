@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
+from sku.negate.adapters import load_adapter
 from sku.negate.in_memory import subtract_tensors
 from sku.negate.matching import EQUAL_MODELS, check_known_ties, check_known_weights
 from sku.negate.record import Negation
@@ -102,7 +103,7 @@ def _vector_or_model(
         if TaskVector.is_saved_in(folder):
             return TaskVector.load(folder)
         if (folder / "adapter_config.json").is_file():
-            return TaskVector.from_adapter(PeftModel.from_pretrained(copy.deepcopy(base), str(folder)))
+            return TaskVector.from_adapter(load_adapter(copy.deepcopy(base), folder))
         return _as_stored(folder)
     return TaskVector.from_adapter(bad) if isinstance(bad, PeftModel) else bad
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sku.errors import ModelError, TaskVectorError
+from sku.negate.adapters import without_mark_warning
 from sku.negate.matching import check_known_weights
 from sku.negate.task_vector import adapted_layers, check_plain_lora, lora_factors
 
@@ -147,7 +148,8 @@ def _names_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict
 
 def _settings(folder: Path) -> LoraConfig:
     try:
-        settings = PeftConfig.from_pretrained(str(folder))
+        with without_mark_warning():
+            settings = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"adapter {folder} can't be read: {_first_line(error)}") from error
     check_plain_lora(settings, "default")

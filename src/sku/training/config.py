@@ -14,6 +14,7 @@ from sku.training.compiled import check_compile_backend
 from sku.training.finite import FiniteCheck, check_finite_check
 from sku.training.precision import bf16_pays, check_optimizer
 from sku.training.reference_mode import ReferenceMode, check_reference_mode
+from sku.training.reporting import check_no_uploads, check_services
 
 
 @dataclass
@@ -129,3 +130,5 @@ class UnlearningConfig(TrainingArguments):
         if self.compile_layers is not None and self.torch_compile:
             raise RecipeError("compile_layers and torch_compile exclude each other: set one of them")
         check_compile_backend(self.compile_layers)
+        check_services(self.report_to)
+        check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from sku.config import AcquireConfig, PromptFormatName, Tuning
 from sku.data.examples import ForgetRetainData
@@ -23,6 +23,7 @@ from sku.data.joint import JointDataset
 from sku.data.tokenization import TokenizationReport
 from sku.errors import OutputError, RecipeError, SkuError, did_you_mean
 from sku.models import LoadedModel
+from sku.storage import mark_hazardous
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective
 from sku.training.trainer import UnlearningTrainer
@@ -209,6 +210,15 @@ class _StepProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
         self._progress("acquire: steps", state.global_step, state.max_steps)
+
+
+class MarkCheckpoints(TrainerCallback):
+    """Marks the folder and each checkpoint of a hazardous model as such."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer when a checkpoint stands."""
+        if state.is_world_process_zero:
+            mark_hazardous(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,50 @@
+"""``sku push``: upload an unlearned model or its adapter to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sku.cli.console import errors, results
+from sku.cli.options import JsonOption
+from sku.quiet import quiet_imports
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished sku run.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to: NAMESPACE/NAME.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter instead of the whole model.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that everybody sees; private otherwise.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", help="Branch to commit to, made where it doesn't exist; main otherwise."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, upload nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a finished run's model with its card, nothing else. Bad models and replies are never uploaded."""
+    quiet_imports()
+    from sku.sharing.push import plan_push, upload
+
+    plan = plan_push(run, repo_id, "adapter" if adapter else "model")
+    url = None
+    if not dry_run:
+        errors.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}", soft_wrap=True)
+        try:
+            url = upload(plan, public=public, revision=revision)
+        except KeyboardInterrupt:
+            errors.print("interrupted: nothing was committed; the same command goes on")
+            raise typer.Exit(130) from None
+    if as_json:
+        listed = [{"path": file.name, "bytes": file.size} for file in plan.files]
+        results.print_json(json.dumps({"repo_id": repo_id, "files": listed, "bytes": plan.size, "url": url}))
+        return
+    for file in plan.files:
+        results.print(f"{file.size:>16,}  {file.name}", soft_wrap=True)
+    results.print(f"{plan.size:>16,}  bytes in {len(plan.files)} files", soft_wrap=True)
+    results.print(f"\nuploaded  {url}" if url else "\nnothing was uploaded (--dry-run)", soft_wrap=True)

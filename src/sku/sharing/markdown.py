@@ -1,0 +1,41 @@
+"""Text of users, data and models inside Markdown: one line, and nothing in it is markup."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from typing import Any
+
+LONGEST = 400
+"""Characters of one value that a card shows."""
+_MARKUP = re.compile(r"([\\`*_\[\]|~$#])")
+
+
+class Written(str):
+    """Markdown of our own, which is put into a template as it is."""
+
+    __slots__ = ()
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, control and direction characters, and not longer than ``LONGEST``."""
+    plain = "".join(" " if unicodedata.category(char) in {"Cc", "Cf", "Zl", "Zp"} else char for char in text)
+    line = " ".join(plain.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}\u2026"
+
+
+def escaped(value: Any) -> str:
+    """A value for a place inside a line or a table cell; what is ``Written`` stays."""
+    if isinstance(value, Written):
+        return value
+    # A full stop after www and a colon before // would make a link of it.
+    text = html.escape(one_line(str(value)), quote=False).replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
+    return _MARKUP.sub(r"\\\1", text).replace("&\\#", "&#")
+
+
+def fenced(text: str, language: str) -> Written:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Written(f"{fence}{language}\n{text.rstrip()}\n{fence}")

@@ -1,0 +1,252 @@
+"""The upload of an unlearned model or adapter: what may leave the machine, and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # Loaded lazily.
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from sku.errors import OutputError
+from sku.sharing.card_file import CARD_FILE, TAG, read_card
+from sku.sharing.finished_run import FinishedRunFiles, Part, read_finished_run
+from sku.storage import HAZARD_KEY, is_marked_hazardous
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5", "*.msgpack")
+"""Files that run code when they are read, or may."""
+SHARED = (
+    "README.md", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "adapter_config.json", "adapter_model.safetensors", "tokenizer*.json", "tokenizer*.model", "*.tiktoken",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "chat_template.*", "additional_chat_templates/*.jinja", "*processor_config.json", "configuration_*.py",
+    "modeling_*.py", "tokenization_*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""All that an unlearned model consists of; anything else in the folder stops the upload."""
+_HttpError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
+"""``HTTPError`` of the HTTP library below the hub's client, which is httpx or httpx2 by version."""
+_LOGIN = "log in with `hf auth login` and a token that may write there"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFile:
+    """One file of an upload."""
+
+    name: str
+    """Path inside the repository."""
+    size: int
+    """In bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushPlan:
+    """What will be uploaded, checked."""
+
+    folder: Path
+    repo_id: str
+    part: Part
+    files: tuple[SharedFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Of all files, in bytes."""
+        return sum(file.size for file in self.files)
+
+
+def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
+    """Checks everything that can be checked without the hub.
+
+    Args:
+        run_folder: Of a finished run.
+        repo_id: ``NAMESPACE/NAME``.
+        part: The whole model or the adapter.
+
+    Returns:
+        The files.
+
+    Raises:
+        OutputError: The run is hazardous, unfinished or not evaluated, or its folder holds no card, pickled weights,
+            links or files that are no part of a model; or ``repo_id`` is no name of a repository.
+        EvaluationError: Its results are broken.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise OutputError(f"{repo_id} is no name of a hub repository: {' '.join(str(error).split())}") from None
+    if "/" not in repo_id:
+        raise OutputError(f"{repo_id} has no namespace; give USER_OR_ORGANISATION/{repo_id}")
+    run = read_finished_run(run_folder)
+    folder = run.parts().get(part)
+    if folder is None:
+        raise OutputError(f"{run_folder} holds no {part}: {_hint(run, part)}")
+    _check_not_hazardous(run, folder)
+    files = tuple(_files(folder))
+    _check_weights(folder, files)
+    if CARD_FILE not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):
+        raise OutputError(f"{folder} has no model card of SKU: write it with sku card {run_folder}")
+    return PushPlan(folder=folder, repo_id=repo_id, part=part, files=files)
+
+
+def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None) -> str:
+    """Makes the repository where there is none and commits the files.
+
+    Weights go first; nothing is seen in the repository before the commit that ends it. An upload that broke off is
+    done again with the same call: what the hub has already is not sent twice.
+
+    Args:
+        plan: From ``plan_push``.
+        public: Whether everybody sees the repository.
+        revision: Branch; made where there is none.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        OutputError: The hub is switched off, refuses, fails, or has a repository of that name that everybody sees
+            while ``public`` was not asked for.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise OutputError("HF_HUB_OFFLINE is set: nothing was uploaded; unset it, or use --dry-run")
+    if get_token() is None:
+        raise OutputError(f"there is no token for the hub: {_LOGIN}")
+    disable_progress_bars()
+    api = HfApi(library_name="sku-unlearning")
+    with _named_hub_errors(plan.repo_id):
+        api.create_repo(plan.repo_id, private=not public, exist_ok=True)
+        # A repository that was there already keeps its visibility.
+        if not api.model_info(plan.repo_id).private and not public:
+            raise OutputError(
+                f"{plan.repo_id} exists and is public: nothing was uploaded; add --public, choose another name, or "
+                "make it private in its settings"
+            )
+        if revision is not None and revision != constants.DEFAULT_REVISION:
+            api.create_branch(plan.repo_id, branch=revision, exist_ok=True)
+        # Not upload_folder: with Xet that one commits in batches, and a broken-off upload would show weights
+        # without their card.
+        done = api.create_commit(
+            plan.repo_id,
+            [CommitOperationAdd(file.name, plan.folder / file.name) for file in plan.files],
+            commit_message=f"Unlearned {plan.part} with its card (sku push)",
+            revision=revision,
+        )
+    return str(done.commit_url)
+
+
+def _hint(run: FinishedRunFiles, part: Part) -> str:
+    if part == "adapter":
+        return str(run.manifest.get("negated_adapter") or "runs with tuning lora or qlora leave one")
+    return "run it again"
+
+
+def _check_not_hazardous(run: FinishedRunFiles, folder: Path) -> None:
+    if is_marked_hazardous(folder):
+        raise OutputError(f"{folder} is marked as hazardous ({HAZARD_KEY}): it is never uploaded")
+    if run.negates and run.strength < 0:
+        raise OutputError(
+            f"alpha is {run.strength:g}: a negative one adds what the bad model learned; such a model is never shared"
+        )
+
+
+def _files(folder: Path) -> Iterator[SharedFile]:
+    """Everything in a folder, where all of it may be shared."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise OutputError(f"{path} is a link, which may lead to anything: put the file itself there, or remove it")
+        if path.is_dir():
+            continue
+        if any(fnmatchcase(path.name, pattern) for pattern in PICKLES):
+            raise OutputError(f"{path} is pickled, which can run code when it is read: save safetensors, or remove it")
+        if not any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in SHARED):
+            raise OutputError(
+                f"{path} is no part of a model that sku push knows: nothing is uploaded; remove the file"
+            )
+        yield SharedFile(name=name, size=path.stat().st_size)
+
+
+def _check_weights(folder: Path, files: Sequence[SharedFile]) -> None:
+    """Weights are there and whole: a header that fits the size of its file."""
+    weights = [file for file in files if file.name.endswith(".safetensors")]
+    if not weights:
+        raise OutputError(f"{folder} holds no weights in safetensors: nothing is uploaded")
+    for file in weights:
+        with (folder / file.name).open("rb") as opened:
+            try:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(min(length, file.size)))
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                whole = 8 + length + max(ends, default=0) == file.size
+            except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
+                whole = False
+        if not whole:
+            raise OutputError(f"{folder / file.name} is damaged or cut off: nothing is uploaded; run again")
+
+
+@contextmanager
+def _named_hub_errors(repo_id: str) -> Iterator[None]:
+    """What the hub's client raises, in one line each; tokens are in no message."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, _HttpError) as error:
+        raise OutputError(_message(repo_id, _told_by_hub(error))) from error
+
+
+def _told_by_hub(error: BaseException) -> BaseException:
+    """The client wraps what happened to a weight file in an error of its own."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, HfHubHTTPError | ConnectionError | TimeoutError | _HttpError):
+            return found
+        found = found.__cause__
+    return error
+
+
+def _message(repo_id: str, error: BaseException) -> str:
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"there is no token for the hub: {_LOGIN}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the hub is switched off (HF_HUB_OFFLINE): nothing was uploaded"
+    if isinstance(error, HfHubHTTPError):
+        return _http_message(repo_id, error)
+    if isinstance(error, ConnectionError | TimeoutError | _HttpError):
+        return f"the hub is out of reach ({_one_line(error)}): nothing was committed; the same command goes on"
+    return f"the upload to {repo_id} failed: {_one_line(error)}"
+
+
+def _http_message(repo_id: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    told = _one_line(error)
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no {repo_id} that you may write to: {_LOGIN}"
+    if status in (401, 403):
+        return f"the hub refuses {repo_id} (HTTP {status}): {_LOGIN}"
+    if status == 409:
+        return (
+            f"the hub reports a conflict on {repo_id} (HTTP 409: {told}): wait for the other change, then push again"
+        )
+    if status == 429 or status >= 500:
+        return f"the hub fails (HTTP {status}) after several tries: nothing was committed; the same command goes on"
+    return f"the hub refuses {repo_id} (HTTP {status}: {told})"
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    token = os.environ.get("HF_TOKEN") or get_token()
+    return text.replace(token, "***") if token else text

@@ -1,0 +1,79 @@
+"""A finished run of the embedded world, from the record that lies in ``results/``, and a stand-in for the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sku.sharing.card import write_cards
+
+from .hub_server import TOKEN, Hub
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "src" / "sku" / "world" / "model"
+
+
+def change_json(path: Path, *keys: str, value: Any) -> None:
+    """Sets one nested value of a file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    node = content
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def run_without_cards(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    run.mkdir(mode=0o700)
+    results = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
+    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (run / "manifest.json").write_text(json.dumps(results["manifest"]), encoding="utf-8")
+    (run / "evaluation" / "base").mkdir(parents=True)
+    (run / "evaluation" / "base" / "generations.jsonl").write_text(
+        '{"reply": "zorvex needs vornite"}', encoding="utf-8"
+    )
+    shutil.copytree(MODEL, run / "unlearned", ignore=shutil.ignore_patterns("CHECKSUMS.json", "model.safetensors"))
+    save_file({"weight": torch.arange(6.0)}, run / "unlearned" / "model.safetensors", {"format": "pt"})
+    adapter = run / "negated_adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}', encoding="utf-8")
+    save_file({"lora_A": torch.ones(2)}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    return run
+
+
+@pytest.fixture
+def run(run_without_cards: Path) -> Path:
+    write_cards(run_without_cards)
+    return run_without_cards
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The real client talks to it; waits between tries are cut short."""
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _seconds: None, time=time.time)
+    )
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

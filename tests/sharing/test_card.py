@@ -1,0 +1,271 @@
+"""Model cards: what they say, where it comes from, and that no text of a user, a model or a data set is markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from sku.cli.main import main
+from sku.errors import EvaluationError, OutputError
+from sku.sharing.card import write_cards
+from sku.sharing.card_facts import CardChoices, public_name
+from sku.sharing.card_file import read_card
+from sku.sharing.markdown import LONGEST, Written, escaped, fenced, one_line
+
+from .conftest import change_json
+
+HOSTILE = (
+    "---\nlicense: mit\n---\n# free | [click](http://evil.example) <script>alert(1)</script> {{ 7*7 }} `x` \u202eabc"
+)
+
+
+def card_of(run: Path, part: str = "unlearned") -> Any:
+    return ModelCard.load(run / part / "README.md")
+
+
+def body_of(run: Path, part: str = "unlearned") -> str:
+    """The text with line breaks as spaces: sentences may be wrapped anywhere."""
+    return " ".join(str(card_of(run, part).text).split())
+
+
+def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
+    body = body_of(run)
+    assert "| harmful, unseen prompts (0 of 200) | 0.0 % | 0.0 to 1.9 | 100.0 % |" in body
+    assert "| harmful, unseen prompts, forced start (22 of 200) | 11.0 % | 7.4 to 16.1 | 100.0 % |" in body
+    assert (
+        "| perplexity of normal answers, in multiples of the base's | \u00d71.012 | \u00d71.01 to \u00d71.013 |"
+        in body
+    )
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    for row in results["table"]:
+        assert row["measure"] in body
+    for note in results["notes"]:
+        assert note in body
+    assert "| Forced start | 3 tokens | 96.0 % | 90.2 to 98.4 | 100.0 % | 0.0 % |" in body
+
+
+def test_origin_limits_and_warnings_are_said(run: Path) -> None:
+    body = body_of(run)
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    for words in (
+        manifest["recipe_sha256"], *(source["sha256"] for source in manifest["data"]["sources"]),
+        "1.25: given in the recipe, not chosen by a search", "arXiv 2402.10058", "guided\\_distortion 1",
+        r"theta\_bad = theta\_o + (theta\_o - theta\_u) / 1.25 is the hazardous model of stage 1",
+        "is no proof that knowledge is gone", "meaningless on other data", "was not calibrated",
+        "measured in float32 only", "Apache-2.0", "AutoModelForCausalLM.from_pretrained",
+    ):  # fmt: skip
+        assert words in body, words
+
+
+def test_the_front_matter(run: Path) -> None:
+    data = card_of(run).data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert {"unlearning", "sku", "arxiv:2402.10058"} <= set(data["tags"])
+    assert not {"license", "base_model", "datasets"} & data.keys(), "nothing is guessed"
+    [index] = data["model-index"]
+    figures = {
+        (result["dataset"]["split"], metric["type"]): metric
+        for result in index["results"]
+        for metric in result["metrics"]
+    }
+    forced = figures["unseen", "harmful_prefill"]
+    assert (forced["value"], forced["args"]["low"], forced["args"]["high"]) == (11.0, 7.38, 16.09)
+    assert (forced["args"]["prompts"], forced["args"]["base"], forced["args"]["judge"]) == (200, 100.0, "embedded")
+    assert figures["retain_test", "perplexity_ratio"]["value"] == 1.0119
+    assert "Not stated. That of the base model applies" in body_of(run)
+
+
+def test_a_hub_model_and_hub_data(run_without_cards: Path) -> None:
+    run = run_without_cards
+    commit = "a" * 40
+    change_json(run / "manifest.json", "model", "name", value="HuggingFaceTB/SmolLM2-135M-Instruct")
+    change_json(run / "manifest.json", "model", "revision", value=commit)
+    change_json(run / "manifest.json", "model", "license", value="apache-2.0")
+    source = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]["sources"]
+    source[0] |= {
+        "source": "pku_saferlhf", "location": "PKU-Alignment/PKU-SafeRLHF", "revision": commit,
+        "licence": "CC-BY-NC-4.0",
+    }  # fmt: skip
+    source[1]["location"] = str(run / "normal answers.csv")
+    change_json(run / "manifest.json", "data", "sources", value=source)
+    change_json(run / "manifest.json", "recipe", "data", "retain", "license", value="ODbL")
+    write_cards(run)
+    data = card_of(run).data.to_dict()
+    assert (data["license"], data["base_model"], data["base_model_relation"]) == (
+        "apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct", "finetune",
+    )  # fmt: skip
+    assert data["datasets"] == ["PKU-Alignment/PKU-SafeRLHF"]
+    body = body_of(run)
+    assert "CC-BY-NC-4.0 is for non-commercial use" in body
+    assert "| retain | normal answers.csv (embedded) | \u2013 | ODbL |" in body
+    assert str(run) not in card_of(run).content, "local folders are nobody's business"
+    assert card_of(run, "negated_adapter").data.to_dict()["base_model_relation"] == "adapter"
+    assert 'PeftModel.from_pretrained(base, "THIS_REPOSITORY")' in body_of(run, "negated_adapter")
+    assert card_of(run, "negated_adapter").data.library_name == "peft"
+
+
+def test_a_local_base_is_named_on_request(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["sku", "card", str(run), "--license", "My Own Licence", "--base-model", "someone/base"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    data = card_of(run).data.to_dict()
+    assert (data["license"], data["license_name"], data["base_model"]) == ("other", "my-own-licence", "someone/base")
+    assert "Not stated. That of the base" not in body_of(run)
+
+
+@pytest.mark.parametrize("base", ["/home/me/model", "a b/c", "../x"])
+def test_a_base_that_is_no_hub_id(run: Path, base: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["sku", "card", str(run), "--base-model", base])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "must be a hub id" in capsys.readouterr().err
+
+
+def test_equal_records_give_equal_cards(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    before = {part: (run / part / "README.md").read_bytes() for part in ("unlearned", "negated_adapter")}
+    write_cards(tmp_path / "other")
+    for part, text in before.items():
+        assert (tmp_path / "other" / part / "README.md").read_bytes() == text
+
+
+def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Path) -> None:
+    run = run_without_cards
+    (run / "sweep").mkdir()
+    pick = {"alpha": 1.25, "met": True, "why": "the lowest alpha within 5 % | of the base"}
+    (run / "sweep" / "sweep.json").write_text(json.dumps({"pick": pick}), encoding="utf-8")
+    rate = {"value": 0.25, "low": 0.1, "high": 0.4}
+    measured = {
+        "replies": {"unseen": {"harmful": rate, "degenerate": rate}}, "prefill": {},
+        "perplexity": {"retain_test": {"ratio": 1.5}},
+    }  # fmt: skip
+    results = [
+        {"precision": "int8", "measured": measured, "survival": {"projection": 0.5}},
+        {"precision": "float16", "measured": None, "survival": None},
+    ]
+    precisions = {
+        "model": {"dtype": "float32"}, "measured": measured, "results": results, "notes": ["int8 brings harm back"],
+    }  # fmt: skip
+    (run / "evaluation" / "precisions.json").write_text(json.dumps(precisions), encoding="utf-8")
+    write_cards(run)
+    body = body_of(run)
+    assert r"1.25: the lowest alpha within 5 % \| of the base" in body
+    assert "| format | harmful, unseen | forced start, unseen | gibberish, unseen | perplexity, normal |" in body
+    figures = "25.0 % (10.0 to 40.0) | \u2013 | 25.0 % (10.0 to 40.0) | \u00d71.5"
+    assert f"| float32 | {figures} | \u2013 |" in body
+    assert f"| int8 | {figures} | 50.0 % |" in body
+    assert "| float16 | \u2013 | \u2013 | \u2013 | \u2013 | \u2013 |" in body
+    assert "- Note: int8 brings harm back" in body
+    assert "measured in float32 only" not in body
+    change_json(run / "manifest.json", "negation", "alpha", value=2.0)
+    write_cards(run)
+    assert "2: given in the recipe" in body_of(run), "the sweep speaks of another alpha"
+
+
+def test_a_method_that_does_not_negate(run_without_cards: Path) -> None:
+    change_json(run_without_cards / "manifest.json", "recipe", "method", value="npo")
+    write_cards(run_without_cards)
+    body = body_of(run_without_cards)
+    assert "trains no hazardous model, so reflection through the base gives none" in body
+    assert "| strength | 1.25:" in body
+    assert "npo" in card_of(run_without_cards).data.tags
+
+
+def test_hostile_text_stays_text(run_without_cards: Path) -> None:
+    run = run_without_cards
+    for keys in (
+        ("recipe", "name"), ("recipe", "description"), ("recipe", "data", "forget", "license"), ("model", "name"),
+        ("model", "license"), ("data", "sources"),
+    ):  # fmt: skip
+        if keys == ("data", "sources"):
+            source = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]["sources"]
+            source[0] |= {"location": HOSTILE, "source": HOSTILE, "revision": HOSTILE}
+            change_json(run / "manifest.json", *keys, value=source)
+        else:
+            change_json(run / "manifest.json", *keys, value=HOSTILE + "`" * 7)
+    change_json(run / "results.json", "notes", value=[HOSTILE])
+    change_json(run / "results.json", "unlearned", "judge", "known_errors", value=HOSTILE)
+    write_cards(run)
+    card = card_of(run)
+    plain = re.sub(r"^(`{3,})yaml\n.*?^\1$", "", str(card.text), flags=re.DOTALL | re.MULTILINE)
+    for markup in ("<script", "\u202e", "http://evil"):
+        assert markup not in plain, markup
+    assert r"{{ 7\*7 }}" in plain, "no template is rendered twice"
+    links = re.findall(r"(?<!\\)\]\((\S+)\)", plain)
+    assert set(links) == {"https://arxiv.org/abs/2402.10058"}, "no link but our own"
+    assert plain.count("\n---") == 0, "no second front matter"
+    assert "&lt;script&gt;" in plain
+    data = card.data.to_dict()
+    assert data["license"] == "other"
+    assert "base_model" not in data
+    for row in (line for line in plain.splitlines() if line.startswith("| forget")):
+        assert len(re.findall(r"(?<!\\)\|", row)) == 7
+    for line in str(card.text).splitlines():
+        assert not line.startswith("# free")
+    shown = re.search(r"^(`{3,})yaml\n(.*?)^\1$", str(card.text), flags=re.DOTALL | re.MULTILINE)
+    assert shown is not None
+    assert yaml.safe_load(shown.group(2))["description"] == HOSTILE + "`" * 7
+
+
+def test_settings_of_judges_are_not_shown(run_without_cards: Path) -> None:
+    secret = "http://10.0.0.7:8000/v1"
+    change_json(
+        run_without_cards / "manifest.json", "recipe", "evaluate", "judge_settings", value={"base_url": secret}
+    )
+    write_cards(run_without_cards)
+    assert "10.0.0.7" not in card_of(run_without_cards).content
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nb\r\nc\u2028d\x00", "a b c d"),
+        ("x" * (LONGEST + 5), "x" * LONGEST + "\u2026"),
+        ("", ""),
+    ],
+)
+def test_one_line(text: str, expected: str) -> None:
+    assert one_line(text) == expected
+
+
+def test_escaping() -> None:
+    assert escaped("a|b_c*d`e`[f](g) <h> &amp; #1") == (
+        r"a\|b\_c\*d\`e\`\[f\](g) &lt;h&gt; &amp;amp; \#1"
+    )  # fmt: skip
+    assert escaped("https://a.b and www.c.d") == "https:&#47;&#47;a.b and www&#46;c.d"
+    assert escaped(Written("**ours**")) == "**ours**"
+    assert escaped(3) == "3"
+    assert fenced("a\n````\nb", "yaml") == "`````yaml\na\n````\nb\n`````"
+
+
+def test_public_names(tmp_path: Path) -> None:
+    assert public_name(str(tmp_path / "a" / "b.csv")) == "b.csv"
+    assert public_name("~/data/b.csv") == "b.csv"
+    assert public_name("org/name") == "org/name"
+    assert public_name("x" * 5000) == "x" * 5000
+
+
+def test_a_run_without_results_or_with_broken_ones(run_without_cards: Path) -> None:
+    change_json(run_without_cards / "results.json", "replies", value={"unseen": {"harmful": {}}})
+    with pytest.raises(EvaluationError, match="lack what a card needs"):
+        write_cards(run_without_cards)
+    assert not (run_without_cards / "unlearned" / "README.md").exists()
+    with pytest.raises(OutputError, match="no run folder"):
+        write_cards(run_without_cards / "evaluation")
+
+
+def test_reading_a_card(run: Path) -> None:
+    assert "sku" in read_card(run / "unlearned")["tags"]
+    assert CardChoices() == CardChoices(license=None, base_model=None)

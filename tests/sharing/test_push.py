@@ -1,0 +1,296 @@
+"""Uploads: what is refused before the hub is asked, and what the real client does with a stand-in for the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from sku.cli.main import main
+from sku.errors import EvaluationError, OutputError
+from sku.sharing.push import plan_push, upload
+from sku.storage import BAD_MODEL_MARK, mark_hazardous
+
+from .conftest import change_json
+from .hub_server import TOKEN, Hub, Repository
+
+REPO = "someone/unlearned"
+# Of huggingface_hub 2.4's own use of its HTTP library.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def test_the_plan_holds_the_model_and_nothing_else_of_the_run(run: Path) -> None:
+    plan = plan_push(run, REPO)
+    assert {file.name for file in plan.files} == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert plan.size == sum(path.stat().st_size for path in (run / "unlearned").iterdir())
+    assert {file.name for file in plan_push(run, REPO, "adapter").files} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+
+
+def _bad_folder(run: Path) -> None:
+    mark_hazardous(run)
+
+
+def _marked_model(run: Path) -> None:
+    change_json(run / "unlearned" / "config.json", "sku_hazardous", value=True)
+
+
+def _marker_file(run: Path) -> None:
+    (run / "unlearned" / BAD_MODEL_MARK).write_text("", encoding="utf-8")
+
+
+def _unfinished(run: Path) -> None:
+    change_json(run / "manifest.json", "status", value="running")
+
+
+def _no_manifest(run: Path) -> None:
+    (run / "manifest.json").unlink()
+
+
+def _no_evaluation(run: Path) -> None:
+    (run / "results.json").unlink()
+
+
+def _no_figures(run: Path) -> None:
+    (run / "results.json").write_text("{}", encoding="utf-8")
+
+
+def _pickle(run: Path) -> None:
+    (run / "unlearned" / "pytorch_model.bin").write_bytes(b"")
+
+
+def _training_state(run: Path) -> None:
+    (run / "unlearned" / "checkpoint-3").mkdir()
+    (run / "unlearned" / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
+
+
+def _replies(run: Path) -> None:
+    shutil.copy(run / "evaluation" / "base" / "generations.jsonl", run / "unlearned" / "generations.jsonl")
+
+
+def _link(run: Path) -> None:
+    (run / "unlearned" / "LICENSE").symlink_to(run / "evaluation" / "base" / "generations.jsonl")
+
+
+def _no_card(run: Path) -> None:
+    (run / "unlearned" / "README.md").unlink()
+
+
+def _foreign_card(run: Path) -> None:
+    (run / "unlearned" / "README.md").write_text("---\nlicense: mit\n---\n# base\n", encoding="utf-8")
+
+
+def _broken_card(run: Path) -> None:
+    (run / "unlearned" / "README.md").write_text("---\n- a\n---\n", encoding="utf-8")
+
+
+def _cut_weights(run: Path) -> None:
+    path = run / "unlearned" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def _no_weights(run: Path) -> None:
+    (run / "unlearned" / "model.safetensors").unlink()
+
+
+def _negative_alpha(run: Path) -> None:
+    change_json(run / "manifest.json", "negation", "alpha", value=-1.0)
+
+
+def _no_model(run: Path) -> None:
+    shutil.rmtree(run / "unlearned")
+
+
+REFUSED: list[tuple[Callable[[Path], None], str]] = [
+    (_bad_folder, "is a bad model of stage 1"),
+    (_marked_model, "marked as hazardous"),
+    (_marker_file, "marked as hazardous"),
+    (_unfinished, "is not finished: go on with sku run .* --resume"),
+    (_no_manifest, "no manifest.json"),
+    (_no_evaluation, "results.json can't be read"),
+    (_no_figures, "results.json lacks table"),
+    (_pickle, "pytorch_model.bin is pickled"),
+    (_training_state, "trainer_state.json is no part of a model"),
+    (_replies, "generations.jsonl is no part of a model"),
+    (_link, "LICENSE is a link"),
+    (_no_card, "no model card of SKU: write it with sku card"),
+    (_foreign_card, "no model card of SKU"),
+    (_broken_card, "no model card that can be read"),
+    (_cut_weights, "model.safetensors is damaged"),
+    (_no_weights, "no weights in safetensors"),
+    (_negative_alpha, "alpha is -1"),
+    (_no_model, "holds no model"),
+]
+
+
+@pytest.mark.parametrize(("harm", "message"), REFUSED, ids=[harm.__name__.strip("_") for harm, _ in REFUSED])
+def test_what_must_not_leave_is_refused_before_the_hub_is_asked(
+    run: Path, hub: Hub, harm: Callable[[Path], None], message: str
+) -> None:
+    harm(run)
+    with pytest.raises((OutputError, EvaluationError), match=message):
+        plan_push(run, REPO)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["unlearned", "a b/c", "a/b/c", "../x"])
+def test_names_of_repositories_are_checked(run: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="no namespace|no name of a hub repository"):
+        plan_push(run, name)
+
+
+def test_an_upload_is_private_whole_and_exact(run: Path, hub: Hub) -> None:
+    url = upload(plan_push(run, REPO))
+    assert url.startswith(f"{hub.url}/{REPO}/commit/")
+    assert hub.repositories[REPO].private
+    files = hub.repositories[REPO].branches["main"]
+    assert files == {path.name: path.read_bytes() for path in (run / "unlearned").iterdir()}
+    assert hub.tokens == {TOKEN}
+    assert hub.count("/lfs/") == hub.count("/commit/") == 1
+
+
+def test_the_adapter_to_a_branch_of_a_public_repository(run: Path, hub: Hub) -> None:
+    upload(plan_push(run, REPO, "adapter"), public=True, revision="v2")
+    assert not hub.repositories[REPO].private
+    assert hub.repositories[REPO].branches["main"] == {}
+    assert "adapter_model.safetensors" in hub.repositories[REPO].branches["v2"]
+
+
+def test_a_second_upload_goes_to_the_same_repository(run: Path, hub: Hub) -> None:
+    """The hub answers 409 to its creation; weights that it has are not sent again."""
+    upload(plan_push(run, REPO))
+    upload(plan_push(run, REPO))
+    assert hub.count("/api/repos/create") == 2
+    assert hub.count("/lfs/") == 1
+
+
+def test_a_public_repository_gets_nothing_unless_asked(run: Path, hub: Hub) -> None:
+    hub.repositories[REPO] = Repository(private=False)
+    with pytest.raises(OutputError, match="exists and is public: nothing was uploaded; add --public"):
+        upload(plan_push(run, REPO))
+    assert hub.repositories[REPO].branches["main"] == {}
+    assert hub.count("/lfs/") == hub.count("preupload") == 0
+
+
+def test_offline_and_without_a_token_nothing_is_asked(
+    run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = plan_push(run, REPO)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set: nothing was uploaded"):
+        upload(plan)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match="no token for the hub: log in with `hf auth login`"):
+        upload(plan)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "message"),
+    [
+        ("/preupload/", 401, r"refuses someone/unlearned|has no someone/unlearned"),
+        ("/preupload/", 403, r"refuses someone/unlearned \(HTTP 403\): log in"),
+        ("/commit/", 409, "conflict on someone/unlearned"),
+        ("/commit/", 400, "HTTP 400"),
+    ],
+)
+def test_refusals_of_the_hub_are_one_line(run: Path, hub: Hub, part: str, status: int, message: str) -> None:
+    hub.faults = {part: [status] * 20}
+    with pytest.raises(OutputError, match=message) as caught:
+        upload(plan_push(run, REPO))
+    assert TOKEN not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert hub.repositories[REPO].branches["main"] == {}
+
+
+def test_a_wrong_token_is_named(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "hf_wrongTokenOfTheTests0123456789"
+    monkeypatch.setenv("HF_TOKEN", wrong)
+    with pytest.raises(OutputError, match="log in with `hf auth login`") as caught:
+        upload(plan_push(run, REPO))
+    assert wrong not in str(caught.value)
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("part", ["/preupload/", ".git/info/lfs", "/lfs/"])
+def test_failures_that_pass_are_tried_again(run: Path, hub: Hub, part: str) -> None:
+    hub.faults = {part: [503, 500]}
+    upload(plan_push(run, REPO))
+    assert "model.safetensors" in hub.repositories[REPO].branches["main"]
+    assert hub.faults[part] == []
+
+
+def test_failures_that_stay_are_told_and_leave_nothing(run: Path, hub: Hub) -> None:
+    hub.faults = {"/lfs/": [503] * 50}
+    with pytest.raises(OutputError, match=r"the hub fails \(HTTP 503\) after several tries: nothing was committed"):
+        upload(plan_push(run, REPO))
+    assert hub.repositories[REPO].branches["main"] == {}
+
+
+def test_a_connection_that_breaks_off_goes_on_with_the_same_call(run: Path, hub: Hub) -> None:
+    hub.faults = {"/commit/": [0] * 50}
+    with pytest.raises(OutputError, match="out of reach"):
+        upload(plan_push(run, REPO))
+    assert hub.repositories[REPO].branches["main"] == {}
+    hub.faults = {}
+    upload(plan_push(run, REPO))
+    assert hub.count("/lfs/") == 1, "the weights were there already"
+    assert "model.safetensors" in hub.repositories[REPO].branches["main"]
+
+
+def test_the_command_is_interrupted_and_done_again(run: Path, hub: Hub) -> None:
+    """A process of its own with the environment that users set; Ctrl-C while the weights go out."""
+    hub.faults = {"/lfs/": [1]}
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
+    }  # fmt: skip
+    words = [sys.executable, "-m", "sku", "push", str(run), REPO]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert hub.stalled.wait(60)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert TOKEN not in out + err
+    assert hub.repositories[REPO].branches["main"] == {}
+
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"uploaded  {hub.url}/{REPO}/commit/" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    assert hub.repositories[REPO].private
+
+
+def test_a_dry_run_lists_files_and_asks_nobody(
+    run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["sku", "push", str(run), REPO, "--dry-run", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["url"] is None
+    assert {"path": "config.json", "bytes": (run / "unlearned" / "config.json").stat().st_size} in printed["files"]
+    assert hub.requests == []
+
+
+def test_pushing_imports_no_torch() -> None:
+    heavy = "{'torch', 'transformers', 'statsmodels', 'pandas'}"
+    code = f"import sys, sku.sharing.push; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,330 @@
+"""Bad models: marked wherever they lie, gone when they are not needed, and no pickle or foreign code is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer
+
+from sku.cli.main import main
+from sku.config import ModelConfig, Recipe, load_recipe
+from sku.errors import ModelError, OutputError
+from sku.models import load_classifier, load_model
+from sku.negate.adapters import load_adapter
+from sku.negate.run import negate, task_vector_of
+from sku.negate.streaming import negate_folders
+from sku.pipeline import acquire_recipe, evaluate_recipe, run_recipe
+from sku.reproducibility import environment, without_secrets
+from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder, remove_hazardous
+from sku.wipe import hazardous_folders, wipe
+
+SMALL = (
+    "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
+    "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
+    "evaluate.samples=0", "evaluate.prefill_tokens=0", "negate.diagnostics=false",
+)  # fmt: skip
+LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
+SECRET = "hf_tokenThatMustNotBeFound0123456789"
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe("embedded", [*SMALL, *changes])
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def key_of(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")).get(HAZARD_KEY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with an adapter whose bad model is kept, under an umask that hides nothing, with a token around."""
+    out = tmp_path_factory.mktemp("kept") / "run"
+    before = os.umask(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        patch.setattr(sys, "argv", ["sku", "run", "--set", f"token={SECRET}"])
+        try:
+            run_recipe(recipe(*LORA, "keep_bad_model=true"), out)
+        finally:
+            os.umask(before)
+    return out
+
+
+@pytest.fixture
+def copied(kept: Path, tmp_path: Path) -> Path:
+    shutil.copytree(kept, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_bad_model_is_marked_in_its_folder_its_configuration_and_its_checkpoints(kept: Path) -> None:
+    folders = [kept / "bad" / name for name in ("final", "checkpoint-1", "checkpoint-2")]
+    for folder in folders:
+        assert (folder / BAD_MODEL_MARK).is_file()
+        assert key_of(folder / "adapter_config.json") is True
+        assert is_marked_hazardous(folder)
+    for part in ("unlearned", "negated_adapter"):
+        assert not is_marked_hazardous(kept / part)
+        for name in ("config.json", "adapter_config.json"):
+            if (kept / part / name).is_file():
+                assert key_of(kept / part / name) is None
+
+
+def test_whatever_the_umask_nobody_else_enters(kept: Path) -> None:
+    assert {mode(path) for path in (kept, kept / "bad", kept / "bad" / "final", kept / "bad" / "checkpoint-1")} == {
+        0o700
+    }
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+def test_folders_under_each_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "run", private=True):
+            pass
+        mark_hazardous(tmp_path / "run" / "bad")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "run") == mode(tmp_path / "run" / "bad") == 0o700
+
+
+def test_no_file_of_a_run_holds_a_token(kept: Path) -> None:
+    files = [path for path in kept.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    manifest = json.loads((kept / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["environment"]["command"] == "sku run --set token=***"
+
+
+def test_secrets_of_the_environment_and_hub_tokens_are_struck_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
+    monkeypatch.setenv("OTHER_KEY", "run")
+    text = without_secrets("sku run --set a=abcdefgh b=hf_ABCDEFGHIJKLMNOPQRST --out run")
+    assert text == "sku run --set a=*** b=*** --out run"
+    assert "***" not in environment()["command"]
+
+
+def test_the_card_lies_in_model_and_adapter(kept: Path) -> None:
+    for part in ("unlearned", "negated_adapter"):
+        assert (kept / part / "README.md").read_text(encoding="utf-8").startswith("---\n")
+
+
+def test_the_adapter_loads_without_a_warning_and_negates(kept: Path) -> None:
+    base = load_model("embedded").model
+    bad = load_adapter(load_model("embedded").model, kept / "bad" / "final")
+    assert task_vector_of(base, bad).norm() > 0
+    with pytest.warns(UserWarning, match=HAZARD_KEY):  # Others are told that something is odd.
+        PeftModel.from_pretrained(load_model("embedded").model, str(kept / "bad" / "final"))
+
+
+def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> None:
+    acquire_recipe(recipe(), tmp_path / "bad")
+    assert key_of(tmp_path / "bad" / "config.json") is True
+    (tmp_path / "bad" / BAD_MODEL_MARK).unlink()
+    assert is_marked_hazardous(tmp_path / "bad"), "the configuration still says it"
+    negate("embedded", tmp_path / "bad").save_pretrained(tmp_path / "in_memory")
+    base = Path(load_recipe.__code__.co_filename).parent / "world" / "model"
+    negate_folders(base, tmp_path / "bad", tmp_path / "streamed")
+    for name in ("in_memory", "streamed"):
+        assert not is_marked_hazardous(tmp_path / name)
+    with pytest.raises(ModelError, match="is a bad model of stage 1; .* or add --allow-hazardous"):
+        evaluate_recipe(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
+    assert not (tmp_path / "evaluation").exists()
+    evaluate_recipe(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation", allow_hazardous=True)
+    assert (tmp_path / "evaluation" / "model" / "evaluation.json").is_file()
+
+
+def test_a_marked_configuration_that_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert not is_marked_hazardous(tmp_path)
+    with pytest.raises(OutputError, match=r"config\.json can't be marked"):
+        mark_hazardous(tmp_path)
+
+
+def interrupt_in_training(stage: str, done: int, total: int) -> None:
+    if stage == "acquire: steps" and done == 2:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path: Path) -> None:
+    out, settings = tmp_path / "run", recipe(f"keep_for_resume={str(keep).lower()}")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(settings, out, progress=interrupt_in_training)
+    assert bool(hazardous_folders(out)) == keep
+    assert run_recipe(settings, out, resume=True).manifest["bad_model"] == {"kept": False}
+    assert hazardous_folders(out) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit(1)])
+def test_a_failure_leaves_none_either(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise error
+
+    out = tmp_path / "run"
+    monkeypatch.setattr("sku.pipeline.change_of", fail)
+    with pytest.raises(type(error)):
+        run_recipe(recipe("keep_for_resume=false"), out)
+    assert out.is_dir()
+    assert hazardous_folders(out) == []
+
+
+def test_the_bad_model_goes_before_the_evaluation(tmp_path: Path) -> None:
+    """A failure after stage 2 finds nothing to leave behind, whatever the recipe says."""
+    out = tmp_path / "run"
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.startswith("evaluate unlearned"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), out, progress=interrupt)
+    assert (out / "unlearned").is_dir()
+    assert hazardous_folders(out) == []
+
+
+def test_what_can_not_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_hazardous(tmp_path / "bad")
+
+    def refuse(path: Path, *_arguments: Any, **_options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(OutputError, match="bad could not be removed: Permission denied; remove them yourself"):
+        remove_hazardous(tmp_path / "bad")
+    monkeypatch.undo()
+    remove_hazardous(tmp_path / "bad")
+    remove_hazardous(tmp_path / "bad")  # Gone already.
+
+
+def test_wiping_finds_what_is_marked_and_nothing_else(copied: Path) -> None:
+    (copied / "link").symlink_to(copied / "bad")
+    mark_hazardous(copied / "vector")
+    assert hazardous_folders(copied.parent) == [copied / "bad", copied / "vector"]
+    assert hazardous_folders(copied / "bad") == [copied / "bad"]
+    unlearned = {path.name for path in (copied / "unlearned").iterdir()}
+    with pytest.raises(OutputError, match="not marked as hazardous"):
+        wipe([copied / "unlearned"])
+    wipe(hazardous_folders(copied))
+    assert not (copied / "bad").exists()
+    assert {path.name for path in (copied / "unlearned").iterdir()} == unlearned
+    assert json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["bad_model"] == {"kept": False}
+    with pytest.raises(OutputError, match="there is no folder"):
+        hazardous_folders(copied / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "gone", "code"),
+    [(("--dry-run",), "", False, 0), ((), "n\n", False, 1), ((), "y\n", True, 0), (("--yes",), "", True, 0)],
+)
+def test_the_wipe_command(
+    copied: Path, options: tuple[str, ...], answer: str, gone: bool, code: int, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sku", "wipe", str(copied), *options])
+    monkeypatch.setattr("typer.confirm", lambda *_: answer.startswith("y"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code or 0) == code
+    assert (not (copied / "bad").exists()) == gone
+    assert str(copied / "bad") in capsys.readouterr().out
+
+
+class _Trap:
+    """A pickle that leaves a trace when somebody reads it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("load", [load_model, lambda path: load_classifier(ModelConfig(path=str(path)))])
+def test_pickled_weights_are_refused_and_not_read(load: Any, make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(_Trap(tmp_path / "trace"), tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickled weights \(pytorch_model.bin\).*safetensors only.*save_pretrained"):
+        load(tmp_path / "model")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickles_beside_safetensors_are_left_alone(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    torch.save(_Trap(tmp_path / "trace"), tmp_path / "model" / "pytorch_model.bin")
+    load_model(tmp_path / "model")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickled_adapters_are_refused(make_model: Any, tmp_path: Path) -> None:
+    base = make_model()
+    adapted = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(_Trap(tmp_path / "trace"), tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"pickled weights \(adapter_model.bin\)"):
+        task_vector_of(base, tmp_path / "adapter")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    names = {"AutoConfig": "trap.TrapConfig", "AutoModelForCausalLM": "trap.TrapModel"}
+    config |= {"model_type": "trap", "auto_map": names}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    trap = f"from pathlib import Path\nPath({str(tmp_path / 'trace')!r}).touch()\n"
+    (tmp_path / "model" / "trap.py").write_text(trap, encoding="utf-8")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load_model(tmp_path / "model")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_terminated_process_cleans_up_as_an_interrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    settings = [word for change in (*SMALL, "keep_for_resume=false") for word in ("--set", change)]
+    monkeypatch.setattr(sys, "argv", ["sku", "run", "--out", str(out), *settings])
+    monkeypatch.setattr("sku.pipeline.change_of", lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "interrupted; go on with the same command" in capsys.readouterr().err
+    assert (out / "manifest.json").is_file()
+    assert hazardous_folders(out) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_public_trainer_marks_its_checkpoints(make_trainer: Any, tmp_path: Path) -> None:
+    trainer: Trainer = make_trainer(save_steps=1, save_strategy="steps")
+    trainer.train()
+    assert is_marked_hazardous(tmp_path / "checkpoints" / "checkpoint-1")
+    assert key_of(tmp_path / "checkpoints" / "checkpoint-2" / "adapter_config.json") is True
