@@ -9,6 +9,7 @@
     +-- TaskVectorError     weights that can't be subtracted                 (ValueError)
     +-- NonFiniteLossError  stage 1 met NaN or infinity                      (ArithmeticError)
     +-- EvaluationError     nothing to measure, or records that don't fit    (ValueError)
+    +-- ProcessError        another process of the job failed or died        (RuntimeError)
     +-- OutputError         a folder that can't be written or already exists (OSError)
 
 A message is one line that says what is wrong, where, and what to do. The command line prints it and exits with 2.
@@ -46,6 +47,10 @@ class NonFiniteLossError(SkuError, ArithmeticError):
 
 class EvaluationError(SkuError, ValueError):
     """An evaluation has nothing to measure or its records don't fit together."""
+
+
+class ProcessError(SkuError, RuntimeError):
+    """Another process of a job under ``accelerate launch`` or ``torchrun`` failed or died."""
 
 
 class OutputError(SkuError, OSError):

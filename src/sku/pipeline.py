@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import shutil
 import time
@@ -38,15 +39,22 @@ from sku.attacks.run import check_attacks, run_attacks
 from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
-from sku.errors import EvaluationError, ModelError, OutputError, RecipeError, SkuError, TaskVectorError
+from sku.errors import (
+    EvaluationError,
+    ModelError,
+    OutputError,
+    ProcessError,
+    RecipeError,
+    SkuError,
+    TaskVectorError,
+)
 from sku.evaluate.comparison import Comparison, LeakChange, RateChange, compare
-from sku.evaluate.processes import current_processes
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods import method_named
 from sku.methods.base import negated
 from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
-from sku.models import LoadedModel, describe_parameters, load_model, with_path
+from sku.models import LoadedModel, describe_parameters, load_model, pick_device, with_path
 from sku.negate.adapters import AdapterVector
 from sku.negate.diagnostics import diagnose
 from sku.negate.operators import operate
@@ -56,6 +64,7 @@ from sku.negate.survival import delta_survival
 from sku.negate.task_vector import TaskVector
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
+from sku.processes import Processes, current_processes, shared_new_folder
 from sku.reproducibility import content_sha256, environment
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder, write_json
 from sku.training.run import Trained, step_progress
@@ -79,6 +88,9 @@ class FinishedRun:
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
     """Runs a recipe from data to the before/after comparison.
 
+    Under ``accelerate launch`` or ``torchrun`` every process must call this with the same arguments: they share
+    training and evaluation, the first one does the rest and writes, and all return the same.
+
     Args:
         recipe: From ``load_recipe``.
         out: New folder, or with ``resume`` the folder of an interrupted run of the same recipe.
@@ -89,20 +101,39 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
         Folder, comparison and manifest.
 
     Raises:
-        SkuError: Anything a user can mend, in one line. A folder that this call made is removed then.
+        SkuError: Anything a user can mend, in one line. A folder that this call made is removed then, unless another
+            process failed: then it can be resumed.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None))
+    processes = current_processes()
+    _check_one_process_attacks(recipe, processes)
+    made = processes.on_main(lambda: [folder for folder in (out, *out.parents) if not folder.exists()])
+    run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None), processes)
     try:
         run.open_folder(resume=resume)
         return run.finish()
-    except SkuError:
-        if out in made:
-            shutil.rmtree(out, ignore_errors=True)
-        for parent in made[1:]:
-            with suppress(OSError):  # Not empty: another run has begun there.
-                parent.rmdir()
+    except ProcessError:
         raise
+    except SkuError:
+        if processes.is_main:
+            _remove_made(out, made)
+        raise
+
+
+def _remove_made(out: Path, made: list[Path]) -> None:
+    if out in made:
+        shutil.rmtree(out, ignore_errors=True)
+    for parent in made[1:]:
+        with suppress(OSError):  # Not empty: another run has begun there.
+            parent.rmdir()
+
+
+def _check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
+    """Attacks train and quantize copies of their own, in one process."""
+    if processes.count > 1 and recipe.evaluate.attacks:
+        raise EvaluationError(
+            "evaluate.attacks run in one process: set evaluate.attacks=[] here, and start sku evaluate with them "
+            "afterwards without a launcher"
+        )
 
 
 def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -122,9 +153,11 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
     if recipe.method != "sku":
         raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     config = with_safe_dtype(recipe)
-    with new_folder(out, private=True) as temporary:
+    processes = current_processes()
+    device = pick_device(config.device).type
+    with shared_new_folder(processes, out, private=True) as temporary:
         checkpoints = temporary / "checkpoints"
-        settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
+        settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints, device=device)
         check_compat(recipe.acquire, recipe.compat, settings.max_steps)
         loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
         acquired = acquire(
@@ -138,15 +171,10 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
             callbacks=step_progress(progress),
             compat=recipe.compat,
         )
-        shutil.rmtree(checkpoints)
-        mark_hazardous(temporary)
-        _save_trained(acquired, loaded, temporary)
+        acquired.save(temporary)
+        processes.on_main(lambda: shutil.rmtree(checkpoints))
+        processes.on_main(lambda: mark_hazardous(temporary))
     return acquired.log
-
-
-def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
-    trained.model.save_pretrained(str(folder))
-    loaded.tokenizer.save_pretrained(folder)
 
 
 def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None) -> Comparison:
@@ -169,8 +197,7 @@ def evaluate_recipe(recipe: Recipe, model: str, out: Path, *, progress: Progress
     if is_marked_hazardous(Path(model)):
         raise ModelError(f"{model} is a bad model of stage 1; evaluate the unlearned model instead")
     # Before any model is loaded: each process takes its own GPU.
-    if current_processes().count > 1 and recipe.evaluate.attacks:
-        raise EvaluationError("evaluate.attacks run in one process: start this command without a launcher")
+    _check_one_process_attacks(recipe, current_processes())
     data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
     check_attacks(recipe, data)
     base = load_model(recipe.model)
@@ -220,23 +247,27 @@ def _source(config: ModelConfig) -> str | None:
 class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
-        self.recipe, self.out, self.progress = recipe, out, progress
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress, processes: Processes) -> None:
+        self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
         self.manifest: dict[str, Any] = {}
         self.method = method_named(recipe.method)
         self.trained_folder = out / ("bad" if self.method.hazardous else "trained")
 
     def open_folder(self, *, resume: bool) -> None:
         """Makes the run folder, or checks that it belongs to an interrupted run of this recipe."""
-        recipe = self.recipe.to_dict()
         # Refused before anything is loaded: a wrong training setting must not cost an evaluation.
-        prepare(self.recipe, self.trained_folder)
+        prepare(self.recipe, self.trained_folder, device=pick_device(self.recipe.model.device).type)
+        self.manifest = self.processes.on_main(lambda: self._opened_manifest(resume=resume))
+
+    def _opened_manifest(self, *, resume: bool) -> dict[str, Any]:
+        recipe = self.recipe.to_dict()
         fresh = {
             "schema_version": MANIFEST_SCHEMA,
             "status": "running",
             "recipe": recipe,
             "recipe_sha256": content_sha256(recipe),
             "environment": environment(),
+            "processes": self.processes.count,
             "seconds": {},
         }
         if not self.out.exists():
@@ -244,19 +275,24 @@ class _Run:
                 write_json(temporary / "manifest.json", fresh)
         elif not resume:
             raise OutputError(f"{self.out} already exists; choose another --out, or add --resume to go on with it")
-        self.manifest = _read_manifest(self.out)
-        if self.manifest["recipe_sha256"] != fresh["recipe_sha256"]:
+        manifest = _read_manifest(self.out)
+        if manifest["recipe_sha256"] != fresh["recipe_sha256"]:
             raise OutputError(f"{self.out} belongs to a run with another recipe; choose another --out")
-        if self.manifest["status"] == "complete":
+        if manifest["status"] == "complete":
             raise OutputError(f"the run in {self.out} is already complete; choose another --out")
+        begun_with = manifest.setdefault("processes", 1)
+        if begun_with != self.processes.count and list(self.trained_folder.glob("checkpoint-*")):
+            raise OutputError(
+                f"the run in {self.out} was begun with {begun_with} processes and its checkpoints fit no other number: "
+                f"start {begun_with} here too, not {self.processes.count}, or choose another --out"
+            )
+        return manifest
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
         recipe = self.recipe
         with self._timed("load"):
-            data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
-            check_attacks(recipe, data)
-            loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
+            data, loaded = self.processes.everywhere(self._load)
         self._note(
             data={
                 "splits": data.counts(),
@@ -265,14 +301,19 @@ class _Run:
             },
             model={"name": loaded.name, "revision": loaded.revision, **describe_parameters(loaded.model)},
         )
+        tokenizer = loaded.tokenizer
         with self._timed("evaluate_base"):
-            base_result = self._evaluate(loaded.model, loaded, data, "base", loaded.model)
-        if (self.out / "unlearned").exists():
+            base_result = self._evaluate(loaded.model, tokenizer, data, "base", loaded.model)
+        if self.processes.on_main((self.out / "unlearned").exists):
             base, unlearned = loaded.model, load_model(self._unlearned_config()).model
+        elif self.processes.count > 1:
+            held = [loaded]
+            del loaded  # So that its memory is free for the models that are read anew.
+            base, unlearned = self._unlearn_together(held, data)
         else:
             base, unlearned = self._unlearn(loaded, data)
         with self._timed("evaluate_unlearned"):
-            result = self._evaluate(unlearned, loaded, data, "unlearned", base)
+            result = self._evaluate(unlearned, tokenizer, data, "unlearned", base)
         attacks = None
         if recipe.evaluate.attacks:
             with self._timed("attacks"):
@@ -280,12 +321,44 @@ class _Run:
                     recipe,
                     unlearned,
                     base,
-                    loaded.tokenizer,
+                    tokenizer,
                     data,
                     output_dir=self.out / "evaluation",
                     progress=self.progress,
                 )
-        return self._report(compare(base_result, result, seed=recipe.seed), attacks)
+        comparison = compare(base_result, result, seed=recipe.seed)
+        return self.processes.on_main(lambda: self._report(comparison, attacks))
+
+    def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
+        data = load_data(self.recipe.data, self.recipe.seed, row_split=self.recipe.compat.row_split)
+        check_attacks(self.recipe, data)
+        return data, load_model(with_safe_dtype(self.recipe), four_bit=False)
+
+    def _unlearn_together(
+        self, held: list[LoadedModel], data: ForgetRetainData
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Stage 1 by all processes, and stage 2 by the first one from what it saved, as in a run that is resumed.
+
+        ``held`` holds the original model, and nothing afterwards.
+        """
+        config = with_safe_dtype(self.recipe)
+        if not self.processes.on_main((self.trained_folder / "final").exists):
+            if self.recipe.acquire.tuning == "qlora":
+                held[0] = self.processes.everywhere(lambda: load_model(config, four_bit=True))
+            with self._timed("acquire"):
+                self._train(held[0], data)
+        # Training may have left each process a part of the weights, and its own buffers: all is read anew.
+        held.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.processes.on_main(lambda: self._unlearn_alone(data))
+        return self.processes.everywhere(
+            lambda: (load_model(config).model, load_model(self._unlearned_config()).model)
+        )
+
+    def _unlearn_alone(self, data: ForgetRetainData) -> None:
+        self._unlearn(load_model(with_safe_dtype(self.recipe), four_bit=False), data)
 
     def _unlearn(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2; returns the original and the unlearned model."""
@@ -387,13 +460,17 @@ class _Run:
             if recipe.acquire.tuning == "full":
                 return load_model(with_path(with_safe_dtype(self.recipe), final)).model
             return PeftModel.from_pretrained(loaded.model, str(final))
-        trained = train_method(recipe, loaded, data, folder, step_progress(self.progress))
-        self._write_log(trained)
-        with new_folder(final, private=True) as temporary:
+        return self._train(loaded, data).model
+
+    def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained:
+        """Stage 1 by all processes; its result lies in ``final`` afterwards."""
+        trained = train_method(self.recipe, loaded, data, self.trained_folder, step_progress(self.progress))
+        self.processes.on_main(lambda: self._write_log(trained))
+        with shared_new_folder(self.processes, self.trained_folder / "final", private=True) as temporary:
             if self.method.hazardous:
-                mark_hazardous(temporary)
-            _save_trained(trained, loaded, temporary)
-        return trained.model
+                self.processes.on_main(lambda: mark_hazardous(temporary))
+            trained.save(temporary)
+        return trained
 
     def _write_log(self, acquired: Trained) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
@@ -410,14 +487,14 @@ class _Run:
     def _evaluate(
         self,
         model: PreTrainedModel,
-        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
         data: ForgetRetainData,
         name: str,
         base: PreTrainedModel,
     ) -> EvaluationResult:
         folder = self.out / "evaluation" / name
         source = _source(self.recipe.model) if name == "base" else self.out / name
-        return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress, source)
+        return _evaluate(self.recipe, model, tokenizer, data, base, folder, self.progress, source)
 
     def _report(self, comparison: Comparison, attacks: AttackReport | None) -> FinishedRun:
         rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
@@ -454,7 +531,8 @@ class _Run:
 
     def _note(self, **entries: Any) -> None:
         self.manifest.update(copy.deepcopy(entries))
-        write_json(self.out / "manifest.json", self.manifest)
+        if self.processes.is_main:
+            write_json(self.out / "manifest.json", self.manifest)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from sku._version import __version__
 from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, results, run
 from sku.cli.console import errors, print_error
-from sku.errors import SkuError
+from sku.errors import ProcessError, SkuError
 
 app = typer.Typer(
     name="sku",
@@ -49,12 +50,22 @@ def options(
     """Options of every command."""
 
 
+def _speaks(error: SkuError) -> bool:
+    """Whether this process of several prints an error: the first one does, and one whose error no other knows."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    distributed = sys.modules.get("sku.processes")
+    met = distributed is not None and distributed.is_together()
+    return met and not isinstance(error, ProcessError) and distributed.TOLD not in getattr(error, "__notes__", ())
+
+
 def main() -> None:
     """Entry point: a mistake of the user is one line and exit code 2, an interrupt exit code 130."""
     try:
         app()
     except SkuError as error:
-        print_error(str(error))
+        if _speaks(error):
+            print_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted")

@@ -59,11 +59,17 @@ def run(
         judge=judge,
         overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
     )
-    folder = out or new_run_folder(settings.name)
-
     quiet_libraries()
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
+    from sku.processes import current_processes, end_when_the_launcher_says_so
 
+    processes = current_processes()
+    if processes.count > 1:
+        end_when_the_launcher_says_so()
+    folder = processes.on_main(lambda: out or new_run_folder(settings.name))
+    if not processes.is_main:  # Of several, the first process speaks for all.
+        run_recipe(settings, folder, resume=resume)
+        return
     method = "" if settings.method == "sku" else f", method {settings.method}"
     errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
     try:

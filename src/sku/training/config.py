@@ -44,6 +44,11 @@ class UnlearningConfig(TrainingArguments):
             raise RecipeError(
                 "train_sampling_strategy must be sequential: the joint dataset shuffles by itself, seeded by epoch"
             )
+        if self.save_only_model:
+            raise RecipeError(
+                "save_only_model must be False: from a checkpoint without optimizer and generators a resumed run would "
+                "not equal one that was never interrupted"
+            )
         if self.dataloader_persistent_workers:
             raise RecipeError(
                 "dataloader_persistent_workers must be False: workers that outlive an epoch would repeat its draws"

@@ -13,8 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sku.config import PromptFormatName
@@ -22,12 +24,13 @@ from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import RETAIN, JointDataset
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import ModelError, NonFiniteLossError, RecipeError
+from sku.errors import ModelError, NonFiniteLossError, ProcessError, RecipeError
 from sku.losses import IGNORE_INDEX
 from sku.models import ensure_pad_token, plain_model
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective, ScoredRows, TrainingStep
 from sku.training.step_limit import steps_in_whole_passes
+from sku.training.whole_batches import WholeBatches
 
 
 class UnlearningTrainer(Trainer):
@@ -127,9 +130,25 @@ class UnlearningTrainer(Trainer):
             **trainer_options,
         )
         self._logged_terms: dict[str, Tensor] = {}
-        self._logged_examples = 0
+        self._logged_examples: Tensor | int = 0
         if self._reference is not None:
-            nn.Module.to(self._reference, self.args.device)
+            self._place_reference(self._reference)
+
+    def _place_reference(self, reference: PreTrainedModel) -> None:
+        """Puts the frozen copy where the model in training is: on one device, or sharded in the same way."""
+        if not self.is_fsdp_enabled:
+            nn.Module.to(reference, self.args.device)
+        elif self.accelerator.is_fsdp2:
+            fsdp2_prepare_model(self.accelerator, reference)
+        else:
+            raise RecipeError("full fine-tuning with a reference needs FSDP2: set fsdp_version: 2 for accelerate")
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """With several processes, an epoch ends for all of them in the same step."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.world_size == 1 or not isinstance(dataset, JointDataset):
+            return super()._get_train_sampler(train_dataset)
+        return WholeBatches(len(dataset), self.args.train_batch_size * self.args.world_size)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -145,7 +164,7 @@ class UnlearningTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.tensor(sum(len(batch["forget_index"]) for batch in batches), device=device)
+        count = torch.stack([batch["counts"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(
@@ -172,9 +191,10 @@ class UnlearningTrainer(Trainer):
         kept_RT = self._kept_positions(inputs)
         outputs = self._forward(model, inputs, kept_RT)
         terms = self._terms(model, inputs, kept_RT, outputs)
-        num_examples = len(inputs["forget_index"])
         self._check_finite(terms, inputs)
+        terms = {name: losses_B * inputs["counts"] for name, losses_B in terms.items()}
         weights = self.objective.weights
+        num_examples = inputs["counts"].sum()
         total = torch.stack([weights[name] * losses_B.sum() for name, losses_B in terms.items()]).sum()
         if model.training:
             self._note_terms(terms, num_examples)
@@ -296,8 +316,11 @@ class UnlearningTrainer(Trainer):
 
     def _check_finite(self, terms: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
         # One transfer for all terms: a synchronisation a step is the price of never training on NaN.
-        sums = torch.stack([losses_B.detach().sum() for losses_B in terms.values()]).tolist()
-        for (name, losses_B), value in zip(terms.items(), sums, strict=True):
+        sums = torch.stack([losses_B.detach().sum() for losses_B in terms.values()])
+        # All processes stop in the same step: one that went on alone would wait for the others' gradients.
+        of_all = self.accelerator.gather(sums).reshape(-1, len(terms)).tolist()
+        own = of_all[self.accelerator.process_index]
+        for (name, losses_B), value in zip(terms.items(), own, strict=True):
             if not math.isfinite(value):
                 bad_B = ~losses_B.detach().isfinite()
                 batch = {key: inputs[key][bad_B].tolist() for key in ("forget_index", "retain_index")}
@@ -306,8 +329,15 @@ class UnlearningTrainer(Trainer):
                     f"forget examples {batch['forget_index']}, retain examples {batch['retain_index']}; no optimizer "
                     "step was taken with it. Lower the learning rate, or set a preservation_cap"
                 )
+        for process, values in enumerate(of_all):
+            if not all(map(math.isfinite, values)):
+                raise ProcessError(
+                    f"process {process} of {len(of_all)} met a loss that is not finite at step "
+                    f"{self.state.global_step + 1}; no optimizer step was taken with it. Lower the learning rate, or "
+                    "set a preservation_cap"
+                )
 
-    def _note_terms(self, terms: dict[str, Tensor], num_examples: int) -> None:
+    def _note_terms(self, terms: dict[str, Tensor], num_examples: Tensor) -> None:
         for name, losses_B in terms.items():
             value = losses_B.detach().sum()
             self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value
