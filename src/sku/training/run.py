@@ -122,11 +122,21 @@ def train(
         log=[entry for entry in trainer.state.log_history if "loss" in entry],
         reports=dict(joint.reports),
         seconds=float(result.metrics["train_runtime"]),
-        save=lambda target: _save(trainer, target),
+        save=lambda target: save_trained(trainer, target),
     )
 
 
-def _save(trainer: UnlearningTrainer, target: Path) -> None:
+def save_trained(trainer: UnlearningTrainer, target: Path) -> None:
+    """Writes the trained weights and the tokenizer; with several processes all call it, and the first one writes.
+
+    Args:
+        trainer: After training.
+        target: Folder.
+
+    Raises:
+        RecipeError: The settings of FSDP or DeepSpeed leave the weights in parts.
+        ProcessError: Another process died.
+    """
     if trainer.args.world_size > 1:
         with lost_processes_named():
             trainer.save_model(str(target))

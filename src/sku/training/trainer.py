@@ -207,7 +207,7 @@ class UnlearningTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds each loss term, averaged since the last line, under ``loss/<name>``."""
-        if self._logged_examples and "loss" in logs:
+        if self._logged_terms and "loss" in logs:
             count = self.accelerator.gather(torch.tensor(float(self._logged_examples), device=self.args.device)).sum()
             for name, total in self._logged_terms.items():
                 logs[f"loss/{name}"] = float(self.accelerator.gather(total).sum() / count)
