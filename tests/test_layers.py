@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "attacks": {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
     },
+    "plan": {"config", "errors", "losses", "models", "training", "acquire", "methods"},
     "report": {"errors", "evaluate", "attacks"},
     "comparison": {
         "config", "errors", "storage", "data", "models", "training", "methods", "negate", "evaluate", "report",

@@ -62,9 +62,9 @@ from sku.negate.operators.context import context_of
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
 from sku.negate.survival import delta_survival
 from sku.negate.task_vector import TaskVector
+from sku.processes import Processes, current_processes, shared_new_folder
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
-from sku.processes import Processes, current_processes, shared_new_folder
 from sku.reproducibility import content_sha256, environment
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder, write_json
 from sku.training.run import Trained, step_progress
@@ -283,7 +283,7 @@ class _Run:
         begun_with = manifest.setdefault("processes", 1)
         if begun_with != self.processes.count and list(self.trained_folder.glob("checkpoint-*")):
             raise OutputError(
-                f"the run in {self.out} was begun with {begun_with} processes and its checkpoints fit no other number: "
+                f"the run in {self.out} was begun with {begun_with} processes, and checkpoints fit no other number: "
                 f"start {begun_with} here too, not {self.processes.count}, or choose another --out"
             )
         return manifest

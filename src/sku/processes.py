@@ -29,7 +29,14 @@ TIMEOUT = timedelta(hours=12)
 """Longest wait for another process; judging by a hosted judge, which only one process does, may take hours."""
 TOLD = "sku: the other processes know of this"
 """Note on an error that reached the first process, which speaks for all."""
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout", "remote process exited")
+_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "remote process exited",
+)
 """What gloo, NCCL and the store say when another process is gone."""
 
 

@@ -91,7 +91,9 @@ def main(folder: Path) -> None:
             torch.manual_seed(99)
             checkpoint = out / "checkpoints" / f"checkpoint-{case['save_steps']}"
             finish(
-                make_trainer(folder, out / "checkpoints", case), folder / f"{name}_resumed", resume_from=str(checkpoint)
+                make_trainer(folder, out / "checkpoints", case),
+                folder / f"{name}_resumed",
+                resume_from=str(checkpoint),
             )
     run_recipe(load_recipe("embedded", jobs["recipe"]), folder / "whole")
     (folder / f"done_{current_processes().rank}").touch()

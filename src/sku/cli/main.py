@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sku._version import __version__
-from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, recipes, results, run
+from sku.cli import acquire, compare, data, evaluate, judge, methods, negate, plan, recipes, results, run
 from sku.cli.console import errors, print_error
 from sku.errors import ProcessError, SkuError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("plan")(plan.plan)
 app.command("acquire")(acquire.acquire)
 app.command("negate")(negate.negate)
 app.command("evaluate")(evaluate.evaluate)

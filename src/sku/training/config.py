@@ -46,8 +46,8 @@ class UnlearningConfig(TrainingArguments):
             )
         if self.save_only_model:
             raise RecipeError(
-                "save_only_model must be False: from a checkpoint without optimizer and generators a resumed run would "
-                "not equal one that was never interrupted"
+                "save_only_model must be False: a run resumed without optimizer and generators would not equal one "
+                "that was never interrupted"
             )
         if self.dataloader_persistent_workers:
             raise RecipeError(

@@ -1,0 +1,53 @@
+"""The configurations for ``accelerate launch`` hold keys that accelerate knows, and those that this package needs."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from typer.testing import CliRunner
+
+from sku.cli.main import app
+from sku.errors import RecipeError
+
+FOLDER = Path(str(resources.files("sku"))) / "recipes" / "accelerate"
+NAMES = ("ddp", "fsdp2", "zero3")
+
+
+def content(name: str) -> dict[str, Any]:
+    loaded = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_is_one_of_accelerate(name: str) -> None:
+    config = load_config_from_file(str(FOLDER / f"{name}.yaml"))  # Refuses unknown keys itself.
+    assert isinstance(config, ClusterConfig)
+    known = {option.dest for option in launch_command_parser()._actions}
+    for key in ("fsdp_config", "deepspeed_config"):
+        assert set(content(name).get(key, {})) <= known
+
+
+def test_all_processes_read_weights_and_the_first_gathers_them() -> None:
+    fsdp, deepspeed = content("fsdp2")["fsdp_config"], content("zero3")["deepspeed_config"]
+    assert fsdp["fsdp_version"] == 2
+    assert fsdp["fsdp_cpu_ram_efficient_loading"] is False
+    assert fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert (deepspeed["zero_stage"], deepspeed["zero3_init_flag"]) == (3, False)
+    assert deepspeed["zero3_save_16bit_model"] is True
+
+
+def test_the_command_line_says_where_they_are() -> None:
+    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES)
+    for name in NAMES:
+        said = CliRunner().invoke(app, ["recipes", "accelerate", name])
+        assert Path(said.output.strip()).samefile(FOLDER / f"{name}.yaml")
+    wrong = CliRunner().invoke(app, ["recipes", "accelerate", "fdsp2"])
+    assert isinstance(wrong.exception, RecipeError)
+    assert "Did you mean fsdp2?" in str(wrong.exception)
