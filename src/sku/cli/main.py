@@ -56,8 +56,9 @@ def _speaks(error: SkuError) -> bool:
     if os.environ.get("RANK", "0") == "0":
         return True
     distributed = sys.modules.get("sku.processes")
-    met = distributed is not None and distributed.is_together()
-    return met and not isinstance(error, ProcessError) and distributed.TOLD not in getattr(error, "__notes__", ())
+    if distributed is None or not distributed.is_together():
+        return False  # Before they meet, all do the same.
+    return not isinstance(error, ProcessError) and distributed.TOLD not in getattr(error, "__notes__", ())
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sku.config import AcquireConfig
 from sku.errors import ModelError, RecipeError
@@ -72,7 +73,7 @@ def skeleton(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel
         # PEFT holds adapters of half-precision models in float32, but not those that have no content yet.
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return adapted  # type: ignore[return-value]
+    return adapted
 
 
 def weights_of(job: Job) -> Weights:
@@ -133,14 +134,15 @@ def _unit_bytes(model: nn.Module) -> int:
         if isinstance(container, nn.ModuleList)
         for layer in container
     ]
-    ends = [
-        module.weight.nbytes
-        for module in (plain.get_input_embeddings(), plain.get_output_embeddings())
-        if module is not None
-    ]
+    ends: list[int] = []
+    for module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
+        weight = None if module is None else module.weight
+        if isinstance(weight, torch.Tensor):
+            ends.append(weight.nbytes)
     return sum(sorted([*layers, *ends])[-2:])
 
 
 def _adapted(model: nn.Module) -> int:
     """Weights of the layers that carry an adapter."""
-    return sum(module.base_layer.weight.numel() for module in model.modules() if hasattr(module, "lora_A"))
+    bases = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
+    return sum(base.weight.numel() for base in bases if isinstance(base, nn.Linear | Conv1D | nn.Embedding))

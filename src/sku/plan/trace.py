@@ -85,7 +85,7 @@ class AllocationCount(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.live = 0
         self.gradients = 0
@@ -210,7 +210,7 @@ def _run(job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedMode
     with counter, cast:
         handle = layers[len(layers) // 2].register_forward_pre_hook(passed)
         loss = _loss(job, model, reference, handle)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return _Traced(
         phases=[_Phase(peak.all - weights, peak.without_gradients - weights) for peak in counter.phases],
         flops=counter.flops,
