@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command_parser
 from typer.testing import CliRunner
 
+from conftest import TrainerMaker
 from sku.cli.main import app
 from sku.errors import RecipeError
 
@@ -41,6 +43,27 @@ def test_all_processes_read_weights_and_the_first_gathers_them() -> None:
     assert fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert (deepspeed["zero_stage"], deepspeed["zero3_init_flag"]) == (3, False)
     assert deepspeed["zero3_save_16bit_model"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_version": 1, "state_dict_type": "FULL_STATE_DICT"}, "FSDP1 is not supported: set fsdp_version: 2"),
+        ({"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}, "set it to FULL_STATE_DICT"),
+    ],
+)
+def test_sharding_that_leaves_no_whole_weights_is_refused_before_training(
+    settings: dict[str, Any], message: str, make_trainer: TrainerMaker
+) -> None:
+    trainer = make_trainer()
+    trainer._check_sharding()
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(**settings)
+    try:
+        with pytest.raises(RecipeError, match=message):
+            trainer._check_sharding()
+    finally:
+        trainer.accelerator.state.fsdp_plugin = None
 
 
 def test_the_command_line_says_where_they_are() -> None:

@@ -134,7 +134,7 @@ def test_a_killed_process_ends_the_run_with_one_line(jobs: Path) -> None:
 
 def test_another_number_of_processes_does_not_go_on_with_it(jobs: Path) -> None:
     out = jobs / "killed"
-    with pytest.raises(OutputError, match="begun with 2 processes .* start 2 here too, not 1"):
+    with pytest.raises(OutputError, match="begun with 2 processes, .* start 2 here too, not 1"):
         run_recipe(load_recipe("embedded", RECIPE), out, resume=True)
     assert (out / "bad" / "checkpoint-2").exists()
 

@@ -131,6 +131,7 @@ class UnlearningTrainer(Trainer):
         )
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples: Tensor | int = 0
+        self._check_sharding()
         if self._reference is not None:
             self._place_reference(self._reference)
 
@@ -138,10 +139,21 @@ class UnlearningTrainer(Trainer):
         """Puts the frozen copy where the model in training is: on one device, or sharded in the same way."""
         if not self.is_fsdp_enabled:
             nn.Module.to(reference, self.args.device)
-        elif self.accelerator.is_fsdp2:
-            fsdp2_prepare_model(self.accelerator, reference)
         else:
-            raise RecipeError("full fine-tuning with a reference needs FSDP2: set fsdp_version: 2 for accelerate")
+            fsdp2_prepare_model(self.accelerator, reference)
+
+    def _check_sharding(self) -> None:
+        """Refuses, before training, what would leave no whole weights after it."""
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise RecipeError(f"FSDP{plugin.fsdp_version} is not supported: set fsdp_version: 2 for accelerate")
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise RecipeError(
+                "stage 2 needs whole weights, and fsdp_state_dict_type leaves them in parts: set it to "
+                "FULL_STATE_DICT for accelerate"
+            )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         """With several processes, an epoch ends for all of them in the same step."""
