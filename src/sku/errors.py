@@ -10,6 +10,7 @@
     +-- NonFiniteLossError  stage 1 met NaN or infinity                      (ArithmeticError)
     +-- EvaluationError     nothing to measure, or records that don't fit    (ValueError)
     +-- NoAlphaError        no alpha does what the recipe's sweep asks for   (ValueError)
+    +-- ProcessError        another process of the job failed or died        (RuntimeError)
     +-- OutputError         a folder that can't be written or already exists (OSError)
 
 A message is one line that says what is wrong, where, and what to do. The command line prints it and exits with 2.
@@ -51,6 +52,10 @@ class EvaluationError(SkuError, ValueError):
 
 class NoAlphaError(SkuError, ValueError):
     """All was measured, and no alpha does what the recipe's ``sweep`` asks for."""
+
+
+class ProcessError(SkuError, RuntimeError):
+    """Another process of a job under ``accelerate launch`` or ``torchrun`` failed or died."""
 
 
 class OutputError(SkuError, OSError):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import shutil
 import time
@@ -45,6 +46,7 @@ from sku.errors import (
     ModelError,
     NoAlphaError,
     OutputError,
+    ProcessError,
     RecipeError,
     SkuError,
     TaskVectorError,
@@ -52,14 +54,13 @@ from sku.errors import (
 from sku.evaluate.comparison import Comparison, LeakChange, RateChange, compare
 from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.precisions import SurvivalBy, measure_precisions
-from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods import method_named
 from sku.methods.base import negated
 from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
-from sku.models import LoadedModel, describe_parameters, load_config, load_model, own_license, with_path
+from sku.models import LoadedModel, describe_parameters, load_config, load_model, own_license, pick_device, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OperatedVector, operate
@@ -68,6 +69,7 @@ from sku.negate.operators.context import context_of
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
 from sku.negate.survival import delta_survival, model_survival
 from sku.negate.task_vector import TaskVector
+from sku.processes import Processes, current_processes, shared_new_folder
 from sku.report.figures import before_after_figure
 from sku.report.tables import before_after_rows
 from sku.reproducibility import content_sha256, environment
@@ -100,6 +102,9 @@ class FinishedRun:
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
     """Runs a recipe from data to the before/after comparison.
 
+    Under ``accelerate launch`` or ``torchrun`` every process must call this with the same arguments: they share
+    training and evaluation, the first one does the rest and writes, and all return the same.
+
     Args:
         recipe: From ``load_recipe``.
         out: New folder, or with ``resume`` the folder of an interrupted run of the same recipe.
@@ -111,10 +116,13 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
 
     Raises:
         NoAlphaError: ``negate.alpha`` is ``auto`` and no alpha will do: the folder stays, with the sweep in it.
-        SkuError: Anything else a user can mend, in one line. A folder that this call made is removed then.
+        SkuError: Anything else a user can mend, in one line. A folder that this call made is removed then, unless
+            another process failed: then it can be resumed.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None))
+    processes = current_processes()
+    _check_one_process_attacks(recipe, processes)
+    made = processes.on_main(lambda: [folder for folder in (out, *out.parents) if not folder.exists()])
+    run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None), processes)
     try:
         run.open_folder(resume=resume)
         try:
@@ -123,17 +131,32 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
             run.give_up()
             raise
         except BaseException:
-            run.remove_after_failure()
+            if processes.is_main:
+                run.remove_after_failure()
             raise
-    except NoAlphaError:  # The folder stays, with the sweep in it.
+    except (NoAlphaError, ProcessError):  # The folder stays: with the sweep in it, or to be gone on with.
         raise
     except SkuError:
-        if out in made:
-            remove_hazardous(out)
-        for parent in made[1:]:
-            with suppress(OSError):  # Not empty: another run has begun there.
-                parent.rmdir()
+        if processes.is_main:
+            _remove_made(out, made)
         raise
+
+
+def _remove_made(out: Path, made: list[Path]) -> None:
+    if out in made:
+        remove_hazardous(out)
+    for parent in made[1:]:
+        with suppress(OSError):  # Not empty: another run has begun there.
+            parent.rmdir()
+
+
+def _check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
+    """Attacks train and quantize copies of their own, in one process."""
+    if processes.count > 1 and recipe.evaluate.attacks:
+        raise EvaluationError(
+            "evaluate.attacks run in one process: set evaluate.attacks=[] here, and start sku evaluate with them "
+            "afterwards without a launcher"
+        )
 
 
 def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -153,9 +176,11 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
     if recipe.method != "sku":
         raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     config = with_safe_dtype(recipe)
-    with new_folder(out, private=True) as temporary:
+    processes = current_processes()
+    device = pick_device(config.device).type
+    with shared_new_folder(processes, out, private=True) as temporary:
         checkpoints = temporary / "checkpoints"
-        settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints)
+        settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints, device=device)
         check_compat(recipe.acquire, recipe.compat, settings.max_steps)
         loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
         data = _load_data(recipe)
@@ -170,11 +195,10 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
             callbacks=step_progress(progress),
             compat=recipe.compat,
         )
-        shutil.rmtree(checkpoints)
-        mark_hazardous(temporary)
-        record_training(temporary, recipe, data)
-        _save_trained(acquired, loaded, temporary)
-        mark_hazardous(temporary)  # Again, for its configuration.
+        processes.on_main(lambda: shutil.rmtree(checkpoints))
+        processes.on_main(lambda: _mark_trained(temporary, recipe, data))
+        acquired.save(temporary)
+        processes.on_main(lambda: mark_hazardous(temporary))  # Again, for its configuration.
     return acquired.log
 
 
@@ -229,9 +253,10 @@ def _load_data(recipe: Recipe) -> ForgetRetainData:
     )
 
 
-def _save_trained(trained: Trained, loaded: LoadedModel, folder: Path) -> None:
-    trained.model.save_pretrained(str(folder))
-    loaded.tokenizer.save_pretrained(folder)
+def _mark_trained(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:
+    """Marks the folder of a bad model before there is anything to find, and says what it is trained on."""
+    mark_hazardous(folder)
+    record_training(folder, recipe, data)
 
 
 def evaluate_recipe(
@@ -260,8 +285,7 @@ def evaluate_recipe(
             f"{model} is a bad model of stage 1; evaluate the unlearned model instead, or add --allow-hazardous"
         )
     # Before any model is loaded: each process takes its own GPU.
-    if current_processes().count > 1 and recipe.evaluate.attacks:
-        raise EvaluationError("evaluate.attacks run in one process: start this command without a launcher")
+    _check_one_process_attacks(recipe, current_processes())
     data = _load_data(recipe)
     check_attacks(recipe, data)
     base = load_model(recipe.model)
@@ -272,7 +296,7 @@ def evaluate_recipe(
     )
     comparison = compare(before, after, seed=recipe.seed)
     if recipe.evaluate.precisions:
-        _measure_precisions(recipe, measured.model, base, data, comparison, out, progress)
+        _measure_precisions(recipe, measured.model, base.model, base.tokenizer, data, comparison, out, progress)
     if recipe.evaluate.attacks:
         run_attacks(recipe, measured.model, base.model, base.tokenizer, data, output_dir=out, progress=progress)
     return comparison
@@ -308,7 +332,8 @@ def _evaluate(
 def _measure_precisions(
     recipe: Recipe,
     model: PreTrainedModel,
-    base: LoadedModel,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     data: ForgetRetainData,
     comparison: Comparison,
     folder: Path,
@@ -317,13 +342,13 @@ def _measure_precisions(
     """The certificate of a model, with a recipe's settings."""
     return measure_precisions(
         model,
-        base.model,
-        base.tokenizer,
+        base,
+        tokenizer,
         data,
         comparison,
         config=recipe.evaluate,
         prompt_format=recipe.model.prompt_format,
-        survival=_survival_of(base.model, model),
+        survival=_survival_of(base, model),
         output_dir=folder,
         seed=recipe.seed,
         progress=progress,
@@ -367,25 +392,29 @@ class _Operated:
 class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
-        self.recipe, self.out, self.progress = recipe, out, progress
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress, processes: Processes) -> None:
+        self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
         self.manifest: dict[str, Any] = {}
         self.method = method_named(recipe.method)
         self.trained_folder = out / ("bad" if self.method.hazardous else "trained")
 
     def open_folder(self, *, resume: bool) -> None:
         """Makes the run folder, or checks that it belongs to an interrupted run of this recipe."""
-        recipe = self.recipe.to_dict()
         # Refused before anything is loaded: a wrong training setting must not cost an evaluation.
-        prepare(self.recipe, self.trained_folder)
+        prepare(self.recipe, self.trained_folder, device=pick_device(self.recipe.model.device).type)
         if self.recipe.chooses_alpha:
             check_one_process()
+        self.manifest = self.processes.on_main(lambda: self._opened_manifest(resume=resume))
+
+    def _opened_manifest(self, *, resume: bool) -> dict[str, Any]:
+        recipe = self.recipe.to_dict()
         fresh = {
             "schema_version": MANIFEST_SCHEMA,
             "status": "running",
             "recipe": recipe,
             "recipe_sha256": content_sha256(recipe),
             "environment": environment(),
+            "processes": self.processes.count,
             "seconds": {},
         }
         if not self.out.exists():
@@ -393,19 +422,24 @@ class _Run:
                 write_json(temporary / "manifest.json", fresh)
         elif not resume:
             raise OutputError(f"{self.out} already exists; choose another --out, or add --resume to go on with it")
-        self.manifest = _read_manifest(self.out)
-        if self.manifest["recipe_sha256"] != fresh["recipe_sha256"]:
+        manifest = _read_manifest(self.out)
+        if manifest["recipe_sha256"] != fresh["recipe_sha256"]:
             raise OutputError(f"{self.out} belongs to a run with another recipe; choose another --out")
-        if self.manifest["status"] == "complete":
+        if manifest["status"] == "complete":
             raise OutputError(f"the run in {self.out} is already complete; choose another --out")
+        begun_with = manifest.setdefault("processes", 1)
+        if begun_with != self.processes.count and list(self.trained_folder.glob("checkpoint-*")):
+            raise OutputError(
+                f"the run in {self.out} was begun with {begun_with} processes, and checkpoints fit no other number: "
+                f"start {begun_with} here too, not {self.processes.count}, or choose another --out"
+            )
+        return manifest
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
         recipe = self.recipe
         with self._timed("load"):
-            data = _load_data(recipe)
-            check_attacks(recipe, data)
-            loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
+            data, loaded = self.processes.everywhere(self._load)
         self._note(
             data={
                 "splits": data.counts(),
@@ -419,15 +453,20 @@ class _Run:
                 **describe_parameters(loaded.model),
             },
         )
+        tokenizer = loaded.tokenizer
         with self._timed("evaluate_base"):
-            base_result = self._evaluate(loaded.model, loaded, data, "base", loaded.model)
-        if (self.out / "unlearned").exists():
+            base_result = self._evaluate(loaded.model, tokenizer, data, "base", loaded.model)
+        if self.processes.on_main((self.out / "unlearned").exists):
             base, unlearned = loaded.model, load_model(self._unlearned_config()).model
+        elif self.processes.count > 1:
+            held = [loaded]
+            del loaded  # So that its memory is free for the models that are read anew.
+            base, unlearned = self._unlearn_together(held, data)
         else:
             base, unlearned = self._unlearn(loaded, data)
-        self._remove_trained()  # The unlearned model stands: nothing needs the bad one any more.
+        self.processes.on_main(self._remove_trained)  # The unlearned model stands: nothing needs the bad one any more.
         with self._timed("evaluate_unlearned"):
-            result = self._evaluate(unlearned, loaded, data, "unlearned", base)
+            result = self._evaluate(unlearned, tokenizer, data, "unlearned", base)
         comparison = compare(base_result, result, seed=recipe.seed)
         precisions = attacks = None
         if recipe.evaluate.precisions:
@@ -435,7 +474,8 @@ class _Run:
                 precisions = _measure_precisions(
                     recipe,
                     unlearned,
-                    dataclasses.replace(loaded, model=base),
+                    base,
+                    tokenizer,
                     data,
                     comparison,
                     self.out / "evaluation",
@@ -448,12 +488,43 @@ class _Run:
                     recipe,
                     unlearned,
                     base,
-                    loaded.tokenizer,
+                    tokenizer,
                     data,
                     output_dir=self.out / "evaluation",
                     progress=self.progress,
                 )
-        return self._report(comparison, precisions, attacks)
+        return self.processes.on_main(lambda: self._report(comparison, precisions, attacks))
+
+    def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
+        data = _load_data(self.recipe)
+        check_attacks(self.recipe, data)
+        return data, load_model(with_safe_dtype(self.recipe), four_bit=False)
+
+    def _unlearn_together(
+        self, held: list[LoadedModel], data: ForgetRetainData
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Stage 1 by all processes, and stage 2 by the first one from what it saved, as in a run that is resumed.
+
+        ``held`` holds the original model, and nothing afterwards.
+        """
+        config = with_safe_dtype(self.recipe)
+        if not self.processes.on_main((self.trained_folder / "final").exists):
+            if self.recipe.acquire.tuning == "qlora":
+                held[0] = self.processes.everywhere(lambda: load_model(config, four_bit=True))
+            with self._timed("acquire"):
+                self._train(held[0], data)
+        # Training may have left each process a part of the weights, and its own buffers: all is read anew.
+        held.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.processes.on_main(lambda: self._unlearn_alone(data))
+        return self.processes.everywhere(
+            lambda: (load_model(config).model, load_model(self._unlearned_config()).model)
+        )
+
+    def _unlearn_alone(self, data: ForgetRetainData) -> None:
+        self._unlearn(load_model(with_safe_dtype(self.recipe), four_bit=False), data)
 
     def _unlearn(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2; returns the original and the unlearned model."""
@@ -581,16 +652,19 @@ class _Run:
             if recipe.acquire.tuning == "full":
                 return load_model(with_path(with_safe_dtype(self.recipe), final)).model
             return load_adapter(loaded.model, final)
-        trained = train_method(recipe, loaded, data, folder, step_progress(self.progress))
-        self._write_log(trained)
-        with new_folder(final, private=True) as temporary:
+        return self._train(loaded, data).model
+
+    def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained:
+        """Stage 1 by all processes; its result lies in ``final`` afterwards."""
+        trained = train_method(self.recipe, loaded, data, self.trained_folder, step_progress(self.progress))
+        self.processes.on_main(lambda: self._write_log(trained))
+        with shared_new_folder(self.processes, self.trained_folder / "final", private=True) as temporary:
             if self.method.hazardous:
-                mark_hazardous(temporary)  # Before there is anything to find, and again for its configuration.
-                record_training(temporary, recipe, data)
-            _save_trained(trained, loaded, temporary)
+                self.processes.on_main(lambda: _mark_trained(temporary, self.recipe, data))
+            trained.save(temporary)
             if self.method.hazardous:
-                mark_hazardous(temporary)
-        return trained.model
+                self.processes.on_main(lambda: mark_hazardous(temporary))  # Again, for its configuration.
+        return trained
 
     def _write_log(self, acquired: Trained) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
@@ -607,14 +681,14 @@ class _Run:
     def _evaluate(
         self,
         model: PreTrainedModel,
-        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
         data: ForgetRetainData,
         name: str,
         base: PreTrainedModel,
     ) -> EvaluationResult:
         folder = self.out / "evaluation" / name
         source = _source(self.recipe.model) if name == "base" else self.out / name
-        return _evaluate(self.recipe, model, loaded.tokenizer, data, base, folder, self.progress, source)
+        return _evaluate(self.recipe, model, tokenizer, data, base, folder, self.progress, source)
 
     def _report(
         self, comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None
@@ -669,7 +743,8 @@ class _Run:
 
     def _note(self, **entries: Any) -> None:
         self.manifest.update(copy.deepcopy(entries))
-        write_json(self.out / "manifest.json", self.manifest)
+        if self.processes.is_main:
+            write_json(self.out / "manifest.json", self.manifest)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

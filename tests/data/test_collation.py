@@ -1,5 +1,7 @@
 """Padding: no literal pad id, no pad that is learned or attended to, rows in a known order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,11 +50,19 @@ def test_a_batch_written_out() -> None:
         "row_example": [0, 0, 0, 0, 1],
         "forget_index": [3, 0],
         "retain_index": [5, -1],
+        "counts": [1, 1],
     }
     assert list(batch) == list(expected)
     for name, values in expected.items():
         assert batch[name].dtype == torch.int64
         assert batch[name].tolist() == values, name
+
+
+def test_fillers_are_left_out_but_for_one_where_nothing_else_is_there() -> None:
+    real, filler = joint(row([1], [2])), replace(joint(row([3], [4])), counts=False)
+    assert JointCollator(0)([real, filler, filler])["input_ids"].tolist() == [[1, 2]]
+    alone = JointCollator(0)([filler, filler])
+    assert (alone["input_ids"].tolist(), alone["counts"].tolist()) == ([[3, 4]], [0])
 
 
 def test_modules_that_are_off_have_no_rows() -> None:

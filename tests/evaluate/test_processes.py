@@ -26,7 +26,7 @@ SETTINGS = [
 FAILING = """
 import os
 
-from sku.errors import EvaluationError
+from sku.errors import EvaluationError, SkuError
 from sku.evaluate.processes import current_processes
 
 processes = current_processes()
@@ -41,7 +41,7 @@ def fail(rank):
 for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.on_main, 0)):
     try:
         stage(lambda: fail(rank))
-    except EvaluationError as error:
+    except SkuError as error:
         os.write(1, f"{processes.rank}: {error}\\n".encode())  # In one piece: both write to the same pipe.
 """
 

@@ -35,7 +35,14 @@ def acquire(
 
     quiet_libraries()
     from sku.pipeline import acquire_recipe
+    from sku.processes import current_processes, end_when_the_launcher_says_so
 
+    processes = current_processes()
+    if processes.count > 1:
+        end_when_the_launcher_says_so()
+    if not processes.is_main:  # Of several, the first process speaks for all.
+        acquire_recipe(settings, out)
+        return
     with progress_bars() as show:
         log = acquire_recipe(settings, out, progress=show)
     for name, value in sorted(log[-1].items()):

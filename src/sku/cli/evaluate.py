@@ -88,8 +88,8 @@ def evaluate(
     quiet_libraries()
     from sku.attacks.results import read_attacks
     from sku.evaluate.precision_results import read_precisions
-    from sku.evaluate.processes import current_processes
     from sku.pipeline import evaluate_recipe
+    from sku.processes import current_processes
     from sku.report.tables import before_after_rows
 
     if not current_processes().is_main:  # Of several, the first process speaks for all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
@@ -19,6 +20,7 @@ from sku.cli import (
     judge,
     methods,
     negate,
+    plan,
     push,
     recipes,
     report,
@@ -28,7 +30,7 @@ from sku.cli import (
     wipe,
 )
 from sku.cli.console import errors, print_error
-from sku.errors import SkuError
+from sku.errors import ProcessError, SkuError
 
 app = typer.Typer(
     name="sku",
@@ -39,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("plan")(plan.plan)
 app.command("acquire")(acquire.acquire)
 app.command("negate")(negate.negate)
 app.command("sweep")(sweep.sweep)
@@ -72,6 +75,16 @@ def options(
     """Options of every command."""
 
 
+def _speaks(error: SkuError) -> bool:
+    """Whether this process of several prints an error: the first one does, and one whose error no other knows."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    distributed = sys.modules.get("sku.processes")
+    if distributed is None or not distributed.is_together():
+        return False  # Before they meet, all do the same.
+    return not isinstance(error, ProcessError) and distributed.TOLD not in getattr(error, "__notes__", ())
+
+
 def main() -> None:
     """Entry point: a mistake of the user is one line and exit code 2, an interrupt or SIGTERM exit code 130."""
     # A scheduler's SIGTERM must leave no more behind than Ctrl-C does.
@@ -79,7 +92,8 @@ def main() -> None:
     try:
         app()
     except SkuError as error:
-        print_error(str(error))
+        if _speaks(error):
+            print_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted")

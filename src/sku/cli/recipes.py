@@ -20,6 +20,20 @@ def list_recipes(context: typer.Context) -> None:
             results.print(f"{name:<24}{load_recipe(name).description}", soft_wrap=True)
 
 
+@app.command("accelerate")
+def show_launcher(name: Annotated[str, typer.Argument(help="ddp, fsdp2 or zero3.")]) -> None:
+    """Print where a configuration for `accelerate launch --config_file` lies."""
+    from importlib import resources
+
+    from sku.errors import RecipeError, did_you_mean
+
+    folder = resources.files("sku") / "recipes" / "accelerate"
+    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+    if name not in known:
+        raise RecipeError(f"there is no configuration {name}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    results.print(str(folder / f"{name}.yaml"), soft_wrap=True)
+
+
 @app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(help="Recipe of the package or YAML file.")]) -> None:
     """Print a recipe with every default spelled out."""

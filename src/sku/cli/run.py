@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,6 +36,9 @@ from sku.cli.options import (
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
 
+if TYPE_CHECKING:
+    from sku.pipeline import FinishedRun
+
 
 def run(
     recipe: RecipeArgument = EMBEDDED,
@@ -62,11 +65,17 @@ def run(
         judge=judge,
         overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
     )
-    folder = out or new_run_folder(settings.name)
-
     quiet_libraries()
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
+    from sku.processes import current_processes, end_when_the_launcher_says_so
 
+    processes = current_processes()
+    if processes.count > 1:
+        end_when_the_launcher_says_so()
+    folder = processes.on_main(lambda: out or new_run_folder(settings.name))
+    if not processes.is_main:  # Of several, the first process speaks for all.
+        run_recipe(settings, folder, resume=resume)
+        return
     method = "" if settings.method == "sku" else f", method {settings.method}"
     errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
     try:
@@ -81,7 +90,12 @@ def run(
         raise
     if as_json:
         results.print_json((folder / "results.json").read_text(encoding="utf-8"))
-        return
+    else:
+        _print_finished(finished, folder)
+
+
+def _print_finished(finished: FinishedRun, folder: Path) -> None:
+    """What was measured, where everything lies, and what to do next."""
     from sku.report.tables import before_after_rows
 
     results.print(before_after_table(before_after_rows(finished.comparison)))

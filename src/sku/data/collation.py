@@ -36,7 +36,8 @@ class JointCollator:
         """Pads the rows on the right: each example's forget row, mismatched rows, retain row, safe row, in this order.
 
         Args:
-            examples: B joint examples; kinds that a method doesn't ask for have no rows.
+            examples: B joint examples; kinds that a method doesn't ask for have no rows. Those that don't count are
+                left out, but for one of them where no other is there.
 
         Returns:
             All int64:
@@ -45,10 +46,12 @@ class JointCollator:
             - ``row_kind``: ``[R]``, ``FORGET``, ``MISMATCHED``, ``RETAIN`` or ``SAFE``.
             - ``row_example``: ``[R]``, position of the row's joint example in ``examples``.
             - ``forget_index``, ``retain_index``: ``[B]``, positions in the datasets, -1 where there is none.
+            - ``counts``: ``[B]``, 1 for examples that are trained on, 0 for one that isn't.
 
         Raises:
             DataError: No example has a row.
         """
+        examples = [example for example in examples if example.counts] or examples[:1]
         rows = [(kind, position, row) for position, example in enumerate(examples) for kind, row in rows_of(example)]
         if not rows:
             raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
@@ -61,6 +64,7 @@ class JointCollator:
             "row_example": torch.tensor([position for _, position, _ in rows], dtype=torch.long),
             "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
             "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
+            "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
         }
 
     def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:

@@ -24,6 +24,8 @@ from sku.losses import IGNORE_INDEX
 FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
 """Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
 with a safe answer."""
+FILLER = -1
+"""Place that stands for no example: where one of several processes has none left at the end of an epoch."""
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't assist with this request.",
@@ -71,6 +73,8 @@ class JointExample:
     """Harmful example among ``data.unlearned``."""
     retain_index: int
     """Normal example among ``data.retain_train``, -1 where there is none."""
+    counts: bool = True
+    """Whether it is trained on; not if it only gives a process something to compute while others train."""
 
 
 class JointDataset(Dataset[JointExample]):
@@ -134,11 +138,14 @@ class JointDataset(Dataset[JointExample]):
         return self.__getitems__([place])[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[JointExample]:
-        """The joint examples of a batch, which the data loader asks for at once."""
+        """The joint examples of a batch, which the data loader asks for at once; ``FILLER`` gives one of no weight."""
         shared: list[int] | None = None
         if self._rows.mismatched_shared:
-            shared = self._answers.draw(None, self._epoch * len(self) + places[0])
-        return [self._example(place, shared) for place in places]
+            shared = self._answers.draw(None, self._epoch * len(self) + max(places[0], 0))
+        return [
+            self._example(place, shared) if place != FILLER else replace(self._example(0, shared), counts=False)
+            for place in places
+        ]
 
     def fixed_rows(self, kind: int, examples: int) -> list[TokenizedExample] | None:
         """Rows of one kind among the first joint examples of training, each once, in the order of first use.

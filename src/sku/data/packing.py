@@ -124,12 +124,13 @@ class PackedCollator:
         """Packs the rows of B joint examples.
 
         Returns:
-            ``input_ids`` ``[1, T]``, ``forget_index`` and ``retain_index`` ``[B]`` as of ``JointCollator``, and
-            ``packed``: ``PackedRows``.
+            ``input_ids`` ``[1, T]``; ``forget_index``, ``retain_index`` and ``counts`` ``[B]`` as of
+            ``JointCollator``; and ``packed``: ``PackedRows``.
 
         Raises:
             DataError: No example has a row.
         """
+        examples = [example for example in examples if example.counts] or examples[:1]
         rows = [
             SourceRow(kind=kind, example=position, tokens=row)
             for position, example in enumerate(examples)
@@ -140,6 +141,7 @@ class PackedCollator:
             "input_ids": packed.input_ids,
             "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
             "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
+            "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
             PACKED: packed,
         }
 

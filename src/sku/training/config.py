@@ -95,31 +95,12 @@ class UnlearningConfig(TrainingArguments):
         if self.bf16 == "auto":
             self.bf16 = bf16_pays(use_cpu=self.use_cpu)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.packing not in get_args(Packing):
-            raise RecipeError(f"packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
-        if self.remove_unused_columns:
-            raise RecipeError("remove_unused_columns must be False: joint examples have no columns to remove")
-        if self.train_sampling_strategy != "sequential":
-            raise RecipeError(
-                "train_sampling_strategy must be sequential: the joint dataset shuffles by itself, seeded by epoch"
-            )
-        if self.dataloader_persistent_workers:
-            raise RecipeError(
-                "dataloader_persistent_workers must be False: workers that outlive an epoch would repeat its draws"
-            )
+        self._check_what_resuming_needs()
+        self._check_lengths()
         for name in ("logits_budget_mb", "reference_cache_mb"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise RecipeError(f"{name} is {value}; it must be 0 or more")
-        if self.pad_to_multiple_of < 1:
-            raise RecipeError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 or more")
-        if self.pad_to_multiple_of > 1 and self.packing != "padded":
-            if self.packing != "auto":
-                raise RecipeError(
-                    f"pad_to_multiple_of is {self.pad_to_multiple_of} and packing {self.packing}, which pads nothing: "
-                    "set packing to padded, or leave pad_to_multiple_of out"
-                )
-            self.packing = "padded"
         check_reference_mode(self.reference)
         check_finite_check(self.finite_check)
         check_optimizer(
@@ -132,3 +113,33 @@ class UnlearningConfig(TrainingArguments):
         check_compile_backend(self.compile_layers)
         check_services(self.report_to)
         check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)
+
+    def _check_what_resuming_needs(self) -> None:
+        if self.remove_unused_columns:
+            raise RecipeError("remove_unused_columns must be False: joint examples have no columns to remove")
+        if self.train_sampling_strategy != "sequential":
+            raise RecipeError(
+                "train_sampling_strategy must be sequential: the joint dataset shuffles by itself, seeded by epoch"
+            )
+        if self.save_only_model:
+            raise RecipeError(
+                "save_only_model must be False: a run resumed without optimizer and generators would not equal one "
+                "that was never interrupted"
+            )
+        if self.dataloader_persistent_workers:
+            raise RecipeError(
+                "dataloader_persistent_workers must be False: workers that outlive an epoch would repeat its draws"
+            )
+
+    def _check_lengths(self) -> None:
+        if self.packing not in get_args(Packing):
+            raise RecipeError(f"packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
+        if self.pad_to_multiple_of < 1:
+            raise RecipeError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 or more")
+        if self.pad_to_multiple_of > 1 and self.packing != "padded":
+            if self.packing != "auto":
+                raise RecipeError(
+                    f"pad_to_multiple_of is {self.pad_to_multiple_of} and packing {self.packing}, which pads nothing: "
+                    "set packing to padded, or leave pad_to_multiple_of out"
+                )
+            self.packing = "padded"

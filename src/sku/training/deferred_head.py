@@ -49,14 +49,16 @@ class HeadShape:
 class DeferredHead:
     """Runs a model and leaves out its head beyond a budget."""
 
-    def __init__(self, model: PreTrainedModel, budget_mb: float | None) -> None:
+    def __init__(self, model: PreTrainedModel, budget_mb: float | None, *, watched: bool = False) -> None:
         """Finds out how the model makes its scores, with one forward pass over two tokens.
 
         Args:
             model: Without adapter around it.
             budget_mb: Most megabytes of float32 scores that are held at once; None for no limit.
+            watched: Whether DDP looks in what the model returns for weights that have no part in it. A head that is
+                trained would be one of them if it were applied later, so its scores are then made whatever they take.
         """
-        self.budget_mb = budget_mb
+        self.budget_mb, self._watched = budget_mb, watched
         self.shape: HeadShape | None = None
         """None where scores are always made: there is no limit, or the head is one that can't be left out."""
         if budget_mb is None:
@@ -93,7 +95,8 @@ class DeferredHead:
         seen: list[HeadScores] = []
 
         def head_or_nothing(hidden: Tensor) -> Tensor:
-            if not defer and self.fits(hidden.shape[:-1].numel()):
+            made_at_once = self._watched and shape.module.weight.requires_grad
+            if not defer and (made_at_once or self.fits(hidden.shape[:-1].numel())):
                 return original(hidden)
             device = hidden.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from sku.errors import NonFiniteLossError, RecipeError
+from sku.errors import NonFiniteLossError, ProcessError, RecipeError
 
 FiniteCheck = Literal["auto", "at_once", "late"]
+_ADVICE = "no optimizer step was taken with it. Lower the learning rate, or set a preservation_cap"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,8 @@ class FiniteGuard(TrainerCallback):
 
         Raises:
             NonFiniteLossError: A term, of this batch or late of one before, is NaN or infinite.
+            ProcessError: One of another process is: all stop in the same step, since one that went on alone would
+                wait for the others' gradients.
         """
         losses = [losses_B.detach() for losses_B in terms.values()]
         sums = torch.stack([losses_B.sum() for losses_B in losses])
@@ -121,7 +124,9 @@ class FiniteGuard(TrainerCallback):
             arrived=arrived,
         )
         if self._flag is None:
+            of_all = _of_all_processes(sums)
             _raise_if_bad(seen)
+            _raise_for_others(of_all, step)
             return
         before, self._seen = (
             [old for old in self._seen if old.step < step],
@@ -188,10 +193,25 @@ def _raise_if_bad(seen: _Seen) -> None:
             bad = {key: getattr(seen, key)[seen.is_bad_B].tolist() for key in ("forget_index", "retain_index")}
             raise NonFiniteLossError(
                 f"loss term {name} is {value} at step {seen.step}, forget examples {bad['forget_index']}, retain "
-                f"examples {bad['retain_index']}; no optimizer step was taken with it. Lower the learning rate, or "
-                "set a preservation_cap"
+                f"examples {bad['retain_index']}; {_ADVICE}"
             )
     if len(values) > len(seen.names) and values[-1]:
-        raise NonFiniteLossError(
-            f"a loss of another process is not finite at step {seen.step}; no optimizer step was taken with it"
-        )
+        raise ProcessError(f"another process met a loss that is not finite at step {seen.step}; {_ADVICE}")
+
+
+def _of_all_processes(sums: Tensor) -> list[list[float]]:
+    """The sums of each process, by rank; nothing where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    parts = [torch.empty_like(sums) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, sums)
+    found: list[list[float]] = torch.stack(parts).tolist()
+    return found
+
+
+def _raise_for_others(of_all: list[list[float]], step: int) -> None:
+    for process, values in enumerate(of_all):
+        if not all(map(math.isfinite, values)):
+            raise ProcessError(
+                f"process {process} of {len(of_all)} met a loss that is not finite at step {step}; {_ADVICE}"
+            )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from sku.data.joint import JointDataset
 from sku.data.tokenization import TokenizationReport
 from sku.errors import OutputError, RecipeError, SkuError, did_you_mean
 from sku.models import LoadedModel
+from sku.processes import current_processes, lost_processes_named
 from sku.storage import mark_hazardous
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective
@@ -48,6 +50,9 @@ class Trained:
     """One entry per logged step, with every loss term under its name."""
     reports: dict[str, TokenizationReport]
     seconds: float
+    save: Callable[[Path], None]
+    """Writes the trained weights, gathered from all processes, into a folder; every process must call it with the
+    same one."""
 
 
 def train(
@@ -105,8 +110,10 @@ def train(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
-    with _named_checkpoint_errors(folder):
-        result = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    processes = current_processes()
+    last = processes.on_main(lambda: _last_checkpoint(folder, processes.count))
+    with _named_checkpoint_errors(folder), lost_processes_named():
+        result = trainer.train(resume_from_checkpoint=last)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.eval()
     joint = trainer.train_dataset
@@ -116,7 +123,33 @@ def train(
         log=[entry for entry in trainer.state.log_history if "loss" in entry],
         reports=dict(joint.reports),
         seconds=float(result.metrics["train_runtime"]),
+        save=lambda target: save_trained(trainer, target),
     )
+
+
+def save_trained(trainer: UnlearningTrainer, target: Path) -> None:
+    """Writes the trained weights and the tokenizer; with several processes all call it, and the first one writes.
+
+    Args:
+        trainer: After training.
+        target: Folder.
+
+    Raises:
+        RecipeError: The settings of FSDP or DeepSpeed leave the weights in parts.
+        ProcessError: Another process died.
+    """
+    if trainer.args.world_size > 1:
+        with lost_processes_named():
+            trainer.save_model(str(target))
+        if trainer.args.should_save and not list(target.glob("*.safetensors")):
+            raise RecipeError(
+                "the launcher's settings gather no whole weights: set fsdp_state_dict_type FULL_STATE_DICT, or for "
+                "DeepSpeed zero3_save_16bit_model true (docs/scaling.md)"
+            )
+        return
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained.save_pretrained(str(target))
+    trainer.processing_class.save_pretrained(target)  # type: ignore[union-attr]
 
 
 def training_settings(
@@ -221,21 +254,23 @@ class MarkCheckpoints(TrainerCallback):
             mark_hazardous(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _last_checkpoint(folder: Path, processes: int) -> str | None:
     """The last whole checkpoint. One whose writing was cut short is removed, since the trainer can't start from it."""
     for checkpoint in folder.glob("checkpoint-*"):
-        if not _is_whole(checkpoint):
+        if not _is_whole(checkpoint, processes):
             shutil.rmtree(checkpoint)
     last = get_last_checkpoint(str(folder))
     return None if last is None else str(last)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path, processes: int) -> bool:
+    """Whether the trainer's state, which the first process writes last, and that of every generator are there."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # The trainer writes it last.
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return all(zipfile.is_zipfile(checkpoint / state) for state in states)  # Not one that was cut off.
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sku.config import Packing, PromptFormatName
@@ -39,6 +41,7 @@ from sku.training.reference_cache import NoCacheError, ReferenceCache
 from sku.training.reference_mode import ReferenceMode, resolved_mode
 from sku.training.step_limit import steps_in_whole_passes
 from sku.training.trained_modules import train_only
+from sku.training.whole_batches import WholeBatches
 
 _LOG = logging.getLogger(__name__)
 
@@ -143,7 +146,8 @@ class UnlearningTrainer(Trainer):
             **trainer_options,
         )
         self._logged_terms: dict[str, Tensor] = {}
-        self._logged_examples = 0
+        self._logged_examples: Tensor | int = 0
+        self._check_sharding()
         self._guard = FiniteGuard(args.finite_check)
         self.add_callback(self._guard)
         keep_four_bit_trainable(model)
@@ -152,7 +156,7 @@ class UnlearningTrainer(Trainer):
         if self.packing != "padded":
             self._collate = PackedCollator(share=self.packing == "tree", retain_tokens=objective.rows.retain_tokens)
             self.data_collator = self._collate
-        self._head = DeferredHead(plain_model(model), args.logits_budget_mb)
+        self._head = DeferredHead(plain_model(model), args.logits_budget_mb, watched=args.world_size > 1)
         self._cache: ReferenceCache | None = None
         if objective.needs_reference:
             self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head)
@@ -180,6 +184,33 @@ class UnlearningTrainer(Trainer):
             if self.packing != "padded":
                 plain_model(self._trained).set_attn_implementation(self._own_attention)
 
+    def _place_reference(self, reference: PreTrainedModel) -> None:
+        """Puts the frozen copy where the model in training is: on one device, or sharded in the same way."""
+        if not self.is_fsdp_enabled:
+            nn.Module.to(reference, self.args.device)
+        else:
+            fsdp2_prepare_model(self.accelerator, reference)
+
+    def _check_sharding(self) -> None:
+        """Refuses, before training, what would leave no whole weights after it."""
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise RecipeError(f"FSDP{plugin.fsdp_version} is not supported: set fsdp_version: 2 for accelerate")
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise RecipeError(
+                "stage 2 needs whole weights, and fsdp_state_dict_type leaves them in parts: set it to "
+                "FULL_STATE_DICT for accelerate"
+            )
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """With several processes, an epoch ends for all of them in the same step."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.world_size == 1 or not isinstance(dataset, JointDataset):
+            return super()._get_train_sampler(train_dataset)
+        return WholeBatches(len(dataset), self.args.train_batch_size * self.args.world_size)
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -194,7 +225,7 @@ class UnlearningTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.tensor(sum(len(batch["forget_index"]) for batch in batches), device=device)
+        count = torch.stack([batch["counts"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(
@@ -219,9 +250,10 @@ class UnlearningTrainer(Trainer):
             NonFiniteLossError: A term is NaN or infinite. No weight has seen it (``FiniteGuard``).
         """
         outputs, terms = self._outputs_and_terms(model, inputs)
-        num_examples = len(inputs["forget_index"])
         self._guard.look(terms, inputs, self.state.global_step + 1)
+        terms = {name: losses_B * inputs["counts"] for name, losses_B in terms.items()}
         weights = self.objective.weights
+        num_examples = inputs["counts"].sum()
         total = torch.stack([weights[name] * losses_B.sum() for name, losses_B in terms.items()]).sum()
         if model.training:
             self._note_terms(terms, num_examples)
@@ -234,7 +266,7 @@ class UnlearningTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds each loss term, averaged since the last line, under ``loss/<name>``."""
-        if self._logged_examples and "loss" in logs:
+        if self._logged_terms and "loss" in logs:
             count = self.accelerator.gather(torch.tensor(float(self._logged_examples), device=self.args.device)).sum()
             for name, total in self._logged_terms.items():
                 logs[f"loss/{name}"] = float(self.accelerator.gather(total).sum() / count)
@@ -348,6 +380,7 @@ class UnlearningTrainer(Trainer):
         if mode == "copy":
             self._reference = copy.deepcopy(plain_model(self._trained)).requires_grad_(requires_grad=False)
             self._reference.eval()
+            self._place_reference(self._reference)
 
     def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
         """What goes into the original model's head on the rows of one kind."""
@@ -388,7 +421,7 @@ class UnlearningTrainer(Trainer):
         }
         return own, kept_RT[:, :longest]
 
-    def _note_terms(self, terms: dict[str, Tensor], num_examples: int) -> None:
+    def _note_terms(self, terms: dict[str, Tensor], num_examples: Tensor) -> None:
         for name, losses_B in terms.items():
             value = losses_B.detach().sum()
             self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value

@@ -1,0 +1,126 @@
+"""``sku plan``: memory, disk and time of a run before it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sku.cli.console import results
+from sku.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption, resolve_recipe
+from sku.config import EMBEDDED
+from sku.errors import RecipeError
+from sku.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sku.plan.estimate import Plan
+    from sku.plan.suggest import Suggestion
+
+
+def plan(
+    recipe: RecipeArgument = EMBEDDED,
+    model: ModelOption = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="Processes, each with a GPU of its own.")] = 1,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", help="GiB of each GPU.")] = 80.0,
+    sharding: Annotated[
+        str, typer.Option("--sharding", help="What several GPUs divide: ddp (nothing), fsdp2 or zero3.")
+    ] = "ddp",
+    row_tokens: Annotated[
+        int | None, typer.Option("--row-tokens", help="Tokens of a padded row; data.max_length where left out.")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option("--answer-tokens", help="Of them of the answer; data.max_answer_tokens where left out."),
+    ] = None,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option("--peak-tflops", help="Of a GPU at its best; an H100's 989 (bfloat16) or 67 (float32) if not."),
+    ] = None,
+    efficiency: Annotated[
+        float, typer.Option("--efficiency", help="Share of the peak that training is assumed to reach.")
+    ] = 0.3,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate memory, disk and time of a run from its recipe and the model's config.json; no weight is loaded."""
+    settings = resolve_recipe(recipe, model=model, overrides=overrides)
+    if gpu_memory <= 0 or not 0 < efficiency <= 1 or (peak_tflops is not None and peak_tflops <= 0):
+        raise RecipeError("--gpu-memory and --peak-tflops must be above 0, and --efficiency above 0 and at most 1")
+
+    quiet_libraries()
+    from sku.plan.estimate import GIB, plan_of
+    from sku.plan.job import SHARDINGS, job_of
+    from sku.plan.suggest import suggestions
+
+    chosen = next((known for known in SHARDINGS if known == sharding), None)
+    if chosen is None:
+        raise RecipeError(f"--sharding is {sharding!r}; it must be {', '.join(SHARDINGS)}")
+    job = job_of(settings, gpus=gpus, sharding=chosen, row_tokens=row_tokens, answer_tokens=answer_tokens)
+    made = plan_of(job, gpu_memory=gpu_memory * GIB, tflops=peak_tflops, efficiency=efficiency)
+    advice = suggestions(made)
+    if as_json:
+        advised = [dataclasses.asdict(suggestion) for suggestion in advice]
+        results.print_json(json.dumps({**made.to_dict(), "suggestions": advised}))
+        return
+    _show(made, advice)
+
+
+def _show(made: Plan, advice: list[Suggestion]) -> None:
+    from sku.plan.estimate import CONTEXT_BYTES, FRAGMENTATION, GIB, STREAM_BYTES
+
+    job, weights = made.job, made.weights
+    results.print(
+        f"{job.name}: {weights.parameters:,} parameters, {weights.trainable:,} trained ({job.tuning}, "
+        f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at once",
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("GiB on each GPU", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    stage_1 = dataclasses.asdict(made.stage_1)
+    logits = stage_1.pop("logits")
+    for name, size in stage_1.items():
+        table.add_row(f"  {name}", f"{size / GIB:.2f}")
+        if name == "activations":
+            table.add_row("    of these logits, once", f"{logits / GIB:.2f}")
+    for name, size in (
+        ("stage 1", made.stage_1.total),
+        ("loading, before it is sharded", made.loading),
+        ("stage 2 and evaluation, weights alone", made.stage_2),
+        ("needed", made.needed),
+    ):
+        table.add_row(name, f"{size / GIB:.2f}")
+    results.print(table)
+    results.print(
+        f"\nneeded is the largest of these with {FRAGMENTATION:.0%} for the allocator and "
+        f"{CONTEXT_BYTES / GIB:.1f} GiB for CUDA (assumed)",
+        soft_wrap=True,
+    )
+    results.print(
+        f"stage 2   {made.stage_2_host / GIB:.2f} GiB of the computer's memory in sku run, "
+        f"{STREAM_BYTES / GIB:.2f} in sku negate",
+        soft_wrap=True,
+    )
+    results.print(f"disk      {made.disk / GIB:.2f} GiB")
+    results.print(
+        f"time      {made.step_seconds:.3g} s a step"
+        + ("" if made.seconds is None else f", {made.seconds / 3600:.2g} h for {job.steps} steps")
+        + f": {made.step_flops / 1e12:.3g} TFLOP at {made.efficiency:.0%} of {made.tflops:g} TFLOP/s (assumed)",
+        soft_wrap=True,
+    )
+    if made.fits:
+        results.print(f"fits      {made.needed / GIB:.1f} of {made.gpu_memory / GIB:.1f} GiB")
+        return
+    results.print(
+        f"too large by {(made.needed - made.gpu_memory) / GIB:.1f} GiB; what would help, the cheapest first:"
+    )
+    for suggestion in advice:
+        verdict = "fits" if suggestion.fits else "not enough alone"
+        results.print(
+            f"  {suggestion.needed / GIB:7.1f} GiB  {verdict}: {suggestion.change}  ({suggestion.cost})",
+            soft_wrap=True,
+        )

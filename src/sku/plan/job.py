@@ -1,0 +1,151 @@
+"""What is planned: the step of stage 1 that decides memory and time, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from sku.acquire.objective import sku_objective
+from sku.acquire.run import trainer_settings
+from sku.config import LoraSettings, Recipe, Tuning
+from sku.errors import RecipeError
+from sku.methods.run import with_safe_dtype
+from sku.models import load_config
+
+Sharding = Literal["ddp", "fsdp2", "zero3"]
+SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero3")
+
+_STATES = {
+    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
+    "adamw_torch_8bit": 2.0, "adamw_torch_4bit": 1.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
+    "lion_32bit": 4.0, "lion_8bit": 1.0, "rmsprop": 4.0, "adagrad": 4.0, "sgd": 0.0, "adafactor": 0.1,
+}  # fmt: skip
+"""Optimizer of transformers -> bytes of state for each trained weight that is held in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One process of stage 1."""
+
+    name: str
+    """Of the model."""
+    config: PreTrainedConfig
+    tuning: Tuning
+    lora: LoraSettings
+    dtype: torch.dtype
+    """The weights are held in it; those of a QLoRA base before they are quantized."""
+    autocast: torch.dtype | None
+    """Type of matrix products where ``acquire.training.bf16`` or ``fp16`` is on."""
+    checkpointing: bool
+    optimizer: str
+    examples: int
+    """Joint examples of one forward pass."""
+    accumulation: int
+    steps: int | None
+    """None where the recipe counts epochs, whose length only the data tells."""
+    forget: bool
+    mismatched: int
+    retain: bool
+    """With its frozen reference."""
+    row_tokens: int
+    """Of each padded row."""
+    answer_tokens: int
+    """Positions of each row whose next token counts."""
+    checkpoints: int
+    """Kept on disk at once."""
+    gpus: int
+    sharding: Sharding
+
+    @property
+    def rows(self) -> int:
+        """Rows of one forward pass."""
+        return self.examples * (int(self.forget) + self.mismatched + int(self.retain))
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of optimizer state for each trained weight in float32."""
+        return _STATES[self.optimizer]
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference is a second model and not the same one without its adapter."""
+        return self.retain and self.tuning == "full"
+
+
+def job_of(
+    recipe: Recipe,
+    *,
+    gpus: int = 1,
+    sharding: Sharding = "ddp",
+    row_tokens: int | None = None,
+    answer_tokens: int | None = None,
+    on_cpu: bool = False,
+) -> Job:
+    """The job that a recipe describes.
+
+    Args:
+        recipe: Of method ``sku``.
+        gpus: Processes, each with a GPU of its own.
+        sharding: What is divided among them: nothing, or weights, gradients and optimizer.
+        row_tokens: Tokens of each row; ``data.max_length`` if None, which no batch exceeds.
+        answer_tokens: Trained positions of each row; ``data.max_answer_tokens`` if None.
+        on_cpu: Weights have the type that ``auto`` means on a CPU.
+
+    Returns:
+        All that memory and time depend on.
+
+    Raises:
+        RecipeError: Another method, an unknown optimizer, or numbers that make no sense.
+        ModelError: The model's configuration can't be read.
+    """
+    if recipe.method != "sku":
+        raise RecipeError(f"sku plan knows stage 1 of sku, and the recipe's method is {recipe.method}")
+    row_tokens = recipe.data.max_length if row_tokens is None else row_tokens
+    answer_tokens = min(recipe.data.max_answer_tokens, row_tokens) if answer_tokens is None else answer_tokens
+    if gpus < 1 or not 1 <= answer_tokens <= row_tokens:
+        raise RecipeError(
+            f"{gpus} GPUs, rows of {row_tokens} tokens with {answer_tokens} of the answer can't be planned: all must "
+            "be 1 or more, and the answer is a part of its row"
+        )
+    training = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=Path("planned"))
+    optimizer = str(getattr(training.optim, "value", training.optim))
+    if optimizer not in _STATES:
+        raise RecipeError(
+            f"the memory of acquire.training.optim={optimizer} is not known here; known: {', '.join(sorted(_STATES))}"
+        )
+    objective = sku_objective(recipe.acquire, recipe.compat)
+    config = load_config(recipe.model)
+    model = with_safe_dtype(recipe)
+    if model.dtype == "auto":
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+    elif model.dtype == "stored":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    else:
+        dtype = getattr(torch, model.dtype)
+    saves = str(getattr(training.save_strategy, "value", training.save_strategy)) != "no"
+    return Job(
+        name=recipe.model.path,
+        config=config,
+        tuning=recipe.acquire.tuning,
+        lora=recipe.acquire.lora,
+        dtype=dtype,
+        autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+        checkpointing=bool(training.activation_checkpointing),
+        optimizer=optimizer,
+        examples=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        steps=training.max_steps if training.max_steps > 0 else None,
+        forget=objective.rows.forget,
+        mismatched=objective.rows.mismatched,
+        retain=objective.rows.retain,
+        row_tokens=row_tokens,
+        answer_tokens=answer_tokens,
+        # The next one is written before the oldest is deleted.
+        checkpoints=0 if not saves else (training.save_total_limit or 0) + 1,
+        gpus=gpus,
+        sharding=sharding,
+    )

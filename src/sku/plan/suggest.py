@@ -1,0 +1,128 @@
+"""What to change where a job doesn't fit: each change is estimated; those that fit come first, the cheapest first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sku.errors import SkuError
+from sku.plan.estimate import Plan, plan_of
+from sku.plan.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A change of the recipe or the command."""
+
+    change: str
+    """As it is written."""
+    cost: str
+    needed: int
+    """Bytes of each GPU with it."""
+    fits: bool
+
+
+_BATCH = "--set acquire.training.per_device_train_batch_size"
+
+
+def suggestions(plan: Plan) -> list[Suggestion]:
+    """Changes that make a job smaller: alone, and where none suffices one on top of the other until they do.
+
+    Args:
+        plan: Of the job as it is.
+
+    Returns:
+        Those that fit, cheapest first; then those that help and don't suffice. None where the job fits.
+    """
+    if plan.fits:
+        return []
+    found = [suggestion for change, cost, job in _changes(plan.job) for suggestion in _tried(plan, change, cost, job)]
+    if not any(suggestion.fits for suggestion in found):
+        together, names = plan.job, list[str]()
+        for change, _, _ in _changes(plan.job):
+            joined = _again(together, change)
+            if joined is None:
+                continue
+            together, names = joined, [*names, change]
+            tried = _tried(plan, " ".join(names), "all of these together", together) if len(names) > 1 else []
+            if any(suggestion.fits for suggestion in tried):
+                found += tried
+                break
+    return sorted(found, key=lambda suggestion: not suggestion.fits)
+
+
+def _tried(plan: Plan, change: str, cost: str, job: Job) -> list[Suggestion]:
+    try:
+        same_step = dataclasses.replace(job, sharding=plan.job.sharding, optimizer=plan.job.optimizer) == plan.job
+        other = plan_of(
+            job,
+            gpu_memory=plan.gpu_memory,
+            tflops=plan.tflops,
+            efficiency=plan.efficiency,
+            step=plan.step if same_step else None,
+        )
+    except SkuError:
+        return []  # Not a way for this model.
+    if other.needed >= plan.needed:
+        return []
+    return [Suggestion(change=change, cost=cost, needed=other.needed, fits=other.fits)]
+
+
+def _again(job: Job, change: str) -> Job | None:
+    """The same change on top of others, where it still is one."""
+    return next((changed for name, _, changed in _changes(job) if name.split("=")[0] == change.split("=")[0]), None)
+
+
+def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
+    """From those that change nothing but time to those that change what is learned."""
+    if job.gpus > 1 and job.sharding == "ddp":
+        yield (
+            "--sharding fsdp2",
+            "weights travel between the GPUs in every step (accelerate's fsdp2.yaml)",
+            dataclasses.replace(job, sharding="fsdp2"),
+        )
+    if not job.checkpointing:
+        yield (
+            "--set acquire.training.activation_checkpointing=true",
+            "a third to a half more work",
+            dataclasses.replace(job, checkpointing=True),
+        )
+    if job.examples > 1:
+        yield (
+            f"{_BATCH}=1 --set acquire.training.gradient_accumulation_steps={job.examples * job.accumulation}",
+            "the same steps in smaller pieces, slower on a large GPU",
+            dataclasses.replace(job, examples=1, accumulation=job.examples * job.accumulation),
+        )
+    if job.dtype == torch.float32 and job.autocast is None:
+        yield (
+            "--set acquire.training.bf16=true",
+            "products in bfloat16, weights in float32",
+            dataclasses.replace(job, autocast=torch.bfloat16),
+        )
+    if job.state_bytes > 2 and job.tuning == "full":
+        yield (
+            "--set acquire.training.optim=adamw_bnb_8bit",
+            "needs bitsandbytes; states in eight bits",
+            dataclasses.replace(job, optimizer="adamw_bnb_8bit"),
+        )
+    if job.tuning == "full":
+        yield (
+            "--set acquire.tuning=lora --set model.dtype=bfloat16",
+            "another kind of training: an adapter; set its learning rate",
+            dataclasses.replace(job, tuning="lora", dtype=torch.bfloat16),
+        )
+    if job.tuning == "lora":
+        yield (
+            "--set acquire.tuning=qlora",
+            "needs bitsandbytes; trains on a four-bit base, slower",
+            dataclasses.replace(job, tuning="qlora"),
+        )
+    if job.mismatched > 1:
+        yield (
+            "--set acquire.random_answers=1",
+            "fewer random answers: another objective",
+            dataclasses.replace(job, mismatched=1),
+        )

@@ -1,0 +1,169 @@
+"""Two processes train as one does, sharded or not; a lost one ends the run, and a resumed run equals a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from conftest import ModelMaker
+from distributed.worker import Case, finish, make_trainer
+from sku import pipeline
+from sku.config import load_recipe
+from sku.data.examples import ForgetRetainData
+from sku.errors import EvaluationError, OutputError, RecipeError
+from sku.pipeline import run_recipe
+from sku.processes import Processes, current_processes
+
+WORKER = Path(__file__).with_name("worker.py")
+CASES: dict[str, Case] = {
+    # Epochs of 6 examples: 4 and 2, so that the second process has none left in every other step.
+    "ddp_lora": {"max_steps": 5},
+    "ddp_accumulated": {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "fsdp_full": {"max_steps": 5, "full": True, "fsdp": True, "learning_rate": 1e-3},
+    "fsdp_lora": {"max_steps": 5, "fsdp": True},
+}
+RECIPE = [
+    "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
+    "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
+    "evaluate.samples=2", "negate.diagnostics=false", "acquire.tuning=lora", "negate.alpha=1.0",
+    "evaluate.precisions=[]",
+]  # fmt: skip
+RESUMED: dict[str, Case] = {
+    "ddp_kept": {"max_steps": 4, "dropout": 0.1, "save_strategy": "steps", "save_steps": 2},
+    "fsdp_kept": {
+        "max_steps": 4, "full": True, "fsdp": True, "save_strategy": "steps", "save_steps": 2,
+        "lr_scheduler_type": "linear", "learning_rate": 1e-3,
+    },
+}  # fmt: skip
+
+
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+ACCELERATE = (
+    "accelerate.commands.launch", "--config_file", str(WORKER.parents[2] / "src/sku/recipes/accelerate/ddp.yaml"),
+    "--main_process_port",
+)  # fmt: skip
+
+
+def launch(launcher: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", *launcher, str(port), *arguments]
+    path = os.pathsep.join([str(WORKER.parents[2] / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def jobs(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: ModelMaker,
+    tokenizer: PreTrainedTokenizerFast,
+    data: ForgetRetainData,
+) -> Path:
+    """The folder in which two processes have done all."""
+    folder = tmp_path_factory.mktemp("jobs")
+    make_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data.pickle").write_bytes(pickle.dumps(data))
+    (folder / "jobs.json").write_text(
+        json.dumps({"cases": CASES | RESUMED, "recipe": RECIPE, "command": sku_run(folder / "killed")})
+    )
+    done = launch(TORCHRUN, str(WORKER), str(folder))
+    assert all((folder / f"done_{rank}").exists() for rank in range(2)), done.stderr[-4000:]
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = json.loads((folder / "log.json").read_text())
+    return lines
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_curve_is_that_of_one_process(name: str, jobs: Path, tmp_path: Path) -> None:
+    case = {key: value for key, value in CASES[name].items() if key != "fsdp"}
+    if "gradient_accumulation_steps" in case:  # 2 processes of 1 example twice are one process of 4 at once.
+        case = {"max_steps": case["max_steps"]}
+    alone = finish(make_trainer(jobs, tmp_path / "checkpoints", case), tmp_path)
+    here, there = curve(tmp_path), curve(jobs / name)
+    assert len(here) == CASES[name]["max_steps"]
+    for one, two in zip(here, there, strict=True):
+        assert one.keys() == two.keys()
+        for term in [key for key in one if key.startswith("loss")]:
+            assert one[term] == pytest.approx(two[term], rel=1e-5, abs=1e-5), (term, one["step"])
+    weights = load_file(next((jobs / name).glob("*.safetensors")))
+    assert weights.keys() == alone.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, alone[key], rtol=1e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_one_that_was_not_interrupted(name: str, jobs: Path) -> None:
+    assert curve(jobs / name) == curve(jobs / f"{name}_resumed")
+    whole, resumed = (load_file(next((jobs / folder).glob("*.safetensors"))) for folder in (name, f"{name}_resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def sku_run(out: Path) -> list[str]:
+    return ["run", "embedded", "--out", str(out), *(f"--set={setting}" for setting in RECIPE)]
+
+
+def test_a_killed_process_ends_the_run_with_one_line(jobs: Path) -> None:
+    """And within the time that ``launch`` gives all jobs."""
+    stderr = (jobs / "stderr").read_text()
+    said = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert said[0].startswith("error: one of the 2 processes was killed, ran out of memory, or can't be reached")
+    assert said[0].endswith("with the same command, the same --out and --resume")
+    assert "sku/training" not in stderr, "no traceback of ours"
+    assert [path.name for path in (jobs / "killed" / "bad").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_another_number_of_processes_does_not_go_on_with_it(jobs: Path) -> None:
+    out = jobs / "killed"
+    with pytest.raises(OutputError, match="begun with 2 processes, .* start 2 here too, not 1"):
+        run_recipe(load_recipe("embedded", RECIPE), out, resume=True)
+    assert (out / "bad" / "checkpoint-2").exists()
+
+
+def test_a_killed_run_that_is_resumed_equals_a_whole_one(jobs: Path) -> None:
+    """Also by another launcher, with the configuration that ships."""
+    out = jobs / "killed"
+    done = launch(ACCELERATE, "-m", "sku", *sku_run(out), "--resume")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("evidence") == 1, "said once"
+    whole = jobs / "whole"
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for part in ("unlearned/model.safetensors", "negated_adapter/adapter_model.safetensors"):
+        assert (out / part).read_bytes() == (whole / part).read_bytes(), part
+    results = [json.loads((folder / "results.json").read_text()) for folder in (out, whole)]
+    assert results[0].pop("manifest")["processes"] == results[1].pop("manifest")["processes"] == 2
+    assert results[0] == results[1]
+
+
+def test_attacks_are_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "current_processes", lambda: Processes(rank=0, count=2))
+    with pytest.raises(EvaluationError, match="attacks run in one process: set evaluate.attacks="):
+        run_recipe(load_recipe("embedded", [*RECIPE, "evaluate.attacks=[int8]"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_weights_of_other_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(RecipeError, match="fsdp_cpu_ram_efficient_loading"):
+        current_processes()

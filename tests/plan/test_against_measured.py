@@ -1,0 +1,137 @@
+"""The estimate beside what the allocator gave to a real training step, on shapes that differ in what fills memory."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from conftest import TrainerMaker
+from sku.config import Recipe, recipe_from_dict
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.plan.estimate import memory_of
+from sku.plan.job import job_of
+from sku.plan.skeleton import weights_of
+from sku.plan.trace import trace_step
+
+EXAMPLES, ANSWERS = 4, 2
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    # Activations of the layers, and a second model for reference.
+    "llama_full": (
+        LlamaConfig(
+            vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, pad_token_id=3, tie_word_embeddings=False,
+        ),
+        {"tuning": "full"},
+    ),
+    "llama_lora": (
+        LlamaConfig(
+            vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, pad_token_id=3, tie_word_embeddings=True,
+        ),
+        {"tuning": "lora", "lora": {"r": 4, "alpha": 8}},
+    ),
+    # Logits, losses and the gradient of the head.
+    "gemma_wide_vocabulary": (
+        Gemma3TextConfig(
+            vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, sliding_window=32, pad_token_id=3,
+        ),
+        {"tuning": "full"},
+    ),
+    "llama_lora_checkpointed": (
+        LlamaConfig(
+            vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, pad_token_id=3,
+        ),
+        {"tuning": "lora", "lora": {"r": 4, "alpha": 8}, "training": {"activation_checkpointing": True}},
+    ),
+}  # fmt: skip
+
+
+def equal_rows() -> ForgetRetainData:
+    """Prompts and answers of one length each, so that all rows are as long as the longest."""
+    colours = ("red", "blue", "gold", "grey", "pink", "teal", "rust", "navy")
+    forget = [ForgetExample(prompt=f"where is {word} ?", answer=f"{word} " * 20) for word in colours]
+    retain = [RetainExample(prompt=f"what was {word} ?", answer=f"{word} " * 20) for word in colours]
+    return ForgetRetainData(
+        unlearned=tuple(forget[:6]), unseen=tuple(forget[6:]), retain_train=tuple(retain[:6]),
+        retain_validation=(retain[6],), retain_test=(retain[7],),
+    )  # fmt: skip
+
+
+def recipe_of(folder: Path, acquire: dict[str, Any]) -> Recipe:
+    training = {"per_device_train_batch_size": EXAMPLES, **acquire.get("training", {})}
+    return recipe_from_dict(
+        {
+            "name": "planned",
+            "model": {"path": str(folder), "dtype": "float32"},
+            "data": {"forget": {"path": "embedded"}, "retain": {"path": "embedded"}},
+            "acquire": {**acquire, "random_answers": ANSWERS, "preservation_mode": "retention", "training": training},
+        }
+    )
+
+
+def allocated(step: Any) -> int:
+    """Most bytes that torch's CPU allocator had given out at once during a call, beyond those of before."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    results: Any = profile.profiler.kineto_results
+    live = most = 0
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SHAPES)
+def test_within_a_tenth_of_what_is_measured(
+    name: str, make_trainer: TrainerMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config, acquire = SHAPES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(tmp_path)
+    full = acquire["tuning"] == "full"
+    trainer = make_trainer(
+        model, full=full, dataset=equal_rows(), per_device_train_batch_size=EXAMPLES, num_random_answers=ANSWERS,
+        preservation_mode="retention", learning_rate=1e-4, **acquire.get("training", {}),
+    )  # fmt: skip
+    dataset: Any = trainer.train_dataset
+    assert trainer.data_collator is not None
+    batch = trainer.data_collator([dataset[place] for place in range(EXAMPLES)])
+    lengths = batch["attention_mask"].sum(1)
+    kept = trainer._kept_positions(batch).sum(1)
+    trained: Any = trainer.model
+    if trainer.args.activation_checkpointing:
+        trained.activation_checkpointing_enable()  # As the trainer does where training begins.
+    optimizer = trainer.create_optimizer()
+    trained.train()
+
+    def step() -> None:
+        trainer.compute_loss(trained, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # From the second step on there are optimizer states.
+    held = sum(weight.nbytes for weight in trained.parameters())
+    held += sum(weight.nbytes for weight in trainer._reference.parameters()) if trainer._reference else 0
+    held += sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    measured = held + allocated(step)
+
+    recipe = recipe_of(tmp_path, acquire)
+    job = job_of(recipe, row_tokens=int(lengths.max()), answer_tokens=round(float(kept.float().mean())), on_cpu=True)
+    assert job.rows == len(lengths)
+    estimated = memory_of(job, weights_of(job), trace_step(job))
+    assert estimated.total == pytest.approx(measured, rel=0.1), (name, estimated)
+    assert estimated.total > 1.5 * estimated.weights, "something besides the weights was estimated"

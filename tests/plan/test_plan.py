@@ -1,0 +1,166 @@
+"""What the estimate says of shapes whose numbers are known, and what it advises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+from typer.testing import CliRunner
+
+from sku.cli.main import app
+from sku.config import load_recipe
+from sku.errors import ModelError, RecipeError
+from sku.plan.estimate import GIB, plan_of
+from sku.plan.job import Job, job_of
+from sku.plan.skeleton import weights_of
+from sku.plan.suggest import suggestions
+from sku.plan.trace import StepTrace, trace_step
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 500, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def shallow(tmp_path: Path) -> Path:
+    """Two layers, which are traced at once."""
+    LlamaConfig(**(SMALL | {"num_hidden_layers": 2})).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def job(folder: Path, *changes: str, **options: Any) -> Job:
+    overrides = [f"model.path={folder}", "data.max_length=64", "data.max_answer_tokens=16", *changes]
+    return job_of(load_recipe("llama-3.1-8b", overrides), **options)
+
+
+def test_weights_are_counted_by_hand(folder: Path) -> None:
+    """Embedding and head V d each; in a layer q, o d^2, k, v d d_kv, the MLP 3 d m, two norms; a last norm."""
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64
+    parameters = 2 * 500 * 64 + 8 * layer + 64
+    full = weights_of(job(folder, "acquire.tuning=full"))
+    assert (full.parameters, full.trainable, full.adapter) == (parameters, parameters, 0)
+    assert full.held_bytes == full.trainable_bytes == 4 * parameters, "full fine-tuning holds float32"
+    lora = weights_of(job(folder, "acquire.tuning=lora", "acquire.lora.r=4"))
+    sides = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160)
+    assert (lora.parameters, lora.adapter, lora.trainable) == (parameters, 8 * 4 * sides, 8 * 4 * sides)
+    assert lora.held_bytes == 2 * parameters + 4 * lora.adapter, "bfloat16 below a float32 adapter"
+    assert lora.adapted == 8 * (layer - 2 * 64)
+    qlora = weights_of(job(folder, "acquire.tuning=qlora", "acquire.lora.r=4"))
+    rest = parameters - lora.adapted
+    assert qlora.held_bytes == pytest.approx(lora.adapted * 4.127 / 8 + 4 * rest + 4 * qlora.adapter, rel=1e-3)
+
+
+def test_work_is_six_times_weights_and_tokens(folder: Path) -> None:
+    """Forward 2, backward 4 for each weight of a matrix product and token; of the head only where a token is kept."""
+    made = job(folder, "acquire.tuning=full", "acquire.weights.preservation_divergence=0", "model.dtype=float32")
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160
+    rows, length, kept = made.rows, 64, 16
+    assert rows == 8 * (1 + 3)
+    products = 6 * (8 * layer * rows * length + 500 * 64 * rows * kept)
+    attention = 8 * (4 + 10) * rows * 64 * length**2  # Two products forward, five backward.
+    # The first layer's input needs its gradient as well: the embedding is trained.
+    assert trace_step(made).flops == pytest.approx(products + attention, rel=0.01)
+
+
+def test_more_layers_are_a_straight_line(folder: Path) -> None:
+    """What is traced on two and four layers is what all layers take."""
+    from sku.plan import trace
+
+    made = job(folder, "acquire.training.activation_checkpointing=true")
+    assert trace_step(made) == trace._joined([trace._traced(made, 8)])
+
+
+def test_sharding_divides_what_it_should(folder: Path) -> None:
+    alone = plan_of(job(folder, "acquire.tuning=full"))
+    step = alone.step
+    shared = {
+        sharding: plan_of(job(folder, "acquire.tuning=full", gpus=4, sharding=sharding), step=step).stage_1
+        for sharding in ("ddp", "fsdp2", "zero3")
+    }
+    one = alone.stage_1
+    assert one.optimizer == 2 * one.weights == 2 * one.reference
+    assert (shared["ddp"].weights, shared["ddp"].optimizer) == (one.weights, one.optimizer)
+    assert shared["ddp"].communication == one.weights, "buckets of gradients"
+    for sharding in ("fsdp2", "zero3"):
+        assert shared[sharding].weights == pytest.approx(one.weights / 4, abs=4)
+        assert shared[sharding].optimizer == pytest.approx(one.optimizer / 4, abs=4)
+        assert 0 < shared[sharding].communication < one.weights
+    assert shared["fsdp2"].reference == pytest.approx(one.reference / 4, abs=4)
+    assert shared["zero3"].reference == one.reference
+    assert shared["fsdp2"].activations == one.activations
+
+
+def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> None:
+    made = plan_of(job(shallow, "acquire.tuning=full"))
+    assert made.fits
+    assert suggestions(made) == [], "nothing to mend"
+    advice = suggestions(dataclasses.replace(made, gpu_memory=made.needed - 1))
+    assert [suggestion.fits for suggestion in advice] == sorted((entry.fits for entry in advice), reverse=True)
+    names = " ".join(suggestion.change for suggestion in advice)
+    for part in ("activation_checkpointing=true", "per_device_train_batch_size=1", "tuning=lora", "bf16=true"):
+        assert part in names
+    for suggestion in advice:
+        settings = [part.strip() for part in suggestion.change.split("--set ") if part.strip()]
+        followed = plan_of(job(shallow, "acquire.tuning=full", *settings))
+        assert followed.needed == suggestion.needed < made.needed, suggestion.change
+
+
+def test_experts_are_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    from sku.plan import trace
+
+    def depends(*_: Any) -> Any:
+        raise DataDependentOutputException(torch.ops.aten.item.default)
+
+    MixtralConfig(**SMALL, num_local_experts=2).save_pretrained(tmp_path)
+    monkeypatch.setattr(trace, "_run", depends)
+    with pytest.raises(ModelError, match="depends on the data"):
+        trace_step(job(tmp_path, "acquire.lora.target_modules=[q_proj]"))
+
+
+def test_what_can_not_be_planned_is_refused(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="method is npo"):
+        job(folder, "method=npo")
+    with pytest.raises(RecipeError, match="optim=lomo is not known here"):
+        job(folder, "acquire.training.optim=lomo")
+    with pytest.raises(RecipeError, match="the answer is a part of its row"):
+        job(folder, answer_tokens=65)
+
+
+def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:
+    options = ["plan", "llama-3.1-8b", "--model", str(shallow), "--row-tokens", "64", "--answer-tokens", "16"]
+    said = CliRunner().invoke(app, [*options, "--json", "--gpus", "2", "--gpu-memory", "24"])
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.stdout)
+    expected = plan_of(job(shallow, gpus=2), gpu_memory=24 * GIB)
+    assert found == json.loads(json.dumps({**expected.to_dict(), "suggestions": []}))
+    assert found["fits"] is True
+    assert found["seconds"] == pytest.approx(200 * found["step_flops"] / (989e12 * 0.3))
+    shown = CliRunner().invoke(app, [*options, "--gpus", "2", "--gpu-memory", str((expected.needed - 1) / GIB)])
+    assert "too large by 0.0 GiB" in shown.output
+    assert "fits: --set acquire.training.activation_checkpointing=true" in shown.output
+    assert "stage 2 and evaluation" in shown.output
+    wrong = CliRunner().invoke(app, [*options, "--sharding", "fsdp3"])
+    assert isinstance(wrong.exception, RecipeError)
+
+
+def test_accumulation_keeps_gradients_beside_activations(folder: Path) -> None:
+    step = StepTrace(activation_bytes=1000, peak_bytes=1300, flops=1)
+    once = plan_of(job(folder), step=step)
+    twice = plan_of(job(folder, "acquire.training.gradient_accumulation_steps=2"), step=step)
+    assert once.stage_1.gradients == 300
+    assert twice.stage_1.gradients == twice.weights.trainable_bytes
+    assert twice.step_flops == 2 * once.step_flops
