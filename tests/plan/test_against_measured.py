@@ -20,7 +20,7 @@ from sku.plan.trace import trace_step
 
 EXAMPLES, ANSWERS = 4, 2
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
-    # Activations of the layers, and a second model for reference.
+    # Activations of the layers, and what is kept of the reference.
     "llama_full": (
         LlamaConfig(
             vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,

@@ -83,10 +83,11 @@ def test_more_layers_are_a_straight_line(folder: Path) -> None:
 
 
 def test_sharding_divides_what_it_should(folder: Path) -> None:
-    alone = plan_of(job(folder, "acquire.tuning=full"))
+    copied = ("acquire.tuning=full", "acquire.training.reference=copy")
+    alone = plan_of(job(folder, *copied))
     step = alone.step
     shared = {
-        sharding: plan_of(job(folder, "acquire.tuning=full", gpus=4, sharding=sharding), step=step).stage_1
+        sharding: plan_of(job(folder, *copied, gpus=4, sharding=sharding), step=step).stage_1
         for sharding in ("ddp", "fsdp2", "zero3")
     }
     one = alone.stage_1
@@ -100,6 +101,21 @@ def test_sharding_divides_what_it_should(folder: Path) -> None:
     assert shared["fsdp2"].reference == pytest.approx(one.reference / 4, abs=4)
     assert shared["zero3"].reference == one.reference
     assert shared["fsdp2"].activations == one.activations
+
+
+def test_a_second_model_only_where_nothing_can_be_kept(folder: Path) -> None:
+    """As the trainer settles it; a trained head is kept as it was."""
+    found = {
+        sharding: job(folder, "acquire.tuning=full", gpus=4, sharding=sharding).copies_reference
+        for sharding in ("ddp", "fsdp2", "zero3")
+    }
+    assert found == {"ddp": False, "fsdp2": True, "zero3": True}
+    kept, copied = (
+        plan_of(job(folder, "acquire.tuning=full", f"acquire.training.reference={mode}")).stage_1
+        for mode in ("cache", "copy")
+    )
+    assert 0 < kept.reference < copied.reference == copied.weights
+    assert plan_of(job(folder, "acquire.tuning=lora")).stage_1.reference == 0
 
 
 def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> None:

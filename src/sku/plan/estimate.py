@@ -194,6 +194,9 @@ def memory_of(job: Job, weights: Weights, step: StepTrace) -> Memory:
     else:
         communication = weights.trainable_bytes
     copy = weights.parameters * job.dtype.itemsize if job.copies_reference else 0
+    if job.copies_head:
+        text = job.config.get_text_config()
+        copy = text.vocab_size * text.hidden_size * job.dtype.itemsize
     return Memory(
         weights=-(-weights.held_bytes // parts),
         reference=-(-copy // (parts if job.sharding == "fsdp2" else 1)),

@@ -15,6 +15,7 @@ from sku.config import LoraSettings, Recipe, Tuning
 from sku.errors import RecipeError
 from sku.methods.run import with_safe_dtype
 from sku.models import load_config
+from sku.training.reference_mode import ReferenceMode
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero3")
@@ -51,6 +52,8 @@ class Job:
     mismatched: int
     retain: bool
     """With its frozen reference."""
+    reference: ReferenceMode
+    """How it is asked, as ``acquire.training.reference`` says."""
     row_tokens: int
     """Of each padded row."""
     answer_tokens: int
@@ -71,9 +74,19 @@ class Job:
         return _STATES[self.optimizer]
 
     @property
+    def keeps_reference(self) -> bool:
+        """Whether the reference is what one pass before training left, so that no step asks it."""
+        return self.retain and (self.reference == "cache" or (self.reference == "auto" and self.sharding == "ddp"))
+
+    @property
     def copies_reference(self) -> bool:
         """Whether the reference is a second model and not the same one without its adapter."""
-        return self.retain and self.tuning == "full"
+        return self.retain and self.tuning == "full" and not self.keeps_reference
+
+    @property
+    def copies_head(self) -> bool:
+        """Whether the reference's head is kept, since that of the model is trained."""
+        return self.tuning == "full" and self.keeps_reference
 
 
 def job_of(
@@ -142,6 +155,7 @@ def job_of(
         forget=objective.rows.forget,
         mismatched=objective.rows.mismatched,
         retain=objective.rows.retain,
+        reference=training.reference,
         row_tokens=row_tokens,
         answer_tokens=answer_tokens,
         # The next one is written before the oldest is deleted.

@@ -234,6 +234,9 @@ def _loss(
         if kind != "retain":
             terms.append(answer_nll(part_NV, torch.zeros(count, dtype=torch.long)).sum())
             continue
+        if job.keeps_reference:
+            terms.append(token_kl(part_NV.detach().clone(), part_NV).sum())
+            continue
         adapter_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
         with torch.no_grad(), adapter_off:
             said_NV = _logits(job, model if reference is None else reference, job.examples)
