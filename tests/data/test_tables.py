@@ -99,6 +99,7 @@ def test_reading_leaves_no_copy_and_prints_nothing(
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     make().to_parquet(tmp_path / "a.parquet")
     capfd.readouterr()
+    bars_disabled = datasets.are_progress_bars_disabled()
     read(tmp_path / "a.parquet")
     read(folder)
     (tmp_path / "bad.parquet").write_text("no parquet")
@@ -111,7 +112,7 @@ def test_reading_leaves_no_copy_and_prints_nothing(
     assert caplog.records == []
     assert not (tmp_path / "cache").exists()
     assert list(temporary.iterdir()) == []
-    assert not datasets.are_progress_bars_disabled()
+    assert datasets.are_progress_bars_disabled() == bars_disabled
 
 
 @pytest.mark.parametrize(

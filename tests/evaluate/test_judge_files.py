@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from evaluate.judge_models import guard_tokenizer, last_word_classifier, save
+from sku.cli import console
 from sku.cli.main import app
 from sku.errors import ModelError
 from sku.evaluate.judges import build_judge, judge_names
@@ -172,8 +173,9 @@ def test_shieldgemma_is_asked_once_per_policy(models: dict[str, Path]) -> None:
     assert REPLY not in text
 
 
-def test_list_names_every_judge() -> None:
-    done = CliRunner().invoke(app, ["judge", "list"], env={"COLUMNS": "250"})
+def test_list_names_every_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.results, "width", 250)  # COLUMNS is read once a process.
+    done = CliRunner().invoke(app, ["judge", "list"])
     assert done.exit_code == 0
     lines = {line.split()[0]: line for line in done.output.splitlines() if line.strip()}
     assert set(judge_names()) <= set(lines)
