@@ -1,10 +1,11 @@
 # make demo   set up a fresh machine and run the main job on the embedded model
 # make test   set up and pass every check that CI runs
+# make docs   set up and build the documentation site into build/site
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,13 @@ check: $(VENV)/.installed
 
 test: check
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) dist build
