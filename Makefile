@@ -24,11 +24,7 @@ check: $(VENV)/.installed
 test: check
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-$(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
-	touch $@
-
-docs: $(VENV)/.docs
+docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:

@@ -96,7 +96,10 @@ def section(path: str, command: Any) -> Iterator[str]:
         ],
     )
     if hasattr(command, "commands"):
-        below = ((f"`{path} {name}`", text_of(item.help).split(". ")[0].removesuffix(".")) for name, item in command.commands.items())
+        below = (
+            (f"`{path} {name}`", text_of(item.help).split(". ")[0].removesuffix("."))
+            for name, item in command.commands.items()
+        )
         yield "\n| command | |\n|---|---|\n"
         yield from (f"| {name} | {text} |\n" for name, text in below)
 

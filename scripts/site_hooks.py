@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
-import xml.etree.ElementTree as etree
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 
 from markdown import Extension, Markdown
 from markdown.treeprocessors import Treeprocessor
@@ -39,7 +39,7 @@ class _LinksOut(Treeprocessor):
         self.repository = repository
         self.repo_url = repo_url
 
-    def run(self, root: etree.Element) -> None:
+    def run(self, root: ElementTree.Element) -> None:
         page = _current["page"]
         for element in root.iter("a"):
             link = urlsplit(element.get("href", ""))
@@ -84,8 +84,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Refuses what comes from another server."""
+    """Looks at a page as it is written."""
+    return _without_other_servers(output, page.file.src_uri)
+
+
+def on_post_template(output: str, template_name: str, **_: Any) -> str:
+    """Looks at what the theme writes besides, such as the page for dead links."""
+    return _without_other_servers(output, template_name)
+
+
+def _without_other_servers(output: str, name: str) -> str:
     found = _FROM_ELSEWHERE.search(output)
     if found:
-        raise PluginError(f"{page.file.src_uri} needs another server: {found.group(0)}")
+        raise PluginError(f"{name} needs another server: {found.group(0)}")
     return output
