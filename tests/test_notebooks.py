@@ -15,7 +15,7 @@ import sku
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "embedded_world": {"steps": 2, "prompts": 2, "alphas": [1.0]},
     "your_own_model": {"pretraining_steps": 2, "steps": 2, "prompts": 2},
 }
@@ -23,7 +23,7 @@ SMALL = {
 
 
 def read(name: str) -> Any:
-    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    return nbformat.reads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"), as_version=4)
 
 
 def cells_with_tag(notebook: Any, tag: str) -> list[Any]:
