@@ -83,23 +83,12 @@ def sku_commands(block: Block) -> Iterator[list[str]]:
             words = words[end:]
 
 
-INCOMPLETE = (
-    "evaluate MODEL --set evaluate.judge=granite-guardian-3.1-2b",
-    "evaluate MODEL --set evaluate.judge=wildguard --set evaluate.judge_settings.model=/models/wildguard",
-)
-"""Lines of ``docs/judges.md`` that lack ``--out``; they fail until the page has it."""
-
-
-def command_lines() -> Iterator[Any]:
-    for block in BLOCKS:
-        if block.language in SHELLS | {"indented"}:
-            for words in sku_commands(block):
-                line = " ".join(words)
-                marks = [pytest.mark.xfail(reason="--out is missing", strict=True)] if line in INCOMPLETE else []
-                yield pytest.param(words, id=f"{block} sku {line}", marks=marks)
-
-
-COMMANDS = list(command_lines())
+COMMANDS = [
+    pytest.param(words, id=f"{block} sku {' '.join(words)}")
+    for block in BLOCKS
+    if block.language in SHELLS | {"indented"}
+    for words in sku_commands(block)
+]
 
 
 def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:

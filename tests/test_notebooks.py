@@ -23,7 +23,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def read(name: str) -> Any:
-    return nbformat.reads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"), as_version=4)
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)  # type: ignore[no-untyped-call]
 
 
 def cells_with_tag(notebook: Any, tag: str) -> list[Any]:
