@@ -371,7 +371,7 @@ def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkey
         def interrupt(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("sku.pipeline.train_method", interrupt)
+        patch.setattr("sku.pipeline.unlearning.train_method", interrupt)
         done = command("run", "--out", out, *SMALL)
     assert done.code == 130
     assert "Traceback" not in done.err
