@@ -25,7 +25,8 @@ import sku
 from sku.cli.main import app, main
 from sku.config import load_recipe, recipe_from_dict, recipe_names
 from sku.data.load import load_forget_retain
-from sku.models import embedded_model_path, load_model
+from sku.model_files import embedded_model_path
+from sku.models import load_model
 from sku.negate.operators import operate, prepare_operators
 from sku.negate.operators.context import context_of
 from sku.negate.run import negate, task_vector_of
