@@ -20,7 +20,7 @@ from sku.comparison.strength import largest_within_budget
 from sku.config import CompareConfig, CompatConfig, EvaluateConfig, Recipe, plain_data
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import EvaluationError, SkuError, TaskVectorError
+from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking, batching
 from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
 from sku.evaluate.fingerprint import fingerprint, probes_of
@@ -127,11 +127,11 @@ class Bench:
         try:
             measured = self._measure(job, folder)
         except SkuError as error:
-            return failed_record(job, self.key(job), " ".join(str(error).split()), self._about())
+            return failed_record(job, self.key(job), one_line(error), self._about())
         except (MemoryError, torch.OutOfMemoryError) as error:
-            return failed_record(job, self.key(job), f"out of memory: {_first_line(error)}", self._about())
+            return failed_record(job, self.key(job), f"out of memory: {first_line(error)}", self._about())
         except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
-            return failed_record(job, self.key(job), f"{type(error).__name__}: {_first_line(error)}", self._about())
+            return failed_record(job, self.key(job), f"{type(error).__name__}: {first_line(error)}", self._about())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             gc.collect()
@@ -246,7 +246,7 @@ class Bench:
             except (EvaluationError, TaskVectorError) as error:
                 if "published" in roles:
                     raise
-                unmeasured[f"{strength:g}"] = " ".join(str(error).split())
+                unmeasured[f"{strength:g}"] = one_line(error)
                 continue
             points.append(point_from_result(found, strength, roles, ratio))
             result = found
@@ -368,8 +368,3 @@ def _account(trained: Trained) -> dict[str, Any]:
         "losses": {name: [log[0][name], log[-1][name]] for name in names},
         "tokenization": {name: dataclasses.asdict(report) for name, report in trained.reports.items()},
     }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
