@@ -12,7 +12,7 @@ import yaml
 from sku.config.check import build
 from sku.config.model import EMBEDDED
 from sku.config.recipe import Recipe
-from sku.errors import RecipeError, did_you_mean
+from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
 
@@ -40,7 +40,7 @@ def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = 
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{where} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{where} must hold keys and values, such as 'name: my-run'")
     for override in overrides:

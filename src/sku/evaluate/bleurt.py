@@ -245,7 +245,7 @@ def _pieces(file: Path) -> tuple[Cutter, int, int]:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise ModelError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+        raise ModelError(f"{file} can't be read: {one_line(error)}") from None
     first, end = (int(pieces.piece_to_id(mark)) for mark in ("[CLS]", "[SEP]"))
     if pieces.unk_id() in (first, end):
         raise ModelError(f"{file} has no piece [CLS] or [SEP]: it is not that of a BLEURT checkpoint")

@@ -87,7 +87,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise OutputError(f"{repo_id} is no name of a hub repository: {' '.join(str(error).split())}") from None
+        raise OutputError(f"{repo_id} is no name of a hub repository: {one_line(error)}") from None
     if "/" not in repo_id:
         raise OutputError(f"{repo_id} has no namespace; give USER_OR_ORGANISATION/{repo_id}")
     run = read_finished_run(run_folder)

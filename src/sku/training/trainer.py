@@ -24,7 +24,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, JointExample
 from sku.data.packing import PACKED, PackedCollator, PackedRows
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import ModelError, RecipeError
+from sku.errors import ModelError, RecipeError, one_line
 from sku.models import ensure_pad_token, plain_model
 from sku.training.compiled import compiled_layers
 from sku.training.config import UnlearningConfig
@@ -121,7 +121,7 @@ class UnlearningTrainer(Trainer):
             try:
                 model = get_peft_model(model, peft_config)
             except ValueError as error:
-                raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
+                raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
         elif not isinstance(model, PeftModel) and trained_modules is not None:
             train_only(model, trained_modules)
         if not any(parameter.requires_grad for parameter in model.parameters()):
