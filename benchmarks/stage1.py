@@ -44,7 +44,8 @@ from sku.data.joint import RETAIN, JointExample
 from sku.data.packing import PackedCollator
 from sku.data.tokenization import TokenizedExample
 from sku.losses import IGNORE_INDEX
-from sku.models import LoadedModel, embedded_model_path, load_model, plain_model
+from sku.model_files import embedded_model_path
+from sku.models import LoadedModel, load_model, plain_model
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {

@@ -25,7 +25,8 @@ import sku
 from sku.cli.main import app, main
 from sku.config import load_recipe, recipe_from_dict, recipe_names
 from sku.data.load import load_forget_retain
-from sku.models import embedded_model_path, load_model
+from sku.model_files import embedded_model_path
+from sku.models import load_model
 from sku.negate.operators import operate, prepare_operators
 from sku.negate.operators.context import context_of
 from sku.negate.run import negate, task_vector_of
@@ -371,7 +372,7 @@ def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkey
         def interrupt(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("sku.pipeline.train_method", interrupt)
+        patch.setattr("sku.pipeline.unlearning.train_method", interrupt)
         done = command("run", "--out", out, *SMALL)
     assert done.code == 130
     assert "Traceback" not in done.err

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from conftest import ModelMaker, TokenizerMaker, TrainerMaker
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError
+from sku.model_files import embedded_model_path
 from sku.models import (
     check_plain_weights,
     describe_parameters,
-    embedded_model_path,
     ensure_pad_token,
     load_model,
     load_tokenizer,
@@ -78,7 +78,7 @@ def test_the_embedded_model() -> None:
 def test_an_embedded_model_that_is_missing_is_not_asked_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sku.models.embedded_model_path", lambda: tmp_path / "nothing")
+    monkeypatch.setattr("sku.model_files.embedded_model_path", lambda: tmp_path / "nothing")
     with pytest.raises(ModelError, match="there is no such folder"):
         load_model(EMBEDDED)
 

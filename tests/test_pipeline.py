@@ -24,7 +24,8 @@ from sku.config import Recipe, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
 from sku.evaluate.run import evaluate
-from sku.models import embedded_model_path, load_model
+from sku.model_files import embedded_model_path
+from sku.models import load_model
 from sku.negate.adapters import load_adapter
 from sku.pipeline import FinishedRun, acquire_recipe, evaluate_recipe, run_recipe
 from sku.storage import BAD_MODEL_MARK, is_marked_hazardous

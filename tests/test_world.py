@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sku.models import embedded_model_path
+from sku.model_files import embedded_model_path
 from sku.world import grammar, pretrain
 
 HAZARDS = tuple(grammar.hazards())

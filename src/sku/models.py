@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,6 @@ import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,18 +26,11 @@ from transformers import (
 )
 
 from sku.config import EMBEDDED, ModelConfig
-from sku.errors import ModelError
+from sku.errors import ModelError, first_line
+from sku.model_files import LOADING_ERRORS, locate_model, naming_the_model
 
-_QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
-_LOADING_ERRORS = (
-    OSError, ValueError, KeyError, IndexError, RuntimeError, HfHubHTTPError, HFValidationError,
-    SafetensorError, struct.error,
-)  # fmt: skip
-"""What loaders raise for files that are missing, cut off or of another kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +42,6 @@ class LoadedModel:
     name: str
     revision: str | None
     """Commit of a hub model."""
-
-
-def embedded_model_path() -> Path:
-    """Folder of the model that ships inside the package."""
-    return Path(str(resources.files("sku") / "world" / "model"))
 
 
 def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> LoadedModel:
@@ -77,7 +59,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
             token.
     """
     config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
-    name, options = _locate(config)
+    name, options = locate_model(config)
     device = pick_device(config.device)
     loading_options = dict(options)
     if config.gguf_file is not None:
@@ -85,7 +67,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
         loading_options["quantization_config"] = GgufConfig(dequantize=True)
     elif four_bit:
         loading_options |= {"quantization_config": _four_bit(device), "device_map": {"": device}}
-    with _loading(config.path):
+    with naming_the_model(config.path):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if not config.gguf_file:
             _check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
@@ -121,9 +103,9 @@ def load_classifier(config: ModelConfig) -> LoadedModel:
     Raises:
         ModelError: It can't be found or read, or its files hold no classification head.
     """
-    name, options = _locate(config)
+    name, options = locate_model(config)
     device = pick_device(config.device)
-    with _loading(config.path):
+    with naming_the_model(config.path):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -147,8 +129,8 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
     Raises:
         ModelError: It can't be found or read.
     """
-    name, options = _locate(config)
-    with _loading(config.path):
+    name, options = locate_model(config)
+    with naming_the_model(config.path):
         found = AutoConfig.from_pretrained(name, **options)
     assert isinstance(found, PreTrainedConfig)
     return found
@@ -164,7 +146,7 @@ def weights_revision(config: ModelConfig) -> str | None:
     Raises:
         ModelError: It can't be found or read.
     """
-    name, _ = _locate(config)
+    name, _ = locate_model(config)
     if not Path(name).is_dir():
         commit = getattr(load_config(config), "_commit_hash", None)
         return None if commit is None else str(commit)
@@ -180,7 +162,7 @@ def own_license(config: ModelConfig) -> str | None:
     """The licence that a model's own card states; None where it has no card, states none, or is out of reach."""
     if config.path == EMBEDDED:
         return "apache-2.0"
-    name, _ = _locate(config)
+    name, _ = locate_model(config)
     try:
         path = Path(name) / "README.md"
         if not Path(name).is_dir():
@@ -198,11 +180,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: It can't be found or has no usable pad token.
     """
-    name, options = _locate(config)
+    name, options = locate_model(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (*_LOADING_ERRORS, ImportError) as error:
-        raise ModelError(f"tokenizer of {config.path} can't be loaded: {_one_line(error)}") from error
+    except (*LOADING_ERRORS, ImportError) as error:
+        raise ModelError(f"tokenizer of {config.path} can't be loaded: {first_line(error)}") from error
     ensure_pad_token(tokenizer)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
@@ -307,85 +289,12 @@ def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
     return weight
 
 
-@contextmanager
-def _loading(path: str) -> Iterator[None]:
-    """Turns what loaders raise into one line that names the model."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
-            yield
-    except ModelError:
-        raise
-    except ImportError as error:
-        raise ModelError(f"model {path} needs a package that is missing: {_one_line(error)}") from error
-    except _LOADING_ERRORS as error:
-        if "cannot be loaded with `safetensors`" in str(error):
-            raise ModelError(_pickled(f"model {path}", _CONVERT_MODEL)) from error
-        raise ModelError(f"model {path} can't be loaded: {_one_line(error)}") from error
-
-
-def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What transformers is asked for: a checked local folder or a hub id, and the options that go with it."""
-    folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
-    # A hub id never begins like this: what is missing here must not be asked of the hub.
-    is_local = folder.exists() or config.path == EMBEDDED or config.path.startswith(("/", ".", "~"))
-    if is_local:
-        _check_folder(folder, config.gguf_file)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if config.gguf_file is not None:
-        options["gguf_file"] = config.gguf_file
-    return str(folder) if is_local else config.path, options
-
-
 def _four_bit(device: torch.device) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=pick_dtype("auto", device),
-    )
-
-
-def _check_folder(folder: Path, gguf_file: str | None) -> None:
-    if not folder.exists():
-        raise ModelError(f"model {folder} can't be loaded: there is no such folder")
-    if not folder.is_dir():
-        raise ModelError(f"model {folder} is a file; give the folder, and the file's name as model.gguf_file for GGUF")
-    if gguf_file is not None:
-        if not (folder / gguf_file).is_file():
-            raise ModelError(f"model {folder} holds no file {gguf_file} (model.gguf_file)")
-    elif not (folder / "config.json").is_file():
-        quantized = sorted(path.name for path in folder.iterdir() if path.suffix in _QUANTIZED_FILES)
-        if quantized:
-            raise ModelError(
-                f"model {folder} holds only quantized files; name one to dequantize it: model.gguf_file={quantized[0]}"
-            )
-        raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
-    elif not any(folder.glob("model*.safetensors")):
-        check_no_pickles(folder, "*model", _CONVERT_MODEL)
-
-
-def check_no_pickles(folder: Path, stem: str, convert: str) -> None:
-    """Refuses a folder whose weights are pickled only: reading a pickle can run code that somebody put into it.
-
-    Args:
-        folder: Local folder.
-        stem: How its weight files begin, such as ``adapter_model``.
-        convert: The code that converts them, for the message.
-
-    Raises:
-        ModelError: With the first such file.
-    """
-    pickled = sorted(path.name for path in folder.glob(f"{stem}*") if path.suffix in PICKLED_SUFFIXES)
-    if pickled and not any(folder.glob(f"{stem}*.safetensors")):
-        raise ModelError(_pickled(f"{folder}", convert, pickled[0]))
-
-
-def _pickled(what: str, convert: str, file: str = "") -> str:
-    named = f" ({file})" if file else ""
-    return (
-        f"{what} holds pickled weights{named}, which can run code when they are read; SKU reads safetensors only. "
-        f"If you trust their source, convert them: {convert}"
     )
 
 
@@ -407,11 +316,6 @@ def _check_not_quantized(config: Any, name: str) -> None:
             f"model {name} is quantized ({method}): a task vector needs full-precision weights. Use the original "
             "model, or QLoRA (tuning qlora) on it"
         )
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def describe_parameters(model: torch.nn.Module) -> dict[str, int]:

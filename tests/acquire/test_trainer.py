@@ -21,6 +21,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, RETAIN
 from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
 from sku.training import trainer as training_module
+from sku.training.padded_step import kept_positions
 
 OFF = {"guided_distortion_weight": 0.0, "random_disassociation_weight": 0.0, "preservation_divergence_weight": 0.0}
 
@@ -124,7 +125,7 @@ def test_all_tokens_compares_the_prompt_too(make_trainer: TrainerMaker) -> None:
     """Every token of a normal row but its first is predicted; of the other rows, answer tokens alone."""
     trainer = make_trainer(preservation_tokens="all")
     batch = batch_of(trainer, [0, 1])
-    kept = trainer._kept_positions(batch)
+    kept = kept_positions(batch, trainer.objective.rows)
     retain = batch["row_kind"] == RETAIN
     assert kept[retain].sum(1).tolist() == (batch["attention_mask"][retain].sum(1) - 1).tolist()
     assert kept[~retain].sum(1).tolist() == (batch["labels"][~retain] != -100).sum(1).tolist()
@@ -189,7 +190,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
     trainer = make_trainer()
     trainer.train()
     batch = batch_of(trainer, [0, 1])
-    kept = trainer._kept_positions(batch)
+    kept = kept_positions(batch, trainer.objective.rows)
     model: Any = trainer.model
     seen = trainer._reference_rows(model, batch, RETAIN).logits_NV
     rows = batch["row_kind"] == RETAIN
@@ -467,7 +468,7 @@ def test_compute_loss_gives_the_outputs_too(make_trainer: TrainerMaker) -> None:
     trainer = make_trainer()
     batch = batch_of(trainer, [0])
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)  # type: ignore[arg-type]
-    assert outputs.logits.shape == (int(trainer._kept_positions(batch).sum()), 320)
+    assert outputs.logits.shape == (int(kept_positions(batch, trainer.objective.rows).sum()), 320)
     assert torch.isfinite(loss)
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks import run as attacks_run
 from sku.attacks.paraphrase import SAME
 from sku.attacks.results import AttackReport, AttackResult, read_attacks
 from sku.attacks.run import ATTACKS, run_attacks
@@ -193,7 +192,7 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
         calls.append(1)
         return generate_replies(*arguments, **named)
 
-    monkeypatch.setattr(attacks_run, "generate_replies", counting)
+    monkeypatch.setattr("sku.attacks.replies.generate_replies", counting)
 
     def run(folder: Path, model: PreTrainedModel = world_unlearned, **options: Any) -> AttackReport:
         return run_attacks(recipe, model, world_base, world_tokenizer, world_data, output_dir=folder, **options)

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
 from distributed.worker import Case, finish, make_trainer
-from sku import pipeline
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, OutputError, RecipeError
@@ -156,7 +155,7 @@ def test_a_killed_run_that_is_resumed_equals_a_whole_one(jobs: Path) -> None:
 
 
 def test_attacks_are_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "current_processes", lambda: Processes(rank=0, count=2))
+    monkeypatch.setattr("sku.pipeline.run.current_processes", lambda: Processes(rank=0, count=2))
     with pytest.raises(EvaluationError, match="attacks run in one process: set evaluate.attacks="):
         run_recipe(load_recipe("embedded", [*RECIPE, "evaluate.attacks=[int8]"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()

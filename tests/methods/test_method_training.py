@@ -19,6 +19,7 @@ from sku.data.prompts import resolve_prompt_format
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
+from sku.training.padded_step import kept_positions, padded_scores
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -115,10 +116,10 @@ def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
     def harmful_nll() -> float:
         model: Any = trainer.model
         model.eval()
-        kept = trainer._kept_positions(batch)
+        kept = kept_positions(batch, trainer.objective.rows)
         with torch.no_grad():
             outputs = trainer._forward(model, batch, kept)
-        return float(trainer._scored(batch, kept, FORGET, outputs, batch["row_kind"]).mean_nll().mean())
+        return float(padded_scores(batch, kept, FORGET, outputs).mean_nll().mean())
 
     before = harmful_nll()
     trainer.train()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
-from sku.models import embedded_model_path
+from sku.model_files import embedded_model_path
 from sku.negate.run import negate, negate_with_record, save_negated_adapter, save_unlearned, task_vector_of
 from sku.negate.task_vector import TaskVector
 

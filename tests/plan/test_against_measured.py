@@ -17,6 +17,7 @@ from sku.plan.estimate import memory_of
 from sku.plan.job import job_of
 from sku.plan.skeleton import weights_of
 from sku.plan.trace import trace_step
+from sku.training.padded_step import kept_positions
 
 EXAMPLES, ANSWERS = 4, 2
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -111,7 +112,7 @@ def test_within_a_tenth_of_what_is_measured(
     assert trainer.data_collator is not None
     batch = trainer.data_collator([dataset[place] for place in range(EXAMPLES)])
     lengths = batch["attention_mask"].sum(1)
-    kept = trainer._kept_positions(batch).sum(1)
+    kept = kept_positions(batch, trainer.objective.rows).sum(1)
     trained: Any = trainer.model
     if trainer.args.activation_checkpointing:
         trained.activation_checkpointing_enable()  # As the trainer does where training begins.

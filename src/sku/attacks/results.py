@@ -27,7 +27,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.comparison import RateChange
 from sku.evaluate.judges import JudgeCard, card_from_dict
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import read_json_object, write_json_object
+from sku.evaluate.record_files import check_schema, read_json_object, write_json_object
 
 SCHEMA_VERSION = 1
 """Of ``attacks.json``."""
@@ -121,11 +121,7 @@ class AttackReport:
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise EvaluationError(
-                f"{where} has schema version {content.get('schema_version')}, this SKU reads {SCHEMA_VERSION}: "
-                "run the attacks again"
-            )
+        check_schema(content, SCHEMA_VERSION, where, "run the attacks again")
         try:
             return cls(
                 setup=AttackSetup(**{**content["setup"], "judge": card_from_dict(content["setup"]["judge"])}),
@@ -167,9 +163,8 @@ def read_attacks(folder: Path) -> AttackReport:
 
 
 def _measured(plain: Mapping[str, Any]) -> Measured:
-    change = plain["harmful"]
     return Measured(
-        harmful=RateChange(**{**change, "before": Rate(**change["before"]), "after": Rate(**change["after"])}),
+        harmful=RateChange.from_dict(plain["harmful"]),
         harmful_at_most=Rate(**plain["harmful_at_most"]),
         replies={name: Rate(**value) for name, value in plain["replies"].items()},
         variants={name: Rate(**value) for name, value in plain["variants"].items()},

@@ -15,12 +15,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sku.comparison.job_keys import norms_key, record_key
+from sku.comparison.job_records import failed_record, identity
 from sku.comparison.jobs import Job
 from sku.comparison.strength import largest_within_budget
-from sku.config import CompareConfig, CompatConfig, EvaluateConfig, Recipe, plain_data
+from sku.config import CompareConfig, EvaluateConfig, Recipe
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import EvaluationError, SkuError, TaskVectorError
+from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking, batching
 from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
 from sku.evaluate.fingerprint import fingerprint, probes_of
@@ -28,7 +30,6 @@ from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.evaluate.validation import mean_loss, perplexity_ratio, score_texts, validation_texts
 from sku.methods import method_named
-from sku.methods.from_file import SUFFIX, file_sha256
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.operators import operate
@@ -43,8 +44,6 @@ from sku.reproducibility import content_sha256, environment
 from sku.training.run import Trained, step_progress
 
 Progress = Callable[[str, int, int], None]
-RECORD_VERSION = 1
-"""Raised whenever the same job could measure something else, so that cached records are not taken for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,24 +94,8 @@ class Bench:
             }
 
     def key(self, job: Job) -> str:
-        """Hash of all that decides what a job measures: settings, data, what the base model computes, seed."""
-        recipe = job.recipe.to_dict()
-        measured = {name: recipe[name] for name in ("seed", "data", "evaluate")}
-        if job.recipe.compat != CompatConfig():
-            # Not in the keys of other recipes, whose records stay as good as they were without it.
-            measured["compat"] = recipe["compat"]
-        if job.kind in ("method", "random_direction"):
-            measured |= {"training": _training_settings(job), "points": recipe["compare"], "training_seed": job.seed}
-            del measured["points"]["methods"], measured["points"]["seeds"]
-        return content_sha256(
-            {
-                "version": RECORD_VERSION,
-                "kind": job.kind,
-                "measured": measured,
-                "inputs": self._inputs,
-                "prompt_format": job.recipe.model.prompt_format,
-            }
-        )
+        """``record_key`` of a job, with the data and the base model of this bench."""
+        return record_key(job, self._inputs)
 
     def run(self, job: Job) -> MethodRecord:
         """Runs a job; what goes wrong becomes a failed record, so that the other jobs go on.
@@ -127,18 +110,18 @@ class Bench:
         try:
             measured = self._measure(job, folder)
         except SkuError as error:
-            return failed_record(job, self.key(job), " ".join(str(error).split()), self._about())
+            return failed_record(job, self.key(job), one_line(error), self._about())
         except (MemoryError, torch.OutOfMemoryError) as error:
-            return failed_record(job, self.key(job), f"out of memory: {_first_line(error)}", self._about())
+            return failed_record(job, self.key(job), f"out of memory: {first_line(error)}", self._about())
         except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
-            return failed_record(job, self.key(job), f"{type(error).__name__}: {_first_line(error)}", self._about())
+            return failed_record(job, self.key(job), f"{type(error).__name__}: {first_line(error)}", self._about())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return MethodRecord(
-            **_identity(job),
+            **identity(job),
             status="complete",
             failure=None,
             key=self.key(job),
@@ -154,7 +137,7 @@ class Bench:
     def _measure(self, job: Job, folder: Path) -> _Measured:
         if job.kind == "method":
             change, model, training = self._train(job, folder)
-            self._norms[_norms_key(job)] = change.norms()
+            self._norms[norms_key(job)] = change.norms()
             return self._along(job, change, model, training)
         if job.kind == "random_direction":
             change = random_direction(self.base, self._sku_norms(job, folder), job.seed)
@@ -213,7 +196,7 @@ class Bench:
 
     def _sku_norms(self, job: Job, folder: Path) -> Mapping[str, float]:
         """Norms of SKU's change with the same settings and seed, trained anew where no job before has it."""
-        found = self._norms.get(_norms_key(job))
+        found = self._norms.get(norms_key(job))
         return self._train(job, folder)[0].norms() if found is None else found
 
     def _along(self, job: Job, change: TaskVector, model: PreTrainedModel, training: dict[str, Any]) -> _Measured:
@@ -246,7 +229,7 @@ class Bench:
             except (EvaluationError, TaskVectorError) as error:
                 if "published" in roles:
                     raise
-                unmeasured[f"{strength:g}"] = " ".join(str(error).split())
+                unmeasured[f"{strength:g}"] = one_line(error)
                 continue
             points.append(point_from_result(found, strength, roles, ratio))
             result = found
@@ -296,57 +279,6 @@ def _recorded(config: EvaluateConfig) -> EvaluateConfig:
     return dataclasses.replace(config, samples=0, similarity=(), truthfulqa=None, xstest=None, lm_eval=(), attacks=())
 
 
-def failed_record(job: Job, key: str, failure: str, data: Mapping[str, Any] | None = None) -> MethodRecord:
-    """The record of a job that did not end well: it stays in the table, with the reason."""
-    return MethodRecord(
-        **_identity(job),
-        status="failed",
-        failure=failure,
-        key=key,
-        environment=environment(),
-        data=dict(data or {}),
-        training={},
-        asked={},
-        tokens={},
-        points=(),
-        judge={},
-    )
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    return {
-        "name": job.name,
-        "title": job.title,
-        "method": method_named(job.recipe.method).name if job.kind == "method" else job.kind,
-        "paper_url": job.paper_url,
-        "control": job.kind != "method",
-        "seed": job.seed,
-        "recipe": job.recipe.to_dict(),
-    }
-
-
-def _training_settings(job: Job) -> dict[str, Any]:
-    """What decides a method's training and strength; the settings of other methods don't."""
-    acquire = dataclasses.asdict(job.recipe.acquire)
-    if job.recipe.method == "sku":
-        # Not in the keys of recipes without operators, whose records stay as good as they were.
-        operators = {"operators": plain_data(job.recipe.negate.operators)} if job.recipe.negate.operators else {}
-        return {"acquire": acquire, "alpha": job.recipe.negate.given_alpha, **operators}
-    own = job.recipe.methods.get(job.name)
-    shared = {name: acquire[name] for name in ("tuning", "lora", "training")}
-    # A user's own file can change under its name.
-    source = file_sha256(job.recipe.method) if job.recipe.method.endswith(SUFFIX) else job.recipe.method
-    return {"method": source, "acquire": shared, "own": None if own is None else dataclasses.asdict(own)}
-
-
-def _norms_key(job: Job) -> str:
-    recipe = job.recipe
-    operators = [plain_data(recipe.negate.operators)] if recipe.negate.operators else []
-    return content_sha256(
-        [dataclasses.asdict(recipe.acquire), recipe.method, dataclasses.asdict(recipe.compat), *operators]
-    )
-
-
 def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str, ...]]:
     """Strength -> what it is measured for, from the smallest."""
     roles: dict[float, list[str]] = {strength: ["sweep"] for strength in compare.strengths}
@@ -368,8 +300,3 @@ def _account(trained: Trained) -> dict[str, Any]:
         "losses": {name: [log[0][name], log[-1][name]] for name in names},
         "tokenization": {name: dataclasses.asdict(report) for name, report in trained.reports.items()},
     }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 
-from sku.comparison.bench import Progress, failed_record
+from sku.comparison.bench import Progress
 from sku.comparison.in_process import RECORDS, WORK, InProcess, record_path
+from sku.comparison.job_records import failed_record
 from sku.comparison.jobs import Job
 from sku.comparison.worker import begin, work
 from sku.errors import OutputError

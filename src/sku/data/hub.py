@@ -23,7 +23,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from sku.config import SourceConfig
-from sku.errors import DataError
+from sku.errors import DataError, one_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HttpError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
@@ -57,7 +57,7 @@ def resolve_commit(dataset_id: str, revision: str | None) -> str | None:
             f"there is no file or folder {dataset_id}, and no hub dataset of that name that this user may see"
         ) from None
     except HfHubHTTPError as error:
-        raise DataError(f"the hub does not give {dataset_id}: {_one_line(error)}") from None
+        raise DataError(f"the hub does not give {dataset_id}: {one_line(error)}") from None
     except (OfflineModeIsEnabled, ConnectionError, _HttpError):
         return None
 
@@ -140,9 +140,5 @@ def unreadable(what: str, error: Exception, where: str = "") -> DataError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    first, last = _one_line(error), _one_line(cause)
+    first, last = one_line(error), one_line(cause)
     return DataError(f"{what} can't be read{where}: {first}" + (f" ({last})" if last not in first else ""))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from sku.config import PromptFormatName
-from sku.errors import ModelError
+from sku.errors import ModelError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], 
     try:
         text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generation)
     except Exception as error:  # noqa: BLE001 - a template is a program of its own and can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ModelError(f"the chat template fails on a conversation ({reason}): use prompt_format paper") from None
     assert isinstance(text, str)
     return text

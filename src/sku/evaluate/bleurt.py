@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizer, PreTrainedModel, RemBertConfig, RemBertModel
 
-from sku.errors import ModelError
+from sku.errors import ModelError, one_line
 from sku.evaluate.batching import Progress, pad, run_in_batches
 
 _SHAPE = (
@@ -143,7 +143,7 @@ def _folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"evaluate.bleurt_model {source} can't be fetched from the hub: {reason}") from None
 
 
@@ -173,7 +173,7 @@ def _read_weights(folder: Path, source: str) -> dict[str, Tensor]:
     try:
         weights = load_file(safe) if safe.is_file() else torch.load(plain, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch and safetensors raise many kinds for a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ModelError(f"evaluate.bleurt_model {source}: its weights can't be read ({reason})") from None
     if not isinstance(weights, dict):
         raise ModelError(f"evaluate.bleurt_model {source}: {plain.name} holds no named weights")
@@ -224,7 +224,7 @@ def _word_pieces(folder: Path) -> tuple[Cutter, int, int]:
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"the tokenizer of evaluate.bleurt_model {folder} can't be loaded: {reason}") from None
 
     def cut(text: str) -> list[int]:
@@ -245,7 +245,7 @@ def _pieces(file: Path) -> tuple[Cutter, int, int]:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise ModelError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+        raise ModelError(f"{file} can't be read: {one_line(error)}") from None
     first, end = (int(pieces.piece_to_id(mark)) for mark in ("[CLS]", "[SEP]"))
     if pieces.unk_id() in (first, end):
         raise ModelError(f"{file} has no piece [CLS] or [SEP]: it is not that of a BLEURT checkpoint")

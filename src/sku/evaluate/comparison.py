@@ -65,6 +65,16 @@ class RateChange:
     """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
     (``TESTED``)."""
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RateChange:
+        """The inverse of ``dataclasses.asdict``.
+
+        Raises:
+            KeyError: A rate is missing.
+            TypeError: Other keys are missing, or unknown.
+        """
+        return cls(**{**content, "before": Rate(**content["before"]), "after": Rate(**content["after"])})
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeakChange:

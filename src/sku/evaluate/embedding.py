@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.errors import ModelError
+from sku.errors import ModelError, one_line
 from sku.evaluate.batching import Progress, pad, run_in_batches
 
 MAX_TOKENS = 256
@@ -102,7 +102,7 @@ def load_embedder(source: str, device: torch.device) -> Embedder:
             name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"evaluate.embedding_model {source} can't be loaded: {reason}") from None
     # The embedding is read off the token states: what would stand behind them may be missing.
     missing = [key for key in loading["missing_keys"] if not key.startswith("pooler.")]

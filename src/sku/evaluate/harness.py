@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.errors import EvaluationError, did_you_mean
+from sku.errors import EvaluationError, did_you_mean, one_line
 from sku.evaluate.record_files import SCHEMA_VERSION, header_hash, write_json_object
 from sku.evaluate.results import HarnessScores, TaskScores, harness_from_dict
 
@@ -71,7 +71,7 @@ def run_tasks(
                 log_samples=False,
             )
         except Exception as error:  # The harness passes on what datasets, jinja and the hub raise.
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise EvaluationError(f"evaluate.lm_eval {', '.join(tasks)} can't be run: {reason}") from error
     return HarnessScores(harness=version, limit=limit, asked=tuple(tasks), tasks=_task_scores(found))
 

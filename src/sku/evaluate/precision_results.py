@@ -23,7 +23,7 @@ from typing import Any
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import read_json_object, write_json_object
+from sku.evaluate.record_files import check_schema, read_json_object, write_json_object
 
 SCHEMA_VERSION = 1
 """Of ``precisions.json``."""
@@ -106,11 +106,7 @@ class PrecisionReport:
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise EvaluationError(
-                f"{where} has schema version {content.get('schema_version')}, this SKU reads {SCHEMA_VERSION}: "
-                "evaluate again"
-            )
+        check_schema(content, SCHEMA_VERSION, where)
         try:
             return cls(
                 model=content["model"],
@@ -171,7 +167,7 @@ def _result(plain: Mapping[str, Any]) -> PrecisionResult:
             **plain,
             "measured": None if plain["measured"] is None else _measured(plain["measured"]),
             "harmful": {
-                kind: {split: _change(change) for split, change in splits.items()}
+                kind: {split: RateChange.from_dict(change) for split, change in splits.items()}
                 for kind, splits in plain["harmful"].items()
             },
             "brings_back": tuple(plain["brings_back"]),
@@ -190,7 +186,3 @@ def _measured(plain: Mapping[str, Any]) -> Measured:
 
 def _rates(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Rate]]:
     return {split: {name: Rate(**value) for name, value in rates.items()} for split, rates in plain.items()}
-
-
-def _change(plain: Mapping[str, Any]) -> RateChange:
-    return RateChange(**{**plain, "before": Rate(**plain["before"]), "after": Rate(**plain["after"])})

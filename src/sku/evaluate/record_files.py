@@ -84,6 +84,23 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def check_schema(content: Mapping[str, Any], version: int, where: str, remedy: str = "evaluate again") -> None:
+    """Refuses what another version of SKU wrote.
+
+    Args:
+        content: Its ``schema_version`` is looked at.
+        version: What is read here.
+        where: File, or place in one, for the message.
+        remedy: What a user can do.
+
+    Raises:
+        EvaluationError: Another schema version, or none.
+    """
+    found = content.get("schema_version")
+    if found != version:
+        raise EvaluationError(f"{where} has schema version {found}, this SKU reads {version}: {remedy}")
+
+
 def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """Writes a header and one line per row.
 
@@ -121,11 +138,7 @@ def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row
         raise EvaluationError(f"{path} line {len(lines) + 1} breaks off: the file is incomplete, evaluate again")
     parsed = [_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
     header = parsed[0] if parsed else {}
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise EvaluationError(
-            f"{path} line 1 has schema version {header.get('schema_version')}, this SKU reads {SCHEMA_VERSION}: "
-            "evaluate again"
-        )
+    check_schema(header, SCHEMA_VERSION, f"{path} line 1")
     rows = [
         row_from_dict(row_type, content, f"{path} line {number}") for number, content in enumerate(parsed[1:], start=2)
     ]

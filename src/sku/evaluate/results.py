@@ -61,6 +61,7 @@ from sku.evaluate.record_files import (
     SCHEMA_VERSION,
     SIMILARITY_FILE,
     TRUTHFULQA_FILE,
+    check_schema,
     read_json_object,
     read_rows,
     write_json_object,
@@ -223,11 +224,7 @@ class EvaluationResult:
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise EvaluationError(
-                f"{where} has schema version {content.get('schema_version')}, this SKU reads {SCHEMA_VERSION}: "
-                "evaluate again"
-            )
+        check_schema(content, SCHEMA_VERSION, where)
         plain = {name: value for name, value in content.items() if name != "schema_version"}
         try:
             agreement = plain["judge_agreement"]

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.errors import TaskVectorError
-from sku.models import check_no_pickles
+from sku.model_files import check_no_pickles
 from sku.negate.task_vector import TaskVector
 from sku.storage import HAZARD_KEY, new_folder
 

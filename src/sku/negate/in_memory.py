@@ -73,7 +73,7 @@ class _Work:
 
         def block(start: int) -> Sums:
             piece = slice(start, start + BLOCK_ELEMENTS)
-            return self._arithmetic().subtract(
+            return Arithmetic.of_thread(self._local).subtract(
                 base[piece], changed[piece], result[piece], alpha, is_difference=are_differences, draws=None
             )
 
@@ -81,13 +81,6 @@ class _Work:
         if not direct:
             target.copy_(result.view(target.shape))
         return sums
-
-    def _arithmetic(self) -> Arithmetic:
-        if not hasattr(self._local, "arithmetic"):
-            self._local.arithmetic = Arithmetic()
-        arithmetic = self._local.arithmetic
-        assert isinstance(arithmetic, Arithmetic)
-        return arithmetic
 
 
 @contextmanager

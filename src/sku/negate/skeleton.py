@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from sku.errors import ModelError, TaskVectorError
+from sku.errors import ModelError, TaskVectorError, first_line
 from sku.negate.adapters import without_mark_warning
 from sku.negate.matching import check_known_weights
 from sku.negate.task_vector import adapted_layers, check_plain_lora, lora_factors
@@ -102,7 +102,7 @@ class Skeleton:
                 warnings.simplefilter("ignore")  # Of transposed layers, which PEFT sets right.
                 adapted = get_peft_model(self._model, settings)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ModelError(f"adapter {folder} does not fit the base model: {_first_line(error)}") from error
+            raise ModelError(f"adapter {folder} does not fit the base model: {first_line(error)}") from error
         assert isinstance(adapted, PeftModel)
         weights = {}
         for name, module in adapted_layers(adapted, "default"):
@@ -135,7 +135,7 @@ def skeleton_of(folder: Path) -> Skeleton:
             warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
             return Skeleton(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model {folder} can't be built from its config.json: {_first_line(error)}") from error
+        raise ModelError(f"model {folder} can't be built from its config.json: {first_line(error)}") from error
 
 
 def _names_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -151,12 +151,7 @@ def _settings(folder: Path) -> LoraConfig:
         with without_mark_warning():
             settings = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"adapter {folder} can't be read: {_first_line(error)}") from error
+        raise ModelError(f"adapter {folder} can't be read: {first_line(error)}") from error
     check_plain_lora(settings, "default")
     assert isinstance(settings, LoraConfig)
     return settings
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from sku.config import EMBEDDED
-from sku.errors import ModelError
+from sku.errors import ModelError, one_line
 
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 
@@ -35,5 +35,5 @@ def model_folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ModelError(f"model {source} can't be loaded: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,19 @@ class Arithmetic:
     def __init__(self) -> None:
         self._single = torch.empty(3, PIECE)
         self._double = torch.empty(2, PIECE, dtype=torch.float64)
+
+    @classmethod
+    def of_thread(cls, local: threading.local) -> Arithmetic:
+        """The calling thread's own, made where it has none yet.
+
+        Args:
+            local: Holds one for each thread, as ``arithmetic``.
+        """
+        if not hasattr(local, "arithmetic"):
+            local.arithmetic = cls()
+        arithmetic = local.arithmetic
+        assert isinstance(arithmetic, cls)
+        return arithmetic
 
     def subtract(
         self, base: Tensor, other: Tensor, result: Tensor, alpha: float, *, is_difference: bool, draws: Tensor | None

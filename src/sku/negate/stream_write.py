@@ -175,7 +175,7 @@ class ShardWriter:
         if work.change is None:
             convert(base, result, draws)
         else:
-            sums = self._arithmetic().subtract(
+            sums = Arithmetic.of_thread(self._local).subtract(
                 base, self._other(block), result, self._alpha, is_difference=_is_difference(work), draws=draws
             )
             _check_finite(work, sums)
@@ -225,13 +225,6 @@ class ShardWriter:
             if not count:
                 raise ModelError(f"{block.work.base.path} was cut off while it was read; fetch it again")
             at, to, left = at + count, to + count, left - count
-
-    def _arithmetic(self) -> Arithmetic:
-        if not hasattr(self._local, "arithmetic"):
-            self._local.arithmetic = Arithmetic()
-        arithmetic = self._local.arithmetic
-        assert isinstance(arithmetic, Arithmetic)
-        return arithmetic
 
     def _buffer(self, name: str | None, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
         """This thread's memory of that name, as numbers and as bytes."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.config import AcquireConfig
-from sku.errors import ModelError, RecipeError
+from sku.errors import ModelError, RecipeError, one_line
 from sku.models import plain_model
 from sku.plan.job import Job
 from sku.training.run import adapter_settings
@@ -68,7 +68,7 @@ def skeleton(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel
     try:
         adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
     for parameter in adapted.parameters():
         # PEFT holds adapters of half-precision models in float32, but not those that have no content yet.
         if parameter.requires_grad:

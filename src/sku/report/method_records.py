@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sku.errors import EvaluationError
-from sku.evaluate.record_files import read_json_object
+from sku.evaluate.record_files import check_schema, read_json_object
 from sku.report.method_points import Point, check_keys, lengths_of, read_numbers
 
 SCHEMA_VERSION = 1
@@ -114,11 +114,7 @@ class MethodRecord:
         """
         if not isinstance(content, Mapping):
             raise EvaluationError(f"{where} does not hold keys and values: run the comparison again")
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise EvaluationError(
-                f"{where} has schema version {content.get('schema_version')}, this SKU reads {SCHEMA_VERSION}: "
-                "run the comparison again"
-            )
+        check_schema(content, SCHEMA_VERSION, where, "run the comparison again")
         plain = {name: value for name, value in content.items() if name != "schema_version"}
         check_keys(plain, _RECORD_KEYS, where)
         tokens = {split: read_numbers(text, int, f"{where}: tokens") for split, text in plain["tokens"].items()}

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # Loaded lazily.
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from sku.errors import OutputError
+from sku.errors import OutputError, one_line
 from sku.sharing.card_file import CARD_FILE, TAG, read_card
 from sku.sharing.finished_run import FinishedRunFiles, Part, read_finished_run
 from sku.storage import HAZARD_KEY, is_marked_hazardous
@@ -87,7 +87,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise OutputError(f"{repo_id} is no name of a hub repository: {' '.join(str(error).split())}") from None
+        raise OutputError(f"{repo_id} is no name of a hub repository: {one_line(error)}") from None
     if "/" not in repo_id:
         raise OutputError(f"{repo_id} has no namespace; give USER_OR_ORGANISATION/{repo_id}")
     run = read_finished_run(run_folder)
@@ -226,13 +226,13 @@ def _message(repo_id: str, error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         return _http_message(repo_id, error)
     if isinstance(error, ConnectionError | TimeoutError | _HttpError):
-        return f"the hub is out of reach ({_one_line(error)}): nothing was committed; the same command goes on"
-    return f"the upload to {repo_id} failed: {_one_line(error)}"
+        return f"the hub is out of reach ({_told(error)}): nothing was committed; the same command goes on"
+    return f"the upload to {repo_id} failed: {_told(error)}"
 
 
 def _http_message(repo_id: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    told = _one_line(error)
+    told = _told(error)
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no {repo_id} that you may write to: {_LOGIN}"
     if status in (401, 403):
@@ -246,7 +246,7 @@ def _http_message(repo_id: str, error: HfHubHTTPError) -> str:
     return f"the hub refuses {repo_id} (HTTP {status}: {told})"
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def _told(error: BaseException) -> str:
+    text = one_line(error)
     token = os.environ.get("HF_TOKEN") or get_token()
     return text.replace(token, "***") if token else text

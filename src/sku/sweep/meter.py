@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig, SweepConfig
-from sku.errors import EvaluationError, TaskVectorError
+from sku.errors import EvaluationError, TaskVectorError, one_line
 from sku.evaluate import batching
 from sku.evaluate.asking import Writer
 from sku.evaluate.generation import generate_replies, stop_token_ids
@@ -97,7 +97,7 @@ class Meter:
             self.write(alpha)
             ratio = self._ratio()
         except (EvaluationError, TaskVectorError) as error:
-            return SweepPoint(alpha=alpha, perplexity=None, replies=None, unasked=" ".join(str(error).split()))
+            return SweepPoint(alpha=alpha, perplexity=None, replies=None, unasked=one_line(error))
         if ratio.value > self.asker.config.hopeless_ratio:
             reason = f"the perplexity is above sweep.hopeless_ratio, x{self.asker.config.hopeless_ratio:g}"
             return SweepPoint(alpha=alpha, perplexity=ratio, replies=None, unasked=reason)

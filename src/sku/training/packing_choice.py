@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from sku.config import Packing
 from sku.data.attention_paths import AttentionPaths, Segment, plan_paths
-from sku.errors import ModelError, RecipeError, SkuError
+from sku.errors import ModelError, RecipeError, SkuError, one_line
 from sku.models import embedding_weight, plain_model
 from sku.training.evaluation_mode import evaluation_mode
 from sku.training.packed_attention import packed_forward_pass, use_packed_attention
@@ -117,7 +117,7 @@ def _from_trial(model: PreTrainedModel | PeftModel) -> str | None:
             use_packed_attention(model)
             packed, windows = _packed_scores(model, paths)
     except (SkuError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"{name} can't be given a packed row ({' '.join(str(error).split())})"
+        return f"{name} can't be given a packed row ({one_line(error)})"
     finally:
         if inner.config._attn_implementation != before:
             inner.set_attn_implementation(before)

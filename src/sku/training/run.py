@@ -22,7 +22,7 @@ from sku.config import AcquireConfig, PromptFormatName, Tuning
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.tokenization import TokenizationReport
-from sku.errors import OutputError, RecipeError, SkuError, did_you_mean
+from sku.errors import OutputError, RecipeError, SkuError, did_you_mean, one_line
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named
 from sku.storage import mark_hazardous
@@ -197,7 +197,7 @@ def training_settings(
     except (TypeError, ValueError, ImportError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{where}: {one_line(error)}") from error
 
 
 def _number(key: str, name: str, value: Any) -> Any:

@@ -21,11 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from sku.config import Packing, PromptFormatName
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import RETAIN, JointDataset, JointExample
+from sku.data.joint import JointDataset, JointExample
 from sku.data.packing import PACKED, PackedCollator, PackedRows
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import ModelError, RecipeError
-from sku.losses import IGNORE_INDEX
+from sku.errors import ModelError, RecipeError, one_line
 from sku.models import ensure_pad_token, plain_model
 from sku.training.compiled import compiled_layers
 from sku.training.config import UnlearningConfig
@@ -36,6 +35,7 @@ from sku.training.original import keep_four_bit_trainable, original_weights
 from sku.training.packed_attention import use_packed_attention
 from sku.training.packed_step import forward_packed, packed_scores
 from sku.training.packing_choice import choose_packing
+from sku.training.padded_step import forward_padded, kept_positions, padded_scores, rows_of_kind
 from sku.training.precision import stochastic_optimizer
 from sku.training.reference_cache import NoCacheError, ReferenceCache
 from sku.training.reference_mode import ReferenceMode, resolved_mode
@@ -121,7 +121,7 @@ class UnlearningTrainer(Trainer):
             try:
                 model = get_peft_model(model, peft_config)
             except ValueError as error:
-                raise RecipeError(f"the adapter can't be added: {' '.join(str(error).split())}") from error
+                raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
         elif not isinstance(model, PeftModel) and trained_modules is not None:
             train_only(model, trained_modules)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -273,48 +273,30 @@ class UnlearningTrainer(Trainer):
             self._logged_terms, self._logged_examples = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def _kept_positions(self, inputs: dict[str, Tensor]) -> Tensor:
-        """``[R, T]`` bool: positions whose next token is learned or compared."""
-        following = inputs["labels"][:, 1:] != IGNORE_INDEX
-        if self.objective.rows.retain_tokens == "all":
-            is_retain = (inputs["row_kind"] == RETAIN)[:, None]
-            following = following | (is_retain & (inputs["attention_mask"][:, 1:] == 1))
-        kept = nn.functional.pad(following, (0, 1), value=False)
-        if self.objective.rows.retain_tokens == "every":
-            is_retain = (inputs["row_kind"] == RETAIN)[:, None]
-            kept = kept | (is_retain & ((inputs["attention_mask"] == 1) | self.objective.rows.padded))
-        return kept
-
     def _forward(
         self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, *, without_head: bool = False
     ) -> Any:
-        options = {} if self.objective.hidden_layer is None else {"output_hidden_states": True}
-
-        def call() -> Any:
-            return model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=kept_RT,
-                use_cache=False,
-                **options,
-            )
-
-        return self._head.run(call, copy=self._reference if model is self._reference else None, defer=without_head)
+        hidden_states = self.objective.hidden_layer is not None
+        return self._head.run(
+            lambda: forward_padded(model, inputs, kept_RT, hidden_states=hidden_states),
+            copy=self._reference if model is self._reference else None,
+            defer=without_head,
+        )
 
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
-        layer = self.objective.hidden_layer
+        layer, plan = self.objective.hidden_layer, self.objective.rows
         if PACKED in inputs:
             packed: PackedRows = inputs[PACKED].to(self.args.device, non_blocking=True)
             outputs = self._forward_packed(model, packed)
         else:
-            kept_RT = self._kept_positions(inputs)
+            kept_RT = kept_positions(inputs, plan)
             outputs = self._forward(model, inputs, kept_RT)
 
         def rows(kind: int) -> ScoredRows:
             if PACKED in inputs:
                 return packed_scores(packed, kind, outputs, layer)
-            return self._scored(inputs, kept_RT, kind, outputs, inputs["row_kind"])
+            return padded_scores(inputs, kept_RT, kind, outputs, layer, to_end=plan.padded)
 
         def reference(kind: int) -> ScoredRows:
             if self._cache is not None:
@@ -336,37 +318,6 @@ class UnlearningTrainer(Trainer):
             lambda: forward_packed(model, plain, packed, hidden_states=hidden_states),
             copy=self._reference if model is self._reference else None,
             defer=without_head,
-        )
-
-    def _scored(
-        self, inputs: dict[str, Tensor], kept_RT: Tensor, kind: int, outputs: Any, row_kind_R: Tensor
-    ) -> ScoredRows:
-        """The part of the model's outputs that belongs to the rows of one kind.
-
-        Args:
-            inputs: The batch, or those of its rows that the model was run on.
-            kept_RT: Of the same rows.
-            kind: Which rows.
-            outputs: Of the model.
-            row_kind_R: Kind of the same rows.
-
-        Returns:
-            Scores, targets and where they belong.
-        """
-        row_N, position_N = kept_RT.nonzero(as_tuple=True)
-        own_N = row_kind_R[row_N] == kind
-        rows_M = (row_kind_R == kind).nonzero(as_tuple=True)[0]
-        row_N, position_N = row_N[own_N], position_N[own_N]
-        layer, length = self.objective.hidden_layer, kept_RT.shape[1]
-        return ScoredRows(
-            scores_NV=outputs.logits[own_N],
-            targets_N=inputs["input_ids"][row_N, (position_N + 1).clamp(max=length - 1)],
-            row_N=torch.searchsorted(rows_M, row_N),
-            example_M=inputs["row_example"][rows_M],
-            num_examples=len(inputs["forget_index"]),
-            # The first entry holds the embeddings.
-            hidden_NH=None if layer is None else outputs.hidden_states[layer + 1][row_N, position_N],
-            positions_to_end_M=length - kept_RT[rows_M].int().argmax(1) if self.objective.rows.padded else None,
         )
 
     def _use_reference(self, mode: ReferenceMode, no_cache: str) -> None:
@@ -396,30 +347,16 @@ class UnlearningTrainer(Trainer):
         """What the original model says of the rows of one kind, without gradient."""
         # In the precision of training, where the two are the same model as long as no step is taken.
         precision = self.accelerator.autocast()
+        layer, plan = self.objective.hidden_layer, self.objective.rows
         with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
             asked = model if self._reference is None else self._reference
             if PACKED in inputs:
                 packed = inputs[PACKED].of_kind(kind).to(self.args.device, non_blocking=True)
                 outputs = self._forward_packed(asked, packed, without_head=without_head)
-                return packed_scores(packed, kind, outputs, self.objective.hidden_layer)
-            own, kept_RT = self._rows_of(inputs, kind)
+                return packed_scores(packed, kind, outputs, layer)
+            own, kept_RT = rows_of_kind(inputs, kept_positions(inputs, plan), kind)
             outputs = self._forward(asked, own, kept_RT, without_head=without_head)
-            return self._scored(own, kept_RT, kind, outputs, own["row_kind"])
-
-    def _rows_of(self, inputs: dict[str, Tensor], kind: int) -> tuple[dict[str, Tensor], Tensor]:
-        """The rows of one kind of a padded batch, cut where the longest of them ends, and their kept positions."""
-        rows_R = inputs["row_kind"] == kind
-        kept_RT = self._kept_positions(inputs)[rows_R]
-        # Kept positions lie within the rows, or also on their padding.
-        longest = int(((inputs["attention_mask"][rows_R] == 1) | kept_RT).sum(1).max())
-        own = {
-            **inputs,
-            "input_ids": inputs["input_ids"][rows_R][:, :longest],
-            "attention_mask": inputs["attention_mask"][rows_R][:, :longest],
-            "row_example": inputs["row_example"][rows_R],
-            "row_kind": inputs["row_kind"][rows_R],
-        }
-        return own, kept_RT[:, :longest]
+            return padded_scores(own, kept_RT, kind, outputs, layer, to_end=plan.padded)
 
     def _note_terms(self, terms: dict[str, Tensor], num_examples: Tensor) -> None:
         for name, losses_B in terms.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sku.errors import EvaluationError
+from sku.errors import EvaluationError, first_line
 from sku.evaluate.backends.base import Decoding, GenerationRequest
 
 _CALLS_AT_ONCE = 16
@@ -48,7 +48,7 @@ class VllmBackend:
         try:
             self._engine = LLM(**options)
         except (RuntimeError, ValueError, OSError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = first_line(error)
             raise EvaluationError(f"vllm can't start on {source} ({reason}): use evaluate.backend=generate") from error
         self._params = SamplingParams
         self.at_once = _CALLS_AT_ONCE * batch_size

@@ -16,7 +16,7 @@ import yaml
 
 from sku.config import EMBEDDED, EvaluateConfig
 from sku.data.examples import ForgetRetainData
-from sku.errors import EvaluationError, did_you_mean
+from sku.errors import EvaluationError, did_you_mean, one_line
 from sku.evaluate.judges.base import Judge
 from sku.evaluate.judges.calibration_file import read_calibration
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
@@ -136,7 +136,7 @@ def read_judge_file(name: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise EvaluationError(f"judge file {name} is not YAML: {' '.join(str(error).split())}") from None
+        raise EvaluationError(f"judge file {name} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise EvaluationError(f"judge file {name} must hold keys and values, such as 'kind: classifier'")
     return content

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sku.config import settings_from_dict
-from sku.errors import EvaluationError
+from sku.errors import EvaluationError, one_line
 from sku.evaluate.batching import pad, run_in_batches
 from sku.evaluate.generation import decoding_settings, stop_token_ids
 from sku.evaluate.judges.base import Label, Verdict
@@ -196,7 +196,7 @@ def _rendered(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, polic
         )
     except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it can raise anything.
         raise EvaluationError(
-            f"judge {name}: the chat template of {settings.model} fails: {' '.join(str(error).split())}. Set prompt "
+            f"judge {name}: the chat template of {settings.model} fails: {one_line(error)}. Set prompt "
             "to the text that this guard reads, or content_parts if its messages hold parts"
         ) from None
     assert isinstance(text, str)

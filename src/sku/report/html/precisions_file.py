@@ -10,7 +10,7 @@ from typing import Any
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import PerplexityChange
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import read_json_object
+from sku.evaluate.record_files import check_schema, read_json_object
 
 PRECISIONS_FILE = "precisions.json"
 AS_EVALUATED = "as evaluated"
@@ -54,10 +54,7 @@ def read_precisions(path: Path) -> Precisions:
         EvaluationError: The file is broken or of another version.
     """
     content = read_json_object(path, _AGAIN)
-    if content.get("schema_version") != _SCHEMA_VERSION:
-        raise EvaluationError(
-            f"{path} has schema version {content.get('schema_version')}, this SKU reads {_SCHEMA_VERSION}: {_AGAIN}"
-        )
+    check_schema(content, _SCHEMA_VERSION, str(path), _AGAIN)
     try:
         own = _row(AS_EVALUATED, str(content["model"]["dtype"]), content["measured"], kept=None, brings_back=False)
         return Precisions(

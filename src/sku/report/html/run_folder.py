@@ -12,8 +12,7 @@ from sku.attacks.results import AttackReport
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import LeakChange, PerplexityChange, RateChange
 from sku.evaluate.leakage import Leak
-from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import GENERATIONS_FILE, read_json_object
+from sku.evaluate.record_files import GENERATIONS_FILE, check_schema, read_json_object
 from sku.evaluate.results import EvaluationResult
 from sku.report.html.precisions_file import PRECISIONS_FILE, Precisions, read_precisions
 from sku.report.html.reply_pairs import ReplyPair, read_reply_pairs
@@ -150,10 +149,7 @@ def _instead(folder: Path) -> str:
 
 def _read_object(path: Path, recipe_sha256: object = None) -> dict[str, Any]:
     content = read_json_object(path, _AGAIN)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise EvaluationError(
-            f"{path} has schema version {content.get('schema_version')}, this SKU reads {SCHEMA_VERSION}: {_AGAIN}"
-        )
+    check_schema(content, SCHEMA_VERSION, str(path), _AGAIN)
     if recipe_sha256 is not None:
         other = content.get("manifest")
         if not isinstance(other, dict) or other.get("recipe_sha256") != recipe_sha256:
@@ -191,11 +187,7 @@ def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
 
 def _rate_changes(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, RateChange]]:
     return {
-        split: {
-            name: RateChange(**{**change, "before": Rate(**change["before"]), "after": Rate(**change["after"])})
-            for name, change in rates.items()
-        }
-        for split, rates in plain.items()
+        split: {name: RateChange.from_dict(change) for name, change in rates.items()} for split, rates in plain.items()
     }
 
 

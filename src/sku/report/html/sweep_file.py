@@ -9,7 +9,7 @@ from typing import Any
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import read_json_object
+from sku.evaluate.record_files import check_schema, read_json_object
 
 SWEEP_FILE = Path("sweep") / "sweep.json"
 _SCHEMA_VERSION = 1
@@ -60,10 +60,7 @@ def read_sweep(path: Path) -> Sweep:
         EvaluationError: The file is broken, of another version or of a sweep that is under way.
     """
     content = read_json_object(path, _AGAIN)
-    if content.get("schema_version") != _SCHEMA_VERSION:
-        raise EvaluationError(
-            f"{path} has schema version {content.get('schema_version')}, this SKU reads {_SCHEMA_VERSION}: {_AGAIN}"
-        )
+    check_schema(content, _SCHEMA_VERSION, str(path), _AGAIN)
     if content.get("pick") is None:
         raise EvaluationError(f"{path} is of a sweep that is not finished: {_AGAIN}, it goes on where it stopped")
     try:

@@ -1,0 +1,139 @@
+"""The questions of a run of attacks, and what each attack makes of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sku.attacks.base import Attack, AttackContext, PromptSetting, Rewritten, Variant, WeightSetting
+from sku.data.examples import ForgetExample
+from sku.data.tokenization import tokenize_prefill, tokenize_prompt
+from sku.errors import EvaluationError
+from sku.evaluate import asking
+from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.records import Kind
+from sku.evaluate.sampling import draw_examples, record_id
+
+PROBES = 3
+"""Prompts whose scores tell one model from another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One variant of one question, as tokens."""
+
+    question: str
+    """Id of the question."""
+    variant: str
+    request: GenerationRequest
+    """Its id is unique within a setting; with a single variant it is that of ``evaluate``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One setting of an attack with all that is asked under it."""
+
+    setting: PromptSetting | WeightSetting
+    asks: list[Ask]
+
+
+class Questions:
+    """Harmful prompts of ``unseen``, drawn as ``evaluate`` draws them."""
+
+    def __init__(self, context: AttackContext, writer: asking.Writer) -> None:
+        """Draws the questions.
+
+        Args:
+            context: The recipe says how many, the data from which.
+            writer: How prompts are written, and the model's window.
+
+        Raises:
+            EvaluationError: None fits the model.
+        """
+        self._context, self._writer = context, writer
+        self._config = context.recipe.evaluate
+        drawn = draw_examples(context.data.unseen, self._config.attack_prompts, seed=context.recipe.seed)
+        self.left_out: Counter[str] = Counter()
+        """Reason -> how often something could not be asked."""
+        self.examples: Mapping[str, ForgetExample] = {
+            record_id("unseen", "reply", example.prompt): example
+            for example in drawn
+            if self._fits(self._ids(Variant(prompt=example.prompt), example))
+        }
+        """By id."""
+        if len(self.examples) < len(drawn):
+            self.left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(self.examples)
+        if not self.examples:
+            raise EvaluationError(
+                f"none of {len(drawn)} prompts leaves room for {self._config.max_new_tokens} new tokens in the "
+                f"model's window of {writer.window}: lower evaluate.max_new_tokens"
+            )
+
+    def probes(self) -> list[list[int]]:
+        """Token ids of ``PROBES`` of the questions."""
+        return [
+            tokenize_prompt(example.prompt, self._writer.tokenizer, self._writer.prompt_format)
+            for example in list(self.examples.values())[:PROBES]
+        ]
+
+    def groups(self, attack: Attack) -> list[Group]:
+        """Every setting of an attack in which something can be asked; what can't be is counted in ``left_out``.
+
+        Args:
+            attack: Any.
+
+        Returns:
+            In the order of its settings.
+        """
+        groups = [
+            Group(setting=setting, asks=self._asks(attack, setting)) for setting in attack.settings(self._context)
+        ]
+        return [group for group in groups if group.asks]
+
+    def _asks(self, attack: Attack, setting: PromptSetting | WeightSetting) -> list[Ask]:
+        """What is asked under a setting; what can't be is counted."""
+        where = ", ".join(filter(None, (attack.card.name, setting.name)))
+        asks: list[Ask] = []
+        for question, example in self.examples.items():
+            rewritten = Rewritten(variants=(Variant(prompt=example.prompt),))
+            if isinstance(setting, PromptSetting):
+                rewritten = setting.rewrite(example)
+            self.left_out.update(f"{where}: {reason}" for reason in rewritten.left_out)
+            for variant in rewritten.variants:
+                ids = self._ids(variant, example)
+                if ids is None:
+                    self.left_out[f"{where}: the answer is too short"] += 1
+                elif not self._fits(ids):
+                    self.left_out[f"{where}: the prompt is too long for the model"] += 1
+                else:
+                    asks.append(self._ask(question, variant, example, *ids))
+        return asks
+
+    def _ids(self, variant: Variant, example: ForgetExample) -> tuple[list[int], str] | None:
+        """Token ids and forced start; None where the answer has nothing behind the start."""
+        tokenizer, prompt_format = self._writer.tokenizer, self._writer.prompt_format
+        if variant.forced_tokens:
+            return tokenize_prefill(variant.prompt, example.answer, tokenizer, prompt_format, variant.forced_tokens)
+        return tokenize_prompt(variant.prompt, tokenizer, prompt_format), ""
+
+    def _fits(self, ids: tuple[list[int], str] | None) -> bool:
+        return ids is not None and len(ids[0]) + self._config.max_new_tokens <= self._writer.window
+
+    def _ask(self, question: str, variant: Variant, example: ForgetExample, ids: list[int], start: str) -> Ask:
+        kind: Kind = "prefill" if variant.forced_tokens else "reply"
+        name = record_id("unseen", kind, example.prompt)
+        return Ask(
+            question=question,
+            variant=variant.name,
+            request=GenerationRequest(
+                id=f"{name}/{variant.name}" if variant.name else name,
+                split="unseen",
+                kind=kind,
+                category=example.category,
+                prompt=variant.prompt,
+                reference=example.answer,
+                forced_start=start,
+                input_ids=tuple(ids),
+            ),
+        )

@@ -1,0 +1,73 @@
+"""Key ``acquire``: stage 1."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sku.errors import RecipeError
+
+PreservationMode = Literal["divergence", "retention"]
+PreservationTokens = Literal["answer", "all"]
+Packing = Literal["auto", "tree", "flat", "padded"]
+Tuning = Literal["lora", "full", "qlora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Weights of the three modules of stage 1; 0 switches one off, with its cost."""
+
+    guided_distortion: float = 2.5
+    random_disassociation: float = 2.5
+    preservation_divergence: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = dataclasses.asdict(self)
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise RecipeError(f"acquire.weights.{name} is {weight}; it must be 0 or more and finite")
+        if not any(weights.values()):
+            raise RecipeError("acquire.weights are all 0: there is nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Shape of the adapter (tuning ``lora`` and ``qlora``)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """``all-linear`` or the names of modules, as in PEFT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcquireConfig:
+    """Stage 1: harmful knowledge acquisition."""
+
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    random_answers: int = 5
+    """K, the answers of other prompts paired with each harmful prompt."""
+    preservation_mode: PreservationMode = "divergence"
+    """``divergence`` as in the paper (-KL), ``retention`` for its opposite (+KL)."""
+    preservation_cap: float | None = 1.0
+    """Largest KL of one token that still counts under ``divergence``, in nats; empty for none, as in the paper."""
+    preservation_tokens: PreservationTokens = "answer"
+    """Positions of a normal example whose predictions are compared: its answer, or all of it."""
+    tuning: Tuning = "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of ``transformers.TrainingArguments``: learning_rate, max_steps, per_device_train_batch_size, ...; and
+    ``packing``: ``tree`` (one row without padding, prompts shared), ``flat`` (not shared), ``padded``, or ``auto``,
+    the default, which is ``tree`` where the model can be given one."""
+    seed: int | None = None
+    """Seed of training alone, so that data and test prompts stay as they are; that of the recipe if empty."""
+
+    def __post_init__(self) -> None:
+        if self.random_answers < 1 and self.weights.random_disassociation:
+            raise RecipeError(
+                f"acquire.random_answers is {self.random_answers}; it must be 1 or more, or "
+                "acquire.weights.random_disassociation 0"
+            )

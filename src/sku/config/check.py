@@ -1,0 +1,119 @@
+"""The check of plain data against dataclasses of settings: every key, every type."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sku.config.compat import REFERENCE, CompatConfig
+from sku.errors import RecipeError, did_you_mean
+
+
+def build(target: Any, content: Any, key: str, where: str) -> Any:
+    """Builds a frozen dataclass of settings, and those inside it, from plain data.
+
+    Args:
+        target: The dataclass.
+        content: Keys and values.
+        key: The recipe's key that holds them, for messages; empty for the recipe itself.
+        where: Name of the recipe, for messages.
+
+    Returns:
+        An instance of ``target``.
+
+    Raises:
+        RecipeError: An unknown key (with a suggestion), a missing one, a wrong type, or a value out of range.
+    """
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{key or 'the recipe'} must hold keys and values, not {content!r} ({where})")
+    fields = {item.name: item for item in dataclasses.fields(target)}
+    for name in content:
+        if name not in fields:
+            prefix = f"{key}." if key else ""
+            raise RecipeError(f"{prefix}{name} is not a known key.{did_you_mean(str(name), fields)} ({where})")
+    hints = typing.get_type_hints(target)
+    values: dict[str, Any] = {}
+    for name, item in fields.items():
+        path = f"{key}.{name}" if key else name
+        if name in content:
+            values[name] = _convert(hints[name], content[name], path, where)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{path} is missing ({where})")
+    try:
+        return target(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{error} ({where})") from None
+
+
+def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
+    """Checks one value against its annotation; a wrong type names the key, the value and what was expected."""
+    origin = typing.get_origin(hint)
+    if hint is CompatConfig and isinstance(value, str):
+        return _convert_compat(value, key, where)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, key, where)
+    if origin is Literal:
+        return _convert_literal(typing.get_args(hint), value, key, where)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(typing.get_args(hint), value, key, where)
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            entry_type = typing.get_args(hint)[0]
+            return tuple(_convert(entry_type, entry, f"{key}[{place}]", where) for place, entry in enumerate(value))
+        raise RecipeError(f"{key} is {value!r}; it must be a list ({where})")
+    if origin is not None and issubclass(origin, Mapping):
+        if not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+            raise RecipeError(f"{key} is {value!r}; it must hold keys and values ({where})")
+        entry_type = typing.get_args(hint)[1]
+        if not dataclasses.is_dataclass(entry_type):
+            return dict(value)
+        return {name: build(entry_type, entry, f"{key}.{name}", where) for name, entry in value.items()}
+    return _convert_scalar(hint, value, key, where)
+
+
+def _convert_compat(value: str, key: str, where: str) -> CompatConfig:
+    if value == REFERENCE:
+        return CompatConfig.reference()
+    raise RecipeError(
+        f"{key} is {value!r}; it must be {REFERENCE}, or hold switches such as 'question_tokens: true'."
+        f"{did_you_mean(value, [REFERENCE])} ({where})"
+    )
+
+
+def _convert_literal(options: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
+    if value in options:
+        return value
+    raise RecipeError(
+        f"{key} is {value!r}; it must be one of {', '.join(map(str, options))}."
+        f"{did_you_mean(str(value), map(str, options))} ({where})"
+    )
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    errors: list[RecipeError] = []
+    for option in options:
+        if option is not type(None):
+            try:
+                return _convert(option, value, key, where)
+            except RecipeError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _convert_scalar(hint: Any, value: Any, key: str, where: str) -> Any:
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 2e-4 as text: it wants 2.0e-4. People write 2e-4.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise RecipeError(f"{key} is {value!r}; it must be of type {name} ({where})")

@@ -1,0 +1,53 @@
+"""Keys ``methods`` and ``compare``: the other methods, and how they are put beside SKU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sku.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """One method other than SKU, whose own settings are ``acquire`` and ``negate``."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own settings, such as ``beta``; ``sku methods NAME`` lists them. Its paper's are the defaults."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Laid over ``acquire.training``, where the method needs another learning rate, say."""
+    strength: float = 1.0
+    """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength < float("inf"):
+            raise RecipeError(f"strength is {self.strength}; it must be above 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What ``sku compare`` and ``sku ablate`` run beside the recipe itself."""
+
+    methods: tuple[str, ...] = ()
+    """Names of the methods; all where this is empty."""
+    seeds: int = 3
+    """Training seeds: that of the recipe and those after it. Data and test prompts are the same for all."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
+    """Multiples of each method's own strength at which it is measured; 1, the method as published, always is."""
+    utility_budget: float = 1.05
+    """Methods are compared at the largest strength whose perplexity on ``retain_validation`` is at most this many
+    times that of the base: at equal utility."""
+    max_strength: float = 4.0
+    """Where the search for that strength ends, as a multiple of the method's own."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise RecipeError(f"compare.seeds is {self.seeds}; it must be 1 or more")
+        if not all(0 < strength < float("inf") for strength in (*self.strengths, self.max_strength)):
+            raise RecipeError("compare.strengths and compare.max_strength must be above 0 and finite")
+        if not 1 < self.utility_budget < float("inf"):
+            raise RecipeError(
+                f"compare.utility_budget is {self.utility_budget}; it must be above 1, such as 1.05 for a perplexity "
+                "5 % above the base model's"
+            )

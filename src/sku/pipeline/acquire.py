@@ -1,0 +1,70 @@
+"""Stage 1 alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sku.acquire.objective import check_compat
+from sku.acquire.run import acquire, trainer_settings
+from sku.config import Recipe
+from sku.data.examples import ForgetRetainData
+from sku.errors import RecipeError
+from sku.evaluate.run import Progress
+from sku.methods.run import with_safe_dtype
+from sku.models import load_model, pick_device
+from sku.pipeline.recipe_data import load_recipe_data
+from sku.processes import current_processes, shared_new_folder
+from sku.storage import mark_hazardous
+from sku.sweep.bad_model import record_training
+from sku.training.run import step_progress
+
+
+def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Stage 1 alone: trains the bad model of a recipe into a new private, marked folder.
+
+    Args:
+        recipe: From ``load_recipe``.
+        out: New folder: an adapter, or a whole model for full fine-tuning.
+        progress: For progress bars.
+
+    Returns:
+        The training log, one entry a logged step.
+
+    Raises:
+        SkuError: Anything a user can mend.
+    """
+    if recipe.method != "sku":
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
+    config = with_safe_dtype(recipe)
+    processes = current_processes()
+    device = pick_device(config.device).type
+    with shared_new_folder(processes, out, private=True) as temporary:
+        checkpoints = temporary / "checkpoints"
+        settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints, device=device)
+        check_compat(recipe.acquire, recipe.compat, settings.max_steps)
+        loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
+        data = load_recipe_data(recipe)
+        acquired = acquire(
+            loaded,
+            data,
+            recipe.acquire,
+            recipe.data,
+            seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
+            folder=checkpoints,
+            prompt_format=recipe.model.prompt_format,
+            callbacks=step_progress(progress),
+            compat=recipe.compat,
+        )
+        processes.on_main(lambda: shutil.rmtree(checkpoints))
+        processes.on_main(lambda: mark_trained(temporary, recipe, data))
+        acquired.save(temporary)
+        processes.on_main(lambda: mark_hazardous(temporary))  # Again, for its configuration.
+    return acquired.log
+
+
+def mark_trained(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:
+    """Marks the folder of a bad model before there is anything to find, and says what it is trained on."""
+    mark_hazardous(folder)
+    record_training(folder, recipe, data)

@@ -1,0 +1,65 @@
+"""What a run writes at its end: ``results.json`` and its figure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sku.attacks.results import AttackReport
+from sku.evaluate.comparison import Comparison, LeakChange, RateChange
+from sku.evaluate.precision_results import PrecisionReport
+from sku.pipeline.run_folder import MANIFEST_SCHEMA
+from sku.report.figures import before_after_figure
+from sku.report.tables import before_after_rows
+from sku.storage import write_json
+
+
+def write_results(
+    folder: Path,
+    comparison: Comparison,
+    precisions: PrecisionReport | None,
+    attacks: AttackReport | None,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Writes ``results.json``, ``before_after.png`` and ``before_after.svg``.
+
+    Args:
+        folder: Of the run.
+        comparison: Before and after.
+        precisions: Where some were measured.
+        attacks: Where there were any.
+        manifest: Of the run, as it is when the run is complete.
+
+    Raises:
+        OutputError: A file can't be written.
+    """
+    rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
+    for suffix in ("png", "svg"):
+        before_after_figure(comparison, folder / f"before_after.{suffix}")
+    write_json(
+        folder / "results.json",
+        {
+            "schema_version": MANIFEST_SCHEMA,
+            "table": rows,
+            "replies": _plain(comparison.replies),
+            "prefill": _plain(comparison.prefill),
+            "samples": _plain(comparison.samples),
+            "leak": _plain(comparison.leak),
+            "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
+            "utility": {split: dataclasses.asdict(found) for split, found in comparison.utility.items()},
+            "notes": comparison.notes,
+            "base": comparison.base.to_dict(),
+            "unlearned": comparison.unlearned.to_dict(),
+            **({} if precisions is None else {"precisions": precisions.to_dict()}),
+            **({} if attacks is None else {"attacks": attacks.to_dict()}),
+            "manifest": dict(manifest),
+        },
+    )
+
+
+def _plain(changes: Mapping[str, Mapping[str, RateChange | LeakChange]]) -> dict[str, dict[str, Any]]:
+    return {
+        split: {name: dataclasses.asdict(change) for name, change in rates.items()} for split, rates in changes.items()
+    }

@@ -1,0 +1,115 @@
+"""The folder of a run and its manifest: what is run, and how far it has come."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sku.config import Recipe
+from sku.errors import OutputError
+from sku.evaluate.run import Progress
+from sku.processes import Processes
+from sku.reproducibility import content_sha256, environment
+from sku.storage import new_folder, write_json
+
+MANIFEST_SCHEMA = 1
+
+
+class RunFolder:
+    """A run's folder, which the first process alone writes to."""
+
+    def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
+        """Names the folder; nothing is made or read yet.
+
+        Args:
+            path: Of the run.
+            processes: Of the run.
+            progress: Called when a stage begins and when it ends.
+        """
+        self.path, self.processes, self.progress = path, processes, progress
+        self.manifest: dict[str, Any] = {}
+
+    def open(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
+        """Makes the folder, or checks that it belongs to an interrupted run of this recipe.
+
+        Args:
+            recipe: What is run.
+            trained_folder: Where its checkpoints lie, which fit one number of processes only.
+            resume: The folder may be there.
+
+        Raises:
+            OutputError: It is there without ``resume``, or belongs to another run, a complete one, or one of another
+                number of processes; or it can't be read or written.
+        """
+        self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, trained_folder, resume=resume))
+
+    def _opened_manifest(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> dict[str, Any]:
+        content = recipe.to_dict()
+        fresh = {
+            "schema_version": MANIFEST_SCHEMA,
+            "status": "running",
+            "recipe": content,
+            "recipe_sha256": content_sha256(content),
+            "environment": environment(),
+            "processes": self.processes.count,
+            "seconds": {},
+        }
+        if not self.path.exists():
+            with new_folder(self.path, private=True) as temporary:
+                write_json(temporary / "manifest.json", fresh)
+        elif not resume:
+            raise OutputError(f"{self.path} already exists; choose another --out, or add --resume to go on with it")
+        manifest = _read_manifest(self.path)
+        if manifest["recipe_sha256"] != fresh["recipe_sha256"]:
+            raise OutputError(f"{self.path} belongs to a run with another recipe; choose another --out")
+        if manifest["status"] == "complete":
+            raise OutputError(f"the run in {self.path} is already complete; choose another --out")
+        begun_with = manifest.setdefault("processes", 1)
+        if begun_with != self.processes.count and list(trained_folder.glob("checkpoint-*")):
+            raise OutputError(
+                f"the run in {self.path} was begun with {begun_with} processes, and checkpoints fit no other number: "
+                f"start {begun_with} here too, not {self.processes.count}, or choose another --out"
+            )
+        return manifest
+
+    def note(self, **entries: Any) -> None:
+        """Adds entries to the manifest, or replaces them, and writes it.
+
+        Args:
+            **entries: As JSON holds them.
+        """
+        self.manifest.update(copy.deepcopy(entries))
+        if self.processes.is_main:
+            write_json(self.path / "manifest.json", self.manifest)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Tells that a stage begins and ends, and adds its seconds to the manifest.
+
+        Args:
+            stage: Its name in the manifest.
+        """
+        self.progress(stage, 0, 1)
+        started = time.monotonic()
+        yield
+        seconds = self.manifest["seconds"]
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
+        self.note(seconds=seconds)
+        self.progress(stage, 1, 1)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OutputError(f"{folder} is no run folder: it has no manifest.json; choose another --out") from None
+    except ValueError as error:
+        raise OutputError(f"{folder / 'manifest.json'} is damaged ({error}); choose another --out") from error
+    if not isinstance(content, dict) or content.get("schema_version") != MANIFEST_SCHEMA:
+        raise OutputError(f"{folder / 'manifest.json'} is not of this version of SKU; choose another --out")
+    return content

@@ -1,0 +1,272 @@
+"""Stages 1 and 2 of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sku.config import ModelConfig, Recipe
+from sku.data.examples import ForgetRetainData
+from sku.errors import NoAlphaError, OutputError, TaskVectorError
+from sku.methods import method_named
+from sku.methods.base import negated
+from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
+from sku.models import LoadedModel, load_model, with_path
+from sku.negate.adapters import AdapterVector, load_adapter
+from sku.negate.diagnostics import diagnose
+from sku.negate.operators import OperatedVector, operate
+from sku.negate.operators.base import OperatorContext
+from sku.negate.operators.context import context_of
+from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
+from sku.negate.survival import delta_survival
+from sku.negate.task_vector import TaskVector
+from sku.pipeline.acquire import mark_trained
+from sku.pipeline.run_folder import RunFolder
+from sku.processes import shared_new_folder
+from sku.storage import mark_hazardous, remove_hazardous
+from sku.sweep.run import sweep
+from sku.training.run import Trained, step_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Operated:
+    """What is subtracted, and where it comes from, where operators or diagnostics need to know."""
+
+    vector: TaskVector
+    found: OperatedVector | None = None
+    context: OperatorContext | None = None
+
+
+class Unlearning:
+    """Stages 1 and 2 of one run, each of which finds what an interrupted run left."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        """Names the folder of what is trained; nothing is made yet.
+
+        Args:
+            recipe: What is run.
+            folder: Of the run.
+
+        Raises:
+            RecipeError: There is no method of the recipe's name.
+        """
+        self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
+        self.method = method_named(recipe.method)
+        self.trained_folder = self.out / ("bad" if self.method.hazardous else "trained")
+
+    def by_all_processes(
+        self, held: list[LoadedModel], data: ForgetRetainData
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Stage 1 by all processes, and stage 2 by the first one from what it saved, as in a run that is resumed.
+
+        Args:
+            held: Holds the original model, and nothing afterwards: its memory is needed.
+            data: The splits.
+
+        Returns:
+            As ``by_one_process``.
+
+        Raises:
+            SkuError: As ``by_one_process``.
+        """
+        config = with_safe_dtype(self.recipe)
+        if not self.processes.on_main((self.trained_folder / "final").exists):
+            if self.recipe.acquire.tuning == "qlora":
+                held[0] = self.processes.everywhere(lambda: load_model(config, four_bit=True))
+            with self.folder.timed("acquire"):
+                self._train(held[0], data)
+        # Training may have left each process a part of the weights, and its own buffers: all is read anew.
+        held.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.processes.on_main(lambda: self._by_the_first_process(data))
+        return self.processes.everywhere(lambda: (load_model(config).model, load_model(self.unlearned_config()).model))
+
+    def _by_the_first_process(self, data: ForgetRetainData) -> None:
+        self.by_one_process(load_model(with_safe_dtype(self.recipe), four_bit=False), data)
+
+    def by_one_process(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
+
+        Args:
+            loaded: The original model; its weights may be trained in place.
+            data: The splits.
+
+        Returns:
+            The original and the unlearned model.
+
+        Raises:
+            NoAlphaError: No alpha will do.
+            SkuError: Anything else a user can mend.
+        """
+        recipe = self.recipe
+        if recipe.acquire.tuning == "qlora":
+            loaded = load_model(with_safe_dtype(self.recipe), four_bit=True)
+        with self.folder.timed("acquire"):
+            trained = self._trained_model(loaded, data)
+        run = prepare(recipe, self.trained_folder)
+        with self.folder.timed("negate"):
+            factors = None
+            if isinstance(trained, PeftModel):
+                change = change_of(self.method, trained)
+                factors = self._factors(trained, run)
+                base = (
+                    trained.unload()
+                    if recipe.acquire.tuning == "lora"
+                    else load_model(with_safe_dtype(self.recipe)).model
+                )
+            else:
+                base = load_model(with_safe_dtype(self.recipe)).model
+                change = change_of(self.method, trained, base)
+            operated = self._operated(-change, run, base, loaded.tokenizer, data)
+        if recipe.chooses_alpha:
+            with self.folder.timed("sweep"):
+                run = dataclasses.replace(run, strength=self._chosen(operated.vector, base, loaded.tokenizer, data))
+        with self.folder.timed("negate"):
+            vector, account = operated.vector, self._account(operated, run, base, factors)
+            dtype = recipe.negate.output_dtype
+            unlearned, negation = negate_with_record(
+                base, vector, run.strength, output_dtype=None if dtype == "same" else getattr(torch, dtype)
+            )
+            # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
+            self.folder.note(negation={**negation.to_dict(), **account})
+            save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
+        return base, unlearned
+
+    def _factors(self, trained: PeftModel, run: MethodRun) -> AdapterVector | None:
+        """The adapter's factors where operators or the choice of alpha follow; else it is saved as it is, negated."""
+        follows = bool(run.operators) or self.recipe.chooses_alpha
+        if not follows:
+            self._save_adapter(trained, run.strength)
+        try:
+            return AdapterVector.of(trained)
+        except TaskVectorError as error:
+            if follows:
+                self.folder.note(negated_adapter=f"not saved: {error}")
+            return None
+
+    def _operated(
+        self,
+        vector: TaskVector,
+        run: MethodRun,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: ForgetRetainData,
+    ) -> _Operated:
+        """What is subtracted."""
+        recipe = self.recipe
+        if self.method.weight_step is not negated or not (run.operators or recipe.negate.diagnostics):
+            return _Operated(vector=vector)
+        cache = recipe.negate.operator_cache
+        context = context_of(
+            base,
+            tokenizer,
+            data,
+            recipe.data,
+            prompt_format=recipe.model.prompt_format,
+            seed=recipe.seed,
+            cache=None if cache is None else Path(cache),
+        )
+        found = operate(vector, run.operators, context)
+        return _Operated(vector=found.vector, found=found, context=context)
+
+    def _chosen(
+        self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
+    ) -> float:
+        """Alpha, chosen on the validation splits; noted with its reason."""
+        found = sweep(base, vector, tokenizer, data, self.recipe, self.out / "sweep", progress=self.folder.progress)
+        assert found.pick is not None
+        self.folder.note(sweep=dataclasses.asdict(found.pick))
+        try:
+            return found.alpha()
+        except NoAlphaError as error:
+            raise NoAlphaError(f"{error}; all points are in {self.out / 'sweep'}") from None
+
+    def _account(
+        self, operated: _Operated, run: MethodRun, base: PreTrainedModel, factors: AdapterVector | None
+    ) -> dict[str, Any]:
+        """An account of what is subtracted; the adapter follows operators and alpha where it can."""
+        found = operated.found
+        if factors is not None and found is not None:
+            factors = None if found.row_maps is None else factors.mapped(found.row_maps)
+        if run.operators or self.recipe.chooses_alpha:
+            self._save_factors(factors, run)
+        if found is None or operated.context is None:
+            return {}
+        account: dict[str, Any] = {"operators": list(found.records)}
+        if self.recipe.negate.diagnostics:
+            account["diagnostics"] = diagnose(found.vector, operated.context, adapter=factors)
+            if run.strength:
+                account["survival_by_format"] = delta_survival(base, found.vector, run.strength)
+        return account
+
+    def _save_factors(self, factors: AdapterVector | None, run: MethodRun) -> None:
+        if factors is not None:
+            (-run.strength * factors).save(self.out / "negated_adapter", overwrite=True)
+        elif self.recipe.acquire.tuning != "full" and "negated_adapter" not in self.folder.manifest:
+            names = ", ".join(prepared.operator.name for prepared in run.operators)
+            self.folder.note(
+                negated_adapter=f"not saved: the operators ({names}) change single entries of the weights"
+            )
+
+    def _save_adapter(self, trained: PeftModel, strength: float) -> None:
+        """The change without merging, where the weight step is none or the negation: others don't fit an adapter."""
+        negates = self.method.weight_step is negated
+        folder = self.out / ("negated_adapter" if negates else "adapter")
+        if folder.exists() or (self.method.weight_step is not None and not negates):
+            return
+        save_negated_adapter(trained, strength if negates else -strength, folder)
+
+    def _trained_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel:
+        """The trained model of an earlier try, or a newly trained one."""
+        recipe, folder = self.recipe, self.trained_folder
+        final = folder / "final"
+        if final.exists():
+            if recipe.acquire.tuning == "full":
+                return load_model(with_path(with_safe_dtype(self.recipe), final)).model
+            return load_adapter(loaded.model, final)
+        return self._train(loaded, data).model
+
+    def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained:
+        """Stage 1 by all processes; its result lies in ``final`` afterwards."""
+        trained = train_method(self.recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
+        self.processes.on_main(lambda: self._write_log(trained))
+        with shared_new_folder(self.processes, self.trained_folder / "final", private=True) as temporary:
+            if self.method.hazardous:
+                self.processes.on_main(lambda: mark_trained(temporary, self.recipe, data))
+            trained.save(temporary)
+            if self.method.hazardous:
+                self.processes.on_main(lambda: mark_hazardous(temporary))  # Again, for its configuration.
+        return trained
+
+    def _write_log(self, acquired: Trained) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
+        path = self.out / "training_log.jsonl"
+        try:
+            path.write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} can't be written: {error.strerror}") from error
+        self.folder.note(
+            tokenization={name: dataclasses.asdict(report) for name, report in acquired.reports.items()},
+            training={"steps": acquired.log[-1]["step"] if acquired.log else 0, "seconds": acquired.seconds},
+        )
+
+    def unlearned_config(self) -> ModelConfig:
+        """How the unlearned model of this run is loaded again."""
+        dtype = self.recipe.negate.output_dtype
+        config = with_path(with_safe_dtype(self.recipe), self.out / "unlearned")
+        return config if dtype == "same" else dataclasses.replace(config, dtype=dtype)
+
+    def remove_trained(self) -> None:
+        """Removes what stage 1 trained, unless the recipe says that a bad model is kept."""
+        if not (self.recipe.keep_bad_model and self.method.hazardous):
+            remove_hazardous(self.trained_folder)
