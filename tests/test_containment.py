@@ -20,6 +20,7 @@ from transformers import Trainer
 from sku.cli.main import main
 from sku.config import ModelConfig, Recipe, load_recipe
 from sku.errors import ModelError, OutputError
+from sku.model_files import embedded_model_path
 from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.run import negate, task_vector_of
@@ -146,7 +147,7 @@ def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> Non
     (tmp_path / "bad" / BAD_MODEL_MARK).unlink()
     assert is_marked_hazardous(tmp_path / "bad"), "the configuration still says it"
     negate("embedded", tmp_path / "bad").save_pretrained(tmp_path / "in_memory")
-    base = Path(load_recipe.__code__.co_filename).parent / "world" / "model"
+    base = embedded_model_path()
     negate_folders(base, tmp_path / "bad", tmp_path / "streamed")
     for name in ("in_memory", "streamed"):
         assert not is_marked_hazardous(tmp_path / name)
