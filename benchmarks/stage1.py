@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import dataclasses
 import importlib.util
 import platform
 import random
@@ -137,6 +138,20 @@ def _options() -> argparse.Namespace:
     return options
 
 
+class Examples(list[JointExample]):
+    """Joint examples that stand in for a dataset."""
+
+    def fixed_rows(self, kind: int, _examples: int) -> list[TokenizedExample] | None:
+        """As of ``JointDataset``: the normal rows, each once."""
+        if kind != RETAIN:
+            return None
+        return [
+            dataclasses.replace(example.retain, example_id=example.retain_index)
+            for example in self
+            if example.retain is not None
+        ]
+
+
 def _load(options: argparse.Namespace) -> LoadedModel:
     if options.shape is None:
         return load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype=options.dtype))
@@ -172,8 +187,8 @@ def _examples(options: argparse.Namespace, loaded: LoadedModel, number: int) -> 
                 forget=row(prompt, ids(options.answer)),
                 mismatched=tuple(row(prompt, ids(options.answer)) for _ in range(options.k)),
                 retain=row(ids(options.normal // 3), ids(options.normal - options.normal // 3)),
-                forget_index=place,
-                retain_index=place,
+                forget_index=number * options.batch + place,
+                retain_index=number * options.batch + place,
             )
         )
     return examples
@@ -193,7 +208,7 @@ def _trainer(
     trainer = SkuTrainer(
         copy.deepcopy(loaded.model) if options.tuning == "full" else loaded.model,
         settings,
-        [example for batch in batches for example in batch],  # type: ignore[arg-type]
+        Examples(example for batch in batches for example in batch),  # type: ignore[arg-type]
         processing_class=loaded.tokenizer,
         peft_config=adapter if options.tuning == "lora" else None,
     )
@@ -202,6 +217,11 @@ def _trainer(
         plain_model(trainer.model).gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()
     with torch.no_grad():
+        # The original model is asked before anything moves, as training does.
+        trainer.compute_loss(
+            trainer.model,
+            trainer._prepare_inputs(PackedCollator(share=True, retain_tokens="answer")(list(batches[0]))),
+        )
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 # lora_B is all 0 at first.
@@ -215,11 +235,12 @@ def _way(name: str, trainer: SkuTrainer, loaded: LoadedModel) -> Way:
     model = trainer.model
     assert isinstance(model, nn.Module)
     if kind == "naive":
-        teacher = trainer._reference
-        if teacher is None:
-            # A second model beside the first, as the authors' code has.
-            assert isinstance(model, PeftModel)
-            teacher = _without_adapter(model)
+        # A second model beside the first, as the authors' code has.
+        teacher = (
+            _without_adapter(model)
+            if isinstance(model, PeftModel)
+            else loaded.model.requires_grad_(requires_grad=False)
+        )
 
         def naive(examples: Sequence[JointExample]) -> Tensor:
             batch = NaiveBatch.of(examples, int(loaded.tokenizer.pad_token_id), loaded.model.device)
