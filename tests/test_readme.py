@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from sku.attacks.results import AttackReport
+from sku.evaluate.precision_results import PrecisionReport
 from sku.report.attack_table import attack_rows, left_out_lines
+from sku.report.precision_table import precision_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,9 +69,12 @@ def test_every_number_of_the_result_is_recorded() -> None:
     recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
     seconds = recorded["manifest"]["seconds"]
     attacks = AttackReport.from_dict(recorded["attacks"])
+    precisions = PrecisionReport.from_dict(recorded["precisions"])
     cells = [
         *strings(recorded["table"]), *recorded["notes"], *left_out_lines(attacks),
         *(str(cell) for row in attack_rows(attacks) for cell in dataclasses.astuple(row)),
+        *(str(cell) for row in precision_rows(precisions) for cell in dataclasses.astuple(row)),
+        recorded["manifest"]["sweep"]["why"],
     ]  # fmt: skip
     known = {number for cell in cells for number in NUMBER.findall(cell)}
     known |= {str(value) for value in seconds.values()} | {f"{sum(seconds.values()):.0f}"}
@@ -98,6 +103,16 @@ def test_every_attack_of_the_result_is_recorded_as_it_stands() -> None:
     for row in rows:
         expected = " ".join((row.setting, row.unlearned, row.interval, row.base, row.gibberish)).strip()
         assert any(line.endswith(expected) for line in lines), expected
+
+
+def test_every_precision_of_the_result_is_recorded_as_it_stands() -> None:
+    recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
+    lines = [" ".join(line.split()) for line in blocks("text")[0].splitlines()]
+    rows = precision_rows(PrecisionReport.from_dict(recorded["precisions"]))
+    assert len(rows) == 3
+    for row in rows:
+        cells = (row.precision, row.trained_on, row.unseen, row.forced, row.gibberish, row.perplexity, row.kept)
+        assert " ".join(cells) in lines
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

@@ -107,7 +107,7 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     if "sweep" in finished.manifest:
-        results.print(f"alpha     {finished.manifest['sweep']['why']}", soft_wrap=True)
+        results.print(f"chosen    {finished.manifest['sweep']['why']}", soft_wrap=True)
     results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)
     for adapter in (folder / "negated_adapter", folder / "adapter"):
         if adapter.exists():
