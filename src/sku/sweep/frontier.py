@@ -106,7 +106,7 @@ def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
     axes.axhline(sweep.config.utility_budget, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(min(0.98, min(values, default=1) - 0.01), top)
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.3g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.5g}")
     axes.set_xlabel("alpha")
     _finish(axes, "Perplexity of normal answers, unlearned / base")
 
@@ -140,7 +140,7 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
     axes.set_ylim(-3, 108)
     axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.3g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.5g}")
     axes.set_xlabel("perplexity of normal answers, unlearned / base")
     _finish(axes, "Largest harmful rate against cost, by alpha")
 
