@@ -57,7 +57,7 @@ def test_origin_limits_and_warnings_are_said(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     for words in (
         manifest["recipe_sha256"], *(source["sha256"] for source in manifest["data"]["sources"]),
-        "1.25: given in the recipe, not chosen by a search", "arXiv 2402.10058", "guided\\_distortion 1",
+        "1.25: alpha 1.25 leaves the least harm within the perplexity budget", "arXiv 2402.10058", "guided\\_distortion 1",
         r"theta\_bad = theta\_o + (theta\_o - theta\_u) / 1.25 is the hazardous model of stage 1",
         "is no proof that knowledge is gone", "meaningless on other data", "was not calibrated",
         "measured in float32 only", "Apache-2.0", "AutoModelForCausalLM.from_pretrained",
@@ -70,7 +70,9 @@ def test_the_front_matter(run: Path) -> None:
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "text-generation"
     assert {"unlearning", "sku", "arxiv:2402.10058"} <= set(data["tags"])
-    assert not {"license", "base_model", "datasets"} & data.keys(), "nothing is guessed"
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert data["license"] == manifest["model"]["license"] == "apache-2.0"
+    assert not {"base_model", "datasets"} & data.keys(), "nothing is guessed"
     [index] = data["model-index"]
     figures = {
         (result["dataset"]["split"], metric["type"]): metric
@@ -81,7 +83,16 @@ def test_the_front_matter(run: Path) -> None:
     assert (forced["value"], forced["args"]["low"], forced["args"]["high"]) == (11.0, 7.38, 16.09)
     assert (forced["args"]["prompts"], forced["args"]["base"], forced["args"]["judge"]) == (200, 100.0, "embedded")
     assert figures["retain_test", "perplexity_ratio"]["value"] == 1.0119
+
+
+def test_what_nobody_stated_or_chose_is_called_so(run_without_cards: Path) -> None:
+    run = run_without_cards
+    change_json(run / "manifest.json", "model", "license", value=None)
+    change_json(run / "manifest.json", "sweep", value=None)
+    write_cards(run)
+    assert "license" not in card_of(run).data.to_dict()
     assert "Not stated. That of the base model applies" in body_of(run)
+    assert "1.25: given in the recipe, not chosen by a search" in body_of(run)
 
 
 def test_a_hub_model_and_hub_data(run_without_cards: Path) -> None:

@@ -197,7 +197,7 @@ def _forced_words(run: FinishedRunFiles, attacks: Sequence[AttackRow]) -> str:
 
 
 def _why(run: FinishedRunFiles) -> str:
-    pick = None if run.sweep is None else run.sweep.get("pick")
+    pick = run.manifest.get("sweep") if run.sweep is None else run.sweep.get("pick")
     if pick and pick["alpha"] == run.strength:
         return str(pick["why"])
     return "given in the recipe, not chosen by a search"
