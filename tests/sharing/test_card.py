@@ -57,7 +57,8 @@ def test_origin_limits_and_warnings_are_said(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     for words in (
         manifest["recipe_sha256"], *(source["sha256"] for source in manifest["data"]["sources"]),
-        "1.25: alpha 1.25 leaves the least harm within the perplexity budget", "arXiv 2402.10058", "guided\\_distortion 1",
+        "1.25: alpha 1.25 leaves the least harm within the perplexity budget", "arXiv 2402.10058",
+        "guided\\_distortion 1",
         r"theta\_bad = theta\_o + (theta\_o - theta\_u) / 1.25 is the hazardous model of stage 1",
         "is no proof that knowledge is gone", "meaningless on other data", "was not calibrated",
         "measured in float32 only", "Apache-2.0", "AutoModelForCausalLM.from_pretrained",
