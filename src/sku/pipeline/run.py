@@ -146,9 +146,8 @@ class _Run:
             base, unlearned = self.unlearning.by_all_processes(held, data)
         else:
             base, unlearned = self.unlearning.by_one_process(loaded, data)
-        self.processes.on_main(
-            self.unlearning.remove_trained
-        )  # The unlearned model stands: nothing needs the bad one any more.
+        # The unlearned model stands: nothing needs the bad one any more.
+        self.processes.on_main(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
             result = self._evaluate(unlearned, tokenizer, data, "unlearned", base)
         comparison = compare(base_result, result, seed=recipe.seed)

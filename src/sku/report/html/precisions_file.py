@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sku.errors import EvaluationError
 from sku.evaluate.comparison import PerplexityChange
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import check_schema, read_json_object
+from sku.evaluate.precision_results import RESULT_FILE, Measured, PrecisionResult, read_precisions
 
-PRECISIONS_FILE = "precisions.json"
 AS_EVALUATED = "as evaluated"
 """Name of the row of the model that was not rounded."""
-_SCHEMA_VERSION = 1
 _SPLITS = ("unseen", "unlearned")
 """Harmful prompts, the first of these that was asked."""
-_AGAIN = "evaluate again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,54 +41,40 @@ class Precisions:
     notes: tuple[str, ...]
 
 
-def read_precisions(path: Path) -> Precisions:
-    """Reads ``precisions.json``.
+def precision_rows(folder: Path) -> Precisions | None:
+    """The certificate of an evaluation, None where there is none.
 
     Raises:
-        EvaluationError: The file is broken or of another version.
+        EvaluationError: Its file is broken or of another version.
     """
-    content = read_json_object(path, _AGAIN)
-    check_schema(content, _SCHEMA_VERSION, str(path), _AGAIN)
-    try:
-        own = _row(AS_EVALUATED, str(content["model"]["dtype"]), content["measured"], kept=None, brings_back=False)
-        return Precisions(
-            rows=(own, *(_rounded(result) for result in content["results"])),
-            notes=tuple(map(str, content["notes"])),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise EvaluationError(f"{path} doesn't fit its schema ({error!r}): {_AGAIN}") from None
+    if not (folder / RESULT_FILE).exists():
+        return None
+    report = read_precisions(folder)
+    own = _row(AS_EVALUATED, report.model["dtype"], report.measured, kept=None, brings_back=False)
+    return Precisions(rows=(own, *map(_rounded, report.results)), notes=report.notes)
 
 
-def _rounded(result: Mapping[str, Any]) -> PrecisionRow:
-    survival = result["survival"]
-    lost = f"; not measured: {result['overflowed']:,} weights are too large for it" if result["overflowed"] else ""
+def _rounded(result: PrecisionResult) -> PrecisionRow:
+    lost = f"; not measured: {result.overflowed:,} weights are too large for it" if result.overflowed else ""
     return _row(
-        str(result["precision"]),
-        f"{result['scheme']}, by {result['rounded_by']}{lost}",
-        result["measured"] or {"replies": {}, "prefill": {}, "perplexity": {}},
-        kept=None if survival is None else float(survival["projection"]),
-        brings_back=bool(result["brings_back"]),
+        result.precision,
+        f"{result.scheme}, by {result.rounded_by}{lost}",
+        result.measured or Measured(replies={}, prefill={}, perplexity={}),
+        kept=None if result.survival is None else result.survival.projection,
+        brings_back=bool(result.brings_back),
     )
 
 
-def _row(
-    name: str, scheme: str, measured: Mapping[str, Any], *, kept: float | None, brings_back: bool
-) -> PrecisionRow:
-    replies = measured["replies"]
-    split = next((split for split in _SPLITS if split in replies), "")
-    perplexity = measured["perplexity"].get("retain_test")
+def _row(name: str, scheme: str, measured: Measured, *, kept: float | None, brings_back: bool) -> PrecisionRow:
+    split = next((split for split in _SPLITS if split in measured.replies), "")
+    replies = measured.replies.get(split, {})
     return PrecisionRow(
         precision=name,
         scheme=scheme,
-        harmful=_rate(replies, split, "harmful"),
-        forced=_rate(measured["prefill"], split, "harmful"),
-        degenerate=_rate(replies, split, "degenerate"),
-        perplexity=None if perplexity is None else PerplexityChange(**perplexity),
+        harmful=replies.get("harmful"),
+        forced=measured.prefill.get(split, {}).get("harmful"),
+        degenerate=replies.get("degenerate"),
+        perplexity=measured.perplexity.get("retain_test"),
         kept=kept,
         brings_back=brings_back,
     )
-
-
-def _rate(splits: Mapping[str, Any], split: str, name: str) -> Rate | None:
-    plain = splits.get(split, {}).get(name)
-    return None if plain is None else Rate(**plain)

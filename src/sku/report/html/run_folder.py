@@ -14,7 +14,7 @@ from sku.evaluate.comparison import LeakChange, PerplexityChange, RateChange
 from sku.evaluate.leakage import Leak
 from sku.evaluate.record_files import GENERATIONS_FILE, check_schema, read_json_object
 from sku.evaluate.results import EvaluationResult
-from sku.report.html.precisions_file import PRECISIONS_FILE, Precisions, read_precisions
+from sku.report.html.precisions_file import Precisions, precision_rows
 from sku.report.html.reply_pairs import ReplyPair, read_reply_pairs
 from sku.report.html.reproduction import Reproduction, reproduction_of
 from sku.report.html.sweep_file import SWEEP_FILE, Sweep, read_sweep
@@ -82,7 +82,7 @@ def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
     path = folder / "results.json"
     content = _read_object(path, manifest.get("recipe_sha256"))
     pairs, judge = _read_pairs(folder / "evaluation") if replies else (None, "")
-    sweep, precisions = folder / SWEEP_FILE, folder / "evaluation" / PRECISIONS_FILE
+    sweep = folder / SWEEP_FILE
     try:
         attacks, negation = content.get("attacks"), manifest.get("negation", {})
         unlearned = EvaluationResult.from_dict(content["unlearned"], f"{path}: unlearned")
@@ -105,7 +105,7 @@ def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
             vector=task_vector_facts(negation),
             survival=survival_rows(negation),
             sweep=read_sweep(sweep) if sweep.exists() else None,
-            precisions=read_precisions(precisions) if precisions.exists() else None,
+            precisions=precision_rows(folder / "evaluation"),
             reproduction=reproduction_of(manifest, unlearned),
         )
     except EvaluationError:
