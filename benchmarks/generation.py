@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from machine import processor_name
 
 from sku.config import ModelConfig
 from sku.data.prompts import resolve_prompt_format
@@ -56,7 +56,7 @@ def main() -> None:
     prompts, source = _prompts(options.prompts_file, options.prompts)
     requests = _requests(prompts, loaded)
     lengths = [len(request.input_ids) for request in requests]
-    print(f"machine    {_processor()}, {torch.get_num_threads()} threads")
+    print(f"machine    {processor_name()}, {torch.get_num_threads()} threads")
     print(f"versions   torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"model      {options.model}, {str(loaded.model.dtype).removeprefix('torch.')}, {loaded.model.device}")
     print(f"prompts    {len(requests)} ({source}), {min(lengths)} to {max(lengths)} tokens")
@@ -155,15 +155,6 @@ def _answer(
 
 def _print_progress(done: int, total: int) -> None:
     print(f"\r{done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").split("\n"):
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import copy
 import ctypes
 import dataclasses
 import importlib.util
-import platform
 import random
 import statistics
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 import torch
 import transformers
+from machine import processor_name
 from peft import LoraConfig, PeftModel
 from stage1_naive import NaiveBatch, naive_loss
 from torch import Tensor, nn
@@ -337,7 +337,7 @@ def _status(name: str) -> int:
 
 def _print_head(options: argparse.Namespace, loaded: LoadedModel, batches: Sequence[Sequence[JointExample]]) -> None:
     device = loaded.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     print(f"machine    {name}, {torch.get_num_threads()} threads")
     print(f"versions   torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"model      {loaded.name}, {options.dtype}, {options.tuning}")
@@ -428,15 +428,6 @@ def _print_trl(
     from stage1_trl import race
 
     print(f"trl        {race(trainer, loaded, batches, steps=options.steps)}")
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").split("\n"):
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
