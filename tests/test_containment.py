@@ -8,7 +8,6 @@ import shutil
 import signal
 import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from sku.reproducibility import environment, without_secrets
 from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder, remove_hazardous
 from sku.wipe import hazardous_folders, wipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
     "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
@@ -50,14 +51,6 @@ def mode(path: Path) -> int:
 
 def key_of(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")).get(HAZARD_KEY)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ from sku.negate.adapters import load_adapter
 from sku.pipeline import FinishedRun, acquire_recipe, evaluate_recipe, run_recipe
 from sku.storage import BAD_MODEL_MARK, is_marked_hazardous
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = (
     "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
     "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
@@ -90,14 +92,6 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
             raise KeyboardInterrupt
 
     return progress
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

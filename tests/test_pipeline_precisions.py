@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.evaluate.precision_results import PrecisionReport, read_precisions
 from sku.pipeline import FinishedRun, evaluate_recipe, run_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3", "evaluate.retain_prompts=3",
@@ -23,14 +23,6 @@ SMALL = (
 
 def recipe(*changes: str) -> Recipe:
     return load_recipe("embedded", [*SMALL, "evaluate.precisions=[fp16, int8]", *changes])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

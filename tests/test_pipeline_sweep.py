@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from sku.pipeline import acquire_recipe, run_recipe, sweep_recipe
 from sku.storage import is_marked_hazardous
 from sku.sweep import run as sweep_run
 from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}",
@@ -61,14 +63,6 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
             raise KeyboardInterrupt
 
     return progress
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

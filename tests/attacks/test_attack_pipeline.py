@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from sku.attacks.results import AttackReport, read_attacks
 from sku.config import Recipe
@@ -16,6 +14,8 @@ from sku.pipeline import evaluate_recipe, run_recipe
 
 from .conftest import world_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def recipe(*changes: str) -> Recipe:
     return world_recipe(
@@ -23,14 +23,6 @@ def recipe(*changes: str) -> Recipe:
         "evaluate.retain_prompts=3", "evaluate.samples=0", "evaluate.attack_prompts=3",
         "evaluate.attacks=[int8]", "negate.alpha=1.25", *changes,
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None:
