@@ -4,6 +4,11 @@ Perplexity on them says how far an unlearned model has moved from the base where
 prompt/completion JSONL, for ``data.benign``.
 
     python scripts/benign_from_base.py MODEL_DIR xstest_prompts.csv benign.jsonl --gguf-file NAME --count 60
+
+With another table it makes normal data of the same kind, for ``data.retain``: a model is then held to what it says
+itself, not to what the table's author says.
+
+    python scripts/benign_from_base.py MODEL_DIR TruthfulQA.csv retain.jsonl --column Question --count 1000
 """
 
 from __future__ import annotations
@@ -21,18 +26,19 @@ from sku.evaluate.sampling import record_id
 from sku.models import load_model
 
 
-def safe_prompts(path: Path) -> list[str]:
-    """Prompts of an XSTest table whose label is safe."""
+def safe_prompts(path: Path, column: str) -> list[str]:
+    """Prompts of a table, each once; where it has labels, as XSTest's has, those labelled safe."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [row["prompt"] for row in csv.DictReader(file) if row["label"] == "safe"]
+        return list(dict.fromkeys(row[column] for row in csv.DictReader(file) if row.get("label", "safe") == "safe"))
 
 
 def main() -> None:
     """Reads the options, asks the model, writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("prompts", type=Path, help="XSTest table with columns prompt and label")
+    parser.add_argument("prompts", type=Path, help="table with the prompts, such as XSTest's")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--column", default="prompt", help="column of the prompts")
     parser.add_argument("--gguf-file")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--count", type=int, default=60)
@@ -40,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype=options.dtype))
     style = resolve_prompt_format("auto", loaded.tokenizer)
-    prompts = safe_prompts(options.prompts)
+    prompts = safe_prompts(options.prompts, options.column)
     # Spread over the table, which is sorted by type of prompt.
     prompts = prompts[:: max(1, len(prompts) // options.count)][: options.count]
     requests = [

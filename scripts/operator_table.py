@@ -47,6 +47,8 @@ from sku.storage import mark_hazardous, new_folder, write_json
 SPLITS = ("unseen", "benign", "retain_test")
 MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
+    "retention at -1": {"preservation_mode": "retention", "preservation_at": -1.0},
+    "retention at -2": {"preservation_mode": "retention", "preservation_at": -2.0},
     "divergence": {"preservation_mode": "divergence", "preservation_cap": 1.0},
     "none": {"weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 0.0}},
 }
@@ -82,6 +84,8 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "minus benign": [{"minus_benign": {"path": benign, "how": "subtract"}}],
         "benign component": [{"minus_benign": {"path": benign, "how": "project"}}],
         "learned": [{"learned": {}}],
+        "learned, each module": [{"learned": {"per": "layer_and_module"}}],
+        "learned, each direction": [{"learned": {"per": "direction", "steps": 60}}],
         "null space 0.9 + learned": [{"null_space": {"energy": 0.9}}, {"learned": {"start": 2.0}}],
         "contrast 16 + learned": [{"contrast": {"strength": 16.0}}, {"learned": {"start": 2.0}}],
         "PerTA grad + null space 0.9": [{"perta": {}}, {"null_space": {"energy": 0.9}}],
@@ -370,7 +374,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--retain", required=True)
     parser.add_argument("--benign", help="prompt/completion JSONL of another source (scripts/benign_from_base.py)")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["retention", "divergence", "none"])
     parser.add_argument("--rows", nargs="+", help="names of operator rows; all where this is left out")
     parser.add_argument("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--steps", type=int, default=90)

@@ -35,6 +35,10 @@ class SkuConfig(UnlearningConfig):
     preservation_tokens: PreservationTokens = field(
         default="answer", metadata={"help": "Positions of normal examples that are compared: answer or all."}
     )
+    preservation_at: float = field(
+        default=1.0,
+        metadata={"help": "Which model normal text is compared at: 1 the bad one, -1 the unlearned one of alpha 1."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,4 +64,5 @@ class SkuConfig(UnlearningConfig):
             preservation_mode=self.preservation_mode,
             preservation_cap=self.preservation_cap,
             preservation_tokens=self.preservation_tokens,
+            preservation_at=self.preservation_at,
         )

@@ -56,6 +56,7 @@ def sku_objective(config: AcquireConfig, compat: CompatConfig | None = None) -> 
         weights={name: float(weights[name]) for name in terms},
         losses=losses,
         needs_reference="preservation_divergence" in terms,
+        retain_at=config.preservation_at if "preservation_divergence" in terms else 1.0,
         in_whole_passes=compat.epoch_step_limit,
     )
 

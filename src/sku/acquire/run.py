@@ -31,6 +31,7 @@ MODULES_SET_BY_RECIPE = {
     "preservation_mode": "acquire.preservation_mode",
     "preservation_cap": "acquire.preservation_cap",
     "preservation_tokens": "acquire.preservation_tokens",
+    "preservation_at": "acquire.preservation_at",
 }
 """Field of ``SkuConfig`` -> the recipe's own place for it."""
 
@@ -116,6 +117,7 @@ def trainer_settings(
             "preservation_mode": config.preservation_mode,
             "preservation_cap": config.preservation_cap,
             "preservation_tokens": config.preservation_tokens,
+            "preservation_at": config.preservation_at,
             "max_length": data_config.max_length,
             "max_answer_tokens": data_config.max_answer_tokens,
         },

@@ -56,6 +56,10 @@ class AcquireConfig:
     """Largest KL of one token that still counts under ``divergence``, in nats; empty for none, as in the paper."""
     preservation_tokens: PreservationTokens = "answer"
     """Positions of a normal example whose predictions are compared: its answer, or all of it."""
+    preservation_at: float = 1.0
+    """Which model normal examples are compared at: ``theta_o + preservation_at * (theta_bad - theta_o)``. 1 is the bad
+    model, as in the paper; with ``retention``, -1 is the unlearned model of alpha 1, which is what normal prompts will
+    be answered by. Other than 1 with LoRA only."""
     tuning: Tuning = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +70,10 @@ class AcquireConfig:
     """Seed of training alone, so that data and test prompts stay as they are; that of the recipe if empty."""
 
     def __post_init__(self) -> None:
+        if not abs(self.preservation_at) < float("inf") or self.preservation_at == 0:
+            raise RecipeError(
+                f"acquire.preservation_at is {self.preservation_at}; it must be finite, and not 0: the original model"
+            )
         if self.random_answers < 1 and self.weights.random_disassociation:
             raise RecipeError(
                 f"acquire.random_answers is {self.random_answers}; it must be 1 or more, or "

@@ -67,6 +67,8 @@ class PackedRows:
     """``[1, T]``."""
     position_ids: Tensor
     """``[1, T]``, place of each token in its own row."""
+    is_retain: Tensor
+    """``[1, T]``, bool: tokens of normal rows, which share none with others."""
     paths: AttentionPaths
     score_places_U: Tensor
     """Places of the packed row whose scores are needed, rising, each once."""
@@ -102,6 +104,7 @@ class PackedRows:
             self,
             input_ids=change(self.input_ids),
             position_ids=change(self.position_ids),
+            is_retain=change(self.is_retain),
             score_places_U=change(self.score_places_U),
             kept={kind: places.changed(change) for kind, places in self.kept.items()},
             paths=paths,
@@ -182,9 +185,14 @@ def pack_rows(
         _add_group(members, sequences, segments, ids, places)
     score_places, kept = _kept_places(rows, positions, places)
     paths = plan_paths(segments)
+    is_retain_T = torch.zeros(len(ids), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        if row.kind == RETAIN:
+            is_retain_T[places[index]] = True
     return PackedRows(
         input_ids=torch.tensor([ids]),
         position_ids=paths.position_T[None],
+        is_retain=is_retain_T[None],
         paths=paths,
         score_places_U=score_places,
         kept=kept,

@@ -86,6 +86,9 @@ class Objective:
     """Whether ``losses`` asks for ``TrainingStep.reference``, of the same kinds of rows in each step."""
     hidden_layer: int | None = None
     """Decoder layer, counted from 0, whose output ``losses`` reads."""
+    retain_at: float = 1.0
+    """Which model normal rows are read by, ``theta_o + retain_at * (theta - theta_o)`` with theta the model in
+    training; other than 1 with a LoRA adapter only."""
     in_whole_passes: bool = False
     """Whether ``max_steps`` is rounded up to whole passes over the shorter training split, with the learning rates of
     the steps asked for."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from sku.config import Packing, PromptFormatName
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset, JointExample
+from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.packing import PACKED, PackedCollator, PackedRows
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import ModelError, RecipeError, one_line
@@ -40,6 +40,7 @@ from sku.training.precision import stochastic_optimizer
 from sku.training.reference_cache import NoCacheError, ReferenceCache
 from sku.training.reference_mode import ReferenceMode, resolved_mode
 from sku.training.step_limit import steps_in_whole_passes
+from sku.training.token_scale import token_scale
 from sku.training.trained_modules import train_only
 from sku.training.whole_batches import WholeBatches
 
@@ -131,6 +132,7 @@ class UnlearningTrainer(Trainer):
         if args.activation_checkpointing and isinstance(model, PeftModel):
             # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
             model.enable_input_require_grads()
+        self._scale = token_scale(model, objective.retain_at, compiled=args.compile_layers is not None)
         self._trained, self._settings, self._examples = model, args, train_dataset
         self._collate: JointCollator | PackedCollator = JointCollator(
             int(processing_class.pad_token_id),
@@ -181,6 +183,8 @@ class UnlearningTrainer(Trainer):
             with compiled_layers(plain_model(self._trained), self._settings.compile_layers):
                 return super().train(*args, **kwargs)
         finally:
+            if self._scale is not None:
+                self._scale.remove()
             if self.packing != "padded":
                 plain_model(self._trained).set_attn_implementation(self._own_attention)
 
@@ -288,9 +292,11 @@ class UnlearningTrainer(Trainer):
         layer, plan = self.objective.hidden_layer, self.objective.rows
         if PACKED in inputs:
             packed: PackedRows = inputs[PACKED].to(self.args.device, non_blocking=True)
+            self._set_scale(packed.is_retain[..., None])
             outputs = self._forward_packed(model, packed)
         else:
             kept_RT = kept_positions(inputs, plan)
+            self._set_scale((inputs["row_kind"] == RETAIN)[:, None, None])
             outputs = self._forward(model, inputs, kept_RT)
 
         def rows(kind: int) -> ScoredRows:
@@ -308,6 +314,12 @@ class UnlearningTrainer(Trainer):
 
         step = TrainingStep(num_examples=len(inputs["forget_index"]), rows=rows, reference=reference)
         return outputs, dict(self.objective.losses(step))
+
+    def _set_scale(self, is_retain_RT1: Tensor) -> None:
+        """Normal rows are read by another point of the line through original and trained model, if asked for."""
+        if self._scale is not None:
+            at = is_retain_RT1.new_tensor(self.objective.retain_at, dtype=torch.float32)
+            self._scale.set(torch.where(is_retain_RT1, at, torch.ones_like(at)))
 
     def _forward_packed(self, model: nn.Module, packed: PackedRows, *, without_head: bool = False) -> Any:
         plain = self.accelerator.unwrap_model(model)

@@ -78,6 +78,7 @@ def test_one_layer_by_hand(make_context: ContextMaker) -> None:
         {"contrast": {"strength": 3.0}},
         {"layer_alpha": {"factors": {"*.0.*": 0.5}}},
         {"learned": {"steps": 2, "per": "layer_and_module"}},
+        {"learned": {"steps": 2, "per": "direction"}},
     ],
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -71,6 +71,7 @@ def test_names_are_unique_and_papers_are_named() -> None:
         ({"neg_merge": {"paths": []}}, "paths is empty"),
         ({"minus_benign": {"path": "x", "how": "add"}}, "must be one of subtract, project"),
         ({"learned": {"start": 9}}, "start is 9"),
+        ({"learned": {"directions": 0}}, "directions is 0"),
         ({"perta": {"importance": "hessian"}}, "must be one of grad, fisher"),
     ],
 )
@@ -291,3 +292,24 @@ def test_learned_coefficients_raise_the_harmful_loss_at_a_bounded_divergence(wor
     again = apply(vector, world, entry)
     assert again.records == done.records
     assert all(torch.equal(delta, again.vector.deltas[name]) for name, delta in done.vector.deltas.items())
+
+
+def test_coefficients_of_directions_spare_normal_text_more_than_those_of_layers(world: OperatorContext) -> None:
+    vector = harmful_direction(world)
+    settings = {"steps": 12, "batch_size": 16, "gain": 1.0, "weight": 3.0, "start": 0.3, "learning_rate": 0.1}
+    layers = apply(vector, world, {"learned": settings})
+    directions = apply(vector, world, {"learned": {**settings, "per": "direction", "directions": 8}})
+    assert len(directions.records[0]["coefficients"]) == 9 * len(vector.deltas)
+    gain, divergence = measured(world, directions.vector)
+    layer_gain, layer_divergence = measured(world, layers.vector)
+    assert gain > 0.9
+    assert divergence / gain < layer_divergence / layer_gain
+
+
+def test_equal_coefficients_of_directions_are_one_factor(world: OperatorContext) -> None:
+    vector = harmful_direction(world)
+    # A learning rate too small to move anything.
+    entry = {"learned": {"per": "direction", "directions": 3, "steps": 1, "learning_rate": 1e-9, "start": 0.5}}
+    done = apply(vector, world, entry)
+    for name, delta in done.vector.deltas.items():
+        torch.testing.assert_close(delta, 0.5 * vector.deltas[name], rtol=1e-4, atol=1e-6)

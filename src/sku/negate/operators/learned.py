@@ -1,7 +1,7 @@
-"""Learned coefficients: a few scalars, one for each layer or module, found on data.
+"""Learned coefficients: one scalar for each layer, module or singular direction of the vector, found on data.
 
-``theta_c = theta_o - sum_i c_i tau_i``, the groups tau_i of the vector by layer or module. Adam moves the c_i to
-minimise
+``theta_c = theta_o - sum_i c_i tau_i``, the parts tau_i of the vector by layer, module or direction. Adam moves the
+c_i to minimise
 
     ``mean over harmful answer tokens of max(0, gain - (nll_c - nll_o)) + weight * mean over normal answer tokens of
     KL(P_o || P_c)``:
@@ -29,20 +29,26 @@ from torch.nn import functional
 from sku.data.tokenization import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
-from sku.negate.operators.base import Operated, Operator, OperatorContext, map_rows, norms, scaling
+from sku.negate.operators.base import Operated, Operator, OperatorContext, map_rows, norms, turned_weights
+from sku.negate.operators.scaled_parts import ScaledParts, parts_by_direction, parts_by_group
 from sku.negate.operators.texts import Batch, answer_logits, batch_of, device_of
 from sku.negate.task_vector import TaskVector, unique_weights
 
 _OTHERS = "others"
+LearnedPer = Literal["layer", "module", "layer_and_module", "direction"]
+GroupedBy = Literal["layer", "module", "layer_and_module"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedSettings:
     """What is learned, and for how long."""
 
-    per: Literal["layer", "module", "layer_and_module"] = "layer"
-    """Weights that share a coefficient: those of one decoder layer, of one kind of module, or of one kind in one
-    layer."""
+    per: LearnedPer = "layer"
+    """What has one coefficient: the weights of a decoder layer, those of a kind of module, of a kind in one layer, or
+    each singular direction of each weight's difference (thousands of coefficients: give it data enough)."""
+    directions: int = 16
+    """For ``direction``: most directions of one weight; what they leave over has a coefficient of its own. A LoRA
+    adapter's difference has as many as its rank."""
     steps: int = 30
     learning_rate: float = 0.1
     batch_size: int = 8
@@ -57,7 +63,7 @@ class LearnedSettings:
     """Coefficients stay between 0 and this."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "directions"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("learning_rate", "gain", "weight", "largest"):
@@ -67,7 +73,7 @@ class LearnedSettings:
             raise RecipeError(f"start is {self.start}; it must lie between 0 and largest, {self.largest}")
 
 
-def group_of(name: str, per: Literal["layer", "module", "layer_and_module"]) -> str:
+def group_of(name: str, per: GroupedBy) -> str:
     """The group of a weight.
 
     Args:
@@ -85,25 +91,28 @@ def group_of(name: str, per: Literal["layer", "module", "layer_and_module"]) -> 
 
 
 def _apply(settings: LearnedSettings, vector: TaskVector, context: OperatorContext) -> Operated:
-    groups = {name: group_of(name, settings.per) for name in vector.deltas}
-    coefficients, first, last = _learn(settings, vector, groups, context)
-    maps = {name: scaling(coefficients[group]) for name, group in groups.items()}
+    device = device_of(context.base)
+    deltas = {name: delta.to(device) for name, delta in vector.deltas.items()}
+    if settings.per == "direction":
+        parts, names = parts_by_direction(deltas, settings.directions, turned_weights(context.base))
+    else:
+        parts, names = parts_by_group(deltas, {name: group_of(name, settings.per) for name in deltas})
+    values_C, first, last = _learn(settings, parts, len(names), context)
+    maps = {name: part.row_map(values_C) for name, part in parts.items()}
     changed = map_rows(vector, maps, context.base)
+    coefficients = dict(zip(names, values_C.tolist(), strict=True))
     record = {"coefficients": coefficients, "first": first, "last": last, **norms(vector, changed)}
     return Operated(vector=changed, row_maps=maps, record=record)
 
 
 def _learn(
-    settings: LearnedSettings, vector: TaskVector, groups: Mapping[str, str], context: OperatorContext
-) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """The coefficients, and what the first and the last step measured."""
+    settings: LearnedSettings, parts: Mapping[str, ScaledParts], count: int, context: OperatorContext
+) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+    """The coefficients ``[C]``, and what the first and the last step measured."""
     device = device_of(context.base)
-    names = list(dict.fromkeys(groups.values()))
-    place = {group: number for number, group in enumerate(names)}
-    values = torch.full((len(names),), settings.start, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([values], lr=settings.learning_rate)
+    values_C = torch.full((count,), settings.start, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([values_C], lr=settings.learning_rate)
     weights = unique_weights(context.base)[0]
-    deltas = {name: delta.to(device) for name, delta in vector.deltas.items()}
     generator = random.Random(context.seed)
     measured: list[dict[str, float]] = []
     for _ in range(settings.steps):
@@ -112,8 +121,8 @@ def _learn(
             for examples in (context.harmful, context.normal_held_out)
         )
         changed = {
-            name: (weights[name].detach().float() - values[place[groups[name]]] * delta).to(weights[name].dtype)
-            for name, delta in deltas.items()
+            name: (weights[name].detach().float() - part.scaled(values_C)).to(weights[name].dtype)
+            for name, part in parts.items()
         }
         shortfall, gain = _shortfall(settings.gain, harmful, context, changed)
         divergence = _divergence(normal, context, changed)
@@ -122,11 +131,11 @@ def _learn(
             raise TaskVectorError("learned: the loss is NaN or infinite; lower its start")
         measured.append({"loss": loss.item(), "harmful_gain": gain.item(), "normal_kl": divergence.item()})
         optimizer.zero_grad()
-        (values.grad,) = torch.autograd.grad(loss, [values])
+        (values_C.grad,) = torch.autograd.grad(loss, [values_C])
         optimizer.step()
         with torch.no_grad():
-            values.clamp_(0.0, settings.largest)
-    return dict(zip(names, values.tolist(), strict=True)), measured[0], measured[-1]
+            values_C.clamp_(0.0, settings.largest)
+    return values_C.detach(), measured[0], measured[-1]
 
 
 def _some(examples: Sequence[TokenizedExample], count: int, generator: random.Random) -> list[TokenizedExample]:
