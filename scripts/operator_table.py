@@ -111,7 +111,11 @@ def recipe_of(options: argparse.Namespace, mode: str) -> Recipe:
                 "max_answer_tokens": 64,
             },
             "acquire": {
-                "weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 1.0},
+                "weights": {
+                    "guided_distortion": 1.0,
+                    "random_disassociation": 1.0,
+                    "preservation_divergence": options.preservation_weight,
+                },
                 "random_answers": options.random_answers,
                 "tuning": "lora",
                 "lora": {"r": 16, "alpha": 32},
@@ -184,7 +188,8 @@ class Table:
                 losses = {name: round(value, 3) for name, value in log[-1].items() if name.startswith("loss")}
                 print(f"trained {mode}: {time.monotonic() - started:.0f} s, {losses}", flush=True)
         folder = self.out / "benign"
-        if not folder.exists():
+        asked = self.options.rows or ("minus benign", "benign component")
+        if {"minus benign", "benign component"} & set(asked) and not folder.exists():
             recipe = dataclasses.replace(recipe_of(self.options, "retention"), method="fine_tune")
             loaded: LoadedModel = load_model(recipe.model)
             with new_folder(folder, private=True) as temporary:
@@ -381,6 +386,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--random-answers", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--preservation-weight", type=float, default=1.0)
     parser.add_argument("--train-dtype", default="bfloat16")
     parser.add_argument("--score", type=int, default=64, help="answers of each split that are scored")
     parser.add_argument("--worst-benign", type=float, default=2.0, help="a row ends where benign is worse than this")

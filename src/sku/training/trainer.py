@@ -7,6 +7,7 @@ V = vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -299,7 +300,9 @@ class UnlearningTrainer(Trainer):
             self._set_scale((inputs["row_kind"] == RETAIN)[:, None, None])
             outputs = self._forward(model, inputs, kept_RT)
 
+        @functools.cache
         def rows(kind: int) -> ScoredRows:
+            """Once a step: these are copies of the scores, the largest tensors there are."""
             if PACKED in inputs:
                 return packed_scores(packed, kind, outputs, layer)
             return padded_scores(inputs, kept_RT, kind, outputs, layer, to_end=plan.padded)
