@@ -53,7 +53,7 @@ def locate_model(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if config.gguf_file is not None:
         if find_spec("gguf") is None:
             raise ModelError(
-                f"model {config.path}: a GGUF file needs the package gguf: pip install \"sku-unlearning[gguf]\""
+                f'model {config.path}: a GGUF file needs the package gguf: pip install "sku-unlearning[gguf]"'
             )
         options["gguf_file"] = config.gguf_file
     return str(folder) if is_local else config.path, options

@@ -1,4 +1,4 @@
-"""What a shell completes: names of recipes, methods, judges and the like. Nothing heavy is imported for a key stroke."""
+"""What a shell completes: names of recipes, methods, judges and the like. Nothing heavy is imported for that."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib import resources
 from sku.config import EMBEDDED, recipe_names
 
 METHOD_NAMES = (
-    "sku", "fine_tune", "gradient_ascent", "gradient_ascent_mismatch", "task_vector", "grad_diff", "grad_diff_kl", "npo",
-    "simnpo", "rmu", "dpo", "refusal_tuning",
+    "sku", "fine_tune", "gradient_ascent", "gradient_ascent_mismatch", "task_vector", "grad_diff", "grad_diff_kl",
+    "npo", "simnpo", "rmu", "dpo", "refusal_tuning",
 )  # fmt: skip
 """Names of ``sku.methods.METHODS``, whose import loads torch. A test compares them."""
 ABLATION_NAMES = ("modules", "preservation", "random_answers", "compat")

@@ -100,6 +100,21 @@ def overrides_of(
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
+def words_of(
+    *,
+    model: str | None = None,
+    forget: str | None = None,
+    retain: str | None = None,
+    seed: int | None = None,
+    judge: str | None = None,
+    overrides: list[str] | None = None,
+) -> list[str]:
+    """The options of a command as they were given, for another command that is to work with the same."""
+    named = {"--model": model, "--forget": forget, "--retain": retain, "--seed": seed, "--judge": judge}
+    given = [word for name, value in named.items() if value is not None for word in (name, str(value))]
+    return [*given, *(word for override in overrides or [] for word in ("--set", override))]
+
+
 def settings_of(overrides: list[str] | None) -> dict[str, Any]:
     """Settings from ``KEY=VALUE`` options, with values read as YAML.
 

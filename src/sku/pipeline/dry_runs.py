@@ -1,4 +1,4 @@
-"""``--dry-run`` of the commands that work with a recipe: the checks of the command itself, and no weights, no output."""
+"""``--dry-run`` of the commands that work with a recipe: the checks of the command itself, no weights, no output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sku.comparison.run import check_jobs
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.dry_run import BadModel, DryRun
-from sku.errors import ModelError, OutputError
+from sku.errors import ModelError, OutputError, SkuError
 from sku.methods import method_named
 from sku.methods.run import prepare, with_safe_dtype
 from sku.models import pick_device, with_path
@@ -274,11 +274,16 @@ def dry_comparison(jobs: Sequence[Job], recipe: Recipe, out: Path, *, command: s
     asked = check_evaluation(recipe, model, data, {"base": readable_source(recipe.model)})
     notes = list(data_notes(data, model, None))
     trained: dict[str, CheckedTraining] = {}
+    failing: dict[str, str] = {}
     for job in jobs:
-        if job.kind == "method" and job.name not in trained:
+        if job.kind == "method" and job.name not in {*trained, *failing}:
             # Each with a model of its own: an adapter is added to it.
             own = check_model(with_safe_dtype(job.recipe))
-            trained[job.name] = check_training(job.recipe, own, data, out)
+            try:
+                trained[job.name] = check_training(job.recipe, own, data, out)
+            except SkuError as error:  # Its row says so; the other rows are made all the same.
+                failing[job.name] = f"{job.name} would fail: {error}"
+    notes += failing.values()
     there = sum(record_path(out, job).is_file() for job in jobs)
     if there:
         notes.append(f"{there} records are in {out / RECORDS}: those that still fit are kept, the others made anew")

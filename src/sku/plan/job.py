@@ -129,7 +129,8 @@ def job_of(
     optimizer = str(getattr(training.optim, "value", training.optim))
     if optimizer not in STATE_BYTES:
         raise RecipeError(
-            f"the memory of acquire.training.optim={optimizer} is not known here; known: {', '.join(sorted(STATE_BYTES))}"
+            f"the memory of acquire.training.optim={optimizer} is not known here; known: "
+            f"{', '.join(sorted(STATE_BYTES))}"
         )
     objective = sku_objective(recipe.acquire, recipe.compat)
     config = load_config(recipe.model)
