@@ -110,5 +110,5 @@ def _print(report: CalibrationReport, judge: str, out: Path) -> None:
             soft_wrap=True,
         )
     results.print(f"calibration  {out}", soft_wrap=True)
-    words = ["--set", f"evaluate.judge={judge}", "--set", f"evaluate.judge_settings.calibration={out}"]
-    results.print(f"use it with  {shlex.join(words)}", soft_wrap=True)
+    options = ["--set", f"evaluate.judge={judge}", "--set", f"evaluate.judge_settings.calibration={out}"]
+    results.print(f"use it with  {shlex.join(options)}", soft_wrap=True)

@@ -61,7 +61,9 @@ def print_cause(error: BaseException) -> None:
     """
     if _loudness == "verbose":
         for number, link in enumerate(_chain(error)):
-            errors.print(f"{'caused by' if number else 'raised':<10}{type(link).__name__} at {_place(link)}")
+            errors.print(
+                f"{'caused by' if number else 'raised':<10}{type(link).__name__} at {_place(link)}", soft_wrap=True
+            )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -63,25 +63,25 @@ def dry_negate(
     check_new(out)
     check_can_be_made(out)
     folder = None if gguf_file is not None else model_folder(base)
-    streamed: NegationCheck | None = None
-    if folder is not None and ((folder / "config.json").is_file() or not operators):
-        streamed = check_negation(
-            folder, model_folder(str(bad)), out, alpha,
-            output_dtype=output_dtype, rounding=rounding, threads=threads,
-        )  # fmt: skip
-    in_memory = bool(operators) or streamed is None or os.name != "posix"
-    settings = {"base": base, "bad model": str(bad), "alpha": alpha}
-    if in_memory:
+    settings: dict[str, object] = {"base": base, "bad model": str(bad), "alpha": alpha}
+    has_safetensors = folder is not None and (folder / "config.json").is_file()
+    size = 0
+    if operators or not has_safetensors or os.name != "posix":
         model = check_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
-        _check_bad(bad)
         context = OperatorContext(base=model.skeleton, seed=seed)
         if texts is not None:
             context = context_of(model.skeleton, model.tokenizer, texts, seed=seed)
         for chosen in operators:
             context.check(chosen.operator.needs, f"the operator {chosen.operator.name}")
+        _check_bad(bad)
         size = model.parameters * (model.dtype if output_dtype is None else output_dtype).itemsize
         settings |= {"base": model.describe(), "arithmetic": "in memory"}
-    if streamed is not None:
+    streamed: NegationCheck | None = None
+    if folder is not None and has_safetensors:
+        streamed = check_negation(
+            folder, model_folder(str(bad)), out, alpha,
+            output_dtype=output_dtype, rounding=rounding, threads=threads,
+        )  # fmt: skip
         size = streamed.bytes
         settings |= {"weights": f"{streamed.changed_tensors} of {streamed.tensors} change", "dtype": streamed.dtype}
     found = DryRun(

@@ -303,7 +303,7 @@ def dry_comparison(jobs: Sequence[Job], recipe: Recipe, out: Path, *, command: s
             stages=(f"run {len(jobs)} jobs, one after the other", "draw tables and pictures"),
             writes=(f"{RECORDS}/", "table.md", "trade_off.png", "trade_off.svg", "overview.png", "overview.svg"),
             disk_bytes=max((found.peak_bytes for found in trained.values()), default=0),
-            bad_model="deleted at the end",
+            bad_model="deleted at the end" if any(_trains_bad_model(job) for job in jobs) else "none",
             examples=data.counts(),
             notes=tuple(notes),
         )
@@ -325,6 +325,11 @@ def _training(recipe: Recipe, training: CheckedTraining) -> dict[str, Any]:
 
 def _examples(data: ForgetRetainData, training: CheckedTraining) -> dict[str, int]:
     return {**data.counts(), **{name: count for name, count in training.examples.items() if name in data.counts()}}
+
+
+def _trains_bad_model(job: Job) -> bool:
+    """The random direction has the length of SKU's change, which is trained for it."""
+    return job.kind == "random_direction" or (job.kind == "method" and method_named(job.recipe.method).hazardous)
 
 
 def _check_folder(out: Path) -> None:
