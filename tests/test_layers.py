@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sharing": {"errors", "storage", "evaluate", "attacks", "report"},
     "wipe": {"errors", "storage"},
+    "dry_run": {"storage"},
     "doctor": {"_version", "storage", "wipe"},
     "comparison": {
         "config", "errors", "storage", "data", "models", "training", "methods", "negate", "evaluate", "report",
