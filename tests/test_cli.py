@@ -567,6 +567,7 @@ def test_stage_commands_give_the_weights_of_a_whole_run(
     done = command("negate", "embedded", bad_model, "--alpha", 1.25, "--out", tmp_path / "model")
     assert done.code == 0, done.err
     assert "task vector norm" in done.out
+    assert_next(done.out, ["evaluate", str(tmp_path / "model"), "--base", "embedded"])
     assert digest(tmp_path / "model" / "model.safetensors") == digest(whole_run / "unlearned" / "model.safetensors")
 
 

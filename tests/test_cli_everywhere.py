@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from sku.cli import completion
 from sku.cli.loudness import print_cause, set_loudness
 from sku.cli.main import app, main
+from sku.cli.options import words_of
+from sku.cli.sweep import next_commands
 from sku.comparison.jobs import ABLATIONS
-from sku.config import recipe_names
+from sku.config import load_recipe, recipe_names
 from sku.errors import DataError
 from sku.evaluate.judges.choose import RULES, judge_names
 from sku.methods import METHODS
@@ -185,6 +187,19 @@ def test_a_dry_run_says_in_words_what_would_be_done(command: Command, tmp_path: 
     assert out.endswith("nothing was written: sku run without --dry-run does it\n")
 
 
+def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> None:
+    """Rank 8 on the two attention projections of four layers of width 128: 8 times 2 x 128 for each, in float32."""
+    lora = ("--set", "acquire.tuning=lora", "--set", "acquire.lora={r: 8, target_modules: [q_proj, v_proj]}")
+    sets = (*lora, "--set", "negate.alpha=1", "--set", "acquire.training.save_strategy='no'")
+    code, out, err = command("run", "--dry-run", "--json", "--out", tmp_path / "out", *sets)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["settings"]["model"].startswith("embedded, 935,040 parameters")
+    trained = 4 * (4 * 2 * 8 * (128 + 128))
+    assert found["disk_bytes"] == 2 * trained + 4 * 935_040, "trained, negated, and the whole model"
+    assert "negated_adapter/" in found["writes"]
+
+
 def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, tmp_path: Path) -> None:
     """DPO prefers safe answers, and this data has none; the real call makes the other rows all the same."""
     for name in ("forget", "retain"):
@@ -198,6 +213,25 @@ def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, 
     assert set(found["settings"]["steps"]) == {"npo"}
     assert any(note.startswith("dpo would fail: none of the ") for note in found["notes"])
     assert found["bad_model"] == "deleted at the end", "the random direction takes its length from SKU"
+
+
+def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
+    """The subtraction where the bad model is there; a run with the same options where it is gone; else nothing."""
+    plain = load_recipe("embedded")
+    operated = load_recipe("embedded", ["negate.operators=[{null_space: {}}]"])
+    folder, given = tmp_path / "my sweep", ["embedded", "--seed", "3", "--set", "evaluate.prompts=5"]
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    unlearned = tmp_path / "my sweep-unlearned"
+    (command,) = next_commands(plain, folder, bad, 1.25, [str(bad)])
+    assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--out", unlearned]
+    assert next_commands(operated, folder, bad, 1.25, [str(bad)]) == []
+    (command,) = next_commands(operated, folder, None, 0.1, given)
+    assert command == ["run", *given, "--set", "negate.alpha=0.1", "--out", tmp_path / "my sweep-run"]
+    assert words_of(seed=3, overrides=["evaluate.prompts=5"]) == given[1:]
+    parser: Any = typer.main.get_command(app)
+    for name, *words in ([str(word) for word in command], ["negate", "embedded", str(bad), "--out", str(unlearned)]):
+        parser.commands[name].make_context(name, words)
 
 
 def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> None:

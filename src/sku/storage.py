@@ -191,10 +191,9 @@ def check_can_be_made(folder: Path) -> None:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir():
-        raise OutputError(f"{folder} can't be written: {os.strerror(errno.ENOTDIR)}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder} can't be written: {os.strerror(errno.EACCES)}")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = errno.EACCES if existing.is_dir() else errno.ENOTDIR
+        raise OutputError(f"{folder} can't be written: {os.strerror(reason)}")
 
 
 def write_json(path: Path, content: Any) -> None:

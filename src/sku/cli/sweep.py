@@ -94,7 +94,7 @@ def sweep(
         _print(found, folder)
         if found.pick is not None and found.pick.met:
             given = words_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides)
-            print_next(*_next_command(settings, folder, bad, found.pick.alpha, [target, *given]))
+            print_next(*next_commands(settings, folder, bad, found.pick.alpha, [target, *given]))
     found.alpha()  # Where there is none, its error is the last line.
 
 
@@ -125,12 +125,22 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
     return recipe_from_dict(content, f"recipe of {bad}"), bad
 
 
-def _next_command(
+def next_commands(
     settings: Recipe, folder: Path, bad: Path | None, alpha: float | None, given: list[str]
 ) -> list[list[str | Path]]:
-    """The subtraction with this alpha, or a run with it where the bad model is gone.
+    """The subtraction with the chosen alpha, or a run with it where the bad model is gone.
 
     There is none for a bad model in a folder whose vector is changed before it is subtracted: its recipe has no name.
+
+    Args:
+        settings: That the sweep was made with.
+        folder: Of the sweep.
+        bad: Folder of the bad model; None where the sweep trained it.
+        alpha: That was chosen.
+        given: Target and options of the sweep.
+
+    Returns:
+        Words after ``sku``, one command or none.
     """
     there = folder / "bad" if bad is None else bad
     plain = not settings.negate.operators and settings.model.gguf_file is None

@@ -54,15 +54,12 @@ class CheckedModel:
     name: str
     skeleton: PreTrainedModel
     """On the ``meta`` device."""
+    parameters: int
+    """Of the model itself, tied ones once; the skeleton may get an adapter."""
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     device: torch.device
     notes: tuple[str, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Tied ones once."""
-        return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     @property
     def bytes(self) -> int:
@@ -126,6 +123,7 @@ def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
     return CheckedModel(
         name=config.path,
         skeleton=skeleton,
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         tokenizer=tokenizer,
         dtype=skeleton.dtype,
         device=device,
@@ -264,10 +262,9 @@ def _trained_bytes(recipe: Recipe, run: MethodRun, model: CheckedModel) -> int:
     adapter = adapter_settings(recipe.acquire, modules)
     if adapter is None:
         return model.bytes  # Also where only some modules are trained: checkpoints hold the whole model.
-    before = model.parameters
     try:
         adapted = get_peft_model(skeleton, adapter, low_cpu_mem_usage=True)
     except ValueError as error:
         raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
     # PEFT holds adapters in float32 whatever the model's type.
-    return 4 * (sum(parameter.numel() for parameter in adapted.parameters()) - before)
+    return 4 * (sum(parameter.numel() for parameter in adapted.parameters()) - model.parameters)
