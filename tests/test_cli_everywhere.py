@@ -155,6 +155,11 @@ def test_json_is_one_document_and_nothing_else(
     assert "\x1b" not in out
 
 
+def test_json_before_a_command_of_a_group_is_refused(command: Command) -> None:
+    told = command("recipes", "--json", "show", "embedded")
+    assert told == (2, "", "error: --json is given before show: put it behind\n")
+
+
 @pytest.mark.parametrize("name", DRY_RUNS)
 def test_a_dry_run_writes_nothing(
     command: Command, name: str, bad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -139,7 +140,8 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
                 on_record=tell,
             )
     except KeyboardInterrupt:
-        errors.print(f"interrupted; what is finished stays: go on with the same command and --out {out}")
+        again = shlex.join(["--out", str(out)])
+        errors.print(f"interrupted; what is finished stays: go on with the same command and {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     if finished.reused:
         notes.print(f"{finished.reused} of {len(jobs)} records were there already and still fit")

@@ -10,6 +10,7 @@ from sku.cli import completion
 from sku.cli.console import print_json, results
 from sku.cli.options import JsonOption
 from sku.config import load_recipe, recipe_names
+from sku.errors import RecipeError, did_you_mean
 
 app = typer.Typer(help="List the recipes of the package, or show one in full.", invoke_without_command=True)
 
@@ -18,6 +19,8 @@ app = typer.Typer(help="List the recipes of the package, or show one in full.", 
 def list_recipes(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the recipes of the package, or show one in full."""
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise RecipeError(f"--json is given before {context.invoked_subcommand}: put it behind")
         return
     if as_json:
         print_json([{"name": name, "description": load_recipe(name).description} for name in recipe_names()])
@@ -33,8 +36,6 @@ def show_launcher(
 ) -> None:
     """Print where a configuration for `accelerate launch --config_file` lies."""
     from importlib import resources
-
-    from sku.errors import RecipeError, did_you_mean
 
     folder = resources.files("sku") / "recipes" / "accelerate"
     known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,7 +94,8 @@ def run(
         with shown_messages(), progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)
     except KeyboardInterrupt:
-        errors.print(f"interrupted; go on with the same command and --out {folder} --resume", soft_wrap=True)
+        again = shlex.join(["--out", str(folder), "--resume"])
+        errors.print(f"interrupted; go on with the same command and {again}", soft_wrap=True)
         _tell_of_checkpoints(folder)
         raise typer.Exit(130) from None
     except Exception:
@@ -145,7 +147,8 @@ def _next_commands(folder: Path) -> list[list[str | Path]]:
 def _tell_of_checkpoints(folder: Path) -> None:
     """What an unfinished run leaves is hazardous: whoever doesn't go on with it should know."""
     if (folder / "bad").exists():
+        removed = shlex.join(["sku", "wipe", str(folder)])
         errors.print(
-            f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; sku wipe {folder} removes them",
+            f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; {removed} removes them",
             soft_wrap=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +85,8 @@ def sweep(
         with shown_messages(), progress_bars() as show:
             found = sweep_recipe(settings, folder, bad=bad, keep_bad_model=keep_bad_model, progress=show)
     except KeyboardInterrupt:
-        errors.print(f"interrupted; the points stay: go on with the same command and --out {folder}", soft_wrap=True)
+        again = shlex.join(["--out", str(folder)])
+        errors.print(f"interrupted; the points stay: go on with the same command and {again}", soft_wrap=True)
         if (folder / "bad").exists():
             errors.print(f"until then {folder / 'bad'} holds a hazardous model", soft_wrap=True)
         raise typer.Exit(130) from None
