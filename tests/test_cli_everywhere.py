@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -155,6 +156,15 @@ def test_json_is_one_document_and_nothing_else(
     assert "\x1b" not in out
 
 
+def test_wipe_asks_on_standard_error(command: Command, bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that JSON on standard output stays one document; quiet or not, what is asked about is shown."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    code, out, err = command("-q", "wipe", bad, "--json")
+    assert (code, json.loads(out)) == (0, {"hazardous": [str(bad)], "removed": 1})
+    assert err.startswith(f"remove    {bad}\nRemove them?")
+    assert not bad.exists()
+
+
 def test_json_before_a_command_of_a_group_is_refused(command: Command) -> None:
     told = command("recipes", "--json", "show", "embedded")
     assert told == (2, "", "error: --json is given before show: put it behind\n")
@@ -171,7 +181,7 @@ def test_a_dry_run_writes_nothing(
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     code, out, err = command(*words, "--json")
-    assert (code, err) == (0, "") or name == "wipe"
+    assert (code, err) == (0, "")
     found = json.loads(out)
     if name != "wipe":
         assert found["command"] == f"sku {name}"

@@ -240,7 +240,7 @@ def test_the_wipe_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["sku", "wipe", str(copied), *options])
-    monkeypatch.setattr("typer.confirm", lambda *_: answer.startswith("y"))
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: answer.startswith("y"))
     with pytest.raises(SystemExit) as ended:
         main()
     assert (ended.value.code or 0) == code

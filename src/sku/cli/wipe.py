@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import notes, print_json, results
+from sku.cli.console import errors, print_json, results
 from sku.cli.options import JsonOption
 
 
@@ -25,13 +25,13 @@ def wipe(
     from sku.wipe import wipe as remove
 
     found = hazardous_folders(folder)
-    shown = notes if as_json else results  # What is asked about must be seen.
-    for path in found:
-        shown.print(f"{'hazard' if dry_run else 'remove':<10}{path}", soft_wrap=True)
-    if not found:
-        shown.print(f"nothing in {folder} is marked as hazardous", soft_wrap=True)
     removes = bool(found) and not dry_run
-    if removes and not yes and not typer.confirm("Remove them? A run that is still going on would fail.", err=True):
+    asks = removes and not yes
+    for path in found if asks or not as_json else ():  # What is asked about must be seen.
+        (errors if as_json else results).print(f"{'hazard' if dry_run else 'remove':<10}{path}", soft_wrap=True)
+    if not found and not as_json:
+        results.print(f"nothing in {folder} is marked as hazardous", soft_wrap=True)
+    if asks and not typer.confirm("Remove them? A run that is still going on would fail.", err=True):
         raise typer.Exit(1)
     if removes:
         remove(found)
