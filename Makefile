@@ -1,11 +1,12 @@
 # make demo   set up a fresh machine and run the main job on the embedded model
 # make test   set up and pass every check that CI runs
 # make docs   set up and build the documentation site into build/site
+# make dist   set up, build wheel and sdist into dist, and check what is in them
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs dist clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,12 @@ test: check
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python scripts/check_dist.py dist
 
 clean:
 	rm -rf $(VENV) dist build

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import itertools
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import datasets
 import pytest
 import torch
 import transformers
+import typer
 import yaml
 from transformers import Trainer
 
@@ -279,12 +281,43 @@ def assert_one_line(done: Done, words: str) -> None:
     assert [line for line in others if not line.startswith("recipe ") and " left " not in line] == []
 
 
+def assert_same_error_without_doing_it(command: Command, done: Done, *arguments: str | Path) -> None:
+    """``--dry-run`` fails with the line of the command itself."""
+    dry = command(*arguments, "--dry-run")
+    lines = [[line for line in found.err.splitlines() if line.startswith("error: ")] for found in (done, dry)]
+    assert lines[0] == lines[1]
+    assert (dry.code, dry.out) == (2, "")
+
+
+def next_commands(printed: str) -> list[list[str]]:
+    """The words behind ``sku`` of the commands that come next."""
+    lines = printed[printed.index("\nnext      sku ") + 1 :].splitlines()
+    texts = [line[10:] for line in itertools.takewhile(lambda line: line.startswith(("next ", "    ")), lines)]
+    assert texts
+    assert all(text.startswith("sku ") for text in texts)
+    return [shlex.split(text)[1:] for text in texts]
+
+
+def assert_next(printed: str, *beginnings: list[str]) -> None:
+    """All commands that come next are ones that the parser takes, and begin as they should."""
+    found = next_commands(printed)
+    assert [words[: len(start)] for words, start in zip(found, beginnings, strict=True)] == list(beginnings)
+    for words in found:
+        parser: Any = typer.main.get_command(app)
+        while words and words[0] in getattr(parser, "commands", {}):
+            parser = parser.commands[words[0]]
+            words = words[1:]
+        parser.make_context("sku", list(words))
+
+
 @pytest.mark.parametrize(("make", "words"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_input_is_one_line_and_leaves_nothing(command: Command, tmp_path: Path, make: Maker, words: str) -> None:
     arguments = make(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = command("run", *SMALL, *arguments, "--out", tmp_path / "run")
     assert_one_line(done, words)
+    if words != "step":  # Only training finds out.
+        assert_same_error_without_doing_it(command, done, "run", *SMALL, *arguments, "--out", tmp_path / "run")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -351,7 +384,9 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
     ],
 )
 def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list[str], words: str) -> None:
-    assert_one_line(command("negate", *arguments, "--out", tmp_path / "model"), words)
+    done = command("negate", *arguments, "--out", tmp_path / "model")
+    assert_one_line(done, words)
+    assert_same_error_without_doing_it(command, done, "negate", *arguments, "--out", tmp_path / "model")
     assert names(tmp_path) == set()
 
 
@@ -427,7 +462,9 @@ def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path
 
 
 def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_path: Path) -> None:
-    assert f"next      sku report '{whole_run}'\n" in (folder / "printed.txt").read_text(encoding="utf-8")
+    printed = (folder / "printed.txt").read_text(encoding="utf-8")
+    assert f"next      sku report '{whole_run}'\n" in printed
+    assert_next(printed, ["report", str(whole_run)], ["judge", "export", str(whole_run)])
     before = names(whole_run)
     done = command("report", whole_run, "--out", tmp_path / "report.html", "--plots", tmp_path / "plots")
     assert (done.code, done.err) == (0, "")
@@ -450,7 +487,78 @@ def test_run_as_json(command: Command, tmp_path: Path) -> None:
     assert done.code == 0
     assert json.loads(done.out) == json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert json.loads(done.out)["manifest"]["recipe"]["seed"] == 3
+    told = command("report", tmp_path / "run", "--json")
+    assert json.loads(told.out)["report"] == str(tmp_path / "run" / "report.html")
+    assert json.loads(told.out)["holds_harmful_replies"] is True
+    told = command("card", tmp_path / "run", "--json")
+    assert Path(json.loads(told.out)["model"]).read_text(encoding="utf-8").startswith("---")
+    labels = tmp_path / "labels.csv"
+    told = command("judge", "export", tmp_path / "run", "--out", labels, "--json")
+    assert json.loads(told.out)["replies"] == len(labels.read_text(encoding="utf-8-sig").splitlines()) - 1
     assert (tmp_path / "run" / "bad" / "final" / BAD_MODEL_MARK).is_file()
+    told = command("wipe", tmp_path / "run", "--json", "--yes")
+    assert json.loads(told.out) == {"hazardous": [str(tmp_path / "run" / "bad")], "removed": 1}
+    assert not (tmp_path / "run" / "bad").exists()
+
+
+def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:
+    """Files, steps, examples and what is asked are those of the run; nothing is written."""
+    done = command("run", "--dry-run", "--json", "--out", tmp_path / "run", *SMALL)
+    assert (done.code, done.err) == (0, "")
+    told = json.loads(done.out)
+    assert names(tmp_path) == set()
+    assert {name.rstrip("/") for name in told["writes"]} == names(whole_run) - {"report.html"}
+    manifest = json.loads((whole_run / "manifest.json").read_text(encoding="utf-8"))
+    assert told["settings"]["steps"] == manifest["training"]["steps"]
+    assert told["examples"] == manifest["data"]["splits"]
+    assert f"{manifest['model']['parameters']:,} parameters" in told["settings"]["model"]
+    with (whole_run / "evaluation" / "base" / "generations.jsonl").open(encoding="utf-8") as lines:
+        kinds = [record["kind"] for record in map(json.loads, lines) if "kind" in record]
+    assert told["settings"]["asked"] == {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    held = sum(path.stat().st_size for path in (whole_run / "unlearned").rglob("*") if path.is_file())
+    assert told["disk_bytes"] > held * 0.9
+
+
+def test_a_dry_run_of_a_resume_looks_at_the_folder(command: Command, whole_run: Path) -> None:
+    again = ("run", "--dry-run", "--out", whole_run, *SMALL)
+    assert_one_line(command(*again), "already exists; choose another --out, or add --resume")
+    assert_one_line(command(*again, "--resume"), "is already complete")
+    assert_one_line(command(*again, "--resume", "--seed", "7"), "another recipe")
+
+
+def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
+    def told(*arguments: str | Path) -> dict[str, Any]:
+        done = command(*arguments, "--dry-run", "--json")
+        assert (done.code, done.err) == (0, ""), done.err
+        found: dict[str, Any] = json.loads(done.out)
+        return found
+
+    out = tmp_path / "out"
+    found = told("negate", "embedded", bad_model, "--out", out)
+    assert found["disk_bytes"] == (whole_run / "unlearned" / "model.safetensors").stat().st_size
+    operators = ("--operator", "null_space={energy: 0.8, examples: 8}", "--normal", "embedded")
+    assert told("negate", "embedded", bad_model, "--out", out, *operators)["stages"][0] == "apply null_space"
+    found = told("sweep", bad_model, "--out", out, "--recipe", "embedded")
+    assert (found["stages"], found["settings"]["bad model"]) == (["measure alpha 0.5, 1, 1.25, 1.5"], str(bad_model))
+    assert found["bad_model"] == "kept"
+    assert told("evaluate", whole_run / "unlearned", "--out", out)["bad_model"] == "none"
+    assert_one_line(command("evaluate", bad_model, "--out", out, "--dry-run"), "bad model of stage 1")
+    assert names(tmp_path) == set()
+
+
+def test_a_dry_run_finds_weights_that_were_cut_off(command: Command, whole_run: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(whole_run / "unlearned", tmp_path / "model")
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 1000)
+    done = command("run", "--dry-run", "--model", model, "--out", tmp_path / "run", *SMALL)
+    assert_one_line(done, "model.safetensors")
+
+
+def test_a_dry_run_says_that_the_disk_is_too_small(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sku.storage.free_bytes", lambda folder: 1000)
+    assert_one_line(command("run", "--dry-run", "--out", tmp_path / "run", *SMALL), "MiB and 0 MiB are free at")
 
 
 def test_stage_commands_give_the_weights_of_a_whole_run(
@@ -459,13 +567,14 @@ def test_stage_commands_give_the_weights_of_a_whole_run(
     done = command("negate", "embedded", bad_model, "--alpha", 1.25, "--out", tmp_path / "model")
     assert done.code == 0, done.err
     assert "task vector norm" in done.out
+    assert_next(done.out, ["evaluate", str(tmp_path / "model"), "--base", "embedded"])
     assert digest(tmp_path / "model" / "model.safetensors") == digest(whole_run / "unlearned" / "model.safetensors")
 
 
 def test_acquire_prints_the_last_losses_and_what_comes_next(bad_model: Path, folder: Path) -> None:
     printed = (folder / "acquired.txt").read_text(encoding="utf-8")
     assert "loss" in printed
-    assert f"sku negate embedded {bad_model} --out unlearned" in printed
+    assert_next(printed, ["negate", "embedded", str(bad_model)], ["wipe", str(bad_model)])
     assert (bad_model / BAD_MODEL_MARK).is_file()
 
 
@@ -556,6 +665,7 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
     assert "trained-on prompts" in table.out
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
+    assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
 
 
 def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_path: Path) -> None:
@@ -652,6 +762,7 @@ def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_compa
         assert words in printed
     assert "4/5 fine_tune, seed 0: complete" in printed
     assert f"{whole_comparison / 'table.md'}" in printed
+    assert_next(printed, ["results", str(whole_comparison / "records")])
     assert sorted(path.name for path in whole_comparison.iterdir()) == [
         "overview.png", "overview.svg", "records", "table.md", "trade_off.png", "trade_off.svg",
     ]  # fmt: skip
@@ -665,6 +776,9 @@ def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comp
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "### At equal utility" in done.out
+    as_json = json.loads(command("results", whole_comparison / "records", "--json").out)
+    assert as_json["markdown"] + "\n" == done.out
+    assert len(as_json["records"]) == 5
     assert {line for line in written.splitlines() if "FT" in line} <= set(done.out.splitlines())
     assert (tmp_path / "figure.svg").stat().st_size > 1000
     written_overview = (whole_comparison / "overview.svg").read_bytes()

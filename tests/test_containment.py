@@ -25,7 +25,8 @@ from sku.negate.adapters import load_adapter
 from sku.negate.run import negate, task_vector_of
 from sku.negate.streaming import negate_folders
 from sku.pipeline import acquire_recipe, evaluate_recipe, run_recipe
-from sku.reproducibility import environment, without_secrets
+from sku.redaction import without_secrets
+from sku.reproducibility import environment
 from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder, remove_hazardous
 from sku.wipe import hazardous_folders, wipe
 
@@ -239,7 +240,7 @@ def test_the_wipe_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["sku", "wipe", str(copied), *options])
-    monkeypatch.setattr("typer.confirm", lambda *_: answer.startswith("y"))
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: answer.startswith("y"))
     with pytest.raises(SystemExit) as ended:
         main()
     assert (ended.value.code or 0) == code

@@ -97,6 +97,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         Exception: Of the parser: what is wrong with the line.
     """
+    assert not {"--install-completion", "--show-completion"} & set(words), "reading it would do it: write it as text"
     command, path, rest = COMMAND, ["sku"], [word for word in words if word != "..."]
     while rest and rest[0] in getattr(command, "commands", {}):
         path.append(rest[0])
@@ -116,7 +117,14 @@ def test_every_command_line_is_one(words: list[str]) -> None:
 
 
 def test_a_wrong_command_line_is_found() -> None:
-    for line in ("runn", "run --no-such-option", "negate base", "plan --gpus many", "judge nothing"):
+    for line in (
+        "runn",
+        "--install-completion",
+        "run --no-such-option",
+        "negate base",
+        "plan --gpus many",
+        "judge nothing",
+    ):
         with pytest.raises(Exception, match=r"\w"):
             parsed(line.split())
     assert parsed(["plan", "smollm2-135m", "--gpus", "4"])[1]["gpus"] == 4

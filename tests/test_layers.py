@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {"errors"},
     "head": set(),
     "losses": {"head"},
-    "reproducibility": {"_version"},
+    "redaction": set(),
+    "reproducibility": {"_version", "redaction"},
     "data": {"config", "errors", "world", "losses"},
     "model_files": {"config", "errors"},
     "models": {"config", "errors", "storage", "model_files"},
@@ -44,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sharing": {"errors", "storage", "evaluate", "attacks", "report"},
     "wipe": {"errors", "storage"},
+    "dry_run": {"storage"},
     "doctor": {"_version", "storage", "wipe"},
     "comparison": {
         "config", "errors", "storage", "data", "models", "training", "methods", "negate", "evaluate", "report",

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def locate_model(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         _check_folder(folder, config.gguf_file)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.gguf_file is not None:
+        if find_spec("gguf") is None:
+            raise ModelError(
+                f'model {config.path}: a GGUF file needs the package gguf: pip install "sku-unlearning[gguf]"'
+            )
         options["gguf_file"] = config.gguf_file
     return str(folder) if is_local else config.path, options
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     with naming_the_model(config.path):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if not config.gguf_file:
-            _check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
+            check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             **loading_options,
@@ -289,7 +290,18 @@ def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
     return weight
 
 
+def check_four_bit() -> None:
+    """Refuses QLoRA where bitsandbytes is missing.
+
+    Raises:
+        ModelError: It is.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ModelError('tuning qlora needs the package bitsandbytes: pip install "sku-unlearning[gpu]"')
+
+
 def _four_bit(device: torch.device) -> BitsAndBytesConfig:
+    check_four_bit()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -308,7 +320,12 @@ def _check_complete(loading: dict[str, Any], path: str) -> None:
         )
 
 
-def _check_not_quantized(config: Any, name: str) -> None:
+def check_not_quantized(config: Any, name: str) -> None:
+    """Refuses a model whose configuration says that its weights are quantized.
+
+    Raises:
+        ModelError: It does.
+    """
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method

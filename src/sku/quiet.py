@@ -5,11 +5,25 @@ from __future__ import annotations
 import logging
 import os
 
+_speak = False
+
+
+def let_libraries_speak(speak: bool) -> None:
+    """Whether what libraries log is to be heard; their progress bars never are.
+
+    Args:
+        speak: Holds for the calls of this module that follow, in this process.
+    """
+    global _speak
+    _speak = speak
+
 
 def quiet_imports() -> None:
     """Silences what libraries say while they are imported, without importing one."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # Read when tqdm is imported, so before the libraries below.
+    if _speak:
+        return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns of a missing CPU kernel when imported.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -20,7 +34,21 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    if _speak:
+        transformers.utils.logging.set_verbosity_info()
+        datasets.utils.logging.set_verbosity_info()
+        _mute_own_handlers()
+        return
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+
+
+def _mute_own_handlers() -> None:
+    """Leaves the lines to whoever listens to the loggers, and strikes out tokens: not twice, and not unread."""
+    for name in ("datasets", "huggingface_hub", "transformers"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if type(handler) is logging.StreamHandler:
+                logger.removeHandler(handler)

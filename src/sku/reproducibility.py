@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from importlib import metadata
@@ -16,13 +15,11 @@ from typing import Any
 import torch
 
 from sku._version import __version__
+from sku.redaction import without_secrets
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "scipy",
 )  # fmt: skip
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
-_SHORTEST_SECRET = 8
-"""A shorter value would strike out parts of ordinary words."""
 
 
 def content_sha256(content: Any) -> str:
@@ -44,14 +41,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
-
-
-def without_secrets(text: str) -> str:
-    """A text with ``***`` for what the environment holds as a token, key, secret or password, and for hub tokens."""
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and name.upper().endswith(("TOKEN", "KEY", "SECRET", "PASSWORD")):
-            text = text.replace(value, "***")
-    return _HUB_TOKEN.sub("***", text)
 
 
 def _cpu_name() -> str:

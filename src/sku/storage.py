@@ -182,6 +182,20 @@ def check_new(folder: Path) -> None:
         raise OutputError(f"{folder} already exists; choose another folder or remove it first")
 
 
+def check_can_be_made(folder: Path) -> None:
+    """Refuses a folder that could not be made or written to, without making it.
+
+    Raises:
+        OutputError: A file stands in its way, or this user may not write there.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = errno.EACCES if existing.is_dir() else errno.ENOTDIR
+        raise OutputError(f"{folder} can't be written: {os.strerror(reason)}")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that readers see the old file or the new one, never a part.
 

@@ -89,7 +89,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused(
     optim: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=f"optim is {optim}, which needs the package {package}: install it"):
+    with pytest.raises(RecipeError, match=f"optim is {optim}, which needs the package {package}: pip install"):
         UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
     monkeypatch.setattr(precision, "find_spec", lambda name: object())
     precision.check_optimizer(optim, stochastic_rounding=False, on_gpu=True)

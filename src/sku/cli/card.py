@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import results
+from sku.cli.console import print_json, results
+from sku.cli.options import JsonOption
 
 
 def card(
@@ -22,10 +23,15 @@ def card(
             "--base-model", metavar="HUB_ID", help="Hub id of the base, where the run read it from a folder."
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write README.md of the unlearned model and its adapter from the run's records. What is there is replaced."""
     from sku.sharing.card import write_cards
     from sku.sharing.card_facts import choices_of
 
-    for part, path in write_cards(run, choices_of(model_license, base_model)).items():
+    cards = write_cards(run, choices_of(model_license, base_model))
+    if as_json:
+        print_json({part: str(path) for part, path in cards.items()})
+        return
+    for part, path in cards.items():
         results.print(f"{part:<10}{path}", soft_wrap=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sku.cli.console import comparison_table, errors, progress_bars, results
+from sku.cli import completion
+from sku.cli.console import comparison_table, errors, notes, print_json, print_next, progress_bars, results
+from sku.cli.dry_run import print_dry_run
 from sku.cli.options import (
+    DryRunOption,
     ForgetOption,
     JsonOption,
     ModelOption,
@@ -38,7 +41,12 @@ SeedsOption = Annotated[
 def compare(
     recipe: RecipeArgument = EMBEDDED,
     methods: Annotated[
-        str | None, typer.Option("--methods", help="Names from `sku methods`, with commas between; all if left out.")
+        str | None,
+        typer.Option(
+            "--methods",
+            help="Names from `sku methods`, with commas between; all if left out.",
+            autocompletion=completion.method_list,
+        ),
     ] = None,
     seeds: SeedsOption = None,
     model: ModelOption = None,
@@ -47,6 +55,7 @@ def compare(
     out: OutOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods and controls; a second call with the same --out goes on where the first stopped."""
@@ -54,14 +63,22 @@ def compare(
     quiet_libraries()
     from sku.comparison.jobs import comparison_jobs
 
-    _run(comparison_jobs(settings, _names(methods), seeds), settings, out or new_run_folder("compare"), as_json)
+    jobs, folder = comparison_jobs(settings, _names(methods), seeds), out or new_run_folder("compare")
+    if dry_run:
+        _dry_run(jobs, settings, folder, "sku compare", as_json=as_json)
+    else:
+        _run(jobs, settings, folder, as_json)
 
 
 def ablate(
     recipe: RecipeArgument = EMBEDDED,
     groups: Annotated[
         str | None,
-        typer.Option("--groups", help="modules, preservation, random_answers, compat, with commas; all if left out."),
+        typer.Option(
+            "--groups",
+            help="modules, preservation, random_answers, compat, with commas; all if left out.",
+            autocompletion=completion.ablation_list,
+        ),
     ] = None,
     seeds: SeedsOption = None,
     model: ModelOption = None,
@@ -70,6 +87,7 @@ def ablate(
     out: OutOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take SKU apart: without each module, with each preservation mode, with K of 1, 5 and 10."""
@@ -77,11 +95,21 @@ def ablate(
     quiet_libraries()
     from sku.comparison.jobs import ablation_jobs
 
-    _run(ablation_jobs(settings, _names(groups), seeds), settings, out or new_run_folder("ablate"), as_json)
+    jobs, folder = ablation_jobs(settings, _names(groups), seeds), out or new_run_folder("ablate")
+    if dry_run:
+        _dry_run(jobs, settings, folder, "sku ablate", as_json=as_json)
+    else:
+        _run(jobs, settings, folder, as_json)
 
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _dry_run(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, as_json: bool) -> None:
+    from sku.pipeline import dry_comparison
+
+    print_dry_run(dry_comparison(jobs, recipe, out, command=command), as_json=as_json)
 
 
 def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
@@ -90,7 +118,7 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
     from sku.report.comparison_report import write_comparison
     from sku.report.method_records import read_records
 
-    errors.print(
+    notes.print(
         f"recipe {recipe.name}, model {recipe.model.path}, {len(jobs)} jobs, one after the other, in {out}",
         soft_wrap=True,
     )
@@ -100,7 +128,7 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
         nonlocal count
         count += 1
         state = "kept" if was_there else record.status
-        errors.print(f"{count}/{len(jobs)} {record.name}, seed {record.seed}: {state}", soft_wrap=True)
+        notes.print(f"{count}/{len(jobs)} {record.name}, seed {record.seed}: {state}", soft_wrap=True)
 
     try:
         with progress_bars() as show:
@@ -112,16 +140,17 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
                 on_record=tell,
             )
     except KeyboardInterrupt:
-        errors.print(f"interrupted; what is finished stays: go on with the same command and --out {out}")
+        again = shlex.join(["--out", str(out)])
+        errors.print(f"interrupted; what is finished stays: go on with the same command and {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     if finished.reused:
-        errors.print(f"{finished.reused} of {len(jobs)} records were there already and still fit")
+        notes.print(f"{finished.reused} of {len(jobs)} records were there already and still fit")
     # Records of other rows in the folder, from an earlier call with other methods, stay in the tables.
     records = read_records(out / RECORDS)
     order = list(dict.fromkeys(job.name for job in jobs))
     files = write_comparison(records, out, budget=recipe.compare.utility_budget, order=order)
     if as_json:
-        results.print_json(json.dumps([record.to_dict() for record in records]))
+        print_json([record.to_dict() for record in records])
         return
     results.print(comparison_table(records, order))
     failed = [record for record in finished.records if record.status == "failed"]
@@ -129,3 +158,4 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
         results.print(f"failed    {record.name}, seed {record.seed}: {record.failure}", soft_wrap=True)
     results.print(f"\nevidence  {', '.join(str(path) for path in files)}", soft_wrap=True)
     results.print(f"records   {out / RECORDS}", soft_wrap=True)
+    print_next(["results", out / RECORDS, "--brief"])

@@ -1,12 +1,16 @@
-"""Printing: a console for results, one for messages, and progress bars."""
+"""Printing: a console for results, one for errors, one for messages and progress bars."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
@@ -33,12 +37,34 @@ if TYPE_CHECKING:
 results = Console(highlight=False, markup=False, emoji=False)
 """Standard output: what a user would pipe."""
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
-"""Standard error: progress and messages."""
+"""Standard error: what ended a command, and where hazardous weights lie."""
+notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
+"""Standard error: progress and messages, which ``--quiet`` silences."""
 
 
 def print_error(message: str) -> None:
     """One line, in plain words."""
     errors.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
+
+
+def print_json(content: object) -> None:
+    """One JSON document on standard output, and nothing else; no terminal colours it.
+
+    Args:
+        content: As JSON holds it; NaN and infinities are none of it.
+    """
+    typer.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
+def print_next(*commands: Sequence[str | Path]) -> None:
+    """What to do next: commands that can be copied into a shell as they stand.
+
+    Args:
+        *commands: Each as the words after ``sku``.
+    """
+    for number, words in enumerate(commands):
+        text = shlex.join(["sku", *map(str, words)])
+        results.print(f"{'' if number else 'next':<10}{text}", soft_wrap=True)
 
 
 @contextmanager
@@ -51,7 +77,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=errors,
+        console=notes,
     ) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -69,7 +95,7 @@ class _Printer(logging.Handler):
     """Prints messages between the bars, not through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(record.getMessage(), soft_wrap=True)
+        notes.print(record.getMessage(), soft_wrap=True)
 
 
 @contextmanager

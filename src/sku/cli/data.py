@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sku.cli.console import results
+from sku.cli.console import print_json, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -76,7 +75,7 @@ def inspect(
         show_harmful=show_harmful,
     )
     if as_json:
-        results.print_json(json.dumps(dataclasses.asdict(description)))
+        print_json(dataclasses.asdict(description))
         return
     _print(description)
 

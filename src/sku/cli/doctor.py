@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from sku.cli.console import results
+from sku.cli.console import print_json, results
 from sku.cli.options import JsonOption
 from sku.quiet import quiet_imports
 
@@ -30,7 +29,7 @@ def doctor(
     ready = usable(checks)
     if as_json:
         listed = [dataclasses.asdict(check) for check in checks]
-        results.print_json(json.dumps({"ready": ready, "checks": listed}))
+        print_json({"ready": ready, "checks": listed})
     else:
         for check in checks:
             line = Text.assemble((f"{check.status:<9}", _STYLES[check.status]), f"{check.name:<17}{check.found}")

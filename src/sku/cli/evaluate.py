@@ -11,14 +11,18 @@ import typer
 from sku.cli.console import (
     before_after_table,
     print_attacks,
+    print_json,
+    print_next,
     print_notes,
     print_precisions,
     progress_bars,
     results,
     shown_messages,
 )
+from sku.cli.dry_run import print_dry_run
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
+    DryRunOption,
     ForgetOption,
     JsonOption,
     JudgeOption,
@@ -71,6 +75,7 @@ def evaluate(
     allow_hazardous: Annotated[
         bool, typer.Option("--allow-hazardous", help="Measure a model that is marked as the bad one of stage 1 too.")
     ] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
@@ -88,10 +93,15 @@ def evaluate(
     quiet_libraries()
     from sku.attacks.results import read_attacks
     from sku.evaluate.precision_results import read_precisions
-    from sku.pipeline import evaluate_recipe
+    from sku.pipeline import dry_evaluate, evaluate_recipe
     from sku.processes import current_processes
     from sku.report.tables import before_after_rows
 
+    if dry_run:
+        found = dry_evaluate(settings, model, out, allow_hazardous=allow_hazardous)
+        if current_processes().is_main:
+            print_dry_run(found, as_json=as_json)
+        return
     if not current_processes().is_main:  # Of several, the first process speaks for all.
         evaluate_recipe(settings, model, out, allow_hazardous=allow_hazardous)
         return
@@ -103,7 +113,7 @@ def evaluate(
         measured = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
         tried = {} if report is None else {"attacks": report.to_dict()}
         rounded = {} if certificate is None else {"precisions": certificate.to_dict()}
-        results.print_json(json.dumps({**measured, "notes": comparison.notes, **rounded, **tried}))
+        print_json({**measured, "notes": comparison.notes, **rounded, **tried})
         return
     results.print(before_after_table(before_after_rows(comparison)))
     for line in agreement_lines(comparison.unlearned):
@@ -114,3 +124,4 @@ def evaluate(
     if report is not None:
         print_attacks(report)
     results.print(f"\nevidence  {out}", soft_wrap=True)
+    print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from sku.cli import judge_calibrate, judge_labels
-from sku.cli.console import results
+from sku.cli.completion import judges
+from sku.cli.console import print_json, results
+from sku.cli.options import JsonOption
 
 app = typer.Typer(
     help="Judges: list them, calibrate them, label replies by hand, judge a finished evaluation again.",
@@ -19,33 +21,44 @@ app.command("calibrate")(judge_calibrate.calibrate)
 
 
 @app.command("list")
-def list_judges() -> None:
+def list_judges(as_json: JsonOption = False) -> None:
     """List the judges of the package: kind, licence, model, and what it needs."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from sku.evaluate.judges.choose import judge_names
 
+    headings = ("name", "kind", "licence", "model", "needs")
+    rows = [(name, *_described(name)) for name in judge_names()]
+    if as_json:
+        print_json([dict(zip(headings, row, strict=True)) for row in rows])
+        return
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    for heading in ("name", "kind"):
+    for heading in headings[:2]:
         table.add_column(heading, no_wrap=True)
-    for heading in ("licence", "model", "needs"):
+    for heading in headings[2:]:
         table.add_column(heading, overflow="fold")
-    for name in judge_names():
-        table.add_row(name, *_described(name))
+    for row in rows:
+        table.add_row(*row)
     results.print(table)
 
 
 @app.command("show")
-def show_judge(name: Annotated[str, typer.Argument(help="Judge of the package, or a judge file.")]) -> None:
+def show_judge(
+    name: Annotated[str, typer.Argument(help="Judge of the package, or a judge file.", autocompletion=judges)],
+    as_json: JsonOption = False,
+) -> None:
     """Print a judge's file, or the card of one that needs none."""
-    from sku.evaluate.judges.choose import RULES, judge_file_text
+    import dataclasses
 
+    import yaml
+
+    from sku.evaluate.judges.choose import RULES, judge_file_text, read_judge_file
+
+    if as_json:
+        print_json(_plain(dataclasses.asdict(_rule(name).card)) if name in RULES else read_judge_file(name))
+        return
     if name in RULES:
-        import dataclasses
-
-        import yaml
-
         results.print(yaml.safe_dump(_plain(dataclasses.asdict(_rule(name).card)), sort_keys=False), soft_wrap=True)
         return
     results.print(judge_file_text(name), soft_wrap=True)

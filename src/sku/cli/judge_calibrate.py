@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,16 +11,22 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.console import results
-from sku.cli.options import JsonOption, settings_of
+from sku.cli.completion import judges
+from sku.cli.console import print_json, results
+from sku.cli.dry_run import print_dry_run
+from sku.cli.options import DryRunOption, JsonOption, settings_of
+from sku.dry_run import DryRun
 from sku.quiet import quiet_libraries
+from sku.storage import check_can_be_made
 
 if TYPE_CHECKING:
     from sku.evaluate.judges.calibrate import CalibrationReport
 
 
 def calibrate(
-    judge: Annotated[str, typer.Argument(metavar="JUDGE", help="Name of a judge, or a judge file.")],
+    judge: Annotated[
+        str, typer.Argument(metavar="JUDGE", help="Name of a judge, or a judge file.", autocompletion=judges)
+    ],
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
     ],
@@ -37,6 +43,7 @@ def calibrate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Draw this many labelled replies.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of that draw.")] = 0,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how often JUDGE is right on the labelled replies in DATA."""
@@ -51,10 +58,25 @@ def calibrate(
     columns = LabelColumns(prompt=prompt_column, reply=reply_column, label=label_column, harmful_value=harmful_value)
     labelled = read_labelled(data, columns, limit=limit, seed=seed)
     built = build_judge(judge, settings)
+    if dry_run:
+        check_can_be_made(out.parent)
+        count = len(labelled.replies)
+        print_dry_run(
+            DryRun(
+                command="sku judge calibrate",
+                out=out,
+                settings={"judge": built.card.name, "labelled replies": count, **labelled.left_out},
+                stages=(f"judge {count} replies",),
+                writes=(out.name,),
+                disk_bytes=0,
+            ),
+            as_json=as_json,
+        )
+        return
     report = measure(built, labelled)
     write_calibration(out, built.card, report.calibration)
     if as_json:
-        results.print_json(json.dumps(dataclasses.asdict(report)))
+        print_json(dataclasses.asdict(report))
         return
     _print(report, judge, out)
 
@@ -88,5 +110,5 @@ def _print(report: CalibrationReport, judge: str, out: Path) -> None:
             soft_wrap=True,
         )
     results.print(f"calibration  {out}", soft_wrap=True)
-    results.print(f"use it with  --set evaluate.judge={judge}", soft_wrap=True, end=" ")
-    results.print(f"--set evaluate.judge_settings.calibration={out}", soft_wrap=True)
+    options = ["--set", f"evaluate.judge={judge}", "--set", f"evaluate.judge_settings.calibration={out}"]
+    results.print(f"use it with  {shlex.join(options)}", soft_wrap=True)

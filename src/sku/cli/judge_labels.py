@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sku.cli.console import errors, progress_bars, results, shown_messages
-from sku.cli.options import JsonOption
+from sku.cli.completion import judges
+from sku.cli.console import errors, notes, print_json, progress_bars, results, shown_messages
+from sku.cli.dry_run import print_dry_run
+from sku.cli.options import DryRunOption, JsonOption
+from sku.dry_run import DryRun
 from sku.errors import EvaluationError, RecipeError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def export(
         bool, typer.Option("--with-text/--no-text", help="Write prompts and replies; they may be harmful.")
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Decides which replies are drawn.")] = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.label_files import export_labels
@@ -45,19 +48,28 @@ def export(
     if split is not None and split not in splits:
         raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}")
     written = export_labels(folder, out, count=count, split=split, with_text=with_text, seed=seed)
-    results.print(f"{written} replies  {out}", soft_wrap=True)
-    errors.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
+    if as_json:
+        print_json({"file": str(out), "replies": written, "with_text": with_text})
+    else:
+        results.print(f"{written} replies  {out}", soft_wrap=True)
+    notes.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
     if with_text:
         errors.print("the file holds replies that may be harmful: keep it to yourself", soft_wrap=True)
 
 
 def again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
-    judge: Annotated[str, typer.Option("--judge", metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.")],
+    judge: Annotated[
+        str,
+        typer.Option(
+            "--judge", metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.", autocompletion=judges
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as model=...; repeatable."),
     ] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
@@ -70,14 +82,26 @@ def again(
 
     before = read_result(folder)
     asked = build_judge(judge, judge_settings(overrides or []))
+    if dry_run:
+        count = len(read_generations(folder / GENERATIONS_FILE)[1])
+        found = DryRun(
+            command="sku judge again",
+            out=folder,
+            settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
+            stages=(f"judge {count} replies",),
+            writes=("verdicts of the judge, kept for the next time",),
+            disk_bytes=0,
+        )
+        print_dry_run(found, as_json=as_json)
+        return
     with shown_messages(), progress_bars() as show:
         after = judge_again(folder, cached(asked, folder, lambda done, total: show("judge", done, total)))
     if isinstance(asked, PrecomputedJudge):
         strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
         if strangers:
-            errors.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask", soft_wrap=True)
+            notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask", soft_wrap=True)
     if as_json:
-        results.print_json(json.dumps({"before": before.to_dict(), "after": after.to_dict()}))
+        print_json({"before": before.to_dict(), "after": after.to_dict()})
         return
     results.print(_rates_table(before, after))
     for line in agreement_lines(after):

@@ -30,7 +30,8 @@ from sku.cli import (
     wipe,
 )
 from sku.cli.console import errors, print_error
-from sku.errors import ProcessError, SkuError
+from sku.cli.loudness import print_cause, set_loudness
+from sku.errors import ProcessError, RecipeError, SkuError
 
 app = typer.Typer(
     name="sku",
@@ -71,8 +72,17 @@ def options(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results and errors only: no progress, no messages.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print what libraries log too, and what caused an error.")
+    ] = False,
 ) -> None:
-    """Options of every command."""
+    """Options of every command; they stand before its name."""
+    if quiet and verbose:
+        raise RecipeError("--quiet and --verbose exclude each other: leave one out")
+    set_loudness("quiet" if quiet else "verbose" if verbose else "usual")
 
 
 def _speaks(error: SkuError) -> bool:
@@ -94,6 +104,7 @@ def main() -> None:
     except SkuError as error:
         if _speaks(error):
             print_error(str(error))
+            print_cause(error)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted")

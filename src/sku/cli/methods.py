@@ -10,13 +10,17 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.console import results
+from sku.cli.completion import methods as method_names
+from sku.cli.console import print_json, results
 from sku.cli.options import JsonOption
 from sku.quiet import quiet_libraries
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method, with its settings.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="One method, with its settings.", autocompletion=method_names),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the methods, or the settings of one."""
@@ -35,7 +39,7 @@ def methods(
         for method in chosen
     ]
     if as_json:
-        results.print_json(json.dumps(described))
+        print_json(described)
         return
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     for heading in ("name", "title", "paper"):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sku.cli.console import errors, progress_bars, results
-from sku.cli.options import JsonOption
+from sku.cli.console import errors, notes, print_json, print_next, progress_bars, results
+from sku.cli.dry_run import print_dry_run
+from sku.cli.options import DryRunOption, JsonOption
+from sku.errors import RecipeError
 from sku.quiet import quiet_imports, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
 
+    from sku.data.examples import ForgetRetainData
+    from sku.dry_run import DryRun
+    from sku.negate.operators import PreparedOperator
     from sku.negate.record import Negation
 
 DTYPES = ("same", "float32", "bfloat16", "float16")
@@ -59,11 +63,11 @@ def negate(
         str | None,
         typer.Option("--normal", help="File, folder or hub id of normal pairs, for operators that look at them."),
     ] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: subtract the task vector of a bad model from the original weights, from file to file."""
     from sku.config import NegateConfig
-    from sku.errors import RecipeError
 
     _check_choice("--dtype", dtype, DTYPES)
     _check_choice("--rounding", rounding, ROUNDINGS)
@@ -73,102 +77,165 @@ def negate(
     quiet_imports()
     import torch
 
-    from sku.negate.sources import model_folder
-    from sku.negate.streaming import negate_folders
-
-    output_dtype = None if dtype == "same" else getattr(torch, dtype)
     if not entries:
         _check_read(forget, normal, set())
-    folder = None if gguf_file is not None or entries else model_folder(base)
+    wanted = _Wanted(
+        base=base,
+        bad=bad,
+        out=out,
+        alpha=alpha,
+        output_dtype=None if dtype == "same" else getattr(torch, dtype),
+        rounding="stochastic" if rounding == "stochastic" else "nearest",
+        seed=seed,
+        threads=threads,
+        resume=resume,
+        gguf_file=gguf_file,
+        entries=entries,
+        forget=forget,
+        normal=normal,
+    )
+    folder = wanted.streamed_base()
+    if dry_run:
+        print_dry_run(_checked(wanted), as_json=as_json)
+        return
+    record: Negation
     account: dict[str, Any] = {}
-    if folder is None or not (folder / "config.json").is_file() or os.name != "posix":
-        if rounding != "nearest" or resume:
-            raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors, and no --operator")
-        data = _OperatorData(forget=forget, normal=normal, seed=seed)
-        record, account = _negated_in_memory(base, bad, out, alpha, output_dtype, gguf_file, entries, data)
+    if folder is None:
+        record, account = _negated_in_memory(wanted)
     else:
-        try:
-            with progress_bars() as show:
-                negated = negate_folders(
-                    folder, model_folder(str(bad)), out, alpha, output_dtype=output_dtype,
-                    rounding="stochastic" if rounding == "stochastic" else "nearest", seed=seed, threads=threads,
-                    resume=resume, progress=lambda done, total: show("MiB", done >> 20, total >> 20),
-                )  # fmt: skip
-        except KeyboardInterrupt:
-            errors.print("what is finished is kept: the same command with --resume goes on")
-            raise
-        record = negated.record
-        if negated.left_out:
-            errors.print(f"not copied from the base: {', '.join(negated.left_out)}", soft_wrap=True)
+        record = _negated_from_file_to_file(wanted, folder)
     if as_json:
-        results.print_json(json.dumps({**record.to_dict(), **account}))
+        print_json({**record.to_dict(), **account})
         return
     for name, value in record.to_dict().items():
         results.print(f"{name.replace('_', ' '):<20}{value}")
     results.print(f"\nunlearned model  {out}", soft_wrap=True)
+    options = [] if gguf_file is None else ["--set", f"model.gguf_file={gguf_file}"]
+    print_next(["evaluate", out, "--base", base, *options, "--out", out.with_name(f"{out.name}-evaluation")])
 
 
-def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
-    from sku.errors import RecipeError
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """The options of one call."""
 
-    if value not in known:
-        raise RecipeError(f"{option} is {value}; it must be {', '.join(known[:-1])} or {known[-1]}")
+    base: str
+    bad: Path
+    out: Path
+    alpha: float
+    output_dtype: torch.dtype | None
+    rounding: Literal["nearest", "stochastic"]
+    seed: int
+    threads: int | None
+    resume: bool
+    gguf_file: str | None
+    entries: list[dict[str, Any]]
+    """Operators."""
+    forget: str | None
+    """What they look at, and ``normal``."""
+    normal: str | None
+
+    def streamed_base(self) -> Path | None:
+        """Folder of the original model where it is negated from file to file; None where in memory."""
+        from sku.negate.sources import model_folder
+
+        folder = None if self.gguf_file is not None or self.entries else model_folder(self.base)
+        if folder is not None and (folder / "config.json").is_file() and os.name == "posix":
+            return folder
+        if self.rounding != "nearest" or self.resume:
+            raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors, and no --operator")
+        return None
+
+    def operators(self) -> tuple[PreparedOperator, ...]:
+        """Checked, and the data with them."""
+        from sku.negate.operators import prepare_operators
+        from sku.negate.operators.base import DATA_OPTIONS
+
+        prepared = prepare_operators(self.entries, "--operator")
+        needs = {DATA_OPTIONS[need] for chosen in prepared for need in chosen.operator.needs}
+        _check_read(self.forget, self.normal, needs)
+        return prepared
+
+    def texts(self) -> ForgetRetainData | None:
+        """What operators look at; None where no data was given."""
+        from sku.config import SourceConfig
+        from sku.data.load import load_parts
+
+        forget, normal = (None if path is None else SourceConfig(path=path) for path in (self.forget, self.normal))
+        return None if forget is None and normal is None else load_parts(forget, normal, seed=self.seed)
 
 
-def _negated_in_memory(
-    base: str,
-    bad: Path,
-    out: Path,
-    alpha: float,
-    output_dtype: torch.dtype | None,
-    gguf_file: str | None,
-    entries: list[dict[str, Any]],
-    data: _OperatorData,
-) -> tuple[Negation, dict[str, Any]]:
+def _checked(wanted: _Wanted) -> DryRun:
+    quiet_libraries()
+    from sku.pipeline.dry_negate import dry_negate
+
+    return dry_negate(
+        wanted.base,
+        wanted.bad,
+        wanted.out,
+        wanted.alpha,
+        output_dtype=wanted.output_dtype,
+        rounding=wanted.rounding,
+        seed=wanted.seed,
+        threads=1 if wanted.threads is None else wanted.threads,
+        gguf_file=wanted.gguf_file,
+        operators=wanted.operators(),
+        texts=wanted.texts(),
+    )
+
+
+def _negated_from_file_to_file(wanted: _Wanted, folder: Path) -> Negation:
+    from sku.negate.sources import model_folder
+    from sku.negate.streaming import negate_folders
+
+    try:
+        with progress_bars() as show:
+            negated = negate_folders(
+                folder, model_folder(str(wanted.bad)), wanted.out, wanted.alpha, output_dtype=wanted.output_dtype,
+                rounding=wanted.rounding, seed=wanted.seed, threads=wanted.threads, resume=wanted.resume,
+                progress=lambda done, total: show("MiB", done >> 20, total >> 20),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        errors.print("what is finished is kept: the same command with --resume goes on")
+        raise
+    if negated.left_out:
+        notes.print(f"not copied from the base: {', '.join(negated.left_out)}", soft_wrap=True)
+    return negated.record
+
+
+def _negated_in_memory(wanted: _Wanted) -> tuple[Negation, dict[str, Any]]:
     """For operators, and for weights that are no safetensors, such as GGUF."""
     quiet_libraries()
-    from sku.config import ModelConfig, SourceConfig
-    from sku.data.load import load_parts
+    from sku.config import ModelConfig
     from sku.models import load_model
-    from sku.negate.operators import operate, prepare_operators
-    from sku.negate.operators.base import DATA_OPTIONS, OperatorContext
+    from sku.negate.operators import operate
+    from sku.negate.operators.base import OperatorContext
     from sku.negate.operators.context import context_of
     from sku.negate.run import negate_with_record, save_unlearned, task_vector_of
     from sku.storage import check_new
 
-    check_new(out)
-    prepared = prepare_operators(entries, "--operator")
-    _check_read(
-        data.forget, data.normal, {DATA_OPTIONS[need] for chosen in prepared for need in chosen.operator.needs}
-    )
-    forget, normal = (None if path is None else SourceConfig(path=path) for path in (data.forget, data.normal))
-    texts = None if forget is None and normal is None else load_parts(forget, normal, seed=data.seed)
-    loaded = load_model(ModelConfig(path=base, gguf_file=gguf_file, dtype="float32" if gguf_file else "stored"))
-    context = OperatorContext(base=loaded.model, seed=data.seed)
+    check_new(wanted.out)
+    prepared, texts = wanted.operators(), wanted.texts()
+    dtype: Literal["float32", "stored"] = "float32" if wanted.gguf_file else "stored"
+    loaded = load_model(ModelConfig(path=wanted.base, gguf_file=wanted.gguf_file, dtype=dtype))
+    context = OperatorContext(base=loaded.model, seed=wanted.seed)
     if texts is not None:
-        context = context_of(loaded.model, loaded.tokenizer, texts, seed=data.seed)
+        context = context_of(loaded.model, loaded.tokenizer, texts, seed=wanted.seed)
     for chosen in prepared:  # Before a large vector is read.
         context.check(chosen.operator.needs, f"the operator {chosen.operator.name}")
-    operated = operate(task_vector_of(loaded.model, bad), prepared, context) if prepared else None
-    vector = bad if operated is None else operated.vector
-    model, record = negate_with_record(loaded.model, vector, alpha, output_dtype=output_dtype)
-    save_unlearned(model, loaded.tokenizer, out)
+    operated = operate(task_vector_of(loaded.model, wanted.bad), prepared, context) if prepared else None
+    vector = wanted.bad if operated is None else operated.vector
+    model, record = negate_with_record(loaded.model, vector, wanted.alpha, output_dtype=wanted.output_dtype)
+    save_unlearned(model, loaded.tokenizer, wanted.out)
     return record, {} if operated is None else {"operators": operated.records}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _OperatorData:
-    """What operators look at."""
-
-    forget: str | None
-    normal: str | None
-    seed: int
+def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RecipeError(f"{option} is {value}; it must be {', '.join(known[:-1])} or {known[-1]}")
 
 
 def _check_read(forget: str | None, normal: str | None, read: set[str]) -> None:
     """Refuses data that no operator looks at."""
-    from sku.errors import RecipeError
-
     for option, given, kind in (("--forget", forget, "harmful"), ("--normal", normal, "normal")):
         if given is not None and option not in read:
             raise RecipeError(f"{option} is read by operators that look at {kind} examples, and none is given")
@@ -177,8 +244,6 @@ def _check_read(forget: str | None, normal: str | None, read: set[str]) -> None:
 def _operator(text: str) -> dict[str, Any]:
     """``name={key: value}`` as a recipe's ``negate.operators`` holds it."""
     import yaml
-
-    from sku.errors import RecipeError
 
     name, _, settings = text.partition("=")
     try:

@@ -9,10 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from sku.cli.completion import judges, recipes
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe of the package (see `sku recipes`) or a YAML file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe of the package (see `sku recipes`) or a YAML file.",
+        autocompletion=recipes,
+    ),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub id of the model, in place of the recipe's.")
@@ -31,11 +37,18 @@ SetOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run, in place of the recipe's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check recipe, data, model folder and disk, say what would be done, and write nothing."
+    ),
+]
 JudgeOption = Annotated[
     str | None,
     typer.Option(
         "--judge",
         metavar="NAME_OR_FILE",
+        autocompletion=judges,
         help="Judge, judge file or CSV of labels, in place of the recipe's; its settings: --set "
         "evaluate.judge_settings.model=...",
     ),
@@ -85,6 +98,21 @@ def overrides_of(
     }
     # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+
+
+def words_of(
+    *,
+    model: str | None = None,
+    forget: str | None = None,
+    retain: str | None = None,
+    seed: int | None = None,
+    judge: str | None = None,
+    overrides: list[str] | None = None,
+) -> list[str]:
+    """The options of a command as they were given, for another command that is to work with the same."""
+    named = {"--model": model, "--forget": forget, "--retain": retain, "--seed": seed, "--judge": judge}
+    given = [word for name, value in named.items() if value is not None for word in (name, str(value))]
+    return [*given, *(word for override in overrides or [] for word in ("--set", override))]
 
 
 def settings_of(overrides: list[str] | None) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.console import results
+from sku.cli.console import print_json, results
 from sku.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption, resolve_recipe
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
@@ -64,7 +63,7 @@ def plan(
     advice = suggestions(made)
     if as_json:
         advised = [dataclasses.asdict(suggestion) for suggestion in advice]
-        results.print_json(json.dumps({**made.to_dict(), "suggestions": advised}))
+        print_json({**made.to_dict(), "suggestions": advised})
         return
     _show(made, advice)
 

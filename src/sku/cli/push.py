@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sku.cli.console import errors, results
+from sku.cli.console import errors, notes, print_json, results
 from sku.cli.options import JsonOption
 from sku.quiet import quiet_imports
 
@@ -34,7 +33,7 @@ def push(
     plan = plan_push(run, repo_id, "adapter" if adapter else "model")
     url = None
     if not dry_run:
-        errors.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}", soft_wrap=True)
+        notes.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}", soft_wrap=True)
         try:
             url = upload(plan, public=public, revision=revision)
         except KeyboardInterrupt:
@@ -42,7 +41,7 @@ def push(
             raise typer.Exit(130) from None
     if as_json:
         listed = [{"path": file.name, "bytes": file.size} for file in plan.files]
-        results.print_json(json.dumps({"repo_id": repo_id, "files": listed, "bytes": plan.size, "url": url}))
+        print_json({"repo_id": repo_id, "files": listed, "bytes": plan.size, "url": url})
         return
     for file in plan.files:
         results.print(f"{file.size:>16,}  {file.name}", soft_wrap=True)

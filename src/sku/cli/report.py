@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sku.cli.console import print_json
 from sku.cli.console import results as console
+from sku.cli.options import JsonOption
 
 
 def report(
@@ -29,14 +31,19 @@ def report(
             "--replies/--no-replies", help="With the replies of both models, the harmful ones blurred, or without any."
         ),
     ] = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network, to read, search and print."""
     from sku.report.html.write import write_report  # Imports matplotlib and scipy.
 
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     written, drawn = write_report(runs, target, plots=plots, replies=replies)
+    private = len(runs) == 1 and replies
+    if as_json:
+        print_json({"report": str(written), "plots": [str(path) for path in drawn], "holds_harmful_replies": private})
+        return
     console.print(f"report    {written}", soft_wrap=True)
     if drawn:
         console.print(f"plots     {plots}: {len(drawn)} files", soft_wrap=True)
-    if len(runs) == 1 and replies:
+    if private:
         console.print("private   it holds harmful replies; --no-replies leaves them out", soft_wrap=True)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sku.cli.console import print_json
 from sku.cli.console import results as console
+from sku.cli.options import JsonOption
 from sku.errors import OutputError
 from sku.quiet import quiet_libraries
 
@@ -34,11 +36,12 @@ def results(
     budget: Annotated[
         float | None, typer.Option("--budget", help="Utility budget, a line in the figure; that of the records.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the tables of a comparison again, from its records: no model, no data."""
     quiet_libraries()
     from sku.comparison.jobs import row_names
-    from sku.report.comparison_report import brief_markdown, comparison_markdown, replace_block
+    from sku.report.comparison_report import brief_markdown, comparison_markdown
     from sku.report.method_overview import overview_figure
     from sku.report.method_records import read_records
     from sku.report.trade_off import trade_off_figure
@@ -51,14 +54,23 @@ def results(
         trade_off_figure(records, figure, budget=recorded if budget is None else budget, order=order)
     if overview is not None:
         overview_figure(records, overview, order=order)
-    if update is None:
+    if update is not None:
+        _update(update, f"{folder.name}-brief" if brief else folder.name, text)
+    if as_json:
+        written = [str(path) for path in (update, figure, overview) if path is not None]
+        print_json({"records": [record.to_dict() for record in records], "markdown": text, "written": written})
+    elif update is None:
         console.print(text, soft_wrap=True)
-        return
+    else:
+        console.print(f"updated   {update}", soft_wrap=True)
+
+
+def _update(page: Path, mark: str, text: str) -> None:
+    """Puts a text between its marks on a page."""
+    from sku.report.comparison_report import replace_block
+
     try:
-        old = update.read_text(encoding="utf-8")
-        update.write_text(
-            replace_block(old, f"{folder.name}-brief" if brief else folder.name, text, str(update)), encoding="utf-8"
-        )
+        old = page.read_text(encoding="utf-8")
+        page.write_text(replace_block(old, mark, text, str(page)), encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{update} can't be read or written: {error.strerror or error}") from error
-    console.print(f"updated   {update}", soft_wrap=True)
+        raise OutputError(f"{page} can't be read or written: {error.strerror or error}") from error

@@ -12,15 +12,20 @@ import typer
 from sku.cli.console import (
     before_after_table,
     errors,
+    notes,
     print_attacks,
+    print_json,
+    print_next,
     print_notes,
     print_precisions,
     progress_bars,
     results,
     shown_messages,
 )
+from sku.cli.dry_run import print_dry_run
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.options import (
+    DryRunOption,
     ForgetOption,
     JsonOption,
     JudgeOption,
@@ -53,6 +58,7 @@ def run(
     keep_bad_model: Annotated[
         bool, typer.Option("--keep-bad-model", help="Keep the hazardous model of stage 1 in the run folder.")
     ] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Unlearn: stage 1, stage 2, and the evidence. Without arguments: the embedded model and world."""
@@ -66,6 +72,7 @@ def run(
         overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
     )
     quiet_libraries()
+    from sku.pipeline import dry_run as check_run
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
@@ -73,23 +80,29 @@ def run(
     if processes.count > 1:
         end_when_the_launcher_says_so()
     folder = processes.on_main(lambda: out or new_run_folder(settings.name))
+    if dry_run:
+        found = check_run(settings, folder, resume=resume)
+        if processes.is_main:
+            print_dry_run(found, as_json=as_json)
+        return
     if not processes.is_main:  # Of several, the first process speaks for all.
         run_recipe(settings, folder, resume=resume)
         return
     method = "" if settings.method == "sku" else f", method {settings.method}"
-    errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
+    notes.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
     try:
         with shown_messages(), progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)
     except KeyboardInterrupt:
-        errors.print(f"interrupted; go on with the same command and --out {folder} --resume", soft_wrap=True)
+        again = shlex.join(["--out", str(folder), "--resume"])
+        errors.print(f"interrupted; go on with the same command and {again}", soft_wrap=True)
         _tell_of_checkpoints(folder)
         raise typer.Exit(130) from None
     except Exception:
         _tell_of_checkpoints(folder)
         raise
     if as_json:
-        results.print_json((folder / "results.json").read_text(encoding="utf-8"))
+        print_json(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     else:
         _print_finished(finished, folder)
 
@@ -119,13 +132,23 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
     results.print(f"judge     {card.name}: {card.known_errors}", soft_wrap=True)
     for line in agreement_lines(finished.comparison.unlearned):
         results.print(line, soft_wrap=True)
-    results.print(f"next      sku report {shlex.quote(str(folder))}", soft_wrap=True)
+    print_next(*_next_commands(folder))
+
+
+def _next_commands(folder: Path) -> list[list[str | Path]]:
+    """The report, labels by people, and what can be done with a bad model that was kept."""
+    labels = folder.with_name(f"{folder.name}-labels.csv")
+    commands: list[list[str | Path]] = [["report", folder], ["judge", "export", folder, "--out", labels]]
+    if (folder / "bad").exists():
+        commands += [["sweep", folder], ["wipe", folder]]
+    return commands
 
 
 def _tell_of_checkpoints(folder: Path) -> None:
     """What an unfinished run leaves is hazardous: whoever doesn't go on with it should know."""
     if (folder / "bad").exists():
+        removed = shlex.join(["sku", "wipe", str(folder)])
         errors.print(
-            f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; sku wipe {folder} removes them",
+            f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; {removed} removes them",
             soft_wrap=True,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +11,11 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.console import errors, print_notes, progress_bars, results, shown_messages
+from sku.cli import completion
+from sku.cli.console import errors, notes, print_json, print_next, print_notes, progress_bars, results, shown_messages
+from sku.cli.dry_run import print_dry_run
 from sku.cli.options import (
+    DryRunOption,
     ForgetOption,
     JsonOption,
     JudgeOption,
@@ -23,6 +26,7 @@ from sku.cli.options import (
     SetOption,
     new_run_folder,
     overrides_of,
+    words_of,
 )
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict
 from sku.errors import ModelError, RecipeError
@@ -37,11 +41,18 @@ def sweep(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A recipe, a folder of `sku run` that kept its bad model, or a bad model."
+            metavar="TARGET",
+            help="A recipe, a folder of `sku run` that kept its bad model, or a bad model.",
+            autocompletion=completion.recipes,
         ),
     ] = EMBEDDED,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Recipe for a folder, in place of the one it was made with.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Recipe for a folder, in place of the one it was made with.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     model: ModelOption = None,
     forget: ForgetOption = None,
@@ -53,6 +64,7 @@ def sweep(
     keep_bad_model: Annotated[
         bool, typer.Option("--keep-bad-model", help="Keep the hazardous model that was trained for the sweep.")
     ] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
@@ -61,22 +73,30 @@ def sweep(
     folder = out or new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
-    from sku.pipeline import sweep_recipe
+    from sku.pipeline import dry_sweep, sweep_recipe
+
+    if dry_run:
+        print_dry_run(dry_sweep(settings, folder, bad=bad, keep_bad_model=keep_bad_model), as_json=as_json)
+        return
 
     source = "trained first" if bad is None else str(bad)
-    errors.print(f"recipe {settings.name}, model {settings.model.path}, bad model {source}", soft_wrap=True)
+    notes.print(f"recipe {settings.name}, model {settings.model.path}, bad model {source}", soft_wrap=True)
     try:
         with shown_messages(), progress_bars() as show:
             found = sweep_recipe(settings, folder, bad=bad, keep_bad_model=keep_bad_model, progress=show)
     except KeyboardInterrupt:
-        errors.print(f"interrupted; the points stay: go on with the same command and --out {folder}", soft_wrap=True)
+        again = shlex.join(["--out", str(folder)])
+        errors.print(f"interrupted; the points stay: go on with the same command and {again}", soft_wrap=True)
         if (folder / "bad").exists():
             errors.print(f"until then {folder / 'bad'} holds a hazardous model", soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
-        results.print_json(json.dumps(found.to_dict()))
+        print_json(found.to_dict())
     else:
         _print(found, folder)
+        if found.pick is not None and found.pick.met:
+            given = words_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides)
+            print_next(*next_commands(settings, folder, bad, found.pick.alpha, [target, *given]))
     found.alpha()  # Where there is none, its error is the last line.
 
 
@@ -105,6 +125,33 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
     for override in overrides:
         apply_override(content, override)
     return recipe_from_dict(content, f"recipe of {bad}"), bad
+
+
+def next_commands(
+    settings: Recipe, folder: Path, bad: Path | None, alpha: float | None, given: list[str]
+) -> list[list[str | Path]]:
+    """The subtraction with the chosen alpha, or a run with it where the bad model is gone.
+
+    There is none for a bad model in a folder whose vector is changed before it is subtracted: its recipe has no name.
+
+    Args:
+        settings: That the sweep was made with.
+        folder: Of the sweep.
+        bad: Folder of the bad model; None where the sweep trained it.
+        alpha: That was chosen.
+        given: Target and options of the sweep.
+
+    Returns:
+        Words after ``sku``, one command or none.
+    """
+    there = folder / "bad" if bad is None else bad
+    plain = not settings.negate.operators and settings.model.gguf_file is None
+    if there.is_dir() and plain:
+        unlearned = folder.with_name(f"{folder.name}-unlearned")
+        return [["negate", settings.model.path, there, "--alpha", str(alpha), "--out", unlearned]]
+    if bad is not None:
+        return []
+    return [["run", *given, "--set", f"negate.alpha={alpha}", "--out", folder.with_name(f"{folder.name}-run")]]
 
 
 def _print(found: Sweep, folder: Path) -> None:

@@ -70,8 +70,7 @@ def run_comparison(
         OutputError: The folder can't be written.
         SkuError: Data or model can't be loaded.
     """
-    for job in jobs:
-        prepare(job.recipe, out / WORK)
+    check_jobs(jobs, out)
     try:
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,6 +97,20 @@ def run_comparison(
     if progress is not None:
         progress(JOBS_STAGE, len(jobs), len(jobs))
     return FinishedComparison(folder=out, records=records, reused=reused)
+
+
+def check_jobs(jobs: Sequence[Job], out: Path) -> None:
+    """Refuses a comparison before any job is run.
+
+    Args:
+        jobs: Of the comparison.
+        out: Its folder.
+
+    Raises:
+        RecipeError: A setting of some job is unknown or impossible.
+    """
+    for job in jobs:
+        prepare(job.recipe, out / WORK)
 
 
 class _Isolated:

@@ -87,14 +87,27 @@ def check_settings(config: EvaluateConfig) -> None:
         EvaluationError: lm-eval is missing or does not know a task.
         ModelError: The embedding or the BLEURT model can't be loaded.
     """
-    if config.truthfulqa is not None:
-        load_questions(config.truthfulqa)
-    if config.lm_eval:
-        harness.check_tasks(config.lm_eval, config.lm_eval_include)
+    check_questions(config)
     if config.embedding_model is not None:
         load_embedder(config.embedding_model, torch.device("cpu"))
     if config.bleurt_model is not None and "bleurt" in config.similarity:
         load_bleurt(config.bleurt_model, torch.device("cpu"))
+
+
+def check_questions(config: EvaluateConfig) -> None:
+    """The part of ``check_settings`` that reads no weights.
+
+    Args:
+        config: Its TruthfulQA file and its tasks are looked for.
+
+    Raises:
+        DataError: The TruthfulQA file can't be read.
+        EvaluationError: lm-eval is missing or does not know a task.
+    """
+    if config.truthfulqa is not None:
+        load_questions(config.truthfulqa)
+    if config.lm_eval:
+        harness.check_tasks(config.lm_eval, config.lm_eval_include)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from sku.negate.record import Rounding, StreamedNegation
 from sku.negate.stream_arithmetic import Sums
 from sku.negate.stream_plan import Plan, identities, plan_negation
 from sku.negate.stream_write import ShardLayout, ShardWriter, shard_layout
-from sku.storage import check_new, check_space, resumable_folder, write_json
+from sku.storage import check_can_be_made, check_new, check_space, resumable_folder, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
@@ -42,6 +42,22 @@ class NegatedFolder:
     """Files and folders beside the base's weights that were not copied: its model card, other weights."""
     resumed_files: int
     """Weight files that an interrupted call had finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegationCheck:
+    """What a streamed subtraction would write."""
+
+    files: tuple[str, ...]
+    """Weight files."""
+    bytes: int
+    """Of them together."""
+    tensors: int
+    """Of the base."""
+    changed_tensors: int
+    """Of these, those from which something is subtracted."""
+    dtype: str
+    """Of the result, or of most of it."""
 
 
 def negate_folders(
@@ -83,10 +99,7 @@ def negate_folders(
     """
     base, bad, out = Path(base), Path(bad), Path(out)
     threads = min(_MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
-    _check_settings(alpha, rounding, threads)
-    check_new(out)
-    plan = plan_negation(base, bad, output_dtype)
-    layouts = [shard_layout(file, plan) for file in plan.files]
+    plan, layouts = _checked(base, bad, out, alpha, output_dtype, rounding, threads)
     inputs = identities(base, bad, plan) | {
         "alpha": alpha, "dtype": str(output_dtype), "rounding": rounding, "seed": seed,
         "block": low_rank.BLOCK_ELEMENTS,
@@ -110,6 +123,53 @@ def negate_folders(
         write_config(base, folder, output_dtype)
     record = _record(plan, total, alpha, rounding, seed)
     return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
+
+
+def check_negation(
+    base: Path | str,
+    bad: Path | str,
+    out: Path | str,
+    alpha: float = 1.0,
+    *,
+    output_dtype: torch.dtype | None = None,
+    rounding: Rounding = "nearest",
+    threads: int = 1,
+) -> NegationCheck:
+    """All that ``negate_folders`` checks before it reads weights; nothing is written.
+
+    Args:
+        base: As of ``negate_folders``.
+        bad: As of ``negate_folders``.
+        out: As of ``negate_folders``.
+        alpha: As of ``negate_folders``.
+        output_dtype: As of ``negate_folders``.
+        rounding: As of ``negate_folders``.
+        threads: As of ``negate_folders``.
+
+    Returns:
+        What would be written.
+
+    Raises:
+        SkuError: As ``negate_folders``, but for what only weights show: results that are not finite, no difference.
+    """
+    plan, layouts = _checked(Path(base), Path(bad), Path(out), alpha, output_dtype, rounding, threads)
+    check_can_be_made(Path(out))
+    return NegationCheck(
+        files=tuple(layout.name for layout in layouts),
+        bytes=sum(layout.size for layout in layouts),
+        tensors=len(plan.work),
+        changed_tensors=sum(work.change is not None for work in plan.work.values()),
+        dtype=str(plan.dtype).removeprefix("torch."),
+    )
+
+
+def _checked(
+    base: Path, bad: Path, out: Path, alpha: float, output_dtype: torch.dtype | None, rounding: str, threads: int
+) -> tuple[Plan, list[ShardLayout]]:
+    _check_settings(alpha, rounding, threads)
+    check_new(out)
+    plan = plan_negation(base, bad, output_dtype)
+    return plan, [shard_layout(file, plan) for file in plan.files]
 
 
 class _Finished:

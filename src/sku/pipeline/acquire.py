@@ -35,8 +35,7 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
     Raises:
         SkuError: Anything a user can mend.
     """
-    if recipe.method != "sku":
-        raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
+    check_has_stage_1(recipe)
     config = with_safe_dtype(recipe)
     processes = current_processes()
     device = pick_device(config.device).type
@@ -62,6 +61,16 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         acquired.save(temporary)
         processes.on_main(lambda: mark_hazardous(temporary))  # Again, for its configuration.
     return acquired.log
+
+
+def check_has_stage_1(recipe: Recipe) -> None:
+    """Refuses recipes of other methods.
+
+    Raises:
+        RecipeError: The method is not SKU.
+    """
+    if recipe.method != "sku":
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
 
 
 def mark_trained(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:

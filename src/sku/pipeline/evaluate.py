@@ -45,10 +45,8 @@ def evaluate_recipe(
     Raises:
         SkuError: Anything a user can mend.
     """
-    if not allow_hazardous and _is_bad_model(recipe, model):
-        raise ModelError(
-            f"{model} is a bad model of stage 1; evaluate the unlearned model instead, or add --allow-hazardous"
-        )
+    if not allow_hazardous:
+        refuse_bad_model(recipe, model)
     # Before any model is loaded: each process takes its own GPU.
     check_one_process_attacks(recipe, current_processes())
     data = load_recipe_data(recipe)
@@ -139,6 +137,22 @@ def _survival_of(base: PreTrainedModel, model: PreTrainedModel) -> SurvivalBy:
             return {}
 
     return survival
+
+
+def refuse_bad_model(recipe: Recipe, model: str) -> None:
+    """Refuses a model that is marked as the bad one of stage 1.
+
+    Args:
+        recipe: For the other settings of the model.
+        model: Folder or hub id.
+
+    Raises:
+        ModelError: It is marked, or can't be found.
+    """
+    if _is_bad_model(recipe, model):
+        raise ModelError(
+            f"{model} is a bad model of stage 1; evaluate the unlearned model instead, or add --allow-hazardous"
+        )
 
 
 def _is_bad_model(recipe: Recipe, model: str) -> bool:

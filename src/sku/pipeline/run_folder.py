@@ -15,7 +15,7 @@ from sku.errors import OutputError
 from sku.evaluate.run import Progress
 from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
-from sku.storage import new_folder, write_json
+from sku.storage import check_can_be_made, new_folder, write_json
 
 MANIFEST_SCHEMA = 1
 
@@ -48,9 +48,25 @@ class RunFolder:
         """
         self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, trained_folder, resume=resume))
 
-    def _opened_manifest(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> dict[str, Any]:
+    def check(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
+        """Refuses what ``open`` would refuse, and makes nothing.
+
+        Args:
+            recipe: As of ``open``.
+            trained_folder: As of ``open``.
+            resume: As of ``open``.
+
+        Raises:
+            OutputError: As ``open``.
+        """
+        if self.path.exists():
+            self._found_manifest(self._fresh_manifest(recipe), trained_folder, resume=resume)
+        else:
+            check_can_be_made(self.path)
+
+    def _fresh_manifest(self, recipe: Recipe) -> dict[str, Any]:
         content = recipe.to_dict()
-        fresh = {
+        return {
             "schema_version": MANIFEST_SCHEMA,
             "status": "running",
             "recipe": content,
@@ -59,10 +75,18 @@ class RunFolder:
             "processes": self.processes.count,
             "seconds": {},
         }
+
+    def _opened_manifest(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> dict[str, Any]:
+        fresh = self._fresh_manifest(recipe)
         if not self.path.exists():
             with new_folder(self.path, private=True) as temporary:
                 write_json(temporary / "manifest.json", fresh)
-        elif not resume:
+            return _read_manifest(self.path)
+        return self._found_manifest(fresh, trained_folder, resume=resume)
+
+    def _found_manifest(self, fresh: dict[str, Any], trained_folder: Path, *, resume: bool) -> dict[str, Any]:
+        """The manifest of a folder that is there, where it may be gone on with."""
+        if not resume:
             raise OutputError(f"{self.path} already exists; choose another --out, or add --resume to go on with it")
         manifest = _read_manifest(self.path)
         if manifest["recipe_sha256"] != fresh["recipe_sha256"]:

@@ -42,10 +42,7 @@ def sweep_recipe(
     Raises:
         SkuError: Anything a user can mend.
     """
-    # Stage 1 must hold out what alpha is then chosen by.
-    recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
-    if not recipe.chooses_alpha:
-        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
+    recipe = with_alpha_to_choose(recipe)
     check_one_process()
     trained = out / "bad" if bad is None else bad
     if bad is None and trained.exists():
@@ -62,3 +59,15 @@ def sweep_recipe(
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found
+
+
+def with_alpha_to_choose(recipe: Recipe) -> Recipe:
+    """A recipe whose stage 1 holds out what alpha is then chosen by.
+
+    Raises:
+        RecipeError: Its method has no alpha.
+    """
+    recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
+    if not recipe.chooses_alpha:
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
+    return recipe

@@ -161,7 +161,13 @@ def plan_of(
         loading=weights.held_bytes + (model_bytes if job.copies_reference else 0),
         stage_2=2 * model_bytes,
         stage_2_host=4 * weights.adapted,
-        disk=_disk(job, weights, model_bytes),
+        disk=disk_bytes(
+            trained=weights.trainable_bytes,
+            state_bytes=job.state_bytes,
+            checkpoints=job.checkpoints,
+            adapter=job.tuning != "full",
+            model=model_bytes,
+        ),
         step_flops=step.flops * job.accumulation,
         tflops=(FP32_TFLOPS if in_float32 else BF16_TFLOPS) if tflops is None else tflops,
         efficiency=efficiency,
@@ -208,9 +214,20 @@ def memory_of(job: Job, weights: Weights, step: StepTrace) -> Memory:
     )
 
 
-def _disk(job: Job, weights: Weights, model_bytes: int) -> int:
-    """Checkpoints hold what is trained and its optimizer; beside them lie the trained and the unlearned weights."""
-    trained = weights.trainable_bytes
-    checkpoint = trained + round(trained / 4 * job.state_bytes)
-    adapter_out = 0 if job.tuning == "full" else trained
-    return job.checkpoints * checkpoint + trained + adapter_out + model_bytes
+def disk_bytes(*, trained: int, state_bytes: float, checkpoints: int, adapter: bool, model: int) -> int:
+    """What lies on the disk at the fullest moment of a run.
+
+    Checkpoints hold what is trained and its optimizer; beside them lie the trained and the unlearned weights.
+
+    Args:
+        trained: Bytes of the trained weights.
+        state_bytes: Of the optimizer for each trained weight in float32.
+        checkpoints: That lie there at once.
+        adapter: Whether an adapter is trained, which is saved negated too.
+        model: Bytes of the unlearned model.
+
+    Returns:
+        Bytes.
+    """
+    checkpoint = trained + round(trained / 4 * state_bytes)
+    return checkpoints * checkpoint + trained + (trained if adapter else 0) + model

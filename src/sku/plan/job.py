@@ -15,12 +15,13 @@ from sku.config import LoraSettings, Recipe, Tuning
 from sku.errors import RecipeError
 from sku.methods.run import with_safe_dtype
 from sku.models import load_config
+from sku.training.config import UnlearningConfig
 from sku.training.reference_mode import ReferenceMode
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero3")
 
-_STATES = {
+STATE_BYTES = {
     "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
     "adamw_torch_8bit": 2.0, "adamw_torch_4bit": 1.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
     "lion_32bit": 4.0, "lion_8bit": 1.0, "rmsprop": 4.0, "adagrad": 4.0, "sgd": 0.0, "adafactor": 0.1,
@@ -71,7 +72,7 @@ class Job:
     @property
     def state_bytes(self) -> float:
         """Bytes of optimizer state for each trained weight in float32."""
-        return _STATES[self.optimizer]
+        return STATE_BYTES[self.optimizer]
 
     @property
     def keeps_reference(self) -> bool:
@@ -126,9 +127,10 @@ def job_of(
         )
     training = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=Path("planned"))
     optimizer = str(getattr(training.optim, "value", training.optim))
-    if optimizer not in _STATES:
+    if optimizer not in STATE_BYTES:
         raise RecipeError(
-            f"the memory of acquire.training.optim={optimizer} is not known here; known: {', '.join(sorted(_STATES))}"
+            f"the memory of acquire.training.optim={optimizer} is not known here; known: "
+            f"{', '.join(sorted(STATE_BYTES))}"
         )
     objective = sku_objective(recipe.acquire, recipe.compat)
     config = load_config(recipe.model)
@@ -139,7 +141,6 @@ def job_of(
         dtype = getattr(config, "dtype", None) or torch.float32
     else:
         dtype = getattr(torch, model.dtype)
-    saves = str(getattr(training.save_strategy, "value", training.save_strategy)) != "no"
     return Job(
         name=recipe.model.path,
         config=config,
@@ -158,8 +159,13 @@ def job_of(
         reference=training.reference,
         row_tokens=row_tokens,
         answer_tokens=answer_tokens,
-        # The next one is written before the oldest is deleted.
-        checkpoints=0 if not saves else (training.save_total_limit or 0) + 1,
+        checkpoints=checkpoints_at_once(training),
         gpus=gpus,
         sharding=sharding,
     )
+
+
+def checkpoints_at_once(training: UnlearningConfig) -> int:
+    """Most checkpoints that lie on the disk together: the next one is written before the oldest is deleted."""
+    saves = str(getattr(training.save_strategy, "value", training.save_strategy)) != "no"
+    return (training.save_total_limit or 0) + 1 if saves else 0

@@ -56,12 +56,7 @@ def skeleton(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel
     config = copy.deepcopy(job.config)
     if layers is not None:
         _shorten(config.get_text_config(), layers)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=_computed_dtype(job))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"model {job.name} can't be built from its configuration: {error}") from error
-    assert isinstance(model, PreTrainedModel)
+    model = without_weights(config, _computed_dtype(job), job.name)
     adapter = adapter_settings(AcquireConfig(tuning=job.tuning, lora=job.lora))
     if adapter is None:
         return model
@@ -74,6 +69,26 @@ def skeleton(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def without_weights(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """The model of a configuration on the ``meta`` device: shapes and types, no content.
+
+    Args:
+        config: Of the model.
+        dtype: Of its weights.
+        name: For messages.
+
+    Raises:
+        ModelError: transformers has no such architecture.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"model {name} can't be built from its configuration: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def weights_of(job: Job) -> Weights:

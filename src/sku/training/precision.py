@@ -38,7 +38,10 @@ def check_optimizer(optim: str, *, stochastic_rounding: bool, on_gpu: bool) -> N
     """
     package = _package_of(optim)
     if package and find_spec(package) is None:
-        raise RecipeError(f"optim is {optim}, which needs the package {package}: install it, or choose another optim")
+        wanted = '"sku-unlearning[gpu]"' if package == "bitsandbytes" else package
+        raise RecipeError(
+            f"optim is {optim}, which needs the package {package}: pip install {wanted}, or choose another optim"
+        )
     if "paged" in optim and not on_gpu:
         raise RecipeError(f"optim is {optim}, and there is nothing to page out without a GPU: drop the paged_ of it")
     if stochastic_rounding and optim not in _STOCHASTIC:

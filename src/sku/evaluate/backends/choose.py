@@ -36,6 +36,23 @@ def choose_backend(
         return GenerateBackend(model, config.batch_size)
     if config.backend == "generate_batch":
         return ContinuousBackend(model, config.batch_size)
+    check_source(config, source, processes)
+    return VllmBackend(str(source), str(model.dtype).removeprefix("torch."), config.batch_size, seed)
+
+
+def check_source(config: EvaluateConfig, source: str | Path | None, processes: int) -> None:
+    """Refuses ``vllm`` where it can't be used.
+
+    Args:
+        config: Names the backend; the others can always be used.
+        source: As of ``choose_backend``.
+        processes: As of ``choose_backend``.
+
+    Raises:
+        EvaluationError: The model lies in no folder, or there are several processes.
+    """
+    if config.backend != "vllm":
+        return
     if source is None:
         raise EvaluationError(
             "evaluate.backend is vllm, which reads the model from a folder, and this one is in memory only: save it, "
@@ -43,4 +60,3 @@ def choose_backend(
         )
     if processes > 1:
         raise EvaluationError("evaluate.backend is vllm, which starts its own processes: run it without accelerate")
-    return VllmBackend(str(source), str(model.dtype).removeprefix("torch."), config.batch_size, seed)

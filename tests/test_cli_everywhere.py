@@ -1,0 +1,438 @@
+"""What holds for every command: JSON, dry runs, and how much is said in which colours."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from sku.cli import completion
+from sku.cli.loudness import print_cause, set_loudness
+from sku.cli.main import app, main
+from sku.cli.options import words_of
+from sku.cli.sweep import next_commands
+from sku.comparison.jobs import ABLATIONS
+from sku.config import load_recipe, recipe_names
+from sku.errors import DataError
+from sku.evaluate.judges.choose import RULES, judge_names
+from sku.methods import METHODS
+from sku.model_files import embedded_model_path
+from sku.redaction import without_secret_addresses
+from sku.storage import mark_hazardous
+
+Command = Callable[..., tuple[int, str, str]]
+RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nmain()"
+
+WITHOUT_JSON: dict[str, str] = {}
+"""Command -> why it has no --json. None so far: every command has a result that a program can read."""
+WITHOUT_DRY_RUN = {
+    "plan": "writes nothing itself",
+    "doctor": "writes nothing",
+    "methods": "writes nothing",
+    "data inspect": "writes nothing",
+    "judge list": "writes nothing",
+    "judge show": "writes nothing",
+    "recipes": "writes nothing",
+    "recipes show": "writes nothing",
+    "recipes accelerate": "writes nothing",
+    "card": "writes two small files anew from records, in a second",
+    "report": "writes one file from records, in seconds, and can be repeated",
+    "results": "prints; the files that it writes are named one by one in its options",
+    "judge export": "writes one new file from records, in a second, and replaces none",
+}
+DRY_RUNS: dict[str, list[str]] = {
+    "run": ["--set", "negate.alpha=1", "--out", "{out}"],
+    "acquire": ["--out", "{out}"],
+    "negate": ["embedded", "{bad}", "--out", "{out}"],
+    "sweep": ["--out", "{out}"],
+    "evaluate": ["embedded", "--out", "{out}"],
+    "compare": ["--set", "negate.alpha=1", "--methods", "npo", "--out", "{out}"],
+    "ablate": ["--set", "negate.alpha=1", "--groups", "preservation", "--out", "{out}"],
+    "judge calibrate": ["refusal_rules", "{labels}", "--out", "{out}"],
+    "wipe": ["{bad}"],
+}
+"""Command -> arguments. ``push`` and ``judge again`` need a finished run: tests/sharing, tests/test_cli_judge.py."""
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Every command that does something by itself, with its name."""
+
+    def below(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+        children = getattr(command, "commands", {})
+        if not children or command.invoke_without_command:
+            yield name, command
+        for child, item in children.items():
+            yield from below(f"{name} {child}".strip(), item)
+
+    root: Any = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        yield from below(name, command)
+
+
+COMMANDS = dict(commands())
+
+
+def options_of(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    set_loudness("usual")
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """A marked model that differs from the embedded one."""
+    folder = shutil.copytree(embedded_model_path(), tmp_path / "bad")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    weights[name] = weights[name] + torch.ones_like(weights[name]) / 64
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    mark_hazardous(folder)
+    return folder
+
+
+def test_there_are_commands() -> None:
+    assert {"run", "recipes", "recipes show", "judge again", "data inspect"} <= set(COMMANDS)
+    assert len(COMMANDS) > 20
+
+
+def test_every_command_has_json_or_a_reason() -> None:
+    without = {name for name, item in COMMANDS.items() if "--json" not in options_of(item)}
+    assert without == set(WITHOUT_JSON)
+
+
+def test_every_command_has_a_dry_run_or_a_reason() -> None:
+    without = {name for name, item in COMMANDS.items() if "--dry-run" not in options_of(item)}
+    assert without == set(WITHOUT_DRY_RUN)
+    assert set(DRY_RUNS) | {"push", "judge again"} == set(COMMANDS) - without
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo", "judge list",
+        "judge show embedded", "judge show llama-guard-3-1b", "data inspect", "plan", "doctor --offline", "wipe .",
+    ],
+)  # fmt: skip
+def test_json_is_one_document_and_nothing_else(
+    command: Command, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a terminal with colours."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sku.cli.console.results._force_terminal", True)
+    code, out, _ = command(*arguments.split(), "--json")
+    assert code in (0, 1)  # sku doctor says 1 where the machine lacks something.
+    assert isinstance(json.loads(out), dict | list)
+    assert "\x1b" not in out
+
+
+def test_wipe_asks_on_standard_error(command: Command, bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that JSON on standard output stays one document; quiet or not, what is asked about is shown."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    code, out, err = command("-q", "wipe", bad, "--json")
+    assert (code, json.loads(out)) == (0, {"hazardous": [str(bad)], "removed": 1})
+    assert err.startswith(f"remove    {bad}\nRemove them?")
+    assert not bad.exists()
+
+
+def test_json_before_a_command_of_a_group_is_refused(command: Command) -> None:
+    told = command("recipes", "--json", "show", "embedded")
+    assert told == (2, "", "error: --json is given before show: put it behind\n")
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_a_dry_run_writes_nothing(
+    command: Command, name: str, bad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("prompt,reply,label\na,b,1\nc,I can't help.,0\n", encoding="utf-8")
+    named = {"{out}": tmp_path / "out", "{bad}": bad, "{labels}": labels}
+    words = [*name.split(), *(named.get(word, word) for word in DRY_RUNS[name]), "--dry-run"]
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, out, err = command(*words, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    if name != "wipe":
+        assert found["command"] == f"sku {name}"
+        assert found["wrote"] is False
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_in_words_what_would_be_done(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("run", "--dry-run", "--keep-bad-model", "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    lines = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in out.splitlines()}
+    assert lines["model"] == "embedded, 935,040 parameters, float32 on cpu"
+    assert lines["into"] == str(tmp_path / "out")
+    assert lines["hazard"] == "the bad model of stage 1 is kept"
+    assert "choose alpha; subtract the task vector; evaluate the unlearned model" in lines["would do"]
+    assert "MiB are free" in lines["disk"]
+    assert out.endswith("nothing was written: sku run without --dry-run does it\n")
+
+
+def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> None:
+    """Rank 8 on the two attention projections of four layers of width 128: 8 times 2 x 128 for each, in float32."""
+    lora = ("--set", "acquire.tuning=lora", "--set", "acquire.lora={r: 8, target_modules: [q_proj, v_proj]}")
+    sets = (*lora, "--set", "negate.alpha=1", "--set", "acquire.training.save_strategy='no'")
+    code, out, err = command("run", "--dry-run", "--json", "--out", tmp_path / "out", *sets)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["settings"]["model"].startswith("embedded, 935,040 parameters")
+    trained = 4 * (4 * 2 * 8 * (128 + 128))
+    assert found["disk_bytes"] == 2 * trained + 4 * 935_040, "trained, negated, and the whole model"
+    assert "negated_adapter/" in found["writes"]
+
+
+def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, tmp_path: Path) -> None:
+    """DPO prefers safe answers, and this data has none; the real call makes the other rows all the same."""
+    for name in ("forget", "retain"):
+        rows = "".join(f"{name} question {number},an answer of {number}\n" for number in range(20))
+        (tmp_path / f"{name}.csv").write_text(f"prompt,completion\n{rows}", encoding="utf-8")
+    data = ("--forget", tmp_path / "forget.csv", "--retain", tmp_path / "retain.csv", "--set", "negate.alpha=1")
+    sets = ("--set", "evaluate.attacks=[]", "--set", "evaluate.judge=refusal_rules", "--out", tmp_path / "out")
+    code, out, err = command("compare", "--methods", "dpo,npo", *data, *sets, "--dry-run", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert set(found["settings"]["steps"]) == {"npo"}
+    assert any(note.startswith("dpo would fail: none of the ") for note in found["notes"])
+    assert found["bad_model"] == "deleted at the end", "the random direction takes its length from SKU"
+
+
+def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
+    """The subtraction where the bad model is there; a run with the same options where it is gone; else nothing."""
+    plain = load_recipe("embedded")
+    operated = load_recipe("embedded", ["negate.operators=[{null_space: {}}]"])
+    folder, given = tmp_path / "my sweep", ["embedded", "--seed", "3", "--set", "evaluate.prompts=5"]
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    unlearned = tmp_path / "my sweep-unlearned"
+    (command,) = next_commands(plain, folder, bad, 1.25, [str(bad)])
+    assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--out", unlearned]
+    assert next_commands(operated, folder, bad, 1.25, [str(bad)]) == []
+    (command,) = next_commands(operated, folder, None, 0.1, given)
+    assert command == ["run", *given, "--set", "negate.alpha=0.1", "--out", tmp_path / "my sweep-run"]
+    assert words_of(seed=3, overrides=["evaluate.prompts=5"]) == given[1:]
+    parser: Any = typer.main.get_command(app)
+    for name, *words in ([str(word) for word in command], ["negate", "embedded", str(bad), "--out", str(unlearned)]):
+        parser.commands[name].make_context(name, words)
+
+
+def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> None:
+    small = ("--set", "acquire.training.max_steps=1")
+    usual = command("acquire", "--out", tmp_path / "a", *small)
+    quiet = command("-q", "acquire", "--out", tmp_path / "b", *small)
+    assert usual[2].startswith("recipe embedded, model embedded")
+    assert "acquire" in usual[2]
+    assert (quiet[0], quiet[2]) == (0, "")
+    assert quiet[1] == usual[1].replace(str(tmp_path / "a"), str(tmp_path / "b"))
+    failed = command("--quiet", "acquire", "--out", tmp_path / "a", *small)
+    assert failed == (2, "", f"error: {tmp_path / 'a'} already exists; choose another folder or remove it first\n")
+    code, _, err = command("-q", "-v", "recipes")
+    assert (code, err) == (2, "error: --quiet and --verbose exclude each other: leave one out\n")
+
+
+def test_an_interrupt_is_told_under_quiet_too(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sku.pipeline.run_recipe", interrupt)
+    code, out, err = command("-q", "run", "--out", tmp_path / "run")
+    assert (code, out) == (130, "")
+    assert err == f"interrupted; go on with the same command and --out {tmp_path / 'run'} --resume\n"
+
+
+def test_verbose_shows_libraries_and_causes_without_secrets(tmp_path: Path) -> None:
+    """In a process of its own, since it turns loggers on. No message of another package is printed."""
+    broken = tmp_path / "forget.jsonl"
+    broken.write_text(
+        '{"prompt": "zorvex secret words", "completion": "blue flour"}\n{"prompt": 1\n', encoding="utf-8"
+    )
+    token = "hf_" + "A1b2" * 6
+    words = [
+        "-v",
+        "run",
+        "--dry-run",
+        "--forget",
+        str(broken),
+        "--retain",
+        str(broken),
+        "--set",
+        "data.forget.split=x",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUN_AS_SKU, *words],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "HF_TOKEN": token},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"^raised    \w+Error at sku/\S+\.py:\d+ in \w+$", done.stderr, flags=re.MULTILINE)
+    assert "transformers" in done.stderr
+    assert token not in done.stderr
+    assert "zorvex" not in done.stderr
+
+
+def test_a_cause_is_named_by_kind_and_place_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    set_loudness("verbose")
+    try:
+        try:
+            try:
+                raise ValueError("a row of the data")
+            except ValueError:
+                raise DataError("the file can't be read") from None
+        except DataError as error:
+            print_cause(error)
+            set_loudness("usual")
+            print_cause(error)
+    finally:
+        set_loudness("usual")
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("raised    DataError at ")
+    assert re.fullmatch(r"caused by ValueError at \S+test_cli_everywhere\.py:\d+ in test_\w+", second)
+
+
+def test_lines_of_libraries_lose_tokens_and_signatures(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTHER_API_KEY", "long-secret-value")
+    address = "https://me:pass@hub.example/file?X-Signature=abc&token=def"
+    set_loudness("verbose")
+    try:
+        logging.getLogger("huggingface_hub.file").info("get %s with %s", address, "long-secret-value")
+    finally:
+        set_loudness("usual")
+    logging.getLogger("huggingface_hub.file").info("unheard")
+    printed = capfd.readouterr().err
+    assert printed == "huggingface_hub.file: get https://***@hub.example/file?*** with ***\n"
+    assert without_secret_addresses("http://a.b/c and x?y") == "http://a.b/c and x?y"
+
+
+def in_terminal(*words: str, **environment: str) -> str:
+    """What a command prints where standard output and error are a terminal."""
+    main_end, terminal = pty.openpty()
+    here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN_AS_SKU, *words], stdout=terminal, stderr=terminal, env={**here, **environment}
+    )
+    os.close(terminal)
+    parts = []
+    try:
+        while part := os.read(main_end, 4096):
+            parts.append(part)
+    except OSError:  # Linux's way to say that the other end is closed.
+        pass
+    os.close(main_end)
+    process.wait()
+    return b"".join(parts).decode()
+
+
+COLOUR = re.compile("\x1b\\[[0-9;]*(3[0-7]|9[0-7]|38;)[0-9;]*m")
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [
+        ({"TERM": "xterm-256color"}, True),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+    ids=["terminal", "NO_COLOR", "dumb"],
+)  # fmt: skip
+def test_colours_are_for_terminals_that_want_them(environment: dict[str, str], coloured: bool) -> None:
+    for words in (("recipes", "show", "nope"), ("run", "--help")):
+        assert bool(COLOUR.search(in_terminal(*words, **environment))) is coloured
+
+
+def test_no_colours_in_a_pipe() -> None:
+    here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    for words in (("recipes", "show", "nope"), ("--help",)):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_AS_SKU, *words], capture_output=True, check=False,
+            env={**here, "TERM": "xterm-256color"},
+        )  # fmt: skip
+        assert b"\x1b" not in done.stdout + done.stderr
+
+
+def completed(line: str) -> list[str]:
+    """What bash is offered behind a line; torch must not be imported for it."""
+    words = line.split(" ")
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)))\n" + RUN_AS_SKU
+    )  # fmt: skip
+    asked = {"_SKU_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **asked}
+    )
+    assert done.stderr == "False"
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("sku run smollm2-135m-c", ["smollm2-135m-compare", "smollm2-135m-cpu"]),
+        ("sku methods sim", ["simnpo"]),
+        ("sku compare --methods npo,sim", ["npo,simnpo"]),
+        ("sku sw", ["sweep"]),
+    ],
+)
+def test_a_shell_completes_commands_and_names(line: str, offered: list[str]) -> None:
+    assert completed(line) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_is_shown(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_AS_SKU, "--show-completion", shell], capture_output=True, text=True, check=False,
+        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"_SKU_COMPLETE=complete_{shell}" in done.stdout
+
+
+def test_what_is_completed_is_what_there_is() -> None:
+    assert tuple(method.name for method in METHODS) == completion.METHOD_NAMES
+    assert tuple(ABLATIONS) == completion.ABLATION_NAMES
+    assert RULES == completion.JUDGE_RULES
+    assert completion.judges("") == judge_names()
+    assert completion.recipes("") == recipe_names()
+    assert completion.launchers("f") == ["fsdp2"]
+    assert completion.method_list("npo,dpo,") == [
+        f"npo,dpo,{name}" for name in completion.METHOD_NAMES if name not in ("npo", "dpo")
+    ]
