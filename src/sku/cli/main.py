@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -60,6 +60,12 @@ app.add_typer(judge.app, name="judge")
 app.add_typer(recipes.app, name="recipes")
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as shells have it."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM."""
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"sku {__version__}")
@@ -86,17 +92,28 @@ def _speaks(error: SkuError) -> bool:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user is one line and exit code 2, an interrupt or SIGTERM exit code 130."""
+    """Entry point: a mistake of the user is one line and exit code 2, Ctrl-C exit code 130, SIGTERM 143."""
+    terminated = False
+
+    def interrupt(_signal: int, _frame: object) -> NoReturn:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
     # A scheduler's SIGTERM must leave no more behind than Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         app()
     except SkuError as error:
         if _speaks(error):
             print_error(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # Typer makes an exit of an interrupt that no command has answered.
+        if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            errors.print("interrupted")
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
