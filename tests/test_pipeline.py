@@ -416,15 +416,15 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(
 def test_a_training_log_that_can_not_be_written_is_an_output_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = Path.write_text
+    put_in_place = Path.replace
 
-    def fail(path: Path, *args: Any, **kwargs: Any) -> int:
-        if path.name == "training_log.jsonl":
+    def fail(path: Path, target: Path) -> Path:
+        if target.name == "training_log.jsonl":
             full_disk()
-        return written(path, *args, **kwargs)
+        return put_in_place(path, target)
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OutputError, match=r"training_log\.jsonl can't be written: No space left"):
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match=r"disk is full: .*training_log\.jsonl was not written"):
         run_recipe(recipe(), tmp_path / "run")
     assert names(tmp_path) == set()
 

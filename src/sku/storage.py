@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import os
@@ -14,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sku.disk_errors import named_disk_errors
 from sku.errors import OutputError
 from sku.locks import is_abandoned, one_at_a_time, own
 
@@ -50,11 +50,11 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
     target = target.absolute()
     if not overwrite:
         check_new(target)
-    with _named_disk_errors(target):
+    with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, lock = _open_temporary(target)
     try:
-        with _named_disk_errors(target):
+        with named_disk_errors(target):
             yield temporary
             temporary.chmod(0o700 if private else 0o755)
             _flush_tree(temporary)
@@ -103,11 +103,11 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], *, resume: bool = 
     """
     target = target.absolute()
     check_new(target)
-    with _named_disk_errors(target):
+    with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         place, lock = _open_partial(target, inputs, resume=resume)
     try:
-        with _named_disk_errors(target):
+        with named_disk_errors(target):
             yield place / "model"
             (place / "model").chmod(0o755)
             _flush_folder(place / "model")
@@ -212,7 +212,7 @@ def write_private_text(path: Path, text: str) -> None:
 def _write_whole(path: Path, text: str, *, mode: int) -> None:
     """Under a name of this process alone, then renamed; ``mode`` is less what the umask takes away."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    with _named_disk_errors(path):
+    with named_disk_errors(path):
         try:
             temporary.unlink(missing_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -235,7 +235,7 @@ def mark_hazardous(folder: Path) -> None:
     Raises:
         OutputError: It can't be written, or a configuration in it is damaged.
     """
-    with _named_disk_errors(folder):
+    with named_disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         (folder / BAD_MODEL_MARK).write_text(_BAD_MODEL_TEXT, encoding="utf-8")
@@ -278,8 +278,9 @@ def remove_hazardous(folder: Path) -> None:
         return
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
     try:
-        folder.rename(aside)
-        _remove_marks_last(aside)
+        with suppress(OSError):  # A full disk may have no room for another name.
+            folder.rename(aside)
+        _remove_marks_last(aside if aside.exists() else folder)
     except OSError as error:
         with suppress(OSError):
             aside.rename(folder)
@@ -303,7 +304,7 @@ def remove_left_behind(folder: Path) -> None:
     Raises:
         OutputError: Something can't be removed.
     """
-    with _named_disk_errors(folder):
+    with named_disk_errors(folder):
         for ending in ("unfinished", "replaced", "removed"):
             for path in list(folder.rglob(f".*.{ending}")):
                 if path.is_dir() and not path.is_symlink():
@@ -332,23 +333,6 @@ def check_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free at {folder}; "
             "free some space or choose another --out"
         )
-
-
-@contextmanager
-def _named_disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
-    except Exception as error:
-        # safetensors reports a full disk as its own error type, with the system's words inside.
-        if "No space left" in str(error):
-            raise OutputError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise
 
 
 def _flush_tree(folder: Path) -> None:

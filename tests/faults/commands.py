@@ -69,6 +69,12 @@ class Command:
         return [json.loads(line) for line in lines]
 
 
+    def branches(self) -> list[dict[str, Any]]:
+        """What came of each fork with a full disk: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out``, ``left``."""
+        lines = (self._output / "branches.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
 class ForkServer:
     """The process that forks commands."""
 

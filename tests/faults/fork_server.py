@@ -6,7 +6,8 @@ handlers at its end. One JSON object a line comes in and one goes out:
 - ``{"argv": [...], "output": FOLDER, "watch": FOLDER, "run": FOLDER, ...}`` -> ``{"pid": ...}``. With ``stop_at:
   [PHASE, N]`` the child stops (SIGSTOP) before its N-th file operation in that phase, or before the first one of a
   later phase; with ``again: M`` a second time, M operations later. It notes its operations in
-  ``OUTPUT/operations.jsonl``.
+  ``OUTPUT/operations.jsonl``. With ``fault`` the disk takes nothing more from there on, instead of a stop
+  (``full_disk``); with ``branch`` that happens in a fork of the child at each operation.
 - ``{"wait": PID}`` -> ``{"stopped": true}``, or ``{"stopped": false, "status": ...}`` as ``os.waitpid`` has it.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.file_operations import Operation, watch
+from faults.full_disk import Branches, FullDisk
 from faults.phases import PHASES, phase_of
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -52,8 +55,8 @@ def _import_everything() -> None:
     gc.freeze()  # What was imported is never collected: children need not look through it.
 
 
-class _Stopper:
-    """Notes each operation, and stops the process at one of them."""
+class _Watcher:
+    """Notes each operation, and lets the fault happen at one of them."""
 
     def __init__(self, command: dict[str, Any]) -> None:
         self._run, self._keeps_bad = Path(command["run"]), bool(command.get("keeps_bad"))
@@ -64,6 +67,7 @@ class _Stopper:
         self._file = os.open(Path(command["output"]) / "operations.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._counts: dict[str, int] = {}
         self._again: int | None = command.get("again")
+        self._disk = FullDisk(command["fault"]) if "fault" in command else None
 
     def see(self, operation: Operation) -> None:
         phase = phase_of(self._run, keeps_bad=self._keeps_bad)
@@ -71,24 +75,34 @@ class _Stopper:
         entry = {"phase": phase, "event": operation.event, "path": str(operation.path)}
         os.write(self._file, (json.dumps(entry) + "\n").encode())
         if self._stop_at is None:
-            self._stop_again()
+            self._after(operation)
             return
         aimed, number = self._stop_at
         late = PHASES.index(phase) - PHASES.index(aimed)
         if late > 0 or (late == 0 and self._counts[phase] == number):
             self._stop_at = None
-            os.kill(os.getpid(), signal.SIGSTOP)
+            if self._disk is None:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            else:
+                self._disk.strike()
+                self._disk.see(operation)
 
-    def _stop_again(self) -> None:
+    def _after(self, operation: Operation) -> None:
+        if self._disk is not None:
+            self._disk.see(operation)
         if self._again is not None:
             self._again -= 1
             if self._again == 0:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
 def _become(command: dict[str, Any]) -> None:
     """Makes the forked process what a shell would have started."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    _die_with_parent()
     output = Path(command["output"])
     for number, name in ((0, None), (1, "stdout"), (2, "stderr")):
         flags = os.O_RDONLY if name is None else os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -96,6 +110,11 @@ def _become(command: dict[str, Any]) -> None:
         opened = os.open(path, flags, 0o600)
         os.dup2(opened, number)
         os.close(opened)
+    if "branch" in command:
+        import sku.cli.console
+
+        # Without the thread that draws them anew: a fork would copy its locks.
+        sku.cli.console.Progress = functools.partial(sku.cli.console.Progress, auto_refresh=False)  # type: ignore
     sys.argv = ["sku", *command["argv"]]
     os.chdir(output)
 
@@ -125,13 +144,14 @@ def _serve() -> dict[str, Any] | None:
 
 def main() -> None:
     """Serves until standard input ends; in a child, runs its command."""
+    _die_with_parent()
     _import_everything()
     command = _serve()
     if command is None:
         return
     _become(command)
     if command.get("watch"):
-        watch(Path(command["watch"]), _Stopper(command).see)
+        watch(Path(command["watch"]), (Branches if "branch" in command else _Watcher)(command).see)
     _end(_code_of_sku())
 
 

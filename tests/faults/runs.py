@@ -84,7 +84,9 @@ def check_leavings(place: Path, run: Path, finished: Path) -> None:
     for folder in _folders_of_weights(place):
         own = folder.relative_to(run).parts[0] if folder.is_relative_to(run) else ""
         if own in ("unlearned", "negated_adapter"):
-            assert _model(folder) == _model(finished / own), f"{folder} is no whole model"
+            found, whole = _model(folder), _model(finished / own)
+            different = {name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name)}
+            assert not different, f"{folder} is no whole model: {different}"
             continue
         assert _is_private(folder, place), f"{folder} can be entered by others"
         if own == "bad" or own.startswith(".bad"):

@@ -25,7 +25,7 @@ def check_answer(ended: Ended, sent: signal.Signals, line: str) -> None:
     assert ended.code == CODES[sent], ended.err
     assert "Traceback" not in ended.err
     assert ended.out == ""
-    (said,) = [text for text in ended.err.splitlines() if "interrupted" in text]
+    (said,) = [text for text in ended.err.splitlines() if text.startswith("interrupted")]
     assert said == line
 
 
