@@ -1,11 +1,12 @@
 # make demo   set up a fresh machine and run the main job on the embedded model
-# make test   set up and pass every check that CI runs
+# make test   set up and pass the checks that CI runs
+# make faults run the batteries of faults: kills, signals, full disks, bad input
 # make docs   set up and build the documentation site into build/site
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test faults check docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +23,10 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/faults -n auto --dist loadfile --cov --cov-report=term
+
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n auto
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -68,9 +68,8 @@ class Command:
         lines = (self._output / "operations.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-
     def branches(self) -> list[dict[str, Any]]:
-        """What came of each fork with a full disk: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out``, ``left``."""
+        """Each fork with a full disk: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out`` and ``left`` (files)."""
         lines = (self._output / "branches.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -111,9 +110,8 @@ class ForkServer:
         self._count += 1
         output = self._folder / str(self._count)
         output.mkdir()
-        asked = {
-            "argv": [str(word) for word in argv], "output": str(output), "watch": str(watch), "run": str(run), **faults,
-        }  # fmt: skip
+        places = {"output": str(output), "watch": str(watch), "run": str(run)}
+        asked = {"argv": [str(word) for word in argv], **places, **faults}
         return Command(self, self.ask(asked)["pid"], output)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from faults.commands import ForkServer
 from faults.runs import Finished, keeps_bad, words_of
-
 from sku.model_files import embedded_model_path
 
 CASES = "faults"

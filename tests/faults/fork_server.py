@@ -42,7 +42,7 @@ def _import_everything() -> None:
     import matplotlib.backends.backend_svg  # noqa: F401
     import peft  # noqa: F401
     import PIL.Image
-    import rouge_score.rouge_scorer
+    import rouge_score.rouge_scorer  # noqa: F401
     import sacrebleu  # noqa: F401
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
@@ -163,9 +163,9 @@ def _code_of_sku() -> int:
         sku()
     except SystemExit as end:
         if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+            sys.stderr.write(f"{end.code}\n")
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         traceback.print_exc()
         return 1
     return 0

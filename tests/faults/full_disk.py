@@ -1,4 +1,4 @@
-"""A disk that takes nothing more, from one file operation on: in a forked process, or at each operation in a fork of it.
+"""A disk that takes nothing more from one file operation on: in a process, or at each operation in a fork of it.
 
 ``ENOSPC`` and its like are raised by Python's own operations. ``limit N`` is the kernel's: no file may grow beyond N
 bytes, whoever writes it, so that safetensors and torch meet it too (EFBIG).

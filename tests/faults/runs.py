@@ -136,9 +136,8 @@ def check_equal_runs(run: Path, finished: Path) -> None:
     assert _names(run) == _names(finished)
     for path in finished.rglob("*"):
         name = path.relative_to(finished)
-        if path.suffix == ".safetensors" or path.name in ("evaluation.json", "sweep.json"):
-            assert sha256(run / name) == sha256(path), f"{name} differs"
-        elif path.suffix == ".jsonl" and path.name != "training_log.jsonl":
+        rows = path.suffix == ".jsonl" and path.name != "training_log.jsonl"
+        if rows or path.suffix == ".safetensors" or path.name in ("evaluation.json", "sweep.json", "config.json"):
             assert sha256(run / name) == sha256(path), f"{name} differs"
     assert _log(run) == _log(finished)
     assert _results(run) == _results(finished)

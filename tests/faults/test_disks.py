@@ -1,14 +1,15 @@
-"""A disk that is full or read-only at any moment of ``sku run``: one line, exit code 2, and nothing left of the run."""
+"""A disk that is full or read-only at any moment of ``sku run``: one line, exit code 2, nothing left of the run."""
 
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
 from faults.commands import Ended, ForkServer
 from faults.conftest import FinishedRun, Tally
 from faults.phases import PHASES, phase_of
@@ -55,3 +56,85 @@ def test_a_disk_that_is_full_at_any_operation(
 
 
 ONE_CHECKPOINT = {"acquire.training.max_steps": "2", "acquire.training.save_total_limit": "1"}
+
+
+def test_a_disk_that_fills_up_again_and_again(
+    base: Path, server: ForkServer, finished_run: FinishedRun, tally: Tally, tmp_path: Path
+) -> None:
+    """What was there before a command stays where it fails, and is gone on with when there is room."""
+    settings = {**WHOLE, "model.path": str(base)}
+    finished, run, draws = finished_run(settings), tmp_path / "run", random.Random(0)
+    words = ["run", "--out", run, "--resume", *words_of(settings)]
+    first = server.start(*words, watch=tmp_path, run=run, stop_at=["base evaluation", 1])
+    assert first.stops()
+    first.send(signal.SIGTERM)
+    assert first.end().code == 143
+    for phase in PHASES[1:-1]:
+        if not finished.count(phase):
+            continue
+        stop_at = [phase, draws.randint(1, max(1, finished.count(phase) // 2))]
+        fault = draws.choice(FAULTS)
+        ended = server.start(*words, watch=tmp_path, run=run, stop_at=stop_at, fault=fault).end()
+        tally("full disks of a run that is gone on with", phase_of(run))
+        check_one_line(ended)
+        check_leavings(tmp_path, run, finished.folder)
+    ended = server.start(*words, watch=tmp_path, run=run).end()
+    assert ended.code == 0, ended.err
+    check_equal_runs(run, finished.folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_results_that_can_not_be_printed(
+    base: Path, server: ForkServer, finished_run: FinishedRun, tally: Tally, tmp_path: Path
+) -> None:
+    settings = {**WHOLE, "model.path": str(base)}
+    run = tmp_path / "run"
+    words = ["run", "--out", run, *words_of(settings)]
+    ended = server.start(*words, watch=tmp_path, run=run, stdout="/dev/full").end()
+    tally("full and read-only disks", "/dev/full")
+    assert "No space left on device" in check_one_line(ended)
+    check_equal_runs(run, finished_run(settings).folder)
+
+
+@pytest.mark.parametrize("place", ["file/run", "file", "link/run", "/proc/run", "/sys/run", "/dev/full/x"])
+def test_a_place_that_takes_no_folder(place: str, server: ForkServer, tally: Tally, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "file")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "file")
+    before = sorted(tmp_path.iterdir())
+    run = tmp_path / place
+    ended = server.start("run", "--out", run, *words_of(WHOLE), watch=tmp_path, run=tmp_path / "run").end()
+    tally("full and read-only disks", "no folder possible")
+    assert str(run) in check_one_line(ended)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
+
+
+def mounted(place: Path, options: str) -> Iterator[Path]:
+    """A file system in memory at a folder; skips where this process may not mount one."""
+    place.mkdir()
+    try:
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture(params=["size=4k", "size=64k", "size=2m", "size=10m", "size=25m", "nr_inodes=12", "ro"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Small in bytes, small in files, or read-only."""
+    yield from mounted(tmp_path / "disk", request.param)
+
+
+def test_a_real_disk_that_is_too_small(base: Path, small_disk: Path, server: ForkServer, tally: Tally) -> None:
+    run = small_disk / "run"
+    words = words_of({**WHOLE, "model.path": str(base)})
+    ended = server.start("run", "--out", run, *words, watch=small_disk, run=run).end()
+    tally("full and read-only disks", "mounted")
+    check_one_line(ended)
+    assert list(small_disk.iterdir()) == []

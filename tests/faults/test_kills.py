@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from faults.commands import Command, ForkServer
 from faults.conftest import FinishedRun, Tally
 from faults.phases import PHASES, phase_of

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from faults.commands import PACKAGE, Ended, ForkServer
 from faults.conftest import FinishedRun, Tally
 from faults.phases import PHASES, phase_of

@@ -112,8 +112,11 @@ def train(
     trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
     processes = current_processes()
     last = processes.on_main(lambda: _last_checkpoint(folder, processes.count))
+    use_cache = loaded.model.config.use_cache
     with _named_checkpoint_errors(folder), lost_processes_named():
         result = trainer.train(resume_from_checkpoint=last)
+    # The trainer switches it off in the configuration, which goes with the weights to whoever generates with them.
+    loaded.model.config.use_cache = use_cache
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.eval()
     joint = trainer.train_dataset
