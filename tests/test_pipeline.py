@@ -327,6 +327,23 @@ def test_the_adapter_gives_the_unlearned_model_without_merging(finished_lora: Fi
     assert finished_lora.manifest["bad_model"] == {"kept": True}
 
 
+def test_the_unlearned_model_generates_as_the_base_does(finished_lora: FinishedRun) -> None:
+    """The trainer's settings of a model are not saved with it."""
+    saved, base = (read(folder / "config.json") for folder in (finished_lora.folder / "unlearned", embedded_model_path()))
+    assert saved["use_cache"] == base.get("use_cache", True)
+
+
+def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    def begin_again(stage: str, done: int, total: int) -> None:
+        with pytest.raises(OutputError, match="another process is writing .*run; wait until it ends"):
+            run_recipe(recipe(), tmp_path / "run", resume=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), tmp_path / "run", progress=begin_again)
+    assert names(tmp_path / "run") == {"manifest.json"}
+
+
 def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora: FinishedRun) -> None:
     """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2."""
     run = recipe(*LORA)

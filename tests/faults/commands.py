@@ -69,7 +69,7 @@ class Command:
         return [json.loads(line) for line in lines]
 
     def branches(self) -> list[dict[str, Any]]:
-        """Each fork with a full disk: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out`` and ``left`` (files)."""
+        """Each fork with a full disk: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out``, ``left`` (files)."""
         lines = (self._output / "branches.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 

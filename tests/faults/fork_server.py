@@ -14,7 +14,6 @@ handlers at its end. One JSON object a line comes in and one goes out:
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import functools
 import gc
@@ -174,9 +173,12 @@ def _code_of_sku() -> int:
 def _end(code: int) -> None:
     """The interpreter's end, less the freeing of all that the server had imported, which takes a second."""
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stderr.write(f"Exception ignored while flushing sys.stdout: {error}\n")
+        code = 120
+    sys.stderr.flush()
     os._exit(code)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -64,6 +66,8 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What printing into a file meets."""
 
 
 def _print_version(asked: bool) -> None:
@@ -107,6 +111,13 @@ def main() -> None:
     except SkuError as error:
         if _speaks(error):
             print_error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        print_error(f"standard output can't be written: {error.strerror}")
+        with suppress(OSError):  # What is left of it must not fail again; no file of the system where tests look at it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except SystemExit as end:
         if end.code != INTERRUPTED:
