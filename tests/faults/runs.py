@@ -92,8 +92,8 @@ def check_leavings(place: Path, run: Path, finished: Path) -> None:
         if own == "bad" or own.startswith(".bad"):
             assert stat.S_IMODE((run / own).stat().st_mode) == 0o700, f"{run / own} can be entered by others"
             assert is_marked_hazardous(folder), f"{folder} is not marked"
-            found = hazardous_folders(place)
-            assert any(folder.is_relative_to(marked) for marked in found), f"sku wipe doesn't find {folder}"
+            removable = hazardous_folders(place)
+            assert any(folder.is_relative_to(marked) for marked in removable), f"sku wipe doesn't find {folder}"
         else:
             assert folder.name.endswith(".unfinished"), f"{folder} is no place for weights"
         _check_no_half_model(folder, finished)

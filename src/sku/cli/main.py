@@ -116,7 +116,7 @@ def main() -> None:
         if error.filename is not None or error.errno not in _FULL:
             raise
         print_error(f"standard output can't be written: {error.strerror}")
-        with suppress(OSError):  # What is left of it must not fail again; no file of the system where tests look at it.
+        with suppress(OSError):  # What is left of it must not fail again; a test's is no file of the system.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except SystemExit as end:
