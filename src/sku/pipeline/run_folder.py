@@ -55,11 +55,12 @@ class RunFolder:
 
     def _opened_manifest(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> dict[str, Any]:
         content = recipe.to_dict()
+        digest = content_sha256(content)
         fresh = {
             "schema_version": MANIFEST_SCHEMA,
             "status": "running",
             "recipe": content,
-            "recipe_sha256": content_sha256(content),
+            "recipe_sha256": digest,
             "environment": environment(),
             "processes": self.processes.count,
             "seconds": {},
@@ -69,9 +70,9 @@ class RunFolder:
                 write_json(temporary / "manifest.json", fresh)
         elif not resume:
             raise OutputError(f"{self.path} already exists; choose another --out, or add --resume to go on with it")
-        self._manifest_of(fresh["recipe_sha256"])  # A folder that is no part of this run is not even locked.
+        self._manifest_of(digest)  # A folder that is no part of this run is not even locked.
         self._own()
-        manifest = self._manifest_of(fresh["recipe_sha256"])
+        manifest = self._manifest_of(digest)
         begun_with = manifest.setdefault("processes", 1)
         if begun_with != self.processes.count and list(trained_folder.glob("checkpoint-*")):
             raise OutputError(
