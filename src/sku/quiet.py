@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 
 def quiet_imports() -> None:
@@ -15,7 +16,7 @@ def quiet_imports() -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
+    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay, but for one."""
     quiet_imports()
     import datasets
     import transformers
@@ -24,3 +25,5 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    # PEFT 0.21 reads the old name in every get_peft_model, which no user can mend.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

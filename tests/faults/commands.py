@@ -60,7 +60,8 @@ class Command:
 
     def ended(self) -> Ended:
         """How it ended, after ``stops`` said no."""
-        out, err = ((self._output / f"{name}.txt").read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        printed = (self._output / f"{name}.txt" for name in ("stdout", "stderr"))
+        out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in printed)
         return Ended(os.waitstatus_to_exitcode(self._status), out, err)
 
     def operations(self) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from faults.runs import (
 
 BATTERY = "kill -9 of sku run"
 KILLS = {
-    "data": 1, "base evaluation": 1, "stage 1": 3, "stage 2": 2, "sweep": 1, "wipe": 1, "result evaluation": 1,
+    "data": 1, "base evaluation": 1, "stage 1": 3, "stage 2": 2, "sweep": 1, "wipe": 1, "result evaluation": 2,
     "report": 1,
 }  # fmt: skip
 """Phase -> kills aimed at it; a run is gone on with after each."""
