@@ -240,6 +240,22 @@ def test_a_removal_that_is_killed_leaves_a_marked_part_under_another_name(
     assert names_in(tmp_path) == []
 
 
+def test_a_removal_that_is_interrupted_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_hazardous(tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"")
+    unlink, interrupts = Path.unlink, [KeyboardInterrupt()]
+
+    def interrupted(path: Path, **options: Any) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove_hazardous(tmp_path / "bad")
+    assert names_in(tmp_path) == []
+
+
 def test_a_disk_without_room_for_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark_hazardous(tmp_path / "bad")
 

@@ -281,6 +281,11 @@ def remove_hazardous(folder: Path) -> None:
         with suppress(OSError):  # A full disk may have no room for another name.
             folder.rename(aside)
         _remove_marks_last(aside if aside.exists() else folder)
+    except KeyboardInterrupt:  # Nobody who interrupts wants them to stay.
+        for left in (aside, folder):
+            if left.exists():
+                _remove_marks_last(left)
+        raise
     except OSError as error:
         with suppress(OSError):
             aside.rename(folder)
