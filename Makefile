@@ -1,12 +1,13 @@
 # make demo   set up a fresh machine and run the main job on the embedded model
-# make test   set up and pass every check that CI runs
+# make test   set up and pass the checks that CI runs
+# make faults run the batteries of faults: kills, signals, full disks, bad input
 # make docs   set up and build the documentation site into build/site
 # make dist   set up, build wheel and sdist into dist, and check what is in them
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs dist clean
+.PHONY: demo test faults check docs dist clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,10 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/faults -n auto --dist loadfile --cov --cov-report=term
+
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n auto
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

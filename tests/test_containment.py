@@ -312,7 +312,7 @@ def test_a_terminated_process_cleans_up_as_an_interrupted_one(
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 130
+    assert ended.value.code == 143
     assert "interrupted; go on with the same command" in capsys.readouterr().err
     assert (out / "manifest.json").is_file()
     assert hazardous_folders(out) == []

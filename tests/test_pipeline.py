@@ -327,6 +327,24 @@ def test_the_adapter_gives_the_unlearned_model_without_merging(finished_lora: Fi
     assert finished_lora.manifest["bad_model"] == {"kept": True}
 
 
+def test_the_unlearned_model_generates_as_the_base_does(finished_lora: FinishedRun) -> None:
+    """The trainer's settings of a model are not saved with it."""
+    saved = read(finished_lora.folder / "unlearned" / "config.json")
+    base = read(embedded_model_path() / "config.json")
+    assert saved["use_cache"] == base["use_cache"]
+
+
+def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    def begin_again(stage: str, done: int, total: int) -> None:
+        with pytest.raises(OutputError, match="another process is writing .*run; wait until it ends"):
+            run_recipe(recipe(), tmp_path / "run", resume=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), tmp_path / "run", progress=begin_again)
+    assert names(tmp_path / "run") == {"manifest.json"}
+
+
 def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora: FinishedRun) -> None:
     """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2."""
     run = recipe(*LORA)
@@ -416,15 +434,15 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(
 def test_a_training_log_that_can_not_be_written_is_an_output_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = Path.write_text
+    put_in_place = Path.replace
 
-    def fail(path: Path, *args: Any, **kwargs: Any) -> int:
-        if path.name == "training_log.jsonl":
+    def fail(path: Path, target: Path) -> Path:
+        if target.name == "training_log.jsonl":
             full_disk()
-        return written(path, *args, **kwargs)
+        return put_in_place(path, target)
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OutputError, match=r"training_log\.jsonl can't be written: No space left"):
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match=r"disk is full: .*training_log\.jsonl was not written"):
         run_recipe(recipe(), tmp_path / "run")
     assert names(tmp_path) == set()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from sku.errors import OutputError
+from sku.locks import is_abandoned, own
 from sku.storage import (
     BAD_MODEL_MARK,
     check_new,
@@ -21,6 +23,8 @@ from sku.storage import (
     is_marked_hazardous,
     mark_hazardous,
     new_folder,
+    remove_hazardous,
+    remove_left_behind,
     write_json,
 )
 
@@ -186,3 +190,78 @@ def test_free_space_of_a_folder_to_come(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "yet", 1, "a byte")
     with pytest.raises(OutputError, match="the model needs .* MiB and .* MiB are free"):
         check_space(tmp_path / "not" / "yet", free * 2 + 2**30, "the model")
+
+
+@pytest.mark.parametrize("words", ["No space left on device (os error 28)", "File too large (os error 27)"])
+def test_a_full_disk_as_safetensors_says_it(words: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the disk is full"), new_folder(tmp_path / "run"):
+        raise SafetensorError(f"Error while serializing: I/O error: {words}")
+    with pytest.raises(OutputError, match=r"run can't be written: .*Permission denied"), new_folder(tmp_path / "run"):
+        raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+
+
+def test_what_a_killed_call_left_is_removed_and_what_another_one_writes_is_not(tmp_path: Path) -> None:
+    (tmp_path / ".run.killed.unfinished").mkdir()
+    with new_folder(tmp_path / "run") as first, new_folder(tmp_path / "run", overwrite=True) as second:
+        assert names_in(tmp_path) == sorted([first.name, second.name])
+
+
+def test_a_folder_is_owned_until_its_file_is_closed(tmp_path: Path) -> None:
+    assert is_abandoned(tmp_path)
+    descriptor = own(tmp_path)
+    assert not is_abandoned(tmp_path)
+    with pytest.raises(OutputError, match=f"another process is writing {tmp_path}; wait"):
+        own(tmp_path)
+    os.close(descriptor)
+    os.close(own(tmp_path))
+    assert not is_abandoned(tmp_path / "nothing")
+
+
+def test_a_removal_that_is_killed_leaves_a_marked_part_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark_hazardous(tmp_path / "bad")
+    mark_hazardous(tmp_path / "bad" / "final")
+    for folder in (tmp_path / "bad", tmp_path / "bad" / "final"):
+        (folder / "model.safetensors").write_bytes(b"")
+
+    def kill(*_arguments: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            remove_hazardous(tmp_path / "bad")
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".removed")
+    assert all(is_marked_hazardous(path.parent) for path in left.rglob("*.safetensors"))
+    assert is_marked_hazardous(left)
+    remove_left_behind(tmp_path)
+    assert names_in(tmp_path) == []
+
+
+def test_a_removal_that_is_interrupted_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_hazardous(tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"")
+    unlink, interrupts = Path.unlink, [KeyboardInterrupt()]
+
+    def interrupted(path: Path, **options: Any) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove_hazardous(tmp_path / "bad")
+    assert names_in(tmp_path) == []
+
+
+def test_a_disk_without_room_for_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_hazardous(tmp_path / "bad")
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    remove_hazardous(tmp_path / "bad")
+    assert names_in(tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 _speak = False
 
@@ -29,13 +30,15 @@ def quiet_imports() -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay."""
+    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay, but for one."""
     quiet_imports()
     import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # PEFT 0.21 reads the old name in every get_peft_model, which no user can mend.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if _speak:
         transformers.utils.logging.set_verbosity_info()
         datasets.utils.logging.set_verbosity_info()

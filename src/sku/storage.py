@@ -9,12 +9,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sku.disk_errors import named_disk_errors
 from sku.errors import OutputError
+from sku.locks import is_abandoned, one_at_a_time, own
 
 BAD_MODEL_MARK = "DO_NOT_SHARE.md"
 HAZARD_KEY = "sku_hazardous"
@@ -32,7 +34,8 @@ unlearned model or its adapter the original weights give it back by reflection.
 def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside ``target`` to write into; it becomes ``target`` when the block ends well, else it is removed.
 
-    Every file is flushed to disk before the rename, so no crash leaves a folder of that name half-written.
+    Every file is flushed to disk before the rename, so no crash leaves a folder of that name half-written. What a
+    killed call left beside ``target`` is removed by the next one.
 
     Args:
         target: Folder that must not exist yet.
@@ -48,11 +51,11 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
     target = target.absolute()
     if not overwrite:
         check_new(target)
-    with _named_disk_errors(target):
+    with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
+        temporary, lock = _open_temporary(target)
     try:
-        with _named_disk_errors(target):
+        with named_disk_errors(target):
             yield temporary
             temporary.chmod(0o700 if private else 0o755)
             _flush_tree(temporary)
@@ -61,6 +64,22 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _open_temporary(target: Path) -> tuple[Path, int]:
+    """A new folder beside ``target``, and the open file by which this process owns it; abandoned ones are removed."""
+    with one_at_a_time(target.parent):
+        for other in target.parent.glob(f"{glob.escape(f'.{target.name}.')}*.unfinished"):
+            if other.is_dir() and is_abandoned(other):
+                shutil.rmtree(other, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
+        try:
+            return temporary, own(temporary)
+        except BaseException:
+            temporary.rmdir()
+            raise
 
 
 @contextmanager
@@ -85,11 +104,11 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], *, resume: bool = 
     """
     target = target.absolute()
     check_new(target)
-    with _named_disk_errors(target):
+    with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         place, lock = _open_partial(target, inputs, resume=resume)
     try:
-        with _named_disk_errors(target):
+        with named_disk_errors(target):
             yield place / "model"
             (place / "model").chmod(0o755)
             _flush_folder(place / "model")
@@ -109,15 +128,11 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], *, resume: bool = 
 
 def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> tuple[Path, int]:
     """The folder that holds an unfinished ``target``, and the open file by which this process owns it."""
-    import fcntl
-
     text = json.dumps(inputs, indent=2, sort_keys=True)
     place = target.with_name(f".{target.name}.partial-{sha256(text.encode()).hexdigest()[:12]}")
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(parent, fcntl.LOCK_EX)  # Two calls must not find the same folder at once.
+    with one_at_a_time(target.parent):  # Two calls must not find the same folder at once.
         for other in sorted(target.parent.glob(f"{glob.escape(f'.{target.name}.partial-')}*")):
-            os.close(_lock(other))
+            os.close(own(other))
             if not resume:
                 shutil.rmtree(other)
             elif other != place:
@@ -128,21 +143,7 @@ def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> t
         place.mkdir(mode=0o700, exist_ok=True)
         (place / "model").mkdir(mode=0o700, exist_ok=True)
         (place / "inputs.json").write_text(text, encoding="utf-8")
-        return place, _lock(place)
-    finally:
-        os.close(parent)
-
-
-def _lock(place: Path) -> int:
-    import fcntl
-
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OutputError(f"another process is writing {place}; wait until it ends") from None
-    return descriptor
+        return place, own(place)
 
 
 def _difference(place: Path, inputs: Mapping[str, Any]) -> str:
@@ -226,7 +227,7 @@ def write_private_text(path: Path, text: str) -> None:
 def _write_whole(path: Path, text: str, *, mode: int) -> None:
     """Under a name of this process alone, then renamed; ``mode`` is less what the umask takes away."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    with _named_disk_errors(path):
+    with named_disk_errors(path):
         try:
             temporary.unlink(missing_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -249,7 +250,7 @@ def mark_hazardous(folder: Path) -> None:
     Raises:
         OutputError: It can't be written, or a configuration in it is damaged.
     """
-    with _named_disk_errors(folder):
+    with named_disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         (folder / BAD_MODEL_MARK).write_text(_BAD_MODEL_TEXT, encoding="utf-8")
@@ -281,19 +282,55 @@ def _has_hazard_key(path: Path) -> bool:
 def remove_hazardous(folder: Path) -> None:
     """Removes a folder of hazardous weights, and says so where it could not.
 
-    What was on the disk may still be read there: blocks are freed, not overwritten (SECURITY.md).
+    It is renamed first, so that no kill leaves a part of it under its name, and marks go last, so that what one leaves
+    is still found as hazardous. What was on the disk may still be read there: blocks are freed, not overwritten
+    (SECURITY.md).
 
     Raises:
         OutputError: Something of it is left.
     """
     if not folder.exists():
         return
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
     try:
-        shutil.rmtree(folder)
+        with suppress(OSError):  # A full disk may have no room for another name.
+            folder.rename(aside)
+        _remove_marks_last(aside if aside.exists() else folder)
+    except KeyboardInterrupt:  # Nobody who interrupts wants them to stay.
+        for left in (aside, folder):
+            if left.exists():
+                _remove_marks_last(left)
+        raise
     except OSError as error:
+        with suppress(OSError):
+            aside.rename(folder)
         raise OutputError(
             f"hazardous weights in {folder} could not be removed: {error.strerror or error}; remove them yourself"
         ) from error
+
+
+def _remove_marks_last(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            _remove_marks_last(path)
+        elif path.name != BAD_MODEL_MARK:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Removes what killed calls of this module left below a folder, which must be this process's own.
+
+    Raises:
+        OutputError: Something can't be removed.
+    """
+    with named_disk_errors(folder):
+        for ending in ("unfinished", "replaced", "removed"):
+            for path in list(folder.rglob(f".*.{ending}")):
+                if path.is_dir() and not path.is_symlink():
+                    _remove_marks_last(path)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def free_bytes(folder: Path) -> int:
@@ -316,23 +353,6 @@ def check_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free at {folder}; "
             "free some space or choose another --out"
         )
-
-
-@contextmanager
-def _named_disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
-    except Exception as error:
-        # safetensors reports a full disk as its own error type, with the system's words inside.
-        if "No space left" in str(error):
-            raise OutputError(f"the disk is full: {path} was not written; free some space and run again") from error
-        raise
 
 
 def _flush_tree(folder: Path) -> None:

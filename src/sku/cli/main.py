@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -61,6 +63,14 @@ app.add_typer(judge.app, name="judge")
 app.add_typer(recipes.app, name="recipes")
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as shells have it."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What printing into a file meets."""
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"sku {__version__}")
@@ -96,9 +106,16 @@ def _speaks(error: SkuError) -> bool:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user is one line and exit code 2, an interrupt or SIGTERM exit code 130."""
+    """Entry point: a mistake of the user is one line and exit code 2, Ctrl-C exit code 130, SIGTERM 143."""
+    terminated = False
+
+    def interrupt(_signal: int, _frame: object) -> NoReturn:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
     # A scheduler's SIGTERM must leave no more behind than Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         app()
     except SkuError as error:
@@ -106,8 +123,19 @@ def main() -> None:
             print_error(str(error))
             print_cause(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        print_error(f"standard output can't be written: {error.strerror}")
+        with suppress(OSError):  # What is left of it must not fail again; a test's is no file of the system.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # Typer makes an exit of an interrupt that no command has answered.
+        if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            errors.print("interrupted")
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)

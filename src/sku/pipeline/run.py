@@ -91,6 +91,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
         if processes.is_main:
             _remove_made(out, made)
         raise
+    finally:
+        run.folder.close()
 
 
 def _remove_made(out: Path, made: list[Path]) -> None:

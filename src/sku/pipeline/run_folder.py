@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sku.config import Recipe
 from sku.errors import OutputError
 from sku.evaluate.run import Progress
+from sku.locks import own
 from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
-from sku.storage import check_can_be_made, new_folder, write_json
+from sku.storage import check_can_be_made, new_folder, remove_left_behind, write_json
 
 MANIFEST_SCHEMA = 1
+_LOCK_FILE = ".lock"
+"""Held by the process that writes the run; what a killed one leaves of it holds nobody up."""
 
 
 class RunFolder:
@@ -33,6 +37,7 @@ class RunFolder:
         """
         self.path, self.processes, self.progress = path, processes, progress
         self.manifest: dict[str, Any] = {}
+        self._lock: int | None = None
 
     def open(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
         """Makes the folder, or checks that it belongs to an interrupted run of this recipe.
@@ -43,8 +48,8 @@ class RunFolder:
             resume: The folder may be there.
 
         Raises:
-            OutputError: It is there without ``resume``, or belongs to another run, a complete one, or one of another
-                number of processes; or it can't be read or written.
+            OutputError: It is there without ``resume``, or belongs to another run, a complete one, one that is still
+                running, or one of another number of processes; or it can't be read or written.
         """
         self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, trained_folder, resume=resume))
 
@@ -81,18 +86,24 @@ class RunFolder:
         if not self.path.exists():
             with new_folder(self.path, private=True) as temporary:
                 write_json(temporary / "manifest.json", fresh)
+            self._own()
             return _read_manifest(self.path)
-        return self._found_manifest(fresh, trained_folder, resume=resume)
+        manifest = self._found_manifest(fresh, trained_folder, resume=resume, is_ours=True)
+        remove_left_behind(self.path)
+        return manifest
 
-    def _found_manifest(self, fresh: dict[str, Any], trained_folder: Path, *, resume: bool) -> dict[str, Any]:
-        """The manifest of a folder that is there, where it may be gone on with."""
+    def _found_manifest(
+        self, fresh: dict[str, Any], trained_folder: Path, *, resume: bool, is_ours: bool = False
+    ) -> dict[str, Any]:
+        """The manifest of a folder that is there, where it may be gone on with; from now on ours if asked for."""
         if not resume:
             raise OutputError(f"{self.path} already exists; choose another --out, or add --resume to go on with it")
-        manifest = _read_manifest(self.path)
-        if manifest["recipe_sha256"] != fresh["recipe_sha256"]:
-            raise OutputError(f"{self.path} belongs to a run with another recipe; choose another --out")
-        if manifest["status"] == "complete":
-            raise OutputError(f"the run in {self.path} is already complete; choose another --out")
+        manifest = self._manifest_of(
+            fresh["recipe_sha256"]
+        )  # A folder that is no part of this run is not even locked.
+        if is_ours:
+            self._own()
+            manifest = self._manifest_of(fresh["recipe_sha256"])
         begun_with = manifest.setdefault("processes", 1)
         if begun_with != self.processes.count and list(trained_folder.glob("checkpoint-*")):
             raise OutputError(
@@ -100,6 +111,31 @@ class RunFolder:
                 f"start {begun_with} here too, not {self.processes.count}, or choose another --out"
             )
         return manifest
+
+    def _manifest_of(self, recipe_sha256: str) -> dict[str, Any]:
+        """The manifest of an unfinished run of a recipe."""
+        manifest = _read_manifest(self.path)
+        if manifest["recipe_sha256"] != recipe_sha256:
+            raise OutputError(f"{self.path} belongs to a run with another recipe; choose another --out")
+        if manifest["status"] == "complete":
+            raise OutputError(f"the run in {self.path} is already complete; choose another --out")
+        return manifest
+
+    def _own(self) -> None:
+        try:
+            self._lock = own(self.path / _LOCK_FILE, create=True)
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{self.path} can't be written: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Lets another process go on with the run."""
+        if self._lock is not None:
+            with suppress(OSError):
+                (self.path / _LOCK_FILE).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
 
     def note(self, **entries: Any) -> None:
         """Adds entries to the manifest, or replaces them, and writes it.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
-from sku.errors import NoAlphaError, OutputError, TaskVectorError
+from sku.errors import NoAlphaError, TaskVectorError
 from sku.methods import method_named
 from sku.methods.base import negated
 from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
@@ -31,7 +31,7 @@ from sku.negate.task_vector import TaskVector
 from sku.pipeline.acquire import mark_trained
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import shared_new_folder
-from sku.storage import mark_hazardous, remove_hazardous
+from sku.storage import mark_hazardous, remove_hazardous, write_text
 from sku.sweep.run import sweep
 from sku.training.run import Trained, step_progress
 
@@ -250,11 +250,7 @@ class Unlearning:
 
     def _write_log(self, acquired: Trained) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
-        path = self.out / "training_log.jsonl"
-        try:
-            path.write_text(lines, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path} can't be written: {error.strerror}") from error
+        write_text(self.out / "training_log.jsonl", lines)
         self.folder.note(
             tokenization={name: dataclasses.asdict(report) for name, report in acquired.reports.items()},
             training={"steps": acquired.log[-1]["step"] if acquired.log else 0, "seconds": acquired.seconds},

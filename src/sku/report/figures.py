@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,16 +103,21 @@ def check_suffix(path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure; inside ``rc_context(STYLE)`` the same figure gives the same SVG, byte by byte.
+    """Writes a whole figure or none; inside ``rc_context(STYLE)`` the same figure gives the same SVG, byte by byte.
 
     Raises:
         OutputError: The folder can't be written.
     """
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.unfinished")
     try:
-        figure.savefig(path, dpi=200, metadata=metadata)
+        try:
+            figure.savefig(temporary, dpi=200, metadata=metadata, format=path.suffix[1:].lower())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"figure {path} can't be written: {error.strerror}") from None
+        raise OutputError(f"figure {path} can't be written: {error.strerror or error}") from None
 
 
 def _bar_groups(comparison: Comparison) -> list[tuple[str, list[_Bar]]]:

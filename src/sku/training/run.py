@@ -91,7 +91,7 @@ def train(
         NonFiniteLossError: A loss term is NaN or infinite.
         OutputError: A checkpoint can't be written.
     """
-    model = loaded.model
+    model, use_cache = loaded.model, getattr(loaded.model.config, "use_cache", None)
     if tuning == "qlora":
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=bool(settings.activation_checkpointing)
@@ -114,6 +114,9 @@ def train(
     last = processes.on_main(lambda: _last_checkpoint(folder, processes.count))
     with _named_checkpoint_errors(folder), lost_processes_named():
         result = trainer.train(resume_from_checkpoint=last)
+    if use_cache is not None:
+        # The trainer switches it off in the configuration, which goes with the weights to whoever generates.
+        loaded.model.config.use_cache = use_cache
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.eval()
     joint = trainer.train_dataset

@@ -1,0 +1,1 @@
+"""Batteries of faults."""

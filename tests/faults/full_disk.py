@@ -1,0 +1,100 @@
+"""A disk that takes nothing more from one file operation on: in a process, or at each operation in a fork of it.
+
+``ENOSPC`` and its like are raised by Python's own operations. ``limit N`` is the kernel's: no file may grow beyond N
+bytes, whoever writes it, so that safetensors and torch meet it too (EFBIG).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+from faults.file_operations import MAKING, Operation
+
+
+class FullDisk:
+    """The fault of one process."""
+
+    def __init__(self, fault: str) -> None:
+        """Nothing happens before ``strike``.
+
+        Args:
+            fault: A name of ``errno``, or ``limit N``.
+        """
+        self._fault, self._on = fault, False
+
+    def strike(self) -> None:
+        """From now on the disk takes nothing."""
+        self._on = True
+        if self._fault.startswith("limit "):
+            bytes_ = int(self._fault.removeprefix("limit "))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))  # Python ignores SIGXFSZ.
+
+    def see(self, operation: Operation) -> None:
+        """Refuses an operation that needs room."""
+        if self._on and operation.event in MAKING and not self._fault.startswith("limit "):
+            number = getattr(errno, self._fault)
+            raise OSError(number, os.strerror(number), str(operation.path))
+
+
+class Branches:
+    """At each file operation a copy of the process goes on with a full disk; what it left is noted and undone."""
+
+    def __init__(self, command: dict[str, Any]) -> None:
+        """Reads ``branch``: ``faults`` (taken in turn), ``offset`` and ``every`` (which operations)."""
+        plan = command["branch"]
+        self._faults, self._offset, self._every = plan["faults"], plan["offset"], plan["every"]
+        self._place, self._output = Path(command["watch"]), Path(command["output"])
+        self._count = 0
+        self._disk: FullDisk | None = None
+
+    def see(self, operation: Operation) -> None:
+        """Branches off before an operation that needs room."""
+        if self._disk is not None:
+            self._disk.see(operation)
+            return
+        if operation.event not in MAKING:
+            return
+        self._count += 1
+        if self._count % self._every == self._offset:
+            self._branch(operation, self._faults[self._count // self._every % len(self._faults)])
+
+    def _branch(self, operation: Operation, fault: str) -> None:
+        kept = self._output / "kept"
+        shutil.copytree(self._place, kept)
+        out, err = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(out[1], 1)
+            os.dup2(err[1], 2)
+            for descriptor in (*out, *err):
+                os.close(descriptor)
+            self._disk = FullDisk(fault)
+            self._disk.strike()
+            self._disk.see(operation)
+            return
+        os.close(out[1])
+        os.close(err[1])
+        printed = [_read_all(descriptor) for descriptor in (err[0], out[0])]
+        _, status = os.waitpid(pid, 0)
+        entry = {
+            "event": operation.event, "path": str(operation.path.relative_to(self._place)), "fault": fault,
+            "code": os.waitstatus_to_exitcode(status), "err": printed[0], "out": printed[1],
+            "left": sorted(str(path.relative_to(self._place)) for path in self._place.rglob("*")),
+        }  # fmt: skip
+        with (self._output / "branches.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        for path in self._place.iterdir():
+            shutil.rmtree(path)
+        shutil.copytree(kept, self._place, dirs_exist_ok=True)
+        shutil.rmtree(kept)
+
+
+def _read_all(descriptor: int) -> str:
+    with os.fdopen(descriptor, encoding="utf-8") as file:
+        return file.read()

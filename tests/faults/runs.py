@@ -1,0 +1,172 @@
+"""Small whole runs, what an unfinished one may leave, and when two are equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from sku.storage import is_marked_hazardous
+from sku.wipe import hazardous_folders
+
+WHOLE = {
+    "acquire.training.max_steps": "3", "acquire.training.save_steps": "1", "acquire.training.logging_steps": "1",
+    "data.forget.limit": "60", "data.retain.limit": "60", "evaluate.prompts": "4", "evaluate.retain_prompts": "4",
+    "evaluate.max_new_tokens": "8", "evaluate.samples": "2", "evaluate.attacks": "[]", "evaluate.precisions": "[]",
+    "negate.diagnostics": "false", "negate.alpha": "1.25",
+}  # fmt: skip
+"""Every phase of a run, and little to do in each."""
+ADAPTER = {
+    **WHOLE, "acquire.tuning": "lora", "acquire.lora.r": "4", "acquire.training.learning_rate": "1e-2",
+    "negate.alpha": "1.0", "keep_bad_model": "true",
+}  # fmt: skip
+"""With an adapter, and a bad model that stays."""
+SWEPT = {
+    **WHOLE, "negate.alpha": "auto", "evaluate.samples": "0",
+    "sweep": "{alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 8, forced_tokens: [3], "
+    "if_none: nearest, utility_budget: 1.0e+9, hopeless_ratio: 1.0e+9}",
+}  # fmt: skip
+"""Alpha is chosen on held-out data."""
+_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that nobody disturbed."""
+
+    folder: Path
+    operations: list[dict[str, str]]
+    """What it did to files: ``phase``, ``event``, ``path``."""
+
+    def count(self, phase: str) -> int:
+        """Number of file operations in a phase."""
+        return sum(operation["phase"] == phase for operation in self.operations)
+
+
+def keeps_bad(settings: dict[str, str]) -> bool:
+    """Whether a run with these settings keeps its bad model."""
+    return settings.get("keep_bad_model") == "true"
+
+
+def words_of(settings: dict[str, str]) -> list[str]:
+    """Settings as words of a command."""
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def sha256(path: Path) -> str:
+    """Of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def hashes_below(folder: Path) -> dict[str, str]:
+    """Path -> hash of every file below a folder."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def check_leavings(place: Path, run: Path, finished: Path) -> None:
+    """Checks what a run that has died left, wherever it died.
+
+    A model's name stands for a whole model; weights of stage 1 are behind 0700, marked, and found by ``sku wipe``;
+    nothing else that can be loaded is there.
+
+    Args:
+        place: The folder around the run.
+        run: Its folder, which need not exist.
+        finished: That of an equal run that nobody disturbed.
+    """
+    for folder in _folders_of_weights(place):
+        own = folder.relative_to(run).parts[0] if folder.is_relative_to(run) else ""
+        if own in ("unlearned", "negated_adapter"):
+            found, whole = _model(folder), _model(finished / own)
+            different = {name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name)}
+            assert not different, f"{folder} is no whole model: {different}"
+            continue
+        assert _is_private(folder, place), f"{folder} can be entered by others"
+        if own == "bad" or own.startswith(".bad"):
+            assert stat.S_IMODE((run / own).stat().st_mode) == 0o700, f"{run / own} can be entered by others"
+            assert is_marked_hazardous(folder), f"{folder} is not marked"
+            removable = hazardous_folders(place)
+            assert any(folder.is_relative_to(marked) for marked in removable), f"sku wipe doesn't find {folder}"
+        else:
+            assert folder.name.endswith(".unfinished"), f"{folder} is no place for weights"
+        _check_no_half_model(folder, finished)
+    if (run / "manifest.json").exists():
+        assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["status"] in ("running", "complete")
+
+
+def _model(folder: Path) -> dict[str, str]:
+    """The files of a model, less its card, which comes last."""
+    return {name: text for name, text in hashes_below(folder).items() if name != "README.md" and name[0] != "."}
+
+
+def _folders_of_weights(place: Path) -> Iterator[Path]:
+    files = [path for path in place.rglob("*") if path.suffix in _WEIGHTS]
+    yield from sorted({path.parent for path in files})
+
+
+def _is_private(folder: Path, place: Path) -> bool:
+    """Whether a folder, or one around it, is its owner's alone."""
+    around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(place) and parent != place)]
+    return any(stat.S_IMODE(path.stat().st_mode) == 0o700 for path in around)
+
+
+def _check_no_half_model(folder: Path, finished: Path) -> None:
+    """Weights that can be read hold every tensor."""
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="np") as file:
+                names = set(file.keys())
+        except SafetensorError:
+            continue  # Cut off: nobody can load it.
+        whole = [finished / "unlearned" / path.name, finished / "negated_adapter" / path.name]
+        (same,) = [other for other in whole if other.exists()]
+        with safe_open(same, framework="np") as file:
+            assert names == set(file.keys()), f"{path} lacks tensors"
+
+
+def check_equal_runs(run: Path, finished: Path) -> None:
+    """Checks that a run ended like another: same files, same weights to the bit, same results but for times."""
+    assert _names(run) == _names(finished)
+    for path in finished.rglob("*"):
+        name = path.relative_to(finished)
+        rows = path.suffix == ".jsonl" and path.name != "training_log.jsonl"
+        if rows or path.suffix == ".safetensors" or path.name in ("evaluation.json", "sweep.json", "config.json"):
+            assert sha256(run / name) == sha256(path), f"{name} differs"
+    assert _log(run) == _log(finished)
+    assert _results(run) == _results(finished)
+    assert _untimed(_read(run / "manifest.json")) == _untimed(_read(finished / "manifest.json"))
+    if (run / "bad").exists():
+        for folder in (run / "bad", run / "bad" / "final"):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            assert is_marked_hazardous(folder)
+
+
+def _names(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*")}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _results(run: Path) -> dict[str, Any]:
+    results: dict[str, Any] = _read(run / "results.json")
+    return {**results, "manifest": _untimed(results["manifest"])}
+
+
+def _untimed(manifest: dict[str, Any]) -> dict[str, Any]:
+    training = {key: value for key, value in manifest["training"].items() if key != "seconds"}
+    kept = {key: value for key, value in manifest.items() if key not in ("seconds", "environment")}
+    return {**kept, "training": training}
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in _TIMES} for line in lines]
