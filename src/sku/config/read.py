@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from sku.config.check import build
+from sku.config.check import build, check_plain
 from sku.config.model import EMBEDDED
 from sku.config.recipe import Recipe
+from sku.config.yaml_text import read_yaml
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
@@ -38,7 +39,7 @@ def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = 
     """
     text, where = _recipe_text(name_or_path)
     try:
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
@@ -56,6 +57,7 @@ def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recip
     """
     recipe = build(Recipe, content, "", where)
     assert isinstance(recipe, Recipe)
+    check_plain(recipe.to_dict(), "", where)
     return recipe
 
 
@@ -112,7 +114,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {override} must look like key.sub=value")
     try:
-        parsed = yaml.safe_load(value) if value else None
+        parsed = read_yaml(value) if value else None
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
     *parents, last = key.split(".")

@@ -16,6 +16,7 @@ import yaml
 
 from sku.config import EMBEDDED, EvaluateConfig
 from sku.data.examples import ForgetRetainData
+from sku.config.yaml_text import read_yaml
 from sku.errors import EvaluationError, did_you_mean, one_line
 from sku.evaluate.judges.base import Judge
 from sku.evaluate.judges.calibration_file import read_calibration
@@ -134,7 +135,7 @@ def read_judge_file(name: str) -> dict[str, Any]:
         return {"kind": "precomputed", "path": name}
     text = judge_file_text(name)
     try:
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except yaml.YAMLError as error:
         raise EvaluationError(f"judge file {name} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
