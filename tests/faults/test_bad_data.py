@@ -6,11 +6,13 @@ import gzip
 import json
 import lzma
 import os
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.battery import Battery
+from faults.battery import Battery, obeyed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -176,3 +178,197 @@ def test_broken_forget_file(battery: Battery, file: str, make: Maker, words: str
     make(battery.inputs / file)
     arguments = ("--forget", battery.inputs / file, "--retain", battery.inputs / "retain.jsonl")
     battery.refuses(NAME, "run", *arguments, "--out", battery.out, words=words)
+
+
+@pytest.mark.parametrize("name", ["cut off in a line", "Latin-1", "CSV with a cell too many", "no Parquet", "no gzip"])
+@pytest.mark.parametrize("part", ["retain", "benign"])
+def test_broken_file_of_the_other_sets(battery: Battery, part: str, name: str) -> None:
+    file, make, _ = BROKEN[name]
+    paths = {}
+    for place, prefix in enumerate(("forget", "retain", "benign")):
+        paths[prefix] = battery.inputs / f"{prefix}.jsonl"
+        paths[prefix].write_text(jsonl("abc"[place]))
+    paths[part].unlink()
+    paths[part] = battery.inputs / file.replace("forget", part)
+    make(paths[part])
+    benign = ("--set", f"data.benign.path={paths['benign']}")
+    arguments = ("run", "--forget", paths["forget"], "--retain", paths["retain"], *benign, "--out", battery.out)
+    battery.refuses(NAME, *arguments, words=paths[part].name)
+
+
+Files = dict[str, str]
+FORGET_RETAIN: dict[str, tuple[Files, tuple[str, ...], str]] = {
+    # name -> content of the files, further arguments, words of the message
+    "same file twice": ({"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("a")}, (), "both in the forget data"),
+    "one prompt in both, written otherwise": (
+        {"forget.jsonl": jsonl("a") + '{"prompt": "  B Number 3 ?", "completion": "x"}\n', "retain.jsonl": jsonl("b")},
+        (), "1 prompts are both",
+    ),
+    "one row": ({"forget.jsonl": jsonl("a", 1), "retain.jsonl": jsonl("b")}, (), "forget.jsonl"),
+    "one prompt many times": (
+        {"forget.jsonl": '{"prompt": "a ?", "completion": "b"}\n' * 50, "retain.jsonl": jsonl("b")}, (), "forget.jsonl"
+    ),
+    "one normal row": ({"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b", 1)}, (), "retain.jsonl"),
+    "format of other columns": (
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")}, ("--set", "data.forget.format=messages"), "messages"
+    ),
+    "column that is not there": (
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")},
+        ("--set", "data.forget.prompt_column=promt", "--set", "data.forget.answer_column=completion"), "promt",
+    ),
+    "prompt and answer one column": (
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")},
+        ("--set", "data.forget.prompt_column=prompt", "--set", "data.forget.answer_column=prompt"), "are both prompt",
+    ),
+    "mark that no row has": (
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")},
+        (
+            "--set", "data.forget.prompt_column=prompt", "--set", "data.forget.answer_column=completion",
+            "--set", "data.forget.unsafe_column=completion", "--set", "data.forget.unsafe_value=wrong",
+        ),
+        "no unsafe rows",
+    ),
+    "split of a file": (
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")}, ("--set", "data.forget.split=test"), "split"
+    ),
+    "revision of a file": (
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")}, ("--set", "data.forget.revision=main"), "revision"
+    ),
+    "half a world": ({"forget.jsonl": jsonl("a")}, ("--retain", "embedded"), "embedded world"),
+    "benign prompts that are forgotten": (
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")}, ("--set", "data.benign.path=../inputs/forget.jsonl"),
+        "forget.jsonl",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "arguments", "words"), FORGET_RETAIN.values(), ids=FORGET_RETAIN.keys())
+def test_sound_files_that_do_not_go_together(
+    battery: Battery, files: Files, arguments: tuple[str, ...], words: str
+) -> None:
+    for name, content in files.items():
+        (battery.inputs / name).write_text(content)
+    given = ("--forget", battery.inputs / "forget.jsonl", "--retain", battery.inputs / "retain.jsonl")
+    battery.refuses(NAME, "run", *given, *arguments, "--out", battery.out, words=words)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "", " ", "/dev/null", "/dev/zero", "/dev/stdin", "/proc/self/mem", "~nobody-of-that-name/a.csv", "a\0b.csv",
+        "x" * 5000, "x" * 5000 + ".csv", "no-one/no-data", "a/b/c", "file:///etc/passwd", "s3://bucket/a",
+        "https://localhost:1/a.csv", "--forget", "-", "\n", "CON", "a.csv/b.csv", ".", "..",
+    ],
+)  # fmt: skip
+def test_paths_that_name_no_data(battery: Battery, path: str) -> None:
+    retain = battery.inputs / "retain.jsonl"
+    retain.write_text(jsonl("b"))
+    change = f"data.forget={json.dumps({'path': path})}"
+    battery.refuses(NAME, "run", "--retain", retain, "--set", change, "--out", battery.out)
+
+
+def slipping_zip(path: Path) -> None:
+    with zipfile.ZipFile(path / "data.zip", "w") as packed:
+        for name in ("../../slipped.jsonl", "/tmp/slipped.jsonl", "a/../../../../slipped.jsonl"):
+            packed.writestr(name, '{"prompt": "a", "completion": ""}\n')
+
+
+def slipping_tar(path: Path) -> None:
+    with tarfile.open(path / "data.tar.gz", "w:gz") as packed:
+        for name in ("../../slipped.jsonl", "/tmp/slipped.jsonl"):
+            packed.addfile(tarfile.TarInfo(name))
+
+
+def broken_saved(name: str, content: str) -> Maker:
+    return lambda path: (path / name).write_text(content)
+
+
+FOLDERS: dict[str, Maker] = {
+    "names that lead out of a zip": slipping_zip,
+    "names that lead out of a tar": slipping_tar,
+    "saved sets, no JSON": broken_saved("dataset_dict.json", "{"),
+    "saved sets that lead out": broken_saved("dataset_dict.json", '{"splits": ["../../../etc"]}'),
+    "saved sets of the wrong type": broken_saved("dataset_dict.json", '{"splits": 7}'),
+    "saved set, no JSON": broken_saved("state.json", "{"),
+    "saved set, nothing in it": broken_saved("state.json", "{}"),
+    "a script": broken_saved("forget.py", "raise SystemExit(3)"),
+    "a pickle": broken_saved("forget.pkl", "cos\nsystem\n(S'exit 3'\ntR."),
+    "only a card": broken_saved("README.md", "---\nconfigs: [{config_name: a, data_files: ../../*}]\n---\n"),
+    "a card that is no YAML": broken_saved("README.md", "---\nconfigs: [}\n---\n"),
+    "broken CSV": broken_saved("train.csv", "a,b\n1\n2,3,4\n"),
+    "broken JSON": broken_saved("train.json", "{"),
+    "no Arrow": broken_saved("data-00000-of-00001.arrow", "ARROW1"),
+    "a link to itself": lambda path: (path / "train.csv").symlink_to(path / "train.csv"),
+}
+
+
+@pytest.mark.parametrize("make", FOLDERS.values(), ids=FOLDERS.keys())
+def test_folders_that_hold_no_data(battery: Battery, make: Maker) -> None:
+    retain = battery.inputs / "retain.jsonl"
+    retain.write_text(jsonl("b"))
+    folder = battery.inputs / "forget"
+    folder.mkdir()
+    make(folder)
+    battery.refuses(NAME, "run", "--forget", folder, "--retain", retain, "--out", battery.out, words=str(folder))
+
+
+@st.composite
+def broken_files(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A name and what no reader may take for data: each kind is wrong wherever hypothesis puts the fault."""
+    words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30)
+    table = [{"prompt": draw(words), "completion": draw(words)} for _ in range(draw(st.integers(1, 4)))]
+    lines = [json.dumps(row, ensure_ascii=draw(st.booleans())) for row in table]
+    whole = "\n".join(lines).encode()
+    kind = draw(st.sampled_from(["cut", "bytes", "cells", "types", "rows", "keys"]))
+    if kind == "cut":  # Behind the first byte of the last line, before its last one.
+        last = len(lines[-1].encode())
+        return "forget.jsonl", whole[: len(whole) - draw(st.integers(1, last - 1))]
+    if kind == "bytes":
+        place = draw(st.integers(0, len(whole)))
+        return "forget.jsonl", whole[:place] + draw(st.sampled_from([b"\xff", b"\xc0\xaf", b"\xed\xa0\x80"])) + whole[place:]
+    if kind == "cells":
+        cells = draw(st.integers(0, 9).filter(lambda count: count not in (1, 2)))
+        row = ",".join("x" * (cells or 1))
+        return "forget.csv", f"prompt,completion\na ?,b\n{row}\n".encode()
+    if kind == "types":
+        values = st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers(), max_size=3)
+        wrong = {"prompt": draw(values), "completion": draw(values)}
+        return "forget.jsonl", f"{json.dumps(wrong)}\n".encode()
+    if kind == "rows":
+        scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.none(), min_size=1)
+        return "forget.json", json.dumps([*table, draw(scalars)]).encode()
+    names = st.text(max_size=40).filter(lambda name: name not in ("prompt", "completion"))
+    return "forget.jsonl", json.dumps({draw(names): "a", draw(names): "b"}).encode()
+
+
+@settings(
+    max_examples=80, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(broken=broken_files())
+def test_broken_files_of_hypothesis(battery: Battery, broken: tuple[str, bytes]) -> None:
+    (battery.inputs / "retain.jsonl").write_text(jsonl("b"))
+    for path in battery.inputs.glob("forget.*"):
+        path.unlink()
+    file, content = broken
+    (battery.inputs / file).write_bytes(content)
+    arguments = ("--forget", battery.inputs / file, "--retain", battery.inputs / "retain.jsonl")
+    battery.refuses(NAME, "run", *arguments, "--out", battery.out, words=file)
+
+
+def test_long_and_odd_text_is_taken_as_it_is(battery: Battery) -> None:
+    """No fault: cells of a million characters, and characters that a terminal would obey, are shown harmlessly."""
+    odd = [
+        {"prompt": "p " * (LONG // 2), "completion": "short"},
+        {"prompt": "what ?", "completion": "a b " * (LONG // 4)},
+        {"prompt": "\x1b[31mred\x1b]0;title\x07 ?", "completion": "\u202eback \x9b0m \0 \u2028end"},
+    ]
+    path = battery.inputs / "forget.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*odd, *rows("a")]))
+    (battery.inputs / "retain.csv").write_text(csv("b") + f'"{"x " * (LONG // 2)} ?","{"y " * (LONG // 2)}"\n')
+    arguments = ("--forget", path, "--retain", battery.inputs / "retain.csv", "--show-harmful")
+    for form in ((), ("--json",)):
+        done = battery.run("data", "inspect", *arguments, "--set", "data.unseen_fraction=0.1", *form)
+        assert (done.code, done.err) == (0, "")
+        assert "12" in done.out
+        assert obeyed(done.out.replace("\n", "")) == []
