@@ -68,8 +68,10 @@ def read_text_file(path: Path) -> tuple[list[str], list[Row]]:
 
 
 def _open(path: Path) -> TextIO:
-    opener = _OPENERS.get(path.suffix.lower())
-    content = path.open("rb") if opener is None else io.BufferedReader(_Unpacked(opener(path, "rb"), path))
+    suffix = path.suffix.lower()
+    content = _OPENERS.get(suffix, open)(path, "rb")
+    if suffix in _OPENERS:
+        content = io.BufferedReader(_Unpacked(content, path))
     # newline="": the csv module finds line ends by itself, as they may stand inside a quoted cell.
     return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
 
