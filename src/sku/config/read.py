@@ -86,6 +86,8 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
     path = Path(name_or_path)
     try:
         if path.suffix in {".yaml", ".yml"} or path.is_file():
+            if path.exists() and not path.is_file():  # A pipe would be waited for, and a device read for ever.
+                raise RecipeError(f"recipe {name} is no file")
             return path.read_text(encoding="utf-8"), name
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe file {name}") from None

@@ -46,25 +46,31 @@ def read_yaml(text: str) -> Any:
             than ``MOST_VALUES`` values (a few lines of aliases of aliases can stand for billions).
     """
     try:
-        content = yaml.load(text, Loader=_Loader)  # A SafeLoader.
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count(node, 0, 0)  # Before it is built: a merge of a mapping into itself would never end.
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except _LOADER_ERRORS as error:
         what = "it is nested too deep" if isinstance(error, RecursionError) else f"a value can't be read ({error})"
         raise yaml.YAMLError(what) from None
-    _count(content, 0, 0)
-    return content
 
 
-def _count(value: Any, count: int, depth: int) -> int:
-    """Counts the values in plain data, up to the limit."""
+def _count(node: yaml.Node, count: int, depth: int) -> int:
+    """Counts the values that a node stands for, up to the limit."""
     if depth > _DEEPEST:
         raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep, or holds itself")
     count += 1
     if count > MOST_VALUES:
         raise yaml.YAMLError(f"it stands for more than {MOST_VALUES} values")
-    if isinstance(value, dict):
-        for name, entry in value.items():
+    if isinstance(node, yaml.MappingNode):
+        for name, entry in node.value:
             count = _count(entry, _count(name, count, depth + 1), depth + 1)
-    elif isinstance(value, list | tuple | set):
-        for entry in value:
+    elif isinstance(node, yaml.SequenceNode):
+        for entry in node.value:
             count = _count(entry, count, depth + 1)
     return count
