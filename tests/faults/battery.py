@@ -24,7 +24,7 @@ from faults.summary import RecordCases
 
 from sku.cli.main import app, main
 
-SECONDS = 20
+SECONDS = 10
 """No wrong input may keep a command busy, or waiting, for longer."""
 
 

@@ -136,8 +136,8 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "saving every 0 steps": ("acquire.training.save_steps=0", "save_steps"),
     "gradients added up 0 times": ("acquire.training.gradient_accumulation_steps=0", "gradient_accumulation_steps"),
     "clipping below 0": ("acquire.training.max_grad_norm=-1", "max_grad_norm"),
-    "unknown optimizer": ("acquire.training.optim=adamax9", "optim"),
-    "unknown schedule": ("acquire.training.lr_scheduler_type=cosin", "lr_scheduler_type"),
+    "unknown optimizer": ("acquire.training.optim=adamax9", "adamax9"),
+    "unknown schedule": ("acquire.training.lr_scheduler_type=cosin", "cosin is not"),
     "training key with a place of its own": ("acquire.training.output_dir=/tmp/elsewhere", "output_dir"),
     "unknown packing": ("acquire.training.packing=flatt", "packing"),
     "training that is a list": ("acquire.training=[1]", "acquire.training"),
@@ -170,7 +170,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "labels that are not there": ("evaluate.judge=none.csv", "none.csv"),
     "judge settings of a judge without any": ("evaluate.judge_settings={a: 1}", "judge"),
     "relearning from nothing": ("evaluate.relearn_pairs=[0]", "relearn_pairs"),
-    "templates that are not there": ("evaluate.attack_templates=none.txt", "none.txt"),
+    "templates that are not there": ("evaluate={attacks: [template], attack_templates: none.txt}", "none.txt"),
     "lm-eval limit 0": ("evaluate.lm_eval_limit=0", "lm_eval_limit"),
     "unknown method": ("method=skuu", "skuu"),
     "method file that is not there": ("method=../none.py", "none.py"),
@@ -206,7 +206,10 @@ def test_text_that_is_no_recipe(battery: Battery, text: str | bytes, words: str)
 
 @pytest.mark.parametrize(("setting", "words"), SETTINGS.values(), ids=SETTINGS.keys())
 def test_setting_that_makes_no_sense(battery: Battery, setting: str, words: str) -> None:
-    battery.refuses(NAME, "run", "--set", setting, "--out", battery.out, words=words)
+    # There is no such model: a setting that is looked at too late would be told of that.
+    late = ("model", "evaluate.judge")
+    model = () if setting.startswith(late) else ("--model", "./nowhere")
+    battery.refuses(NAME, "run", *model, "--set", setting, "--out", battery.out, words=words)
 
 
 @pytest.mark.parametrize("command", ["run", "compare", "ablate", "sweep", "plan"])
@@ -238,3 +241,119 @@ def test_place_that_holds_no_recipe(battery: Battery, file: str, make: Callable[
     path = battery.inputs / file
     make(path)
     battery.refuses(NAME, "run", path, "--out", battery.out)
+
+
+SOUND_RECIPES: dict[str, dict[str, Any]] = {
+    # Without a model: what is looked at too late would be told of that.
+    name: load_recipe(name, ["model.path=./nowhere"]).to_dict()
+    for name in recipe_names()
+}
+SECTIONS = (
+    "model", "data", "data.forget", "data.retain", "acquire", "acquire.weights", "acquire.lora", "negate", "sweep",
+    "evaluate", "compare", "compat",
+)  # fmt: skip
+BELOW_1 = (
+    "data.forget.limit", "data.max_answer_tokens", "acquire.random_answers", "acquire.lora.r", "acquire.lora.alpha",
+    "acquire.training.per_device_train_batch_size", "sweep.prompts", "sweep.retain_prompts", "sweep.max_new_tokens",
+    "evaluate.prompts", "evaluate.retain_prompts", "evaluate.max_new_tokens", "evaluate.batch_size",
+    "evaluate.attack_prompts", "evaluate.relearn_steps", "evaluate.lm_eval_limit", "compare.seeds",
+)  # fmt: skip
+"""Keys of whole numbers that must be 1 or more."""
+BELOW_0 = (
+    "seed", "acquire.seed", "acquire.weights.guided_distortion", "acquire.weights.random_disassociation",
+    "acquire.weights.preservation_divergence", "acquire.preservation_cap", "acquire.lora.dropout",
+    "acquire.training.learning_rate", "acquire.training.weight_decay", "data.unseen_fraction",
+    "data.retain_validation_fraction", "data.retain_test_fraction", "sweep.low", "sweep.high", "sweep.tolerance",
+    "sweep.validation_fraction", "sweep.harm_target", "sweep.degenerate_limit", "sweep.over_refusal_limit",
+    "sweep.utility_budget", "sweep.hopeless_ratio", "evaluate.prefill_tokens", "evaluate.samples",
+    "evaluate.short_answer_words", "evaluate.temperature", "evaluate.top_p", "evaluate.utility_margin",
+    "compare.utility_budget", "compare.max_strength",
+)  # fmt: skip
+"""Keys of numbers that must not be negative."""
+
+
+def holder(content: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds a dotted key, and the key's last part."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        content = content[parent]
+    return content, last
+
+
+def leaves(content: dict[str, Any], key: str = "") -> list[str]:
+    """Dotted keys of all values that a dataclass describes, each of which has one type."""
+    found = []
+    for name, value in content.items():
+        path = f"{key}.{name}" if key else name
+        if path in ("acquire.training", "evaluate.judge_settings", "methods", "negate.operators"):
+            continue
+        found += leaves(value, path) if isinstance(value, dict) else [path]
+    return found
+
+
+def wrong_values(value: Any) -> st.SearchStrategy[Any]:
+    """Values of a type that can't stand where ``value`` stands."""
+    times = st.dates()
+    mappings = st.dictionaries(st.text(min_size=1, max_size=5), st.integers(), min_size=1, max_size=2)
+    if isinstance(value, bool):
+        return st.integers(2, 9) | st.text(max_size=9) | st.none() | st.lists(st.booleans()) | mappings
+    if isinstance(value, int | float):
+        return st.text("xyz!", max_size=9) | st.lists(st.integers(), max_size=2) | mappings | times | st.booleans()
+    if isinstance(value, list):
+        return st.integers() | st.text(max_size=9) | st.booleans() | mappings | times
+    return st.integers() | st.floats() | mappings | times | st.booleans()
+
+
+@st.composite
+def bad_recipes(draw: st.DrawFn) -> tuple[str, str]:
+    """A recipe of the package with one fault, and the words that its message must hold."""
+    content = copy.deepcopy(draw(st.sampled_from(list(SOUND_RECIPES.values()))))
+    kind = draw(st.sampled_from(["unknown", "type", "below 1", "below 0", "missing", "text"]))
+    if kind == "unknown":
+        section = draw(st.sampled_from(["", *SECTIONS]))
+        keys = holder(content, f"{section}.x" if section else "x")[0]
+        long_enough = sorted(name for name in keys if len(name) > 4)
+        name = draw(st.sampled_from(long_enough or ["path"]))
+        place = draw(st.integers(1, len(name) - 1))
+        misspelt = draw(st.sampled_from([name[:place] + name[place + 1 :], name[:place] + "z" + name[place:]]))
+        if misspelt in keys:
+            misspelt += "zz"
+        keys[misspelt] = keys.get(name)
+        return yaml.safe_dump(content), f"{misspelt} is not a known key. Did you mean "
+    if kind == "type":
+        key = draw(st.sampled_from(leaves(content)))
+        keys, last = holder(content, key)
+        keys[last] = draw(wrong_values(keys[last]))
+        return yaml.safe_dump(content), last
+    if kind in ("below 1", "below 0"):
+        key = draw(st.sampled_from(BELOW_1 if kind == "below 1" else BELOW_0))
+        keys, last = holder(content, key)
+        numbers = st.integers(-(2**70), 0) if kind == "below 1" else st.integers(-(2**70), -1)
+        if kind == "below 0" and last not in ("seed", "prefill_tokens", "samples", "short_answer_words"):
+            numbers = st.sampled_from([float("nan"), float("inf"), -float("inf"), -1e-9]) | st.floats(max_value=-1e-300)
+        keys[last] = draw(numbers)
+        return yaml.safe_dump(content), last
+    if kind == "missing":
+        key = draw(st.sampled_from(["name", "model", "data", "model.path", "data.forget", "data.retain", "data.forget.path"]))
+        keys, last = holder(content, key)
+        del keys[last]
+        return yaml.safe_dump(content), f"{key} is missing"
+    junk = [
+        "a: [", "\ta: b", "a: b: c", "'a", "{", "]", "- a", "name: again", "? [a]\n: b", "%YAML 9", "a: !!python/name:os",
+        "a: *nothing", "seed: 2020-99-99", "@", "`a`", "a: >x", "&a &b c: d", "\x00", "model", "...\na: b",
+    ]  # fmt: skip
+    lines = yaml.safe_dump(content).splitlines()
+    # Only before a key of the outermost level: inside folded text a line might be text.
+    places = [number for number, line in enumerate(lines) if line[:1].isalpha()]
+    lines.insert(draw(st.sampled_from(places)), draw(st.sampled_from(junk)))
+    return "\n".join(lines), "mine.yaml"
+
+
+@settings(
+    max_examples=200, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(bad=bad_recipes())
+def test_bad_recipes_of_hypothesis(battery: Battery, bad: tuple[str, str]) -> None:
+    text, words = bad
+    battery.refuses(NAME, "run", recipe(battery, text), "--out", battery.out, words=words)

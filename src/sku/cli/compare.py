@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sku.cli.console import comparison_table, errors, progress_bars, results
+from sku.cli.console import comparison_table, errors, print_headline, progress_bars, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -90,10 +90,7 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
     from sku.report.comparison_report import write_comparison
     from sku.report.method_records import read_records
 
-    errors.print(
-        f"recipe {recipe.name}, model {recipe.model.path}, {len(jobs)} jobs, one after the other, in {out}",
-        soft_wrap=True,
-    )
+    print_headline(f"recipe {recipe.name}, model {recipe.model.path}, {len(jobs)} jobs, one after the other, in {out}")
     count = 0
 
     def tell(record: MethodRecord, was_there: bool) -> None:

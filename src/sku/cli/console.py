@@ -62,6 +62,11 @@ errors = _PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """Standard error: progress and messages."""
 
 
+def print_headline(text: str) -> None:
+    """What a command is about to do, in one line, whatever is in the names of models and folders."""
+    errors.print(" ".join(text.split()), soft_wrap=True)
+
+
 def print_error(message: str) -> None:
     """One line, in plain words; of a very long one (a million column names, say) the middle is left out."""
     line = printable(" ".join(message.split()))

@@ -13,6 +13,7 @@ from sku.cli.console import (
     before_after_table,
     errors,
     print_attacks,
+    print_headline,
     print_notes,
     print_precisions,
     progress_bars,
@@ -77,7 +78,7 @@ def run(
         run_recipe(settings, folder, resume=resume)
         return
     method = "" if settings.method == "sku" else f", method {settings.method}"
-    errors.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
+    print_headline(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}")
     try:
         with shown_messages(), progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)

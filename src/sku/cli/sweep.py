@@ -11,7 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.console import errors, print_notes, progress_bars, results, shown_messages
+from sku.cli.console import errors, print_headline, print_notes, progress_bars, results, shown_messages
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -64,7 +64,7 @@ def sweep(
     from sku.pipeline import sweep_recipe
 
     source = "trained first" if bad is None else str(bad)
-    errors.print(f"recipe {settings.name}, model {settings.model.path}, bad model {source}", soft_wrap=True)
+    print_headline(f"recipe {settings.name}, model {settings.model.path}, bad model {source}")
     try:
         with shown_messages(), progress_bars() as show:
             found = sweep_recipe(settings, folder, bad=bad, keep_bad_model=keep_bad_model, progress=show)

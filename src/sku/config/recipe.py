@@ -14,6 +14,7 @@ from sku.config.data import DataConfig
 from sku.config.evaluate import EvaluateConfig
 from sku.config.model import ModelConfig
 from sku.config.negate import NegateConfig
+from sku.config.seed import check_seed
 from sku.config.sweep import SweepConfig
 from sku.errors import RecipeError
 
@@ -47,6 +48,7 @@ class Recipe:
     them; ``false`` removes them at once, and stage 1 of a resumed run begins anew. ``sku wipe`` removes them later."""
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
         name = self.name
         odd = any(not character.isprintable() or character in "/\\" for character in name)
         if odd or not name.strip() or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
