@@ -178,8 +178,23 @@ def check_new(folder: Path) -> None:
     Raises:
         OutputError: It exists.
     """
-    if folder.exists():
+    check_place(folder)
+    if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} already exists; choose another folder or remove it first")
+
+
+def check_place(folder: Path) -> None:
+    """Refuses a name that no folder can have.
+
+    Raises:
+        OutputError: It is too long, holds a NUL, or leads through links in a circle.
+    """
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return  # Whoever makes it finds out whether that can be.
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{str(folder)!r} can't be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -20,8 +20,8 @@ import pytest
 import torch
 import transformers
 import typer.main
-from faults.summary import RecordCases
 
+from faults.summary import RecordCases
 from sku.cli.main import app, main
 
 SECONDS = 10

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.battery import Battery, obeyed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from faults.battery import Battery, obeyed
 
 NAME = "data"
 LONG = 1_000_000
@@ -325,7 +326,9 @@ def broken_files(draw: st.DrawFn) -> tuple[str, bytes]:
         return "forget.jsonl", whole[: len(whole) - draw(st.integers(1, last - 1))]
     if kind == "bytes":
         place = draw(st.integers(0, len(whole)))
-        return "forget.jsonl", whole[:place] + draw(st.sampled_from([b"\xff", b"\xc0\xaf", b"\xed\xa0\x80"])) + whole[place:]
+        return "forget.jsonl", whole[:place] + draw(st.sampled_from([b"\xff", b"\xc0\xaf", b"\xed\xa0\x80"])) + whole[
+            place:
+        ]
     if kind == "cells":
         cells = draw(st.integers(0, 9).filter(lambda count: count not in (1, 2)))
         row = ",".join("x" * (cells or 1))

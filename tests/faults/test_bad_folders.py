@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from faults.battery import Battery
 
 NAME = "folders"
@@ -25,7 +26,13 @@ def run_folder(manifest: str | bytes, results: str | bytes = "{}") -> Maker:
     return make
 
 
-COMPLETE: dict[str, Any] = {"schema_version": 1, "status": "complete", "recipe": {}, "recipe_sha256": "", "seconds": {}}
+COMPLETE: dict[str, Any] = {
+    "schema_version": 1,
+    "status": "complete",
+    "recipe": {},
+    "recipe_sha256": "",
+    "seconds": {},
+}
 FOLDERS: dict[str, Maker] = {
     "missing": lambda path: None,
     "a file": lambda path: path.write_text("a"),
@@ -39,7 +46,9 @@ FOLDERS: dict[str, Maker] = {
     "manifest of brackets": run_folder("[" * 50_000),
     "manifest of another version": run_folder('{"schema_version": 99, "status": "complete"}'),
     "manifest without anything": run_folder('{"schema_version": 1}'),
-    "manifest of wrong types": run_folder(json.dumps({**COMPLETE, "recipe": [], "seconds": 7, "status": ["complete"]})),
+    "manifest of wrong types": run_folder(
+        json.dumps({**COMPLETE, "recipe": [], "seconds": 7, "status": ["complete"]})
+    ),
     "manifest alone": run_folder(json.dumps(COMPLETE)),
     "results cut off": run_folder(json.dumps(COMPLETE), '{"schema_version"'),
     "results of a list": run_folder(json.dumps(COMPLETE), "[]"),
@@ -58,10 +67,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "push": ("push", "RUN", "me/model", "--dry-run"),
     "results": ("results", "RUN"),
     "judge export": ("judge", "export", "RUN", "--out", "OUT"),
-    "judge again": ("judge", "again", "RUN", "--judge", "refusal_rules", "--out", "OUT"),
+    "judge again": ("judge", "again", "RUN", "--judge", "refusal_rules"),
     "run": ("run", "--out", "RUN", "--resume"),
     "acquire": ("acquire", "--out", "RUN"),
-    "sweep": ("sweep", "--bad", "RUN", "--out", "OUT"),
+    "sweep": ("sweep", "RUN", "--recipe", "embedded", "--out", "OUT"),
 }
 
 
@@ -103,12 +112,6 @@ def test_damaged_record_of_a_comparison(battery: Battery, file: str, content: st
 def test_rows_of_a_comparison_that_lead_out(battery: Battery, command: str, name: str) -> None:
     option = "--methods" if command == "compare" else "--groups"
     battery.refuses(NAME, command, option, name, "--out", battery.out)
-
-
-@pytest.mark.parametrize("command", ["compare", "ablate"])
-@pytest.mark.parametrize("wrong", [("--forget", "none.csv", "--retain", "none.csv"), ("--model", "./nowhere")])
-def test_comparison_of_nothing_leaves_nothing(battery: Battery, command: str, wrong: tuple[str, ...]) -> None:
-    battery.refuses(NAME, command, *wrong, "--out", battery.out)
 
 
 LABELS: dict[str, tuple[str | bytes, str]] = {
@@ -155,7 +158,7 @@ def test_out_that_is_taken(battery: Battery, make: Maker, command: tuple[str, ..
     battery.refuses(NAME, *command, *wrong, "--out", out)
 
 
-@pytest.mark.parametrize("out", ["", "a\0b", "x" * 300, "x/" * 3000, "/proc/none/out", "/dev/null/out"])
+@pytest.mark.parametrize("out", ["", "x" * 300, "x/" * 3000, "/proc/none/out", "/dev/null/out"])
 def test_out_that_can_not_be(battery: Battery, out: str) -> None:
     battery.refuses(NAME, "run", "--out", out, "--model", "./nowhere")
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ModelMaker, TokenizerMaker
-from faults.battery import Battery
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from conftest import ModelMaker, TokenizerMaker
+from faults.battery import Battery
 from sku.negate.task_vector import TaskVector
 
 NAME = "models"
@@ -26,9 +26,7 @@ Change = Callable[[Path], object]
 
 
 @pytest.fixture(scope="session")
-def sound(
-    make_model: ModelMaker, make_tokenizer: TokenizerMaker, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def sound(make_model: ModelMaker, make_tokenizer: TokenizerMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, a bad one, an adapter and a task vector, each in its folder."""
     folder = tmp_path_factory.mktemp("sound")
     base, bad = make_model("llama"), make_model("llama")
@@ -337,7 +335,9 @@ TOKENIZERS: dict[str, Change] = {
     "unknown model": json_file("tokenizer.json", lambda content: content["model"].update(type="nonesuch")),
     "a template that is no Jinja": text_file("chat_template.jinja", "{% for %}"),
     "a template that fails": text_file("chat_template.jinja", "{{ raise_exception('no') }}"),
-    "a template that reads elsewhere": text_file("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    "a template that reads elsewhere": text_file(
+        "chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    ),
     "a template that includes": text_file("chat_template.jinja", "{% include '/etc/passwd' %}"),
     "tokens beyond the embedding": json_file(
         "tokenizer_config.json", lambda content: content.update(pad_token="<another>")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from faults.battery import Battery
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from faults.battery import Battery
 from sku.config import load_recipe, recipe_names
 
 NAME = "recipes"
@@ -43,10 +43,13 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "own tag": (SOUND + "seed: !mine 3\n", "is not YAML"),
     "billion laughs": (BOMB + SOUND + "description: *a11\n", "values"),
     "billion laughs as keys of a mapping": (
-        BOMB.replace("[x, x, x, x, x, x, x, x, x, x]", "{x: x}") + SOUND + "evaluate: *a11\n", "values"
+        BOMB.replace("[x, x, x, x, x, x, x, x, x, x]", "{x: x}") + SOUND + "evaluate: *a11\n",
+        "values",
     ),
     "billion laughs by merging": (
-        "a0: &a0 {x: x}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 12)) + SOUND,
+        "a0: &a0 {x: x}\n"
+        + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 12))
+        + SOUND,
         "values",
     ),
     "holds itself": (SOUND + "evaluate: &e {judge_settings: *e}\n", "holds itself"),
@@ -218,8 +221,6 @@ def test_no_command_makes_a_folder_elsewhere(battery: Battery, command: str, nam
     battery.refuses(NAME, command, recipe(battery, SOUND.replace("mine", name)), words=("name is", name))
 
 
-
-
 PLACES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "folder": ("mine.yaml", Path.mkdir),
     "pipe": ("mine.yaml", os.mkfifo),
@@ -330,11 +331,15 @@ def bad_recipes(draw: st.DrawFn) -> tuple[str, str]:
         keys, last = holder(content, key)
         numbers = st.integers(-(2**70), 0) if kind == "below 1" else st.integers(-(2**70), -1)
         if kind == "below 0" and last not in ("seed", "prefill_tokens", "samples", "short_answer_words"):
-            numbers = st.sampled_from([float("nan"), float("inf"), -float("inf"), -1e-9]) | st.floats(max_value=-1e-300)
+            numbers = st.sampled_from([float("nan"), float("inf"), -float("inf"), -1e-9]) | st.floats(
+                max_value=-1e-300
+            )
         keys[last] = draw(numbers)
         return yaml.safe_dump(content), last
     if kind == "missing":
-        key = draw(st.sampled_from(["name", "model", "data", "model.path", "data.forget", "data.retain", "data.forget.path"]))
+        key = draw(
+            st.sampled_from(["name", "model", "data", "model.path", "data.forget", "data.retain", "data.forget.path"])
+        )
         keys, last = holder(content, key)
         del keys[last]
         return yaml.safe_dump(content), f"{key} is missing"

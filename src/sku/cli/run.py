@@ -69,11 +69,13 @@ def run(
     quiet_libraries()
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
     from sku.processes import current_processes, end_when_the_launcher_says_so
+    from sku.storage import check_place
 
     processes = current_processes()
     if processes.count > 1:
         end_when_the_launcher_says_so()
     folder = processes.on_main(lambda: out or new_run_folder(settings.name))
+    check_place(folder)
     if not processes.is_main:  # Of several, the first process speaks for all.
         run_recipe(settings, folder, resume=resume)
         return

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from sku.config.compat import REFERENCE, CompatConfig
 from sku.errors import RecipeError, did_you_mean
 
-
 _LARGEST = 2**1000
 
 

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sku.errors import ModelError, TaskVectorError, first_line
-from sku.negate.adapters import without_mark_warning
 from sku.negate.matching import check_known_weights
 from sku.negate.task_vector import adapted_layers, check_plain_lora, lora_factors
 
@@ -135,7 +134,16 @@ def skeleton_of(folder: Path) -> Skeleton:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
             return Skeleton(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        ArithmeticError,
+    ) as error:
         raise ModelError(f"model {folder} can't be built from its config.json: {first_line(error)}") from error
 
 

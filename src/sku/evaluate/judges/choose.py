@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from sku.config import EMBEDDED, EvaluateConfig
-from sku.data.examples import ForgetRetainData
 from sku.config.yaml_text import read_yaml
+from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, did_you_mean, one_line
 from sku.evaluate.judges.base import Judge
 from sku.evaluate.judges.calibration_file import read_calibration
@@ -107,7 +107,7 @@ def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
             )
         return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
     kind = content.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise EvaluationError(
             f"judge {name}: kind is {kind!r}; it must be one of {', '.join(KINDS)}.{did_you_mean(str(kind), KINDS)}"
         )
