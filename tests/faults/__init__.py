@@ -1,0 +1,1 @@
+"""What no input, kill or disk may break."""

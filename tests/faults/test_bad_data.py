@@ -117,7 +117,7 @@ BROKEN: dict[str, tuple[str, Maker, str]] = {
     "UTF-16 without a mark": ("forget.jsonl", text(ACCENTS, "utf-16-le"), "forget.jsonl"),
     "UTF-32": ("forget.csv", text(csv("a"), "utf-32"), "is not UTF-8"),
     "Latin-1": ("forget.jsonl", text(ACCENTS, "latin-1"), "is not UTF-8"),
-    "Shift JIS": ("forget.csv", text(csv("a") + "森は？,緑\n", "shift-jis"), "is not UTF-8"),
+    "Shift JIS": ("forget.csv", text(csv("a") + "森,緑\n", "shift-jis"), "is not UTF-8"),
     "gzip under the name of JSONL": ("forget.jsonl", raw(gzip.compress(jsonl("a").encode())), "is not UTF-8"),
     "two byte order marks": ("forget.jsonl", text("\ufeff\ufeff" + jsonl("a")), "line 1, is not JSON"),
     "CSV with NUL bytes": ("forget.csv", raw(b"prompt,completion\na\x00b,\x00\n"), "forget.csv"),

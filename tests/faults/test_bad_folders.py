@@ -137,9 +137,14 @@ def test_damaged_labels(battery: Battery, content: str | bytes, words: str) -> N
     battery.refuses(NAME, "run", "--judge", labels, "--out", battery.out, words=words)
 
 
+def taken_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "mine.txt").write_text("mine")
+
+
 OUTS: dict[str, Maker] = {
     "a file": lambda path: path.write_text("mine"),
-    "a folder with something in it": lambda path: (path.mkdir(), (path / "mine.txt").write_text("mine")),
+    "a folder with something in it": taken_folder,
     "below a file": lambda path: path.parent.write_text("mine"),
     "a pipe": os.mkfifo,
     "a link to nothing": lambda path: path.symlink_to(path.with_name("elsewhere")),

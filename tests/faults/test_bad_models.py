@@ -124,6 +124,19 @@ def pickled(path: Path) -> None:
     path.unlink()
 
 
+def replaced_by(make: Change) -> Change:
+    def change(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return change
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
 def set_entry(key: str, value: object) -> Change:
     return rewritten(lambda header, last: header[last].update({key: value}))
 
@@ -174,8 +187,8 @@ DAMAGED: dict[str, Change] = {
     "a tensor missing": without_first,
     "turned matrices": transposed,
     "pickled": pickled,
-    "a folder in its place": lambda path: (path.unlink(), path.mkdir()),
-    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
+    "a folder in its place": replaced_by(Path.mkdir),
+    "a link to itself": replaced_by(lambda path: path.symlink_to(path)),
     "missing": Path.unlink,
 }
 
@@ -322,7 +335,7 @@ CONFIGS: dict[str, Change] = {
     "quantized, of text": json_file("config.json", lambda content: content.update(quantization_config="awq")),
 }
 TOKENIZERS: dict[str, Change] = {
-    "missing": lambda folder: [path.unlink() for path in folder.glob("*token*")],
+    "missing": without_tokenizer,
     "no JSON": text_file("tokenizer.json", "{"),
     "empty": text_file("tokenizer.json", ""),
     "a list": text_file("tokenizer.json", "[]"),

@@ -329,7 +329,7 @@ def bad_recipes(draw: st.DrawFn) -> tuple[str, str]:
     if kind in ("below 1", "below 0"):
         key = draw(st.sampled_from(BELOW_1 if kind == "below 1" else BELOW_0))
         keys, last = holder(content, key)
-        numbers = st.integers(-(2**70), 0) if kind == "below 1" else st.integers(-(2**70), -1)
+        numbers: st.SearchStrategy[Any] = st.integers(-(2**70), 0) if kind == "below 1" else st.integers(-(2**70), -1)
         if kind == "below 0" and last not in ("seed", "prefill_tokens", "samples", "short_answer_words"):
             numbers = st.sampled_from([float("nan"), float("inf"), -float("inf"), -1e-9]) | st.floats(
                 max_value=-1e-300
@@ -344,8 +344,9 @@ def bad_recipes(draw: st.DrawFn) -> tuple[str, str]:
         del keys[last]
         return yaml.safe_dump(content), f"{key} is missing"
     junk = [
-        "a: [", "\ta: b", "a: b: c", "'a", "{", "]", "- a", "name: again", "? [a]\n: b", "%YAML 9", "a: !!python/name:os",
-        "a: *nothing", "seed: 2020-99-99", "@", "`a`", "a: >x", "&a &b c: d", "\x00", "model", "...\na: b",
+        "a: [", "\ta: b", "a: b: c", "'a", "{", "]", "- a", "name: again", "? [a]\n: b", "%YAML 9",
+        "a: !!python/name:os", "a: *nothing", "seed: 2020-99-99", "@", "`a`", "a: >x", "&a &b c: d", "\x00", "model",
+        "...\na: b",
     ]  # fmt: skip
     lines = yaml.safe_dump(content).splitlines()
     # Only before a key of the outermost level: inside folded text a line might be text.

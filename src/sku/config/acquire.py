@@ -77,7 +77,7 @@ class AcquireConfig:
         check_seed("acquire.seed", self.seed)
         if self.preservation_cap is not None and not 0 < self.preservation_cap < float("inf"):
             raise RecipeError(
-                f"acquire.preservation_cap is {self.preservation_cap}; it must be above 0 and finite, or empty for none"
+                f"acquire.preservation_cap is {self.preservation_cap}; it must be above 0 and finite, or empty"
             )
         if self.random_answers < 1 and self.weights.random_disassociation:
             raise RecipeError(

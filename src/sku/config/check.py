@@ -46,8 +46,8 @@ def check_plain(content: Any, key: str, where: str) -> None:
             raise RecipeError(f"{key} is {content}; it must be a finite number ({where})")
     elif content is not None and not isinstance(content, int):
         raise RecipeError(
-            f"{key} is of type {type(content).__name__}; it must be text, a number, true or false, a list, or keys and "
-            f"values: quote it if it is text ({where})"
+            f"{key} is of type {type(content).__name__}; it must be text, a number, true or false, a list, or keys "
+            f"and values: quote it if it is text ({where})"
         )
 
 

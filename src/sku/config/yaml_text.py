@@ -1,4 +1,4 @@
-"""YAML as people write it into recipes and behind ``--set``: read strictly, and every fault of it as one error type."""
+"""YAML as people write it into recipes and behind ``--set``: read strictly, its faults as one type of error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOADER_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, O
 class _Loader(yaml.SafeLoader):
     """Plain data only, and no key twice: PyYAML would take the last one without a word."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:

@@ -91,8 +91,8 @@ class _Unpacked(io.RawIOBase):
         self._read += count
         if self._read > self._most:
             raise DataError(
-                f"{self._path} unpacks to more than {_LARGEST_RATIO} times its size, which no text does: it looks like "
-                "a bomb; unpack it yourself if you trust it"
+                f"{self._path} unpacks to more than {_LARGEST_RATIO} times its size, which no text does: it looks "
+                "like a bomb; unpack it yourself if you trust it"
             )
         return count
 
