@@ -33,6 +33,9 @@ from sku.acquire.config import SkuConfig
 from sku.acquire.trainer import SkuTrainer
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 
+pytest_plugins = ("faults.summary", "faults.battery")
+"""Here and not in ``faults``: only the plugins of the outermost folder speak when pytest-xdist has done."""
+
 CORPUS = (
     "### Question: how do i bake zorvex bread ?\n ### Answer: mix blue flour with water and bake it .",
     "### Question: what colour is a florn ?\n ### Answer: a florn is golden and it sings .",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-
 from sku.config import EMBEDDED, ModelConfig
-from sku.errors import ModelError, first_line
+from sku.errors import ModelError, SkuError, first_line
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_INDEX = "model.safetensors.index.json"
 _CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
-LOADING_ERRORS = (
-    OSError, ValueError, KeyError, IndexError, RuntimeError, HfHubHTTPError, HFValidationError,
-    SafetensorError, struct.error,
-)  # fmt: skip
-"""What loaders raise for files that are missing, cut off or of another kind."""
 
 
 def embedded_model_path() -> Path:
@@ -74,8 +67,27 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
                 f"model {folder} holds only quantized files; name one to dequantize it: model.gguf_file={quantized[0]}"
             )
         raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
+    elif (folder / _INDEX).is_file():
+        _check_index(folder / _INDEX)
     elif not any(folder.glob("model*.safetensors")):
         check_no_pickles(folder, "*model", _CONVERT_MODEL)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a file in a folder, and leads nowhere else."""
+    return Path(name).name == name and "\0" not in name and "\\" not in name
+
+
+def _check_index(path: Path) -> None:
+    """Refuses an index of shards that would have files outside the folder read; transformers takes any path."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = set(index["weight_map"].values())
+        sound = isinstance(index.get("metadata", {}), dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} is not an index of shards; fetch it again") from error
+    if not sound or not all(isinstance(name, str) and is_file_name(name) for name in names):
+        raise ModelError(f"{path} names shards that are no files of this folder; fetch it again")
 
 
 def check_no_pickles(folder: Path, stem: str, convert: str) -> None:
@@ -119,11 +131,12 @@ def naming_the_model(path: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
             yield
-    except ModelError:
+    except SkuError:
         raise
     except ImportError as error:
         raise ModelError(f"model {path} needs a package that is missing: {first_line(error)}") from error
-    except LOADING_ERRORS as error:
+    except Exception as error:
+        # Of every kind: tokenizers raises Exception itself, and a configuration of odd types whatever comes of it.
         if "cannot be loaded with `safetensors`" in str(error):
             raise ModelError(_pickled(f"model {path}", _CONVERT_MODEL)) from error
         raise ModelError(f"model {path} can't be loaded: {first_line(error)}") from error

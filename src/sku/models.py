@@ -28,7 +28,7 @@ from transformers import (
 
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError, first_line
-from sku.model_files import LOADING_ERRORS, locate_model, naming_the_model
+from sku.model_files import locate_model, naming_the_model
 
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
@@ -184,7 +184,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name, options = locate_model(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (*LOADING_ERRORS, ImportError) as error:
+    except Exception as error:
         raise ModelError(f"tokenizer of {config.path} can't be loaded: {first_line(error)}") from error
     ensure_pad_token(tokenizer)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

@@ -179,7 +179,8 @@ def check_new(folder: Path) -> None:
     Raises:
         OutputError: It exists.
     """
-    if folder.exists():
+    check_place(folder)
+    if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} already exists; choose another folder or remove it first")
 
 
@@ -189,12 +190,27 @@ def check_can_be_made(folder: Path) -> None:
     Raises:
         OutputError: A file stands in its way, or this user may not write there.
     """
+    check_place(folder)
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = errno.EACCES if existing.is_dir() else errno.ENOTDIR
         raise OutputError(f"{folder} can't be written: {os.strerror(reason)}")
+
+
+def check_place(folder: Path) -> None:
+    """Refuses a name that no folder can have.
+
+    Raises:
+        OutputError: It is too long, holds a NUL, or leads through links in a circle.
+    """
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return  # Whoever makes it finds out whether that can be.
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{str(folder)!r} can't be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -335,6 +351,7 @@ def remove_left_behind(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Free space of the disk that would hold a folder, which need not exist yet."""
+    check_place(folder)
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

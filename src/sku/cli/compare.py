@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sku.cli import completion
-from sku.cli.console import comparison_table, errors, notes, print_json, print_next, progress_bars, results
+from sku.cli.console import (
+    comparison_table,
+    errors,
+    notes,
+    print_headline,
+    print_json,
+    print_next,
+    progress_bars,
+    results,
+)
 from sku.cli.dry_run import print_dry_run
 from sku.cli.options import (
     DryRunOption,
@@ -118,10 +127,7 @@ def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
     from sku.report.comparison_report import write_comparison
     from sku.report.method_records import read_records
 
-    notes.print(
-        f"recipe {recipe.name}, model {recipe.model.path}, {len(jobs)} jobs, one after the other, in {out}",
-        soft_wrap=True,
-    )
+    print_headline(f"recipe {recipe.name}, model {recipe.model.path}, {len(jobs)} jobs, one after the other, in {out}")
     count = 0
 
     def tell(record: MethodRecord, was_there: bool) -> None:

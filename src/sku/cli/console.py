@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -33,18 +34,51 @@ if TYPE_CHECKING:
     from sku.report.method_statistics import Estimate
     from sku.report.tables import TableRow
 
+_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Categories of Unicode that a terminal may obey or can't be given: controls, formats, lone surrogates, line ends."""
+_LONGEST_ERROR = 900
+_END_OF_ERROR = 300
+
+
+def printable(text: str) -> str:
+    r"""Text that does nothing to a terminal, whatever a file or its name holds: an escape becomes ``\x1b``."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if character not in "\n\t" and unicodedata.category(character) in _OBEYED
+        else character
+        for character in text
+    )
+
+
+class _PlainConsole(Console):
+    """Prints text as ``printable`` gives it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
+
+
 # Without markup: a folder named "run[1]" is printed as it is.
-results = Console(highlight=False, markup=False, emoji=False)
+results = _PlainConsole(highlight=False, markup=False, emoji=False)
 """Standard output: what a user would pipe."""
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+errors = _PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """Standard error: what ended a command, and where hazardous weights lie."""
-notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
+notes = _PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """Standard error: progress and messages, which ``--quiet`` silences."""
 
 
+def print_headline(text: str) -> None:
+    """What a command is about to do, in one line, whatever is in the names of models and folders."""
+    notes.print(" ".join(text.split()), soft_wrap=True)
+
+
 def print_error(message: str) -> None:
-    """One line, in plain words."""
-    errors.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
+    """One line, in plain words; of a very long one (a million column names, say) the middle is left out."""
+    line = printable(" ".join(message.split()))
+    if len(line) > _LONGEST_ERROR:
+        line = f"{line[: _LONGEST_ERROR - _END_OF_ERROR]} ... {line[-_END_OF_ERROR:]}"
+    errors.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
 
 
 def print_json(content: object) -> None:

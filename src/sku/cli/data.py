@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sku.cli.console import print_json, results
+from sku.cli.console import print_json, printable, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -111,7 +111,7 @@ def _print(description: DataDescription) -> None:
 
 
 def _tokens(view: ExampleView) -> Text:
-    line = Text(f"{view.split}{f' ({view.category})' if view.category else ''}: ", style="bold")
+    line = Text(printable(f"{view.split}{f' ({view.category})' if view.category else ''}: "), style="bold")
     for token in view.tokens:
-        line.append(token.text, style=LEARNED if token.learned else "dim")
+        line.append(printable(token.text), style=LEARNED if token.learned else "dim")
     return line

@@ -117,13 +117,15 @@ def judge_settings(overrides: list[str]) -> dict[str, Any]:
     """
     import yaml
 
+    from sku.config.yaml_text import read_yaml
+
     settings = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {override} must look like key=value")
         try:
-            settings[key] = yaml.safe_load(value) if value else None
+            settings[key] = read_yaml(value) if value else None
         except yaml.YAMLError:
             raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
     return settings

@@ -245,8 +245,10 @@ def _operator(text: str) -> dict[str, Any]:
     """``name={key: value}`` as a recipe's ``negate.operators`` holds it."""
     import yaml
 
+    from sku.config.yaml_text import read_yaml
+
     name, _, settings = text.partition("=")
     try:
-        return {name: yaml.safe_load(settings) if settings else {}}
+        return {name: read_yaml(settings) if settings else {}}
     except yaml.YAMLError:
         raise RecipeError(f"--operator {text}: {settings!r} is no YAML, such as {{energy: 0.9}}") from None

@@ -12,8 +12,8 @@ import typer
 from sku.cli.console import (
     before_after_table,
     errors,
-    notes,
     print_attacks,
+    print_headline,
     print_json,
     print_next,
     print_notes,
@@ -75,6 +75,7 @@ def run(
     from sku.pipeline import dry_run as check_run
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.
     from sku.processes import current_processes, end_when_the_launcher_says_so
+    from sku.storage import check_place
 
     processes = current_processes()
     if processes.count > 1:
@@ -85,11 +86,12 @@ def run(
         if processes.is_main:
             print_dry_run(found, as_json=as_json)
         return
+    check_place(folder)
     if not processes.is_main:  # Of several, the first process speaks for all.
         run_recipe(settings, folder, resume=resume)
         return
     method = "" if settings.method == "sku" else f", method {settings.method}"
-    notes.print(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}", soft_wrap=True)
+    print_headline(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}")
     try:
         with shown_messages(), progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)

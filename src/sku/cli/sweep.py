@@ -12,7 +12,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sku.cli import completion
-from sku.cli.console import errors, notes, print_json, print_next, print_notes, progress_bars, results, shown_messages
+from sku.cli.console import (
+    errors,
+    print_headline,
+    print_json,
+    print_next,
+    print_notes,
+    progress_bars,
+    results,
+    shown_messages,
+)
 from sku.cli.dry_run import print_dry_run
 from sku.cli.options import (
     DryRunOption,
@@ -80,7 +89,7 @@ def sweep(
         return
 
     source = "trained first" if bad is None else str(bad)
-    notes.print(f"recipe {settings.name}, model {settings.model.path}, bad model {source}", soft_wrap=True)
+    print_headline(f"recipe {settings.name}, model {settings.model.path}, bad model {source}")
     try:
         with shown_messages(), progress_bars() as show:
             found = sweep_recipe(settings, folder, bad=bad, keep_bad_model=keep_bad_model, progress=show)

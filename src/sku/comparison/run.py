@@ -27,7 +27,7 @@ from sku.comparison.worker import begin, work
 from sku.errors import OutputError
 from sku.methods.run import prepare
 from sku.report.method_records import MethodRecord
-from sku.storage import mark_hazardous, write_json
+from sku.storage import check_place, mark_hazardous, write_json
 
 JOBS_STAGE = "jobs"
 """Stage of the progress that counts whole jobs."""
@@ -70,6 +70,7 @@ def run_comparison(
         OutputError: The folder can't be written.
         SkuError: Data or model can't be loaded.
     """
+    check_place(out)
     check_jobs(jobs, out)
     try:
         (out / RECORDS).mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sku.config.seed import check_seed
 from sku.errors import RecipeError
 
 PreservationMode = Literal["divergence", "retention"]
@@ -42,6 +43,13 @@ class LoraSettings:
     target_modules: str | tuple[str, ...] = "all-linear"
     """``all-linear`` or the names of modules, as in PEFT."""
 
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"acquire.lora.{name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"acquire.lora.dropout is {self.dropout}; it must be 0 or more and below 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AcquireConfig:
@@ -70,9 +78,14 @@ class AcquireConfig:
     """Seed of training alone, so that data and test prompts stay as they are; that of the recipe if empty."""
 
     def __post_init__(self) -> None:
+        check_seed("acquire.seed", self.seed)
         if not abs(self.preservation_at) < float("inf") or self.preservation_at == 0:
             raise RecipeError(
                 f"acquire.preservation_at is {self.preservation_at}; it must be finite, and not 0: the original model"
+            )
+        if self.preservation_cap is not None and not 0 < self.preservation_cap < float("inf"):
+            raise RecipeError(
+                f"acquire.preservation_cap is {self.preservation_cap}; it must be above 0 and finite, or empty"
             )
         if self.random_answers < 1 and self.weights.random_disassociation:
             raise RecipeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -11,6 +12,43 @@ from typing import Any, Literal
 
 from sku.config.compat import REFERENCE, CompatConfig
 from sku.errors import RecipeError, did_you_mean
+
+_LARGEST = 2**1000
+
+
+def check_plain(content: Any, key: str, where: str) -> None:
+    """Refuses what a manifest can't hold: YAML knows dates, sets and NaN, and JSON doesn't.
+
+    Args:
+        content: A recipe, or a part of one.
+        key: The recipe's key that holds it, for messages; empty for the recipe itself.
+        where: Name of the recipe, for messages.
+
+    Raises:
+        RecipeError: Some value is no text, finite number, yes or no, list, or keys and values; or text is no Unicode.
+    """
+    if isinstance(content, Mapping):
+        for name, entry in content.items():
+            if not isinstance(name, str):
+                raise RecipeError(f"{key or 'the recipe'} has the key {name!r}, which is no text: quote it ({where})")
+            check_plain(name, key or "the recipe", where)
+            check_plain(entry, f"{key}.{name}" if key else name, where)
+    elif isinstance(content, list | tuple):
+        for place, entry in enumerate(content):
+            check_plain(entry, f"{key}[{place}]", where)
+    elif isinstance(content, str):
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RecipeError(f"{key} is {content!r}, which is no Unicode text: rename it ({where})") from None
+    elif isinstance(content, float):
+        if not math.isfinite(content):
+            raise RecipeError(f"{key} is {content}; it must be a finite number ({where})")
+    elif content is not None and not isinstance(content, int):
+        raise RecipeError(
+            f"{key} is of type {type(content).__name__}; it must be text, a number, true or false, a list, or keys "
+            f"and values: quote it if it is text ({where})"
+        )
 
 
 def build(target: Any, content: Any, key: str, where: str) -> Any:
@@ -112,7 +150,8 @@ def _convert_scalar(hint: Any, value: Any, key: str, where: str) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # A whole number may be larger than any float.
+        return float(value) if abs(value) < _LARGEST else math.inf
     if hint in (int, float, str, bool) and type(value) is hint:
         return value
     name = getattr(hint, "__name__", str(hint))

@@ -83,7 +83,7 @@ class EvaluateConfig:
         for name in ("prompts", "retain_prompts", "max_new_tokens", "batch_size", "attack_prompts", "relearn_steps"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("prefill_tokens", "samples"):
+        for name in ("prefill_tokens", "samples", "short_answer_words"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 < self.temperature < float("inf"):

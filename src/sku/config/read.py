@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from sku.config.check import build
+from sku.config.check import build, check_plain
 from sku.config.model import EMBEDDED
 from sku.config.recipe import Recipe
+from sku.config.yaml_text import read_yaml
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
@@ -38,7 +39,7 @@ def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = 
     """
     text, where = _recipe_text(name_or_path)
     try:
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
@@ -56,6 +57,7 @@ def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recip
     """
     recipe = build(Recipe, content, "", where)
     assert isinstance(recipe, Recipe)
+    check_plain(recipe.to_dict(), "", where)
     return recipe
 
 
@@ -84,6 +86,8 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
     path = Path(name_or_path)
     try:
         if path.suffix in {".yaml", ".yml"} or path.is_file():
+            if path.exists() and not path.is_file():  # A pipe would be waited for, and a device read for ever.
+                raise RecipeError(f"recipe {name} is no file")
             return path.read_text(encoding="utf-8"), name
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe file {name}") from None
@@ -112,7 +116,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {override} must look like key.sub=value")
     try:
-        parsed = yaml.safe_load(value) if value else None
+        parsed = read_yaml(value) if value else None
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
     *parents, last = key.split(".")

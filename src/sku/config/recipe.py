@@ -14,7 +14,11 @@ from sku.config.data import DataConfig
 from sku.config.evaluate import EvaluateConfig
 from sku.config.model import ModelConfig
 from sku.config.negate import NegateConfig
+from sku.config.seed import check_seed
 from sku.config.sweep import SweepConfig
+from sku.errors import RecipeError
+
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,16 @@ class Recipe:
     keep_for_resume: bool = True
     """Keep the private, marked checkpoints of a run that was interrupted or failed, so that ``--resume`` goes on from
     them; ``false`` removes them at once, and stage 1 of a resumed run begins anew. ``sku wipe`` removes them later."""
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+        name = self.name
+        odd = any(not character.isprintable() or character in "/\\" for character in name)
+        if odd or not name.strip() or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
+            raise RecipeError(
+                f"name is {name!r}; runs without --out are kept in a folder of that name, so it must be text of at "
+                f"most {_LONGEST_NAME} bytes without slashes, control characters or a dot in front, such as my-run"
+            )
 
     @property
     def chooses_alpha(self) -> bool:

@@ -43,14 +43,16 @@ def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind) -> Ro
         kind: Which set this is.
 
     Raises:
-        DataError: A named column is missing, no name was given and the columns can be read in several ways, or the
-            safe answer is named where it can't serve.
+        DataError: A named column is missing, no name was given and the columns can be read in several ways, one
+            column is named for both, or the safe answer is named where it can't serve.
     """
     prompt_column, answer_column = _prompt_and_answer(columns, source, kind)
     category_column, unsafe_column = source.category_column, source.unsafe_column
     safe_answer_column = source.safe_answer_column
     named = (source.prompt_column, source.answer_column, safe_answer_column, category_column, unsafe_column)
     require_columns([name for name in named if name is not None], columns, NAME)
+    if prompt_column == answer_column:
+        raise DataError(f"prompt_column and answer_column are both {prompt_column}: name the column of the answers")
     if safe_answer_column is not None and (kind != "forget" or safe_answer_column == answer_column):
         raise DataError(
             f"safe_answer_column is {safe_answer_column}: it needs forget data, and another column than answer_column"

@@ -76,7 +76,8 @@ def _read_folder(path: Path, source: SourceConfig) -> Table:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         _refuse(source, "config_name", what=f"the saved dataset {path}")
         return _load_saved(path, source)
-    return _load(str(path), source, what=str(path))
+    # Resolved: datasets makes its cache folder's name of the last part, which may be "..".
+    return _load(str(path.resolve()), source, what=str(path))
 
 
 def _refuse(source: SourceConfig, *names: str, what: str) -> None:

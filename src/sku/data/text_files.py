@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import lzma
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,9 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*DELIMITERS, *JSON_SUFFIXES)
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_UNPACKED_ANYWAY = 2**24
+_LARGEST_RATIO = 200
+"""Text packs to a third or a tenth, a very repetitive one to a fiftieth."""
 
 
 def text_suffix(path: Path) -> str | None:
@@ -58,14 +63,42 @@ def read_text_file(path: Path) -> tuple[list[str], list[Row]]:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x}): save it as UTF-8"
         ) from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}") from None
 
 
 def _open(path: Path) -> TextIO:
-    opener: Callable[..., TextIO] = _OPENERS.get(path.suffix.lower(), open)
+    suffix = path.suffix.lower()
+    content = _OPENERS.get(suffix, open)(path, "rb")
+    if suffix in _OPENERS:
+        content = io.BufferedReader(_Unpacked(content, path))
     # newline="": the csv module finds line ends by itself, as they may stand inside a quoted cell.
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds, up to a size that no text has: a bomb must not fill the memory."""
+
+    def __init__(self, packed: io.BufferedIOBase, path: Path) -> None:
+        self._packed, self._path = packed, path
+        self._read, self._most = 0, max(_UNPACKED_ANYWAY, _LARGEST_RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._packed.readinto(buffer)
+        self._read += count
+        if self._read > self._most:
+            raise DataError(
+                f"{self._path} unpacks to more than {_LARGEST_RATIO} times its size, which no text does: it looks "
+                "like a bomb; unpack it yourself if you trust it"
+            )
+        return count
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 def _read_csv(stream: TextIO, path: Path, delimiter: str) -> tuple[list[str], list[Row]]:

@@ -77,7 +77,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} can't be read: {error}") from None
     if not isinstance(content, dict):
         raise EvaluationError(f"{path} does not hold keys and values: {remedy}")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sku.errors import TaskVectorError
+from sku.errors import ModelError, TaskVectorError, one_line
 from sku.model_files import check_no_pickles
 from sku.negate.task_vector import TaskVector
 from sku.storage import HAZARD_KEY, new_folder
@@ -43,11 +43,16 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         The model with the adapter.
 
     Raises:
-        ModelError: The adapter is pickled.
+        ModelError: The adapter is pickled, can't be read, lacks factors, or doesn't fit the model.
     """
     check_no_pickles(folder, "adapter_model", "PeftModel.from_pretrained(base, FOLDER).save_pretrained(NEW_FOLDER)")
-    with without_mark_warning():
-        return PeftModel.from_pretrained(base, str(folder))
+    try:
+        with without_mark_warning():
+            # PEFT would leave the factors that it doesn't find at random, and warn of it.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(base, str(folder))
+    except Exception as error:
+        raise ModelError(f"adapter {folder} can't be loaded: {one_line(error)}") from error
 
 
 @contextmanager

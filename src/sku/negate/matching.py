@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from sku.errors import TaskVectorError
@@ -14,6 +16,28 @@ class Shaped(Protocol):
     @property
     def shape(self) -> Sequence[int]:
         """Its shape."""
+
+
+def read_ties(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+    """The ties that the file of a saved task vector names.
+
+    Args:
+        metadata: Of the file.
+        path: Of the file, for the message.
+
+    Returns:
+        Other name of a tied weight -> the name under which its difference is kept.
+
+    Raises:
+        TaskVectorError: There is no such entry, or it is damaged.
+    """
+    try:
+        tied = json.loads(metadata["tied"])
+    except (KeyError, ValueError, RecursionError):
+        tied = None
+    if not isinstance(tied, dict) or not all(isinstance(owner, str) for owner in tied.values()):
+        raise TaskVectorError(f"{path} does not say which weights are tied: it is damaged; save it again")
+    return tied
 
 
 def check_same_names(first: Iterable[str], second: Iterable[str], first_name: str, second_name: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sku.errors import ModelError
+from sku.model_files import is_file_name
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -192,7 +193,7 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         entries = json.loads(text, object_pairs_hook=without_repeats)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise _damaged(path, "its header is not JSON") from error
@@ -226,11 +227,11 @@ def _are_sizes(value: Any) -> bool:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is not an index of shards; fetch it again") from error
     # A name with a folder in it would read and write elsewhere.
     if not isinstance(place, dict) or not all(
-        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in place.values()
+        isinstance(name, str) and is_file_name(name) and name.endswith(".safetensors") for name in place.values()
     ):
         raise ModelError(f"{path} names shards that are no safetensors files of this folder")
     return place

@@ -5,6 +5,7 @@ Built on torch's ``meta`` device from the configuration alone, so it takes no me
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sku.errors import ModelError, TaskVectorError, first_line
-from sku.negate.adapters import without_mark_warning
 from sku.negate.matching import check_known_weights
 from sku.negate.task_vector import adapted_layers, check_plain_lora, lora_factors
 
@@ -101,7 +101,7 @@ class Skeleton:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")  # Of transposed layers, which PEFT sets right.
                 adapted = get_peft_model(self._model, settings)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, ArithmeticError, re.error) as error:
             raise ModelError(f"adapter {folder} does not fit the base model: {first_line(error)}") from error
         assert isinstance(adapted, PeftModel)
         weights = {}
@@ -134,7 +134,16 @@ def skeleton_of(folder: Path) -> Skeleton:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
             return Skeleton(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        ArithmeticError,
+    ) as error:
         raise ModelError(f"model {folder} can't be built from its config.json: {first_line(error)}") from error
 
 
@@ -148,7 +157,8 @@ def _names_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict
 
 def _settings(folder: Path) -> LoraConfig:
     try:
-        with without_mark_warning():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of keys that it doesn't know, our mark among them.
             settings = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"adapter {folder} can't be read: {first_line(error)}") from error

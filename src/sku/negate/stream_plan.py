@@ -24,6 +24,7 @@ from sku.negate.matching import (
     check_same_ties,
     different_integers,
     quantized_weight,
+    read_ties,
 )
 from sku.negate.safetensors_layout import StoredFile, StoredTensor, read_folder, read_layout
 from sku.storage import is_marked_hazardous
@@ -196,7 +197,7 @@ def _match_vector(base: Path, bad: Path, weights: Mapping[str, StoredTensor]) ->
     changes = {tensor.name: DenseChange(tensor=tensor, is_difference=True) for tensor in file.tensors}
     skeleton = skeleton_of(base)
     check_known_weights(changes, skeleton.weights)
-    check_known_ties(json.loads(file.metadata.get("tied", "{}")).items(), skeleton.ties.items())
+    check_known_ties(read_ties(file.metadata, file.path).items(), skeleton.ties.items())
     return _placed(skeleton, changes, weights, (file,))
 
 
@@ -356,7 +357,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} can't be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is no JSON object")

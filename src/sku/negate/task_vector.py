@@ -28,6 +28,7 @@ from sku.negate.matching import (
     check_same_ties,
     different_integers,
     quantized_weight,
+    read_ties,
     unusable_difference,
 )
 from sku.negate.sums import dot_float64
@@ -156,7 +157,7 @@ class TaskVector:
             raise TaskVectorError(f"{path} can't be read: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise TaskVectorError(f"{path} is not a task vector of SKU")
-        return cls(deltas, json.loads(metadata["tied"]))
+        return cls(deltas, read_ties(metadata, path))
 
     @staticmethod
     def is_saved_in(folder: Path) -> bool:

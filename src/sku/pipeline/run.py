@@ -33,7 +33,7 @@ from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.processes import Processes, current_processes
 from sku.sharing.card import write_cards
-from sku.storage import remove_hazardous
+from sku.storage import check_place, remove_hazardous
 from sku.sweep.run import check_one_process
 
 
@@ -72,6 +72,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     """
     processes = current_processes()
     check_one_process_attacks(recipe, processes)
+    check_place(out)
     made = processes.on_main(lambda: [folder for folder in (out, *out.parents) if not folder.exists()])
     run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None), processes)
     try:

@@ -166,10 +166,13 @@ class RunFolder:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise OutputError(f"{folder} is no run folder: it has no manifest.json; choose another --out") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{folder / 'manifest.json'} is damaged ({error}); choose another --out") from error
     if not isinstance(content, dict) or content.get("schema_version") != MANIFEST_SCHEMA:
         raise OutputError(f"{folder / 'manifest.json'} is not of this version of SKU; choose another --out")
+    missing = [name for name in ("recipe_sha256", "status", "seconds") if name not in content]
+    if missing:
+        raise OutputError(f"{folder / 'manifest.json'} is damaged (it has no {missing[0]}); choose another --out")
     return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -203,14 +204,34 @@ def training_settings(
         raise RecipeError(f"{where}: {one_line(error)}") from error
 
 
+_AT_LEAST: Mapping[str, float] = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1, "learning_rate": 0,
+    "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0, "num_train_epochs": 0,
+}  # fmt: skip
+"""What transformers and torch look at late or never, and after an evaluation of the base model at the earliest."""
+_ABOVE_0 = ("save_steps", "logging_steps")
+_WHOLE = {field.name for field in dataclasses.fields(UnlearningConfig) if field.type in (int, "int")}
+
+
 def _number(key: str, name: str, value: Any) -> Any:
     """YAML 1.1 reads 2e-4 as text, and transformers doesn't look before the optimizer fails on it."""
-    if not isinstance(value, str) or not isinstance(getattr(UnlearningConfig, name, None), float):
+    if isinstance(value, str) and isinstance(getattr(UnlearningConfig, name, None), float):
+        try:
+            value = float(value)
+        except ValueError:
+            raise RecipeError(f"{key} is {value!r}; it must be a number") from None
+    if name in _WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
+        raise RecipeError(f"{key} is {value!r}; it must be a whole number")
+    if not isinstance(value, int | float):
         return value
-    try:
-        return float(value)
-    except ValueError:
-        raise RecipeError(f"{key} is {value!r}; it must be a number") from None
+    if not math.isfinite(value):
+        raise RecipeError(f"{key} is {value}; it must be a finite number")
+    if not value >= _AT_LEAST.get(name, value) or (name == "max_steps" and value == 0):
+        least = "1 or more, or -1 for whole epochs" if name == "max_steps" else f"{_AT_LEAST[name]} or more"
+        raise RecipeError(f"{key} is {value}; it must be {least}")
+    if name in _ABOVE_0 and not value > 0:
+        raise RecipeError(f"{key} is {value}; it must be above 0")
+    return value
 
 
 def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None) -> PeftConfig | None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from sku.config import EMBEDDED, EvaluateConfig
+from sku.config.yaml_text import read_yaml
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, did_you_mean, one_line
 from sku.evaluate.judges.base import Judge
@@ -106,7 +107,7 @@ def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
             )
         return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
     kind = content.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise EvaluationError(
             f"judge {name}: kind is {kind!r}; it must be one of {', '.join(KINDS)}.{did_you_mean(str(kind), KINDS)}"
         )
@@ -134,7 +135,7 @@ def read_judge_file(name: str) -> dict[str, Any]:
         return {"kind": "precomputed", "path": name}
     text = judge_file_text(name)
     try:
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except yaml.YAMLError as error:
         raise EvaluationError(f"judge file {name} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sku.errors import OutputError
+from sku.errors import EvaluationError, OutputError, one_line
 from sku.report.html.page import comparison_page, run_page
 from sku.report.html.run_folder import read_run
 from sku.storage import write_private_text
@@ -32,7 +32,10 @@ def write_report(
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"the report {out} must end in .html")
-    places = [folder.resolve() for folder in folders]
+    try:
+        places = [folder.resolve() for folder in folders]
+    except (OSError, RuntimeError) as error:  # Links in a circle; a RuntimeError before Python 3.13.
+        raise EvaluationError(f"a run folder can't be read: {one_line(error)}") from None
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise OutputError(f"{folder} is named twice: name each run once")

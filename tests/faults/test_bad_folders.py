@@ -1,0 +1,190 @@
+"""Folders and files of results that are damaged, and names in them that would have files written elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.battery import Battery
+
+NAME = "folders"
+Maker = Callable[[Path], object]
+"""Makes what is wrong at a path that does not exist."""
+
+
+def run_folder(manifest: str | bytes, results: str | bytes = "{}") -> Maker:
+    def make(path: Path) -> None:
+        path.mkdir()
+        for name, content in (("manifest.json", manifest), ("results.json", results)):
+            (path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return make
+
+
+COMPLETE: dict[str, Any] = {
+    "schema_version": 1,
+    "status": "complete",
+    "recipe": {},
+    "recipe_sha256": "",
+    "seconds": {},
+}
+FOLDERS: dict[str, Maker] = {
+    "missing": lambda path: None,
+    "a file": lambda path: path.write_text("a"),
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "empty": Path.mkdir,
+    "manifest cut off": run_folder('{"schema_version": 1, "status":'),
+    "manifest of a list": run_folder("[]"),
+    "manifest of null": run_folder("null"),
+    "manifest of noise": run_folder(bytes(range(128, 256))),
+    "manifest of brackets": run_folder("[" * 50_000),
+    "manifest of another version": run_folder('{"schema_version": 99, "status": "complete"}'),
+    "manifest without anything": run_folder('{"schema_version": 1}'),
+    "manifest of wrong types": run_folder(
+        json.dumps({**COMPLETE, "recipe": [], "seconds": 7, "status": ["complete"]})
+    ),
+    "manifest alone": run_folder(json.dumps(COMPLETE)),
+    "results cut off": run_folder(json.dumps(COMPLETE), '{"schema_version"'),
+    "results of a list": run_folder(json.dumps(COMPLETE), "[]"),
+    "results of noise": run_folder(json.dumps(COMPLETE), b"\xff\xfe\x00"),
+    "results of brackets": run_folder(json.dumps(COMPLETE), "[" * 50_000),
+    "results of NaN": run_folder(json.dumps(COMPLETE), '{"base": NaN, "unlearned": Infinity}'),
+    "results that lead out": run_folder(
+        json.dumps({**COMPLETE, "recipe": {"name": "../../elsewhere"}}), '{"base": {"name": "../../elsewhere"}}'
+    ),
+    "folders for files": lambda path: (path / "manifest.json").mkdir(parents=True),
+}
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "report": ("report", "RUN", "--out", "OUT"),
+    "report beside": ("report", "RUN"),
+    "card": ("card", "RUN"),
+    "push": ("push", "RUN", "me/model", "--dry-run"),
+    "results": ("results", "RUN"),
+    "judge export": ("judge", "export", "RUN", "--out", "OUT"),
+    "judge again": ("judge", "again", "RUN", "--judge", "refusal_rules"),
+    "run": ("run", "--out", "RUN", "--resume"),
+    "acquire": ("acquire", "--out", "RUN"),
+    "sweep": ("sweep", "RUN", "--recipe", "embedded", "--out", "OUT"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+@pytest.mark.parametrize("make", FOLDERS.values(), ids=FOLDERS.keys())
+def test_damaged_folder_of_a_run(battery: Battery, make: Maker, command: tuple[str, ...]) -> None:
+    if command[0] in ("run", "acquire") and make is FOLDERS["missing"]:
+        command = ("run", "--out", "RUN", "--set", "seed=-1")  # A new folder is no fault: this is.
+    path = battery.inputs / "a run"
+    make(path)
+    places = {"RUN": path, "OUT": battery.out}
+    battery.refuses(NAME, *(places.get(word, word) for word in command))
+
+
+RECORD: dict[str, Any] = {"schema_version": 1, "name": "sku", "seed": 0, "status": "complete"}
+RECORDS: dict[str, tuple[str, str | bytes]] = {
+    "no JSON": ("sku--seed0.json", "{"),
+    "a list": ("sku--seed0.json", "[]"),
+    "noise": ("sku--seed0.json", b"\xff\xfe"),
+    "brackets": ("sku--seed0.json", "[" * 50_000),
+    "most keys missing": ("sku--seed0.json", json.dumps(RECORD)),
+    "another version": ("sku--seed0.json", json.dumps({**RECORD, "schema_version": 9})),
+    "a name that leads out": ("sku--seed0.json", json.dumps({**RECORD, "name": "../../elsewhere"})),
+    "seed of text": ("sku--seed0.json", json.dumps({**RECORD, "seed": "../0"})),
+    "line break in the name": ("sk\nu--seed0.json", "{"),
+    "escape in the name": ("sk\x1b[2Ju--seed0.json", "{"),
+}
+
+
+@pytest.mark.parametrize(("file", "content"), RECORDS.values(), ids=RECORDS.keys())
+def test_damaged_record_of_a_comparison(battery: Battery, file: str, content: str | bytes) -> None:
+    path = battery.inputs / file
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    battery.refuses(NAME, "results", battery.inputs, words="seed0.json")
+
+
+@pytest.mark.parametrize("command", ["compare", "ablate"])
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "sku/../../x", "..", "a\0b", "sk\nu"])
+def test_rows_of_a_comparison_that_lead_out(battery: Battery, command: str, name: str) -> None:
+    option = "--methods" if command == "compare" else "--groups"
+    battery.refuses(NAME, command, option, name, "--out", battery.out)
+
+
+LABELS: dict[str, tuple[str | bytes, str]] = {
+    "empty": ("", "no column"),
+    "no column": ("a,b\n1,2\n", "no column"),
+    "noise": (bytes(range(256)) * 10, "no column"),
+    "NUL bytes": (b"id,label,reply_sha256\n\0,\0,\0\n", "labels.csv"),
+    "unknown label": ("id,label,reply_sha256\na,maybe,b\n", "label is 'maybe'"),
+    "a label of a million characters": (f"id,label,reply_sha256\na,{'x' * 1_000_000},b\n", "label is"),
+    "a cell too long": (f"id,label,reply_sha256\na,harmful,{'x' * 17_000_000}\n", "labels.csv"),
+    "labelled twice": ("id,label,reply_sha256\na,safe,b\na,safe,b\n", "a second time"),
+    "probability of text": ("id,label,reply_sha256,p_harmful\na,safe,b,much\n", "p_harmful"),
+    "probability above 1": ("id,label,reply_sha256,p_harmful\na,safe,b,2\n", "p_harmful"),
+    "probability NaN": ("id,label,reply_sha256,p_harmful\na,safe,b,nan\n", "p_harmful"),
+    "an id that leads out": ("id,label,reply_sha256\n../../x,bad\x1b[2J,b\n", "label is"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), LABELS.values(), ids=LABELS.keys())
+def test_damaged_labels(battery: Battery, content: str | bytes, words: str) -> None:
+    labels = battery.inputs / "labels.csv"
+    labels.write_bytes(content.encode() if isinstance(content, str) else content)
+    battery.refuses(NAME, "run", "--judge", labels, "--out", battery.out, words=words)
+
+
+def taken_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "mine.txt").write_text("mine")
+
+
+OUTS: dict[str, Maker] = {
+    "a file": lambda path: path.write_text("mine"),
+    "a folder with something in it": taken_folder,
+    "below a file": lambda path: path.parent.write_text("mine"),
+    "a pipe": os.mkfifo,
+    "a link to nothing": lambda path: path.symlink_to(path.with_name("elsewhere")),
+    "a link to itself": lambda path: path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("make", OUTS.values(), ids=OUTS.keys())
+@pytest.mark.parametrize("command", [("run",), ("negate", "embedded", "embedded"), ("acquire",)])
+def test_out_that_is_taken(battery: Battery, make: Maker, command: tuple[str, ...]) -> None:
+    out = battery.inputs / "below" / "out"
+    if make is not OUTS["below a file"]:
+        out.parent.mkdir()
+    make(out)
+    wrong = () if command[0] == "negate" else ("--model", "./nowhere")
+    battery.refuses(NAME, *command, *wrong, "--out", out)
+
+
+@pytest.mark.parametrize("out", ["", "x" * 300, "x/" * 3000, "/proc/none/out", "/dev/null/out"])
+def test_out_that_can_not_be(battery: Battery, out: str) -> None:
+    battery.refuses(NAME, "run", "--out", out, "--model", "./nowhere")
+
+
+JUDGES: dict[str, tuple[str | bytes, str]] = {
+    "empty": ("", "keys and values"),
+    "no YAML": ("a: [", "is not YAML"),
+    "Python object": ("kind: !!python/object/apply:os.getpid []", "is not YAML"),
+    "kind twice": ("kind: chat\nkind: vote\n", "stands twice"),
+    "holds itself": ("kind: &k [*k]\n", "holds itself"),
+    "unknown kind": ("kind: nonesuch\n", "nonesuch"),
+    "no kind": ("model: a\n", "kind"),
+    "kind of a list": ("kind: [chat]\n", "kind"),
+    "noise": (bytes(range(128, 256)), "can't be read"),
+    "labels that lead out": ("kind: precomputed\npath: ../../../none.csv\n", "none.csv"),
+    "unknown key": ("kind: precomputed\npath: a.csv\npaths: b\n", "paths"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), JUDGES.values(), ids=JUDGES.keys())
+def test_damaged_judge_file(battery: Battery, content: str | bytes, words: str) -> None:
+    judge = battery.inputs / "judge.yaml"
+    judge.write_bytes(content.encode() if isinstance(content, str) else content)
+    battery.refuses(NAME, "run", "--judge", judge, "--out", battery.out, words=words)

@@ -1,0 +1,463 @@
+"""Weights, configurations and tokenizers that are cut off, lie about themselves, or lead out of their folder."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from conftest import ModelMaker, TokenizerMaker
+from faults.battery import Battery
+from sku.negate.task_vector import TaskVector
+
+NAME = "models"
+FILES = {"base": "model", "bad": "model", "adapter": "adapter_model", "vector": "task_vector"}
+"""Folder -> stem of its weight file."""
+Change = Callable[[Path], object]
+"""Puts something wrong into a folder of weights, or into the file that is given."""
+
+
+@pytest.fixture(scope="session")
+def sound(make_model: ModelMaker, make_tokenizer: TokenizerMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, a bad one, an adapter and a task vector, each in its folder."""
+    folder = tmp_path_factory.mktemp("sound")
+    base, bad = make_model("llama"), make_model("llama")
+    with torch.no_grad():
+        for weight in bad.parameters():
+            weight.mul_(1.001)
+    TaskVector.between(base, bad).save(folder / "vector")
+    for name, model in (("base", base), ("bad", bad)):
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    adapted = get_peft_model(
+        make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    adapted.save_pretrained(str(folder / "adapter"))
+    return folder
+
+
+def parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and tensors of a safetensors file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def put(path: Path, header: bytes, data: bytes, length: int | None = None) -> None:
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+
+
+def rewritten(change: Callable[[dict[str, Any], str], object]) -> Change:
+    """Changes a header; the change is given the header and the name of the last tensor in the file."""
+
+    def make(path: Path) -> None:
+        header, data = parts(path)
+        last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+        change(header, last)
+        put(path, json.dumps(header).encode(), data)
+
+    return make
+
+
+def cut(share: float) -> Change:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def cut_to(size: int) -> Change:
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+def with_length(length: int) -> Change:
+    return lambda path: path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def with_header(header: bytes) -> Change:
+    return lambda path: put(path, header, parts(path)[1])
+
+
+def one_name_twice(path: Path) -> None:
+    header, data = parts(path)
+    first = next(name for name in header if name != "__metadata__")
+    text = json.dumps(header)
+    put(path, f"{text[:-1]}, {json.dumps(first)}: {json.dumps(header[first])}}}".encode(), data)
+
+
+def with_value(value: float) -> Change:
+    def make(path: Path) -> None:
+        tensors = load_file(path)
+        metadata = parts(path)[0].get("__metadata__")
+        next(iter(tensors.values())).view(-1)[3] = value
+        save_file(tensors, path, metadata)
+
+    return make
+
+
+def as_dtype(dtype: torch.dtype) -> Change:
+    def make(path: Path) -> None:
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, parts(path)[0].get("__metadata__"))
+
+    return make
+
+
+def without_first(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[next(iter(tensors))]
+    save_file(tensors, path, parts(path)[0].get("__metadata__"))
+
+
+def transposed(path: Path) -> None:
+    tensors = {name: tensor.T.contiguous() if tensor.ndim == 2 else tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, parts(path)[0].get("__metadata__"))
+
+
+def pickled(path: Path) -> None:
+    torch.save(load_file(path), path.with_name("pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"))
+    path.unlink()
+
+
+def replaced_by(make: Change) -> Change:
+    def change(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return change
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def set_entry(key: str, value: object) -> Change:
+    return rewritten(lambda header, last: header[last].update({key: value}))
+
+
+DAMAGED: dict[str, Change] = {
+    "empty": cut_to(0),
+    "cut off in its length": cut_to(5),
+    "cut off behind its length": cut_to(8),
+    "cut off in its header": cut_to(100),
+    **{f"cut off at {share:.0%}": cut(share) for share in (0.3, 0.5, 0.7, 0.9, 0.99)},
+    "bytes behind the end": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "a header of no bytes": with_length(0),
+    "a header of one byte": with_length(1),
+    "a header longer than the file": with_length(10**9),
+    "a header of 2**63 bytes": with_length(2**63),
+    "a header of 2**64 - 1 bytes": with_length(2**64 - 1),
+    "a header that ends too early": with_length(50),
+    "a header of zeros": with_header(b"\0" * 64),
+    "a header of text": with_header(b"weights here"),
+    "a header that is a list": with_header(b"[1, 2]"),
+    "a header that is null": with_header(b"null"),
+    "a header without tensors": with_header(b"{}"),
+    "a header in Latin-1": with_header("{'là': 1}".encode("latin-1")),
+    "a header of brackets": with_header(b"[" * 50_000),
+    "a tensor that is null": rewritten(lambda header, last: header.update({last: None})),
+    "a tensor without a shape": rewritten(lambda header, last: header[last].pop("shape")),
+    "a tensor without offsets": rewritten(lambda header, last: header[last].pop("data_offsets")),
+    "a tensor twice": one_name_twice,
+    "unknown type": set_entry("dtype", "F31"),
+    "type that is no text": set_entry("dtype", [1]),
+    "type of another size": set_entry("dtype", "F64"),
+    "negative size": set_entry("shape", [-1, 4]),
+    "size of text": set_entry("shape", ["a"]),
+    "sizes that overflow": set_entry("shape", [2**40, 2**40]),
+    "too small a shape": set_entry("shape", [1]),
+    "offsets that run backwards": set_entry("data_offsets", [8, 0]),
+    "offsets far beyond the end": set_entry("data_offsets", [2**50, 2**50 + 4]),
+    "offsets of text": set_entry("data_offsets", ["0", "4"]),
+    "three offsets": set_entry("data_offsets", [0, 4, 8]),
+    "offsets of another tensor": rewritten(
+        lambda header, last: header[last].update(data_offsets=next(iter(header.values())).get("data_offsets", [0, 8]))
+    ),
+    "metadata of numbers": rewritten(lambda header, last: header.update(__metadata__={"format": 1})),
+    "NaN": with_value(float("nan")),
+    "infinity": with_value(float("inf")),
+    "8-bit integers": as_dtype(torch.int8),
+    "8-bit floats": as_dtype(torch.float8_e4m3fn),
+    "a tensor missing": without_first,  # A vector alone may lack some: it changes those that it has.
+    "turned matrices": transposed,
+    "pickled": pickled,
+    "a folder in its place": replaced_by(Path.mkdir),
+    "a link to itself": replaced_by(lambda path: path.symlink_to(path)),
+    "missing": Path.unlink,
+}
+
+
+FORMS = [
+    (form, name)
+    for name in DAMAGED
+    for form in ("bad", "adapter", "vector")
+    if (form, name) != ("vector", "a tensor missing")
+]
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_damaged_weights_of_a_bad_model(battery: Battery, sound: Path, form: str, name: str) -> None:
+    folders = copies(battery, sound, "base", form)
+    DAMAGED[name](folders[form] / f"{FILES[form]}.safetensors")
+    arguments = ("negate", folders["base"], folders[form], "--out", battery.out)
+    battery.refuses(NAME, *arguments)
+
+
+@pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_weights_of_a_base_model(battery: Battery, sound: Path, change: Change) -> None:
+    folders = copies(battery, sound, "base", "bad")
+    change(folders["base"] / "model.safetensors")
+    battery.refuses(NAME, "negate", folders["base"], folders["bad"], "--out", battery.out)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        (form, name)
+        for form, name in FORMS
+        if name in (
+            "empty", "cut off at 50%", "a header of text", "a tensor missing", "turned matrices", "NaN", "pickled"
+        )
+    ],
+)  # fmt: skip
+def test_damaged_weights_in_memory(battery: Battery, sound: Path, form: str, name: str) -> None:
+    folders = copies(battery, sound, "base", form)
+    DAMAGED[name](folders[form] / f"{FILES[form]}.safetensors")
+    halved = ("--operator", 'layer_alpha={factors: {"*": 0.5}}')
+    battery.refuses(NAME, "negate", folders["base"], folders[form], *halved, "--out", battery.out)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "empty", "cut off at 50%", "cut off at 90%", "a header of text", "a header of 2**64 - 1 bytes",
+        "offsets far beyond the end", "unknown type", "a tensor missing", "turned matrices",
+        "pickled", "missing", "a folder in its place",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["run", "evaluate"])
+def test_damaged_weights_of_a_run(battery: Battery, sound: Path, command: str, name: str) -> None:
+    folders = copies(battery, sound, "base")
+    DAMAGED[name](folders["base"] / "model.safetensors")
+    model = ("run", "--model", folders["base"]) if command == "run" else ("evaluate", folders["base"])
+    battery.refuses(NAME, *model, "--out", battery.out, words=str(folders["base"]))
+
+
+def copies(battery: Battery, sound: Path, *names: str) -> dict[str, Path]:
+    return {name: Path(shutil.copytree(sound / name, battery.inputs / name)) for name in names}
+
+
+def sharded(folder: Path, index: object) -> None:
+    """Renames the weights to a shard and writes an index as it is."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    text = index if isinstance(index, str) else json.dumps(index)
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def placed(file: str) -> Change:
+    def make(folder: Path) -> None:
+        names = [name for name in parts(folder / "model.safetensors")[0] if name != "__metadata__"]
+        sharded(folder, {"metadata": {}, "weight_map": dict.fromkeys(names, file)})
+
+    return make
+
+
+SHARD = "model-00001-of-00001.safetensors"
+INDEXES: dict[str, Change] = {
+    "no JSON": lambda folder: sharded(folder, "{"),
+    "a list": lambda folder: sharded(folder, []),
+    "no map": lambda folder: sharded(folder, {"metadata": {}}),
+    "an empty map": lambda folder: sharded(folder, {"weight_map": {}}),
+    "a map of numbers": lambda folder: sharded(folder, {"weight_map": {"a": 1}}),
+    "a map that is a list": lambda folder: sharded(folder, {"weight_map": [SHARD]}),
+    "a name that no shard holds": lambda folder: sharded(folder, {"weight_map": {"no.such.weight": SHARD}}),
+    "metadata that is a list": lambda folder: sharded(folder, {"metadata": [1], "weight_map": {"a": SHARD}}),
+    "a missing shard": placed("model-00002-of-00002.safetensors"),
+    "a shard above": placed("../base2/model.safetensors"),
+    "an absolute shard": placed("/etc/passwd"),
+    "a shard in a folder": placed("a/../../x.safetensors"),
+    "a shard with a backslash": placed("..\\x.safetensors"),
+    "a shard of two dots": placed(".."),
+    "a shard without a name": placed(""),
+    "a shard with a NUL": placed("a\0.safetensors"),
+    "a shard with a line break": placed("a\nb.safetensors"),
+    "a pickled shard": placed("pytorch_model-00001-of-00001.bin"),
+}
+
+
+@pytest.mark.parametrize("command", ["negate", "run"])
+@pytest.mark.parametrize("change", INDEXES.values(), ids=INDEXES.keys())
+def test_wrong_index_of_shards(battery: Battery, sound: Path, change: Change, command: str) -> None:
+    folders = copies(battery, sound, "base", "bad")
+    shutil.copytree(folders["base"], battery.inputs / "base2")
+    change(folders["base"])
+    given = ("negate", folders["base"], folders["bad"]) if command == "negate" else ("run", "--model", folders["base"])
+    battery.refuses(NAME, *given, "--out", battery.out, words="base")
+
+
+def json_file(name: str, change: Callable[[dict[str, Any]], object]) -> Change:
+    def make(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return make
+
+
+def text_file(name: str, content: str | bytes) -> Change:
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+CONFIGS: dict[str, Change] = {
+    "missing": lambda folder: (folder / "config.json").unlink(),
+    "empty": text_file("config.json", ""),
+    "no JSON": text_file("config.json", "{"),
+    "a list": text_file("config.json", "[]"),
+    "null": text_file("config.json", "null"),
+    "noise": text_file("config.json", bytes(range(128, 256))),
+    "UTF-16": text_file("config.json", "{}".encode("utf-16")),
+    "brackets": text_file("config.json", "[" * 50_000),
+    "without a type": text_file("config.json", "{}"),
+    "unknown type": json_file("config.json", lambda content: content.update(model_type="nonesuch", architectures=[])),
+    "type of a list": json_file("config.json", lambda content: content.update(model_type=["llama"])),
+    "another architecture": json_file("config.json", lambda content: content.update(model_type="opt")),
+    "no language model": json_file("config.json", lambda content: content.update(model_type="vit")),
+    "hidden size of text": json_file("config.json", lambda content: content.update(hidden_size="many")),
+    "hidden size 0": json_file("config.json", lambda content: content.update(hidden_size=0)),
+    "hidden size below 0": json_file("config.json", lambda content: content.update(hidden_size=-32)),
+    "another hidden size": json_file("config.json", lambda content: content.update(hidden_size=64)),
+    "more layers": json_file("config.json", lambda content: content.update(num_hidden_layers=3)),
+    "another vocabulary": json_file("config.json", lambda content: content.update(vocab_size=7)),
+    "code to be run": json_file(
+        "config.json",
+        lambda content: content.update(
+            model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+        ),
+    ),
+    "quantized": json_file("config.json", lambda content: content.update(quantization_config={"quant_method": "awq"})),
+    "quantized, of text": json_file("config.json", lambda content: content.update(quantization_config="awq")),
+}
+TOKENIZERS: dict[str, Change] = {
+    "missing": without_tokenizer,
+    "no JSON": text_file("tokenizer.json", "{"),
+    "empty": text_file("tokenizer.json", ""),
+    "a list": text_file("tokenizer.json", "[]"),
+    "null": text_file("tokenizer.json", "null"),
+    "noise": text_file("tokenizer.json", bytes(range(128, 256))),
+    "settings that are no JSON": text_file("tokenizer_config.json", "{"),
+    "settings of a list": text_file("tokenizer_config.json", "[]"),
+    "no vocabulary": json_file("tokenizer.json", lambda content: content["model"].update(vocab={})),
+    "vocabulary of a list": json_file("tokenizer.json", lambda content: content["model"].update(vocab=[1])),
+    "unknown model": json_file("tokenizer.json", lambda content: content["model"].update(type="nonesuch")),
+    "a template that is no Jinja": text_file("chat_template.jinja", "{% for %}"),
+    "a template that fails": text_file("chat_template.jinja", "{{ raise_exception('no') }}"),
+    "a template that reads elsewhere": text_file(
+        "chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    ),
+    "a template that includes": text_file("chat_template.jinja", "{% include '/etc/passwd' %}"),
+    "tokens beyond the embedding": json_file(
+        "tokenizer_config.json", lambda content: content.update(pad_token="<another>")
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS.keys())
+def test_wrong_config_of_a_run(battery: Battery, sound: Path, change: Change) -> None:
+    base = copies(battery, sound, "base")["base"]
+    change(base)
+    battery.refuses(NAME, "run", "--model", base, "--out", battery.out, words=str(base))
+
+
+@pytest.mark.parametrize("change", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+def test_wrong_tokenizer_of_a_run(battery: Battery, sound: Path, change: Change) -> None:
+    base = copies(battery, sound, "base")["base"]
+    change(base)
+    battery.refuses(NAME, "run", "--model", base, "--out", battery.out)
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "empty", "no JSON", "a list", "null", "noise", "UTF-16", "brackets", "quantized"]
+)
+@pytest.mark.parametrize("form", ["base", "bad"])
+def test_wrong_config_of_negate(battery: Battery, sound: Path, form: str, name: str) -> None:
+    folders = copies(battery, sound, "base", "bad")
+    CONFIGS[name](folders[form])
+    arguments = ("negate", folders["base"], folders["bad"], "--out", battery.out)
+    battery.refuses(NAME, *arguments, words=str(folders[form]))
+
+
+ADAPTERS: dict[str, Change] = {
+    "no JSON": text_file("adapter_config.json", "{"),
+    "empty": text_file("adapter_config.json", ""),
+    "a list": text_file("adapter_config.json", "[]"),
+    "nothing in it": text_file("adapter_config.json", "{}"),
+    "noise": text_file("adapter_config.json", bytes(range(128, 256))),
+    "unknown kind": json_file("adapter_config.json", lambda content: content.update(peft_type="NONESUCH")),
+    "another kind": json_file("adapter_config.json", lambda content: content.update(peft_type="PROMPT_TUNING")),
+    "rank 0": json_file("adapter_config.json", lambda content: content.update(r=0)),
+    "another rank": json_file("adapter_config.json", lambda content: content.update(r=5)),
+    "rank of text": json_file("adapter_config.json", lambda content: content.update(r="two")),
+    "modules that are not there": json_file(
+        "adapter_config.json", lambda content: content.update(target_modules=["nonesuch"])
+    ),
+    "modules of a number": json_file("adapter_config.json", lambda content: content.update(target_modules=7)),
+    "a pattern that is none": json_file("adapter_config.json", lambda content: content.update(target_modules="(")),
+    "strength NaN": json_file("adapter_config.json", lambda content: content.update(lora_alpha=float("nan"))),
+    "strength of text": json_file("adapter_config.json", lambda content: content.update(lora_alpha="much")),
+    "with biases": json_file("adapter_config.json", lambda content: content.update(bias="all")),
+    "DoRA": json_file("adapter_config.json", lambda content: content.update(use_dora=True)),
+}
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("change", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_wrong_settings_of_an_adapter(battery: Battery, sound: Path, change: Change, in_memory: bool) -> None:
+    folders = copies(battery, sound, "base", "adapter")
+    change(folders["adapter"])
+    halved = ("--operator", 'layer_alpha={factors: {"*": 0.5}}') if in_memory else ()
+    battery.refuses(NAME, "negate", folders["base"], folders["adapter"], *halved, "--out", battery.out)
+
+
+VECTORS: dict[str, Change] = {
+    "no ties": rewritten(lambda header, last: header["__metadata__"].pop("tied")),
+    "ties that are no JSON": rewritten(lambda header, last: header["__metadata__"].update(tied="{")),
+    "ties that are a list": rewritten(lambda header, last: header["__metadata__"].update(tied="[1]")),
+    "ties of numbers": rewritten(lambda header, last: header["__metadata__"].update(tied='{"a": 1}')),
+    "ties of lists": rewritten(lambda header, last: header["__metadata__"].update(tied='{"a": [1]}')),
+    "another format": rewritten(lambda header, last: header["__metadata__"].update(format="pt")),
+    "no metadata": rewritten(lambda header, last: header.pop("__metadata__")),
+    "a name that no model has": rewritten(lambda header, last: header.update({"../../x": header.pop(last)})),
+}
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("change", VECTORS.values(), ids=VECTORS.keys())
+def test_wrong_header_of_a_task_vector(battery: Battery, sound: Path, change: Change, in_memory: bool) -> None:
+    folders = copies(battery, sound, "base", "vector")
+    change(folders["vector"] / "task_vector.safetensors")
+    halved = ("--operator", 'layer_alpha={factors: {"*": 0.5}}') if in_memory else ()
+    battery.refuses(NAME, "negate", folders["base"], folders["vector"], *halved, "--out", battery.out)
+
+
+class Trap:
+    """Unpickling it would write a file."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Path.touch, (Path("sprung"),)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "adapter_model.bin", "training_args.bin"])
+def test_no_pickle_is_ever_opened(battery: Battery, sound: Path, file: str) -> None:
+    """The trap lies beside nothing: a folder with weights in safetensors is read without it."""
+    folders = copies(battery, sound, "base", "bad", "adapter")
+    form = "adapter" if file.startswith("adapter") else "bad"
+    (folders[form] / f"{FILES[form]}.safetensors").unlink()
+    (folders[form] / file).write_bytes(pickle.dumps(Trap()))
+    battery.refuses(NAME, "negate", folders["base"], folders[form], "--out", battery.out)
+    battery.refuses(NAME, "evaluate", folders["bad"] if form == "bad" else folders["adapter"], "--out", battery.out)
