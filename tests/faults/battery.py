@@ -21,7 +21,7 @@ import torch
 import transformers
 import typer.main
 
-from faults.summary import RecordCases
+from faults.summary import Tally
 from sku.cli.main import app, main
 
 SECONDS = 10
@@ -40,7 +40,7 @@ class Done:
 class Battery:
     """One folder for the inputs (``inputs``), one to stand in, and one for temporary files; all are watched."""
 
-    def __init__(self, folder: Path, read: Callable[[], tuple[str, str]], record: RecordCases) -> None:
+    def __init__(self, folder: Path, read: Callable[[], tuple[str, str]], record: Tally) -> None:
         """Makes the folders; ``read`` gives and forgets what was printed to the two streams."""
         self._folder, self._read, self._record = folder, read, record
         self.inputs, self.here, self.out = folder / "inputs", folder / "here", folder / "place" / "out"
@@ -137,7 +137,7 @@ def _command() -> Callable[[], Any]:
 
 @pytest.fixture
 def battery(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record_cases: RecordCases
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tally: Tally
 ) -> Iterator[Battery]:
     """Commands that stand in a folder of their own; what they silence for their process speaks again afterwards."""
 
@@ -148,7 +148,7 @@ def battery(
     for name in ("TOKENIZERS_PARALLELISM", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else "false")
     monkeypatch.setattr("sku.cli.main.app", _command())
-    made = Battery(tmp_path, read, record_cases)
+    made = Battery(tmp_path, read, tally)
     monkeypatch.chdir(made.here)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     verbosity = transformers.utils.logging.get_verbosity(), datasets.utils.logging.get_verbosity()

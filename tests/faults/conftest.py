@@ -1,9 +1,8 @@
-"""Batteries of faults: how many cases there were, and how many of them the package survived."""
+"""What the batteries of kills, signals and full disks share."""
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,9 +12,6 @@ from faults.commands import ForkServer
 from faults.runs import Finished, keeps_bad, words_of
 from sku.model_files import embedded_model_path
 
-CASES = "faults"
-Tally = Callable[[str, str], None]
-"""Notes a case: its battery, and its kind."""
 FinishedRun = Callable[[dict[str, str]], Finished]
 
 
@@ -54,31 +50,3 @@ def finished_run(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -
         return runs[tuple(words)]
 
     return run
-
-
-@pytest.fixture
-def tally(request: pytest.FixtureRequest) -> Tally:
-    """Notes cases; they have survived if the test passes. The notes travel with the report, under xdist too."""
-
-    def note(battery: str, kind: str) -> None:
-        request.node.user_properties.append((CASES, (battery, kind)))
-
-    return note
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line a battery."""
-    cases: dict[str, Counter[str]] = {}
-    survived: Counter[str] = Counter()
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            for name, value in report.user_properties if report.when == "call" else ():
-                if name == CASES:
-                    battery, kind = value
-                    cases.setdefault(battery, Counter())[kind] += 1
-                    survived[battery] += outcome == "passed"
-    if cases:
-        terminalreporter.section("faults")
-    for battery, kinds in cases.items():
-        parts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
-        terminalreporter.line(f"{battery}: {kinds.total()} cases, {survived[battery]} survived ({parts})")

@@ -1,7 +1,7 @@
-"""A pytest plugin: how many wrong inputs each battery tried, and how many of them left nothing behind but one line.
+"""A pytest plugin: how many cases each battery tried, and how many of them the package survived.
 
-A test notes its cases with ``record_cases``; the notes travel with its report, so that they come together under
-pytest-xdist too.
+A test notes its cases with ``tally``; the notes travel with its report, so that they come together under pytest-xdist
+too.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from collections.abc import Callable
 
 import pytest
 
-PROPERTY = "fault cases"
-RecordCases = Callable[[str], None]
+PROPERTY = "fault case"
+Tally = Callable[..., None]
+"""Notes a case: its battery, and its kind if there are several. The case before it has then survived."""
 
 
 @pytest.fixture
-def record_cases(request: pytest.FixtureRequest) -> RecordCases:
-    """Counts one case of the named battery each time it is called; the case before it has then survived."""
-    count = 0
-    noted: list[tuple[str, object]] = request.node.user_properties
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Notes the cases of a test."""
 
-    def record(name: str) -> None:
-        nonlocal count
-        count += 1
-        noted[:] = [(key, value) for key, value in noted if key != PROPERTY]
-        noted.append((PROPERTY, (name, count)))
+    def note(battery: str, kind: str = "") -> None:
+        request.node.user_properties.append((PROPERTY, (battery, kind)))
 
-    return record
+    return note
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line for each battery: cases, and survivors."""
-    cases, survivors = Counter[str](), Counter[str]()
+    cases: dict[str, Counter[str]] = {}
+    survived: Counter[str] = Counter()
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
-            for name, value in report.user_properties if report.when == "call" else ():
-                if name == PROPERTY:
-                    battery, count = value
-                    cases[battery] += count
-                    # A failed test fell at its last case.
-                    survivors[battery] += count - (outcome == "failed")
-    if cases:
-        terminalreporter.section("fault batteries")
-        for battery in sorted(cases):
-            terminalreporter.line(f"{battery}: {cases[battery]} cases, {survivors[battery]} survivors")
-        terminalreporter.line(f"all: {cases.total()} cases, {survivors.total()} survivors")
+            noted = [value for name, value in report.user_properties if name == PROPERTY and report.when == "call"]
+            for number, (battery, kind) in enumerate(noted, start=1):
+                cases.setdefault(battery, Counter())[kind] += 1
+                # A failed test fell at its last case.
+                survived[battery] += outcome == "passed" or number < len(noted)
+    if not cases:
+        return
+    terminalreporter.section("batteries of faults")
+    for battery, kinds in sorted(cases.items()):
+        parts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common() if kind)
+        line = f"{battery}: {kinds.total()} cases, {survived[battery]} survived"
+        terminalreporter.line(f"{line} ({parts})" if parts else line)
+    total = sum(kinds.total() for kinds in cases.values())
+    terminalreporter.line(f"all: {total} cases, {survived.total()} survived")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from faults.commands import Ended, ForkServer
-from faults.conftest import FinishedRun, Tally
+from faults.conftest import FinishedRun
 from faults.phases import PHASES, phase_of
 from faults.runs import ADAPTER, WHOLE, check_equal_runs, check_leavings, words_of
+from faults.summary import Tally
 
 FAULTS = ("ENOSPC", "limit 0", "EDQUOT", "limit 0", "EROFS", "limit 0", "EIO", "limit 0", "EACCES", "limit 65536")
 USUAL = ("recipe ", "until the run is finished ")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from faults.commands import Command, ForkServer
-from faults.conftest import FinishedRun, Tally
+from faults.conftest import FinishedRun
 from faults.phases import PHASES, phase_of
 from faults.runs import (
     ADAPTER,
@@ -23,6 +23,7 @@ from faults.runs import (
     keeps_bad,
     words_of,
 )
+from faults.summary import Tally
 
 BATTERY = "kill -9 of sku run"
 KILLS = {

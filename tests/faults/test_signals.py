@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from faults.commands import PACKAGE, Ended, ForkServer
-from faults.conftest import FinishedRun, Tally
+from faults.conftest import FinishedRun
 from faults.phases import PHASES, phase_of
 from faults.runs import ADAPTER, SWEPT, WHOLE, check_equal_runs, check_leavings, hashes_below, keeps_bad, words_of
+from faults.summary import Tally
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 NAMES = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
