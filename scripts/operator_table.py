@@ -78,6 +78,12 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "contrast 1": [{"contrast": {"strength": 1.0}}],
         "contrast 4": [{"contrast": {"strength": 4.0}}],
         "contrast 16": [{"contrast": {"strength": 16.0}}],
+        "contrast 64": [{"contrast": {"strength": 64.0}}],
+        "contrast 256": [{"contrast": {"strength": 256.0}}],
+        "contrast 64, MLP only": [
+            {"contrast": {"strength": 64.0}},
+            {"layer_alpha": {"factors": {"*.mlp.*": 1.0}, "others": 0.0}},
+        ],
         "contrast 16, unit": [{"contrast": {"strength": 16.0, "unit": True}}],
         "PerTA grad": [{"perta": {"importance": "grad"}}],
         "PerTA Fisher": [{"perta": {"importance": "fisher"}}],
