@@ -421,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = run.read("asked.jsonl")
     known = {(point["mode"], point["row"], point["alpha"]) for point in asked}
     base = {"mode": options.modes[0], "row": "base", "alpha": 0.0}
-    for point in [base, *best_points(points, options.least_harm)[: options.ask]]:
+    for point in [base, *best_points(points, options.least_harm)[: options.ask]] if options.ask else []:
         if (point["mode"], point["row"], point["alpha"]) not in known:
             run.write(run.ask(point, options.modes), "asked.jsonl")
             print(f"asked {point['mode']} {point['row']}", flush=True)
