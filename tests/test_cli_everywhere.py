@@ -330,12 +330,14 @@ def test_lines_of_libraries_lose_tokens_and_signatures(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTHER_API_KEY", "long-secret-value")
+    levels = {name: logging.getLogger(name).level for name in ("transformers", "huggingface_hub")}
     address = "https://me:pass@hub.example/file?X-Signature=abc&token=def"
     set_loudness("verbose")
     try:
         logging.getLogger("huggingface_hub.file").info("get %s with %s", address, "long-secret-value")
     finally:
         set_loudness("usual")
+    assert {name: logging.getLogger(name).level for name in levels} == levels
     logging.getLogger("huggingface_hub.file").info("unheard")
     printed = capfd.readouterr().err
     assert printed == "huggingface_hub.file: get https://***@hub.example/file?*** with ***\n"

@@ -26,6 +26,8 @@ class _LibraryPrinter(logging.Handler):
 
 
 _PRINTER = _LibraryPrinter(logging.INFO)
+_levels: dict[str, int] = {}
+"""Of loggers that ``verbose`` has turned on, as they were before."""
 _loudness: Loudness = "usual"
 
 
@@ -46,8 +48,11 @@ def set_loudness(loudness: Loudness) -> None:
         logger = logging.getLogger(name)
         logger.removeHandler(_PRINTER)
         if loudness == "verbose":
+            _levels.setdefault(name, logger.level)
             logger.addHandler(_PRINTER)
             logger.setLevel(logging.INFO)
+        elif name in _levels:
+            logger.setLevel(_levels.pop(name))
 
 
 def print_cause(error: BaseException) -> None:
