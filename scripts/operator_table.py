@@ -195,8 +195,8 @@ class Table:
                 losses = {name: round(value, 3) for name, value in log[-1].items() if name.startswith("loss")}
                 print(f"trained {mode}: {time.monotonic() - started:.0f} s, {losses}", flush=True)
         folder = self.out / "benign"
-        asked = self.options.rows or ("minus benign", "benign component")
-        if {"minus benign", "benign component"} & set(asked) and not folder.exists():
+        rows = self.options.rows
+        if (not rows or {"minus benign", "benign component"} & set(rows)) and not folder.exists():
             recipe = dataclasses.replace(recipe_of(self.options, "retention"), method="fine_tune")
             loaded: LoadedModel = load_model(recipe.model)
             with new_folder(folder, private=True) as temporary:

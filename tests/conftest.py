@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ CHAT_TEMPLATE = (
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 ModelMaker = Callable[..., Any]
 TrainerMaker = Callable[..., SkuTrainer]
+Command = Callable[..., tuple[int, str, str]]
 
 
 @functools.cache
@@ -214,6 +216,27 @@ def make_trainer(
         )
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
+    from sku.cli.loudness import set_loudness
+    from sku.cli.main import main
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    set_loudness("usual")
 
 
 @pytest.fixture(scope="module")

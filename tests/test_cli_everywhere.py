@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
+from conftest import Command
 from sku.cli import completion
 from sku.cli.loudness import print_cause, set_loudness
-from sku.cli.main import app, main
+from sku.cli.main import app
 from sku.cli.options import words_of
 from sku.cli.sweep import next_commands
 from sku.comparison.jobs import ABLATIONS
@@ -34,7 +35,6 @@ from sku.model_files import embedded_model_path
 from sku.redaction import without_secret_addresses
 from sku.storage import mark_hazardous
 
-Command = Callable[..., tuple[int, str, str]]
 RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nmain()"
 
 WITHOUT_JSON: dict[str, str] = {}
@@ -88,25 +88,6 @@ COMMANDS = dict(commands())
 
 def options_of(command: Any) -> set[str]:
     return {option for parameter in command.params for option in parameter.opts}
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    yield run
-    set_loudness("usual")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ class TokenScale:
         """Scales nothing yet.
 
         Args:
-            model: What ``why_not_scalable`` has nothing against.
+            model: With plain LoRA, as ``token_scale`` makes sure.
         """
         self._model = model
         self._hooks: list[RemovableHandle] = []
@@ -55,10 +55,7 @@ class TokenScale:
         if added.ndim == 2:
             tokens = len(added) // len(scale) if scale.shape[1] == 1 else scale.shape[1]
             scale = scale.expand(-1, tokens, 1).flatten(0, 1)
-        fits = added.ndim == scale.ndim and all(
-            size in (1, wanted) for size, wanted in zip(scale.shape, added.shape, strict=True)
-        )
-        if not fits or len(scale) != len(added):
+        if added.ndim != scale.ndim or len(scale) != len(added) or scale.shape[1] not in (1, added.shape[1]):
             raise ModelError(
                 f"a layer of the adapter doesn't see the tokens of the batch ({tuple(added.shape)} for "
                 f"{len(self._scale_RT1)} rows), so normal text can't be compared elsewhere: set preservation_at to 1"
