@@ -49,6 +49,7 @@ MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
     "retention at -1": {"preservation_mode": "retention", "preservation_at": -1.0},
     "retention at -2": {"preservation_mode": "retention", "preservation_at": -2.0},
+    "retention at -4": {"preservation_mode": "retention", "preservation_at": -4.0},
     "divergence": {"preservation_mode": "divergence", "preservation_cap": 1.0},
     "none": {"weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 0.0}},
 }
@@ -95,6 +96,19 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "learned, each direction": [{"learned": {"per": "direction", "steps": 60}}],
         "null space 0.9 + learned": [{"null_space": {"energy": 0.9}}, {"learned": {"start": 2.0}}],
         "contrast 16 + learned": [{"contrast": {"strength": 16.0}}, {"learned": {"start": 2.0}}],
+        "contrast 16 + learned directions": [
+            {"contrast": {"strength": 16.0}},
+            {
+                "learned": {
+                    "per": "direction",
+                    "steps": 40,
+                    "batch_size": 6,
+                    "learning_rate": 0.5,
+                    "start": 10.0,
+                    "largest": 40.0,
+                }
+            },
+        ],
         "PerTA grad + null space 0.9": [{"perta": {}}, {"null_space": {"energy": 0.9}}],
     }
     if others:
