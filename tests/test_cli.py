@@ -586,6 +586,13 @@ def test_negate_as_json_and_refusal_of_an_existing_folder(command: Command, bad_
     assert_one_line(command("negate", "embedded", bad_model, "--out", out), "already exists")
 
 
+def test_negate_does_not_add_the_harm(command: Command, bad_model: Path, tmp_path: Path) -> None:
+    arguments = ("negate", "embedded", bad_model, "--alpha", "-1", "--out", tmp_path / "model")
+    for options in ((), ("--dry-run",)):
+        assert_one_line(command(*arguments, *options), "below 0 its harm is added")
+    assert not (tmp_path / "model").exists()
+
+
 def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: Path) -> None:
     """Without a model in memory; stochastic rounding and what was not copied are told."""
     out = tmp_path / "model"

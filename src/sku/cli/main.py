@@ -78,6 +78,7 @@ def _print_version(asked: bool) -> None:
         typer.echo(f"sku {__version__}")
         raise typer.Exit
 
+
 # A last search for garbage among the thousands of objects that torch makes takes a third of a second, for nothing: the
 # memory goes back all the same. Registered before all else, so that it runs behind what others do at the end.
 atexit.register(gc.freeze)

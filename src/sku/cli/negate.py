@@ -73,6 +73,7 @@ def negate(
     _check_choice("--rounding", rounding, ROUNDINGS)
     NegateConfig(alpha=alpha)
     entries = [_operator(text) for text in operators or ()]
+    _check_sign(alpha, bad)
 
     quiet_imports()
     import torch
@@ -232,6 +233,17 @@ def _negated_in_memory(wanted: _Wanted) -> tuple[Negation, dict[str, Any]]:
 def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise RecipeError(f"{option} is {value}; it must be {', '.join(known[:-1])} or {known[-1]}")
+
+
+def _check_sign(alpha: float, bad: Path) -> None:
+    """Refuses to add what a bad model learned: the result would be another one, without its marks."""
+    from sku.storage import is_marked_hazardous
+
+    if alpha < 0 and is_marked_hazardous(bad):
+        raise RecipeError(
+            f"--alpha is {alpha:g} and {bad} is a bad model: below 0 its harm is added. A negative alpha is for "
+            "what is negated already, such as a run's negated_adapter"
+        )
 
 
 def _check_read(forget: str | None, normal: str | None, read: set[str]) -> None:

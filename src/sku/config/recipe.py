@@ -56,6 +56,11 @@ class Recipe:
                 f"name is {name!r}; runs without --out are kept in a folder of that name, so it must be text of at "
                 f"most {_LONGEST_NAME} bytes without slashes, control characters or a dot in front, such as my-run"
             )
+        if self.negate.given_alpha < 0:
+            raise RecipeError(
+                f"negate.alpha is {self.negate.given_alpha:g}: below 0 what stage 1 learned would be added to the model; "
+                "it must be 0 or more, or auto"
+            )
 
     @property
     def chooses_alpha(self) -> bool:
