@@ -58,7 +58,7 @@ class Recipe:
             )
         if self.negate.given_alpha < 0:
             raise RecipeError(
-                f"negate.alpha is {self.negate.given_alpha:g}: below 0 what stage 1 learned would be added to the model; "
+                f"negate.alpha is {self.negate.given_alpha:g}: below 0 what stage 1 learned would be added; "
                 "it must be 0 or more, or auto"
             )
 
