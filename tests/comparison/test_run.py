@@ -17,7 +17,7 @@ from sku.comparison.in_process import RECORDS, WORK
 from sku.comparison.jobs import Job, ablation_jobs, comparison_jobs
 from sku.comparison.run import FinishedComparison, run_comparison
 from sku.config import Recipe, load_recipe
-from sku.errors import EvaluationError, RecipeError
+from sku.errors import EvaluationError, RecipeError, SkuError
 from sku.methods.run import train_method
 from sku.pipeline import run_recipe
 from sku.report.comparison_report import write_comparison
@@ -249,6 +249,19 @@ def test_a_folder_that_can_not_be_made(small_recipe: Recipe, tmp_path: Path) -> 
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(Exception, match="can't be written"):
         run_comparison(comparison_jobs(small_recipe, ["npo"]), tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_data_that_can_not_be_loaded_leave_nothing(mine: bool, tmp_path: Path) -> None:
+    """Not even an empty folder, unless it was there before."""
+    recipe = load_recipe("embedded", [*SMALL, f"data.forget.path={tmp_path / 'missing.csv'}", "data.retain.path=none.csv"])
+    out = tmp_path / "out"
+    if mine:
+        out.mkdir()
+    with pytest.raises(SkuError, match="missing.csv"):
+        run_comparison(comparison_jobs(recipe, ["npo"]), out, isolate=False)
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if mine else [])
+    assert not mine or not list(out.iterdir())
 
 
 def test_the_random_direction_is_as_large_as_the_vector_of_sku(finished: FinishedComparison) -> None:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -72,6 +73,7 @@ def run_comparison(
     """
     check_place(out)
     check_jobs(jobs, out)
+    new = [folder for folder in (out / RECORDS, out) if not folder.exists()]
     try:
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,6 +97,10 @@ def run_comparison(
     finally:
         runner.close()
         shutil.rmtree(out / WORK, ignore_errors=True)
+        if not records:  # Data or model could not be loaded: nothing is left of the try.
+            for folder in new:
+                with suppress(OSError):
+                    folder.rmdir()
     if progress is not None:
         progress(JOBS_STAGE, len(jobs), len(jobs))
     return FinishedComparison(folder=out, records=records, reused=reused)
