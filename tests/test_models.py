@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,16 @@ def test_quantized_models_are_refused_before_their_weights_are_read(folder: Path
     with pytest.raises(
         ModelError, match=rf"is quantized \(.*{settings['quant_method']}.*needs full-precision weights"
     ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused_whatever_the_configuration_says(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
+    save_file(weights | {name: weights[name].to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"is quantized: {re.escape(name)} is stored as"):
         load_model(folder)
 
 

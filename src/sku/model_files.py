@@ -11,11 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError, SkuError, first_line
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
 
@@ -88,6 +91,27 @@ def _check_index(path: Path) -> None:
         raise ModelError(f"{path} is not an index of shards; fetch it again") from error
     if not sound or not all(isinstance(name, str) and is_file_name(name) for name in names):
         raise ModelError(f"{path} names shards that are no files of this folder; fetch it again")
+
+
+def check_stored_types(folder: Path) -> None:
+    """Refuses quantized weights that the configuration doesn't name: transformers would take their codes for values.
+
+    Args:
+        folder: Local folder, or none, where a model of the hub is meant; only the headers of its files are read.
+
+    Raises:
+        ModelError: With the first weight that is stored in integers or in one byte.
+        SafetensorError: A file is damaged.
+    """
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                dtype = file.get_slice(name).get_dtype()
+                if name.endswith("weight") and dtype not in _PLAIN_TYPES:
+                    raise ModelError(
+                        f"model {folder} is quantized: {name} is stored as {dtype}. A task vector needs "
+                        "full-precision weights. Use the original model"
+                    )
 
 
 def check_no_pickles(folder: Path, stem: str, convert: str) -> None:

@@ -28,7 +28,7 @@ from transformers import (
 
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError, first_line
-from sku.model_files import locate_model, naming_the_model
+from sku.model_files import check_stored_types, locate_model, naming_the_model
 
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
@@ -72,6 +72,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if not config.gguf_file:
             check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
+            check_stored_types(Path(name))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             **loading_options,

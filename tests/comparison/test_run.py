@@ -254,7 +254,9 @@ def test_a_folder_that_can_not_be_made(small_recipe: Recipe, tmp_path: Path) -> 
 @pytest.mark.parametrize("mine", [False, True])
 def test_data_that_can_not_be_loaded_leave_nothing(mine: bool, tmp_path: Path) -> None:
     """Not even an empty folder, unless it was there before."""
-    recipe = load_recipe("embedded", [*SMALL, f"data.forget.path={tmp_path / 'missing.csv'}", "data.retain.path=none.csv"])
+    recipe = load_recipe(
+        "embedded", [*SMALL, f"data.forget.path={tmp_path / 'missing.csv'}", "data.retain.path=none.csv"]
+    )
     out = tmp_path / "out"
     if mine:
         out.mkdir()

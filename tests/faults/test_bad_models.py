@@ -237,8 +237,8 @@ def test_damaged_weights_in_memory(battery: Battery, sound: Path, form: str, nam
     "name",
     [
         "empty", "cut off at 50%", "cut off at 90%", "a header of text", "a header of 2**64 - 1 bytes",
-        "offsets far beyond the end", "unknown type", "a tensor missing", "turned matrices",
-        "pickled", "missing", "a folder in its place",
+        "offsets far beyond the end", "unknown type", "a tensor missing", "turned matrices", "8-bit integers",
+        "8-bit floats", "pickled", "missing", "a folder in its place",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["run", "evaluate"])
