@@ -93,6 +93,9 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "learned": [{"learned": {}}],
         "learned, short": [{"learned": {"steps": 15, "batch_size": 4, "learning_rate": 0.2}}],
         "learned, each module": [{"learned": {"per": "layer_and_module"}}],
+        "learned, each module, short": [
+            {"learned": {"per": "layer_and_module", "steps": 15, "batch_size": 4, "learning_rate": 0.2}}
+        ],
         "learned, each direction": [{"learned": {"per": "direction", "steps": 60}}],
         "null space 0.9 + learned": [{"null_space": {"energy": 0.9}}, {"learned": {"start": 2.0}}],
         "contrast 16 + learned": [{"contrast": {"strength": 16.0}}, {"learned": {"start": 2.0}}],
