@@ -119,9 +119,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=30, help="mean tokens of a prompt")
     parser.add_argument("--answer", type=int, default=90, help="mean tokens of an answer")
     parser.add_argument("--normal", type=int, default=45, help="mean tokens of a normal example, prompt and answer")
-    parser.add_argument("--spread", type=float, default=0.3, help="sigma of the lognormal lengths, cut at 3 means")
-    parser.add_argument("--batches", type=int, default=3, help="batches in turn")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each way")
+    parser.add_argument("--spread", type=float, default=0.6, help="sigma of the lognormal lengths, cut at 3 means")
+    parser.add_argument(
+        "--batches", type=int, default=6, help="batches in turn: lengths differ much from one to the next"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=6, help="timed steps of each way; the figures are means over them"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing, in every way")
     parser.add_argument(
@@ -404,18 +408,18 @@ def _print_results(
     second = sum(weight.numel() * weight.element_size() for weight in loaded.model.parameters())
     for way in ways:
         narrow = way.autocast or loaded.model.dtype == torch.bfloat16
-        seconds = statistics.median(way.seconds)
+        seconds = statistics.fmean(way.seconds)
         mfu = useful / seconds / peaks[torch.bfloat16 if narrow else torch.float32]
         extra = f" + {second / 2**30:.2f} for the second model" if way.name.startswith("naive") else ""
         print(
-            f"{way.name:<10} {seconds:.3f} s ({statistics.median(way.processor):.3f} s of processor time), "
+            f"{way.name:<10} {seconds:.3f} s ({statistics.fmean(way.processor):.3f} s of processor time), "
             f"{raw / seconds:,.0f} tokens/s, MFU {100 * mfu:.1f} %, {way.peak_bytes / 2**30:.2f} GiB{extra}"
         )
     for base in (way for way in ways if way.name.startswith("naive")):
         for way in ways:
             if not way.name.startswith("naive"):
-                wall = statistics.median(base.seconds) / statistics.median(way.seconds)
-                work = statistics.median(base.processor) / statistics.median(way.processor)
+                wall = sum(base.seconds) / sum(way.seconds)
+                work = sum(base.processor) / sum(way.processor)
                 print(f"ratio      {base.name} / {way.name}: {wall:.2f} x ({work:.2f} x of processor time)")
 
 
