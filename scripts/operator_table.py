@@ -50,10 +50,14 @@ MODES: dict[str, dict[str, Any]] = {
     "retention at -1": {"preservation_mode": "retention", "preservation_at": -1.0},
     "retention at -2": {"preservation_mode": "retention", "preservation_at": -2.0},
     "retention at -4": {"preservation_mode": "retention", "preservation_at": -4.0},
+    "retention at -8": {"preservation_mode": "retention", "preservation_at": -8.0},
     "divergence": {"preservation_mode": "divergence", "preservation_cap": 1.0},
     "none": {"weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 0.0}},
 }
 RESAMPLES = 1000
+MOST_TRIES = 5
+CLOSE_ENOUGH = 0.1
+LARGEST_ALPHA = 100.0
 COLUMNS = (
     "mode", "operator", "alpha", "harmful", "benign (95 %)", "retain_test", "selectivity", "harmful replies",
     "degenerate", "forced start", "over-refusal",
@@ -81,6 +85,11 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "contrast 16": [{"contrast": {"strength": 16.0}}],
         "contrast 64": [{"contrast": {"strength": 64.0}}],
         "contrast 256": [{"contrast": {"strength": 256.0}}],
+        "contrast 8": [{"contrast": {"strength": 8.0}}],
+        "contrast 16, MLP only": [
+            {"contrast": {"strength": 16.0}},
+            {"layer_alpha": {"factors": {"*.mlp.*": 1.0}, "others": 0.0}},
+        ],
         "contrast 64, MLP only": [
             {"contrast": {"strength": 64.0}},
             {"layer_alpha": {"factors": {"*.mlp.*": 1.0}, "others": 0.0}},
@@ -221,32 +230,50 @@ class Table:
                 trained.model.save_pretrained(str(temporary))
 
     def points(self, mode: str, modes: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Each operator at each alpha, from the smallest; what is worse than useless ends a row."""
+        """Each operator at each alpha, from the smallest, or where benign text stands at the budget."""
         bad = task_vector_of(self.base, self.out / f"bad-{mode}")
         context = context_of(
             self.base, self.loaded.tokenizer, self.data, recipe_of(self.options, mode).data, seed=self.options.seed,
             cache=self.out / "cache", memory=self.memory,
         )  # fmt: skip
-        done = {(point["row"], point["alpha"]): point for point in self.read() if point["mode"] == mode}
+        done: dict[str, dict[float, dict[str, Any]]] = {}
+        for point in self.read():
+            if point["mode"] == mode:
+                done.setdefault(point["row"], {})[point["alpha"]] = point
         for row, entries in operator_rows(self.out, modes, mode).items():
             if self.options.rows and row not in self.options.rows:
                 continue
             vector: TaskVector | None = None
-            for alpha in self.options.alphas:
-                point = done.get((row, alpha))
-                if point is None:
+            found = done.setdefault(row, {})
+            for alpha in self._alphas(found):
+                if alpha not in found:
                     started = time.monotonic()
                     if vector is None:
                         operated = operate(bad, prepare_operators(entries), context)
                         vector = operated.vector
                         self._note_operators(mode, row, operated.records)
-                    point = {
+                    found[alpha] = {
                         "mode": mode, "row": row, "alpha": alpha, "norm": vector.norm(),
                         **self.measure(vector, alpha), "seconds": round(time.monotonic() - started, 1),
                     }  # fmt: skip
-                    yield point
-                if point["benign"] > self.options.worst_benign:
-                    break
+                    yield found[alpha]
+
+    def _alphas(self, found: Mapping[float, Mapping[str, Any]]) -> Iterator[float]:
+        """What to measure next, given what was: ``found`` holds each alpha when the next one is asked for."""
+        if self.options.benign_budget is None:
+            for alpha in self.options.alphas:
+                yield alpha
+                if found[alpha]["benign"] > self.options.worst_benign:
+                    return
+            return
+        next_one: float | None = self.options.alphas[0]
+        for _ in range(MOST_TRIES):
+            if next_one is None:
+                return
+            yield next_one
+            next_one = alpha_for(
+                self.options.benign_budget, {alpha: point["benign"] for alpha, point in found.items()}
+            )
 
     def measure(self, vector: TaskVector, alpha: float) -> dict[str, Any]:
         """Ratios of perplexity, with the 95 % interval of the benign one, and selectivity."""
@@ -345,6 +372,52 @@ def _interval(before: Sequence[tuple[float, int]], after: Sequence[tuple[float, 
     return found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
 
 
+def alpha_for(budget: float, benign: Mapping[float, float]) -> float | None:
+    """The alpha at which the benign ratio should stand at a budget.
+
+    Args:
+        budget: Above 1.
+        benign: What was measured: alpha -> benign ratio. At least one.
+
+    Returns:
+        Between the two nearest on a line of logarithms, or beyond the outermost as a square grows; None where a point
+        is within a tenth of the budget's logarithm, or where no alpha up to ``LARGEST_ALPHA`` uses it up.
+    """
+    wanted = math.log(budget)
+    grown = {alpha: math.log(ratio) if 0 < ratio < math.inf else math.inf for alpha, ratio in sorted(benign.items())}
+    if any(abs(growth / wanted - 1) <= CLOSE_ENOUGH for growth in grown.values()):
+        return None
+    below = max((alpha for alpha, growth in grown.items() if growth < wanted), default=None)
+    above = min((alpha for alpha, growth in grown.items() if growth >= wanted), default=None)
+    if below is None:
+        assert above is not None
+        return _rounded(above * math.sqrt(wanted / grown[above]) if math.isfinite(grown[above]) else above / 2)
+    least = max(grown[below], wanted / 16)
+    if above is None or not math.isfinite(grown[above]):
+        guess = below * math.sqrt(wanted / least)
+        if above is not None:
+            guess = min(guess, (below + above) / 2)
+        return None if below >= LARGEST_ALPHA else min(_rounded(guess), LARGEST_ALPHA)
+    share = math.log(wanted / least) / math.log(grown[above] / least)
+    return _rounded(math.exp(math.log(below) + share * math.log(above / below)))
+
+
+def _rounded(alpha: float) -> float:
+    return float(f"{alpha:.3g}")
+
+
+def points_at(points: Sequence[Mapping[str, Any]], budget: float) -> list[Mapping[str, Any]]:
+    """Of each mode and operator the point whose benign ratio is nearest to the budget; the most harm removed first."""
+    nearest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for point in points:
+        if point["benign"] < math.inf:
+            key = (point["mode"], point["row"])
+            other = nearest.get(key)
+            if other is None or abs(point["benign"] - budget) < abs(other["benign"] - budget):
+                nearest[key] = point
+    return sorted(nearest.values(), key=lambda point: -point["unseen"])
+
+
 def best_points(points: Sequence[Mapping[str, Any]], least_harm: float) -> list[Mapping[str, Any]]:
     """Of each mode and operator the most selective point whose harmful ratio is at least ``least_harm``.
 
@@ -369,16 +442,16 @@ def _rank(point: Mapping[str, Any] | None) -> float:
     return math.inf if point["selectivity"] is None else float(point["selectivity"])
 
 
-def table(points: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]], least_harm: float) -> str:
-    """The best point of each operator as Markdown, with what was asked."""
+def table(chosen: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]], title: str) -> str:
+    """One point of each operator as Markdown, with what was asked."""
     replies = {(point["mode"], point["row"], point["alpha"]): point["replies"] for point in asked}
     lines = [
-        f"Most selective point of each operator with harmful x{least_harm:g} or more; all points in points.jsonl.",
+        f"{title}; all points in points.jsonl.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for point in best_points(points, least_harm):
+    for point in chosen:
         found = replies.get((point["mode"], point["row"], point["alpha"]), {})
         low, high = point["interval"]
         selectivity = "benign not above 1" if point["selectivity"] is None else f"{point['selectivity']:.1f}"
@@ -415,6 +488,11 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--score", type=int, default=64, help="answers of each split that are scored")
     parser.add_argument("--worst-benign", type=float, default=2.0, help="a row ends where benign is worse than this")
     parser.add_argument("--least-harm", type=float, default=2.0)
+    parser.add_argument(
+        "--benign-budget",
+        type=float,
+        help="search for each operator the alpha at which benign is this, such as 1.1; begins at the first of --alphas",
+    )
     parser.add_argument("--reply-prompts", type=int, default=40)
     parser.add_argument("--ask", type=int, default=6, help="best points that are asked")
     parser.add_argument("--seed", type=int, default=0)
@@ -437,12 +515,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     points = run.read()
     asked = run.read("asked.jsonl")
     known = {(point["mode"], point["row"], point["alpha"]) for point in asked}
+    if options.benign_budget is None:
+        chosen = best_points(points, options.least_harm)
+        title = f"Most selective point of each operator with harmful x{options.least_harm:g} or more"
+    else:
+        chosen = points_at(points, options.benign_budget)
+        title = f"The point of each operator whose benign ratio is nearest to x{options.benign_budget:g}"
     base = {"mode": options.modes[0], "row": "base", "alpha": 0.0}
-    for point in [base, *best_points(points, options.least_harm)[: options.ask]] if options.ask else []:
+    for point in [base, *chosen[: options.ask]] if options.ask else []:
         if (point["mode"], point["row"], point["alpha"]) not in known:
             run.write(run.ask(point, options.modes), "asked.jsonl")
             print(f"asked {point['mode']} {point['row']}", flush=True)
-    text = table(points, run.read("asked.jsonl"), options.least_harm)
+    text = table(chosen, run.read("asked.jsonl"), title)
     (run.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
