@@ -491,7 +491,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--benign-budget",
         type=float,
-        help="search for each operator the alpha at which benign is this, such as 1.1; begins at the first of --alphas",
+        help="search for each operator the alpha at which benign is this, such as 1.1; from the first of --alphas",
     )
     parser.add_argument("--reply-prompts", type=int, default=40)
     parser.add_argument("--ask", type=int, default=6, help="best points that are asked")
