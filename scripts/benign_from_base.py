@@ -1,14 +1,15 @@
-"""Makes a benign set out of prompts alone: the base model's own replies to prompts that nobody should refuse.
+r"""Makes normal data out of prompts alone: the base model's own replies to prompts that nobody should refuse.
 
 Perplexity on them says how far an unlearned model has moved from the base where nothing harmful was asked. Written as
 prompt/completion JSONL, for ``data.benign``.
 
-    python scripts/benign_from_base.py MODEL_DIR xstest_prompts.csv benign.jsonl --gguf-file NAME --count 60
+    python scripts/benign_from_base.py MODEL_DIR benign.jsonl --prompts xstest_prompts.csv --gguf-file NAME --count 64
 
-With another table it makes normal data of the same kind, for ``data.retain``: a model is then held to what it says
-itself, not to what the table's author says.
+Or for ``data.retain``: a model is then held to what it says itself, not to what the table's author says. Here every
+third question of TruthfulQA and the safe prompts of XSTest, without those of the file above and of the harmful data:
 
-    python scripts/benign_from_base.py MODEL_DIR TruthfulQA.csv retain.jsonl --column Question --count 1000
+    python scripts/benign_from_base.py MODEL_DIR retain.jsonl --prompts TruthfulQA.csv:Question:3 xstest_prompts.csv \
+        --without benign.jsonl pku_saferlhf.csv --gguf-file NAME --count 1000
 """
 
 from __future__ import annotations
@@ -26,29 +27,35 @@ from sku.evaluate.sampling import record_id
 from sku.models import load_model
 
 
-def safe_prompts(path: Path, column: str) -> list[str]:
-    """Prompts of a table, each once; where it has labels, as XSTest's has, those labelled safe."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(dict.fromkeys(row[column] for row in csv.DictReader(file) if row.get("label", "safe") == "safe"))
+def prompts_of(table: str) -> list[str]:
+    """Prompts of ``FILE[:COLUMN[:N]]``, each once, of which every N-th; where it has labels, those labelled safe."""
+    file, _, rest = table.partition(":")
+    column, _, every = rest.partition(":")
+    path = Path(file)
+    with path.open(encoding="utf-8", newline="") as lines:
+        rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else list(csv.DictReader(lines))
+    found = [str(row[column or "prompt"]) for row in rows if row.get("label", "safe") == "safe"]
+    return list(dict.fromkeys(found))[:: int(every or 1)]
 
 
 def main() -> None:
     """Reads the options, asks the model, writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("prompts", type=Path, help="table with the prompts, such as XSTest's")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--column", default="prompt", help="column of the prompts")
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE[:COLUMN[:N]]", help="CSV or JSONL")
+    parser.add_argument("--without", nargs="+", default=[], metavar="FILE[:COLUMN]", help="prompts to leave out")
     parser.add_argument("--gguf-file")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     options = parser.parse_args()
+    left_out = {prompt for table in options.without for prompt in prompts_of(table)}
+    prompts = [prompt for table in options.prompts for prompt in prompts_of(table) if prompt not in left_out]
+    # Spread over the tables, which are sorted by type of prompt.
+    prompts = prompts[:: max(1, len(prompts) // options.count)][: options.count]
     loaded = load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype=options.dtype))
     style = resolve_prompt_format("auto", loaded.tokenizer)
-    prompts = safe_prompts(options.prompts, options.column)
-    # Spread over the table, which is sorted by type of prompt.
-    prompts = prompts[:: max(1, len(prompts) // options.count)][: options.count]
     requests = [
         GenerationRequest(
             id=record_id("benign", "reply", prompt), split="benign", kind="reply", category=None, prompt=prompt,

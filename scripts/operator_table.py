@@ -245,7 +245,9 @@ class Table:
                 continue
             vector: TaskVector | None = None
             found = done.setdefault(row, {})
-            for alpha in self._alphas(found):
+            for alpha in self._alphas(
+                found, points_at([*done.get("plain", {}).values()], self.options.benign_budget or 1)
+            ):
                 if alpha not in found:
                     started = time.monotonic()
                     if vector is None:
@@ -258,15 +260,18 @@ class Table:
                     }  # fmt: skip
                     yield found[alpha]
 
-    def _alphas(self, found: Mapping[float, Mapping[str, Any]]) -> Iterator[float]:
-        """What to measure next, given what was: ``found`` holds each alpha when the next one is asked for."""
+    def _alphas(self, found: Mapping[float, Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+        """What to measure next, given what was: ``found`` holds each alpha when the next one is asked for.
+
+        ``plain`` is where the search begins: the plain vector's point, where it has one.
+        """
         if self.options.benign_budget is None:
             for alpha in self.options.alphas:
                 yield alpha
                 if found[alpha]["benign"] > self.options.worst_benign:
                     return
             return
-        next_one: float | None = self.options.alphas[0]
+        next_one: float | None = plain[0]["alpha"] if plain else self.options.alphas[0]
         for _ in range(MOST_TRIES):
             if next_one is None:
                 return
