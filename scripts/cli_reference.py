@@ -28,8 +28,8 @@ HEAD = """\
 <!-- Written by scripts/cli_reference.py: change the commands, not this page. -->
 
 Every command prints its options with `-h`. A mistake is one line on standard error and exit code 2; `Ctrl-C` is exit
-code 130. Results go to standard output, progress and messages to standard error. With `--json` the result is one JSON
-document and nothing else. What holds for all commands, dry runs and completion among it:
+code 130, SIGTERM 143. Results go to standard output, progress and messages to standard error. With `--json` the result
+is one JSON document and nothing else. What holds for all commands, dry runs and completion among it:
 [using the command line](command_line.md).
 """
 

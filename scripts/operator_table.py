@@ -98,6 +98,20 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "PerTA grad": [{"perta": {"importance": "grad"}}],
         "PerTA Fisher": [{"perta": {"importance": "fisher"}}],
         "minus benign": [{"minus_benign": {"path": benign, "how": "subtract"}}],
+        # Control: what normal training does alone.
+        "benign alone": [
+            {"layer_alpha": {"factors": {"*": 0.0}}},
+            {"minus_benign": {"path": benign, "how": "subtract"}},
+        ],
+        "minus benign 0.03": [{"minus_benign": {"path": benign, "how": "subtract", "beta": 0.03}}],
+        "contrast 16, minus benign 0.03": [
+            {"contrast": {"strength": 16.0}},
+            {"minus_benign": {"path": benign, "how": "subtract", "beta": 0.03}},
+        ],
+        "contrast 16, minus benign 0.015": [
+            {"contrast": {"strength": 16.0}},
+            {"minus_benign": {"path": benign, "how": "subtract", "beta": 0.015}},
+        ],
         "benign component": [{"minus_benign": {"path": benign, "how": "project"}}],
         "learned": [{"learned": {}}],
         "learned, short": [{"learned": {"steps": 15, "batch_size": 4, "learning_rate": 0.2}}],
@@ -222,7 +236,7 @@ class Table:
                 print(f"trained {mode}: {time.monotonic() - started:.0f} s, {losses}", flush=True)
         folder = self.out / "benign"
         rows = self.options.rows
-        if (not rows or {"minus benign", "benign component"} & set(rows)) and not folder.exists():
+        if (not rows or any("benign" in row for row in rows)) and not folder.exists():
             recipe = dataclasses.replace(recipe_of(self.options, "retention"), method="fine_tune")
             loaded: LoadedModel = load_model(recipe.model)
             with new_folder(folder, private=True) as temporary:

@@ -49,6 +49,22 @@ def test_a_preference_is_recognised_and_is_forget_data_only() -> None:
     assert choose_parser(found, source, "retain")[0] == "columns"
 
 
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        (["prompt", "completion", "is_safe"], "prompt_completion"),
+        (["messages", "harmful"], "messages"),
+        (["prompt", "chosen", "rejected", "unsafe"], "preference"),
+    ],
+)
+def test_rows_marked_as_safe_are_not_forgotten_unasked(found: list[str], name: str) -> None:
+    with pytest.raises(DataError, match=f"column {found[-1]} seems to mark unsafe rows, and format {name}"):
+        choose_parser(found, SourceConfig(path="x"), "forget")
+    assert choose_parser(found, SourceConfig(path="x", format=name), "forget")[0] == name  # type: ignore[arg-type]
+    if name != "preference":
+        assert choose_parser(found, SourceConfig(path="x"), "retain")[0] == name
+
+
 def test_named_columns_mean_format_columns() -> None:
     source = SourceConfig(path="x", prompt_column="prompt", answer_column="response")
     assert choose_parser(["prompt", "response", "is_safe"], source, "forget")[0] == "columns"

@@ -15,7 +15,9 @@ from sku.quiet import quiet_libraries
 
 
 def results(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of records, such as results/embedded.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of records, such as results/compare-embedded.")
+    ],
     update: Annotated[
         Path | None,
         typer.Option(

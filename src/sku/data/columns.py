@@ -34,6 +34,11 @@ def recognises(columns: Collection[str]) -> bool:
     return len(prompts) == 1 and len(answers) == 1 and not _in_doubt(columns)
 
 
+def safety_mark(columns: Collection[str]) -> str | None:
+    """The column that seems to tell safe rows from unsafe ones, if there is one."""
+    return next((name for name in SAFETY_MARKS if name in columns), None)
+
+
 def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind) -> RowParser:
     """Reader of the named columns, or of the usual ones where none is named.
 
@@ -78,7 +83,7 @@ def _prompt_and_answer(columns: Collection[str], source: SourceConfig, kind: Kin
         raise _unclear("prompt", columns)
     if source.answer_column is None and len(answers) != 1:
         raise _unclear("answer", columns)
-    mark = next((name for name in SAFETY_MARKS if name in columns), None)
+    mark = safety_mark(columns)
     if kind == "forget" and source.unsafe_column is None and mark is not None and source.prompt_column is None:
         raise DataError(
             f"column {mark} seems to mark unsafe rows; set unsafe_column and unsafe_value, or name prompt_column and "

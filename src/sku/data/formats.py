@@ -63,6 +63,8 @@ FORMATS = (
     ),
 )
 """All formats with columns of their own; ``columns`` takes the rest."""
+_BLIND_TO_MARKS = (trl_formats.PROMPT_COMPLETION, trl_formats.MESSAGES, trl_formats.PREFERENCE)
+"""Formats that have no column for what is safe."""
 
 
 def choose_parser(found: Collection[str], source: SourceConfig, kind: Kind) -> tuple[str, str | None, RowParser]:
@@ -105,6 +107,7 @@ def detect_format(found: Collection[str], source: SourceConfig, kind: Kind) -> s
     if len(fitting) > 1:
         raise DataError(f"the columns fit formats {' and '.join(fitting)}: set format. Columns found: {listed}")
     if fitting:
+        _check_marks_are_read(found, fitting[0], kind)
         return fitting[0]
     if columns.recognises(found):
         return columns.NAME
@@ -112,6 +115,16 @@ def detect_format(found: Collection[str], source: SourceConfig, kind: Kind) -> s
         f"no known format fits the {kind} data: set prompt_column and answer_column, or format. "
         f"Columns found: {listed}"
     )
+
+
+def _check_marks_are_read(found: Collection[str], name: str, kind: Kind) -> None:
+    """Refuses to forget all rows of a table that tells safe ones from unsafe ones, unless its format was set."""
+    mark = columns.safety_mark(found)
+    if kind == "forget" and mark is not None and name in _BLIND_TO_MARKS:
+        raise DataError(
+            f"column {mark} seems to mark unsafe rows, and format {name} does not read it; set prompt_column, "
+            f"answer_column, unsafe_column and unsafe_value, or format {name} to use every row"
+        )
 
 
 def _has_named_columns(source: SourceConfig) -> bool:
