@@ -18,6 +18,7 @@ from sku.errors import EvaluationError, OutputError
 from sku.sharing.card import write_cards
 from sku.sharing.card_facts import CardChoices, public_name
 from sku.sharing.card_file import read_card
+from sku.sharing.card_metadata import KNOWN_LICENSES
 from sku.sharing.markdown import LONGEST, Written, escaped, fenced, one_line
 
 from .conftest import change_json
@@ -134,6 +135,12 @@ def test_a_local_base_is_named_on_request(run: Path, monkeypatch: pytest.MonkeyP
     data = card_of(run).data.to_dict()
     assert (data["license"], data["license_name"], data["base_model"]) == ("other", "my-own-licence", "someone/base")
     assert "Not stated. That of the base" not in body_of(run)
+
+
+def test_licences_the_hub_knows_are_whole_words() -> None:
+    assert {"cc-by-nc-nd-3.0", "deepfloyd-if-license", "apache-2.0"} <= KNOWN_LICENSES
+    assert not [name for name in KNOWN_LICENSES if name.endswith("-")]
+    assert not {"license", "nd-3.0"} & KNOWN_LICENSES
 
 
 @pytest.mark.parametrize("base", ["/home/me/model", "a b/c", "../x"])

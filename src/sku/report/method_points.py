@@ -77,7 +77,7 @@ class Point:
             "a number is not finite": all(math.isfinite(number) for number in numbers),
             f"roles are not from {', '.join(ROLES)}": bool(self.roles) and {*self.roles} <= {*ROLES},
             "outcomes has an unknown key": self.outcomes.keys() <= {*HARMFUL_KEYS, NORMAL_KEY},
-            "outcomes of harmful prompts are not from h, r, e, d, u": {*"".join(harmful.values())} <= {*"hredu"},
+            "outcomes of harmful prompts are not from h, r, e, s, d, u": {*"".join(harmful.values())} <= {*"hresdu"},
             "outcomes of normal prompts are not from a, o, d": {*normal} <= {*"aod"},
             "judged is not a 0 or 1 for each harmful outcome": lengths_of(self.judged) == lengths_of(harmful)
             and {*"".join(self.judged.values())} <= {*"01"},
