@@ -311,6 +311,7 @@ def remove_hazardous(folder: Path) -> None:
     """
     if not folder.exists():
         return
+    folder = folder.resolve()  # "." has no name that could be changed.
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
     try:
         with suppress(OSError):  # A full disk may have no room for another name.
