@@ -248,6 +248,28 @@ def test_the_wipe_command(
     assert str(copied / "bad") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("inside", "named"), [("bad", "."), ("bad/final", ".."), ("", "bad/../bad")])
+def test_wiping_the_folder_one_stands_in(
+    copied: Path, inside: str, named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copied / inside)
+    monkeypatch.setattr(sys, "argv", ["sku", "wipe", named, "--yes"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert f"remove    {copied / 'bad'}\n" in capsys.readouterr().out
+    assert not [path for path in copied.iterdir() if "bad" in path.name]
+    assert json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["bad_model"] == {"kept": False}
+
+
+@pytest.mark.parametrize("named", [".", ".."])
+def test_removing_the_folder_one_stands_in(tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_hazardous(tmp_path / "bad" / "final")
+    monkeypatch.chdir(tmp_path / "bad" / "final")
+    remove_hazardous(Path(named))
+    assert [path.name for path in tmp_path.rglob("*")] == (["bad"] if named == "." else [])
+
+
 class _Trap:
     """A pickle that leaves a trace when somebody reads it."""
 

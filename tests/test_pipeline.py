@@ -24,10 +24,13 @@ from sku.config import Recipe, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
 from sku.evaluate.run import evaluate
+from sku.methods.run import prepare
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
 from sku.pipeline import FinishedRun, acquire_recipe, evaluate_recipe, run_recipe
+from sku.pipeline.run_folder import RunFolder
+from sku.processes import ALONE
 from sku.storage import BAD_MODEL_MARK, is_marked_hazardous
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -343,6 +346,64 @@ def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(), tmp_path / "run", progress=begin_again)
     assert names(tmp_path / "run") == {"manifest.json"}
+
+
+def another_run(out: Path) -> RunFolder:
+    """The folder of a run that another call has just begun."""
+    folder = RunFolder(out, ALONE, lambda _stage, _done, _total: None)
+    folder.open(recipe(), out / "bad", resume=False)
+    return folder
+
+
+def test_a_run_that_comes_second_leaves_the_folder_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is missing when the call begins, and there when it would make it."""
+    out = tmp_path / "runs" / "run"
+    others: list[RunFolder] = []
+
+    def begin_another(*arguments: Any, **options: Any) -> Any:
+        others.append(another_run(out))
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr("sku.pipeline.run.prepare", begin_another)
+    with pytest.raises(OutputError, match="already exists; choose another --out"):
+        run_recipe(recipe(), out)
+    assert names(out) == {"manifest.json", ".lock"}
+    others[0].close()
+    assert names(out) == {"manifest.json"}
+
+
+def test_two_runs_that_make_their_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one finds no folder either, and loses when it would put its own in place."""
+    out = tmp_path / "run"
+    others: list[RunFolder] = []
+    chmod = Path.chmod
+
+    def begin_another(path: Path, mode: int) -> None:
+        if path.name.endswith(".unfinished") and not others:  # All is written and has no name yet.
+            others.append(RunFolder(out, ALONE, lambda _stage, _done, _total: None))  # First, lest it begin again.
+            others[0].open(recipe(), out / "bad", resume=False)
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", begin_another)
+    with pytest.raises(OutputError, match="already exists"):
+        run_recipe(recipe(), out)
+    assert names(tmp_path) == {"run"}
+    assert names(out) == {"manifest.json", ".lock"}
+    others[0].close()
+
+
+def test_a_folder_that_was_removed_and_made_anew_is_another_ones(tmp_path: Path) -> None:
+    first = another_run(tmp_path / "run")
+    assert first.is_new
+    shutil.rmtree(tmp_path / "run")
+    second = another_run(tmp_path / "run")
+    assert second.is_new
+    assert not first.is_new
+    first.close()
+    assert names(tmp_path / "run") == {"manifest.json", ".lock"}
+    second.close()
 
 
 def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora: FinishedRun) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,19 @@ def test_a_full_disk_as_safetensors_says_it(words: str, tmp_path: Path) -> None:
 
 def test_what_a_killed_call_left_is_removed_and_what_another_one_writes_is_not(tmp_path: Path) -> None:
     (tmp_path / ".run.killed.unfinished").mkdir()
-    with new_folder(tmp_path / "run") as first, new_folder(tmp_path / "run", overwrite=True) as second:
+    with new_folder(tmp_path / "run", overwrite=True) as first, new_folder(tmp_path / "run") as second:
         assert names_in(tmp_path) == sorted([first.name, second.name])
+
+
+def test_what_another_call_finished_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with ExitStack() as first:
+        (first.enter_context(new_folder(tmp_path / "run")) / "mine").touch()
+        with new_folder(tmp_path / "run") as second:
+            (second / "theirs").touch()
+        with pytest.raises(OutputError, match="already exists"):
+            first.close()
+    assert names_in(tmp_path) == ["run"]
+    assert names_in(tmp_path / "run") == ["theirs"]
 
 
 def test_a_folder_is_owned_until_its_file_is_closed(tmp_path: Path) -> None:

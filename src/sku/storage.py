@@ -46,7 +46,7 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
         The temporary folder.
 
     Raises:
-        OutputError: ``target`` exists, can't be written, or the disk is full.
+        OutputError: ``target`` exists, before the block or after it, can't be written, or the disk is full.
     """
     target = target.absolute()
     if not overwrite:
@@ -59,7 +59,11 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
             yield temporary
             temporary.chmod(0o700 if private else 0o755)
             _flush_tree(temporary)
-            _put_in_place(temporary, target)
+            if overwrite:
+                _put_in_place(temporary, target)
+            else:
+                check_new(target)  # Another process may have made it meanwhile.
+                temporary.rename(target)
             _flush_folder(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -307,6 +311,7 @@ def remove_hazardous(folder: Path) -> None:
     """
     if not folder.exists():
         return
+    folder = folder.resolve()  # "." has no name that could be changed.
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
     try:
         with suppress(OSError):  # A full disk may have no room for another name.

@@ -18,13 +18,14 @@ def hazardous_folders(root: Path) -> list[Path]:
         root: A run, a folder of runs, or a bad model itself.
 
     Returns:
-        The outermost ones, in order.
+        The outermost ones, in order, as absolute paths.
 
     Raises:
         OutputError: There is no such folder.
     """
     if not root.is_dir():
         raise OutputError(f"there is no folder {root}; give a run, a folder of runs, or a bad model")
+    root = root.resolve()  # So that "." has a name, and a run's manifest beside it.
     if is_marked_hazardous(root):
         return [root]
     found = []
@@ -46,7 +47,7 @@ def wipe(folders: Sequence[Path]) -> None:
     Raises:
         OutputError: A folder is not marked, or something of it is left.
     """
-    for folder in folders:
+    for folder in [folder.resolve() for folder in folders]:  # Before any is gone: this process may stand in it.
         if not is_marked_hazardous(folder):
             raise OutputError(f"{folder} is not marked as hazardous: nothing of it was removed")
         remove_hazardous(folder)

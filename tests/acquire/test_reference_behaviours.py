@@ -527,6 +527,7 @@ def test_a_whole_run_with_everything_on_says_so(tmp_path: Path) -> None:
     assert note.startswith("compat.row_split: ")
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["base"]["setup"]["notes"] == results["unlearned"]["setup"]["notes"] == [note]
+    assert results["notes"].count(note) == 1
     assert results["manifest"]["recipe"]["compat"] == dict.fromkeys(SWITCHES, True)
 
 

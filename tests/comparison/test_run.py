@@ -17,7 +17,7 @@ from sku.comparison.in_process import RECORDS, WORK
 from sku.comparison.jobs import Job, ablation_jobs, comparison_jobs
 from sku.comparison.run import FinishedComparison, run_comparison
 from sku.config import Recipe, load_recipe
-from sku.errors import EvaluationError, RecipeError, SkuError
+from sku.errors import EvaluationError, OutputError, RecipeError, SkuError
 from sku.methods.run import train_method
 from sku.pipeline import run_recipe
 from sku.report.comparison_report import write_comparison
@@ -85,7 +85,7 @@ def test_no_word_of_any_prompt_or_reply_is_written(finished: FinishedComparison)
 
 
 def test_hazardous_checkpoints_are_gone(finished: FinishedComparison) -> None:
-    assert not (finished.folder / WORK).exists()
+    assert [path.name for path in finished.folder.iterdir()] == [RECORDS]
 
 
 def test_a_second_call_reuses_what_stands_and_tries_again_what_failed(
@@ -264,6 +264,23 @@ def test_data_that_can_not_be_loaded_leave_nothing(mine: bool, tmp_path: Path) -
         run_comparison(comparison_jobs(recipe, ["npo"]), out, isolate=False)
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if mine else [])
     assert not mine or not list(out.iterdir())
+
+
+def test_a_comparison_is_written_by_one_process_at_a_time(small_recipe: Recipe, tmp_path: Path) -> None:
+    """The second one removes nothing of the first, whose records may still be to come."""
+    jobs, out = comparison_jobs(small_recipe, ["npo"]), tmp_path / "out"
+
+    def begin_again(stage: str, done: int, total: int) -> None:
+        before = sorted(out.rglob("*"))
+        with pytest.raises(OutputError, match="another process is writing .*out; wait until it ends"):
+            run_comparison(jobs, out, isolate=False)
+        assert sorted(out.rglob("*")) == before
+        assert {out / RECORDS, out / WORK} < {*before}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(jobs, out, progress=begin_again, isolate=False)
+    assert not out.exists()
 
 
 def test_the_random_direction_is_as_large_as_the_vector_of_sku(finished: FinishedComparison) -> None:

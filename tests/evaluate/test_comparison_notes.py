@@ -196,6 +196,23 @@ def test_corrected_rates_have_rows_and_the_floor_a_note() -> None:
     assert not [label for label in (row.label for row in before_after_rows(compared())) if "corrected" in label]
 
 
+def told(setup_notes: Sequence[str] = (), **left_out: int) -> EvaluationResult:
+    found = result(BASE)
+    return dataclasses.replace(
+        found, setup=dataclasses.replace(found.setup, notes=tuple(setup_notes), left_out=left_out)
+    )
+
+
+def test_what_both_evaluations_noted_and_left_out_is_told_once() -> None:
+    plain = compare(told(), told()).notes
+    base = told(["both were trained on", "of the base"], prefill=2, xstest=0, similarity=1)
+    unlearned = told(["both were trained on", "of the other"], prefill=2, xstest=0, similarity=3, extra=1)
+    assert compare(base, unlearned).notes == (
+        *plain, "both were trained on", "of the base", "of the other", "left out: prefill: 2",
+        "left out: similarity: 1 (base), 3 (unlearned)", "left out: extra: 0 (base), 1 (unlearned)",
+    )  # fmt: skip
+
+
 def test_a_judge_that_tells_nothing_stops_the_evaluation() -> None:
     with pytest.raises(EvaluationError, match="judge words tells nothing"):
         result(AFTER, calibration=dataclasses.replace(CALIBRATION, safe_found=10))

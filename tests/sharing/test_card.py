@@ -53,6 +53,17 @@ def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
     assert "| Forced start | 3 tokens | 96.0 % | 90.2 to 98.4 | 100.0 % | 0.0 % |" in body
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_note_of_the_evaluation_is_said_once(run_without_cards: Path, told: bool) -> None:
+    """Runs of 0.1.0 have it in the setup only, later ones among the notes of the comparison too."""
+    run, note = run_without_cards, "half of the prompts were trained on"
+    change_json(run / "results.json", "unlearned", "setup", "notes", value=[note])
+    notes = json.loads((run / "results.json").read_text(encoding="utf-8"))["notes"]
+    change_json(run / "results.json", "notes", value=[*notes, note] if told else notes)
+    write_cards(run)
+    assert body_of(run).count(note) == 1
+
+
 def test_origin_limits_and_warnings_are_said(run: Path) -> None:
     body = body_of(run)
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ A comparison folder::
 
     records/<row>--seed<k>.json   one per row and seed (report/method_records.py)
     work/                         checkpoints of the job in progress, private; gone when all is done
+    .lock                         held by the process that writes the comparison; gone when it ends
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -26,12 +27,14 @@ from sku.comparison.job_records import failed_record
 from sku.comparison.jobs import Job
 from sku.comparison.worker import begin, work
 from sku.errors import OutputError
+from sku.locks import own
 from sku.methods.run import prepare
 from sku.report.method_records import MethodRecord
 from sku.storage import check_place, mark_hazardous, write_json
 
 JOBS_STAGE = "jobs"
 """Stage of the progress that counts whole jobs."""
+_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,42 +71,55 @@ def run_comparison(
 
     Raises:
         RecipeError: A setting of some job is unknown or impossible, before any is run.
-        OutputError: The folder can't be written.
+        OutputError: The folder can't be written, or another process is writing it.
         SkuError: Data or model can't be loaded.
     """
     check_place(out)
     check_jobs(jobs, out)
-    new = [folder for folder in (out / RECORDS, out) if not folder.exists()]
-    try:
-        (out / RECORDS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} can't be written: {error.strerror or error}") from error
-    mark_hazardous(out / WORK)
     records: list[MethodRecord] = []
     reused = 0
-    runner = _Isolated(out, progress) if isolate else InProcess(out, progress)
-    try:
-        for number, job in enumerate(jobs):
-            if progress is not None:
-                progress(JOBS_STAGE, number, len(jobs))
-            record, was_there = runner.run(job)
-            records.append(record)
-            reused += was_there
-            if on_record is not None:
-                on_record(record, was_there)
-    except BaseException:
-        runner.abort()
-        raise
-    finally:
-        runner.close()
-        shutil.rmtree(out / WORK, ignore_errors=True)
-        if not records:  # Data or model could not be loaded: nothing is left of the try.
-            for folder in new:
-                with suppress(OSError):
-                    folder.rmdir()
+    with _own_folder(out):
+        mark_hazardous(out / WORK)
+        runner = _Isolated(out, progress) if isolate else InProcess(out, progress)
+        try:
+            for number, job in enumerate(jobs):
+                if progress is not None:
+                    progress(JOBS_STAGE, number, len(jobs))
+                record, was_there = runner.run(job)
+                records.append(record)
+                reused += was_there
+                if on_record is not None:
+                    on_record(record, was_there)
+        except BaseException:
+            runner.abort()
+            raise
+        finally:
+            runner.close()
+            shutil.rmtree(out / WORK, ignore_errors=True)
     if progress is not None:
         progress(JOBS_STAGE, len(jobs), len(jobs))
     return FinishedComparison(folder=out, records=records, reused=reused)
+
+
+@contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    """Makes the folder, in which no other process runs a comparison before the block ends; empty it doesn't stay."""
+    new = [folder for folder in (out / RECORDS, out) if not folder.exists()]
+    try:
+        (out / RECORDS).mkdir(parents=True, exist_ok=True)
+        lock = own(out / _LOCK_FILE, create=True)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{out} can't be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Where there are records, the folders stay.
+            (out / _LOCK_FILE).unlink()
+            for folder in new:
+                folder.rmdir()
+        os.close(lock)
 
 
 def check_jobs(jobs: Sequence[Job], out: Path) -> None:

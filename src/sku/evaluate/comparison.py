@@ -133,7 +133,7 @@ class Comparison:
     utility: dict[str, NonInferiority]
     """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin``."""
     notes: tuple[str, ...]
-    """Sentences to read with the table: utility, power, and where its numbers show nothing."""
+    """Sentences to read with the table: utility, power, where its numbers show nothing, and those of both setups."""
     samples: Changes = field(default_factory=dict)
     """Of the drawn replies, as ``replies``; the intervals are over prompts."""
     leak: dict[str, dict[str, LeakChange]] = field(default_factory=dict)

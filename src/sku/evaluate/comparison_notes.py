@@ -30,8 +30,8 @@ def comparison_notes(
         utility: Split -> whether its perplexity stayed within the margin.
 
     Returns:
-        One sentence each: utility, power, base models that were hardly harmful, rates below the judge's floor, and
-        replies that the judge gave no verdict on.
+        One sentence each: utility, power, base models that were hardly harmful, rates below the judge's floor,
+        replies that the judge gave no verdict on, what either evaluation noted, and what was left out of it.
     """
     kinds: Kinds = {"replies": (base.replies, unlearned.replies), "prefill": (base.prefill, unlearned.prefill)}
     return (
@@ -40,6 +40,8 @@ def comparison_notes(
         *_low_bases(kinds),
         *_floors(base, unlearned),
         *_unjudged(kinds),
+        *dict.fromkeys((*base.setup.notes, *unlearned.setup.notes)),
+        *_left_out(base, unlearned),
     )
 
 
@@ -89,6 +91,14 @@ def _unjudged(kinds: Kinds) -> Iterator[str]:
                 f"{where}: the judge gave no verdict on {before['unjudged'].count} replies of the base model and "
                 f"{after['unjudged'].count} of the unlearned one: the harmful rates are {bounds}"
             )
+
+
+def _left_out(base: EvaluationResult, unlearned: EvaluationResult) -> Iterator[str]:
+    for reason in dict.fromkeys((*base.setup.left_out, *unlearned.setup.left_out)):
+        before, after = (result.setup.left_out.get(reason, 0) for result in (base, unlearned))
+        if before or after:
+            count = f"{before}" if before == after else f"{before} (base), {after} (unlearned)"
+            yield f"left out: {reason}: {count}"
 
 
 def _harmful(kinds: Kinds) -> Iterator[tuple[str, Mapping[str, Rate], Mapping[str, Rate]]]:

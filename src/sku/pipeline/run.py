@@ -73,7 +73,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     processes = current_processes()
     check_one_process_attacks(recipe, processes)
     check_place(out)
-    made = processes.on_main(lambda: [folder for folder in (out, *out.parents) if not folder.exists()])
+    missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
     run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None), processes)
     try:
         run.open_folder(resume=resume)
@@ -90,16 +90,17 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
         raise
     except SkuError:
         if processes.is_main:
-            _remove_made(out, made)
+            _remove_made(run.folder, missing)
         raise
     finally:
         run.folder.close()
 
 
-def _remove_made(out: Path, made: list[Path]) -> None:
-    if out in made:
-        remove_hazardous(out)
-    for parent in made[1:]:
+def _remove_made(folder: RunFolder, missing: list[Path]) -> None:
+    """Removes a run's folder and those above it that were missing, but not what another call made meanwhile."""
+    if folder.is_new:
+        remove_hazardous(folder.path)
+    for parent in missing:
         with suppress(OSError):  # Not empty: another run has begun there.
             parent.rmdir()
 

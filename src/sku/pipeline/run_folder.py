@@ -38,6 +38,12 @@ class RunFolder:
         self.path, self.processes, self.progress = path, processes, progress
         self.manifest: dict[str, Any] = {}
         self._lock: int | None = None
+        self._made = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the folder that stands there is one that ``open`` made, not another call's; in the first process."""
+        return self._made and self._holds_the_lock()
 
     def open(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
         """Makes the folder, or checks that it belongs to an interrupted run of this recipe.
@@ -86,7 +92,8 @@ class RunFolder:
         if not self.path.exists():
             with new_folder(self.path, private=True) as temporary:
                 write_json(temporary / "manifest.json", fresh)
-            self._own()
+                self._own(temporary)  # Before others can find it.
+                self._made = True
             return _read_manifest(self.path)
         manifest = self._found_manifest(fresh, trained_folder, resume=resume, is_ours=True)
         remove_left_behind(self.path)
@@ -102,7 +109,7 @@ class RunFolder:
             fresh["recipe_sha256"]
         )  # A folder that is no part of this run is not even locked.
         if is_ours:
-            self._own()
+            self._own(self.path)
             manifest = self._manifest_of(fresh["recipe_sha256"])
         begun_with = manifest.setdefault("processes", 1)
         if begun_with != self.processes.count and list(trained_folder.glob("checkpoint-*")):
@@ -121,9 +128,9 @@ class RunFolder:
             raise OutputError(f"the run in {self.path} is already complete; choose another --out")
         return manifest
 
-    def _own(self) -> None:
+    def _own(self, folder: Path) -> None:
         try:
-            self._lock = own(self.path / _LOCK_FILE, create=True)
+            self._lock = own(folder / _LOCK_FILE, create=True)
         except OutputError:
             raise
         except OSError as error:
@@ -132,10 +139,18 @@ class RunFolder:
     def close(self) -> None:
         """Lets another process go on with the run."""
         if self._lock is not None:
-            with suppress(OSError):
-                (self.path / _LOCK_FILE).unlink(missing_ok=True)
+            if self._holds_the_lock():
+                with suppress(OSError):
+                    (self.path / _LOCK_FILE).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
+
+    def _holds_the_lock(self) -> bool:
+        """Whether the lock that lies in the folder is ours: another call may have made the folder, or made it anew."""
+        try:
+            return self._lock is not None and os.path.samestat(os.fstat(self._lock), (self.path / _LOCK_FILE).stat())
+        except OSError:
+            return False
 
     def note(self, **entries: Any) -> None:
         """Adds entries to the manifest, or replaces them, and writes it.

@@ -104,7 +104,8 @@ def body_facts(run: FinishedRunFiles, part: Part, choices: CardChoices) -> dict[
         "base": base,
         "version": environment["sku"],
         "headline": list(headline_rows(run)),
-        "notes": list(results["notes"]) + list(results["unlearned"]["setup"]["notes"]),
+        # Runs of 0.1.0 have the notes of the setup there alone.
+        "notes": list(dict.fromkeys((*results["notes"], *results["unlearned"]["setup"]["notes"]))),
         "table": _whole_table(results["table"]),
         "attacks": attacks,
         "precisions": _precisions(run),
