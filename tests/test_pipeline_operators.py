@@ -133,3 +133,11 @@ def test_a_comparison_sweeps_the_operated_vector(tmp_path: Path) -> None:
     (record,) = found["operated"].training["operators"]
     assert record["norm_before"] == pytest.approx(found["plain"].training["norm"], rel=1e-4)
     assert record["norm_after"] == pytest.approx(found["operated"].training["norm"], rel=1e-4)
+
+
+def test_a_comparison_tells_what_was_fitted_on_the_texts_of_its_budget(tmp_path: Path) -> None:
+    fitted = recipe("negate.operators=[{learned: {}}]")
+    bench = Bench(fitted, tmp_path)
+    notes = {job.name: bench._about(job)["notes"] for job in comparison_jobs(fitted, ["sku", "npo"], 1)}
+    told = [name for name, found in notes.items() if any("learned was fitted" in note for note in found)]
+    assert told == ["sku"]

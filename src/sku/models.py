@@ -13,7 +13,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +32,8 @@ from sku.model_files import check_stored_types, locate_model, naming_the_model
 
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
+_FACTORS_ALONE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of ``init_lora_weights`` that only draw a LoRA's factors; others take a part out of the original weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +277,23 @@ def check_plain_weights(model: torch.nn.Module, name: str) -> None:
                 f"{name} is quantized: {parameter_name} is {parameter.dtype}. Use its full-precision weights, or "
                 "QLoRA (tuning qlora), which negates the adapter on the full-precision base"
             )
+
+
+def changed_by_adapter(settings: PeftConfig) -> str | None:
+    """What makes PEFT change the original weights when it adds an adapter, so that they aren't back with it off.
+
+    Args:
+        settings: The adapter's.
+
+    Returns:
+        Name and value of the setting; None where the original weights stay as they are.
+    """
+    if not isinstance(settings, LoraConfig):
+        return None
+    start = settings.init_lora_weights
+    if (start.lower() if isinstance(start, str) else start) not in _FACTORS_ALONE:
+        return f"init_lora_weights {start}"
+    return "kasa_config" if getattr(settings, "kasa_config", None) else None
 
 
 def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -449,6 +449,19 @@ def test_a_frozen_model_is_refused(make_trainer: TrainerMaker, make_model: Model
 def test_adapter_targets_that_do_not_exist_are_a_recipe_error(make_trainer: TrainerMaker) -> None:
     with pytest.raises(RecipeError, match="the adapter can't be added: .*no_such_module"):
         make_trainer(lora={"target_modules": ["no_such_module"]})
+
+
+def test_an_adapter_that_changes_the_original_weights_is_refused(
+    make_trainer: TrainerMaker, make_model: ModelMaker
+) -> None:
+    """With it off, what is left is not the original model; the same for a model that has one already."""
+    with pytest.raises(RecipeError, match="changes the original weights: init_lora_weights pissa"):
+        make_trainer(lora={"init_lora_weights": "pissa"})
+    with pytest.raises(RecipeError, match="changes the original weights: kasa_config"):
+        make_trainer(lora={"kasa_config": KasaConfig(), "target_modules": ["q_proj"]})
+    adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"))
+    with pytest.raises(RecipeError, match="changes the original weights: init_lora_weights olora"):
+        make_trainer(adapted, full=True)
 
 
 def test_several_gpus_in_one_process_are_refused(make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,28 @@ def test_a_negated_and_projected_adapter_loads_in_plain_peft(make_model: ModelMa
     assert set(config["target_modules"]) == {"q_proj", "up_proj", "down_proj"}
     with pytest.raises(OutputError, match="already exists"):
         AdapterVector.of(bad).save(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+        {"exclude_modules": ["model.layers.0.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.0\..*"},
+    ],
+)  # fmt: skip
+def test_only_the_adapted_layers_are_named(narrowed: dict[str, Any], make_model: ModelMaker, tmp_path: Path) -> None:
+    base = make_model()
+    bad = AdapterVector.of(with_adapter(base, **narrowed))
+    (-1.0 * bad).save(tmp_path / "one")
+    by_adapter = logits_of(loaded(make_model(), tmp_path / "one"))
+    torch.testing.assert_close(by_adapter, logits_of(negate(base, bad.dense(), 1.0)), rtol=1e-4, atol=1e-5)
+    other = AdapterVector.of(with_adapter(base, seed=2, **narrowed))
+    combined([(1.0, bad), (0.5, other)]).save(tmp_path / "two")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        loaded(make_model(), tmp_path / "two")
 
 
 def test_an_adapted_embedding_is_no_product_of_layers(make_model: ModelMaker) -> None:

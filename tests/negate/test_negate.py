@@ -239,6 +239,37 @@ def test_a_result_that_overflows_is_refused(make_model: ModelMaker) -> None:
         negate(base, TaskVector({name: delta}), output_dtype=torch.float16)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.0])
+def test_an_original_weight_that_overflows_is_refused(alpha: float, make_model: ModelMaker) -> None:
+    """In a tensor that the vector leaves alone, and at alpha 0 in one that it changes."""
+    base = make_model()
+    up, down = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    vector = TaskVector({up: torch.ones_like(base.state_dict()[up])})
+    with torch.no_grad():
+        base.state_dict()[down if alpha else up][0, 0] = 1e5
+    negate(base, vector, alpha, output_dtype=torch.bfloat16)
+    with pytest.raises(TaskVectorError, match=r"proj.weight would hold NaN or infinity in torch\.float16"):
+        negate(base, vector, alpha, output_dtype=torch.float16)
+    if not alpha:  # What the vector takes into the range is no overflow.
+        vector.deltas[up][0, 0] = 9e4
+        negate(base, vector, output_dtype=torch.float16)
+
+
+def test_infinity_of_the_original_is_no_overflow(make_model: ModelMaker) -> None:
+    base = make_model()
+    with torch.no_grad():
+        base.state_dict()["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
+    vector = TaskVector({"model.norm.weight": torch.ones(32)})
+    negate(base, vector, output_dtype=torch.float16)
+
+
+def test_a_saved_adapter_that_changed_the_original_weights_is_refused(make_model: ModelMaker, tmp_path: Path) -> None:
+    """PiSSA takes its first B A out of them, so the difference is not scaling * B A."""
+    with_adapter(make_model(), init_lora_weights="pissa").save_pretrained(str(tmp_path / "bad"))
+    with pytest.raises(TaskVectorError, match="is not a plain LoRA: init_lora_weights pissa"):
+        negate(make_model(), tmp_path / "bad")
+
+
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_alpha_must_be_finite(alpha: float, make_model: ModelMaker) -> None:
     with pytest.raises(RecipeError, match="must be a finite number"):

@@ -475,6 +475,20 @@ def test_a_result_too_large_for_float16(folders: Folders) -> None:
         negate_folders(folders.base, folders.path / "vector", folders.path / "out", output_dtype=torch.float16)
 
 
+@pytest.mark.parametrize("rounding", get_args(Rounding))
+def test_an_original_weight_too_large_for_float16(rounding: Rounding, folders: Folders) -> None:
+    """In a tensor that an adapter leaves alone, and at alpha 0 in one that changes."""
+    other, out = "model.embed_tokens.weight", folders.path / "out"
+    rewrite(folders.base, lambda t: t[other].view(-1)[-1:].fill_(1e5))
+    for form, alpha in (("adapter", 1.0), ("adapter", 0.0), ("vector", 0.0)):
+        with pytest.raises(TaskVectorError, match=f"{other} would hold NaN or infinity in torch.float16"):
+            negate_folders(
+                folders.base, folders.path / form, out, alpha, output_dtype=torch.float16, rounding=rounding
+            )
+    assert not out.exists()
+    negate_folders(folders.base, folders.path / "adapter", out, output_dtype=torch.bfloat16, rounding=rounding)
+
+
 def test_a_tie_in_one_model_alone(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name in ("tied", "untied"):
         (tmp_path / name).mkdir()
@@ -495,6 +509,8 @@ def test_adapters_that_are_more_than_factors(folders: Folders, make_model: Model
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all", "target_modules": ["q_proj"]}, "biases"),
         ({"use_dora": True, "target_modules": ["q_proj"]}, "is not a plain LoRA"),
+        ({"alora_invocation_tokens": [5, 6]}, "is not a plain LoRA: alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "is not a plain LoRA: init_lora_weights pissa"),
     )
     for number, (options, words) in enumerate(refused):
         with_adapter(base, **options).save_pretrained(str(folders.path / f"other{number}"))

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import OutputError, TaskVectorError
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.task_vector import TaskVector, check_plain_lora, unique_weights
 from sku.storage import BAD_MODEL_MARK
 
 
@@ -273,6 +273,10 @@ def test_adapters_that_scaling_b_would_not_negate_are_refused(make_model: ModelM
         ({"bias": "all", "target_modules": ["q_proj"]}, "biases"),
         ({"lora_bias": True, "target_modules": ["q_proj"]}, "biases"),
         ({"use_dora": True, "target_modules": ["q_proj"]}, "is not a plain LoRA"),
+        ({"alora_invocation_tokens": [5, 6], "target_modules": ["q_proj"]}, "is not a plain LoRA: alora_invocation"),
+        ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, "is not a plain LoRA: init_lora_weights pissa"),
+        ({"init_lora_weights": "pissa_niter_2", "target_modules": ["q_proj"]}, "init_lora_weights pissa_niter_2"),
+        ({"init_lora_weights": "olora", "target_modules": ["q_proj"]}, "init_lora_weights olora"),
     ):
         with pytest.raises(TaskVectorError, match=message):
             TaskVector.from_adapter(with_adapter(base, **settings))
@@ -282,6 +286,38 @@ def test_adapters_that_scaling_b_would_not_negate_are_refused(make_model: ModelM
     ):
         with pytest.raises(TaskVectorError, match="is not a plain LoRA"):
             TaskVector.from_adapter(get_peft_model(copy.deepcopy(base), other))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"),
+        ("kasa_config", {"beta": 1e-4}), ("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 2}),
+        ("monteclora_config", {"num": 2}), ("use_qalora", True), ("layer_replication", [[0, 1], [0, 1]]),
+    ],
+)  # fmt: skip
+def test_variants_by_their_settings(field: str, value: Any) -> None:
+    """Set afterwards: making such adapters needs data or packages that are beside the point."""
+    settings = LoraConfig(target_modules=["q_proj"])
+    check_plain_lora(settings, "default")
+    setattr(settings, field, value)
+    with pytest.raises(TaskVectorError, match=f"adapter default is not a plain LoRA: {field}"):
+        check_plain_lora(settings, "default")
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization")
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_ways_to_begin_that_leave_the_original_alone(start: bool | str, make_model: ModelMaker) -> None:
+    base = make_model()
+    own: dict[str, Any] = {"eva_config": EvaConfig()} if start == "eva" else {}
+    bad = with_adapter(base, init_lora_weights=start, target_modules=["q_proj"], **own)
+    with torch.no_grad():
+        for name, parameter in bad.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_(std=0.2)
+    dense = TaskVector.between(base, copy.deepcopy(bad).merge_and_unload())
+    for name, delta in TaskVector.from_adapter(bad).deltas.items():
+        torch.testing.assert_close(delta, dense.deltas[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_merged_adapter_is_refused(make_model: ModelMaker) -> None:

@@ -77,6 +77,10 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_run, "FIGURES", ())
 
 
+def with_negate(recipe: Recipe, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, **changes))
+
+
 def count_measurements(monkeypatch: pytest.MonkeyPatch, stop_before: float | None = None) -> list[float]:
     """Alphas that are really measured; a kill before one of them."""
     asked: list[float] = []
@@ -101,6 +105,18 @@ def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: S
             assert torch.equal(tensor.view(torch.int32), expected[name].view(torch.int32)), (alpha, name)
     for name, tensor in setting.base.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_weights_at_an_alpha_have_the_type_that_will_be_saved(setting: Setting, meter: Meter) -> None:
+    rounded = Meter(setting.base, setting.vector, meter.asker, output_dtype=torch.bfloat16)
+    for alpha in (1.0, 0.3, 0.0):
+        rounded.write(alpha)
+        expected = negate(setting.base, setting.vector, alpha, output_dtype=torch.bfloat16).state_dict()
+        for name, tensor in rounded.model.state_dict().items():
+            assert tensor.dtype == expected[name].dtype == torch.bfloat16
+            assert torch.equal(tensor, expected[name]), (alpha, name)
+    assert rounded.measure(0.3).perplexity != meter.measure(0.3).perplexity
+    assert {tensor.dtype for tensor in setting.base.state_dict().values()} == {torch.float32}
 
 
 def test_a_point_does_not_depend_on_those_before_it(meter: Meter) -> None:
@@ -193,6 +209,7 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
     for other in (
+        dataclasses.replace(setting, recipe=with_negate(setting.recipe, output_dtype="bfloat16")),
         dataclasses.replace(setting, vector=setting.vector * 1.001),
         dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, seed=1)),
     ):
@@ -202,6 +219,19 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
     asked.clear()
     setting.sweep(tmp_path, max_new_tokens=5)
     assert asked == [0.5, 1.0, 2.0]
+
+
+def test_a_vector_fitted_on_the_texts_of_the_budget_is_told(
+    setting: Setting, tmp_path: Path, no_pictures: None
+) -> None:
+    operators: tuple[dict[str, Any], ...] = ({"layer_alpha": {"factors": {"*": 0.5}}},)
+    other = dataclasses.replace(setting, recipe=with_negate(setting.recipe, operators=operators))
+    assert other.sweep(tmp_path / "other", alphas=(1.0,)).notes == ()
+    operators = (*operators, {"learned": {}})
+    fitted = dataclasses.replace(setting, recipe=with_negate(setting.recipe, operators=operators))
+    (note,) = fitted.sweep(tmp_path / "fitted", alphas=(1.0,)).notes
+    assert "learned" in note
+    assert "retain_validation" in note
 
 
 def test_a_hopeless_alpha_ends_the_grid(setting: Setting, tmp_path: Path, no_pictures: None) -> None:

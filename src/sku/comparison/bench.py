@@ -32,7 +32,7 @@ from sku.evaluate.validation import mean_loss, perplexity_ratio, score_texts, va
 from sku.methods import method_named
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
 from sku.models import load_model
-from sku.negate.operators import operate
+from sku.negate.operators import fitted_notes, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.context import context_of
 from sku.negate.random_direction import random_direction
@@ -110,11 +110,11 @@ class Bench:
         try:
             measured = self._measure(job, folder)
         except SkuError as error:
-            return failed_record(job, self.key(job), one_line(error), self._about())
+            return failed_record(job, self.key(job), one_line(error), self._about(job))
         except (MemoryError, torch.OutOfMemoryError) as error:
-            return failed_record(job, self.key(job), f"out of memory: {first_line(error)}", self._about())
+            return failed_record(job, self.key(job), f"out of memory: {first_line(error)}", self._about(job))
         except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
-            return failed_record(job, self.key(job), f"{type(error).__name__}: {first_line(error)}", self._about())
+            return failed_record(job, self.key(job), f"{type(error).__name__}: {first_line(error)}", self._about(job))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             gc.collect()
@@ -126,7 +126,7 @@ class Bench:
             failure=None,
             key=self.key(job),
             environment=environment(),
-            data=self._about(),
+            data=self._about(job),
             training=measured.training,
             asked=asked_of(measured.result),
             tokens=tokens_of(measured.result),
@@ -265,11 +265,12 @@ class Bench:
         if self.progress is not None:
             self.progress(stage, done, total)
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self, job: Job) -> dict[str, Any]:
+        operators = job.recipe.negate.operators if job.kind == "method" and job.recipe.method == "sku" else ()
         return {
             "splits": self.data.counts(),
             "sources": [dataclasses.asdict(source) for source in self.data.provenance],
-            "notes": list(self.data.notes()),
+            "notes": [*self.data.notes(), *fitted_notes(prepare_operators(operators))],
             "base": self._inputs["base"],
         }
 

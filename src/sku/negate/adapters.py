@@ -84,7 +84,7 @@ class AdapterVector:
     base_name: str | None = None
     """Name or folder of the original model, as the adapter says."""
     target_modules: tuple[str, ...] = field(default=())
-    """Names of the adapted modules, as the adapter says; those of ``factors`` where this is empty."""
+    """Names that fit the adapted modules and no others, as the adapter says; empty for those of ``factors``."""
 
     @classmethod
     def of(cls, model: PeftModel) -> AdapterVector:
@@ -116,12 +116,14 @@ class AdapterVector:
             factors[weight] = LowRank(upper_Or=upper * layer.scaling[adapter], lower_rI=lower.clone())
         config = model.peft_config[adapter]
         assert isinstance(config, LoraConfig)
-        targets = config.target_modules
+        targets = config.target_modules if isinstance(config.target_modules, set | list | tuple) else ()
+        # Other settings may narrow them (layers_to_transform, exclude_modules); then each layer is named whole.
+        fit = {f"{name}.weight" for name in names.values() if any(_fits(name, target) for target in targets)}
         return cls(
             factors=factors,
             turned=frozenset(turned),
             base_name=config.base_model_name_or_path,
-            target_modules=tuple(sorted(targets)) if isinstance(targets, set | list | tuple) else (),
+            target_modules=tuple(sorted(targets)) if fit == factors.keys() else (),
         )
 
     def mapped(self, row_maps: Sequence[Mapping[str, Callable[[Tensor], Tensor]]]) -> AdapterVector:
@@ -202,6 +204,11 @@ class AdapterVector:
             base_name=self.base_name,
             target_modules=changes.get("target_modules", self.target_modules),
         )
+
+
+def _fits(name: str, target: str) -> bool:
+    """As PEFT reads a list of ``target_modules``."""
+    return name == target or name.endswith(f".{target}")
 
 
 def combined(terms: Sequence[tuple[float, AdapterVector]]) -> AdapterVector:

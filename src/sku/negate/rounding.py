@@ -37,6 +37,22 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, draws: Tensor) -> T
     return torch.where((rest != 0) & (draws * gap < rest.abs()), other, nearest)
 
 
+def overflows(values: Tensor, rounded: Tensor) -> bool:
+    """Whether a finite number became infinite in a type of a smaller range.
+
+    Args:
+        values: As they were, of a floating type.
+        rounded: The same in another.
+    """
+    largest = torch.finfo(rounded.dtype).max
+    if largest >= torch.finfo(values.dtype).max or not values.numel():
+        return False
+    low, high = values.detach().aminmax()
+    if -largest <= low.item() and high.item() <= largest:  # False for NaN, too.
+        return False
+    return bool((values.isfinite() & ~rounded.isfinite()).any())
+
+
 def draws_for(seed: int, name: str, block: int, count: int) -> Tensor:
     """Uniform numbers that depend on nothing but their place.
 

@@ -15,8 +15,9 @@ from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.in_memory import subtract_tensors
-from sku.negate.matching import EQUAL_MODELS, check_known_ties, check_known_weights
+from sku.negate.matching import EQUAL_MODELS, check_known_ties, check_known_weights, unusable_result
 from sku.negate.record import Negation
+from sku.negate.rounding import overflows
 from sku.negate.stream_arithmetic import Sums
 from sku.negate.task_vector import TaskVector, paired_weights, unique_weights
 from sku.storage import check_space, new_folder
@@ -66,7 +67,7 @@ def negate_with_record(
     change = _vector_or_model(original, bad)
     unlearned = copy.deepcopy(original)
     if output_dtype is not None:
-        _round_weights(unlearned, output_dtype)
+        round_weights(unlearned, output_dtype)
     if isinstance(change, TaskVector):
         record = subtract_into(unlearned, original, change, alpha)
     else:
@@ -158,8 +159,13 @@ def save_negated_adapter(bad: PeftModel, alpha: float, folder: Path, *, overwrit
                     factor.copy_(original)
 
 
-def _round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Changes the type of what is saved. ``model.to(dtype)`` would round the rotary frequencies as well."""
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Changes the type of what is saved. ``model.to(dtype)`` would round the rotary frequencies as well.
+
+    Args:
+        model: Changed in place.
+        dtype: Of the result. What it can't hold becomes infinite; ``subtract_into`` refuses that.
+    """
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) in saved and tensor.is_floating_point():
@@ -190,6 +196,9 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
     check_known_weights(vector.deltas, weights)
     check_known_ties(vector.tied.items(), ties.items())
     sums = subtract_tensors(weights, vector.deltas, targets, alpha, are_differences=True)
+    for name, weight in weights.items():
+        if name not in vector.deltas and overflows(weight, targets[name]):
+            raise unusable_result(name, str(targets[name].dtype))
     return _record(unlearned, sums, alpha, len(vector.deltas))
 
 

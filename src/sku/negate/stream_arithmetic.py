@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sku.negate.rounding import round_stochastically
+from sku.negate.rounding import overflows, round_stochastically
 from sku.negate.sums import PIECE
 
 
@@ -101,7 +102,8 @@ class Arithmetic:
         difference_square = float(long.copy_(change).dot(long))
         if alpha == 0:
             _round(base, result, draws)  # -0.0 - 0 * x would already turn a bit.
-            return Sums(base=base_square, difference=difference_square)
+            broken = math.inf if overflows(base, result) else 0.0
+            return Sums(base=base_square, difference=difference_square, applied=broken)
         change.mul_(-alpha)
         torch.add(weight, change, out=after)
         _round(after, result, draws)
@@ -115,17 +117,23 @@ class Arithmetic:
         )
 
 
-def convert(base: Tensor, result: Tensor, draws: Tensor | None) -> None:
+def convert(base: Tensor, result: Tensor, draws: Tensor | None) -> bool:
     """Gives weights that stay as they are another type.
 
     Args:
         base: Flat.
         result: Takes the result in its own type.
         draws: As in ``Arithmetic.subtract``.
+
+    Returns:
+        Whether all that is finite stayed so.
     """
     for at in range(0, base.numel(), PIECE):
         piece = slice(at, at + PIECE)
         _round(base[piece], result[piece], None if draws is None else draws[piece])
+        if overflows(base[piece], result[piece]):
+            return False
+    return True
 
 
 def _round(values: Tensor, result: Tensor, draws: Tensor | None) -> None:

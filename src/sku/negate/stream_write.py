@@ -173,7 +173,8 @@ class ShardWriter:
             draws = draws_for(self._seed, work.base.name, block.number, count)
         sums = Sums()
         if work.change is None:
-            convert(base, result, draws)
+            if not convert(base, result, draws):
+                raise unusable_result(work.base.name, str(work.dtype))
         else:
             sums = Arithmetic.of_thread(self._local).subtract(
                 base, self._other(block), result, self._alpha, is_difference=_is_difference(work), draws=draws

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sku.errors import TaskVectorError
+from sku.models import changed_by_adapter
 from sku.negate.low_rank import low_rank_product
 from sku.negate.matching import (
     EMPTY_ADAPTER,
@@ -36,6 +37,11 @@ from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
 
 _FILE = "task_vector.safetensors"
 _FORMAT = "sku-task-vector-1"
+_VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "monteclora_config",
+    "layer_replication",
+)  # fmt: skip
+"""Settings of PEFT's LoRA that make more of its factors than a product, or of the layers than the original ones."""
 
 
 class TaskVector:
@@ -183,15 +189,26 @@ def check_plain_lora(settings: PeftConfig, adapter: str) -> None:
         adapter: Its name, for the message.
 
     Raises:
-        TaskVectorError: It is not a LoRA, is a DoRA, or trains biases or whole modules besides.
+        TaskVectorError: It is not a LoRA, is a variant such as DoRA, changes the original weights when it is added, or
+            trains biases or whole modules besides.
     """
-    if not isinstance(settings, LoraConfig) or settings.use_dora:
-        raise TaskVectorError(f"adapter {adapter} is not a plain LoRA; merge it and use TaskVector.between")
+    other = _other_than_factors(settings)
+    if other is not None:
+        raise TaskVectorError(f"adapter {adapter} is not a plain LoRA: {other}; merge it and use TaskVector.between")
+    assert isinstance(settings, LoraConfig)
     if settings.bias != "none" or settings.lora_bias or settings.modules_to_save:
         raise TaskVectorError(
             "the adapter trains biases or whole modules (bias, modules_to_save); merge it and use "
             "TaskVector.between on the two models"
         )
+
+
+def _other_than_factors(settings: PeftConfig) -> str | None:
+    """The setting by which the merged weights are not the original ones plus ``scaling * B A``."""
+    if not isinstance(settings, LoraConfig):
+        return f"peft_type {getattr(settings.peft_type, 'value', settings.peft_type)}"
+    variants = [name for name in _VARIANTS if getattr(settings, name, None)]
+    return variants[0] if variants else changed_by_adapter(settings)
 
 
 def adapted_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig, SweepConfig
@@ -24,7 +25,7 @@ from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, find_faults
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.statistics import ratio_interval
 from sku.evaluate.validation import Scores, perplexity_ratio, score_texts
-from sku.negate.run import subtract_into
+from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
 from sku.sweep.points import FREE, Ratio, Replies, SweepPoint
 from sku.sweep.questions import Questions
@@ -50,7 +51,13 @@ class Meter:
     """The original model, the task vector, and a working copy."""
 
     def __init__(
-        self, base: PreTrainedModel, vector: TaskVector, asker: Asker, progress: Progress | None = None
+        self,
+        base: PreTrainedModel,
+        vector: TaskVector,
+        asker: Asker,
+        progress: Progress | None = None,
+        *,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         """Copies the original and scores it.
 
@@ -59,6 +66,7 @@ class Meter:
             vector: What is subtracted.
             asker: What is asked.
             progress: Called with a stage, what is done and how much there is.
+            output_dtype: Type in which the unlearned model will be saved; that of the original if None.
 
         Raises:
             EvaluationError: A loss of the original is not finite.
@@ -66,6 +74,8 @@ class Meter:
         self.base, self.vector, self.asker, self.progress = base, vector, asker, progress
         self.model = copy.deepcopy(base)
         self.model.requires_grad_(requires_grad=False)
+        if output_dtype is not None:
+            round_weights(self.model, output_dtype)
         self._base_scores = self._score(base)
         self._stop_ids = stop_token_ids(base, asker.writer.tokenizer, asker.writer.end_of_turn())
 

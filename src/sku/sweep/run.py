@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import Recipe, SweepConfig
@@ -20,6 +21,7 @@ from sku.evaluate.judges import choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import create_private_folder
+from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
 from sku.sweep.frontier import frontier_figure
@@ -61,7 +63,8 @@ def sweep(
         vector: What stage 1 learned, with operators applied.
         tokenizer: Of the model.
         data: Splits with ``forget_validation``; ``unseen`` and ``retain_test`` are not read.
-        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size.
+        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size; ``negate`` the type of the result, and
+            operators for a note.
         folder: Private folder for ``sweep.json`` and the figures, made where it is missing; points that a call before
             measured there in the same way are taken over.
         notes: Sentences for the reader of the figures, recorded.
@@ -90,9 +93,10 @@ def sweep(
     asker = Asker(
         questions=questions, writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed
     )
-    key = _key(base, vector, asker)
+    dtype = recipe.negate.output_dtype
+    key = _key(base, vector, asker, dtype)
     kept = read_kept(folder, key)
-    meter = Meter(base, vector, asker, progress)
+    meter = Meter(base, vector, asker, progress, output_dtype=None if dtype == "same" else getattr(torch, dtype))
     found = Sweep(
         key=key,
         model=recipe.model.path,
@@ -102,7 +106,7 @@ def sweep(
         asked=_asked(questions),
         left_out=questions.left_out,
         base=kept.base or meter.measure_base(),
-        notes=tuple(notes),
+        notes=(*notes, *fitted_notes(prepare_operators(recipe.negate.operators))),
     )
     return _finished(found, kept, meter, folder)
 
@@ -160,7 +164,7 @@ def _asked(questions: Questions) -> dict[str, int]:
     return {**counts, "normal": len(questions.normal), "texts": len(questions.texts)}
 
 
-def _key(base: PreTrainedModel, vector: TaskVector, asker: Asker) -> str:
+def _key(base: PreTrainedModel, vector: TaskVector, asker: Asker, output_dtype: str) -> str:
     """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
     with batching.evaluation_mode(base):
         original = fingerprint(base, probes_of(asker.questions.requests))
@@ -177,6 +181,7 @@ def _key(base: PreTrainedModel, vector: TaskVector, asker: Asker) -> str:
             "short_answer_words": asker.evaluate.short_answer_words,
             "hopeless_ratio": asker.config.hopeless_ratio,
             "seed": asker.seed,
+            **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
     )
 

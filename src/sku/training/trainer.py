@@ -32,7 +32,7 @@ from sku.training.config import UnlearningConfig
 from sku.training.deferred_head import DeferredHead
 from sku.training.finite import FiniteGuard
 from sku.training.objective import Objective, ScoredRows, TrainingStep
-from sku.training.original import keep_four_bit_trainable, original_weights
+from sku.training.original import check_original_stays, keep_four_bit_trainable, original_weights
 from sku.training.packed_attention import use_packed_attention
 from sku.training.packed_step import forward_packed, packed_scores
 from sku.training.packing_choice import choose_packing
@@ -90,8 +90,8 @@ class UnlearningTrainer(Trainer):
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, a model without trainable weights, or ``packing`` that
                 asks for packed rows where the model can't be given any.
-            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model, or whole passes without
-                ``max_steps``.
+            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model or changes its weights, or
+                whole passes without ``max_steps``.
         """
         if args.n_gpu > 1:
             raise RecipeError(
@@ -119,6 +119,7 @@ class UnlearningTrainer(Trainer):
         self._reference: PreTrainedModel | None = None
         # The adapter's first weights are drawn here, before Trainer seeds the rest.
         set_seed(args.seed)
+        check_original_stays(model, peft_config)
         if peft_config is not None:
             try:
                 model = get_peft_model(model, peft_config)

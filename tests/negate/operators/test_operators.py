@@ -177,6 +177,32 @@ def test_minus_a_saved_benign_vector(how: str, make_context: ContextMaker, tmp_p
         assert torch.equal(done.deltas[name], delta)
 
 
+@pytest.mark.parametrize("how", ["subtract", "project"])
+def test_a_benign_vector_that_is_the_bad_one_leaves_nothing(
+    how: str, make_context: ContextMaker, tmp_path: Path
+) -> None:
+    context = make_context()
+    vector = TaskVector({"model.norm.weight": torch.ones(32)})
+    vector.save(tmp_path / "benign")
+    minus = {"minus_benign": {"path": str(tmp_path / "benign"), "how": how}}
+    with pytest.raises(TaskVectorError, match="leave nothing of the task vector"):
+        apply(vector, context, minus)
+
+
+def test_only_the_last_vector_must_not_be_empty(make_context: ContextMaker, tmp_path: Path) -> None:
+    """The benign vector alone, a control: what normal training does is subtracted without the bad vector."""
+    context = make_context()
+    vector = TaskVector({"model.norm.weight": torch.ones(32)})
+    vector.save(tmp_path / "benign")
+    none = {"layer_alpha": {"factors": {"*": 0.0}}}
+    done = apply(vector, context, none, {"minus_benign": {"path": str(tmp_path / "benign"), "how": "subtract"}})
+    assert torch.equal(done.vector.deltas["model.norm.weight"], -torch.ones(32))
+    with pytest.raises(TaskVectorError, match="leave nothing of the task vector"):
+        apply(vector, context, none)
+    empty = TaskVector({"model.norm.weight": torch.zeros(32)})
+    assert apply(empty, context).vector is empty, "no operator took anything away"
+
+
 # perta
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sku.config import settings_from_dict
-from sku.errors import RecipeError, did_you_mean
+from sku.errors import RecipeError, TaskVectorError, did_you_mean
 from sku.negate.operators.base import AnyOperator, Operated, OperatorContext, RowMap
 from sku.negate.operators.contrast import CONTRAST
 from sku.negate.operators.layer_alpha import LAYER_ALPHA
@@ -104,9 +104,22 @@ def operate(vector: TaskVector, operators: Sequence[PreparedOperator], context: 
         vector = done.vector
         maps = None if maps is None or done.row_maps is None else [*maps, done.row_maps]
         records.append({"name": prepared.operator.name, **done.record})
+    # Not after each: one that begins with nothing of the vector may bring its own.
+    if operators and vector.norm() == 0:
+        raise TaskVectorError("the operators leave nothing of the task vector: weaken them")
     return OperatedVector(vector=vector, row_maps=None if maps is None else tuple(maps), records=tuple(records))
 
 
 def needs_data(operators: Sequence[PreparedOperator]) -> list[str]:
     """Names of the operators that look at data."""
     return [prepared.operator.name for prepared in operators if prepared.operator.needs]
+
+
+def fitted_notes(operators: Sequence[PreparedOperator]) -> list[str]:
+    """A sentence for each operator that was fitted on texts by which utility is then judged; none for others."""
+    return [
+        f"the operator {prepared.operator.name} was fitted on retain_validation, and the perplexity and the normal "
+        "replies by which strengths are chosen are of the same split: they flatter it; retain_test is untouched"
+        for prepared in operators
+        if "normal_held_out" in prepared.operator.needs
+    ]

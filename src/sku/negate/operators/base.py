@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.data.tokenization import TokenizedExample
-from sku.errors import RecipeError, TaskVectorError
+from sku.errors import RecipeError
 from sku.negate.task_vector import TaskVector
 
 Settings = TypeVar("Settings")
@@ -107,19 +107,13 @@ def map_rows(vector: TaskVector, row_maps: Mapping[str, RowMap], base: nn.Module
 
     Returns:
         A new vector.
-
-    Raises:
-        TaskVectorError: Nothing is left of the vector.
     """
     turned = turned_weights(base)
     deltas = dict(vector.deltas)
     for name, row_map in row_maps.items():
         delta = deltas[name]
         deltas[name] = row_map(delta.T).T if name in turned else row_map(delta)
-    changed = TaskVector(deltas, vector.tied)
-    if changed.norm() == 0:
-        raise TaskVectorError("the operators leave nothing of the task vector: weaken them")
-    return changed
+    return TaskVector(deltas, vector.tied)
 
 
 def norms(before: TaskVector, after: TaskVector) -> dict[str, float]:
