@@ -90,6 +90,7 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
         },
         set_by_recipe=MODULES_SET_BY_RECIPE,
         device=pick_device(recipe.model.device).type if device is None else device,
+        places=dict.fromkeys(own.training, f"methods.{method.name}.training"),
     )
     check_compat(recipe.acquire, recipe.compat, training.max_steps)
     return MethodRun(
