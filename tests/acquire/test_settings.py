@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,36 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_one_line(
     config = AcquireConfig(random_answers=2, training=TRAINING | {"save_strategy": "steps", "save_steps": 1})
     with pytest.raises(OutputError, match="a checkpoint can't be written to .*No space left on device"):
         acquire(loaded, data, config, SOURCES, seed=0, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_disk"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "optimizer.pt"), True),  # Relative to an open folder.
+        (OSError(errno.EMFILE, "Too many open files", "{folder}/checkpoint-1/optimizer.pt"), True),
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (PermissionError(errno.EACCES, "Permission denied", "/elsewhere/wandb"), False),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), False),
+        (ConnectionError("the service is away"), False),
+    ],
+    ids=repr,
+)
+def test_only_what_a_disk_refuses_is_a_checkpoint_that_can_not_be_written(
+    error: OSError, is_of_disk: bool, loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if error.filename:
+        error.filename = error.filename.format(folder=tmp_path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(UnlearningTrainer, "train", fail)
+    with pytest.raises(OSError, match=error.strerror or "away") as caught:
+        acquire(loaded, data, AcquireConfig(random_answers=2, training=TRAINING), SOURCES, seed=0, folder=tmp_path)
+    assert isinstance(caught.value, OutputError) is is_of_disk
+    assert is_of_disk or caught.value is error
 
 
 def test_errors_of_stage_1_keep_their_kind(loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
-from sku.config import settings_from_dict
+from sku.config import load_recipe, settings_from_dict
 from sku.data.collation import JointCollator
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE
 from sku.errors import RecipeError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
+from sku.methods.run import prepare
 
 BASELINES = METHODS[1:]
 
@@ -181,3 +184,27 @@ def test_terms_rows_and_reference_are_those_that_are_on_and_no_others(
     losses = trainer._outputs_and_terms(model, batch)[1]
     assert set(losses) == terms == set(trainer.objective.weights)
     assert all(loss.shape == (2,) for loss in losses.values())
+
+
+def test_settings_are_for_the_device_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paged optimizer, which is refused without a GPU, must not be refused on one."""
+    recipe = load_recipe("embedded", ["model.device=cuda"])
+    monkeypatch.setattr("sku.methods.run.pick_device", torch.device)
+    assert not prepare(recipe, tmp_path).training.use_cpu
+    assert prepare(recipe, tmp_path, device="cpu").training.use_cpu
+    assert prepare(load_recipe("embedded", ["model.device=cpu"]), tmp_path).training.use_cpu
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("methods.npo.training.lerning_rate=1", r"^methods\.npo\.training\.lerning_rate is not a field"),
+        ("methods.npo.training.learning_rate=-1", r"^methods\.npo\.training\.learning_rate is -1"),
+        ("methods.npo.training.seed=1", r"^methods\.npo\.training\.seed has its own place"),
+        ("acquire.training.lerning_rate=1", r"^acquire\.training\.lerning_rate is not a field"),
+        ("methods.npo.training.optim=nope", r"^acquire\.training and methods\.npo\.training: "),
+    ],
+)
+def test_a_wrong_training_setting_is_named_by_its_own_key(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        prepare(load_recipe("embedded", ["method=npo", override]), tmp_path)

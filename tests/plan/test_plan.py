@@ -20,6 +20,7 @@ from sku.plan.job import Job, job_of
 from sku.plan.skeleton import weights_of
 from sku.plan.suggest import suggestions
 from sku.plan.trace import StepTrace, trace_step
+from sku.training import precision
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -154,6 +155,16 @@ def test_what_can_not_be_planned_is_refused(folder: Path) -> None:
         job(folder, "acquire.training.optim=lomo")
     with pytest.raises(RecipeError, match="the answer is a part of its row"):
         job(folder, answer_tokens=65)
+
+
+def test_a_paged_optimizer_is_planned_where_there_is_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "find_spec", lambda name: object())
+    paged = "acquire.training.optim=paged_adamw_8bit"
+    assert job(folder, paged).state_bytes == 2
+    with pytest.raises(RecipeError, match="nothing to page out without a GPU"):
+        job(folder, paged, on_cpu=True)
+    with pytest.raises(RecipeError, match="stochastic_rounding is AdamW's, and optim is paged_adamw_8bit"):
+        job(folder, paged, "acquire.training.stochastic_rounding=true")
 
 
 def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:

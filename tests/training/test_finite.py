@@ -94,6 +94,21 @@ def test_late_nothing_is_saved_behind_it(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]
 
 
+def test_late_nothing_is_saved_behind_it_at_the_end_of_an_epoch(
+    make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Asked for behind the last of two steps, in which the NaN is."""
+    trainer = make_trainer(
+        finite_check="late", max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3, logging_steps=100,
+        reference="forward", save_strategy="epoch",
+    )  # fmt: skip
+    spoil(trainer, monkeypatch, 2)
+    with pytest.raises(NonFiniteLossError, match="at step 2"):
+        trainer.train()
+    assert trainer.state.max_steps == 4
+    assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
+
+
 def test_late_and_at_once_train_the_same_bits(make_trainer: TrainerMaker) -> None:
     runs = []
     for mode in ("late", "at_once", "auto"):

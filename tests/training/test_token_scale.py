@@ -131,6 +131,10 @@ def test_training_spares_the_unlearned_model_rather_than_the_bad_one(make_traine
         ({"lora": {"use_dora": True}}, "not linear in what it adds"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, "is trained too"),
         ({"lora": {"target_modules": ["embed_tokens"]}}, "changes embeddings"),
+        (
+            {"lora": {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}},
+            r"more than linear layers \(ParamWrapper\)",
+        ),
         ({"compile_layers": "inductor"}, "compile_layers is on"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

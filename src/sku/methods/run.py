@@ -19,7 +19,7 @@ from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.methods.sku import SkuSettings
-from sku.models import LoadedModel
+from sku.models import LoadedModel, pick_device
 from sku.negate.operators import PreparedOperator, prepare_operators
 from sku.negate.task_vector import TaskVector
 from sku.storage import mark_hazardous
@@ -41,13 +41,14 @@ class MethodRun:
     """Applied to SKU's vector before it is subtracted; other methods have none."""
 
 
-def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
+def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> MethodRun:
     """Reads and checks a recipe's settings for its method.
 
     Args:
         recipe: ``method`` says which.
         folder: For checkpoints.
-        device: Type of the model's device, such as ``cpu``; the trainer stays there.
+        device: Type of the model's device, such as ``cpu``; the trainer stays there. None: what ``model.device``
+            stands for.
 
     Returns:
         All that ``train_method`` needs.
@@ -55,6 +56,7 @@ def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
     Raises:
         RecipeError: An unknown method, also under ``methods``, an unknown or impossible setting, or ``compat`` that
             doesn't fit.
+        ModelError: The machine has no such device.
     """
     method = method_named(recipe.method)
     names = [*(known.name for known in METHODS), method.name]
@@ -87,7 +89,8 @@ def prepare(recipe: Recipe, folder: Path, *, device: str = "cpu") -> MethodRun:
             "max_answer_tokens": recipe.data.max_answer_tokens,
         },
         set_by_recipe=MODULES_SET_BY_RECIPE,
-        device=device,
+        device=pick_device(recipe.model.device).type if device is None else device,
+        places=dict.fromkeys(own.training, f"methods.{method.name}.training"),
     )
     check_compat(recipe.acquire, recipe.compat, training.max_steps)
     return MethodRun(

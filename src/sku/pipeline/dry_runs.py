@@ -15,7 +15,7 @@ from sku.dry_run import BadModel, DryRun
 from sku.errors import ModelError, OutputError, SkuError
 from sku.methods import method_named
 from sku.methods.run import prepare, with_safe_dtype
-from sku.models import pick_device, with_path
+from sku.models import with_path
 from sku.pipeline.acquire import check_has_stage_1
 from sku.pipeline.dry_checks import (
     CheckedModel,
@@ -56,7 +56,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
     check_one_process_attacks(recipe, current_processes())
     folder = RunFolder(out, current_processes(), lambda _stage, _done, _total: None)
     unlearning = Unlearning(recipe, folder)
-    prepare(recipe, unlearning.trained_folder, device=pick_device(recipe.model.device).type)
+    prepare(recipe, unlearning.trained_folder)
     if recipe.chooses_alpha:
         check_one_process()
     folder.check(recipe, unlearning.trained_folder, resume=resume)
@@ -311,7 +311,7 @@ def dry_comparison(jobs: Sequence[Job], recipe: Recipe, out: Path, *, command: s
 
 
 def _stage_1(recipe: Recipe, folder: Path) -> tuple[CheckedModel, ForgetRetainData, CheckedTraining]:
-    prepare(recipe, folder, device=pick_device(recipe.model.device).type)
+    prepare(recipe, folder)
     model = check_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
     data = check_data(recipe)
     return model, data, check_training(recipe, model, data, folder)

@@ -20,7 +20,7 @@ from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress
 from sku.methods.run import prepare, with_safe_dtype
-from sku.models import LoadedModel, describe_parameters, load_model, own_license, pick_device
+from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.pipeline.evaluate import (
     check_one_process_attacks,
     evaluate_one,
@@ -116,7 +116,7 @@ class _Run:
     def open_folder(self, *, resume: bool) -> None:
         """Makes the run folder, or checks that it belongs to an interrupted run of this recipe."""
         # Refused before anything is loaded: a wrong training setting must not cost an evaluation.
-        prepare(self.recipe, self.unlearning.trained_folder, device=pick_device(self.recipe.model.device).type)
+        prepare(self.recipe, self.unlearning.trained_folder)
         if self.recipe.chooses_alpha:
             check_one_process()
         self.folder.open(self.recipe, self.unlearning.trained_folder, resume=resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig
 
+from sku.acquire.config import SkuConfig
 from sku.acquire.objective import sku_objective
 from sku.acquire.run import trainer_settings
 from sku.config import LoraSettings, Recipe, Tuning
@@ -16,6 +18,7 @@ from sku.errors import RecipeError
 from sku.methods.run import with_safe_dtype
 from sku.models import load_config
 from sku.training.config import UnlearningConfig
+from sku.training.precision import check_optimizer
 from sku.training.reference_mode import ReferenceMode
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
@@ -125,8 +128,7 @@ def job_of(
             f"{gpus} GPUs, rows of {row_tokens} tokens with {answer_tokens} of the answer can't be planned: all must "
             "be 1 or more, and the answer is a part of its row"
         )
-    training = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=Path("planned"))
-    optimizer = str(getattr(training.optim, "value", training.optim))
+    training, optimizer = _training_and_optimizer(recipe, on_cpu=on_cpu)
     if optimizer not in STATE_BYTES:
         raise RecipeError(
             f"the memory of acquire.training.optim={optimizer} is not known here; known: "
@@ -163,6 +165,20 @@ def job_of(
         gpus=gpus,
         sharding=sharding,
     )
+
+
+def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[SkuConfig, str]:
+    """The trainer's settings, made as on a CPU: the GPU that is planned for may be another machine's."""
+    acquire, optim = recipe.acquire, str(recipe.acquire.training.get("optim"))
+    paged = optim.startswith("paged_") and not on_cpu
+    if paged:  # Refused without a GPU.
+        others = {name: value for name, value in acquire.training.items() if name != "optim"}
+        acquire = dataclasses.replace(acquire, training=others)
+    training = trainer_settings(acquire, recipe.data, seed=recipe.seed, folder=Path("planned"))
+    if not paged:
+        return training, str(getattr(training.optim, "value", training.optim))
+    check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)
+    return training, optim
 
 
 def checkpoints_at_once(training: UnlearningConfig) -> int:

@@ -85,6 +85,14 @@ class FiniteGuard(TrainerCallback):
         if control.should_log or control.should_save or control.should_training_stop:
             self.settle()
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at what is left before the epoch is logged or saved: that is asked for behind its last step.
+
+        Raises:
+            NonFiniteLossError: As ``look``.
+        """
+        self.settle()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at the last step.
 

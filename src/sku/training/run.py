@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
@@ -163,17 +166,17 @@ def training_settings(
     *,
     set_by_recipe: Mapping[str, str] = SET_BY_RECIPE,
     device: str = "cpu",
-    where: str = "acquire.training",
+    places: Mapping[str, str] = MappingProxyType({}),
 ) -> Settings:
     """A recipe's training settings as transformers takes them.
 
     Args:
         config_type: ``UnlearningConfig`` or one that has more fields.
-        training: What the recipe says under ``where``.
+        training: What the recipe says, under ``acquire.training`` where ``places`` doesn't tell another key.
         fixed: Fields that the recipe has its own places for.
         set_by_recipe: Field -> that place.
         device: Type of the model's device, such as ``cpu``; the trainer stays there.
-        where: Key in the recipe, for messages.
+        places: Name of a setting -> key in the recipe that holds it, for messages.
 
     Returns:
         Settings of the trainer.
@@ -183,25 +186,27 @@ def training_settings(
             recipe, or a value that transformers refuses.
     """
     known = {field.name for field in dataclasses.fields(config_type) if field.init}
+    where = {name: places.get(name, "acquire.training") for name in training}
     for name in training:
         if name in set_by_recipe:
-            raise RecipeError(f"{where}.{name} has its own place: set {set_by_recipe[name]}")
+            raise RecipeError(f"{where[name]}.{name} has its own place: set {set_by_recipe[name]}")
         if name not in known:
             raise RecipeError(
-                f"{where}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
+                f"{where[name]}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
             )
     try:
         return config_type(
             **{
                 "use_cpu": device == "cpu",
-                **{name: _number(f"{where}.{name}", name, value) for name, value in training.items()},
+                **{name: _number(f"{where[name]}.{name}", name, value) for name, value in training.items()},
                 **fixed,
             }
         )
     except (TypeError, ValueError, ImportError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"{where}: {one_line(error)}") from error
+        keys = " and ".join(dict.fromkeys(where.values())) or "acquire.training"
+        raise RecipeError(f"{keys}: {one_line(error)}") from error
 
 
 _AT_LEAST: Mapping[str, float] = {
@@ -297,6 +302,12 @@ def _is_whole(checkpoint: Path, processes: int) -> bool:
     return all(zipfile.is_zipfile(checkpoint / state) for state in states)  # Not one that was cut off.
 
 
+_OF_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+)  # fmt: skip
+"""A disk that is full, broken, read-only or forbidden."""
+
+
 @contextlib.contextmanager
 def _named_checkpoint_errors(folder: Path) -> Iterator[None]:
     try:
@@ -304,6 +315,8 @@ def _named_checkpoint_errors(folder: Path) -> Iterator[None]:
     except SkuError:
         raise  # OutputError is an OSError too, and says more.
     except OSError as error:
+        if not _is_of_disk(error, folder):
+            raise
         raise OutputError(f"a checkpoint can't be written to {folder}: {error.strerror or error}") from error
     except (SafetensorError, RuntimeError) as error:
         if not _is_failed_write(error):
@@ -311,6 +324,17 @@ def _named_checkpoint_errors(folder: Path) -> Iterator[None]:
         raise OutputError(
             f"a checkpoint can't be written to {folder}; is the disk full? Free some space and run again"
         ) from error
+
+
+def _is_of_disk(error: OSError, folder: Path) -> bool:
+    """Whether a checkpoint is what failed: a service of ``report_to`` that can't be reached is an OSError too."""
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        path = Path(os.fsdecode(error.filename))
+        if folder.absolute() in (path.absolute(), *path.absolute().parents):
+            return True
+        if path.is_absolute():
+            return False
+    return error.errno in _OF_DISK  # A write names no file, and what empties a folder names it relative to that.
 
 
 def _is_failed_write(error: Exception) -> bool:

@@ -18,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sku.errors import ModelError, RecipeError
 
+_LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
+"""PEFT's layers that call ``lora_B`` for each token; the last two are there only with bitsandbytes."""
+
 
 class TokenScale:
     """Scales what the adapter of one model adds."""
@@ -96,6 +99,9 @@ def _why_not(model: nn.Module) -> str | None:
         return "the adapter changes embeddings"
     if any(layer.lora_variant for layer in layers):
         return "the adapter is a variant that is not linear in what it adds"
+    kinds = sorted({type(layer).__name__ for layer in layers} - set(_LINEAR))
+    if kinds:
+        return f"the adapter changes more than linear layers ({kinds[0]})"
     others = sorted(name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name)
     return f"{others[0]} is trained too" if others else None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from conftest import ModelMaker
 from negate.conftest import ContextMaker, disturbed, with_adapter
@@ -16,6 +18,7 @@ from sku.data.load import load_forget_retain
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
 from sku.models import load_model
+from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OPERATORS, OperatedVector, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.context import context_of
@@ -235,6 +238,27 @@ def test_gradients_are_those_of_the_answers_alone(make_context: ContextMaker) ->
 
 
 @pytest.mark.parametrize("importance", ["grad", "fisher"])
+def test_a_weight_that_the_loss_does_not_depend_on_matters_for_neither(
+    importance: str, make_context: ContextMaker
+) -> None:
+    """The bias by which DeepSeek's router only chooses experts."""
+    config = DeepseekV3Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+        v_head_dim=8, pad_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    context = make_context(DeepseekV3ForCausalLM(config).eval())
+    vector = TaskVector.between(context.base, disturbed(context.base))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    vector = TaskVector({name: torch.ones(4), **{key: part for key, part in vector.deltas.items() if key != name}})
+    done = apply(vector, context, {"perta": {"importance": importance}})
+    assert done.vector.deltas[name].tolist() == [0.5] * 4
+    assert math.isfinite(diagnose(vector, context)["normal_cosine"])
+
+
+@pytest.mark.parametrize("importance", ["grad", "fisher"])
 def test_each_entry_gets_its_factor(importance: str, make_context: ContextMaker, make_model: ModelMaker) -> None:
     context = make_context(make_model("llama_tied"))
     context.base.requires_grad_(requires_grad=False)
@@ -256,7 +280,11 @@ def test_groups() -> None:
     assert [group_of(name, per) for per in ("layer", "module", "layer_and_module")] == [
         "12", "self_attn.q_proj", "12.self_attn.q_proj",
     ]  # fmt: skip
-    assert group_of("model.embed_tokens.weight", "layer") == "others"
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    assert [group_of(experts, per) for per in ("layer", "module")] == ["0", "mlp.experts.gate_up_proj"]
+    assert group_of("model.layers.0.mlp.experts.3.up_proj.bias", "module") == "mlp.experts.3.up_proj"
+    for name in ("model.embed_tokens.weight", "score.0.weight", "logit_scale"):
+        assert group_of(name, "layer") == "others"
 
 
 @pytest.fixture(scope="module")

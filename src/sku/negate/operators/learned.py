@@ -83,7 +83,7 @@ def group_of(name: str, per: GroupedBy) -> str:
     Returns:
         ``3``, ``mlp.up_proj`` or ``3.mlp.up_proj``; ``others`` for weights of no layer.
     """
-    found = re.search(r"\.(\d+)\.(.+)\.(?:weight|bias)$", name)
+    found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
     if found is None:
         return _OTHERS
     layer, module = found.groups()

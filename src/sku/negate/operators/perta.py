@@ -95,8 +95,10 @@ def _summed(
     for batch in batches(examples, batch_size, device_of(model)):
         nll_N = answer_nll(answer_logits(model, batch, leaves), batch.targets_N)
         loss = nll_N.sum() / (len(batch.targets_N) if tokens is None else tokens)
-        for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-            sums[name] += change(gradient.float()).cpu()
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:  # Else the loss doesn't depend on it: a bias that only chooses experts.
+                sums[name] += change(gradient.float()).cpu()
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise TaskVectorError(f"the gradient of {name} holds NaN or infinity: load the model in float32")
