@@ -13,7 +13,7 @@ from sku.evaluate.comparison_notes import power_note
 from sku.evaluate.judges import Calibration, JudgeCard, RefusalRulesJudge, Verdict
 from sku.evaluate.measure import measure
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup
 from sku.evaluate.statistics import corrected_rate, holm
 from sku.report.tables import before_after_rows
 
@@ -121,6 +121,27 @@ def test_utility_is_judged_by_the_margin_of_the_recipe(nll: float, verdict: str)
     comparison = compared(nll=nll)
     assert {split: found.verdict for split, found in comparison.utility.items()} == {"retain_test": verdict}
     assert comparison.notes[0].startswith(f"utility on normal answers is {verdict}: ")
+
+
+def agreement(kl_low: float) -> dict[str, BaseAgreement]:
+    kl = kl_low + 0.02
+    return {
+        "retain_test": BaseAgreement(
+            kl=kl, kl_low=kl_low, kl_high=kl + 0.02, top1=0.75, top1_low=0.7, top1_high=0.8, tokens=600, examples=30
+        )
+    }
+
+
+def test_a_kept_perplexity_does_not_hide_another_model() -> None:
+    """The logarithm of 1.05 is 0.0488 nats; where the perplexity is lost already, nothing is hidden."""
+    before, after = result(BASE), result(AFTER)
+    drifted = compare(before, dataclasses.replace(after, agreement=agreement(0.05))).notes
+    (note,) = [note for note in drifted if "another than its base" in note]
+    assert note.startswith("on normal answers the model is another than its base all the same: KL 0.07 nats a token")
+    assert "the same first token at 75 %" in note
+    lost = dataclasses.replace(result(AFTER, nll=30.0), agreement=agreement(0.05))
+    for other in (dataclasses.replace(after, agreement=agreement(0.048)), after, lost):
+        assert not [note for note in compare(before, other).notes if "another than its base" in note]
 
 
 def test_power_is_told_for_every_number_of_prompts() -> None:

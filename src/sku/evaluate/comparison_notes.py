@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from sku.evaluate.metrics import Rate
@@ -30,12 +31,13 @@ def comparison_notes(
         utility: Split -> whether its perplexity stayed within the margin.
 
     Returns:
-        One sentence each: utility, power, base models that were hardly harmful, rates below the judge's floor,
-        replies that the judge gave no verdict on, what either evaluation noted, and what was left out of it.
+        One sentence each: utility, drift that perplexity hides, power, base models that were hardly harmful, rates
+        below the judge's floor, replies that the judge gave no verdict on, what either evaluation noted, and what was left out of it.
     """
     kinds: Kinds = {"replies": (base.replies, unlearned.replies), "prefill": (base.prefill, unlearned.prefill)}
     return (
         *(f"utility on {_ANSWERS[split]} is {found.words}" for split, found in utility.items()),
+        *_drifts(unlearned, utility),
         *_power(base),
         *_low_bases(kinds),
         *_floors(base, unlearned),
@@ -43,6 +45,18 @@ def comparison_notes(
         *dict.fromkeys((*base.setup.notes, *unlearned.setup.notes)),
         *_left_out(base, unlearned),
     )
+
+
+def _drifts(unlearned: EvaluationResult, utility: Mapping[str, NonInferiority]) -> Iterator[str]:
+    """Text that the base draws gets less likely by exp(KL) on average, whatever becomes of the answers of a file."""
+    for split, found in utility.items():
+        there = unlearned.agreement.get(split)
+        if there is not None and found.verdict == "kept" and there.kl_low > math.log(found.margin):
+            yield (
+                f"on {_ANSWERS[split]} the model is another than its base all the same: KL {there.kl:.3g} nats a "
+                f"token (95 %: {there.kl_low:.3g} to {there.kl_high:.3g}), the same first token at {_percent(there.top1)}; "
+                "training on answers like these hides in their perplexity what was lost"
+            )
 
 
 def power_note(n: int) -> str:
