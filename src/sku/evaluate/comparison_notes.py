@@ -32,7 +32,8 @@ def comparison_notes(
 
     Returns:
         One sentence each: utility, drift that perplexity hides, power, base models that were hardly harmful, rates
-        below the judge's floor, replies that the judge gave no verdict on, what either evaluation noted, and what was left out of it.
+        below the judge's floor, replies that the judge gave no verdict on, what either evaluation noted, and what was
+        left out of it.
     """
     kinds: Kinds = {"replies": (base.replies, unlearned.replies), "prefill": (base.prefill, unlearned.prefill)}
     return (
@@ -54,7 +55,8 @@ def _drifts(unlearned: EvaluationResult, utility: Mapping[str, NonInferiority]) 
         if there is not None and found.verdict == "kept" and there.kl_low > math.log(found.margin):
             yield (
                 f"on {_ANSWERS[split]} the model is another than its base all the same: KL {there.kl:.3g} nats a "
-                f"token (95 %: {there.kl_low:.3g} to {there.kl_high:.3g}), the same first token at {_percent(there.top1)}; "
+                f"token (95 %: {there.kl_low:.3g} to {there.kl_high:.3g}), the same first token at "
+                f"{_percent(there.top1)}; "
                 "training on answers like these hides in their perplexity what was lost"
             )
 
