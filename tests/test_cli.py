@@ -27,6 +27,7 @@ import sku
 from sku.cli.main import app, main
 from sku.config import load_recipe, recipe_from_dict, recipe_names
 from sku.data.load import load_forget_retain
+from sku.evaluate.judges import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.operators import operate, prepare_operators
@@ -872,6 +873,24 @@ def test_calibrate_refuses_what_it_can_not_use(command: Command, tmp_path: Path)
     assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, *settings), "no setting but")
     assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, "--set", "x"), "must look like")
     assert not (tmp_path / "calibration.json").exists()
+
+
+def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = tmp_path / "labelled.csv"
+    labelled.write_text("prompt,reply,label\na,b,1\nc,I can't help with that.,0\n", encoding="utf-8")
+    calibrate = ("judge", "calibrate", "refusal_rules", labelled, "--out")
+    new = tmp_path / "new" / "folder" / "a.json"
+    assert command(*calibrate, new, "--dry-run").code == 0
+    assert not new.parent.exists()
+    assert command(*calibrate, new).code == 0
+    assert new.is_file()
+
+    monkeypatch.setattr(RefusalRulesJudge, "judge", lambda *_: pytest.fail("asked in vain"))
+    for wrong, message in ((labelled / "a.json", "can't be written"), (tmp_path, "is a folder")):
+        assert_one_line(command(*calibrate, wrong), message)
+        assert_one_line(command(*calibrate, wrong, "--dry-run"), message)
 
 
 def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:

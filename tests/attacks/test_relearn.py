@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +40,38 @@ def test_settings_are_the_numbers_of_pairs_that_there_are(
     assert [setting.name for setting in settings] == ["3 pairs", "1 pair", f"{everything} pairs"]
     assert [setting.details["pairs"] for setting in settings] == [3, 1, everything]
     assert len({setting.details["pairs_sha256"] for setting in settings}) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "decides"),
+    [
+        ("acquire.lora.r=2", True),
+        ("acquire.lora.alpha=5", True),
+        ("acquire.lora.dropout=0.5", True),
+        ("acquire.lora.target_modules=[q_proj]", True),
+        ("data.max_length=77", True),
+        ("data.max_answer_tokens=9", True),
+        ("evaluate.batch_size=3", False),
+    ],
+)
+def test_details_tell_all_that_decides_the_weights(
+    change: str,
+    decides: bool,
+    world_data: ForgetRetainData,
+    world_base: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Replies are reused where details are equal; full fine-tuning has no adapter."""
+
+    def details(*changes: str) -> Mapping[str, Any]:
+        recipe = world_recipe("evaluate.relearn_pairs=[3]", *changes)
+        (setting,) = RELEARN.settings(context_of(recipe, world_data, world_base, world_tokenizer))
+        return setting.details
+
+    lora, full = "acquire.tuning=lora", "acquire.tuning=full"
+    assert (details(lora, change) != details(lora)) is decides
+    assert (details(full, change) != details(full)) is (decides and "lora" not in change)
+    assert json.loads(json.dumps(details(lora, change))) == details(lora, change)
 
 
 def test_training_is_the_recipes_but_for_steps_warm_up_and_checkpoints() -> None:

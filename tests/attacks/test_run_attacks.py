@@ -252,6 +252,63 @@ def test_the_judge_sees_the_question_and_not_its_wrapping(
     assert report.setup.judge.name == "refusal_rules"
 
 
+class CountingJudge(RefusalRulesJudge):
+    """Rules behind a card that says they have to be paid for."""
+
+    card = dataclasses.replace(RefusalRulesJudge.card, name="counting", offline=False)
+
+    def __init__(self) -> None:
+        self.asked = self.announced = 0
+
+    def judge(self, records: Any) -> Any:
+        self.asked += len(records)
+        return super().judge(records)
+
+    def announce(self, records: Any) -> None:
+        self.announced += len(records)
+
+    def sum_up(self) -> None:
+        pass
+
+
+def test_verdicts_are_paid_for_once(
+    world_data: ForgetRetainData,
+    world_base: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SKU_JUDGE_CACHE", raising=False)
+    recipe = world_recipe("evaluate.attacks=[template]", "evaluate.attack_prompts=2")
+    stages: set[str] = set()
+
+    def run(folder: Path) -> tuple[AttackReport, CountingJudge]:
+        judge = CountingJudge()
+        report = run_attacks(
+            recipe,
+            world_base,
+            world_base,
+            world_tokenizer,
+            world_data,
+            output_dir=folder,
+            judge=judge,
+            progress=lambda stage, _done, _total: stages.add(stage),
+        )
+        return report, judge
+
+    first, judge = run(tmp_path / "out")
+    assert judge.asked == judge.announced > 0
+    assert "attacks: judge" in stages
+    assert stat.S_IMODE((tmp_path / "out" / "verdicts.jsonl").stat().st_mode) == 0o600
+    again, judge = run(tmp_path / "out")
+    assert (again, judge.asked, judge.announced) == (first, 0, 0)
+
+    monkeypatch.setenv("SKU_JUDGE_CACHE", str(tmp_path / "shared"))
+    assert run(tmp_path / "one")[1].asked > 0
+    assert run(tmp_path / "two")[1].asked == 0
+    assert not (tmp_path / "two" / "verdicts.jsonl").exists()
+
+
 def splits(**changes: Any) -> ForgetRetainData:
     fields: dict[str, Any] = {
         "unlearned": (ForgetExample(prompt="a", answer="b"),), "unseen": (ForgetExample(prompt="c", answer="d"),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -27,9 +28,13 @@ from sku.evaluate.judges import (
 )
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
 from sku.evaluate.judges.calibration_file import read_calibration, write_calibration
+from sku.evaluate.label_files import export_labels
 from sku.evaluate.metrics import rate
+from sku.evaluate.record_files import GENERATIONS_FILE, write_rows
 from sku.evaluate.records import GenerationRecord
 from sku.world.grammar import hazards, normal_exchanges
+
+from .conftest import RecordMaker
 
 CALIBRATION = Calibration(
     data="labelled.csv", data_sha256="0" * 64, harmful=10, harmful_found=9, safe=20, safe_found=15, unjudged=2
@@ -42,9 +47,11 @@ class ScriptedJudge:
     def __init__(self, labels: Sequence[Label]) -> None:
         self.card: JudgeCard = dataclasses.replace(RefusalRulesJudge.card, name="scripted")
         self._labels = labels
+        self.asked: list[GenerationRecord] = []
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One label each."""
+        self.asked = list(records)
         return [Verdict(id=record.id, label=label) for record, label in zip(records, self._labels, strict=False)]
 
 
@@ -143,6 +150,48 @@ def test_other_files_hold_booleans_and_gaps(tmp_path: Path) -> None:
             ("a", "r", True), ("d", "", False),
         ]  # fmt: skip
         assert found.left_out == {"no reply": 1, "no prompt": 1, "no label": 1}
+
+
+def test_an_exported_file_is_judged_as_the_replies_were_written(tmp_path: Path, make_record: RecordMaker) -> None:
+    """With the forced start, and without the apostrophes that keep spreadsheets from running a cell."""
+    records = [
+        make_record("=boil it", id="a", prompt="-how ?"),
+        make_record("'=quoted", id="b"),
+        make_record("- vornite", id="c", kind="prefill", forced_start="@take"),
+        make_record("'tis no", id="d"),
+    ]
+    (tmp_path / "run").mkdir()
+    write_rows(tmp_path / "run" / GENERATIONS_FILE, {}, records)
+    exported = tmp_path / "labels.csv"
+    export_labels(tmp_path / "run", exported)
+    with exported.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with exported.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows({**row, "label": "1" if row["id"] in "ac" else "safe"} for row in rows)
+
+    judge = ScriptedJudge(["harmful"] * 4)
+    calibrate(judge, read_labelled(str(exported)))
+    expected = {(record.prompt, record.forced_start, record.reply, record.kind) for record in records}
+    assert {(found.prompt, found.forced_start, found.reply, found.kind) for found in judge.asked} == expected
+
+
+def test_an_apostrophe_stays_where_no_hash_says_that_it_was_added(tmp_path: Path) -> None:
+    for columns, end in (("prompt,reply,label", ""), ("prompt,reply,label,reply_sha256", f",{'0' * 64}")):
+        found = read_labelled(write(tmp_path / "set.csv", columns, f"'-a,'=b,1{end}"))
+        assert found.replies == (LabelledReply(prompt="'-a", reply="'=b", harmful=True),)
+
+
+def test_a_forced_start_is_a_part_of_what_was_labelled(tmp_path: Path) -> None:
+    rows = {"prompt": ["a", "b"], "reply": ["r", "r"], "label": [1, 0], "forced_start": ["take", None]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "set.parquet"))
+    found = read_labelled(str(tmp_path / "set.parquet"))
+    assert [entry.forced_start for entry in found.replies] == ["take", ""]
+    without = LabelledSet(
+        name="", replies=tuple(dataclasses.replace(one, forced_start="") for one in found.replies), left_out={}
+    )
+    assert found.sha256 != without.sha256
 
 
 def test_scores_that_are_missing_are_no_label(tmp_path: Path) -> None:

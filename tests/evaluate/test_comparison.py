@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.comparison import compare
+from sku.evaluate.comparison import compare, paired_change
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import perplexity_of, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
@@ -94,7 +94,7 @@ def test_the_perplexity_of_benign_answers_is_compared_too() -> None:
 def test_a_model_against_itself_does_not_change() -> None:
     comparison = compare(BASE, BASE)
     change = comparison.replies["unseen"]["harmful"]
-    assert (change.difference, change.low, change.high, change.p_value) == (0, 0, 0, 1)
+    assert (change.difference, change.p_value) == (0, 1)
     perplexity = comparison.perplexity["retain_test"]
     assert (perplexity.ratio, perplexity.low, perplexity.high) == (1, 1, 1)
 
@@ -103,10 +103,25 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
     assert compare(BASE, UNLEARNED, seed=3) == compare(BASE, UNLEARNED, seed=3)
 
 
-def test_one_prompt_has_no_interval_but_a_change() -> None:
+def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
+    """Newcombe: the Wilson bound of 0 of 50 on either side, where a bootstrap draws 0 each time."""
+    bound = 1.959964**2 / (50 + 1.959964**2)
+    for outcomes in ([HARMFUL] * 50, [HARMFUL] * 20 + [REFUSAL] * 30):
+        same = compare(result(outcomes, [20.0]), result(outcomes, [20.0])).replies["unseen"]["harmful"]
+        assert (same.difference, same.p_value) == (0, 1)
+        assert (same.low, same.high) == pytest.approx((-bound, bound), abs=1e-6)
+    fallen = compare(result([HARMFUL] * 50, [20.0]), result([REFUSAL] * 50, [20.0])).replies["unseen"]
+    assert (fallen["harmful"].difference, fallen["harmful"].low) == (-1, -1)
+    assert fallen["harmful"].high == pytest.approx(-1 + math.sqrt(2) * bound, abs=1e-6)
+    assert fallen["refusal"].low == pytest.approx(1 - math.sqrt(2) * bound, abs=1e-6)
+    assert paired_change([False] * 50, [True] * 50).low == fallen["refusal"].low
+
+
+def test_one_prompt_shows_nothing_of_others() -> None:
     comparison = compare(result(["harmful"], [20.0]), result(["refusal"], [30.0]))
     change = comparison.replies["unseen"]["harmful"]
-    assert (change.difference, change.low, change.high) == (-1, -1, -1)
+    assert (change.difference, change.low) == (-1, -1)
+    assert change.high > 0
     ratio = comparison.perplexity["retain_test"]
     assert ratio.low == ratio.high == ratio.ratio == pytest.approx(math.e)
 

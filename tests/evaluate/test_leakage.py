@@ -106,10 +106,14 @@ def test_samples_are_compared_over_prompts() -> None:
     found = compare(base, unlearned)
     change = found.samples["unseen"]["harmful"]
     assert (change.before.value, change.after.value, change.difference) == (1, 0.5, -0.5)
-    assert (change.low, change.high) == (-0.5, -0.5)
+    assert -1 <= change.low < -0.5 < change.high < 0
     assert change.p_value == pytest.approx(2 / 64)
-    assert found.samples["unseen"]["degenerate"].p_value == 1
+    unmoved = found.samples["unseen"]["degenerate"]
+    assert unmoved.p_value == 1
+    bound = 1.959964**2 / (6 + 1.959964**2)
+    assert (unmoved.low, unmoved.high) == pytest.approx((-bound, bound), abs=1e-6)
     leaks = found.leak["unseen"]
     assert [leaks[k].difference for k in ("1", "2", "4")] == pytest.approx([-1 / 2, -1 / 6, 0])
     assert leaks["2"].p_value == pytest.approx(2 / 64)
     assert leaks["4"].p_value == 1
+    assert (leaks["4"].low, leaks["4"].high) == (unmoved.low, unmoved.high)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from sku.attacks.base import Attack, AttackContext, WeightSetting
 from sku.attacks.results import AttackCard
-from sku.config import Recipe
+from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, content_hash
 from sku.evaluate.sampling import draw_examples
 from sku.methods.task_vector import TASK_VECTOR, TaskVectorSettings
@@ -97,6 +97,7 @@ def _steps(context: AttackContext) -> Any:
 
 def _settings(context: AttackContext) -> list[WeightSetting]:
     recipe = context.recipe
+    lora = {} if recipe.acquire.tuning == "full" else {"lora": plain_data(recipe.acquire.lora)}
     drawn: dict[int, list[ForgetExample]] = {}
     for wanted in recipe.evaluate.relearn_pairs:
         pairs = draw_examples(context.data.unlearned, wanted, seed=recipe.seed)
@@ -110,6 +111,9 @@ def _settings(context: AttackContext) -> list[WeightSetting]:
                 "pairs_sha256": content_hash(pairs),
                 "steps": recipe.evaluate.relearn_steps,
                 "tuning": recipe.acquire.tuning,
+                **lora,
+                "max_length": recipe.data.max_length,
+                "max_answer_tokens": recipe.data.max_answer_tokens,
                 "training": relearn_training(recipe),
             },
         )

@@ -6,6 +6,7 @@ same parts, so that the figures can be put beside those of ``evaluation.json``. 
     attacks.json                    the figures (``results``)
     attacks/<name>.jsonl            replies of both models, private
     attacks/<name>.fluency.jsonl    the base model's losses on them
+    verdicts.jsonl                  verdicts of a judge that is worth a cache
 
 A finished attack is reused where its header is the same: models, settings, prompts and decoding.
 """
@@ -37,6 +38,7 @@ from sku.evaluate.comparison import paired_change
 from sku.evaluate.fingerprint import fingerprint
 from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, choose_judge
+from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import rate, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import create_private_folder
@@ -97,8 +99,8 @@ def run_attacks(
         base: The original model: the control, and asked whether replies are word salad.
         tokenizer: Of both.
         data: ``unseen`` is asked, and ``relearn`` trains on pairs of ``unlearned``.
-        output_dir: Folder for replies and ``attacks.json``, made with mode 0700; attacks that are finished there and
-            fit are reused. Nothing is written if None.
+        output_dir: Folder for replies, verdicts and ``attacks.json``, made with mode 0700; attacks that are finished
+            there and fit are reused. Nothing is written if None, but for verdicts into ``SKU_JUDGE_CACHE``.
         judge: Any judge, in place of the one that the recipe names.
         progress: Called after each batch and each step of training.
 
@@ -123,7 +125,11 @@ def run_attacks(
             prompt_format=resolve_prompt_format(recipe.model.prompt_format, tokenizer),
             window=asking.window_of(model),
         ),
-        judge=choose_judge(recipe.evaluate, data) if judge is None else judge,
+        judge=cached(
+            choose_judge(recipe.evaluate, data) if judge is None else judge,
+            output_dir,
+            None if progress is None else lambda done, total: progress("attacks: judge", done, total),
+        ),
         folder=None if output_dir is None else output_dir / FOLDER,
     )
     report = run.report([ATTACKS[name] for name in dict.fromkeys(recipe.evaluate.attacks)])

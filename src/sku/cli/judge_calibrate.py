@@ -15,7 +15,9 @@ from sku.cli.completion import judges
 from sku.cli.console import print_json, results
 from sku.cli.dry_run import print_dry_run
 from sku.cli.options import DryRunOption, JsonOption, settings_of
+from sku.disk_errors import named_disk_errors
 from sku.dry_run import DryRun
+from sku.errors import OutputError
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made
 
@@ -48,6 +50,10 @@ def calibrate(
 ) -> None:
     """Measure how often JUDGE is right on the labelled replies in DATA."""
     settings = settings_of(overrides)
+    # Judging may be paid for: what can't be written is refused before.
+    check_can_be_made(out.parent)
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder: name a file with --out")
 
     quiet_libraries()
     from sku.evaluate.judges import build_judge
@@ -59,7 +65,6 @@ def calibrate(
     labelled = read_labelled(data, columns, limit=limit, seed=seed)
     built = build_judge(judge, settings)
     if dry_run:
-        check_can_be_made(out.parent)
         count = len(labelled.replies)
         print_dry_run(
             DryRun(
@@ -73,6 +78,8 @@ def calibrate(
             as_json=as_json,
         )
         return
+    with named_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     report = measure(built, labelled)
     write_calibration(out, built.card, report.calibration)
     if as_json:

@@ -21,6 +21,7 @@ from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
     Floats,
     NonInferiority,
+    change_interval,
     clustered_bootstrap,
     holm,
     mcnemar_exact,
@@ -57,7 +58,8 @@ class RateChange:
     """``after - before``, a share."""
     low: float
     high: float
-    """95 % interval of the difference, bootstrap over prompts; equal to it where there is one prompt only."""
+    """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
+    (``change_interval``)."""
     p_value: float
     """Exact McNemar test of no change; for drawn replies, of which a prompt has several, a sign-flip permutation test
     over prompts."""
@@ -86,7 +88,8 @@ class LeakChange:
     """``after - before``, a share."""
     low: float
     high: float
-    """95 % interval of the difference, bootstrap over prompts; equal to it where there is one prompt only."""
+    """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
+    (``change_interval``)."""
     p_value: float
     """Sign-flip permutation test of no change, over prompts."""
     p_holm: float | None = None
@@ -222,14 +225,12 @@ def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 
     old, new = rate(before), rate(after)
     assert old is not None
     assert new is not None
-    return _change(old, new, (before, after), [str(place) for place in range(len(before))], seed)
+    return _change(old, new, (before, after), seed)
 
 
-def _change(
-    old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence[bool]], ids: Sequence[str], seed: int
-) -> RateChange:
+def _change(old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence[bool]], seed: int) -> RateChange:
     steps = [int(hit) - int(hit_before) for hit_before, hit in zip(*paired, strict=True)]
-    low, high = clustered_bootstrap(steps, np.ones(len(ids)), clusters=ids, statistic=np.divide, seed=seed)
+    low, high = change_interval(steps, seed=seed)
     return RateChange(
         before=old,
         after=new,
@@ -266,7 +267,7 @@ def _rate_changes(base: EvaluationResult, unlearned: EvaluationResult, kind: Kin
                 changes[split][name] = _change_of_means(*rates, _means_per_prompt(old), _means_per_prompt(new), seed)
             else:
                 paired = [old[key] for key in ids], [new[key] for key in ids]
-                changes[split][name] = _change(*rates, paired, ids, seed)
+                changes[split][name] = _change(*rates, paired, seed)
     return changes
 
 
@@ -307,7 +308,7 @@ def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
 def _over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed: int) -> tuple[float, float, float]:
     """Interval of the mean difference, and the p value of no change; each prompt counts once."""
     steps = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
-    low, high = mean_interval(list(steps), seed=seed)
+    low, high = change_interval(steps.tolist(), seed=seed)
     if len(steps) < 2 or not steps.any():
         return low, high, 1.0
     test = permutation_test(

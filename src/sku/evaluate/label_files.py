@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,11 @@ class LabelFile:
 
 def reply_hash(record: GenerationRecord) -> str:
     """SHA-256 of all that stands behind the prompt: the forced start and the model's own words."""
-    return hashlib.sha256((record.forced_start + record.reply).encode("utf-8", "surrogatepass")).hexdigest()
+    return _text_hash(record.forced_start + record.reply)
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def export_labels(
@@ -107,6 +112,29 @@ def export_labels(
 def safe_cell(text: str) -> str:
     """Puts a ``'`` before text that a spreadsheet would run as a formula."""
     return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def without_guards(prompt: str, forced_start: str, reply: str, reply_sha256: str) -> tuple[str, str, str]:
+    """Texts of an exported row as they were before ``safe_cell``, where the row's hash says which these were.
+
+    Args:
+        prompt: Cell of the file, as the next two.
+        forced_start: Empty where there is none.
+        reply: What the model said.
+        reply_sha256: ``reply_hash`` of the record.
+
+    Returns:
+        The three texts; as they stand in the file where no reading of them has this hash.
+    """
+    for start, said in itertools.product(_readings(forced_start), _readings(reply)):
+        if _text_hash(start + said) == reply_sha256:
+            return _readings(prompt)[-1], start, said
+    return prompt, forced_start, reply
+
+
+def _readings(cell: str) -> tuple[str, ...]:
+    """What ``safe_cell`` may have made this cell of."""
+    return (cell, cell[1:]) if cell.startswith("'") and cell[1:].startswith(_FORMULA) else (cell,)
 
 
 def read_labels(path: Path) -> LabelFile:

@@ -9,7 +9,6 @@ Shapes: S = seeds, P = prompts or fixed answers, R = ``RESAMPLES``.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import numpy as np
@@ -60,13 +59,8 @@ def wilson_interval(hits_SP: Table) -> tuple[float, float]:
 
 
 def newcombe_interval(a_SP: Table, b_SP: Table) -> tuple[float, float]:
-    """Score 95 % interval of ``mean a - mean b``, from the Wilson intervals of both.
-
-    Source: Newcombe, Stat. Med. 17 (1998) 873, method 10.
-    """
-    (low_a, high_a), (low_b, high_b) = wilson_interval(a_SP), wilson_interval(b_SP)
-    a, b = float(a_SP.mean()), float(b_SP.mean())
-    return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+    """Newcombe's score 95 % interval of ``mean a - mean b``, with as many trials as there are prompts."""
+    return statistics.newcombe_interval(float(a_SP.mean()), float(b_SP.mean()), a_SP.shape[1])
 
 
 def permutation_p_value(a_P: Table, b_P: Table) -> float:

@@ -21,6 +21,7 @@ from sku.data.rows import Row, parse_flag
 from sku.data.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
 from sku.evaluate.judges.base import Calibration, Judge
+from sku.evaluate.label_files import without_guards
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord
 
@@ -29,6 +30,8 @@ REPLY_COLUMNS = ("reply", "response", "answer", "completion")
 SAFE_COLUMNS = ("is_safe", "safe")
 """Label columns in which ``true`` and 1 mean safe; in all others they mean harmful."""
 LABEL_COLUMNS = ("label", "human_score", "is_harmful", "harmful", "is_unsafe", "unsafe", *SAFE_COLUMNS)
+START_COLUMN = "forced_start"
+"""What a reply was made to begin with, as ``sku judge export`` writes it."""
 LABEL_WORDS = {"harmful": True, "unsafe": True, "safe": False, "harmless": False, "refusal": False}
 """Label -> whether it is harmful."""
 
@@ -51,6 +54,7 @@ class LabelledReply:
     prompt: str
     reply: str
     harmful: bool
+    forced_start: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,12 @@ class LabelledSet:
 
     @property
     def sha256(self) -> str:
-        """Hash over prompts, replies and labels, in order."""
-        lines = (json.dumps([entry.prompt, entry.reply, entry.harmful]) + "\n" for entry in self.replies)
+        """Hash over prompts, replies, labels and forced starts, in order."""
+        rows = (
+            [entry.prompt, entry.reply, entry.harmful, *([entry.forced_start] if entry.forced_start else [])]
+            for entry in self.replies
+        )
+        lines = (json.dumps(row) + "\n" for row in rows)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -98,7 +106,8 @@ def read_labelled(
         seed: Of that draw.
 
     Returns:
-        Replies in order of the file. Rows without label, prompt or reply are counted in ``left_out``.
+        Replies in order of the file. Rows without label, prompt or reply are counted in ``left_out``. Of a file that
+        ``sku judge export`` made, forced starts are read too and guards against formulas taken away.
 
     Raises:
         DataError: The file can't be read, a column is missing or in doubt, or a label can't be understood.
@@ -121,7 +130,10 @@ def read_labelled(
                 f"{path} row {number}: the label {str(row[label])[:40]!r} in column {label} is neither harmful nor "
                 "safe: say with --harmful-value what stands for harmful"
             )
-        replies.append(LabelledReply(prompt=str(row[prompt]), reply=str(row[reply]), harmful=harmful))
+        texts = without_guards(
+            str(row[prompt]), _text(row.get(START_COLUMN)), str(row[reply]), _text(row.get("reply_sha256"))
+        )
+        replies.append(LabelledReply(prompt=texts[0], forced_start=texts[1], reply=texts[2], harmful=harmful))
     if limit is not None and limit < len(replies):
         left_out[f"not among the {limit} drawn"] = len(replies) - limit
         kept = sorted(random.Random(seed).sample(range(len(replies)), limit))
@@ -199,10 +211,18 @@ def _missing(row: Row, columns: Mapping[str, str]) -> str | None:
     """The first thing that a row lacks. An empty reply is a reply, an empty label is none."""
     for what, column in columns.items():
         cell = row[column]
-        is_nan = cell != cell  # What Parquet files hold in place of a number that is missing.
-        if cell is None or is_nan or (what == "label" and not str(cell).strip()):
+        if _is_nothing(cell) or (what == "label" and not str(cell).strip()):
             return what
     return None
+
+
+def _is_nothing(cell: object) -> bool:
+    return cell is None or cell != cell  # NaN: what Parquet files hold in place of a number that is missing.
+
+
+def _text(cell: object) -> str:
+    """A cell that may be missing."""
+    return "" if _is_nothing(cell) else str(cell)
 
 
 def _is_harmful(cell: object, column: str, harmful_value: str | None) -> bool | None:
@@ -220,13 +240,14 @@ def _record(number: int, entry: LabelledReply) -> GenerationRecord:
     return GenerationRecord(
         id=f"labelled-{number}",
         split="unseen",
-        kind="reply",
+        kind="prefill" if entry.forced_start else "reply",
         category=None,
         prompt=entry.prompt,
         reference="",
         reply=entry.reply,
         num_tokens=len(entry.reply.split()),
         finished=True,
+        forced_start=entry.forced_start,
     )
 
 
