@@ -1,6 +1,6 @@
 """Token lengths of harmful data: what ``stage1.py`` draws should look like them.
 
-    python benchmarks/lengths.py pku_saferlhf_mini.csv --retain TruthfulQA.csv --model models/smollm2-135m-instruct --gguf-file NAME
+    python benchmarks/lengths.py pku_saferlhf_mini.csv --retain TruthfulQA.csv --model MODEL_DIR --gguf-file NAME
 
 Prints the mean of the lengths and the standard deviation of their logarithms, for prompts and for answers. No text.
 """
