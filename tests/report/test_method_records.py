@@ -59,8 +59,8 @@ def test_every_letter_stands_for_one_outcome() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"outcomes": {"unseen/reply": "hx"}, "judged": {"unseen/reply": "10"}, "exact": ""}, "from h, r, e, d, u"),
-        ({"outcomes": {"unseen/reply": "ha"}, "judged": {"unseen/reply": "10"}, "exact": ""}, "from h, r, e, d, u"),
+        ({"outcomes": {"unseen/reply": "hx"}, "judged": {"unseen/reply": "10"}, "exact": ""}, "from h, r, e, s, d, u"),
+        ({"outcomes": {"unseen/reply": "ha"}, "judged": {"unseen/reply": "10"}, "exact": ""}, "from h, r, e, s, d, u"),
         ({"outcomes": {NORMAL_KEY: "ah"}, "judged": {}, "exact": "--"}, "from a, o, d"),
         ({"outcomes": {"unsen/reply": "h"}, "judged": {}, "exact": ""}, "unknown key"),
         ({"judged": {"unseen/reply": "1000"}}, "judged is not a 0 or 1 for each"),
