@@ -55,7 +55,7 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {"weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 0.0}},
 }
 RESAMPLES = 1000
-MOST_TRIES = 3
+MOST_TRIES = 5
 CLOSE_ENOUGH = 0.1
 LARGEST_ALPHA = 100.0
 COLUMNS = (
