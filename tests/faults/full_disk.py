@@ -66,7 +66,7 @@ class Branches:
 
     def _branch(self, operation: Operation, fault: str) -> None:
         kept = self._output / "kept"
-        shutil.copytree(self._place, kept)
+        shutil.copytree(self._place, kept, copy_function=_copy)
         out, err = os.pipe(), os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -91,8 +91,16 @@ class Branches:
             file.write(json.dumps(entry) + "\n")
         for path in self._place.iterdir():
             shutil.rmtree(path)
-        shutil.copytree(kept, self._place, dirs_exist_ok=True)
+        shutil.copytree(kept, self._place, dirs_exist_ok=True, copy_function=_copy)
         shutil.rmtree(kept)
+
+
+def _copy(source: str, target: str) -> None:
+    """A lock has to stay the file that the process holds."""
+    if Path(source).name == ".lock":
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
 
 
 def _read_all(descriptor: int) -> str:
