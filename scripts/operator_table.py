@@ -47,10 +47,10 @@ from sku.storage import mark_hazardous, new_folder, write_json
 SPLITS = ("unseen", "benign", "retain_test")
 MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
-    "retention at -1": {"preservation_mode": "retention", "preservation_at": -1.0},
-    "retention at -2": {"preservation_mode": "retention", "preservation_at": -2.0},
-    "retention at -4": {"preservation_mode": "retention", "preservation_at": -4.0},
-    "retention at -8": {"preservation_mode": "retention", "preservation_at": -8.0},
+    **{
+        f"retention at {at}": {"preservation_mode": "retention", "preservation_at": float(at)}
+        for at in (-1, -2, -4, -8)
+    },
     "divergence": {"preservation_mode": "divergence", "preservation_cap": 1.0},
     "none": {"weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 0.0}},
 }
@@ -259,9 +259,7 @@ class Table:
                 continue
             vector: TaskVector | None = None
             found = done.setdefault(row, {})
-            for alpha in self._alphas(
-                found, points_at([*done.get("plain", {}).values()], self.options.benign_budget or 1)
-            ):
+            for alpha in self._alphas(found, [*done.get("plain", {}).values()]):
                 if alpha not in found:
                     started = time.monotonic()
                     if vector is None:
@@ -277,22 +275,22 @@ class Table:
     def _alphas(self, found: Mapping[float, Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> Iterator[float]:
         """What to measure next, given what was: ``found`` holds each alpha when the next one is asked for.
 
-        ``plain`` is where the search begins: the plain vector's point, where it has one.
+        ``plain`` are the plain vector's points: at the one nearest to the budget a search begins.
         """
-        if self.options.benign_budget is None:
+        budget = self.options.benign_budget
+        if budget is None:
             for alpha in self.options.alphas:
                 yield alpha
                 if found[alpha]["benign"] > self.options.worst_benign:
                     return
             return
-        next_one: float | None = plain[0]["alpha"] if plain else self.options.alphas[0]
+        begin = points_at(plain, budget)
+        next_one: float | None = begin[0]["alpha"] if begin else self.options.alphas[0]
         for _ in range(MOST_TRIES):
             if next_one is None:
                 return
             yield next_one
-            next_one = alpha_for(
-                self.options.benign_budget, {alpha: point["benign"] for alpha, point in found.items()}
-            )
+            next_one = alpha_for(budget, {alpha: point["benign"] for alpha, point in found.items()})
 
     def measure(self, vector: TaskVector, alpha: float) -> dict[str, Any]:
         """Ratios of perplexity, with the 95 % interval of the benign one, and selectivity."""

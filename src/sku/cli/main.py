@@ -80,7 +80,7 @@ def _print_version(asked: bool) -> None:
 
 
 # A last search for garbage among the thousands of objects that torch makes takes a third of a second, for nothing: the
-# memory goes back all the same. Registered before all else, so that it runs behind what others do at the end.
+# memory goes back all the same. Registered before heavy libraries are imported, so that it runs behind what they do.
 atexit.register(gc.freeze)
 
 

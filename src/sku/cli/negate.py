@@ -76,7 +76,7 @@ def negate(
     _check_sign(alpha, bad)
 
     quiet_imports()
-    import torch
+    from sku.negate.rounding import saved_type
 
     if not entries:
         _check_read(forget, normal, set())
@@ -85,7 +85,7 @@ def negate(
         bad=bad,
         out=out,
         alpha=alpha,
-        output_dtype=None if dtype == "same" else getattr(torch, dtype),
+        output_dtype=saved_type(dtype),
         rounding="stochastic" if rounding == "stochastic" else "nearest",
         seed=seed,
         threads=threads,

@@ -56,8 +56,7 @@ def _drifts(unlearned: EvaluationResult, utility: Mapping[str, NonInferiority]) 
             yield (
                 f"on {_ANSWERS[split]} the model is another than its base all the same: KL {there.kl:.3g} nats a "
                 f"token (95 %: {there.kl_low:.3g} to {there.kl_high:.3g}), the same first token at "
-                f"{_percent(there.top1)}; "
-                "training on answers like these hides in their perplexity what was lost"
+                f"{_percent(there.top1)}; training on answers like these hides in their perplexity what was lost"
             )
 
 

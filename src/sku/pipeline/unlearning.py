@@ -25,6 +25,7 @@ from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OperatedVector, operate
 from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.context import context_of
+from sku.negate.rounding import saved_type
 from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
 from sku.negate.survival import delta_survival
 from sku.negate.task_vector import TaskVector
@@ -133,9 +134,8 @@ class Unlearning:
                 run = dataclasses.replace(run, strength=self._chosen(operated.vector, base, loaded.tokenizer, data))
         with self.folder.timed("negate"):
             vector, account = operated.vector, self._account(operated, run, base, factors)
-            dtype = recipe.negate.output_dtype
             unlearned, negation = negate_with_record(
-                base, vector, run.strength, output_dtype=None if dtype == "same" else getattr(torch, dtype)
+                base, vector, run.strength, output_dtype=saved_type(recipe.negate.output_dtype)
             )
             # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
             self.folder.note(negation={**negation.to_dict(), **account})

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import Recipe, SweepConfig
@@ -22,6 +21,7 @@ from sku.evaluate.judges.cache import cached
 from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import create_private_folder
 from sku.negate.operators import fitted_notes, prepare_operators
+from sku.negate.rounding import saved_type
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
 from sku.sweep.frontier import frontier_figure
@@ -96,7 +96,7 @@ def sweep(
     dtype = recipe.negate.output_dtype
     key = _key(base, vector, asker, dtype)
     kept = read_kept(folder, key)
-    meter = Meter(base, vector, asker, progress, output_dtype=None if dtype == "same" else getattr(torch, dtype))
+    meter = Meter(base, vector, asker, progress, output_dtype=saved_type(dtype))
     found = Sweep(
         key=key,
         model=recipe.model.path,
