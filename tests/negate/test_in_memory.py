@@ -39,7 +39,7 @@ def test_pieces_give_the_bits_of_whole_tensors(
         wanted = -0.7 * (bad[name] - weight)
         assert torch.equal(targets[name], (weight + wanted).to(dtype)), name
     square = sum(float(((bad[name] - weight).double() ** 2).sum()) for name, weight in base.items())
-    assert sums.difference == pytest.approx(square, rel=1e-12)
+    assert sums.difference == pytest.approx(square, rel=1e-6)
     for now, then in zip((base, bad), before, strict=True):
         assert all(torch.equal(now[name], then[name]) for name in then)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sku.negate.rounding import overflows, round_stochastically
-from sku.negate.sums import PIECE
+from sku.negate.sums import PIECE, dot_in_cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """Sums of squares and products, in float64."""
+    """Sums of squares and products, right to one part in 10,000: see ``dot_in_cache``."""
 
     base: float = 0.0
     """Of the original weights, squared."""
@@ -42,8 +42,7 @@ class Arithmetic:
     """Buffers of one thread, and what it computes in them."""
 
     def __init__(self) -> None:
-        self._single = torch.empty(3, PIECE)
-        self._double = torch.empty(2, PIECE, dtype=torch.float64)
+        self._buffers = torch.empty(3, PIECE)
 
     @classmethod
     def of_thread(cls, local: threading.local) -> Arithmetic:
@@ -92,14 +91,13 @@ class Arithmetic:
         self, base: Tensor, other: Tensor, result: Tensor, alpha: float, *, is_difference: bool, draws: Tensor | None
     ) -> Sums:
         count = base.numel()
-        weight, change, after = self._single[:, :count]
-        long, second = self._double[:, :count]
+        weight, change, after = self._buffers[:, :count]
         weight.copy_(base)
         change.copy_(other)
         if not is_difference:
             change.sub_(weight)
-        base_square = float(long.copy_(weight).dot(long))
-        difference_square = float(long.copy_(change).dot(long))
+        base_square = dot_in_cache(weight, weight)
+        difference_square = dot_in_cache(change, change)
         if alpha == 0:
             _round(base, result, draws)  # -0.0 - 0 * x would already turn a bit.
             broken = math.inf if overflows(base, result) else 0.0
@@ -108,12 +106,11 @@ class Arithmetic:
         torch.add(weight, change, out=after)
         _round(after, result, draws)
         after.copy_(result).sub_(weight)
-        long.copy_(change)
         return Sums(
             base=base_square,
             difference=difference_square,
-            wanted=float(long.dot(long)),
-            applied=float(second.copy_(after).dot(long)),
+            wanted=difference_square * alpha * alpha,
+            applied=dot_in_cache(after, change),
         )
 
 
