@@ -182,7 +182,8 @@ def test_only_questions_that_were_not_trained_on_are_asked(
     assert len(made) == 1
     _, rows = read_rows(tmp_path / "out" / TRUTHFULQA_FILE, ChoiceRow)
     change = compare(result, result).truthfulqa["mc2"]
-    assert (change.difference, change.low, change.high) == (0, 0, 0)
+    assert change.difference == 0
+    assert change.low == -change.high < -0.5, "one question that did not change shows next to nothing"
     assert change.before.value == rows[0].mc2
     tiny_model.lm_head.weight.data.mul_(0.9)
     assert again().choice_rows != result.choice_rows

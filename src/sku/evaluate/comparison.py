@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,8 @@ class ScoreChange:
     """``after - before``."""
     low: float
     high: float
-    """95 % interval of the difference, bootstrap over examples; equal to it where there is one example only."""
+    """95 % interval of the difference, bootstrap over examples; ``change_interval`` for ``mc1`` and ``mc2``. That of
+    another score is as narrow as a point where all examples change alike, or there is one only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +379,8 @@ def _similarity_changes(base: EvaluationResult, unlearned: EvaluationResult, see
     for metric in base.similarity.keys() & unlearned.similarity.keys():
         old, new = ({row.id: getattr(row, metric) for row in result.similarity_rows} for result in (base, unlearned))
         means = base.similarity[metric], unlearned.similarity[metric]
-        changes[metric] = _score_change(metric, means, old, new, seed)
+        # Not all scores lie between 0 and 1, which ``change_interval`` needs.
+        changes[metric] = _score_change(metric, means, old, new, partial(mean_interval, seed=seed))
     return {metric: changes[metric] for metric in base.similarity if metric in changes}
 
 
@@ -388,7 +391,8 @@ def _choice_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: i
     changes = {}
     for name in ("mc1", "mc2"):
         old, new = ({row.id: float(getattr(row, name)) for row in result.choice_rows} for result in (base, unlearned))
-        changes[name] = _score_change(name, (getattr(before, name), getattr(after, name)), old, new, seed)
+        means = getattr(before, name), getattr(after, name)
+        changes[name] = _score_change(name, means, old, new, partial(change_interval, seed=seed))
     return changes
 
 
@@ -397,14 +401,14 @@ def _score_change(
     means: tuple[MeanScore | Interval, MeanScore | Interval],
     before: Mapping[str, float],
     after: Mapping[str, float],
-    seed: int,
+    interval: Callable[[Sequence[float]], Interval],
 ) -> ScoreChange:
     if before.keys() != after.keys():
         raise EvaluationError(
             f"the evaluations hold {name} of {len(before)} and {len(after)} different examples: evaluate both models "
             "with the same data, seed and settings"
         )
-    low, high = mean_interval([after[key] - before[key] for key in sorted(before)], seed=seed)
+    low, high = interval([after[key] - before[key] for key in sorted(before)])
     return ScoreChange(before=means[0], after=means[1], difference=means[1].value - means[0].value, low=low, high=high)
 
 

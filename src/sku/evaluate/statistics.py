@@ -137,7 +137,7 @@ def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
 
 
 def change_interval(steps: Sequence[float], *, seed: int) -> Interval:
-    """95 % interval of a rate's mean change on the same prompts, bootstrap over prompts.
+    """95 % interval of the mean change of a rate, or of a score from 0 to 1, on the same prompts: bootstrap over them.
 
     Where all prompts change alike, or none does, there is nothing to draw from; Newcombe's interval for the share that
     rose less the share that fell then takes its place. 50 prompts without a change show no more than that a change of
