@@ -12,13 +12,15 @@ from pathlib import Path
 
 from sku.errors import OutputError
 
+LOCK_FILE = ".lock"
+"""Lies in a folder that one process writes for long; what a killed one leaves of it holds nobody up."""
 
-def own(place: Path, *, create: bool = False) -> int:
+
+def own(place: Path) -> int:
     """Makes a folder or a file this process's own until the file that is returned is closed.
 
     Args:
         place: Must be there.
-        create: Unless this makes it, as an empty file with mode 0600.
 
     Returns:
         The descriptor of an open file, to close with ``os.close``.
@@ -27,15 +29,33 @@ def own(place: Path, *, create: bool = False) -> int:
         OutputError: Another process, or another call in this one, owns it.
         OSError: It can't be opened.
     """
+    return _lock(os.open(place, os.O_RDONLY), place)
+
+
+def own_by_file(folder: Path) -> int:
+    """As ``own``, by the file ``LOCK_FILE`` in a folder, which this makes: the folder may be replaced meanwhile.
+
+    Args:
+        folder: Must be there.
+
+    Returns:
+        The descriptor of the file, which stays there when it is closed.
+
+    Raises:
+        OutputError: Another process, or another call in this one, owns the folder.
+        OSError: It can't be written.
+    """
+    return _lock(os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600), folder)
+
+
+def _lock(descriptor: int, place: Path) -> int:
     import fcntl
 
-    descriptor = os.open(place, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        owned = place.parent if create else place
-        raise OutputError(f"another process is writing {owned}; wait until it ends") from None
+        raise OutputError(f"another process is writing {place}; wait until it ends") from None
     except OSError:
         pass  # No locks here.
     return descriptor

@@ -26,15 +26,14 @@ from sku.comparison.in_process import RECORDS, WORK, InProcess, record_path
 from sku.comparison.job_records import failed_record
 from sku.comparison.jobs import Job
 from sku.comparison.worker import begin, work
-from sku.errors import OutputError
-from sku.locks import own
+from sku.disk_errors import named_disk_errors
+from sku.locks import LOCK_FILE, own_by_file
 from sku.methods.run import prepare
 from sku.report.method_records import MethodRecord
 from sku.storage import check_place, mark_hazardous, write_json
 
 JOBS_STAGE = "jobs"
 """Stage of the progress that counts whole jobs."""
-_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +104,14 @@ def run_comparison(
 def _own_folder(out: Path) -> Iterator[None]:
     """Makes the folder, in which no other process runs a comparison before the block ends; empty it doesn't stay."""
     new = [folder for folder in (out / RECORDS, out) if not folder.exists()]
-    try:
+    with named_disk_errors(out):
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
-        lock = own(out / _LOCK_FILE, create=True)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{out} can't be written: {error.strerror or error}") from error
+        lock = own_by_file(out)
     try:
         yield
     finally:
         with suppress(OSError):  # Where there are records, the folders stay.
-            (out / _LOCK_FILE).unlink()
+            (out / LOCK_FILE).unlink()
             for folder in new:
                 folder.rmdir()
         os.close(lock)

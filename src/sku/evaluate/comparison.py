@@ -401,7 +401,7 @@ def _score_change(
     means: tuple[MeanScore | Interval, MeanScore | Interval],
     before: Mapping[str, float],
     after: Mapping[str, float],
-    interval: Callable[[Sequence[float]], Interval],
+    interval: Callable[[Sequence[float]], tuple[float, float]],
 ) -> ScoreChange:
     if before.keys() != after.keys():
         raise EvaluationError(

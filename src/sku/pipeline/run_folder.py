@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from sku.config import Recipe
+from sku.disk_errors import named_disk_errors
 from sku.errors import OutputError
 from sku.evaluate.run import Progress
-from sku.locks import own
+from sku.locks import LOCK_FILE, own_by_file
 from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
 from sku.storage import check_can_be_made, new_folder, remove_left_behind, write_json
 
 MANIFEST_SCHEMA = 1
-_LOCK_FILE = ".lock"
-"""Held by the process that writes the run; what a killed one leaves of it holds nobody up."""
 
 
 class RunFolder:
@@ -92,7 +91,7 @@ class RunFolder:
         if not self.path.exists():
             with new_folder(self.path, private=True) as temporary:
                 write_json(temporary / "manifest.json", fresh)
-                self._own(temporary)  # Before others can find it.
+                self._lock = own_by_file(temporary)  # Before others can find it.
                 self._made = True
             return _read_manifest(self.path)
         manifest = self._found_manifest(fresh, trained_folder, resume=resume, is_ours=True)
@@ -105,11 +104,11 @@ class RunFolder:
         """The manifest of a folder that is there, where it may be gone on with; from now on ours if asked for."""
         if not resume:
             raise OutputError(f"{self.path} already exists; choose another --out, or add --resume to go on with it")
-        manifest = self._manifest_of(
-            fresh["recipe_sha256"]
-        )  # A folder that is no part of this run is not even locked.
+        # A folder that is no part of this run is not even locked.
+        manifest = self._manifest_of(fresh["recipe_sha256"])
         if is_ours:
-            self._own(self.path)
+            with named_disk_errors(self.path):
+                self._lock = own_by_file(self.path)
             manifest = self._manifest_of(fresh["recipe_sha256"])
         begun_with = manifest.setdefault("processes", 1)
         if begun_with != self.processes.count and list(trained_folder.glob("checkpoint-*")):
@@ -128,27 +127,19 @@ class RunFolder:
             raise OutputError(f"the run in {self.path} is already complete; choose another --out")
         return manifest
 
-    def _own(self, folder: Path) -> None:
-        try:
-            self._lock = own(folder / _LOCK_FILE, create=True)
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{self.path} can't be written: {error.strerror or error}") from error
-
     def close(self) -> None:
         """Lets another process go on with the run."""
         if self._lock is not None:
             if self._holds_the_lock():
                 with suppress(OSError):
-                    (self.path / _LOCK_FILE).unlink(missing_ok=True)
+                    (self.path / LOCK_FILE).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
     def _holds_the_lock(self) -> bool:
         """Whether the lock that lies in the folder is ours: another call may have made the folder, or made it anew."""
         try:
-            return self._lock is not None and os.path.samestat(os.fstat(self._lock), (self.path / _LOCK_FILE).stat())
+            return self._lock is not None and os.path.samestat(os.fstat(self._lock), (self.path / LOCK_FILE).stat())
         except OSError:
             return False
 
