@@ -30,15 +30,21 @@ def quiet_imports() -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences bars and notices of libraries, whose lines would break ours. Warnings of Python stay, but for one."""
+    """Silences bars and notices of libraries, whose lines would break ours.
+
+    Warnings of Python stay, but for those of PEFT that no user can mend.
+    """
     quiet_imports()
     import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # PEFT 0.21 reads the old name in every get_peft_model, which no user can mend.
+    # PEFT 0.21 reads the old name in every get_peft_model.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # Of each adapter of a model that has no config.json, such as a GGUF file. No vocabulary is modified here.
+    for message in ("Unable to fetch remote file", "Could not find a config file in"):
+        warnings.filterwarnings("ignore", message, UserWarning, r"peft\.")
     if _speak:
         transformers.utils.logging.set_verbosity_info()
         datasets.utils.logging.set_verbosity_info()
