@@ -50,8 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "dry_run": {"storage"},
     "doctor": {"_version", "storage", "wipe"},
     "comparison": {
-        "config", "errors", "locks", "storage", "data", "models", "training", "methods", "negate", "evaluate",
-        "report", "reproducibility", "quiet",
+        "config", "errors", "disk_errors", "locks", "storage", "data", "models", "training", "methods", "negate",
+        "evaluate", "report", "reproducibility", "quiet",
     },
 }
 # fmt: on
