@@ -33,7 +33,7 @@ def own(place: Path) -> int:
 
 
 def own_by_file(folder: Path) -> int:
-    """As ``own``, by the file ``LOCK_FILE`` in a folder, which this makes: the folder may be replaced meanwhile.
+    """As ``own``, by the file ``LOCK_FILE`` in a folder, with mode 0600; it is made where there is none.
 
     Args:
         folder: Must be there.
