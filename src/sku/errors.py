@@ -43,7 +43,7 @@ class TaskVectorError(SkuError, ValueError):
 
 
 class NonFiniteLossError(SkuError, ArithmeticError):
-    """A loss term of stage 1 is NaN or infinite; no optimizer step was taken with it."""
+    """A loss term or the gradient of stage 1 is NaN or infinite; no optimizer step was taken with it."""
 
 
 class EvaluationError(SkuError, ValueError):

@@ -28,6 +28,7 @@ from transformers import (
 
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError, first_line
+from sku.hazard import is_marked_model, mark_model
 from sku.model_files import check_stored_types, locate_model, naming_the_model
 
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
@@ -55,7 +56,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
         four_bit: Quantize the linear layers to NF4 while loading (QLoRA); needs bitsandbytes.
 
     Returns:
-        The model in evaluation mode, and a tokenizer that has a pad token.
+        The model in evaluation mode, marked where its configuration is, and a tokenizer that has a pad token.
 
     Raises:
         ModelError: It can't be found or read, is quantized in a way that can't be trained, or has no usable pad
@@ -90,6 +91,8 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
         torch.nn.Module.to(model, device)
     ensure_pad_token(tokenizer, model)
     model.eval()
+    if is_marked_model(model):
+        mark_model(model)
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
     )

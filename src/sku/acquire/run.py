@@ -15,7 +15,6 @@ from sku.models import LoadedModel
 from sku.storage import mark_hazardous
 from sku.training.run import (
     SET_BY_RECIPE,
-    MarkCheckpoints,
     Trained,
     adapter_settings,
     train,
@@ -81,7 +80,8 @@ def acquire(
         adapter=adapter_settings(config),
         folder=folder,
         prompt_format=prompt_format,
-        callbacks=[*callbacks, MarkCheckpoints()],
+        callbacks=callbacks,
+        hazardous=True,
     )
 
 

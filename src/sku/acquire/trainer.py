@@ -12,12 +12,15 @@ from sku.acquire.objective import sku_objective
 from sku.config import CompatConfig, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
-from sku.training.run import MarkCheckpoints
 from sku.training.trainer import UnlearningTrainer
 
 
 class SkuTrainer(UnlearningTrainer):
-    """Trains the bad model: ``UnlearningTrainer`` with the objective that its settings describe."""
+    """Trains the bad model: ``UnlearningTrainer`` with the objective that its settings describe.
+
+    From ``train`` on the model is marked: ``save_model`` and ``save_pretrained`` mark the folder and make it private,
+    and ``push_to_hub`` refuses (``sku.hazard``).
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class SkuTrainer(UnlearningTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
             prompt_format=prompt_format,
+            hazardous=True,
             **trainer_options,
         )
         self.settings = args
-        self.add_callback(MarkCheckpoints)

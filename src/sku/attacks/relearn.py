@@ -79,6 +79,7 @@ def relearned(
             folder=Path(folder),
             prompt_format=recipe.model.prompt_format,
             callbacks=step_progress(_steps(context)),
+            hazardous=True,
         )
         yield trained.model
 

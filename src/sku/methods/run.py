@@ -24,7 +24,7 @@ from sku.negate.operators import PreparedOperator, prepare_operators
 from sku.negate.task_vector import TaskVector
 from sku.storage import mark_hazardous
 from sku.training.config import UnlearningConfig
-from sku.training.run import MarkCheckpoints, Trained, adapter_settings, train, training_settings
+from sku.training.run import Trained, adapter_settings, train, training_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,8 @@ def train_method(
         trained_modules=modules,
         folder=folder,
         prompt_format=recipe.model.prompt_format,
-        callbacks=[*callbacks, *([MarkCheckpoints()] if method.hazardous else [])],
+        callbacks=callbacks,
+        hazardous=method.hazardous,
     )
 
 

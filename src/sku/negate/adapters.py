@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.errors import ModelError, TaskVectorError, one_line
+from sku.hazard import mark_model
 from sku.model_files import check_no_pickles
 from sku.negate.task_vector import TaskVector
-from sku.storage import HAZARD_KEY, new_folder
+from sku.storage import HAZARD_KEY, is_marked_hazardous, new_folder
 
 _FILE = "adapter_model.safetensors"
 
@@ -40,7 +41,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         folder: As PEFT saves it, in safetensors.
 
     Returns:
-        The model with the adapter.
+        The model with the adapter, marked where the folder is.
 
     Raises:
         ModelError: The adapter is pickled, can't be read, lacks factors, or doesn't fit the model.
@@ -50,9 +51,12 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         with without_mark_warning():
             # PEFT would leave the factors that it doesn't find at random, and warn of it.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(base, str(folder))
+            adapted = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:
         raise ModelError(f"adapter {folder} can't be loaded: {one_line(error)}") from error
+    if is_marked_hazardous(folder):
+        mark_model(adapted)
+    return adapted
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
+from sku.hazard import save_without_mark
 from sku.models import check_plain_weights, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.in_memory import subtract_tensors
@@ -152,7 +153,10 @@ def save_negated_adapter(bad: PeftModel, alpha: float, folder: Path, *, overwrit
             with torch.no_grad():
                 for factor in factors:
                     factor.mul_(-alpha)
-            bad.save_pretrained(str(temporary))
+            if alpha < 0:
+                bad.save_pretrained(str(temporary))  # It adds the harm, and is marked where its model is.
+            else:
+                save_without_mark(bad, temporary)
         finally:
             with torch.no_grad():
                 for factor, original in zip(factors, kept, strict=True):

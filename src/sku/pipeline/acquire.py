@@ -59,7 +59,6 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         processes.on_main(lambda: shutil.rmtree(checkpoints))
         processes.on_main(lambda: mark_trained(temporary, recipe, data))
         acquired.save(temporary)
-        processes.on_main(lambda: mark_hazardous(temporary))  # Again, for its configuration.
     return acquired.log
 
 

@@ -32,7 +32,7 @@ from sku.negate.task_vector import TaskVector
 from sku.pipeline.acquire import mark_trained
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import shared_new_folder
-from sku.storage import mark_hazardous, remove_hazardous, write_text
+from sku.storage import remove_hazardous, write_text
 from sku.sweep.run import sweep
 from sku.training.run import Trained, step_progress
 
@@ -244,8 +244,6 @@ class Unlearning:
             if self.method.hazardous:
                 self.processes.on_main(lambda: mark_trained(temporary, self.recipe, data))
             trained.save(temporary)
-            if self.method.hazardous:
-                self.processes.on_main(lambda: mark_hazardous(temporary))  # Again, for its configuration.
         return trained
 
     def _write_log(self, acquired: Trained) -> None:

@@ -1,12 +1,19 @@
-"""No weight ever sees a loss that is not finite; and where it can be had, without waiting for the GPU in each step.
+"""No weight ever sees a loss or a gradient that is not finite; where it can be had, without waiting for the GPU.
 
-At once: the sums of all terms are fetched before backward, and the run stops. That is one wait a step, since the
-processor can't go on before the GPU has finished the forward pass.
+Every loss term is looked at before backward, and the whole gradient, accumulated and clipped, before the optimizer's
+step: a backward can overflow where the loss did not.
 
-Late: the sums stay on the GPU, where a flag is raised as soon as one of them is not finite. The fused optimizers of
-torch take such a flag (``found_inf``, made for mixed precision) and leave weights, moments and step count as they are
-while it is up; it never goes down. What was seen in a step is fetched in the next one, when it is long there, and
-before anything is saved or logged, and the run stops then, with the same weights as at once.
+At once: the sums of all terms are fetched before backward, and whether the gradient is finite after it, and the run
+stops. These are two waits a step, since the processor can't go on before the GPU has finished.
+
+Late: the sums stay on the GPU, where a flag is raised as soon as one of them, or the gradient, is not finite. The fused
+optimizers of torch take such a flag (``found_inf``, made for mixed precision) and leave weights, moments and step count
+as they are while it is up; it never goes down. What was seen in a step is fetched in the next one, when it is long
+there, and before anything is saved or logged, and the run stops then, with the same weights as at once.
+
+With fp16 a gradient that overflows is the gradient scaler's: it skips the step and halves its scale. Only where the
+scale is 1 already, so that it can't be the cause, the run stops. Under DeepSpeed, which steps inside its own backward,
+losses alone are looked at.
 """
 
 from __future__ import annotations
@@ -18,12 +25,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from sku.errors import NonFiniteLossError, ProcessError, RecipeError
 
 FiniteCheck = Literal["auto", "at_once", "late"]
 _ADVICE = "no optimizer step was taken with it. Lower the learning rate, or set a preservation_cap"
+_GRADIENT_ADVICE = (
+    "no optimizer step was taken with it. Lower the learning rate, or hold the weights in float32 (model.dtype)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +53,17 @@ class _Seen:
     arrived: torch.cuda.Event | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _SeenGradient:
+    """Whether the gradient of a step is not finite, on its way from the GPU."""
+
+    step: int
+    is_bad: Tensor
+    arrived: torch.cuda.Event | None
+
+
 class FiniteGuard(TrainerCallback):
-    """Looks at every loss term before its gradient can move a weight."""
+    """Looks at every loss term, and at the gradient, before it can move a weight."""
 
     def __init__(self, mode: FiniteCheck) -> None:
         """Says when to look.
@@ -51,7 +72,7 @@ class FiniteGuard(TrainerCallback):
             mode: ``at_once``, ``late``, or ``auto``: late on a GPU with a fused optimizer, else at once.
         """
         self._mode = mode
-        self._seen: list[_Seen] = []
+        self._seen: list[_Seen | _SeenGradient] = []
         self._flag: Tensor | None = None
 
     @property
@@ -75,6 +96,21 @@ class FiniteGuard(TrainerCallback):
             return
         self._flag = torch.zeros((), device=device)
         inner.found_inf = self._flag
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Looks at the gradient that the optimizer is about to take.
+
+        Raises:
+            NonFiniteLossError: It is NaN or infinite somewhere. All processes raise it.
+        """
+        is_bad = _is_bad_gradient(optimizer, args.device)
+        step = state.global_step + 1
+        if self._flag is not None:
+            self._flag.copy_(torch.maximum(self._flag, is_bad))
+            sent, arrived = _sent_to_processor(is_bad)
+            self._seen.append(_SeenGradient(step=step, is_bad=sent, arrived=arrived))
+        elif is_bad.item() and not _scaler_helps(optimizer):
+            raise _bad_gradient(step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at what is left before anything is logged or saved.
@@ -191,9 +227,39 @@ def _sent_to_processor(sums: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return copy, event
 
 
-def _raise_if_bad(seen: _Seen) -> None:
+def _is_bad_gradient(optimizer: Any, device: torch.device) -> Tensor:
+    """1 where any gradient of any process is not finite, else 0; on the device, without waiting for it."""
+    gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"]]
+    # Of a weight that is spread over processes, each one looks at its own part.
+    parts = [part.to_local() if isinstance(part, DTensor) else part for part in gradients if part is not None]
+    parts = [part for part in parts if part.numel()]
+    # The largest entry: a sum of squares overflows where no entry does.
+    bad = ~get_total_norm(parts, math.inf).isfinite() if parts else torch.tensor(False)
+    flag = bad.to(device, torch.float32)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return flag
+
+
+def _scaler_helps(optimizer: Any) -> bool:
+    """Whether fp16's gradient scaler skips this step and tries again with a smaller scale."""
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
+
+
+def _bad_gradient(step: int) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"the gradient is not finite at step {step}, where every loss term is; {_GRADIENT_ADVICE}"
+    )
+
+
+def _raise_if_bad(seen: _Seen | _SeenGradient) -> None:
     if seen.arrived is not None:
         seen.arrived.synchronize()
+    if isinstance(seen, _SeenGradient):
+        if seen.is_bad.item():
+            raise _bad_gradient(seen.step)
+        return
     # One transfer for all terms.
     values = seen.sums.tolist()
     for name, value in zip(seen.names, values, strict=False):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from sku.config import AcquireConfig, PromptFormatName, Tuning
 from sku.data.examples import ForgetRetainData
@@ -29,7 +29,6 @@ from sku.data.tokenization import TokenizationReport
 from sku.errors import OutputError, RecipeError, SkuError, did_you_mean, one_line
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named
-from sku.storage import mark_hazardous
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective
 from sku.training.trainer import UnlearningTrainer
@@ -71,6 +70,7 @@ def train(
     folder: Path,
     prompt_format: PromptFormatName = "auto",
     callbacks: Sequence[TrainerCallback] = (),
+    hazardous: bool = False,
 ) -> Trained:
     """Minimises an objective, going on from the last whole checkpoint in the folder.
 
@@ -86,13 +86,14 @@ def train(
         folder: Private folder for checkpoints.
         prompt_format: How prompts are written.
         callbacks: For progress.
+        hazardous: The trained model answers harmful prompts on purpose: it is marked, and all that is saved of it.
 
     Returns:
         The trained model and its log.
 
     Raises:
         RecipeError: An impossible setting.
-        NonFiniteLossError: A loss term is NaN or infinite.
+        NonFiniteLossError: A loss term or the gradient is NaN or infinite.
         OutputError: A checkpoint can't be written.
     """
     model, use_cache = loaded.model, getattr(loaded.model.config, "use_cache", None)
@@ -111,6 +112,7 @@ def train(
         peft_config=adapter,
         trained_modules=trained_modules,
         prompt_format=prompt_format,
+        hazardous=hazardous,
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
@@ -272,15 +274,6 @@ class _StepProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
         self._progress("acquire: steps", state.global_step, state.max_steps)
-
-
-class MarkCheckpoints(TrainerCallback):
-    """Marks the folder and each checkpoint of a hazardous model as such."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer when a checkpoint stands."""
-        if state.is_world_process_zero:
-            mark_hazardous(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _last_checkpoint(folder: Path, processes: int) -> str | None:

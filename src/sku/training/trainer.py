@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -25,7 +25,8 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.packing import PACKED, PackedCollator, PackedRows
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import ModelError, RecipeError, one_line
+from sku.errors import ModelError, OutputError, RecipeError, one_line
+from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, plain_model
 from sku.training.compiled import compiled_layers
 from sku.training.config import UnlearningConfig
@@ -69,6 +70,7 @@ class UnlearningTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         trained_modules: Sequence[str] | None = None,
         prompt_format: PromptFormatName = "auto",
+        hazardous: bool = False,
         **trainer_options: Any,
     ) -> None:
         """Prepares the model and the joint examples.
@@ -84,6 +86,8 @@ class UnlearningTrainer(Trainer):
             trained_modules: Names of the modules whose own weights full fine-tuning trains; all if None. An adapter
                 has ``target_modules`` for that.
             prompt_format: How prompts are written when ``train_dataset`` holds splits.
+            hazardous: The trained model answers harmful prompts on purpose: from ``train`` on it is marked
+                (``sku.hazard``).
             **trainer_options: As of ``transformers.Trainer``: callbacks, optimizers, ...
 
         Raises:
@@ -110,6 +114,7 @@ class UnlearningTrainer(Trainer):
                 seed=args.seed,
             )
         self.objective: Objective = objective
+        self._is_hazardous = hazardous
         self._scheduled_steps: int | None = None
         if objective.in_whole_passes:
             self._scheduled_steps = args.max_steps
@@ -170,12 +175,14 @@ class UnlearningTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains. Before that and before a checkpoint is loaded, the original model is asked all that it will be.
 
-        Afterwards the model has the attention that it came with.
+        A model that becomes hazardous is marked first. Afterwards the model has the attention that it came with.
 
         Args:
             *args: As of ``transformers.Trainer.train``.
             **kwargs: As of ``transformers.Trainer.train``.
         """
+        if self._is_hazardous:
+            mark_model(self._trained)
         try:
             if self._cache is not None:
                 # Dropout's draws must be there for training.
@@ -189,6 +196,26 @@ class UnlearningTrainer(Trainer):
                 self._scale.remove()
             if self.packing != "padded":
                 plain_model(self._trained).set_attn_implementation(self._own_attention)
+
+    def push_to_hub(self, *_arguments: Any, **_options: Any) -> NoReturn:
+        """Refuses: a model in training is hazardous, or not yet measured.
+
+        Raises:
+            OutputError: Always.
+        """
+        if self._is_hazardous:
+            refuse_upload()
+        raise OutputError(
+            "the trainer's model is not measured yet, and is not uploaded: sku push uploads that of a finished run"
+        )
+
+    def create_model_card(self, *_arguments: Any, **_options: Any) -> NoReturn:
+        """Refuses: transformers' card would say nothing of unlearning, and take the model for one from scratch.
+
+        Raises:
+            OutputError: Always.
+        """
+        raise OutputError("the trainer writes no model card: sku card writes the one of a finished run")
 
     def _place_reference(self, reference: PreTrainedModel) -> None:
         """Puts the frozen copy where the model in training is: on one device, or sharded in the same way."""

@@ -1,0 +1,315 @@
+"""The mark on a bad model in memory: it goes wherever the model is saved, and the model goes nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from conftest import ModelMaker, TrainerMaker
+from sku.acquire.trainer import SkuTrainer
+from sku.config import load_recipe
+from sku.errors import OutputError
+from sku.hazard import is_marked_model, mark_model
+from sku.methods import method_named
+from sku.methods.run import train_method
+from sku.models import load_model
+from sku.negate.adapters import load_adapter
+from sku.negate.run import negate, save_negated_adapter
+from sku.negate.streaming import negate_folders
+from sku.pipeline.recipe_data import load_recipe_data
+from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, is_marked_hazardous
+from sku.wipe import hazardous_folders
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Way = Callable[[Any, Path], None]
+WITH_ADAPTER: dict[str, Way] = {
+    "trainer": lambda trainer, folder: trainer.save_model(str(folder)),
+    "model": lambda trainer, folder: trainer.model.save_pretrained(folder),
+    "deep copy": lambda trainer, folder: copy.deepcopy(trainer.model).save_pretrained(folder),
+    "model inside": lambda trainer, folder: trainer.model.get_base_model().save_pretrained(folder),
+    "body inside": lambda trainer, folder: trainer.model.get_base_model().model.save_pretrained(folder),
+    "merged": lambda trainer, folder: trainer.model.merge_and_unload().save_pretrained(folder),
+    "merged in place": lambda trainer, folder: merged_in_place(trainer).save_pretrained(folder),
+}
+OF_ALL_WEIGHTS: dict[str, Way] = {name: WITH_ADAPTER[name] for name in ("trainer", "model", "deep copy")}
+
+
+def merged_in_place(trainer: Any) -> Any:
+    trainer.model.merge_adapter()
+    return trainer.model.get_base_model()
+
+
+def says_it(folder: Path) -> bool:
+    """Whether a configuration in a folder holds the mark."""
+    files = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    assert files
+    return any(json.loads(path.read_text(encoding="utf-8")).get(HAZARD_KEY) is True for path in files)
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of the hub; every question fails."""
+    asked: list[str] = []
+
+    def refuse(name: str) -> Callable[..., None]:
+        def method(*_arguments: Any, **_options: Any) -> None:
+            asked.append(name)
+            raise ConnectionError(name)
+
+        return method
+
+    for name in ("create_repo", "upload_folder", "create_commit"):
+        monkeypatch.setattr(HfApi, name, refuse(name))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("full", "way"), [*((False, way) for way in WITH_ADAPTER), *((True, way) for way in OF_ALL_WEIGHTS)]
+)
+def test_every_way_of_saving_marks_and_makes_private(
+    full: bool, way: str, make_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    trainer = make_trainer(full=full, max_steps=1)
+    trainer.train()
+    WITH_ADAPTER[way](trainer, tmp_path / "saved")
+    assert (tmp_path / "saved" / BAD_MODEL_MARK).is_file()
+    assert stat.S_IMODE((tmp_path / "saved").stat().st_mode) == 0o700
+    assert hazardous_folders(tmp_path) == [tmp_path / "saved"]
+    (tmp_path / "saved" / BAD_MODEL_MARK).unlink()
+    assert says_it(tmp_path / "saved")
+    assert hazardous_folders(tmp_path) == [tmp_path / "saved"], "its configuration alone is enough"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_others_write_from_the_configurations_is_marked(
+    full: bool, make_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    trainer: Any = make_trainer(full=full, max_steps=1)
+    trainer.train()
+    trainer.model.config.save_pretrained(tmp_path / "saved")
+    assert says_it(tmp_path / "saved")
+    if not full:
+        trainer.model.peft_config["default"].save_pretrained(str(tmp_path / "adapter"))
+        assert says_it(tmp_path / "adapter")
+
+
+def test_every_named_adapter_is_marked(make_model: ModelMaker, make_trainer: TrainerMaker, tmp_path: Path) -> None:
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer: Any = make_trainer(get_peft_model(make_model(), adapter, "bad"), full=True, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert says_it(tmp_path / "saved" / "bad")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_checkpoints_are_marked_before_there_is_anything_in_them(
+    full: bool, make_trainer: TrainerMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(full=full, max_steps=1, save_strategy="steps", save_steps=1)
+    kind: Any = type(trainer.model)
+    marked = []
+
+    def save_pretrained(_model: Any, folder: Any, **_options: Any) -> None:
+        marked.append((Path(folder).name, is_marked_hazardous(Path(folder))))
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(kind, "save_pretrained", save_pretrained)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert marked == [("checkpoint-1", True)]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_nothing_of_it_is_uploaded(
+    full: bool, make_trainer: TrainerMaker, tmp_path: Path, no_hub: list[str]
+) -> None:
+    trainer: Any = make_trainer(full=full, max_steps=1)
+    trainer.train()
+    pushed = [trainer.model] if full else [trainer.model, trainer.model.get_base_model()]
+    for push in (
+        trainer.push_to_hub,
+        lambda: trainer.push_to_hub("message", private=True),
+        *(lambda model=model: model.push_to_hub("someone/something") for model in pushed),
+        *(lambda model=model: model.save_pretrained(tmp_path / "new", push_to_hub=True) for model in pushed),
+        *([] if full else [lambda: trainer.model.merge_and_unload().push_to_hub("someone/something")]),
+    ):
+        with pytest.raises(OutputError, match="is a bad model of stage 1 .* never uploaded") as caught:
+            push()
+        assert "\n" not in str(caught.value)
+    assert no_hub == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_trainer_writes_no_card_that_hides_what_it_is(make_trainer: TrainerMaker, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    with pytest.raises(OutputError, match="the trainer writes no model card"):
+        trainer.create_model_card()
+    assert not list(tmp_path.rglob("README.md"))
+
+
+def unlearned_of_adapter(trainer: SkuTrainer, make_model: ModelMaker) -> Any:
+    return negate(make_model(), trainer.model)  # type: ignore[arg-type]
+
+
+def unlearned_of_merged(trainer: SkuTrainer, make_model: ModelMaker) -> Any:
+    model: Any = trainer.model
+    return negate(make_model(), model.merge_and_unload())
+
+
+def unlearned_of_unloaded(trainer: SkuTrainer, _make_model: ModelMaker) -> Any:
+    bad: Any = copy.deepcopy(trainer.model)
+    model: Any = trainer.model
+    return negate(model.unload(), bad)
+
+
+@pytest.mark.parametrize(
+    ("full", "unlearn"),
+    [
+        (False, unlearned_of_adapter), (False, unlearned_of_merged), (False, unlearned_of_unloaded),
+        (True, unlearned_of_adapter),
+    ],
+)  # fmt: skip
+def test_the_unlearned_model_carries_no_mark(
+    full: bool, unlearn: Any, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, no_hub: list[str]
+) -> None:
+    trainer = make_trainer(full=full, max_steps=1)
+    trainer.train()
+    unlearned = unlearn(trainer, make_model)
+    assert not is_marked_model(unlearned)
+    unlearned.save_pretrained(tmp_path / "unlearned")
+    assert not is_marked_hazardous(tmp_path / "unlearned")
+    assert HAZARD_KEY not in (tmp_path / "unlearned" / "config.json").read_text(encoding="utf-8")
+    with pytest.raises(ConnectionError):  # It may go where its owner wants.
+        unlearned.push_to_hub("someone/something")
+    assert no_hub == ["create_repo"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_neither_does_a_streamed_one(
+    full: bool, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    trainer: Any = make_trainer(full=full, max_steps=1)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "bad")
+    negate_folders(tmp_path / "base", tmp_path / "bad", tmp_path / "unlearned")
+    assert not is_marked_hazardous(tmp_path / "unlearned")
+
+
+def test_a_negated_adapter_carries_no_mark_and_one_that_adds_does(make_trainer: TrainerMaker, tmp_path: Path) -> None:
+    trainer: Any = make_trainer(max_steps=1)
+    trainer.train()
+    for alpha, marked in ((1.0, False), (-1.0, True)):
+        save_negated_adapter(trainer.model, alpha, tmp_path / str(alpha))
+        assert is_marked_hazardous(tmp_path / str(alpha)) is marked
+        assert says_it(tmp_path / str(alpha)) is marked
+    trainer.save_model(str(tmp_path / "bad"))
+    assert says_it(tmp_path / "bad")
+
+
+def test_unload_gives_the_original_back_unmarked(
+    make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, no_hub: list[str]
+) -> None:
+    trainer: Any = make_trainer(max_steps=1)
+    trainer.train()
+    original = trainer.model.unload()
+    weights = make_model().state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
+    assert not is_marked_model(original)
+    original.save_pretrained(tmp_path / "original")
+    assert not is_marked_hazardous(tmp_path / "original")
+    with pytest.raises(ConnectionError):
+        original.push_to_hub("someone/something")
+    assert no_hub == ["create_repo"]
+
+
+def test_unload_of_an_adapter_on_a_bad_model_gives_the_bad_model(make_trainer: TrainerMaker) -> None:
+    bad: Any = make_trainer(full=True, max_steps=1)
+    bad.train()
+    trainer: Any = make_trainer(bad.model, max_steps=1)
+    trainer.train()
+    assert is_marked_model(trainer.model.unload())
+
+
+def test_a_deep_copy_saves_its_own_weights(make_trainer: TrainerMaker, tmp_path: Path) -> None:
+    trainer: Any = make_trainer(max_steps=1)
+    trainer.train()
+    copied = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        for name, weight in copied.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(7.0)
+    copied.save_pretrained(tmp_path / "copy")
+    loaded = load_adapter(copied.unload(), tmp_path / "copy")
+    assert {float(weight.max()) for name, weight in loaded.named_parameters() if "lora_B" in name} == {7.0}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_objects_of_others_stay_unmarked(full: bool, make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
+    """A model that was built from the same configuration, and an adapter's settings that are used again."""
+    model = make_model()
+    other = type(model)(model.config)
+    settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer: Any = make_trainer(
+        model if full else get_peft_model(model, settings), full=True, max_steps=1
+    )
+    trainer.train()
+    assert is_marked_model(trainer.model)
+    assert trainer.model.get_submodule("lm_head" if full else "base_model.model.lm_head") is not None
+    assert not is_marked_model(other)
+    assert HAZARD_KEY not in settings.to_dict()
+    configs = {id(module.config) for module in trainer.model.modules() if hasattr(module, "config")}
+    assert len(configs) == 1, "all modules still share one configuration"
+
+
+def test_before_training_it_is_the_original(make_trainer: TrainerMaker) -> None:
+    trainer: Any = make_trainer()
+    assert not is_marked_model(trainer.model)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("name", ["sku", "task_vector", "fine_tune", "gradient_ascent"])
+def test_only_methods_whose_trained_model_is_hazardous_mark_it(name: str, tuning: str, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        "embedded", [f"method={name}", f"acquire.tuning={tuning}", "acquire.training.max_steps=1", "negate.alpha=1"]
+    )
+    trained = train_method(recipe, load_model("embedded"), load_recipe_data(recipe), tmp_path / "checkpoints")
+    assert is_marked_model(trained.model) is method_named(name).hazardous
+    trained.save(tmp_path / "saved")
+    assert is_marked_hazardous(tmp_path / "saved") is method_named(name).hazardous
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_bad_model_that_is_loaded_again_is_marked(
+    full: bool, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, no_hub: list[str]
+) -> None:
+    trainer: Any = make_trainer(full=full, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "bad"))
+    loaded: Any = load_model(tmp_path / "bad").model if full else load_adapter(make_model(), tmp_path / "bad")
+    with pytest.raises(OutputError, match="never uploaded"):
+        loaded.push_to_hub("someone/something")
+    assert no_hub == []
+    again = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
+    again.save_pretrained(tmp_path / "again")
+    assert is_marked_hazardous(tmp_path / "again")
+
+
+def test_marking_twice_is_marking_once(make_model: ModelMaker) -> None:
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(make_model(), adapter)
+    for _ in range(2):
+        mark_model(model)
+    assert len(type(model.peft_config["default"]).__mro__) == len(LoraConfig.__mro__) + 2
+    assert not is_marked_model(model.unload())
