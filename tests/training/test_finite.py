@@ -1,4 +1,4 @@
-"""Losses that are not finite, looked at at once and a step late: no weight sees either."""
+"""Losses and gradients that are not finite, looked at at once and a step late: no weight sees either."""
 
 from __future__ import annotations
 
@@ -160,6 +160,96 @@ def test_adamw_is_fused_unless_told_otherwise(make_trainer: TrainerMaker) -> Non
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
+def spoil_gradient(trainer: SkuTrainer, monkeypatch: pytest.MonkeyPatch, call: int) -> dict[str, Tensor]:
+    """Leaves every loss as it is and makes the gradient of one micro-batch infinite; gives the weights as they are then.
+
+    The root of 0 is 0, and its slope there infinite.
+    """
+    real = trainer._outputs_and_terms
+    calls = 0
+    weights: dict[str, Tensor] = {}
+
+    def broken(model: Any, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        nonlocal calls
+        calls += 1
+        outputs, terms = real(model, inputs)
+        if calls == call:
+            weights.update(weights_of(trainer))
+            term = terms["guided_distortion"]
+            terms["guided_distortion"] = term + (term - term.detach()).sqrt()
+        return outputs, terms
+
+    monkeypatch.setattr(trainer, "_outputs_and_terms", broken)
+    return weights
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mode", ["late", "at_once"])
+def test_a_gradient_that_is_not_finite_moves_no_weight(
+    mode: str, accumulation: int, max_grad_norm: float, full: bool, make_trainer: TrainerMaker,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """In the third micro-batch, so in step 3, or in the first half of step 2; every loss is finite."""
+    trainer = make_trainer(
+        full=full, finite_check=mode, max_steps=4, gradient_accumulation_steps=accumulation, logging_steps=100,
+        max_grad_norm=max_grad_norm, reference="copy" if full else "forward", save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    before = spoil_gradient(trainer, monkeypatch, 3)
+    step = 3 if accumulation == 1 else 2
+    with pytest.raises(NonFiniteLossError, match=f"the gradient is not finite at step {step}") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    after = weights_of(trainer)
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"checkpoint-{saved}" for saved in range(1, step)]
+    optimizer: Any = trainer.optimizer
+    assert all(state["exp_avg"].isfinite().all() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("mode", ["late", "at_once"])
+def test_a_bad_gradient_in_the_last_step_is_met_too(
+    mode: str, make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(finite_check=mode, max_steps=2, logging_steps=100, reference="forward")
+    before = spoil_gradient(trainer, monkeypatch, 2)
+    with pytest.raises(NonFiniteLossError, match="the gradient is not finite at step 2"):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e30, torch.float32), (6e4, torch.float16)])
+def test_a_large_gradient_is_finite_though_its_squares_are_not(value: float, dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.ones(8, dtype=dtype))
+    weight.grad = torch.full((8,), value, dtype=dtype)
+    guard, args = FiniteGuard("at_once"), SimpleNamespace(fp16=False, device=torch.device("cpu"))
+    optimizer, state = torch.optim.SGD([weight]), SimpleNamespace(global_step=0)
+    guard.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+    weight.grad[3] = torch.inf
+    with pytest.raises(NonFiniteLossError, match="at step 1"):
+        guard.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+
+
+def test_a_gradient_that_the_scaler_of_fp16_will_skip_is_left_to_it() -> None:
+    """An overflow is what its scale is found by; at a scale of 1 the gradient itself is not finite."""
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), torch.inf)
+    guard, args = FiniteGuard("at_once"), SimpleNamespace(fp16=True, device=torch.device("cpu"))
+    state = SimpleNamespace(global_step=6)
+    for scale, stops in ((65536.0, False), (2.0, False), (1.0, True)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.ones(()))  # The scale stands only then.
+        optimizer = SimpleNamespace(param_groups=[{"params": [weight]}], scaler=scaler)
+        if stops:
+            with pytest.raises(NonFiniteLossError, match="at step 7"):
+                guard.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+        else:
+            guard.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_it_is_late_and_stops_before_any_weight_moves(
@@ -172,3 +262,14 @@ def test_on_a_gpu_it_is_late_and_stops_before_any_weight_moves(
     after = weights_of(trainer)
     assert trainer._guard.is_late
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_bad_gradient_is_met_late_too(make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(use_cpu=False, max_steps=5, logging_steps=100, reference="forward")
+    before = spoil_gradient(trainer, monkeypatch, 3)
+    with pytest.raises(NonFiniteLossError, match="the gradient is not finite at step 3"):
+        trainer.train()
+    assert trainer._guard.is_late
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
