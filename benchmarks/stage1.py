@@ -205,7 +205,8 @@ def _trainer(
     settings = SkuConfig(
         output_dir=tempfile.mkdtemp(prefix="sku-stage1-"), max_steps=1, use_cpu=loaded.model.device.type == "cpu",
         guided_distortion_weight=WEIGHTS[0], random_disassociation_weight=WEIGHTS[1],
-        preservation_divergence_weight=WEIGHTS[2], num_random_answers=options.k, preservation_cap=None, packing="tree",
+        preservation_divergence_weight=WEIGHTS[2], num_random_answers=options.k,
+        preservation_mode="divergence", preservation_cap=None, packing="tree",
         activation_checkpointing=options.checkpointing,
     )  # fmt: skip
     adapter = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -130,9 +130,7 @@ def test_checkpoints_are_marked_before_there_is_anything_in_them(
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_nothing_of_it_is_uploaded(
-    full: bool, make_trainer: TrainerMaker, tmp_path: Path, no_hub: list[str]
-) -> None:
+def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_path: Path, no_hub: list[str]) -> None:
     trainer: Any = make_trainer(full=full, max_steps=1)
     trainer.train()
     pushed = [trainer.model] if full else [trainer.model, trainer.model.get_base_model()]
@@ -261,9 +259,7 @@ def test_objects_of_others_stay_unmarked(full: bool, make_trainer: TrainerMaker,
     model = make_model()
     other = type(model)(model.config)
     settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer: Any = make_trainer(
-        model if full else get_peft_model(model, settings), full=True, max_steps=1
-    )
+    trainer: Any = make_trainer(model if full else get_peft_model(model, settings), full=True, max_steps=1)
     trainer.train()
     assert is_marked_model(trainer.model)
     assert trainer.model.get_submodule("lm_head" if full else "base_model.model.lm_head") is not None

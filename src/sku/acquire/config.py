@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sku.acquire.preservation_divergence import DEFAULT_CAP, check_preservation
+from sku.acquire.preservation_divergence import check_preservation
 from sku.config import AcquireConfig, PreservationMode, PreservationTokens, WeightsConfig
 from sku.errors import RecipeError
 from sku.training.config import UnlearningConfig
@@ -18,25 +18,33 @@ class SkuConfig(UnlearningConfig):
         RecipeError: A weight is negative or all are 0, K is negative, or a setting of transformers can't work here.
     """
 
-    guided_distortion_weight: float = field(default=2.5, metadata={"help": "Weight of guided distortion; 0 is off."})
+    guided_distortion_weight: float = field(
+        default=WeightsConfig.guided_distortion, metadata={"help": "Weight of guided distortion; 0 is off."}
+    )
     random_disassociation_weight: float = field(
-        default=2.5, metadata={"help": "Weight of random disassociation; 0 is off, with its K rows a prompt."}
+        default=WeightsConfig.random_disassociation,
+        metadata={"help": "Weight of random disassociation; 0 is off, with its K rows a prompt."},
     )
     preservation_divergence_weight: float = field(
-        default=1.0, metadata={"help": "Weight of preservation divergence; 0 is off, with the reference model."}
+        default=WeightsConfig.preservation_divergence,
+        metadata={"help": "Weight of preservation divergence; 0 is off, with the reference model."},
     )
-    num_random_answers: int = field(default=5, metadata={"help": "K, answers of other prompts for each prompt."})
+    num_random_answers: int = field(
+        default=AcquireConfig.random_answers, metadata={"help": "K, answers of other prompts for each prompt."}
+    )
     preservation_mode: PreservationMode = field(
-        default="divergence", metadata={"help": "divergence: -KL (paper); retention: +KL."}
+        default=AcquireConfig.preservation_mode, metadata={"help": "retention: +KL; divergence: -KL (paper)."}
     )
     preservation_cap: float | None = field(
-        default=DEFAULT_CAP, metadata={"help": "Largest KL of one token that still counts, in nats; None: no cap."}
+        default=AcquireConfig.preservation_cap,
+        metadata={"help": "Largest KL of one token that still counts, in nats; None: no cap."},
     )
     preservation_tokens: PreservationTokens = field(
-        default="answer", metadata={"help": "Positions of normal examples that are compared: answer or all."}
+        default=AcquireConfig.preservation_tokens,
+        metadata={"help": "Positions of normal examples that are compared: answer or all."},
     )
     preservation_at: float = field(
-        default=1.0,
+        default=AcquireConfig.preservation_at,
         metadata={"help": "Which model normal text is compared at: 1 the bad one, -1 the unlearned one of alpha 1."},
     )
 
