@@ -189,7 +189,9 @@ def data() -> ForgetRetainData:
 def make_trainer(
     make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData, tmp_path: Path
 ) -> TrainerMaker:
-    """Builds the real trainer of stage 1: 2 steps, padded batches of 2, K = 2, LoRA of rank 4 if not told else."""
+    """Builds the real trainer of stage 1: 2 steps, padded batches of 2, K = 2, divergence, LoRA of rank 4 if not told
+    else.
+    """
 
     def make(
         model: Any = None,
@@ -204,6 +206,7 @@ def make_trainer(
             "output_dir": str(tmp_path / "checkpoints"), "max_steps": 2, "per_device_train_batch_size": 2,
             "num_random_answers": 2, "learning_rate": 1e-2, "use_cpu": True, "lr_scheduler_type": "constant",
             "dataloader_pin_memory": False, "max_grad_norm": 1.0, "packing": "padded",
+            "preservation_mode": "divergence",
         }  # fmt: skip
         adapter: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         return SkuTrainer(

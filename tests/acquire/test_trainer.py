@@ -70,7 +70,9 @@ def disturb(trainer: SkuTrainer) -> None:
 
 def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> None:
     """Each term again from plain forward passes of single unpadded rows: sum over rows of mean -log p, and mean KL."""
-    trainer = make_trainer(preservation_mode="retention")
+    trainer = make_trainer(
+        preservation_mode="retention", guided_distortion_weight=2.5, random_disassociation_weight=2.5
+    )
     disturb(trainer)
     model: Any = trainer.model
     model.eval()

@@ -154,7 +154,7 @@ def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bad, "save_pretrained", fail)
+    monkeypatch.setattr(type(bad), "save_pretrained", fail)
     with pytest.raises(OutputError, match="the disk is full"):
         save_negated_adapter(bad, 1.0, tmp_path / "adapter")
     assert_same_bits(before, bits_of(bad))

@@ -161,7 +161,7 @@ def test_adamw_is_fused_unless_told_otherwise(make_trainer: TrainerMaker) -> Non
 
 
 def spoil_gradient(trainer: SkuTrainer, monkeypatch: pytest.MonkeyPatch, call: int) -> dict[str, Tensor]:
-    """Leaves every loss as it is and makes the gradient of one micro-batch infinite; gives the weights as they are then.
+    """Leaves every loss as it is and makes the gradient of one micro-batch infinite; gives the weights of that time.
 
     The root of 0 is 0, and its slope there infinite.
     """
@@ -231,6 +231,28 @@ def test_a_large_gradient_is_finite_though_its_squares_are_not(value: float, dty
     weight.grad[3] = torch.inf
     with pytest.raises(NonFiniteLossError, match="at step 1"):
         guard.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("mode", ["late", "at_once"])
+def test_a_bad_gradient_of_another_process_stops_this_one_too(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are spread over processes: each looks at its own part, and all stop in the same step."""
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    guard, args = FiniteGuard(mode), SimpleNamespace(fp16=False, device=torch.device("cpu"))
+    state = SimpleNamespace(global_step=0)
+    guard.on_train_begin(args, state, None, optimizer=optimizer)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, _operation: flag.fill_(1.0))
+
+    def step() -> None:
+        guard.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+        optimizer.step()
+        guard.settle()
+
+    with pytest.raises(NonFiniteLossError, match="the gradient is not finite at step 1"):
+        step()
+    assert torch.equal(weight.detach(), torch.ones(2))
 
 
 def test_a_gradient_that_the_scaler_of_fp16_will_skip_is_left_to_it() -> None:

@@ -59,8 +59,8 @@ class UnlearningConfig(TrainingArguments):
     finite_check: FiniteCheck = field(
         default="auto",
         metadata={
-            "help": "When losses are looked at for NaN: at_once, or late (a step behind, without waiting for the GPU; "
-            "updates are held back meanwhile); auto: late on a GPU with a fused optimizer."
+            "help": "When losses and gradients are looked at for NaN: at_once, or late (a step later, without waiting "
+            "for the GPU; updates are held back meanwhile); auto: late on a GPU with a fused optimizer."
         },
     )
     stochastic_rounding: bool = field(

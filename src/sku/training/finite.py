@@ -6,10 +6,10 @@ step: a backward can overflow where the loss did not.
 At once: the sums of all terms are fetched before backward, and whether the gradient is finite after it, and the run
 stops. These are two waits a step, since the processor can't go on before the GPU has finished.
 
-Late: the sums stay on the GPU, where a flag is raised as soon as one of them, or the gradient, is not finite. The fused
-optimizers of torch take such a flag (``found_inf``, made for mixed precision) and leave weights, moments and step count
-as they are while it is up; it never goes down. What was seen in a step is fetched in the next one, when it is long
-there, and before anything is saved or logged, and the run stops then, with the same weights as at once.
+Late: the sums stay on the GPU, where a flag is raised as soon as one of them, or the gradient, is not finite. The
+fused optimizers of torch take such a flag (``found_inf``, made for mixed precision) and leave weights, moments and
+step count as they are while it is up; it never goes down. What was seen in a step is fetched in the next one, when it
+is long there, and before anything is saved or logged, and the run stops then, with the same weights as at once.
 
 With fp16 a gradient that overflows is the gradient scaler's: it skips the step and halves its scale. Only where the
 scale is 1 already, so that it can't be the cause, the run stops. Under DeepSpeed, which steps inside its own backward,
@@ -234,8 +234,8 @@ def _is_bad_gradient(optimizer: Any, device: torch.device) -> Tensor:
     parts = [part.to_local() if isinstance(part, DTensor) else part for part in gradients if part is not None]
     parts = [part for part in parts if part.numel()]
     # The largest entry: a sum of squares overflows where no entry does.
-    bad = ~get_total_norm(parts, math.inf).isfinite() if parts else torch.tensor(False)
-    flag = bad.to(device, torch.float32)
+    largest = get_total_norm(parts, math.inf) if parts else torch.zeros(())
+    flag = (~largest.isfinite()).to(device, torch.float32)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return flag
