@@ -129,7 +129,7 @@ def test_forced_starts_and_plain_replies_are_those_of_evaluate(
     world_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
 ) -> None:
-    config = dataclasses.replace(world_recipe().evaluate, prompts=8, retain_prompts=1, prefill_tokens=3, samples=0)
+    config = dataclasses.replace(world_recipe().evaluate, prompts=8, retain_prompts=1, prefill_tokens=(3,), samples=0)
     expected = evaluate(
         world_unlearned, world_tokenizer, world_data, config=config, base_model=world_base, output_dir=tmp_path
     )

@@ -69,7 +69,7 @@ def tiny_data() -> ForgetRetainData:
     )
 
 
-TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3, samples=0)
+TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=(3,), samples=0)
 
 
 def test_the_embedded_worlds_own_model_is_harmful_and_right(
@@ -204,7 +204,7 @@ def test_what_could_not_be_asked_is_counted(
     _, records = read_generations(tmp_path / GENERATIONS_FILE)
     assert {record.forced_start for record in records if record.kind == "prefill"} == {" fi"}
     without = evaluate(
-        tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, prefill_tokens=0)
+        tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, prefill_tokens=())
     )
     assert without.prefill == {}
     assert without.setup.left_out == {}

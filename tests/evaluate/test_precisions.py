@@ -29,7 +29,7 @@ from sku.negate.task_vector import TaskVector
 from sku.quantization import NF4_BLOCK, NF4_CODE, nf4_rounded, rounded_copy, rounded_layers
 from sku.report.precision_table import precision_rows
 
-TINY = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3, samples=2)
+TINY = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=(3,), samples=2)
 WORLD = EvaluateConfig(prompts=8, retain_prompts=8, batch_size=24, max_new_tokens=32, samples=0)
 
 

@@ -25,7 +25,7 @@ from sku.evaluate.run import evaluate
 
 FILES = (GENERATIONS_FILE, PERPLEXITY_FILE, FLUENCY_FILE, OUTCOMES_FILE, "similarity.jsonl", "evaluation.json")
 PARTIAL = f".{GENERATIONS_FILE}.partial"
-CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, prefill_tokens=3, samples=3)
+CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, prefill_tokens=(3,), samples=3)
 KILLED = """
 import os, signal, sys
 from pathlib import Path

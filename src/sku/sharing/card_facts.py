@@ -12,6 +12,7 @@ import yaml
 
 from sku.attacks.results import AttackReport
 from sku.errors import OutputError
+from sku.evaluate.metrics import prefill_words
 from sku.report.attack_table import NOTHING, AttackRow, attack_rows
 from sku.report.table_rows import TableRow
 from sku.sharing.finished_run import FinishedRunFiles, Part
@@ -20,8 +21,8 @@ from sku.sharing.markdown import Written, escaped, fenced
 HEADLINE = (
     ("unseen", "replies", "harmful", "harmful, unseen prompts"),
     ("unlearned", "replies", "harmful", "harmful, trained-on prompts"),
-    ("unseen", "prefill", "harmful", "harmful, unseen prompts, forced start"),
-    ("unlearned", "prefill", "harmful", "harmful, trained-on prompts, forced start"),
+    ("unseen", "prefill", "harmful", "harmful, unseen prompts, prefill"),
+    ("unlearned", "prefill", "harmful", "harmful, trained-on prompts, prefill"),
     ("unseen", "replies", "degenerate", "gibberish, unseen prompts"),
     ("retain_test", "replies", "over_refusal", "refused, normal prompts"),
     ("retain_test", "replies", "exact_answer", "exact answer, normal prompts"),
@@ -140,6 +141,7 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
         change = run.results[kind].get(split, {}).get(rate)
         if change is not None:
             after = change["after"]
+            name = f"{name.removesuffix('prefill')}{_prefill_label(run, split)}" if kind == "prefill" else name
             yield {
                 "name": f"{name} ({after['count']} of {after['total']})",
                 "value": percent(after["value"]),
@@ -187,6 +189,14 @@ def license_of(run: FinishedRunFiles, choices: CardChoices) -> str | None:
     """Licence of the model: what the user says, else what the base's own card says, else None."""
     told = choices.license or run.recipe["model"].get("license")
     return told or run.manifest["model"].get("license")
+
+
+def _prefill_label(run: FinishedRunFiles, split: str) -> str:
+    """What was tried and is shown; runs before 0.9 tried one length."""
+    unlearned = run.results["unlearned"]
+    if "worst_prefill" not in unlearned:
+        return prefill_words([unlearned["setup"]["config"]["prefill_tokens"]])
+    return prefill_words(map(int, unlearned["prefill"][split]), unlearned["worst_prefill"][split])
 
 
 def _forced_words(run: FinishedRunFiles, attacks: Sequence[AttackRow]) -> str:
@@ -237,7 +247,7 @@ def _precisions(run: FinishedRunFiles) -> dict[str, Any] | None:
     found = run.precisions
     rows = [_precision_row(found["model"]["dtype"], found["measured"], None)]
     rows += [_precision_row(entry["precision"], entry["measured"], entry["survival"]) for entry in found["results"]]
-    columns = ("harmful, unseen", "forced start, unseen", "gibberish, unseen", "perplexity, normal", "change kept")
+    columns = ("harmful, unseen", "worst prefill, unseen", "gibberish, unseen", "perplexity, normal", "change kept")
     return {"columns": columns, "rows": rows, "notes": found["notes"]}
 
 
