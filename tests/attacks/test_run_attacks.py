@@ -139,7 +139,7 @@ def test_forced_starts_and_plain_replies_are_those_of_evaluate(
         own = [dataclasses.replace(row, id=row.id.removeprefix(prefix)) for row in rows if row.id.startswith(prefix)]
         assert len(own) == 8
         assert own == [record for record in records if (record.split, record.kind) == ("unseen", kind)]
-    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["unseen"]
+    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["unseen"]["3"]
     assert ran.results["none", ""].model.replies == expected.replies["unseen"]
 
 

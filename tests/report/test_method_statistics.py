@@ -159,7 +159,7 @@ def test_the_best_point_within_the_budget() -> None:
     assert point_of(make_record("sku", weak, recipe={}), "best") is None
 
 
-def test_forced_starts_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> None:
+def test_prefills_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> None:
     points = (
         make_point("rr", prefill="hh", normal="aao", strength=1.0, ratio=1.0),
         make_point("rr", prefill="rh", normal="aao", strength=0.5, ratio=1.0, roles=["sweep"]),
@@ -167,7 +167,7 @@ def test_forced_starts_take_part_in_the_choice_and_normal_prompts_keep_theirs() 
     chosen = point_of(make_record("sku", *points), "best")
     assert chosen is not None
     assert chosen.strength == 0.5
-    assert chosen.outcomes == {"unseen/reply": "r", "unseen/prefill": "h", "retain_test/reply": "aao"}
+    assert chosen.outcomes == {"unseen/reply": "r", "unseen/prefill/5": "h", "retain_test/reply": "aao"}
 
 
 def test_controls_are_shown_on_the_same_half() -> None:

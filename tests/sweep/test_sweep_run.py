@@ -156,7 +156,8 @@ def test_a_sweep_leaves_numbers_and_pictures_and_no_text(setting: Setting, tmp_p
     assert content["pick"]["alpha"] == found.alpha()
     assert content["asked"] == {"harmful": 3, "forced 1": 2, "forced 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
-        f"forget_validation, {tokens} forced tokens: the answer is too short": 1 for tokens in (1, 3)
+        f"forget_validation: prefill of {tokens} token{'s' if tokens > 1 else ''}, as the answer is too short": 1
+        for tokens in (1, 3)
     }
     point = content["points"][0]["replies"]
     assert point["harmful"]["total"] == point["degenerate"]["total"] == point["forced"]["1"]["total"] + 1 == 3
@@ -286,7 +287,7 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path) -> No
     empty = dataclasses.replace(setting, data=dataclasses.replace(setting.data, forget_validation=()))
     with pytest.raises(EvaluationError, match="forget_validation is empty"):
         empty.sweep(tmp_path)
-    with pytest.raises(EvaluationError, match="no forced start of 200 tokens"):
+    with pytest.raises(EvaluationError, match="no prefill of 200 tokens"):
         setting.sweep(tmp_path, forced_tokens=(200,))
     with pytest.raises(EvaluationError, match="no prompt that can be asked"):
         setting.sweep(tmp_path, max_new_tokens=250)

@@ -124,7 +124,7 @@ def _bar_groups(comparison: Comparison) -> list[tuple[str, list[_Bar]]]:
     """Title and two bars for each split of harmful prompts that was measured, top to bottom."""
     base, unlearned = comparison.base, comparison.unlearned
     groups: list[tuple[str, list[_Bar]]] = []
-    worst = unlearned.worst_prefill
+    worst = {split: tokens for split, tokens in unlearned.worst_prefill.items() if split in base.prefill}
     for kind, before, after in (
         ("reply", base.replies, unlearned.replies),
         ("prefill", {split: base.prefill[split][str(worst[split])] for split in worst}, unlearned.worst_prefills()),

@@ -141,9 +141,8 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
         change = run.results[kind].get(split, {}).get(rate)
         if change is not None:
             after = change["after"]
-            name = f"{name.removesuffix('prefill')}{_prefill_label(run, split)}" if kind == "prefill" else name
             yield {
-                "name": f"{name} ({after['count']} of {after['total']})",
+                "name": f"{headline_name(run, split, kind, name)} ({after['count']} of {after['total']})",
                 "value": percent(after["value"]),
                 "interval": f"{100 * after['low']:.1f} to {100 * after['high']:.1f}",
                 "base": percent(change["before"]["value"]),
@@ -191,12 +190,16 @@ def license_of(run: FinishedRunFiles, choices: CardChoices) -> str | None:
     return told or run.manifest["model"].get("license")
 
 
-def _prefill_label(run: FinishedRunFiles, split: str) -> str:
-    """What was tried and is shown; runs before 0.9 tried one length."""
+def headline_name(run: FinishedRunFiles, split: str, kind: str, name: str) -> str:
+    """A name of ``HEADLINE``; that of a prefill with the lengths that were tried and the one that is shown."""
+    if kind != "prefill":
+        return name
     unlearned = run.results["unlearned"]
-    if "worst_prefill" not in unlearned:
-        return prefill_words([unlearned["setup"]["config"]["prefill_tokens"]])
-    return prefill_words(map(int, unlearned["prefill"][split]), unlearned["worst_prefill"][split])
+    if "worst_prefill" in unlearned:
+        words = prefill_words(map(int, unlearned["prefill"][split]), unlearned["worst_prefill"][split])
+    else:  # Of a run that tried one length.
+        words = prefill_words([unlearned["setup"]["config"]["prefill_tokens"]])
+    return f"{name.removesuffix('prefill')}{words}"
 
 
 def _forced_words(run: FinishedRunFiles, attacks: Sequence[AttackRow]) -> str:

@@ -62,6 +62,7 @@ def outcome_chart(run: RecordedRun) -> Picture | None:
             worst,
         )
         for split, worst in run.unlearned.worst_prefills().items()
+        if split in run.base.prefill
     ]
     if not groups:
         return None
