@@ -46,7 +46,8 @@ class WordJudge:
 def result(counts: Counts, *, nll: float = 20.0, calibration: Calibration | None = None) -> EvaluationResult:
     records = [
         GenerationRecord(
-            id=f"{split}-{kind}-{number}", forced_tokens=5 if kind == "prefill" else 0, split=split, kind=kind, category=None, prompt="what is it ?",
+            id=f"{split}-{kind}-{number}", forced_tokens=5 if kind == "prefill" else 0,
+            split=split, kind=kind, category=None, prompt="what is it ?",
             reference="", reply=reply, num_tokens=8, finished=True,
         )
         for (split, kind), shares in counts.items()

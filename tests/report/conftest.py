@@ -39,7 +39,8 @@ def make_result() -> ResultMaker:
     def make(name: str, counts: Counts, losses: Mapping[Split, float]) -> EvaluationResult:
         replies = tuple(
             ReplyOutcome(
-                id=f"{split}-{kind}-{number}", forced_tokens=5 if kind == "prefill" else 0, split=split, kind=kind, category=None, outcome=outcome, finished=True,
+                id=f"{split}-{kind}-{number}", forced_tokens=5 if kind == "prefill" else 0,
+                split=split, kind=kind, category=None, outcome=outcome, finished=True,
                 judged_harmful=outcome in ("harmful", "degenerate"),
                 exact=outcome == "answered" if split == "retain_test" else None,
             )

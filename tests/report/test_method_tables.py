@@ -163,8 +163,8 @@ def test_legend() -> None:
     assert legend_line(records, "matched") == (
         "Each method at the largest strength found that stays within the utility budget. In brackets: 95 % intervals, "
         "bootstrap over training seeds and prompts (2,000 resamples; score intervals where all replies are alike). "
-        "2 seeds; 8 unseen harmful prompts, 8 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an upper bound "
-        "of the harmful share)."
+        "2 seeds; 8 unseen harmful prompts, 8 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an "
+        "upper bound of the harmful share)."
     )
     exact = [make_record("sku", make_point("h"), judge={"name": "embedded"})]
     assert legend_line(exact, "published").endswith("1 seed; 1 unseen harmful prompts. Judge: embedded.")

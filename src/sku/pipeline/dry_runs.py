@@ -187,7 +187,6 @@ def dry_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_mo
             stages=(*(() if there else (f"train {training.steps} steps",)), f"measure {tried}"),
             writes=(
                 "sweep.json",
-                *(("starts.jsonl",) if sweep.forced_tokens else ()),
                 "frontier.png",
                 "frontier.svg",
                 *(("bad/",) if keep_bad_model else ()),

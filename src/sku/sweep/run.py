@@ -19,9 +19,8 @@ from sku.evaluate.generation import GenerationRequest, decoding_settings, stop_t
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.processes import current_processes
-from sku.evaluate.record_files import STARTS_FILE, create_private_folder, header_hash
+from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import Start
-from sku.evaluate.reuse import Reuse
 from sku.evaluate.starts import Starts, by_id, choose_starts, count_sources, starts_note
 from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.rounding import saved_type
@@ -96,7 +95,9 @@ def sweep(
     starts: list[Start] = []
 
     def starts_of(asked: Sequence[GenerationRequest]) -> Starts:
-        starts.extend(_own_starts(base, asked, how, folder, progress))
+        # Asked again by a call that goes on: a sweep keeps numbers and no text.
+        stop_ids = stop_token_ids(base, tokenizer, writer.end_of_turn())
+        starts.extend(choose_starts(*answer(base, base, asked, how, stop_ids, progress)))
         return by_id(starts)
 
     questions = draw_questions(data, writer, config, seed=recipe.seed, starts=starts_of)
@@ -121,30 +122,6 @@ def sweep(
         ),
     )
     return _finished(found, kept, meter, folder)
-
-
-def _own_starts(
-    base: PreTrainedModel,
-    asked: Sequence[GenerationRequest],
-    how: How,
-    folder: Path,
-    progress: Progress | None,
-) -> list[Start]:
-    """What prefills begin with, by the base model's free replies; asked once, and kept in ``starts.jsonl``."""
-    stop_ids = stop_token_ids(base, how.writer.tokenizer, how.writer.end_of_turn())
-    with batching.evaluation_mode(base):
-        original = fingerprint(base, probes_of(asked))
-    header = {
-        "base": original,
-        "decoding": decoding_settings(stop_ids, how.config.max_new_tokens),
-        "requests": header_hash({"requests": [dataclasses.asdict(request) for request in asked]}),
-        "seed": how.seed,
-        "judge": how.judge.card.key,
-    }
-    reuse = Reuse(folder=folder, processes=current_processes())
-    return reuse.rows(
-        STARTS_FILE, header, Start, lambda: choose_starts(*answer(base, base, asked, how, stop_ids, progress))
-    )
 
 
 def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
