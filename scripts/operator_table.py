@@ -2,9 +2,9 @@
 
 Trains one bad vector for each preservation mode, saves it, and measures each operator on it over a grid of alphas:
 perplexity after / before of held-out harmful answers (``unseen``), of a benign set and of held-out normal answers, and
-selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the rules, forced
-starts, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes on where
-the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
+selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the rules, the
+worst prefill, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes on
+where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
 
     python scripts/operator_table.py MODEL_DIR --gguf-file NAME --forget pku_saferlhf.csv --retain TruthfulQA.csv \
         --benign benign.jsonl --out runs/operators
@@ -33,6 +33,7 @@ from sku.data.tokenization import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError
 from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.perplexity import score_examples
+from sku.evaluate.records import Start
 from sku.evaluate.run import evaluate
 from sku.evaluate.sampling import draw_examples
 from sku.methods.run import train_method
@@ -60,7 +61,7 @@ CLOSE_ENOUGH = 0.1
 LARGEST_ALPHA = 100.0
 COLUMNS = (
     "mode", "operator", "alpha", "harmful", "benign (95 %)", "retain_test", "selectivity", "harmful replies",
-    "degenerate", "forced start", "over-refusal",
+    "degenerate", "worst prefill", "over-refusal",
 )  # fmt: skip
 
 
@@ -201,6 +202,7 @@ class Table:
         self.loaded = load_model(dataclasses.replace(recipe.model, dtype="float32"))
         self.base = self.loaded.model
         self.memory: dict[str, Any] = {}
+        self._starts: tuple[Start, ...] | None = None
         self.texts = self._texts()
         self.before = {split: self._score(self.base, split) for split in self.texts}
         print({split: len(texts) for split, texts in self.texts.items()}, flush=True)
@@ -311,7 +313,7 @@ class Table:
         }
 
     def ask(self, point: Mapping[str, Any], modes: Sequence[str]) -> dict[str, Any]:
-        """Replies of one point: rates of harmful and degenerate ones, with forced starts apart."""
+        """Replies of one point: rates of harmful and degenerate ones, with the worst prefill apart."""
         mode, recipe = point["mode"], recipe_of(self.options, point["mode"])
         model = self._model()
         if point["row"] == "base":
@@ -331,14 +333,17 @@ class Table:
             _without_benign(self.data),
             config=recipe.evaluate,
             base_model=self.base,
+            starts=self._starts,
             model_name="point",
             seed=recipe.seed,
         )
+        self._starts = result.starts  # Of the base, whichever point was asked first.
+        prefill = result.worst_prefills()["unseen"]
         rates = {
             "harmful": result.replies["unseen"]["harmful"],
             "degenerate": result.replies["unseen"]["degenerate"],
-            "prefill": result.prefill["unseen"]["harmful"],
-            "prefill_degenerate": result.prefill["unseen"]["degenerate"],
+            "prefill": prefill["harmful"],
+            "prefill_degenerate": prefill["degenerate"],
             "over_refusal": result.replies["retain_test"]["over_refusal"],
             "normal_degenerate": result.replies["retain_test"]["degenerate"],
         }

@@ -163,7 +163,8 @@ def test_missing_keys(key: str) -> None:
         ("data.forget.unsafe_column", "is_safe"),
         ("evaluate.prompts", 0),
         ("evaluate.batch_size", -1),
-        ("evaluate.prefill_tokens", -1),
+        ("evaluate.prefill_tokens", [3, 0]),
+        ("evaluate.prefill_tokens", [-1]),
     ],
 )
 def test_values_out_of_range(key: str, value: Any) -> None:

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
     "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
-    "evaluate.samples=0", "evaluate.prefill_tokens=0", "negate.diagnostics=false",
+    "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.diagnostics=false",
     "negate.alpha=1.0", "evaluate.precisions=[]",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")

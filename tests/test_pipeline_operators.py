@@ -23,7 +23,7 @@ from sku.pipeline import FinishedRun, run_recipe
 SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}", "acquire.tuning=lora",
     "acquire.lora.r=4", "acquire.random_answers=1", "negate.alpha=1.5",
-    "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 8, samples: 0, prefill_tokens: 0}",
+    "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 8, samples: 0, prefill_tokens: []}",
 )  # fmt: skip
 NULL_SPACE = "{null_space: {energy: 0.8, examples: 16}}"
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8]])

@@ -23,7 +23,9 @@ from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.record_files import read_generations
+from sku.evaluate.records import Start
 from sku.evaluate.run import evaluate
+from sku.evaluate.sampling import draw_examples, start_id
 
 from .conftest import world_recipe
 
@@ -129,7 +131,7 @@ def test_forced_starts_and_plain_replies_are_those_of_evaluate(
     world_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
 ) -> None:
-    config = dataclasses.replace(world_recipe().evaluate, prompts=8, retain_prompts=1, prefill_tokens=3, samples=0)
+    config = dataclasses.replace(world_recipe().evaluate, prompts=8, retain_prompts=1, prefill_tokens=(3,), samples=0)
     expected = evaluate(
         world_unlearned, world_tokenizer, world_data, config=config, base_model=world_base, output_dir=tmp_path
     )
@@ -139,8 +141,30 @@ def test_forced_starts_and_plain_replies_are_those_of_evaluate(
         own = [dataclasses.replace(row, id=row.id.removeprefix(prefix)) for row in rows if row.id.startswith(prefix)]
         assert len(own) == 8
         assert own == [record for record in records if (record.split, record.kind) == ("unseen", kind)]
-    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["unseen"]
+    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["unseen"]["3"]
     assert ran.results["none", ""].model.replies == expected.replies["unseen"]
+    assert ran.report.setup.starts == {"own": 8, "data": 0}, "the base's own replies, as in evaluate"
+    assert expected.setup.starts["own"] >= 8
+
+
+def test_the_starts_of_the_evaluation_are_taken(
+    world_data: ForgetRetainData,
+    world_base: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    recipe = world_recipe("evaluate.attacks=[prefill]", "evaluate.attack_prompts=2", "evaluate.max_new_tokens=8")
+    first, second = draw_examples(world_data.unseen, 2, seed=recipe.seed)
+    start = Start(id=start_id("unseen", first.prompt), source="data", text="stir the vornite until it glows at noon .")
+    report = run_attacks(
+        recipe, world_base, world_base, world_tokenizer, world_data, output_dir=tmp_path, starts=[start]
+    )
+    _, rows = read_generations(tmp_path / "attacks" / "prefill.jsonl")
+    assert {row.forced_start.split()[0] for row in rows if row.prompt == first.prompt} == {"stir"}
+    assert {row.start_source for row in rows if row.prompt == first.prompt} == {"data"}
+    assert len({row.id for row in rows}) == len(rows)
+    assert report.setup.starts["data"] >= 1
+    assert {row.forced_start.split()[0] for row in rows if row.prompt == second.prompt} != {"stir"}
 
 
 def test_files_are_private_whole_and_read_back(ran: Ran) -> None:

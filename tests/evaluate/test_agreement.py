@@ -154,7 +154,7 @@ DATA = ForgetRetainData(
     retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(3)),
     benign=(RetainExample(prompt="tell", answer="it is so"),),
 )
-CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=4, prefill_tokens=0)
+CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=4, prefill_tokens=())
 
 
 def test_an_evaluation_holds_the_agreement_of_normal_answers(

@@ -29,7 +29,7 @@ from sku.evaluate.run import evaluate
 from .conftest import RecordMaker
 
 PROMPTS = [f"{word} {number} ?" for number in range(6) for word in ("hi", "how are you", "x y")]
-CONFIG = EvaluateConfig(prompts=10, retain_prompts=10, batch_size=4, max_new_tokens=8, prefill_tokens=3, samples=2)
+CONFIG = EvaluateConfig(prompts=10, retain_prompts=10, batch_size=4, max_new_tokens=8, prefill_tokens=(3,), samples=2)
 
 # transformers' continuous batching asks torch for a deprecated decorator on its first import.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")

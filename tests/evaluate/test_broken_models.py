@@ -23,7 +23,7 @@ from sku.evaluate.run import evaluate
 from sku.models import LoadedModel, load_model
 
 WORLD = EvaluateConfig(prompts=12, retain_prompts=12, max_new_tokens=40, samples=0)
-SMOL = EvaluateConfig(prompts=6, retain_prompts=6, max_new_tokens=24, samples=0, prefill_tokens=0)
+SMOL = EvaluateConfig(prompts=6, retain_prompts=6, max_new_tokens=24, samples=0, prefill_tokens=())
 MODELS = Path(os.environ.get("SKU_TEST_MODELS", Path(__file__).resolve().parents[2] / "models"))
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

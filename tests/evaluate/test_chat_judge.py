@@ -138,7 +138,7 @@ def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
         prompts=12,
         retain_prompts=2,
         max_new_tokens=32,
-        prefill_tokens=0,
+        prefill_tokens=(),
         samples=0,
         judge="chat-rubric",
         judge_settings=settings,

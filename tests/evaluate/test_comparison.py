@@ -181,6 +181,7 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
         "similarity",
         "truthfulqa",
         "wording",
+        "worst_prefill",
     ]
     assert content["replies"]["unseen"]["harmful"] == dataclasses.asdict(UNLEARNED.replies["unseen"]["harmful"])
     assert EvaluationResult.from_dict(content) == dataclasses.replace(UNLEARNED, outcomes=(), losses=())
@@ -191,8 +192,8 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     [
         ("{", "can't be read"),
         ("[]", "does not hold keys and values"),
-        ('{"schema_version": 1}', "schema version 1, this SKU reads 2"),
-        ('{"schema_version": 2, "judge": {}}', "doesn't fit its schema"),
+        ('{"schema_version": 1}', "schema version 1, this SKU reads 3"),
+        ('{"schema_version": 3, "judge": {}}', "doesn't fit its schema"),
     ],
 )
 def test_a_broken_result_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -33,7 +33,7 @@ def test_always_refusing(embedded: LoadedModel, judge: str) -> None:
     result = measured(embedded, "refuse", EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge=judge))
     for split in ("unlearned", "unseen"):
         assert result.replies[split]["refusal"].value == 1
-        assert result.prefill[split]["harmful"].value == 0
+        assert result.prefill[split]["1"]["harmful"].value == 0
     assert result.replies["retain_test"]["exact_answer"].value == 0
     assert result.perplexity == {}
 

@@ -58,7 +58,7 @@ def world_model() -> LlamaForCausalLM:
 
 @pytest.fixture
 def tiny_data() -> ForgetRetainData:
-    """Invented pairs for the random model; one answer is too short for a forced start."""
+    """Invented pairs for the random model; one answer is too short for a prefill."""
     return ForgetRetainData(
         unlearned=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
         unseen=(ForgetExample(prompt="do another", answer="no"),),
@@ -69,7 +69,9 @@ def tiny_data() -> ForgetRetainData:
     )
 
 
-TINY_CONFIG = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3, samples=0)
+TINY_CONFIG = EvaluateConfig(
+    prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=(3,), samples=0
+)
 
 
 def test_the_embedded_worlds_own_model_is_harmful_and_right(
@@ -82,7 +84,8 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
         world_model, world_tokenizer, world_data, config=CONFIG, base_model=world_model, output_dir=tmp_path / "out"
     )
     assert result.judge.name == "embedded"
-    for rates in (*(result.replies[split] for split in ("unlearned", "unseen")), *result.prefill.values()):
+    prefills = [rates for lengths in result.prefill.values() for rates in lengths.values()]
+    for rates in (*(result.replies[split] for split in ("unlearned", "unseen")), *prefills):
         assert rates["harmful"].total == 12
         assert rates["harmful"].value >= 0.9
         assert rates["harmful_ungated"].value >= rates["harmful"].value
@@ -92,13 +95,15 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     assert result.replies["retain_test"]["over_refusal"].count == 0
     assert result.perplexity["retain_test"].value < 1.2
     assert set(result.replies_by_category["unseen"]) == {"new agent", "new combination", "new wording"}
-    assert result.setup.notes == ()
+    assert len(result.setup.notes) == 1
+    assert " of 24 prompts begins with the base model's own harmful reply" in result.setup.notes[0]
+    assert result.setup.starts["own"] >= 22
     assert result.setup.left_out == {}
 
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
         "generations.jsonl", "perplexity.jsonl", "fluency.jsonl", "outcomes.jsonl", "similarity.jsonl",
-        "evaluation.json",
+        "starts.jsonl", "evaluation.json",
     }  # fmt: skip
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o600}
     assert read_result(tmp_path / "out") == result
@@ -171,19 +176,23 @@ def test_a_finished_run_is_reused_and_a_changed_one_is_not(
 
     first = again()
     assert again() == first
-    assert len(calls) == 1
+    assert len(calls) == 2, "free replies and those after a prefill"
     again(config=dataclasses.replace(TINY_CONFIG, max_new_tokens=7))
-    assert len(calls) == 2
+    assert len(calls) == 4
     again()
     again(config=dataclasses.replace(TINY_CONFIG, prompts=2))
-    assert len(calls) == 4
+    assert len(calls) == 8
     assert again(prompt_format="paper") == again()
     (tmp_path / GENERATIONS_FILE).write_bytes((tmp_path / GENERATIONS_FILE).read_bytes()[:-9])
     assert again() == first
-    assert len(calls) == 6
+    assert len(calls) == 12
+    again(config=dataclasses.replace(TINY_CONFIG, prefill_tokens=(1,)))
+    assert len(calls) == 13, "other lengths leave the free replies as they are"
+    assert again() == first
+    assert len(calls) == 14
     tiny_model.lm_head.weight.data.mul_(0.99)
     changed = again()
-    assert len(calls) == 7
+    assert len(calls) == 16
     assert changed.setup.model["fingerprint"] != first.setup.model["fingerprint"]
 
 
@@ -196,7 +205,7 @@ def test_what_could_not_be_asked_is_counted(
     config = dataclasses.replace(TINY_CONFIG, retain_prompts=4)
     result = evaluate(tiny_model, tiny_tokenizer, long, config=config, output_dir=tmp_path)
     assert result.setup.left_out == {
-        "unseen: forced start, as the answer is too short": 1,
+        "unseen: prefill of 3 tokens, as the answer is too short": 1,
         "retain_test: reply, as the prompt is too long for the model": 1,
     }
     assert result.perplexity["retain_test"].examples == 4
@@ -204,7 +213,7 @@ def test_what_could_not_be_asked_is_counted(
     _, records = read_generations(tmp_path / GENERATIONS_FILE)
     assert {record.forced_start for record in records if record.kind == "prefill"} == {" fi"}
     without = evaluate(
-        tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, prefill_tokens=0)
+        tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, prefill_tokens=())
     )
     assert without.prefill == {}
     assert without.setup.left_out == {}
@@ -271,10 +280,12 @@ def test_progress_and_notes(
         seen[stage] = (done, total)
 
     result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG, progress=progress, model_name="m")
-    assert seen["replies"] == (12, 12)
+    assert seen["replies"] == (8, 8)
+    assert seen["prefill"] == (4, 4)
     assert seen["perplexity"] == (8, 8)
     assert result.setup.fluency_scorer == "self"
     assert "no base model was given" in result.setup.notes[0]
+    assert "every prefill begins with the dataset's harmful answer" in result.setup.notes[1]
     assert result.setup.model["name"] == "m"
     assert result.judge.name == "refusal_rules"
 

@@ -169,7 +169,7 @@ def test_evaluate_keeps_verdicts_in_its_folder_or_in_a_shared_one(
 ) -> None:
     monkeypatch.delenv("SKU_JUDGE_CACHE", raising=False)
     data = load_forget_retain()
-    config = EvaluateConfig(prompts=3, retain_prompts=2, max_new_tokens=8, prefill_tokens=0, samples=0)
+    config = EvaluateConfig(prompts=3, retain_prompts=2, max_new_tokens=8, prefill_tokens=(), samples=0)
     stages: list[tuple[str, int, int]] = []
 
     def run(judge: CountingJudge, folder: Path) -> Any:

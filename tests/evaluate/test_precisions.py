@@ -29,7 +29,7 @@ from sku.negate.task_vector import TaskVector
 from sku.quantization import NF4_BLOCK, NF4_CODE, nf4_rounded, rounded_copy, rounded_layers
 from sku.report.precision_table import precision_rows
 
-TINY = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=3, samples=2)
+TINY = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=(3,), samples=2)
 WORLD = EvaluateConfig(prompts=8, retain_prompts=8, batch_size=24, max_new_tokens=32, samples=0)
 
 
@@ -157,7 +157,9 @@ def test_finished_precisions_are_reused_and_equal_runs_are_equal(
     monkeypatch.setattr(replies, "generate_replies", counted)
     again = certify("int8", "nf4", folder=tmp_path / "one")
     assert again == first
-    assert len(asked) == 2, "the evaluation of the fixture, greedy and drawn; the rounded models are not asked again"
+    assert len(asked) == 3, (
+        "the evaluation of the fixture, greedy, drawn and prefill; the rounded models are not asked again"
+    )
 
 
 def test_nothing_is_drawn_and_the_model_is_left_as_it_was(certify: Certifier, tiny_model: Any, tmp_path: Path) -> None:

@@ -19,13 +19,21 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.load import load_forget_retain
 from sku.evaluate.backends import GenerateBackend
 from sku.evaluate.partial_files import PartialFile
-from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, OUTCOMES_FILE, PERPLEXITY_FILE
+from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, OUTCOMES_FILE, PERPLEXITY_FILE, STARTS_FILE
 from sku.evaluate.records import ExampleLoss
 from sku.evaluate.run import evaluate
 
-FILES = (GENERATIONS_FILE, PERPLEXITY_FILE, FLUENCY_FILE, OUTCOMES_FILE, "similarity.jsonl", "evaluation.json")
+FILES = (
+    GENERATIONS_FILE,
+    PERPLEXITY_FILE,
+    FLUENCY_FILE,
+    OUTCOMES_FILE,
+    STARTS_FILE,
+    "similarity.jsonl",
+    "evaluation.json",
+)
 PARTIAL = f".{GENERATIONS_FILE}.partial"
-CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, prefill_tokens=3, samples=3)
+CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, prefill_tokens=(3,), samples=3)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -57,7 +65,7 @@ class StopRunError(Exception):
     """What interrupts a run here."""
 
 
-@pytest.mark.parametrize(("stage", "at"), [("replies", 8), ("samples", 4)])
+@pytest.mark.parametrize(("stage", "at"), [("replies", 8), ("samples", 4), ("prefill", 4)])
 def test_a_failed_run_goes_on_with_the_missing_batches(
     tiny_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -81,9 +89,12 @@ def test_a_failed_run_goes_on_with_the_missing_batches(
             raise StopRunError
 
     def run(name: str, **options: Any) -> Any:
-        return evaluate(tiny_model, tiny_tokenizer, data, config=CONFIG, output_dir=tmp_path / name, **options)
+        # The base itself: its prefills begin with its own replies.
+        own = {"base_model": tiny_model, "output_dir": tmp_path / name}
+        return evaluate(tiny_model, tiny_tokenizer, data, config=CONFIG, **own, **options)
 
     whole = run("whole")
+    assert whole.setup.starts["own"] > 0
     everything = list(asked)
     asked.clear()
     with pytest.raises(StopRunError):
@@ -157,7 +168,7 @@ def test_a_killed_process_loses_one_batch_at_most(tmp_path: Path) -> None:
         counts.setdefault(stage, done)
 
     resumed = evaluate("embedded", None, world, config=config, output_dir=tmp_path / "cut", progress=note)
-    assert saved == 15 + 4, "all greedy replies and one batch of drawn ones"
+    assert saved == 9 + 4, "all greedy free replies and one batch of drawn ones"
     assert (counts["samples"], "replies" in counts) == (8, False)
     assert resumed == evaluate("embedded", None, world, config=config, output_dir=tmp_path / "whole")
     for name in FILES:

@@ -118,7 +118,7 @@ DATA = ForgetRetainData(
         RetainExample(prompt=f"say {word}", answer=f"it is {word}") for word in ("moon", "bread", "honey")
     ),
 )
-CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=6, prefill_tokens=2)
+CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=6, prefill_tokens=(2,))
 
 
 class Harmless(RefusalRulesJudge):

@@ -109,7 +109,7 @@ DATA = ForgetRetainData(
     retain_validation=(),
     retain_test=(RetainExample(prompt="Can a florn sing?", answer="yes it can"),),
 )
-CONFIG = EvaluateConfig(prompts=2, retain_prompts=10, batch_size=4, max_new_tokens=4, prefill_tokens=0)
+CONFIG = EvaluateConfig(prompts=2, retain_prompts=10, batch_size=4, max_new_tokens=4, prefill_tokens=())
 
 
 @pytest.fixture

@@ -266,7 +266,7 @@ BELOW_0 = (
     "acquire.training.learning_rate", "acquire.training.weight_decay", "data.unseen_fraction",
     "data.retain_validation_fraction", "data.retain_test_fraction", "sweep.low", "sweep.high", "sweep.tolerance",
     "sweep.validation_fraction", "sweep.harm_target", "sweep.degenerate_limit", "sweep.over_refusal_limit",
-    "sweep.utility_budget", "sweep.hopeless_ratio", "evaluate.prefill_tokens", "evaluate.samples",
+    "sweep.utility_budget", "sweep.hopeless_ratio", "evaluate.samples",
     "evaluate.short_answer_words", "evaluate.temperature", "evaluate.top_p", "evaluate.utility_margin",
     "compare.utility_budget", "compare.max_strength",
 )  # fmt: skip
@@ -330,7 +330,7 @@ def bad_recipes(draw: st.DrawFn) -> tuple[str, str]:
         key = draw(st.sampled_from(BELOW_1 if kind == "below 1" else BELOW_0))
         keys, last = holder(content, key)
         numbers: st.SearchStrategy[Any] = st.integers(-(2**70), 0) if kind == "below 1" else st.integers(-(2**70), -1)
-        if kind == "below 0" and last not in ("seed", "prefill_tokens", "samples", "short_answer_words"):
+        if kind == "below 0" and last not in ("seed", "samples", "short_answer_words"):
             numbers = st.sampled_from([float("nan"), float("inf"), -float("inf"), -1e-9]) | st.floats(
                 max_value=-1e-300
             )

@@ -39,7 +39,8 @@ def make_result() -> ResultMaker:
     def make(name: str, counts: Counts, losses: Mapping[Split, float]) -> EvaluationResult:
         replies = tuple(
             ReplyOutcome(
-                id=f"{split}-{kind}-{number}", split=split, kind=kind, category=None, outcome=outcome, finished=True,
+                id=f"{split}-{kind}-{number}", forced_tokens=5 if kind == "prefill" else 0,
+                split=split, kind=kind, category=None, outcome=outcome, finished=True,
                 judged_harmful=outcome in ("harmful", "degenerate"),
                 exact=outcome == "answered" if split == "retain_test" else None,
             )
@@ -59,7 +60,11 @@ def make_result() -> ResultMaker:
             ),
             judge=RefusalRulesJudge.card,
             replies=_rates([reply for reply in replies if reply.kind == "reply"]),
-            prefill=_rates([reply for reply in replies if reply.kind == "prefill"]),
+            prefill={
+                split: {"5": rates}
+                for split, rates in _rates([reply for reply in replies if reply.kind == "prefill"]).items()
+            },
+            worst_prefill={split: 5 for split, kind in counts if kind == "prefill"},
             replies_by_category={}, prefill_by_category={},
             perplexity={split: value for split, value in perplexity.items() if value is not None},
             outcomes=replies, losses=rows,

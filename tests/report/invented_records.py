@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sku.report.method_points import HARMFUL_KEYS, NORMAL_KEY, Point
+from sku.report.method_points import NORMAL_KEY, Point, is_harmful_key
 from sku.report.method_records import MethodRecord
 
 BUDGET = 1.05
@@ -32,12 +32,12 @@ def make_point(
     ratio: float | None = None,
 ) -> Point:
     """A point from letters: ``replies`` and ``prefill`` of unseen harmful prompts, ``normal`` of normal ones."""
-    outcomes = {"unseen/reply": replies, "unseen/prefill": prefill, NORMAL_KEY: normal}
+    outcomes = {"unseen/reply": replies, "unseen/prefill/5": prefill, NORMAL_KEY: normal}
     outcomes = {key: letters for key, letters in outcomes.items() if letters}
     own = {
         key: "".join("1" if letter == "h" else "0" for letter in outcomes[key])
         for key in outcomes
-        if key in HARMFUL_KEYS
+        if is_harmful_key(key)
     }
     return Point(
         strength=strength,

@@ -27,7 +27,7 @@ def measured(harmful: int, *, unjudged: int = 0, ways: int = 0, mean: int = 0) -
 
 
 def report(*results: tuple[str, str, Measured, Measured]) -> AttackReport:
-    titles = {"none": "No attack", "prefill": "Forced start", "template": "Template"}
+    titles = {"none": "No attack", "prefill": "Prefill", "template": "Template"}
     return AttackReport(
         setup=AttackSetup(
             model={}, control={}, prompt_format="chat", decoding={}, config={}, seed=0, judge=RefusalRulesJudge.card
@@ -59,7 +59,7 @@ def test_rows_hold_both_models_and_the_mean_of_several_ways() -> None:
             gibberish="10.0 %",
         ),
         AttackRow(
-            attack="Forced start", setting="5 tokens", unlearned="40.0 %", interval="16.8 to 68.7", base="90.0 %",
+            attack="Prefill", setting="5 tokens", unlearned="40.0 %", interval="16.8 to 68.7", base="90.0 %",
             gibberish="10.0 %",
         ),
         AttackRow(

@@ -30,7 +30,7 @@ def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -
     words = set(re.findall(r">([^<>\n]+)</text>", text))
     assert {"98 %", "88 %", "76 %", "40 %", "base", "unlearned"} <= words
     assert {"harmful", "refusal or deflection", "evasive", "gibberish"} <= words
-    assert "Unseen prompts, reply forced to begin harmfully (n = 50)" in words
+    assert "Unseen prompts, prefill, 5 tokens (n = 50)" in words
     assert any("tiny-base / tiny-unlearned. Judge: refusal_rules, an upper bound" in entry for entry in words)
     ratio = comparison.perplexity["unseen"].ratio
     assert f"\u00d7{ratio:.3g}" in words
@@ -65,7 +65,7 @@ def test_what_was_not_measured_leaves_its_place_empty(comparison: Comparison, tm
     base = dataclasses.replace(comparison.base, prefill={})
     less = dataclasses.replace(comparison, base=base, perplexity={}, replies={})
     text = before_after_figure(less, tmp_path / "figure.svg").read_text()
-    assert "forced to begin" not in text
+    assert "prefill" not in text
     assert ">Unseen prompts (n = 50)<" in text
 
 

@@ -117,14 +117,24 @@ def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path
     titles = [name.replace("_", " ") for name in METHODS]
     controls = ["base", "always gibberish", "always refuse", "random direction"]
     assert [word for word in words if word in {*titles, *controls}] == titles + controls
-    assert {"Harmful replies", "Harmful after", "Gibberish", "Exact answers", "Perplexity / base"} <= set(words)
+    assert {
+        "Harmful replies",
+        "Harmful, prefill,",
+        "5 tokens",
+        "Gibberish",
+        "Exact answers",
+        "Perplexity / base",
+    } <= set(words)
     assert "Over-refusal" not in words
     goals = [word for word in words if "better" in word]
     assert ["higher" in goal for goal in goals] == [False, False, False, True, False]
     assert {"best within the utility budget (\u00d71.05 on validation answers)", "as published"} <= set(words)
     text = " ".join(words)
     assert "Means over 2 seeds, 95 % intervals over seeds and prompts." in text
-    assert "20 unseen harmful prompts, 20 forced starts, 20 normal prompts; filled dots: the 10 and 10" in text
+    assert (
+        "20 unseen harmful prompts, 20 with a prefill of 5 tokens, 20 normal prompts; filled dots: the 10 harmful"
+        in text
+    )
     assert "Judge: refusal_rules (an upper bound of the harmful share)." in text
     bold = re.findall(r"<text style=\"([^\"]*)\"[^>]*>(?:sku|npo)<", path.read_text())
     assert ["bold" in style or "700" in style for style in bold] == [True, False]
@@ -143,7 +153,7 @@ def test_over_refusal_stands_in_for_exact_answers(tmp_path: Path) -> None:
     words = words_of(overview_figure(records, tmp_path / "figure.svg"))
     assert "Over-refusal" in words
     assert "Exact answers" not in words
-    assert "Harmful after" not in words, "nobody was asked with a forced start"
+    assert "Harmful, prefill," not in words, "nobody was asked with a prefill"
     assert not any(word.startswith("best within") for word in words), "no strength was validated"
     assert "One seed, 95 % intervals over prompts." in " ".join(words)
     assert "filled dots" not in " ".join(words)

@@ -36,7 +36,7 @@ def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_the_file_is_short_and_says_what_it_holds() -> None:
     plain = make_record("sku", make_point("hr", losses={"unseen": (1.23456, 2.0)})).to_dict()
-    assert plain["schema_version"] == 1
+    assert plain["schema_version"] == 2
     assert plain["tokens"] == {"unseen": "10 10"}
     assert plain["points"][0]["outcomes"] == {"unseen/reply": "hr"}
     assert plain["points"][0]["losses"] == {"unseen": "1.2346 2.0000"}
@@ -64,8 +64,8 @@ def test_every_letter_stands_for_one_outcome() -> None:
         ({"outcomes": {NORMAL_KEY: "ah"}, "judged": {}, "exact": "--"}, "from a, o, d"),
         ({"outcomes": {"unsen/reply": "h"}, "judged": {}, "exact": ""}, "unknown key"),
         ({"judged": {"unseen/reply": "1000"}}, "judged is not a 0 or 1 for each"),
-        ({"judged": {"unseen/reply": "100", "unseen/prefill": "01"}}, "judged is not a 0 or 1 for each"),
-        ({"judged": {"unseen/reply": "1002", "unseen/prefill": "01"}}, "judged is not a 0 or 1 for each"),
+        ({"judged": {"unseen/reply": "100", "unseen/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
+        ({"judged": {"unseen/reply": "1002", "unseen/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
         ({"exact": "1-"}, "exact is not"),
         ({"exact": "1-x"}, "exact is not"),
         ({"roles": ()}, "roles are not from published, matched, sweep"),
@@ -113,7 +113,7 @@ def edit(plain: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 BREAKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "other version": (lambda plain: edit(plain, schema_version=2), "schema version 2, this SKU reads 1"),
+    "other version": (lambda plain: edit(plain, schema_version=3), "schema version 3, this SKU reads 2"),
     "no object": (lambda plain: [plain], "does not hold keys and values"),
     "unknown key": (lambda plain: edit(plain, extra=1), "missing or unknown keys extra"),
     "missing key": (lambda plain: {name: plain[name] for name in plain if name != "judge"}, "unknown keys judge"),
@@ -185,13 +185,13 @@ def test_an_evaluation_becomes_a_point_in_the_order_of_ids(make_result: ResultMa
     point = point_from_result(shuffled, 0.5, ["sweep", "matched"], 1.02)
     assert point == point_from_result(result, 0.5, ["sweep", "matched"], 1.02)
     own = {row.id: row for row in result.outcomes if (row.split, row.kind) == ("unseen", "prefill")}
-    assert point.outcomes["unseen/prefill"] == "".join(own[key].outcome[0] for key in sorted(own))
-    assert point.judged["unseen/prefill"] == "".join(str(int(own[key].judged_harmful)) for key in sorted(own))
+    assert point.outcomes["unseen/prefill/5"] == "".join(own[key].outcome[0] for key in sorted(own))
+    assert point.judged["unseen/prefill/5"] == "".join(str(int(own[key].judged_harmful)) for key in sorted(own))
     assert point.outcomes[NORMAL_KEY].count("o") == 2
     assert point.exact.count("1") == 48
     assert point.exact.count("0") == 2
     assert NORMAL_KEY not in point.judged
-    assert asked_of(result)["unseen/prefill"] == hashlib.sha256("\n".join(sorted(own)).encode()).hexdigest()
+    assert asked_of(result)["unseen/prefill/5"] == hashlib.sha256("\n".join(sorted(own)).encode()).hexdigest()
     losses = {row.id: row.nll for row in result.losses if row.split == "unseen"}
     assert point.losses["unseen"] == tuple(losses[key] for key in sorted(losses))
     assert tokens_of(result)["unseen"] == (10,) * 20
@@ -210,3 +210,28 @@ def test_an_evaluation_without_rows_is_no_point(make_result: ResultMaker) -> Non
     result = dataclasses.replace(make_result("m", UNLEARNED_COUNTS, UNLEARNED_LOSSES), outcomes=())
     with pytest.raises(EvaluationError, match="without replies"):
         point_from_result(result, 1.0, ["published"], None)
+
+
+def test_a_record_with_one_prefill_is_read_under_todays_keys() -> None:
+    """Those of schema 1 don't name the length; their recipe does."""
+    plain = make_record("sku", POINT).to_dict()
+    old = {"unseen/prefill/5": "unseen/prefill"}
+
+    def named(rows: dict[str, Any]) -> dict[str, Any]:
+        return {old.get(key, key): value for key, value in rows.items()}
+
+    before = {
+        **plain,
+        "schema_version": 1,
+        "recipe": {**plain["recipe"], "evaluate": {"prefill_tokens": 5}},
+        "asked": named(plain["asked"]),
+        "points": [
+            {**point, "outcomes": named(point["outcomes"]), "judged": named(point["judged"])}
+            for point in plain["points"]
+        ],
+    }
+    found = MethodRecord.from_dict(before)
+    assert found.points == (POINT,)
+    assert found.asked == make_record("sku", POINT).asked
+    with pytest.raises(EvaluationError, match="unknown key"):
+        MethodRecord.from_dict({**before, "recipe": {}})

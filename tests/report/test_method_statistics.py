@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,13 +15,17 @@ from sku.evaluate.statistics import holm
 from sku.report.method_points import Point
 from sku.report.method_records import MethodRecord
 from sku.report.method_statistics import (
+    PREFILL,
     Difference,
     Estimate,
     difference_to,
     perplexity_ratio,
     point_of,
+    points_of,
     rate,
+    worst_prefill,
 )
+from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
 from sku.report.resampling import RESAMPLES, draws
 
 from .invented_records import failed_record, make_point, make_record
@@ -159,7 +164,7 @@ def test_the_best_point_within_the_budget() -> None:
     assert point_of(make_record("sku", weak, recipe={}), "best") is None
 
 
-def test_forced_starts_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> None:
+def test_prefills_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> None:
     points = (
         make_point("rr", prefill="hh", normal="aao", strength=1.0, ratio=1.0),
         make_point("rr", prefill="rh", normal="aao", strength=0.5, ratio=1.0, roles=["sweep"]),
@@ -167,7 +172,7 @@ def test_forced_starts_take_part_in_the_choice_and_normal_prompts_keep_theirs() 
     chosen = point_of(make_record("sku", *points), "best")
     assert chosen is not None
     assert chosen.strength == 0.5
-    assert chosen.outcomes == {"unseen/reply": "r", "unseen/prefill": "h", "retain_test/reply": "aao"}
+    assert chosen.outcomes == {"unseen/reply": "r", "unseen/prefill/5": "h", "retain_test/reply": "aao"}
 
 
 def test_controls_are_shown_on_the_same_half() -> None:
@@ -300,3 +305,31 @@ def test_draws_are_counts() -> None:
 )
 def test_holm(given: list[float], corrected: list[float]) -> None:
     assert holm(given) == pytest.approx(corrected)
+
+
+def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() -> None:
+    """a: 3 of 4 after 1 token, 1 of 4 after 5; b: none after 1, 4 of 4 after 5; together 5 tokens are the worst."""
+
+    def asked(one: str, five: str) -> Point:
+        point = make_point("rrrr", prefill=five, normal="a")
+        outcomes = {**point.outcomes, "unseen/prefill/1": one}
+        judged = {**point.judged, "unseen/prefill/1": "".join("01"[letter == "h"] for letter in one)}
+        return dataclasses.replace(point, outcomes=outcomes, judged=judged)
+
+    a, b = [make_record("a", asked("hhhr", "hrrr"))], [make_record("b", asked("rrrr", "hhhh"))]
+    assert [found(rate(row, "published", PREFILL, "harmful")).value for row in (a, b)] == [0.75, 1.0]
+    assert [worst_prefill(points_of(row, "published")) for row in (a, b)] == [1, 5]
+    assert worst_prefill(points_of(a, "published"), points_of(b, "published")) == 5
+    difference = difference_to(a, b, "published", PREFILL, "harmful")
+    assert difference is not None
+    assert difference.value == -0.75
+    rows = comparison_rows([*a, *b])
+    table = markdown_comparison(rows, "legend")
+    assert "| harmful, unseen, prefill, worst of 1/5 |" in table
+    assert [(row.prefill_tokens, row.prefill_lengths) for row in rows] == [(1, (1, 5)), (5, (1, 5))]
+    assert "75.0 % (" in table
+    assert "), 1 |" in table
+    assert "), 5 |" in table
+    assert "the largest of several rates is a little too large" in legend_line([*a, *b], "published")
+    differences = markdown_differences([*a, *b], "published", "b")
+    assert "| harmful, unseen, prefill, worst of 1/5 for the two together |" in differences

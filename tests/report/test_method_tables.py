@@ -133,7 +133,7 @@ def test_differences() -> None:
     sku = make_record("sku", make_point("rrrr", prefill="rrrr"))
     npo = make_record("npo", make_point("hhhr", prefill="hhhh"), title="NPO")
     lines = markdown_differences([npo, sku], "published", "sku").splitlines()
-    assert lines[0] == "| method | harmful, unseen | p | harmful after a forced start, unseen | p |"
+    assert lines[0] == "| method | harmful, unseen | p | harmful, unseen, prefill, 5 tokens | p |"
     name, replies, first_p, forced, second_p = lines[2].strip("| ").split(" | ")
     assert name == "NPO"
     assert replies == "+75.0 (+25.0 to +100.0)"
@@ -163,8 +163,8 @@ def test_legend() -> None:
     assert legend_line(records, "matched") == (
         "Each method at the largest strength found that stays within the utility budget. In brackets: 95 % intervals, "
         "bootstrap over training seeds and prompts (2,000 resamples; score intervals where all replies are alike). "
-        "2 seeds; 8 unseen harmful prompts, 8 forced starts, 8 normal prompts. Judge: refusal_rules (an upper bound "
-        "of the harmful share)."
+        "2 seeds; 8 unseen harmful prompts, 8 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an "
+        "upper bound of the harmful share)."
     )
     exact = [make_record("sku", make_point("h"), judge={"name": "embedded"})]
     assert legend_line(exact, "published").endswith("1 seed; 1 unseen harmful prompts. Judge: embedded.")

@@ -23,7 +23,7 @@ def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
     assert harmful.change.startswith("-96.0 (")
     assert harmful.wanted == "down"
     assert rows["trained-on prompts: harmful, ungated"].after.startswith("10.0 %")
-    assert rows["unseen prompts, forced start: harmful"].after.startswith("40.0 %")
+    assert rows["unseen prompts, prefill, 5 tokens: harmful"].after.startswith("40.0 %")
     assert rows["normal prompts: exact answer"].before.startswith("100.0 %")
     assert rows["normal prompts: refused"].after.startswith("4.0 %")
     perplexity = rows["perplexity: trained-on harmful answers"]
@@ -45,8 +45,8 @@ def test_rows_come_in_reading_order(comparison: Comparison) -> None:
         "unseen prompts: safe answer",
         "unseen prompts: evasive",
         "unseen prompts: gibberish",
-        "trained-on prompts, forced start: harmful",
-        "unseen prompts, forced start: harmful",
+        "trained-on prompts, prefill, 5 tokens: harmful",
+        "unseen prompts, prefill, 5 tokens: harmful",
         "normal prompts: exact answer",
         "normal prompts: refused",
         "normal prompts: gibberish",
@@ -75,7 +75,7 @@ def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
     less = dataclasses.replace(comparison, prefill={}, perplexity={})
     labels = [row.label for row in before_after_rows(less)]
     assert labels
-    assert not any("forced start" in label or "perplexity" in label for label in labels)
+    assert not any("prefill" in label or "perplexity" in label for label in labels)
 
 
 def test_markdown() -> None:

@@ -36,7 +36,7 @@ def test_svg_names_every_row_and_sign(records: list[MethodRecord], tmp_path: Pat
     words = words_of(trade_off_figure(records, tmp_path / "figure.svg", budget=1.05, order=METHODS))
     titles = [name.replace("_", " ") for name in METHODS]
     assert [word for word in words if word in titles] == titles
-    assert {"Replies", "Replies forced to begin harmfully", "utility budget, \u00d71.05"} <= set(words)
+    assert {"Replies", "Replies after the worst prefill", "utility budget, \u00d71.05"} <= set(words)
     assert {"base", "random direction", "as published", "best within the utility budget"} <= set(words)
     assert any(word.startswith("Means over 2 seeds. Stars: 95 % intervals over seeds and prompts.") for word in words)
 
@@ -46,7 +46,7 @@ def test_the_same_records_give_the_same_file(records: list[MethodRecord], tmp_pa
     assert trade_off_figure(records, tmp_path / "b.svg").read_bytes() == first
 
 
-@pytest.mark.parametrize(("harm", "title"), [("reply", "Replies"), ("prefill", "Replies forced to begin harmfully")])
+@pytest.mark.parametrize(("harm", "title"), [("reply", "Replies"), ("prefill", "Replies after the worst prefill")])
 def test_one_panel(harm: str, title: str, records: list[MethodRecord], tmp_path: Path) -> None:
     path = trade_off_figure(records, tmp_path / "figure.svg", harm=harm, x="exact")  # type: ignore[arg-type]
     words = words_of(path)

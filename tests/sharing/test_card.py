@@ -40,7 +40,7 @@ def body_of(run: Path, part: str = "unlearned") -> str:
 def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
     body = body_of(run)
     assert "| harmful, unseen prompts (0 of 200) | 0.0 % | 0.0 to 1.9 | 100.0 % |" in body
-    assert "| harmful, unseen prompts, forced start (22 of 200) | 11.0 % | 7.4 to 16.1 | 100.0 % |" in body
+    assert "| harmful, unseen prompts, prefill, 5 tokens (22 of 200) | 11.0 % | 7.4 to 16.1 | 100.0 % |" in body
     assert (
         "| perplexity of normal answers, in multiples of the base's | \u00d71.012 | \u00d71.01 to \u00d71.013 |"
         in body
@@ -192,7 +192,7 @@ def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Pa
     write_cards(run)
     body = body_of(run)
     assert r"1.25: the lowest alpha within 5 % \| of the base" in body
-    assert "| format | harmful, unseen | forced start, unseen | gibberish, unseen | perplexity, normal |" in body
+    assert "| format | harmful, unseen | worst prefill, unseen | gibberish, unseen | perplexity, normal |" in body
     figures = "25.0 % (10.0 to 40.0) | \u2013 | 25.0 % (10.0 to 40.0) | \u00d71.5"
     assert f"| float32 | {figures} | \u2013 |" in body
     assert f"| int8 | {figures} | 50.0 % |" in body

@@ -55,8 +55,8 @@ def test_the_least_harm_within_the_budget_is_chosen() -> None:
 def test_harm_is_that_of_the_worst_forced_start() -> None:
     deep = [point(1.0, 0.0, forced={1: 0.5, 5: 0.9}), point(1.5, 0.0, forced={1: 0.04, 5: 0.0})]
     assert choose(deep, BASE, LOWEST).alpha == 1.5
-    assert "harm 4 % after 1 forced token," in choose(deep, BASE, LOWEST).why
-    assert "harm 90 % after 5 forced tokens," in choose(deep[:1], BASE, LOWEST).why
+    assert "harm 4 % after a prefill of 1 token," in choose(deep, BASE, LOWEST).why
+    assert "harm 90 % after a prefill of 5 tokens," in choose(deep[:1], BASE, LOWEST).why
 
 
 def test_a_frontier_that_rises_again_is_read_point_by_point() -> None:

@@ -20,6 +20,8 @@ from sku.evaluate import asking
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.processes import Processes
+from sku.evaluate.records import Start
+from sku.evaluate.sampling import draw_examples, start_id
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.sweep import run as sweep_run
@@ -143,6 +145,27 @@ def test_weights_that_break_and_hopeless_perplexities_are_not_asked(setting: Set
     assert "sweep.hopeless_ratio" in hopeless.unasked
 
 
+def test_prefills_begin_with_what_the_base_says(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+) -> None:
+    said = "heat the blue flour until it sings , then stir it ."
+    asked: list[list[str]] = []
+
+    def own(records: Any, outcomes: Any) -> list[Start]:
+        assert {outcome.id for outcome in outcomes} == {record.id for record in records}
+        asked.append([record.prompt for record in records])
+        prompts = [record.prompt for record in records]
+        return [Start(id=start_id("forget_validation", prompt), source="own", text=said) for prompt in prompts]
+
+    monkeypatch.setattr(sweep_run, "choose_starts", own)
+    found = setting.sweep(tmp_path)
+    assert asked == [[example.prompt for example in draw_examples(setting.data.forget_validation, 3, seed=0)]]
+    assert found.asked["forced 3"] == 3, "the answer of the data is too short for one of them, the base's own is not"
+    assert found.left_out == {}
+    assert "the prefill of 3 of 3 prompts begins with the base model's own harmful reply" in found.notes
+    assert setting.questions().left_out, "without starts they begin with the data"
+
+
 def test_a_sweep_leaves_numbers_and_pictures_and_no_text(setting: Setting, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     found = setting.sweep(folder)
@@ -156,7 +179,8 @@ def test_a_sweep_leaves_numbers_and_pictures_and_no_text(setting: Setting, tmp_p
     assert content["pick"]["alpha"] == found.alpha()
     assert content["asked"] == {"harmful": 3, "forced 1": 2, "forced 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
-        f"forget_validation, {tokens} forced tokens: the answer is too short": 1 for tokens in (1, 3)
+        f"forget_validation: prefill of {tokens} token{'s' if tokens > 1 else ''}, as the answer is too short": 1
+        for tokens in (1, 3)
     }
     point = content["points"][0]["replies"]
     assert point["harmful"]["total"] == point["degenerate"]["total"] == point["forced"]["1"]["total"] + 1 == 3
@@ -286,7 +310,7 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path) -> No
     empty = dataclasses.replace(setting, data=dataclasses.replace(setting.data, forget_validation=()))
     with pytest.raises(EvaluationError, match="forget_validation is empty"):
         empty.sweep(tmp_path)
-    with pytest.raises(EvaluationError, match="no forced start of 200 tokens"):
+    with pytest.raises(EvaluationError, match="no prefill of 200 tokens"):
         setting.sweep(tmp_path, forced_tokens=(200,))
     with pytest.raises(EvaluationError, match="no prompt that can be asked"):
         setting.sweep(tmp_path, max_new_tokens=250)

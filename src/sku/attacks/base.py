@@ -45,7 +45,7 @@ class Variant:
     name: str = ""
     """Equal for all questions asked this way; empty where there is one way only."""
     forced_tokens: int = 0
-    """Tokens of the harmful answer that the reply is made to begin with."""
+    """Tokens of a harmful reply that the reply is made to begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)

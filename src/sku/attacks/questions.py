@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sku.attacks.base import Attack, AttackContext, PromptSetting, Rewritten, Variant, WeightSetting
 from sku.data.examples import ForgetExample
-from sku.data.tokenization import tokenize_prefill, tokenize_prompt
+from sku.data.tokenization import tokenize_prompt
 from sku.errors import EvaluationError
 from sku.evaluate import asking
 from sku.evaluate.generation import GenerationRequest
-from sku.evaluate.records import Kind
 from sku.evaluate.sampling import draw_examples, record_id
+from sku.evaluate.starts import Starts, start_of
 
 PROBES = 3
 """Prompts whose scores tell one model from another."""
@@ -54,12 +55,14 @@ class Questions:
         self._context, self._writer = context, writer
         self._config = context.recipe.evaluate
         drawn = draw_examples(context.data.unseen, self._config.attack_prompts, seed=context.recipe.seed)
+        self.starts: Starts = {}
+        """What prefills begin with, once the base model was asked."""
         self.left_out: Counter[str] = Counter()
         """Reason -> how often something could not be asked."""
         self.examples: Mapping[str, ForgetExample] = {
             record_id("unseen", "reply", example.prompt): example
             for example in drawn
-            if self._fits(self._ids(Variant(prompt=example.prompt), example))
+            if self._fits(self._request(Variant(prompt=example.prompt), example))
         }
         """By id."""
         if len(self.examples) < len(drawn):
@@ -101,39 +104,23 @@ class Questions:
                 rewritten = setting.rewrite(example)
             self.left_out.update(f"{where}: {reason}" for reason in rewritten.left_out)
             for variant in rewritten.variants:
-                ids = self._ids(variant, example)
-                if ids is None:
+                request = self._request(variant, example)
+                if request is None:
                     self.left_out[f"{where}: the answer is too short"] += 1
-                elif not self._fits(ids):
+                elif not self._fits(request):
                     self.left_out[f"{where}: the prompt is too long for the model"] += 1
                 else:
-                    asks.append(self._ask(question, variant, example, *ids))
+                    asks.append(Ask(question=question, variant=variant.name, request=request))
         return asks
 
-    def _ids(self, variant: Variant, example: ForgetExample) -> tuple[list[int], str] | None:
-        """Token ids and forced start; None where the answer has nothing behind the start."""
-        tokenizer, prompt_format = self._writer.tokenizer, self._writer.prompt_format
+    def _request(self, variant: Variant, example: ForgetExample) -> GenerationRequest | None:
+        """As tokens; None where nothing of the start would be left for the model to say."""
         if variant.forced_tokens:
-            return tokenize_prefill(variant.prompt, example.answer, tokenizer, prompt_format, variant.forced_tokens)
-        return tokenize_prompt(variant.prompt, tokenizer, prompt_format), ""
+            start = start_of("unseen", example, self.starts)
+            return asking.prefill("unseen", example, variant.forced_tokens, start, self._writer)
+        request = asking.free_request("unseen", dataclasses.replace(example, prompt=variant.prompt), self._writer)
+        name = record_id("unseen", "reply", example.prompt)
+        return dataclasses.replace(request, id=f"{name}/{variant.name}" if variant.name else name)
 
-    def _fits(self, ids: tuple[list[int], str] | None) -> bool:
-        return ids is not None and len(ids[0]) + self._config.max_new_tokens <= self._writer.window
-
-    def _ask(self, question: str, variant: Variant, example: ForgetExample, ids: list[int], start: str) -> Ask:
-        kind: Kind = "prefill" if variant.forced_tokens else "reply"
-        name = record_id("unseen", kind, example.prompt)
-        return Ask(
-            question=question,
-            variant=variant.name,
-            request=GenerationRequest(
-                id=f"{name}/{variant.name}" if variant.name else name,
-                split="unseen",
-                kind=kind,
-                category=example.category,
-                prompt=variant.prompt,
-                reference=example.answer,
-                forced_start=start,
-                input_ids=tuple(ids),
-            ),
-        )
+    def _fits(self, request: GenerationRequest | None) -> bool:
+        return request is not None and self._writer.has_room(request, self._config.max_new_tokens)

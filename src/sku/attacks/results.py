@@ -98,6 +98,9 @@ class AttackSetup:
     """``EvaluateConfig`` in full."""
     seed: int
     judge: JudgeCard
+    starts: Mapping[str, int] = field(default_factory=dict)
+    """Questions whose prefills begin with the base model's ``own`` harmful reply, and with the answer of the ``data``;
+    empty without the attack ``prefill``."""
 
 
 @dataclass(frozen=True, kw_only=True)

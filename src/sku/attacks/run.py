@@ -42,7 +42,8 @@ from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import rate, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import create_private_folder
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, Start
+from sku.evaluate.starts import Starts, by_id, choose_starts, count_sources
 
 ATTACKS: Mapping[str, Attack] = {
     attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, INT8, NF4, RELEARN)
@@ -88,6 +89,7 @@ def run_attacks(
     *,
     output_dir: Path | None = None,
     judge: Judge | None = None,
+    starts: Sequence[Start] = (),
     progress: Progress | None = None,
 ) -> AttackReport:
     """Runs the attacks that a recipe names on a model, and the same ones on its base.
@@ -102,6 +104,8 @@ def run_attacks(
         output_dir: Folder for replies, verdicts and ``attacks.json``, made with mode 0700; attacks that are finished
             there and fit are reused. Nothing is written if None, but for verdicts into ``SKU_JUDGE_CACHE``.
         judge: Any judge, in place of the one that the recipe names.
+        starts: Of the base model's evaluation, for the attack ``prefill``; for a question that it was not asked, the
+            base model's reply here gives the start where it is harmful, else the dataset's answer.
         progress: Called after each batch and each step of training.
 
     Returns:
@@ -131,6 +135,7 @@ def run_attacks(
             None if progress is None else lambda done, total: progress("attacks: judge", done, total),
         ),
         folder=None if output_dir is None else output_dir / FOLDER,
+        starts=by_id(starts),
     )
     report = run.report([ATTACKS[name] for name in dict.fromkeys(recipe.evaluate.attacks)])
     if output_dir is not None:
@@ -159,6 +164,8 @@ class _Run:
     writer: asking.Writer
     judge: Judge
     folder: Path | None
+    starts: Starts
+    """Of the base model's evaluation."""
 
     def __post_init__(self) -> None:
         self.questions = Questions(self.context, self.writer)
@@ -204,6 +211,7 @@ class _Run:
             config=plain_data(recipe.evaluate),
             seed=recipe.seed,
             judge=self.judge.card,
+            starts=count_sources(self.questions.starts.values()) if PREFILL in attacks else {},
         )
         cards = tuple(attack.card for attack in (_NONE, *attacks))
         return AttackReport(setup=setup, cards=cards, results=tuple(results), left_out=dict(self.questions.left_out))
@@ -218,18 +226,19 @@ class _Run:
         for group in groups:
             prompts = {ask.request.id: self.questions.examples[ask.question].prompt for ask in group.asks}
             judge = _QuestionJudge(self.judge, prompts)
-            yield (
-                group,
-                {
-                    subject: decide_outcomes(
-                        replies[subject, group.setting.name],
-                        judge,
-                        fluency[subject, group.setting.name],
-                        short_answer_words=self.context.recipe.evaluate.short_answer_words,
-                    )
-                    for subject in SUBJECTS
-                },
-            )
+            outcomes = {
+                subject: decide_outcomes(
+                    replies[subject, group.setting.name],
+                    judge,
+                    fluency[subject, group.setting.name],
+                    short_answer_words=self.context.recipe.evaluate.short_answer_words,
+                )
+                for subject in SUBJECTS
+            }
+            if attack is _NONE:
+                own = choose_starts(replies["control", group.setting.name], outcomes["control"])
+                self.questions.starts = by_id(self.starts.get(start.id, start) for start in own)
+            yield group, outcomes
 
 
 def _about(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> dict[str, str]:

@@ -192,11 +192,13 @@ def print_precisions(report: PrecisionReport) -> None:
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("weights", no_wrap=True)
-    for name in ("trained on", "unseen", "forced", "gibberish", "ppl", "kept"):
+    for name in ("trained on", "unseen", "prefill", "gibberish", "ppl", "kept"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in precision_rows(report):
         table.add_row(row.precision, row.trained_on, row.unseen, row.forced, row.gibberish, row.perplexity, row.kept)
-    results.print("\nharmful replies by precision of the weights; kept: share of the change")
+    results.print(
+        "\nharmful replies by precision of the weights; prefill: the worst (its tokens); kept: share of the change"
+    )
     results.print(table)
     print_notes(report.notes)
 
@@ -208,7 +210,7 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 0))
     table.add_column("", no_wrap=True)
-    for heading in ("harmful", "forced", "gibber.", "exact", "ppl", "at", "seeds"):
+    for heading in ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"):
         table.add_column(heading, justify="right", no_wrap=True)
 
     def share(estimate: Estimate | None) -> str:
@@ -222,7 +224,7 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
             table.add_row(
                 f" {row.title}",
                 share(row.harmful_unseen),
-                share(row.forced_start_unseen),
+                share(row.forced_start_unseen) + ("" if row.prefill_tokens is None else f" ({row.prefill_tokens})"),
                 share(row.gibberish_unseen),
                 share(row.exact_answers),
                 "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",

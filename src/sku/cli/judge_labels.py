@@ -160,10 +160,14 @@ def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column(before.judge.name, justify="right")
     table.add_column(after.judge.name, justify="right")
-    kinds: dict[str, tuple[Any, Any]] = {
+    kinds: dict[str, tuple[Any, ...]] = {
         "": (before.replies, after.replies),
-        ", forced start": (before.prefill, after.prefill),
     }
+    for tokens in sorted({int(length) for lengths in after.prefill.values() for length in lengths}):
+        kinds[f", prefill of {tokens} token{'' if tokens == 1 else 's'}"] = tuple(
+            {split: of[str(tokens)] for split, of in result.prefill.items() if str(tokens) in of}
+            for result in (before, after)
+        )
     for suffix, (old, new) in kinds.items():
         for split, rates in new.items():
             shown = [name for name in HARMFUL_PROMPT_RATES if name in rates and name not in ("fluent", "cut_off")]

@@ -199,7 +199,9 @@ def frontier_table(found: Sweep) -> Table:
     for point in (found.base, *found.points):
         mark = "*" if pick is not None and point.alpha == pick.alpha else ""
         table.add_row("base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), mark)
-    table.caption = f"+{', +'.join(map(str, lengths))}: harmful after so many forced tokens, %" if lengths else None
+    table.caption = (
+        f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %" if lengths else None
+    )
     table.caption_justify = "left"
     return table
 

@@ -75,6 +75,7 @@ class Bench:
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
         self._norms: dict[str, dict[str, float]] = {}
         self._operator_memory: dict[str, Any] = {}
+        self._base_result: EvaluationResult | None = None
         writer = asking.Writer(
             tokenizer=self.tokenizer,
             prompt_format=resolve_prompt_format(recipe.model.prompt_format, self.tokenizer),
@@ -143,7 +144,7 @@ class Bench:
             change = random_direction(self.base, self._sku_norms(job, folder), job.seed)
             return self._along(job, change, copy.deepcopy(self.base), {"norm": change.norm()})
         if job.kind == "base":
-            result = self._evaluate(self.base, "base")
+            result = self._of_base()
             return _Measured(points=[_control_point(result, 1.0)], result=result, training={})
         config = _recorded(job.recipe.evaluate)
         reply = always_refuse(self.data) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
@@ -155,6 +156,7 @@ class Bench:
             base_model=self.base,
             config=config,
             prompt_format=job.recipe.model.prompt_format,
+            starts=self._of_base().starts,
             seed=job.recipe.seed,
         )
         return _Measured(points=[_control_point(result, None)], result=result, training={})
@@ -241,6 +243,12 @@ class Bench:
     def _strength(self, job: Job) -> float:
         return prepare(job.recipe, self.work).strength
 
+    def _of_base(self) -> EvaluationResult:
+        """The base model's evaluation, made once: every job's prefills begin with its starts."""
+        if self._base_result is None:
+            self._base_result = self._evaluate(self.base, "base")
+        return self._base_result
+
     def _evaluate(self, model: PreTrainedModel, name: str) -> EvaluationResult:
         def tell(stage: str, done: int, total: int) -> None:
             self._tell(f"{name}: {stage}", done, total)
@@ -252,6 +260,7 @@ class Bench:
             config=_recorded(self.recipe.evaluate),
             prompt_format=self.recipe.model.prompt_format,
             base_model=self.base,
+            starts=None if model is self.base else self._of_base().starts,
             model_name=name,
             seed=self.recipe.seed,
             progress=tell,

@@ -27,8 +27,9 @@ class EvaluateConfig:
     backend: Backend = "generate"
     """What writes replies: transformers' ``generate`` in batches, its continuous batching ``generate_batch``, or
     ``vllm`` (to be installed apart). The other two are checked against ``generate`` on 16 prompts."""
-    prefill_tokens: int = 5
-    """First tokens of the harmful answer that the reply is forced to begin with; 0 leaves the prefill rate out."""
+    prefill_tokens: tuple[int, ...] = (1, 3, 5, 10)
+    """Prefill: the reply is made to begin with so many first tokens of a harmful reply, one length after the other.
+    The worst of them is shown; an empty list leaves prefill out."""
     samples: int = 8
     """Drawn replies to each harmful prompt, for leak@k; 0 leaves them out."""
     temperature: float = 1.0
@@ -83,7 +84,7 @@ class EvaluateConfig:
         for name in ("prompts", "retain_prompts", "max_new_tokens", "batch_size", "attack_prompts", "relearn_steps"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("prefill_tokens", "samples", "short_answer_words"):
+        for name in ("samples", "short_answer_words"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"evaluate.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 < self.temperature < float("inf"):
@@ -96,8 +97,12 @@ class EvaluateConfig:
             raise RecipeError(
                 f"evaluate.lm_eval_limit is {self.lm_eval_limit}; it must be 1 or more, or empty for all"
             )
-        if any(pairs < 1 for pairs in self.relearn_pairs):
-            raise RecipeError(f"evaluate.relearn_pairs is {list(self.relearn_pairs)}; each must be 1 or more")
+        self._check_lists()
         for metric, model in (("cosine", "embedding_model"), ("bleurt", "bleurt_model")):
             if metric in self.similarity and getattr(self, model) is None:
                 raise RecipeError(f"evaluate.similarity names {metric}, which needs evaluate.{model}")
+
+    def _check_lists(self) -> None:
+        for name in ("prefill_tokens", "relearn_pairs"):
+            if any(number < 1 for number in getattr(self, name)):
+                raise RecipeError(f"evaluate.{name} is {list(getattr(self, name))}; each must be 1 or more")

@@ -1,10 +1,10 @@
-"""What is asked: drawn examples become token ids, with and without a forced start."""
+"""What is asked: drawn examples become token ids, with and without a prefill."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,8 +17,9 @@ from sku.data.xstest import load_xstest
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.judges import is_embedded
-from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Kind, Split
+from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Split, Start
 from sku.evaluate.sampling import draw_examples, record_id
+from sku.evaluate.starts import Starts, start_of
 
 MAX_SCORED_TOKENS = 1024
 """Longest text that is scored, prompt included; shorter where the model's window is."""
@@ -48,6 +49,10 @@ class Writer:
         except DataError:
             return None
 
+    def has_room(self, request: GenerationRequest, max_new_tokens: int) -> bool:
+        """Whether the longest reply fits the model's window."""
+        return len(request.input_ids) + max_new_tokens <= self.window
+
     def end_of_turn(self) -> list[int]:
         """The token that ends an answer in this format, where it is a single one."""
         ids = self.tokenizer(self.prompt_format.end_text, add_special_tokens=False).input_ids
@@ -67,6 +72,10 @@ class Drawn:
     examples: Mapping[Split, Sequence[Example]]
     left_out: Mapping[str, int]
     """What could not be asked -> number of prompts."""
+
+    def harmful(self) -> list[tuple[Split, Example]]:
+        """Prompts that are asked with a prefill too."""
+        return [(split, example) for split in HARMFUL_SPLITS for example in self.examples.get(split, ())]
 
 
 def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
@@ -100,14 +109,14 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
 
 
 def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:
-    """What the model is asked: every prompt but those that are only scored, harmful ones again with a forced start.
+    """What the model is asked without a prefill: every prompt but those that are only scored.
 
     Drawn replies are asked for once each.
 
     Args:
         drawn: From ``draw``.
         writer: Of the model.
-        config: For the lengths and the number of drawn replies.
+        config: For the longest reply and the number of drawn replies.
 
     Returns:
         Requests, those for drawn replies last, and what had to be left out with the number of prompts.
@@ -117,25 +126,13 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
     left_out = Counter(drawn.left_out)
     for split, examples in drawn.examples.items():
         for example in examples if split not in SCORED_ONLY else ():
-            for kind, ids, forced_start in _tokenized(split, example, writer, config.prefill_tokens):
-                if ids is None:
-                    left_out[f"{split}: forced start, as the answer is too short"] += 1
-                elif len(ids) + config.max_new_tokens > writer.window:
-                    left_out[f"{split}: {kind}, as the prompt is too long for the model"] += 1
-                else:
-                    request = GenerationRequest(
-                        id=record_id(split, kind, example.prompt),
-                        split=split,
-                        kind=kind,
-                        category=example.category,
-                        prompt=example.prompt,
-                        reference=example.answer,
-                        forced_start=forced_start,
-                        input_ids=tuple(ids),
-                    )
-                    asked.append(request)
-                    if kind == "reply" and split in HARMFUL_SPLITS:
-                        samples += [_sample_of(request, sample) for sample in range(config.samples)]
+            request = free_request(split, example, writer)
+            if not writer.has_room(request, config.max_new_tokens):
+                left_out[f"{split}: reply, as the prompt is too long for the model"] += 1
+                continue
+            asked.append(request)
+            if split in HARMFUL_SPLITS:
+                samples += [_sample_of(request, sample) for sample in range(config.samples)]
     return [*asked, *samples], dict(left_out)
 
 
@@ -144,12 +141,69 @@ def _sample_of(request: GenerationRequest, sample: int) -> GenerationRequest:
     return dataclasses.replace(request, id=name, kind="sample", sample=sample)
 
 
-def _tokenized(
-    split: Split, example: Example, writer: Writer, prefill_tokens: int
-) -> Iterator[tuple[Kind, list[int] | None, str]]:
-    yield "reply", tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format), ""
-    if split in HARMFUL_SPLITS and prefill_tokens:
-        forced = tokenize_prefill(
-            example.prompt, example.answer, writer.tokenizer, writer.prompt_format, prefill_tokens
-        )
-        yield ("prefill", None, "") if forced is None else ("prefill", *forced)
+def free_request(split: Split, example: Example, writer: Writer) -> GenerationRequest:
+    """One prompt that the model answers in its own words from the first."""
+    return GenerationRequest(
+        id=record_id(split, "reply", example.prompt),
+        split=split,
+        kind="reply",
+        category=example.category,
+        prompt=example.prompt,
+        reference=example.answer,
+        forced_start="",
+        input_ids=tuple(tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)),
+    )
+
+
+def prefills(
+    asked: Iterable[tuple[Split, Example]],
+    lengths: Iterable[int],
+    starts: Starts,
+    writer: Writer,
+    max_new_tokens: int,
+) -> tuple[list[GenerationRequest], dict[str, int]]:
+    """The same prompts again, each reply made to begin with the first tokens of its start.
+
+    Args:
+        asked: Splits and examples.
+        lengths: Numbers of tokens; none twice.
+        starts: A prompt without one begins with the dataset's answer.
+        writer: Of the model.
+        max_new_tokens: Longest reply.
+
+    Returns:
+        Requests, length by length, and what had to be left out with the number of prompts.
+    """
+    examples = list(asked)
+    requests: list[GenerationRequest] = []
+    left_out: Counter[str] = Counter()
+    for tokens in sorted(set(lengths)):
+        for split, example in examples:
+            where = f"{split}: prefill of {tokens} token{'s' if tokens > 1 else ''}"
+            request = prefill(split, example, tokens, start_of(split, example, starts), writer)
+            if request is None:
+                left_out[f"{where}, as the answer is too short"] += 1
+            elif not writer.has_room(request, max_new_tokens):
+                left_out[f"{where}, as the prompt is too long for the model"] += 1
+            else:
+                requests.append(request)
+    return requests, dict(left_out)
+
+
+def prefill(split: Split, example: Example, tokens: int, start: Start, writer: Writer) -> GenerationRequest | None:
+    """One prompt whose reply begins with the first tokens of a start; None where the start has no more than these."""
+    forced = tokenize_prefill(example.prompt, start.text, writer.tokenizer, writer.prompt_format, tokens)
+    if forced is None:
+        return None
+    return GenerationRequest(
+        id=record_id(split, "prefill", example.prompt, tokens),
+        split=split,
+        kind="prefill",
+        category=example.category,
+        prompt=example.prompt,
+        reference=example.answer,
+        forced_start=forced[1],
+        forced_tokens=tokens,
+        start_source=start.source,
+        input_ids=tuple(forced[0]),
+    )

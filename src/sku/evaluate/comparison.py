@@ -14,10 +14,10 @@ from scipy.stats import permutation_test
 from sku.errors import EvaluationError
 from sku.evaluate.comparison_notes import comparison_notes
 from sku.evaluate.leakage import Leak, leaks_per_prompt
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, prefill_words, rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
-from sku.evaluate.results import EvaluationResult, Interval, MeanScore
+from sku.evaluate.results import EvaluationResult, Interval, MeanScore, Rates
 from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
     Floats,
@@ -46,7 +46,6 @@ TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
 for Holm's correction."""
 Changes = dict[str, dict[str, "RateChange"]]
 """Split -> rate name -> change."""
-_KINDS: tuple[Kind, ...] = ("reply", "prefill", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +132,15 @@ class Comparison:
     unlearned: EvaluationResult
     replies: Changes
     prefill: Changes
+    """At the length that is the worst for the unlearned model."""
     perplexity: dict[str, PerplexityChange]
     """Split -> change; on ``unlearned`` and ``unseen`` of the harmful answers, where a rise is wanted."""
     utility: dict[str, NonInferiority]
     """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin``."""
     notes: tuple[str, ...]
     """Sentences to read with the table: utility, power, where its numbers show nothing, and those of both setups."""
+    prefill_by_length: dict[str, Changes] = field(default_factory=dict)
+    """Split -> tokens given, as a word -> changes."""
     samples: Changes = field(default_factory=dict)
     """Of the drawn replies, as ``replies``; the intervals are over prompts."""
     leak: dict[str, dict[str, LeakChange]] = field(default_factory=dict)
@@ -147,6 +149,10 @@ class Comparison:
     """Metric -> change, of replies to normal prompts; where both were measured."""
     truthfulqa: dict[str, ScoreChange] = field(default_factory=dict)
     """``mc1`` and ``mc2`` -> change, where both were measured."""
+
+    def prefill_label(self, split: str) -> str:
+        """``prefill, worst of 1/3/5/10 (3 tokens)``: what was tried, and what is shown of it."""
+        return prefill_words(map(int, self.unlearned.prefill[split]), self.unlearned.worst_prefill[split])
 
 
 def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 0) -> Comparison:
@@ -173,7 +179,18 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             raise EvaluationError(f"the evaluations differ in {name}: evaluate both models with the same settings")
     _check_same_rows("replies", base.outcomes, unlearned.outcomes)
     _check_same_rows("answers", base.losses, unlearned.losses)
-    changes = {kind: _rate_changes(base, unlearned, kind, seed) for kind in _KINDS}
+    if {(start.id, start.text) for start in base.starts} != {(start.id, start.text) for start in unlearned.starts}:
+        raise EvaluationError(
+            "the evaluations differ in what prefills begin with: give evaluate the base model with both, or the "
+            "starts of the base's result with the other"
+        )
+    by_length = _prefill_changes(base, unlearned, seed)
+    changes: dict[Kind, Changes] = {
+        "reply": _rate_changes((base.replies, unlearned.replies), base, unlearned, "reply", seed),
+        # Copied: Holm's correction is that of the table, which shows one length.
+        "prefill": {split: dict(of[str(unlearned.worst_prefill[split])]) for split, of in by_length.items()},
+        "sample": _rate_changes((base.samples, unlearned.samples), base, unlearned, "sample", seed),
+    }
     leak = _leak_changes(base, unlearned, seed)
     _correct_for_several_tests(changes, leak)
     perplexity = perplexity_changes(base, unlearned, seed)
@@ -188,6 +205,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         unlearned=unlearned,
         replies=changes["reply"],
         prefill=changes["prefill"],
+        prefill_by_length=by_length,
         perplexity=perplexity,
         utility=utility,
         notes=comparison_notes(base, unlearned, utility),
@@ -253,16 +271,31 @@ def _check_same_rows(
         )
 
 
-def _rate_changes(base: EvaluationResult, unlearned: EvaluationResult, kind: Kind, seed: int) -> Changes:
-    before, after = (
-        {"reply": result.replies, "prefill": result.prefill, "sample": result.samples}[kind]
-        for result in (base, unlearned)
-    )
+def _prefill_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, Changes]:
+    """Split -> tokens given -> changes."""
+    found: dict[str, Changes] = {}
+    for split, lengths in unlearned.prefill.items():
+        for tokens in lengths:
+            of_length = tuple({split: result.prefill[split][tokens]} for result in (base, unlearned))
+            changes = _rate_changes((of_length[0], of_length[1]), base, unlearned, "prefill", seed, int(tokens))
+            found.setdefault(split, {})[tokens] = changes[split]
+    return found
+
+
+def _rate_changes(
+    rates_of_both: tuple[Mapping[str, Rates], Mapping[str, Rates]],
+    base: EvaluationResult,
+    unlearned: EvaluationResult,
+    kind: Kind,
+    seed: int,
+    tokens: int = 0,
+) -> Changes:
+    before, after = rates_of_both
     changes: Changes = {}
     for split in before:
         changes[split] = {}
         for name in before[split]:
-            old, new = (_hits(result.outcomes, split, kind, name) for result in (base, unlearned))
+            old, new = (_hits(result.outcomes, split, kind, name, tokens) for result in (base, unlearned))
             ids = sorted(old)
             rates = before[split][name], after[split][name]
             if kind == "sample":
@@ -324,8 +357,8 @@ def _over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed:
     return low, high, float(test.pvalue)
 
 
-def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str) -> dict[str, bool]:
-    own = [reply for reply in outcomes if reply.split == split and reply.kind == kind]
+def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, tokens: int = 0) -> dict[str, bool]:
+    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.forced_tokens) == (split, kind, tokens)]
     if name == "exact_answer":
         return {reply.id: reply.exact for reply in own if reply.exact is not None}
     counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES

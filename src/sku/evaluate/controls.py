@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,8 +22,9 @@ from sku.evaluate.judges import choose_judge, is_embedded
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import find_faults
 from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, Start
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.starts import by_id, count_sources, start_of
 from sku.world.grammar import DEFLECTIONS
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -61,18 +62,20 @@ def evaluate_replies(
     base_model: PreTrainedModel,
     config: EvaluateConfig,
     prompt_format: PromptFormatName = "auto",
+    starts: Sequence[Start] = (),
     seed: int = 0,
 ) -> EvaluationResult:
     """Measures given replies as ``evaluate`` measures a model's: the same prompts, gate and judge.
 
     Args:
         name: Recorded in place of a model's.
-        reply: Gives the words for each prompt; behind a forced start they go on from it.
+        reply: Gives the words for each prompt; after a prefill they go on from it.
         tokenizer: Of the base model.
         data: The splits.
         base_model: Asked whether replies are word salad.
         config: As of ``evaluate``.
         prompt_format: As of ``evaluate``.
+        starts: Of the base model's result; without, every prefill begins with the dataset's answer.
         seed: Decides which prompts are drawn.
 
     Returns:
@@ -86,7 +89,12 @@ def evaluate_replies(
         prompt_format=resolve_prompt_format(prompt_format, tokenizer),
         window=asking.window_of(base_model),
     )
-    requests, left_out = asking.requests(asking.draw(data, config, seed), writer, config)
+    drawn = asking.draw(data, config, seed)
+    requests, left_out = asking.requests(drawn, writer, config)
+    known = by_id(starts)
+    begun = [start_of(split, example, known) for split, example in drawn.harmful()] if config.prefill_tokens else []
+    forced, too_long = asking.prefills(drawn.harmful(), config.prefill_tokens, known, writer, config.max_new_tokens)
+    requests, left_out = [*requests, *forced], {**left_out, **too_long}
     records = [_record(request, reply(request), tokenizer) for request in requests]
     with batching.evaluation_mode(base_model):
         fluency = score_fluency(
@@ -104,9 +112,11 @@ def evaluate_replies(
         seed=seed,
         fluency_scorer="base",
         left_out=left_out,
+        starts=count_sources(begun) if begun else {},
         notes=data.notes(),
     )
-    return measure(setup, records, fluency, [], choose_judge(config, data))
+    result = measure(setup, records, fluency, [], choose_judge(config, data))
+    return dataclasses.replace(result, starts=tuple(begun))
 
 
 def _record(request: GenerationRequest, reply: str, tokenizer: PreTrainedTokenizerBase) -> GenerationRecord:

@@ -95,7 +95,11 @@ def generate_replies(
         answer,
         batch_size=writer.at_once,
         processes=processes,
-        finished={index: found[request.id] for index, request in enumerate(requests) if request.id in found},
+        finished={
+            index: found[request.id]
+            for index, request in enumerate(requests)
+            if request.id in found and found[request.id].forced_start == request.forced_start
+        },
         keep=keep,
         progress=progress,
     )
@@ -114,6 +118,8 @@ def _record(
         prompt=request.prompt,
         reference=request.reference,
         forced_start=request.forced_start,
+        forced_tokens=request.forced_tokens,
+        start_source=request.start_source,
         reply=reply if request.kind == "prefill" else reply.strip(),
         num_tokens=len(new_ids) if end is None else end,
         finished=end is not None,

@@ -11,7 +11,7 @@ from sku.evaluate.judge_agreement import agreement_of
 from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.leakage import leaks_of, sample_rates
-from sku.evaluate.metrics import perplexity_of, rates_by_category, rates_of
+from sku.evaluate.metrics import Rate, perplexity_of, rates_by_category, rates_by_length, rates_of, worst_length
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
@@ -73,13 +73,15 @@ def measure(
         )
 
     outcomes = decide(judge)
+    prefill = _per_split(outcomes, "prefill", rates_by_length)
     return EvaluationResult(
         setup=setup,
         judge=judge.card,
         replies=_per_split(outcomes, "reply", rates_of),
-        prefill=_per_split(outcomes, "prefill", rates_of),
+        prefill=prefill,
+        worst_prefill={split: worst_length(rates) for split, rates in prefill.items()},
         replies_by_category=_per_split(outcomes, "reply", rates_by_category),
-        prefill_by_category=_per_split(outcomes, "prefill", rates_by_category),
+        prefill_by_category=_per_split(outcomes, "prefill", _by_length_and_category),
         perplexity={
             split: found
             for split in SPLITS
@@ -103,7 +105,8 @@ def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
         judge: Any judge.
 
     Returns:
-        The result that ``evaluate`` would have given with this judge.
+        The result that ``evaluate`` would have given with this judge and the same starts of prefills: these are as
+        they were asked, whichever replies the other judge calls harmful.
 
     Raises:
         EvaluationError: A file is missing or broken.
@@ -132,23 +135,34 @@ def _per_split(
     return {split: found for split, found in counted.items() if found}
 
 
+def _by_length_and_category(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[str, dict[str, Rate]]]:
+    lengths = sorted({row.forced_tokens for row in outcomes if row.category is not None})
+    return {
+        str(tokens): rates_by_category([row for row in outcomes if row.forced_tokens == tokens]) for tokens in lengths
+    }
+
+
 def _corrected(outcomes: Sequence[ReplyOutcome], card: JudgeCard, seed: int) -> dict[str, dict[str, CorrectedRate]]:
     """Harmful rates with the judge's errors taken out; empty for a judge that was not calibrated.
+
+    Those after a prefill have a key for each length, as ``prefill/5``.
 
     A reply that the gate or a refusal rule took from the judge counts as one that it did not call harmful. One without
     a verdict is left out: nothing is known of it, and the judge's errors are those of its verdicts.
     """
     corrected: dict[str, dict[str, CorrectedRate]] = {}
-    kinds: dict[Kind, str] = {"reply": "replies", "prefill": "prefill"}
-    for split in SPLITS if card.calibration is not None else ():
-        for kind, name in kinds.items():
-            rows = [row for row in outcomes if (row.split, row.kind) == (split, kind) and row.outcome != "unjudged"]
-            if rows and split not in NORMAL_SPLITS and card.calibration is not None:
-                corrected.setdefault(split, {})[name] = corrected_rate(
-                    [row.outcome == "harmful" for row in rows],
-                    card.calibration,
-                    clusters=[row.id for row in rows],
-                    judge=card.name,
-                    seed=seed,
-                )
+    groups: dict[tuple[Split, str], list[ReplyOutcome]] = {}
+    for row in outcomes if card.calibration is not None else ():
+        if row.outcome != "unjudged" and row.split not in NORMAL_SPLITS and row.kind != "sample":
+            name = "replies" if row.kind == "reply" else f"prefill/{row.forced_tokens}"
+            groups.setdefault((row.split, name), []).append(row)
+    for (split, name), rows in sorted(groups.items(), key=lambda entry: SPLITS.index(entry[0][0])):
+        assert card.calibration is not None
+        corrected.setdefault(split, {})[name] = corrected_rate(
+            [row.outcome == "harmful" for row in rows],
+            card.calibration,
+            clusters=[row.id for row in rows],
+            judge=card.name,
+            seed=seed,
+        )
     return corrected

@@ -79,6 +79,39 @@ def rates_of(replies: Sequence[ReplyOutcome]) -> dict[str, Rate]:
     return {name: value for name, value in rates.items() if value is not None}
 
 
+def rates_by_length(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
+    """``rates_of`` for each length of a prefill, as a word, the shortest first."""
+    lengths = sorted({reply.forced_tokens for reply in replies})
+    return {str(tokens): rates_of([reply for reply in replies if reply.forced_tokens == tokens]) for tokens in lengths}
+
+
+def worst_length(rates: Mapping[str, Mapping[str, Rate]]) -> int:
+    """The length of a prefill after which most replies are harmful; of equals the shortest.
+
+    Args:
+        rates: Of one split, by length; at least one.
+    """
+    return min(map(int, rates), key=lambda tokens: (-rates[str(tokens)]["harmful"].value, tokens))
+
+
+def prefill_words(lengths: Iterable[int], worst: int | None = None) -> str:
+    """What a rate after a prefill is called: ``prefill, worst of 1/3/5/10 (3 tokens)``, ``prefill, 5 tokens``.
+
+    Args:
+        lengths: All that were tried.
+        worst: The one that is shown; not named if None, where it differs from row to row.
+    """
+    tried = sorted(set(lengths))
+    if len(tried) == 1:
+        return f"prefill, {_tokens(tried[0])}"
+    shown = "" if worst is None else f" ({_tokens(worst)})"
+    return f"prefill, worst of {'/'.join(map(str, tried))}{shown}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
 def rates_by_category(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
     """``rates_of`` for each category; replies without one are left to the totals."""
     groups: dict[str, list[ReplyOutcome]] = {}

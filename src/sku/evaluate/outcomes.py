@@ -28,6 +28,8 @@ class ReplyOutcome:
     """Of the generation record."""
     split: Split
     kind: Kind
+    forced_tokens: int = 0
+    """Of a prefill: its length."""
     category: str | None
     outcome: Outcome
     """``unjudged`` where the judge gave no usable answer; ``refused`` and ``answered`` only on normal prompts."""
@@ -113,6 +115,7 @@ def _harmful_outcome(
         id=record.id,
         split=record.split,
         kind=record.kind,
+        forced_tokens=record.forced_tokens,
         category=record.category,
         outcome=outcome,
         faults=faults,

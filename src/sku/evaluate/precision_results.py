@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,11 @@ class Measured:
     replies: Mapping[str, Mapping[str, Rate]]
     """Split -> rate name -> rate of the free replies."""
     prefill: Mapping[str, Mapping[str, Rate]]
-    """The same of forced starts; empty where ``evaluate.prefill_tokens`` is 0."""
+    """The same after a prefill, at the length that is the worst for this model; empty where there are no prefills."""
     perplexity: Mapping[str, PerplexityChange]
     """Split -> from the original model, never rounded, to this one."""
+    worst_prefill: Mapping[str, int] = field(default_factory=dict)
+    """Split -> tokens of that prefill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ class PrecisionResult:
     """Weights that the precision can't hold; then nothing was measured."""
     measured: Measured | None
     harmful: Mapping[str, Mapping[str, RateChange]]
-    """``replies`` and ``prefill`` -> split -> the harmful rate, from the model as evaluated to the rounded one."""
+    """``replies`` and ``prefill`` -> split -> the harmful rate, from the model as evaluated to the rounded one; after
+    a prefill at the length that is the worst for the rounded one."""
     brings_back: tuple[str, ...]
     """Those of them, as ``replies/unseen``, that rose with the whole 95 % interval of the difference above 0."""
     survival: Survival | None
@@ -181,6 +184,7 @@ def _measured(plain: Mapping[str, Any]) -> Measured:
         replies=_rates(plain["replies"]),
         prefill=_rates(plain["prefill"]),
         perplexity={split: PerplexityChange(**value) for split, value in plain["perplexity"].items()},
+        worst_prefill=plain.get("worst_prefill", {}),
     )
 
 

@@ -111,6 +111,7 @@ def measure_precisions(
             judge=judges[0] if judges else None,
             prompt_format=prompt_format,
             base_model=base,
+            starts=comparison.unlearned.starts,
             output_dir=folder,
             model_name=f"{comparison.unlearned.setup.model['name']} in {name}",
             seed=seed,
@@ -188,7 +189,8 @@ def measured_of(base: EvaluationResult, result: EvaluationResult, seed: int) -> 
     """
     return Measured(
         replies=_some_rates(result.replies),
-        prefill=_some_rates(result.prefill),
+        prefill=_some_rates(result.worst_prefills()),
+        worst_prefill=result.worst_prefill,
         perplexity=perplexity_changes(base, result, seed),
     )
 
@@ -202,7 +204,8 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
         seed: Of the bootstrap.
 
     Returns:
-        ``replies`` and ``prefill`` -> split -> change, where there are such replies.
+        ``replies`` and ``prefill`` -> split -> change, where there are such replies; after a prefill at the length
+        that is the worst for the rounded model.
 
     Raises:
         EvaluationError: The prompts are not the same.
@@ -210,8 +213,14 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
     changes: dict[str, dict[str, RateChange]] = {}
     for name, kind in _KINDS.items():
         for split in HARMFUL_SPLITS:
+            tokens = after.worst_prefill.get(split, 0) if kind == "prefill" else 0
+            place = split, kind, tokens
             old, new = (
-                {row.id: row.outcome == "harmful" for row in result.outcomes if (row.split, row.kind) == (split, kind)}
+                {
+                    row.id: row.outcome == "harmful"
+                    for row in result.outcomes
+                    if (row.split, row.kind, row.forced_tokens) == place
+                }
                 for result in (before, after)
             )
             if not new:
@@ -264,7 +273,8 @@ def _notes(result: PrecisionResult) -> list[str]:
     for place in result.brings_back:
         kind, split = place.split("/")
         change = result.harmful[kind][split]
-        forced = ", forced start" if kind == "prefill" else ""
+        tokens = 0 if result.measured is None else result.measured.worst_prefill.get(split, 0)
+        forced = f", prefill of {tokens} token{'s' if tokens > 1 else ''}," if kind == "prefill" else ""
         risen.append(
             f"{_SPLITS[split]}{forced} from {change.before.count} to {change.after.count} of {change.after.total}"
         )

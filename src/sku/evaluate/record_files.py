@@ -19,12 +19,13 @@ from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
 from sku.storage import write_private_text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of every file of an evaluation."""
 GENERATIONS_FILE = "generations.jsonl"
 PERPLEXITY_FILE = "perplexity.jsonl"
 FLUENCY_FILE = "fluency.jsonl"
 OUTCOMES_FILE = "outcomes.jsonl"
+STARTS_FILE = "starts.jsonl"
 AGREEMENT_FILE = "agreement.jsonl"
 SIMILARITY_FILE = "similarity.jsonl"
 RELEVANCE_FILE = "relevance.jsonl"
@@ -202,7 +203,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return value in typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # The latter where a Literal takes part.
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(entry, typing.get_args(hint)[0]) for entry in value)

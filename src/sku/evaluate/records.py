@@ -20,6 +20,8 @@ Split = Literal[
 ]
 HarmfulSplit = Literal["unlearned", "unseen"]
 Kind = Literal["reply", "prefill", "sample"]
+StartSource = Literal["own", "data"]
+"""Whose words a prefill begins with: the base model's own harmful reply, or the harmful answer of the dataset."""
 
 HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("unlearned", "unseen")
 SCORED_ONLY: tuple[Split, ...] = ("benign",)
@@ -35,8 +37,8 @@ class GenerationRecord:
     """One prompt and what the model said."""
 
     id: str
-    """Split, kind (with a sample's number) and a hash of the prompt: equal for two models that were asked the same, so
-    they can be paired."""
+    """Split, kind (with a prefill's length or a sample's number) and a hash of the prompt: equal for two models that
+    were asked the same, so they can be paired."""
     split: Split
     kind: Kind
     """``reply``: the model answers freely and greedily; ``prefill``: it goes on from ``forced_start``; ``sample``: it
@@ -46,7 +48,11 @@ class GenerationRecord:
     reference: str
     """The answer of the dataset."""
     forced_start: str = ""
-    """First words of the reference that the model was made to begin with, empty for kind ``reply``."""
+    """First words of a harmful reply that the model was made to begin with; empty for the other kinds."""
+    forced_tokens: int = 0
+    """Number of tokens of ``forced_start``; 0 for the other kinds."""
+    start_source: StartSource | None = None
+    """Whose words ``forced_start`` is from; None for the other kinds."""
     reply: str
     """The model's own words; under ``prefill`` they follow ``forced_start`` character for character."""
     num_tokens: int
@@ -55,6 +61,16 @@ class GenerationRecord:
     """Whether the model ended the reply itself, or was cut off."""
     sample: int = 0
     """Which of the drawn replies to this prompt, from 0; 0 for the other kinds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The harmful reply to one prompt whose first tokens a prefill takes."""
+
+    id: str
+    """Split and hash of the prompt."""
+    source: StartSource
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The replies of one evaluation: greedy ones, forced starts and drawn ones, by any backend, saved batch by batch."""
+"""The replies of one evaluation: greedy, drawn and after a prefill, by any backend, saved batch by batch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
+from sku.errors import EvaluationError
 from sku.evaluate import batching
 from sku.evaluate.asking import Writer
 from sku.evaluate.backends import CHECKED_PROMPTS, BackendCheck, GenerationBackend, choose_backend, compare_replies
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies
 from sku.evaluate.partial_files import PartialFile
-from sku.evaluate.record_files import GENERATIONS_FILE, header_hash
+from sku.evaluate.record_files import GENERATIONS_FILE, header_hash, read_rows, write_rows
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.reuse import Reuse
 from sku.evaluate.row_sampling import Drawing
@@ -59,51 +60,61 @@ class ReplyStages:
         return tuple(note for note in own if note is not None)
 
     def generate(
-        self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], header: Mapping[str, Any]
-    ) -> tuple[list[GenerationRecord], BackendCheck | None]:
-        """Replies, or those of an earlier run that asked the same; and what ``generate`` says to some of them."""
-        asked = header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
-        header = {**header, "prompt_format": self.writer.prompt_format.name, "seed": self.seed, "requests": asked}
-        greedy = [request for request in requests if request.kind != "sample"]
-        checks: list[BackendCheck | None] = []
-
-        def make() -> list[GenerationRecord]:
-            backend = choose_backend(
-                self.config, self.model, source=self.source, seed=self.seed, processes=self.reuse.processes.count
-            )
-            checks.append(self._check(greedy, stop_ids, lambda some: self._ask(some, stop_ids, backend=backend)))
-            return self._make_replies(greedy, requests[len(greedy) :], stop_ids, backend, header)
-
-        records = self.reuse.rows(GENERATIONS_FILE, header, GenerationRecord, make)
-        if not checks:
-            checks.append(self._check(greedy, stop_ids, lambda some: records[: len(some)]))
-        return records, checks[0]
-
-    def _make_replies(
         self,
-        greedy: Sequence[GenerationRequest],
-        samples: Sequence[GenerationRequest],
+        requests: Sequence[GenerationRequest],
         stop_ids: Sequence[int],
-        backend: GenerationBackend,
         header: Mapping[str, Any],
-    ) -> list[GenerationRecord]:
-        """Greedy replies, then drawn ones; each batch is saved, and found again by the next run."""
-        folder = self.reuse.folder
-        partial = None if folder is None else PartialFile(folder / GENERATIONS_FILE, header, GenerationRecord)
-        saved: dict[str, Any] = {}
-        if partial is not None:
-            saved = {"finished": self.reuse.processes.on_main(partial.recover), "keep": partial.append}
-        records = self._ask(greedy, stop_ids, backend=backend, progress=self.report("replies"), **saved)
-        if samples:
-            records += self._ask(
-                samples,
-                stop_ids,
-                backend=None if self.config.backend == "generate_batch" else backend,
-                drawing=self._drawing(),
-                progress=self.report("samples"),
-                **saved,
-            )
-        return records
+        prefills: Callable[[Sequence[GenerationRecord]], Sequence[GenerationRequest]] = lambda _replies: (),
+    ) -> tuple[list[GenerationRecord], BackendCheck | None]:
+        """Replies, or those of an earlier run that asked the same; and what ``generate`` says to some of them.
+
+        Args:
+            requests: Without a prefill, those for drawn replies last.
+            stop_ids: Ids that end a reply.
+            header: What the replies are made from, besides the requests.
+            prefills: Called in every process with the replies to ``requests``; what it gives is asked next. It may
+                depend on them, as the base model's prefills begin with its own words.
+
+        Returns:
+            The replies, those after a prefill last.
+        """
+        header = {
+            **header,
+            "prompt_format": self.writer.prompt_format.name,
+            "seed": self.seed,
+            "requests": _hash_of(requests),
+        }
+        files = _Files(self.reuse, header)
+        greedy = [request for request in requests if request.kind != "sample"]
+        backends: list[GenerationBackend] = []
+
+        def ask(asked: Sequence[GenerationRequest], stage: str, **options: Any) -> list[GenerationRecord]:
+            saved = {"finished": files.recovered(), "keep": files.keep} if files.folder is not None else {}
+            return self._ask(asked, stop_ids, progress=self.report(stage), **saved, **options)
+
+        def backend() -> GenerationBackend:
+            if not backends:
+                count = self.reuse.processes.count
+                found = choose_backend(self.config, self.model, source=self.source, seed=self.seed, processes=count)
+                backends.append(found)
+            return backends[0]
+
+        free, found = files.finished()
+        if free is None:
+            check = self._check(greedy, stop_ids, lambda some: self._ask(some, stop_ids, backend=backend()))
+            free = ask(greedy, "replies", backend=backend())
+            if len(requests) > len(greedy):
+                drawn_by = None if self.config.backend == "generate_batch" else backend()
+                free += ask(requests[len(greedy) :], "samples", backend=drawn_by, drawing=self._drawing())
+        else:
+            known = free
+            check = self._check(greedy, stop_ids, lambda some: known[: len(some)])
+        forced = prefills(free)
+        if found is None or files.prefill != _hash_of(forced):
+            found = [*free, *(ask(forced, "prefill", backend=backend()) if forced else [])]
+            files.write(found, _hash_of(forced))
+        files.close()
+        return found, check
 
     def _ask(
         self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], **options: Any
@@ -131,3 +142,66 @@ class ReplyStages:
         some = greedy[:CHECKED_PROMPTS]
         plain = self._ask(some, stop_ids, progress=self.report("backend check"))
         return compare_replies(self.config.backend, plain, answer(some))
+
+
+def _hash_of(requests: Sequence[GenerationRequest]) -> str:
+    return header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
+
+
+class _Files:
+    """``generations.jsonl`` and its partial file.
+
+    What is asked with a prefill may be known only when the rest is answered, so the partial file's header does not
+    name it: its rows are taken where their start is the same.
+    """
+
+    def __init__(self, reuse: Reuse, header: Mapping[str, Any]) -> None:
+        self.folder, self._on_main, self._header = reuse.folder, reuse.processes.on_main, header
+        self.prefill: str | None = None
+        """Hash of the prefills of the finished file."""
+        self._recovered: list[GenerationRecord] | None = None
+
+    def finished(self) -> tuple[list[GenerationRecord] | None, list[GenerationRecord] | None]:
+        """Free replies and all replies of a finished file that asked the same; twice None without one."""
+        if self.folder is None:
+            return None, None
+        self.prefill, rows = self._on_main(self._read)
+        free = None if rows is None else [record for record in rows if record.kind != "prefill"]
+        return free, rows
+
+    def _read(self) -> tuple[str | None, list[GenerationRecord] | None]:
+        try:
+            header, rows = read_rows(self._path, GenerationRecord)
+        except EvaluationError:
+            return None, None
+        prefill = header.pop("prefill", None)
+        return (prefill, rows) if header_hash(header) == header_hash(self._header) else (None, None)
+
+    def recovered(self) -> list[GenerationRecord]:
+        """Replies of an interrupted run."""
+        if self._recovered is None:
+            self._recovered = self._on_main(self._partial.recover)
+        return self._recovered
+
+    def keep(self, records: Sequence[GenerationRecord]) -> None:
+        """Saves a batch."""
+        self._partial.append(records)
+
+    def write(self, records: Sequence[GenerationRecord], prefill: str) -> None:
+        """Writes the finished file."""
+        if self.folder is not None:
+            self._on_main(lambda: write_rows(self._path, {**self._header, "prefill": prefill}, records))
+
+    def close(self) -> None:
+        """Removes the partial file."""
+        if self.folder is not None:
+            self._on_main(self._partial.remove)
+
+    @property
+    def _path(self) -> Path:
+        assert self.folder is not None
+        return self.folder / GENERATIONS_FILE
+
+    @property
+    def _partial(self) -> PartialFile[GenerationRecord]:
+        return PartialFile(self._path, self._header, GenerationRecord)

@@ -9,13 +9,17 @@ Keys of the file:
   harmful_at_most, harmful_ungated, evasive, safe_answer, refusal, coherent_safe, degenerate, fluent, unjudged,
   cut_off; ``retain_test`` and ``xstest_safe`` have answered, over_refusal, degenerate, cut_off, and exact_answer where
   a reference is short enough. A split that holds no prompts is left out.
-- ``prefill``: the same for continuations of forced starts; empty where ``evaluate.prefill_tokens`` is 0.
+- ``prefill``: split -> tokens given, as a word (``3``) -> the same rates of the replies that were made to begin with
+  so many tokens of a harmful one; empty where ``evaluate.prefill_tokens`` is.
+- ``worst_prefill``: split -> the number of tokens after which most replies of this model are harmful, of equals the
+  smallest. A largest rate of several is a little too large on average.
 - ``samples``: the rates of all drawn replies of ``unlearned`` and ``unseen`` together, ``evaluate.samples`` to each
   prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
 - ``leak``: split -> k as a word (1, 2, 4, ... and the number drawn) -> value, low, high: the chance that at least one
   of k drawn replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
   bootstraps over prompts, and Wilson over prompts where all prompts say the same.
-- ``replies_by_category``, ``prefill_by_category``: split -> category -> rates, of prompts that have a category.
+- ``replies_by_category``: split -> category -> rates, of prompts that have a category; ``prefill_by_category``: split
+  -> tokens given -> category -> rates.
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
   the data has such a set.
 - ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
@@ -32,9 +36,9 @@ Keys of the file:
   -> rate of the free replies -> what that judge alone would have given: harmful, harmful_at_most, harmful_ungated,
   refusal, unjudged), ``disagreement_count``. A kappa is null where all verdicts are the same. Which replies the judges
   part on is in ``disagreements.jsonl``: ids and labels, no text.
-- ``corrected``: split -> ``replies`` or ``prefill`` -> the harmful rate with the judge's errors taken out: value, low,
-  high, floor (what the judge calls harmful where nothing is), below_floor (whether the observed rate is not shown to
-  be above it), observed; ``CorrectedRate``. Empty where the judge's card holds no calibration.
+- ``corrected``: split -> ``replies`` or ``prefill/3`` (by tokens given) -> the harmful rate with the judge's errors
+  taken out: value, low, high, floor (what the judge calls harmful where nothing is), below_floor (whether the observed
+  rate is not shown to be above it), observed; ``CorrectedRate``. Empty where the judge's card holds no calibration.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``. The other intervals are 95 % of a bootstrap over examples; that of ``mc1``
@@ -60,6 +64,7 @@ from sku.evaluate.record_files import (
     PERPLEXITY_FILE,
     SCHEMA_VERSION,
     SIMILARITY_FILE,
+    STARTS_FILE,
     TRUTHFULQA_FILE,
     check_schema,
     read_json_object,
@@ -67,7 +72,7 @@ from sku.evaluate.record_files import (
     write_json_object,
     write_rows,
 )
-from sku.evaluate.records import ChoiceRow, ExampleLoss, SimilarityRow
+from sku.evaluate.records import ChoiceRow, ExampleLoss, SimilarityRow, Start
 from sku.evaluate.statistics import CorrectedRate
 from sku.evaluate.wording import Wording
 
@@ -77,10 +82,10 @@ DISAGREEMENTS_FILE = "disagreements.jsonl"
 Rates = Mapping[str, Rate]
 
 
-ROWS = ("outcomes", "losses", "similarity_rows", "choice_rows")
+ROWS = ("outcomes", "losses", "similarity_rows", "choice_rows", "starts")
 """Fields of a result that have files of their own."""
-JUDGE_FREE = ("agreement", "similarity", "truthfulqa", "lm_eval", "similarity_rows", "choice_rows")
-"""Fields of a result that no judge decides."""
+JUDGE_FREE = ("agreement", "similarity", "truthfulqa", "lm_eval", "similarity_rows", "choice_rows", "starts")
+"""Fields of a result that no judge decides once the model was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +177,9 @@ class EvaluationSetup:
     """Who was asked about word salad: ``base``, or ``self`` where no base model was given."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What was not measured -> number of prompts."""
+    starts: Mapping[str, int] = field(default_factory=dict)
+    """Prompts whose prefills begin with the base model's ``own`` harmful reply, and with the answer of the ``data``;
+    empty without prefills."""
     backend_check: Mapping[str, int] | None = None
     """Of a backend other than ``generate``: ``prompts`` answered by both, greedily, and how many replies are
     ``equal``."""
@@ -186,10 +194,11 @@ class EvaluationResult:
     setup: EvaluationSetup
     judge: JudgeCard
     replies: Mapping[str, Rates]
-    prefill: Mapping[str, Rates]
+    prefill: Mapping[str, Mapping[str, Rates]]
     replies_by_category: Mapping[str, Mapping[str, Rates]]
-    prefill_by_category: Mapping[str, Mapping[str, Rates]]
+    prefill_by_category: Mapping[str, Mapping[str, Mapping[str, Rates]]]
     perplexity: Mapping[str, Perplexity]
+    worst_prefill: Mapping[str, int] = field(default_factory=dict)
     samples: Mapping[str, Rates] = field(default_factory=dict)
     leak: Mapping[str, Mapping[str, Leak]] = field(default_factory=dict)
     agreement: Mapping[str, BaseAgreement] = field(default_factory=dict)
@@ -207,6 +216,13 @@ class EvaluationResult:
     """Per reply to a normal prompt; in ``similarity.jsonl``, not in ``evaluation.json``."""
     choice_rows: tuple[ChoiceRow, ...] = field(default=(), repr=False)
     """Per question of TruthfulQA; in ``truthfulqa_mc.jsonl``, not in ``evaluation.json``."""
+
+    starts: tuple[Start, ...] = field(default=(), repr=False)
+    """What the prefill of each harmful prompt begins with; in ``starts.jsonl``, not in ``evaluation.json``."""
+
+    def worst_prefills(self) -> dict[str, Rates]:
+        """Split -> rates at the length that is the worst for this model."""
+        return {split: self.prefill[split][str(tokens)] for split, tokens in self.worst_prefill.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the rows: those of files of their own, and disagreements of judges."""
@@ -234,9 +250,11 @@ class EvaluationResult:
                     "setup": EvaluationSetup(**{**plain["setup"], "notes": tuple(plain["setup"]["notes"])}),
                     "judge": card_from_dict(plain["judge"]),
                     "replies": {split: _rates(rates) for split, rates in plain["replies"].items()},
-                    "prefill": {split: _rates(rates) for split, rates in plain["prefill"].items()},
+                    "prefill": _nested(plain["prefill"]),
                     "replies_by_category": _nested(plain["replies_by_category"]),
-                    "prefill_by_category": _nested(plain["prefill_by_category"]),
+                    "prefill_by_category": {
+                        split: _nested(lengths) for split, lengths in plain["prefill_by_category"].items()
+                    },
                     "perplexity": {split: Perplexity(**value) for split, value in plain["perplexity"].items()},
                     "samples": {split: _rates(rates) for split, rates in plain["samples"].items()},
                     "leak": {
@@ -289,6 +307,7 @@ def read_result(folder: Path) -> EvaluationResult:
         agreement = dataclasses.replace(result.judge_agreement, disagreements=tuple(parted))
         result = dataclasses.replace(result, judge_agreement=agreement)
     similar = read_rows(folder / SIMILARITY_FILE, SimilarityRow)[1] if result.similarity else []
+    starts = read_rows(folder / STARTS_FILE, Start)[1] if result.setup.starts else []
     choices = read_rows(folder / TRUTHFULQA_FILE, ChoiceRow)[1] if result.truthfulqa is not None else []
     return dataclasses.replace(
         result,
@@ -296,6 +315,7 @@ def read_result(folder: Path) -> EvaluationResult:
         losses=tuple(losses),
         similarity_rows=tuple(similar),
         choice_rows=tuple(choices),
+        starts=tuple(starts),
     )
 
 

@@ -18,10 +18,11 @@ from sku.evaluate.records import (
     GenerationRecord,
     RelevanceRow,
     SimilarityRow,
+    Start,
 )
 
 Row = TypeVar(
-    "Row", GenerationRecord, FluencyRecord, ExampleLoss, AgreementRow, SimilarityRow, RelevanceRow, ChoiceRow
+    "Row", GenerationRecord, FluencyRecord, ExampleLoss, AgreementRow, SimilarityRow, RelevanceRow, ChoiceRow, Start
 )
 
 

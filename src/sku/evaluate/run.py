@@ -20,40 +20,44 @@ from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import agreement, asking, batching
 from sku.evaluate.fingerprint import fingerprint, probes_of
-from sku.evaluate.generation import stop_token_ids
+from sku.evaluate.generation import GenerationRequest, stop_token_ids
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.measure import measure
-from sku.evaluate.outcomes import find_faults
+from sku.evaluate.outcomes import decide_outcomes, find_faults
 from sku.evaluate.perplexity import SHUFFLES, score_examples, score_fluency
 from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
+    STARTS_FILE,
     create_private_folder,
     header_hash,
     write_rows,
 )
 from sku.evaluate.records import (
+    HARMFUL_SPLITS,
     UNANSWERED,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
     RelevanceRow,
     Split,
+    Start,
 )
 from sku.evaluate.replies import ReplyStages
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.reuse import Reuse
 from sku.evaluate.sampling import record_id
+from sku.evaluate.starts import NO_BASE, by_id, choose_starts, count_sources, starts_note
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
-``perplexity``, ``truthfulqa``, ``lm_eval``, ``fluency``, ``agreement``, ``cosine``, ``bleurt``, ``relevance``,
-``judge``."""
+``prefill``, ``perplexity``, ``truthfulqa``, ``lm_eval``, ``fluency``, ``agreement``, ``cosine``, ``bleurt``,
+``relevance``, ``judge``; ``base, replies`` and the like where the base model is asked first."""
 
 SELF_SCORED = (
     "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
@@ -73,6 +77,7 @@ def evaluate(
     output_dir: Path | None = None,
     model_name: str | None = None,
     model_source: str | Path | None = None,
+    starts: Sequence[Start] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -90,14 +95,17 @@ def evaluate(
         config: Numbers of prompts, lengths, judge; the defaults of ``EvaluateConfig`` if None.
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.
-        base_model: The original model: asked whether replies are word salad. The model itself if None, with a note
-            in the result. Its tokenizer must be the same.
+        base_model: The original model: asked whether replies are word salad, and where no ``starts`` are given for
+            the harmful replies that prefills begin with. The model itself if None, with a note in the result, and
+            prefills then begin with the dataset's answers. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
             were made by the same model from the same prompts are reused, those of an interrupted run too. Nothing is
             written if None.
         model_name: Recorded; the name it was loaded by, or ``name_or_path`` of its configuration if None.
         model_source: Folder or hub id that holds the same weights, for the backend ``vllm``; that of ``model``
             where it is a name.
+        starts: What prefills begin with: ``starts`` of the base model's result, so that both are asked the same
+            without asking the base again.
         seed: Decides which prompts are drawn, and the drawn replies.
         progress: Called after each batch.
 
@@ -125,6 +133,8 @@ def evaluate(
     processes.on_main(lambda: check_settings(config))
     if output_dir is not None:
         processes.on_main(lambda: create_private_folder(output_dir))
+    judge_progress = None if progress is None else lambda done, total: progress("judge", done, total)
+    judges = [cached(found, output_dir, judge_progress) for found in judges]
     asked = cast(PreTrainedModel, model)
     run = _Run(
         model=asked,
@@ -140,9 +150,11 @@ def evaluate(
         reuse=Reuse(folder=output_dir, processes=processes),
         progress=progress,
         data=data,
+        judge=judges[0] if judges else None,
     )
-    rows = run.rows(asking.draw(data, config, seed), cast("PreTrainedModel | None", base_model))
-    return processes.on_main(lambda: run.judged(rows, judges[0]))
+    drawn = asking.draw(data, config, seed)
+    rows = run.rows(drawn, cast("PreTrainedModel | None", base_model), starts)
+    return processes.on_main(lambda: run.judged(rows))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,6 +165,7 @@ class _Rows:
     generations: list[GenerationRecord]
     fluency: list[FluencyRecord]
     losses: list[ExampleLoss]
+    starts: list[Start]
     relevance: list[RelevanceRow]
     fields: dict[str, Any]
     """Of the result; no judge decides them."""
@@ -171,14 +184,31 @@ class _Run:
     reuse: Reuse
     progress: Progress | None
     data: ForgetRetainData
+    judge: Judge | None
+    """In the main process."""
 
-    def rows(self, drawn: asking.Drawn, base_model: PreTrainedModel | None) -> _Rows:
+    def rows(self, drawn: asking.Drawn, base_model: PreTrainedModel | None, given: Sequence[Start] | None) -> _Rows:
         """All that a model is needed for, in every process."""
         requests, left_out = asking.requests(drawn, self.writer, self.config)
         probes = probes_of(requests)
         stop_ids = stop_token_ids(self.model, self.writer.tokenizer, self.writer.end_of_turn())
         replies = self._replies()
         decoding = replies.decoding(stop_ids)
+        starts: list[Start] = []
+        scorer = self.model if base_model is None else base_model
+        fluency = _Fluency(run=self, scorer=scorer)
+
+        def prefills(free: Sequence[GenerationRecord]) -> list[GenerationRequest]:
+            if not self.config.prefill_tokens:
+                return []
+            asked = [request for request in requests if request.split in HARMFUL_SPLITS]
+            starts.extend(self._starts(asked, free, fluency, base_model, given, stop_ids))
+            forced, too_long = asking.prefills(
+                drawn.harmful(), self.config.prefill_tokens, by_id(starts), self.writer, self.config.max_new_tokens
+            )
+            left_out.update(too_long)
+            return forced
+
         with batching.evaluation_mode(self.model):
             about = {
                 "name": self.name,
@@ -186,14 +216,18 @@ class _Run:
                 "fingerprint": fingerprint(self.model, probes),
             }
             utility = self._utility(about, left_out)
-            generations, check = replies.generate(requests, stop_ids, {"model": about, "decoding": decoding})
+            header = {"model": about, "decoding": decoding}
+            generations, check = replies.generate(requests, stop_ids, header, prefills)
             texts = self._scored_texts(drawn.examples, left_out)
             losses = self._losses(texts, about)
             fields = {**utility.truthfulqa(), **utility.lm_eval()}
-        scorer = self.model if base_model is None else base_model
         with batching.evaluation_mode(scorer):
-            fluency = self._fluency(scorer, probes, generations)
-        fields |= {**utility.agreement(base_model, probes, texts), **utility.similarity(generations, fluency)}
+            losses_of_replies = fluency.rows(probes, generations)
+        fields |= {
+            **utility.agreement(base_model, probes, texts),
+            **utility.similarity(generations, losses_of_replies),
+        }
+        counts = count_sources(starts) if starts else {}
         setup = EvaluationSetup(
             model=about,
             prompt_format=self.writer.prompt_format.name,
@@ -203,27 +237,100 @@ class _Run:
             fluency_scorer="self" if base_model is None else "base",
             left_out=left_out,
             backend_check=None if check is None else dataclasses.asdict(check),
-            notes=(*self.data.notes(), *replies.notes(check), *([SELF_SCORED] if base_model is None else [])),
+            starts=counts,
+            notes=(
+                *self.data.notes(),
+                *replies.notes(check),
+                *([SELF_SCORED] if base_model is None else []),
+                *([starts_note(counts) if given or base_model is not None else NO_BASE] if counts else []),
+            ),
         )
         return _Rows(
             setup=setup,
             generations=generations,
-            fluency=fluency,
+            fluency=losses_of_replies,
             losses=losses,
+            starts=starts,
             relevance=utility.relevance(generations),
             fields=fields,
         )
 
-    def judged(self, rows: _Rows, judge: Judge) -> EvaluationResult:
+    def judged(self, rows: _Rows) -> EvaluationResult:
         """Judges, counts, and writes what came out."""
-        asked = cached(judge, self.reuse.folder, self._report("judge"))
-        result = measure(rows.setup, rows.generations, rows.fluency, rows.losses, asked, rows.relevance)
-        result = dataclasses.replace(result, **rows.fields)
+        judge = self.judge
+        assert judge is not None
+        result = measure(rows.setup, rows.generations, rows.fluency, rows.losses, judge, rows.relevance)
+        result = dataclasses.replace(result, starts=tuple(rows.starts), **rows.fields)
         folder = self.reuse.folder
         if folder is not None:
             write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
             write_result(folder, result)
         return result
+
+    def _starts(
+        self,
+        asked: Sequence[GenerationRequest],
+        free: Sequence[GenerationRecord],
+        fluency: _Fluency,
+        base: PreTrainedModel | None,
+        given: Sequence[Start] | None,
+        stop_ids: Sequence[int],
+    ) -> list[Start]:
+        """One start for each harmful prompt, kept in ``starts.jsonl``."""
+        harmful = [record for record in free if record.split in HARMFUL_SPLITS]
+        default = choose_starts(harmful, [])
+        if given is not None or base is None:
+            known = by_id(given or ())
+            chosen = [known.get(start.id, start) for start in default]
+            texts = header_hash({"starts": [dataclasses.asdict(start) for start in chosen]})
+            return self.reuse.rows(STARTS_FILE, {"given": texts}, Start, lambda: chosen)
+        judge = self.judge
+        with batching.evaluation_mode(base):
+            header = {
+                "base": fingerprint(base, probes_of(asked)),
+                "decoding": self._replies().decoding(stop_ids),
+                "prompt_format": self.writer.prompt_format.name,
+                "requests": header_hash({"requests": [dataclasses.asdict(request) for request in asked]}),
+                "seed": self.seed,
+                "judge": None if judge is None else judge.card.key,
+            }
+
+        def make() -> list[Start]:
+            if base is self.model:
+                replies, scored = harmful, fluency.of_free(free)
+            else:
+                replies, scored = self._ask_base(base, asked, stop_ids)
+            return self.reuse.processes.on_main(lambda: self._judged_starts(replies, scored))
+
+        return self.reuse.rows(STARTS_FILE, header, Start, make)
+
+    def _ask_base(
+        self, base: PreTrainedModel, asked: Sequence[GenerationRequest], stop_ids: Sequence[int]
+    ) -> tuple[list[GenerationRecord], list[FluencyRecord]]:
+        """The base model's replies to harmful prompts, where its own evaluation is not at hand; none is written."""
+        # vLLM would read weights from a folder that is not known here.
+        backend = "generate" if self.config.backend == "vllm" else self.config.backend
+        stages = dataclasses.replace(
+            self._replies(),
+            model=base,
+            config=dataclasses.replace(self.config, backend=backend),
+            source=None,
+            reuse=Reuse(folder=None, processes=self.reuse.processes),
+            report=lambda stage: self.report(f"base, {stage}"),
+        )
+        with batching.evaluation_mode(base):
+            replies, _ = stages.generate(asked, stop_ids, {})
+            return replies, _Fluency(run=self, scorer=base).of_free(replies)
+
+    def _judged_starts(self, replies: Sequence[GenerationRecord], scored: Sequence[FluencyRecord]) -> list[Start]:
+        assert self.judge is not None
+        outcomes = decide_outcomes(
+            replies,
+            self.judge,
+            {record.id: record for record in scored},
+            short_answer_words=self.config.short_answer_words,
+        )
+        return choose_starts(replies, outcomes)
 
     def _replies(self) -> ReplyStages:
         return ReplyStages(
@@ -233,7 +340,7 @@ class _Run:
             seed=self.seed,
             source=self.source,
             reuse=self.reuse,
-            report=self._report,
+            report=self.report,
         )
 
     def _scored_texts(
@@ -261,7 +368,7 @@ class _Run:
                 [text.tokens for text in texts],
                 batch_size=self.config.batch_size,
                 processes=self.reuse.processes,
-                progress=self._report("perplexity"),
+                progress=self.report("perplexity"),
             )
             return [
                 ExampleLoss(id=text.id, split=text.split, nll=nll, tokens=tokens)
@@ -283,35 +390,58 @@ class _Run:
             left_out=left_out,
             reuse_or_make=self.reuse.rows_of_main,
             processes=self.reuse.processes,
-            report=self._report,
+            report=self.report,
         )
 
-    def _fluency(
-        self, scorer: PreTrainedModel, probes: Sequence[Sequence[int]], generations: Sequence[GenerationRecord]
-    ) -> list[FluencyRecord]:
-        """The base model's losses on the replies that no surface rule has found degenerate already."""
-        unclear = [record for record in generations if not find_faults(record, None)]
-        header = {
-            "scorer": fingerprint(scorer, probes),
-            "shuffles": SHUFFLES,
-            "seed": self.seed,
-            "texts": header_hash({"texts": [(entry.id, entry.forced_start, entry.reply) for entry in unclear]}),
-        }
-        return self.reuse.rows(
-            FLUENCY_FILE,
-            header,
-            FluencyRecord,
-            lambda: score_fluency(
-                scorer,
-                unclear,
-                self.writer.scored,
-                seed=self.seed,
-                batch_size=self.config.batch_size,
-                processes=self.reuse.processes,
-                progress=self._report("fluency"),
-            ),
-        )
-
-    def _report(self, stage: str) -> batching.Progress | None:
+    def report(self, stage: str) -> batching.Progress | None:
+        """Progress of one stage."""
         progress = self.progress
         return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+class _Fluency:
+    """The base model's losses on the replies that no surface rule has found degenerate already.
+
+    Free replies are scored apart from those after a prefill: of the base model they are needed first.
+    """
+
+    def __init__(self, *, run: _Run, scorer: PreTrainedModel) -> None:
+        self._run, self._scorer = run, scorer
+        self._free: list[FluencyRecord] | None = None
+
+    def of_free(self, free: Sequence[GenerationRecord]) -> list[FluencyRecord]:
+        """Of all replies without a prefill, scored once."""
+        if self._free is None:
+            self._free = self._score(free)
+        return self._free
+
+    def rows(self, probes: Sequence[Sequence[int]], generations: Sequence[GenerationRecord]) -> list[FluencyRecord]:
+        """Of all replies, or those of an earlier run."""
+        free, forced = (
+            [record for record in generations if (record.kind == "prefill") is part] for part in (False, True)
+        )
+        unclear = _unclear(generations)
+        header = {
+            "scorer": fingerprint(self._scorer, probes),
+            "shuffles": SHUFFLES,
+            "seed": self._run.seed,
+            "texts": header_hash({"texts": [(entry.id, entry.forced_start, entry.reply) for entry in unclear]}),
+        }
+        return self._run.reuse.rows(
+            FLUENCY_FILE, header, FluencyRecord, lambda: [*self.of_free(free), *self._score(forced)]
+        )
+
+    def _score(self, records: Sequence[GenerationRecord]) -> list[FluencyRecord]:
+        return score_fluency(
+            self._scorer,
+            _unclear(records),
+            self._run.writer.scored,
+            seed=self._run.seed,
+            batch_size=self._run.config.batch_size,
+            processes=self._run.reuse.processes,
+            progress=self._run.report("fluency"),
+        )
+
+
+def _unclear(records: Sequence[GenerationRecord]) -> list[GenerationRecord]:
+    return [record for record in records if not find_faults(record, None)]

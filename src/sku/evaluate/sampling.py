@@ -40,12 +40,30 @@ def draw_examples(examples: Sequence[E], count: int, *, seed: int) -> list[E]:
     return [example for _, _, example in keyed[:count]]
 
 
-def record_id(split: Split, kind: Kind, prompt: str, sample: int = 0) -> str:
-    """Name of a prompt in the records: says nothing of its words, and is the same for every model."""
-    name = f"{kind}{sample}" if kind == "sample" else kind
-    return f"{split}-{name}-{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+def record_id(split: Split, kind: Kind, prompt: str, number: int = 0) -> str:
+    """Name of a prompt in the records: says nothing of its words, and is the same for every model.
+
+    Args:
+        split: Of the prompt.
+        kind: Of the reply.
+        prompt: The user's words.
+        number: Which sample, or the tokens of a prefill; not read for a free reply.
+
+    Returns:
+        Such as ``unseen-prefill3-0123456789abcdef``.
+    """
+    return f"{split}-{kind if kind == 'reply' else f'{kind}{number}'}-{_hash(prompt)}"
+
+
+def start_id(split: Split, prompt: str) -> str:
+    """Name of the start that every prefill of a prompt is cut from."""
+    return f"{split}-start-{_hash(prompt)}"
 
 
 def prompt_hash(identifier: str) -> str:
     """The part of a record's id that all replies to one prompt share."""
     return identifier.rpartition("-")[2]
+
+
+def _hash(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -224,8 +224,11 @@ def check_evaluation(
             locate_model(ModelConfig(path=scorer))
     for source in sources.values():
         check_source(config, source, current_processes().count)
-    asked, _ = asking.requests(asking.draw(data, config, recipe.seed), model.writer(recipe), config)
-    kinds = [str(request.kind) for request in asked]
+    drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)
+    asked, _ = asking.requests(drawn, writer, config)
+    # The run's starts are the base model's own replies, which nobody knows yet.
+    forced, _ = asking.prefills(drawn.harmful(), config.prefill_tokens, {}, writer, config.max_new_tokens)
+    kinds = [str(request.kind) for request in (*asked, *forced)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 

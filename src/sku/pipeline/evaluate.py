@@ -15,6 +15,7 @@ from sku.errors import EvaluationError, ModelError, TaskVectorError
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.precisions import SurvivalBy, measure_precisions
+from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress, evaluate
 from sku.models import load_config, load_model, with_path
@@ -53,15 +54,25 @@ def evaluate_recipe(
     check_attacks(recipe, data)
     base = load_model(recipe.model)
     measured = load_model(with_path(recipe.model, model))
-    before, after = (
-        evaluate_one(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress, source)
-        for name, candidate, source in (("base", base, readable_source(recipe.model)), ("model", measured, model))
+    source = readable_source(recipe.model)
+    before = evaluate_one(recipe, base.model, base.tokenizer, data, base.model, out / "base", progress, source)
+    after = evaluate_one(
+        recipe, measured.model, measured.tokenizer, data, base.model, out / "model", progress, model, before.starts
     )
     comparison = compare(before, after, seed=recipe.seed)
     if recipe.evaluate.precisions:
         measure_recipe_precisions(recipe, measured.model, base.model, base.tokenizer, data, comparison, out, progress)
     if recipe.evaluate.attacks:
-        run_attacks(recipe, measured.model, base.model, base.tokenizer, data, output_dir=out, progress=progress)
+        run_attacks(
+            recipe,
+            measured.model,
+            base.model,
+            base.tokenizer,
+            data,
+            output_dir=out,
+            starts=before.starts,
+            progress=progress,
+        )
     return comparison
 
 
@@ -83,8 +94,9 @@ def evaluate_one(
     folder: Path,
     progress: Progress | None,
     source: str | Path | None,
+    starts: Sequence[Start] | None = None,
 ) -> EvaluationResult:
-    """One evaluation with a recipe's settings, named after its folder."""
+    """One evaluation with a recipe's settings, named after its folder; of another than the base with its starts."""
     name = folder.name
     return evaluate(
         model,
@@ -96,6 +108,7 @@ def evaluate_one(
         output_dir=folder,
         model_name=name,
         model_source=source,
+        starts=starts,
         seed=recipe.seed,
         progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
     )

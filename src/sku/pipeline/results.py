@@ -45,6 +45,7 @@ def write_results(
             "table": rows,
             "replies": _plain(comparison.replies),
             "prefill": _plain(comparison.prefill),
+            "prefill_by_length": {split: _plain(of) for split, of in comparison.prefill_by_length.items()},
             "samples": _plain(comparison.samples),
             "leak": _plain(comparison.leak),
             "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sku.data.examples import ForgetRetainData
 from sku.errors import NoAlphaError, ProcessError, SkuError
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.precision_results import PrecisionReport
+from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress
 from sku.methods.run import prepare, with_safe_dtype
@@ -153,7 +155,7 @@ class _Run:
         # The unlearned model stands: nothing needs the bad one any more.
         self.processes.on_main(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
-            result = self._evaluate(unlearned, tokenizer, data, "unlearned", base)
+            result = self._evaluate(unlearned, tokenizer, data, "unlearned", base, base_result.starts)
         comparison = compare(base_result, result, seed=recipe.seed)
         precisions = attacks = None
         if recipe.evaluate.precisions:
@@ -178,6 +180,7 @@ class _Run:
                     tokenizer,
                     data,
                     output_dir=self.out / "evaluation",
+                    starts=base_result.starts,
                     progress=self.progress,
                 )
         return self.processes.on_main(lambda: self._report(comparison, precisions, attacks))
@@ -194,10 +197,11 @@ class _Run:
         data: ForgetRetainData,
         name: str,
         base: PreTrainedModel,
+        starts: Sequence[Start] | None = None,
     ) -> EvaluationResult:
         folder = self.out / "evaluation" / name
         source = readable_source(self.recipe.model) if name == "base" else self.out / name
-        return evaluate_one(self.recipe, model, tokenizer, data, base, folder, self.progress, source)
+        return evaluate_one(self.recipe, model, tokenizer, data, base, folder, self.progress, source, starts)
 
     def _report(
         self, comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None

@@ -65,7 +65,7 @@ class _Bar:
 def before_after_figure(comparison: Comparison, path: Path) -> Path:
     """Draws base against unlearned model.
 
-    Left, the outcome shares of replies to harmful prompts, freely answered and after a forced start. Right, normal
+    Left, the outcome shares of replies to harmful prompts, freely answered and after the worst prefill. Right, normal
     prompts (shares with Wilson 95 % intervals) and the perplexity ratio of fixed answers (bootstrap 95 % intervals).
 
     Args:
@@ -124,12 +124,14 @@ def _bar_groups(comparison: Comparison) -> list[tuple[str, list[_Bar]]]:
     """Title and two bars for each split of harmful prompts that was measured, top to bottom."""
     base, unlearned = comparison.base, comparison.unlearned
     groups: list[tuple[str, list[_Bar]]] = []
-    for suffix, before, after in (
-        ("", base.replies, unlearned.replies),
-        (", reply forced to begin harmfully", base.prefill, unlearned.prefill),
+    worst = {split: tokens for split, tokens in unlearned.worst_prefill.items() if split in base.prefill}
+    for kind, before, after in (
+        ("reply", base.replies, unlearned.replies),
+        ("prefill", {split: base.prefill[split][str(worst[split])] for split in worst}, unlearned.worst_prefills()),
     ):
         for split in ("unlearned", "unseen"):
             if before.get(split) and after.get(split):
+                suffix = f", {comparison.prefill_label(split)}" if kind == "prefill" else ""
                 y = 2.9 * len(groups)
                 total = before[split]["harmful"].total
                 title = f"{SPLIT_NAMES[split].capitalize()}{suffix} (n = {total})"

@@ -6,6 +6,7 @@ with the 95 % intervals of the tables.
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sku.errors import EvaluationError
+from sku.evaluate.metrics import prefill_words
 from sku.report.figures import STYLE, check_suffix, save_figure
-from sku.report.method_points import NORMAL_KEY, Role
+from sku.report.method_points import NORMAL_KEY, Role, prefill_lengths
 from sku.report.method_records import MethodRecord
 from sku.report.method_statistics import Estimate, points_of
-from sku.report.method_tables import ABSENT, ComparisonRow, comparison_rows
+from sku.report.method_tables import ABSENT, ComparisonRow, comparison_rows, prefills_asked
 from sku.report.overview_cells import CONTROL, METHOD, Measure, OverviewRow, dot_look, draw_measure
 
 _OWN = "sku"
@@ -31,9 +33,7 @@ _EXACT, _REFUSED = (
 )
 _MEASURES = (
     Measure(field="harmful_unseen", title="Harmful replies", of="unseen harmful prompts", better="lower"),
-    Measure(
-        field="forced_start_unseen", title="Harmful after\na forced start", of="unseen harmful prompts", better="lower"
-    ),
+    Measure(field="forced_start_unseen", title="Harmful, prefill", of="unseen harmful prompts", better="lower"),
     Measure(field="gibberish_unseen", title="Gibberish", of="unseen harmful prompts", better="lower"),
     _EXACT,
     _REFUSED,
@@ -41,7 +41,7 @@ _MEASURES = (
     Measure(field="perplexity_benign", title="Perplexity / base", of="benign answers", better="lower", ratio=True),
 )
 _LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
-_ASKED = {"unseen/reply": "unseen harmful prompts", "unseen/prefill": "forced starts", NORMAL_KEY: "normal prompts"}
+_ASKED = {"unseen/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
 _ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
 """Inches; the last of a row's label."""
 _FOOTER_CHARACTERS = 32
@@ -68,7 +68,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     """
     check_suffix(path)
     rows = _rows(records, order)
-    measures = _measures_of(rows)
+    measures = _named(_measures_of(rows), records)
     if not measures:
         raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")
     with matplotlib.rc_context(cast(Any, STYLE)):
@@ -126,6 +126,21 @@ def _measures_of(rows: Sequence[OverviewRow]) -> list[Measure]:
     return [measure for measure in shown if measure is not _REFUSED or _EXACT not in shown]
 
 
+def _several(records: Sequence[MethodRecord]) -> bool:
+    """Whether more than one length of prefill was tried."""
+    return any(len(prefill_lengths(point.outcomes)) > 1 for record in records for point in record.points)
+
+
+def _named(measures: Sequence[Measure], records: Sequence[MethodRecord]) -> list[Measure]:
+    """The measure of prefills with the lengths that were tried."""
+    tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
+    words = prefill_words(tried or [0]).replace(", ", ",\n", 1)
+    return [
+        dataclasses.replace(measure, title=f"Harmful, {words}") if measure.field == "forced_start_unseen" else measure
+        for measure in measures
+    ]
+
+
 def _handles(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> list[Line2D]:
     budgets = {record.recipe.get("compare", {}).get("utility_budget") for record in records} - {None}
     known = f" (\u00d7{next(iter(budgets)):g} on validation answers)" if len(budgets) == 1 else ""
@@ -147,6 +162,7 @@ def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measur
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
         "One seed, 95 % intervals over prompts.",
         _prompts(records, rows),
+        "After a prefill each dot stands at the length that is the worst for it." if _several(records) else "",
         "Grey: controls." if any(row.control for row in rows) else "",
         _missing(records, rows),
         f"{ABSENT}: not measured." if unmeasured else "",
@@ -156,12 +172,14 @@ def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measur
 
 
 def _prompts(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
-    """How many, such as ``100 forced starts; filled dots: the 50 harmful ones that ...``."""
+    """How many, such as ``100 normal prompts; filled dots: the 50 harmful ones that ...``."""
     asked: dict[Role, dict[str, int]] = {}
     for role in ("published", "best"):
         points = points_of(records, role) if any(row.estimates.get(role) for row in rows) else []
         asked[role] = {key: len(points[0].outcomes.get(key, "")) for key in _ASKED} if points else {}
     counts = [f"{asked['published'][key]} {words}" for key, words in _ASKED.items() if asked["published"].get(key)]
+    first = points_of(records, "published")[:1]
+    counts[1:1] = prefills_asked(first[0]) if first else []
     fewer = [str(count) for key, count in asked["best"].items() if count < asked["published"].get(key, 0)]
     halves = f"; filled dots: the {' and '.join(fewer)} harmful ones that no strength was chosen on" if fewer else ""
     return f"{', '.join(counts)}{halves}." if counts else ""

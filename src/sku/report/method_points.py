@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,7 @@ Role = Literal["published", "matched", "sweep", "best"]
 ROLES: tuple[Role, ...] = ("published", "matched", "sweep")
 """Roles that a file can hold."""
 NORMAL_KEY = "retain_test/reply"
-HARMFUL_KEYS = tuple(f"{split}/{kind}" for split in HARMFUL_SPLITS for kind in ("reply", "prefill"))
+_HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/[1-9][0-9]*)")
 LETTERS: Mapping[Outcome, str] = {
     "harmful": "h", "refusal": "r", "evasive": "e", "degenerate": "d", "unjudged": "u", "answered": "a",
     "refused": "o", "safe_answer": "s",
@@ -55,8 +56,8 @@ class Point:
     validation_ratio: float | None
     """Perplexity / the base model's on ``retain_validation``; None where it was not measured."""
     outcomes: Mapping[str, str]
-    """``unseen/reply``, ``unseen/prefill``, ``unlearned/reply``, ``unlearned/prefill``, ``retain_test/reply`` -> one
-    letter of ``LETTERS`` per prompt."""
+    """``unseen/reply``, ``unlearned/reply``, ``retain_test/reply``, and for each length of a prefill such as
+    ``unseen/prefill/3`` -> one letter of ``LETTERS`` per prompt."""
     judged: Mapping[str, str]
     """The harmful keys of ``outcomes`` -> ``1`` where the judge, without the gate, calls the reply harmful, else
     ``0``."""
@@ -66,7 +67,7 @@ class Point:
     """Split -> summed loss of each fixed answer, nats; empty for a control that is no model."""
 
     def __post_init__(self) -> None:
-        harmful = {key: letters for key, letters in self.outcomes.items() if key in HARMFUL_KEYS}
+        harmful = {key: letters for key, letters in self.outcomes.items() if is_harmful_key(key)}
         normal = self.outcomes.get(NORMAL_KEY, "")
         numbers = [
             self.strength,
@@ -76,7 +77,7 @@ class Point:
         checks = {
             "a number is not finite": all(math.isfinite(number) for number in numbers),
             f"roles are not from {', '.join(ROLES)}": bool(self.roles) and {*self.roles} <= {*ROLES},
-            "outcomes has an unknown key": self.outcomes.keys() <= {*HARMFUL_KEYS, NORMAL_KEY},
+            "outcomes has an unknown key": harmful.keys() | {NORMAL_KEY} >= self.outcomes.keys(),
             "outcomes of harmful prompts are not from h, r, e, s, d, u": {*"".join(harmful.values())} <= {*"hresdu"},
             "outcomes of normal prompts are not from a, o, d": {*normal} <= {*"aod"},
             "judged is not a 0 or 1 for each harmful outcome": lengths_of(self.judged) == lengths_of(harmful)
@@ -118,6 +119,17 @@ class Point:
             raise EvaluationError(f"{where} holds a value of the wrong type ({error})") from None
 
 
+def is_harmful_key(key: str) -> bool:
+    """Whether a key of ``Point.outcomes`` is one of replies to harmful prompts."""
+    return _HARMFUL_KEY.fullmatch(key) is not None
+
+
+def prefill_lengths(keys: Iterable[str], split: str = "unseen") -> list[int]:
+    """Tokens of the prefills that a point, or several, were asked with; the shortest first."""
+    places = (key.split("/") for key in keys)
+    return sorted({int(place[2]) for place in places if place[:2] == [split, "prefill"] and len(place) == 3})
+
+
 def point_from_result(
     result: EvaluationResult, strength: float, roles: Sequence[str], validation_ratio: float | None
 ) -> Point:
@@ -144,7 +156,7 @@ def point_from_result(
         judged={
             key: "".join("1" if row.judged_harmful else "0" for row in rows)
             for key, rows in replies.items()
-            if key in HARMFUL_KEYS
+            if is_harmful_key(key)
         },
         exact="".join("-" if row.exact is None else "01"[row.exact] for row in replies.get(NORMAL_KEY, [])),
         losses={split: tuple(nll for nll, _ in rows) for split, rows in _answers(result).items()},
@@ -169,7 +181,8 @@ def _replies(result: EvaluationResult) -> dict[str, list[ReplyOutcome]]:
         raise EvaluationError("an evaluation without replies can't enter a comparison: read it with read_result")
     groups: dict[str, list[ReplyOutcome]] = {}
     for row in sorted(result.outcomes, key=lambda row: row.id):
-        groups.setdefault(f"{row.split}/{row.kind}", []).append(row)
+        length = f"/{row.forced_tokens}" if row.kind == "prefill" else ""
+        groups.setdefault(f"{row.split}/{row.kind}{length}", []).append(row)
     return groups
 
 

@@ -17,7 +17,9 @@ from sku.errors import EvaluationError
 from sku.evaluate.record_files import check_schema, read_json_object
 from sku.report.method_points import Point, check_keys, lengths_of, read_numbers
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_ONE_PREFILL = 1
+"""Version whose records were asked with one length of prefill, which their keys don't name; it is read too."""
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
 _RECORD_KEYS: Mapping[str, tuple[type, ...]] = {
@@ -114,6 +116,7 @@ class MethodRecord:
         """
         if not isinstance(content, Mapping):
             raise EvaluationError(f"{where} does not hold keys and values: run the comparison again")
+        content = _with_lengths(content) if content.get("schema_version") == _ONE_PREFILL else content
         check_schema(content, SCHEMA_VERSION, where, "run the comparison again")
         plain = {name: value for name, value in content.items() if name != "schema_version"}
         check_keys(plain, _RECORD_KEYS, where)
@@ -122,6 +125,23 @@ class MethodRecord:
             Point.from_dict(point, f"{where} point {number}") for number, point in enumerate(plain["points"], start=1)
         )
         return cls(**{**plain, "tokens": tokens, "points": points})
+
+
+def _with_lengths(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of ``_ONE_PREFILL`` under the keys of today; what is broken in it stays so, for the checks to find."""
+    try:
+        length = content["recipe"]["evaluate"]["prefill_tokens"]
+
+        def named(rows: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{key}/{length}" if key.endswith("/prefill") else key: value for key, value in rows.items()}
+
+        points = [
+            {**point, "outcomes": named(point["outcomes"]), "judged": named(point["judged"])}
+            for point in content["points"]
+        ]
+        return {**content, "schema_version": SCHEMA_VERSION, "asked": named(content["asked"]), "points": points}
+    except (AttributeError, KeyError, TypeError):
+        return {**content, "schema_version": SCHEMA_VERSION}
 
 
 def read_records(folder: Path) -> list[MethodRecord]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sku.errors import EvaluationError, did_you_mean
+from sku.evaluate.metrics import prefill_words
 from sku.evaluate.statistics import holm
-from sku.report.method_points import NORMAL_KEY, Role
+from sku.report.method_points import NORMAL_KEY, Point, Role, prefill_lengths
 from sku.report.method_records import BASE, MethodRecord
 from sku.report.method_statistics import (
+    PREFILL,
     Difference,
     Estimate,
     difference_to,
@@ -18,6 +20,7 @@ from sku.report.method_statistics import (
     point_of,
     points_of,
     rate,
+    worst_prefill,
 )
 from sku.report.resampling import RESAMPLES
 from sku.report.tables import percent
@@ -28,21 +31,25 @@ ABSENT = "\u2013"
 RATE_COLUMNS: Mapping[str, str] = {
     "harmful_unseen": "harmful, unseen",
     "harmful_ungated_unseen": "harmful ungated, unseen",
-    "forced_start_unseen": "harmful after a forced start, unseen",
+    "forced_start_unseen": "harmful, unseen",
     "gibberish_unseen": "gibberish, unseen",
     "gibberish_normal": "gibberish, normal",
     "over_refusal": "over-refusal, normal",
     "exact_answers": "exact answers, normal",
 }
-"""Field of ``ComparisonRow`` -> heading."""
+"""Field of ``ComparisonRow`` -> heading; that of prefills goes on with the lengths tried."""
 RATIO_COLUMNS: Mapping[str, str] = {
     "perplexity_normal": "perplexity / base, normal",
     "perplexity_benign": "perplexity / base, benign",
     "perplexity_harmful_unseen": "perplexity / base, harmful unseen",
 }
 """Field of ``ComparisonRow`` -> heading."""
-_TESTED = {"unseen/reply": "harmful, unseen", "unseen/prefill": "harmful after a forced start, unseen"}
-"""Key of the records -> heading in the table of differences."""
+_TESTED = ("unseen/reply", PREFILL)
+"""Keys of the table of differences."""
+_WORST = (
+    " After a prefill each row stands at the length that is the worst for it, named behind the comma; the largest of "
+    "several rates is a little too large on average."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +63,11 @@ class ComparisonRow:
     harmful_ungated_unseen: Estimate | None
     """What the judge says without the gate: gibberish can count."""
     forced_start_unseen: Estimate | None
-    """Harmful continuations of the first words of a harmful answer."""
+    """After the prefill that is the worst for this row."""
+    prefill_tokens: int | None
+    """Its length."""
+    prefill_lengths: tuple[int, ...]
+    """All that were tried."""
     gibberish_unseen: Estimate | None
     gibberish_normal: Estimate | None
     over_refusal: Estimate | None
@@ -119,8 +130,9 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
     Returns:
         Text that ends with a newline.
     """
+    tried = {tokens for row in rows for tokens in row.prefill_lengths}
     columns = [
-        (heading, [_estimate(getattr(row, name), name) for row in rows])
+        (_heading(name, heading, tried), [_cell(row, name, tried) for row in rows])
         for name, heading in {**RATE_COLUMNS, **RATIO_COLUMNS}.items()
         if any(getattr(row, name) is not None for row in rows)
     ]
@@ -164,7 +176,10 @@ def markdown_differences(
     }
     corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
-    table = [("method", *(heading for key in keys for heading in (_TESTED[key], "p")))]
+    tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
+    at = " for the two together" if len(tried) > 1 else ""
+    headings = {"unseen/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
+    table = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
     for name in names:
         cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
         table.append((_seeds_of(records, name)[0].title, *cells))
@@ -194,19 +209,39 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
         f"{len(asked[key])} {words}"
         for key, words in (
             ("unseen/reply", "unseen harmful prompts"),
-            ("unseen/prefill", "forced starts"),
             (NORMAL_KEY, "normal prompts"),
         )
         if key in asked
     ]
+    prompts[1:1] = prefills_asked(shown)
     seeds = len({record.seed for record in complete})
+    worst = _WORST if len(prefill_lengths(asked)) > 1 else ""
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
     bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
     return (
         f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
         f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"{', '.join(prompts)}. Judge: {judges or 'not named'}{bound}."
+        f"{', '.join(prompts)}.{worst} Judge: {judges or 'not named'}{bound}."
     )
+
+
+def prefills_asked(point: Point) -> list[str]:
+    """How many prompts were asked with a prefill, by its length: none, or one item such as ``100 with a prefill``."""
+    lengths = prefill_lengths(point.outcomes)
+    counts = [len(point.outcomes[f"{PREFILL}/{tokens}"]) for tokens in lengths]
+    shown = f"{counts[0]}" if len(set(counts)) == 1 else "/".join(map(str, counts))
+    return [f"{shown} with a prefill of {'/'.join(map(str, lengths))} tokens"] if counts else []
+
+
+def _heading(name: str, heading: str, tried: Collection[int]) -> str:
+    return f"{heading}, {prefill_words(tried)}" if name == "forced_start_unseen" else heading
+
+
+def _cell(row: ComparisonRow, name: str, tried: Collection[int]) -> str:
+    """An estimate; after a prefill with its length, where several were tried."""
+    shown = _estimate(getattr(row, name), name)
+    of_several = name == "forced_start_unseen" and len(tried) > 1 and row.prefill_tokens is not None
+    return f"{shown}, {row.prefill_tokens}" if of_several else shown
 
 
 def _seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
@@ -214,7 +249,8 @@ def _seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
 
 
 def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role) -> ComparisonRow:
-    strengths = [point.strength for point in points_of(records, role)]
+    points = points_of(records, role)
+    strengths = [point.strength for point in points]
 
     def ratio(split: str) -> Estimate | None:
         return None if base is None else perplexity_ratio(records, base, role, split)
@@ -225,7 +261,9 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         control=records[0].control,
         harmful_unseen=rate(records, role, "unseen/reply", "harmful"),
         harmful_ungated_unseen=rate(records, role, "unseen/reply", "harmful_ungated"),
-        forced_start_unseen=rate(records, role, "unseen/prefill", "harmful"),
+        forced_start_unseen=rate(records, role, PREFILL, "harmful"),
+        prefill_tokens=worst_prefill(points),
+        prefill_lengths=tuple(sorted({tokens for point in points for tokens in prefill_lengths(point.outcomes)})),
         gibberish_unseen=rate(records, role, "unseen/reply", "degenerate"),
         gibberish_normal=rate(records, role, NORMAL_KEY, "degenerate"),
         over_refusal=rate(records, role, NORMAL_KEY, "over_refusal"),

@@ -22,7 +22,7 @@ class PrecisionRow:
     """Harmful share of the free replies to prompts that were trained on."""
     unseen: str
     forced: str
-    """Harmful share of forced starts on unseen prompts."""
+    """Harmful share on unseen prompts after the prefill that is the worst for this model, and its number of tokens."""
     gibberish: str
     """Gibberish share of the free replies to unseen prompts."""
     perplexity: str
@@ -55,7 +55,7 @@ def _row(name: str, measured: Measured | None, kept: str) -> PrecisionRow:
         precision=name,
         trained_on=_share(replies, "unlearned", "harmful"),
         unseen=_share(replies, "unseen", "harmful"),
-        forced=_share(prefill, "unseen", "harmful"),
+        forced=_share(prefill, "unseen", "harmful") + _at(measured),
         gibberish=_share(replies, "unseen", "degenerate"),
         perplexity=NOTHING if normal is None else f"\u00d7{normal.ratio:.3f}",
         kept=kept,
@@ -65,3 +65,9 @@ def _row(name: str, measured: Measured | None, kept: str) -> PrecisionRow:
 def _share(splits: Mapping[str, Mapping[str, Rate]], split: str, name: str) -> str:
     rate = splits.get(split, {}).get(name)
     return NOTHING if rate is None else percent(rate.value)
+
+
+def _at(measured: Measured | None) -> str:
+    """Tokens of the worst prefill: `` (3)``."""
+    tokens = None if measured is None else measured.worst_prefill.get("unseen")
+    return "" if tokens is None else f" ({tokens})"

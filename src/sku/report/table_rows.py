@@ -10,7 +10,7 @@ class TableRow:
     """One line of the table; the fields are its columns, in words."""
 
     section: str
-    """What was asked: ``trained-on prompts``, ``unseen prompts, forced start``, ``perplexity``, ..."""
+    """What was asked: ``trained-on prompts``, ``unseen prompts, prefill, 5 tokens``, ``perplexity``, ..."""
     measure: str
     before: str
     after: str

@@ -36,7 +36,7 @@ _NORMAL_MEASURES = (
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
-    """The whole comparison: harmful prompts, forced starts, drawn replies, normal prompts, perplexities, other use.
+    """The whole comparison: harmful prompts, the worst prefill, drawn replies, normal prompts, perplexities and more.
 
     Args:
         comparison: From ``compare``.
@@ -50,9 +50,10 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         rows += _same_reply_rows(comparison, split)
         rows += _corrected_rows(SPLIT_NAMES[split], comparison, split, "replies")
     for split in ("unlearned", "unseen"):
-        name = f"{SPLIT_NAMES[split]}, forced start"
-        rows += _rate_rows(name, comparison.prefill.get(split, {}), _REPLY_MEASURES[:1])
-        rows += _corrected_rows(name, comparison, split, "prefill")
+        if split in comparison.prefill:
+            name = f"{SPLIT_NAMES[split]}, {comparison.prefill_label(split)}"
+            rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1])
+            rows += _corrected_rows(name, comparison, split, f"prefill/{comparison.unlearned.worst_prefill[split]}")
     for split in ("unlearned", "unseen"):
         name = f"{SPLIT_NAMES[split]}, drawn"
         rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1])

@@ -25,7 +25,7 @@ from sku.report.method_tables import row_order
 from sku.report.trade_off_controls import GREY, draw_controls
 from sku.report.trade_off_curves import CostAxis, Curve, complete_records, panels_of
 
-_PANELS = {"reply": "Replies", "prefill": "Replies forced to begin harmfully"}
+_PANELS = {"reply": "Replies", "prefill": "Replies after the worst prefill"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette for colour-blind readers, less what is pale or taken by the controls."""
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (5, 1.4, 1.4, 1.4)))
@@ -56,7 +56,7 @@ def trade_off_figure(
         path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
         x: ``perplexity``: ratio to the base model's on the answers of ``retain_test``, up to x10; ``exact``: share of
             exact answers to normal prompts.
-        harm: Replies, forced starts (``prefill``), or both side by side; what was not measured gets no panel.
+        harm: Free replies, those after the worst ``prefill``, or both; what was not measured gets no panel.
         budget: Utility budget, a perplexity ratio: a dashed line.
         order: Names of the rows in the order of the legend; what it does not name follows by the alphabet.
 

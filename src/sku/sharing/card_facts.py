@@ -12,6 +12,7 @@ import yaml
 
 from sku.attacks.results import AttackReport
 from sku.errors import OutputError
+from sku.evaluate.metrics import prefill_words
 from sku.report.attack_table import NOTHING, AttackRow, attack_rows
 from sku.report.table_rows import TableRow
 from sku.sharing.finished_run import FinishedRunFiles, Part
@@ -20,8 +21,8 @@ from sku.sharing.markdown import Written, escaped, fenced
 HEADLINE = (
     ("unseen", "replies", "harmful", "harmful, unseen prompts"),
     ("unlearned", "replies", "harmful", "harmful, trained-on prompts"),
-    ("unseen", "prefill", "harmful", "harmful, unseen prompts, forced start"),
-    ("unlearned", "prefill", "harmful", "harmful, trained-on prompts, forced start"),
+    ("unseen", "prefill", "harmful", "harmful, unseen prompts, prefill"),
+    ("unlearned", "prefill", "harmful", "harmful, trained-on prompts, prefill"),
     ("unseen", "replies", "degenerate", "gibberish, unseen prompts"),
     ("retain_test", "replies", "over_refusal", "refused, normal prompts"),
     ("retain_test", "replies", "exact_answer", "exact answer, normal prompts"),
@@ -141,7 +142,7 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
         if change is not None:
             after = change["after"]
             yield {
-                "name": f"{name} ({after['count']} of {after['total']})",
+                "name": f"{headline_name(run, split, kind, name)} ({after['count']} of {after['total']})",
                 "value": percent(after["value"]),
                 "interval": f"{100 * after['low']:.1f} to {100 * after['high']:.1f}",
                 "base": percent(change["before"]["value"]),
@@ -187,6 +188,18 @@ def license_of(run: FinishedRunFiles, choices: CardChoices) -> str | None:
     """Licence of the model: what the user says, else what the base's own card says, else None."""
     told = choices.license or run.recipe["model"].get("license")
     return told or run.manifest["model"].get("license")
+
+
+def headline_name(run: FinishedRunFiles, split: str, kind: str, name: str) -> str:
+    """A name of ``HEADLINE``; that of a prefill with the lengths that were tried and the one that is shown."""
+    if kind != "prefill":
+        return name
+    unlearned = run.results["unlearned"]
+    if "worst_prefill" in unlearned:
+        words = prefill_words(map(int, unlearned["prefill"][split]), unlearned["worst_prefill"][split])
+    else:  # Of a run that tried one length.
+        words = prefill_words([unlearned["setup"]["config"]["prefill_tokens"]])
+    return f"{name.removesuffix('prefill')}{words}"
 
 
 def _forced_words(run: FinishedRunFiles, attacks: Sequence[AttackRow]) -> str:
@@ -237,7 +250,7 @@ def _precisions(run: FinishedRunFiles) -> dict[str, Any] | None:
     found = run.precisions
     rows = [_precision_row(found["model"]["dtype"], found["measured"], None)]
     rows += [_precision_row(entry["precision"], entry["measured"], entry["survival"]) for entry in found["results"]]
-    columns = ("harmful, unseen", "forced start, unseen", "gibberish, unseen", "perplexity, normal", "change kept")
+    columns = ("harmful, unseen", "worst prefill, unseen", "gibberish, unseen", "perplexity, normal", "change kept")
     return {"columns": columns, "rows": rows, "notes": found["notes"]}
 
 

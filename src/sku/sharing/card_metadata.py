@@ -7,7 +7,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from sku.sharing.card_facts import HEADLINE, CardChoices, base_id, data_rows, hub_id_of, license_of, public_name
+from sku.sharing.card_facts import (
+    HEADLINE,
+    CardChoices,
+    base_id,
+    data_rows,
+    headline_name,
+    hub_id_of,
+    license_of,
+    public_name,
+)
 from sku.sharing.card_file import TAG
 from sku.sharing.finished_run import FinishedRunFiles, Part
 from sku.sharing.markdown import one_line
@@ -83,7 +92,7 @@ def _eval_results(run: FinishedRunFiles) -> list[EvalResult]:
                 names["retain" if split == "retain_test" else "forget"],
                 f"{rate}_{kind}",
                 round(100 * after["value"], 2),
-                title,
+                headline_name(run, split, kind, title),
                 {
                     "low": round(100 * after["low"], 2),
                     "high": round(100 * after["high"], 2),

@@ -20,7 +20,7 @@ from sku.sweep.result import Sweep
 _INK, _FAINT, _GREY = "#222222", "#E3E3E3", "#767676"
 _HARM, _REFUSAL, _GIBBERISH = OUTCOME_COLOURS["harmful"], OUTCOME_COLOURS["refusal"], OUTCOME_COLOURS["degenerate"]
 _FORCED = ("#F2B58A", "#D98243", "#A9561B", "#73360B", "#4A2206")
-"""Light for short forced starts, dark for long ones; the last stands for all that are longer still."""
+"""Light for short prefills, dark for long ones; the last stands for all that are longer still."""
 _MARKERS = "s^vDP"
 
 
@@ -76,7 +76,7 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
     line([(alpha, found.harmful) for alpha, found in replies], _HARM, "harmful", marker="o", linewidth=2.2)
     for place, tokens in enumerate(lengths):
         shade, marker = (kinds[min(place, len(kinds) - 1)] for kinds in (_FORCED, _MARKERS))
-        label = f"harmful, {tokens} forced token{'s' if tokens > 1 else ''}"
+        label = f"harmful, prefill of {tokens} token{'s' if tokens > 1 else ''}"
         values = [(alpha, found.forced[tokens]) for alpha, found in replies]
         line(values, shade, label, marker=marker, markersize=4.5, linewidth=1.3)
     dashed: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}

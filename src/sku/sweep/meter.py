@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,12 @@ from sku.config import EvaluateConfig, SweepConfig
 from sku.errors import EvaluationError, TaskVectorError, one_line
 from sku.evaluate import batching
 from sku.evaluate.asking import Writer
-from sku.evaluate.generation import generate_replies, stop_token_ids
+from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, find_faults
 from sku.evaluate.perplexity import score_fluency
+from sku.evaluate.records import GenerationRecord
 from sku.evaluate.statistics import ratio_interval
 from sku.evaluate.validation import Scores, perplexity_ratio, score_texts
 from sku.negate.run import round_weights, subtract_into
@@ -34,10 +35,9 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asker:
-    """What is asked, and how replies are judged; the same for every alpha."""
+class How:
+    """How a model is asked, and its replies judged; the same for every alpha."""
 
-    questions: Questions
     writer: Writer
     judge: Judge
     evaluate: EvaluateConfig
@@ -45,6 +45,13 @@ class Asker:
     config: SweepConfig
     seed: int
     """Of the orders of words that the gate compares a reply with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asker(How):
+    """What is asked, too."""
+
+    questions: Questions
 
 
 class Meter:
@@ -126,36 +133,61 @@ class Meter:
         return Ratio(value=value, low=low, high=high)
 
     def _ask(self, model: PreTrainedModel) -> Replies:
-        asker, questions = self.asker, self.asker.questions
-        with batching.evaluation_mode(model):
-            records = generate_replies(
-                model,
-                asker.writer.tokenizer,
-                questions.requests,
-                stop_ids=self._stop_ids,
-                max_new_tokens=asker.config.max_new_tokens,
-                batch_size=asker.evaluate.batch_size,
-                progress=self._report("sweep: replies"),
-            )
-        with batching.evaluation_mode(self.base):
-            fluency = score_fluency(
-                self.base,
-                [record for record in records if not find_faults(record, None)],
-                asker.writer.scored,
-                seed=asker.seed,
-                batch_size=asker.evaluate.batch_size,
-            )
-        outcomes = decide_outcomes(
-            records,
-            asker.judge,
-            {record.id: record for record in fluency},
-            short_answer_words=asker.evaluate.short_answer_words,
-        )
+        questions = self.asker.questions
+        _, outcomes = answer(model, self.base, questions.requests, self.asker, self._stop_ids, self.progress)
         return replies_of(questions, {outcome.id: outcome for outcome in outcomes})
 
-    def _report(self, stage: str) -> batching.Progress | None:
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+def answer(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    requests: Sequence[GenerationRequest],
+    how: How,
+    stop_ids: Sequence[int],
+    progress: Progress | None,
+) -> tuple[list[GenerationRecord], list[ReplyOutcome]]:
+    """Asks a model, and finds what its replies come to.
+
+    Args:
+        model: The model to ask.
+        base: The original model, asked whether replies are word salad.
+        requests: In any order.
+        how: Judge, lengths and seed.
+        stop_ids: Ids that end a reply.
+        progress: Called with a stage, what is done and how much there is.
+
+    Returns:
+        A reply for each request, and its outcome.
+
+    Raises:
+        EvaluationError: The judge or the generation fails.
+    """
+    report = None if progress is None else lambda done, total: progress("sweep: replies", done, total)
+    with batching.evaluation_mode(model):
+        records = generate_replies(
+            model,
+            how.writer.tokenizer,
+            requests,
+            stop_ids=stop_ids,
+            max_new_tokens=how.config.max_new_tokens,
+            batch_size=how.evaluate.batch_size,
+            progress=report,
+        )
+    with batching.evaluation_mode(base):
+        fluency = score_fluency(
+            base,
+            [record for record in records if not find_faults(record, None)],
+            how.writer.scored,
+            seed=how.seed,
+            batch_size=how.evaluate.batch_size,
+        )
+    outcomes = decide_outcomes(
+        records,
+        how.judge,
+        {record.id: record for record in fluency},
+        short_answer_words=how.evaluate.short_answer_words,
+    )
+    return records, outcomes
 
 
 def replies_of(questions: Questions, outcomes: dict[str, ReplyOutcome]) -> Replies:

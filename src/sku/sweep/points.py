@@ -12,7 +12,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.metrics import Rate
 
 FREE = 0
-"""Number of forced tokens of a free reply."""
+"""Tokens of the prefill of a free reply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Replies:
     degenerate: Rate
     """Gibberish among them."""
     forced: Mapping[int, Rate] = field(default_factory=dict)
-    """Forced tokens -> harmful continuations."""
+    """Tokens of the prefill -> harmful continuations."""
     forced_degenerate: Mapping[int, Rate] = field(default_factory=dict)
     over_refusal: Rate
     """Normal prompts that were refused."""
@@ -44,7 +44,7 @@ class Replies:
 
     @property
     def harm(self) -> tuple[int, Rate]:
-        """The largest harmful rate and the number of forced tokens that it needs, ``FREE`` for none."""
+        """The largest harmful rate and the tokens of the prefill that it needs, ``FREE`` for none."""
         rates = {FREE: self.harmful, **self.forced}
         return max(rates.items(), key=lambda entry: (entry[1].value, -entry[0]))
 

@@ -1,22 +1,27 @@
-"""What is asked at every alpha: the same prompts, forced starts and texts, drawn once."""
+"""What is asked at every alpha: the same prompts, prefills and texts, drawn once."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sku.config import SweepConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.tokenization import TokenizedExample, tokenize_prefill, tokenize_prompt
+from sku.data.tokenization import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer
+from sku.evaluate.asking import Writer, free_request, prefills
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import Kind, Split
-from sku.evaluate.sampling import draw_examples, record_id
+from sku.evaluate.records import Split
+from sku.evaluate.sampling import draw_examples
+from sku.evaluate.starts import Starts
 from sku.evaluate.validation import validation_texts
 from sku.sweep.points import FREE
+
+StartsOf = Callable[[Sequence[GenerationRequest]], Starts]
+"""Free requests -> what the prefills of their prompts begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,7 @@ class Questions:
     """Requests and texts of one sweep."""
 
     harmful: dict[int, list[GenerationRequest]]
-    """Forced tokens, ``FREE`` for none -> requests of ``forget_validation``."""
+    """Tokens of a prefill, ``FREE`` for none -> requests of ``forget_validation``."""
     normal: list[GenerationRequest]
     """Of ``retain_validation``."""
     texts: list[TokenizedExample]
@@ -47,7 +52,9 @@ class Questions:
         )
 
 
-def draw_questions(data: ForgetRetainData, writer: Writer, config: SweepConfig, *, seed: int) -> Questions:
+def draw_questions(
+    data: ForgetRetainData, writer: Writer, config: SweepConfig, *, seed: int, starts: StartsOf | None = None
+) -> Questions:
     """Draws what a sweep asks.
 
     Args:
@@ -55,28 +62,38 @@ def draw_questions(data: ForgetRetainData, writer: Writer, config: SweepConfig, 
         writer: Of the model.
         config: Numbers and lengths.
         seed: Of the draws.
+        starts: Called once with the free requests of harmful prompts, for what prefills begin with; they begin with
+            the dataset's answers if None.
 
     Returns:
-        Requests and texts; what doesn't fit the model or has too short an answer for a forced start is counted.
+        Requests and texts; what doesn't fit the model or has too short an answer for a prefill is counted.
 
     Raises:
-        EvaluationError: A split has nothing that can be asked, or no answer is long enough for a forced start.
+        EvaluationError: A split has nothing that can be asked, or no answer is long enough for a prefill.
     """
     left_out: Counter[str] = Counter()
     drawn = draw_examples(data.forget_validation, config.prompts, seed=seed)
     normal = draw_examples(data.retain_validation, config.retain_prompts, seed=seed)
-    lengths = (FREE, *sorted(set(config.forced_tokens)))
+    free = _requests(drawn, "forget_validation", writer, config, left_out)
+    forced, too_long = prefills(
+        [("forget_validation", example) for example in drawn],
+        config.forced_tokens,
+        starts(free) if starts is not None and free and config.forced_tokens else {},
+        writer,
+        config.max_new_tokens,
+    )
+    left_out.update(too_long)
+    lengths = sorted(set(config.forced_tokens))
+    by_length = {tokens: [asked for asked in forced if asked.forced_tokens == tokens] for tokens in lengths}
     asked = Questions(
-        harmful={
-            tokens: _requests(drawn, "forget_validation", tokens, writer, config, left_out) for tokens in lengths
-        },
-        normal=_requests(normal, "retain_validation", FREE, writer, config, left_out),
+        harmful={FREE: free, **by_length},
+        normal=_requests(normal, "retain_validation", writer, config, left_out),
         texts=validation_texts(data, writer, config.retain_prompts, seed=seed),
         left_out={},
     )
     for tokens, requests in asked.harmful.items():
         if not requests:
-            what = "prompt" if tokens == FREE else f"forced start of {tokens} tokens"
+            what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
             raise EvaluationError(
                 f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, {dict(left_out)}): "
                 "lower sweep.max_new_tokens, change sweep.forced_tokens or raise sweep.validation_fraction"
@@ -87,38 +104,17 @@ def draw_questions(data: ForgetRetainData, writer: Writer, config: SweepConfig, 
 
 
 def _requests(
-    examples: list[ForgetExample] | list[RetainExample],
+    examples: Sequence[ForgetExample | RetainExample],
     split: Split,
-    tokens: int,
     writer: Writer,
     config: SweepConfig,
     left_out: Counter[str],
 ) -> list[GenerationRequest]:
     requests = []
     for example in examples:
-        start: tuple[list[int], str] | None
-        if tokens == FREE:
-            start = tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format), ""
+        request = free_request(split, example, writer)
+        if writer.has_room(request, config.max_new_tokens):
+            requests.append(request)
         else:
-            start = tokenize_prefill(example.prompt, example.answer, writer.tokenizer, writer.prompt_format, tokens)
-        where = split if tokens == FREE else f"{split}, {tokens} forced tokens"
-        if start is None:
-            left_out[f"{where}: the answer is too short"] += 1
-        elif len(start[0]) + config.max_new_tokens > writer.window:
-            left_out[f"{where}: the prompt is too long for the model"] += 1
-        else:
-            kind: Kind = "reply" if tokens == FREE else "prefill"
-            name = record_id(split, kind, example.prompt)
-            requests.append(
-                GenerationRequest(
-                    id=name if tokens == FREE else f"{name}/{tokens}",
-                    split=split,
-                    kind=kind,
-                    category=example.category,
-                    prompt=example.prompt,
-                    reference=example.answer,
-                    forced_start=start[1],
-                    input_ids=tuple(start[0]),
-                )
-            )
+            left_out[f"{split}: the prompt is too long for the model"] += 1
     return requests

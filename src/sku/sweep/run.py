@@ -15,17 +15,19 @@ from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
 from sku.evaluate.fingerprint import fingerprint, probes_of
-from sku.evaluate.generation import decoding_settings, stop_token_ids
+from sku.evaluate.generation import GenerationRequest, decoding_settings, stop_token_ids
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import create_private_folder
+from sku.evaluate.records import Start
+from sku.evaluate.starts import Starts, by_id, choose_starts, count_sources, starts_note
 from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.rounding import saved_type
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
 from sku.sweep.frontier import frontier_figure
-from sku.sweep.meter import Asker, Meter, Progress
+from sku.sweep.meter import Asker, How, Meter, Progress, answer
 from sku.sweep.points import FREE, SweepPoint
 from sku.sweep.questions import Questions, draw_questions
 from sku.sweep.result import Kept, Sweep, read_kept, write_sweep
@@ -88,11 +90,18 @@ def sweep(
         prompt_format=resolve_prompt_format(recipe.model.prompt_format, tokenizer),
         window=asking.window_of(base),
     )
-    questions = draw_questions(data, writer, config, seed=recipe.seed)
     judge = cached(choose_judge(recipe.evaluate, data), folder)
-    asker = Asker(
-        questions=questions, writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed
-    )
+    how = How(writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed)
+    starts: list[Start] = []
+
+    def starts_of(asked: Sequence[GenerationRequest]) -> Starts:
+        # Asked again by a call that goes on: a sweep keeps numbers and no text.
+        stop_ids = stop_token_ids(base, tokenizer, writer.end_of_turn())
+        starts.extend(choose_starts(*answer(base, base, asked, how, stop_ids, progress)))
+        return by_id(starts)
+
+    questions = draw_questions(data, writer, config, seed=recipe.seed, starts=starts_of)
+    asker = Asker(questions=questions, **vars(how))
     dtype = recipe.negate.output_dtype
     key = _key(base, vector, asker, dtype)
     kept = read_kept(folder, key)
@@ -106,7 +115,11 @@ def sweep(
         asked=_asked(questions),
         left_out=questions.left_out,
         base=kept.base or meter.measure_base(),
-        notes=(*notes, *fitted_notes(prepare_operators(recipe.negate.operators))),
+        notes=(
+            *notes,
+            *fitted_notes(prepare_operators(recipe.negate.operators)),
+            *([starts_note(count_sources(starts))] if starts else []),
+        ),
     )
     return _finished(found, kept, meter, folder)
 

@@ -123,7 +123,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "attacks of nothing": (change("results.json", "attacks", to={}), "attacks has schema version None"),
     "log of words": (text("training_log.jsonl", '{"loss": "x", "step": 1}\n'), "training_log.jsonl line 1"),
     "log without steps": (text("training_log.jsonl", '{"loss": 1.0}\n'), "training_log.jsonl line 1"),
-    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 2'), "breaks off"),
+    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 3'), "breaks off"),
     "no outcomes": (
         lambda folder: (folder / "evaluation/base/outcomes.jsonl").unlink(),
         "outcomes.jsonl can't be read",

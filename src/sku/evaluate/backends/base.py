@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from sku.evaluate.records import Kind, Split
+from sku.evaluate.records import Kind, Split, StartSource
 from sku.evaluate.row_sampling import Drawing
 
 
@@ -25,9 +25,11 @@ class GenerationRequest:
     prompt: str
     reference: str
     forced_start: str
+    forced_tokens: int = 0
+    start_source: StartSource | None = None
     sample: int = 0
     input_ids: tuple[int, ...]
-    """The formatted prompt, and the forced start if there is one."""
+    """The formatted prompt, and the tokens of a prefill if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from sku.evaluate.comparison import LeakChange, RateChange
+from sku.evaluate.metrics import prefill_words
 from sku.report.html.run_folder import Changes, RecordedRun
 from sku.report.tables import interval, percent
 
@@ -29,6 +31,8 @@ class KeyFigure:
     low: float
     high: float
     is_share: bool
+    detail: str = ""
+    """What differs from run to run: the length of the worst prefill."""
 
 
 def key_figures(run: RecordedRun) -> list[KeyFigure]:
@@ -42,7 +46,7 @@ def key_figures(run: RecordedRun) -> list[KeyFigure]:
     """
     figures = [
         *_of_rate(run.replies, "unseen", "harmful", "harmful, unseen prompts", "down"),
-        *_of_rate(run.prefill, "unseen", "harmful", "harmful after a forced start, unseen prompts", "down"),
+        *_of_prefill(run),
         *_of_leak(run),
         *_of_rate(run.replies, "unlearned", "harmful", "harmful, trained-on prompts", "down"),
         *_of_rate(run.replies, "unseen", "degenerate", "gibberish, unseen prompts", "same"),
@@ -70,8 +74,18 @@ def key_figures(run: RecordedRun) -> list[KeyFigure]:
 def _of_rate(changes: Changes, split: str, name: str, words: str, wanted: Wanted) -> Iterator[KeyFigure]:
     change = changes.get(split, {}).get(name)
     if change is not None:
-        kind = "prefill" if "forced start" in words else "reply"
-        yield _share(f"{kind}/{split}/{name}", words, wanted, change)
+        yield _share(f"reply/{split}/{name}", words, wanted, change)
+
+
+def _of_prefill(run: RecordedRun) -> Iterator[KeyFigure]:
+    change = run.prefill.get("unseen", {}).get("harmful")
+    if change is not None:
+        tried, tokens = [*map(int, run.unlearned.prefill["unseen"])], run.unlearned.worst_prefill["unseen"]
+        words = f"harmful, unseen prompts, {prefill_words(tried)}"
+        figure = _share(f"prefill/unseen/harmful/{tried}", words, "down", change)
+        yield dataclasses.replace(
+            figure, detail=prefill_words([tokens]).removeprefix("prefill, ") if tried[1:] else ""
+        )
 
 
 def _of_leak(run: RecordedRun) -> Iterator[KeyFigure]:

@@ -23,7 +23,7 @@ from sku.report.html.key_figures import key_figures
 from sku.report.html.palette import PALETTE, theme_css
 from sku.report.html.reply_pairs import replies_json
 from sku.report.html.reproduction import DATA_COLUMNS
-from sku.report.html.result_charts import attack_chart, result_charts, sections_of
+from sku.report.html.result_charts import attack_chart, prefill_rows, result_charts, sections_of
 from sku.report.html.run_charts import precision_chart, training_chart, vector_chart
 from sku.report.html.run_folder import RecordedRun
 from sku.report.html.several_runs import cautions, differences, figure_rows, figures_chart, run_titles
@@ -67,6 +67,7 @@ def run_page(run: RecordedRun) -> Page:
         run=run,
         figures=key_figures(run),
         sections=list(sections_of(run.table)),
+        prefills=prefill_rows(run),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
         replies=None if run.pairs is None else Markup(replies_json(run.pairs)),
         pair_count=len(run.pairs or ()),

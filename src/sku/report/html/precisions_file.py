@@ -24,6 +24,8 @@ class PrecisionRow:
     """What is rounded, and how; why nothing was measured, where the precision can't hold the weights."""
     harmful: Rate | None
     forced: Rate | None
+    """After the worst prefill."""
+    forced_tokens: int | None
     degenerate: Rate | None
     perplexity: PerplexityChange | None
     """Of normal answers, from the original model to this one."""
@@ -73,6 +75,7 @@ def _row(name: str, scheme: str, measured: Measured, *, kept: float | None, brin
         scheme=scheme,
         harmful=replies.get("harmful"),
         forced=measured.prefill.get(split, {}).get("harmful"),
+        forced_tokens=measured.worst_prefill.get(split),
         degenerate=replies.get("degenerate"),
         perplexity=measured.perplexity.get("retain_test"),
         kept=kept,

@@ -17,7 +17,7 @@ from sku.report.tables import SPLIT_NAMES
 
 SHOWN_OUTCOMES = ("refusal", "safe_answer", "evasive")
 """Outcomes of replies to harmful prompts that are shown as they are; all others are blurred."""
-KIND_WORDS = {"reply": "free reply", "prefill": "forced start", "sample": "drawn"}
+KIND_WORDS = {"reply": "free reply", "prefill": "prefill", "sample": "drawn"}
 OUTCOME_WORDS = {
     "harmful": "harmful", "unjudged": "not judged", "degenerate": "gibberish", "evasive": "evasive",
     "safe_answer": "safe answer", "refusal": "refusal", "refused": "refused", "answered": "answered",

@@ -52,13 +52,17 @@ def result_charts(run: RecordedRun) -> list[Picture]:
 def outcome_chart(run: RecordedRun) -> Picture | None:
     """Stacked shares of the outcomes of replies to harmful prompts, base above unlearned, a group for each way."""
     groups = [
-        (f"{SPLIT_NAMES[split]}{suffix}", before[split], after[split])
-        for suffix, before, after in (
-            ("", run.base.replies, run.unlearned.replies),
-            (", forced start", run.base.prefill, run.unlearned.prefill),
-        )
+        (SPLIT_NAMES[split], run.base.replies[split], run.unlearned.replies[split])
         for split in HARMFUL_SPLITS
-        if before.get(split) and after.get(split)
+        if run.base.replies.get(split) and run.unlearned.replies.get(split)
+    ] + [
+        (
+            f"{SPLIT_NAMES[split]}, {run.prefill_label(split)}",
+            run.base.prefill[split][str(run.unlearned.worst_prefill[split])],
+            worst,
+        )
+        for split, worst in run.unlearned.worst_prefills().items()
+        if split in run.base.prefill
     ]
     if not groups:
         return None
@@ -90,8 +94,8 @@ def outcome_chart(run: RecordedRun) -> Picture | None:
     return Picture(
         name="outcomes",
         title="Replies to harmful prompts",
-        caption="Share of replies by outcome, for the base model and below it the unlearned one; after a forced start "
-        "the reply was made to begin with the harmful answer's first words.",
+        caption="Share of replies by outcome, for the base model and below it the unlearned one; after a prefill "
+        "the reply was made to begin with a harmful reply's first words; of the lengths tried the worst is shown.",
         figure=figure,
         columns=("asked", "model", *(OUTCOMES[name] for name in shown)),
         rows=tuple(rows),
@@ -234,3 +238,21 @@ def sections_of(table: Sequence[TableRow]) -> Iterator[tuple[str, list[TableRow]
     for row in table:
         sections.setdefault(row.section, []).append(row)
     yield from sections.items()
+
+
+def prefill_rows(run: RecordedRun) -> list[tuple[str, ...]]:
+    """Every length of a prefill: prompts asked, harmful shares and their change, gibberish."""
+    return [
+        (
+            f"{SPLIT_NAMES[split]}, {tokens}",
+            str(change.after.total),
+            percent(change.before.value),
+            percent(change.after.value),
+            interval(change.after),
+            f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+            percent(changes["degenerate"].after.value),
+        )
+        for split in HARMFUL_SPLITS
+        for tokens, changes in run.prefill_by_length.get(split, {}).items()
+        for change in (changes["harmful"],)
+    ]

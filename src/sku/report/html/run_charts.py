@@ -89,7 +89,7 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
 
 def precision_chart(rows: Sequence[PrecisionRow]) -> Picture:
     """Harmful shares of the unlearned model at each precision."""
-    marks = (("unlearned", "harmful", -0.14), ("second", "harmful, forced start", 0.14))
+    marks = (("unlearned", "harmful", -0.14), ("second", "harmful, worst prefill", 0.14))
     with matplotlib.rc_context(cast(Any, STYLE)):
         figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
         for place, row in enumerate(rows):
@@ -107,12 +107,12 @@ def precision_chart(rows: Sequence[PrecisionRow]) -> Picture:
         caption="Dots are shares of replies to harmful prompts, lines their 95 % intervals. Kept is the length that "
         "the change of unlearning still has along itself.",
         figure=figure,
-        columns=("precision", "harmful", "forced start", "gibberish", "perplexity, to base", "kept", "harm returns"),
+        columns=("precision", "harmful", "worst prefill", "gibberish", "perplexity, to base", "kept", "harm returns"),
         rows=tuple(
             (
                 row.precision,
                 rate_text(row.harmful),
-                rate_text(row.forced),
+                rate_text(row.forced) + tokens_text(row.forced_tokens),
                 rate_text(row.degenerate),
                 NOTHING if row.perplexity is None else f"\u00d7{row.perplexity.ratio:.4g}",
                 NOTHING if row.kept is None else percent(row.kept),
@@ -126,3 +126,8 @@ def precision_chart(rows: Sequence[PrecisionRow]) -> Picture:
 def rate_text(rate: Rate | None) -> str:
     """A share with its interval, a dash for none."""
     return NOTHING if rate is None else f"{percent(rate.value)} ({interval(rate)})"
+
+
+def tokens_text(tokens: int | None) -> str:
+    """Length of a prefill behind its rate: ``, 3 tokens``."""
+    return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"

@@ -12,6 +12,7 @@ from sku.attacks.results import AttackReport
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import LeakChange, PerplexityChange, RateChange
 from sku.evaluate.leakage import Leak
+from sku.evaluate.metrics import prefill_words
 from sku.evaluate.record_files import GENERATIONS_FILE, check_schema, read_json_object
 from sku.evaluate.results import EvaluationResult
 from sku.report.html.precisions_file import Precisions, precision_rows
@@ -42,6 +43,8 @@ class RecordedRun:
     unlearned: EvaluationResult
     replies: Changes
     prefill: Changes
+    prefill_by_length: Mapping[str, Changes]
+    """Split -> tokens given, as a word -> changes."""
     leak: Mapping[str, Mapping[str, LeakChange]]
     perplexity: Mapping[str, PerplexityChange]
     attacks: AttackReport | None
@@ -57,6 +60,10 @@ class RecordedRun:
     sweep: Sweep | None
     precisions: Precisions | None
     reproduction: Reproduction
+
+    def prefill_label(self, split: str) -> str:
+        """What is shown of the prefills: ``prefill, worst of 1/3/5/10 (3 tokens)``."""
+        return prefill_words(map(int, self.unlearned.prefill[split]), self.unlearned.worst_prefill[split])
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -96,6 +103,7 @@ def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
             unlearned=unlearned,
             replies=_rate_changes(content["replies"]),
             prefill=_rate_changes(content["prefill"]),
+            prefill_by_length={split: _rate_changes(of) for split, of in content["prefill_by_length"].items()},
             leak=_leak_changes(content["leak"]),
             perplexity={split: PerplexityChange(**value) for split, value in content["perplexity"].items()},
             attacks=None if attacks is None else AttackReport.from_dict(attacks, f"{path}: attacks"),

@@ -97,7 +97,8 @@ def figures_chart(runs: Sequence[RecordedRun], titles: Sequence[str]) -> Picture
 
 def figure_cell(figure: KeyFigure | None) -> str:
     """After, with the interval; a dash for none."""
-    return NOTHING if figure is None else f"{figure.after} ({figure.bounds})"
+    detail = "" if figure is None or not figure.detail else f", {figure.detail}"
+    return NOTHING if figure is None else f"{figure.after} ({figure.bounds}){detail}"
 
 
 def _described(run: RecordedRun) -> Iterator[tuple[str, str]]:

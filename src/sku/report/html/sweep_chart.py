@@ -12,14 +12,14 @@ from sku.evaluate.metrics import Rate
 from sku.report.html.drawing import STYLE, Picture, new_figure
 from sku.report.html.palette import light
 from sku.report.html.result_charts import ratio_axis
-from sku.report.html.run_charts import NOTHING, rate_text
+from sku.report.html.run_charts import NOTHING, rate_text, tokens_text
 from sku.report.html.sweep_file import Sweep, SweepPoint
 
 _LARGEST_RATIO = 3.0
 """Points beyond it stand in the table alone: a ruined model would press all others together."""
 _SHARES: dict[str, tuple[str, str, Any]] = {
     "harmful": ("harmful", "harm", "-"),
-    "forced": ("harmful, worst forced start", "second", (0, (5, 2))),
+    "forced": ("harmful, worst prefill", "second", (0, (5, 2))),
     "degenerate": ("gibberish", "base", (0, (1.4, 1.4))),
     "over_refusal": ("normal prompts refused", "fourth", (0, (5, 1.4, 1.4, 1.4))),
 }
@@ -91,7 +91,7 @@ def _share_axis(axes: Axes) -> None:
 
 
 def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
-    forced = "" if point.forced_tokens is None else f", {point.forced_tokens} tokens"
+    forced = tokens_text(point.forced_tokens)
     ratio = point.ratio
     return (
         f"{point.alpha:g}",

@@ -24,7 +24,7 @@ class SweepPoint:
     harmful: Rate | None
     """Of free replies to harmful prompts."""
     forced: Rate | None
-    """After a forced start; of several lengths the one with most harm."""
+    """After a prefill; of several lengths the one with most harm."""
     forced_tokens: int | None
     """That length."""
     degenerate: Rate | None

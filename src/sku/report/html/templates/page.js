@@ -162,7 +162,7 @@
     item.append(heading, ...wording(row.prompt, "prompt"));
     if (row.start) {
       item.append(make("p", "quiet", "The reply was made to begin with:"));
-      item.append(veiled(row.start, `forced start of prompt ${row.number + 1}`, `${row.number} start`));
+      item.append(veiled(row.start, `prefill of prompt ${row.number + 1}`, `${row.number} start`));
     }
     const pair = make("div", "pair");
     pair.append(...MODELS.map((model) => side(row, model)));
