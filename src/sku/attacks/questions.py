@@ -66,8 +66,8 @@ class Questions:
             self.left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(self.examples)
         if not self.examples:
             raise EvaluationError(
-                f"none of {len(drawn)} prompts leaves room for {self._config.max_new_tokens} new tokens in the "
-                f"model's window of {writer.window}: lower evaluate.max_new_tokens"
+                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {writer.window} tokens: "
+                "take shorter prompts or another model"
             )
 
     def probes(self) -> list[list[int]]:
@@ -118,7 +118,7 @@ class Questions:
         return tokenize_prompt(variant.prompt, tokenizer, prompt_format), ""
 
     def _fits(self, ids: tuple[list[int], str] | None) -> bool:
-        return ids is not None and len(ids[0]) + self._config.max_new_tokens <= self._writer.window
+        return ids is not None and self._writer.has_room(ids[0], self._config.max_new_tokens)
 
     def _ask(self, question: str, variant: Variant, example: ForgetExample, ids: list[int], start: str) -> Ask:
         kind: Kind = "prefill" if variant.forced_tokens else "reply"

@@ -20,6 +20,9 @@ from sku.evaluate.judges import is_embedded
 from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Kind, Split
 from sku.evaluate.sampling import draw_examples, record_id
 
+MIN_ROOM = 32
+"""A prompt that leaves less room than this, and less than ``max_new_tokens``, is not asked: so short a reply says
+nothing."""
 MAX_SCORED_TOKENS = 1024
 """Longest text that is scored, prompt included; shorter where the model's window is."""
 
@@ -47,6 +50,10 @@ class Writer:
             )
         except DataError:
             return None
+
+    def has_room(self, ids: Sequence[int], max_new_tokens: int) -> bool:
+        """Whether a prompt of these ids can be asked: a reply longer than the window leaves room for is cut there."""
+        return self.window - len(ids) >= min(max_new_tokens, MIN_ROOM)
 
     def end_of_turn(self) -> list[int]:
         """The token that ends an answer in this format, where it is a single one."""
@@ -120,7 +127,7 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
             for kind, ids, forced_start in _tokenized(split, example, writer, config.prefill_tokens):
                 if ids is None:
                     left_out[f"{split}: forced start, as the answer is too short"] += 1
-                elif len(ids) + config.max_new_tokens > writer.window:
+                elif not writer.has_room(ids, config.max_new_tokens):
                     left_out[f"{split}: {kind}, as the prompt is too long for the model"] += 1
                 else:
                     request = GenerationRequest(

@@ -135,6 +135,7 @@ class Meter:
                 stop_ids=self._stop_ids,
                 max_new_tokens=asker.config.max_new_tokens,
                 batch_size=asker.evaluate.batch_size,
+                window=asker.writer.window,
                 progress=self._report("sweep: replies"),
             )
         with batching.evaluation_mode(self.base):

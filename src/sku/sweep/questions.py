@@ -104,7 +104,7 @@ def _requests(
         where = split if tokens == FREE else f"{split}, {tokens} forced tokens"
         if start is None:
             left_out[f"{where}: the answer is too short"] += 1
-        elif len(start[0]) + config.max_new_tokens > writer.window:
+        elif not writer.has_room(start[0], config.max_new_tokens):
             left_out[f"{where}: the prompt is too long for the model"] += 1
         else:
             kind: Kind = "reply" if tokens == FREE else "prefill"
