@@ -219,7 +219,8 @@ class Table:
         texts = {}
         for split, examples in splits.items():
             drawn = draw_examples(examples, self.options.score, seed=self.options.seed)
-            texts[split] = [text for item in drawn if (text := writer.scored(item.prompt, item.answer)) is not None]
+            scored = (writer.scored(item.prompt, item.answer, with_end=item.finished) for item in drawn)
+            texts[split] = [text for text in scored if text is not None]
         return {split: found for split, found in texts.items() if found}
 
     def _score(self, model: PreTrainedModel, split: str) -> list[tuple[float, int]]:

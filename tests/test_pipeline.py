@@ -576,7 +576,7 @@ def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_pa
 
 def test_an_impossible_evaluation_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError):
-        evaluate_recipe(recipe("evaluate.max_new_tokens=100000"), str(finished.folder / "unlearned"), tmp_path / "e")
+        evaluate_recipe(recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e")
 
 
 def test_the_packaged_model_is_as_it_was(

@@ -66,8 +66,8 @@ class Questions:
             self.left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(self.examples)
         if not self.examples:
             raise EvaluationError(
-                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {writer.window} tokens: "
-                "take shorter prompts or another model"
+                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {writer.window} "
+                "tokens: take shorter prompts or another model"
             )
 
     def probes(self) -> list[list[int]]:

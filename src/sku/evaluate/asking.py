@@ -36,8 +36,15 @@ class Writer:
     window: int
     """Most tokens that the model can read."""
 
-    def scored(self, prompt: str, answer: str) -> TokenizedExample | None:
-        """Ids with the answer labelled, its end left out; None where the answer has no token or no room."""
+    def scored(self, prompt: str, answer: str, *, with_end: bool = False) -> TokenizedExample | None:
+        """Ids with the answer labelled; None where the answer has no token or no room.
+
+        Args:
+            prompt: The user's words.
+            answer: The answer.
+            with_end: Whether its end is labelled too, where nothing of it had to be cut: of an answer that came to its
+                end, so that a model which ends too soon or never is seen.
+        """
         length = min(self.window, MAX_SCORED_TOKENS)
         try:
             return tokenize_example(
@@ -46,7 +53,7 @@ class Writer:
                 self.prompt_format,
                 max_length=length,
                 max_answer_tokens=length,
-                train_on_end=False,
+                train_on_end=with_end,
             )
         except DataError:
             return None
@@ -84,7 +91,7 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
         EvaluationError: There is nothing to ask, or XSTest was named for the embedded world.
     """
     drawn: dict[Split, list[Example]] = {
-        "unlearned": [*draw_examples(data.unlearned, config.prompts, seed=seed)],
+        "unlearned": [*draw_examples(data.trained_on(), config.prompts, seed=seed)],
         "unseen": [*draw_examples(data.unseen, config.prompts, seed=seed)],
         "retain_test": [*draw_examples(data.retain_test, config.retain_prompts, seed=seed)],
     }
@@ -104,6 +111,13 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
         drawn["xstest_safe"] = [*draw_examples(xstest.safe, config.prompts, seed=seed)]
         drawn["xstest_unsafe"] = [*draw_examples(xstest.unsafe, config.prompts, seed=seed)]
     return Drawn(examples=drawn, left_out=left_out)
+
+
+def trained_on(data: ForgetRetainData, drawn: Drawn) -> dict[str, int] | None:
+    """How many of the drawn prompts of ``unlearned`` training visits; None where that isn't known."""
+    examples = drawn.examples["unlearned"]
+    visited = data.count_trained(examples)
+    return None if visited is None else {"asked": len(examples), "visited": visited}
 
 
 def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:

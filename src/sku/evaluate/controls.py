@@ -86,7 +86,8 @@ def evaluate_replies(
         prompt_format=resolve_prompt_format(prompt_format, tokenizer),
         window=asking.window_of(base_model),
     )
-    requests, left_out = asking.requests(asking.draw(data, config, seed), writer, config)
+    drawn = asking.draw(data, config, seed)
+    requests, left_out = asking.requests(drawn, writer, config)
     records = [_record(request, reply(request), tokenizer) for request in requests]
     with batching.evaluation_mode(base_model):
         fluency = score_fluency(
@@ -104,6 +105,7 @@ def evaluate_replies(
         seed=seed,
         fluency_scorer="base",
         left_out=left_out,
+        trained_on=asking.trained_on(data, drawn),
         notes=data.notes(),
     )
     return measure(setup, records, fluency, [], choose_judge(config, data))

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from sku.sharing.card_facts import HEADLINE, CardChoices, base_id, data_rows, hub_id_of, license_of, public_name
+from sku.sharing.card_facts import CardChoices, base_id, data_rows, headline, hub_id_of, license_of, public_name
 from sku.sharing.card_file import TAG
 from sku.sharing.finished_run import FinishedRunFiles, Part
 from sku.sharing.markdown import one_line
@@ -72,7 +72,7 @@ def _eval_results(run: FinishedRunFiles) -> list[EvalResult]:
     names = {row["name"]: row["source"] for row in data_rows(run)}
     judge = run.results["unlearned"]["judge"]["name"]
     found = []
-    for split, kind, rate, title in HEADLINE:
+    for split, kind, rate, title in headline(run):
         change = run.results[kind].get(split, {}).get(rate)
         if change is None:
             continue

@@ -79,10 +79,10 @@ def draw_questions(data: ForgetRetainData, writer: Writer, config: SweepConfig, 
             what = "prompt" if tokens == FREE else f"forced start of {tokens} tokens"
             raise EvaluationError(
                 f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, {dict(left_out)}): "
-                "lower sweep.max_new_tokens, change sweep.forced_tokens or raise sweep.validation_fraction"
+                "take shorter prompts, change sweep.forced_tokens or raise sweep.validation_fraction"
             )
     if not asked.normal:
-        raise EvaluationError("retain_validation has no prompt that can be asked: lower sweep.max_new_tokens")
+        raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
     return dataclasses.replace(asked, left_out=dict(left_out))
 
 

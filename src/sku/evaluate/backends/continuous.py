@@ -56,7 +56,9 @@ class ContinuousBackend:
             # No inference mode: the replies are written by a thread of transformers' own, outside of it.
             with only_these_settings(self._model, settings):
                 found = cast(Any, self._model).generate_batch(
-                    prompts, generation_config=settings, continuous_batching_config=self._cache_for(prompts, new_tokens)
+                    prompts,
+                    generation_config=settings,
+                    continuous_batching_config=self._cache_for(prompts, new_tokens),
                 )
         finally:
             if inner.config._attn_implementation != attention:

@@ -1,8 +1,8 @@
 """The plain backend: transformers' ``generate`` on a batch of prompts. The others are checked against it.
 
-``generate`` computes a whole batch until its last reply ends. Here it is called for ``CHUNK`` tokens at a time, going on
-from its own cache, and replies that ended leave batch and cache between two calls: they cost nothing more, and those
-that stay get the tokens that they get without it.
+``generate`` computes a whole batch until its last reply ends. Here it is called for ``CHUNK`` tokens at a time, going
+on from its own cache, and replies that ended leave batch and cache between two calls: they cost nothing more, and
+those that stay get the tokens that they get without it.
 """
 
 from __future__ import annotations
