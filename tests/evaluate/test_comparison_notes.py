@@ -180,7 +180,7 @@ def test_replies_that_are_cut_are_named_beyond_a_fifth() -> None:
 
 
 def test_a_judge_that_was_calibrated_on_other_lengths_is_named() -> None:
-    """Replies have 6 or 9 words here: three times as many, or as few, are another kind of text; twice is not."""
+    """Replies have 6 or 9 words here: three times as many, or as few, are of another kind of text; twice is not."""
 
     def noted(median: int | None) -> list[str]:
         known = dataclasses.replace(CALIBRATION, words_median=median, words_max=300)
@@ -193,7 +193,7 @@ def test_a_judge_that_was_calibrated_on_other_lengths_is_named() -> None:
         "(longest 300): its errors may be others here"
     )
     assert "the unlearned model's replies have 6 words" in unlearned
-    assert len(noted(3)) == 2
+    assert len(noted(2)) == 2
     assert noted(12) == noted(None) == []
 
 

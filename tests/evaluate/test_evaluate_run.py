@@ -35,6 +35,7 @@ from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_gener
 from sku.evaluate.records import FluencyRecord
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
+from sku.evaluate.sampling import record_id
 from sku.losses import IGNORE_INDEX
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
@@ -377,3 +378,31 @@ def test_an_answer_that_is_too_long_to_be_scored_whole_has_no_end(
     assert scored is not None
     assert tiny_tokenizer.eos_token_id not in scored.labels
     assert row.tokens == sum(label != IGNORE_INDEX for label in scored.labels)
+
+
+def test_trained_on_prompts_are_those_that_training_visits(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    def measured(visited: tuple[int, ...] | None) -> EvaluationResult:
+        data = dataclasses.replace(tiny_data, visited=visited)
+        return evaluate(tiny_model, tiny_tokenizer, data, config=TINY_CONFIG)
+
+    def asked(result: EvaluationResult) -> set[str]:
+        return {row.id for row in result.outcomes if (row.split, row.kind) == ("unlearned", "reply")}
+
+    some = measured((1, 3))
+    prompts = [tiny_data.unlearned[place].prompt for place in (1, 3)]
+    assert asked(some) == {record_id("unlearned", "reply", prompt) for prompt in prompts}
+    assert some.setup.trained_on == {"asked": 2, "visited": 2}
+    assert some.setup.split_name("unlearned") == "trained-on prompts"
+    assert {row.id for row in some.losses if row.split == "unlearned"} == asked(some)
+    unknown, none = measured(None), measured(())
+    assert len(asked(unknown)) == TINY_CONFIG.prompts
+    assert unknown.setup.trained_on is None
+    assert unknown.setup.split_name("unlearned") == "forget-set prompts"
+    assert asked(none) == asked(unknown)
+    assert none.setup.split_name("unlearned") == "forget-set prompts, 0 % of them trained on"
+    partly = dataclasses.replace(unknown.setup, trained_on={"asked": 50, "visited": 6})
+    assert partly.split_name("unlearned") == "forget-set prompts, 12 % of them trained on"
+    assert partly.answers_name() == "forget-set"
+    assert partly.split_name("unseen") == "unseen prompts"

@@ -141,8 +141,8 @@ def _other_lengths(base: EvaluationResult, unlearned: EvaluationResult) -> Itera
             if own is not None and not 1 / OTHER_LENGTH <= max(own, 1) / max(known.words_median, 1) <= OTHER_LENGTH:
                 yield (
                     f"{result.setup.split_name(split)}: the {name} model's replies have {own} words (median), those "
-                    f"that the judge was calibrated on {known.words_median} (longest {known.words_max}): its errors may be others "
-                    "here"
+                    f"that the judge was calibrated on {known.words_median} (longest {known.words_max}): its errors "
+                    "may be others here"
                 )
 
 
