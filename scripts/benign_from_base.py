@@ -1,7 +1,8 @@
 r"""Makes normal data out of prompts alone: the base model's own replies to prompts that nobody should refuse.
 
 Perplexity on them says how far an unlearned model has moved from the base where nothing harmful was asked. Written as
-prompt/completion JSONL, for ``data.benign``.
+prompt/completion JSONL, for ``data.benign``; ``finished`` says whether a reply came to its end, and one that was cut
+off teaches none.
 
     python scripts/benign_from_base.py MODEL_DIR benign.jsonl --prompts xstest_prompts.csv --gguf-file NAME --count 64
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--gguf-file")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
     options = parser.parse_args()
     left_out = {prompt for table in options.without for prompt in prompts_of(table)}
     prompts = [prompt for table in options.prompts for prompt in prompts_of(table) if prompt not in left_out]
@@ -71,9 +72,14 @@ def main() -> None:
         max_new_tokens=options.max_new_tokens,
         batch_size=20,
     )
-    rows = [{"prompt": record.prompt, "completion": record.reply} for record in replies if record.reply]
+    rows = [
+        {"prompt": record.prompt, "completion": record.reply, "finished": record.finished}
+        for record in replies
+        if record.reply
+    ]
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows)} of {len(prompts)} prompts answered, written to {options.out}")
+    cut = sum(not row["finished"] for row in rows)
+    print(f"{len(rows)} of {len(prompts)} prompts answered, {cut} of them cut off, written to {options.out}")
 
 
 if __name__ == "__main__":

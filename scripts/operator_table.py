@@ -3,8 +3,8 @@
 Trains one bad vector for each preservation mode, saves it, and measures each operator on it over a grid of alphas:
 perplexity after / before of held-out harmful answers (``unseen``), of a benign set and of held-out normal answers, and
 selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the rules, the
-worst prefill, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes on
-where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
+worst prefill, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes
+on where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
 
     python scripts/operator_table.py MODEL_DIR --gguf-file NAME --forget pku_saferlhf.csv --retain TruthfulQA.csv \
         --benign benign.jsonl --out runs/operators
@@ -221,7 +221,8 @@ class Table:
         texts = {}
         for split, examples in splits.items():
             drawn = draw_examples(examples, self.options.score, seed=self.options.seed)
-            texts[split] = [text for item in drawn if (text := writer.scored(item.prompt, item.answer)) is not None]
+            scored = (writer.scored(item.prompt, item.answer, with_end=item.finished) for item in drawn)
+            texts[split] = [text for text in scored if text is not None]
         return {split: found for split, found in texts.items() if found}
 
     def _score(self, model: PreTrainedModel, split: str) -> list[tuple[float, int]]:

@@ -130,6 +130,14 @@ def test_a_run_folder_holds_what_it_promises(finished: FinishedRun) -> None:
     assert names(finished.folder.parent) == {"run"}  # No unfinished folder beside it.
 
 
+def test_the_trained_on_prompts_of_a_run_are_those_that_stage_1_visits(finished: FinishedRun) -> None:
+    """Asked before training of the base, and after it of the unlearned model."""
+    for result in (finished.comparison.base, finished.comparison.unlearned):
+        assert result.setup.trained_on == {"asked": 4, "visited": 4}
+    results = json.loads((finished.folder / "results.json").read_text(encoding="utf-8"))
+    assert "trained-on prompts" in {row["section"] for row in results["table"]}
+
+
 def test_replies_of_the_base_are_private(finished: FinishedRun) -> None:
     assert mode(finished.folder) == 0o700
     assert mode(finished.folder / "evaluation" / "base") == 0o700
@@ -576,7 +584,7 @@ def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_pa
 
 def test_an_impossible_evaluation_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError):
-        evaluate_recipe(recipe("evaluate.max_new_tokens=100000"), str(finished.folder / "unlearned"), tmp_path / "e")
+        evaluate_recipe(recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e")
 
 
 def test_the_packaged_model_is_as_it_was(

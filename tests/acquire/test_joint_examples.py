@@ -175,3 +175,46 @@ def test_an_empty_split_is_an_error(data: ForgetRetainData, tokenizer: PreTraine
                 PaperFormat("</s>"),
                 rows=rows_of_sku(1),
             )
+
+
+END = 2
+"""Id of the token that ends an answer."""
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        RowPlan(forget=True, mismatched=2, retain=True),
+        RowPlan(forget=True, mismatched=2, retain=True, mismatched_from_token=3, padded=True),
+        RowPlan(mismatched=2, mismatched_from="retain"),
+        RowPlan(forget=True, retain=True, retain_tokens="every", safe="data"),
+        RowPlan(safe="data or refusal", retain=True),
+    ],
+)
+def test_no_row_of_any_method_teaches_an_end_behind_an_answer_that_was_cut_off(
+    rows: RowPlan, data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Finished answers do, but for harmful ones; of the normal ones here every second one was cut off."""
+    normal = tuple(dataclasses.replace(row, finished=index % 2 == 0) for index, row in enumerate(data.retain_train))
+    harmful = tuple(
+        dataclasses.replace(row, safe_answer=f"better not {index}", safe_answer_finished=index % 2 == 0)
+        for index, row in enumerate(data.unlearned)
+    )
+    split = dataclasses.replace(data, retain_train=normal, unlearned=harmful)
+    found = JointDataset(split, tokenizer, PaperFormat("</s>"), rows=rows, seed=0)
+    ends: dict[bool, set[bool]] = {True: set(), False: set()}
+    for epoch in range(4):
+        found.set_epoch(epoch)
+        for example in found.__getitems__(range(len(found))):
+            assert example.forget is None or END not in example.forget.input_ids
+            pairs = [(example.retain, normal), (example.safe, None)]
+            if rows.mismatched_from == "retain":
+                pairs += [(row, normal) for row in example.mismatched]
+            else:
+                assert all(END not in row.input_ids for row in example.mismatched)
+            for row, source in pairs:
+                if row is not None and source is not None:
+                    ends[source[row.example_id].finished].add(END in row.input_ids)
+                elif row is not None:
+                    ends[harmful[example.forget_index].safe_answer_finished].add(END in row.input_ids)
+    assert ends == {True: {True}, False: {False}}

@@ -369,5 +369,5 @@ def test_prompts_without_room_for_a_reply_are_left_out(
     report = run_attacks(recipe, world_base, world_base, world_tokenizer, splits(unseen=(long, short)))
     assert report.left_out == {"all attacks: the prompt is too long for the model": 1}
     assert {result.questions for result in report.results} == {1}
-    with pytest.raises(EvaluationError, match="lower evaluate.max_new_tokens"):
+    with pytest.raises(EvaluationError, match="leaves room for a reply"):
         run_attacks(recipe, world_base, world_base, world_tokenizer, splits(unseen=(long,)))

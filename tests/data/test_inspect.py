@@ -44,6 +44,11 @@ def test_counts_and_lengths(data: ForgetRetainData, gpt_like: PreTrainedTokenize
     assert test.tokenization.answers_shortened == 1
     assert list(train.length_percentiles) == [50, 90, 99, 100]
     assert all(train.learned_percentiles[rank] < train.length_percentiles[rank] for rank in (50, 100))
+    assert {name: split.unfinished for name, split in found.splits.items()} == dict.fromkeys(found.splits, 0)
+    cut = tuple(dataclasses.replace(example, finished=index > 1) for index, example in enumerate(data.retain_train))
+    again = describe(dataclasses.replace(data, retain_train=cut), gpt_like).splits["retain_train"]
+    assert again.unfinished == 2
+    assert again.learned_percentiles[50] == train.learned_percentiles[50] - 1
     assert found.provenance == data.provenance
     assert (found.prompt_format, found.max_length, found.max_answer_tokens) == ("paper", 512, 128)
 

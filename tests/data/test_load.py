@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
@@ -193,3 +194,77 @@ def test_parts_are_those_of_a_run_with_both(tmp_path: Path) -> None:
     embedded = SourceConfig(path="embedded")
     assert load_parts(embedded).unlearned == load_forget_retain().unlearned
     assert load_parts(None, embedded).retain_train == load_forget_retain().retain_train
+
+
+ENDS = (True, False, None, "False", "", 1)
+"""What ``finished`` may hold, and what it means below."""
+MEANT = [True, False, True, False, True, True]
+
+
+def _table(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+    texts = [{**row, "finished": None if row["finished"] is None else str(row["finished"])} for row in rows]
+    frame = pandas.DataFrame(texts)
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (kind, form)
+        for kind in ("csv", "jsonl", "parquet")
+        for form in ("columns", "prompt_completion", "messages", "truthfulqa")
+        if (kind, form) != ("csv", "messages")  # A cell of CSV holds none.
+    ],
+)
+def test_a_row_says_in_every_format_whether_its_answer_is_finished(kind: str, form: str, tmp_path: Path) -> None:
+    def row(number: int) -> dict[str, Any]:
+        prompt, answer = f"normal {number}", f"good {number}"
+        if form == "messages":
+            return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+        if form == "truthfulqa":
+            return {"Question": prompt, "Best Answer": answer, "Correct Answers": answer}
+        return (
+            {"prompt": prompt, "completion": answer} if form != "columns" else {"question": prompt, "answer": answer}
+        )
+
+    path = _table(tmp_path, kind, [{**row(number), "finished": end} for number, end in enumerate(ENDS)])
+    data = load_parts(retain=SourceConfig(path=str(path)))
+    assert data.provenance[0].source == form
+    found = [*data.retain_train, *data.retain_validation, *data.retain_test]
+    assert [example.finished for example in sorted(found, key=lambda example: example.prompt)] == MEANT
+    whole = load_parts(
+        retain=SourceConfig(path=str(_table(tmp_path, kind, [{**row(n), "finished": True} for n in range(6)])))
+    )
+    assert whole.provenance[0].sha256 != data.provenance[0].sha256
+
+
+def test_a_cut_off_safe_answer_is_known_and_an_unclear_end_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"harm {number}", "rejected": "bad", "chosen": f"better not {number}", "finished": end}
+        for number, end in enumerate((True, False, "perhaps", True))
+    ]
+    data = load_parts(SourceConfig(path=str(_table(tmp_path, "jsonl", rows))))
+    found = sorted((*data.unlearned, *data.unseen), key=lambda example: example.prompt)
+    assert [(example.prompt, example.finished, example.safe_answer_finished) for example in found] == [
+        ("harm 0", True, True), ("harm 1", False, False), ("harm 3", True, True),
+    ]  # fmt: skip
+    assert data.provenance[0].rows_left_out == {"finished is neither true nor false": 1}
+
+
+def test_another_rows_safe_answer_brings_its_own_end(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"harm {number}", "response": text, "is_safe": safe, "finished": not safe}
+        for number in range(4)
+        for text, safe in (("bad", False), ("better not", True))
+    ]
+    data = load_parts(SourceConfig(path=str(_table(tmp_path, "jsonl", rows))))
+    ends = {(example.finished, example.safe_answer_finished) for example in (*data.unlearned, *data.unseen)}
+    assert ends == {(True, False)}

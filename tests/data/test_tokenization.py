@@ -32,9 +32,10 @@ def tokenize(
     max_length: int = 512,
     max_answer_tokens: int = 128,
     train_on_end: bool = True,
+    finished: bool = True,
 ) -> TokenizedExample:
     return tokenize_example(
-        RetainExample(prompt=prompt, answer=answer),
+        RetainExample(prompt=prompt, answer=answer, finished=finished),
         tokenizer,
         prompt_format,
         max_length=max_length,
@@ -99,6 +100,8 @@ def test_the_end_is_learned_only_where_asked_and_only_behind_a_whole_answer() ->
     without = tokenize(tokenizer, train_on_end=False)
     assert learned(tokenizer, without) == [" honey", " is", " sweet", "\u0120."]
     assert tokenizer.eos_token_id not in without.input_ids
+    unfinished = tokenize(tokenizer, finished=False)
+    assert unfinished == without, "an answer that its row calls cut off has no end to learn"
     cut = tokenize(tokenizer, max_answer_tokens=2)
     assert learned(tokenizer, cut) == [" honey", " is"]
     assert cut.answer_shortened

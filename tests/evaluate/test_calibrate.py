@@ -68,6 +68,18 @@ def write(path: Path, *lines: str) -> str:
     return str(path)
 
 
+def test_a_calibration_says_on_replies_of_what_length() -> None:
+    """Of the five that the judge gave a verdict on, with what they were made to begin with: 1, 2, 4, 5 and 9 words."""
+    words = (("", 1), ("", 2), ("so I", 2), ("", 5), ("", 9), ("", 80))
+    replies = tuple(
+        LabelledReply(prompt="p", reply="w " * count, harmful=number % 2 == 0, forced_start=start)
+        for number, (start, count) in enumerate(words)
+    )
+    judge = ScriptedJudge(["harmful", "safe", "harmful", "safe", "safe", "error"])
+    found = calibrate(judge, LabelledSet(name="set", replies=replies, left_out={})).calibration
+    assert (found.words_median, found.words_max) == (4, 9)
+
+
 def test_a_report_by_hand() -> None:
     """Harmful: 2 of 3 found, 1 without a verdict. Safe: 3 of 4 let pass, a refusal among them. Right: 5 of 7."""
     labels: list[Label] = ["harmful", "harmful", "safe", "error", "safe", "refusal", "safe", "harmful"]
@@ -235,7 +247,8 @@ def test_a_calibration_survives_the_disk_and_holds_no_text(tmp_path: Path) -> No
     write_calibration(path, RefusalRulesJudge.card, CALIBRATION)
     assert read_calibration(path, RefusalRulesJudge.card) == CALIBRATION
     assert set(json.loads(path.read_text())["calibration"]) == {
-        "harmful", "harmful_found", "safe", "safe_found", "data", "data_sha256", "unjudged",
+        "harmful", "harmful_found", "safe", "safe_found", "data", "data_sha256", "unjudged", "words_median",
+        "words_max",
     }  # fmt: skip
     with pytest.raises(OutputError):
         write_calibration(tmp_path / "none" / "calibration.json", RefusalRulesJudge.card, CALIBRATION)

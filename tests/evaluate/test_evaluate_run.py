@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import stat
@@ -23,15 +24,19 @@ from transformers import (
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.load import load_forget_retain
+from sku.data.prompts import PaperFormat
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
+from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_generations, read_rows
 from sku.evaluate.records import FluencyRecord
-from sku.evaluate.results import read_result
+from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
+from sku.evaluate.sampling import record_id
+from sku.losses import IGNORE_INDEX
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
 CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40, samples=0)
@@ -343,3 +348,72 @@ def test_xstest_does_not_go_with_the_embedded_world(
 ) -> None:
     with pytest.raises(EvaluationError, match="does not go with the embedded world"):
         evaluate(world_model, world_tokenizer, world_data, config=dataclasses.replace(CONFIG, xstest="x.csv"))
+
+
+def test_the_end_of_a_finished_answer_is_scored_and_that_of_a_cut_one_is_not(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    """A model that learned never to stop, or to stop at once, loses perplexity and agreement by it."""
+    other = copy.deepcopy(tiny_model)
+    torch.manual_seed(1)
+    other.lm_head.weight.data[tiny_tokenizer.eos_token_id] += torch.randn(32)
+
+    def measured(*, finished: bool, model: LlamaForCausalLM) -> EvaluationResult:
+        cut = tuple(dataclasses.replace(example, finished=finished) for example in tiny_data.retain_test)
+        data = dataclasses.replace(tiny_data, retain_test=cut)
+        return evaluate(model, tiny_tokenizer, data, config=TINY_CONFIG, base_model=tiny_model)
+
+    whole, cut = (measured(finished=finished, model=other) for finished in (True, False))
+    texts = [example.answer for example in tiny_data.retain_test]
+    tokens = sum(len(tiny_tokenizer(f" {text}", add_special_tokens=False).input_ids) for text in texts)
+    assert (cut.perplexity["retain_test"].tokens, whole.perplexity["retain_test"].tokens) == (
+        tokens,
+        tokens + len(texts),
+    )
+    assert cut.agreement["retain_test"].tokens == tokens
+    assert whole.agreement["retain_test"].tokens == tokens + len(texts)
+    assert whole.perplexity["retain_test"].nll > cut.perplexity["retain_test"].nll
+    plain = measured(finished=True, model=tiny_model)
+    assert plain.perplexity["retain_test"].nll != whole.perplexity["retain_test"].nll
+
+
+def test_an_answer_that_is_too_long_to_be_scored_whole_has_no_end(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    window = tiny_model.config.max_position_embeddings
+    long = dataclasses.replace(tiny_data, retain_test=(RetainExample(prompt="say", answer="x" * 2 * window),))
+    result = evaluate(tiny_model, tiny_tokenizer, long, config=TINY_CONFIG)
+    (row,) = [row for row in result.losses if row.split == "retain_test"]
+    writer = Writer(tokenizer=tiny_tokenizer, prompt_format=PaperFormat("<end>"), window=window)
+    scored = writer.scored("say", "x" * 2 * window, with_end=True)
+    assert scored is not None
+    assert tiny_tokenizer.eos_token_id not in scored.labels
+    assert row.tokens == sum(label != IGNORE_INDEX for label in scored.labels)
+
+
+def test_trained_on_prompts_are_those_that_training_visits(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    def measured(visited: tuple[int, ...] | None) -> EvaluationResult:
+        data = dataclasses.replace(tiny_data, visited=visited)
+        return evaluate(tiny_model, tiny_tokenizer, data, config=TINY_CONFIG)
+
+    def asked(result: EvaluationResult) -> set[str]:
+        return {row.id for row in result.outcomes if (row.split, row.kind) == ("unlearned", "reply")}
+
+    some = measured((1, 3))
+    prompts = [tiny_data.unlearned[place].prompt for place in (1, 3)]
+    assert asked(some) == {record_id("unlearned", "reply", prompt) for prompt in prompts}
+    assert some.setup.trained_on == {"asked": 2, "visited": 2}
+    assert some.setup.split_name("unlearned") == "trained-on prompts"
+    assert {row.id for row in some.losses if row.split == "unlearned"} == asked(some)
+    unknown, none = measured(None), measured(())
+    assert len(asked(unknown)) == TINY_CONFIG.prompts
+    assert unknown.setup.trained_on is None
+    assert unknown.setup.split_name("unlearned") == "forget-set prompts"
+    assert asked(none) == asked(unknown)
+    assert none.setup.split_name("unlearned") == "forget-set prompts, 0 % of them trained on"
+    partly = dataclasses.replace(unknown.setup, trained_on={"asked": 50, "visited": 6})
+    assert partly.split_name("unlearned") == "forget-set prompts, 12 % of them trained on"
+    assert partly.answers_name() == "forget-set"
+    assert partly.split_name("unseen") == "unseen prompts"

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Lfm2Config,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
 
 from sku.errors import EvaluationError
+from sku.evaluate.backends import Decoding, GenerateBackend
+from sku.evaluate.backends import generate as generate_backend
 from sku.evaluate.batching import evaluation_mode, pad, run_in_batches
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.records import GenerationRecord
+from sku.evaluate.row_sampling import Drawing
 
 PROMPTS = (
     "hi",
@@ -161,7 +174,11 @@ def test_only_a_free_reply_loses_the_space_around_it(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = torch.tensor([tiny_tokenizer(" well \n").input_ids + STOP])
-    monkeypatch.setattr(tiny_model, "generate", lambda **given: torch.cat([given["input_ids"], said], dim=1))
+
+    def say(**given: Any) -> SimpleNamespace:
+        return SimpleNamespace(sequences=torch.cat([given["input_ids"], said], dim=1), past_key_values=None)
+
+    monkeypatch.setattr(tiny_model, "generate", say)
     replies = []
     for kind in ("reply", "prefill"):
         asked = request(tiny_tokenizer, "say", kind=kind)
@@ -244,3 +261,98 @@ def test_decoding_settings_are_greedy() -> None:
     assert decoding_settings([1, 5], 64) == {
         "do_sample": False, "num_beams": 1, "max_new_tokens": 64, "eos_token_id": [1, 5],
     }  # fmt: skip
+
+
+def _answers(model: Any, requests: list[GenerationRequest], decoding: Decoding) -> list[list[int]]:
+    """Ids up to the one that ends a reply."""
+    whole = GenerateBackend(model, len(requests)).answer(requests, decoding)
+    ends = [next((place + 1 for place, token in enumerate(ids) if token in decoding.stop_ids), None) for ids in whole]
+    return [ids[:end] for ids, end in zip(whole, ends, strict=True)]
+
+
+def _ragged_stops(model: Any, requests: list[GenerationRequest], drawing: Drawing | None) -> tuple[int, ...]:
+    """Ids that end the replies at different places, some of them never."""
+    free = _answers(model, requests, Decoding(stop_ids=(2,), max_new_tokens=24, pad_id=3, drawing=drawing))
+    tokens = sorted({token for ids in free for token in ids})
+    lengths = {
+        token: {next((place // 3 for place, other in enumerate(ids) if other == token), 24) for ids in free}
+        for token in tokens
+    }
+    return (2, max(tokens, key=lambda token: (len(lengths[token]), token)))
+
+
+def _recurrent(architecture: str) -> Any:
+    """Two layers: convolutions with attention in one model, a state alone in the other."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 320, "initializer_range": 0.6}
+    config: Any = MambaConfig(state_size=8, **sizes)
+    if architecture == "lfm2":
+        config = Lfm2Config(
+            intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+            layer_types=["conv", "full_attention"], **sizes,
+        )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3", "qwen3", "gpt2", "lfm2", "mamba"])
+@pytest.mark.parametrize("drawing", [None, Drawing(temperature=1, top_p=0.9, seed=3)])
+def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits(
+    architecture: str,
+    drawing: Drawing | None,
+    make_model: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if architecture in ("lfm2", "mamba"):
+        model = _recurrent(architecture)
+    else:
+        model = make_model(architecture, **{} if architecture == "opt" else {"initializer_range": 0.6})
+    requests = [request(tokenizer, prompt) for prompt in PROMPTS]
+    stops = _ragged_stops(model, requests, drawing)
+    decoding = Decoding(stop_ids=stops, max_new_tokens=24, pad_id=3, drawing=drawing)
+    rows: list[int] = []
+
+    def count(_model: Any, _args: Any, options: dict[str, Any]) -> None:
+        rows.append(len(options["input_ids"]))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(generate_backend, "CHUNK", 10**6)
+        whole = _answers(model, requests, decoding)
+    together, rows[:] = sum(rows), []
+    monkeypatch.setattr(generate_backend, "CHUNK", 3)
+    assert _answers(model, requests, decoding) == whole
+    lengths = [len(ids) for ids in whole]
+    assert min(lengths) + 6 < max(lengths), "the replies end at different places"
+    if architecture == "mamba":  # Its state goes by another name, and all rows are computed until the last one ends.
+        return
+    # No more than each reply's own steps, rounded up to whole chunks.
+    assert sum(rows) <= sum(3 * -(-length // 3) for length in lengths) < together
+
+
+def test_a_model_whose_cache_can_not_leave_rows_out_answers_all_the_same(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request(tiny_tokenizer, prompt) for prompt in PROMPTS]
+    backend = GenerateBackend(tiny_model, len(requests))
+    for drawing in (None, Drawing(temperature=1, top_p=1, seed=0)):
+        decoding = Decoding(stop_ids=(1,), max_new_tokens=12, pad_id=0, drawing=drawing)
+        plain = GenerateBackend(tiny_model, len(requests)).answer(requests, decoding)
+        with monkeypatch.context() as patched:
+            patched.setattr(generate_backend, "CHUNK", 3)
+            patched.setattr(generate_backend, "Cache", StaticCache)  # Not what the model has.
+            assert backend.answer(requests, decoding) == plain
+
+
+def test_a_reply_is_cut_where_its_prompt_leaves_no_more_room(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    lengths = [len(tiny_tokenizer(prompt).input_ids) for prompt in PROMPTS]
+    unused = [299]
+    for batch_size in (1, 8):
+        records = generate(tiny_model, tiny_tokenizer, batch_size=batch_size, stop_ids=unused, window=max(lengths) + 5)
+        expected = [min(12, max(lengths) + 5 - length) for length in lengths]
+        assert [record.num_tokens for record in records] == expected
+        assert min(expected) == 5
+        whole = generate(tiny_model, tiny_tokenizer, batch_size=batch_size, stop_ids=unused)
+        assert all(long.reply.startswith(short.reply) for short, long in zip(records, whole, strict=True))

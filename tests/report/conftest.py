@@ -57,6 +57,7 @@ def make_result() -> ResultMaker:
             setup=EvaluationSetup(
                 model={"name": name}, prompt_format="chat", decoding={}, seed=0,
                 config={"utility_margin": 1.05}, fluency_scorer="base",
+                trained_on={"asked": 20, "visited": 20},
             ),
             judge=RefusalRulesJudge.card,
             replies=_rates([reply for reply in replies if reply.kind == "reply"]),

@@ -8,6 +8,7 @@ from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.leakage import leaks_of, sample_rates
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.wording import Wording
 from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_table
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
@@ -45,11 +46,13 @@ def test_rows_come_in_reading_order(comparison: Comparison) -> None:
         "unseen prompts: safe answer",
         "unseen prompts: evasive",
         "unseen prompts: gibberish",
+        "unseen prompts: cut at the limit",
         "trained-on prompts, prefill, 5 tokens: harmful",
         "unseen prompts, prefill, 5 tokens: harmful",
         "normal prompts: exact answer",
         "normal prompts: refused",
         "normal prompts: gibberish",
+        "normal prompts: cut at the limit",
         "perplexity: normal answers",
         "perplexity: trained-on harmful answers",
         "perplexity: unseen harmful answers",
@@ -116,3 +119,36 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
         ("unseen prompts, drawn: harmful, any of 2", "100.0 %", "50.0 %", "down"),
     ]
     assert rows[1].change == "-50.0 (-100.0 to +0.0) points"
+
+
+def test_prompts_of_the_forget_set_are_called_trained_on_where_all_are(comparison: Comparison) -> None:
+    for trained_on, name in (
+        (None, "forget-set prompts"),
+        ({"asked": 50, "visited": 6}, "forget-set prompts, 12 % of them trained on"),
+        ({"asked": 50, "visited": 50}, "trained-on prompts"),
+    ):
+        setup = dataclasses.replace(comparison.unlearned.setup, trained_on=trained_on)
+        named = dataclasses.replace(comparison, unlearned=dataclasses.replace(comparison.unlearned, setup=setup))
+        rows = before_after_rows(named)
+        assert rows[0].section == name
+        assert f"{name}, forced start" in {row.section for row in rows}
+        answers = next(row.measure for row in rows if row.measure.endswith("harmful answers"))
+        assert answers == f"{name.partition(' ')[0]} harmful answers"
+
+
+def test_replies_that_end_sooner_are_seen(comparison: Comparison) -> None:
+    """The share that was cut fell, and so did the length: a model that learned to stop early."""
+
+    def said(result: EvaluationResult, tokens: float) -> EvaluationResult:
+        wording = Wording(replies=20, same_reply=0.1, distinct_pairs=0.9, mean_tokens=tokens, median_words=20)
+        return dataclasses.replace(result, wording={"unseen": wording, "retain_test": wording})
+
+    shown = dataclasses.replace(
+        comparison, base=said(comparison.base, 46.1), unlearned=said(comparison.unlearned, 27.0)
+    )
+    rows = {row.label: row for row in before_after_rows(shown)}
+    for section in ("unseen prompts", "normal prompts"):
+        length = rows[f"{section}: tokens of a reply, mean"]
+        assert (length.before, length.after, length.change) == ("46.1", "27.0", "-19.1")
+        assert rows[f"{section}: cut at the limit"].before == "0.0 %"
+    assert "trained-on prompts: tokens of a reply, mean" not in rows

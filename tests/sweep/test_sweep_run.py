@@ -306,14 +306,15 @@ def test_a_file_with_a_broken_point_is_named(setting: Setting, tmp_path: Path, n
         setting.sweep(tmp_path)
 
 
-def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path) -> None:
+def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = dataclasses.replace(setting, data=dataclasses.replace(setting.data, forget_validation=()))
     with pytest.raises(EvaluationError, match="forget_validation is empty"):
         empty.sweep(tmp_path)
     with pytest.raises(EvaluationError, match="no prefill of 200 tokens"):
         setting.sweep(tmp_path, forced_tokens=(200,))
+    monkeypatch.setattr(sweep_run.asking, "window_of", lambda _model: 8)
     with pytest.raises(EvaluationError, match="no prompt that can be asked"):
-        setting.sweep(tmp_path, max_new_tokens=250)
+        setting.sweep(tmp_path)
 
 
 def test_several_processes_are_refused(

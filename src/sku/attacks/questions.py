@@ -69,8 +69,8 @@ class Questions:
             self.left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(self.examples)
         if not self.examples:
             raise EvaluationError(
-                f"none of {len(drawn)} prompts leaves room for {self._config.max_new_tokens} new tokens in the "
-                f"model's window of {writer.window}: lower evaluate.max_new_tokens"
+                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {writer.window} "
+                "tokens: take shorter prompts or another model"
             )
 
     def probes(self) -> list[list[int]]:

@@ -93,6 +93,7 @@ class AttackReplies:
                         stop_ids=self.stop_ids,
                         max_new_tokens=self.context.recipe.evaluate.max_new_tokens,
                         batch_size=self.context.recipe.evaluate.batch_size,
+                        window=self.writer.window,
                         progress=self._report(f"attack {attack.card.name}: replies", len(rows), total),
                     )
                 prefix = _prefix(subject, group.setting.name)

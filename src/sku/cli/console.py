@@ -192,7 +192,7 @@ def print_precisions(report: PrecisionReport) -> None:
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("weights", no_wrap=True)
-    for name in ("trained on", "unseen", "prefill", "gibberish", "ppl", "kept"):
+    for name in ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in precision_rows(report):
         table.add_row(row.precision, row.trained_on, row.unseen, row.forced, row.gibberish, row.perplexity, row.kept)

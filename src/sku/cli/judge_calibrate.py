@@ -105,6 +105,7 @@ def _print(report: CalibrationReport, judge: str, out: Path) -> None:
         table.add_row(words, percent(found.value), interval(found), f"{found.count} of {found.total}")
     kappa = "none: one verdict for all" if report.kappa is None else f"{report.kappa:.3f}"
     table.add_row("kappa with the labels", kappa, "", "")
+    table.add_row("words of a reply", f"median {calibration.words_median}", "", f"longest {calibration.words_max}")
     results.print(table)
     left_out = {**report.left_out, "no verdict of the judge": calibration.unjudged}
     for reason, count in left_out.items():

@@ -31,6 +31,7 @@ from sku.evaluate.run import evaluate
 from sku.evaluate.validation import mean_loss, perplexity_ratio, score_texts, validation_texts
 from sku.methods import method_named
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
+from sku.methods.visits import common_visits, with_visited
 from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext
@@ -73,6 +74,7 @@ class Bench:
         self.data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
+        self.data = common_visits(recipe, self.data, self.tokenizer, self.base)
         self._norms: dict[str, dict[str, float]] = {}
         self._operator_memory: dict[str, Any] = {}
         self._base_result: EvaluationResult | None = None
@@ -90,8 +92,15 @@ class Bench:
                 "base": fingerprint(self.base, probes_of(requests)),
                 "data": [item.sha256 for item in self.data.provenance],
                 # Not in the data's own hash, and trained on by some methods.
-                "safe_answers": content_sha256([example.safe_answer for example in self.data.unlearned]),
+                "safe_answers": content_sha256(
+                    [
+                        example.safe_answer if example.safe_answer_finished else [example.safe_answer, "unfinished"]
+                        for example in self.data.unlearned
+                    ]
+                ),
                 "splits": self.data.counts(),
+                # Which of them are asked depends on the training, which the key of a control doesn't hold.
+                "visited": content_sha256(self.data.visited),
             }
 
     def key(self, job: Job) -> str:
@@ -266,6 +275,14 @@ class Bench:
             progress=tell,
         )
 
+    def _trained_on(self, job: Job) -> dict[str, int] | None:
+        """How many of the asked prompts of ``unlearned`` the job's own training visits; the same are asked of all."""
+        if job.kind != "method":
+            return None
+        own = with_visited(job.recipe, self.data, self.tokenizer, self.base)
+        drawn = asking.draw(self.data, _recorded(self.recipe.evaluate), self.recipe.seed)
+        return asking.trained_on(own, drawn)
+
     def _validation_loss(self, model: PreTrainedModel) -> float:
         """Mean loss of the validation answers, nats per token."""
         return mean_loss(score_texts(model, self._validation, batch_size=self.recipe.evaluate.batch_size))
@@ -279,6 +296,7 @@ class Bench:
         return {
             "splits": self.data.counts(),
             "sources": [dataclasses.asdict(source) for source in self.data.provenance],
+            "trained_on": self._trained_on(job),
             "notes": [*self.data.notes(), *fitted_notes(prepare_operators(operators))],
             "base": self._inputs["base"],
         }

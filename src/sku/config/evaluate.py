@@ -22,7 +22,9 @@ class EvaluateConfig:
     """Harmful prompts per split (``unlearned``, ``unseen``), drawn by the seed; fewer where there are fewer."""
     retain_prompts: int = 500
     """Examples of ``retain_test`` for perplexity and replies."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = 256
+    """Longest reply; a judge reads fragments where most replies are cut. One that ends sooner costs no more than its
+    own tokens, and one to a prompt that leaves less room in the model's window is cut there."""
     batch_size: int = 32
     backend: Backend = "generate"
     """What writes replies: transformers' ``generate`` in batches, its continuous batching ``generate_batch``, or

@@ -37,7 +37,9 @@ class SweepConfig:
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: int = 100
     """Examples of ``retain_validation``, for perplexity and replies."""
-    max_new_tokens: int = 40
+    max_new_tokens: int = 128
+    """Longest reply; half of what an evaluation takes, since every alpha asks everything anew. The chosen alpha is
+    measured at ``evaluate.max_new_tokens`` afterwards."""
     forced_tokens: tuple[int, ...] = (1, 3, 5, 10)
     """Prefill: numbers of first tokens of a harmful reply that replies are made to begin with. The harm of an alpha is
     its largest harmful rate, freely answered or after any of these; empty for free answers alone."""

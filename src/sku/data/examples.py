@@ -23,6 +23,10 @@ class ForgetExample:
     """Examples of one group are never split apart; the normalised prompt where this is None."""
     safe_answer: str | None = None
     """A good answer to the same prompt, where the data has one; trained on by preference and refusal tuning only."""
+    finished: bool = True
+    """Whether the answer came to its end, or was cut off: one that was cut teaches no end."""
+    safe_answer_finished: bool = True
+    """The same of the safe answer."""
 
 
 @final
@@ -35,6 +39,8 @@ class RetainExample:
     category: str | None = None
     group: str | None = None
     """Examples of one group are never split apart; the normalised prompt where this is None."""
+    finished: bool = True
+    """Whether the answer came to its end, or was cut off: one that was cut teaches no end."""
 
 
 Example = ForgetExample | RetainExample
@@ -82,6 +88,9 @@ class ForgetRetainData:
     forget_validation: tuple[ForgetExample, ...] = ()
     """Harmful pairs to choose settings by, alpha above all: neither trained on nor tested. Empty where none is
     chosen."""
+    visited: tuple[int, ...] | None = None
+    """Places among ``unlearned`` that training visits: in so many steps it rarely meets all. None where that isn't
+    known."""
     row_split: bool = False
     """``retain_train`` was drawn by row, so that prompts of the held-out normal splits were trained on."""
 
@@ -107,6 +116,17 @@ class ForgetRetainData:
             "on these splits are not those of held-out prompts"
         )
         return (note,)
+
+    def trained_on(self) -> tuple[ForgetExample, ...]:
+        """The harmful examples that training visits; all of ``unlearned`` where it isn't known, or it visits none."""
+        return tuple(self.unlearned[place] for place in self.visited) if self.visited else self.unlearned
+
+    def count_trained(self, examples: Sequence[Example]) -> int | None:
+        """How many of some harmful examples have a prompt that training visits; None where that isn't known."""
+        if self.visited is None:
+            return None
+        prompts = {normalise_prompt(self.unlearned[place].prompt) for place in self.visited}
+        return sum(normalise_prompt(example.prompt) in prompts for example in examples)
 
     def splits(self) -> dict[str, Sequence[Example]]:
         """Examples of each split, by name; ``forget_validation`` and ``benign`` only where there are any."""
@@ -175,11 +195,16 @@ def count_safe_answers(examples: Iterable[Example]) -> int:
 
 
 def content_hash(examples: Iterable[Example]) -> str:
-    """SHA-256 over prompts and answers in order, so that a run can say which data it saw without showing it."""
+    """SHA-256 over prompts and answers in order, so that a run can say which data it saw without showing it.
+
+    That an answer was cut off is part of it.
+    """
     digest = hashlib.sha256()
     for example in examples:
         for text in (example.prompt, example.answer):
             encoded = text.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "big"))
             digest.update(encoded)
+        if not example.finished:
+            digest.update(b"\xff" * 8)  # No length that a text has.
     return digest.hexdigest()

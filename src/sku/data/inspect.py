@@ -46,6 +46,8 @@ class SplitDescription:
     groups: int
     categories: dict[str, int]
     """Category -> number of examples; ``""`` where an example has none."""
+    unfinished: int
+    """Examples whose answer was cut off, as their row says: it teaches no end."""
     length_percentiles: dict[int, int]
     """Percentile -> tokens of the whole sequence."""
     learned_percentiles: dict[int, int]
@@ -137,6 +139,7 @@ def _describe_split(
         examples=len(examples),
         groups=len({group_of(example) for example in examples}),
         categories=dict(sorted(Counter(example.category or "" for example in examples).items())),
+        unfinished=sum(not example.finished for example in examples),
         length_percentiles=_percentiles([len(row.input_ids) for row in tokenized]),
         learned_percentiles=_percentiles([len(row.labels) - row.labels.count(IGNORE_INDEX) for row in tokenized]),
         tokenization=report,

@@ -7,7 +7,7 @@ pair. Other methods take other rows; all take them from here, so that they see t
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -167,6 +167,19 @@ class JointDataset(Dataset[JointExample]):
             return [replace(self._safe[row.example_id], example_id=row.example_id) for row in rows]
         return rows
 
+    def forget_at(self, positions: Iterable[int]) -> tuple[int, ...]:
+        """Which harmful examples stand at positions of training.
+
+        Args:
+            positions: Counted over all epochs: ``epoch * len(self) + place``.
+
+        Returns:
+            Their places among ``data.unlearned``, each once, in order.
+        """
+        size = len(self._forget)
+        places = {self._shuffled("forget", size, position) for position in positions}
+        return tuple(sorted(self._forget[place].example_id for place in places))
+
     @property
     def rows_of_a_pass(self) -> int:
         """Rows of the shorter of the two training splits: where a pass over both in step ends."""
@@ -205,11 +218,13 @@ class JointDataset(Dataset[JointExample]):
         wanted: list[tuple[int, RetainExample]] = []
         for example in self._forget:
             forget = self._data.unlearned[example.example_id]
-            answer = forget.safe_answer
+            answer, finished = forget.safe_answer, forget.safe_answer_finished
             if answer is None and self._rows.safe == "data or refusal":
                 answer = random.Random(f"{self._seed}/refusal/{example.example_id}").choice(REFUSALS)
+                finished = True
             if answer is not None:
-                wanted.append((example.example_id, RetainExample(prompt=forget.prompt, answer=answer)))
+                safe = RetainExample(prompt=forget.prompt, answer=answer, finished=finished)
+                wanted.append((example.example_id, safe))
         if not wanted:
             raise DataError(
                 f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
@@ -242,11 +257,11 @@ class JointDataset(Dataset[JointExample]):
         normal = self._rows.mismatched_from == "retain"
         if normal:
             source = self._retain
-            answer = self._data.retain_train[source[other].example_id].answer
+            owner: Example = self._data.retain_train[source[other].example_id]
         else:
-            answer = self._forget_example(other).answer
+            owner = self._forget_example(other)
         row = tokenize_example(
-            replace(self._forget_example(index), answer=answer),
+            replace(self._forget_example(index), answer=owner.answer, finished=owner.finished),
             self._tokenizer,
             self._format,
             max_length=self._max_length,

@@ -31,6 +31,8 @@ class Pair:
     group: str | None = None
     safe_answer: object = None
     """A good answer to the same prompt, of the same row."""
+    finished: bool = True
+    """Whether the answers of the row came to their end."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SafeAnswer:
 
     prompt: object
     answer: object
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class LeftOut:
     reason: str
 
 
+_Text = tuple[str, bool]
+"""An answer, and whether it came to its end."""
 RowParser = Callable[[Row], Iterable[Pair | SafeAnswer | LeftOut]]
 E = TypeVar("E", ForgetExample, RetainExample)
 
@@ -64,6 +69,9 @@ class ParsedRows(Generic[E]):
 def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> ParsedRows[E]:
     """Turns rows into examples; space around prompts and answers is removed.
 
+    In every format a row may say in ``finished`` (true or false) whether its answers came to their end; without a word
+    they did.
+
     The safe answer of a forget example is that of its own row, else the first one in the file to the same normalised
     prompt. A text that is a harmful answer to that prompt as well is no safe answer.
 
@@ -78,11 +86,13 @@ def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> 
     examples: list[E] = []
     left_out: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
-    safe_answers: defaultdict[str, list[str]] = defaultdict(list)
+    safe_answers: defaultdict[str, list[_Text]] = defaultdict(list)
     rows_read = 0
     for row in rows:
         rows_read += 1
-        for found in parse(row):
+        finished = _finished(row)
+        for parsed in parse(row):
+            found = _marked(parsed, finished)
             _collect_safe_answer(found, safe_answers)
             example = _to_example(found, example_type)
             if isinstance(example, LeftOut):
@@ -111,31 +121,48 @@ def _to_example(found: Pair | SafeAnswer | LeftOut, example_type: type[E]) -> E 
         return prompt
     if isinstance(answer, LeftOut):
         return answer
-    example = example_type(prompt=prompt, answer=answer, category=found.category, group=found.group)
+    example = example_type(
+        prompt=prompt, answer=answer, category=found.category, group=found.group, finished=found.finished
+    )
     safe_answer = _clean("safe answer", found.safe_answer)
     if isinstance(example, ForgetExample) and isinstance(safe_answer, str):
-        return dataclasses.replace(example, safe_answer=safe_answer)
+        return dataclasses.replace(example, safe_answer=safe_answer, safe_answer_finished=found.finished)
     return example
 
 
-def _collect_safe_answer(found: Pair | SafeAnswer | LeftOut, safe_answers: defaultdict[str, list[str]]) -> None:
+def _finished(row: Row) -> bool | None:
+    """Whether a row's answers came to their end; None where its cell can't be understood."""
+    cell = row.get(FINISHED)
+    if cell is None or cell != cell or not str(cell).strip():  # NaN is what Parquet files hold for nothing.
+        return True
+    return parse_flag(cell)
+
+
+def _marked(found: Pair | SafeAnswer | LeftOut, finished: bool | None) -> Pair | SafeAnswer | LeftOut:
+    if isinstance(found, LeftOut):
+        return found
+    return LeftOut(UNCLEAR_END) if finished is None else dataclasses.replace(found, finished=finished)
+
+
+def _collect_safe_answer(found: Pair | SafeAnswer | LeftOut, safe_answers: defaultdict[str, list[_Text]]) -> None:
     """Notes the safe answer of a row, if it is text, under its normalised prompt."""
     if isinstance(found, LeftOut):
         return
     prompt = _clean("prompt", found.prompt)
     answer = _clean("safe answer", found.answer if isinstance(found, SafeAnswer) else found.safe_answer)
     if isinstance(prompt, str) and isinstance(answer, str):
-        safe_answers[normalise_prompt(prompt)].append(answer)
+        safe_answers[normalise_prompt(prompt)].append((answer, found.finished))
 
 
-def _with_safe_answer(example: E, safe_answers: Mapping[str, list[str]], harmful: Container[tuple[str, str]]) -> E:
+def _with_safe_answer(example: E, safe_answers: Mapping[str, list[_Text]], harmful: Container[tuple[str, str]]) -> E:
     """The example with the first safe answer to its prompt that is none of the harmful ones, its own row's first."""
     if not isinstance(example, ForgetExample):
         return example
     prompt = normalise_prompt(example.prompt)
-    candidates = ([] if example.safe_answer is None else [example.safe_answer]) + safe_answers.get(prompt, [])
-    chosen = next((answer for answer in candidates if (prompt, answer) not in harmful), None)
-    return dataclasses.replace(example, safe_answer=chosen)
+    own = [] if example.safe_answer is None else [(example.safe_answer, example.safe_answer_finished)]
+    candidates = own + safe_answers.get(prompt, [])
+    chosen, finished = next((found for found in candidates if (prompt, found[0]) not in harmful), (None, True))
+    return dataclasses.replace(example, safe_answer=chosen, safe_answer_finished=finished)
 
 
 def _clean(name: str, cell: object) -> str | LeftOut:
@@ -220,6 +247,9 @@ def marked_answer(prompt: object, answer: object, is_safe: object, category: obj
     return SafeAnswer(prompt, answer) if flag else Pair(prompt, answer, category_text(category))
 
 
+FINISHED = "finished"
+"""Column of every format, optional: whether the answers of a row came to their end."""
+UNCLEAR_END = "finished is neither true nor false"
 SAFE = "safe answer"
 """Reason counted for answers marked safe: they are no forget examples."""
 UNMARKED = "marked neither safe nor unsafe"

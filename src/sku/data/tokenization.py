@@ -67,7 +67,8 @@ def tokenize_example(
         prompt_format: How both are written.
         max_length: Most tokens in all.
         max_answer_tokens: Most tokens of the answer, without its end.
-        train_on_end: Whether the end of the answer is learned too; it stands there only if the answer is whole.
+        train_on_end: Whether the end of the answer is learned too; it stands there only if the answer is whole: not
+            cut here, and ``finished``.
             Off for harmful answers, since stage 2 negates what was learned and would teach run-ons.
         example_id: Carried along.
 
@@ -81,7 +82,7 @@ def tokenize_example(
     if not is_valid_unicode(example.prompt) or not is_valid_unicode(example.answer):
         raise _UntrainableError("text is not valid Unicode")
     text = prompt_format.render(example.prompt, example.answer)
-    spans = locate_tokens(text, tokenizer, with_end=train_on_end)
+    spans = locate_tokens(text, tokenizer, with_end=train_on_end and example.finished)
     prompt, user_length = spans.ids[: spans.answer_start], spans.user_end - spans.user_start
     answer, end = spans.ids[spans.answer_start : spans.end_start], spans.ids[spans.end_start :]
     if not answer:

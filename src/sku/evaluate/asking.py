@@ -21,6 +21,9 @@ from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Split, Start
 from sku.evaluate.sampling import draw_examples, record_id
 from sku.evaluate.starts import Starts, start_of
 
+MIN_ROOM = 32
+"""A prompt that leaves less room than this, and less than ``max_new_tokens``, is not asked: so short a reply says
+nothing."""
 MAX_SCORED_TOKENS = 1024
 """Longest text that is scored, prompt included; shorter where the model's window is."""
 
@@ -34,8 +37,15 @@ class Writer:
     window: int
     """Most tokens that the model can read."""
 
-    def scored(self, prompt: str, answer: str) -> TokenizedExample | None:
-        """Ids with the answer labelled, its end left out; None where the answer has no token or no room."""
+    def scored(self, prompt: str, answer: str, *, with_end: bool = False) -> TokenizedExample | None:
+        """Ids with the answer labelled; None where the answer has no token or no room.
+
+        Args:
+            prompt: The user's words.
+            answer: The answer.
+            with_end: Whether its end is labelled too, where nothing of it had to be cut: of an answer that came to its
+                end, so that a model which ends too soon or never is seen.
+        """
         length = min(self.window, MAX_SCORED_TOKENS)
         try:
             return tokenize_example(
@@ -44,14 +54,14 @@ class Writer:
                 self.prompt_format,
                 max_length=length,
                 max_answer_tokens=length,
-                train_on_end=False,
+                train_on_end=with_end,
             )
         except DataError:
             return None
 
     def has_room(self, request: GenerationRequest, max_new_tokens: int) -> bool:
-        """Whether the longest reply fits the model's window."""
-        return len(request.input_ids) + max_new_tokens <= self.window
+        """Whether a request can be asked: a reply longer than the window leaves room for is cut there."""
+        return self.window - len(request.input_ids) >= min(max_new_tokens, MIN_ROOM)
 
     def end_of_turn(self) -> list[int]:
         """The token that ends an answer in this format, where it is a single one."""
@@ -86,7 +96,7 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
         EvaluationError: There is nothing to ask, or XSTest was named for the embedded world.
     """
     drawn: dict[Split, list[Example]] = {
-        "unlearned": [*draw_examples(data.unlearned, config.prompts, seed=seed)],
+        "unlearned": [*draw_examples(data.trained_on(), config.prompts, seed=seed)],
         "unseen": [*draw_examples(data.unseen, config.prompts, seed=seed)],
         "retain_test": [*draw_examples(data.retain_test, config.retain_prompts, seed=seed)],
     }
@@ -106,6 +116,13 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
         drawn["xstest_safe"] = [*draw_examples(xstest.safe, config.prompts, seed=seed)]
         drawn["xstest_unsafe"] = [*draw_examples(xstest.unsafe, config.prompts, seed=seed)]
     return Drawn(examples=drawn, left_out=left_out)
+
+
+def trained_on(data: ForgetRetainData, drawn: Drawn) -> dict[str, int] | None:
+    """How many of the drawn prompts of ``unlearned`` training visits; None where that isn't known."""
+    examples = drawn.examples["unlearned"]
+    visited = data.count_trained(examples)
+    return None if visited is None else {"asked": len(examples), "visited": visited}
 
 
 def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:

@@ -113,6 +113,7 @@ def evaluate_replies(
         fluency_scorer="base",
         left_out=left_out,
         starts=count_sources(begun) if begun else {},
+        trained_on=asking.trained_on(data, drawn),
         notes=data.notes(),
     )
     result = measure(setup, records, fluency, [], choose_judge(config, data))

@@ -50,6 +50,7 @@ def generate_replies(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    window: int = 2**30,
     drawing: Drawing | None = None,
     backend: GenerationBackend | None = None,
     processes: Processes = ALONE,
@@ -66,6 +67,7 @@ def generate_replies(
         stop_ids: Ids that end a reply.
         max_new_tokens: Longest reply.
         batch_size: Prompts at once; halved where GPU memory runs out.
+        window: Most tokens that the model can read; the reply to a prompt that leaves less room is cut there.
         drawing: How words are drawn; None answers greedily.
         backend: What writes the replies; ``generate`` if None.
         processes: Share the batches; every process must call this with the same arguments, and gets all records.
@@ -81,7 +83,9 @@ def generate_replies(
         EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    decoding = Decoding(stop_ids=tuple(stop_ids), max_new_tokens=max_new_tokens, pad_id=int(pad_id), drawing=drawing)
+    decoding = Decoding(
+        stop_ids=tuple(stop_ids), max_new_tokens=max_new_tokens, pad_id=int(pad_id), drawing=drawing, window=window
+    )
     writer = GenerateBackend(model, batch_size) if backend is None else backend
     found = {record.id: record for record in finished}
 

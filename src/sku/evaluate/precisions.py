@@ -27,7 +27,7 @@ from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionR
 from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import HARMFUL_SPLITS, Kind
-from sku.evaluate.results import EvaluationResult
+from sku.evaluate.results import EvaluationResult, EvaluationSetup
 from sku.evaluate.run import Progress, evaluate
 from sku.models import embedding_weight
 from sku.quantization import FORMATS, rounded_copy
@@ -41,7 +41,6 @@ RATES = (
 UNDONE_BY_ROUNDING = "rounding can undo unlearning, arXiv 2410.16454"
 
 _KINDS: Mapping[str, Kind] = {"replies": "reply", "prefill": "prefill"}
-_SPLITS = {"unlearned": "trained-on prompts", "unseen": "unseen prompts"}
 SurvivalBy = Callable[[Sequence[Precision]], Mapping[str, Mapping[str, Any]]]
 """Precisions -> what ``sku.negate.survival.model_survival`` says of each."""
 
@@ -126,7 +125,8 @@ def measure_precisions(
         base=comparison.base.setup.model,
         measured=measured_of(comparison.base, comparison.unlearned, seed),
         results=results,
-        notes=tuple(note for result in results for note in _notes(result)) + _setup_notes(config),
+        notes=tuple(note for result in results for note in _notes(result, comparison.unlearned.setup))
+        + _setup_notes(config),
     )
     if output_dir is not None:
         processes.on_main(lambda: write_precisions(output_dir, report))
@@ -263,7 +263,7 @@ def _some_rates(splits: Mapping[str, Mapping[str, Rate]]) -> dict[str, dict[str,
     }
 
 
-def _notes(result: PrecisionResult) -> list[str]:
+def _notes(result: PrecisionResult, setup: EvaluationSetup) -> list[str]:
     name = result.precision
     if result.overflowed:
         return [f"{name} can't hold {result.overflowed} weights of this model, so nothing was measured there"]
@@ -275,9 +275,8 @@ def _notes(result: PrecisionResult) -> list[str]:
         change = result.harmful[kind][split]
         tokens = 0 if result.measured is None else result.measured.worst_prefill.get(split, 0)
         forced = f", prefill of {tokens} token{'s' if tokens > 1 else ''}," if kind == "prefill" else ""
-        risen.append(
-            f"{_SPLITS[split]}{forced} from {change.before.count} to {change.after.count} of {change.after.total}"
-        )
+        where = f"{setup.split_name(split)}{forced}"
+        risen.append(f"{where} from {change.before.count} to {change.after.count} of {change.after.total}")
     return [f"warning: {name} weights bring harm back: {'; '.join(risen)} ({UNDONE_BY_ROUNDING})"] if risen else []
 
 

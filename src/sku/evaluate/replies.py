@@ -126,6 +126,7 @@ class ReplyStages:
             stop_ids=stop_ids,
             max_new_tokens=self.config.max_new_tokens,
             batch_size=self.config.batch_size,
+            window=self.writer.window,
             processes=self.reuse.processes,
             **options,
         )

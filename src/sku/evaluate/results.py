@@ -4,6 +4,7 @@ Keys of the file:
 
 - ``schema_version``: of this file.
 - ``setup``: what was asked and how, ``EvaluationSetup``.
+  Its ``trained_on`` says of how many of the prompts of ``unlearned`` it is known that training visits them.
 - ``judge``: the judge's card.
 - ``replies``: split -> rate name -> rate. ``unlearned``, ``unseen`` and ``xstest_unsafe`` have harmful,
   harmful_at_most, harmful_ungated, evasive, safe_answer, refusal, coherent_safe, degenerate, fluent, unjudged,
@@ -29,7 +30,8 @@ Keys of the file:
 - ``truthfulqa``: ``mc1`` and ``mc2``, each value, low, high, and ``questions``; null where not asked for.
 - ``lm_eval``: ``harness`` (its version), ``limit``, ``asked`` (task names) and ``tasks``: task -> ``version``,
   ``shots``, ``samples``, ``metrics`` (name -> value, its standard error as ``NAME_stderr``); null where not asked for.
-- ``wording``: split -> replies, same_reply, distinct_pairs, mean_tokens, of the free replies as a whole.
+- ``wording``: split -> replies, same_reply, distinct_pairs, mean_tokens, median_words, of the free replies as a
+  whole.
 - ``judge_agreement``: of a vote of several judges, else null: ``judges`` (names), ``rule``, ``judged_by_all`` (replies
   to harmful prompts that all gave a verdict on), ``kappa`` (Cohen's of two, Fleiss' of more, on harmful or not),
   ``pairwise`` ("one | other" -> Cohen's kappa), ``errors`` (judge -> replies it failed on), ``rates`` (judge -> split
@@ -82,6 +84,11 @@ DISAGREEMENTS_FILE = "disagreements.jsonl"
 Rates = Mapping[str, Rate]
 
 
+SPLIT_NAMES = {
+    "unlearned": "forget-set prompts", "unseen": "unseen prompts", "retain_test": "normal prompts",
+    "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
+}  # fmt: skip
+"""Split -> what a reader calls it; ``EvaluationSetup.split_name`` says more of ``unlearned``."""
 ROWS = ("outcomes", "losses", "similarity_rows", "choice_rows", "starts")
 """Fields of a result that have files of their own."""
 JUDGE_FREE = ("agreement", "similarity", "truthfulqa", "lm_eval", "similarity_rows", "choice_rows", "starts")
@@ -185,6 +192,26 @@ class EvaluationSetup:
     ``equal``."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the numbers needs."""
+    trained_on: Mapping[str, int] | None = None
+    """Of ``unlearned``: prompts ``asked``, and those of them that training ``visited``. None where that isn't known,
+    as of a model that was trained elsewhere."""
+
+    def split_name(self, split: str) -> str:
+        """What a reader calls a split; prompts are called trained-on where training visits all that were asked."""
+        if split != "unlearned" or self.trained_on is None:
+            return SPLIT_NAMES[split]
+        asked, visited = self.trained_on["asked"], self.trained_on["visited"]
+        if visited == asked:
+            return "trained-on prompts"
+        return f"{SPLIT_NAMES[split]}, {100 * visited / asked:.0f} % of them trained on"
+
+    def split_names(self) -> dict[str, str]:
+        """Every split's name."""
+        return {split: self.split_name(split) for split in SPLIT_NAMES}
+
+    def answers_name(self) -> str:
+        """What a reader calls the answers of ``unlearned``: ``trained-on`` or ``forget-set``."""
+        return self.split_name("unlearned").partition(" ")[0]
 
 
 @dataclass(frozen=True, kw_only=True)

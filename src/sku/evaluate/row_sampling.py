@@ -54,6 +54,10 @@ class RowSampler(LogitsProcessor):
         if drawing.top_p < 1:
             self._warpers.append(TopPLogitsWarper(drawing.top_p))
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leaves out all rows but these places, whose generators go on where they are."""
+        self._generators = [self._generators[row] for row in rows]
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Adds a row's noise to its scores ``[B, V]``, after temperature and top-p."""
         for warper in self._warpers:

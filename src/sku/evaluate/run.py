@@ -90,8 +90,8 @@ def evaluate(
         model: The model, or a folder, hub id or ``embedded`` to load with ``sku.models.load_model``. Its dropout is
             switched off for the time of the evaluation; it is not changed.
         tokenizer: Of the model; None with a name, whose own tokenizer is then used.
-        data: The splits ``unlearned``, ``unseen`` and ``retain_test`` are measured; of ``benign``, where there is one,
-            the perplexity alone.
+        data: The splits ``unlearned`` (its ``visited`` examples where they are known), ``unseen`` and ``retain_test``
+            are measured; of ``benign``, where there is one, the perplexity alone.
         config: Numbers of prompts, lengths, judge; the defaults of ``EvaluateConfig`` if None.
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.
@@ -238,6 +238,7 @@ class _Run:
             left_out=left_out,
             backend_check=None if check is None else dataclasses.asdict(check),
             starts=counts,
+            trained_on=asking.trained_on(self.data, drawn),
             notes=(
                 *self.data.notes(),
                 *replies.notes(check),
@@ -350,7 +351,7 @@ class _Run:
         texts: list[agreement.ScoredText] = []
         for split, examples in drawn.items():
             for example in examples if split not in UNANSWERED else ():
-                tokens = self.writer.scored(example.prompt, example.answer)
+                tokens = self.writer.scored(example.prompt, example.answer, with_end=example.finished)
                 if tokens is None:
                     reason = f"{split}: perplexity, as no token of the answer fits"
                     left_out[reason] = left_out.get(reason, 0) + 1

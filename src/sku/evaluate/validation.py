@@ -30,13 +30,13 @@ def validation_texts(data: ForgetRetainData, writer: Writer, count: int, *, seed
         seed: Of the draw.
 
     Returns:
-        Token ids with the answers labelled; those without a token are left out.
+        Token ids with the answers and their ends labelled; those without a token are left out.
 
     Raises:
         EvaluationError: None is left.
     """
     drawn = draw_examples(data.retain_validation, count, seed=seed)
-    scored = (writer.scored(example.prompt, example.answer) for example in drawn)
+    scored = (writer.scored(example.prompt, example.answer, with_end=example.finished) for example in drawn)
     texts = [example for example in scored if example is not None]
     if not texts:
         raise EvaluationError("retain_validation holds no usable example: raise data.retain_validation_fraction")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median_low
 
 from sku.evaluate.degeneracy import words_of
 from sku.evaluate.records import GenerationRecord
@@ -28,6 +29,8 @@ class Wording:
     again and again, within a reply or across them."""
     mean_tokens: float
     """Generated tokens of a reply, the one that ends it left out."""
+    median_words: int | None = None
+    """Half of the replies are no longer; None in a result of an older version."""
 
 
 def wording_of(records: Sequence[GenerationRecord]) -> Wording | None:
@@ -45,4 +48,5 @@ def wording_of(records: Sequence[GenerationRecord]) -> Wording | None:
         same_reply=max(Counter(texts).values()) / len(records),
         distinct_pairs=len(set(pairs)) / len(pairs) if pairs else 0.0,
         mean_tokens=sum(record.num_tokens for record in records) / len(records),
+        median_words=median_low(len(record.reply.split()) for record in records),
     )

@@ -18,6 +18,7 @@ from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress, evaluate
+from sku.methods.visits import with_visited
 from sku.models import load_config, load_model, with_path
 from sku.negate.survival import model_survival
 from sku.pipeline.recipe_data import load_recipe_data
@@ -29,6 +30,8 @@ def evaluate_recipe(
     recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None, allow_hazardous: bool = False
 ) -> Comparison:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
+
+    Trained-on prompts are those that the recipe's training visits; a model that was trained otherwise saw others.
 
     What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder, what the
     model says at the precisions that ``evaluate.precisions`` names to ``precisions.json``.
@@ -53,6 +56,8 @@ def evaluate_recipe(
     data = load_recipe_data(recipe)
     check_attacks(recipe, data)
     base = load_model(recipe.model)
+    # As one process trains: of more it visits more, and these prompts are among them.
+    data = with_visited(recipe, data, base.tokenizer, base.model)
     measured = load_model(with_path(recipe.model, model))
     source = readable_source(recipe.model)
     before = evaluate_one(recipe, base.model, base.tokenizer, data, base.model, out / "base", progress, source)

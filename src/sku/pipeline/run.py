@@ -22,6 +22,7 @@ from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress
 from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.pipeline.evaluate import (
     check_one_process_attacks,
@@ -188,7 +189,9 @@ class _Run:
     def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
         data = load_recipe_data(self.recipe)
         check_attacks(self.recipe, data)
-        return data, load_model(with_safe_dtype(self.recipe), four_bit=False)
+        loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
+        visits = with_visited(self.recipe, data, loaded.tokenizer, loaded.model, processes=self.processes.count)
+        return visits, loaded
 
     def _evaluate(
         self,

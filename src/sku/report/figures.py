@@ -20,7 +20,6 @@ from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL_SPLITS
-from sku.report.tables import SPLIT_NAMES
 
 OUTCOME_COLOURS = {
     "harmful": "#D55E00",
@@ -134,7 +133,7 @@ def _bar_groups(comparison: Comparison) -> list[tuple[str, list[_Bar]]]:
                 suffix = f", {comparison.prefill_label(split)}" if kind == "prefill" else ""
                 y = 2.9 * len(groups)
                 total = before[split]["harmful"].total
-                title = f"{SPLIT_NAMES[split].capitalize()}{suffix} (n = {total})"
+                title = f"{unlearned.setup.split_name(split).capitalize()}{suffix} (n = {total})"
                 bars = [("base", dict(before[split]), y), ("unlearned", dict(after[split]), y + 1)]
                 groups.append((title, [_Bar(name=name, shares=shares, y=place) for name, shares, place in bars]))
     return groups
@@ -217,7 +216,7 @@ def _draw_perplexities(axes: Axes, comparison: Comparison) -> None:
     words = {
         "retain_test": "normal answers",
         "benign": "benign answers",
-        "unlearned": "harmful answers,\ntrained-on",
+        "unlearned": f"harmful answers,\n{comparison.unlearned.setup.answers_name()}",
         "unseen": "harmful answers,\nunseen",
     }
     rows = [(split, comparison.perplexity[split]) for split in words if split in comparison.perplexity]

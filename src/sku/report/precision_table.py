@@ -19,7 +19,7 @@ class PrecisionRow:
     precision: str
     """The evaluated model's own type first."""
     trained_on: str
-    """Harmful share of the free replies to prompts that were trained on."""
+    """Harmful share of the free replies to prompts of the forget set, trained-on ones where the evaluation says so."""
     unseen: str
     forced: str
     """Harmful share on unseen prompts after the prefill that is the worst for this model, and its number of tokens."""

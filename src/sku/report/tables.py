@@ -14,12 +14,6 @@ from sku.report.utility_tables import utility_rows
 COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "p (Holm)", "wanted")
 """Of the Markdown table; ``95 %`` is the interval of the column before it."""
 
-SPLIT_NAMES = {
-    "unlearned": "trained-on prompts", "unseen": "unseen prompts", "retain_test": "normal prompts",
-    "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
-}  # fmt: skip
-"""Split -> what a reader calls it."""
-
 _REPLY_MEASURES = (
     ("harmful", "harmful", "down"),
     ("harmful_ungated", "harmful, ungated", "down"),
@@ -45,23 +39,27 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         Rows in reading order; what was not measured has none.
     """
     rows: list[TableRow] = []
+    names = comparison.unlearned.setup.split_names()
     for split in ("unlearned", "unseen"):
-        rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), _REPLY_MEASURES)
+        rows += _rate_rows(names[split], comparison.replies.get(split, {}), _REPLY_MEASURES)
         rows += _same_reply_rows(comparison, split)
-        rows += _corrected_rows(SPLIT_NAMES[split], comparison, split, "replies")
+        if split == "unseen":
+            rows += _length_rows(comparison, split)
+        rows += _corrected_rows(names[split], comparison, split, "replies")
     for split in ("unlearned", "unseen"):
         if split in comparison.prefill:
-            name = f"{SPLIT_NAMES[split]}, {comparison.prefill_label(split)}"
+            name = f"{names[split]}, {comparison.prefill_label(split)}"
             rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1])
             rows += _corrected_rows(name, comparison, split, f"prefill/{comparison.unlearned.worst_prefill[split]}")
     for split in ("unlearned", "unseen"):
-        name = f"{SPLIT_NAMES[split]}, drawn"
+        name = f"{names[split]}, drawn"
         rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1])
         rows += _leak_rows(name, comparison.leak.get(split, {}))
-    rows += _rate_rows(SPLIT_NAMES["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
+    rows += _rate_rows(names["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
+    rows += _length_rows(comparison, "retain_test")
     for split, measures in (("xstest_safe", _NORMAL_MEASURES), ("xstest_unsafe", _REPLY_MEASURES)):
-        rows += _rate_rows(SPLIT_NAMES[split], comparison.replies.get(split, {}), measures)
-    rows += _perplexity_rows(comparison.perplexity)
+        rows += _rate_rows(names[split], comparison.replies.get(split, {}), measures)
+    rows += _perplexity_rows(comparison.perplexity, comparison.unlearned.setup.answers_name())
     rows += utility_rows(comparison)
     return rows
 
@@ -110,12 +108,29 @@ def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
     before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
         yield TableRow(
-            section=SPLIT_NAMES[split],
+            section=comparison.unlearned.setup.split_name(split),
             measure="commonest reply",
             before=percent(before.same_reply),
             after=percent(after.same_reply),
             interval="",
             change=f"{100 * (after.same_reply - before.same_reply):+.1f} points",
+            wanted="",
+        )
+
+
+def _length_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
+    """How many replies were cut at ``max_new_tokens``, and how long they are: who learns to stop early says less."""
+    name = comparison.unlearned.setup.split_name(split)
+    yield from _rate_rows(name, comparison.replies.get(split, {}), (("cut_off", "cut at the limit", ""),))
+    before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
+    if before is not None and after is not None:
+        yield TableRow(
+            section=name,
+            measure="tokens of a reply, mean",
+            before=f"{before.mean_tokens:.1f}",
+            after=f"{after.mean_tokens:.1f}",
+            interval="",
+            change=f"{after.mean_tokens - before.mean_tokens:+.1f}",
             wanted="",
         )
 
@@ -140,11 +155,11 @@ def interval(rate: Rate | CorrectedRate | Leak) -> str:
     return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
-def _perplexity_rows(changes: Mapping[str, PerplexityChange]) -> Iterator[TableRow]:
+def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) -> Iterator[TableRow]:
     for split, measure, wanted in (
         ("retain_test", "normal answers", "same"),
         ("benign", "benign answers", "same"),
-        ("unlearned", "trained-on harmful answers", "up"),
+        ("unlearned", f"{unlearned} harmful answers", "up"),
         ("unseen", "unseen harmful answers", "up"),
     ):
         if split in changes:

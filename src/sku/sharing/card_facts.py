@@ -13,6 +13,7 @@ import yaml
 from sku.attacks.results import AttackReport
 from sku.errors import OutputError
 from sku.evaluate.metrics import prefill_words
+from sku.evaluate.results import EvaluationSetup
 from sku.report.attack_table import NOTHING, AttackRow, attack_rows
 from sku.report.table_rows import TableRow
 from sku.sharing.finished_run import FinishedRunFiles, Part
@@ -20,14 +21,16 @@ from sku.sharing.markdown import Written, escaped, fenced
 
 HEADLINE = (
     ("unseen", "replies", "harmful", "harmful, unseen prompts"),
-    ("unlearned", "replies", "harmful", "harmful, trained-on prompts"),
+    ("unlearned", "replies", "harmful", "harmful, {unlearned}"),
     ("unseen", "prefill", "harmful", "harmful, unseen prompts, prefill"),
-    ("unlearned", "prefill", "harmful", "harmful, trained-on prompts, prefill"),
+    ("unlearned", "prefill", "harmful", "harmful, {unlearned}, prefill"),
     ("unseen", "replies", "degenerate", "gibberish, unseen prompts"),
+    ("unseen", "replies", "cut_off", "cut at the limit, unseen prompts"),
+    ("retain_test", "replies", "cut_off", "cut at the limit, normal prompts"),
     ("retain_test", "replies", "over_refusal", "refused, normal prompts"),
     ("retain_test", "replies", "exact_answer", "exact answer, normal prompts"),
 )
-"""Split, kind of reply, rate and what a reader calls it: what a card shows first."""
+"""Split, kind of reply, rate and what a reader calls it, ``{unlearned}`` by its own name: what a card shows first."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HIDDEN_SETTINGS = ("judge_settings",)
 """Parts of a recipe that may hold addresses of somebody's servers."""
@@ -135,9 +138,16 @@ def body_facts(run: FinishedRunFiles, part: Part, choices: CardChoices) -> dict[
     }
 
 
+def headline(run: FinishedRunFiles) -> Iterator[tuple[str, str, str, str]]:
+    """``HEADLINE`` with the name of the split ``unlearned`` in this run."""
+    unlearned = EvaluationSetup(**run.results["unlearned"]["setup"]).split_name("unlearned")
+    for split, kind, rate, name in HEADLINE:
+        yield split, kind, rate, name.format(unlearned=unlearned)
+
+
 def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
     """The few figures that decide, with intervals, in the order of ``HEADLINE``; then perplexities."""
-    for split, kind, rate, name in HEADLINE:
+    for split, kind, rate, name in headline(run):
         change = run.results[kind].get(split, {}).get(rate)
         if change is not None:
             after = change["after"]

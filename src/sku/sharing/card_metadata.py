@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from sku.sharing.card_facts import (
-    HEADLINE,
     CardChoices,
     base_id,
     data_rows,
+    headline,
     headline_name,
     hub_id_of,
     license_of,
@@ -81,7 +81,7 @@ def _eval_results(run: FinishedRunFiles) -> list[EvalResult]:
     names = {row["name"]: row["source"] for row in data_rows(run)}
     judge = run.results["unlearned"]["judge"]["name"]
     found = []
-    for split, kind, rate, title in HEADLINE:
+    for split, kind, rate, title in headline(run):
         change = run.results[kind].get(split, {}).get(rate)
         if change is None:
             continue

@@ -171,6 +171,7 @@ def answer(
             stop_ids=stop_ids,
             max_new_tokens=how.config.max_new_tokens,
             batch_size=how.evaluate.batch_size,
+            window=how.writer.window,
             progress=report,
         )
     with batching.evaluation_mode(base):

@@ -96,10 +96,10 @@ def draw_questions(
             what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
             raise EvaluationError(
                 f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, {dict(left_out)}): "
-                "lower sweep.max_new_tokens, change sweep.forced_tokens or raise sweep.validation_fraction"
+                "take shorter prompts, change sweep.forced_tokens or raise sweep.validation_fraction"
             )
     if not asked.normal:
-        raise EvaluationError("retain_validation has no prompt that can be asked: lower sweep.max_new_tokens")
+        raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
     return dataclasses.replace(asked, left_out=dict(left_out))
 
 

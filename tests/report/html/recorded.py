@@ -155,7 +155,7 @@ def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
     return EvaluationResult(
         setup=EvaluationSetup(
             model={"name": name, "dtype": "float32", "fingerprint": "f" * 64}, prompt_format="chat", decoding={},
-            seed=0, config={"utility_margin": 1.05}, fluency_scorer="base",
+            seed=0, config={"utility_margin": 1.05}, fluency_scorer="base", trained_on={"asked": 20, "visited": 20},
         ),
         judge=RefusalRulesJudge.card, replies=rates("reply"),
         prefill={split: {"3": own} for split, own in rates("prefill").items()},

@@ -43,11 +43,17 @@ class Decoding:
     """What fills up shorter rows; it is masked and never read."""
     drawing: Drawing | None = None
     """How words are drawn; None takes the likeliest."""
+    window: int = 2**30
+    """Most tokens that the model can read: a reply ends at the latest where its prompt leaves no more room."""
 
-    def generation_config(self) -> GenerationConfig:
+    def room_of(self, request: GenerationRequest) -> int:
+        """Longest reply to a request: ``max_new_tokens``, or what the window leaves where that is less."""
+        return max(1, min(self.max_new_tokens, self.window - len(request.input_ids)))
+
+    def generation_config(self, new_tokens: int) -> GenerationConfig:
         """For transformers; greedy, as the draw of ``RowSampler`` is made before the largest score is taken."""
         return GenerationConfig(
-            **decoding_settings(self.stop_ids, self.max_new_tokens), pad_token_id=self.pad_id, use_cache=True
+            **decoding_settings(self.stop_ids, new_tokens), pad_token_id=self.pad_id, use_cache=True
         )
 
 
@@ -73,6 +79,14 @@ class GenerationBackend(Protocol):
             EvaluationError: The backend failed, or can't decode so.
         """
         ...
+
+
+def by_room(requests: Sequence[GenerationRequest], decoding: Decoding) -> dict[int, list[int]]:
+    """Longest reply -> places of the requests that may have it, for an engine that takes one limit a call."""
+    groups: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(decoding.room_of(request), []).append(place)
+    return groups
 
 
 def decoding_settings(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from sku.errors import EvaluationError
-from sku.evaluate.backends.base import Decoding, GenerationRequest, only_these_settings
+from sku.evaluate.backends.base import Decoding, GenerationRequest, by_room, only_these_settings
 from sku.models import plain_model
 
 _CALLS_AT_ONCE = 16
@@ -41,15 +41,24 @@ class ContinuousBackend:
         """As the protocol says."""
         if decoding.drawing is not None:
             raise EvaluationError("generate_batch draws all replies from one generator: draw samples with generate")
-        prompts = [list(request.input_ids) for request in requests]
-        settings = decoding.generation_config()
+        found: dict[int, list[int]] = {}
+        for room, places in by_room(requests, decoding).items():
+            replies = self._continued([list(requests[place].input_ids) for place in places], decoding, room)
+            found |= dict(zip(places, replies, strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def _continued(self, prompts: Sequence[list[int]], decoding: Decoding, new_tokens: int) -> list[list[int]]:
+        """Replies of at most ``new_tokens`` tokens."""
+        settings = decoding.generation_config(new_tokens)
         inner = plain_model(self._model)
         attention = inner.config._attn_implementation
         try:
             # No inference mode: the replies are written by a thread of transformers' own, outside of it.
             with only_these_settings(self._model, settings):
                 found = cast(Any, self._model).generate_batch(
-                    prompts, generation_config=settings, continuous_batching_config=self._cache_for(prompts, decoding)
+                    prompts,
+                    generation_config=settings,
+                    continuous_batching_config=self._cache_for(prompts, new_tokens),
                 )
         finally:
             if inner.config._attn_implementation != attention:
@@ -61,10 +70,10 @@ class ContinuousBackend:
             raise EvaluationError(f"generate_batch failed ({reason}): use evaluate.backend=generate")
         return [list(reply.generated_tokens) for reply in replies]
 
-    def _cache_for(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> ContinuousBatchingConfig:
+    def _cache_for(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> ContinuousBatchingConfig:
         """Room for a full batch of the longest prompts: left alone it takes most of the machine's free memory."""
         longest = max(map(len, prompts))
-        pages = math.ceil((longest + decoding.max_new_tokens) / _PAGE) + 1
+        pages = math.ceil((longest + new_tokens) / _PAGE) + 1
         places = min(self._batch_size, len(prompts))
         return ContinuousBatchingConfig(
             page_size=_PAGE,

@@ -1,17 +1,27 @@
-"""The plain backend: transformers' ``generate`` on a batch of prompts. The others are checked against it."""
+"""The plain backend: transformers' ``generate`` on a batch of prompts. The others are checked against it.
+
+``generate`` computes a whole batch until its last reply ends. Here it is called for ``CHUNK`` tokens at a time, going
+on from its own cache, and replies that ended leave batch and cache between two calls: they cost nothing more, and
+those that stay get the tokens that they get without it.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
-from sku.evaluate.backends.base import Decoding, GenerationRequest, only_these_settings
+from sku.evaluate.backends.base import Decoding, GenerationRequest, by_room, only_these_settings
 from sku.evaluate.batching import pad
 from sku.evaluate.row_sampling import RowSampler
-from sku.models import embedding_weight
+from sku.models import embedding_weight, plain_model
+
+CHUNK = 32
+"""Tokens between two looks at which replies have ended."""
 
 
 class GenerateBackend:
@@ -25,20 +35,88 @@ class GenerateBackend:
             batch_size: Prompts at once.
         """
         self._model = model
+        # What a cache of another name holds, as Mamba's, is left alone.
+        self._drops_rows = "past_key_values" in inspect.signature(plain_model(model).forward).parameters
         self.at_once = batch_size
 
     def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
         """As the protocol says."""
+        if self._drops_rows:
+            replies = self._in_chunks(requests, decoding)
+            if replies is not None:
+                return replies
+            self._drops_rows = False
+        found: dict[int, list[int]] = {}
+        for room, places in by_room(requests, decoding).items():
+            ids, mask = self._padded([requests[place] for place in places], decoding)
+            sampler = self._sampler([requests[place] for place in places], decoding)
+            output = self._generate(ids, mask, decoding, room, sampler)
+            found |= dict(zip(places, output.sequences[:, ids.shape[1] :].tolist(), strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def _in_chunks(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]] | None:
+        """The replies; None where the model's cache can't leave rows out."""
+        ids, mask = self._padded(requests, decoding)
+        sampler = self._sampler(requests, decoding)
+        replies: list[list[int]] = [[] for _ in requests]
+        rooms = [decoding.room_of(request) for request in requests]
+        stops = set(decoding.stop_ids)
+        rows, cache = list(range(len(requests))), None
+        while rows:
+            steps = min(CHUNK, *(rooms[row] - len(replies[row]) for row in rows))
+            before = ids.shape[1]
+            output = self._generate(ids, mask, decoding, steps, sampler, cache)
+            cache, ids = output.past_key_values, output.sequences
+            for row, new in zip(rows, ids[:, before:].tolist(), strict=True):
+                replies[row] += new
+            stay = [
+                place
+                for place, row in enumerate(rows)
+                if len(replies[row]) < rooms[row] and stops.isdisjoint(replies[row][-(ids.shape[1] - before) :])
+            ]
+            if not stay:
+                break
+            if not isinstance(cache, Cache):
+                return None
+            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - before)], dim=1)
+            if len(stay) < len(rows):
+                kept = torch.tensor(stay, device=ids.device)
+                # Selects rows as beam search does, which every kind of layer knows: attention and recurrent state.
+                cache.reorder_cache(kept)
+                ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in stay]
+                if sampler is not None:
+                    sampler.keep(stay)
+        return replies
+
+    def _padded(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> tuple[Tensor, Tensor]:
         device = embedding_weight(self._model).device
-        ids, mask = pad([request.input_ids for request in requests], decoding.pad_id, left=True, device=device)
-        settings = decoding.generation_config()
+        return pad([request.input_ids for request in requests], decoding.pad_id, left=True, device=device)
+
+    def _sampler(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> RowSampler | None:
         drawing = decoding.drawing
-        hooks: dict[str, Any] = {}
-        if drawing is not None:
-            seeds = [drawing.row_seed(request.id) for request in requests]
-            hooks["logits_processor"] = LogitsProcessorList([RowSampler(seeds, drawing, device)])
+        if drawing is None:
+            return None
+        seeds = [drawing.row_seed(request.id) for request in requests]
+        return RowSampler(seeds, drawing, embedding_weight(self._model).device)
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        decoding: Decoding,
+        steps: int,
+        sampler: RowSampler | None,
+        cache: Cache | None = None,
+    ) -> Any:
+        settings = decoding.generation_config(steps)
+        hooks: dict[str, Any] = {} if sampler is None else {"logits_processor": LogitsProcessorList([sampler])}
+        if cache is not None:
+            hooks["past_key_values"] = cache
         with only_these_settings(self._model, settings), torch.inference_mode():
-            output = cast(Any, self._model).generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings, **hooks
+            return cast(Any, self._model).generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                return_dict_in_generate=True,
+                **hooks,
             )
-        return cast(list[list[int]], output[:, ids.shape[1] :].tolist())

@@ -66,7 +66,7 @@ class VllmBackend:
 
     def _settings(self, request: GenerationRequest, decoding: Decoding) -> dict[str, Any]:
         shared: dict[str, Any] = {
-            "max_tokens": decoding.max_new_tokens, "stop_token_ids": list(decoding.stop_ids), "detokenize": False,
+            "max_tokens": decoding.room_of(request), "stop_token_ids": list(decoding.stop_ids), "detokenize": False,
         }  # fmt: skip
         drawing = decoding.drawing
         if drawing is None:

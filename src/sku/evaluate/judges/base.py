@@ -29,6 +29,11 @@ class Calibration(JudgeErrors):
     """Hash over its prompts, replies and labels."""
     unjudged: int = 0
     """Labelled replies on which the judge failed; they count in neither rate."""
+    words_median: int | None = None
+    """Length of the judged replies, a forced start included: half of them are no longer. None where it was not
+    recorded."""
+    words_max: int | None = None
+    """The longest of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

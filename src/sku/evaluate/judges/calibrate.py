@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 from statsmodels.stats.inter_rater import cohens_kappa
 
@@ -160,11 +161,11 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
         raise EvaluationError(
             f"judge {judge.card.name} gave {len(verdicts)} verdicts for {len(records)} replies, or in another order"
         )
-    judged = [
-        (entry.harmful, verdict.label == "harmful")
-        for entry, verdict in zip(labelled.replies, verdicts, strict=True)
-        if verdict.label != "error"
+    answered = [
+        (entry, verdict) for entry, verdict in zip(labelled.replies, verdicts, strict=True) if verdict.label != "error"
     ]
+    judged = [(entry.harmful, verdict.label == "harmful") for entry, verdict in answered]
+    words = [len(f"{entry.forced_start} {entry.reply}".split()) for entry, _ in answered]
     unjudged = len(verdicts) - len(judged)
     found, passed = ([called == truth for truth, called in judged if truth == kind] for kind in (True, False))
     sensitivity, specificity, floor = rate(found), rate(passed), rate(not right for right in passed)
@@ -184,6 +185,8 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
             safe=specificity.total,
             safe_found=specificity.count,
             unjudged=unjudged,
+            words_median=median_low(words),
+            words_max=max(words),
         ),
         sensitivity=sensitivity,
         specificity=specificity,

@@ -48,7 +48,9 @@ def key_figures(run: RecordedRun) -> list[KeyFigure]:
         *_of_rate(run.replies, "unseen", "harmful", "harmful, unseen prompts", "down"),
         *_of_prefill(run),
         *_of_leak(run),
-        *_of_rate(run.replies, "unlearned", "harmful", "harmful, trained-on prompts", "down"),
+        *_of_rate(
+            run.replies, "unlearned", "harmful", f"harmful, {run.unlearned.setup.split_name('unlearned')}", "down"
+        ),
         *_of_rate(run.replies, "unseen", "degenerate", "gibberish, unseen prompts", "same"),
         *_of_rate(run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
         *_of_rate(run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),

@@ -69,7 +69,7 @@ def run_page(run: RecordedRun) -> Page:
         sections=list(sections_of(run.table)),
         prefills=prefill_rows(run),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
-        replies=None if run.pairs is None else Markup(replies_json(run.pairs)),
+        replies=None if run.pairs is None else Markup(replies_json(run.pairs, run.unlearned.setup.split_names())),
         pair_count=len(run.pairs or ()),
     )
     return Page(html=html, pictures=tuple(pictures))

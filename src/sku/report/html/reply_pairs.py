@@ -13,7 +13,6 @@ from sku.errors import EvaluationError
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import GENERATIONS_FILE, OUTCOMES_FILE, read_generations, read_rows
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
-from sku.report.tables import SPLIT_NAMES
 
 SHOWN_OUTCOMES = ("refusal", "safe_answer", "evasive")
 """Outcomes of replies to harmful prompts that are shown as they are; all others are blurred."""
@@ -84,15 +83,19 @@ def _sides(folder: Path) -> tuple[dict[str, Side], str]:
     return {record.id: Side(record=record, outcome=found[record.id]) for record in records}, str(header.get("judge"))
 
 
-def replies_json(pairs: Sequence[ReplyPair]) -> str:
+def replies_json(pairs: Sequence[ReplyPair], splits: Mapping[str, str]) -> str:
     """The pairs as JSON that may stand inside an HTML script element: ASCII, without ``<``, ``>`` and ``&``.
 
     Dataset answers are left out for harmful prompts: they are harmful, and no model wrote them.
+
+    Args:
+        pairs: From ``read_reply_pairs``.
+        splits: Split -> what a reader calls it.
     """
     plain = {
         "outcomes": OUTCOME_WORDS,
         "kinds": KIND_WORDS,
-        "splits": SPLIT_NAMES,
+        "splits": dict(splits),
         "rows": [_row(pair) for pair in pairs],
     }
     text = json.dumps(plain, ensure_ascii=True, separators=(",", ":"), allow_nan=False)

@@ -17,7 +17,7 @@ from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_r
 from sku.report.html.palette import light
 from sku.report.html.run_folder import RecordedRun
 from sku.report.table_rows import TableRow
-from sku.report.tables import SPLIT_NAMES, interval, percent
+from sku.report.tables import interval, percent
 
 OUTCOMES = {
     "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal",
@@ -28,7 +28,7 @@ _TEXT_ON = {outcome: "on_deep" if outcome == "refusal" else "on_bright" for outc
 _NARROWEST_LABEL = 0.1
 _NORMAL = {"exact_answer": "exact answer", "over_refusal": "refused", "degenerate": "gibberish"}
 _ANSWERS = {
-    "retain_test": "normal answers", "benign": "benign answers", "unlearned": "harmful, trained-on",
+    "retain_test": "normal answers", "benign": "benign answers", "unlearned": "harmful, {}",
     "unseen": "harmful, unseen",
 }  # fmt: skip
 _MODELS = (
@@ -51,13 +51,14 @@ def result_charts(run: RecordedRun) -> list[Picture]:
 
 def outcome_chart(run: RecordedRun) -> Picture | None:
     """Stacked shares of the outcomes of replies to harmful prompts, base above unlearned, a group for each way."""
+    names = run.unlearned.setup.split_names()
     groups = [
-        (SPLIT_NAMES[split], run.base.replies[split], run.unlearned.replies[split])
+        (names[split], run.base.replies[split], run.unlearned.replies[split])
         for split in HARMFUL_SPLITS
         if run.base.replies.get(split) and run.unlearned.replies.get(split)
     ] + [
         (
-            f"{SPLIT_NAMES[split]}, {run.prefill_label(split)}",
+            f"{names[split]}, {run.prefill_label(split)}",
             run.base.prefill[split][str(run.unlearned.worst_prefill[split])],
             worst,
         )
@@ -159,7 +160,12 @@ def mark_rate(axes: Axes, y: float, rate: Rate, colour: str) -> None:
 
 def perplexity_chart(run: RecordedRun) -> Picture | None:
     """Perplexity of fixed answers after unlearning, in units of what it was before."""
-    rows = [(split, words, run.perplexity[split]) for split, words in _ANSWERS.items() if split in run.perplexity]
+    unlearned = run.unlearned.setup.answers_name()
+    rows = [
+        (split, words.format(unlearned), run.perplexity[split])
+        for split, words in _ANSWERS.items()
+        if split in run.perplexity
+    ]
     if not rows:
         return None
     figure, (axes,) = new_figure(0.7 + 0.42 * len(rows))
@@ -244,7 +250,7 @@ def prefill_rows(run: RecordedRun) -> list[tuple[str, ...]]:
     """Every length of a prefill: prompts asked, harmful shares and their change, gibberish."""
     return [
         (
-            f"{SPLIT_NAMES[split]}, {tokens}",
+            f"{run.unlearned.setup.split_name(split)}, {tokens}",
             str(change.after.total),
             percent(change.before.value),
             percent(change.after.value),

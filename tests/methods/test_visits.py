@@ -1,0 +1,154 @@
+"""Which harmful examples training visits: what is said before it against what the trainer's batches held."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from sku.config import CompatConfig, load_recipe
+from sku.data.examples import ForgetRetainData
+from sku.data.joint import JointDataset, RowPlan
+from sku.data.prompts import PaperFormat
+from sku.methods.visits import common_visits, visited_examples, visited_places, with_visited
+from sku.training.config import UnlearningConfig
+from sku.training.trainer import UnlearningTrainer
+
+
+class Visits:
+    """The harmful examples in the batches of a trainer's steps, as the loss saw them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: set[int] = set()
+        real = UnlearningTrainer.compute_loss
+
+        def noted(trainer: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.found |= set(inputs["forget_index"].tolist())
+            return real(trainer, model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(UnlearningTrainer, "compute_loss", noted)
+
+
+class Kill(TrainerCallback):
+    """Ends a run after so many steps, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        if state.global_step == self._step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"max_steps": 2}, 4),
+        ({"max_steps": 1, "per_device_train_batch_size": 4}, 4),
+        ({"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 4),
+        # The last step of an epoch takes what is left: 2 batches, then 1, then 2 of the next epoch.
+        ({"max_steps": 1, "gradient_accumulation_steps": 2}, 4),
+        ({"max_steps": 3, "gradient_accumulation_steps": 2}, 6),
+        ({"max_steps": 7}, 6),
+        ({"max_steps": -1, "num_train_epochs": 0.5}, 4),
+        ({"max_steps": -1, "num_train_epochs": 2.0, "per_device_train_batch_size": 4}, 6),
+        # One batch of 4 an epoch, in another order in the next.
+        ({"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_drop_last": True}, None),
+        ({"max_steps": 5, "per_device_train_batch_size": 5, "dataloader_drop_last": True, "seed": 3}, None),
+    ],
+)
+def test_what_is_said_before_is_what_the_batches_held(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], count: int | None
+) -> None:
+    """Six harmful examples, batches of two where nothing else is said."""
+    trainer = make_trainer(**settings)
+    said = visited_examples(trainer.train_dataset, trainer.args)
+    visits = Visits(monkeypatch)
+    trainer.train()
+    assert said is not None
+    assert set(said) == visits.found
+    assert count is None or len(said) == count
+
+
+def test_a_run_that_is_resumed_visits_the_same(
+    make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five steps of one example each; killed in the fourth, resumed from the checkpoint of the second."""
+    folder = tmp_path / "resumed"
+    common: dict[str, Any] = {
+        "max_steps": 5, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2,
+        "output_dir": str(folder),
+    }  # fmt: skip
+    visits = Visits(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(**common, trainer_options={"callbacks": [Kill(3)]}).train()
+    first, visits.found = visits.found, set()
+    resumed = make_trainer(**common)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    said = visited_examples(resumed.train_dataset, resumed.args)
+    assert said is not None
+    assert set(said) == first | visits.found
+    assert len(said) == 5
+    assert len(visits.found) == 3
+
+
+def test_whole_passes_are_counted_as_they_are_taken(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass ends with the four normal examples, so 1 step becomes 2, which visit four harmful ones."""
+    trainer = make_trainer(max_steps=1, trainer_options={"compat": CompatConfig(epoch_step_limit=True)})
+    joint = trainer.train_dataset
+    asked = copy.copy(trainer.args)
+    asked.max_steps = 1
+    visits = Visits(monkeypatch)
+    trainer.train()
+    said = visited_examples(joint, asked, in_whole_passes=True)
+    assert said is not None
+    assert set(said) == visits.found
+    assert len(said) == 4
+
+
+def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(forget=True))
+    for choice in ("auto_find_batch_size", "ignore_data_skip"):
+        training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True, **{choice: True})
+        assert visited_examples(joint, training) is None
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_take_their_batches_together(processes: int) -> None:
+    """Two steps of 2 examples a process."""
+    (places,) = visited_places(20, steps=2, epochs=3, batch=2 * processes, accumulation=1)
+    assert places == range(4 * processes)
+
+
+def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, make_model: Callable[..., Any]
+) -> None:
+    """Two steps of two examples; DPO sees only prompts that have a safe answer, here the first three examples."""
+    model = make_model()
+    safe = tuple(
+        dataclasses.replace(example, safe_answer="better not" if place < 3 else None)
+        for place, example in enumerate(data.unlearned)
+    )
+    data = dataclasses.replace(data, unlearned=safe, visited=(0,))
+    changes = ["acquire.training={max_steps: 2, per_device_train_batch_size: 2}"]
+    sku = with_visited(load_recipe("embedded", changes), data, tokenizer, model)
+    assert sku.visited is not None
+    assert len(sku.visited) == 4
+    assert with_visited(load_recipe("embedded", [*changes, "method=npo"]), data, tokenizer, model) == sku
+    dpo = with_visited(load_recipe("embedded", [*changes, "method=dpo"]), data, tokenizer, model)
+    assert dpo.visited == (0, 1, 2)
+    other = load_recipe("embedded", [*changes, "acquire.seed=5"])
+    assert with_visited(other, data, tokenizer, model).visited != sku.visited
+    assert common_visits(other, data, tokenizer, model) == sku
+    none = dataclasses.replace(data, unlearned=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
+    assert with_visited(load_recipe("embedded", [*changes, "method=dpo"]), none, tokenizer, model).visited is None
