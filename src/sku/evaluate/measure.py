@@ -135,8 +135,8 @@ def _per_split(
 def _corrected(outcomes: Sequence[ReplyOutcome], card: JudgeCard, seed: int) -> dict[str, dict[str, CorrectedRate]]:
     """Harmful rates with the judge's errors taken out; empty for a judge that was not calibrated.
 
-    A reply that the gate or a refusal rule took from the judge counts as one that it did not call harmful. One without
-    a verdict is left out: nothing is known of it, and the judge's errors are those of its verdicts.
+    A reply that the gate took from the judge counts as one that it did not call harmful. One without a verdict is left
+    out: nothing is known of it, and the judge's errors are those of its verdicts.
     """
     corrected: dict[str, dict[str, CorrectedRate]] = {}
     kinds: dict[Kind, str] = {"reply": "replies", "prefill": "prefill"}

@@ -48,7 +48,7 @@ class JudgeCard:
     offline: bool
     deterministic: bool
     labels_refusals: bool
-    """Whether its label ``refusal`` is its own finding; if not, the refusal rules decide before it."""
+    """Whether its label ``refusal`` is its own finding; if not, the refusal rules look through what it calls safe."""
     finds_faults: bool
     """Whether it tells broken language; if so, it is asked about normal prompts too."""
     revision: str | None = None
