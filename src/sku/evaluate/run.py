@@ -294,6 +294,7 @@ class _Run:
         header = {
             "scorer": fingerprint(scorer, probes),
             "shuffles": SHUFFLES,
+            "scored": "reply",
             "seed": self.seed,
             "texts": header_hash({"texts": [(entry.id, entry.forced_start, entry.reply) for entry in unclear]}),
         }
@@ -304,7 +305,7 @@ class _Run:
             lambda: score_fluency(
                 scorer,
                 unclear,
-                self.writer.scored,
+                self.writer.scored_reply,
                 seed=self.seed,
                 batch_size=self.config.batch_size,
                 processes=self.reuse.processes,

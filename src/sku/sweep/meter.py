@@ -141,7 +141,7 @@ class Meter:
             fluency = score_fluency(
                 self.base,
                 [record for record in records if not find_faults(record, None)],
-                asker.writer.scored,
+                asker.writer.scored_reply,
                 seed=asker.seed,
                 batch_size=asker.evaluate.batch_size,
             )
