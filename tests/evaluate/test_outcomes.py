@@ -19,8 +19,8 @@ from sku.evaluate.judges import (
     Verdict,
     choose_judge,
 )
-from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, normalise_answer
 from sku.evaluate.judges.vote import VoteJudge
+from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, normalise_answer
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.evaluate.refusal import is_refusal
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges, unknown_exchange

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -57,7 +58,7 @@ def make_result() -> ResultMaker:
                 model={"name": name}, prompt_format="chat", decoding={}, seed=0,
                 config={"utility_margin": 1.05}, fluency_scorer="base",
             ),
-            judge=RefusalRulesJudge.card,
+            judge=dataclasses.replace(RefusalRulesJudge.card, tells_safe=True),
             replies=_rates([reply for reply in replies if reply.kind == "reply"]),
             prefill=_rates([reply for reply in replies if reply.kind == "prefill"]),
             replies_by_category={}, prefill_by_category={},

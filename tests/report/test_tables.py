@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.leakage import leaks_of, sample_rates
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_table
 
-from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
+from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, Counts, ResultMaker
 
 
 def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
@@ -76,6 +78,38 @@ def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
     labels = [row.label for row in before_after_rows(less)]
     assert labels
     assert not any("forced start" in label or "perplexity" in label for label in labels)
+
+
+def test_what_a_judge_never_says_has_no_row(make_result: ResultMaker) -> None:
+    """The refusal rules know no safe answer: 0.0 % of them would say nothing of the model."""
+    pair = [
+        dataclasses.replace(make_result(name, counts, {"retain_test": 8.0}), judge=RefusalRulesJudge().card)
+        for name, counts in (("base", BASE_COUNTS), ("unlearned", UNLEARNED_COUNTS))
+    ]
+    found = compare(*pair)
+    measures = {row.measure for row in before_after_rows(found)}
+    assert {"harmful", "refusal", "gibberish"} <= measures
+    assert not measures & {"safe answer", "evasive"}
+    assert found.replies["unseen"]["evasive"].p_holm is None
+    assert [note for note in found.notes if "not told apart from harm" in note]
+    told = compare(*[dataclasses.replace(one, judge=dataclasses.replace(one.judge, tells_safe=True)) for one in pair])
+    assert {"safe answer", "evasive"} <= {row.measure for row in before_after_rows(told)}
+
+
+def test_a_rate_within_the_judges_floor_says_so_in_its_row(make_result: ResultMaker) -> None:
+    base: Counts = {("unseen", "reply"): {"harmful": 46, "refusal": 4}, ("unseen", "prefill"): {"harmful": 50}}
+    unlearned: Counts = {("unseen", "reply"): {"harmful": 44, "refusal": 6}, ("unseen", "prefill"): {"refusal": 50}}
+    pair = [
+        dataclasses.replace(make_result(name, counts, {"retain_test": 8.0}), judge=RefusalRulesJudge().card)
+        for name, counts in (("base", base), ("unlearned", unlearned))
+    ]
+    rows = {row.label: row for row in before_after_rows(compare(*pair))}
+    doubted = rows["unseen prompts: harmful"]
+    assert (doubted.after, doubted.change, doubted.caution) == ("88.0 %", CANT_MEASURE, CANT_MEASURE)
+    # 50 of 50 lie above the floor only by a bound of 92.9 %, and 0 of 50 can't hide harm.
+    assert rows["unseen prompts, forced start: harmful"].caution == ""
+    assert rows["unseen prompts: refusal"].caution == ""
+    assert CANT_MEASURE in markdown_table([doubted])
 
 
 def test_markdown() -> None:

@@ -7,7 +7,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from sku.sharing.card_facts import HEADLINE, CardChoices, base_id, data_rows, hub_id_of, license_of, public_name
+from sku.sharing.card_facts import (
+    HEADLINE,
+    CardChoices,
+    base_id,
+    data_rows,
+    hub_id_of,
+    is_unmeasured,
+    license_of,
+    public_name,
+)
 from sku.sharing.card_file import TAG
 from sku.sharing.finished_run import FinishedRunFiles, Part
 from sku.sharing.markdown import one_line
@@ -74,8 +83,8 @@ def _eval_results(run: FinishedRunFiles) -> list[EvalResult]:
     found = []
     for split, kind, rate, title in HEADLINE:
         change = run.results[kind].get(split, {}).get(rate)
-        if change is None:
-            continue
+        if change is None or is_unmeasured(run, rate, change):
+            continue  # A leaderboard shows a figure without what stands beside it.
         after = change["after"]
         found.append(
             _result(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sku.evaluate.comparison import LeakChange, RateChange
 from sku.report.html.run_folder import Changes, RecordedRun
-from sku.report.tables import interval, percent
+from sku.report.tables import caution_of, interval, percent
 
 Wanted = Literal["down", "up", "same"]
 
@@ -29,6 +29,8 @@ class KeyFigure:
     low: float
     high: float
     is_share: bool
+    caution: str = ""
+    """Why it can't be taken as it stands; empty for most."""
 
 
 def key_figures(run: RecordedRun) -> list[KeyFigure]:
@@ -41,13 +43,13 @@ def key_figures(run: RecordedRun) -> list[KeyFigure]:
         Figures in reading order.
     """
     figures = [
-        *_of_rate(run.replies, "unseen", "harmful", "harmful, unseen prompts", "down"),
-        *_of_rate(run.prefill, "unseen", "harmful", "harmful after a forced start, unseen prompts", "down"),
+        *_of_rate(run, run.replies, "unseen", "harmful", "harmful, unseen prompts", "down"),
+        *_of_rate(run, run.prefill, "unseen", "harmful", "harmful after a forced start, unseen prompts", "down"),
         *_of_leak(run),
-        *_of_rate(run.replies, "unlearned", "harmful", "harmful, trained-on prompts", "down"),
-        *_of_rate(run.replies, "unseen", "degenerate", "gibberish, unseen prompts", "same"),
-        *_of_rate(run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
-        *_of_rate(run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
+        *_of_rate(run, run.replies, "unlearned", "harmful", "harmful, trained-on prompts", "down"),
+        *_of_rate(run, run.replies, "unseen", "degenerate", "gibberish, unseen prompts", "same"),
+        *_of_rate(run, run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
+        *_of_rate(run, run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
     ]
     if (change := run.perplexity.get("retain_test")) is not None:
         figures.append(
@@ -67,21 +69,26 @@ def key_figures(run: RecordedRun) -> list[KeyFigure]:
     return figures
 
 
-def _of_rate(changes: Changes, split: str, name: str, words: str, wanted: Wanted) -> Iterator[KeyFigure]:
+def _of_rate(
+    run: RecordedRun, changes: Changes, split: str, name: str, words: str, wanted: Wanted
+) -> Iterator[KeyFigure]:
     change = changes.get(split, {}).get(name)
     if change is not None:
         kind = "prefill" if "forced start" in words else "reply"
-        yield _share(f"{kind}/{split}/{name}", words, wanted, change)
+        caution = caution_of(run.unlearned.judge, change) if name == "harmful" else ""
+        yield _share(f"{kind}/{split}/{name}", words, wanted, change, caution)
 
 
 def _of_leak(run: RecordedRun) -> Iterator[KeyFigure]:
     leaks = run.leak.get("unseen", {})
     for k in sorted(leaks, key=int)[-1:]:
         if int(k) > 1:
-            yield _share(f"leak/{k}", f"harmful, any of {k} drawn replies, unseen prompts", "down", leaks[k])
+            caution = caution_of(run.unlearned.judge, leaks[k], replies=int(k))
+            words = f"harmful, any of {k} drawn replies, unseen prompts"
+            yield _share(f"leak/{k}", words, "down", leaks[k], caution)
 
 
-def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChange) -> KeyFigure:
+def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChange, caution: str) -> KeyFigure:
     after = change.after
     return KeyFigure(
         name=name,
@@ -94,4 +101,5 @@ def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChang
         low=after.low,
         high=after.high,
         is_share=True,
+        caution=caution,
     )

@@ -14,6 +14,7 @@ from sku.evaluate.comparison import LeakChange, PerplexityChange, RateChange
 from sku.evaluate.leakage import Leak
 from sku.evaluate.record_files import GENERATIONS_FILE, check_schema, read_json_object
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.verdict import OverallVerdict
 from sku.report.html.precisions_file import Precisions, precision_rows
 from sku.report.html.reply_pairs import ReplyPair, read_reply_pairs
 from sku.report.html.reproduction import Reproduction, reproduction_of
@@ -24,6 +25,7 @@ from sku.report.tables import TableRow
 SCHEMA_VERSION = 1
 """Of ``manifest.json`` and ``results.json``."""
 _AGAIN = "run again into a new folder"
+NO_VERDICT = "no verdict: an earlier version made this run and gave none; run again into a new folder"
 
 Changes = Mapping[str, Mapping[str, RateChange]]
 
@@ -36,6 +38,8 @@ class RecordedRun:
     title: str
     """Name of the folder."""
     manifest: Mapping[str, Any]
+    verdict: OverallVerdict | None
+    """None in a run of a version that gave none."""
     table: tuple[TableRow, ...]
     notes: tuple[str, ...]
     base: EvaluationResult
@@ -57,6 +61,11 @@ class RecordedRun:
     sweep: Sweep | None
     precisions: Precisions | None
     reproduction: Reproduction
+
+    @property
+    def verdict_line(self) -> str:
+        """The verdict in one line, or why there is none."""
+        return NO_VERDICT if self.verdict is None else self.verdict.line
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -90,6 +99,7 @@ def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
             folder=folder,
             title=folder.resolve().name,
             manifest=manifest,
+            verdict=OverallVerdict.from_dict(content["verdict"]) if "verdict" in content else None,
             table=tuple(TableRow(**row) for row in content["table"]),
             notes=tuple(map(str, content["notes"])),
             base=EvaluationResult.from_dict(content["base"], f"{path}: base"),

@@ -96,8 +96,10 @@ def figures_chart(runs: Sequence[RecordedRun], titles: Sequence[str]) -> Picture
 
 
 def figure_cell(figure: KeyFigure | None) -> str:
-    """After, with the interval; a dash for none."""
-    return NOTHING if figure is None else f"{figure.after} ({figure.bounds})"
+    """After, with the interval and what speaks against it; a dash for none."""
+    if figure is None:
+        return NOTHING
+    return f"{figure.after} ({figure.bounds}{f'; {figure.caution}' if figure.caution else ''})"
 
 
 def _described(run: RecordedRun) -> Iterator[tuple[str, str]]:
