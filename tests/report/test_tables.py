@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from sku.cli.console import before_after_table, print_comparison_notes, results
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.leakage import leaks_of, sample_rates
@@ -150,3 +153,27 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
         ("unseen prompts, drawn: harmful, any of 2", "100.0 %", "50.0 %", "down"),
     ]
     assert rows[1].change == "-50.0 (-100.0 to +0.0) points"
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_terminal_shows_long_notes_when_asked(
+    comparison: Comparison, verbose: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_comparison_notes(comparison, verbose=verbose)
+    printed = capsys.readouterr().out
+    assert comparison.details
+    assert all((note in printed) == verbose for note in comparison.details)
+    assert all(note in printed for note in comparison.notes if note not in comparison.details)
+    assert (f"{len(comparison.details)} more with sku -v" in printed) != verbose
+
+
+def test_the_terminal_puts_what_a_judge_cant_measure_under_its_row(capsys: pytest.CaptureFixture[str]) -> None:
+    row = TableRow(
+        section="unseen prompts", measure="harmful", before="92.0 %", after="88.0 %", interval="76 to 94",
+        change=CANT_MEASURE, wanted="down", caution=CANT_MEASURE,
+    )  # fmt: skip
+    results.print(before_after_table([row, dataclasses.replace(row, measure="refusal", change="", caution="")]))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2:] == [CANT_MEASURE, lines[-1]]
+    assert lines.count(CANT_MEASURE) == 1
+    assert lines[-1].startswith("refusal")

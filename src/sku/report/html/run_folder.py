@@ -65,13 +65,26 @@ class RecordedRun:
     @property
     def verdict_line(self) -> str:
         """The verdict in one line, or why there is none."""
-        return NO_VERDICT if self.verdict is None else self.verdict.line
+        return _line_of(self.verdict)
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         """The whole recipe, as plain data."""
         recipe: Mapping[str, Any] = self.manifest["recipe"]
         return recipe
+
+
+def verdict_line(folder: Path) -> str:
+    """What a run that ``read_run`` takes came to, in one line."""
+    return _line_of(_verdict(_read_object(folder / "results.json")))
+
+
+def _verdict(content: Mapping[str, Any]) -> OverallVerdict | None:
+    return OverallVerdict.from_dict(content["verdict"]) if "verdict" in content else None
+
+
+def _line_of(verdict: OverallVerdict | None) -> str:
+    return NO_VERDICT if verdict is None else verdict.line
 
 
 def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
@@ -99,7 +112,7 @@ def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
             folder=folder,
             title=folder.resolve().name,
             manifest=manifest,
-            verdict=OverallVerdict.from_dict(content["verdict"]) if "verdict" in content else None,
+            verdict=_verdict(content),
             table=tuple(TableRow(**row) for row in content["table"]),
             notes=tuple(map(str, content["notes"])),
             base=EvaluationResult.from_dict(content["base"], f"{path}: base"),

@@ -13,7 +13,7 @@ from sku.storage import write_private_text
 
 def write_report(
     folders: Sequence[Path], out: Path, *, plots: Path | None = None, replies: bool = True
-) -> tuple[list[str], list[Path]]:
+) -> tuple[Path, list[Path]]:
     """Writes the report of one run, or of several side by side.
 
     Args:
@@ -24,7 +24,7 @@ def write_report(
         replies: Whether the replies of the models go into the report of one run.
 
     Returns:
-        The verdict of each run in a line, and the files of the plots.
+        ``out``, and the files of the plots.
 
     Raises:
         EvaluationError: A folder is none of a finished run, or a file in it is broken.
@@ -51,4 +51,4 @@ def write_report(
     page = comparison_page(runs) if several else run_page(runs[0])
     drawn = [] if plots is None else [path for picture in page.pictures for path in picture.save(plots)]
     write_private_text(out, page.html)
-    return [run.verdict_line for run in runs], drawn
+    return out, drawn
