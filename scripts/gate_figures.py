@@ -1,7 +1,8 @@
 """How often the gate errs: false alarms on people's and models' real texts, hits on texts that are no language.
 
 Each set is NAME=FILE:PROMPT_COLUMN:REPLY_COLUMN of a CSV file. The surface rules read every row; the word-salad rule
-needs the base model, so it reads a seeded sample. Prints tables of counts, never a word of any text.
+needs the base model, so it reads a seeded sample. With --forced-tokens N the first N tokens of each text are taken for
+a forced start and the rest for the reply. Prints tables of counts, never a word of any text.
 
     python scripts/gate_figures.py MODEL_DIR --gguf-file NAME \
         --set "TruthfulQA best answers=TruthfulQA.csv:Question:Best Answer" \
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from sku.config import ModelConfig
 from sku.data.prompts import resolve_prompt_format
+from sku.data.tokenization import tokenize_prefill
 from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.degeneracy import is_word_salad, surface_faults
 from sku.evaluate.metrics import Rate, rate
@@ -37,6 +40,8 @@ class Pair:
 
     prompt: str
     reply: str
+    start: str = ""
+    """What the reply was made to begin with."""
 
 
 def read_set(description: str) -> tuple[str, list[Pair]]:
@@ -70,25 +75,42 @@ def broken_texts(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
         "words of the whole set, drawn": lambda _pair: " ".join(rng.choices(vocabulary, k=40)),
         "a real reply, its words shuffled": shuffled,
     }
-    return {name: [Pair(prompt=pair.prompt, reply=make(pair)) for pair in pairs] for name, make in makers.items()}
+    return {name: [dataclasses.replace(pair, reply=make(pair)) for pair in pairs] for name, make in makers.items()}
+
+
+def writer_of(loaded: LoadedModel) -> Writer:
+    """What writes prompts and replies for a model."""
+    tokenizer = loaded.tokenizer
+    return Writer(
+        tokenizer=tokenizer, prompt_format=resolve_prompt_format("auto", tokenizer), window=window_of(loaded.model)
+    )
+
+
+def parted(pairs: Sequence[Pair], writer: Writer, tokens: int) -> list[Pair]:
+    """The first tokens of each reply as its forced start; replies that are no longer are left out."""
+    found = []
+    for pair in pairs:
+        forced = tokenize_prefill(pair.prompt, pair.reply, writer.tokenizer, writer.prompt_format, tokens)
+        if forced is not None and pair.reply.startswith(forced[1].lstrip()):
+            start = forced[1].lstrip()
+            found.append(Pair(prompt=pair.prompt, start=start, reply=pair.reply[len(start) :]))
+    return found
 
 
 def word_salads(loaded: LoadedModel, pairs: Sequence[Pair], seed: int) -> list[bool]:
     """The word-salad rule on the pairs that are long enough for it."""
-    tokenizer = loaded.tokenizer
-    writer = Writer(
-        tokenizer=tokenizer, prompt_format=resolve_prompt_format("auto", tokenizer), window=window_of(loaded.model)
-    )
+    writer = writer_of(loaded)
     records = [
         GenerationRecord(
-            id=str(number), split="unseen", kind="reply", category=None, prompt=pair.prompt, reference="",
-            reply=pair.reply[:MAX_CHARACTERS], num_tokens=1, finished=True,
+            id=str(number), split="unseen", kind="prefill" if pair.start else "reply", category=None,
+            prompt=pair.prompt, reference="", forced_start=pair.start, reply=pair.reply[:MAX_CHARACTERS], num_tokens=1,
+            finished=True,
         )
         for number, pair in enumerate(pairs)
     ]  # fmt: skip
     return [
         is_word_salad(score)
-        for score in score_fluency(loaded.model.eval(), records, writer.scored, seed=seed, batch_size=16)
+        for score in score_fluency(loaded.model.eval(), records, writer.scored_reply, seed=seed, batch_size=16)
     ]
 
 
@@ -112,12 +134,15 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", required=True, metavar="NAME=FILE:PROMPT:REPLY")
     parser.add_argument("--sample", type=int, default=300, help="texts of each set that the base model reads")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--forced-tokens", type=int, default=0, help="tokens of each text that are a forced start")
     options = parser.parse_args()
     loaded = load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype="float32", device="cpu"))
     everything: list[Pair] = []
     print("| real texts | surface rules | word salad, by the base model |\n|---|---:|---:|")
     for description in options.sets:
         name, pairs = read_set(description)
+        if options.forced_tokens:
+            pairs = parted(pairs, writer_of(loaded), options.forced_tokens)
         drawn = random.Random(options.seed).sample(pairs, min(options.sample, len(pairs)))
         everything += drawn
         print(f"| {name} | {cell(rate(faulty(pairs)))} | {cell(rate(word_salads(loaded, drawn, options.seed)))} |")

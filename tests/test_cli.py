@@ -453,9 +453,12 @@ def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path
     for words in ("base", "unlearned", "harmful", "perplexity", "judge", f"{whole_run / 'unlearned'}\n"):
         assert words in printed
     assert f"{whole_run / 'results.json'}" in printed
-    notes = json.loads((whole_run / "results.json").read_text(encoding="utf-8"))["notes"]
-    assert notes
-    assert [line.removeprefix("note      ") for line in printed.splitlines() if line.startswith("note ")] == notes
+    results = json.loads((whole_run / "results.json").read_text(encoding="utf-8"))
+    assert printed.splitlines()[0] == f"verdict   {results['verdict']['line']}"
+    shown = [line.removeprefix("note      ") for line in printed.splitlines() if line.startswith("note ")]
+    assert [note for note in results["notes"] if note in shown] == shown
+    assert [note for note in shown if note.startswith("utility on normal answers is ")]
+    assert f"          {len(results['notes']) - len(shown)} more with sku -v" in printed.splitlines()
     messages = (folder / "messages.txt").read_text(encoding="utf-8")
     assert "recipe embedded, model embedded, seed 0" in messages
     others = [line for line in messages.splitlines()[1:] if line.strip() and "━" not in line]
@@ -475,7 +478,8 @@ def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_pa
     assert names(whole_run) == before
     copy = shutil.copytree(whole_run, tmp_path / "copy")
     done = command("report", copy, "--no-replies")
-    assert (done.code, done.out) == (0, f"report    {copy / 'report.html'}\n")
+    verdict = json.loads((copy / "results.json").read_text(encoding="utf-8"))["verdict"]["line"]
+    assert (done.code, done.out) == (0, f"verdict   {verdict}\nreport    {copy / 'report.html'}\n")
     assert "report.html" in names(copy)
     (copy / "results.json").write_text("{", encoding="utf-8")
     assert_one_line(command("report", copy), "results.json can't be read")
@@ -907,5 +911,5 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     assert "left out: prefill, 20 tokens: the answer is too short: 3" in lines
     as_json = json.loads(command(*arguments, "--attacks", "int8,prefill", "--json").out)
     assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "int8", *["prefill"] * 4]
-    assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "notes"}
+    assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "verdict", "notes"}
     assert_one_line(command(*arguments, "--attacks", "int8,prefil"), "Did you mean prefill?")

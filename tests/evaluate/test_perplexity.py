@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sku.data.tokenization import TokenizedExample
+from sku.config import ModelConfig, PromptFormatName
+from sku.data.prompts import resolve_prompt_format
+from sku.data.tokenization import TokenizedExample, tokenize_prefill
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
+from sku.evaluate.asking import Writer, window_of
+from sku.evaluate.degeneracy import is_word_salad
 from sku.evaluate.perplexity import SHUFFLES, in_orders, score_examples, score_fluency
+from sku.evaluate.records import GenerationRecord
 from sku.losses import IGNORE_INDEX
+from sku.models import load_model
 
 from .conftest import RecordMaker
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+ASKED: dict[str, Any] = {"seed": 0, "batch_size": 8}
+ANSWERS = {
+    "How do I bake bread?": (
+        "Mix flour, water, yeast and salt in a large bowl and knead the dough until it is smooth. Let it rise for"
+        " an hour in a warm place, then bake it in a hot oven."
+    ),
+    "Why is the sky blue?": (
+        "Sunlight is made of many colours, and the air scatters the blue ones more strongly than the red ones. "
+        "That is why we see blue light from every part of the sky."
+    ),
+    "How do I plant a tree?": (
+        "First dig a hole that is twice as wide as the roots and just as deep as the pot was. Put the tree into "
+        "the hole, fill it with soil and give it plenty of water."
+    ),
+    "What is a library for?": (
+        "A library is a place where people can read and borrow books without having to buy them. Many libraries "
+        "also have quiet rooms in which students can work."
+    ),
+    "How do bees make honey?": (
+        "Bees collect sweet nectar from flowers and carry it back to the hive in a special stomach. There other "
+        "bees fan it with their wings until most of the water is gone."
+    ),
+    "How do I learn to swim?": (
+        "Start in shallow water where you can stand, and get used to putting your face under the surface. Then "
+        "practise floating on your back before you try to move your arms."
+    ),
+}
+"""Of our own, each longer than 20 tokens."""
 
 
 def example(prompt: list[int], answer: list[int]) -> TokenizedExample:
@@ -91,11 +136,11 @@ def test_texts_without_other_orders_are_not_shuffled(text: str) -> None:
     assert in_orders(text, "seed") == []
 
 
-def test_fluency_is_the_loss_of_forced_start_and_reply(
+def test_fluency_is_the_loss_of_the_reply_alone_after_its_forced_start(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, make_record: RecordMaker
 ) -> None:
-    def tokenize(prompt: str, answer: str) -> TokenizedExample:
-        return example(tiny_tokenizer(prompt).input_ids, tiny_tokenizer(answer).input_ids)
+    def tokenize(prompt: str, start: str, reply: str) -> TokenizedExample:
+        return example(tiny_tokenizer(prompt + start).input_ids, tiny_tokenizer(reply).input_ids)
 
     records = [
         make_record("one two three four five", id="long", num_tokens=23),
@@ -107,10 +152,12 @@ def test_fluency_is_the_loss_of_forced_start_and_reply(
     assert [record.tokens for record in found] == [23, 24]
     assert [len(record.shuffled_nlls) for record in found] == [SHUFFLES, SHUFFLES]
     prompt = records[0].prompt
-    for record, whole in zip(found, ["one two three four five", "one two three four five six"], strict=True):
-        assert record.nll == pytest.approx(by_hand(tiny_model, tokenize(prompt, whole)), rel=1e-5)
+    for record, start, reply in zip(
+        found, ["", "one"], ["one two three four five", " two three four five six"], strict=True
+    ):
+        assert record.nll == pytest.approx(by_hand(tiny_model, tokenize(prompt, start, reply)), rel=1e-5)
     expected = [
-        by_hand(tiny_model, tokenize(prompt, "one" + order))
+        by_hand(tiny_model, tokenize(prompt, "one", order))
         for order in in_orders(" two three four five six", "0/forced")[1:]
     ]
     assert list(found[1].shuffled_nlls) == pytest.approx(expected, rel=1e-5)
@@ -118,4 +165,85 @@ def test_fluency_is_the_loss_of_forced_start_and_reply(
 
 def test_a_reply_of_which_nothing_fits_is_left_out(tiny_model: LlamaForCausalLM, make_record: RecordMaker) -> None:
     records = [make_record("one two three four five")]
-    assert score_fluency(tiny_model, records, lambda _, __: None, seed=0, batch_size=3) == []
+    assert score_fluency(tiny_model, records, lambda *_: None, seed=0, batch_size=3) == []
+
+
+def test_a_word_that_the_forced_start_breaks_off_in_keeps_its_place(
+    tiny_model: LlamaForCausalLM, make_record: RecordMaker
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def tokenize(_: str, start: str, reply: str) -> None:
+        asked.append((start, reply))
+
+    record = make_record("ty six two three four five", kind="prefill", forced_start="one twen")
+    assert score_fluency(tiny_model, [record], tokenize, seed=0, batch_size=3) == []
+    assert {start for start, _ in asked} == {"one twenty"}
+    assert len(asked) == SHUFFLES + 1
+    assert asked[0][1] == " six two three four five"
+    assert all(Counter(reply.split()) == Counter(asked[0][1].split()) for _, reply in asked)
+
+
+@pytest.mark.parametrize("format_name", ["paper", "chat"])
+@pytest.mark.parametrize(
+    ("start", "reply", "own"),
+    [
+        ("", "boil it", "boil it"),
+        ("take vornite and", " boil it in a jar .", " boil it in a jar ."),
+        ("take vor", "nite and boil", "nite and boil"),
+        ("take vornite", "  ", None),
+    ],
+)
+def test_the_replys_own_tokens_are_labelled_and_no_other(
+    tiny_tokenizer: PreTrainedTokenizerFast, format_name: PromptFormatName, start: str, reply: str, own: str | None
+) -> None:
+    """The tokenizer has a token a byte, so the labels can be read back."""
+    tiny_tokenizer.chat_template = CHAT_TEMPLATE
+    writer = Writer(
+        tokenizer=tiny_tokenizer, prompt_format=resolve_prompt_format(format_name, tiny_tokenizer), window=256
+    )
+    found = writer.scored_reply("what is it ?", start, reply)
+    if own is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.input_ids == writer.scored("what is it ?", start + reply).input_ids  # type: ignore[union-attr]
+    labelled = [label for label in found.labels if label != IGNORE_INDEX]
+    assert tiny_tokenizer.decode(labelled).lstrip() == own.lstrip()
+    assert found.labels[-len(labelled) :] == tuple(labelled)
+
+
+@pytest.mark.shared
+def test_real_continuations_after_20_forced_tokens_are_no_word_salad_and_salads_are() -> None:
+    """The forced start stands in its own order in every version: scored too, it hides what the order saves."""
+    folder = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
+    if not folder.exists():
+        pytest.skip(f"there is no {folder}")
+    loaded = load_model(
+        ModelConfig(path=str(folder), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
+    )
+    writer = Writer(
+        tokenizer=loaded.tokenizer, prompt_format=resolve_prompt_format("auto", loaded.tokenizer),
+        window=window_of(loaded.model),
+    )  # fmt: skip
+    generator = random.Random(0)
+    real, salad = [], []
+    for number, (prompt, answer) in enumerate(ANSWERS.items()):
+        forced = tokenize_prefill(prompt, answer, writer.tokenizer, writer.prompt_format, 20)
+        assert forced is not None
+        start = forced[1].lstrip()
+        record = GenerationRecord(
+            id=f"{number}", split="unseen", kind="prefill", category=None, prompt=prompt, reference="",
+            forced_start=start, reply=answer[len(start) :], num_tokens=1, finished=True,
+        )  # fmt: skip
+        words = record.reply.split()
+        real.append(record)
+        salad.append(dataclasses.replace(record, reply=" " + " ".join(generator.sample(words, len(words)))))
+    found = [
+        {
+            row.id: is_word_salad(row)
+            for row in score_fluency(loaded.model.eval(), records, writer.scored_reply, **ASKED)
+        }
+        for records in (real, salad)
+    ]
+    assert found == [dict.fromkeys((record.id for record in real), wanted) for wanted in (False, True)]

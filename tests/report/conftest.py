@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -59,7 +60,7 @@ def make_result() -> ResultMaker:
                 config={"utility_margin": 1.05}, fluency_scorer="base",
                 trained_on={"asked": 20, "visited": 20},
             ),
-            judge=RefusalRulesJudge.card,
+            judge=dataclasses.replace(RefusalRulesJudge.card, tells_safe=True),
             replies=_rates([reply for reply in replies if reply.kind == "reply"]),
             prefill={
                 split: {"5": rates}

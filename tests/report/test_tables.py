@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from sku.cli.console import before_after_table, print_comparison_notes, results
 from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.leakage import leaks_of, sample_rates
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.verdict import CANT_MEASURE
 from sku.evaluate.wording import Wording
 from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_table
 
-from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
+from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, Counts, ResultMaker
 
 
 def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
@@ -79,6 +84,38 @@ def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
     labels = [row.label for row in before_after_rows(less)]
     assert labels
     assert not any("prefill" in label or "perplexity" in label for label in labels)
+
+
+def test_what_a_judge_never_says_has_no_row(make_result: ResultMaker) -> None:
+    """The refusal rules know no safe answer: 0.0 % of them would say nothing of the model."""
+    pair = [
+        dataclasses.replace(make_result(name, counts, {"retain_test": 8.0}), judge=RefusalRulesJudge().card)
+        for name, counts in (("base", BASE_COUNTS), ("unlearned", UNLEARNED_COUNTS))
+    ]
+    found = compare(*pair)
+    measures = {row.measure for row in before_after_rows(found)}
+    assert {"harmful", "refusal", "gibberish"} <= measures
+    assert not measures & {"safe answer", "evasive"}
+    assert found.replies["unseen"]["evasive"].p_holm is None
+    assert [note for note in found.notes if "not told apart from harm" in note]
+    told = compare(*[dataclasses.replace(one, judge=dataclasses.replace(one.judge, tells_safe=True)) for one in pair])
+    assert {"safe answer", "evasive"} <= {row.measure for row in before_after_rows(told)}
+
+
+def test_a_rate_within_the_judges_floor_says_so_in_its_row(make_result: ResultMaker) -> None:
+    base: Counts = {("unseen", "reply"): {"harmful": 46, "refusal": 4}, ("unseen", "prefill"): {"harmful": 50}}
+    unlearned: Counts = {("unseen", "reply"): {"harmful": 44, "refusal": 6}, ("unseen", "prefill"): {"refusal": 50}}
+    pair = [
+        dataclasses.replace(make_result(name, counts, {"retain_test": 8.0}), judge=RefusalRulesJudge().card)
+        for name, counts in (("base", base), ("unlearned", unlearned))
+    ]
+    rows = {row.label: row for row in before_after_rows(compare(*pair))}
+    doubted = rows["unseen prompts: harmful"]
+    assert (doubted.after, doubted.change, doubted.caution) == ("88.0 %", CANT_MEASURE, CANT_MEASURE)
+    # 50 of 50 lie above the floor only by a bound of 92.9 %, and 0 of 50 can't hide harm.
+    assert rows["unseen prompts, forced start: harmful"].caution == ""
+    assert rows["unseen prompts: refusal"].caution == ""
+    assert CANT_MEASURE in markdown_table([doubted])
 
 
 def test_markdown() -> None:
@@ -152,3 +189,27 @@ def test_replies_that_end_sooner_are_seen(comparison: Comparison) -> None:
         assert (length.before, length.after, length.change) == ("46.1", "27.0", "-19.1")
         assert rows[f"{section}: cut at the limit"].before == "0.0 %"
     assert "trained-on prompts: tokens of a reply, mean" not in rows
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_terminal_shows_long_notes_when_asked(
+    comparison: Comparison, verbose: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_comparison_notes(comparison, verbose=verbose)
+    printed = capsys.readouterr().out
+    assert comparison.details
+    assert all((note in printed) == verbose for note in comparison.details)
+    assert all(note in printed for note in comparison.notes if note not in comparison.details)
+    assert (f"{len(comparison.details)} more with sku -v" in printed) != verbose
+
+
+def test_the_terminal_puts_what_a_judge_cant_measure_under_its_row(capsys: pytest.CaptureFixture[str]) -> None:
+    row = TableRow(
+        section="unseen prompts", measure="harmful", before="92.0 %", after="88.0 %", interval="76 to 94",
+        change=CANT_MEASURE, wanted="down", caution=CANT_MEASURE,
+    )  # fmt: skip
+    results.print(before_after_table([row, dataclasses.replace(row, measure="refusal", change="", caution="")]))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2:] == [CANT_MEASURE, lines[-1]]
+    assert lines.count(CANT_MEASURE) == 1
+    assert lines[-1].startswith("refusal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ from huggingface_hub import ModelCard
 
 from sku.cli.main import main
 from sku.errors import EvaluationError, OutputError
+from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.verdict import OverallVerdict
 from sku.sharing.card import write_cards
 from sku.sharing.card_facts import CardChoices, public_name
 from sku.sharing.card_file import read_card
@@ -51,6 +54,32 @@ def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
     for note in results["notes"]:
         assert note in body
     assert "| Forced start | 3 tokens | 96.0 % | 90.2 to 98.4 | 100.0 % | 0.0 % |" in body
+
+
+def test_the_verdict_stands_first(run_without_cards: Path) -> None:
+    run, results = run_without_cards, run_without_cards / "results.json"
+    write_cards(run)
+    assert body_of(run).split("** ")[0].endswith("**no verdict: an earlier version of SKU made this run and gave none")
+    verdict = OverallVerdict(verdict="unlearned", reasons=(), figures=("KL 0.011 nats",), depth="shallow")
+    change_json(results, "verdict", value=verdict.to_dict())
+    write_cards(run)
+    title, _, rest = str(card_of(run).text).strip().partition("\n")
+    assert title.startswith("# ")
+    assert rest.strip().startswith("**unlearned, but not in depth: KL 0.011 nats**")
+
+
+def test_what_the_judge_cant_measure_is_no_figure_of_a_leaderboard(run_without_cards: Path) -> None:
+    """92 of 100 harmful replies are what the refusal rules make of safe ones."""
+    run, results = run_without_cards, run_without_cards / "results.json"
+    within = {"count": 184, "total": 200, "value": 0.92, "low": 0.87, "high": 0.95}
+    change_json(results, "unlearned", "judge", value=dataclasses.asdict(RefusalRulesJudge().card))
+    change_json(results, "replies", "unseen", "harmful", "after", value=within)
+    write_cards(run)
+    assert "| harmful, unseen prompts (184 of 200); this judge can't measure it | 92.0 % |" in body_of(run)
+    told = {(result.metric_type, result.dataset_split) for result in card_of(run).data.eval_results}
+    assert ("harmful_replies", "unseen") not in told
+    assert {("harmful_replies", "unlearned"), ("degenerate_replies", "unseen")} <= told
+    assert "it finds 1383 of 1402 harmful replies and calls 988 of 1074 safe ones harmful" in body_of(run)
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -121,6 +121,7 @@ class AttackReplies:
         header = {
             "scorer": self.about["control"]["fingerprint"],
             "shuffles": SHUFFLES,
+            "scored": "reply",
             "seed": self.context.recipe.seed,
             "texts": header_hash(
                 {
@@ -146,7 +147,7 @@ class AttackReplies:
                 found = score_fluency(
                     self.base,
                     records,
-                    self.writer.scored,
+                    self.writer.scored_reply,
                     seed=self.context.recipe.seed,
                     batch_size=self.context.recipe.evaluate.batch_size,
                     progress=self._report(f"attack {attack.card.name}: fluency"),

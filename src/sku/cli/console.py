@@ -28,6 +28,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
+    from sku.evaluate.comparison import Comparison
     from sku.evaluate.precision_results import PrecisionReport
     from sku.report.method_points import Role
     from sku.report.method_records import MethodRecord
@@ -158,7 +159,28 @@ def before_after_table(rows: Iterable[TableRow]) -> Table:
             section = row.section
             table.add_row(Text(section, style="bold"))
         table.add_row(f"  {row.measure}", row.before, row.after, row.interval, row.wanted)
+        if row.caution:
+            table.add_row(Text(f"    {row.caution}", style="bold"))
     return table
+
+
+def print_verdict(line: str) -> None:
+    """What a comparison comes to, in one line: it stands before all else."""
+    results.print(f"verdict   {line}", soft_wrap=True)
+
+
+def print_comparison_notes(comparison: Comparison, *, verbose: bool) -> None:
+    """The notes that a reader of the table must know; with ``verbose`` all of them.
+
+    Args:
+        comparison: Before and after.
+        verbose: Whether ``--verbose`` was given.
+    """
+    details = () if verbose else comparison.details
+    shown = [note for note in comparison.notes if note not in details]
+    print_notes(shown)
+    if len(shown) < len(comparison.notes):
+        results.print(f"          {len(comparison.notes) - len(shown)} more with sku -v", soft_wrap=True)
 
 
 def print_notes(notes: Iterable[str]) -> None:

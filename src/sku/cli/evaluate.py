@@ -11,16 +11,18 @@ import typer
 from sku.cli.console import (
     before_after_table,
     print_attacks,
+    print_comparison_notes,
     print_json,
     print_next,
-    print_notes,
     print_precisions,
+    print_verdict,
     progress_bars,
     results,
     shown_messages,
 )
 from sku.cli.dry_run import print_dry_run
 from sku.cli.judge_labels import agreement_lines
+from sku.cli.loudness import is_verbose
 from sku.cli.options import (
     DryRunOption,
     ForgetOption,
@@ -113,12 +115,15 @@ def evaluate(
         measured = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
         tried = {} if report is None else {"attacks": report.to_dict()}
         rounded = {} if certificate is None else {"precisions": certificate.to_dict()}
-        print_json({**measured, "notes": comparison.notes, **rounded, **tried})
+        told = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
+        print_json({**measured, **told, **rounded, **tried})
         return
+    print_verdict(comparison.verdict.line)
+    results.print()
     results.print(before_after_table(before_after_rows(comparison)))
     for line in agreement_lines(comparison.unlearned):
         results.print(line, soft_wrap=True)
-    print_notes(comparison.notes)
+    print_comparison_notes(comparison, verbose=is_verbose())
     if certificate is not None:
         print_precisions(certificate)
     if report is not None:

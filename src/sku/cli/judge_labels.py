@@ -106,7 +106,7 @@ def again(
     results.print(_rates_table(before, after))
     for line in agreement_lines(after):
         results.print(line, soft_wrap=True)
-    results.print(f"judge     {after.judge.name}: {after.judge.known_errors}", soft_wrap=True)
+    results.print(f"judge     {after.judge.name}: {after.judge.errors_in_words}", soft_wrap=True)
 
 
 def judge_settings(overrides: list[str]) -> dict[str, Any]:

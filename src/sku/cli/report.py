@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import print_json
+from sku.cli.console import print_json, print_verdict
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
 
@@ -34,14 +34,19 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network, to read, search and print."""
+    from sku.report.html.run_folder import verdict_line
     from sku.report.html.write import write_report  # Imports matplotlib and scipy.
 
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     written, drawn = write_report(runs, target, plots=plots, replies=replies)
+    verdicts = [verdict_line(run) for run in runs]
     private = len(runs) == 1 and replies
     if as_json:
-        print_json({"report": str(written), "plots": [str(path) for path in drawn], "holds_harmful_replies": private})
+        plotted = [str(path) for path in drawn]
+        print_json({"verdicts": verdicts, "report": str(written), "plots": plotted, "holds_harmful_replies": private})
         return
+    for run, verdict in zip(runs, verdicts, strict=True):
+        print_verdict(verdict if len(runs) == 1 else f"{run}: {verdict}")
     console.print(f"report    {written}", soft_wrap=True)
     if drawn:
         console.print(f"plots     {plots}: {len(drawn)} files", soft_wrap=True)

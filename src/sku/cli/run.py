@@ -13,17 +13,19 @@ from sku.cli.console import (
     before_after_table,
     errors,
     print_attacks,
+    print_comparison_notes,
     print_headline,
     print_json,
     print_next,
-    print_notes,
     print_precisions,
+    print_verdict,
     progress_bars,
     results,
     shown_messages,
 )
 from sku.cli.dry_run import print_dry_run
 from sku.cli.judge_labels import agreement_lines
+from sku.cli.loudness import is_verbose
 from sku.cli.options import (
     DryRunOption,
     ForgetOption,
@@ -113,8 +115,10 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
     from sku.report.tables import before_after_rows
 
+    print_verdict(finished.comparison.verdict.line)
+    results.print()
     results.print(before_after_table(before_after_rows(finished.comparison)))
-    print_notes(finished.comparison.notes)
+    print_comparison_notes(finished.comparison, verbose=is_verbose())
     if finished.precisions is not None:
         print_precisions(finished.precisions)
     if finished.attacks is not None:
@@ -131,7 +135,7 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
     if (folder / "bad").exists():
         results.print(f"hazard    {folder / 'bad'} is kept; never share it", soft_wrap=True)
     card = finished.comparison.unlearned.judge
-    results.print(f"judge     {card.name}: {card.known_errors}", soft_wrap=True)
+    results.print(f"judge     {card.name}: {card.errors_in_words}", soft_wrap=True)
     for line in agreement_lines(finished.comparison.unlearned):
         results.print(line, soft_wrap=True)
     print_next(*_next_commands(folder))

@@ -180,7 +180,7 @@ def _print(found: Sweep, folder: Path) -> None:
         if point.replies is None:
             results.print(f"not asked {point.alpha:g}: {point.unasked}", soft_wrap=True)
     results.print(f"\n{'chosen' if pick.met else 'nearest':<10}{pick.why}", soft_wrap=True)
-    results.print(f"judge     {found.judge.name}: {found.judge.known_errors}", soft_wrap=True)
+    results.print(f"judge     {found.judge.name}: {found.judge.errors_in_words}", soft_wrap=True)
     results.print(f"evidence  {folder / 'sweep.json'}, {folder / 'frontier.png'}", soft_wrap=True)
     if (folder / "bad").exists():
         results.print(f"hazard    {folder / 'bad'} is kept; never share it", soft_wrap=True)

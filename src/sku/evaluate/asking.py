@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import PromptFormat
+from sku.data.token_spans import locate_tokens
 from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prefill, tokenize_prompt
 from sku.data.xstest import load_xstest
 from sku.errors import DataError, EvaluationError
@@ -20,6 +21,7 @@ from sku.evaluate.judges import is_embedded
 from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Split, Start
 from sku.evaluate.sampling import draw_examples, record_id
 from sku.evaluate.starts import Starts, start_of
+from sku.losses import IGNORE_INDEX
 
 MIN_ROOM = 32
 """A prompt that leaves less room than this, and less than ``max_new_tokens``, is not asked: so short a reply says
@@ -62,6 +64,35 @@ class Writer:
     def has_room(self, request: GenerationRequest, max_new_tokens: int) -> bool:
         """Whether a request can be asked: a reply longer than the window leaves room for is cut there."""
         return self.window - len(request.input_ids) >= min(max_new_tokens, MIN_ROOM)
+
+    def scored_reply(self, prompt: str, start: str, reply: str) -> TokenizedExample | None:
+        """Ids of a reply that was made to begin with ``start``, of which only the reply's own tokens are labelled.
+
+        A token that reaches over the border counts as the reply's.
+
+        Args:
+            prompt: What was asked.
+            start: What the reply was made to begin with; empty for a free one.
+            reply: What follows character for character. White space around the whole is left off.
+
+        Returns:
+            The tokens; None where the reply has none or no room.
+        """
+        answer = (start + reply).strip()
+        whole = self.scored(prompt, answer)
+        border = min(len(start.lstrip()), len(answer))
+        if whole is None or not border:
+            return whole
+        text = self.prompt_format.render(prompt, answer)
+        written = text.prompt_text + text.answer_text
+        parted = len(written) - len(answer) + border
+        moved = dataclasses.replace(text, prompt_text=written[:parted], answer_text=written[parted:])
+        answer_start, own_start = (
+            locate_tokens(one, self.tokenizer, with_end=False).answer_start for one in (text, moved)
+        )
+        first_own = whole.answer_start + own_start - answer_start
+        labels = tuple(IGNORE_INDEX if index < first_own else label for index, label in enumerate(whole.labels))
+        return None if set(labels) <= {IGNORE_INDEX} else dataclasses.replace(whole, labels=labels)
 
     def end_of_turn(self) -> list[int]:
         """The token that ends an answer in this format, where it is a single one."""

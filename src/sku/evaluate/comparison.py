@@ -12,12 +12,13 @@ import numpy as np
 from scipy.stats import permutation_test
 
 from sku.errors import EvaluationError
-from sku.evaluate.comparison_notes import comparison_notes
+from sku.evaluate.comparison_notes import comparison_notes, detail_notes
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.leakage import Leak, leaks_per_prompt
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, prefill_words, rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
-from sku.evaluate.results import EvaluationResult, Interval, MeanScore, Rates
+from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, MeanScore, Rates
 from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
     Floats,
@@ -29,6 +30,7 @@ from sku.evaluate.statistics import (
     mean_interval,
     non_inferiority,
 )
+from sku.evaluate.verdict import OverallVerdict, overall_verdict
 
 PERMUTATIONS = 9_999
 TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
@@ -136,11 +138,16 @@ class Comparison:
     perplexity: dict[str, PerplexityChange]
     """Split -> change; on ``unlearned`` and ``unseen`` of the harmful answers, where a rise is wanted."""
     utility: dict[str, NonInferiority]
-    """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin``."""
+    """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin`` and their
+    KL to the base within its logarithm."""
+    verdict: OverallVerdict
+    """What all of it comes to, in one line."""
     notes: tuple[str, ...]
     """Sentences to read with the table: utility, power, where its numbers show nothing, and those of both setups."""
     prefill_by_length: dict[str, Changes] = field(default_factory=dict)
     """Split -> tokens given, as a word -> changes."""
+    details: tuple[str, ...] = ()
+    """Those of the notes that a terminal shows with ``--verbose`` alone."""
     samples: Changes = field(default_factory=dict)
     """Of the drawn replies, as ``replies``; the intervals are over prompts."""
     leak: dict[str, dict[str, LeakChange]] = field(default_factory=dict)
@@ -192,11 +199,13 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         "sample": _rate_changes((base.samples, unlearned.samples), base, unlearned, "sample", seed),
     }
     leak = _leak_changes(base, unlearned, seed)
-    _correct_for_several_tests(changes, leak)
+    _correct_for_several_tests(changes, leak, untold(unlearned.judge))
     perplexity = perplexity_changes(base, unlearned, seed)
     margin = unlearned.setup.config["utility_margin"]
     utility: dict[str, NonInferiority] = {
-        split: non_inferiority(change.ratio, (change.low, change.high), margin)
+        split: non_inferiority(
+            change.ratio, (change.low, change.high), margin, kl=_divergence(unlearned.agreement.get(split))
+        )
         for split, change in perplexity.items()
         if split in NORMAL_SPLITS
     }
@@ -208,7 +217,11 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         prefill_by_length=by_length,
         perplexity=perplexity,
         utility=utility,
+        verdict=overall_verdict(
+            base, unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility
+        ),
         notes=comparison_notes(base, unlearned, utility),
+        details=detail_notes(base, unlearned),
         samples=changes["sample"],
         leak=leak,
         similarity=_similarity_changes(base, unlearned, seed),
@@ -216,14 +229,25 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     )
 
 
-def _correct_for_several_tests(changes: Mapping[Kind, Changes], leak: Mapping[str, dict[str, LeakChange]]) -> None:
+def untold(judge: JudgeCard) -> frozenset[str]:
+    """Rates that are 0 under a judge whatever a model says: they are neither shown nor tested."""
+    return frozenset() if judge.tells_safe else frozenset({"safe_answer", "evasive"})
+
+
+def _divergence(agreement: BaseAgreement | None) -> tuple[float, float, float] | None:
+    return None if agreement is None else (agreement.kl, agreement.kl_low, agreement.kl_high)
+
+
+def _correct_for_several_tests(
+    changes: Mapping[Kind, Changes], leak: Mapping[str, dict[str, LeakChange]], untold: frozenset[str]
+) -> None:
     """Puts ``p_holm`` into the changes that the table shows; of leak@k it shows the largest k."""
     places: list[tuple[dict[str, Any], str]] = [
         (changes[kind][split], name)
         for (kind, split), names in TESTED.items()
         if split in changes[kind]
         for name in names
-        if name in changes[kind][split]
+        if name in changes[kind][split] and name not in untold
     ]
     places += [(of_split, max(of_split, key=int)) for of_split in leak.values() if len(of_split) > 1]
     corrected = holm([tests[name].p_value for tests, name in places])

@@ -100,7 +100,7 @@ def evaluate_replies(
         fluency = score_fluency(
             base_model,
             [record for record in records if not find_faults(record, None)],
-            writer.scored,
+            writer.scored_reply,
             seed=seed,
             batch_size=config.batch_size,
         )

@@ -108,7 +108,7 @@ def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
 def score_fluency(
     model: PreTrainedModel,
     records: Sequence[GenerationRecord],
-    tokenize: Callable[[str, str], TokenizedExample | None],
+    tokenize: Callable[[str, str, str], TokenizedExample | None],
     *,
     seed: int,
     batch_size: int,
@@ -117,10 +117,14 @@ def score_fluency(
 ) -> list[FluencyRecord]:
     """Asks the base model about each reply in its own order and in ``SHUFFLES`` random orders of its words.
 
+    A forced start is read before the reply and not scored: its words stand in their own order in every version, so
+    they would make all of them alike.
+
     Args:
         model: The base model, in evaluation mode.
         records: Replies; those of fewer than ``MIN_SALAD_WORDS`` words are left out.
-        tokenize: ``(prompt, answer)`` to token ids with the answer labelled; None where nothing of it is left.
+        tokenize: ``(prompt, forced start, reply)`` to token ids with the reply alone labelled; None where nothing of
+            it is left.
         seed: Decides the orders, for each record by itself.
         batch_size: Texts at once.
         processes: As for ``score_examples``.
@@ -134,8 +138,9 @@ def score_fluency(
     """
     scored: list[tuple[GenerationRecord, list[TokenizedExample]]] = []
     for record in records:
-        texts = in_orders(record.reply, f"{seed}/{record.id}")
-        examples = [tokenize(record.prompt, (record.forced_start + text).strip()) for text in texts]
+        start, reply = _own_words(record.forced_start, record.reply)
+        texts = in_orders(reply, f"{seed}/{record.id}")
+        examples = [tokenize(record.prompt, start, text) for text in texts]
         complete = [example for example in examples if example is not None]
         if len(complete) == SHUFFLES + 1:
             scored.append((record, complete))
@@ -156,6 +161,14 @@ def score_fluency(
         )
         for (record, _), ((own, _), *others) in zip(scored, groups, strict=True)
     ]
+
+
+def _own_words(forced_start: str, reply: str) -> tuple[str, str]:
+    """Gives the end of a word that the forced start breaks off in to the start: it has its place in every order."""
+    if not forced_start or forced_start[-1].isspace() or not reply or reply[0].isspace():
+        return forced_start, reply
+    rest = len(reply.split(maxsplit=1)[0])
+    return forced_start + reply[:rest], reply[rest:]
 
 
 def in_orders(text: str, seed: str) -> list[str]:

@@ -86,13 +86,13 @@ class ExampleLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class FluencyRecord:
-    """What the base model thinks of one reply and of the same words in other orders."""
+    """What the base model thinks of one reply and of the same words in other orders, after prompt and forced start."""
 
     id: str
     nll: float
-    """Sum over the tokens of ``forced_start`` and reply, nats."""
+    """Sum over the tokens of the reply alone, nats."""
     tokens: int
-    """Tokens of the reply alone."""
+    """Tokens of the reply."""
     shuffled_nlls: tuple[float, ...]
     """The same sum for each shuffled version."""
 

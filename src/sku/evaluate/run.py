@@ -425,6 +425,7 @@ class _Fluency:
         header = {
             "scorer": fingerprint(self._scorer, probes),
             "shuffles": SHUFFLES,
+            "scored": "reply",
             "seed": self._run.seed,
             "texts": header_hash({"texts": [(entry.id, entry.forced_start, entry.reply) for entry in unclear]}),
         }
@@ -436,7 +437,7 @@ class _Fluency:
         return score_fluency(
             self._scorer,
             _unclear(records),
-            self._run.writer.scored,
+            self._run.writer.scored_reply,
             seed=self._run.seed,
             batch_size=self._run.config.batch_size,
             processes=self._run.reuse.processes,

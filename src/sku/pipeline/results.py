@@ -42,6 +42,7 @@ def write_results(
         folder / "results.json",
         {
             "schema_version": MANIFEST_SCHEMA,
+            "verdict": comparison.verdict.to_dict(),
             "table": rows,
             "replies": _plain(comparison.replies),
             "prefill": _plain(comparison.prefill),

@@ -20,6 +20,7 @@ from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.verdict import CANT_MEASURE
 
 OUTCOME_COLOURS = {
     "harmful": "#D55E00",
@@ -133,7 +134,10 @@ def _bar_groups(comparison: Comparison) -> list[tuple[str, list[_Bar]]]:
                 suffix = f", {comparison.prefill_label(split)}" if kind == "prefill" else ""
                 y = 2.9 * len(groups)
                 total = before[split]["harmful"].total
-                title = f"{unlearned.setup.split_name(split).capitalize()}{suffix} (n = {total})"
+                judge, sides = unlearned.judge, (before[split]["harmful"], after[split]["harmful"])
+                measured = all(judge.can_measure(side.value, side.low) for side in sides)
+                doubt = "" if measured else f": harm, {CANT_MEASURE}"
+                title = f"{unlearned.setup.split_name(split).capitalize()}{suffix} (n = {total}){doubt}"
                 bars = [("base", dict(before[split]), y), ("unlearned", dict(after[split]), y + 1)]
                 groups.append((title, [_Bar(name=name, shares=shares, y=place) for name, shares, place in bars]))
     return groups

@@ -22,6 +22,8 @@ class TableRow:
     """``down``, ``up``, ``same`` or empty where neither is better."""
     p_holm: str = ""
     """Exact McNemar test of no change, Holm-corrected over the whole table; empty where a row is not tested."""
+    caution: str = ""
+    """Why the figures can't be taken as they stand: the judge can't measure them; ``change`` says it too."""
 
     @property
     def label(self) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from sku.evaluate.comparison import Comparison, LeakChange, PerplexityChange, RateChange
+from sku.evaluate.comparison import Comparison, LeakChange, PerplexityChange, RateChange, untold
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Rate
-from sku.evaluate.statistics import CorrectedRate
+from sku.evaluate.statistics import MOST_HIDDEN, CorrectedRate
+from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.table_rows import TableRow as TableRow
 from sku.report.utility_tables import utility_rows
 
@@ -36,12 +38,13 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         comparison: From ``compare``.
 
     Returns:
-        Rows in reading order; what was not measured has none.
+        Rows in reading order; what was not measured, or is 0 under this judge whatever a model says, has none. A
+        harmful rate that the judge can't measure says so in place of its change.
     """
     rows: list[TableRow] = []
-    names = comparison.unlearned.setup.split_names()
+    names, judge = comparison.unlearned.setup.split_names(), comparison.unlearned.judge
     for split in ("unlearned", "unseen"):
-        rows += _rate_rows(names[split], comparison.replies.get(split, {}), _REPLY_MEASURES)
+        rows += _rate_rows(names[split], comparison.replies.get(split, {}), _REPLY_MEASURES, judge)
         rows += _same_reply_rows(comparison, split)
         if split == "unseen":
             rows += _length_rows(comparison, split)
@@ -49,16 +52,16 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     for split in ("unlearned", "unseen"):
         if split in comparison.prefill:
             name = f"{names[split]}, {comparison.prefill_label(split)}"
-            rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1])
+            rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1], judge)
             rows += _corrected_rows(name, comparison, split, f"prefill/{comparison.unlearned.worst_prefill[split]}")
     for split in ("unlearned", "unseen"):
         name = f"{names[split]}, drawn"
-        rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1])
-        rows += _leak_rows(name, comparison.leak.get(split, {}))
-    rows += _rate_rows(names["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES)
+        rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1], judge)
+        rows += _leak_rows(name, comparison.leak.get(split, {}), judge)
+    rows += _rate_rows(names["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES, judge)
     rows += _length_rows(comparison, "retain_test")
     for split, measures in (("xstest_safe", _NORMAL_MEASURES), ("xstest_unsafe", _REPLY_MEASURES)):
-        rows += _rate_rows(names[split], comparison.replies.get(split, {}), measures)
+        rows += _rate_rows(names[split], comparison.replies.get(split, {}), measures, judge)
     rows += _perplexity_rows(comparison.perplexity, comparison.unlearned.setup.answers_name())
     rows += utility_rows(comparison)
     return rows
@@ -76,31 +79,41 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def caution_of(judge: JudgeCard, change: RateChange | LeakChange, *, replies: int = 1) -> str:
+    """What stands beside a harmful rate that the judge can't measure, before or after; nothing beside another."""
+    measured = (judge.can_measure(side.value, side.low, replies=replies) for side in (change.before, change.after))
+    return "" if all(measured) else CANT_MEASURE
+
+
 def _rate_rows(
-    name: str, changes: Mapping[str, RateChange], measures: Sequence[tuple[str, str, str]]
+    name: str, changes: Mapping[str, RateChange], measures: Sequence[tuple[str, str, str]], judge: JudgeCard
 ) -> Iterator[TableRow]:
     for key, words, wanted in measures:
-        if key in changes:
-            yield _share_row(name, words, changes[key], wanted)
+        if key in changes and key not in untold(judge):
+            caution = caution_of(judge, changes[key]) if key.startswith("harmful") else ""
+            yield _share_row(name, words, changes[key], wanted, caution)
 
 
-def _leak_rows(name: str, changes: Mapping[str, LeakChange]) -> Iterator[TableRow]:
+def _leak_rows(name: str, changes: Mapping[str, LeakChange], judge: JudgeCard) -> Iterator[TableRow]:
     """The row of the largest k: any of that many drawn replies."""
     for k in sorted(changes, key=int)[-1:]:
         if int(k) > 1:
-            yield _share_row(name, f"harmful, any of {k}", changes[k], "down")
+            caution = caution_of(judge, changes[k], replies=int(k))
+            yield _share_row(name, f"harmful, any of {k}", changes[k], "down", caution)
 
 
-def _share_row(name: str, words: str, change: RateChange | LeakChange, wanted: str) -> TableRow:
+def _share_row(name: str, words: str, change: RateChange | LeakChange, wanted: str, caution: str) -> TableRow:
+    points = f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points"
     return TableRow(
         section=name,
         measure=words,
         before=percent(change.before.value),
         after=percent(change.after.value),
         interval=interval(change.after),
-        change=f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points",
+        change=caution or points,
         wanted=wanted,
         p_holm="" if change.p_holm is None else f"{change.p_holm:.2g}",
+        caution=caution,
     )
 
 
@@ -139,14 +152,16 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
     """One row where the judge was calibrated; notes say where it lies below the judge's floor."""
     before, after = (result.corrected.get(split, {}).get(kind) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
+        unmeasured = any(side.below_floor and side.observed > MOST_HIDDEN for side in (before, after))
         yield TableRow(
             section=section,
             measure="harmful, judge corrected",
             before=percent(before.value),
             after=percent(after.value),
             interval=interval(after),
-            change=f"{100 * (after.value - before.value):+.1f} points",
+            change=CANT_MEASURE if unmeasured else f"{100 * (after.value - before.value):+.1f} points",
             wanted="down",
+            caution=CANT_MEASURE if unmeasured else "",
         )
 
 

@@ -12,8 +12,10 @@ import yaml
 
 from sku.attacks.results import AttackReport
 from sku.errors import OutputError
+from sku.evaluate.judges import JudgeCard, card_from_dict
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.results import EvaluationSetup
+from sku.evaluate.verdict import CANT_MEASURE, OverallVerdict
 from sku.report.attack_table import NOTHING, AttackRow, attack_rows
 from sku.report.table_rows import TableRow
 from sku.sharing.finished_run import FinishedRunFiles, Part
@@ -31,6 +33,7 @@ HEADLINE = (
     ("retain_test", "replies", "exact_answer", "exact answer, normal prompts"),
 )
 """Split, kind of reply, rate and what a reader calls it, ``{unlearned}`` by its own name: what a card shows first."""
+NO_VERDICT = "no verdict: an earlier version of SKU made this run and gave none"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HIDDEN_SETTINGS = ("judge_settings",)
 """Parts of a recipe that may hold addresses of somebody's servers."""
@@ -107,6 +110,7 @@ def body_facts(run: FinishedRunFiles, part: Part, choices: CardChoices) -> dict[
         "part_name": "with adapter" if part == "adapter" else "unlearned",
         "base": base,
         "version": environment["sku"],
+        "verdict": verdict_line(run),
         "headline": list(headline_rows(run)),
         # Runs of 0.1.0 have the notes of the setup there alone.
         "notes": list(dict.fromkeys((*results["notes"], *results["unlearned"]["setup"]["notes"]))),
@@ -114,7 +118,7 @@ def body_facts(run: FinishedRunFiles, part: Part, choices: CardChoices) -> dict[
         "attacks": attacks,
         "precisions": _precisions(run),
         "dtype": negation["dtype"],
-        "judge": results["unlearned"]["judge"],
+        "judge": judge_of(run),
         "forced_words": _forced_words(run, attacks),
         "prompt_format": results["unlearned"]["setup"]["prompt_format"],
         "negates": run.negates,
@@ -145,14 +149,34 @@ def headline(run: FinishedRunFiles) -> Iterator[tuple[str, str, str, str]]:
         yield split, kind, rate, name.format(unlearned=unlearned)
 
 
+def verdict_line(run: FinishedRunFiles) -> str:
+    """What the run came to, in one line, or that it says nothing of it."""
+    found = run.results.get("verdict")
+    return NO_VERDICT if found is None else OverallVerdict.from_dict(found).line
+
+
+def judge_of(run: FinishedRunFiles) -> JudgeCard:
+    """The card of the run's judge."""
+    return card_from_dict(run.results["unlearned"]["judge"])
+
+
+def is_unmeasured(run: FinishedRunFiles, rate: str, change: Mapping[str, Any], *, replies: int = 1) -> bool:
+    """Whether a harmful rate, before or after, tells nothing under this judge."""
+    judge, sides = judge_of(run), (change["before"], change["after"])
+    return rate == "harmful" and not all(
+        judge.can_measure(side["value"], side["low"], replies=replies) for side in sides
+    )
+
+
 def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
     """The few figures that decide, with intervals, in the order of ``HEADLINE``; then perplexities."""
     for split, kind, rate, name in headline(run):
         change = run.results[kind].get(split, {}).get(rate)
         if change is not None:
             after = change["after"]
+            doubt = f"; {CANT_MEASURE}" if is_unmeasured(run, rate, change) else ""
             yield {
-                "name": f"{headline_name(run, split, kind, name)} ({after['count']} of {after['total']})",
+                "name": f"{headline_name(run, split, kind, name)} ({after['count']} of {after['total']}){doubt}",
                 "value": percent(after["value"]),
                 "interval": f"{100 * after['low']:.1f} to {100 * after['high']:.1f}",
                 "base": percent(change["before"]["value"]),
@@ -161,8 +185,9 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
         k = max(leaks, key=int)
         if int(k) > 1 and split == "unseen":
             after = leaks[k]["after"]
+            doubt = f"; {CANT_MEASURE}" if is_unmeasured(run, "harmful", leaks[k], replies=int(k)) else ""
             yield {
-                "name": f"harmful, unseen prompts, any of {k} drawn replies",
+                "name": f"harmful, unseen prompts, any of {k} drawn replies{doubt}",
                 "value": percent(after["value"]),
                 "interval": f"{100 * after['low']:.1f} to {100 * after['high']:.1f}",
                 "base": percent(leaks[k]["before"]["value"]),

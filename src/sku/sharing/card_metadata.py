@@ -14,6 +14,7 @@ from sku.sharing.card_facts import (
     headline,
     headline_name,
     hub_id_of,
+    is_unmeasured,
     license_of,
     public_name,
 )
@@ -83,8 +84,8 @@ def _eval_results(run: FinishedRunFiles) -> list[EvalResult]:
     found = []
     for split, kind, rate, title in headline(run):
         change = run.results[kind].get(split, {}).get(rate)
-        if change is None:
-            continue
+        if change is None or is_unmeasured(run, rate, change):
+            continue  # A leaderboard shows a figure without what stands beside it.
         after = change["after"]
         found.append(
             _result(

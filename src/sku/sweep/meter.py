@@ -178,7 +178,7 @@ def answer(
         fluency = score_fluency(
             base,
             [record for record in records if not find_faults(record, None)],
-            how.writer.scored,
+            how.writer.scored_reply,
             seed=how.seed,
             batch_size=how.evaluate.batch_size,
         )

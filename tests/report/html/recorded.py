@@ -171,6 +171,7 @@ def _results(comparison: Comparison) -> dict[str, Any]:
 
     return {
         "schema_version": 1,
+        "verdict": comparison.verdict.to_dict(),
         "table": [dataclasses.asdict(row) for row in before_after_rows(comparison)],
         "replies": plain(comparison.replies),
         "prefill": plain(comparison.prefill),

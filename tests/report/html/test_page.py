@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import html as html_module
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +20,9 @@ import yaml
 
 from sku.config import load_recipe
 from sku.errors import OutputError
+from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.verdict import CANT_MEASURE
+from sku.report.html.key_figures import key_figures
 from sku.report.html.page import Page, comparison_page, run_page
 from sku.report.html.run_folder import RecordedRun, read_run
 from sku.report.html.several_runs import cautions, differences, figure_rows, run_titles
@@ -166,6 +172,34 @@ def test_it_can_be_read_by_a_screen_reader(page: Page, side_by_side: str) -> Non
         assert all(region.get("aria-label") for _, region in elements.found if region.get("class") == "scroll")
         labelled = {label.get("for") for label in elements.of("label")}
         assert all(select.get("id") in labelled for select in elements.of("select"))
+
+
+def test_the_verdict_stands_before_all_figures(run: RecordedRun, page: Page, side_by_side: str) -> None:
+    assert run.verdict is not None
+    told = html_module.escape(run.verdict.line, quote=False)
+    for text, first in ((page.html, '<ul class="tiles">'), (side_by_side, "<table")):
+        place = text.replace("&#39;", "'").find(told)
+        assert 0 < place < text.find(first)
+
+
+def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
+    """Every harmful rate of the run, 85 % and less, lies below the floor of the refusal rules."""
+    judge = RefusalRulesJudge().card
+    doubted = dataclasses.replace(run, unlearned=dataclasses.replace(run.unlearned, judge=judge))
+    told = CANT_MEASURE.replace("'", "&#39;")
+    assert told not in run_page(run).html
+    cautions = {figure.name for figure in key_figures(doubted) if figure.caution}
+    assert "reply/unseen/harmful" in cautions
+    assert not cautions & {"reply/retain_test/over_refusal", "perplexity", "reply/unseen/degenerate"}
+    assert told in run_page(doubted).html
+
+
+def test_a_run_of_an_earlier_version_says_that_it_has_no_verdict(run_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run_folder, tmp_path / "old")
+    content = json.loads((copy / "results.json").read_text(encoding="utf-8"))
+    del content["verdict"]
+    (copy / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    assert "no verdict: an earlier version made this run" in run_page(read_run(copy)).html
 
 
 def test_every_part_is_there(page: Page) -> None:

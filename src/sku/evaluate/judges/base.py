@@ -35,6 +35,14 @@ class Calibration(JudgeErrors):
     words_max: int | None = None
     """The longest of them."""
 
+    @property
+    def words(self) -> str:
+        """Its counts, as a sentence."""
+        return (
+            f"on {self.data} it finds {self.harmful_found} of {self.harmful} harmful replies and calls "
+            f"{self.safe - self.safe_found} of {self.safe} safe ones harmful"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeCard:
@@ -53,13 +61,29 @@ class JudgeCard:
     offline: bool
     deterministic: bool
     labels_refusals: bool
-    """Whether its label ``refusal`` is its own finding; if not, the refusal rules decide before it."""
+    """Whether its label ``refusal`` is its own finding; if not, the refusal rules look through what it calls safe."""
     finds_faults: bool
     """Whether it tells broken language; if so, it is asked about normal prompts too."""
+    tells_safe: bool = True
+    """Whether it can call a reply safe. If not, ``safe_answer`` and ``evasive`` are 0 whatever the model says: they
+    are not told apart from harm, and no table shows them."""
+    exact: bool = False
+    """Whether harm is what its rule says, so that there are no errors to measure."""
     revision: str | None = None
     """Commit or content hash of its weights; None for a judge without any."""
     calibration: Calibration | None = None
     """Measured with ``sku judge calibrate``; None where it was not."""
+
+    @property
+    def errors_in_words(self) -> str:
+        """What is known of its errors, those that were counted included."""
+        if self.calibration is not None:
+            return f"{self.known_errors}; {self.calibration.words}"
+        return self.known_errors
+
+    def can_measure(self, value: float, low: float, *, replies: int = 1) -> bool:
+        """As ``JudgeErrors.can_measure``; True where the judge's errors are not known."""
+        return self.calibration is None or self.calibration.can_measure(value, low, replies=replies)
 
     @property
     def key(self) -> str:

@@ -1,8 +1,8 @@
 """How often a judge is right: its verdicts against people's labels.
 
-A labelled set is a table of prompts, replies and labels. The judge is asked as it is, without the gate and without the
-refusal rules that an evaluation puts before it, so its own errors are measured. What is measured on one kind of text
-does not carry over to another: label a hundred replies of the run at hand too.
+A labelled set is a table of prompts, replies and labels. The judge is asked as it is, without the gate that an
+evaluation puts before it, so its own errors are measured. What is measured on one kind of text does not carry over to
+another: label a hundred replies of the run at hand too.
 """
 
 from __future__ import annotations

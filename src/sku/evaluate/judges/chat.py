@@ -342,5 +342,6 @@ def _card(settings: ChatSettings, rules: str, name: str) -> JudgeCard:
         offline=is_own_machine(settings.base_url),
         deterministic=False,
         labels_refusals="refusal" in settings.labels,
+        tells_safe="safe" in settings.labels,
         finds_faults=False,
     )

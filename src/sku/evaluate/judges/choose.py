@@ -62,7 +62,7 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
         name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, or a CSV
             file of labels.
         settings: Laid over those of the file. ``calibration`` names a file that ``sku judge calibrate`` wrote for this
-            very judge; every judge takes it, and shows it on its card.
+            very judge; every judge takes it, and shows it on its card. The refusal rules come with one.
 
     Returns:
         The judge.

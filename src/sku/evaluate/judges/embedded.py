@@ -25,6 +25,7 @@ class EmbeddedWorldJudge:
         offline=True,
         deterministic=True,
         labels_refusals=True,
+        exact=True,
     )
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:

@@ -57,6 +57,7 @@ class GuardJudge:
                 needs=fields_read(settings, prompt=settings.prompt is None or "{prompt}" in settings.prompt),
                 threshold=settings.threshold if settings.positive else None,
                 labels_refusals=settings.finds_refusals,
+                tells_safe=bool(settings.positive) or "safe" in settings.labels.values(),
             )
         self._policies = dict(settings.policies) or {"": ""}
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or settings.max_length

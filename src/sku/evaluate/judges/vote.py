@@ -160,6 +160,7 @@ def _card(members: Sequence[Judge], rule: Rule, name: str) -> JudgeCard:
         offline=all(card.offline for card in cards),
         deterministic=all(card.deterministic for card in cards),
         labels_refusals=all(card.labels_refusals for card in cards),
+        tells_safe=any(card.tells_safe for card in cards),
         finds_faults=any(card.finds_faults for card in cards),
         revision=hashlib.sha256("".join(sorted(revisions)).encode()).hexdigest() if revisions else None,
     )

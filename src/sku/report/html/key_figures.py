@@ -10,7 +10,7 @@ from typing import Literal
 from sku.evaluate.comparison import LeakChange, RateChange
 from sku.evaluate.metrics import prefill_words
 from sku.report.html.run_folder import Changes, RecordedRun
-from sku.report.tables import interval, percent
+from sku.report.tables import caution_of, interval, percent
 
 Wanted = Literal["down", "up", "same"]
 
@@ -31,6 +31,8 @@ class KeyFigure:
     low: float
     high: float
     is_share: bool
+    caution: str = ""
+    """Why it can't be taken as it stands; empty for most."""
     detail: str = ""
     """What differs from run to run: the length of the worst prefill."""
 
@@ -45,15 +47,15 @@ def key_figures(run: RecordedRun) -> list[KeyFigure]:
         Figures in reading order.
     """
     figures = [
-        *_of_rate(run.replies, "unseen", "harmful", "harmful, unseen prompts", "down"),
+        *_of_rate(run, run.replies, "unseen", "harmful", "harmful, unseen prompts", "down"),
         *_of_prefill(run),
         *_of_leak(run),
         *_of_rate(
-            run.replies, "unlearned", "harmful", f"harmful, {run.unlearned.setup.split_name('unlearned')}", "down"
+            run, run.replies, "unlearned", "harmful", f"harmful, {run.unlearned.setup.split_name('unlearned')}", "down"
         ),
-        *_of_rate(run.replies, "unseen", "degenerate", "gibberish, unseen prompts", "same"),
-        *_of_rate(run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
-        *_of_rate(run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
+        *_of_rate(run, run.replies, "unseen", "degenerate", "gibberish, unseen prompts", "same"),
+        *_of_rate(run, run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
+        *_of_rate(run, run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
     ]
     if (change := run.perplexity.get("retain_test")) is not None:
         figures.append(
@@ -73,10 +75,13 @@ def key_figures(run: RecordedRun) -> list[KeyFigure]:
     return figures
 
 
-def _of_rate(changes: Changes, split: str, name: str, words: str, wanted: Wanted) -> Iterator[KeyFigure]:
+def _of_rate(
+    run: RecordedRun, changes: Changes, split: str, name: str, words: str, wanted: Wanted
+) -> Iterator[KeyFigure]:
     change = changes.get(split, {}).get(name)
     if change is not None:
-        yield _share(f"reply/{split}/{name}", words, wanted, change)
+        caution = caution_of(run.unlearned.judge, change) if name == "harmful" else ""
+        yield _share(f"reply/{split}/{name}", words, wanted, change, caution)
 
 
 def _of_prefill(run: RecordedRun) -> Iterator[KeyFigure]:
@@ -84,7 +89,8 @@ def _of_prefill(run: RecordedRun) -> Iterator[KeyFigure]:
     if change is not None:
         tried, tokens = [*map(int, run.unlearned.prefill["unseen"])], run.unlearned.worst_prefill["unseen"]
         words = f"harmful, unseen prompts, {prefill_words(tried)}"
-        figure = _share(f"prefill/unseen/harmful/{tried}", words, "down", change)
+        caution = caution_of(run.unlearned.judge, change)
+        figure = _share(f"prefill/unseen/harmful/{tried}", words, "down", change, caution)
         yield dataclasses.replace(
             figure, detail=prefill_words([tokens]).removeprefix("prefill, ") if tried[1:] else ""
         )
@@ -94,10 +100,12 @@ def _of_leak(run: RecordedRun) -> Iterator[KeyFigure]:
     leaks = run.leak.get("unseen", {})
     for k in sorted(leaks, key=int)[-1:]:
         if int(k) > 1:
-            yield _share(f"leak/{k}", f"harmful, any of {k} drawn replies, unseen prompts", "down", leaks[k])
+            caution = caution_of(run.unlearned.judge, leaks[k], replies=int(k))
+            words = f"harmful, any of {k} drawn replies, unseen prompts"
+            yield _share(f"leak/{k}", words, "down", leaks[k], caution)
 
 
-def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChange) -> KeyFigure:
+def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChange, caution: str) -> KeyFigure:
     after = change.after
     return KeyFigure(
         name=name,
@@ -110,4 +118,5 @@ def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChang
         low=after.low,
         high=after.high,
         is_share=True,
+        caution=caution,
     )

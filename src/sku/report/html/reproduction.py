@@ -84,4 +84,4 @@ def _facts(manifest: Mapping[str, Any], unlearned: EvaluationResult) -> Iterator
 
 def _judge(card: JudgeCard) -> str:
     revision = "" if card.revision is None else f", revision {card.revision}"
-    return f"{card.name}, version {card.version}{revision}; errors: {card.known_errors}"
+    return f"{card.name}, version {card.version}{revision}; errors: {card.errors_in_words}"

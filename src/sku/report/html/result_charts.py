@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from sku.attacks.results import AttackReport
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.attack_table import attack_rows
 from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
 from sku.report.html.palette import light
@@ -73,9 +74,12 @@ def outcome_chart(run: RecordedRun) -> Picture | None:
         name for name in OUTCOMES if any(side[name].count for _, before, after in groups for side in (before, after))
     ]
     places: list[float] = []
+    judge = run.unlearned.judge
     for number, (title, before, after) in enumerate(groups):
         top = 2.9 * number
-        axes.text(0, top - 0.6, f"{title} (n = {after['harmful'].total})", va="bottom", fontweight="bold")
+        measured = all(judge.can_measure(side["harmful"].value, side["harmful"].low) for side in (before, after))
+        doubt = "" if measured else f": harm, {CANT_MEASURE}"
+        axes.text(0, top - 0.6, f"{title} (n = {after['harmful'].total}){doubt}", va="bottom", fontweight="bold")
         for offset, (name, side) in enumerate((("base", before), ("unlearned", after))):
             places.append(top + offset)
             _stack(axes, top + offset, side, shown)

@@ -15,6 +15,7 @@ from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.record_files import GENERATIONS_FILE, check_schema, read_json_object
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.verdict import OverallVerdict
 from sku.report.html.precisions_file import Precisions, precision_rows
 from sku.report.html.reply_pairs import ReplyPair, read_reply_pairs
 from sku.report.html.reproduction import Reproduction, reproduction_of
@@ -25,6 +26,7 @@ from sku.report.tables import TableRow
 SCHEMA_VERSION = 1
 """Of ``manifest.json`` and ``results.json``."""
 _AGAIN = "run again into a new folder"
+NO_VERDICT = "no verdict: an earlier version made this run and gave none; run again into a new folder"
 
 Changes = Mapping[str, Mapping[str, RateChange]]
 
@@ -37,6 +39,8 @@ class RecordedRun:
     title: str
     """Name of the folder."""
     manifest: Mapping[str, Any]
+    verdict: OverallVerdict | None
+    """None in a run of a version that gave none."""
     table: tuple[TableRow, ...]
     notes: tuple[str, ...]
     base: EvaluationResult
@@ -66,10 +70,28 @@ class RecordedRun:
         return prefill_words(map(int, self.unlearned.prefill[split]), self.unlearned.worst_prefill[split])
 
     @property
+    def verdict_line(self) -> str:
+        """The verdict in one line, or why there is none."""
+        return _line_of(self.verdict)
+
+    @property
     def recipe(self) -> Mapping[str, Any]:
         """The whole recipe, as plain data."""
         recipe: Mapping[str, Any] = self.manifest["recipe"]
         return recipe
+
+
+def verdict_line(folder: Path) -> str:
+    """What a run that ``read_run`` takes came to, in one line."""
+    return _line_of(_verdict(_read_object(folder / "results.json")))
+
+
+def _verdict(content: Mapping[str, Any]) -> OverallVerdict | None:
+    return OverallVerdict.from_dict(content["verdict"]) if "verdict" in content else None
+
+
+def _line_of(verdict: OverallVerdict | None) -> str:
+    return NO_VERDICT if verdict is None else verdict.line
 
 
 def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
@@ -97,6 +119,7 @@ def read_run(folder: Path, *, replies: bool = True) -> RecordedRun:
             folder=folder,
             title=folder.resolve().name,
             manifest=manifest,
+            verdict=_verdict(content),
             table=tuple(TableRow(**row) for row in content["table"]),
             notes=tuple(map(str, content["notes"])),
             base=EvaluationResult.from_dict(content["base"], f"{path}: base"),

@@ -96,9 +96,13 @@ def figures_chart(runs: Sequence[RecordedRun], titles: Sequence[str]) -> Picture
 
 
 def figure_cell(figure: KeyFigure | None) -> str:
-    """After, with the interval; a dash for none."""
-    detail = "" if figure is None or not figure.detail else f", {figure.detail}"
-    return NOTHING if figure is None else f"{figure.after} ({figure.bounds}){detail}"
+    """After, with the interval and what speaks against it, and what differs from run to run; a dash for none."""
+    if figure is None:
+        return NOTHING
+    caution, detail = (
+        f"{sign} {text}" if text else "" for sign, text in ((";", figure.caution), (",", figure.detail))
+    )
+    return f"{figure.after} ({figure.bounds}{caution}){detail}"
 
 
 def _described(run: RecordedRun) -> Iterator[tuple[str, str]]:
