@@ -17,7 +17,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.record_files import check_schema, read_json_object
 from sku.report.method_points import Point, check_keys, lengths_of, read_numbers
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
 _RECORD_KEYS: Mapping[str, tuple[type, ...]] = {
@@ -55,7 +55,8 @@ class MethodRecord:
     environment: Mapping[str, Any]
     data: Mapping[str, Any]
     training: Mapping[str, Any]
-    """Steps, seconds, first and last value of each loss term."""
+    """Steps, seconds, first and last value of each loss term; ``bound_by``, what is beyond its limit a little above
+    the strength of the role ``matched`` (null where nothing is, up to the largest strength tried)."""
     asked: Mapping[str, str]
     """Key of ``outcomes`` -> SHA-256 of the ordered prompt ids."""
     tokens: Mapping[str, tuple[int, ...]]
