@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ModelMaker
+from conftest import ModelMaker, TokenizerMaker
 from negate.conftest import ContextMaker
+from sku.data.examples import ForgetRetainData
 from sku.data.tokenization import TokenizedExample
 from sku.errors import TaskVectorError
 from sku.negate.operators.base import OperatorContext, linear_weights
+from sku.negate.operators.context import context_of
 from sku.negate.operators.spectra import (
     InputSpectra,
     SharedTokens,
@@ -108,6 +110,22 @@ def test_shared_tokens_are_those_of_harmful_and_normal_prompts_together(make_con
     assert shared_tokens(alone.normal) == SharedTokens(first=3, last=1)
     assert shared_tokens([*alone.normal, *context.harmful]) == SharedTokens(first=2, last=1)
     assert shared_tokens(context.normal[:1] * 3) == SharedTokens(first=1, last=0), "one prompt tells nothing"
+
+
+def test_the_system_prompt_of_a_chat_template_is_found_in_the_token_ids(
+    make_model: ModelMaker, make_tokenizer: TokenizerMaker, data: ForgetRetainData
+) -> None:
+    """As the prompts are rendered: from the first token to the user's words, and from their end to the answer."""
+    tokenizer = make_tokenizer(chat=True)
+    system = "<|im_start|>system\nyou sing of honey .<|im_end|>\n"
+    tokenizer.chat_template = system + str(tokenizer.chat_template)
+    context = context_of(make_model(), tokenizer, data)
+    found = shared_tokens([*context.harmful, *context.normal])
+    head = tokenizer(system + "<|im_start|>user\n", add_special_tokens=False).input_ids
+    tail = tokenizer(" ?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    assert (found.first, found.last) == (len(head), len(tail)), "all prompts of these data end with a question mark"
+    spectra = input_spectra(context, "normal", **OPTIONS)
+    assert spectra.positions == sum(len(one.input_ids) - len(head) - len(tail) + 1 for one in context.normal)
 
 
 def test_another_template_of_the_harmful_side_is_not_taken_from_the_cache(
