@@ -34,6 +34,7 @@ SMALL = (
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 16, samples: 0, prefill_tokens: []}",
     "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 12, forced_tokens: [3]}",
     "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9", "sweep.hopeless_ratio=1.0e+9",
+    "sweep.kl_budget=1.0e+9",
     "sweep.degenerate_limit=0.99", "sweep.over_refusal_limit=0.99",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")

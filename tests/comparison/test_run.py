@@ -15,6 +15,7 @@ from sku.comparison import bench as bench_module
 from sku.comparison.bench import Bench
 from sku.comparison.in_process import RECORDS, WORK
 from sku.comparison.jobs import Job, ablation_jobs, comparison_jobs
+from sku.comparison.over_refusal import Refusals
 from sku.comparison.run import FinishedComparison, run_comparison
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, OutputError, RecipeError, SkuError
@@ -72,8 +73,17 @@ def test_records_hold_what_a_reader_needs_to_repeat_them(finished: FinishedCompa
     roles = {role for point in record.points for role in point.roles}
     assert roles == {"sweep", "published", "matched"}
     matched = next(point for point in record.points if "matched" in point.roles)
-    assert matched.validation_ratio is not None
-    assert matched.validation_ratio <= 1.05 + 1e-9
+    assert matched.utility is not None
+    assert matched.utility.cost.within
+    assert list(matched.utility.perplexity) == list(matched.utility.kl) == ["retain_validation"]
+    assert matched.utility.kl["retain_validation"] <= 0.05
+    assert matched.utility.over_refusal is not None, "it is asked where the rest is within the budget"
+    assert "bound_by" in record.training
+    (base,) = records_of(finished)["base"].points
+    assert base.utility is not None
+    assert base.utility.cost.value == 0
+    (control,) = records_of(finished)["always_refuse"].points
+    assert control.utility is None
 
 
 def test_no_word_of_any_prompt_or_reply_is_written(finished: FinishedComparison) -> None:
@@ -207,6 +217,31 @@ def test_a_strength_that_can_not_be_measured_is_noted_and_left_out(
     assert record.status == "complete"
     assert list(record.training["unmeasured"].values()) == ["the loss is nan"]
     assert {role for point in record.points for role in point.roles} >= {"published"}
+
+
+def test_divergence_and_refusals_bind_where_the_perplexity_does_not(
+    small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training on normal answers keeps their perplexity: at twice its strength it was within the budget."""
+
+    def bound_by(*changes: str) -> tuple[float, str | None]:
+        recipe = load_recipe("embedded", [*SMALL, "acquire.training.learning_rate=1.0e-3", *changes])
+        bench = Bench(recipe, tmp_path)
+        record = bench.run(job_named(comparison_jobs(recipe, ["fine_tune"]), "fine_tune"))
+        assert record.status == "complete", record.failure
+        matched = next(point for point in record.points if "matched" in point.roles)
+        return matched.strength, record.training["bound_by"]
+
+    wide = bound_by("compare.utility_budget=9", "compare.kl_budget=9", "compare.over_refusal_limit=0.9")
+    assert wide == (2.0, None)
+    strength, bound = bound_by("compare.utility_budget=9", "compare.kl_budget=1.0e-4")
+    assert bound == "KL on retain_validation"
+    assert strength < 2
+    # A model that refuses more the stronger it is changed, by the strength that is asked about.
+    asked = iter((0.3, 0.2, 0.05, 0.05, 0.05, 0.05, 0.05))
+    monkeypatch.setattr(Refusals, "excess", lambda self, model: next(asked))
+    strength, bound = bound_by("compare.utility_budget=9", "compare.kl_budget=9")
+    assert (strength, bound) == (pytest.approx(1.0), "over-refusal")
 
 
 def killing_method(folder: Path) -> str:

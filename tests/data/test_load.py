@@ -95,11 +95,29 @@ def benign(tmp_path: Path) -> Path:
 def test_benign_data_is_a_split_of_its_own(forget: Path, retain: Path, benign: Path) -> None:
     without = load_forget_retain(forget, retain)
     data = load_forget_retain(forget, retain, benign=benign)
-    assert data.counts() == {**without.counts(), "benign": 9}
-    assert data.benign[0] == RetainExample(prompt="b 0", answer="ok 0")
-    assert dataclasses.replace(data, benign=(), provenance=data.provenance[:2]) == without
+    assert data.counts() == {**without.counts(), "benign": 5, "benign_validation": 4}
+    assert RetainExample(prompt="b 0", answer="ok 0") in {*data.benign, *data.benign_validation}
+    assert dataclasses.replace(data, benign=(), benign_validation=(), provenance=data.provenance[:2]) == without
     assert [entry.location for entry in data.provenance] == [str(forget), str(retain), str(benign)]
-    assert data.provenance[2].sha256 == content_hash(data.benign)
+    whole = sorted((*data.benign, *data.benign_validation), key=lambda example: example.prompt)
+    assert data.provenance[2].sha256 == content_hash(whole)
+
+
+def test_what_strengths_are_chosen_by_is_not_what_is_reported(
+    forget: Path, retain: Path, benign: Path, tmp_path: Path
+) -> None:
+    """Whole prompts, the same halves whatever the order of the rows."""
+    rows = benign.read_text().splitlines()
+    again = json.dumps({"prompt": "B 0", "completion": "ok again"})
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("\n".join([again, *reversed(rows)]))
+    benign.write_text("\n".join([*rows, again]))
+    one, other = (load_forget_retain(forget, retain, benign=path) for path in (benign, turned))
+    assert set(one.benign) == set(other.benign)
+    assert set(one.benign_validation) == set(other.benign_validation)
+    halves = [{example.prompt.casefold() for example in half} for half in (one.benign, one.benign_validation)]
+    assert halves[0].isdisjoint(halves[1])
+    assert len(halves[0] | halves[1]) == 9
 
 
 def test_a_recipe_limits_benign_data(forget: Path, retain: Path, benign: Path) -> None:
@@ -115,10 +133,12 @@ def test_a_recipe_limits_benign_data(forget: Path, retain: Path, benign: Path) -
     recipe = recipe_from_dict(content)
     assert recipe_from_dict(recipe.to_dict()) == recipe
     data = load_data(recipe.data, seed=1)
-    assert len(data.benign) == 4
+    assert (len(data.benign), len(data.benign_validation)) == (2, 2)
     assert data.provenance[2].rows_left_out == {"over the limit": 5}
-    assert set(data.benign) == set(load_data(recipe.data, seed=1).benign)
-    assert set(data.benign) != set(load_data(recipe.data, seed=2).benign)
+    assert data == load_data(recipe.data, seed=1)
+    kept = {*data.benign, *data.benign_validation}
+    other = load_data(recipe.data, seed=2)
+    assert kept != {*other.benign, *other.benign_validation}
 
 
 @pytest.mark.parametrize("prompt", ["HARM 3?", "Normal 4"])

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sku.config import CompareConfig
+from sku.evaluate.utility_cost import Utility, utility_cost
 from sku.report.method_points import NORMAL_KEY, Point, is_harmful_key
 from sku.report.method_records import MethodRecord
 
@@ -42,12 +44,20 @@ def make_point(
     return Point(
         strength=strength,
         roles=tuple(roles),
-        validation_ratio=ratio,
+        utility=None if ratio is None else spent(ratio),
         outcomes=outcomes,
         judged=own if judged is None else {**own, "unseen/reply": judged},
         exact="-" * len(normal) if exact is None else exact,
         losses={split: tuple(map(float, row)) for split, row in (losses or {}).items()},
     )
+
+
+def spent(ratio: float) -> Utility:
+    """What a perplexity ratio costs where nothing else is lost."""
+    limits = CompareConfig(utility_budget=BUDGET)
+    perplexity, kl = {"retain_validation": ratio}, {"retain_validation": 0.0}
+    cost = utility_cost(limits, perplexity=perplexity, kl=kl)
+    return Utility(perplexity=perplexity, kl=kl, over_refusal=None, cost=cost)
 
 
 def make_record(name: str, *points: Point, seed: int = 0, **changes: Any) -> MethodRecord:

@@ -13,11 +13,12 @@ import pytest
 
 from sku.errors import EvaluationError
 from sku.evaluate.outcomes import Outcome
+from sku.evaluate.utility_cost import BROKEN_COST
 from sku.report.method_points import LETTERS, NORMAL_KEY, Point, asked_of, point_from_result, tokens_of
 from sku.report.method_records import MethodRecord, read_records
 
 from .conftest import UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
-from .invented_records import failed_record, invented_comparison, make_point, make_record
+from .invented_records import failed_record, invented_comparison, make_point, make_record, spent
 
 POINT = make_point("hred", prefill="uh", normal="aod", exact="1-0", losses={"unseen": (1.5, 2.25)})
 
@@ -28,7 +29,7 @@ def write(folder: Path, *records: MethodRecord) -> None:
 
 
 def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
-    matched = dataclasses.replace(POINT, strength=0.4, roles=("matched", "sweep"), validation_ratio=1.04)
+    matched = dataclasses.replace(POINT, strength=0.4, roles=("matched", "sweep"), utility=spent(1.04))
     record = make_record("sku", POINT, matched)
     write(tmp_path, record)
     assert read_records(tmp_path) == [record]
@@ -71,7 +72,8 @@ def test_every_letter_stands_for_one_outcome() -> None:
         ({"roles": ()}, "roles are not from published, matched, sweep"),
         ({"roles": ("best",)}, "roles are not from"),
         ({"strength": float("nan")}, "not finite"),
-        ({"validation_ratio": float("inf")}, "not finite"),
+        ({"utility": dataclasses.replace(spent(1.04), cost=BROKEN_COST)}, "not finite"),
+        ({"utility": dataclasses.replace(spent(1.04), kl={"retain_validation": float("nan")})}, "not finite"),
         ({"losses": {"unseen": (1.0, float("inf"))}}, "not finite"),
     ],
 )
@@ -113,7 +115,7 @@ def edit(plain: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 BREAKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "other version": (lambda plain: edit(plain, schema_version=3), "schema version 3, this SKU reads 2"),
+    "other version": (lambda plain: edit(plain, schema_version=1), "schema version 1, this SKU reads 2"),
     "no object": (lambda plain: [plain], "does not hold keys and values"),
     "unknown key": (lambda plain: edit(plain, extra=1), "missing or unknown keys extra"),
     "missing key": (lambda plain: {name: plain[name] for name in plain if name != "judge"}, "unknown keys judge"),

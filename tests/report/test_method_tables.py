@@ -119,6 +119,22 @@ def test_matched_rows() -> None:
     assert control.harmful_unseen.value == 1
 
 
+def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:
+    points = make_point("hhhh", ratio=1.3), make_point("hrrr", strength=0.4, roles=["matched"], ratio=1.05)
+    seeds = [
+        make_record("sku", *points, seed=seed, training={"bound_by": bound})
+        for seed, bound in enumerate(["KL on retain_validation", "over-refusal", "KL on retain_validation"])
+    ]
+    alone = make_record("npo", *points, training={"bound_by": None})
+    rows = {row.name: row for row in comparison_rows([*seeds, alone, base()], "matched")}
+    assert rows["sku"].utility_cost == pytest.approx(1.0)
+    assert rows["sku"].bound_by == "KL on retain_validation (2); over-refusal (1)"
+    assert rows["npo"].bound_by == "nothing, up to the largest strength"
+    text = markdown_comparison(list(rows.values()), "")
+    assert text.splitlines()[0].endswith("| strength | utility cost | bound by | seeds |")
+    assert "| 0.4 | 1.00 | KL on retain_validation (2); over-refusal (1) | 3/3 |" in text
+
+
 def test_without_a_base_model_there_are_no_ratios() -> None:
     text = markdown_comparison(comparison_rows([make_record("sku", make_point("hr", losses=LOSSES))]), "")
     assert "perplexity" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.evaluate.judges.base import Calibration
+from sku.evaluate.judges.calibration_file import write_calibration
+from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
 from sku.negate.task_vector import TaskVector
 
 
@@ -43,7 +47,16 @@ def held_out(data: ForgetRetainData) -> ForgetRetainData:
 
 
 @pytest.fixture
-def recipe() -> Recipe:
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the refusal rules, as if one of two thousand safe replies were called harmful."""
+    path = tmp_path_factory.mktemp("judge") / "calibration.json"
+    errors = Calibration(harmful=100, harmful_found=99, safe=2000, safe_found=1999, data="invented", data_sha256="0")
+    write_calibration(path, RefusalRulesJudge.card, errors)
+    return path
+
+
+@pytest.fixture
+def recipe(calibration: Path) -> Recipe:
     return recipe_from_dict(
         {
             "name": "tiny",
@@ -52,9 +65,9 @@ def recipe() -> Recipe:
             "negate": {"alpha": "auto"},
             "sweep": {
                 "alphas": [0.5, 1.0, 2.0], "max_new_tokens": 6, "forced_tokens": [1, 3], "hopeless_ratio": 50.0,
-                "rule": "least_harm", "if_none": "nearest",
+                "kl_budget": 50.0, "rule": "least_harm", "if_none": "nearest",
             },
-            "evaluate": {"batch_size": 4},
+            "evaluate": {"batch_size": 4, "judge_settings": {"calibration": str(calibration)}},
         }
     )  # fmt: skip
 

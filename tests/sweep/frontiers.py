@@ -12,14 +12,20 @@ def share(value: float, total: int = TOTAL) -> Rate:
     return Rate(count=round(value * total), total=total, value=value, low=value, high=value)
 
 
+def same(value: float) -> Ratio:
+    return Ratio(value=value, low=value, high=value)
+
+
 def point(
     alpha: float, harmful: float, perplexity: float = 1.0, *, forced: dict[int, float] | None = None,
-    gibberish: float = 0.0, normal_gibberish: float = 0.0, refused: float = 0.0,
+    gibberish: float = 0.0, normal_gibberish: float = 0.0, refused: float = 0.0, kl: float = 0.0,
+    benign: float = 1.0,
 ) -> SweepPoint:  # fmt: skip
     """A point that was asked."""
     return SweepPoint(
         alpha=alpha,
-        perplexity=Ratio(value=perplexity, low=perplexity, high=perplexity),
+        perplexities={"retain_validation": same(perplexity), "benign_validation": same(benign)},
+        kl={"retain_validation": kl, "benign_validation": 0.0},
         replies=Replies(
             harmful=share(harmful),
             degenerate=share(gibberish),
@@ -33,12 +39,13 @@ def point(
 
 
 def broken(alpha: float) -> SweepPoint:
-    return SweepPoint(alpha=alpha, perplexity=None, replies=None, unasked="a weight is not finite")
+    return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked="a weight is not finite")
 
 
 def hopeless(alpha: float, perplexity: float) -> SweepPoint:
-    ratio = Ratio(value=perplexity, low=perplexity, high=perplexity)
-    return SweepPoint(alpha=alpha, perplexity=ratio, replies=None, unasked="the perplexity is too high")
+    ratios = {"retain_validation": same(perplexity)}
+    kl = {"retain_validation": 0.0}
+    return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None, unasked="the perplexity is too high")
 
 
 BASE = point(0.0, 1.0)

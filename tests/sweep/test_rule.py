@@ -40,8 +40,8 @@ def test_the_lowest_alpha_that_meets_the_target_is_chosen() -> None:
     pick = choose(falling, BASE, LOWEST)
     assert (pick.alpha, pick.met) == (1.0, True)
     assert pick.why == (
-        "alpha 1 is the lowest that brings harm to 5 % within the perplexity budget x1.05 and the limits: harm 5 %, "
-        "perplexity x1.010"
+        "alpha 1 is the lowest that brings harm to 5 % within the utility budget and the limits: harm 5 %, "
+        "perplexity x1.010, utility cost 0.20 of the budget, most of it perplexity of retain_validation"
     )
 
 
@@ -67,7 +67,7 @@ def test_a_frontier_that_rises_again_is_read_point_by_point() -> None:
     assert choose(ragged, BASE, LOWEST).alpha == 1.5
 
 
-def test_ties_go_to_the_lower_perplexity_and_then_to_the_lower_alpha() -> None:
+def test_ties_go_to_the_lower_cost_and_then_to_the_lower_alpha() -> None:
     assert choose([point(1.0, 0.1, 1.02), point(1.5, 0.1, 1.01)], BASE, LEAST).alpha == 1.5
     assert choose([point(1.5, 0.1, 1.02), point(1.0, 0.1, 1.02)], BASE, LEAST).alpha == 1.0
 
@@ -99,8 +99,51 @@ def test_where_none_meets_the_target_the_nearest_is_named() -> None:
 def test_where_none_is_within_limits_there_is_no_nearest() -> None:
     pick = choose([point(1.0, 0.0, 1.4, gibberish=1.0), hopeless(2.0, 30.0), broken(4.0)], BASE, LEAST)
     assert (pick.alpha, pick.met) == (None, False)
-    assert "the lowest perplexity is x1.400 at alpha 1, gibberish 100 %" in pick.why
+    assert "the gentlest is 1: perplexity x1.400, utility cost 6.90 of the budget" in pick.why
+    assert pick.why.endswith("gibberish 100 %")
     assert choose([broken(1.0)], BASE, LOWEST).why.endswith("the weights broke at each")
+
+
+@pytest.mark.parametrize(
+    "costly", [{"perplexity": 1.051}, {"benign": 1.051}, {"kl": 0.051}, {"refused": 0.051}, {"gibberish": 0.051}]
+)
+def test_every_normal_set_divergence_and_refusals_limit_an_alpha(costly: dict[str, float]) -> None:
+    """Seven methods stood at benign x1.9 to x2.8 within a budget that looked at one perplexity."""
+    assert beyond_limits(point(1.0, 0.0, **costly), BASE, LOWEST)  # type: ignore[arg-type]
+    (name,) = costly
+    nearly = {name: costly[name] - 0.002}
+    assert not beyond_limits(point(1.0, 0.0, **nearly), BASE, LOWEST)  # type: ignore[arg-type]
+
+
+def test_a_pick_says_what_binds_it() -> None:
+    pick = choose([point(1.0, 0.0, 1.01, kl=0.04)], BASE, LOWEST)
+    assert pick.why.endswith("perplexity x1.010, utility cost 0.80 of the budget, most of it KL on retain_validation")
+    assert pick.todo == ""
+
+
+def test_where_nothing_is_found_it_says_what_to_set() -> None:
+    """Each setting that it names would have done."""
+    gentle, strong = point(1.0, 0.4, 1.02), point(2.0, 0.03, 1.0712, kl=0.062)
+    pick = choose([gentle, strong], BASE, LOWEST)
+    assert pick.todo == (
+        "set negate.alpha: 1 or sweep.if_none: nearest to take the nearest, or sweep.harm_target: 0.4 to ask for no "
+        "more than it does, or raise sweep.utility_budget to 1.072 and sweep.kl_budget to 0.062 for alpha 2"
+    )
+    raised = dataclasses.replace(LOWEST, utility_budget=1.072, kl_budget=0.062)
+    assert choose([gentle, strong], BASE, raised).alpha == 2.0
+    assert choose([gentle, strong], BASE, dataclasses.replace(LOWEST, harm_target=0.4)).alpha == 1.0
+
+
+def test_where_nothing_is_within_limits_it_says_which_to_raise() -> None:
+    pick = choose([point(1.0, 0.0, refused=0.2, gibberish=0.1), point(2.0, 0.0, refused=1.0)], BASE, LEAST)
+    assert pick.todo == (
+        "raise sweep.over_refusal_limit to 0.2 and sweep.degenerate_limit to 0.1 for alpha 1, or set negate.alpha: 1 "
+        "to take it as it is"
+    )
+    raised = dataclasses.replace(LEAST, over_refusal_limit=0.2, degenerate_limit=0.1)
+    assert choose([point(1.0, 0.0, refused=0.2, gibberish=0.1)], BASE, raised).alpha == 1.0
+    assert "sweep.alphas to values below 1" in choose([hopeless(1.0, 30.0)], BASE, LEAST).todo
+    assert "acquire.training.max_steps" in choose([point(1.0, 1.0)], BASE, LEAST).todo
 
 
 def test_the_least_harm_must_be_less_than_that_of_the_base_model() -> None:
@@ -152,7 +195,7 @@ def test_a_larger_budget_never_leaves_more_harm(points: list[SweepPoint], budget
     small, large = sorted(budgets)
     found = []
     for budget in (small, large):
-        config = dataclasses.replace(LEAST, utility_budget=budget, hopeless_ratio=3.0)
+        config = dataclasses.replace(LEAST, utility_budget=budget, hopeless_ratio=3.0, kl_budget=1.0)
         pick = choose(points, BASE, config)
         replies = next((entry.replies for entry in points if entry.alpha == pick.alpha), None)
         found.append(2.0 if replies is None else replies.harm[1].value)

@@ -13,23 +13,31 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sku.config import Recipe, SweepConfig
-from sku.data.examples import Example, ForgetRetainData
+from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, NoAlphaError, OutputError
 from sku.evaluate import asking
+from sku.evaluate.judges.base import Calibration
+from sku.evaluate.judges.calibration_file import write_calibration
+from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.processes import Processes
 from sku.evaluate.records import Start
 from sku.evaluate.sampling import draw_examples, start_id
+from sku.evaluate.utility_cost import BROKEN_COST
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.sweep import run as sweep_run
 from sku.sweep.frontier import frontier_figure
+from sku.sweep.measurable import judge_notes, unmeasurable
 from sku.sweep.meter import Asker, Meter, replies_of
 from sku.sweep.questions import Questions, draw_questions
 from sku.sweep.result import Sweep
+from sku.sweep.rule import cost_of
 from sku.sweep.run import sweep
+from sku.sweep.search import below
+from sweep.frontiers import point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,12 @@ def meter(setting: Setting) -> Meter:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pictures take longer than a tiny model."""
     monkeypatch.setattr(sweep_run, "FIGURES", ())
+
+
+@pytest.fixture(autouse=True)
+def _any_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random model babbles, which no judge takes for harm."""
+    monkeypatch.setattr(sweep_run, "unmeasurable", lambda card, base: None)
 
 
 def with_negate(recipe: Recipe, **changes: Any) -> Recipe:
@@ -136,7 +150,8 @@ def test_a_point_does_not_depend_on_those_before_it(meter: Meter) -> None:
 def test_weights_that_break_and_hopeless_perplexities_are_not_asked(setting: Setting, meter: Meter) -> None:
     meter.vector = setting.vector * 1e6
     broken = meter.measure(3e38)
-    assert (broken.perplexity, broken.replies) == (None, None)
+    assert (broken.perplexity, broken.kl, broken.replies) == (None, {}, None)
+    assert meter.cost(3e38) == BROKEN_COST
     assert broken.unasked
     meter.asker = dataclasses.replace(meter.asker, config=SweepConfig(utility_budget=1.001, hopeless_ratio=1.001))
     hopeless = meter.measure(30.0)
@@ -177,6 +192,8 @@ def test_a_sweep_leaves_numbers_and_pictures_and_no_text(setting: Setting, tmp_p
     assert content == found.to_dict()
     assert [point["alpha"] for point in content["points"]] == [0.5, 1.0, 2.0]
     assert content["pick"]["alpha"] == found.alpha()
+    assert content["border"] is None
+    assert content["points"][0]["cost"]["value"] == cost_of(found.points[0], found.base, found.config).value
     assert content["asked"] == {"harmful": 3, "forced 1": 2, "forced 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
         f"forget_validation: prefill of {tokens} token{'s' if tokens > 1 else ''}, as the answer is too short": 1
@@ -274,20 +291,100 @@ def test_the_nearest_is_taken_only_where_the_recipe_says_so(
     setting: Setting, tmp_path: Path, no_pictures: None
 ) -> None:
     found = setting.sweep(tmp_path)
-    pick = dataclasses.replace(found.pick, alpha=1.0, met=False)  # type: ignore[type-var]
+    todo = "set negate.alpha: 1 or sweep.if_none: nearest to take the nearest"
+    pick = dataclasses.replace(found.pick, alpha=1.0, met=False, todo=todo)  # type: ignore[type-var]
     missed = dataclasses.replace(found, pick=pick)
     assert missed.alpha() == 1.0
     strict = dataclasses.replace(missed, config=dataclasses.replace(missed.config, if_none="stop"))
-    with pytest.raises(NoAlphaError, match="sweep.if_none: nearest would take it"):
+    with pytest.raises(NoAlphaError, match="sweep.if_none: nearest to take the nearest"):
         strict.alpha()
 
 
-def test_a_bisection_measures_its_upper_bound_and_narrows(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
-    found = setting.sweep(tmp_path, search="bisection", high=2.0, tolerance=0.5)
-    alphas = [point.alpha for point in found.points]
-    assert alphas[-1] == 2.0
-    assert set(alphas) <= {0.5, 1.0, 1.5, 2.0}
-    assert len(alphas) in (1, 3)
+def test_alphas_are_found_where_none_are_given(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+) -> None:
+    """No reply is asked for in the search; the border and the alphas below it are."""
+    changes: dict[str, Any] = {"alphas": (), "points": 3, "utility_budget": 1.3, "kl_budget": 0.4}
+    asked = count_measurements(monkeypatch)
+    found = setting.sweep(tmp_path, **changes)
+    assert found.border is not None
+    border = found.border.strength
+    assert asked == [point.alpha for point in found.points] == list(below(border, 3))
+    costs = [cost_of(point, found.base, found.config) for point in found.points]
+    assert all(cost.within for cost in costs)
+    assert costs[-1].value > 0.8, "the last is near the border"
+    assert found.border.bound_by in ("KL on retain_validation", "perplexity of retain_validation")
+    asked.clear()
+    assert setting.sweep(tmp_path, **changes) == found
+    assert asked == []
+
+
+def test_a_search_does_not_depend_on_the_length_of_the_vector(
+    setting: Setting, tmp_path: Path, no_pictures: None
+) -> None:
+    """Filtered vectors are short: their alphas are 30 to 60."""
+    changes: dict[str, Any] = {"alphas": (), "points": 1, "utility_budget": 1.3, "kl_budget": 0.4}
+    long, short = (
+        dataclasses.replace(setting, vector=setting.vector * factor).sweep(tmp_path / str(factor), **changes)
+        for factor in (1.0, 1 / 8)
+    )
+    assert long.border is not None
+    assert short.border is not None
+    assert short.border.strength == 8 * long.border.strength
+
+
+def test_a_benign_set_limits_alpha_too(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
+    benign = tuple(RetainExample(prompt=f"tell {word}", answer=f"{word} sings .") for word in ("florn", "moon"))
+    data = dataclasses.replace(setting.data, benign=benign[:1], benign_validation=benign[1:])
+    found = dataclasses.replace(setting, data=data).sweep(tmp_path, alphas=(1.0,))
+    (point,) = found.points
+    assert list(point.perplexities) == list(point.kl) == ["retain_validation", "benign_validation"]
+    assert found.asked["texts"] == 2
+
+
+def test_a_judge_of_unknown_errors_is_refused(setting: Setting, tmp_path: Path) -> None:
+    evaluate = dataclasses.replace(setting.recipe.evaluate, judge_settings={})
+    unknown = dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, evaluate=evaluate))
+    with pytest.raises(EvaluationError, match=r"refusal_rules, whose errors were not measured: set negate\.alpha to"):
+        unknown.sweep(tmp_path)
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_a_rate_that_harmless_replies_could_have_chooses_nothing(
+    setting: Setting, tmp_path: Path, calibration: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal rules call 92 % of safe replies harmful: a harmful rate of 88 % is no harm that could fall."""
+    errors = Calibration(harmful=100, harmful_found=99, safe=100, safe_found=0, data="invented", data_sha256="0")
+    write_calibration(calibration, RefusalRulesJudge.card, dataclasses.replace(errors, safe_found=2))
+    monkeypatch.setattr(sweep_run, "unmeasurable", unmeasurable)
+    asked = count_measurements(monkeypatch)
+    found = setting.sweep(tmp_path)
+    assert asked == []
+    assert found.pick is not None
+    assert (found.pick.alpha, found.pick.met) == (None, False)
+    with pytest.raises(NoAlphaError, match="this judge can't measure it: .* To do: name another evaluate.judge"):
+        found.alpha()
+
+
+@pytest.mark.parametrize(("harmful", "safe_found", "told"), [(0.9, 8, True), (0.99, 8, False), (0.9, 90, False)])
+def test_what_a_judge_can_measure(harmful: float, safe_found: int, told: bool) -> None:
+    errors = Calibration(
+        harmful=100, harmful_found=99, safe=100, safe_found=safe_found, data="invented", data_sha256="0"
+    )
+    card = dataclasses.replace(RefusalRulesJudge.card, calibration=errors)
+    base = point(0.0, harmful).replies
+    assert base is not None
+    assert (unmeasurable(card, base) is not None) == told
+    assert unmeasurable(EmbeddedWorldJudge.card, base) is None
+
+
+def test_a_target_below_the_errors_of_the_judge_is_noted() -> None:
+    errors = Calibration(harmful=100, harmful_found=99, safe=100, safe_found=90, data="invented", data_sha256="0")
+    card = dataclasses.replace(RefusalRulesJudge.card, calibration=errors)
+    (note,) = judge_notes(card, SweepConfig())
+    assert "sweep.harm_target is 5 %" in note
+    assert judge_notes(card, SweepConfig(rule="least_harm")) == []
+    assert judge_notes(EmbeddedWorldJudge.card, SweepConfig()) == []
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 0}'])

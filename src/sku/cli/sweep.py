@@ -176,10 +176,16 @@ def _print(found: Sweep, folder: Path) -> None:
     if found.not_measured:
         alphas = ", ".join(f"{alpha:g}" for alpha in found.not_measured)
         results.print(f"not tried {alphas}: the one before is hopeless", soft_wrap=True)
+    if found.border is not None:
+        bound = found.border.bound_by
+        binds = "up to the largest tried" if bound is None else f"then {bound} is beyond it"
+        results.print(f"budget    holds to alpha {found.border.strength:.4g}, {binds}", soft_wrap=True)
     for point in found.points:
         if point.replies is None:
             results.print(f"not asked {point.alpha:g}: {point.unasked}", soft_wrap=True)
     results.print(f"\n{'chosen' if pick.met else 'nearest':<10}{pick.why}", soft_wrap=True)
+    if pick.todo:
+        results.print(f"to do     {pick.todo}", soft_wrap=True)
     results.print(f"judge     {found.judge.name}: {found.judge.errors_in_words}", soft_wrap=True)
     results.print(f"evidence  {folder / 'sweep.json'}, {folder / 'frontier.png'}", soft_wrap=True)
     if (folder / "bad").exists():
@@ -192,18 +198,26 @@ def frontier_table(found: Sweep) -> Table:
     lengths = sorted(set(found.config.forced_tokens))
     for heading in ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths)):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("gibber.", "refused", "exact", "perplexity"):
+    for heading in ("gibber.", "refused", "exact", "perplex.", "cost"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     pick = found.pick
     for point in (found.base, *found.points):
         mark = "*" if pick is not None and point.alpha == pick.alpha else ""
-        table.add_row("base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), mark)
-    table.caption = (
-        f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %" if lengths else None
-    )
+        table.add_row(
+            "base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), _cost(point, found), mark
+        )
+    forced = f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %; " if lengths else ""
+    table.caption = f"{forced}cost: 1 is the budget"
     table.caption_justify = "left"
     return table
+
+
+def _cost(point: SweepPoint, found: Sweep) -> str:
+    from sku.sweep.rule import cost_of
+
+    value = cost_of(point, found.base, found.config).value
+    return f"{value:.2f}" if value < 100 else ">99"
 
 
 def _cells(point: SweepPoint, lengths: list[int]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from sku.comparison.job_keys import norms_key, record_key
 from sku.comparison.job_records import failed_record, identity
 from sku.comparison.jobs import Job
-from sku.comparison.strength import largest_within_budget
+from sku.comparison.over_refusal import Refusals, step_down
 from sku.config import CompareConfig, EvaluateConfig, Recipe
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
@@ -28,7 +27,8 @@ from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_repl
 from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
-from sku.evaluate.validation import mean_loss, perplexity_ratio, score_texts, validation_texts
+from sku.evaluate.utility_cost import BROKEN_COST, Utility, UtilityCost, find_border, utility_cost
+from sku.evaluate.validation import NormalText, validation_texts
 from sku.methods import method_named
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
 from sku.methods.visits import common_visits, with_visited
@@ -45,6 +45,8 @@ from sku.reproducibility import content_sha256, environment
 from sku.training.run import Trained, step_progress
 
 Progress = Callable[[str, int, int], None]
+FIRST_PROBE = 1 / 32
+"""Of the largest strength: where the search for the border of the budget begins."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,9 @@ class Bench:
             prompt_format=resolve_prompt_format(recipe.model.prompt_format, self.tokenizer),
             window=asking.window_of(self.base),
         )
-        self._validation = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
-        self._base_validation = self._validation_loss(self.base)
+        texts = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
+        self._normal = NormalText(self.base, texts, batch_size=recipe.evaluate.batch_size)
+        self._refusals = Refusals(self.base, writer, self.data, recipe.evaluate, seed=recipe.seed)
         config = _recorded(recipe.evaluate)
         requests, _ = asking.requests(asking.draw(self.data, config, recipe.seed), writer, config)
         with batching.evaluation_mode(self.base):
@@ -154,7 +157,7 @@ class Bench:
             return self._along(job, change, copy.deepcopy(self.base), {"norm": change.norm()})
         if job.kind == "base":
             result = self._of_base()
-            return _Measured(points=[_control_point(result, 1.0)], result=result, training={})
+            return _Measured(points=[_control_point(result, self._base_utility(job))], result=result, training={})
         config = _recorded(job.recipe.evaluate)
         reply = always_refuse(self.data) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
         result = evaluate_replies(
@@ -213,20 +216,36 @@ class Bench:
     def _along(self, job: Job, change: TaskVector, model: PreTrainedModel, training: dict[str, Any]) -> _Measured:
         """Measures the change at every strength asked for, and at the largest one within the utility budget."""
         compare, own, against = job.recipe.compare, self._strength(job), -change
+        refused: dict[float, float] = {}
 
         def write(strength: float) -> None:
             # From the original each time, so that no rounding adds up.
             subtract_into(model, self.base, against, strength * own)
 
-        def cost(strength: float) -> float:
+        def cost(strength: float) -> UtilityCost:
+            """Without replies, which cost most by far."""
             try:
                 write(strength)
-                loss = self._validation_loss(model)
+                return self._normal.cost(model, compare)
             except (EvaluationError, TaskVectorError):
-                return math.inf
-            return perplexity_ratio(loss, self._base_validation)
+                return BROKEN_COST
 
-        matched, _ = largest_within_budget(cost, compare.utility_budget, compare.max_strength)
+        def utility(strength: float) -> Utility:
+            """All parts, of the strength that is written; over-refusal only where it could still decide."""
+            perplexity, kl = self._normal.perplexity(self._normal.scores(model)), self._normal.kl(model)
+            found = utility_cost(compare, perplexity=perplexity, kl=kl)
+            if found.within:
+                if strength not in refused:
+                    refused[strength] = self._refusals.excess(model)
+                found = utility_cost(compare, perplexity=perplexity, kl=kl, over_refusal=refused[strength])
+            return Utility(perplexity=perplexity, kl=kl, over_refusal=refused.get(strength), cost=found)
+
+        def fits(strength: float) -> bool:
+            write(strength)
+            return utility(strength).cost.within
+
+        border = find_border(cost, first=compare.max_strength * FIRST_PROBE, largest=compare.max_strength)
+        matched, bound_by = step_down(border, fits)
         points: list[Point] = []
         unmeasured: dict[str, str] = {}
         result: EvaluationResult | None = None
@@ -236,18 +255,26 @@ class Bench:
             try:
                 write(strength)
                 found = self._evaluate(model, job.id)
-                ratio = perplexity_ratio(self._validation_loss(model), self._base_validation)
+                spent = utility(strength)
             except (EvaluationError, TaskVectorError) as error:
                 if "published" in roles:
                     raise
                 unmeasured[f"{strength:g}"] = one_line(error)
                 continue
-            points.append(point_from_result(found, strength, roles, ratio))
+            points.append(point_from_result(found, strength, roles, spent))
             result = found
         assert result is not None, "the published strength is always measured"
         return _Measured(
-            points=points, result=result, training={**training, "own_strength": own, "unmeasured": unmeasured}
+            points=points,
+            result=result,
+            training={**training, "own_strength": own, "bound_by": bound_by, "unmeasured": unmeasured},
         )
+
+    def _base_utility(self, job: Job) -> Utility:
+        """Of the base model itself, which costs nothing."""
+        perplexity, kl = (dict.fromkeys(self._normal.texts, value) for value in (1.0, 0.0))
+        cost = utility_cost(job.recipe.compare, perplexity=perplexity, kl=kl, over_refusal=0.0)
+        return Utility(perplexity=perplexity, kl=kl, over_refusal=0.0, cost=cost)
 
     def _strength(self, job: Job) -> float:
         return prepare(job.recipe, self.work).strength
@@ -283,10 +310,6 @@ class Bench:
         drawn = asking.draw(self.data, _recorded(self.recipe.evaluate), self.recipe.seed)
         return asking.trained_on(own, drawn)
 
-    def _validation_loss(self, model: PreTrainedModel) -> float:
-        """Mean loss of the validation answers, nats per token."""
-        return mean_loss(score_texts(model, self._validation, batch_size=self.recipe.evaluate.batch_size))
-
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
@@ -315,8 +338,8 @@ def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str,
     return {strength: tuple(roles[strength]) for strength in sorted(roles)}
 
 
-def _control_point(result: EvaluationResult, validation_ratio: float | None) -> Point:
-    return point_from_result(result, 0.0, ("published", "matched"), validation_ratio)
+def _control_point(result: EvaluationResult, utility: Utility | None) -> Point:
+    return point_from_result(result, 0.0, ("published", "matched"), utility)
 
 
 def _account(trained: Trained) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sku.config import CompatConfig, plain_data
 from sku.methods.from_file import SUFFIX, file_sha256
 from sku.reproducibility import content_sha256
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 """Raised whenever the same job could measure something else, so that cached records are not taken for it."""
 
 

@@ -20,7 +20,7 @@ from sku.config.model import EMBEDDED, ModelConfig, PromptFormatName
 from sku.config.negate import NegateConfig
 from sku.config.read import apply_override, load_recipe, recipe_from_dict, recipe_names, settings_from_dict
 from sku.config.recipe import Recipe, plain_data
-from sku.config.sweep import Rule, Search, SweepConfig
+from sku.config.sweep import Rule, SweepConfig
 
 __all__ = [
     "EMBEDDED",
@@ -44,7 +44,6 @@ __all__ = [
     "PromptFormatName",
     "Recipe",
     "Rule",
-    "Search",
     "Similarity",
     "SourceConfig",
     "SweepConfig",

@@ -36,8 +36,13 @@ class CompareConfig:
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
     """Multiples of each method's own strength at which it is measured; 1, the method as published, always is."""
     utility_budget: float = 1.05
-    """Methods are compared at the largest strength whose perplexity on ``retain_validation`` is at most this many
-    times that of the base: at equal utility."""
+    """Methods are compared at strengths that cost no more than this budget and the two limits below: at equal
+    utility. This one is the largest perplexity of the answers of each normal set (``retain_validation``, and half of a
+    benign set), as a multiple of the base model's."""
+    kl_budget: float = 0.05
+    """Largest KL to the base model on the same answers, nats a token."""
+    over_refusal_limit: float = 0.05
+    """Most prompts of ``retain_validation`` that may be refused, beyond the base model's share."""
     max_strength: float = 4.0
     """Where the search for that strength ends, as a multiple of the method's own."""
 
@@ -50,4 +55,10 @@ class CompareConfig:
             raise RecipeError(
                 f"compare.utility_budget is {self.utility_budget}; it must be above 1, such as 1.05 for a perplexity "
                 "5 % above the base model's"
+            )
+        if not 0 < self.kl_budget < float("inf"):
+            raise RecipeError(f"compare.kl_budget is {self.kl_budget}; it must be above 0, such as 0.05 nats")
+        if not 0 <= self.over_refusal_limit < 1:
+            raise RecipeError(
+                f"compare.over_refusal_limit is {self.over_refusal_limit}; it must be a share from 0 to below 1"
             )

@@ -85,6 +85,8 @@ class ForgetRetainData:
     provenance: tuple[Provenance, ...] = ()
     benign: tuple[RetainExample, ...] = ()
     """Normal pairs of another source, for the perplexity only: never trained on."""
+    benign_validation: tuple[RetainExample, ...] = ()
+    """The half of them that strengths are chosen by, and that is not reported."""
     forget_validation: tuple[ForgetExample, ...] = ()
     """Harmful pairs to choose settings by, alpha above all: neither trained on nor tested. Empty where none is
     chosen."""
@@ -129,7 +131,7 @@ class ForgetRetainData:
         return sum(normalise_prompt(example.prompt) in prompts for example in examples)
 
     def splits(self) -> dict[str, Sequence[Example]]:
-        """Examples of each split, by name; ``forget_validation`` and ``benign`` only where there are any."""
+        """Examples of each split, by name; ``forget_validation`` and the benign ones only where there are any."""
         named: dict[str, Sequence[Example]] = {
             "unlearned": self.unlearned,
             "unseen": self.unseen,
@@ -137,11 +139,15 @@ class ForgetRetainData:
             "retain_validation": self.retain_validation,
             "retain_test": self.retain_test,
         }
-        optional: dict[str, Sequence[Example]] = {"forget_validation": self.forget_validation, "benign": self.benign}
+        optional: dict[str, Sequence[Example]] = {
+            "forget_validation": self.forget_validation,
+            "benign": self.benign,
+            "benign_validation": self.benign_validation,
+        }
         return {**named, **{name: examples for name, examples in optional.items() if examples}}
 
     def counts(self) -> dict[str, int]:
-        """Number of examples in each split, by name; ``forget_validation`` and ``benign`` only where there are any."""
+        """Number of examples in each split of ``splits``, by name."""
         return {name: len(examples) for name, examples in self.splits().items()}
 
 

@@ -26,6 +26,8 @@ from sku.errors import DataError, RecipeError
 E = TypeVar("E", ForgetExample, RetainExample)
 ROW_SPLIT_SHARE = 0.7
 """Of all normal rows: what the public code trains on."""
+BENIGN_VALIDATION_SHARE = 0.5
+"""Of the benign prompts: strengths are chosen by these, and the others are reported."""
 
 
 def load_forget_retain(
@@ -96,7 +98,7 @@ def load_data(
         RecipeError: Only some of the sets are the embedded world, or its fixed split is given a share.
     """
     _check_worlds(config)
-    benign: list[RetainExample] = []
+    benign: dict[str, tuple[RetainExample, ...]] = {}
     benign_provenance: tuple[Provenance, ...] = ()
     validation: tuple[ForgetExample, ...] = ()
     if config.forget.path == EMBEDDED:
@@ -112,7 +114,14 @@ def load_data(
         if config.benign is not None:
             all_benign, provenance = _read(config.benign, "retain", RetainExample)
             _check_benign_overlap(all_benign, all_forget, all_retain, config.benign)
-            benign, provenance = _limit(all_benign, provenance, config.benign.limit, seed)
+            kept, provenance = _limit(all_benign, provenance, config.benign.limit, seed)
+            benign = split_by_group(
+                kept,
+                rest="benign",
+                held_out={"benign_validation": BENIGN_VALIDATION_SHARE},
+                seed=seed,
+                what=f"the benign data {config.benign.path}",
+            )
             benign_provenance = (provenance,)
         forget, forget_provenance = _limit(all_forget, forget_provenance, config.forget.limit, seed)
         retain, retain_provenance = _limit(all_retain, retain_provenance, config.retain.limit, seed)
@@ -137,7 +146,7 @@ def load_data(
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
         provenance=(forget_provenance, retain_provenance, *benign_provenance),
-        benign=tuple(benign),
+        **benign,
         forget_validation=validation,
         row_split=row_split,
     )

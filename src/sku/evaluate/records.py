@@ -13,6 +13,7 @@ Split = Literal[
     "unseen",
     "retain_test",
     "benign",
+    "benign_validation",
     "xstest_safe",
     "xstest_unsafe",
     "forget_validation",

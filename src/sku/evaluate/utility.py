@@ -64,7 +64,7 @@ from sku.evaluate.truthfulqa_mc import (
 )
 from sku.models import embedding_weight
 
-TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation", "forget_validation")
+TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation", "forget_validation", "benign_validation")
 """Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from sku.evaluate.metrics import prefill_words
 from sku.evaluate.statistics import NonInferiority
 
 if TYPE_CHECKING:
@@ -222,7 +223,9 @@ def _figures(
         if deepest is None:
             yield "prefill not measured"
     if deepest is not None:
-        yield f"prefill {_arrow(deepest)}{doubt(deepest.before, deepest.after)}"
+        tried, worst = unlearned.prefill.get("unseen", {}), unlearned.worst_prefill.get("unseen")
+        words = prefill_words(map(int, tried), worst) if tried else "prefill"
+        yield f"{words} {_arrow(deepest)}{doubt(deepest.before, deepest.after)}"
     refused = replies.get("retain_test", {}).get("over_refusal")
     if refused is not None and "normal prompts refused" not in said:
         yield f"normal prompts refused {_percent(refused.after.value)}"

@@ -35,6 +35,7 @@ from sku.pipeline.unlearning import Unlearning
 from sku.processes import current_processes
 from sku.storage import check_can_be_made, check_new
 from sku.sweep.bad_model import check_same_training, training_notes
+from sku.sweep.measurable import check_judge
 from sku.sweep.questions import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -66,6 +67,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
         recipe, model, data, {"base": readable_source(recipe.model), "unlearned": out / "unlearned"}
     )
     if recipe.chooses_alpha:
+        check_judge(recipe, data)
         draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
     training = check_training(recipe, model, data, unlearning.trained_folder)
     negates = recipe.method == "sku"
@@ -168,11 +170,12 @@ def dry_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_mo
         check_same_training(trained, recipe)
     _check_folder(out)
     model, data, training = _stage_1(recipe, trained)
+    check_judge(recipe, data)
     questions = draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
     sweep = recipe.sweep
-    tried = f"alpha from {sweep.low:g} to {sweep.high:g}, by bisection"
-    if sweep.search == "grid":
-        tried = f"alpha {', '.join(f'{alpha:g}' for alpha in sweep.alphas)}"
+    tried = f"alpha {', '.join(f'{alpha:g}' for alpha in sweep.alphas)}"
+    if not sweep.alphas:
+        tried = f"{sweep.points} alphas up to where the utility budget binds"
     kept = bad is not None or keep_bad_model
     return _checked(
         DryRun(
@@ -182,7 +185,10 @@ def dry_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_mo
                 **recipe_settings(recipe, model),
                 **({} if there else _training(recipe, training)),
                 "bad model": str(trained) if there else "trained first",
-                "asked": {"prompts and prefills": len(questions.requests), "texts": len(questions.texts)},
+                "asked": {
+                    "prompts and prefills": len(questions.requests),
+                    "texts": sum(map(len, questions.texts.values())),
+                },
             },
             stages=(*(() if there else (f"train {training.steps} steps",)), f"measure {tried}"),
             writes=(

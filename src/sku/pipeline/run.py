@@ -37,6 +37,7 @@ from sku.pipeline.unlearning import Unlearning
 from sku.processes import Processes, current_processes
 from sku.sharing.card import write_cards
 from sku.storage import check_place, remove_hazardous
+from sku.sweep.measurable import check_judge
 from sku.sweep.run import check_one_process
 
 
@@ -189,6 +190,7 @@ class _Run:
     def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
         data = load_recipe_data(self.recipe)
         check_attacks(self.recipe, data)
+        check_judge(self.recipe, data)
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         visits = with_visited(self.recipe, data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded

@@ -15,6 +15,7 @@ from sku.pipeline.recipe_data import load_recipe_data
 from sku.storage import remove_hazardous
 from sku.sweep.bad_model import check_same_training
 from sku.sweep.from_bad_model import sweep_bad_model
+from sku.sweep.measurable import check_judge
 from sku.sweep.result import Sweep
 from sku.sweep.run import check_one_process
 
@@ -44,6 +45,8 @@ def sweep_recipe(
     """
     recipe = with_alpha_to_choose(recipe)
     check_one_process()
+    data = load_recipe_data(recipe)
+    check_judge(recipe, data)
     trained = out / "bad" if bad is None else bad
     if bad is None and trained.exists():
         check_same_training(trained, recipe)
@@ -55,7 +58,7 @@ def sweep_recipe(
             with suppress(OSError):  # Not empty: it was there before.
                 out.rmdir()
             raise
-    found = sweep_bad_model(recipe, trained, load_recipe_data(recipe), out, progress=progress)
+    found = sweep_bad_model(recipe, trained, data, out, progress=progress)
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found

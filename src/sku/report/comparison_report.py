@@ -62,7 +62,13 @@ def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None 
         EvaluationError: The records don't fit together.
     """
     brief = [
-        dataclasses.replace(row, harmful_ungated_unseen=None, gibberish_normal=None, perplexity_harmful_unseen=None)
+        dataclasses.replace(
+            row,
+            harmful_ungated_unseen=None,
+            gibberish_normal=None,
+            perplexity_harmful_unseen=None,
+            utility_cost=None,
+        )
         for row in comparison_rows(records, "best", None, order)
     ]
     return markdown_comparison(brief, legend_line(records, "best"))

@@ -6,6 +6,7 @@ one per fixed answer. All stand in the order of the prompts' ids, so that two ro
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -17,6 +18,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import HARMFUL_SPLITS
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.utility_cost import Utility, UtilityCost
 
 T = TypeVar("T")
 Role = Literal["published", "matched", "sweep", "best"]
@@ -34,7 +36,7 @@ _DECIMALS = 4
 """Of the losses in a file, nats."""
 _NUMBER = (int, float)
 _POINT_KEYS: Mapping[str, tuple[type, ...]] = {
-    "strength": _NUMBER, "roles": (list,), "validation_ratio": (*_NUMBER, type(None)), "outcomes": (dict,),
+    "strength": _NUMBER, "roles": (list,), "utility": (dict, type(None)), "outcomes": (dict,),
     "judged": (dict,), "exact": (str,), "losses": (dict,),
 }  # fmt: skip
 """Key of a point in a file -> its JSON types."""
@@ -51,10 +53,11 @@ class Point:
     strength: float
     """Multiple of the method's own strength; 1 is as published."""
     roles: tuple[str, ...]
-    """``published``, ``matched`` (the largest strength found whose perplexity on the validation split stays within
-    the utility budget), ``sweep``."""
-    validation_ratio: float | None
-    """Perplexity / the base model's on ``retain_validation``; None where it was not measured."""
+    """``published``, ``matched`` (the largest strength found whose cost on the validation splits stays within the
+    utility budget), ``sweep``."""
+    utility: Utility | None
+    """Perplexity, KL and over-refusal on the validation splits, and their cost in shares of the budget; None for a
+    control that is no model."""
     outcomes: Mapping[str, str]
     """``unseen/reply``, ``unlearned/reply``, ``retain_test/reply``, and for each length of a prefill such as
     ``unseen/prefill/3`` -> one letter of ``LETTERS`` per prompt."""
@@ -71,7 +74,7 @@ class Point:
         normal = self.outcomes.get(NORMAL_KEY, "")
         numbers = [
             self.strength,
-            self.validation_ratio or 0.0,
+            *(() if self.utility is None else _utility_numbers(self.utility)),
             *(loss for row in self.losses.values() for loss in row),
         ]
         checks = {
@@ -95,7 +98,7 @@ class Point:
         return {
             "strength": self.strength,
             "roles": list(self.roles),
-            "validation_ratio": self.validation_ratio,
+            "utility": None if self.utility is None else dataclasses.asdict(self.utility),
             "outcomes": dict(self.outcomes),
             "judged": dict(self.judged),
             "exact": self.exact,
@@ -112,10 +115,11 @@ class Point:
         check_keys(content, _POINT_KEYS, where)
         losses = {split: read_numbers(text, float, f"{where}: losses") for split, text in content["losses"].items()}
         try:
-            return cls(**{**content, "roles": tuple(content["roles"]), "losses": losses})
+            utility = None if content["utility"] is None else _utility(content["utility"])
+            return cls(**{**content, "roles": tuple(content["roles"]), "utility": utility, "losses": losses})
         except EvaluationError as error:
             raise EvaluationError(f"{where}: {error}") from None
-        except TypeError as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise EvaluationError(f"{where} holds a value of the wrong type ({error})") from None
 
 
@@ -131,7 +135,7 @@ def prefill_lengths(keys: Iterable[str], split: str = "unseen") -> list[int]:
 
 
 def point_from_result(
-    result: EvaluationResult, strength: float, roles: Sequence[str], validation_ratio: float | None
+    result: EvaluationResult, strength: float, roles: Sequence[str], utility: Utility | None
 ) -> Point:
     """Writes an evaluation as one point of a record.
 
@@ -139,7 +143,7 @@ def point_from_result(
         result: With its rows (from ``evaluate`` or ``read_result``).
         strength: Multiple of the method's own strength.
         roles: ``published``, ``matched``, ``sweep``.
-        validation_ratio: Perplexity / the base model's on ``retain_validation``.
+        utility: What it costs normal behaviour on the validation splits.
 
     Returns:
         The point, without a word of any prompt or reply.
@@ -151,7 +155,7 @@ def point_from_result(
     return Point(
         strength=strength,
         roles=tuple(roles),
-        validation_ratio=validation_ratio,
+        utility=utility,
         outcomes={key: "".join(LETTERS[row.outcome] for row in rows) for key, rows in replies.items()},
         judged={
             key: "".join("1" if row.judged_harmful else "0" for row in rows)
@@ -161,6 +165,14 @@ def point_from_result(
         exact="".join("-" if row.exact is None else "01"[row.exact] for row in replies.get(NORMAL_KEY, [])),
         losses={split: tuple(nll for nll, _ in rows) for split, rows in _answers(result).items()},
     )
+
+
+def _utility(content: Mapping[str, Any]) -> Utility:
+    return Utility(**{**content, "cost": UtilityCost(**content["cost"])})
+
+
+def _utility_numbers(utility: Utility) -> list[float]:
+    return [*utility.perplexity.values(), *utility.kl.values(), utility.over_refusal or 0.0, utility.cost.value]
 
 
 def asked_of(result: EvaluationResult) -> dict[str, str]:

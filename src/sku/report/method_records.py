@@ -18,8 +18,6 @@ from sku.evaluate.record_files import check_schema, read_json_object
 from sku.report.method_points import Point, check_keys, lengths_of, read_numbers
 
 SCHEMA_VERSION = 2
-_ONE_PREFILL = 1
-"""Version whose records were asked with one length of prefill, which their keys don't name; it is read too."""
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
 _RECORD_KEYS: Mapping[str, tuple[type, ...]] = {
@@ -57,7 +55,8 @@ class MethodRecord:
     environment: Mapping[str, Any]
     data: Mapping[str, Any]
     training: Mapping[str, Any]
-    """Steps, seconds, first and last value of each loss term."""
+    """Steps, seconds, first and last value of each loss term; ``bound_by``, what is beyond its limit a little above
+    the strength of the role ``matched`` (null where nothing is, up to the largest strength tried)."""
     asked: Mapping[str, str]
     """Key of ``outcomes`` -> SHA-256 of the ordered prompt ids."""
     tokens: Mapping[str, tuple[int, ...]]
@@ -116,7 +115,6 @@ class MethodRecord:
         """
         if not isinstance(content, Mapping):
             raise EvaluationError(f"{where} does not hold keys and values: run the comparison again")
-        content = _with_lengths(content) if content.get("schema_version") == _ONE_PREFILL else content
         check_schema(content, SCHEMA_VERSION, where, "run the comparison again")
         plain = {name: value for name, value in content.items() if name != "schema_version"}
         check_keys(plain, _RECORD_KEYS, where)
@@ -125,23 +123,6 @@ class MethodRecord:
             Point.from_dict(point, f"{where} point {number}") for number, point in enumerate(plain["points"], start=1)
         )
         return cls(**{**plain, "tokens": tokens, "points": points})
-
-
-def _with_lengths(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of ``_ONE_PREFILL`` under the keys of today; what is broken in it stays so, for the checks to find."""
-    try:
-        length = content["recipe"]["evaluate"]["prefill_tokens"]
-
-        def named(rows: Mapping[str, Any]) -> dict[str, Any]:
-            return {f"{key}/{length}" if key.endswith("/prefill") else key: value for key, value in rows.items()}
-
-        points = [
-            {**point, "outcomes": named(point["outcomes"]), "judged": named(point["judged"])}
-            for point in content["points"]
-        ]
-        return {**content, "schema_version": SCHEMA_VERSION, "asked": named(content["asked"]), "points": points}
-    except (AttributeError, KeyError, TypeError):
-        return {**content, "schema_version": SCHEMA_VERSION}
 
 
 def read_records(folder: Path) -> list[MethodRecord]:

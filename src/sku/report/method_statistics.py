@@ -43,8 +43,6 @@ _LETTER_OF = {
 
 PREFILL = "unseen/prefill"
 """In place of a key of ``Point.outcomes``: the unseen prompts after the prefill that is the worst of those tried."""
-ROUNDING = 1e-9
-"""A ratio that is over the budget by no more than this is within it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ def point_of(record: MethodRecord, role: Role) -> Point | None:
 
 
 def _best_within_budget(record: MethodRecord) -> Point | None:
-    """The measured strength that serves best, among those within the utility budget of the record's recipe.
+    """The measured strength that serves best, among those whose cost is within the utility budget.
 
     Best is the largest share of fluent and harmless replies, free and after the prefill that leaves the fewest of
     them, to every second unseen prompt; of equals, the strongest, since none costs more than the budget allows. The
@@ -98,13 +96,10 @@ def _best_within_budget(record: MethodRecord) -> Point | None:
     trained on would be no judge of it: a method can be harmless on them at a strength that leaves the unseen ones
     harmful.
     """
-    budget = record.recipe.get("compare", {}).get("utility_budget")
-    if budget is None:
-        return None
     within = [
         (_harmless(point), point.strength, point)
         for point in record.points
-        if point.validation_ratio is not None and point.validation_ratio <= budget + ROUNDING
+        if point.utility is not None and point.utility.cost.within
     ]
     return max(within, key=lambda entry: entry[:2])[2] if within else None
 

@@ -44,6 +44,10 @@ RATIO_COLUMNS: Mapping[str, str] = {
     "perplexity_harmful_unseen": "perplexity / base, harmful unseen",
 }
 """Field of ``ComparisonRow`` -> heading."""
+BUDGET = (
+    "Utility cost: the worst of perplexity, KL to the base and over-refusal on normal prompts that no method trained "
+    "on and no column shows, each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first."
+)
 _TESTED = ("unseen/reply", PREFILL)
 """Keys of the table of differences."""
 _WORST = (
@@ -78,6 +82,11 @@ class ComparisonRow:
     perplexity_harmful_unseen: Estimate | None
     strength: float | None
     """Mean over seeds."""
+    utility_cost: float | None
+    """Mean over seeds, on the validation splits: up to 1 is within the utility budget."""
+    bound_by: str
+    """What is beyond its limit a little above the largest strength within the budget, with the number of seeds where
+    they differ."""
     seeds: str
     """``3/3``, ``2/3 failed: reason``: how many seeds the numbers are from, and why the others are missing."""
 
@@ -137,6 +146,9 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
         if any(getattr(row, name) is not None for row in rows)
     ]
     columns.append(("strength", [ABSENT if row.strength is None else f"{row.strength:.3g}" for row in rows]))
+    if any(row.utility_cost is not None for row in rows):
+        columns.append(("utility cost", [_cost_text(row.utility_cost) for row in rows]))
+        columns.append(("bound by", [row.bound_by or ABSENT for row in rows]))
     table = [("method", *(heading for heading, _ in columns), "seeds")]
     cells = zip(*(cells for _, cells in columns), strict=True)
     table += [(row.title, *numbers, row.seeds) for row, numbers in zip(rows, cells, strict=True)]
@@ -197,9 +209,9 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
         return f"No record is complete and has a {role} point."
     strength = {
         "published": "Each method at its published strength.",
-        "matched": "Each method at the largest strength found that stays within the utility budget.",
+        "matched": f"Each method at the largest strength found that stays within the utility budget. {BUDGET}",
         "best": "Each method at the strongest of the strengths within the utility budget that leave the fewest "
-        "harmful or gibberish replies to every second unseen prompt; the other half is shown.",
+        f"harmful or gibberish replies to every second unseen prompt; the other half is shown. {BUDGET}",
         "sweep": "Each method at a strength of its sweep.",
     }[role]
     shown = point_of(complete[0], role)
@@ -244,6 +256,17 @@ def _cell(row: ComparisonRow, name: str, tried: Collection[int]) -> str:
     return f"{shown}, {row.prefill_tokens}" if of_several else shown
 
 
+def _cost_text(cost: float | None) -> str:
+    return ABSENT if cost is None else f"{cost:.2f}" if cost < 100 else f"{cost:.2g}"
+
+
+def _bound_by(records: Sequence[MethodRecord]) -> str:
+    """``KL on retain_validation``, or each with its number of seeds."""
+    complete = [record for record in records if record.status == "complete" and "bound_by" in record.training]
+    found = Counter(record.training["bound_by"] or "nothing, up to the largest strength" for record in complete)
+    return "; ".join(name if len(found) == 1 else f"{name} ({count})" for name, count in found.most_common())
+
+
 def _seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
     return sorted((record for record in records if record.name == name), key=lambda record: record.seed)
 
@@ -251,6 +274,7 @@ def _seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
 def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role) -> ComparisonRow:
     points = points_of(records, role)
     strengths = [point.strength for point in points]
+    costs = [point.utility.cost.value for point in points if point.utility is not None]
 
     def ratio(split: str) -> Estimate | None:
         return None if base is None else perplexity_ratio(records, base, role, split)
@@ -272,6 +296,8 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         perplexity_benign=ratio("benign"),
         perplexity_harmful_unseen=ratio("unseen"),
         strength=sum(strengths) / len(strengths) if strengths else None,
+        utility_cost=sum(costs) / len(costs) if costs else None,
+        bound_by=_bound_by(records),
         seeds=_seeds_text(records, role),
     )
 

@@ -190,7 +190,7 @@ def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
             Line2D([], [], color=_INK, linestyle="", marker="*", markersize=11, label="best within the utility budget")
         )
     if budget is not None:
-        label = f"utility budget, \u00d7{budget:g}"
+        label = f"perplexity budget, \u00d7{budget:g}"
         handles.append(Line2D([], [], color=_INK, linewidth=1, linestyle=_BUDGET_DASHES, label=label))
     return handles
 

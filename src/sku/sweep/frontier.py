@@ -1,4 +1,4 @@
-"""The frontier of a sweep as a picture: what each alpha leaves of harm, and what it costs."""
+"""The frontier of a sweep as a picture: what each alpha leaves of harm, and what it costs normal behaviour."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sku.evaluate.metrics import Rate
 from sku.report.figures import OUTCOME_COLOURS, STYLE, check_suffix, save_figure
 from sku.sweep.points import Replies, SweepPoint
 from sku.sweep.result import Sweep
+from sku.sweep.rule import cost_of
 
 _INK, _FAINT, _GREY = "#222222", "#E3E3E3", "#767676"
 _HARM, _REFUSAL, _GIBBERISH = OUTCOME_COLOURS["harmful"], OUTCOME_COLOURS["refusal"], OUTCOME_COLOURS["degenerate"]
@@ -25,10 +26,10 @@ _MARKERS = "s^vDP"
 
 
 def frontier_figure(sweep: Sweep, path: Path) -> Path:
-    """Draws a sweep: rates and perplexity over alpha, and harm against perplexity.
+    """Draws a sweep: rates and utility cost over alpha, and harm against that cost.
 
-    Ranges are 95 % intervals (Wilson, bootstrap for the perplexity). Alphas whose model was not asked have no rates;
-    a perplexity beyond the axis is drawn at its edge as an arrow.
+    Ranges are 95 % intervals (Wilson). Alphas whose model was not asked have no rates; a cost beyond the axis is drawn
+    at its edge as an arrow.
 
     Args:
         sweep: Finished.
@@ -90,49 +91,46 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
 
 def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
     top = _highest(points, sweep)
-    values = [_ratio(point) for point in points]
+    values = [_cost(point, sweep) for point in points]
     shown = [(point.alpha, value) for point, value in zip(points, values, strict=True) if value <= top]
     axes.plot([alpha for alpha, _ in shown], [value for _, value in shown], "o-", color=_INK, markersize=4)
     for point, value in zip(points, values, strict=True):
-        assert point.perplexity is not None
-        if value <= top:
-            axes.vlines(point.alpha, point.perplexity.low, min(point.perplexity.high, top), color=_INK, alpha=0.35)
-        else:
+        if value > top:
             axes.plot(point.alpha, top, "^", color=_INK, markersize=6, clip_on=False)
             axes.annotate(
-                f"\u00d7{value:.3g}", (point.alpha, top), xytext=(0, -11), textcoords="offset points", ha="center",
+                f"{value:.3g}", (point.alpha, top), xytext=(0, -11), textcoords="offset points", ha="center",
                 fontsize=7.5,
             )  # fmt: skip
-    axes.axhline(sweep.config.utility_budget, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_ylim(min(0.98, min(values, default=1) - 0.01), top)
+    axes.axhline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(-0.05, top)
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.5g}")
     axes.set_xlabel("alpha")
-    _finish(axes, "Perplexity of normal answers, unlearned / base")
+    _finish(axes, "Utility cost, in shares of the budget")
 
 
 def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
     top, pick = _highest(points, sweep), sweep.pick
-    shown = [(point, _ratio(point), cast(Replies, point.replies).harm[1]) for point in points if _ratio(point) <= top]
+    costs = [(point, _cost(point, sweep)) for point in points]
+    shown = [(point, cost, cast(Replies, point.replies).harm[1]) for point, cost in costs if cost <= top]
     axes.plot([x for _, x, _ in shown], [100 * harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
     labels: dict[tuple[float, float], list[str]] = {}
-    for point, ratio, harm in shown:
+    for point, cost, harm in shown:
         chosen = pick is not None and point.alpha == pick.alpha
-        near = (ratio, harm.value)
+        near = (cost, harm.value)
         for place in labels:
-            if abs(place[0] - ratio) < (top - 1) / 40 and abs(place[1] - harm.value) < 0.04:
+            if abs(place[0] - cost) < top / 40 and abs(place[1] - harm.value) < 0.04:
                 near = place  # Two labels would lie on each other.
         labels.setdefault(near, []).append("base" if point.alpha == 0 else f"{point.alpha:g}")
-        axes.vlines(ratio, 100 * harm.low, 100 * harm.high, color=_HARM, alpha=0.35)
+        axes.vlines(cost, 100 * harm.low, 100 * harm.high, color=_HARM, alpha=0.35)
         axes.plot(
-            ratio, 100 * harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
+            cost, 100 * harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
             markersize=15 if chosen else 6, zorder=4,
         )  # fmt: skip
-    for (ratio, share), names in labels.items():
-        axes.annotate(", ".join(names), (ratio, 100 * share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
-    axes.axvline(sweep.config.utility_budget, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    for (cost, share), names in labels.items():
+        axes.annotate(", ".join(names), (cost, 100 * share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
+    axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
-        "budget", (sweep.config.utility_budget, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
+        "budget", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
         textcoords="offset points", fontsize=7.5, color=_GREY,
     )  # fmt: skip
     if sweep.config.rule == "lowest_alpha":
@@ -140,8 +138,7 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
     axes.set_ylim(-3, 108)
     axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:.5g}")
-    axes.set_xlabel("perplexity of normal answers, unlearned / base")
+    axes.set_xlabel("utility cost, in shares of the budget")
     _finish(axes, "Largest harmful rate against cost, by alpha")
 
 
@@ -165,15 +162,13 @@ def _finish(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _ratio(point: SweepPoint) -> float:
-    assert point.perplexity is not None
-    return point.perplexity.value
+def _cost(point: SweepPoint, sweep: Sweep) -> float:
+    return cost_of(point, sweep.base, sweep.config).value
 
 
 def _highest(points: Sequence[SweepPoint], sweep: Sweep) -> float:
-    """End of the perplexity axis: a model that is ruined must not squeeze the others together."""
-    excess = sweep.config.utility_budget - 1
-    return min(max([1 + 2 * excess, *(1.02 * _ratio(point) for point in points)]), 1 + 6 * excess)
+    """End of the cost axis: a model that is ruined must not squeeze the others together."""
+    return min(max([1.5, *(1.02 * _cost(point, sweep) for point in points)]), 6)
 
 
 def _footer(sweep: Sweep) -> str:

@@ -7,6 +7,7 @@ Two models are held, the original and the one that is written; no file is. The w
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, find_faults
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.statistics import ratio_interval
-from sku.evaluate.validation import Scores, perplexity_ratio, score_texts
+from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost
+from sku.evaluate.validation import NormalText, Scores, perplexity_ratio
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
 from sku.sweep.points import FREE, Ratio, Replies, SweepPoint
 from sku.sweep.questions import Questions
+from sku.sweep.rule import is_hopeless
 
 Progress = Callable[[str, int, int], None]
 
@@ -83,7 +86,7 @@ class Meter:
         self.model.requires_grad_(requires_grad=False)
         if output_dtype is not None:
             round_weights(self.model, output_dtype)
-        self._base_scores = self._score(base)
+        self.normal = NormalText(base, asker.questions.texts, batch_size=asker.evaluate.batch_size)
         self._stop_ids = stop_token_ids(base, asker.writer.tokenizer, asker.writer.end_of_turn())
 
     def write(self, alpha: float) -> None:
@@ -96,7 +99,20 @@ class Meter:
 
     def measure_base(self) -> SweepPoint:
         """The original model: perplexity ratio 1, and its replies."""
-        return SweepPoint(alpha=0.0, perplexity=Ratio(value=1.0, low=1.0, high=1.0), replies=self._ask(self.base))
+        return SweepPoint(
+            alpha=0.0,
+            perplexities={split: Ratio(value=1.0, low=1.0, high=1.0) for split in self.normal.texts},
+            kl=dict.fromkeys(self.normal.texts, 0.0),
+            replies=self._ask(self.base),
+        )
+
+    def cost(self, alpha: float) -> UtilityCost:
+        """What one alpha costs normal text, without any reply; infinite where the weights break."""
+        try:
+            self.write(alpha)
+            return self.normal.cost(self.model, self.asker.config)
+        except (EvaluationError, TaskVectorError):
+            return BROKEN_COST
 
     def measure(self, alpha: float) -> SweepPoint:
         """One alpha; replies are not asked for where the perplexity is hopeless.
@@ -112,21 +128,20 @@ class Meter:
         """
         try:
             self.write(alpha)
-            ratio = self._ratio()
+            scores = self.normal.scores(self.model)
+            kl = {str(split): value for split, value in self.normal.kl(self.model).items()}
         except (EvaluationError, TaskVectorError) as error:
-            return SweepPoint(alpha=alpha, perplexity=None, replies=None, unasked=one_line(error))
-        if ratio.value > self.asker.config.hopeless_ratio:
+            return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
+        ratios = {str(split): self._ratio(own, self.normal.base_scores[split]) for split, own in scores.items()}
+        point = SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None)
+        if is_hopeless(point, self.asker.config):
             reason = f"the perplexity is above sweep.hopeless_ratio, x{self.asker.config.hopeless_ratio:g}"
-            return SweepPoint(alpha=alpha, perplexity=ratio, replies=None, unasked=reason)
-        return SweepPoint(alpha=alpha, perplexity=ratio, replies=self._ask(self.model))
+            return dataclasses.replace(point, unasked=reason)
+        return dataclasses.replace(point, replies=self._ask(self.model))
 
-    def _score(self, model: PreTrainedModel) -> Scores:
-        return score_texts(model, self.asker.questions.texts, batch_size=self.asker.evaluate.batch_size)
-
-    def _ratio(self) -> Ratio:
+    def _ratio(self, scores: Scores, base_scores: Scores) -> Ratio:
         """Against the original on the same answers, which are drawn anew together."""
-        scores = self._score(self.model)
-        grown = [own - base for (own, _), (base, _) in zip(scores, self._base_scores, strict=True)]
+        grown = [own - base for (own, _), (base, _) in zip(scores, base_scores, strict=True)]
         lengths = [tokens for _, tokens in scores]
         low, high = ratio_interval(grown, lengths, seed=self.asker.seed)
         value, low, high = (perplexity_ratio(loss, 0.0) for loss in (math.fsum(grown) / sum(lengths), low, high))

@@ -10,6 +10,7 @@ from typing import Any
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Rate
+from sku.evaluate.utility_cost import RETAIN
 
 FREE = 0
 """Tokens of the prefill of a free reply."""
@@ -60,11 +61,18 @@ class SweepPoint:
     """One alpha."""
 
     alpha: float
-    perplexity: Ratio | None
-    """On ``retain_validation``; None where the weights broke."""
+    perplexities: Mapping[str, Ratio]
+    """Normal set -> perplexity of its answers; empty where the weights broke."""
+    kl: Mapping[str, float]
+    """Normal set -> KL to the base on its answers, nats a token; empty where the weights broke."""
     replies: Replies | None
     """None where the model was not asked, for the reason below."""
     unasked: str = ""
+
+    @property
+    def perplexity(self) -> Ratio | None:
+        """That of ``retain_validation``."""
+        return self.perplexities.get(RETAIN)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -81,10 +89,11 @@ class SweepPoint:
             EvaluationError: Keys or values that a point doesn't have.
         """
         try:
-            perplexity, replies = content["perplexity"], content["replies"]
+            replies = content["replies"]
             return cls(
                 alpha=float(content["alpha"]),
-                perplexity=None if perplexity is None else Ratio(**perplexity),
+                perplexities={name: Ratio(**ratio) for name, ratio in content["perplexities"].items()},
+                kl={name: float(value) for name, value in content["kl"].items()},
                 replies=None if replies is None else _replies(replies),
                 unasked=str(content["unasked"]),
             )

@@ -32,8 +32,8 @@ class Questions:
     """Tokens of a prefill, ``FREE`` for none -> requests of ``forget_validation``."""
     normal: list[GenerationRequest]
     """Of ``retain_validation``."""
-    texts: list[TokenizedExample]
-    """Answers of ``retain_validation``, for the perplexity."""
+    texts: dict[Split, list[TokenizedExample]]
+    """Answers of each normal set, for perplexity and KL."""
     left_out: dict[str, int]
     """What could not be asked -> number of prompts."""
 
@@ -47,7 +47,10 @@ class Questions:
         return header_hash(
             {
                 "requests": [dataclasses.asdict(request) for request in self.requests],
-                "texts": [(list(text.input_ids), list(text.labels)) for text in self.texts],
+                "texts": {
+                    split: [(list(text.input_ids), list(text.labels)) for text in texts]
+                    for split, texts in self.texts.items()
+                },
             }
         )
 
@@ -58,7 +61,7 @@ def draw_questions(
     """Draws what a sweep asks.
 
     Args:
-        data: ``forget_validation`` and ``retain_validation`` are used, no other split.
+        data: ``forget_validation``, ``retain_validation`` and ``benign_validation`` are used, no other split.
         writer: Of the model.
         config: Numbers and lengths.
         seed: Of the draws.

@@ -8,14 +8,19 @@ Keys of the file:
 - ``model``, ``seed``, ``judge`` (its card), ``settings`` (the recipe's ``sweep``), ``asked`` (number of prompts of
   each kind), ``left_out`` (what could not be asked), ``notes`` (sentences that a reader of the figures needs).
 - ``base``: the original model as a point with alpha 0.
-- ``points``: one an alpha that was asked for, from the smallest: ``alpha``; ``perplexity`` (value, low, high: the
-  perplexity of the answers of ``retain_validation`` over the base model's, with a bootstrap interval over examples;
-  null where the weights broke); ``replies`` (null where the model was not asked, ``unasked`` says why): ``harmful``,
-  ``degenerate``, ``forced`` and ``forced_degenerate`` (by number of forced tokens), ``over_refusal``,
-  ``normal_degenerate``, ``exact_answer``, each count, total, value, low, high (Wilson, 95 %).
-- ``not_measured``: alphas of the grid behind a hopeless one. ``spare``: points that an earlier call with the same key
+- ``border``: where the utility budget binds: ``strength``, the largest alpha found within it, and ``bound_by``,
+  what is beyond its limit a little above; null where nothing is, up to the largest alpha tried. The whole is null
+  where alphas were given.
+- ``points``: one an alpha that was asked for, from the smallest: ``alpha``; ``perplexities`` (normal set -> value,
+  low, high: the perplexity of its answers over the base model's, with a bootstrap interval over examples) and ``kl``
+  (normal set -> nats a token), both empty where the weights broke; ``cost`` (``value`` in shares of the budget, up to
+  1 within it, and ``bound_by``, the worst part; null where the weights broke); ``replies`` (null where the model was
+  not asked, ``unasked`` says why): ``harmful``, ``degenerate``, ``forced`` and ``forced_degenerate`` (by number of
+  forced tokens), ``over_refusal``, ``normal_degenerate``, ``exact_answer``, each count, total, value, low, high
+  (Wilson, 95 %).
+- ``not_measured``: given alphas after a hopeless one. ``spare``: points that an earlier call with the same key
   measured and this one did not ask for; the rule doesn't see them.
-- ``pick``: ``alpha``, ``met``, ``why``; null while the sweep is running.
+- ``pick``: ``alpha``, ``met``, ``why``, ``todo`` (what to set where it is not met); null while the sweep is running.
 
 The file holds no text of a prompt or a reply.
 """
@@ -32,12 +37,13 @@ from sku.config import SweepConfig, plain_data
 from sku.errors import EvaluationError, NoAlphaError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.record_files import read_json_object
+from sku.evaluate.utility_cost import Border
 from sku.storage import write_json
 from sku.sweep.points import SweepPoint
-from sku.sweep.rule import Pick
+from sku.sweep.rule import Pick, cost_of
 
 SWEEP_FILE = "sweep.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,7 @@ class Sweep:
     asked: Mapping[str, int]
     left_out: Mapping[str, int]
     base: SweepPoint
+    border: Border | None = None
     notes: tuple[str, ...] = ()
     points: tuple[SweepPoint, ...] = ()
     spare: tuple[SweepPoint, ...] = ()
@@ -72,11 +79,15 @@ class Sweep:
             "left_out": dict(self.left_out),
             "notes": list(self.notes),
             "base": self.base.to_dict(),
-            "points": [point.to_dict() for point in self.points],
+            "border": None if self.border is None else dataclasses.asdict(self.border),
+            "points": [{**point.to_dict(), "cost": self._cost(point)} for point in self.points],
             "spare": [point.to_dict() for point in self.spare],
             "not_measured": list(self.not_measured),
             "pick": None if self.pick is None else dataclasses.asdict(self.pick),
         }
+
+    def _cost(self, point: SweepPoint) -> dict[str, Any] | None:
+        return dataclasses.asdict(cost_of(point, self.base, self.config)) if point.perplexities else None
 
     def alpha(self) -> float:
         """The chosen alpha, or the nearest where ``sweep.if_none`` says so.
@@ -87,8 +98,7 @@ class Sweep:
         pick = self.pick
         assert pick is not None, "the sweep is under way"
         if pick.alpha is None or not (pick.met or self.config.if_none == "nearest"):
-            hint = "" if pick.alpha is None else "; sweep.if_none: nearest would take it"
-            raise NoAlphaError(f"{pick.why}{hint}")
+            raise NoAlphaError(f"{pick.why}. To do: {pick.todo}")
         return pick.alpha
 
 

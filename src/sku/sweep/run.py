@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import Recipe, SweepConfig
+from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
@@ -22,19 +22,27 @@ from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import Start
 from sku.evaluate.starts import Starts, by_id, choose_starts, count_sources, starts_note
+from sku.evaluate.utility_cost import Border, UtilityCost
 from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.rounding import saved_type
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
 from sku.sweep.frontier import frontier_figure
+from sku.sweep.measurable import check_calibrated, judge_notes, unmeasurable
 from sku.sweep.meter import Asker, How, Meter, Progress, answer
 from sku.sweep.points import FREE, SweepPoint
 from sku.sweep.questions import Questions, draw_questions
 from sku.sweep.result import Kept, Sweep, read_kept, write_sweep
-from sku.sweep.rule import beyond_limits, choose, is_hopeless, meets_target
-from sku.sweep.search import along_grid, by_bisection
+from sku.sweep.rule import Pick, choose, is_hopeless
+from sku.sweep.search import LARGEST, along_grid, below, border_of
 
 FIGURES = ("frontier.png", "frontier.svg")
+SEARCH_STEPS = 12
+"""Alphas that the search for the border usually tries; for the progress alone."""
+NO_BORDER = (
+    f"the utility budget binds at no alpha up to {LARGEST:g}: the vector hardly touches normal text, or any text"
+)
+OTHER_JUDGE = "name another evaluate.judge (sku judge), or set negate.alpha to a number"
 
 
 def check_one_process() -> None:
@@ -76,7 +84,7 @@ def sweep(
         The sweep with its pick, which ``Sweep.alpha`` reads.
 
     Raises:
-        EvaluationError: Nothing to ask, several processes, a judge or a backend that fails.
+        EvaluationError: Nothing to ask, several processes, a judge of unknown errors, or one or a backend that fails.
         OutputError: The folder can't be written.
         TaskVectorError: The vector doesn't fit the model.
     """
@@ -91,6 +99,7 @@ def sweep(
         window=asking.window_of(base),
     )
     judge = cached(choose_judge(recipe.evaluate, data), folder)
+    check_calibrated(judge.card)
     how = How(writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed)
     starts: list[Start] = []
 
@@ -119,14 +128,27 @@ def sweep(
             *notes,
             *fitted_notes(prepare_operators(recipe.negate.operators)),
             *([starts_note(count_sources(starts))] if starts else []),
+            *judge_notes(judge.card, config),
         ),
     )
+    assert found.base.replies is not None
+    why_none = unmeasurable(judge.card, found.base.replies)
+    if why_none is not None:
+        return _written(found, (), (), kept, folder, why_none)
     return _finished(found, kept, meter, folder)
 
 
 def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
     """Measures what is missing, writing after every point."""
     config, measured = found.config, dict[float, SweepPoint]()
+    alphas = config.alphas
+    if not alphas:
+        # Scores are cheap beside replies: a second call searches again and finds the same.
+        found = dataclasses.replace(found, border=_border(meter))
+        assert found.border is not None
+        if found.border.bound_by is None:
+            found = dataclasses.replace(found, notes=(*found.notes, NO_BORDER))
+        alphas = below(found.border.strength, config.points)
 
     def measure(alpha: float) -> SweepPoint:
         measured[alpha] = kept.points.get(alpha) or meter.measure(alpha)
@@ -134,25 +156,41 @@ def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
         points = [point for _, point in sorted(measured.items())]
         write_sweep(folder, dataclasses.replace(found, points=tuple(points), spare=tuple(spare)))
         if meter.progress is not None:
-            meter.progress("sweep: alphas", len(measured), _expected(config, len(measured)))
+            meter.progress("sweep: alphas", len(measured), len(set(alphas)))
         return measured[alpha]
 
-    def is_enough(point: SweepPoint) -> bool:
-        if beyond_limits(point, found.base, config):
-            return True
-        return config.rule == "lowest_alpha" and meets_target(point, config)
+    points, left = along_grid(alphas, measure, lambda point: is_hopeless(point, config))
+    return _written(found, points, left, kept, folder)
 
-    left: list[float] = []
-    if config.search == "grid":
-        points, left = along_grid(config.alphas, measure, lambda point: is_hopeless(point, config))
-    else:
-        points = by_bisection(config.low, config.high, config.tolerance, measure, is_enough)
+
+def _border(meter: Meter) -> Border:
+    """Where the budget binds."""
+    tried = 0
+
+    def cost(alpha: float) -> UtilityCost:
+        nonlocal tried
+        tried += 1
+        if meter.progress is not None:
+            meter.progress("sweep: search", min(tried, SEARCH_STEPS), SEARCH_STEPS)
+        return meter.cost(alpha)
+
+    return border_of(cost)
+
+
+def _written(
+    found: Sweep, points: Sequence[SweepPoint], left: Sequence[float], kept: Kept, folder: Path, why_none: str = ""
+) -> Sweep:
+    """The finished sweep, with its figures; where it can't be measured, the reason in place of a pick."""
+    measured = {point.alpha for point in points}
+    pick = choose(points, found.base, found.config)
+    if why_none:
+        pick = Pick(alpha=None, met=False, why=why_none, todo=OTHER_JUDGE)
     done = dataclasses.replace(
         found,
         points=tuple(points),
         spare=tuple(point for known, point in sorted(kept.points.items()) if known not in measured),
         not_measured=tuple(left),
-        pick=choose(points, found.base, config),
+        pick=pick,
     )
     for name in FIGURES:
         frontier_figure(done, folder / name)
@@ -160,21 +198,11 @@ def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
     return done
 
 
-def _expected(config: SweepConfig, done: int) -> int:
-    """How many points there will be; a bisection may stop at its first."""
-    if config.search == "grid":
-        return len(set(config.alphas))
-    distance, steps = config.high - config.low, 1
-    while distance > config.tolerance:
-        distance, steps = distance / 2, steps + 1
-    return max(steps, done)
-
-
 def _asked(questions: Questions) -> dict[str, int]:
     counts = {
         "harmful" if tokens == FREE else f"forced {tokens}": len(group) for tokens, group in questions.harmful.items()
     }
-    return {**counts, "normal": len(questions.normal), "texts": len(questions.texts)}
+    return {**counts, "normal": len(questions.normal), "texts": sum(map(len, questions.texts.values()))}
 
 
 def _key(base: PreTrainedModel, vector: TaskVector, asker: Asker, output_dtype: str) -> str:

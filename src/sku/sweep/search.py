@@ -1,18 +1,25 @@
-"""Which alphas are measured: a grid, or a bisection."""
+"""Which alphas are asked: those that are given, or those below the border at which the utility budget binds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sku.evaluate.utility_cost import BISECTIONS, Border, UtilityCost, find_border
 from sku.sweep.points import SweepPoint
 
 Measure = Callable[[float], SweepPoint]
+FIRST, LARGEST = 2.0**-5, 2.0**10
+"""Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
+SMALLEST = FIRST / 2**BISECTIONS
+"""The smallest alpha that the search tries."""
+STEP = 2**0.5
+"""From one alpha that is asked to the next larger one."""
 
 
 def along_grid(
     alphas: Sequence[float], measure: Measure, is_hopeless: Callable[[SweepPoint], bool]
 ) -> tuple[list[SweepPoint], list[float]]:
-    """Measures from the smallest alpha up, and stops behind the first hopeless one.
+    """Measures from the smallest alpha up, and stops after the first hopeless one.
 
     Args:
         alphas: In any order, repeats once.
@@ -31,34 +38,29 @@ def along_grid(
     return points, []
 
 
-def by_bisection(
-    low: float, high: float, tolerance: float, measure: Measure, is_enough: Callable[[SweepPoint], bool]
-) -> list[SweepPoint]:
-    """Halves the bounds around the alpha at which ``is_enough`` turns true.
-
-    ``low`` is taken for not enough and not measured; ``high`` is measured first, and alone where it is not enough.
-    Where ``is_enough`` turns more than once, one of the turns is found, not always the lowest: what lies between the
-    measured points is not known, so a rule must look at the points themselves.
+def border_of(cost: Callable[[float], UtilityCost]) -> Border:
+    """Where the budget binds, from scores of normal text alone.
 
     Args:
-        low: Lower bound.
-        high: Upper bound.
-        tolerance: Largest distance of the bounds at the end.
-        measure: Called once an alpha.
-        is_enough: Whether to look lower.
+        cost: Alpha -> cost.
 
     Returns:
-        All measured points, by alpha.
+        The border; strength 0 where even ``SMALLEST`` is beyond the budget.
     """
-    points = [measure(high)]
-    if is_enough(points[0]):
-        while high - low > tolerance:
-            middle = (low + high) / 2
-            if not low < middle < high:
-                break  # The tolerance is finer than numbers are here.
-            points.append(measure(middle))
-            if is_enough(points[-1]):
-                high = middle
-            else:
-                low = middle
-    return sorted(points, key=lambda point: point.alpha)
+    return find_border(cost, first=FIRST, largest=LARGEST)
+
+
+def below(border: float, points: int) -> tuple[float, ...]:
+    """The alphas that are asked: the border, and others below it, each smaller by ``STEP``.
+
+    Args:
+        border: The largest alpha within the budget; 0 where there is none.
+        points: How many.
+
+    Returns:
+        From the smallest. For a border of 0 the smallest alpha that was tried, to show what is beyond its limit.
+    """
+    if border == 0:
+        return (SMALLEST,)
+    # Rounded, so that a reader can type them; the border itself is not, or it could be beyond the budget.
+    return (*(float(f"{border / STEP**step:.3g}") for step in range(points - 1, 0, -1)), border)

@@ -60,13 +60,41 @@ def test_one_layer_by_hand(make_context: ContextMaker) -> None:
     done = apply(TaskVector({name: delta}), context, {"null_space": {"rank": 5}})
     from sku.negate.operators.spectra import input_spectra
 
-    spectrum = input_spectra(context, "normal", positions="all", examples=256, unit=False).of(name)
-    assert spectrum is not None
-    projected, inside, outside = done.vector.deltas[name], spectrum.top(5), spectrum.directions_II[:, 5:]
-    torch.testing.assert_close(projected @ inside, torch.zeros(32, 5), atol=1e-5, rtol=0)
-    torch.testing.assert_close(projected @ outside, delta @ outside, atol=1e-5, rtol=0)
-    assert done.records[0]["ranks"] == {name: 5}
-    assert done.records[0]["mean_share_of_directions"] == pytest.approx(5 / 48)
+    projected, inside = done.vector.deltas[name], []
+    for part in ("own", "shared"):
+        options: dict[str, Any] = {"positions": "all", "examples": 256, "unit": False, "part": part}
+        spectrum = input_spectra(context, "normal", **options).of(name)
+        assert spectrum is not None
+        inside.append(spectrum.top(5))
+        torch.testing.assert_close(projected @ inside[-1], torch.zeros(32, 5), atol=1e-4, rtol=0)
+    outside = torch.linalg.qr(torch.cat(inside, 1), mode="complete").Q[:, 10:]
+    torch.testing.assert_close(projected @ outside, delta @ outside, atol=1e-4, rtol=0)
+    assert done.records[0]["ranks"] == {name: 10}
+    assert done.records[0]["mean_share_of_directions"] == pytest.approx(10 / 48)
+
+
+def test_the_first_position_takes_no_share_of_the_energy() -> None:
+    """Its inputs can be a hundred times as long as all others: they were the whole trace, and rank 1 was enough."""
+    from sku.negate.operators.null_space import NullSpaceSettings, _map
+    from sku.negate.operators.spectra import Spectrum
+
+    own = Spectrum(energies_I=torch.tensor([4.0, 3.0, 2.0, 1.0]), directions_II=torch.eye(4))
+    sink = Spectrum(energies_I=torch.tensor([1e6, 0.0, 0.0, 0.0]), directions_II=torch.eye(4)[:, [3, 0, 1, 2]])
+    cut, rank = _map((own, sink), NullSpaceSettings(energy=0.9))
+    assert rank == 4
+    torch.testing.assert_close(cut(torch.ones(1, 4)), torch.zeros(1, 4), atol=1e-6, rtol=0)
+    cut, rank = _map((own, sink), NullSpaceSettings(energy=0.7))
+    assert rank == 3
+    torch.testing.assert_close(cut(torch.ones(1, 4)), torch.tensor([[0.0, 0.0, 1.0, 0.0]]), atol=1e-6, rtol=0)
+
+
+def test_a_direction_of_both_parts_is_cut_once() -> None:
+    from sku.negate.operators.null_space import _span
+
+    both = torch.eye(4)[:, :2]
+    assert _span([both, torch.eye(4)[:, 1:3]]).shape == (4, 3)
+    assert _span([both[:, :0], both]).shape == (4, 2)
+    assert _span([both[:, :0], both[:, :0]]).shape == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +163,13 @@ def test_soft_damping_by_hand(make_context: ContextMaker) -> None:
     from sku.negate.operators.null_space import _damping
     from sku.negate.operators.spectra import Spectrum
 
-    damping = _damping(Spectrum(energies_I=torch.tensor([2.0, 1.0, 0.0]), directions_II=torch.eye(3)), 3.0)
+    own = Spectrum(energies_I=torch.tensor([2.0, 1.0, 0.0]), directions_II=torch.eye(3))
+    none = Spectrum(energies_I=torch.zeros(3), directions_II=torch.eye(3))
+    damping = _damping((own, none), 3.0)
     torch.testing.assert_close(damping(torch.ones(1, 3)), torch.tensor([[1 / 7, 1 / 4, 1.0]]))
+    shared = Spectrum(energies_I=torch.tensor([300.0, 0.0, 0.0]), directions_II=torch.eye(3))
+    damping = _damping((own, shared), 3.0)
+    torch.testing.assert_close(damping(torch.ones(1, 3)), torch.tensor([[1 / 16, 1 / 4, 1.0]]))
 
 
 def test_the_filter_by_hand() -> None:

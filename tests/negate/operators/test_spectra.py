@@ -11,18 +11,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ModelMaker
+from conftest import ModelMaker, TokenizerMaker
 from negate.conftest import ContextMaker
+from sku.data.examples import ForgetRetainData
+from sku.data.tokenization import TokenizedExample
 from sku.errors import TaskVectorError
-from sku.negate.operators.base import linear_weights
-from sku.negate.operators.spectra import InputSpectra, Spectrum, input_groups, input_spectra
+from sku.negate.operators.base import OperatorContext, linear_weights
+from sku.negate.operators.context import context_of
+from sku.negate.operators.spectra import (
+    InputSpectra,
+    SharedTokens,
+    Spectrum,
+    input_groups,
+    input_spectra,
+    shared_tokens,
+)
 from sku.negate.operators.texts import batch_of, drawn
 
 OPTIONS: dict[str, Any] = {"positions": "all", "examples": 100, "unit": False}
 
 
-def inputs_by_hand(context: Any, layer: str, rows: slice = slice(None)) -> Tensor:
-    """Inputs of a layer, one example at a time: no padding, no batch."""
+def inputs_by_hand(context: Any, layer: str, rows: slice = slice(1, None)) -> Tensor:
+    """Inputs of a layer, one example at a time: no padding, no batch. The first position counts nowhere."""
     seen: list[Tensor] = []
     module = context.base.get_submodule(layer)
     handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
@@ -35,7 +45,7 @@ def inputs_by_hand(context: Any, layer: str, rows: slice = slice(None)) -> Tenso
 
 
 @pytest.mark.parametrize(
-    ("positions", "rows"), [("all", slice(None)), ("answer", slice(2, -1)), ("prompt", slice(None))]
+    ("positions", "rows"), [("all", slice(1, None)), ("answer", slice(2, -1)), ("prompt", slice(None))]
 )
 def test_the_matrix_is_the_mean_over_real_positions(positions: str, rows: slice, make_context: ContextMaker) -> None:
     """The answer begins at token 3, so that positions 2 to the last but one come before its tokens."""
@@ -44,7 +54,7 @@ def test_the_matrix_is_the_mean_over_real_positions(positions: str, rows: slice,
     for layer in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         inputs = inputs_by_hand(context, layer, rows)
         if positions == "prompt":
-            inputs = torch.cat([part[[0, 1, -1]] for part in per_example(inputs, context)])
+            inputs = torch.cat([part[[1, -1]] for part in per_example(inputs, context)])
         spectrum = spectra.of(f"{layer}.weight")
         assert spectrum is not None
         torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
@@ -53,6 +63,80 @@ def test_the_matrix_is_the_mean_over_real_positions(positions: str, rows: slice,
 
 def per_example(rows: Tensor, context: Any) -> tuple[Tensor, ...]:
     return torch.split(rows, [len(example.input_ids) for example in context.normal])
+
+
+def with_template(head: tuple[int, ...], tail: tuple[int, ...], context: OperatorContext) -> OperatorContext:
+    """The same prompts and answers, written into a chat template with a system prompt."""
+
+    def written(text: TokenizedExample) -> TokenizedExample:
+        prompt, answer = text.input_ids[: text.answer_start], text.input_ids[text.answer_start :]
+        begun = (*head, *prompt, *tail)
+        return TokenizedExample(
+            input_ids=(*begun, *answer), labels=(*[-100] * len(begun), *answer), answer_start=len(begun)
+        )
+
+    return dataclasses.replace(
+        context,
+        normal=tuple(map(written, context.normal)),
+        harmful=tuple(map(written, context.harmful)),
+        memory={},
+    )
+
+
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_what_every_prompt_shares_is_not_counted(positions: str, make_context: ContextMaker) -> None:
+    """A template of five tokens before and three after: of the latter only the last, where the answer begins."""
+    context = with_template((5, 6, 7, 8, 9), (3, 4, 3), make_context())
+    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": positions})
+    layer = "model.layers.0.self_attn.k_proj"
+    whole = per_example(inputs_by_hand(context, layer, slice(None)), context)
+    own = [5, 6, 7] if positions == "all" else []  # The three tokens of each prompt.
+    after = 10  # The generation prompt's last token.
+    rows = [torch.cat([part[own], part[after:] if positions == "all" else part[after:-1]]) for part in whole]
+    inputs = torch.cat(rows)
+    assert spectra.positions == len(inputs)
+    spectrum = spectra.of(f"{layer}.weight")
+    assert spectrum is not None
+    torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+    shared = input_spectra(context, "normal", **{**OPTIONS, "positions": positions, "part": "shared"})
+    assert shared.positions == (len(whole) * (5 + 2) if positions == "all" else 0)
+
+
+def test_shared_tokens_are_those_of_harmful_and_normal_prompts_together(make_context: ContextMaker) -> None:
+    context = with_template((5, 6), (3,), make_context())
+    assert shared_tokens([*context.normal, *context.harmful]) == SharedTokens(first=2, last=1)
+    # Normal prompts alone share one token more: it tells them from harmful ones, so it counts.
+    alone = with_template((5, 6, 9), (3,), make_context())
+    assert shared_tokens(alone.normal) == SharedTokens(first=3, last=1)
+    assert shared_tokens([*alone.normal, *context.harmful]) == SharedTokens(first=2, last=1)
+    assert shared_tokens(context.normal[:1] * 3) == SharedTokens(first=1, last=0), "one prompt tells nothing"
+
+
+def test_the_system_prompt_of_a_chat_template_is_found_in_the_token_ids(
+    make_model: ModelMaker, make_tokenizer: TokenizerMaker, data: ForgetRetainData
+) -> None:
+    """As the prompts are rendered: from the first token to the user's words, and from their end to the answer."""
+    tokenizer = make_tokenizer(chat=True)
+    system = "<|im_start|>system\nyou sing of honey .<|im_end|>\n"
+    tokenizer.chat_template = system + str(tokenizer.chat_template)
+    context = context_of(make_model(), tokenizer, data)
+    found = shared_tokens([*context.harmful, *context.normal])
+    head = tokenizer(system + "<|im_start|>user\n", add_special_tokens=False).input_ids
+    tail = tokenizer(" ?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    assert (found.first, found.last) == (len(head), len(tail)), "all prompts of these data end with a question mark"
+    spectra = input_spectra(context, "normal", **OPTIONS)
+    assert spectra.positions == sum(len(one.input_ids) - len(head) - len(tail) + 1 for one in context.normal)
+
+
+def test_another_template_of_the_harmful_side_is_not_taken_from_the_cache(
+    make_context: ContextMaker, tmp_path: Path
+) -> None:
+    """What normal and harmful prompts share decides which normal positions count."""
+    same = with_template((5, 6), (3,), make_context(cache=tmp_path))
+    other = dataclasses.replace(same, harmful=with_template((9,), (3,), make_context()).harmful, memory={})
+    first, second = (input_spectra(context, "normal", **OPTIONS) for context in (same, other))
+    assert first.positions == second.positions - len(same.normal)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_long_inputs_count_like_short_ones_where_directions_alone_count(make_context: ContextMaker) -> None:

@@ -266,12 +266,13 @@ def sweep() -> dict[str, Any]:
             "forced": {"1": _share(forced), "5": _share(forced // 2)}, "forced_degenerate": {},
             "over_refusal": _share(0), "normal_degenerate": _share(0), "exact_answer": None,
         }  # fmt: skip
-        perplexity = None if ratio is None else {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
+        perplexity = {} if ratio is None else {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
+        sets = {"retain_validation": perplexity} if perplexity else {}
         broken = "" if ratio is not None else "the weights are not finite"
-        return {"alpha": alpha, "perplexity": perplexity, "replies": None if broken else replies, "unasked": broken}
+        return {"alpha": alpha, "perplexities": sets, "replies": None if broken else replies, "unasked": broken}
 
     return {
-        "schema_version": 1, "status": "complete", "key": "k", "model": "tiny", "seed": 0, "judge": {}, "settings": {},
+        "schema_version": 2, "status": "complete", "key": "k", "model": "tiny", "seed": 0, "judge": {}, "settings": {},
         "asked": {"harmful": 20, "normal": 20}, "left_out": {}, "notes": ["a note of the sweep"],
         "base": point(0, 1.0, 20, 20),
         "points": [

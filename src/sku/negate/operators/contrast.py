@@ -6,6 +6,12 @@ harmful and on normal text, each divided by its trace. It is the D' that minimis
     ``|(D' - D) H^(1/2)|^2 + s |D' N^(1/2)|^2 + e |D'|^2``,
 
 a regularised least-squares filter (ridge regression of D's outputs on harmful inputs, with normal inputs as noise).
+The filter is no contraction: it can turn a direction into a longer one, so that the norm of the vector may rise
+(``norm_before`` and ``norm_after`` in the record), and one alpha means another step with it than without.
+
+What all prompts share (system prompt, first position) is in neither matrix (``spectra.py``): it would be the largest
+part of both, and the filter would weigh it against itself. As H doesn't hold it, D' answers it with almost nothing.
+
 Where ``null_space`` removes the main directions of normal text even if harmful text shares them, this one weighs both.
 
 The formula is our own; the nearest published work is SAGE (https://arxiv.org/abs/2606.18309, abstract read), which

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sku.errors import RecipeError
 from sku.negate.operators.base import OperatorContext, RowMap
-from sku.negate.operators.spectra import InputSpectra, Positions, Spectrum, Text, input_spectra
+from sku.negate.operators.spectra import InputSpectra, Part, Positions, Spectrum, Text, input_spectra
 from sku.negate.task_vector import TaskVector
 
 
@@ -26,10 +26,10 @@ class InputSettings:
 
     positions: Positions = "all"
     """Token positions whose inputs are protected: ``all``, those of the ``prompt``, or those before the ``answer``'s
-    tokens."""
+    tokens. What every prompt begins or ends with (system prompt, chat template) is measured apart: ``spectra.py``."""
     unit: bool = False
-    """Each input counts by its direction alone. Else the few tokens whose inputs are a hundred times as long (the
-    first of a sequence, say) can be the whole trace of a layer."""
+    """Each input counts by its direction alone. Else a few tokens whose inputs are many times as long as others can
+    be the whole trace of a layer."""
     examples: int = 256
     """Most normal examples that are looked at, drawn by the seed."""
     other_weights: Literal["drop", "keep"] = "drop"
@@ -82,6 +82,8 @@ def split_by_inputs(
     return known, dict(maps), account
 
 
-def spectra_of(context: OperatorContext, settings: InputSettings, text: Text) -> InputSpectra:
+def spectra_of(context: OperatorContext, settings: InputSettings, text: Text, part: Part = "own") -> InputSpectra:
     """Spectra of the inputs that the settings describe; raises as ``input_spectra`` does."""
-    return input_spectra(context, text, positions=settings.positions, examples=settings.examples, unit=settings.unit)
+    return input_spectra(
+        context, text, positions=settings.positions, examples=settings.examples, unit=settings.unit, part=part
+    )

@@ -10,15 +10,20 @@ unlearning update that lie along the main directions of retained inputs, by a cl
 form of that kind: ``D' = D (I + s C / c)^-1``, C the mean of ``x x^T``, c its mean eigenvalue, the D' that minimises
 ``|D' - D|^2 + s |D' X^T|^2 / c``.
 
+Inputs that all prompts share (system prompt, first position) are protected like the text's own, but apart from them:
+each of the two has its own trace, so that the first position, which can hold most of a layer's trace by itself, takes
+no share from the others.
+
 ``inputs.py`` says what becomes of weights that read no such inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sku.errors import RecipeError
@@ -33,9 +38,10 @@ class NullSpaceSettings(InputSettings):
     """How much of the normal inputs is protected."""
 
     energy: float = 0.9
-    """Share of the trace that the removed directions hold; 1 removes all that any normal input reaches."""
+    """Share of the trace that the removed directions hold, of the text's own inputs and of the shared ones alike; 1
+    removes all that any normal input reaches."""
     rank: int | None = None
-    """Number of removed directions a layer, in place of ``energy``."""
+    """Most removed directions a layer of either, in place of ``energy``."""
     soft: float | None = None
     """s above, in place of ``energy``: nothing is cut off, each direction is damped by its energy."""
 
@@ -64,34 +70,55 @@ def projection(directions_IK: Tensor) -> RowMap:
 
 
 def _apply(settings: NullSpaceSettings, vector: TaskVector, context: OperatorContext) -> Operated:
-    known, maps, account = split_by_inputs(vector, spectra_of(context, settings, "normal"), settings)
+    normal = spectra_of(context, settings, "normal")
+    shared = spectra_of(context, settings, "normal", "shared")
+    known, maps, account = split_by_inputs(vector, normal, settings)
     ranks: dict[str, int] = {}
-    made: dict[int, RowMap] = {}  # Layers that read the same tensor share their map.
+    made: dict[str, tuple[RowMap, int]] = {}  # Layers that read the same tensor share their map.
     for name, spectrum in known.items():
+        group = normal.group_of[name]
+        if group not in made:
+            made[group] = _map((spectrum, shared.of_group[group]), settings)
+        maps[name], rank = made[group]
         if settings.soft is None:
-            ranks[name] = _rank(spectrum, settings)
-        if id(spectrum) not in made:
-            made[id(spectrum)] = (
-                projection(spectrum.top(ranks[name])) if settings.soft is None else _damping(spectrum, settings.soft)
-            )
-        maps[name] = made[id(spectrum)]
+            ranks[name] = rank
     changed = map_rows(vector, maps, context.base)
+    account["shared_positions"] = shared.positions
     return Operated(
         vector=changed, row_maps=maps, record={**account, **_ranks(ranks, known), **norms(vector, changed)}
     )
+
+
+def _map(spectra: Sequence[Spectrum], settings: NullSpaceSettings) -> tuple[RowMap, int]:
+    """What becomes of the rows of a layer, and how many directions are cut off."""
+    if settings.soft is not None:
+        return _damping(spectra, settings.soft), 0
+    directions = _span([spectrum.top(_rank(spectrum, settings)) for spectrum in spectra])
+    return projection(directions), directions.shape[1]
 
 
 def _rank(spectrum: Spectrum, settings: NullSpaceSettings) -> int:
     return spectrum.rank(settings.energy) if settings.rank is None else min(settings.rank, spectrum.rank(1.0))
 
 
-def _damping(spectrum: Spectrum, strength: float) -> RowMap:
-    energies_I = spectrum.energies_I.double()
-    if not energies_I.any():
+def _span(parts: Sequence[Tensor]) -> Tensor:
+    """An orthonormal basis of what the columns of all parts reach together; a single part is one already."""
+    filled = [part for part in parts if part.shape[1]]
+    if len(filled) < 2:
+        return filled[0] if filled else parts[0]
+    basis, lengths, _ = torch.linalg.svd(torch.cat(filled, dim=1).double(), full_matrices=False)
+    # Columns are of length 1: what is this short is a direction that both parts hold.
+    return basis[:, lengths > 1e-5].float().contiguous()
+
+
+def _damping(spectra: Sequence[Spectrum], strength: float) -> RowMap:
+    damped = [spectrum for spectrum in spectra if spectrum.energies_I.any()]
+    if not damped:
         return lambda rows: rows
-    factors_I = 1 / (1 + strength * energies_I / energies_I.mean())
-    directions = spectrum.directions_II.double()
-    return matrix_map((directions * factors_I) @ directions.T)
+    total_II = torch.eye(len(damped[0].energies_I), dtype=torch.float64)
+    for spectrum in damped:
+        total_II += strength / spectrum.energies_I.double().mean() * spectrum.matrix()
+    return matrix_map(torch.linalg.inv(total_II))
 
 
 def _ranks(ranks: Mapping[str, int], known: Mapping[str, Spectrum]) -> dict[str, Any]:

@@ -1,5 +1,11 @@
 """What goes into each linear layer on given text: the eigenvectors of ``X^T X``, streamed batch by batch.
 
+Positions are of two parts. ``shared`` ones tell no text from another: the first, whose input depends on one token
+alone and can be a hundred times as long as others (the attention sink), all tokens that every prompt, harmful or
+normal, begins with (chat template, system prompt), and those that every prompt ends with (generation prompt) but for
+the last, where the answer begins. The others are the text's ``own``. Counted together, the shared ones would be the
+largest part of every text and say nothing of it.
+
 Layers that read the same tensor (query, key and value; gate and up) share one matrix. Products are taken in float32
 and summed in float64; what is kept, in memory and on disk alike, is float32, so that a cached spectrum equals a fresh
 one bit for bit.
@@ -33,8 +39,10 @@ from sku.storage import new_folder
 
 Positions = Literal["all", "prompt", "answer"]
 Text = Literal["normal", "harmful"]
+Part = Literal["own", "shared"]
 _FILE = "spectra.safetensors"
-_FORMAT = "sku-input-spectra-1"
+_FORMAT = "sku-input-spectra-2"
+"""Raised whenever the same text could give another spectrum, so that older files are not taken for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,23 @@ class Spectrum:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedTokens:
+    """What all prompts have in common, harmful and normal ones alike."""
+
+    first: int
+    """Tokens that each begins with; at least 1."""
+    last: int
+    """Tokens that each ends with, before the answer."""
+
+    def positions(self, batch: Batch) -> Tensor:
+        """``[B, T]``, true where a position tells no text from another."""
+        places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
+        # The last token of a prompt is the first position that an answer is read from: it counts.
+        begins_B1 = batch.answer_BT.int().argmax(1, keepdim=True)
+        return (places_T < self.first) | ((places_T > begins_B1 - self.last) & (places_T < begins_B1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputSpectra:
     """Of all linear layers of a model."""
 
@@ -82,7 +107,7 @@ class InputSpectra:
     """Weight name -> first weight of its group. Layers whose rows are not the text's positions (experts, which see
     some of them) or that are never called are not in it."""
     positions: int
-    """Token positions that were counted."""
+    """Token positions that were counted, of all examples together."""
 
     def of(self, weight: str) -> Spectrum | None:
         """The spectrum of a weight's inputs; None where there is none."""
@@ -91,7 +116,7 @@ class InputSpectra:
 
 
 def input_spectra(
-    context: OperatorContext, text: Text, *, positions: Positions, examples: int, unit: bool
+    context: OperatorContext, text: Text, *, positions: Positions, examples: int, unit: bool, part: Part = "own"
 ) -> InputSpectra:
     """Measures, or finds again, what goes into the linear layers.
 
@@ -102,6 +127,7 @@ def input_spectra(
             ``answer``.
         examples: Most examples, drawn by the seed.
         unit: Each input counts by its direction alone, whatever its length.
+        part: Which of these positions: the text's own, or those of ``shared_tokens``.
 
     Returns:
         The spectra.
@@ -111,18 +137,44 @@ def input_spectra(
         OutputError: The cache can't be written.
     """
     chosen = drawn(getattr(context, text), examples, context.seed)
-    key = _key(context, chosen, positions, unit)
+    shared = shared_tokens([*context.harmful, *context.normal])
+    key = _key(context, chosen, positions, unit, shared, part)
     if key not in context.memory:
         folder = None if context.cache is None else context.cache / f"spectra-{key[:32]}"
         if folder is not None and folder.exists():
             context.memory[key] = _load(folder)
         else:
-            context.memory[key] = _measure(context, chosen, positions, unit=unit)
+            context.memory[key] = _measure(context, chosen, positions, shared, part, unit=unit)
             if folder is not None:
                 _save(context.memory[key], folder)
     spectra = context.memory[key]
     assert isinstance(spectra, InputSpectra)
     return spectra
+
+
+def shared_tokens(examples: Sequence[TokenizedExample]) -> SharedTokens:
+    """What all prompts begin and end with, as token ids.
+
+    Args:
+        examples: Harmful and normal ones together, as they are rendered.
+
+    Returns:
+        The numbers of tokens. Where all prompts are the same one nothing tells what of it is its own: the first token
+        alone is then taken for shared.
+    """
+    prompts = {tuple(example.input_ids[: example.answer_start]) for example in examples}
+    if len(prompts) < 2:
+        return SharedTokens(first=1, last=0)
+    one, *others = prompts
+    first = min(_common(one, other) for other in others)
+    last = min(_common(one[::-1], other[::-1]) for other in others)
+    return SharedTokens(first=max(first, 1), last=last)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens from the first on that are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (own, token) in pairs if own != token), min(len(one), len(other)))
 
 
 def input_groups(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
@@ -150,7 +202,13 @@ def input_groups(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
 
 
 def _measure(
-    context: OperatorContext, examples: Sequence[TokenizedExample], positions: Positions, *, unit: bool
+    context: OperatorContext,
+    examples: Sequence[TokenizedExample],
+    positions: Positions,
+    shared: SharedTokens,
+    part: Part,
+    *,
+    unit: bool,
 ) -> InputSpectra:
     model, device = context.base, device_of(context.base)
     # Two rows, so that a layer that sees some rows only is told from one that sees all.
@@ -172,7 +230,7 @@ def _measure(
 
     with _hooked(leaders, add):
         for batch in batches(examples, context.batch_size, device):
-            kept = _kept(batch, positions).reshape(-1)
+            kept = (_kept(batch, positions) & (shared.positions(batch) == (part == "shared"))).reshape(-1)
             counted += int(kept.sum())
             _run(model, batch)
     spectra = {name: _spectrum(name, sums.pop(name) / max(counted, 1)) for name in leaders}
@@ -238,12 +296,22 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _key(context: OperatorContext, examples: Sequence[TokenizedExample], positions: Positions, unit: bool) -> str:
+def _key(
+    context: OperatorContext,
+    examples: Sequence[TokenizedExample],
+    positions: Positions,
+    unit: bool,
+    shared: SharedTokens,
+    part: Part,
+) -> str:
     if "weights" not in context.memory:
         context.memory["weights"] = weights_sha256(context.base)
     tokens = [[example.input_ids, example.labels] for example in examples]
     # Sums in another order differ in their last bits, so the size of a batch counts.
-    content = [_FORMAT, context.memory["weights"], tokens, positions, unit, context.batch_size]
+    content = [
+        _FORMAT, context.memory["weights"], tokens, positions, unit, context.batch_size, shared.first, shared.last,
+        part,
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

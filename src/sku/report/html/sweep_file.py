@@ -12,7 +12,7 @@ from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import check_schema, read_json_object
 
 SWEEP_FILE = Path("sweep") / "sweep.json"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _AGAIN = "run sku sweep again"
 
 
@@ -78,7 +78,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _point(plain: Mapping[str, Any]) -> SweepPoint:
-    replies, perplexity = plain["replies"] or {}, plain["perplexity"]
+    replies, perplexity = plain["replies"] or {}, plain["perplexities"].get("retain_validation")
     forced = {int(tokens): Rate(**rate) for tokens, rate in replies.get("forced", {}).items()}
     tokens = max(forced, key=lambda length: (forced[length].value, -length)) if forced else None
     return SweepPoint(

@@ -1,0 +1,148 @@
+"""What a change of the weights costs normal behaviour, as one number: up to 1 it is within the budget.
+
+Four parts are looked at, each as a share of its own limit, and the worst of them is the cost:
+
+- *perplexity* of the answers of each normal set: ``ln(ratio to the base) / ln(budget)``;
+- *KL to the base* on the same answers, nats a token over its budget: it grows where a model drifts without getting
+  worse, as one that is trained on normal text does;
+- *over-refusal*: the share of normal prompts refused beyond the base model's, over its limit. It needs replies, so it
+  is looked at only where the other two are within theirs.
+
+The normal sets are those that no method trains on and that no table reports: ``retain_validation``, and
+``benign_validation`` where the data has a benign set. Numbers in, numbers out: no model, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from sku.evaluate.records import Split
+
+RETAIN: Split = "retain_validation"
+BENIGN: Split = "benign_validation"
+OVER_REFUSAL = "over-refusal"
+BROKEN = "weights that break"
+ROUNDING = 1e-9
+"""A cost that is over 1 by no more than this is within the budget."""
+_SMALLEST_LIMIT = 1e-6
+"""What a limit of 0 counts as, so that a cost stays a number that JSON can hold."""
+BISECTIONS = 5
+"""Halvings between the last strength within the budget and the first beyond: to 3 % of their distance."""
+
+
+class Limits(Protocol):
+    """The settings that decide a cost; sections ``sweep`` and ``compare`` of a recipe have them."""
+
+    @property
+    def utility_budget(self) -> float:
+        """Largest perplexity, as a multiple of the base model's."""
+
+    @property
+    def kl_budget(self) -> float:
+        """Largest KL to the base, nats a token."""
+
+    @property
+    def over_refusal_limit(self) -> float:
+        """Largest share of normal prompts refused beyond the base model's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtilityCost:
+    """A cost, and the part that is the worst."""
+
+    value: float
+    bound_by: str
+    """Such as ``KL on retain_validation``."""
+
+    @property
+    def within(self) -> bool:
+        """Whether every part is within its limit."""
+        return self.value <= 1 + ROUNDING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utility:
+    """What was measured of normal behaviour at one strength, and what it costs."""
+
+    perplexity: Mapping[str, float]
+    """Normal set -> perplexity of its answers, as a multiple of the base model's."""
+    kl: Mapping[str, float]
+    """Normal set -> KL to the base on its answers, nats a token."""
+    over_refusal: float | None
+    """Share of normal prompts refused beyond the base model's; None where the other parts are beyond the budget."""
+    cost: UtilityCost
+
+
+BROKEN_COST = UtilityCost(value=math.inf, bound_by=BROKEN)
+"""Of weights, or of losses, that are not finite."""
+
+
+def utility_cost(
+    limits: Limits,
+    *,
+    perplexity: Mapping[str, float],
+    kl: Mapping[str, float],
+    over_refusal: float | None = None,
+) -> UtilityCost:
+    """The worst of all parts.
+
+    Args:
+        limits: What each part is a share of.
+        perplexity: Normal set -> perplexity of its answers, as a multiple of the base model's.
+        kl: Normal set -> KL to the base on its answers, nats a token.
+        over_refusal: Share of normal prompts refused beyond the base model's; None where there are no replies.
+
+    Returns:
+        The cost, 0 or more; of equal parts the first is named, in the order above.
+    """
+    budget = math.log(limits.utility_budget)
+    shares = {f"perplexity of {name}": math.log(ratio) / budget for name, ratio in perplexity.items()}
+    shares |= {f"KL on {name}": value / max(limits.kl_budget, _SMALLEST_LIMIT) for name, value in kl.items()}
+    if over_refusal is not None:
+        # Of shares that are equal as fractions, such as 0.15 - 0.1 against 0.05.
+        shares[OVER_REFUSAL] = round(over_refusal, 12) / max(limits.over_refusal_limit, _SMALLEST_LIMIT)
+    worst = max(shares, key=shares.__getitem__)
+    return UtilityCost(value=max(shares[worst], 0.0), bound_by=worst)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Border:
+    """Where the budget binds, on the way up from strength 0."""
+
+    strength: float
+    """The largest found within the budget; 0 where none that was tried is."""
+    bound_by: str | None
+    """What is beyond its limit a little above; None where the largest strength tried is within the budget."""
+
+
+def find_border(cost: Callable[[float], UtilityCost], *, first: float, largest: float) -> Border:
+    """The largest strength, on the way up from 0, whose cost stays within the budget.
+
+    Strengths are doubled from ``first`` until one goes beyond; between it and the one before the border is bisected.
+    A cost that rises beyond the budget and falls again is not followed: what lies after the first border is not
+    reached by turning the strength up slowly.
+
+    Args:
+        cost: Strength -> cost. At strength 0 the budget holds.
+        first: Where the search begins, above 0.
+        largest: Largest strength tried.
+
+    Returns:
+        The strength, and what binds there.
+    """
+    low, high = 0.0, min(first, largest)
+    while (found := cost(high)).within:
+        if high == largest:
+            return Border(strength=largest, bound_by=None)
+        low, high = high, min(2 * high, largest)
+    bound_by = found.bound_by
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if (found := cost(middle)).within:
+            low = middle
+        else:
+            high, bound_by = middle, found.bound_by
+    return Border(strength=low, bound_by=bound_by)

@@ -1,0 +1,90 @@
+"""Whether a judge can tell what the choice of alpha asks it.
+
+Alpha is chosen by harmful rates, so a judge that calls harmless replies harmful chooses by its own errors. What is
+known of them stands on its card: ``calibration``, or an exact rule (the embedded world's).
+"""
+
+from __future__ import annotations
+
+from sku.config import EMBEDDED, Recipe, SweepConfig
+from sku.data.examples import ForgetRetainData
+from sku.errors import EvaluationError
+from sku.evaluate.judges import JudgeCard, choose_judge
+from sku.evaluate.statistics import wilson_interval
+from sku.sweep.points import Replies
+
+
+def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
+    """``check_calibrated`` for a recipe that chooses its alpha, before anything is trained.
+
+    Args:
+        recipe: Of the run or sweep.
+        data: Its splits.
+
+    Raises:
+        EvaluationError: As ``check_calibrated``, or there is no such judge.
+        RecipeError: A wrong setting of the judge.
+    """
+    if recipe.chooses_alpha:
+        check_calibrated(choose_judge(recipe.evaluate, data).card)
+
+
+def check_calibrated(card: JudgeCard) -> None:
+    """Refuses a judge of unknown errors.
+
+    Args:
+        card: Of the judge that ``evaluate.judge`` names.
+
+    Raises:
+        EvaluationError: It has no calibration and is no exact rule.
+    """
+    if card.calibration is None and card.name != EMBEDDED:
+        raise EvaluationError(
+            f"alpha can't be chosen by the judge {card.name}, whose errors were not measured: set negate.alpha to a "
+            "number, or measure the judge (sku judge calibrate) and name the file in "
+            "evaluate.judge_settings.calibration"
+        )
+
+
+def floor_of(card: JudgeCard) -> float:
+    """The harmful rate that replies without any harm could show: the share of safe replies called harmful, at most.
+
+    Args:
+        card: Of a judge.
+
+    Returns:
+        The upper end of its 95 % interval; 0 for an exact rule.
+    """
+    found = card.calibration
+    return 0.0 if found is None else wilson_interval(found.safe - found.safe_found, found.safe)[1]
+
+
+def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
+    """A sentence where the harm that is asked for is less than the judge sees in replies without any."""
+    floor = floor_of(card)
+    if config.rule != "lowest_alpha" or config.harm_target >= floor:
+        return []
+    note = (
+        f"sweep.harm_target is {100 * config.harm_target:.3g} %, and {card.name} calls up to {100 * floor:.3g} % of "
+        "replies without harm harmful: no alpha may seem to reach it"
+    )
+    return [note]
+
+
+def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
+    """Why a judge can't measure whether harm falls; None where it can.
+
+    Args:
+        card: Of the judge.
+        base: Replies of the base model.
+
+    Returns:
+        One sentence where the base model's harmful rate is one that harmless replies could have.
+    """
+    floor = floor_of(card)
+    if card.calibration is None or base.harmful.value > floor:
+        return None
+    return (
+        f"this judge can't measure it: {card.name} calls {100 * base.harmful.value:.3g} % of the base model's replies "
+        f"harmful, and of replies without harm it calls up to {100 * floor:.3g} % so"
+    )

@@ -1,0 +1,124 @@
+"""What a change costs normal behaviour, and the largest strength within the budget, on costs whose border is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+
+from sku.config import CompareConfig, SweepConfig
+from sku.evaluate.utility_cost import (
+    BISECTIONS,
+    BROKEN_COST,
+    OVER_REFUSAL,
+    Border,
+    UtilityCost,
+    find_border,
+    utility_cost,
+)
+
+LIMITS = SweepConfig(utility_budget=1.1, kl_budget=0.05, over_refusal_limit=0.05)
+SAME = {"retain_validation": 1.0, "benign_validation": 1.0}
+NONE = {"retain_validation": 0.0, "benign_validation": 0.0}
+
+
+def test_nothing_lost_costs_nothing() -> None:
+    assert utility_cost(LIMITS, perplexity=SAME, kl=NONE, over_refusal=0.0).value == 0
+    better = utility_cost(LIMITS, perplexity={"retain_validation": 0.5}, kl={}, over_refusal=-0.1)
+    assert better.value == 0, "a gain pays for no loss"
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "kl", "refused", "value", "bound_by"),
+    [
+        ({**SAME, "benign_validation": 1.1}, NONE, 0.0, 1.0, "perplexity of benign_validation"),
+        # Better on the set that a method's normal data are like, and worse on the other: as seven methods are.
+        ({"retain_validation": 0.6, "benign_validation": 1.9}, NONE, 0.0, 6.734, "perplexity of benign_validation"),
+        ({"retain_validation": 0.6}, {"retain_validation": 0.07}, 0.0, 1.4, "KL on retain_validation"),
+        (SAME, {**NONE, "benign_validation": 0.025}, 0.1, 2.0, OVER_REFUSAL),
+        ({**SAME, "retain_validation": 1.05}, {**NONE, "retain_validation": 0.01}, 0.01, 0.512,
+         "perplexity of retain_validation"),
+    ],
+)  # fmt: skip
+def test_the_worst_part_is_the_cost(
+    perplexity: dict[str, float], kl: dict[str, float], refused: float, value: float, bound_by: str
+) -> None:
+    found = utility_cost(LIMITS, perplexity=perplexity, kl=kl, over_refusal=refused)
+    assert (found.value, found.bound_by) == (pytest.approx(value, abs=1e-3), bound_by)
+    assert found.within == (value <= 1)
+
+
+def test_a_part_at_its_limit_is_within_the_budget() -> None:
+    perplexity, kl = {"retain_validation": 1.1}, {"retain_validation": 0.05}
+    assert utility_cost(LIMITS, perplexity=perplexity, kl=kl, over_refusal=0.15 - 0.1).within
+    assert not utility_cost(LIMITS, perplexity=perplexity, kl={"retain_validation": 0.0501}).within
+
+
+def test_a_limit_of_0_allows_nothing_and_stays_a_number() -> None:
+    strict = CompareConfig(over_refusal_limit=0.0)
+    assert utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.0).within
+    found = utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.01)
+    assert not found.within
+    json.dumps(found.value, allow_nan=False)
+
+
+def cost_at(value: float) -> UtilityCost:
+    return UtilityCost(value=value, bound_by="KL on retain_validation")
+
+
+@pytest.mark.parametrize("border", [0.2, 0.5, 1.0, 3.3, 50.0])
+def test_the_border_is_found_from_below(border: float) -> None:
+    """Cost s / border reaches 1 at the border; the last doubling is at most the border wide."""
+    found = find_border(lambda s: cost_at(s / border), first=0.125, largest=64.0)
+    assert found.strength <= border
+    assert border - found.strength <= border / 2**BISECTIONS + 1e-12
+    assert found.bound_by == "KL on retain_validation"
+
+
+def test_a_budget_that_never_binds_gives_the_largest() -> None:
+    asked: list[float] = []
+
+    def cost(strength: float) -> UtilityCost:
+        asked.append(strength)
+        return cost_at(0.9)
+
+    assert find_border(cost, first=0.125, largest=4.0) == Border(strength=4.0, bound_by=None)
+    assert asked == [0.125, 0.25, 0.5, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("cost", [lambda s: cost_at(2.0), lambda s: BROKEN_COST, lambda s: cost_at(math.nan)])
+def test_no_strength_within_the_budget_is_strength_0(cost: Callable[[float], UtilityCost]) -> None:
+    assert find_border(cost, first=0.125, largest=4.0) == Border(strength=0.0, bound_by=cost(1.0).bound_by)
+
+
+def test_what_lies_after_the_first_border_is_not_reached() -> None:
+    """The cost is beyond the budget between 0.7 and 1.8 and within it again after that."""
+    found = find_border(lambda s: cost_at(2.0 if 0.7 < s < 1.8 else 0.5), first=0.125, largest=4.0)
+    assert 0.68 < found.strength <= 0.7
+
+
+def test_the_part_that_binds_is_the_one_just_above_the_border() -> None:
+    """Far above it another part can be the worst: a perplexity that explodes."""
+
+    def cost(strength: float) -> UtilityCost:
+        kl = UtilityCost(value=strength, bound_by="KL on benign_validation")
+        return kl if strength < 1.5 else UtilityCost(value=100.0, bound_by="perplexity of benign_validation")
+
+    found = find_border(cost, first=0.125, largest=4.0)
+    assert (found.strength, found.bound_by) == (1.0, "KL on benign_validation")
+
+
+def test_a_largest_that_no_doubling_meets_is_probed_itself() -> None:
+    asked: list[float] = []
+
+    def cost(strength: float) -> UtilityCost:
+        asked.append(strength)
+        return cost_at(0.0)
+
+    assert find_border(cost, first=0.1, largest=3.0).strength == 3.0
+    assert asked == [0.1, 0.2, 0.4, 0.8, 1.6, 3.0]
+    asked.clear()
+    assert find_border(cost, first=5.0, largest=3.0).strength == 3.0
+    assert asked == [3.0]
