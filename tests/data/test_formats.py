@@ -31,7 +31,8 @@ def test_auto_recognises(found: list[str], name: str) -> None:
 
 def test_auto_refuses_what_fits_twice_or_never() -> None:
     with pytest.raises(
-        DataError, match=r"fit formats prompt_completion and messages: set format. Columns found: prompt"
+        DataError,
+        match=r"fit formats prompt_completion and messages: set one, .*=prompt_completion\. Columns found: prompt",
     ):
         detect_format(["prompt", "completion", "messages"], AUTO, "retain")
     with pytest.raises(DataError, match=r"no known format fits the forget data.*Columns found: a, b"):

@@ -40,7 +40,7 @@ def test_splits_and_provenance(forget: Path, retain: Path) -> None:
     first, second = data.provenance
     assert (first.source, first.location, first.rows_read) == ("pku_saferlhf", str(forget), 62)
     assert first.rows_left_out == {"duplicate": 1, "empty prompt": 1, "safe answer": 20}
-    assert first.licence == "CC-BY-NC-4.0"
+    assert first.licence is None, "anyone's table may have these columns"
     assert (first.safe_answers, second.safe_answers) == (40, 0)
     for example in (*data.unlearned, *data.unseen):
         assert example.safe_answer == f"{example.prompt.replace('harm', 'bad')} 2"

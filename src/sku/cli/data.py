@@ -85,7 +85,7 @@ def _print(description: DataDescription) -> None:
         results.print(f"{source.source}: {source.location}", soft_wrap=True)
         facts = {"rows read": source.rows_read, **source.rows_left_out, "revision": source.revision}
         facts |= {"examples with a safe answer": source.safe_answers}
-        facts |= {"licence": source.licence, "sha256": source.sha256[:16]}
+        facts |= {"licence": source.licence or "unknown", "sha256": source.sha256[:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))

@@ -59,7 +59,7 @@ class Provenance:
     safe_answers: int = 0
     """Forget examples that have a safe answer."""
     licence: str | None = None
-    """Licence of the dataset that the format belongs to; data of your own in that format keeps your own."""
+    """As the recipe says (``data.*.license``), else that of a known hub dataset; None where neither tells it."""
 
 
 @dataclass(frozen=True, kw_only=True)
