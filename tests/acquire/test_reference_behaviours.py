@@ -106,7 +106,7 @@ def test_reference_switches_all_on_and_a_recipe_keeps_the_bools() -> None:
     [
         ("compat=refrence", r"compat is 'refrence'; it must be reference, or .* Did you mean reference\?"),
         ("compat={question_token: true}", r"compat\.question_token .*Did you mean question_tokens\?"),
-        ("compat.row_split=1", "compat.row_split is 1; it must be of type bool"),
+        ("compat.row_split=1", "compat.row_split is 1; it must be true or false"),
         ("compat=", "compat must hold keys and values, not None"),
     ],
 )

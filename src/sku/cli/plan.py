@@ -46,7 +46,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, disk and time of a run from its recipe and the model's config.json; no weight is loaded."""
-    settings = resolve_recipe(recipe, model=model, overrides=overrides)
+    settings = resolve_recipe(recipe, model=model, overrides=overrides, check=False)
     if gpu_memory <= 0 or not 0 < efficiency <= 1 or (peak_tflops is not None and peak_tflops <= 0):
         raise RecipeError("--gpu-memory and --peak-tflops must be above 0, and --efficiency above 0 and at most 1")
 

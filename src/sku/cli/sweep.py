@@ -37,6 +37,7 @@ from sku.cli.options import (
     overrides_of,
     words_of,
 )
+from sku.cli.inputs import check_inputs
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries
@@ -79,6 +80,7 @@ def sweep(
     """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
     given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
     settings, bad = _read_target(target, recipe, [*given, *(overrides or [])])
+    check_inputs(settings)
     folder = out or new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()

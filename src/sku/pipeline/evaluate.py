@@ -17,6 +17,7 @@ from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress, evaluate
+from sku.memory_errors import named_memory_errors
 from sku.models import load_config, load_model, with_path
 from sku.negate.survival import model_survival
 from sku.pipeline.recipe_data import load_recipe_data
@@ -51,8 +52,9 @@ def evaluate_recipe(
     check_one_process_attacks(recipe, current_processes())
     data = load_recipe_data(recipe)
     check_attacks(recipe, data)
-    base = load_model(recipe.model)
-    measured = load_model(with_path(recipe.model, model))
+    with named_memory_errors("load"):
+        base = load_model(recipe.model)
+        measured = load_model(with_path(recipe.model, model))
     before, after = (
         evaluate_one(recipe, candidate.model, candidate.tokenizer, data, base.model, out / name, progress, source)
         for name, candidate, source in (("base", base, readable_source(recipe.model)), ("model", measured, model))
@@ -86,19 +88,20 @@ def evaluate_one(
 ) -> EvaluationResult:
     """One evaluation with a recipe's settings, named after its folder."""
     name = folder.name
-    return evaluate(
-        model,
-        tokenizer,
-        data,
-        config=recipe.evaluate,
-        prompt_format=recipe.model.prompt_format,
-        base_model=base,
-        output_dir=folder,
-        model_name=name,
-        model_source=source,
-        seed=recipe.seed,
-        progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
-    )
+    with named_memory_errors(f"evaluate_{name}"):
+        return evaluate(
+            model,
+            tokenizer,
+            data,
+            config=recipe.evaluate,
+            prompt_format=recipe.model.prompt_format,
+            base_model=base,
+            output_dir=folder,
+            model_name=name,
+            model_source=source,
+            seed=recipe.seed,
+            progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
+        )
 
 
 def measure_recipe_precisions(
