@@ -1,4 +1,4 @@
-"""Whether the hub can be asked, found out in seconds: its own clients try five times, for the better part of a minute."""
+"""Whether the hub can be asked, found out in seconds: its own clients try five times, most of a minute."""
 
 from __future__ import annotations
 

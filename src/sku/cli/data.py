@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sku.cli.console import print_json, printable, results
+from sku.cli.console import print_json, print_notes, printable, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -105,6 +105,7 @@ def _print(description: DataDescription) -> None:
         )
     results.print(table)
     results.print("tokens, learned: median / 90th percentile / most of an example")
+    print_notes(description.notes)
     results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
     for view in description.views:
         results.print(_tokens(view), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What of a recipe can be found wrong before torch is loaded, which takes seconds: its method, its model's place, its data.
+"""What of a recipe can be found wrong before torch is loaded, which takes seconds: method, model's place, data.
 
 A run finds all of it again where it reads the same files. This is for the answer to come at once.
 """

@@ -17,7 +17,7 @@ from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_nam
 from sku.errors import RecipeError
 
 GENERAL = "llama-3.1-8b"
-"""Recipe whose settings are used for a model that no recipe is made for: what fits 8B on one card fits smaller ones."""
+"""Recipe whose settings a model takes that no recipe is made for: what fits 8B on one card fits smaller ones."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 RecipeArgument = Annotated[

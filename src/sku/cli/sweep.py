@@ -23,6 +23,7 @@ from sku.cli.console import (
     shown_messages,
 )
 from sku.cli.dry_run import print_dry_run
+from sku.cli.inputs import check_inputs
 from sku.cli.options import (
     DryRunOption,
     ForgetOption,
@@ -37,7 +38,6 @@ from sku.cli.options import (
     overrides_of,
     words_of,
 )
-from sku.cli.inputs import check_inputs
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries

@@ -24,8 +24,8 @@ from sku.data.rows import Row
 from sku.errors import DataError
 
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ";", ",")}
-"""Suffix -> what may stand between two cells, the usual one first: Excel writes semicolons where a comma is the sign of
-decimals, and calls them CSV too."""
+"""Suffix -> what may stand between two cells, the usual one first: where a comma is the sign of decimals Excel writes
+semicolons, and calls that CSV too."""
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*DELIMITERS, *JSON_SUFFIXES)
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
