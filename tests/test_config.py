@@ -67,6 +67,9 @@ def test_defaults_are_those_of_the_paper() -> None:
         ),
         ("data.forget.fromat", r"data\.forget\.fromat .*Did you mean format\?"),
         ("model.qqqq", r"model\.qqqq is not a known key\. \(recipe\)"),
+        ("alpha", r"alpha is not a known key\. Did you mean negate\.alpha or acquire\.lora\.alpha\?"),
+        ("forget", r"forget is not a known key\. Did you mean data\.forget\?"),
+        ("evaluate.max_steps", r"evaluate\.max_steps .*Did you mean acquire\.training\.max_steps\?"),
     ],
 )
 def test_unknown_keys(key: str, message: str) -> None:
@@ -221,6 +224,21 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         load_recipe(tmp_path / "mine.yaml")
     with pytest.raises(RecipeError, match=r"no recipe named embeded\. Did you mean embedded\? Known: "):
         load_recipe("embeded")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("llama3", "llama-3.2-1b or llama-3.1-8b"),
+        ("Llama-3", "llama-3.2-1b or llama-3.1-8b"),
+        ("qwen", "qwen3-4b or qwen2.5-1.5b"),
+        ("opt", "opt-2.7b-paper"),
+    ],
+)
+def test_every_near_recipe_is_offered(name: str, near: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name)
+    assert f"there is no recipe named {name}. Did you mean {near}? Known: " in str(caught.value)
 
 
 def test_plain_data_and_back() -> None:

@@ -98,7 +98,7 @@ def resolve_recipe(
     if _is_model(name):
         if model is not None:
             raise RecipeError(f"{name} is a model, and --model {model} is another: give one, or a recipe with --model")
-        name, model, named = _recipe_for(name), name, _names_of(name)
+        name, model, named = _recipe_for(name)
     given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
     recipe = load_recipe(name, [*named, *given, *(overrides or [])])
     if check:
@@ -113,19 +113,20 @@ def _is_model(name: str) -> bool:
     return Path(name).is_dir() or (_HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir())
 
 
-def _recipe_for(model: str) -> str:
-    """The recipe made for a model, else ``GENERAL``; said on standard error."""
-    made = (name for name in recipe_names() if load_recipe(name).model.path.lower() == model.lower())
-    found = next(made, GENERAL)
+def _recipe_for(model: str) -> tuple[str, str | None, list[str]]:
+    """The recipe that is made for a model, else ``GENERAL`` with its model, name and description put in.
+
+    Returns:
+        The recipe, the model to put in, and what else is overridden. Which recipe it is, is said on standard error.
+    """
+    made = next((name for name in recipe_names() if load_recipe(name).model.path.lower() == model.lower()), None)
+    found = made or GENERAL
     print_headline(f"{model} with the settings of recipe {found}: `sku recipes show {found}` prints them")
-    return found
-
-
-def _names_of(model: str) -> list[str]:
-    """What a run with another recipe's settings is called."""
+    if made is not None:
+        return made, None, []
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(model).resolve().name)
-    text = {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of another recipe."}
-    return [f"{key}={json.dumps(value)}" for key, value in text.items()]
+    text = {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of recipe {found}."}
+    return found, model, [f"{key}={json.dumps(value)}" for key, value in text.items()]
 
 
 def overrides_of(

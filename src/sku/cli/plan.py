@@ -78,9 +78,7 @@ def _show(made: Plan, advice: list[Suggestion]) -> None:
         soft_wrap=True,
     )
     if job.shipped_shape:
-        results.print(
-            "its configuration is out of reach: its shape is as this package knows it", soft_wrap=True
-        )
+        results.print("its configuration is out of reach: its shape is as this package knows it", soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("GiB on each GPU", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)

@@ -109,7 +109,7 @@ class ForgetRetainData:
             f"compat.row_split: {' and '.join(shares)} were trained on, with the same answer or another, so figures "
             "on these splits are not those of held-out prompts"
         )
-        return (*few, note)
+        return (note, *few)
 
     def _few_prompts(self) -> tuple[str, ...]:
         found: dict[str, int] = {}
@@ -124,10 +124,11 @@ class ForgetRetainData:
         if not found:
             return ()
         listed = ", ".join(f"{name} {count}" for name, count in found.items())
-        return (
+        note = (
             f"few prompts: {listed}; with fewer than about {FEW_PROMPTS} in a split there is little to learn from it, "
-            "and its figures say little",
+            "and its figures say little"
         )
+        return (note,)
 
     def splits(self) -> dict[str, Sequence[Example]]:
         """Examples of each split, by name; ``forget_validation`` and ``benign`` only where there are any."""
