@@ -6,6 +6,7 @@ import errno
 import hashlib
 import itertools
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -522,6 +523,46 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
     assert told["settings"]["asked"] == {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
     held = sum(path.stat().st_size for path in (whole_run / "unlearned").rglob("*") if path.is_file())
     assert told["disk_bytes"] > held * 0.9
+    assert re.fullmatch(r"about \d\.\d GiB at most, [\d.]+ GiB are free on cpu: fits", told["memory"])
+
+
+def test_a_dry_run_names_the_setting_with_which_a_run_fits(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", "--dry-run", "--out", tmp_path / "run", *SMALL)
+    monkeypatch.setattr("sku.pipeline.memory_fit._free_memory", lambda: 2**29)
+    told = command(*words, "--json", "--set", "acquire.training.per_device_train_batch_size=64")
+    memory = json.loads(told.out)["memory"]
+    assert "0.5 GiB are free on cpu: may not fit; " in memory
+    told = command(*words, "--set", "method=npo")
+    assert "no estimate of memory: sku plan knows stage 1 of sku" in told.out
+
+
+def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sku.pipeline import MemoryFit
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise sku.errors.ModelError("enough seen")
+
+    fit = MemoryFit(needed=2**37, free=2**36, device="cuda", helps="--set acquire.tuning=qlora")
+    monkeypatch.setattr("sku.models.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("sku.pipeline.memory_fit", lambda _: fit)
+    monkeypatch.setattr("sku.pipeline.run_recipe", stop)
+    told = command("run", "--out", tmp_path / "run")
+    line = "memory: about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit; what would fit: --set acquire."
+    assert line in " ".join(told.err.split())
+
+
+def test_a_model_in_place_of_a_recipe(command: Command, tmp_path: Path) -> None:
+    """The recipe that is made for it, else a general one, and what is run is called by its own name."""
+    model, data = embedded_model_path(), ("--forget", "embedded", "--retain", "embedded")
+    told = command("run", model, *data, "--dry-run", "--json", "--out", tmp_path / "run")
+    assert told.code == 0, told.err
+    settings = json.loads(told.out)["settings"]
+    assert (settings["recipe"], settings["steps"]) == ("model", 200)
+    assert f"{model} with the settings of recipe llama-3.1-8b" in " ".join(told.err.split())
+    assert "with the settings of recipe qwen3-4b" in command("run", "qwen/qwen3-4b-instruct-2507").err
+    assert_one_line(command("--quiet", "run", "a/b", "--model", "c/d"), "a/b is a model, and --model c/d is another")
 
 
 def test_a_dry_run_of_a_resume_looks_at_the_folder(command: Command, whole_run: Path) -> None:

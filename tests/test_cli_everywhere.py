@@ -24,6 +24,7 @@ from conftest import Command
 from sku.cli import completion
 from sku.cli.loudness import print_cause, set_loudness
 from sku.cli.main import app
+from sku.cli.method_list import described, listed_methods
 from sku.cli.options import words_of
 from sku.cli.sweep import next_commands
 from sku.comparison.jobs import ABLATIONS
@@ -413,12 +414,13 @@ def test_the_completion_script_is_shown(shell: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_completed_is_what_there_is() -> None:
-    assert tuple(method.name for method in METHODS) == completion.METHOD_NAMES
+    said = "run python scripts/method_list.py"
+    assert json.loads(json.dumps(described(METHODS))) == listed_methods(), said
+    names = [method.name for method in METHODS]
+    assert completion.methods("") == names
     assert tuple(ABLATIONS) == completion.ABLATION_NAMES
     assert RULES == completion.JUDGE_RULES
     assert completion.judges("") == judge_names()
     assert completion.recipes("") == recipe_names()
     assert completion.launchers("f") == ["fsdp2"]
-    assert completion.method_list("npo,dpo,") == [
-        f"npo,dpo,{name}" for name in completion.METHOD_NAMES if name not in ("npo", "dpo")
-    ]
+    assert completion.method_list("npo,dpo,") == [f"npo,dpo,{name}" for name in names if name not in ("npo", "dpo")]

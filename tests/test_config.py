@@ -97,6 +97,9 @@ def test_all_other_recipes_retain(name: str) -> None:
         ),
         ("data.forget.fromat", r"data\.forget\.fromat .*Did you mean format\?"),
         ("model.qqqq", r"model\.qqqq is not a known key\. \(recipe\)"),
+        ("alpha", r"alpha is not a known key\. Did you mean negate\.alpha or acquire\.lora\.alpha\?"),
+        ("forget", r"forget is not a known key\. Did you mean data\.forget\?"),
+        ("evaluate.max_steps", r"evaluate\.max_steps .*Did you mean acquire\.training\.max_steps\?"),
     ],
 )
 def test_unknown_keys(key: str, message: str) -> None:
@@ -107,16 +110,16 @@ def test_unknown_keys(key: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("seed", "one", "seed is 'one'; it must be of type int"),
-        ("seed", 1.5, "must be of type int"),
-        ("seed", True, "must be of type int"),
-        ("keep_bad_model", "yes", "must be of type bool"),
-        ("keep_bad_model", 1, "must be of type bool"),
-        ("name", 5, "name is 5; it must be of type str"),
-        ("negate.alpha", "much", "negate.alpha is 'much'; it must be of type float"),
-        ("negate.alpha", True, "must be of type float"),
-        ("negate.alpha", None, "must be of type float"),
-        ("acquire.preservation_cap", "high", "must be of type float"),
+        ("seed", "one", "seed is 'one'; it must be a whole number"),
+        ("seed", 1.5, "must be a whole number"),
+        ("seed", True, "must be a whole number"),
+        ("keep_bad_model", "yes", "must be true or false"),
+        ("keep_bad_model", 1, "must be true or false"),
+        ("name", 5, "name is 5; it must be text"),
+        ("negate.alpha", "much", "negate.alpha is 'much'; it must be a number or auto"),
+        ("negate.alpha", True, "must be a number or auto"),
+        ("negate.alpha", None, "must be a number or auto"),
+        ("acquire.preservation_cap", "high", "must be a number"),
         ("acquire.tuning", "loar", r"must be one of lora, full, qlora\. Did you mean lora\?"),
         ("acquire.tuning", 3, "must be one of lora, full, qlora"),
         ("model.dtype", "float64", "must be one of auto, stored, float32, bfloat16, float16"),
@@ -230,7 +233,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("sed=3", r"Did you mean seed\?"),
         ("seed=[", "is not a YAML value"),
         ("seed.sub=3", "seed is a value, it has no keys below it"),
-        ("name=7", "must be of type str"),
+        ("name=7", "must be text"),
     ],
 )
 def test_wrong_overrides(override: str, message: str, tmp_path: Path) -> None:
@@ -252,6 +255,21 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         load_recipe(tmp_path / "mine.yaml")
     with pytest.raises(RecipeError, match=r"no recipe named embeded\. Did you mean embedded\? Known: "):
         load_recipe("embeded")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("llama3", "llama-3.2-1b or llama-3.1-8b"),
+        ("Llama-3", "llama-3.2-1b or llama-3.1-8b"),
+        ("qwen", "qwen3-4b or qwen2.5-1.5b"),
+        ("opt", "opt-2.7b-paper"),
+    ],
+)
+def test_every_near_recipe_is_offered(name: str, near: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name)
+    assert f"there is no recipe named {name}. Did you mean {near}? Known: " in str(caught.value)
 
 
 def test_plain_data_and_back() -> None:

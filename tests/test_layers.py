@@ -28,7 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "reproducibility": {"_version", "redaction"},
     "data": {"config", "errors", "world", "losses"},
     "hazard": {"errors", "storage"},
-    "model_files": {"config", "errors"},
+    "hub_reach": set(),
+    "memory_errors": {"errors"},
+    "model_files": {"config", "errors", "hub_reach"},
     "models": {"config", "errors", "storage", "hazard", "model_files"},
     "quiet": set(),
     "processes": {"errors", "storage"},
@@ -41,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "attacks": {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
     },
-    "plan": {"config", "errors", "losses", "models", "training", "acquire", "methods"},
+    "plan": {"config", "errors", "losses", "model_files", "models", "training", "acquire", "methods"},
     "report": {"_version", "errors", "storage", "evaluate", "attacks"},
     "sweep": {
         "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "report", "reproducibility",

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from conftest import ModelMaker, TokenizerMaker, TrainerMaker
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError
-from sku.model_files import embedded_model_path
+from sku.model_files import embedded_model_path, locate_model
 from sku.models import (
     check_plain_weights,
     describe_parameters,
@@ -84,8 +84,13 @@ def test_an_embedded_model_that_is_missing_is_not_asked_of_the_hub(
         load_model(EMBEDDED)
 
 
-@pytest.mark.parametrize("path", ["/no/such/model", "./no/such/model", "../model", "~/no/such/model"])
-def test_a_missing_folder(path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/no/such/model", "./no/such/model", "../model", "~/no/such/model", "no/such/dir", "models/mine"]
+)
+def test_a_missing_folder(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a path that looks like a hub id, where its first part is a folder here."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="can't be loaded: there is no such folder") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
@@ -96,6 +101,23 @@ def test_a_hub_id_that_can_not_be_reached() -> None:
     with pytest.raises(ModelError, match="model nobody/nothing-here can't be loaded: ") as caught:
         load_model("nobody/nothing-here")
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port 9 of this machine refuses; the clients of the hub would try five times."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("sku.hub_reach.getproxies", dict)
+    asked: list[str] = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: asked.append(name))
+    with pytest.raises(ModelError, match=r"and the hub can't be reached \(http://127\.0\.0\.1:9\)"):
+        load_model("nobody/nothing-here")
+    assert asked == []
+    monkeypatch.setattr("sku.model_files.is_cached", lambda *_: True)
+    _, options = locate_model(ModelConfig(path="nobody/nothing-here"))
+    assert options["local_files_only"] is True, "what is in the cache is used without asking"
 
 
 def test_folders_that_are_no_model(tmp_path: Path, folder: Path) -> None:

@@ -29,6 +29,8 @@ class DryRun:
     """What would lie in ``out`` at the end."""
     disk_bytes: int
     """Estimate of what lies on the disk at the fullest moment, replies and figures not counted."""
+    memory: str | None = None
+    """What the plan says of stage 1 on this machine, in one line; None where nothing is trained."""
     bad_model: BadModel = "none"
     """What would become of the hazardous model of stage 1."""
     examples: Mapping[str, int] = field(default_factory=dict)

@@ -10,6 +10,7 @@
     +-- NonFiniteLossError  stage 1 met NaN or infinity                      (ArithmeticError)
     +-- EvaluationError     nothing to measure, or records that don't fit    (ValueError)
     +-- NoAlphaError        no alpha does what the recipe's sweep asks for   (ValueError)
+    +-- NoMemoryError       memory ran out                                   (MemoryError)
     +-- ProcessError        another process of the job failed or died        (RuntimeError)
     +-- OutputError         a folder that can't be written or already exists (OSError)
 
@@ -54,6 +55,10 @@ class NoAlphaError(SkuError, ValueError):
     """All was measured, and no alpha does what the recipe's ``sweep`` asks for."""
 
 
+class NoMemoryError(SkuError, MemoryError):
+    """Memory of a GPU or of the computer ran out; the message names settings that need less."""
+
+
 class ProcessError(SkuError, RuntimeError):
     """Another process of a job under ``accelerate launch`` or ``torchrun`` failed or died."""
 
@@ -62,18 +67,36 @@ class OutputError(SkuError, OSError):
     """An output folder can't be written."""
 
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
     """A suggestion for the end of an error message, empty where nothing is close.
 
     Args:
         wrong: What the user wrote.
         known: What would have been right.
+        most: Offered at once; above 1 names that contain what was written are near as well.
 
     Returns:
-        ``" Did you mean X?"`` or ``""``.
+        ``" Did you mean X?"``, ``" Did you mean X or Y?"`` or ``""``.
     """
-    close = difflib.get_close_matches(wrong, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    names = list(known)
+    close = difflib.get_close_matches(wrong, names, n=most)
+    if most > 1:
+        close = list(dict.fromkeys([*close, *(name for name in names if _letters(wrong) in _letters(name))]))[:most]
+    *others, last = close or [""]
+    return f" Did you mean {', '.join(others)}{' or ' if others else ''}{last}?" if close else ""
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+def no_method_named(name: str, known: Iterable[str]) -> RecipeError:
+    """What to raise where a recipe or a command names a method that there isn't."""
+    names = list(known)
+    return RecipeError(
+        f"there is no method named {name}.{did_you_mean(name, names)} Known: {', '.join(names)}; or give a .py file "
+        "that defines one"
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError, SkuError, first_line
+from sku.hub_reach import is_cached, out_of_reach
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -38,11 +39,11 @@ def locate_model(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         Name, and the options of ``from_pretrained``.
 
     Raises:
-        ModelError: A local folder holds nothing that can be loaded, or pickled weights only.
+        ModelError: A local folder holds nothing that can be loaded, or pickled weights only; or a hub model is
+            neither on this machine nor within reach.
     """
     folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
-    # A hub id never begins like this: what is missing here must not be asked of the hub.
-    is_local = folder.exists() or config.path == EMBEDDED or config.path.startswith(("/", ".", "~"))
+    is_local = config.path == EMBEDDED or is_path(config.path)
     if is_local:
         _check_folder(folder, config.gguf_file)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -52,12 +53,35 @@ def locate_model(config: ModelConfig) -> tuple[str, dict[str, Any]]:
                 f'model {config.path}: a GGUF file needs the package gguf: pip install "sku-unlearning[gguf]"'
             )
         options["gguf_file"] = config.gguf_file
+    why = None if is_local else out_of_reach()
+    if why is not None:
+        if not is_cached(config.path, config.gguf_file or "config.json", config.revision):
+            raise ModelError(
+                f"model {config.path} can't be loaded: there is no such folder (looked in {Path.cwd()}), this machine "
+                f"holds no copy of a hub model of that name, and {why}"
+            )
+        options["local_files_only"] = True
     return str(folder) if is_local else config.path, options
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name means a folder of this machine: what is missing there must not be asked of the hub.
+
+    A hub id is a name, or an owner and a name: it never begins like a path, has no second slash, and no folder here
+    is its owner.
+    """
+    path = Path(name).expanduser()
+    return (
+        path.exists()
+        or name.startswith(("/", ".", "~"))
+        or name.rstrip("/").count("/") > 1
+        or (path.parent != Path() and path.parent.is_dir())
+    )
 
 
 def _check_folder(folder: Path, gguf_file: str | None) -> None:
     if not folder.exists():
-        raise ModelError(f"model {folder} can't be loaded: there is no such folder")
+        raise ModelError(f"model {folder} can't be loaded: there is no such folder (looked in {Path.cwd()})")
     if not folder.is_dir():
         raise ModelError(f"model {folder} is a file; give the folder, and the file's name as model.gguf_file for GGUF")
     if gguf_file is not None:

@@ -106,7 +106,7 @@ def test_reference_switches_all_on_and_a_recipe_keeps_the_bools() -> None:
     [
         ("compat=refrence", r"compat is 'refrence'; it must be reference, or .* Did you mean reference\?"),
         ("compat={question_token: true}", r"compat\.question_token .*Did you mean question_tokens\?"),
-        ("compat.row_split=1", "compat.row_split is 1; it must be of type bool"),
+        ("compat.row_split=1", "compat.row_split is 1; it must be true or false"),
         ("compat=", "compat must hold keys and values, not None"),
     ],
 )
@@ -504,7 +504,8 @@ def test_an_evaluation_says_what_was_trained_on(
     model = make_model()
     clean = evaluate(model, tokenizer, data, config=config, base_model=model)
     leaking = evaluate(model, tokenizer, with_leak(data), config=config, base_model=model)
-    assert clean.setup.notes == ()
+    assert clean.setup.notes == data.notes()
+    assert "few prompts: unlearned" in data.notes()[0]
     assert leaking.setup.notes == with_leak(data).notes()
     assert leaking.to_dict()["setup"]["notes"][0].startswith("compat.row_split: 1 of 1 prompts of retain_test")
 
@@ -523,10 +524,11 @@ def test_a_whole_run_with_everything_on_says_so(tmp_path: Path) -> None:
     finished = run_recipe(recipe, tmp_path / "run")
     assert finished.manifest["data"]["splits"]["unlearned"] == 18
     assert finished.manifest["training"]["steps"] == 6
-    (note,) = finished.manifest["data"]["notes"]
+    note, few = finished.manifest["data"]["notes"]
     assert note.startswith("compat.row_split: ")
+    assert few.startswith("few prompts: unlearned 18, unseen 42; ")
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
-    assert results["base"]["setup"]["notes"] == results["unlearned"]["setup"]["notes"] == [note]
+    assert results["base"]["setup"]["notes"] == results["unlearned"]["setup"]["notes"] == [note, few]
     assert results["notes"].count(note) == 1
     assert results["manifest"]["recipe"]["compat"] == dict.fromkeys(SWITCHES, True)
 

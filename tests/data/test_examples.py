@@ -88,6 +88,23 @@ def split_data(benign: tuple[RetainExample, ...] = ()) -> ForgetRetainData:
     )
 
 
+def test_few_prompts_are_said_once_for_all_splits() -> None:
+    def split(name: str, count: int) -> tuple[RetainExample, ...]:
+        # Two answers to each prompt: prompts are counted.
+        return tuple(RetainExample(prompt=f"{name} {n // 2}", answer=f"{n}") for n in range(2 * count))
+
+    def data(unlearned: int) -> ForgetRetainData:
+        harmful = tuple(ForgetExample(prompt=f"harm {n}", answer="x") for n in range(unlearned))
+        return ForgetRetainData(
+            unlearned=harmful, unseen=(ForgetExample(prompt="z", answer="z"),), retain_train=split("train", 49),
+            retain_validation=(), retain_test=split("test", 50),
+        )  # fmt: skip
+
+    (note,) = data(50).notes()
+    assert note.startswith("few prompts: unseen 1, retain_train 49; with fewer than about 50 in a split ")
+    assert data(49).notes()[0].startswith("few prompts: unlearned 49, unseen 1, retain_train 49; ")
+
+
 def test_benign_examples_are_counted_where_there_are_any() -> None:
     counts = {"unlearned": 1, "unseen": 0, "retain_train": 1, "retain_validation": 0, "retain_test": 0}
     assert split_data().counts() == counts

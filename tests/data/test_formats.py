@@ -4,7 +4,7 @@ import pytest
 
 from sku.config import SourceConfig
 from sku.data.formats import FORMATS, choose_parser, detect_format
-from sku.data.rows import Kind
+from sku.data.rows import Kind, Pair
 from sku.errors import DataError
 
 AUTO = SourceConfig(path="x")
@@ -29,9 +29,50 @@ def test_auto_recognises(found: list[str], name: str) -> None:
     assert detect_format(found, AUTO, "retain") == name
 
 
+@pytest.mark.parametrize(
+    ("row", "source", "kind", "name", "pair"),
+    [
+        ({"Prompt": "p", "RESPONSE": "r", "Is_Safe": "false"}, AUTO, "forget", "pku_saferlhf", ("p", "r")),
+        ({" Question ": "q", "Answer": "a"}, AUTO, "retain", "columns", ("q", "a")),
+        ({"question": "q", "Best Answer": "b", "correct answers": "b"}, AUTO, "retain", "truthfulqa", ("q", "b")),
+        ({"Prompt": "p", "Completion": "c"}, AUTO, "retain", "prompt_completion", ("p", "c")),
+        (
+            {"Frage": "f", "Antwort": "a"}, SourceConfig(path="x", prompt_column="frage", answer_column="ANTWORT"),
+            "retain", "columns", ("f", "a"),
+        ),
+        # Where two columns differ in case alone, each is its own.
+        (
+            {"Answer": "no", "q": "q", "answer": "yes"},
+            SourceConfig(path="x", prompt_column="Q", answer_column="answer"), "retain", "columns", ("q", "yes"),
+        ),
+    ],
+)  # fmt: skip
+def test_columns_are_compared_without_case(
+    row: dict[str, str], source: SourceConfig, kind: Kind, name: str, pair: tuple[str, str]
+) -> None:
+    found, parser = choose_parser(list(row), source, kind)
+    (first,) = parser(row)
+    assert isinstance(first, Pair)
+    assert (found, (first.prompt, first.answer)) == (name, pair)
+
+
+def test_unknown_columns_name_the_options_with_those_of_the_file() -> None:
+    with pytest.raises(DataError) as caught:
+        choose_parser(["Frage", "die Antwort"], AUTO, "forget")
+    assert (
+        "--set data.forget.prompt_column=Frage --set 'data.forget.answer_column=die Antwort'. Columns found: Frage, "
+        "die Antwort"
+    ) in str(caught.value)
+    with pytest.raises(DataError, match=r"--set data\.benign\.prompt_column=Frage"):
+        choose_parser(["Frage", "Antwort"], AUTO, "retain", "data.benign")
+    with pytest.raises(DataError, match=r"--set data\.forget\.unsafe_column=Harmful"):
+        choose_parser(["question", "answer", "Harmful"], SourceConfig(path="x", format="columns"), "forget")
+
+
 def test_auto_refuses_what_fits_twice_or_never() -> None:
     with pytest.raises(
-        DataError, match=r"fit formats prompt_completion and messages: set format. Columns found: prompt"
+        DataError,
+        match=r"fit formats prompt_completion and messages: set one, .*=prompt_completion\. Columns found: prompt",
     ):
         detect_format(["prompt", "completion", "messages"], AUTO, "retain")
     with pytest.raises(DataError, match=r"no known format fits the forget data.*Columns found: a, b"):

@@ -11,6 +11,7 @@ import pytest
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
 from sku.data.examples import RetainExample, content_hash, normalise_prompt
 from sku.data.load import load_data, load_forget_retain, load_parts
+from sku.data.tables import Table, read_table
 from sku.errors import DataError, RecipeError
 
 
@@ -41,13 +42,33 @@ def test_splits_and_provenance(forget: Path, retain: Path) -> None:
     first, second = data.provenance
     assert (first.source, first.location, first.rows_read) == ("pku_saferlhf", str(forget), 62)
     assert first.rows_left_out == {"duplicate": 1, "empty prompt": 1, "safe answer": 20}
-    assert first.licence == "CC-BY-NC-4.0"
+    assert first.licence is None, "anyone's table may have these columns"
     assert (first.safe_answers, second.safe_answers) == (40, 0)
     for example in (*data.unlearned, *data.unseen):
         assert example.safe_answer == f"{example.prompt.replace('harm', 'bad')} 2"
     assert (second.source, second.rows_read, second.rows_left_out, second.licence) == ("columns", 30, {}, None)
     in_order = sorted((*data.unlearned, *data.unseen), key=lambda row: (int(row.prompt.split()[1]), row.answer))
     assert first.sha256 == content_hash(in_order)
+
+
+def test_a_licence_is_told_by_the_user_or_a_known_hub_id_and_by_no_column(
+    forget: Path, retain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def licences(**named: str) -> list[str | None]:
+        sources = {"forget": forget, "retain": retain}
+        configs = [SourceConfig(path=str(path), license=named.get(name)) for name, path in sources.items()]
+        return [found.licence for found in load_forget_retain(*configs).provenance]
+
+    assert licences() == [None, None]
+    assert licences(forget="ODbL") == ["ODbL", None]
+
+    def from_hub(source: SourceConfig) -> Table:
+        return dataclasses.replace(read_table(SourceConfig(path=str(places[source.path]))), revision="a" * 40)
+
+    places = {"PKU-Alignment/PKU-SafeRLHF": forget, "someone/answers": retain}
+    monkeypatch.setattr("sku.data.load.read_table", from_hub)
+    found = load_forget_retain(*places).provenance
+    assert [source.licence for source in found] == ["CC-BY-NC-4.0", None]
 
 
 def test_the_same_seed_gives_the_same_data_and_another_seed_another_split(forget: Path, retain: Path) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.shared
 def test_pku_extract(shared_data: Path) -> None:
     source = SourceConfig(path=str(shared_data / "pku_saferlhf_mini.csv"))
     table = read_table(source)
-    name, _, parser = choose_parser(table.columns, source, "forget")
+    name, parser = choose_parser(table.columns, source, "forget")
     parsed = parse_rows(table.rows, parser, ForgetExample)
     assert name == "pku_saferlhf"
     assert parsed.rows_read == 2476
@@ -44,9 +44,9 @@ def test_truthfulqa(shared_data: Path) -> None:
     source = SourceConfig(path=str(shared_data / "TruthfulQA.csv"))
     table = read_table(source)
     assert table.columns[0] == "Type", "the byte order mark is no part of the first name"
-    name, licence, parser = choose_parser(table.columns, source, "retain")
+    name, parser = choose_parser(table.columns, source, "retain")
     parsed = parse_rows(table.rows, parser, RetainExample)
-    assert (name, licence, parsed.rows_read, parsed.left_out) == ("truthfulqa", "Apache-2.0", 813, {})
+    assert (name, parsed.rows_read, parsed.left_out) == ("truthfulqa", 813, {})
     assert len({example.group for example in parsed.examples}) == 813
     assert len(parsed.examples) > 2 * 813
     assert len({(example.group, example.answer) for example in parsed.examples}) == len(parsed.examples)

@@ -414,7 +414,10 @@ def test_columns_named_wrongly_are_an_error_with_the_near_name() -> None:
 )
 def test_columns_in_doubt_are_an_error(found: list[str], missing: str) -> None:
     assert not columns.recognises(found)
-    with pytest.raises(DataError, match=f"which column holds the {missing}: set {missing}_column. Columns found: "):
+    with pytest.raises(
+        DataError,
+        match=f"which column holds the {missing}: set it, as --set data.retain.{missing}_column=NAME. Columns found: ",
+    ):
         columns.row_parser(found, SourceConfig(path="x"), "retain")
 
 

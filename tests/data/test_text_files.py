@@ -41,6 +41,35 @@ def test_tsv_and_packed_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        # As Excel writes it where a comma is the sign of decimals; quoted cells hold both signs and a line end.
+        (
+            "excel.csv",
+            '\ufeffFrage;Antwort\r\n"Wie viel ist 1,5; 2,5?";4,0\r\n"Zwei\nZeilen, ja";"er sagte ""nein"""\r\n',
+            [("Wie viel ist 1,5; 2,5?", "4,0"), ("Zwei\nZeilen, ja", 'er sagte "nein"')],
+        ),
+        # The header alone could be read either way: the rows decide.
+        ("comma.csv", "Frage (kurz, klar);Antwort\na, b, c;d\ne;f\n", [("a, b, c", "d"), ("e", "f")]),
+        ("tabs.csv", "q\ta\nis it 1, 2; or 3 ?\tno, none\n", [("is it 1, 2; or 3 ?", "no, none")]),
+        ("commas.tsv", "q,a\n1,2\n", [("1", "2")]),
+        ("usual.csv", 'q;r,a\n"1;2",3\n', [("1;2", "3")]),
+        ("one.csv", "text\nis it; or not\n", [("is it; or not",)]),
+    ],
+)
+def test_semicolons_and_tabs_are_recognised(
+    tmp_path: Path, name: str, content: str, rows: list[tuple[str, ...]]
+) -> None:
+    found = read_text_file(write(tmp_path, name, content))[1]
+    assert [tuple(row.values()) for row in found] == rows
+
+
+def test_a_broken_file_with_semicolons_names_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"line 3: 3 cells, but the header has 2; .* a cell with a semicolon lack"):
+        read_text_file(write(tmp_path, "a.csv", "q;a\n1;2\n1;2;3\n"))
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("q,a\n1,2\n3\n", "line 3: 1 cells, but the header has 2"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from typer.testing import CliRunner
 
 from sku.cli.main import app
@@ -18,7 +18,7 @@ from sku.errors import ModelError, RecipeError
 from sku.plan.estimate import GIB, plan_of
 from sku.plan.job import Job, job_of
 from sku.plan.skeleton import weights_of
-from sku.plan.suggest import suggestions
+from sku.plan.suggest import first_that_fits, suggestions
 from sku.plan.trace import StepTrace, trace_step
 from sku.training import precision
 
@@ -42,7 +42,8 @@ def shallow(tmp_path: Path) -> Path:
 
 
 def job(folder: Path, *changes: str, **options: Any) -> Job:
-    overrides = [f"model.path={folder}", "data.max_length=64", "data.max_answer_tokens=16", *changes]
+    plain = ["acquire.training.activation_checkpointing=false", "data.max_length=64", "data.max_answer_tokens=16"]
+    overrides = [f"model.path={folder}", *plain, *changes]
     return job_of(load_recipe("llama-3.1-8b", overrides), **options)
 
 
@@ -168,7 +169,10 @@ def test_a_paged_optimizer_is_planned_where_there_is_no_gpu(folder: Path, monkey
 
 
 def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:
-    options = ["plan", "llama-3.1-8b", "--model", str(shallow), "--row-tokens", "64", "--answer-tokens", "16"]
+    options = [
+        "plan", "llama-3.1-8b", "--model", str(shallow), "--row-tokens", "64", "--answer-tokens", "16",
+        "--set", "acquire.training.activation_checkpointing=false",
+    ]  # fmt: skip
     said = CliRunner().invoke(app, [*options, "--json", "--gpus", "2", "--gpu-memory", "24"])
     assert said.exit_code == 0, said.output
     found = json.loads(said.stdout)
@@ -182,6 +186,39 @@ def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:
     assert "stage 2 and evaluation" in shown.output
     wrong = CliRunner().invoke(app, [*options, "--sharding", "fsdp3"])
     assert isinstance(wrong.exception, RecipeError)
+
+
+PARAMETERS = {
+    "gemma-3-1b": 1.000, "llama-2-13b-paper": 13.016, "llama-2-7b-paper": 6.738, "llama-3.1-8b": 8.030,
+    "llama-3.2-1b": 1.236, "opt-2.7b-paper": 2.652, "qwen2.5-1.5b": 1.544, "qwen3-4b": 4.022, "smollm2-135m": 0.135,
+}  # fmt: skip
+"""Billions, as their cards say."""
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_models_of_the_recipes_are_known_without_the_hub(name: str) -> None:
+    made = job_of(load_recipe(name))
+    assert made.shipped_shape
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made.config)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == PARAMETERS[name]
+
+
+def test_the_8b_recipe_fits_a_card_of_80_gb_by_its_own_setting() -> None:
+    """Its real shape, with rows as long as they may be; such a card has 79 GiB."""
+    shipped = job_of(load_recipe("llama-3.1-8b"))
+    plain = plan_of(dataclasses.replace(shipped, checkpointing=False), gpu_memory=79 * GIB)
+    assert not plain.fits
+    first = first_that_fits(plain)
+    assert first is not None
+    assert first.change == "--set acquire.training.activation_checkpointing=true"
+    assert shipped.checkpointing, "so what the recipe needs is what was estimated"
+    assert first.needed < 40 * GIB
+
+
+def test_a_model_that_no_recipe_names_is_not_made_up() -> None:
+    with pytest.raises(ModelError, match="nobody/else can't be loaded"):
+        job_of(load_recipe("llama-3.1-8b", ["model.path=nobody/else"]))
 
 
 def test_accumulation_keeps_gradients_beside_activations(folder: Path) -> None:

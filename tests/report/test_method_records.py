@@ -212,28 +212,3 @@ def test_an_evaluation_without_rows_is_no_point(make_result: ResultMaker) -> Non
     result = dataclasses.replace(make_result("m", UNLEARNED_COUNTS, UNLEARNED_LOSSES), outcomes=())
     with pytest.raises(EvaluationError, match="without replies"):
         point_from_result(result, 1.0, ["published"], None)
-
-
-def test_a_record_with_one_prefill_is_read_under_todays_keys() -> None:
-    """Those of schema 1 don't name the length; their recipe does."""
-    plain = make_record("sku", POINT).to_dict()
-    old = {"unseen/prefill/5": "unseen/prefill"}
-
-    def named(rows: dict[str, Any]) -> dict[str, Any]:
-        return {old.get(key, key): value for key, value in rows.items()}
-
-    before = {
-        **plain,
-        "schema_version": 1,
-        "recipe": {**plain["recipe"], "evaluate": {"prefill_tokens": 5}},
-        "asked": named(plain["asked"]),
-        "points": [
-            {**point, "outcomes": named(point["outcomes"]), "judged": named(point["judged"])}
-            for point in plain["points"]
-        ],
-    }
-    found = MethodRecord.from_dict(before)
-    assert found.points == (POINT,)
-    assert found.asked == make_record("sku", POINT).asked
-    with pytest.raises(EvaluationError, match="unknown key"):
-        MethodRecord.from_dict({**before, "recipe": {}})

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from importlib import resources
 
+from sku.cli.method_list import listed_methods
 from sku.config import EMBEDDED, recipe_names
 
-METHOD_NAMES = (
-    "sku", "fine_tune", "gradient_ascent", "gradient_ascent_mismatch", "task_vector", "grad_diff", "grad_diff_kl",
-    "npo", "simnpo", "rmu", "dpo", "refusal_tuning",
-)  # fmt: skip
-"""Names of ``sku.methods.METHODS``, whose import loads torch. A test compares them."""
 ABLATION_NAMES = ("modules", "preservation", "random_answers", "compat")
 """Names of ``sku.comparison.jobs.ABLATIONS``."""
 JUDGE_RULES = (EMBEDDED, "refusal_rules")
@@ -24,12 +20,12 @@ def recipes(incomplete: str) -> list[str]:
 
 def methods(incomplete: str) -> list[str]:
     """Methods that begin so."""
-    return _beginning(METHOD_NAMES, incomplete)
+    return _beginning(_method_names(), incomplete)
 
 
 def method_list(incomplete: str) -> list[str]:
     """Methods with commas between: the last one is completed."""
-    return _last_of_list(METHOD_NAMES, incomplete)
+    return _last_of_list(_method_names(), incomplete)
 
 
 def ablation_list(incomplete: str) -> list[str]:
@@ -48,6 +44,10 @@ def launchers(incomplete: str) -> list[str]:
     """Configurations for ``accelerate launch`` that begin so."""
     folder = resources.files("sku") / "recipes" / "accelerate"
     return _beginning(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir()), incomplete)
+
+
+def _method_names() -> tuple[str, ...]:
+    return tuple(method["name"] for method in listed_methods())
 
 
 def _beginning(names: list[str] | tuple[str, ...], incomplete: str) -> list[str]:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sku.cli.console import print_json, printable, results
+from sku.cli.console import print_json, print_notes, printable, results
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -85,7 +85,7 @@ def _print(description: DataDescription) -> None:
         results.print(f"{source.source}: {source.location}", soft_wrap=True)
         facts = {"rows read": source.rows_read, **source.rows_left_out, "revision": source.revision}
         facts |= {"examples with a safe answer": source.safe_answers}
-        facts |= {"licence": source.licence, "sha256": source.sha256[:16]}
+        facts |= {"licence": source.licence or "unknown", "sha256": source.sha256[:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -108,6 +108,7 @@ def _print(description: DataDescription) -> None:
     results.print("tokens, learned: median / 90th percentile / most of an example")
     if any(split.unfinished for split in description.splits.values()):
         results.print("cut off: rows that say that their answer did not come to its end (finished); they teach none")
+    print_notes(description.notes)
     results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
     for view in description.views:
         results.print(_tokens(view), soft_wrap=True)

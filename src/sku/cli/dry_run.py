@@ -26,6 +26,8 @@ def print_dry_run(found: DryRun, *, as_json: bool) -> None:
     free = found.to_dict()["free_bytes"]
     size = f"about {found.disk_bytes / 2**20:,.0f} MiB at most" if found.disk_bytes else "replies and figures only"
     lines.append(("disk", f"{size}, {free / 2**20:,.0f} MiB are free"))
+    if found.memory is not None:
+        lines.append(("memory", found.memory))
     if found.bad_model != "none":
         lines.append(("hazard", f"the bad model of stage 1 is {found.bad_model}"))
     lines += [("note", note) for note in found.notes]

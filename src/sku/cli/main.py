@@ -36,6 +36,7 @@ from sku.cli import (
 from sku.cli.console import errors, print_error
 from sku.cli.loudness import print_cause, set_loudness
 from sku.errors import ProcessError, RecipeError, SkuError
+from sku.memory_errors import named_memory_errors
 
 app = typer.Typer(
     name="sku",
@@ -124,7 +125,8 @@ def main() -> None:
     # A scheduler's SIGTERM must leave no more behind than Ctrl-C does.
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        app()
+        with named_memory_errors():
+            app()
     except SkuError as error:
         if _speaks(error):
             print_error(str(error))

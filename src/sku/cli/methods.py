@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,7 +11,9 @@ from rich.table import Table
 
 from sku.cli.completion import methods as method_names
 from sku.cli.console import print_json, results
+from sku.cli.method_list import SUFFIX, described, listed_methods
 from sku.cli.options import JsonOption
+from sku.errors import no_method_named
 from sku.quiet import quiet_libraries
 
 
@@ -24,36 +25,37 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """List the methods, or the settings of one."""
-    quiet_libraries()
-    from sku.methods import METHODS, method_named
-
-    chosen = list(METHODS) if name is None else [method_named(name)]
-    described = [
-        {
-            "name": method.name,
-            "title": method.title,
-            "paper": method.paper_url,
-            "negates": method.weight_step is not None,
-            "settings": {} if method.name == "sku" else _defaults(method.settings),
-        }
-        for method in chosen
-    ]
+    chosen = listed_methods() if name is None else [_method_of(name)]
     if as_json:
-        print_json(described)
+        print_json(chosen)
         return
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     for heading in ("name", "title", "paper"):
         table.add_column(heading, no_wrap=True)
-    for entry in described:
+    for entry in chosen:
         table.add_row(str(entry["name"]), str(entry["title"]), str(entry["paper"]))
     results.print(table)
     if name is None:
         return
-    if name == "sku":
+    method = chosen[0]
+    if method["name"] == "sku":
         results.print("\nits settings are acquire and negate of the recipe")
-    for key, value in _defaults(chosen[0].settings).items() if name != "sku" else ():
-        results.print(f"methods.{name}.settings.{key} = {json.dumps(value)}")
+        return
+    results.print()
+    if name.endswith(SUFFIX):
+        results.print(f"method = {json.dumps(name)}", soft_wrap=True)
+    for key, value in method["settings"].items():
+        results.print(f"methods.{method['name']}.settings.{key} = {json.dumps(value)}", soft_wrap=True)
 
 
-def _defaults(settings: type) -> dict[str, object]:
-    return dataclasses.asdict(settings())
+def _method_of(name: str) -> dict[str, Any]:
+    """Of the list, or of a user's file, which is run and so needs torch."""
+    if name.endswith(SUFFIX):
+        quiet_libraries()
+        from sku.methods import method_named
+
+        return described([method_named(name)])[0]
+    known = {method["name"]: method for method in listed_methods()}
+    if name not in known:
+        raise no_method_named(name, known)
+    return known[name]

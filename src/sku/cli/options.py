@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +11,20 @@ from typing import Annotated, Any
 import typer
 
 from sku.cli.completion import judges, recipes
-from sku.config import EMBEDDED, Recipe, apply_override, load_recipe
+from sku.cli.console import print_headline
+from sku.cli.inputs import check_inputs
+from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_names
+from sku.errors import RecipeError
+
+GENERAL = "llama-3.1-8b"
+"""Recipe whose settings a model takes that no recipe is made for: what fits 8B on one card fits smaller ones."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 RecipeArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A recipe of the package (see `sku recipes`) or a YAML file.",
+        help="A recipe of the package (see `sku recipes`), a YAML file, or a model: its folder or hub id.",
         autocompletion=recipes,
     ),
 ]
@@ -67,14 +75,58 @@ def resolve_recipe(
     seed: int | None = None,
     judge: str | None = None,
     overrides: list[str] | None = None,
+    check: bool = True,
 ) -> Recipe:
     """The recipe with the options of a command put in.
 
+    Args:
+        name: A recipe, or a model to use the settings of a recipe for.
+        model: As ``--model``.
+        forget: As ``--forget``.
+        retain: As ``--retain``.
+        seed: As ``--seed``.
+        judge: As ``--judge``.
+        overrides: As ``--set``.
+        check: Refuse what can be found wrong with model and data before torch is loaded.
+
     Raises:
-        RecipeError: As ``load_recipe``.
+        RecipeError: As ``load_recipe``, or two models are given.
+        ModelError: As ``check_inputs``.
+        DataError: As ``check_inputs``.
     """
+    named: list[str] = []
+    if _is_model(name):
+        if model is not None:
+            raise RecipeError(f"{name} is a model, and --model {model} is another: give one, or a recipe with --model")
+        name, model, named = _recipe_for(name)
     given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
-    return load_recipe(name, [*given, *(overrides or [])])
+    recipe = load_recipe(name, [*named, *given, *(overrides or [])])
+    if check:
+        check_inputs(recipe)
+    return recipe
+
+
+def _is_model(name: str) -> bool:
+    """Whether a model stands where a recipe is expected: a folder, or a hub id with its owner."""
+    if Path(name).suffix in {".yaml", ".yml"} or name in recipe_names():
+        return False
+    return Path(name).is_dir() or (_HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir())
+
+
+def _recipe_for(model: str) -> tuple[str, str | None, list[str]]:
+    """The recipe that is made for a model, else ``GENERAL`` with its model, name and description put in.
+
+    Returns:
+        The recipe, the model to put in, and what else is overridden. Which recipe it is, is said on standard error.
+    """
+    made = next((name for name in recipe_names() if load_recipe(name).model.path.lower() == model.lower()), None)
+    found = made or GENERAL
+    print_headline(f"{model} with the settings of recipe {found}: `sku recipes show {found}` prints them")
+    if made is not None:
+        return made, None, []
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(model).resolve().name)
+    text = {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of recipe {found}."}
+    return found, model, [f"{key}={json.dumps(value)}" for key, value in text.items()]
 
 
 def overrides_of(

@@ -46,7 +46,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, disk and time of a run from its recipe and the model's config.json; no weight is loaded."""
-    settings = resolve_recipe(recipe, model=model, overrides=overrides)
+    settings = resolve_recipe(recipe, model=model, overrides=overrides, check=False)
     if gpu_memory <= 0 or not 0 < efficiency <= 1 or (peak_tflops is not None and peak_tflops <= 0):
         raise RecipeError("--gpu-memory and --peak-tflops must be above 0, and --efficiency above 0 and at most 1")
 
@@ -77,6 +77,8 @@ def _show(made: Plan, advice: list[Suggestion]) -> None:
         f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at once",
         soft_wrap=True,
     )
+    if job.shipped_shape:
+        results.print("its configuration is out of reach: its shape is as this package knows it", soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("GiB on each GPU", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)

@@ -44,6 +44,7 @@ from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from sku.config import Recipe
     from sku.pipeline import FinishedRun
 
 
@@ -94,6 +95,7 @@ def run(
         return
     method = "" if settings.method == "sku" else f", method {settings.method}"
     print_headline(f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}")
+    _warn_of_memory(settings)
     try:
         with shown_messages(), progress_bars() as show:
             finished = run_recipe(settings, folder, resume=resume, progress=show)
@@ -109,6 +111,17 @@ def run(
         print_json(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     else:
         _print_finished(finished, folder)
+
+
+def _warn_of_memory(recipe: Recipe) -> None:
+    """Asks the plan where there is a GPU. It takes every row for as long as it may be: no reason to refuse a run."""
+    from sku.models import pick_device
+    from sku.pipeline import memory_fit
+
+    if pick_device(recipe.model.device).type == "cuda":
+        found = memory_fit(recipe)
+        if isinstance(found, str) or not found.fits:
+            print_headline(f"memory: {found if isinstance(found, str) else found.describe()}")
 
 
 def _print_finished(finished: FinishedRun, folder: Path) -> None:

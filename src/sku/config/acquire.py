@@ -14,6 +14,12 @@ PreservationMode = Literal["divergence", "retention"]
 PreservationTokens = Literal["answer", "all"]
 Packing = Literal["auto", "tree", "flat", "padded"]
 Tuning = Literal["lora", "full", "qlora"]
+TRAINING_KEYS = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
+    "activation_checkpointing", "save_steps", "save_total_limit", "logging_steps", "packing",
+)  # fmt: skip
+"""Those of ``acquire.training`` that are looked for elsewhere most; it takes all of ``sku.training.config``."""
 
 
 @dataclass(frozen=True, kw_only=True)

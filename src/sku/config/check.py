@@ -7,13 +7,17 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from sku.config.acquire import TRAINING_KEYS
 from sku.config.compat import REFERENCE, CompatConfig
+from sku.config.recipe import Recipe
 from sku.errors import RecipeError, did_you_mean
 
 _LARGEST = 2**1000
+_WANTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+"""Types of values in the words of a recipe."""
 
 
 def check_plain(content: Any, key: str, where: str) -> None:
@@ -72,7 +76,7 @@ def build(target: Any, content: Any, key: str, where: str) -> Any:
     for name in content:
         if name not in fields:
             prefix = f"{key}." if key else ""
-            raise RecipeError(f"{prefix}{name} is not a known key.{did_you_mean(str(name), fields)} ({where})")
+            raise RecipeError(f"{prefix}{name} is not a known key.{_meant(str(name), fields)} ({where})")
     hints = typing.get_type_hints(target)
     values: dict[str, Any] = {}
     for name, item in fields.items():
@@ -85,6 +89,26 @@ def build(target: Any, content: Any, key: str, where: str) -> Any:
         return target(**values)
     except RecipeError as error:
         raise RecipeError(f"{error} ({where})") from None
+
+
+def _meant(name: str, fields: Mapping[str, Any]) -> str:
+    """A suggestion: keys of that very name elsewhere in a recipe, else a near one beside it."""
+    elsewhere = [key for key in _keys(Recipe) if key.rpartition(".")[2] == name]
+    if not elsewhere:
+        return did_you_mean(name, fields)
+    return f" Did you mean {' or '.join(sorted(elsewhere, key=lambda key: (key.count('.'), key)))}?"
+
+
+def _keys(target: Any, prefix: str = "") -> Iterator[str]:
+    """All keys of a dataclass of settings and of those inside it, with the usual ones of ``acquire.training``."""
+    for name, hint in typing.get_type_hints(target).items():
+        key = f"{prefix}{name}"
+        yield key
+        inner = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
+        if inner and typing.get_origin(hint) is not Mapping:
+            yield from _keys(inner[0], f"{key}.")
+    if not prefix:
+        yield from (f"acquire.training.{name}" for name in TRAINING_KEYS)
 
 
 def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
@@ -141,7 +165,16 @@ def _convert_union(options: tuple[Any, ...], value: Any, key: str, where: str) -
                 return _convert(option, value, key, where)
             except RecipeError as error:
                 errors.append(error)
-    raise errors[0]
+    wanted = [_wanted(option) for option in options if option is not type(None)]
+    if len(wanted) == 1:
+        raise errors[0]
+    raise RecipeError(f"{key} is {value!r}; it must be {' or '.join(wanted)} ({where})")
+
+
+def _wanted(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    return _WANTED.get(hint) or ", ".join(map(str, typing.get_args(hint)))
 
 
 def _convert_scalar(hint: Any, value: Any, key: str, where: str) -> Any:
@@ -154,5 +187,4 @@ def _convert_scalar(hint: Any, value: Any, key: str, where: str) -> Any:
         return float(value) if abs(value) < _LARGEST else math.inf
     if hint in (int, float, str, bool) and type(value) is hint:
         return value
-    name = getattr(hint, "__name__", str(hint))
-    raise RecipeError(f"{key} is {value!r}; it must be of type {name} ({where})")
+    raise RecipeError(f"{key} is {value!r}; it must be {_wanted(hint)} ({where})")

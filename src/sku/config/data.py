@@ -48,7 +48,8 @@ class SourceConfig:
     unsafe_value: str | None = None
     """What ``unsafe_column`` holds on those rows, compared as lower-case text: ``false`` for an is_safe column."""
     license: str | None = None
-    """Licence of the data, for the model card; that of the recognised format where this is empty."""
+    """Licence of the data, for the model card; where this is empty, that of a hub dataset that is known here, else
+    unknown: columns tell no licence."""
     limit: int | None = None
     """Keep this many prompts (with all their answers), drawn by the seed."""
 

@@ -26,7 +26,7 @@ COLUMNS = ("prompt", "response", "category", "is_safe")
 
 def recognises(columns: Collection[str]) -> bool:
     """Whether a table with these columns has this form."""
-    return set(columns).issuperset(COLUMNS)
+    return all(name in columns for name in COLUMNS)
 
 
 def row_parser(columns: Collection[str]) -> RowParser:

@@ -13,10 +13,11 @@ filter leaves out are not taken for safe answers: its column may mark anything.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterator
 
 from sku.config import SourceConfig
-from sku.data.rows import SAFE, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
+from sku.data.rows import SAFE, Columns, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
 from sku.errors import DataError
 
 NAME = "columns"
@@ -36,22 +37,39 @@ def recognises(columns: Collection[str]) -> bool:
 
 def safety_mark(columns: Collection[str]) -> str | None:
     """The column that seems to tell safe rows from unsafe ones, if there is one."""
-    return next((name for name in SAFETY_MARKS if name in columns), None)
+    return next((Columns(columns).written(name) for name in SAFETY_MARKS if name in columns), None)
 
 
-def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind) -> RowParser:
+def naming(key: str, columns: Collection[str]) -> str:
+    """What to do where it is not clear which column is which: the options, with columns of the table for example.
+
+    Args:
+        key: The recipe's key of the source, such as ``data.forget``.
+        columns: Columns of the table.
+    """
+    # Text alone is not seen here: that the first two are meant is a guess, and is called so.
+    prompt, answer = [*columns, "NAME", "NAME"][:2]
+    options = (f"{key}.prompt_column={prompt}", f"{key}.answer_column={answer}")
+    return f"name its columns, such as {' '.join(f'--set {shlex.quote(option)}' for option in options)}"
+
+
+def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind, key: str | None = None) -> RowParser:
     """Reader of the named columns, or of the usual ones where none is named.
 
     Args:
         columns: Columns found.
         source: Names and filter. On a forget set only rows marked unsafe are kept, on a retain set only the others.
         kind: Which set this is.
+        key: The recipe's key that holds ``source``, for messages; ``data.<kind>`` if None.
 
     Raises:
         DataError: A named column is missing, no name was given and the columns can be read in several ways, one
             column is named for both, or the safe answer is named where it can't serve.
     """
-    prompt_column, answer_column = _prompt_and_answer(columns, source, kind)
+    key = key or f"data.{kind}"
+    prompt_column, answer_column = (
+        Columns(columns).written(name) for name in _prompt_and_answer(columns, source, kind, key)
+    )
     category_column, unsafe_column = source.category_column, source.unsafe_column
     safe_answer_column = source.safe_answer_column
     named = (source.prompt_column, source.answer_column, safe_answer_column, category_column, unsafe_column)
@@ -77,17 +95,17 @@ def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind) -> Ro
     return parse
 
 
-def _prompt_and_answer(columns: Collection[str], source: SourceConfig, kind: Kind) -> tuple[str, str]:
+def _prompt_and_answer(columns: Collection[str], source: SourceConfig, kind: Kind, key: str) -> tuple[str, str]:
     prompts, answers = _named(columns)
     if source.prompt_column is None and (len(prompts) != 1 or any(name in columns for name in PART_OF_PROMPT)):
-        raise _unclear("prompt", columns)
+        raise _unclear("prompt", columns, key)
     if source.answer_column is None and len(answers) != 1:
-        raise _unclear("answer", columns)
+        raise _unclear("answer", columns, key)
     mark = safety_mark(columns)
     if kind == "forget" and source.unsafe_column is None and mark is not None and source.prompt_column is None:
         raise DataError(
-            f"column {mark} seems to mark unsafe rows; set unsafe_column and unsafe_value, or name prompt_column and "
-            "answer_column to use every row"
+            f"column {mark} seems to mark unsafe rows; set unsafe_column and unsafe_value of {key}, such as --set "
+            f"{key}.unsafe_column={mark}, or prompt_column and answer_column to use every row"
         )
     return source.prompt_column or prompts[0], source.answer_column or answers[0]
 
@@ -100,8 +118,8 @@ def _in_doubt(columns: Collection[str]) -> bool:
     return any(name in columns for name in PART_OF_PROMPT)
 
 
-def _unclear(role: str, columns: Collection[str]) -> DataError:
+def _unclear(role: str, columns: Collection[str], key: str) -> DataError:
     return DataError(
-        f"it is not clear which column holds the {role}: set {role}_column. "
+        f"it is not clear which column holds the {role}: set it, as --set {key}.{role}_column=NAME. "
         f"Columns found: {', '.join(columns) or 'none'}"
     )

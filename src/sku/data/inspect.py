@@ -66,6 +66,8 @@ class DataDescription:
     provenance: tuple[Provenance, ...]
     """With the rows left out of each source, by reason."""
     views: tuple[ExampleView, ...]
+    notes: tuple[str, ...] = ()
+    """Of ``ForgetRetainData.notes``: what a reader of any figure on these splits needs."""
 
 
 def describe_data(
@@ -123,6 +125,7 @@ def describe_data(
         splits=splits,
         provenance=data.provenance,
         views=tuple(views),
+        notes=data.notes(),
     )
 
 

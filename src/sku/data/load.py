@@ -17,7 +17,7 @@ from sku.data.examples import (
     count_safe_answers,
     normalise_prompt,
 )
-from sku.data.formats import choose_parser
+from sku.data.formats import HUB_LICENCES, choose_parser
 from sku.data.rows import SAFE, UNMARKED, Kind, ParsedRows, parse_rows
 from sku.data.splits import draw_prompts, draw_rows, split_by_group
 from sku.data.tables import read_table
@@ -112,7 +112,7 @@ def load_data(
         all_retain, retain_provenance = _read(config.retain, "retain", RetainExample)
         _check_overlap(all_forget, all_retain, config)
         if config.benign is not None:
-            all_benign, provenance = _read(config.benign, "retain", RetainExample)
+            all_benign, provenance = _read(config.benign, "retain", RetainExample, "data.benign")
             _check_benign_overlap(all_benign, all_forget, all_retain, config.benign)
             kept, provenance = _limit(all_benign, provenance, config.benign.limit, seed)
             benign = split_by_group(
@@ -238,10 +238,12 @@ def _source(source: str | Path | SourceConfig) -> SourceConfig:
     return source if isinstance(source, SourceConfig) else SourceConfig(path=str(source))
 
 
-def _read(source: SourceConfig, kind: Kind, example_type: type[E]) -> tuple[list[E], Provenance]:
+def _read(
+    source: SourceConfig, kind: Kind, example_type: type[E], key: str | None = None
+) -> tuple[list[E], Provenance]:
     table = read_table(source)
     try:
-        name, licence, parser = choose_parser(table.columns, source, kind)
+        name, parser = choose_parser(table.columns, source, kind, key)
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from None
     parsed = parse_rows(table.rows, parser, example_type)
@@ -255,7 +257,7 @@ def _read(source: SourceConfig, kind: Kind, example_type: type[E]) -> tuple[list
         rows_read=parsed.rows_read,
         rows_left_out=parsed.left_out,
         safe_answers=count_safe_answers(parsed.examples),
-        licence=licence,
+        licence=source.license or (HUB_LICENCES.get(source.path.lower()) if table.from_hub else None),
     )
 
 

@@ -37,8 +37,9 @@ ONE_ANSWER = ("prompt", "response", "is_safe")
 
 def recognises(columns: Collection[str]) -> bool:
     """Whether a table with these columns is one of the forms above. A ``category`` column makes it BeaverTails."""
-    names = set(columns)
-    return names.issuperset(TWO_ANSWERS) or (names.issuperset(ONE_ANSWER) and "category" not in names)
+    if all(name in columns for name in TWO_ANSWERS):
+        return True
+    return all(name in columns for name in ONE_ANSWER) and "category" not in columns
 
 
 def row_parser(columns: Collection[str]) -> RowParser:

@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -19,6 +19,49 @@ from sku.errors import DataError, did_you_mean
 
 Row = Mapping[str, Any]
 Kind = Literal["forget", "retain"]
+
+
+class Columns(Collection[str]):
+    """Names of columns, compared without case and space around them; printed as they are written in the file."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = dict.fromkeys(names)
+        self._written: dict[str, str] = {}
+        for name in self._names:
+            self._written.setdefault(_plain(name), name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or (isinstance(name, str) and _plain(name) in self._written)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def written(self, name: str) -> str:
+        """The name as the file has it; where two columns differ in case alone, each is meant by its own spelling."""
+        return name if name in self._names else self._written.get(_plain(name), name)
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
+
+
+class Cells(Mapping[str, Any]):
+    """A row whose cells are found by names as ``Columns`` compares them."""
+
+    def __init__(self, row: Row, columns: Columns) -> None:
+        self._row, self._columns = row, columns
+
+    def __getitem__(self, name: str) -> Any:
+        return self._row[self._columns.written(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
 
 
 @dataclass(frozen=True)

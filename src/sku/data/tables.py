@@ -1,4 +1,7 @@
-"""From what ``data.*.path`` names to rows: a file, a folder or a hub dataset."""
+"""From what ``data.*.path`` names to rows: a file, a folder or a hub dataset.
+
+``datasets`` is imported where a table needs it: text files don't, and it takes a second or two.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-
-from sku.config import SourceConfig
-from sku.data.hub import load_hub_dataset, quiet_datasets, unreadable
+from sku.config import EMBEDDED, SourceConfig
 from sku.data.rows import Row
 from sku.data.text_files import SUFFIXES, read_text_file, text_suffix
 from sku.errors import DataError
@@ -28,6 +28,11 @@ class Table:
     rows: Iterable[Row]
     revision: str | None = None
     """Commit of a hub dataset."""
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether it is a hub dataset: nothing else has a revision."""
+        return self.revision is not None
 
 
 def read_table(source: SourceConfig) -> Table:
@@ -55,10 +60,24 @@ def read_table(source: SourceConfig) -> Table:
         return _read_file(path, source)
     if is_folder:
         return _read_folder(path, source)
-    if path.suffix.lower() in (*SUFFIXES, PARQUET, ".gz", ".xz") or not _HUB_ID.fullmatch(source.path):
+    if not is_hub_id(source):
         raise DataError(f"there is no file or folder {source.path} (looked in {Path.cwd()})")
+    from sku.data.hub import load_hub_dataset
+
     dataset, commit = load_hub_dataset(source)
     return Table(columns=tuple(dataset.column_names), rows=dataset, revision=commit)
+
+
+def is_hub_id(source: SourceConfig) -> bool:
+    """Whether a path names nothing on this machine and may be that of a hub dataset."""
+    try:
+        path = Path(source.path).expanduser()
+        if source.path in ("", EMBEDDED) or path.exists():
+            return False
+    except (OSError, RuntimeError):
+        return False
+    named_as_file = path.suffix.lower() in (*SUFFIXES, PARQUET, ".gz", ".xz")
+    return not named_as_file and _HUB_ID.fullmatch(source.path) is not None
 
 
 def _read_file(path: Path, source: SourceConfig) -> Table:
@@ -88,6 +107,10 @@ def _refuse(source: SourceConfig, *names: str, what: str) -> None:
 
 
 def _load(builder: str, source: SourceConfig, *, what: str, data_files: str | None = None) -> Table:
+    import datasets
+
+    from sku.data.hub import quiet_datasets, unreadable
+
     # A cache of its own, dropped at once: the shared one keeps harmful text and tells a changed file only by its time.
     with tempfile.TemporaryDirectory(prefix="sku-") as cache, quiet_datasets():
         try:
@@ -105,6 +128,10 @@ def _load(builder: str, source: SourceConfig, *, what: str, data_files: str | No
 
 
 def _load_saved(path: Path, source: SourceConfig) -> Table:
+    import datasets
+
+    from sku.data.hub import quiet_datasets, unreadable
+
     with quiet_datasets():
         try:
             saved = datasets.load_from_disk(str(path), keep_in_memory=True)

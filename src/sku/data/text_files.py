@@ -15,7 +15,7 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,11 +23,14 @@ from typing import Any, TextIO
 from sku.data.rows import Row
 from sku.errors import DataError
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ";", ",")}
+"""Suffix -> what may stand between two cells, the usual one first: where a comma is the sign of decimals Excel writes
+semicolons, and calls that CSV too."""
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*DELIMITERS, *JSON_SUFFIXES)
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _UNPACKED_ANYWAY = 2**24
+_NAMES = {",": "comma", ";": "semicolon", "\t": "tab"}
 _LARGEST_RATIO = 200
 """Text packs to a third or a tenth, a very repetitive one to a fiftieth."""
 
@@ -101,24 +104,46 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _read_csv(stream: TextIO, path: Path, delimiter: str) -> tuple[list[str], list[Row]]:
+def _read_csv(stream: TextIO, path: Path, delimiters: Sequence[str]) -> tuple[list[str], list[Row]]:
+    """Reads with the delimiter that the header has most of, and where the rows don't fit it with the next one."""
+    text = stream.read()
     with _unlimited_fields():
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        rows: list[Row] = []
-        try:
-            columns = next(reader, [])
-            _check_header(columns, path)
-            for cells in reader:
-                if not cells:
-                    continue  # an empty line is no row
-                if len(cells) != len(columns):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(columns)}; "
-                        "is the file cut off, or does a cell with a comma lack its quotes?"
-                    )
-                rows.append(dict(zip(columns, cells, strict=True)))
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
+        found = {delimiter: _cells_of_header(text, delimiter) for delimiter in delimiters}
+        # Stable: of two that split the header alike the usual one comes first.
+        likely = sorted((one for one in delimiters if found[one] > 1), key=lambda one: -found[one]) or delimiters[:1]
+        errors: list[DataError] = []
+        for delimiter in likely:
+            try:
+                return _read_cells(text, path, delimiter)
+            except DataError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _cells_of_header(text: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []))
+    except csv.Error:
+        return 0
+
+
+def _read_cells(text: str, path: Path, delimiter: str) -> tuple[list[str], list[Row]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    try:
+        columns = next(reader, [])
+        _check_header(columns, path)
+        for cells in reader:
+            if not cells:
+                continue  # an empty line is no row
+            if len(cells) != len(columns):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(columns)}; "
+                    f"is the file cut off, or does a cell with a {_NAMES[delimiter]} lack its quotes?"
+                )
+            rows.append(dict(zip(columns, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
     return columns, rows
 
 

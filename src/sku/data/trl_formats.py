@@ -40,7 +40,7 @@ NOT_TEXT = "message that is not text alone"
 
 def recognises_prompt_completion(columns: Collection[str]) -> bool:
     """Whether a table with these columns is in prompt/completion form."""
-    return {"prompt", "completion"}.issubset(columns)
+    return "prompt" in columns and "completion" in columns
 
 
 def recognises_messages(columns: Collection[str]) -> bool:
@@ -50,7 +50,7 @@ def recognises_messages(columns: Collection[str]) -> bool:
 
 def recognises_preference(columns: Collection[str]) -> bool:
     """Whether a table with these columns is in preference form."""
-    return set(columns).issuperset(PREFERENCE_COLUMNS)
+    return all(name in columns for name in PREFERENCE_COLUMNS)
 
 
 def prompt_completion_parser(columns: Collection[str]) -> RowParser:

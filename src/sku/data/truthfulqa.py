@@ -30,7 +30,7 @@ HUB_COLUMNS = ("question", "best_answer", "correct_answers")
 
 def recognises(columns: Collection[str]) -> bool:
     """Whether a table with these columns is one of the two forms."""
-    return set(columns).issuperset(CSV_COLUMNS) or set(columns).issuperset(HUB_COLUMNS)
+    return any(all(name in columns for name in form) for form in (CSV_COLUMNS, HUB_COLUMNS))
 
 
 def row_parser(columns: Collection[str]) -> RowParser:
@@ -39,7 +39,7 @@ def row_parser(columns: Collection[str]) -> RowParser:
     Raises:
         DataError: A needed column is missing.
     """
-    is_hub_form = "question" in columns
+    is_hub_form = "best_answer" in columns or "correct_answers" in columns
     question, best, correct = HUB_COLUMNS if is_hub_form else CSV_COLUMNS
     require_columns((question, best, correct), columns, NAME)
     category = "category" if is_hub_form else "Category"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sku.errors import RecipeError, did_you_mean
+from sku.errors import no_method_named
 from sku.methods.base import AnyMethod
 from sku.methods.dpo import DPO
 from sku.methods.fine_tune import FINE_TUNE
@@ -50,9 +50,5 @@ def method_named(name: str) -> AnyMethod:
         return method_from_file(name)
     methods = {method.name: method for method in METHODS}
     if name not in methods:
-        known = ", ".join(methods)
-        raise RecipeError(
-            f"there is no method named {name}.{did_you_mean(name, methods)} Known: {known}; or give a .py file that "
-            "defines one"
-        )
+        raise no_method_named(name, methods)
     return methods[name]

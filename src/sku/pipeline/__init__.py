@@ -19,11 +19,13 @@ A run folder, private to its owner because the base model's harmful replies lie 
 from sku.pipeline.acquire import acquire_recipe
 from sku.pipeline.dry_runs import dry_acquire, dry_comparison, dry_evaluate, dry_run, dry_sweep
 from sku.pipeline.evaluate import evaluate_recipe
+from sku.pipeline.memory_fit import MemoryFit, memory_fit
 from sku.pipeline.run import FinishedRun, run_recipe
 from sku.pipeline.sweep import sweep_recipe
 
 __all__ = [
     "FinishedRun",
+    "MemoryFit",
     "acquire_recipe",
     "dry_acquire",
     "dry_comparison",
@@ -31,6 +33,7 @@ __all__ = [
     "dry_run",
     "dry_sweep",
     "evaluate_recipe",
+    "memory_fit",
     "run_recipe",
     "sweep_recipe",
 ]

@@ -12,6 +12,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError
 from sku.evaluate.run import Progress
+from sku.memory_errors import named_memory_errors
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model, pick_device
 from sku.pipeline.recipe_data import load_recipe_data
@@ -43,19 +44,21 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
         checkpoints = temporary / "checkpoints"
         settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints, device=device)
         check_compat(recipe.acquire, recipe.compat, settings.max_steps)
-        loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
+        with named_memory_errors("load"):
+            loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
         data = load_recipe_data(recipe)
-        acquired = acquire(
-            loaded,
-            data,
-            recipe.acquire,
-            recipe.data,
-            seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
-            folder=checkpoints,
-            prompt_format=recipe.model.prompt_format,
-            callbacks=step_progress(progress),
-            compat=recipe.compat,
-        )
+        with named_memory_errors("acquire"):
+            acquired = acquire(
+                loaded,
+                data,
+                recipe.acquire,
+                recipe.data,
+                seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
+                folder=checkpoints,
+                prompt_format=recipe.model.prompt_format,
+                callbacks=step_progress(progress),
+                compat=recipe.compat,
+            )
         processes.on_main(lambda: shutil.rmtree(checkpoints))
         processes.on_main(lambda: mark_trained(temporary, recipe, data))
         acquired.save(temporary)

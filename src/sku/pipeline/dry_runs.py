@@ -29,6 +29,7 @@ from sku.pipeline.dry_checks import (
     result_bytes,
 )
 from sku.pipeline.evaluate import check_one_process_attacks, readable_source, refuse_bad_model
+from sku.pipeline.memory_fit import memory_fit
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.sweep import with_alpha_to_choose
 from sku.pipeline.unlearning import Unlearning
@@ -106,6 +107,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
             stages=tuple(stages),
             writes=tuple(writes),
             disk_bytes=training.peak_bytes + result_bytes(recipe, model),
+            memory=_memory(recipe),
             bad_model=fate,
             examples=_examples(data, training),
             notes=data_notes(data, model, training),
@@ -138,6 +140,7 @@ def dry_acquire(recipe: Recipe, out: Path) -> DryRun:
             stages=(f"train {training.steps} steps",),
             writes=("the bad model" if recipe.acquire.tuning == "full" else "the bad model's adapter",),
             disk_bytes=training.peak_bytes,
+            memory=_memory(recipe),
             bad_model="kept",
             examples=_examples(data, training),
             notes=data_notes(data, model, training),
@@ -198,6 +201,7 @@ def dry_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_mo
                 *(("bad/",) if keep_bad_model else ()),
             ),
             disk_bytes=0 if there else training.peak_bytes,
+            memory=None if there else _memory(recipe),
             bad_model="kept" if kept else "deleted at the end",
             examples=_examples(data, training),
             notes=(
@@ -332,6 +336,11 @@ def _training(recipe: Recipe, training: CheckedTraining) -> dict[str, Any]:
     settings = training.run.training
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     return {"tuning": recipe.acquire.tuning, "steps": training.steps, "examples a step": batch}
+
+
+def _memory(recipe: Recipe) -> str:
+    found = memory_fit(recipe)
+    return found if isinstance(found, str) else found.describe()
 
 
 def _examples(data: ForgetRetainData, training: CheckedTraining) -> dict[str, int]:

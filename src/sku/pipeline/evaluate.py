@@ -18,6 +18,7 @@ from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress, evaluate
+from sku.memory_errors import named_memory_errors
 from sku.methods.visits import with_visited
 from sku.models import load_config, load_model, with_path
 from sku.negate.survival import model_survival
@@ -55,10 +56,11 @@ def evaluate_recipe(
     check_one_process_attacks(recipe, current_processes())
     data = load_recipe_data(recipe)
     check_attacks(recipe, data)
-    base = load_model(recipe.model)
-    # As one process trains: of more it visits more, and these prompts are among them.
-    data = with_visited(recipe, data, base.tokenizer, base.model)
-    measured = load_model(with_path(recipe.model, model))
+    with named_memory_errors("load"):
+        base = load_model(recipe.model)
+        # As one process trains: of more it visits more, and these prompts are among them.
+        data = with_visited(recipe, data, base.tokenizer, base.model)
+        measured = load_model(with_path(recipe.model, model))
     source = readable_source(recipe.model)
     before = evaluate_one(recipe, base.model, base.tokenizer, data, base.model, out / "base", progress, source)
     after = evaluate_one(
@@ -103,20 +105,21 @@ def evaluate_one(
 ) -> EvaluationResult:
     """One evaluation with a recipe's settings, named after its folder; of another than the base with its starts."""
     name = folder.name
-    return evaluate(
-        model,
-        tokenizer,
-        data,
-        config=recipe.evaluate,
-        prompt_format=recipe.model.prompt_format,
-        base_model=base,
-        output_dir=folder,
-        model_name=name,
-        model_source=source,
-        starts=starts,
-        seed=recipe.seed,
-        progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
-    )
+    with named_memory_errors(f"evaluate_{name}"):
+        return evaluate(
+            model,
+            tokenizer,
+            data,
+            config=recipe.evaluate,
+            prompt_format=recipe.model.prompt_format,
+            base_model=base,
+            output_dir=folder,
+            model_name=name,
+            model_source=source,
+            starts=starts,
+            seed=recipe.seed,
+            progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
+        )
 
 
 def measure_recipe_precisions(

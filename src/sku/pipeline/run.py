@@ -21,6 +21,7 @@ from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress
+from sku.memory_errors import named_memory_errors
 from sku.methods.run import prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
@@ -82,7 +83,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     try:
         run.open_folder(resume=resume)
         try:
-            return run.finish()
+            with named_memory_errors():  # Outside the stages too: what can be mended leaves no folder.
+                return run.finish()
         except NoAlphaError:
             run.give_up()
             raise

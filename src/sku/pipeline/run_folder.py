@@ -16,6 +16,7 @@ from sku.disk_errors import named_disk_errors
 from sku.errors import OutputError
 from sku.evaluate.run import Progress
 from sku.locks import LOCK_FILE, own_by_file
+from sku.memory_errors import named_memory_errors
 from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
 from sku.storage import check_can_be_made, new_folder, remove_left_behind, write_json
@@ -159,10 +160,14 @@ class RunFolder:
 
         Args:
             stage: Its name in the manifest.
+
+        Raises:
+            NoMemoryError: Memory ran out in it.
         """
         self.progress(stage, 0, 1)
         started = time.monotonic()
-        yield
+        with named_memory_errors(stage):
+            yield
         seconds = self.manifest["seconds"]
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
         self.note(seconds=seconds)

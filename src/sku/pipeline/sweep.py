@@ -10,6 +10,7 @@ from sku.config import Recipe
 from sku.errors import RecipeError, SkuError
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.run import Progress
+from sku.memory_errors import named_memory_errors
 from sku.pipeline.acquire import acquire_recipe
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.storage import remove_hazardous
@@ -58,7 +59,8 @@ def sweep_recipe(
             with suppress(OSError):  # Not empty: it was there before.
                 out.rmdir()
             raise
-    found = sweep_bad_model(recipe, trained, data, out, progress=progress)
+    with named_memory_errors("sweep"):
+        found = sweep_bad_model(recipe, trained, data, out, progress=progress)
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found

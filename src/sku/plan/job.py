@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sku.acquire.config import SkuConfig
 from sku.acquire.objective import sku_objective
 from sku.acquire.run import trainer_settings
-from sku.config import LoraSettings, Recipe, Tuning
-from sku.errors import RecipeError
+from sku.config import LoraSettings, ModelConfig, Recipe, Tuning
+from sku.errors import ModelError, RecipeError
 from sku.methods.run import with_safe_dtype
 from sku.models import load_config
 from sku.training.config import UnlearningConfig
@@ -66,6 +68,8 @@ class Job:
     """Kept on disk at once."""
     gpus: int
     sharding: Sharding
+    shipped_shape: bool = False
+    """The model's configuration was out of reach; that of ``shapes.json`` stands in for it."""
 
     @property
     def rows(self) -> int:
@@ -135,7 +139,7 @@ def job_of(
             f"{', '.join(sorted(STATE_BYTES))}"
         )
     objective = sku_objective(recipe.acquire, recipe.compat)
-    config = load_config(recipe.model)
+    config, shipped = _config_of(recipe.model)
     model = with_safe_dtype(recipe)
     if model.dtype == "auto":
         dtype = torch.float32 if on_cpu else torch.bfloat16
@@ -164,7 +168,24 @@ def job_of(
         checkpoints=checkpoints_at_once(training),
         gpus=gpus,
         sharding=sharding,
+        shipped_shape=shipped,
     )
+
+
+def _config_of(model: ModelConfig) -> tuple[PreTrainedConfig, bool]:
+    """Of the model's own files; where they are out of reach, the shape that this package knows of the recipes' models.
+
+    Returns:
+        The configuration, and whether it is the shipped shape.
+    """
+    try:
+        return load_config(model), False
+    except ModelError:
+        shapes = json.loads((resources.files("sku") / "plan" / "shapes.json").read_text(encoding="utf-8"))
+        shape = shapes.get(model.path)
+        if shape is None:
+            raise
+        return AutoConfig.for_model(**shape), True
 
 
 def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[SkuConfig, str]:

@@ -54,6 +54,22 @@ def suggestions(plan: Plan) -> list[Suggestion]:
     return sorted(found, key=lambda suggestion: not suggestion.fits)
 
 
+def first_that_fits(plan: Plan) -> Suggestion | None:
+    """The cheapest single change that makes a job fit; the dearer ones are not estimated.
+
+    Args:
+        plan: Of the job as it is, which doesn't fit.
+
+    Returns:
+        The change; None where no single one suffices.
+    """
+    for change, cost, job in _changes(plan.job):
+        found = next((suggestion for suggestion in _tried(plan, change, cost, job) if suggestion.fits), None)
+        if found is not None:
+            return found
+    return None
+
+
 def _tried(plan: Plan, change: str, cost: str, job: Job) -> list[Suggestion]:
     try:
         same_step = dataclasses.replace(job, sharding=plan.job.sharding, optimizer=plan.job.optimizer) == plan.job

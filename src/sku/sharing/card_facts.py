@@ -213,7 +213,7 @@ def data_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
             "name": name,
             "source": f"{public_name(source['location'])} ({source['source']})",
             "revision": source.get("revision") or NOTHING,
-            "licence": (config or {}).get("license") or source.get("licence") or "not stated",
+            "licence": (config or {}).get("license") or source.get("licence") or "unknown",
             "rows": f"{source['rows_read']:,}",
             "sha256": source["sha256"],
         }

@@ -55,7 +55,7 @@ def reproduction_of(manifest: Mapping[str, Any], unlearned: EvaluationResult) ->
                 str(source["revision"] or NOTHING),
                 str(source["sha256"]),
                 f"{source['rows_read']:,}",
-                str(source["licence"] or "not stated"),
+                str(source["licence"] or "unknown"),
             )
             for role, source in zip(_ROLES, data["sources"], strict=False)
         ),
