@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,6 +125,46 @@ def load_classifier(config: ModelConfig) -> LoadedModel:
     model, loading = loaded
     _check_complete(loading, config.path)
     torch.nn.Module.to(model, device)
+    model.eval()
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
+    )
+
+
+def new_classifier(config: ModelConfig, labels: Sequence[str]) -> LoadedModel:
+    """A sequence classifier to be trained: the body of a model, and a head with weights drawn by torch's seed.
+
+    Args:
+        config: Where the body is: an encoder, or a causal language model, as a folder, hub id or GGUF file.
+        labels: Names of the classes.
+
+    Returns:
+        The model in evaluation mode, and a tokenizer that has a pad token.
+
+    Raises:
+        ModelError: It can't be found or read, or has no usable pad token.
+    """
+    name, options = locate_model(config)
+    device = pick_device(config.device)
+    if config.gguf_file is not None:
+        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+    names = dict(enumerate(labels))
+    with naming_the_model(config.path):
+        tokenizer = AutoTokenizer.from_pretrained(name, **locate_model(config)[1])
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            **options,
+            use_safetensors=None if config.gguf_file else True,
+            dtype=pick_dtype(config.dtype, device),
+            num_labels=len(names),
+            id2label=names,
+            label2id={label: number for number, label in names.items()},
+        )
+    if config.gguf_file is not None:
+        forget_quantizer(model)
+    torch.nn.Module.to(model, device)
+    ensure_pad_token(tokenizer, model)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.eval()
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)

@@ -6,17 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from sku.cli import judge_calibrate, judge_labels
+from sku.cli import judge_calibrate, judge_labels, judge_train
 from sku.cli.completion import judges
 from sku.cli.console import print_json, results
 from sku.cli.options import JsonOption
 
 app = typer.Typer(
-    help="Judges: list them, calibrate them, label replies by hand, judge a finished evaluation again.",
+    help="Judges: list them, train one, calibrate them, label replies by hand, judge a finished evaluation again.",
     no_args_is_help=True,
 )
 app.command("export")(judge_labels.export)
 app.command("again")(judge_labels.again)
+app.command("train")(judge_train.train)
 app.command("calibrate")(judge_calibrate.calibrate)
 
 

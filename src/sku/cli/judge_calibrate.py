@@ -14,6 +14,16 @@ from rich.table import Table
 from sku.cli.completion import judges
 from sku.cli.console import print_json, results
 from sku.cli.dry_run import print_dry_run
+from sku.cli.labelled_options import (
+    ByOption,
+    HarmfulValueOption,
+    LabelColumnOption,
+    PromptColumnOption,
+    ReplyColumnOption,
+    WhereOption,
+    figures_table,
+    label_columns,
+)
 from sku.cli.options import DryRunOption, JsonOption, settings_of
 from sku.disk_errors import named_disk_errors
 from sku.dry_run import DryRun
@@ -32,16 +42,23 @@ def calibrate(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="JSON file for the calibration; one that is there is replaced.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="JSON file for the calibration, replaced if it is there; none: only print."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as threshold=0.7; repeatable."),
     ] = None,
-    prompt_column: Annotated[str | None, typer.Option("--prompt-column", help="Column of the prompts.")] = None,
-    reply_column: Annotated[str | None, typer.Option("--reply-column", help="Column of the replies.")] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column", help="Column of the labels.")] = None,
-    harmful_value: Annotated[
-        str | None, typer.Option("--harmful-value", help="The label of harmful replies; all others are then safe.")
+    prompt_column: PromptColumnOption = None,
+    reply_column: ReplyColumnOption = None,
+    label_column: LabelColumnOption = None,
+    harmful_value: HarmfulValueOption = None,
+    where: WhereOption = None,
+    by: ByOption = None,
+    every: Annotated[
+        str | None,
+        typer.Option("--every", metavar="harmful|safe", help="What every reply is, in DATA without labels."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Draw this many labelled replies.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of that draw.")] = 0,
@@ -51,17 +68,28 @@ def calibrate(
     """Measure how often JUDGE is right on the labelled replies in DATA."""
     settings = settings_of(overrides)
     # Judging may be paid for: what can't be written is refused before.
-    check_can_be_made(out.parent)
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder: name a file with --out")
+    if out is not None:
+        check_can_be_made(out.parent)
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder: name a file with --out")
 
     quiet_libraries()
     from sku.evaluate.judges import build_judge
-    from sku.evaluate.judges.calibrate import LabelColumns, read_labelled
     from sku.evaluate.judges.calibrate import calibrate as measure
+    from sku.evaluate.judges.calibrate import measure_groups, read_labelled
     from sku.evaluate.judges.calibration_file import write_calibration
 
-    columns = LabelColumns(prompt=prompt_column, reply=reply_column, label=label_column, harmful_value=harmful_value)
+    columns = label_columns(
+        prompt=prompt_column,
+        reply=reply_column,
+        label=label_column,
+        harmful_value=harmful_value,
+        where=where,
+        by=by,
+        every=every,
+    )
+    if every is not None and out is not None:
+        raise OutputError("a calibration needs harmful and safe replies, and --every names one kind: leave out --out")
     labelled = read_labelled(data, columns, limit=limit, seed=seed)
     built = build_judge(judge, settings)
     if dry_run:
@@ -69,26 +97,35 @@ def calibrate(
         print_dry_run(
             DryRun(
                 command="sku judge calibrate",
-                out=out,
+                out=out or Path.cwd(),
                 settings={"judge": built.card.name, "labelled replies": count, **labelled.left_out},
                 stages=(f"judge {count} replies",),
-                writes=(out.name,),
+                writes=() if out is None else (out.name,),
                 disk_bytes=0,
             ),
             as_json=as_json,
         )
         return
-    with named_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if every is not None:
+        groups = measure_groups(built, labelled)
+        if as_json:
+            print_json([dataclasses.asdict(group) for group in groups])
+        else:
+            results.print(figures_table(f"judge {built.card.name}", groups))
+        return
+    if out is not None:
+        with named_disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
     report = measure(built, labelled)
-    write_calibration(out, built.card, report.calibration)
+    if out is not None:
+        write_calibration(out, built.card, report.calibration)
     if as_json:
         print_json(dataclasses.asdict(report))
         return
     _print(report, judge, out)
 
 
-def _print(report: CalibrationReport, judge: str, out: Path) -> None:
+def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
     from sku.report.tables import interval, percent
 
     calibration = report.calibration
@@ -107,6 +144,8 @@ def _print(report: CalibrationReport, judge: str, out: Path) -> None:
     table.add_row("kappa with the labels", kappa, "", "")
     table.add_row("words of a reply", f"median {calibration.words_median}", "", f"longest {calibration.words_max}")
     results.print(table)
+    if report.groups[0].auc is not None or len(report.groups) > 1:
+        results.print(figures_table("replies", report.groups))
     left_out = {**report.left_out, "no verdict of the judge": calibration.unjudged}
     for reason, count in left_out.items():
         if count:
@@ -117,6 +156,8 @@ def _print(report: CalibrationReport, judge: str, out: Path) -> None:
             "nothing of harm here, and no rate can be corrected with them",
             soft_wrap=True,
         )
+    if out is None:
+        return
     results.print(f"calibration  {out}", soft_wrap=True)
     options = ["--set", f"evaluate.judge={judge}", "--set", f"evaluate.judge_settings.calibration={out}"]
     results.print(f"use it with  {shlex.join(options)}", soft_wrap=True)

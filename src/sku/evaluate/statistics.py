@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import binom, binomtest, hypergeom, multivariate_normal, norm
+from scipy.stats import binom, binomtest, hypergeom, multivariate_normal, norm, rankdata
 from statsmodels.stats.multitest import multipletests
 
 from sku.errors import EvaluationError
@@ -190,6 +190,56 @@ def _draws(clusters: int, seed: int) -> NDArray[np.uint16]:
     drawn_RC = np.concatenate(blocks)
     drawn_RC.setflags(write=False)
     return drawn_RC
+
+
+AUC_RESAMPLES = 2_000
+"""Each is a ranking of all scores."""
+
+
+def auc(scores: Sequence[float], truths: Sequence[bool]) -> float:
+    """Area under the ROC curve: the chance that a hit scores higher than a miss, ties counted half.
+
+    Source: Mann and Whitney, Ann. Math. Stat. 18 (1947) 50; the statistic divided by the number of pairs.
+
+    Args:
+        scores: One a reply.
+        truths: Whether it is a hit; at least one is, and one is not.
+    """
+    return float(_auc(np.asarray(scores, dtype=np.float64), np.asarray(truths, dtype=bool)))
+
+
+def auc_interval(
+    scores: Sequence[float], truths: Sequence[bool], *, clusters: Sequence[Hashable], seed: int
+) -> Interval:
+    """95 % percentile bootstrap interval of ``auc`` that draws clusters (prompts), not rows.
+
+    Args:
+        scores: One a reply.
+        truths: Whether it is a hit; at least one is, and one is not.
+        clusters: The prompt of each reply.
+        seed: Equal seeds give equal intervals.
+
+    Returns:
+        Resamples without a hit or without a miss are left out of it.
+    """
+    places: dict[Hashable, list[int]] = {}
+    for row, cluster in enumerate(clusters):
+        places.setdefault(cluster, []).append(row)
+    groups = [np.asarray(rows, dtype=np.intp) for rows in places.values()]
+    score_N, truth_N = np.asarray(scores, dtype=np.float64), np.asarray(truths, dtype=bool)
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(AUC_RESAMPLES):
+        rows = np.concatenate([groups[index] for index in rng.integers(len(groups), size=len(groups))])
+        if 0 < truth_N[rows].sum() < len(rows):
+            found.append(_auc(score_N[rows], truth_N[rows]))
+    return percentile_interval(np.asarray(found or [auc(scores, truths)]))
+
+
+def _auc(score_N: Floats, truth_N: NDArray[np.bool_]) -> float:
+    hits = int(truth_N.sum())
+    rank_sum = rankdata(score_N)[truth_N].sum()
+    return float((rank_sum - hits * (hits + 1) / 2) / (hits * (len(truth_N) - hits)))
 
 
 @dataclass(frozen=True, kw_only=True)

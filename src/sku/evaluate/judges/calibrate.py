@@ -12,7 +12,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_low
 
 from statsmodels.stats.inter_rater import cohens_kappa
@@ -21,10 +21,11 @@ from sku.config import SourceConfig
 from sku.data.rows import Row, parse_flag
 from sku.data.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
-from sku.evaluate.judges.base import Calibration, Judge
+from sku.evaluate.judges.base import Calibration, Judge, Verdict, verdicts_of
 from sku.evaluate.label_files import without_guards
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord
+from sku.evaluate.statistics import auc, auc_interval
 
 PROMPT_COLUMNS = ("prompt", "question")
 REPLY_COLUMNS = ("reply", "response", "answer", "completion")
@@ -33,6 +34,7 @@ SAFE_COLUMNS = ("is_safe", "safe")
 LABEL_COLUMNS = ("label", "human_score", "is_harmful", "harmful", "is_unsafe", "unsafe", *SAFE_COLUMNS)
 START_COLUMN = "forced_start"
 """What a reply was made to begin with, as ``sku judge export`` writes it."""
+LICENCE_COLUMNS = ("licence", "license")
 LABEL_WORDS = {"harmful": True, "unsafe": True, "safe": False, "harmless": False, "refusal": False}
 """Label -> whether it is harmful."""
 
@@ -46,6 +48,12 @@ class LabelColumns:
     label: str | None = None
     harmful_value: str | None = None
     """What the label column holds on harmful replies, in any case; all other values are then safe."""
+    every: bool | None = None
+    """Whether every reply is harmful, or none is, in a set that has no labels."""
+    group: str | None = None
+    """By which figures are told apart, such as ``source`` or ``response_model``."""
+    where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Column -> values; rows with another value are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,8 @@ class LabelledReply:
     reply: str
     harmful: bool
     forced_start: str = ""
+    group: str = ""
+    """What the column ``LabelColumns.group`` holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,8 @@ class LabelledSet:
     replies: tuple[LabelledReply, ...]
     left_out: Mapping[str, int]
     """Reason -> rows."""
+    licences: frozenset[str] = frozenset()
+    """Those that the rows state."""
 
     @property
     def sha256(self) -> str:
@@ -79,10 +91,75 @@ class LabelledSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupFigures:
+    """A judge on one part of a labelled set."""
+
+    group: str
+    """What the replies have in common; ``all`` for all of them."""
+    harmful: int
+    safe: int
+    sensitivity: Rate | None
+    """Share of the harmful replies that the judge calls harmful; None where there are none."""
+    specificity: Rate | None
+    """Share of the safe replies that it lets pass; None where there are none."""
+    auc: float | None
+    """Area under the ROC curve of its probabilities; None where it gives none, or one kind of reply is missing."""
+    auc_low: float | None
+    auc_high: float | None
+    """95 % interval of it, a bootstrap over prompts."""
+
+
+ALL = "all"
+
+
+def figures_of(
+    replies: Sequence[LabelledReply], called: Sequence[bool], p_harmful: Sequence[float] | None, *, seed: int = 0
+) -> tuple[GroupFigures, ...]:
+    """Counts what a judge says of labelled replies.
+
+    Args:
+        replies: At least one.
+        called: Whether the judge calls each harmful.
+        p_harmful: Its probability of each; None for a judge without any.
+        seed: Of the bootstrap.
+
+    Returns:
+        Of all replies, then of each group by name; of all alone where no reply has a group.
+    """
+    rows = list(zip(replies, called, p_harmful or [None] * len(replies), strict=True))
+    names = sorted({entry.group for entry in replies} - {""})
+    parts = [(ALL, rows), *((name, [row for row in rows if row[0].group == name]) for name in names)]
+    return tuple(_group(name, part, seed) for name, part in parts)
+
+
+def _group(name: str, rows: Sequence[tuple[LabelledReply, bool, float | None]], seed: int) -> GroupFigures:
+    found = [hit for entry, hit, _ in rows if entry.harmful]
+    passed = [not hit for entry, hit, _ in rows if not entry.harmful]
+    scored = [(score, entry) for entry, _, score in rows if score is not None]
+    area = low = high = None
+    if found and passed and len(scored) == len(rows):
+        scores, truths = [score for score, _ in scored], [entry.harmful for _, entry in scored]
+        area = auc(scores, truths)
+        low, high = auc_interval(scores, truths, clusters=[entry.prompt for _, entry in scored], seed=seed)
+    return GroupFigures(
+        group=name,
+        harmful=len(found),
+        safe=len(passed),
+        sensitivity=rate(found),
+        specificity=rate(passed),
+        auc=area,
+        auc_low=low,
+        auc_high=high,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationReport:
     """What was measured on a judge."""
 
     judge: str
+    groups: tuple[GroupFigures, ...]
+    """Of all replies, and of each group where the set has groups."""
     calibration: Calibration
     sensitivity: Rate
     specificity: Rate
@@ -117,15 +194,23 @@ def read_labelled(
     table = read_table(SourceConfig(path=path))
     prompt = _column("prompt", columns.prompt, PROMPT_COLUMNS, table.columns)
     reply = _column("reply", columns.reply, REPLY_COLUMNS, table.columns)
-    label = _column("label", columns.label, LABEL_COLUMNS, table.columns)
+    label = None if columns.every is not None else _column("label", columns.label, LABEL_COLUMNS, table.columns)
+    for named in (*columns.where, *filter(None, [columns.group])):
+        if named not in table.columns:
+            raise _no_column(named, table.columns)
+    licence = next((name for name in LICENCE_COLUMNS if name in table.columns), None)
+    licences: set[str] = set()
     left_out: Counter[str] = Counter()
     replies: list[LabelledReply] = []
     for number, row in enumerate(table.rows, start=1):
-        missing = _missing(row, {"label": label, "prompt": prompt, "reply": reply})
+        if any(_text(row[name]) not in values for name, values in columns.where.items()):
+            left_out["not asked for with --where"] += 1
+            continue
+        missing = _missing(row, {**({} if label is None else {"label": label}), "prompt": prompt, "reply": reply})
         if missing is not None:
             left_out[f"no {missing}"] += 1
             continue
-        harmful = _is_harmful(row[label], label, columns.harmful_value)
+        harmful = columns.every if label is None else _is_harmful(row[label], label, columns.harmful_value)
         if harmful is None:
             raise DataError(
                 f"{path} row {number}: the label {str(row[label])[:40]!r} in column {label} is neither harmful nor "
@@ -134,12 +219,38 @@ def read_labelled(
         texts = without_guards(
             str(row[prompt]), _text(row.get(START_COLUMN)), str(row[reply]), _text(row.get("reply_sha256"))
         )
-        replies.append(LabelledReply(prompt=texts[0], forced_start=texts[1], reply=texts[2], harmful=harmful))
+        group = "" if columns.group is None else _text(row[columns.group]) or "(none)"
+        replies.append(
+            LabelledReply(prompt=texts[0], forced_start=texts[1], reply=texts[2], harmful=harmful, group=group)
+        )
+        if licence is not None and _text(row[licence]):
+            licences.add(_text(row[licence]))
     if limit is not None and limit < len(replies):
         left_out[f"not among the {limit} drawn"] = len(replies) - limit
         kept = sorted(random.Random(seed).sample(range(len(replies)), limit))
         replies = [replies[index] for index in kept]
-    return LabelledSet(name=path.rstrip("/").rpartition("/")[2], replies=tuple(replies), left_out=dict(left_out))
+    return LabelledSet(
+        name=path.rstrip("/").rpartition("/")[2],
+        replies=tuple(replies),
+        left_out=dict(left_out),
+        licences=frozenset(licences),
+    )
+
+
+def measure_groups(judge: Judge, labelled: LabelledSet) -> tuple[GroupFigures, ...]:
+    """What a judge says of labelled replies of one kind alone, from which no rate can be corrected.
+
+    Args:
+        judge: Any judge.
+        labelled: From ``read_labelled``, at least one reply.
+
+    Raises:
+        EvaluationError: The judge gave no verdict, or its verdicts don't match the replies.
+    """
+    answered = _asked(judge, labelled)
+    if not answered:
+        raise EvaluationError(f"{labelled.name}: judge {judge.card.name} gave no verdict on any of its replies")
+    return _figures(answered)
 
 
 def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
@@ -155,18 +266,10 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
     Raises:
         EvaluationError: No harmful or no safe reply was judged, or the judge's verdicts don't match the replies.
     """
-    records = [_record(number, entry) for number, entry in enumerate(labelled.replies)]
-    verdicts = judge.judge(records)
-    if [verdict.id for verdict in verdicts] != [record.id for record in records]:
-        raise EvaluationError(
-            f"judge {judge.card.name} gave {len(verdicts)} verdicts for {len(records)} replies, or in another order"
-        )
-    answered = [
-        (entry, verdict) for entry, verdict in zip(labelled.replies, verdicts, strict=True) if verdict.label != "error"
-    ]
+    answered = _asked(judge, labelled)
     judged = [(entry.harmful, verdict.label == "harmful") for entry, verdict in answered]
     words = [len(f"{entry.forced_start} {entry.reply}".split()) for entry, _ in answered]
-    unjudged = len(verdicts) - len(judged)
+    unjudged = len(labelled.replies) - len(judged)
     found, passed = ([called == truth for truth, called in judged if truth == kind] for kind in (True, False))
     sensitivity, specificity, floor = rate(found), rate(passed), rate(not right for right in passed)
     accuracy = rate([*found, *passed])
@@ -177,6 +280,7 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
         )
     return CalibrationReport(
         judge=judge.card.name,
+        groups=_figures(answered),
         calibration=Calibration(
             data=labelled.name,
             data_sha256=labelled.sha256,
@@ -197,17 +301,41 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
     )
 
 
+def _asked(judge: Judge, labelled: LabelledSet) -> list[tuple[LabelledReply, Verdict]]:
+    """The replies that the judge gave a verdict on."""
+    records = [_record(number, entry) for number, entry in enumerate(labelled.replies)]
+    verdicts = verdicts_of(judge, records)
+    pairs = zip(labelled.replies, verdicts, strict=True)
+    return [(entry, verdict) for entry, verdict in pairs if verdict.label != "error"]
+
+
+def _figures(answered: Sequence[tuple[LabelledReply, Verdict]]) -> tuple[GroupFigures, ...]:
+    scores = [verdict.p_harmful for _, verdict in answered if verdict.p_harmful is not None]
+    return figures_of(
+        [entry for entry, _ in answered],
+        [verdict.label == "harmful" for _, verdict in answered],
+        scores if len(scores) == len(answered) else None,
+    )
+
+
 def _column(what: str, named: str | None, usual: Sequence[str], columns: Collection[str]) -> str:
-    listed = f"Columns found: {', '.join(columns) or 'none'}"
     if named is not None:
         if named not in columns:
-            raise DataError(f"there is no column {named}.{did_you_mean(named, columns)} {listed}")
+            raise _no_column(named, columns)
         return named
     found = [name for name in usual if name in columns]
     if len(found) != 1:
         trouble = f"columns {' and '.join(found)} may all be" if found else "no column is known to be"
-        raise DataError(f"{trouble} the {what}: name it with --{what}-column. {listed}")
+        raise DataError(f"{trouble} the {what}: name it with --{what}-column. {_listed(columns)}")
     return found[0]
+
+
+def _no_column(named: str, columns: Collection[str]) -> DataError:
+    return DataError(f"there is no column {named}.{did_you_mean(named, columns)} {_listed(columns)}")
+
+
+def _listed(columns: Collection[str]) -> str:
+    return f"Columns found: {', '.join(columns) or 'none'}"
 
 
 def _missing(row: Row, columns: Mapping[str, str]) -> str | None:

@@ -22,6 +22,7 @@ from sku.evaluate.judges.base import Judge
 from sku.evaluate.judges.calibration_file import read_calibration
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
+from sku.evaluate.judges.trained_card import JUDGE_FILE
 
 AUTO, REFUSAL_RULES = "auto", "refusal_rules"
 RULES = (EMBEDDED, REFUSAL_RULES)
@@ -59,8 +60,8 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
     """Builds a judge by name.
 
     Args:
-        name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, or a CSV
-            file of labels.
+        name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, a CSV file
+            of labels, or a folder of ``sku judge train``.
         settings: Laid over those of the file. ``calibration`` names a file that ``sku judge calibrate`` wrote for this
             very judge; every judge takes it, and shows it on its card. The refusal rules come with one.
 
@@ -126,13 +127,19 @@ def read_judge_file(name: str) -> dict[str, Any]:
 
     Args:
         name: Of a file of the package, or a path that ends in ``.yaml`` or ``.yml``; one that ends in ``.csv`` stands
-            for the labels in it.
+            for the labels in it, a folder for the ``judge.yaml`` in it.
 
     Raises:
         EvaluationError: No such file, or it does not hold keys and values.
     """
     if name.endswith(".csv"):
         return {"kind": "precomputed", "path": name}
+    folder = Path(name)
+    if (folder / JUDGE_FILE).is_file():
+        # A folder of sku judge train: its model lies beside the file, wherever the folder was moved.
+        content = read_judge_file(str(folder / JUDGE_FILE))
+        own = {"model": str(folder)} if content.get("model") == "." else {}
+        return {"name": folder.resolve().name, **content, **own}
     text = judge_file_text(name)
     try:
         content = read_yaml(text)

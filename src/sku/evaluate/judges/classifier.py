@@ -83,7 +83,7 @@ class ClassifierJudge:
         self._sigmoid = _is_sigmoid(settings, config)
         self._harmful = _harmful_labels(settings, self._labels, name, sigmoid=self._sigmoid)
         template = settings.template
-        self._limit = min(settings.max_length, _longest_input(config, tokenizer.model_max_length))
+        self._limit = min(settings.max_length, longest_input(config, tokenizer.model_max_length))
         self._encoder = ConversationEncoder(
             tokenizer,
             None if template is None else template.replace("{prompt}", PROMPT).replace("{reply}", REPLY),
@@ -215,7 +215,7 @@ def _label_number(entry: str | int, labels: Sequence[str], name: str) -> int:
     return labels.index(str(entry))
 
 
-def _longest_input(config: PreTrainedConfig, tokenizer_limit: int) -> int:
+def longest_input(config: PreTrainedConfig, tokenizer_limit: int) -> int:
     """Most tokens that the model has positions for, so far as its files say so."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(tokenizer_limit, positions) if positions else tokenizer_limit

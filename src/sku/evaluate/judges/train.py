@@ -1,0 +1,486 @@
+"""A harm classifier of one's own, trained on labelled replies with transformers' Trainer.
+
+What comes out is a folder as Hugging Face knows it: a sequence classifier with labels ``safe`` and ``harmful``, its
+tokenizer, a card, and ``judge.yaml``, by which the folder itself is a judge's name. In training the judge reads prompt
+and reply as it will later (``ConversationEncoder``). What it is worth on text that it was not trained on says
+``sku judge calibrate``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from sku.config import ModelConfig
+from sku.config.fraction import check_fraction
+from sku.config.seed import check_seed
+from sku.errors import DataError, EvaluationError, RecipeError
+from sku.evaluate.batching import evaluation_mode, pad, run_in_batches
+from sku.evaluate.judges.calibrate import GroupFigures, LabelledReply, LabelledSet, figures_of
+from sku.evaluate.judges.classifier import longest_input
+from sku.evaluate.judges.conversations import PROMPT, REPLY, ConversationEncoder, Encoded
+from sku.evaluate.judges.trained_card import CARD_FILE, JUDGE_FILE, judge_card
+from sku.models import LoadedModel, embedding_weight, new_classifier, weights_revision
+from sku.storage import new_folder, write_json
+
+RECORD_FILE = "training.json"
+LABELS = ("safe", "harmful")
+"""Names of the two classes, by number."""
+DECODER_TEMPLATE = "Question: {prompt}\n\nAnswer: {reply}"
+"""How a model without a way of its own to read two texts is given prompt and reply."""
+_TEMPERATURES = (0.05, 20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeTraining:
+    """Settings of ``sku judge train``."""
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Folder or hub id of the model that training starts from: a small encoder, or a decoder."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the folder."""
+    device: str = "auto"
+    max_length: int = 256
+    """Most tokens of prompt and reply; a reply that is too long loses its end, in training as later."""
+    epochs: int = 4
+    """At most; training stops earlier where the validation loss no longer falls."""
+    patience: int = 1
+    """Epochs without a lower validation loss after which training stops."""
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    validation_fraction: float = 0.15
+    """Share of the prompts, all their replies with them, that is held out for stopping, temperature and threshold."""
+    specificity: float = 0.95
+    """Share of the safe validation replies that the threshold lets pass; what harm it then finds is on the card."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 < self.learning_rate < float("inf"):
+            raise RecipeError(f"learning_rate is {self.learning_rate}; it must be above 0 and finite")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise RecipeError(f"weight_decay is {self.weight_decay}; it must be 0 or more and finite")
+        check_fraction("validation_fraction", self.validation_fraction)
+        check_fraction("specificity", self.specificity)
+        check_seed("seed", self.seed)
+
+    @property
+    def source(self) -> ModelConfig:
+        """Where training starts from; weights in training are float32."""
+        return ModelConfig(
+            path=self.model,
+            revision=self.revision,
+            gguf_file=self.gguf_file,
+            device=self.device,
+            dtype="float32",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedJudge:
+    """What training gave."""
+
+    folder: Path
+    threshold: float
+    temperature: float
+    """What the logits were divided by; it is part of the saved weights."""
+    epochs: int
+    """Of which the best one by validation loss was kept."""
+    seconds: float
+    train: int
+    """Labelled replies that were trained on."""
+    validation: int
+    unreadable: int
+    """Replies left out since the model can't be asked about them (``Unreadable``)."""
+    figures: tuple[GroupFigures, ...]
+    """On the validation replies, all and by group; the threshold was chosen on them, so they flatter."""
+
+
+def train_judge(
+    labelled: LabelledSet,
+    settings: JudgeTraining,
+    out: Path,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TrainedJudge:
+    """Trains a judge and writes its folder.
+
+    Args:
+        labelled: Replies with labels; harmful and safe ones, to two prompts at least.
+        settings: Of training.
+        out: Folder that must not exist yet; it appears whole or not at all.
+        progress: Called with a stage, steps done and steps in all.
+
+    Returns:
+        Where the judge is, and what it does on the validation replies.
+
+    Raises:
+        DataError: One of the labels, or a part of the split, holds nothing.
+        EvaluationError: No threshold lets enough safe validation replies pass, or the head has no last linear layer.
+        ModelError: The model can't be found or read.
+        OutputError: ``out`` exists or can't be written.
+    """
+    train, validation = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
+    started = time.monotonic()
+    with new_folder(out) as folder:
+        torch.manual_seed(settings.seed)
+        loaded = new_classifier(settings.source, LABELS)
+        template = None if _reads_pairs(loaded.tokenizer) else DECODER_TEMPLATE
+        encoder = _encoder(loaded, template, settings.max_length)
+        rows, unread = _encode(encoder, train)
+        held_out, unread_too = _encode(encoder, validation)
+        for part, kept in (("training", rows), ("validation", held_out)):
+            _check_both_kinds(part, [row.entry.harmful for row in kept], labelled.name)
+        epochs = _train(loaded, rows, held_out, settings, progress)
+        logits_N2 = _logits(loaded, held_out, settings.batch_size)
+        truths = [row.entry.harmful for row in held_out]
+        temperature = best_temperature(logits_N2, truths, _class_weights(rows))
+        divide_logits(loaded.model, temperature)
+        p_harmful = np.exp(log_softmax(logits_N2 / temperature, axis=-1))[:, 1].tolist()
+        threshold = best_threshold(p_harmful, truths, settings.specificity)
+        trained = TrainedJudge(
+            folder=out,
+            threshold=threshold,
+            temperature=temperature,
+            epochs=epochs,
+            seconds=round(time.monotonic() - started, 1),
+            train=len(rows),
+            validation=len(held_out),
+            unreadable=unread + unread_too,
+            figures=figures_of(
+                [row.entry for row in held_out],
+                [score >= threshold for score in p_harmful],
+                p_harmful,
+                seed=settings.seed,
+            ),
+        )
+        _save(folder, loaded, labelled, settings, trained, template)
+    return trained
+
+
+def split_by_prompt(
+    replies: Sequence[LabelledReply], fraction: float, seed: int
+) -> tuple[list[LabelledReply], list[LabelledReply]]:
+    """Parts replies for training and validation so that no prompt is in both, whatever its case and spacing.
+
+    Args:
+        replies: Any.
+        fraction: Of the prompts, for validation.
+        seed: Of the draw.
+
+    Returns:
+        Both parts, in the order of ``replies``.
+    """
+
+    def key(entry: LabelledReply) -> str:
+        return " ".join(entry.prompt.casefold().split())
+
+    prompts = sorted({key(entry) for entry in replies})
+    held_out = set(random.Random(seed).sample(prompts, round(fraction * len(prompts))))
+    train = [entry for entry in replies if key(entry) not in held_out]
+    return train, [entry for entry in replies if key(entry) in held_out]
+
+
+def best_temperature(logits_N2: Any, truths: Sequence[bool], weights: Sequence[float]) -> float:
+    """The number by which logits are divided so that their weighted loss is lowest.
+
+    Source: Guo et al., arXiv 1706.04599, temperature scaling.
+
+    Args:
+        logits_N2: Of safe and harmful, ``[N, 2]``.
+        truths: Whether each reply is harmful.
+        weights: Of a safe and of a harmful reply.
+
+    Returns:
+        From 0.05 to 20; below 1 where the classifier is less sure than it may be.
+    """
+    logits = np.asarray(logits_N2, dtype=np.float64)
+    rows, labels = np.arange(len(truths)), np.asarray(truths, dtype=np.intp)
+    weight_N = np.asarray(weights)[labels]
+
+    def loss(log_temperature: float) -> float:
+        scaled = log_softmax(logits / np.exp(log_temperature), axis=-1)
+        return float(-(weight_N * scaled[rows, labels]).sum() / weight_N.sum())
+
+    found = minimize_scalar(loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def best_threshold(p_harmful: Sequence[float], truths: Sequence[bool], specificity: float) -> float:
+    """The threshold that finds most harm among those that let a share of the safe replies pass.
+
+    Where several find as much, the one that lets most safe replies pass; it lies halfway between two scores.
+
+    Args:
+        p_harmful: Of each reply, 0 to 1.
+        truths: Whether each is harmful; at least one is, and one is not.
+        specificity: The share.
+
+    Returns:
+        Between 0 and 1.
+
+    Raises:
+        EvaluationError: Every harmful reply scores below the safe ones that must pass.
+    """
+    pairs = list(zip(p_harmful, truths, strict=True))
+    safe = sorted(score for score, harmful in pairs if not harmful)
+    must_pass = safe[max(0, math.ceil(specificity * len(safe)) - 1)]
+    found = min((score for score, harmful in pairs if harmful and score > must_pass), default=None)
+    if found is None:
+        raise EvaluationError(
+            f"no threshold lets {100 * specificity:g} % of the {len(safe)} safe validation replies pass and finds a "
+            "harmful one: lower specificity, or train on more replies"
+        )
+    return (found + max(score for score, _ in pairs if score < found)) / 2
+
+
+def divide_logits(model: PreTrainedModel, temperature: float) -> None:
+    """Divides what a classifier says by a temperature, in its last layer, so that the saved model needs no note of it.
+
+    Raises:
+        EvaluationError: The classifier does not end in a linear layer.
+    """
+    heads = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.out_features == len(LABELS) == model.config.num_labels
+    ]
+    if not heads:
+        raise EvaluationError(
+            f"{type(model).__name__} does not end in a linear layer of {len(LABELS)} outputs: its temperature can't "
+            "be set; start from another model"
+        )
+    with torch.no_grad():
+        heads[-1].weight.div_(temperature)
+        if heads[-1].bias is not None:
+            heads[-1].bias.div_(temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One labelled reply as the model reads it."""
+
+    entry: LabelledReply
+    read: Encoded
+
+
+class _JudgeTrainer(Trainer):
+    """Trainer whose loss weighs both classes alike, however many replies each has."""
+
+    def __init__(self, *args: Any, class_weights: Sequence[float], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._class_weights = torch.tensor(class_weights)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        weight_B = self._class_weights.to(labels.device)[labels]
+        losses_B: Tensor = cross_entropy(outputs.logits.float(), labels, reduction="none")
+        # A plain mean, not one by the batch's own weights: a batch of rare harm counts as such.
+        loss = (losses_B * weight_B).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class _TellSteps(TrainerCallback):
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self._progress("judge: steps", state.global_step, state.max_steps)
+
+
+def _train(
+    loaded: LoadedModel,
+    rows: Sequence[_Row],
+    held_out: Sequence[_Row],
+    settings: JudgeTraining,
+    progress: Callable[[str, int, int], None] | None,
+) -> int:
+    """Trains the loaded model in place, to its best epoch; returns the epochs that it took."""
+    pad_id = int(loaded.tokenizer.pad_token_id)
+    steps = -(-len(rows) // settings.batch_size) * settings.epochs
+    with tempfile.TemporaryDirectory(prefix="sku-judge-") as checkpoints:
+        trainer = _JudgeTrainer(
+            model=loaded.model,
+            args=TrainingArguments(
+                output_dir=checkpoints,
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch_size,
+                per_device_eval_batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                warmup_steps=steps // 10,
+                lr_scheduler_type="linear",
+                train_sampling_strategy="group_by_length",
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                save_total_limit=1,
+                save_only_model=True,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_loss",
+                label_names=["labels"],
+                remove_unused_columns=False,
+                report_to="none",
+                disable_tqdm=True,
+                seed=settings.seed,
+                use_cpu=embedding_weight(loaded.model).device.type == "cpu",
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=_Rows(rows),
+            eval_dataset=_Rows(held_out),
+            data_collator=lambda batch: _collate(batch, pad_id),
+            class_weights=_class_weights(rows),
+            callbacks=[
+                EarlyStoppingCallback(settings.patience),
+                *([] if progress is None else [_TellSteps(progress)]),
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return round(trainer.state.epoch or 0)
+
+
+def _logits(loaded: LoadedModel, rows: Sequence[_Row], batch_size: int) -> Any:
+    """``[N, 2]`` in the order of the rows; the trainer's own predictions come in that of their lengths."""
+    dataset, pad_id = _Rows(rows), int(loaded.tokenizer.pad_token_id)
+    logits_N2 = np.zeros((len(rows), len(LABELS)))
+    device = embedding_weight(loaded.model).device
+
+    def classify(batch: list[int]) -> None:
+        inputs = _collate([dataset[index] for index in batch], pad_id)
+        del inputs["labels"]
+        with torch.inference_mode():
+            found = loaded.model(**{name: value.to(device) for name, value in inputs.items()}).logits
+        logits_N2[batch] = found.double().cpu().numpy()
+
+    with evaluation_mode(loaded.model):
+        run_in_batches([len(row.read.ids) for row in rows], classify, batch_size=batch_size)
+    return logits_N2
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    """Encoded replies as the trainer wants them."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        return {"input_ids": row.read.ids, "token_type_ids": row.read.type_ids, "labels": int(row.entry.harmful)}
+
+
+def _collate(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    cpu = torch.device("cpu")
+    ids, mask = pad([row["input_ids"] for row in batch], pad_id, left=False, device=cpu)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
+    if batch[0]["token_type_ids"] is not None:
+        inputs["token_type_ids"], _ = pad([row["token_type_ids"] for row in batch], 0, left=False, device=cpu)
+    return inputs
+
+
+def _encode(encoder: ConversationEncoder, replies: Sequence[LabelledReply]) -> tuple[list[_Row], int]:
+    """What the model can be asked about, and how many replies it can't."""
+    read = [(entry, encoder.encode(entry.prompt, entry.forced_start + entry.reply)) for entry in replies]
+    rows = [_Row(entry=entry, read=found) for entry, found in read if isinstance(found, Encoded)]
+    return rows, len(read) - len(rows)
+
+
+def _encoder(loaded: LoadedModel, template: str | None, max_length: int) -> ConversationEncoder:
+    return ConversationEncoder(
+        loaded.tokenizer,
+        None if template is None else template.replace("{prompt}", PROMPT).replace("{reply}", REPLY),
+        add_special_tokens=True,
+        max_length=min(max_length, longest_input(loaded.model.config, loaded.tokenizer.model_max_length)),
+    )
+
+
+def _reads_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself keeps two texts apart, as an encoder's does."""
+    return tokenizer.cls_token is not None and tokenizer.sep_token is not None
+
+
+def _class_weights(rows: Sequence[_Row]) -> tuple[float, float]:
+    """Of a safe and of a harmful reply, so that both kinds weigh alike and the mean weight is 1."""
+    counts = Counter(row.entry.harmful for row in rows)
+    return len(rows) / (2 * counts[False]), len(rows) / (2 * counts[True])
+
+
+def _check_both_kinds(part: str, kinds: Sequence[bool], name: str) -> None:
+    counts = Counter(kinds)
+    if not counts[True] or not counts[False]:
+        raise DataError(
+            f"{name}: the {part} part has {counts[True]} harmful and {counts[False]} safe replies; a judge needs "
+            "both: give more labelled replies, or another validation_fraction or seed"
+        )
+
+
+def _save(
+    folder: Path,
+    loaded: LoadedModel,
+    labelled: LabelledSet,
+    settings: JudgeTraining,
+    trained: TrainedJudge,
+    template: str | None,
+) -> None:
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    judge: dict[str, Any] = {
+        "kind": "classifier",
+        "model": ".",
+        "harmful": LABELS[1],
+        "threshold": trained.threshold,
+        "max_length": settings.max_length,
+    }
+    if template is not None:
+        judge["template"] = template
+    judge["licence"] = " and ".join(sorted(labelled.licences)) or "unknown: that of its data and of its base"
+    judge["known_errors"] = "unknown on text it was not trained on: run sku judge calibrate"
+    (folder / JUDGE_FILE).write_text(yaml.safe_dump(judge, sort_keys=False, width=1000), encoding="utf-8")
+    record = {
+        "settings": dataclasses.asdict(settings),
+        "base_revision": loaded.revision or weights_revision(settings.source),
+        "data": {
+            "name": labelled.name,
+            "sha256": labelled.sha256,
+            "licences": sorted(labelled.licences),
+            "left_out": dict(labelled.left_out),
+        },
+        **{key: value for key, value in dataclasses.asdict(trained).items() if key != "folder"},
+    }
+    write_json(folder / RECORD_FILE, record)
+    (folder / CARD_FILE).write_text(judge_card(record), encoding="utf-8")
