@@ -134,7 +134,9 @@ def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
 def _length_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
     """How many replies were cut at ``max_new_tokens``, and how long they are: who learns to stop early says less."""
     name = comparison.unlearned.setup.split_name(split)
-    yield from _rate_rows(name, comparison.replies.get(split, {}), (("cut_off", "cut at the limit", ""),))
+    yield from _rate_rows(
+        name, comparison.replies.get(split, {}), (("cut_off", "cut at the limit", ""),), comparison.unlearned.judge
+    )
     before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
         yield TableRow(
