@@ -3,8 +3,8 @@
 Trains one bad vector for each preservation mode, saves it, and measures each operator on it over a grid of alphas:
 perplexity after / before of held-out harmful answers (``unseen``), of a benign set and of held-out normal answers, and
 selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the rules, the
-worst prefill, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes on
-where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
+worst prefill, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes
+on where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
 
     python scripts/operator_table.py MODEL_DIR --gguf-file NAME --forget pku_saferlhf.csv --retain TruthfulQA.csv \
         --benign benign.jsonl --out runs/operators
