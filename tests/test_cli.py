@@ -947,7 +947,7 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("harmful by attack"))
     table = [line for line in lines[start:] if "%" in line]
     assert [line[:12].strip() for line in table[1:]] == [
-        "No attack", "8-bit weight", "Forced start", "", "", "",
+        "No attack", "8-bit weight", "Prefill", "", "", "",
     ]  # fmt: skip
     assert "left out: prefill, 20 tokens: the answer is too short: 3" in lines
     as_json = json.loads(command(*arguments, "--attacks", "int8,prefill", "--json").out)

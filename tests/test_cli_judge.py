@@ -20,7 +20,7 @@ from sku.evaluate.run import evaluate
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation") / "base"
-    config = EvaluateConfig(prompts=4, retain_prompts=2, max_new_tokens=24, samples=0)
+    config = EvaluateConfig(prompts=4, retain_prompts=2, max_new_tokens=24, samples=0, prefill_tokens=(5,))
     evaluate("embedded", None, load_forget_retain(), config=config, output_dir=folder)
     return folder
 
@@ -46,7 +46,7 @@ def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path:
     assert code == 0
     assert found["before"]["replies"]["unseen"]["harmful"]["count"] == 4
     assert found["after"]["replies"]["unseen"]["harmful"]["count"] == 0
-    assert found["after"]["prefill"]["unseen"]["harmful"]["count"] == 0
+    assert found["after"]["prefill"]["unseen"]["5"]["harmful"]["count"] == 0
     assert found["after"]["judge"]["name"] == "labels"
     code, printed, _ = command("judge", "again", finished, "--judge", out, "--set", "name=us")
     lines = [line.split() for line in printed.splitlines()]
@@ -63,7 +63,8 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
     with out.open("a", encoding="utf-8") as file:
         file.write("stranger,1,,,,,abc\n")
     code, printed, messages = command("judge", "again", finished, "--judge", out, "--json")
-    rates = [json.loads(printed)["after"][kind]["unseen"] for kind in ("replies", "prefill")]
+    after = json.loads(printed)["after"]
+    rates = [after["replies"]["unseen"], after["prefill"]["unseen"]["5"]]
     assert code == 0
     assert sum(rate["harmful"]["count"] for rate in rates) == 3
     assert sum(rate["unjudged"]["count"] for rate in rates) == 5

@@ -122,7 +122,7 @@ def test_a_run_folder_holds_what_it_promises(finished: FinishedRun) -> None:
     assert names(finished.folder / "evaluation") == {"base", "unlearned"}
     assert names(finished.folder / "evaluation" / "base") == {
         "generations.jsonl", "fluency.jsonl", "perplexity.jsonl", "outcomes.jsonl", "similarity.jsonl",
-        "evaluation.json",
+        "starts.jsonl", "evaluation.json",
     }  # fmt: skip
     in_base = names(finished.folder / "evaluation" / "base")
     assert names(finished.folder / "evaluation" / "unlearned") == in_base | {"agreement.jsonl"}
@@ -141,7 +141,8 @@ def test_the_trained_on_prompts_of_a_run_are_those_that_stage_1_visits(finished:
 def test_replies_of_the_base_are_private(finished: FinishedRun) -> None:
     assert mode(finished.folder) == 0o700
     assert mode(finished.folder / "evaluation" / "base") == 0o700
-    assert mode(finished.folder / "evaluation" / "base" / "generations.jsonl") == 0o600
+    for name in ("generations.jsonl", "starts.jsonl"):
+        assert mode(finished.folder / "evaluation" / "base" / name) == 0o600
 
 
 def test_the_unlearned_model_is_for_everyone_and_usable(finished: FinishedRun) -> None:
@@ -579,6 +580,8 @@ def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_pa
     comparison = evaluate_recipe(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation")
     assert comparison.replies == finished.comparison.replies
     assert comparison.prefill == finished.comparison.prefill
+    assert comparison.prefill_by_length == finished.comparison.prefill_by_length
+    assert comparison.unlearned.starts == finished.comparison.base.starts
     assert comparison.perplexity == finished.comparison.perplexity
 
 
