@@ -204,7 +204,12 @@ class _Run:
             left_out=left_out,
             backend_check=None if check is None else dataclasses.asdict(check),
             trained_on=asking.trained_on(self.data, drawn),
-            notes=(*self.data.notes(), *replies.notes(check), *([SELF_SCORED] if base_model is None else [])),
+            notes=(
+                *self.data.notes(),
+                *asking.short_of_room(requests, self.writer, self.config),
+                *replies.notes(check),
+                *([SELF_SCORED] if base_model is None else []),
+            ),
         )
         return _Rows(
             setup=setup,
