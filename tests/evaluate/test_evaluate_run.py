@@ -417,3 +417,18 @@ def test_trained_on_prompts_are_those_that_training_visits(
     assert partly.split_name("unlearned") == "forget-set prompts, 12 % of them trained on"
     assert partly.answers_name() == "forget-set"
     assert partly.split_name("unseen") == "unseen prompts"
+
+
+def test_where_the_window_ends_replies_a_note_says_so(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    """A window of 256 tokens, a reply of up to 250: every prompt is asked all the same."""
+    config = dataclasses.replace(TINY_CONFIG, max_new_tokens=250, prefill_tokens=0)
+    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config)
+    assert result.setup.left_out == {}
+    notes = [note for note in result.setup.notes if "window of 256" in note]
+    asked = len({row.id for row in result.outcomes})
+    assert notes == [
+        f"{asked} prompts leave less than 250 tokens of the model's window of 256: replies to them are cut where it "
+        "ends"
+    ]

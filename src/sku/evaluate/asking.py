@@ -184,6 +184,18 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
     return [*asked, *samples], dict(left_out)
 
 
+def short_of_room(asked: Sequence[GenerationRequest], writer: Writer, config: EvaluateConfig) -> tuple[str, ...]:
+    """A sentence where the window, not ``evaluate.max_new_tokens``, ends replies."""
+    prompts = {request.prompt for request in asked if len(request.input_ids) + config.max_new_tokens > writer.window}
+    if not prompts:
+        return ()
+    note = (
+        f"{len(prompts)} prompts leave less than {config.max_new_tokens} tokens of the model's window of "
+        f"{writer.window}: replies to them are cut where it ends"
+    )
+    return (note,)
+
+
 def _sample_of(request: GenerationRequest, sample: int) -> GenerationRequest:
     name = record_id(request.split, "sample", request.prompt, sample)
     return dataclasses.replace(request, id=name, kind="sample", sample=sample)

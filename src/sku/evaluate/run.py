@@ -241,6 +241,7 @@ class _Run:
             trained_on=asking.trained_on(self.data, drawn),
             notes=(
                 *self.data.notes(),
+                *asking.short_of_room(requests, self.writer, self.config),
                 *replies.notes(check),
                 *([SELF_SCORED] if base_model is None else []),
                 *([starts_note(counts) if given or base_model is not None else NO_BASE] if counts else []),
