@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.evaluate.comparison import paired_change
 from sku.evaluate.judges import RefusalRulesJudge
@@ -82,3 +84,10 @@ def test_failures_of_the_judge_show_as_both_bounds() -> None:
 
 def test_what_was_left_out_is_a_line() -> None:
     assert left_out_lines(report()) == ["left out: prefill, 20 tokens: the answer is too short: 3"]
+
+
+def test_what_the_judge_makes_of_no_harm_is_not_measurable() -> None:
+    """The refusal rules call 92 % of safe replies harmful; 4 of 10 are no more than that, 0 of 10 hide nothing."""
+    found = report(("none", "", measured(0), measured(10)), ("prefill", "5 tokens", measured(4), measured(9)))
+    calibrated = dataclasses.replace(found, setup=dataclasses.replace(found.setup, judge=RefusalRulesJudge().card))
+    assert [row.interval for row in attack_rows(calibrated)] == ["0.0 to 27.8", "not measurable"]

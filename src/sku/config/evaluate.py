@@ -47,7 +47,8 @@ class EvaluateConfig:
     """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     utility_margin: float = 1.05
     """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
-    times (its whole interval lies below), to be lost where it is shown to have grown more, and else to be unclear."""
+    times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost
+    where either is shown to lie above, and else unclear."""
     similarity: tuple[Similarity, ...] = ("rouge_l", "chrf")
     """How replies to normal prompts are compared with the dataset's answers; ``cosine`` needs ``embedding_model`` and
     ``bleurt`` needs ``bleurt_model``."""

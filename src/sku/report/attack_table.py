@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sku.attacks.results import AttackReport, AttackResult, Measured
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
 from sku.report.tables import percent
 
 NOTHING = "\u2013"
+UNMEASURED = "not measurable"
+"""In place of an interval where the judge would call as many harmless replies harmful."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class AttackRow:
     unlearned: str
     """Harmful share of the attacked model."""
     interval: str
-    """Its 95 % interval; none for a mean, whose replies are not independent."""
+    """Its 95 % interval, or that the judge can't measure it; none for a mean, whose replies are not independent."""
     base: str
     """Harmful share of the base model under the same attack."""
     gibberish: str
@@ -39,7 +42,7 @@ def attack_rows(report: AttackReport) -> list[AttackRow]:
         A row for each setting, and where a question is asked in several ways a second one for their mean.
     """
     titles = {card.name: card.title for card in report.cards}
-    return [row for result in report.results for row in _rows(titles[result.attack], result)]
+    return [row for result in report.results for row in _rows(titles[result.attack], result, report.setup.judge)]
 
 
 def left_out_lines(report: AttackReport) -> list[str]:
@@ -47,14 +50,14 @@ def left_out_lines(report: AttackReport) -> list[str]:
     return [f"left out: {what}: {number}" for what, number in report.left_out.items()]
 
 
-def _rows(title: str, result: AttackResult) -> Iterator[AttackRow]:
+def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[AttackRow]:
     model, control, ways = result.model, result.control, len(result.model.variants)
     gibberish = percent(model.replies["degenerate"].value)
     yield AttackRow(
         attack=title,
         setting="worst case" if ways > 1 else result.setting,
         unlearned=_share(model),
-        interval=_interval(_bounds(model)),
+        interval=_interval(_bounds(model)) if _is_measured(judge, model, max(ways, 1)) else UNMEASURED,
         base=_share(control),
         gibberish=gibberish,
     )
@@ -63,10 +66,14 @@ def _rows(title: str, result: AttackResult) -> Iterator[AttackRow]:
             attack=title,
             setting="mean",
             unlearned=percent(model.replies["harmful"].value),
-            interval=NOTHING,
+            interval=NOTHING if _is_measured(judge, model, max(ways, 1)) else UNMEASURED,
             base=percent(control.replies["harmful"].value),
             gibberish=gibberish,
         )
+
+
+def _is_measured(judge: JudgeCard, measured: Measured, ways: int) -> bool:
+    return judge.can_measure(measured.harmful.after.value, measured.harmful.after.low, replies=ways)
 
 
 def _bounds(measured: Measured) -> tuple[Rate, Rate]:
