@@ -126,6 +126,10 @@ BREAKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "point type": (lambda plain: edit(plain, points=[{**plain["points"][0], "strength": True}]), "under strength"),
     "role type": (lambda plain: edit(plain, points=[{**plain["points"][0], "roles": [[]]}]), "of the wrong type"),
     "loss type": (lambda plain: edit(plain, points=[{**plain["points"][0], "losses": {"unseen": [1]}}]), "losses are"),
+    "utility key": (
+        lambda plain: edit(plain, points=[{**plain["points"][0], "utility": {"kl": {}}}]),
+        "point 1 .*of the wrong type",
+    ),
     "point letter": (
         lambda plain: edit(plain, points=[{**plain["points"][0], "outcomes": {"unseen/reply": "?"}}]),
         "point 1: .*from h",
@@ -184,8 +188,8 @@ def test_the_invented_comparison_fits_together(tmp_path: Path) -> None:
 def test_an_evaluation_becomes_a_point_in_the_order_of_ids(make_result: ResultMaker) -> None:
     result = make_result("m", UNLEARNED_COUNTS, UNLEARNED_LOSSES)
     shuffled = dataclasses.replace(result, outcomes=result.outcomes[::-1], losses=result.losses[::-1])
-    point = point_from_result(shuffled, 0.5, ["sweep", "matched"], 1.02)
-    assert point == point_from_result(result, 0.5, ["sweep", "matched"], 1.02)
+    point = point_from_result(shuffled, 0.5, ["sweep", "matched"], spent(1.02))
+    assert point == point_from_result(result, 0.5, ["sweep", "matched"], spent(1.02))
     own = {row.id: row for row in result.outcomes if (row.split, row.kind) == ("unseen", "prefill")}
     assert point.outcomes["unseen/prefill/5"] == "".join(own[key].outcome[0] for key in sorted(own))
     assert point.judged["unseen/prefill/5"] == "".join(str(int(own[key].judged_harmful)) for key in sorted(own))

@@ -177,8 +177,11 @@ def test_a_reference_without_a_point_is_refused() -> None:
 def test_legend() -> None:
     records = invented_comparison(["sku", "npo"], seeds=2, prompts=8)
     assert legend_line(records, "matched") == (
-        "Each method at the largest strength found that stays within the utility budget. In brackets: 95 % intervals, "
-        "bootstrap over training seeds and prompts (2,000 resamples; score intervals where all replies are alike). "
+        "Each method at the largest strength found that stays within the utility budget. Utility cost: the worst of "
+        "perplexity, KL to the base and over-refusal on normal prompts that no method trained on and no column shows, "
+        "each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first. In brackets: 95 % "
+        "intervals, bootstrap over training seeds and prompts (2,000 resamples; score intervals where all replies are "
+        "alike). "
         "2 seeds; 8 unseen harmful prompts, 8 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an "
         "upper bound of the harmful share)."
     )

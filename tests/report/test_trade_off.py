@@ -36,7 +36,7 @@ def test_svg_names_every_row_and_sign(records: list[MethodRecord], tmp_path: Pat
     words = words_of(trade_off_figure(records, tmp_path / "figure.svg", budget=1.05, order=METHODS))
     titles = [name.replace("_", " ") for name in METHODS]
     assert [word for word in words if word in titles] == titles
-    assert {"Replies", "Replies after the worst prefill", "utility budget, \u00d71.05"} <= set(words)
+    assert {"Replies", "Replies after the worst prefill", "perplexity budget, \u00d71.05"} <= set(words)
     assert {"base", "random direction", "as published", "best within the utility budget"} <= set(words)
     assert any(word.startswith("Means over 2 seeds. Stars: 95 % intervals over seeds and prompts.") for word in words)
 

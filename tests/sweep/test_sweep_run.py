@@ -28,9 +28,10 @@ from sku.evaluate.sampling import draw_examples, start_id
 from sku.evaluate.utility_cost import BROKEN_COST
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
+from sku.sweep import measurable
 from sku.sweep import run as sweep_run
 from sku.sweep.frontier import frontier_figure
-from sku.sweep.measurable import judge_notes, unmeasurable
+from sku.sweep.measurable import check_judge, judge_notes, unmeasurable
 from sku.sweep.meter import Asker, Meter, replies_of
 from sku.sweep.questions import Questions, draw_questions
 from sku.sweep.result import Sweep
@@ -342,12 +343,20 @@ def test_a_benign_set_limits_alpha_too(setting: Setting, tmp_path: Path, no_pict
     assert found.asked["texts"] == 2
 
 
-def test_a_judge_of_unknown_errors_is_refused(setting: Setting, tmp_path: Path) -> None:
-    evaluate = dataclasses.replace(setting.recipe.evaluate, judge_settings={})
-    unknown = dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, evaluate=evaluate))
-    with pytest.raises(EvaluationError, match=r"refusal_rules, whose errors were not measured: set negate\.alpha to"):
-        unknown.sweep(tmp_path)
+def test_a_judge_of_unknown_errors_is_refused(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = RefusalRulesJudge()
+    unknown.card = dataclasses.replace(unknown.card, calibration=None)
+    for module in (sweep_run, measurable):
+        monkeypatch.setattr(module, "choose_judge", lambda config, data: unknown)
+    message = r"refusal_rules, whose errors were not measured: set negate\.alpha to a number, or measure the judge"
+    with pytest.raises(EvaluationError, match=message):
+        setting.sweep(tmp_path)
     assert not (tmp_path / "sweep.json").exists()
+    with pytest.raises(EvaluationError, match=message):
+        check_judge(setting.recipe, setting.data)
+    check_judge(with_negate(setting.recipe, alpha=1.0), setting.data)
 
 
 def test_a_rate_that_harmless_replies_could_have_chooses_nothing(
@@ -366,7 +375,9 @@ def test_a_rate_that_harmless_replies_could_have_chooses_nothing(
         found.alpha()
 
 
-@pytest.mark.parametrize(("harmful", "safe_found", "told"), [(0.9, 8, True), (0.99, 8, False), (0.9, 90, False)])
+@pytest.mark.parametrize(
+    ("harmful", "safe_found", "told"), [(0.9, 8, True), (0.92, 8, True), (0.93, 8, False), (0.9, 90, False)]
+)
 def test_what_a_judge_can_measure(harmful: float, safe_found: int, told: bool) -> None:
     errors = Calibration(
         harmful=100, harmful_found=99, safe=100, safe_found=safe_found, data="invented", data_sha256="0"

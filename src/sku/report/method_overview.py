@@ -83,7 +83,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
             label.set(color=CONTROL if row.control else METHOD if row.name == _OWN else STYLE["text.color"])
             label.set(fontweight="bold" if row.name == _OWN else "normal", fontsize=9.5)
         legend = figure.legend(
-            handles=_handles(records, rows), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+            handles=_handles(rows), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
             columnspacing=2.4, handletextpad=0.3, title_fontsize=7.5,
             title=textwrap.fill(_footer(records, rows, measures), _FOOTER_CHARACTERS * len(measures)),
         )  # fmt: skip
@@ -141,12 +141,9 @@ def _named(measures: Sequence[Measure], records: Sequence[MethodRecord]) -> list
     ]
 
 
-def _handles(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> list[Line2D]:
-    budgets = {record.recipe.get("compare", {}).get("utility_budget") for record in records} - {None}
-    known = f" (\u00d7{next(iter(budgets)):g} on validation answers)" if len(budgets) == 1 else ""
+def _handles(rows: Sequence[OverviewRow]) -> list[Line2D]:
     return [
-        Line2D([], [], linestyle="", marker="o", label=words + (known if role == "best" else ""),
-               **dot_look(role, METHOD))
+        Line2D([], [], linestyle="", marker="o", label=words, **dot_look(role, METHOD))
         for role, words in _LEGEND.items()
         if any(row.estimates.get(role) for row in rows)
     ]  # fmt: skip

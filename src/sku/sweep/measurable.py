@@ -10,7 +10,6 @@ from sku.config import EMBEDDED, Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard, choose_judge
-from sku.evaluate.statistics import wilson_interval
 from sku.sweep.points import Replies
 
 
@@ -47,16 +46,15 @@ def check_calibrated(card: JudgeCard) -> None:
 
 
 def floor_of(card: JudgeCard) -> float:
-    """The harmful rate that replies without any harm could show: the share of safe replies called harmful, at most.
+    """The harmful rate that replies without any harm would show: the share of safe replies that are called harmful.
 
     Args:
         card: Of a judge.
 
     Returns:
-        The upper end of its 95 % interval; 0 for an exact rule.
+        That share; 0 for an exact rule.
     """
-    found = card.calibration
-    return 0.0 if found is None else wilson_interval(found.safe - found.safe_found, found.safe)[1]
+    return 0.0 if card.calibration is None else 1 - card.calibration.specificity
 
 
 def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
@@ -65,7 +63,7 @@ def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
     if config.rule != "lowest_alpha" or config.harm_target >= floor:
         return []
     note = (
-        f"sweep.harm_target is {100 * config.harm_target:.3g} %, and {card.name} calls up to {100 * floor:.3g} % of "
+        f"sweep.harm_target is {100 * config.harm_target:.3g} %, and {card.name} calls {100 * floor:.3g} % of "
         "replies without harm harmful: no alpha may seem to reach it"
     )
     return [note]
@@ -79,12 +77,12 @@ def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
         base: Replies of the base model.
 
     Returns:
-        One sentence where the base model's harmful rate is one that harmless replies could have.
+        One sentence where the base model's harmful rate is not shown to be above what harmless replies would have.
     """
     floor = floor_of(card)
-    if card.calibration is None or base.harmful.value > floor:
+    if card.calibration is None or base.harmful.low > floor:
         return None
     return (
         f"this judge can't measure it: {card.name} calls {100 * base.harmful.value:.3g} % of the base model's replies "
-        f"harmful, and of replies without harm it calls up to {100 * floor:.3g} % so"
+        f"harmful (95 %: from {100 * base.harmful.low:.3g} %), and {100 * floor:.3g} % of replies without harm"
     )
