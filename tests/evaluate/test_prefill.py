@@ -15,7 +15,7 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
-from sku.evaluate import replies
+from sku.evaluate import generation, replies
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
@@ -169,10 +169,12 @@ def test_starts_are_judged_once_and_a_lost_file_asks_no_model(
     assert asked(world_model, "base", base_model=world_model, judge=Counting()) == first
     assert judged[2:] == [everything], "the starts are read"
     asked_for: list[int] = []
-    whole = replies.generate_replies
-    monkeypatch.setattr(
-        replies, "generate_replies", lambda *given, **options: asked_for.append(1) or whole(*given, **options)
-    )
+
+    def counted(*given: Any, **options: Any) -> Any:
+        asked_for.append(1)
+        return generation.generate_replies(*given, **options)
+
+    monkeypatch.setattr(replies, "generate_replies", counted)
     (asked.folder / "base" / STARTS_FILE).unlink()
     assert asked(world_model, "base", base_model=world_model, judge=Counting()) == first
     assert asked_for == []

@@ -90,8 +90,15 @@ def test_a_failed_run_goes_on_with_the_missing_batches(
 
     def run(name: str, **options: Any) -> Any:
         # The base itself: its prefills begin with its own replies.
-        own = {"base_model": tiny_model, "output_dir": tmp_path / name}
-        return evaluate(tiny_model, tiny_tokenizer, data, config=CONFIG, **own, **options)
+        return evaluate(
+            tiny_model,
+            tiny_tokenizer,
+            data,
+            config=CONFIG,
+            base_model=tiny_model,
+            output_dir=tmp_path / name,
+            **options,
+        )
 
     whole = run("whole")
     assert whole.setup.starts["own"] > 0

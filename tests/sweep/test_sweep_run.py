@@ -268,10 +268,12 @@ def test_a_vector_fitted_on_the_texts_of_the_budget_is_told(
 ) -> None:
     operators: tuple[dict[str, Any], ...] = ({"layer_alpha": {"factors": {"*": 0.5}}},)
     other = dataclasses.replace(setting, recipe=with_negate(setting.recipe, operators=operators))
-    assert other.sweep(tmp_path / "other", alphas=(1.0,)).notes == ()
+    (starts,) = other.sweep(tmp_path / "other", alphas=(1.0,)).notes
+    assert "of 3 prompts begins with the base model's own harmful reply" in starts
     operators = (*operators, {"learned": {}})
     fitted = dataclasses.replace(setting, recipe=with_negate(setting.recipe, operators=operators))
-    (note,) = fitted.sweep(tmp_path / "fitted", alphas=(1.0,)).notes
+    note, same = fitted.sweep(tmp_path / "fitted", alphas=(1.0,)).notes
+    assert same == starts
     assert "learned" in note
     assert "retain_validation" in note
 

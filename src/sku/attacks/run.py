@@ -226,7 +226,7 @@ class _Run:
         for group in groups:
             prompts = {ask.request.id: self.questions.examples[ask.question].prompt for ask in group.asks}
             judge = _QuestionJudge(self.judge, prompts)
-            outcomes = {
+            outcomes: dict[str, list[ReplyOutcome]] = {
                 subject: decide_outcomes(
                     replies[subject, group.setting.name],
                     judge,
