@@ -1,18 +1,21 @@
-# make demo   set up a fresh machine and run the main job on the embedded model
-# make test   set up and pass the checks that CI runs
-# make faults run the batteries of faults: kills, signals, full disks, bad input
-# make docs   set up and build the documentation site into build/site
-# make dist   set up, build wheel and sdist into dist, and check what is in them
+# make demo      set up a fresh machine and run the main job on the embedded model
+# make test      set up; lint, types and the tests of one process: minutes
+# make check-all set up; lint, types and all tests with coverage, as CI does: several processes, kills, full disks,
+#                bad files, notebooks, the site, a browser and real models besides
+# make docs      set up and build the documentation site into build/site
+# make dist      set up, build wheel and sdist into dist, and check what is in them
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+# A worker that has nothing left takes tests from another, so that no long file is waited for at the end.
+SHARED_OUT = -n auto --dist worksteal
 
-.PHONY: demo test faults check docs dist clean
+.PHONY: demo test check-all check docs dist clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check "torch==2.13.0" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
@@ -24,10 +27,10 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/faults -n auto --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -m "not integration" $(SHARED_OUT)
 
-faults: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n auto
+check-all: check
+	$(BIN)/python -m pytest $(SHARED_OUT) --cov --cov-report=term
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +13,12 @@ from typing import Any
 
 # Before any import of transformers: a test that asks the hub must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before any import of torch, and for the processes that tests start: there are as many of them as cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -53,6 +58,8 @@ TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 ModelMaker = Callable[..., Any]
 TrainerMaker = Callable[..., SkuTrainer]
 Command = Callable[..., tuple[int, str, str]]
+MadeOnce = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
+"""Name and maker -> the folder that the maker filled, and what it returned."""
 
 
 @functools.cache
@@ -70,6 +77,33 @@ def _trained_backend() -> str:
     text = backend.to_str()
     assert isinstance(text, str)
     return text
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Makes what is dear once for all workers of pytest-xdist; each call gets a copy of its own.
+
+    So a test may lock or change its copy, and a module whose tests two workers share pays for it once. A path in the
+    value is not that of the copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # A worker's own folder lies in that of all.
+
+    def give(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+        place = root / "made_once" / name
+        place.parent.mkdir(exist_ok=True)
+        with FileLock(f"{place}.lock"):
+            if not (place / "value").exists():
+                shutil.rmtree(place, ignore_errors=True)  # Of a worker whose maker failed.
+                (place / "folder").mkdir(parents=True)
+                value = pickle.dumps(make(place / "folder"))
+                (place / "value").write_bytes(value)
+        copy = tmp_path_factory.mktemp(name) / "copy"
+        shutil.copytree(place / "folder", copy, symlinks=True)
+        return copy, pickle.loads((place / "value").read_bytes())
+
+    return give
 
 
 @pytest.fixture(scope="session")
@@ -240,6 +274,31 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     yield run
     set_loudness("usual")
+
+
+@pytest.fixture(scope="session")
+def quickly_trained(made_once: MadeOnce) -> PreTrainedModel:
+    """The embedded model after 40 steps of the method task_vector: its bad model. No test changes it."""
+    from sku.config import load_recipe
+    from sku.data.load import load_data
+    from sku.methods.run import train_method
+    from sku.models import load_model
+
+    def make(folder: Path) -> dict[str, torch.Tensor]:
+        steps = ["acquire.training.max_steps=40", "acquire.training.save_strategy='no'"]
+        recipe = load_recipe("embedded", ["method=task_vector", *steps])
+        trained = train_method(recipe, load_model("embedded"), load_data(recipe.data, recipe.seed), folder)
+        return dict(trained.model.state_dict())
+
+    model = load_model("embedded").model
+    model.load_state_dict(made_once("quickly_trained", make)[1])
+    return model
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave empty pictures: drawing takes a quarter of a small run. ``tests/report`` draws them."""
+    monkeypatch.setattr("sku.pipeline.results.before_after_figure", lambda _comparison, path: path.touch())
 
 
 @pytest.fixture(scope="module")

@@ -338,6 +338,7 @@ def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path) == set()
 
 
+@pytest.mark.integration
 def test_files_that_may_not_grow(tmp_path: Path) -> None:
     """A real failure of the system below torch and safetensors: no file above 1 MB."""
     code = (
@@ -809,6 +810,7 @@ def whole_comparison(command: Command, folder: Path) -> Path:
     return out
 
 
+@pytest.mark.integration
 def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_comparison: Path, folder: Path) -> None:
     printed = (folder / "compared.txt").read_text(encoding="utf-8")
     for words in ("at equal utility", "as published", "FT", "Base model", "Random direction", "5 jobs"):
@@ -821,6 +823,7 @@ def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_compa
     ]  # fmt: skip
 
 
+@pytest.mark.integration
 def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
     written = (whole_comparison / "table.md").read_text(encoding="utf-8")
     done = command(
@@ -838,6 +841,7 @@ def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comp
     assert (tmp_path / "overview.svg").read_bytes() == written_overview
 
 
+@pytest.mark.integration
 def test_results_go_between_their_marks(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- results:records -->\nold\n<!-- end:records -->\nafter\n", encoding="utf-8")

@@ -260,6 +260,7 @@ def test_an_interrupt_is_told_under_quiet_too(
     assert err == f"interrupted; go on with the same command and --out {tmp_path / 'run'} --resume\n"
 
 
+@pytest.mark.integration
 def test_verbose_shows_libraries_and_causes_without_secrets(tmp_path: Path) -> None:
     """In a process of its own, since it turns loggers on. No message of another package is printed."""
     broken = tmp_path / "forget.jsonl"

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
+from conftest import MadeOnce
 from sku.cli.main import main
 from sku.config import ModelConfig, Recipe, load_recipe
 from sku.errors import ModelError, OutputError
@@ -30,13 +31,13 @@ from sku.reproducibility import environment
 from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder, remove_hazardous
 from sku.wipe import hazardous_folders, wipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
     "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
     "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.diagnostics=false",
-    "negate.alpha=1.0", "evaluate.precisions=[]",
+    "negate.alpha=1.0", "evaluate.precisions=[]", "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
 SECRET = "hf_tokenThatMustNotBeFound0123456789"
@@ -55,18 +56,20 @@ def key_of(path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept(made_once: MadeOnce) -> Path:
     """A whole run with an adapter whose bad model is kept, under an umask that hides nothing, with a token around."""
-    out = tmp_path_factory.mktemp("kept") / "run"
-    before = os.umask(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_TOKEN", SECRET)
-        patch.setattr(sys, "argv", ["sku", "run", "--set", f"token={SECRET}"])
-        try:
-            run_recipe(recipe(*LORA, "keep_bad_model=true"), out)
-        finally:
-            os.umask(before)
-    return out
+
+    def make(folder: Path) -> None:
+        before = os.umask(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_TOKEN", SECRET)
+            patch.setattr(sys, "argv", ["sku", "run", "--set", f"token={SECRET}"])
+            try:
+                run_recipe(recipe(*LORA, "keep_bad_model=true"), folder / "run")
+            finally:
+                os.umask(before)
+
+    return made_once("run_that_kept_its_bad_model", make)[0] / "run"
 
 
 @pytest.fixture

@@ -160,6 +160,7 @@ def test_only_python_is_marked_to_run() -> None:
     assert {block.language for block in marked} == {"python"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.marked], ids=str)
 def test_what_is_marked_runs(block: Block, tmp_path: Path) -> None:
     """In a process of its own, as a reader would start it, with two steps of training and few prompts."""

@@ -41,6 +41,7 @@ def test_it_holds_no_output(name: str) -> None:
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = read(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -20,6 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer
 
+from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
@@ -39,6 +41,7 @@ SMALL = (
     "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
     "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
     "evaluate.precisions=[]", "evaluate.samples=2", "negate.diagnostics=false", "negate.alpha=1.25",
+    "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4", "acquire.training.learning_rate=1e-2", "negate.alpha=1.0")
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -102,16 +105,22 @@ def embedded_before() -> dict[str, str]:
     return {path.name: digest(path) for path in embedded_model_path().iterdir()}
 
 
+def once(made_once: MadeOnce, name: str, *changes: str) -> FinishedRun:
+    finished: FinishedRun
+    folder, finished = made_once(name, lambda place: run_recipe(recipe(*changes), place / "run"))
+    return dataclasses.replace(finished, folder=folder / "run")
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, embedded_before: dict[str, str]) -> FinishedRun:
+def finished(made_once: MadeOnce, embedded_before: dict[str, str]) -> FinishedRun:
     """An uninterrupted run."""
-    return run_recipe(recipe(), tmp_path_factory.mktemp("full") / "run")
+    return once(made_once, "full_run")
 
 
 @pytest.fixture(scope="module")
-def finished_lora(tmp_path_factory: pytest.TempPathFactory, embedded_before: dict[str, str]) -> FinishedRun:
+def finished_lora(made_once: MadeOnce, embedded_before: dict[str, str]) -> FinishedRun:
     """The same with an adapter, the bad model kept."""
-    return run_recipe(recipe(*LORA, "keep_bad_model=true"), tmp_path_factory.mktemp("lora") / "run")
+    return once(made_once, "lora_run", *LORA, "keep_bad_model=true")
 
 
 def test_a_run_folder_holds_what_it_promises(finished: FinishedRun) -> None:
@@ -201,6 +210,7 @@ def test_results_are_strict_json_and_equal_to_the_comparison(finished: FinishedR
     assert results["table"]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_equal_seeds_give_equal_runs_and_keeping_the_bad_model_changes_nothing_else(
     finished: FinishedRun, tmp_path: Path
 ) -> None:
@@ -216,6 +226,7 @@ def test_equal_seeds_give_equal_runs_and_keeping_the_bad_model_changes_nothing_e
         assert is_marked_hazardous(folder)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_another_seed_gives_another_model(finished: FinishedRun, tmp_path: Path) -> None:
     other = run_recipe(recipe("seed=1"), tmp_path / "run")
     assert digest(other.folder / "unlearned" / "model.safetensors") != digest(
@@ -234,6 +245,7 @@ INTERRUPTIONS = {
 }
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize(("stage", "at"), INTERRUPTIONS.values(), ids=INTERRUPTIONS.keys())
 def test_a_resumed_run_equals_an_uninterrupted_one(finished: FinishedRun, tmp_path: Path, stage: str, at: int) -> None:
     out = tmp_path / "run"
@@ -246,6 +258,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished: FinishedRun, tmp_pa
     assert names(tmp_path) == {"run"}
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize(("stage", "at"), [("acquire: steps", 3), ("acquire", 1), ("negate", 1)])
 def test_a_resumed_adapter_run_equals_an_uninterrupted_one(
     finished_lora: FinishedRun, tmp_path: Path, stage: str, at: int
@@ -256,6 +269,7 @@ def test_a_resumed_adapter_run_equals_an_uninterrupted_one(
     assert_equal_runs(run_recipe(settings, out, resume=True).folder, finished_lora.folder)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_stage_1_goes_on_at_its_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
     """Else the test of equal results would pass by doing all the work again."""
     out, steps = tmp_path / "run", []
@@ -272,6 +286,7 @@ def test_stage_1_goes_on_at_its_checkpoint(finished: FinishedRun, tmp_path: Path
     assert steps == [3, 4]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_second_interruption_does_no_harm(finished: FinishedRun, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for resume, stage, at in ((False, "acquire: steps", 3), (True, "acquire", 1), (True, "negate", 1)):
@@ -280,6 +295,7 @@ def test_a_second_interruption_does_no_harm(finished: FinishedRun, tmp_path: Pat
     assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("state", [None, '{"global_step": '])
 def test_a_checkpoint_that_was_cut_short_is_passed_over(
     finished: FinishedRun, tmp_path: Path, state: str | None
@@ -296,6 +312,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_resume_starts_a_run_that_was_never_begun(tmp_path: Path) -> None:
     done = run_recipe(recipe("acquire.training.max_steps=1"), tmp_path / "run", resume=True)
     assert done.manifest["status"] == "complete"
@@ -426,6 +443,7 @@ def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora:
     assert base.perplexity["unlearned"].value < unlearned.perplexity["unlearned"].value
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_another_method_runs_the_same_way(tuning: str, tmp_path: Path) -> None:
     """NPO: no bad model, the trained model itself is the unlearned one, and its checkpoints don't stay."""
@@ -445,6 +463,7 @@ def test_another_method_runs_the_same_way(tuning: str, tmp_path: Path) -> None:
             torch.testing.assert_close(unmerged, changed, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_strength_0_5_of_a_method_lies_half_way(tmp_path: Path) -> None:
     weights = {}
     for strength in (0.5, 1.0):
@@ -526,6 +545,7 @@ def test_an_error_of_the_program_itself_is_not_dressed_up(tmp_path: Path, monkey
         run_recipe(recipe(), tmp_path / "run")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_failing_resume_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from conftest import MadeOnce
 from sku.comparison.bench import Bench
 from sku.comparison.jobs import comparison_jobs
 from sku.config import Recipe, load_recipe
@@ -24,8 +26,10 @@ SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}", "acquire.tuning=lora",
     "acquire.lora.r=4", "acquire.random_answers=1", "negate.alpha=1.5",
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 8, samples: 0, prefill_tokens: []}",
+    "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
 NULL_SPACE = "{null_space: {energy: 0.8, examples: 16}}"
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8]])
 
 
@@ -40,13 +44,17 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    folder = tmp_path_factory.mktemp("operators")
-    changes = [
-        f"negate.operators=[{NULL_SPACE}, {{layer_alpha: {{factors: {{'*.mlp.*': 0.5}}}}}}]",
-        f"negate.operator_cache={folder / 'cache'}", "keep_bad_model=true",
-    ]  # fmt: skip
-    return run_recipe(recipe(*changes), folder / "run")
+def finished(made_once: MadeOnce) -> FinishedRun:
+    def make(folder: Path) -> FinishedRun:
+        changes = [
+            f"negate.operators=[{NULL_SPACE}, {{layer_alpha: {{factors: {{'*.mlp.*': 0.5}}}}}}]",
+            f"negate.operator_cache={folder / 'cache'}", "keep_bad_model=true",
+        ]  # fmt: skip
+        return run_recipe(recipe(*changes), folder / "run")
+
+    finished: FinishedRun
+    folder, finished = made_once("run_with_operators", make)
+    return dataclasses.replace(finished, folder=folder / "run")
 
 
 def test_what_is_subtracted_is_the_operated_vector(finished: FinishedRun) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.evaluate.precision_results import PrecisionReport, read_precisions
 from sku.pipeline import FinishedRun, evaluate_recipe, run_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3", "evaluate.retain_prompts=3",
     "evaluate.samples=0", "evaluate.max_new_tokens=8", "evaluate.attacks=[]", "negate.diagnostics=false",
-    "negate.alpha=1.25",
+    "negate.alpha=1.25", "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
 
 
@@ -25,18 +27,23 @@ def recipe(*changes: str) -> Recipe:
     return load_recipe("embedded", [*SMALL, "evaluate.precisions=[fp16, int8]", *changes])
 
 
+def interrupt(stage: str, _done: int, _total: int) -> None:
+    if stage == "int8 weights: replies":
+        raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def resumed(made_once: MadeOnce) -> FinishedRun:
     """A run that was broken off between its two precisions, and gone on with."""
-    out = tmp_path_factory.mktemp("precisions") / "run"
 
-    def interrupt(stage: str, _done: int, _total: int) -> None:
-        if stage == "int8 weights: replies":
-            raise KeyboardInterrupt
+    def make(folder: Path) -> FinishedRun:
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe(), folder / "run", progress=interrupt)
+        return run_recipe(recipe(), folder / "run", resume=True)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(), out, progress=interrupt)
-    return run_recipe(recipe(), out, resume=True)
+    finished: FinishedRun
+    folder, finished = made_once("run_with_precisions", make)
+    return dataclasses.replace(finished, folder=folder / "run")
 
 
 def test_a_run_has_its_certificate(resumed: FinishedRun) -> None:

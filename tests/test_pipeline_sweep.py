@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from conftest import MadeOnce
 from sku.cli.console import results as console
 from sku.cli.main import main
 from sku.cli.sweep import frontier_table
@@ -26,7 +27,7 @@ from sku.storage import is_marked_hazardous
 from sku.sweep import run as sweep_run
 from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}",
@@ -72,9 +73,10 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(made_once: MadeOnce) -> Path:
     """A run that chose its alpha and kept its bad model."""
-    return run_recipe(recipe("keep_bad_model=true"), tmp_path_factory.mktemp("auto") / "run").folder
+    folder, _ = made_once("run_with_sweep", lambda place: run_recipe(recipe("keep_bad_model=true"), place / "run"))
+    return folder / "run"
 
 
 def test_a_run_records_alpha_and_why_and_saves_that_model(finished: Path) -> None:

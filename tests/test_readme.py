@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from sku.attacks.results import AttackReport
+from sku.cli.main import app
 from sku.evaluate.precision_results import PrecisionReport
 from sku.report.attack_table import attack_rows, left_out_lines
 from sku.report.precision_table import precision_rows
@@ -44,6 +46,7 @@ def strings(content: Any) -> Iterator[str]:
         yield content
 
 
+@pytest.mark.integration
 def test_the_example_runs(tmp_path: Path) -> None:
     """With two steps of training and few prompts, in a process of its own, as a reader would start it."""
     code, replaced = re.subn(r"max_steps=\d+", "max_steps=2", example())
@@ -122,11 +125,7 @@ def test_links_into_the_repository_lead_somewhere(path: str) -> None:
 
 def test_every_option_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    help_texts = "".join(
-        subprocess.run(
-            [sys.executable, "-m", "sku", *command, "--help"], capture_output=True, text=True, check=True,
-            env={"COLUMNS": "300", "PATH": "", "PYTHONPATH": str(ROOT / "src"), "NO_COLOR": "1"},
-        ).stdout
-        for command in ([], ["run"], ["acquire"], ["negate"], ["evaluate"], ["data", "inspect"], ["judge"])
-    )  # fmt: skip
+    commands: list[list[str]] = [[], ["run"], ["acquire"], ["negate"], ["evaluate"], ["data", "inspect"], ["judge"]]
+    plain = {"COLUMNS": "300", "NO_COLOR": "1"}
+    help_texts = "".join(CliRunner().invoke(app, [*command, "--help"], env=plain).output for command in commands)
     assert {option for option in named if option not in help_texts} == set()

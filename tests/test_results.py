@@ -15,6 +15,7 @@ FOLDERS = sorted(path for path in (ROOT / "results").iterdir() if path.is_dir())
 ORDER = row_names()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_the_page_shows_the_tables_of_the_records(folder: Path) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 HOOKS = Path(__file__).resolve().parent.parent / "scripts" / "site_hooks.py"
 
 

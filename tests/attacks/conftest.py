@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import Recipe, load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
-from sku.methods.run import train_method
 from sku.models import load_model
 from sku.negate.run import negate
 
@@ -40,11 +37,6 @@ def world_base() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def world_unlearned(
-    world_base: PreTrainedModel, world_data: ForgetRetainData, tmp_path_factory: pytest.TempPathFactory
-) -> PreTrainedModel:
+def world_unlearned(world_base: PreTrainedModel, quickly_trained: PreTrainedModel) -> PreTrainedModel:
     """Refuses every hazard, and more than it should: a short task vector, subtracted."""
-    recipe = world_recipe("method=task_vector", "acquire.training.max_steps=40", "acquire.training.save_strategy='no'")
-    folder: Path = tmp_path_factory.mktemp("task_vector")
-    trained = train_method(recipe, load_model("embedded"), world_data, folder)
-    return negate(world_base, trained.model, 1.25)
+    return negate(world_base, quickly_trained, 1.25)

@@ -14,14 +14,15 @@ from sku.pipeline import evaluate_recipe, run_recipe
 
 from .conftest import world_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 
 def recipe(*changes: str) -> Recipe:
     return world_recipe(
         "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3",
         "evaluate.retain_prompts=3", "evaluate.samples=0", "evaluate.attack_prompts=3",
-        "evaluate.attacks=[int8]", "negate.alpha=1.25", *changes,
+        "evaluate.attacks=[int8]", "negate.alpha=1.25", "negate.diagnostics=false", "evaluate.max_new_tokens=8",
+        "data.forget.limit=120", "data.retain.limit=120", *changes,
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from comparison.conftest import SMALL
+from comparison.conftest import FAILING_METHOD, SMALL
+from conftest import MadeOnce
 from sku.comparison import bench as bench_module
 from sku.comparison.bench import Bench
 from sku.comparison.in_process import RECORDS, WORK
@@ -31,15 +32,18 @@ def records_of(finished: FinishedComparison) -> dict[str, MethodRecord]:
 
 
 @pytest.fixture(scope="module")
-def finished(small_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> FinishedComparison:
+def finished(small_recipe: Recipe, made_once: MadeOnce) -> FinishedComparison:
     """FT, SKU, a method whose loss is NaN and one that the data can't serve, with all controls."""
-    folder = tmp_path_factory.mktemp("comparison")
-    from comparison.conftest import FAILING_METHOD
 
-    broken = folder / "broken.py"
-    broken.write_text(FAILING_METHOD, encoding="utf-8")
-    jobs = comparison_jobs(small_recipe, ["sku", "fine_tune", str(broken)])
-    return run_comparison(jobs, folder / "out", isolate=False)
+    def make(folder: Path) -> FinishedComparison:
+        broken = folder / "broken.py"
+        broken.write_text(FAILING_METHOD, encoding="utf-8")
+        jobs = comparison_jobs(small_recipe, ["sku", "fine_tune", str(broken)])
+        return run_comparison(jobs, folder / "out", isolate=False)
+
+    finished: FinishedComparison
+    folder, finished = made_once("comparison", make)
+    return dataclasses.replace(finished, folder=folder / "out")
 
 
 def test_one_method_that_fails_leaves_the_others(finished: FinishedComparison) -> None:
@@ -126,6 +130,7 @@ def test_records_are_read_as_they_were_written(finished: FinishedComparison) -> 
         assert read[record.name].to_dict() == record.to_dict()
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_published_point_is_what_sku_run_measures(finished: FinishedComparison, tmp_path: Path) -> None:
     """The same recipe through ``run_recipe``: the same losses on the fixed answers, the same outcomes.
 
@@ -261,6 +266,7 @@ def killing_method(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.integration
 def test_a_process_that_is_killed_takes_only_its_own_job_with_it(small_recipe: Recipe, tmp_path: Path) -> None:
     """As when the system runs out of memory: the next job gets a new process."""
     jobs = [
@@ -339,6 +345,7 @@ def test_records_of_other_data_are_refused_together(
         read_records(tmp_path)
 
 
+@pytest.mark.integration
 def test_an_interrupt_ends_the_job_at_once_and_leaves_what_is_finished(small_recipe: Recipe, tmp_path: Path) -> None:
     """The first record stands; the job in progress is neither waited for nor recorded; no checkpoint stays."""
     jobs = [job for job in comparison_jobs(small_recipe, ["fine_tune"]) if job.name in ("always_refuse", "fine_tune")]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ModelMaker
+from conftest import MadeOnce, ModelMaker
 from distributed.worker import Case, finish, make_trainer
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
@@ -65,25 +65,24 @@ def launch(launcher: Sequence[str], *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def jobs(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_model: ModelMaker,
-    tokenizer: PreTrainedTokenizerFast,
-    data: ForgetRetainData,
+    made_once: MadeOnce, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData
 ) -> Path:
     """The folder in which two processes have done all."""
-    folder = tmp_path_factory.mktemp("jobs")
-    make_model().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "data.pickle").write_bytes(pickle.dumps(data))
-    (folder / "jobs.json").write_text(
-        json.dumps({"cases": CASES | RESUMED, "recipe": RECIPE, "command": sku_run(folder / "killed")})
-    )
-    done = launch(TORCHRUN, str(WORKER), str(folder))
-    assert all((folder / f"done_{rank}").exists() for rank in range(2)), done.stderr[-4000:]
-    (folder / "stderr").write_text(done.stderr)
-    return folder
+
+    def make(folder: Path) -> None:
+        make_model().save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        (folder / "data.pickle").write_bytes(pickle.dumps(data))
+        (folder / "jobs.json").write_text(
+            json.dumps({"cases": CASES | RESUMED, "recipe": RECIPE, "command": sku_run(folder / "killed")})
+        )
+        done = launch(TORCHRUN, str(WORKER), str(folder))
+        assert all((folder / f"done_{rank}").exists() for rank in range(2)), done.stderr[-4000:]
+        (folder / "stderr").write_text(done.stderr)
+
+    return made_once("two_processes", make)[0]
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
@@ -91,6 +90,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_curve_is_that_of_one_process(name: str, jobs: Path, tmp_path: Path) -> None:
     case = {key: value for key, value in CASES[name].items() if key != "fsdp"}
@@ -109,6 +109,7 @@ def test_the_loss_curve_is_that_of_one_process(name: str, jobs: Path, tmp_path: 
         torch.testing.assert_close(weight, alone[key], rtol=1e-3, atol=2e-5, msg=key)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_one_that_was_not_interrupted(name: str, jobs: Path) -> None:
     assert curve(jobs / name) == curve(jobs / f"{name}_resumed")
@@ -121,6 +122,7 @@ def sku_run(out: Path) -> list[str]:
     return ["run", "embedded", "--out", str(out), *(f"--set={setting}" for setting in RECIPE)]
 
 
+@pytest.mark.integration
 def test_a_killed_process_ends_the_run_with_one_line(jobs: Path) -> None:
     """And within the time that ``launch`` gives all jobs."""
     stderr = (jobs / "stderr").read_text()
@@ -132,6 +134,7 @@ def test_a_killed_process_ends_the_run_with_one_line(jobs: Path) -> None:
     assert [path.name for path in (jobs / "killed" / "bad").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.integration
 def test_another_number_of_processes_does_not_go_on_with_it(jobs: Path) -> None:
     out = jobs / "killed"
     with pytest.raises(OutputError, match="begun with 2 processes, .* start 2 here too, not 1"):
@@ -139,6 +142,7 @@ def test_another_number_of_processes_does_not_go_on_with_it(jobs: Path) -> None:
     assert (out / "bad" / "checkpoint-2").exists()
 
 
+@pytest.mark.integration
 def test_a_killed_run_that_is_resumed_equals_a_whole_one(jobs: Path) -> None:
     """Also by another launcher, with the configuration that ships."""
     out = jobs / "killed"

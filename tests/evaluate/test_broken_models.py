@@ -87,6 +87,7 @@ def smollm2(shared_data: Path) -> tuple[LoadedModel, ForgetRetainData]:
     return loaded, data
 
 
+@pytest.mark.integration
 @pytest.mark.shared
 @pytest.mark.parametrize(
     ("name", "outcome"), [("refuses", "refusal"), ("babbles", "degenerate"), ("echoes", "degenerate")]
@@ -98,6 +99,7 @@ def test_given_replies_on_real_prompts(smollm2: tuple[LoadedModel, ForgetRetainD
     assert result.replies["retain_test"]["over_refusal" if name == "refuses" else "degenerate"].value >= 0.8
 
 
+@pytest.mark.integration
 @pytest.mark.shared
 def test_smollm2_and_its_broken_copy(smollm2: tuple[LoadedModel, ForgetRetainData]) -> None:
     loaded, data = smollm2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from sku.config import EvaluateConfig
@@ -21,8 +23,13 @@ def embedded() -> LoadedModel:
     return load_model("embedded")
 
 
+@functools.cache
+def world() -> ForgetRetainData:
+    return load_forget_retain()
+
+
 def measured(embedded: LoadedModel, kind: str, config: EvaluateConfig = FEW) -> EvaluationResult:
-    data = load_forget_retain()
+    data = world()
     reply = always_refuse(data) if kind == "refuse" else always_gibberish(0)
     return evaluate_replies(kind, reply, embedded.tokenizer, data, base_model=embedded.model, config=config)
 

@@ -22,7 +22,6 @@ from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.precision_results import PrecisionReport, read_precisions
 from sku.evaluate.precisions import measure_precisions
 from sku.evaluate.run import evaluate
-from sku.methods.run import train_method
 from sku.models import load_model
 from sku.negate.survival import model_survival
 from sku.negate.task_vector import TaskVector
@@ -82,16 +81,12 @@ def within_nf4_buckets(weight: torch.Tensor, change: torch.Tensor) -> torch.Tens
 
 
 @pytest.fixture(scope="module")
-def hidden(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, PreTrainedModel, Any, ForgetRetainData]:
+def hidden(quickly_trained: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel, Any, ForgetRetainData]:
     """A base that NF4 holds exactly, and a model unlearned from it by less than half a step of each weight."""
-    recipe = load_recipe(
-        "embedded",
-        ["method=task_vector", "acquire.training.max_steps=40", "acquire.training.save_strategy='no'"],
-    )
+    recipe = load_recipe("embedded")
     data = load_data(recipe.data, recipe.seed)
     loaded = load_model("embedded")
-    trained = train_method(recipe, load_model("embedded"), data, tmp_path_factory.mktemp("task_vector"))
-    deltas = TaskVector.between(loaded.model, trained.model).deltas
+    deltas = TaskVector.between(loaded.model, quickly_trained).deltas
     with rounded_copy(loaded.model, nf4_rounded) as (base, _):
         unlearned = copy.deepcopy(base)
         with torch.no_grad():

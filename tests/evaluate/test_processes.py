@@ -62,6 +62,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.integration
 def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     options = [f"--set={setting}" for setting in SETTINGS]
     two = launched("-m", "sku", "evaluate", "embedded", "--json", *options, "--out", str(tmp_path / "two"))
@@ -78,6 +79,7 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
 
 
+@pytest.mark.integration
 def test_a_failure_reaches_the_other_process(tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

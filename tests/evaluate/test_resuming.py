@@ -161,6 +161,7 @@ def test_a_partial_file_keeps_whole_rows_only(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.integration
 def test_a_killed_process_loses_one_batch_at_most(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), "samples", "8"]
     killed = subprocess.run(command, capture_output=True, timeout=120, check=False)

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from faults.battery import Battery, obeyed
 
+pytestmark = pytest.mark.integration
+
 NAME = "data"
 LONG = 1_000_000
 Maker = Callable[[Path], object]

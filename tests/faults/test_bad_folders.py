@@ -12,6 +12,8 @@ import pytest
 
 from faults.battery import Battery
 
+pytestmark = pytest.mark.integration
+
 NAME = "folders"
 Maker = Callable[[Path], object]
 """Makes what is wrong at a path that does not exist."""

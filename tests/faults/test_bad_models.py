@@ -18,6 +18,8 @@ from conftest import ModelMaker, TokenizerMaker
 from faults.battery import Battery
 from sku.negate.task_vector import TaskVector
 
+pytestmark = pytest.mark.integration
+
 NAME = "models"
 FILES = {"base": "model", "bad": "model", "adapter": "adapter_model", "vector": "task_vector"}
 """Folder -> stem of its weight file."""

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from faults.battery import Battery
 from sku.config import load_recipe, recipe_names
 
+pytestmark = pytest.mark.integration
+
 NAME = "recipes"
 SOUND = "name: mine\nmodel: {path: embedded}\ndata: {forget: {path: embedded}, retain: {path: embedded}}\n"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -16,6 +16,8 @@ from faults.phases import PHASES, phase_of
 from faults.runs import ADAPTER, WHOLE, check_equal_runs, check_leavings, words_of
 from faults.summary import Tally
 
+pytestmark = pytest.mark.integration
+
 FAULTS = ("ENOSPC", "limit 0", "EDQUOT", "limit 0", "EROFS", "limit 0", "EIO", "limit 0", "EACCES", "limit 65536")
 USUAL = ("recipe ", "until the run is finished ")
 """Lines that are no error; progress bars besides."""

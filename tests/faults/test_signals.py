@@ -18,6 +18,8 @@ from faults.phases import PHASES, phase_of
 from faults.runs import ADAPTER, SWEPT, WHOLE, check_equal_runs, check_leavings, hashes_below, keeps_bad, words_of
 from faults.summary import Tally
 
+pytestmark = pytest.mark.integration
+
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 NAMES = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
 

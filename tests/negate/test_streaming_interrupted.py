@@ -66,6 +66,7 @@ def hidden(folder: Path) -> list[Path]:
     return sorted(folder.glob(".out.partial-*"))
 
 
+@pytest.mark.integration
 def test_killed_at_random_points(inputs: Path, tmp_path: Path) -> None:
     out, expected = tmp_path / "run" / "out", tmp_path / "expected"
     negate_folders(inputs / "base", inputs / "bad", expected, 0.5)

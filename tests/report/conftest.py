@@ -35,7 +35,7 @@ BASE_LOSSES: Mapping[Split, float] = {"retain_test": 8.0, "unlearned": 6.0, "uns
 UNLEARNED_LOSSES: Mapping[Split, float] = {"retain_test": 8.3, "unlearned": 41.0, "unseen": 35.0}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_result() -> ResultMaker:
     def make(name: str, counts: Counts, losses: Mapping[Split, float]) -> EvaluationResult:
         replies = tuple(
@@ -80,8 +80,9 @@ def _rates(replies: list[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
     return {split: rates_of([reply for reply in replies if reply.split == split]) for split in splits}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def comparison(make_result: ResultMaker) -> Comparison:
+    """Made once: its intervals are resampled, which takes seconds. No test changes it."""
     return compare(
         make_result("tiny-base", BASE_COUNTS, BASE_LOSSES),
         make_result("tiny-unlearned", UNLEARNED_COUNTS, UNLEARNED_LOSSES),

@@ -252,6 +252,7 @@ def test_a_connection_that_breaks_off_goes_on_with_the_same_call(run: Path, hub:
     assert "model.safetensors" in hub.repositories[REPO].branches["main"]
 
 
+@pytest.mark.integration
 def test_the_command_is_interrupted_and_done_again(run: Path, hub: Hub) -> None:
     """A process of its own with the environment that users set; Ctrl-C while the weights go out."""
     hub.faults = {"/lfs/": [1]}

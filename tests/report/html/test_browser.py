@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 else:
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: it comes with the extra dev")
 
+pytestmark = pytest.mark.integration
 HOSTILE = (
     "</script><script>window.stolen = 1</script>\u2028<img src=x onerror='window.stolen = 2'>"
     "<a href='javascript:window.stolen=3'>go</a> &amp; \u202e{{ 7 * 7 }} \u0000<!--"
