@@ -165,11 +165,12 @@ def test_a_sweep_trains_first_and_leaves_no_bad_model(finished: Path, tmp_path: 
 
 def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp_path: Path) -> None:
     known = acquired(tmp_path / "bad")
-    assert sweep_recipe(recipe(), tmp_path / "one", bad=known).notes == ()
+    (starts,) = sweep_recipe(recipe(), tmp_path / "one", bad=known).notes
+    assert starts.startswith("the prefill of ")
     other = sweep_recipe(recipe("data.forget.limit=80"), tmp_path / "two", bad=known)
-    assert other.notes == (TRAINED_ON,)
+    assert other.notes[:-1] == (TRAINED_ON,)
     (known / TRAINING_FILE).unlink()
-    assert sweep_recipe(recipe(), tmp_path / "one", bad=known).notes == (UNKNOWN_TRAINING,)
+    assert sweep_recipe(recipe(), tmp_path / "one", bad=known).notes == (UNKNOWN_TRAINING, starts)
     (known / TRAINING_FILE).write_text('{"recipe": 3}', encoding="utf-8")
     with pytest.raises(ModelError, match="is damaged"):
         sweep_recipe(recipe(), tmp_path / "one", bad=known)

@@ -500,7 +500,7 @@ def test_only_the_training_split_of_normal_pairs_may_overlap(data: ForgetRetainD
 def test_an_evaluation_says_what_was_trained_on(
     data: ForgetRetainData, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    config = EvaluateConfig(prompts=1, retain_prompts=1, max_new_tokens=2)
+    config = EvaluateConfig(prompts=1, retain_prompts=1, max_new_tokens=2, prefill_tokens=())
     model = make_model()
     clean = evaluate(model, tokenizer, data, config=config, base_model=model)
     leaking = evaluate(model, tokenizer, with_leak(data), config=config, base_model=model)
@@ -518,7 +518,7 @@ def test_a_whole_run_with_everything_on_says_so(tmp_path: Path) -> None:
             "compat=reference", "acquire.preservation_mode=divergence", "acquire.training.max_steps=4",
             "acquire.training.per_device_train_batch_size=8", "acquire.training.learning_rate=1e-5",
             "data.forget.limit=60", "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4",
-            "evaluate.attacks=[]", "evaluate.precisions=[]", "negate.alpha=1.0",
+            "evaluate.prefill_tokens=[]", "evaluate.precisions=[]", "negate.alpha=1.0",
         ],
     )  # fmt: skip
     finished = run_recipe(recipe, tmp_path / "run")

@@ -428,7 +428,5 @@ def test_where_the_window_ends_replies_a_note_says_so(
     assert result.setup.left_out == {}
     notes = [note for note in result.setup.notes if "window of 256" in note]
     asked = len({row.id for row in result.outcomes})
-    assert notes == [
-        f"{asked} prompts leave less than 250 tokens of the model's window of 256: replies to them are cut where it "
-        "ends"
-    ]
+    room = "tokens of the model's window of 256: replies to them are cut where it ends"
+    assert notes == [f"{asked} prompts leave less than 250 {room}"]
