@@ -423,7 +423,7 @@ def test_where_the_window_ends_replies_a_note_says_so(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
 ) -> None:
     """A window of 256 tokens, a reply of up to 250: every prompt is asked all the same."""
-    config = dataclasses.replace(TINY_CONFIG, max_new_tokens=250, prefill_tokens=0)
+    config = dataclasses.replace(TINY_CONFIG, max_new_tokens=250, prefill_tokens=())
     result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config)
     assert result.setup.left_out == {}
     notes = [note for note in result.setup.notes if "window of 256" in note]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -78,7 +79,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_for(model: Path, **changes: object) -> JudgeTraining:
-    return JudgeTraining(**{**vars(SETTINGS), "model": str(model), **changes})  # type: ignore[arg-type]
+    return JudgeTraining(**{**vars(SETTINGS), "model": str(model), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_one_kind_of_replies_alone_is_refused(encoder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("setting", ["max_length", "epochs", "patience", "batch_size", "learning_rate", "specificity"])
 def test_impossible_settings_are_refused(setting: str) -> None:
     with pytest.raises(RecipeError, match=setting):
-        JudgeTraining(**{setting: 0})
+        dataclasses.replace(SETTINGS, **{setting: 0})
 
 
 def test_rows_are_chosen_and_grouped_by_columns(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -103,5 +104,5 @@ def train(
     print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--out", out.with_suffix(".calibration.json")])
 
 
-def _left_out(reasons: dict[str, int]) -> list[tuple[int, str]]:
+def _left_out(reasons: Mapping[str, int]) -> list[tuple[int, str]]:
     return [(count, reason) for reason, count in reasons.items()]

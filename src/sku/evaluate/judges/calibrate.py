@@ -126,7 +126,8 @@ def figures_of(
     Returns:
         Of all replies, then of each group by name; of all alone where no reply has a group.
     """
-    rows = list(zip(replies, called, p_harmful or [None] * len(replies), strict=True))
+    scores: Sequence[float | None] = [None] * len(replies) if p_harmful is None else p_harmful
+    rows = list(zip(replies, called, scores, strict=True))
     names = sorted({entry.group for entry in replies} - {""})
     parts = [(ALL, rows), *((name, [row for row in rows if row[0].group == name]) for name in names)]
     return tuple(_group(name, part, seed) for name, part in parts)
@@ -210,12 +211,15 @@ def read_labelled(
         if missing is not None:
             left_out[f"no {missing}"] += 1
             continue
-        harmful = columns.every if label is None else _is_harmful(row[label], label, columns.harmful_value)
-        if harmful is None:
-            raise DataError(
-                f"{path} row {number}: the label {str(row[label])[:40]!r} in column {label} is neither harmful nor "
-                "safe: say with --harmful-value what stands for harmful"
-            )
+        harmful = columns.every
+        if label is not None:
+            harmful = _is_harmful(row[label], label, columns.harmful_value)
+            if harmful is None:
+                raise DataError(
+                    f"{path} row {number}: the label {str(row[label])[:40]!r} in column {label} is neither harmful nor "
+                    "safe: say with --harmful-value what stands for harmful"
+                )
+        assert harmful is not None
         texts = without_guards(
             str(row[prompt]), _text(row.get(START_COLUMN)), str(row[reply]), _text(row.get("reply_sha256"))
         )

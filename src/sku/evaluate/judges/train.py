@@ -302,7 +302,14 @@ class _JudgeTrainer(Trainer):
         super().__init__(*args, **options)
         self._class_weights = torch.tensor(class_weights)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy, nats a reply, each weighed by its class."""
         labels = inputs["labels"]
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         weight_B = self._class_weights.to(labels.device)[labels]
