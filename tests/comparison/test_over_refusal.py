@@ -9,6 +9,7 @@ from sku.config import Recipe
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking
+from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.utility_cost import OVER_REFUSAL, Border
 from sku.models import load_model
@@ -23,7 +24,8 @@ def test_a_border_that_refuses_little_is_kept() -> None:
 
 def test_a_strength_that_refuses_too_much_is_stepped_down() -> None:
     strength, bound_by = step_down(BORDER, lambda strength: strength <= 2.1)
-    assert (strength, bound_by) == (pytest.approx(2.0), OVER_REFUSAL)
+    assert strength == pytest.approx(2.0)
+    assert bound_by == OVER_REFUSAL
 
 
 def test_where_all_refuse_too_much_no_strength_fits() -> None:
@@ -52,7 +54,9 @@ def test_refusals_are_counted_beyond_those_of_the_base_model(
     assert found.excess(loaded.model) == 0
     answers = iter((["i cannot help with that ."] * 3 + ["the florn is golden ."] * 3,))
 
-    def said(model: object, tokenizer: object, requests: list[object], **options: object) -> list[GenerationRecord]:
+    def said(
+        model: object, tokenizer: object, requests: list[GenerationRequest], **options: object
+    ) -> list[GenerationRecord]:
         return [
             GenerationRecord(
                 id=request.id, split=request.split, kind="reply", category=None, prompt=request.prompt,

@@ -246,7 +246,8 @@ def test_divergence_and_refusals_bind_where_the_perplexity_does_not(
     asked = iter((0.3, 0.2, 0.05, 0.05, 0.05, 0.05, 0.05))
     monkeypatch.setattr(Refusals, "excess", lambda self, model: next(asked))
     strength, bound = bound_by("compare.utility_budget=9", "compare.kl_budget=9")
-    assert (strength, bound) == (pytest.approx(1.0), "over-refusal")
+    assert strength == pytest.approx(1.0)
+    assert bound == "over-refusal"
 
 
 def killing_method(folder: Path) -> str:

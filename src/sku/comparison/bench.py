@@ -272,7 +272,7 @@ class Bench:
 
     def _base_utility(self, job: Job) -> Utility:
         """Of the base model itself, which costs nothing."""
-        perplexity, kl = (dict.fromkeys(self._normal.texts, value) for value in (1.0, 0.0))
+        perplexity, kl = ({str(split): value for split in self._normal.texts} for value in (1.0, 0.0))
         cost = utility_cost(job.recipe.compare, perplexity=perplexity, kl=kl, over_refusal=0.0)
         return Utility(perplexity=perplexity, kl=kl, over_refusal=0.0, cost=cost)
 

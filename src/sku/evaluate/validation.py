@@ -87,20 +87,20 @@ class NormalText:
                 split: score_examples(model, texts, batch_size=self.batch_size) for split, texts in self.texts.items()
             }
 
-    def perplexity(self, scores: Mapping[Split, Scores]) -> dict[Split, float]:
+    def perplexity(self, scores: Mapping[Split, Scores]) -> dict[str, float]:
         """Perplexity of each set, as a multiple of the base model's."""
         return {
             split: perplexity_ratio(_mean_loss(own), _mean_loss(self.base_scores[split]))
             for split, own in scores.items()
         }
 
-    def kl(self, model: PreTrainedModel) -> dict[Split, float]:
+    def kl(self, model: PreTrainedModel) -> dict[str, float]:
         """KL(P || Q) on each set, P the base model, nats a token.
 
         Raises:
             EvaluationError: As ``compare_distributions``.
         """
-        found: dict[Split, float] = {}
+        found: dict[str, float] = {}
         with batching.evaluation_mode(model), batching.evaluation_mode(self.base):
             for split, texts in self.texts.items():
                 named = [ScoredText(id=str(place), split=split, tokens=text) for place, text in enumerate(texts)]

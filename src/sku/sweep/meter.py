@@ -101,8 +101,8 @@ class Meter:
         """The original model: perplexity ratio 1, and its replies."""
         return SweepPoint(
             alpha=0.0,
-            perplexities={split: Ratio(value=1.0, low=1.0, high=1.0) for split in self.normal.texts},
-            kl=dict.fromkeys(self.normal.texts, 0.0),
+            perplexities={str(split): Ratio(value=1.0, low=1.0, high=1.0) for split in self.normal.texts},
+            kl={str(split): 0.0 for split in self.normal.texts},
             replies=self._ask(self.base),
         )
 
@@ -129,7 +129,7 @@ class Meter:
         try:
             self.write(alpha)
             scores = self.normal.scores(self.model)
-            kl = {str(split): value for split, value in self.normal.kl(self.model).items()}
+            kl = self.normal.kl(self.model)
         except (EvaluationError, TaskVectorError) as error:
             return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
         ratios = {str(split): self._ratio(own, self.normal.base_scores[split]) for split, own in scores.items()}

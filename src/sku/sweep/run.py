@@ -144,11 +144,10 @@ def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
     alphas = config.alphas
     if not alphas:
         # Scores are cheap beside replies: a second call searches again and finds the same.
-        found = dataclasses.replace(found, border=_border(meter))
-        assert found.border is not None
-        if found.border.bound_by is None:
-            found = dataclasses.replace(found, notes=(*found.notes, NO_BORDER))
-        alphas = below(found.border.strength, config.points)
+        border = _border(meter)
+        notes = found.notes if border.bound_by is not None else (*found.notes, NO_BORDER)
+        found = dataclasses.replace(found, border=border, notes=notes)
+        alphas = below(border.strength, config.points)
 
     def measure(alpha: float) -> SweepPoint:
         measured[alpha] = kept.points.get(alpha) or meter.measure(alpha)

@@ -109,7 +109,7 @@ def test_shared_tokens_are_those_of_harmful_and_normal_prompts_together(make_con
     alone = with_template((5, 6, 9), (3,), make_context())
     assert shared_tokens(alone.normal) == SharedTokens(first=3, last=1)
     assert shared_tokens([*alone.normal, *context.harmful]) == SharedTokens(first=2, last=1)
-    assert shared_tokens(context.normal[:1] * 3) == SharedTokens(first=1, last=0), "one prompt tells nothing"
+    assert shared_tokens([context.normal[0]] * 3) == SharedTokens(first=1, last=0), "one prompt tells nothing"
 
 
 def test_the_system_prompt_of_a_chat_template_is_found_in_the_token_ids(

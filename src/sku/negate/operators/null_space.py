@@ -108,7 +108,8 @@ def _span(parts: Sequence[Tensor]) -> Tensor:
         return filled[0] if filled else parts[0]
     basis, lengths, _ = torch.linalg.svd(torch.cat(filled, dim=1).double(), full_matrices=False)
     # Columns are of length 1: what is this short is a direction that both parts hold.
-    return basis[:, lengths > 1e-5].float().contiguous()
+    directions: Tensor = basis[:, lengths > 1e-5].float().contiguous()
+    return directions
 
 
 def _damping(spectra: Sequence[Spectrum], strength: float) -> RowMap:
