@@ -19,7 +19,7 @@ A run folder, private to its owner because the base model's harmful replies lie 
 from sku.pipeline.acquire import acquire_recipe
 from sku.pipeline.dry_runs import dry_acquire, dry_comparison, dry_evaluate, dry_run, dry_sweep
 from sku.pipeline.evaluate import evaluate_recipe
-from sku.pipeline.memory_fit import MemoryFit, memory_fit
+from sku.pipeline.memory import MemoryFit, memory_fit
 from sku.pipeline.run import FinishedRun, run_recipe
 from sku.pipeline.sweep import sweep_recipe
 

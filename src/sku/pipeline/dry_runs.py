@@ -29,7 +29,7 @@ from sku.pipeline.dry_checks import (
     result_bytes,
 )
 from sku.pipeline.evaluate import check_one_process_attacks, readable_source, refuse_bad_model
-from sku.pipeline.memory_fit import memory_fit
+from sku.pipeline.memory import memory_fit
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.sweep import with_alpha_to_choose
 from sku.pipeline.unlearning import Unlearning
