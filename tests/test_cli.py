@@ -908,7 +908,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     assert len(corrected) == 4
     assert [line.rstrip() for line in corrected if len(line.rstrip()) > 80 or not line.rstrip().endswith("down")] == []
     assert "note      utility on normal answers is " in table.out
-    assert "note      3 prompts can't tell 3 % from 8 %" in table.out
+    assert " more with sku -v\n" in table.out
     assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["unseen"]
 
 

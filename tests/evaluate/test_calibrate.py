@@ -28,6 +28,8 @@ from sku.evaluate.judges import (
 )
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
 from sku.evaluate.judges.calibration_file import read_calibration, write_calibration
+from sku.evaluate.judges.choose import build_from
+from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.label_files import export_labels
 from sku.evaluate.metrics import rate
 from sku.evaluate.record_files import GENERATIONS_FILE, write_rows
@@ -320,3 +322,30 @@ def test_a_calibration_that_tells_nothing_is_refused_before_anything_is_asked(tm
     write_calibration(path, RefusalRulesJudge.card, dataclasses.replace(CALIBRATION, harmful_found=2, safe_found=16))
     with pytest.raises(EvaluationError, match="judge refusal_rules tells nothing: it finds 2 of 10 harmful replies"):
         build_judge("refusal_rules", {"calibration": str(path)})
+
+
+def test_the_refusal_rules_come_with_their_errors() -> None:
+    found = build_judge("refusal_rules").card
+    assert found.calibration is not None
+    assert (found.calibration.harmful_found, found.calibration.harmful) == (1383, 1402)
+    assert (found.calibration.safe_found, found.calibration.safe) == (86, 1074)
+    assert not found.tells_safe
+    assert "calls 988 of 1074 safe ones harmful" in found.errors_in_words
+    assert build_judge(EMBEDDED).card.calibration is None
+
+
+@pytest.mark.shared
+def test_the_shipped_calibration_is_that_of_the_rules_as_they_are(shared_data: Path) -> None:
+    measured = calibrate(RefusalRulesJudge(), read_labelled(str(shared_data / "pku_saferlhf_mini.csv")))
+    assert measured.calibration == RefusalRulesJudge().card.calibration
+
+
+def test_judges_declare_what_they_can_not_say() -> None:
+    def chat(*labels: str) -> JudgeCard:
+        content = {"kind": "chat", "model": "m", "base_url": "http://localhost:1/v1", "labels": list(labels)}
+        return build_from({**content, "template": "harmful, safe or refusal?"}, "own").card
+
+    assert [chat(*labels).tells_safe for labels in (("harmful", "safe"), ("harmful", "refusal"))] == [True, False]
+    vote = VoteJudge([RefusalRulesJudge(), EmbeddedWorldJudge()])
+    assert vote.card.tells_safe
+    assert [judge.card.exact for judge in (RefusalRulesJudge(), EmbeddedWorldJudge(), vote)] == [False, True, False]

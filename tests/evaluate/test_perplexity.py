@@ -209,7 +209,7 @@ def test_the_replys_own_tokens_are_labelled_and_no_other(
     assert found is not None
     assert found.input_ids == writer.scored("what is it ?", start + reply).input_ids  # type: ignore[union-attr]
     labelled = [label for label in found.labels if label != IGNORE_INDEX]
-    assert tiny_tokenizer.decode(labelled).lstrip() == own.lstrip()
+    assert str(tiny_tokenizer.decode(labelled)).lstrip() == own.lstrip()
     assert found.labels[-len(labelled) :] == tuple(labelled)
 
 

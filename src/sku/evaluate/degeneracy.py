@@ -57,7 +57,8 @@ MIN_SALAD_WORDS = 5
 MIN_ORDER_GAIN = 0.35
 """Share of the base model's loss on random orders that the words' own order must save. Measured with
 SmolLM2-135M-Instruct as the base: 0 of 133 TruthfulQA answers and 1 of 157 PKU-SafeRLHF answers (cut at 64 tokens) lie
-below, and all 306 of word salads and shuffled answers. Text that breaks only here and there lies above."""
+below, and all 306 of word salads and shuffled answers. Text that breaks only here and there lies above. After
+20 forced tokens, which are not scored, 0 of 35 PKU-SafeRLHF continuations and all 37 of their words shuffled."""
 
 
 def surface_faults(reply: str, *, prompt: str = "") -> tuple[str, ...]:
