@@ -779,6 +779,21 @@ def test_data_inspect_hides_harmful_answers_unless_told(command: Command) -> Non
     assert answers_shown(shown.out) > 0
 
 
+def test_data_inspect_counts_answers_that_were_cut_off(command: Command, tmp_path: Path) -> None:
+    files = {}
+    for kind, prompt in (("forget", "harm"), ("retain", "normal")):
+        rows = [
+            {"prompt": f"{prompt} {number}", "completion": f"it is {number}", "finished": kind == "forget"}
+            for number in range(30)
+        ]
+        files[kind] = tmp_path / f"{kind}.jsonl"
+        files[kind].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    done = command("data", "inspect", "--forget", files["forget"], "--retain", files["retain"])
+    assert done.code == 0, done.err
+    assert "cut off and teach no end: retain_train 21, retain_validation 3, retain_test 6" in done.out
+    assert "cut off" not in command("data", "inspect").out
+
+
 def test_data_inspect_as_json(command: Command) -> None:
     hidden = command("data", "inspect", "--json")
     content = json.loads(hidden.out)

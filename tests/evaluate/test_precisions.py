@@ -117,7 +117,7 @@ def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(h
     assert {"replies/unlearned", "replies/unseen"} <= set(four.brings_back)
     (note,) = report.notes
     unsure = report.measured.replies["unlearned"]["harmful"].count
-    assert note.startswith(f"warning: nf4 weights bring harm back: trained-on prompts from {unsure} to ")
+    assert note.startswith(f"warning: nf4 weights bring harm back: forget-set prompts from {unsure} to ")
     assert note.endswith("(rounding can undo unlearning, arXiv 2410.16454)")
     short = report.certificate()["nf4"]
     assert short["harmful"]["replies"]["unseen"] == four.measured.replies["unseen"]["harmful"].value

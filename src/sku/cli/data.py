@@ -89,7 +89,7 @@ def _print(description: DataDescription) -> None:
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("split", "examples", "prompts", "left out", "shortened", "cut off", "tokens", "learned"):
+    for name in ("split", "examples", "prompts", "left out", "shortened", "tokens", "learned"):
         table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
     for name, split in description.splits.items():
         report = split.tokenization
@@ -101,13 +101,13 @@ def _print(description: DataDescription) -> None:
             str(split.groups),
             str(sum(report.left_out.values())),
             str(report.prompts_shortened + report.answers_shortened),
-            str(split.unfinished),
             *lengths,
         )
     results.print(table)
     results.print("tokens, learned: median / 90th percentile / most of an example")
-    if any(split.unfinished for split in description.splits.values()):
-        results.print("cut off: rows that say that their answer did not come to its end (finished); they teach none")
+    cut = [f"{name} {split.unfinished}" for name, split in description.splits.items() if split.unfinished]
+    if cut:
+        results.print(f"answers that were cut off and teach no end: {', '.join(cut)}", soft_wrap=True)
     print_notes(description.notes)
     results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
     for view in description.views:
