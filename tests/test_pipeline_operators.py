@@ -98,7 +98,7 @@ def test_the_manifest_accounts_for_operators_and_vector(finished: FinishedRun) -
 
 
 def test_what_was_measured_on_the_original_model_is_kept(finished: FinishedRun) -> None:
-    assert len(list((finished.folder.parent / "cache").iterdir())) == 2, "the operator's and the diagnostics'"
+    assert len(list((finished.folder.parent / "cache").iterdir())) == 3, "the operator's two and the diagnostics'"
 
 
 def test_where_no_adapter_can_follow_the_manifest_says_so(tmp_path: Path) -> None:
