@@ -41,7 +41,6 @@ SMALL = (
     "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
     "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
     "evaluate.precisions=[]", "evaluate.samples=2", "negate.diagnostics=false", "negate.alpha=1.25",
-    "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4", "acquire.training.learning_rate=1e-2", "negate.alpha=1.0")
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
