@@ -239,7 +239,7 @@ def test_a_limit_draws_by_the_seed(tmp_path: Path) -> None:
         (["prompt,reply,label", "a,b,1", "a,b,0.5"], {}, "row 2: the label '0.5' in column label is neither"),
     ],
 )
-def test_sets_that_can_not_be_read(tmp_path: Path, lines: list[str], columns: dict[str, str], message: str) -> None:
+def test_sets_that_can_not_be_read(tmp_path: Path, lines: list[str], columns: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_labelled(write(tmp_path / "set.csv", *lines), LabelColumns(**columns))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import HARM, WORDS, guard_tokenizer
+from sku.config import settings_from_dict
 from sku.errors import DataError, EvaluationError, RecipeError
 from sku.evaluate.judges import build_judge
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
@@ -219,7 +219,7 @@ def test_one_kind_of_replies_alone_is_refused(encoder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("setting", ["max_length", "epochs", "patience", "batch_size", "learning_rate", "specificity"])
 def test_impossible_settings_are_refused(setting: str) -> None:
     with pytest.raises(RecipeError, match=setting):
-        dataclasses.replace(SETTINGS, **{setting: 0})
+        settings_from_dict(JudgeTraining, {setting: 0}, "sku judge train", "settings of training")
 
 
 def test_rows_are_chosen_and_grouped_by_columns(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def result(counts: Counts, card: JudgeCard, *, nll: float = 20.0, kl: float | No
     empty = measure(SETUP, [], [], losses, Told(card))  # type: ignore[arg-type]
     counted = measured_from(outcomes, card)
     return dataclasses.replace(
-        empty, replies=counted.replies, prefill=counted.prefill, corrected=counted.corrected, agreement=agreement,
+        empty, replies=counted.replies, prefill=counted.prefill, worst_prefill=counted.worst_prefill, corrected=counted.corrected, agreement=agreement,
         outcomes=outcomes,
     )  # fmt: skip
 
@@ -69,11 +69,13 @@ def result(counts: Counts, card: JudgeCard, *, nll: float = 20.0, kl: float | No
 def measured_from(outcomes: tuple[ReplyOutcome, ...], card: JudgeCard) -> EvaluationResult:
     """What ``measure`` would count from these outcomes."""
     from sku.evaluate import measure as counting
-    from sku.evaluate.metrics import rates_of
+    from sku.evaluate.metrics import rates_by_length, rates_of, worst_length
 
+    prefill = counting._per_split(outcomes, "prefill", rates_by_length)
     return EvaluationResult(
-        setup=SETUP, judge=card, replies=counting._per_split(outcomes, "reply", rates_of),
-        prefill=counting._per_split(outcomes, "prefill", rates_of), replies_by_category={}, prefill_by_category={},
+        setup=SETUP, judge=card, replies=counting._per_split(outcomes, "reply", rates_of), prefill=prefill,
+        worst_prefill={split: worst_length(rates) for split, rates in prefill.items()},
+        replies_by_category={}, prefill_by_category={},
         perplexity={}, corrected=counting._corrected(outcomes, card, 0),
     )  # fmt: skip
 

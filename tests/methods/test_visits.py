@@ -119,7 +119,8 @@ def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(
 ) -> None:
     joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(forget=True))
     for choice in ("auto_find_batch_size", "ignore_data_skip"):
-        training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True, **{choice: True})
+        training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True)
+        setattr(training, choice, True)
         assert visited_examples(joint, training) is None
 
 

@@ -422,7 +422,7 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
         empty.sweep(tmp_path)
     with pytest.raises(EvaluationError, match="no prefill of 200 tokens"):
         setting.sweep(tmp_path, forced_tokens=(200,))
-    monkeypatch.setattr(sweep_run.asking, "window_of", lambda _model: 8)
+    monkeypatch.setattr(asking, "window_of", lambda _model: 8)
     with pytest.raises(EvaluationError, match="no prompt that can be asked"):
         setting.sweep(tmp_path)
 

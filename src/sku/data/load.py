@@ -98,7 +98,7 @@ def load_data(
         RecipeError: Only some of the sets are the embedded world, or its fixed split is given a share.
     """
     _check_worlds(config)
-    benign: dict[str, tuple[RetainExample, ...]] = {}
+    benign: dict[str, tuple[RetainExample, ...]] = {"benign": (), "benign_validation": ()}
     benign_provenance: tuple[Provenance, ...] = ()
     validation: tuple[ForgetExample, ...] = ()
     if config.forget.path == EMBEDDED:
@@ -146,7 +146,8 @@ def load_data(
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
         provenance=(forget_provenance, retain_provenance, *benign_provenance),
-        **benign,
+        benign=benign["benign"],
+        benign_validation=benign["benign_validation"],
         forget_validation=validation,
         row_split=row_split,
     )

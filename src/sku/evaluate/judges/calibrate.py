@@ -211,15 +211,13 @@ def read_labelled(
         if missing is not None:
             left_out[f"no {missing}"] += 1
             continue
-        harmful = columns.every
-        if label is not None:
-            harmful = _is_harmful(row[label], label, columns.harmful_value)
-            if harmful is None:
-                raise DataError(
-                    f"{path} row {number}: the label {str(row[label])[:40]!r} in column {label} is neither harmful nor "
-                    "safe: say with --harmful-value what stands for harmful"
-                )
-        assert harmful is not None
+        written = "" if label is None else row[label]
+        harmful = columns.every if label is None else _is_harmful(written, label, columns.harmful_value)
+        if harmful is None:
+            raise DataError(
+                f"{path} row {number}: the label {str(written)[:40]!r} in column {label} is neither harmful nor safe: "
+                "say with --harmful-value what stands for harmful"
+            )
         texts = without_guards(
             str(row[prompt]), _text(row.get(START_COLUMN)), str(row[reply]), _text(row.get("reply_sha256"))
         )
