@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas
+import datasets
 import pytest
 
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
@@ -248,11 +248,11 @@ def _table(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
     texts = [{**row, "finished": None if row["finished"] is None else str(row["finished"])} for row in rows]
-    frame = pandas.DataFrame(texts)
+    table = datasets.Dataset.from_list(texts)
     if kind == "csv":
-        frame.to_csv(path, index=False)
+        table.to_csv(path)
     else:
-        frame.to_parquet(path)
+        table.to_parquet(path)
     return path
 
 
