@@ -161,7 +161,7 @@ def test_the_best_point_within_the_budget() -> None:
     assert best(weak, strong, cheap, gibberish, beyond) == "1.0 hh 11"
     assert best(weak, cheap, gibberish, beyond) == "0.8 rr 00"
     assert best(beyond) is None
-    assert point_of(make_record("sku", weak, recipe={}), "best") is None
+    assert point_of(make_record("sku", weak, recipe={}), "best") is not None, "a point's own cost says what it is"
 
 
 def test_prefills_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> None:
