@@ -274,7 +274,7 @@ def test_progress_and_notes(
     assert seen["replies"] == (12, 12)
     assert seen["perplexity"] == (8, 8)
     assert result.setup.fluency_scorer == "self"
-    assert "no base model was given" in result.setup.notes[0]
+    assert "no base model was given" in result.setup.notes[-1]
     assert result.setup.model["name"] == "m"
     assert result.judge.name == "refusal_rules"
 
