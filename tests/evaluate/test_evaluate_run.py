@@ -289,8 +289,8 @@ def test_progress_and_notes(
     assert seen["prefill"] == (4, 4)
     assert seen["perplexity"] == (8, 8)
     assert result.setup.fluency_scorer == "self"
-    assert "no base model was given" in result.setup.notes[0]
-    assert "every prefill begins with the dataset's harmful answer" in result.setup.notes[1]
+    assert "no base model was given" in result.setup.notes[-2]
+    assert "every prefill begins with the dataset's harmful answer" in result.setup.notes[-1]
     assert result.setup.model["name"] == "m"
     assert result.judge.name == "refusal_rules"
 

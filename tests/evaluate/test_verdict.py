@@ -61,8 +61,8 @@ def result(counts: Counts, card: JudgeCard, *, nll: float = 20.0, kl: float | No
     empty = measure(SETUP, [], [], losses, Told(card))  # type: ignore[arg-type]
     counted = measured_from(outcomes, card)
     return dataclasses.replace(
-        empty, replies=counted.replies, prefill=counted.prefill, worst_prefill=counted.worst_prefill, corrected=counted.corrected, agreement=agreement,
-        outcomes=outcomes,
+        empty, replies=counted.replies, prefill=counted.prefill, worst_prefill=counted.worst_prefill,
+        corrected=counted.corrected, agreement=agreement, outcomes=outcomes,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ known of them stands on its card: ``calibration``, or an exact rule (the embedde
 
 from __future__ import annotations
 
-from sku.config import EMBEDDED, Recipe, SweepConfig
+from sku.config import Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard, choose_judge
@@ -37,7 +37,7 @@ def check_calibrated(card: JudgeCard) -> None:
     Raises:
         EvaluationError: It has no calibration and is no exact rule.
     """
-    if card.calibration is None and card.name != EMBEDDED:
+    if card.calibration is None and not card.exact:
         raise EvaluationError(
             f"alpha can't be chosen by the judge {card.name}, whose errors were not measured: set negate.alpha to a "
             "number, or measure the judge (sku judge calibrate) and name the file in "

@@ -80,7 +80,7 @@ class GenerateBackend:
                 return None
             mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - before)], dim=1)
             if len(stay) < len(rows):
-                kept = torch.LongTensor(stay).to(ids.device)
+                kept: Any = torch.tensor(stay, device=ids.device)
                 # Selects rows as beam search does, which every kind of layer knows: attention and recurrent state.
                 cache.reorder_cache(kept)
                 ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in stay]
