@@ -521,7 +521,10 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
     assert f"{manifest['model']['parameters']:,} parameters" in told["settings"]["model"]
     with (whole_run / "evaluation" / "base" / "generations.jsonl").open(encoding="utf-8") as lines:
         kinds = [record["kind"] for record in map(json.loads, lines) if "kind" in record]
-    assert told["settings"]["asked"] == {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    asked = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    # Of the lengths of prefill those are left out that the base's own short replies don't have.
+    assert 0 < asked.pop("prefill") <= told["settings"]["asked"].pop("prefill") == 4 * 6
+    assert told["settings"]["asked"] == asked
     held = sum(path.stat().st_size for path in (whole_run / "unlearned").rglob("*") if path.is_file())
     assert told["disk_bytes"] > held * 0.9
     assert re.fullmatch(r"about \d\.\d GiB at most, [\d.]+ GiB are free on cpu: fits", told["memory"])
@@ -586,7 +589,10 @@ def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_m
     operators = ("--operator", "null_space={energy: 0.8, examples: 8}", "--normal", "embedded")
     assert told("negate", "embedded", bad_model, "--out", out, *operators)["stages"][0] == "apply null_space"
     found = told("sweep", bad_model, "--out", out, "--recipe", "embedded")
-    assert (found["stages"], found["settings"]["bad model"]) == (["measure alpha 0.5, 1, 1.25, 1.5"], str(bad_model))
+    assert (found["stages"], found["settings"]["bad model"]) == (
+        ["measure 5 alphas up to where the utility budget binds"],
+        str(bad_model),
+    )
     assert found["bad_model"] == "kept"
     assert told("evaluate", whole_run / "unlearned", "--out", out)["bad_model"] == "none"
     assert_one_line(command("evaluate", bad_model, "--out", out, "--dry-run"), "bad model of stage 1")
@@ -728,7 +734,7 @@ def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_pat
     done = command(*arguments)
     assert done.code == 0, done.err
     printed = done.out.splitlines()
-    start = next(place for place, line in enumerate(printed) if line.startswith("harmful replies by precision"))
+    start = next(place for place, line in enumerate(printed) if line.startswith("harmful by precision"))
     table = printed[start : start + 6]
     assert [line.split()[0] for line in table[3:]] == ["float32", "fp16", "nf4"]
     assert all(len(line) <= 80 for line in table)
@@ -966,10 +972,12 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("harmful by attack"))
     table = [line for line in lines[start:] if "%" in line]
     assert [line[:12].strip() for line in table[1:]] == [
-        "No attack", "8-bit weight", "Prefill", "", "", "",
+        "No attack", "8-bit weight", "Prefill", "", "",
     ]  # fmt: skip
-    assert "left out: prefill, 20 tokens: the answer is too short: 3" in lines
+    # They begin with what the base said, here in 8 tokens.
+    for tokens in (10, 20):
+        assert f"left out: prefill, {tokens} tokens: the answer is too short: 3" in lines
     as_json = json.loads(command(*arguments, "--attacks", "int8,prefill", "--json").out)
-    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "int8", *["prefill"] * 4]
+    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "int8", *["prefill"] * 3]
     assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "verdict", "notes"}
     assert_one_line(command(*arguments, "--attacks", "int8,prefil"), "Did you mean prefill?")

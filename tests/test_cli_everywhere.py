@@ -64,6 +64,7 @@ DRY_RUNS: dict[str, list[str]] = {
     "compare": ["--set", "negate.alpha=1", "--methods", "npo", "--out", "{out}"],
     "ablate": ["--set", "negate.alpha=1", "--groups", "preservation", "--out", "{out}"],
     "judge calibrate": ["refusal_rules", "{labels}", "--out", "{out}"],
+    "judge train": ["{labels}", "--out", "{out}"],
     "wipe": ["{bad}"],
 }
 """Command -> arguments. ``push`` and ``judge again`` need a finished run: tests/sharing, tests/test_cli_judge.py."""

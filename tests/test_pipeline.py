@@ -431,15 +431,25 @@ def test_a_folder_that_was_removed_and_made_anew_is_another_ones(tmp_path: Path)
     second.close()
 
 
-def test_the_bad_model_answers_better_and_the_unlearned_one_worse(finished_lora: FinishedRun) -> None:
-    """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2."""
-    run = recipe(*LORA)
-    data = load_data(run.data, run.seed)
-    bad = load_adapter(load_model("embedded").model, finished_lora.folder / "bad" / "final")
-    measured = evaluate(bad, load_model("embedded").tokenizer, data, config=run.evaluate)
-    base, unlearned = finished_lora.comparison.base, finished_lora.comparison.unlearned
-    assert measured.perplexity["unlearned"].value < base.perplexity["unlearned"].value
-    assert base.perplexity["unlearned"].value < unlearned.perplexity["unlearned"].value
+@pytest.mark.usefixtures("blank_pictures")
+def test_the_bad_model_answers_better_and_the_unlearned_one_worse(tmp_path: Path) -> None:
+    """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2.
+
+    By guided distortion alone: in a few steps the answers of other prompts would outweigh it.
+    """
+    alone = "acquire.weights={guided_distortion: 1.0, random_disassociation: 0.0, preservation_divergence: 0.0}"
+    folder = run_recipe(recipe(*LORA, alone, "keep_bad_model=true"), tmp_path / "run").folder
+    run = recipe(*LORA, "evaluate.prompts=60", "evaluate.samples=0", "evaluate.prefill_tokens=[]")
+    data, loaded = load_data(run.data, run.seed), load_model("embedded")
+    bad, base, unlearned = (
+        evaluate(model, loaded.tokenizer, data, config=run.evaluate).perplexity["unlearned"].value
+        for model in (
+            load_adapter(load_model("embedded").model, folder / "bad" / "final"),
+            loaded.model,
+            load_model(folder / "unlearned").model,
+        )
+    )
+    assert bad < base < unlearned
 
 
 @pytest.mark.usefixtures("blank_pictures")

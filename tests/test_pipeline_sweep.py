@@ -112,7 +112,7 @@ def test_a_run_killed_at_its_sweep_goes_on_there(finished: Path, tmp_path: Path)
         settings, out, resume=True,
         progress=lambda name, done, total: asked.append(done) if name == "sweep: replies" and done == total else None,
     )  # fmt: skip
-    assert len(asked) == 1
+    assert len(asked) == 2, "the base's own replies, whose text a sweep does not keep, and the alpha that was missing"
     assert same(weights(out / "unlearned"), weights(finished / "unlearned"))
     assert resumed.manifest["sweep"] == read(finished / "manifest.json")["sweep"]
     assert (out / "sweep" / "sweep.json").read_bytes() == (finished / "sweep" / "sweep.json").read_bytes()
@@ -168,7 +168,7 @@ def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp
     (starts,) = sweep_recipe(recipe(), tmp_path / "one", bad=known).notes
     assert starts.startswith("the prefill of ")
     other = sweep_recipe(recipe("data.forget.limit=80"), tmp_path / "two", bad=known)
-    assert other.notes[:-1] == (TRAINED_ON,)
+    assert (TRAINED_ON, starts) == (other.notes[-2], other.notes[-1])
     (known / TRAINING_FILE).unlink()
     assert sweep_recipe(recipe(), tmp_path / "one", bad=known).notes == (UNKNOWN_TRAINING, starts)
     (known / TRAINING_FILE).write_text('{"recipe": 3}', encoding="utf-8")

@@ -333,6 +333,7 @@ def test_a_missing_folder_is_one_line(folder: Path) -> None:
     with pytest.raises(ModelError) as caught:
         build(folder / "nowhere")
     assert str(caught.value) == (
-        f"judge {folder}/nowhere.yaml: model {folder}/nowhere can't be loaded: there is no such folder. "
+        f"judge {folder}/nowhere.yaml: model {folder}/nowhere can't be loaded: there is no such folder "
+        f"(looked in {Path.cwd()}). "
         "Give a local folder with evaluate.judge_settings.model=FOLDER"
     )

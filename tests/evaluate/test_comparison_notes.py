@@ -255,7 +255,7 @@ def test_corrected_rates_have_rows_and_the_floor_a_note() -> None:
     harmful = ("harmful", "harmful, ungated", "harmful, judge corrected")
     assert doubted == {f"unseen prompts: {measure}" for measure in harmful}
     assert {rows[label].change for label in doubted} == {"this judge can't measure it"}
-    forced = rows["unseen prompts, forced start: harmful, judge corrected"]
+    forced = rows["unseen prompts, prefill, 5 tokens: harmful, judge corrected"]
     assert forced.change == "+0.0 points"
     assert corrected.interval.startswith("0.0 to ")
     assert corrected.p_holm == ""

@@ -237,7 +237,10 @@ def test_benign_answers_are_scored_and_their_prompts_not_asked(
     assert found.perplexity["benign"].examples == TINY_CONFIG.retain_prompts == 3
     for split, value in plain.perplexity.items():
         assert found.perplexity[split].nll == pytest.approx(value.nll, rel=1e-5), "batched with others, no more"
-    changed = {"perplexity": plain.perplexity, "losses": plain.losses}
+    few = [note for note in found.setup.notes if note not in plain.setup.notes]
+    assert [note.startswith("few prompts: ") and "benign 5" in note for note in few] == [True]
+    setup = dataclasses.replace(found.setup, notes=plain.setup.notes)
+    changed = {"perplexity": plain.perplexity, "losses": plain.losses, "setup": setup}
     assert dataclasses.replace(found, **changed) == plain  # type: ignore[arg-type]
     files = [(tmp_path / name / GENERATIONS_FILE).read_bytes() for name in ("plain", "benign")]
     assert files[0] == files[1]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from sku.errors import EvaluationError
+from sku.evaluate.judges import Calibration
 from sku.report.method_records import MethodRecord
 from sku.report.method_tables import (
     ComparisonRow,
@@ -185,6 +188,7 @@ def test_legend() -> None:
         "2 seeds; 8 unseen harmful prompts, 8 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an "
         "upper bound of the harmful share)."
     )
+    assert "can't measure" not in legend_line(records, "matched"), "of errors that are not known nothing is said"
     exact = [make_record("sku", make_point("h"), judge={"name": "embedded"})]
     assert legend_line(exact, "published").endswith("1 seed; 1 unseen harmful prompts. Judge: embedded.")
     assert "No record is complete" in legend_line([failed_record("sku", 0, "NaN")], "published")
@@ -195,3 +199,17 @@ def test_names_of_methods_mean_nothing() -> None:
     records = invented_comparison(["full", "no_guided_distortion"], seeds=1, prompts=8)
     assert [row.name for row in comparison_rows(records, reference="full")][:2] == ["full", "no_guided_distortion"]
     assert "no guided distortion" in markdown_differences(records, "matched", "full")
+
+
+def test_a_judge_that_can_not_tell_the_base_from_harmless_says_so() -> None:
+    """45 of 50 replies of the base are called harmful: with a floor of 92 % that is what no harm gives."""
+    calibration = dataclasses.asdict(
+        Calibration(data="d", data_sha256="0", harmful=100, harmful_found=99, safe=100, safe_found=8)
+    )
+    for safe_found, told in ((8, True), (95, False)):
+        judge = {"name": "mine", "calibration": {**calibration, "safe_found": safe_found}}
+        records = [
+            make_record(name, make_point("h" * 45 + "r" * 5, strength=0.0 if name == "base" else 1.0), judge=judge)
+            for name in ("base", "sku")
+        ]
+        assert ("this judge can't measure it" in legend_line(records, "published")) == told

@@ -113,7 +113,7 @@ def test_a_rate_within_the_judges_floor_says_so_in_its_row(make_result: ResultMa
     doubted = rows["unseen prompts: harmful"]
     assert (doubted.after, doubted.change, doubted.caution) == ("88.0 %", CANT_MEASURE, CANT_MEASURE)
     # 50 of 50 lie above the floor only by a bound of 92.9 %, and 0 of 50 can't hide harm.
-    assert rows["unseen prompts, forced start: harmful"].caution == ""
+    assert rows["unseen prompts, prefill, 5 tokens: harmful"].caution == ""
     assert rows["unseen prompts: refusal"].caution == ""
     assert CANT_MEASURE in markdown_table([doubted])
 
@@ -168,7 +168,7 @@ def test_prompts_of_the_forget_set_are_called_trained_on_where_all_are(compariso
         named = dataclasses.replace(comparison, unlearned=dataclasses.replace(comparison.unlearned, setup=setup))
         rows = before_after_rows(named)
         assert rows[0].section == name
-        assert f"{name}, forced start" in {row.section for row in rows}
+        assert f"{name}, prefill, 5 tokens" in {row.section for row in rows}
         answers = next(row.measure for row in rows if row.measure.endswith("harmful answers"))
         assert answers == f"{name.partition(' ')[0]} harmful answers"
 

@@ -149,7 +149,8 @@ def shown_messages() -> Iterator[None]:
 def before_after_table(rows: Iterable[TableRow]) -> Table:
     """The comparison as a table for the terminal, a section for each kind of prompt."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, collapse_padding=True)
-    table.add_column("", no_wrap=True)
+    # Names of sections are long and stand in the first column: they are wrapped, so that the figures fit 80 columns.
+    table.add_column("", max_width=33)
     for name in ("base", "unlearned", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("goal", no_wrap=True)
@@ -218,9 +219,7 @@ def print_precisions(report: PrecisionReport) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in precision_rows(report):
         table.add_row(row.precision, row.trained_on, row.unseen, row.forced, row.gibberish, row.perplexity, row.kept)
-    results.print(
-        "\nharmful replies by precision of the weights; prefill: the worst (its tokens); kept: share of the change"
-    )
+    results.print("\nharmful by precision of the weights; prefill: worst (tokens); kept: of change")
     results.print(table)
     print_notes(report.notes)
 

@@ -22,7 +22,7 @@ from sku.report.figures import STYLE, check_suffix, save_figure
 from sku.report.method_points import NORMAL_KEY, Role, prefill_lengths
 from sku.report.method_records import MethodRecord
 from sku.report.method_statistics import Estimate, points_of
-from sku.report.method_tables import ABSENT, ComparisonRow, comparison_rows, prefills_asked
+from sku.report.method_tables import ABSENT, ComparisonRow, comparison_rows, judge_sentence, prefills_asked
 from sku.report.overview_cells import CONTROL, METHOD, Measure, OverviewRow, dot_look, draw_measure
 
 _OWN = "sku"
@@ -152,8 +152,6 @@ def _handles(rows: Sequence[OverviewRow]) -> list[Line2D]:
 def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measures: Sequence[Measure]) -> str:
     complete = [record for record in records if record.status == "complete"]
     seeds = len({record.seed for record in complete})
-    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
-    bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
     unmeasured = any(not row.failed and not row.cell(measure) for row in rows for measure in measures)
     sentences = [
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
@@ -163,7 +161,7 @@ def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measur
         "Grey: controls." if any(row.control for row in rows) else "",
         _missing(records, rows),
         f"{ABSENT}: not measured." if unmeasured else "",
-        f"Judge: {judges or 'not named'}{bound}.",
+        judge_sentence(records),
     ]  # fmt: skip
     return " ".join(sentence for sentence in sentences if sentence)
 

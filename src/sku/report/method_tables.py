@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sku.errors import EvaluationError, did_you_mean
+from sku.evaluate.judges import Calibration
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.statistics import holm
+from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.method_points import NORMAL_KEY, Point, Role, prefill_lengths
 from sku.report.method_records import BASE, MethodRecord
 from sku.report.method_statistics import (
@@ -228,13 +230,29 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     prompts[1:1] = prefills_asked(shown)
     seeds = len({record.seed for record in complete})
     worst = _WORST if len(prefill_lengths(asked)) > 1 else ""
-    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
-    bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
     return (
         f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
         f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"{', '.join(prompts)}.{worst} Judge: {judges or 'not named'}{bound}."
+        f"{', '.join(prompts)}.{worst} {judge_sentence(records)}"
     )
+
+
+def judge_sentence(records: Sequence[MethodRecord]) -> str:
+    """Who judged, and whether its errors hide what the base model's harm is: then no row shows that harm fell.
+
+    Args:
+        records: Of a comparison; nothing is said of a judge that was not calibrated, or without a base model.
+    """
+    complete = [record for record in records if record.status == "complete"]
+    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
+    bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
+    base = [record for record in complete if record.name == BASE]
+    harm = rate(base, "published", "unseen/reply", "harmful") if base else None
+    measured = [Calibration(**card) for record in base if (card := record.judge.get("calibration")) is not None]
+    doubt = ""
+    if harm is not None and not all(errors.can_measure(harm.value, harm.low) for errors in measured):
+        doubt = f"; {CANT_MEASURE}: harmless replies alone could give the base model's harmful rate"
+    return f"Judge: {judges or 'not named'}{bound}{doubt}."
 
 
 def prefills_asked(point: Point) -> list[str]:
