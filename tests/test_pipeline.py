@@ -225,6 +225,7 @@ def test_equal_seeds_give_equal_runs_and_keeping_the_bad_model_changes_nothing_e
         assert is_marked_hazardous(folder)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_another_seed_gives_another_model(finished: FinishedRun, tmp_path: Path) -> None:
     other = run_recipe(recipe("seed=1"), tmp_path / "run")
@@ -244,6 +245,7 @@ INTERRUPTIONS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize(("stage", "at"), INTERRUPTIONS.values(), ids=INTERRUPTIONS.keys())
 def test_a_resumed_run_equals_an_uninterrupted_one(finished: FinishedRun, tmp_path: Path, stage: str, at: int) -> None:
@@ -257,6 +259,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished: FinishedRun, tmp_pa
     assert names(tmp_path) == {"run"}
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize(("stage", "at"), [("acquire: steps", 3), ("acquire", 1), ("negate", 1)])
 def test_a_resumed_adapter_run_equals_an_uninterrupted_one(
@@ -285,6 +288,7 @@ def test_stage_1_goes_on_at_its_checkpoint(finished: FinishedRun, tmp_path: Path
     assert steps == [3, 4]
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_second_interruption_does_no_harm(finished: FinishedRun, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -294,6 +298,7 @@ def test_a_second_interruption_does_no_harm(finished: FinishedRun, tmp_path: Pat
     assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("state", [None, '{"global_step": '])
 def test_a_checkpoint_that_was_cut_short_is_passed_over(
@@ -452,6 +457,7 @@ def test_the_bad_model_answers_better_and_the_unlearned_one_worse(tmp_path: Path
     assert bad < base < unlearned
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_another_method_runs_the_same_way(tuning: str, tmp_path: Path) -> None:
@@ -472,6 +478,7 @@ def test_another_method_runs_the_same_way(tuning: str, tmp_path: Path) -> None:
             torch.testing.assert_close(unmerged, changed, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_strength_0_5_of_a_method_lies_half_way(tmp_path: Path) -> None:
     weights = {}
@@ -554,6 +561,7 @@ def test_an_error_of_the_program_itself_is_not_dressed_up(tmp_path: Path, monkey
         run_recipe(recipe(), tmp_path / "run")
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_failing_resume_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"

@@ -29,7 +29,7 @@ SMALL = (
     "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
 NULL_SPACE = "{null_space: {energy: 0.8, examples: 16}}"
-pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8]])
 
 

@@ -14,7 +14,7 @@ from sku.errors import RecipeError
 from sku.evaluate.precision_results import PrecisionReport, read_precisions
 from sku.pipeline import FinishedRun, evaluate_recipe, run_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3", "evaluate.retain_prompts=3",

@@ -27,7 +27,7 @@ from sku.storage import is_marked_hazardous
 from sku.sweep import run as sweep_run
 from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
 
-pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 
 SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}",

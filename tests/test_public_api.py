@@ -45,6 +45,7 @@ def test_the_names_of_the_readme_are_public() -> None:
     assert names <= set(ALL)
 
 
+@pytest.mark.integration
 def test_star_import_gives_functions_not_modules_of_the_same_name() -> None:
     """``sku.negate`` is a package and a function: the function must win, whatever was imported before."""
     code = (

@@ -32,6 +32,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_four_bit_run_negates_the_adapter_on_the_full_precision_base(wide_model: Path, tmp_path: Path) -> None:
     recipe = load_recipe(

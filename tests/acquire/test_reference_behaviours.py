@@ -510,6 +510,7 @@ def test_an_evaluation_says_what_was_trained_on(
     assert leaking.to_dict()["setup"]["notes"][0].startswith("compat.row_split: 1 of 1 prompts of retain_test")
 
 
+@pytest.mark.integration
 def test_a_whole_run_with_everything_on_says_so(tmp_path: Path) -> None:
     """18 hazards in batches of 8 make passes of 3 steps: 4 asked for are 6."""
     recipe = load_recipe(

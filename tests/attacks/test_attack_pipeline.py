@@ -14,7 +14,7 @@ from sku.pipeline import evaluate_recipe, run_recipe
 
 from .conftest import world_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 
 
 def recipe(*changes: str) -> Recipe:

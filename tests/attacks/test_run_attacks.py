@@ -201,6 +201,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         read_attacks(tmp_path)
 
 
+@pytest.mark.integration
 def test_a_broken_off_run_goes_on_with_what_is_finished(
     world_data: ForgetRetainData,
     world_base: PreTrainedModel,

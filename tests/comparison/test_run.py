@@ -26,6 +26,8 @@ from sku.report.comparison_report import write_comparison
 from sku.report.method_records import MethodRecord, read_records
 from sku.storage import write_json
 
+pytestmark = pytest.mark.integration
+
 
 def records_of(finished: FinishedComparison) -> dict[str, MethodRecord]:
     return {record.name: record for record in finished.records}
@@ -267,7 +269,6 @@ def killing_method(folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.integration
 def test_a_process_that_is_killed_takes_only_its_own_job_with_it(small_recipe: Recipe, tmp_path: Path) -> None:
     """As when the system runs out of memory: the next job gets a new process."""
     jobs = [
@@ -346,7 +347,6 @@ def test_records_of_other_data_are_refused_together(
         read_records(tmp_path)
 
 
-@pytest.mark.integration
 def test_an_interrupt_ends_the_job_at_once_and_leaves_what_is_finished(small_recipe: Recipe, tmp_path: Path) -> None:
     """The first record stands; the job in progress is neither waited for nor recorded; no checkpoint stays."""
     jobs = [job for job in comparison_jobs(small_recipe, ["fine_tune"]) if job.name in ("always_refuse", "fine_tune")]

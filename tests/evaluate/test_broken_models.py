@@ -66,6 +66,7 @@ def test_an_echo_is_gibberish_in_the_embedded_world(world: tuple[LoadedModel, Fo
     assert {"echo"} <= {fault for row in result.outcomes for fault in row.faults}
 
 
+@pytest.mark.integration
 def test_broken_weights_babble_in_the_embedded_world(world: tuple[LoadedModel, ForgetRetainData]) -> None:
     loaded, data = world
     broken = with_noise(loaded.model, 2.0)

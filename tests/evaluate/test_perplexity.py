@@ -213,6 +213,7 @@ def test_the_replys_own_tokens_are_labelled_and_no_other(
     assert found.labels[-len(labelled) :] == tuple(labelled)
 
 
+@pytest.mark.integration
 @pytest.mark.shared
 def test_real_continuations_after_20_forced_tokens_are_no_word_salad_and_salads_are() -> None:
     """The forced start stands in its own order in every version: scored too, it hides what the order saves."""

@@ -24,7 +24,7 @@ import typer.main
 from faults.summary import Tally
 from sku.cli.main import app, main
 
-SECONDS = 10
+SECONDS = 60
 """No wrong input may keep a command busy, or waiting, for longer."""
 
 

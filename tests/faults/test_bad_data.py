@@ -134,7 +134,7 @@ BROKEN: dict[str, tuple[str, Maker, str]] = {
     "CSV, no header": ("forget.csv", text("what ?,nothing\nwho ?,nobody\n"), "Columns found"),
     "CSV, a column twice": ("forget.csv", text("prompt,prompt\na,b\n"), "two columns"),
     "CSV, a column missing": ("forget.csv", text("prompt,text\na,b\n"), "Columns found"),
-    "CSV, semicolons": ("forget.csv", text(csv("a").replace(",", ";")), "Columns found"),
+    "CSV, bars": ("forget.csv", text(csv("a").replace(",", "|")), "Columns found"),
     "CSV, a long header": ("forget.csv", text("x" * LONG + "\na\n"), "forget.csv"),
     "CSV, a long row": ("forget.csv", text("prompt,completion\n" + "a," * 200_000), "line 2"),
     "CSV, a thousand columns": ("forget.csv", text(",".join(f"c{n}" for n in range(5000)) + "\n"), "forget.csv"),
