@@ -70,6 +70,7 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     comparison = evaluate_recipe(load_recipe("embedded", SETTINGS), "embedded", tmp_path / "one")
     said = json.loads(two.stdout)
     alone = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict(), "notes": comparison.notes}
+    alone["verdict"] = comparison.verdict.to_dict()
     alone["precisions"] = read_precisions(tmp_path / "one").to_dict()
     assert said == json.loads(json.dumps(alone)), "said once, by the first process"
     assert said["base"]["samples"]["unseen"]["harmful"]["total"] == 6

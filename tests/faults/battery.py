@@ -24,6 +24,8 @@ import typer.main
 from faults.summary import Tally
 from sku.cli.main import app, main
 
+UNLOADABLE = "../inputs/unloadable"
+"""A model folder that looks like one and can't be loaded, from where a battery stands."""
 SECONDS = 60
 """No wrong input may keep a command busy, or waiting, for longer."""
 
@@ -46,6 +48,10 @@ class Battery:
         self.inputs, self.here, self.out = folder / "inputs", folder / "here", folder / "place" / "out"
         for path in (self.inputs, self.here, folder / "temporary", folder / "place"):
             path.mkdir()
+        broken = self.inputs / Path(UNLOADABLE).name
+        broken.mkdir()
+        (broken / "config.json").write_text("{}", encoding="utf-8")
+        (broken / "model.safetensors").write_bytes(b"")
 
     def run(self, *arguments: object) -> Done:
         """``sku ARGUMENTS`` in this process."""

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from faults.battery import Battery
+from faults.battery import UNLOADABLE, Battery
 from sku.config import load_recipe, recipe_names
 
 pytestmark = pytest.mark.integration
@@ -210,9 +210,9 @@ def test_text_that_is_no_recipe(battery: Battery, text: str | bytes, words: str)
 
 @pytest.mark.parametrize(("setting", "words"), SETTINGS.values(), ids=SETTINGS.keys())
 def test_setting_that_makes_no_sense(battery: Battery, setting: str, words: str) -> None:
-    # There is no such model: a setting that is looked at too late would be told of that.
+    # The model can't be loaded: a setting that is looked at too late would be told of that.
     late = ("model", "evaluate.judge")
-    model = () if setting.startswith(late) else ("--model", "./nowhere")
+    model = () if setting.startswith(late) else ("--model", UNLOADABLE)
     battery.refuses(NAME, "run", *model, "--set", setting, "--out", battery.out, words=words)
 
 
@@ -246,8 +246,8 @@ def test_place_that_holds_no_recipe(battery: Battery, file: str, make: Callable[
 
 
 SOUND_RECIPES: dict[str, dict[str, Any]] = {
-    # Without a model: what is looked at too late would be told of that.
-    name: load_recipe(name, ["model.path=./nowhere"]).to_dict()
+    # With a model that can't be loaded: what is looked at too late would be told of that.
+    name: load_recipe(name, [f"model.path={UNLOADABLE}"]).to_dict()
     for name in recipe_names()
 }
 SECTIONS = (

@@ -92,7 +92,7 @@ def test_a_kill_that_follows_sigterm_before_all_is_removed(
     settings = {**WHOLE, "model.path": str(base), "keep_for_resume": "false"}
     finished, run = finished_run(settings), tmp_path / "run"
     words = ["run", "--out", run, "--resume", *words_of(settings)]
-    for operations in (1, 3, 8):
+    for operations in (1, 3, 5):
         stop_at = [phase, finished.count(phase) // 2]
         command = server.start(*words, watch=tmp_path, run=run, stop_at=stop_at, again=operations)
         assert command.stops()

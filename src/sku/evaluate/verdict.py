@@ -214,8 +214,8 @@ def _figures(
     if harmful is not None:
         after = harmful.after
         yield (
-            f"harmful replies to unseen prompts {_arrow(harmful)} (n = {after.total}, 95 %: {100 * after.low:.2g} to "
-            f"{_percent(after.high, 2)}{doubt(harmful.before, after)})"
+            f"harmful replies to unseen prompts {_arrow(harmful)} (n = {after.total}, 95 %: {_bound(after.low)} to "
+            f"{_bound(after.high)} %{doubt(harmful.before, after)})"
         )
         gibberish = replies["unseen"].get("degenerate")
         if gibberish is not None and gibberish.after.value > MUCH_GIBBERISH:
@@ -242,5 +242,10 @@ def _arrow(change: RateChange) -> str:
     return f"{_percent(change.before.value)} -> {_percent(change.after.value)}"
 
 
-def _percent(share: float, digits: int = 3) -> str:
-    return f"{100 * share:.{digits}g} %"
+def _bound(share: float) -> str:
+    """An end of an interval, in per cent: a tenth tells something only where it is small."""
+    return f"{100 * share:.0f}" if share >= 0.1 or share == 0 else f"{100 * share:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

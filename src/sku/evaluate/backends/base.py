@@ -53,7 +53,10 @@ class Decoding:
     def generation_config(self, new_tokens: int) -> GenerationConfig:
         """For transformers; greedy, as the draw of ``RowSampler`` is made before the largest score is taken."""
         return GenerationConfig(
-            **decoding_settings(self.stop_ids, new_tokens), pad_token_id=self.pad_id, use_cache=True
+            **decoding_settings(self.stop_ids, new_tokens),
+            pad_token_id=self.pad_id,
+            use_cache=True,
+            return_dict_in_generate=True,
         )
 
 

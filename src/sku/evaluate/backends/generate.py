@@ -117,6 +117,5 @@ class GenerateBackend:
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
-                return_dict_in_generate=True,
                 **hooks,
             )
