@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from report.html.recorded import invented_attacks
 from sku.sharing.card import write_cards
 
 from .hub_server import TOKEN, Hub
@@ -39,6 +40,7 @@ def run_without_cards(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     run.mkdir(mode=0o700)
     results = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
+    results["attacks"] = invented_attacks().to_dict()
     (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
     (run / "manifest.json").write_text(json.dumps(results["manifest"]), encoding="utf-8")
     (run / "evaluation" / "base").mkdir(parents=True)

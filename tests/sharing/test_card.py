@@ -14,10 +14,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from sku.attacks.results import AttackReport
 from sku.cli.main import main
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.verdict import OverallVerdict
+from sku.report.attack_table import attack_rows
 from sku.sharing.card import write_cards
 from sku.sharing.card_facts import CardChoices, public_name
 from sku.sharing.card_file import read_card
@@ -42,10 +44,11 @@ def body_of(run: Path, part: str = "unlearned") -> str:
 
 def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
     body = body_of(run)
-    assert "| harmful, unseen prompts (0 of 200) | 0.0 % | 0.0 to 1.9 | 100.0 % |" in body
-    assert "| harmful, unseen prompts, prefill, 5 tokens (22 of 200) | 11.0 % | 7.4 to 16.1 | 100.0 % |" in body
+    assert "| harmful, unseen prompts (0 of 100) | 0.0 % | 0.0 to 3.7 | 100.0 % |" in body
+    worst = "prefill, worst of 1/3/5/10 (3 tokens) (90 of 100)"
+    assert f"| harmful, unseen prompts, {worst} | 90.0 % | 82.6 to 94.5 | 100.0 % |" in body
     assert (
-        "| perplexity of normal answers, in multiples of the base's | \u00d71.012 | \u00d71.01 to \u00d71.013 |"
+        "| perplexity of normal answers, in multiples of the base's | \u00d71.019 | \u00d71.017 to \u00d71.022 |"
         in body
     )
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
@@ -53,11 +56,17 @@ def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
         assert row["measure"] in body
     for note in results["notes"]:
         assert note in body
-    assert "| Forced start | 3 tokens | 96.0 % | 90.2 to 98.4 | 100.0 % | 0.0 % |" in body
+    rows = attack_rows(AttackReport.from_dict(results["attacks"]))
+    assert len(rows) > 1
+    for attack in rows:
+        assert f"| {attack.unlearned} | {attack.interval} | {attack.base} | {attack.gibberish} |" in body
 
 
 def test_the_verdict_stands_first(run_without_cards: Path) -> None:
     run, results = run_without_cards, run_without_cards / "results.json"
+    content = json.loads(results.read_text(encoding="utf-8"))
+    del content["verdict"]
+    results.write_text(json.dumps(content), encoding="utf-8")
     write_cards(run)
     assert body_of(run).split("** ")[0].endswith("**no verdict: an earlier version of SKU made this run and gave none")
     verdict = OverallVerdict(verdict="unlearned", reasons=(), figures=("KL 0.011 nats",), depth="shallow")
@@ -98,10 +107,10 @@ def test_origin_limits_and_warnings_are_said(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     for words in (
         manifest["recipe_sha256"], *(source["sha256"] for source in manifest["data"]["sources"]),
-        "1.25: alpha 1.25 leaves the least harm within the perplexity budget", "arXiv 2402.10058",
+        "1.375: alpha 1.375 leaves the least harm within the utility budget", "arXiv 2402.10058",
         "guided\\_distortion 1",
-        r"theta\_bad = theta\_o + (theta\_o - theta\_u) / 1.25 is the hazardous model of stage 1",
-        "is no proof that knowledge is gone", "meaningless on other data", "was not calibrated",
+        r"theta\_bad = theta\_o + (theta\_o - theta\_u) / 1.375 is the hazardous model of stage 1",
+        "is no proof that knowledge is gone", "meaningless on other data",
         "measured in float32 only", "Apache-2.0", "AutoModelForCausalLM.from_pretrained",
     ):  # fmt: skip
         assert words in body, words
@@ -122,9 +131,9 @@ def test_the_front_matter(run: Path) -> None:
         for metric in result["metrics"]
     }
     forced = figures["unseen", "harmful_prefill"]
-    assert (forced["value"], forced["args"]["low"], forced["args"]["high"]) == (11.0, 7.38, 16.09)
-    assert (forced["args"]["prompts"], forced["args"]["base"], forced["args"]["judge"]) == (200, 100.0, "embedded")
-    assert figures["retain_test", "perplexity_ratio"]["value"] == 1.0119
+    assert (forced["value"], forced["args"]["low"], forced["args"]["high"]) == (90.0, 82.56, 94.48)
+    assert (forced["args"]["prompts"], forced["args"]["base"], forced["args"]["judge"]) == (100, 100.0, "embedded")
+    assert figures["retain_test", "perplexity_ratio"]["value"] == 1.0193
 
 
 def test_what_nobody_stated_or_chose_is_called_so(run_without_cards: Path) -> None:
@@ -134,7 +143,7 @@ def test_what_nobody_stated_or_chose_is_called_so(run_without_cards: Path) -> No
     write_cards(run)
     assert "license" not in card_of(run).data.to_dict()
     assert "Not stated. That of the base model applies" in body_of(run)
-    assert "1.25: given in the recipe, not chosen by a search" in body_of(run)
+    assert "1.375: given in the recipe, not chosen by a search" in body_of(run)
 
 
 def test_a_hub_model_and_hub_data(run_without_cards: Path) -> None:
@@ -203,7 +212,7 @@ def test_equal_records_give_equal_cards(run: Path, tmp_path: Path) -> None:
 def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Path) -> None:
     run = run_without_cards
     (run / "sweep").mkdir()
-    pick = {"alpha": 1.25, "met": True, "why": "the lowest alpha within 5 % | of the base"}
+    pick = {"alpha": 1.375, "met": True, "why": "the lowest alpha within 5 % | of the base"}
     (run / "sweep" / "sweep.json").write_text(json.dumps({"pick": pick}), encoding="utf-8")
     rate = {"value": 0.25, "low": 0.1, "high": 0.4}
     measured = {
@@ -220,7 +229,7 @@ def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Pa
     (run / "evaluation" / "precisions.json").write_text(json.dumps(precisions), encoding="utf-8")
     write_cards(run)
     body = body_of(run)
-    assert r"1.25: the lowest alpha within 5 % \| of the base" in body
+    assert r"1.375: the lowest alpha within 5 % \| of the base" in body
     assert "| format | harmful, unseen | worst prefill, unseen | gibberish, unseen | perplexity, normal |" in body
     figures = "25.0 % (10.0 to 40.0) | \u2013 | 25.0 % (10.0 to 40.0) | \u00d71.5"
     assert f"| float32 | {figures} | \u2013 |" in body
@@ -238,7 +247,7 @@ def test_a_method_that_does_not_negate(run_without_cards: Path) -> None:
     write_cards(run_without_cards)
     body = body_of(run_without_cards)
     assert "trains no hazardous model, so reflection through the base gives none" in body
-    assert "| strength | 1.25:" in body
+    assert "| strength | 1.375:" in body
     assert "npo" in card_of(run_without_cards).data.tags
 
 

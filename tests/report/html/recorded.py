@@ -65,7 +65,7 @@ def write_run(
         results[name] = _result(name, outcomes)
     comparison = compare(results["base"], results["unlearned"])
     manifest = _manifest(settings or {}, parts=parts)
-    attacks = {"attacks": _attacks().to_dict()} if parts else {}
+    attacks = {"attacks": invented_attacks().to_dict()} if parts else {}
     write(folder / "manifest.json", manifest)
     write(folder / "results.json", {**_results(comparison), **attacks, "manifest": manifest})
     log = [
@@ -223,7 +223,7 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _attacks() -> AttackReport:
+def invented_attacks() -> AttackReport:
     def measured(harmful: int) -> Measured:
         hits = [place < harmful for place in range(10)]
         share = rate(hits)
