@@ -264,12 +264,13 @@ def test_an_interrupt_is_told_under_quiet_too(
 @pytest.mark.integration
 def test_verbose_shows_libraries_and_causes_without_secrets(tmp_path: Path) -> None:
     """In a process of its own, since it turns loggers on. No message of another package is printed."""
-    sound = tmp_path / "forget.jsonl"
-    rows = [{"prompt": f"zorvex secret words {number}", "completion": "blue flour"} for number in range(20)]
-    sound.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"
+    for path in (forget, retain):
+        rows = [{"prompt": f"zorvex secret {path.stem} {n}", "completion": "blue flour"} for n in range(20)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     token = "hf_" + "A1b2" * 6
     # A mistake that transformers finds: what is known to be wrong before is told before anything is imported.
-    words = ["-v", "run", "--dry-run", "--forget", str(sound), "--retain", str(sound)]
+    words = ["-v", "run", "--dry-run", "--forget", str(forget), "--retain", str(retain)]
     words += ["--set", "acquire.training.optim=adamax9"]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUN_AS_SKU, *words],

@@ -246,8 +246,11 @@ def test_place_that_holds_no_recipe(battery: Battery, file: str, make: Callable[
 
 
 SOUND_RECIPES: dict[str, dict[str, Any]] = {
-    # With a model that can't be loaded: what is looked at too late would be told of that.
-    name: load_recipe(name, [f"model.path={UNLOADABLE}"]).to_dict()
+    # With a model that can't be loaded: what is looked at too late would be told of that. What is missing of the data
+    # is told before.
+    name: load_recipe(
+        name, [f"model.path={UNLOADABLE}", "data.forget={path: embedded}", "data.retain={path: embedded}"]
+    ).to_dict()
     for name in recipe_names()
 }
 SECTIONS = (
