@@ -146,14 +146,15 @@ def new_classifier(config: ModelConfig, labels: Sequence[str]) -> LoadedModel:
     """
     name, options = locate_model(config)
     device = pick_device(config.device)
+    loading_options = dict(options)
     if config.gguf_file is not None:
-        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+        loading_options["quantization_config"] = GgufConfig(dequantize=True)
     names = dict(enumerate(labels))
     with naming_the_model(config.path):
-        tokenizer = AutoTokenizer.from_pretrained(name, **locate_model(config)[1])
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             name,
-            **options,
+            **loading_options,
             use_safetensors=None if config.gguf_file else True,
             dtype=pick_dtype(config.dtype, device),
             num_labels=len(names),

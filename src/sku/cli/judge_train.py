@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -98,11 +97,7 @@ def train(
         f"{trained.threshold:.3f}",
         soft_wrap=True,
     )
-    for count, why in ((trained.unreadable, "the model can't read them"), *_left_out(labelled.left_out)):
+    for why, count in {**labelled.left_out, "the model can't read them": trained.unreadable}.items():
         if count:
             results.print(f"left out   {count}: {why}", soft_wrap=True)
     print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--out", out.with_suffix(".calibration.json")])
-
-
-def _left_out(reasons: Mapping[str, int]) -> list[tuple[int, str]]:
-    return [(count, reason) for reason, count in reasons.items()]

@@ -9,14 +9,13 @@ from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetRetainData
-from sku.data.tokenization import tokenize_prompt
 from sku.evaluate import batching
-from sku.evaluate.asking import Writer
-from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
+from sku.evaluate.asking import Writer, free_request
+from sku.evaluate.generation import generate_replies, stop_token_ids
 from sku.evaluate.outcomes import find_faults
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
-from sku.evaluate.sampling import draw_examples, record_id
+from sku.evaluate.sampling import draw_examples
 from sku.evaluate.utility_cost import OVER_REFUSAL, RETAIN, Border
 
 STEP_DOWN = 2**-0.5
@@ -42,20 +41,9 @@ class Refusals:
         self._base, self._writer, self._config = base, writer, config
         self._requests = []
         for example in draw_examples(data.retain_validation, config.retain_prompts, seed=seed):
-            ids = tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)
-            if len(ids) + config.max_new_tokens <= writer.window:
-                self._requests.append(
-                    GenerationRequest(
-                        id=record_id(RETAIN, "reply", example.prompt),
-                        split=RETAIN,
-                        kind="reply",
-                        category=example.category,
-                        prompt=example.prompt,
-                        reference=example.answer,
-                        forced_start="",
-                        input_ids=tuple(ids),
-                    )
-                )
+            request = free_request(RETAIN, example, writer)
+            if len(request.input_ids) + config.max_new_tokens <= writer.window:
+                self._requests.append(request)
 
     def excess(self, model: PreTrainedModel) -> float:
         """Share of the prompts that a model refuses, beyond the base model's; 0 where no prompt fits the model."""
