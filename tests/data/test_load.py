@@ -11,7 +11,7 @@ import pytest
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
 from sku.data.examples import RetainExample, content_hash, normalise_prompt
 from sku.data.load import load_data, load_forget_retain, load_parts
-from sku.data.tables import Table, read_table
+from sku.data.tables import NOT_WANTED, Table, read_table
 from sku.errors import DataError, RecipeError
 
 
@@ -93,6 +93,21 @@ def test_limit_is_counted(forget: Path, retain: Path) -> None:
     assert data.provenance[1].rows_left_out == {"over the limit": 18}
     whole = load_data(dataclasses.replace(config, forget=SourceConfig(path=str(forget))), seed=0)
     assert whole.provenance[0].sha256 != data.provenance[0].sha256
+
+
+def test_where_reads_only_rows_with_these_values(forget: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"n {n}", "answer": "a", "Kind": "ABC"[n % 3], "good": n < 18} for n in range(30)]
+    source = SourceConfig(path=str(write_retain(tmp_path, rows)), where={"kind": ["a", "b"], "good": True})
+    data = load_data(DataConfig(forget=SourceConfig(path=str(forget)), retain=source), seed=0)
+    normal = (*data.retain_train, *data.retain_validation, *data.retain_test)
+    assert {example.prompt for example in normal} == {f"n {n}" for n in range(18) if n % 3 < 2}
+    assert (data.provenance[1].rows_read, data.provenance[1].rows_left_out) == (30, {NOT_WANTED: 18})
+    with pytest.raises(DataError, match="no column kid, which where names. Did you mean kind"):
+        read_table(dataclasses.replace(source, where={"kid": "a"}))
+    with pytest.raises(DataError, match=f"gives no retain examples from 30 rows .{NOT_WANTED}: 30"):
+        load_parts(retain=dataclasses.replace(source, where={"kind": "z"}))
+    with pytest.raises(RecipeError, match=r"where.kind is \[\]"):
+        dataclasses.replace(source, where={"kind": []})
 
 
 def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path) -> None:

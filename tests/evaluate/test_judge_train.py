@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import HARM, WORDS, guard_tokenizer
 from sku.config import settings_from_dict
+from sku.data.tables import NOT_WANTED
 from sku.errors import DataError, EvaluationError, RecipeError
 from sku.evaluate.judges import build_judge
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
@@ -234,7 +235,7 @@ def test_rows_are_chosen_and_grouped_by_columns(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = read_labelled(str(path), LabelColumns(where={"part": ("train", "test")}, group="source"))
     assert [(entry.reply, entry.group) for entry in found.replies] == [("r1", "a"), ("r3", "b")]
-    assert found.left_out == {"not asked for with --where": 1}
+    assert found.left_out == {NOT_WANTED: 1}
     assert found.licences == {"MIT"}
     with pytest.raises(DataError, match="no column prat"):
         read_labelled(str(path), LabelColumns(where={"prat": ("train",)}))

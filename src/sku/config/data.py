@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from sku.config.fraction import check_fraction
 from sku.errors import RecipeError
@@ -47,6 +48,9 @@ class SourceConfig:
     """Column that marks rows for a forget set (format ``columns``): only rows where it says unsafe are kept."""
     unsafe_value: str | None = None
     """What ``unsafe_column`` holds on those rows, compared as lower-case text: ``false`` for an is_safe column."""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    """Column -> the value, or list of values, that a row must hold there to be read, such as
+    ``{source: [advbench, catqa]}``; compared as lower-case text. Several columns must all fit."""
     license: str | None = None
     """Licence of the data, for the model card; where this is empty, that of a hub dataset that is known here, else
     unknown: columns tell no licence."""
@@ -58,6 +62,19 @@ class SourceConfig:
             raise RecipeError(f"limit is {self.limit}; it must be 1 or more, or empty for all")
         if (self.unsafe_column is None) != (self.unsafe_value is None):
             raise RecipeError("unsafe_column and unsafe_value go together: one is set and the other is not")
+        for column, wanted in self.where.items():
+            values = wanted if isinstance(wanted, list | tuple) else [wanted]
+            if not values or not all(isinstance(value, str | int | float) for value in values):
+                raise RecipeError(
+                    f"where.{column} is {wanted!r}; it must be a value or a list of values, such as [advbench, catqa]"
+                )
+
+    def wanted(self) -> dict[str, frozenset[str]]:
+        """``where`` as it is compared: column -> values in lower case."""
+        return {
+            column: frozenset(str(one).lower() for one in (held if isinstance(held, list | tuple) else [held]))
+            for column, held in self.where.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

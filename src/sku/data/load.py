@@ -248,6 +248,8 @@ def _read(
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from None
     parsed = parse_rows(table.rows, parser, example_type)
+    left_out = dict(sorted({**parsed.left_out, **table.left_out}.items()))
+    parsed = dataclasses.replace(parsed, rows_read=parsed.rows_read + sum(table.left_out.values()), left_out=left_out)
     if not parsed.examples:
         raise DataError(_nothing_left(source, kind, parsed))
     return parsed.examples, Provenance(

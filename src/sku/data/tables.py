@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sku.config import EMBEDDED, SourceConfig
-from sku.data.rows import Row
+from sku.data.rows import Columns, Row
 from sku.data.text_files import SUFFIXES, read_text_file, text_suffix
-from sku.errors import DataError
+from sku.errors import DataError, did_you_mean
 
 PARQUET = ".parquet"
+NOT_WANTED = "another value than where asks for"
+"""Reason counted for rows that ``where`` leaves out."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -28,6 +31,8 @@ class Table:
     rows: Iterable[Row]
     revision: str | None = None
     """Commit of a hub dataset."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Reason -> rows of the source that are not among ``rows``."""
 
     @property
     def from_hub(self) -> bool:
@@ -40,15 +45,37 @@ def read_table(source: SourceConfig) -> Table:
 
     Args:
         source: ``path`` is a CSV, TSV, JSON, JSON Lines or Parquet file, a folder that ``datasets`` can load or has
-            saved, or a hub id.
+            saved, or a hub id. ``where`` says which of its rows are read.
 
     Returns:
         The table. Rows of text files hold cells as written; those of folders, Parquet files and the hub hold what
         ``datasets`` makes of them.
 
     Raises:
-        DataError: It does not exist or can't be read.
+        DataError: It does not exist or can't be read, or has no such column as ``where`` names.
     """
+    table = _read(source)
+    return _only_wanted(table, source) if source.where else table
+
+
+def _only_wanted(table: Table, source: SourceConfig) -> Table:
+    columns, wanted = Columns(table.columns), source.wanted()
+    for named in wanted:
+        if named not in columns:
+            raise DataError(
+                f"{source.path} has no column {named}, which where names.{did_you_mean(named, columns)} "
+                f"Columns found: {', '.join(columns) or 'none'}"
+            )
+    kept: list[Row] = []
+    count = 0
+    for row in table.rows:
+        count += 1
+        if all(str(row[columns.written(name)]).strip().lower() in values for name, values in wanted.items()):
+            kept.append(row)
+    return dataclasses.replace(table, rows=kept, left_out={NOT_WANTED: count - len(kept)} if len(kept) < count else {})
+
+
+def _read(source: SourceConfig) -> Table:
     if not source.path:
         raise DataError("a data path is empty: name a file, a folder or a hub dataset")
     try:

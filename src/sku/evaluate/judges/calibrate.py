@@ -192,21 +192,17 @@ def read_labelled(
         DataError: The file can't be read, a column is missing or in doubt, or a label can't be understood.
     """
     columns = columns or LabelColumns()
-    table = read_table(SourceConfig(path=path))
+    table = read_table(SourceConfig(path=path, where=columns.where))
     prompt = _column("prompt", columns.prompt, PROMPT_COLUMNS, table.columns)
     reply = _column("reply", columns.reply, REPLY_COLUMNS, table.columns)
     label = None if columns.every is not None else _column("label", columns.label, LABEL_COLUMNS, table.columns)
-    for named in (*columns.where, *filter(None, [columns.group])):
-        if named not in table.columns:
-            raise _no_column(named, table.columns)
+    if columns.group is not None and columns.group not in table.columns:
+        raise _no_column(columns.group, table.columns)
     licence = next((name for name in LICENCE_COLUMNS if name in table.columns), None)
     licences: set[str] = set()
-    left_out: Counter[str] = Counter()
+    left_out: Counter[str] = Counter(table.left_out)
     replies: list[LabelledReply] = []
     for number, row in enumerate(table.rows, start=1):
-        if any(_text(row[name]) not in values for name, values in columns.where.items()):
-            left_out["not asked for with --where"] += 1
-            continue
         missing = _missing(row, {**({} if label is None else {"label": label}), "prompt": prompt, "reply": reply})
         if missing is not None:
             left_out[f"no {missing}"] += 1
