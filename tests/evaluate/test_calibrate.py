@@ -247,10 +247,10 @@ def test_sets_that_can_not_be_read(tmp_path: Path, lines: list[str], columns: di
 def test_a_calibration_survives_the_disk_and_holds_no_text(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(path, RefusalRulesJudge.card, CALIBRATION)
-    assert read_calibration(path, RefusalRulesJudge.card) == CALIBRATION
+    assert read_calibration(path, RefusalRulesJudge.card) == (CALIBRATION, ())
     assert set(json.loads(path.read_text())["calibration"]) == {
         "harmful", "harmful_found", "safe", "safe_found", "data", "data_sha256", "unjudged", "words_median",
-        "words_max",
+        "words_max", "group",
     }  # fmt: skip
     with pytest.raises(OutputError):
         write_calibration(tmp_path / "none" / "calibration.json", RefusalRulesJudge.card, CALIBRATION)
@@ -315,6 +315,30 @@ def test_a_recipe_names_a_calibration(tmp_path: Path) -> None:
     config = EvaluateConfig(judge="refusal_rules", judge_settings={"calibration": str(path)})
     data = ForgetRetainData(unlearned=(), unseen=(), retain_train=(), retain_validation=(), retain_test=())
     assert choose_judge(config, data).card.calibration == CALIBRATION
+
+
+def test_a_calibration_knows_its_sources_and_one_can_be_named(tmp_path: Path) -> None:
+    replies = [
+        LabelledReply(prompt=f"p{n}", reply="r " * n, harmful=n % 2 == 0, group=group)
+        for group, count in (("long", 6), ("one kind", 1), ("short", 4))
+        for n in range(1, count + 1)
+    ]
+    labels: list[Label] = ["harmful" if entry.harmful else "safe" for entry in replies]
+    judge = ScriptedJudge(["harmful", *labels[1:]])
+    found = calibrate(judge, LabelledSet(name="set", replies=tuple(replies), left_out={}))
+    of_groups = [(one.source, one.harmful, one.safe_found, one.words_median) for one in found.by_group]
+    assert of_groups == [("long of set", 3, 2, 3), ("short of set", 2, 2, 2)], "one kind alone tells no errors"
+    path = tmp_path / "calibration.json"
+    write_calibration(path, RefusalRulesJudge.card, found.calibration, found.by_group)
+    whole = build_judge("refusal_rules", {"calibration": str(path)}).card
+    assert (whole.calibration, whole.calibrations) == (found.calibration, found.by_group)
+    assert card_from_dict(json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
+    named = build_judge("refusal_rules", {"calibration": str(path), "calibration_group": "short"}).card
+    assert (named.calibration, named.calibrations) == (found.by_group[1], ())
+    with pytest.raises(EvaluationError, match="no source shrt. Did you mean short. It has long, short"):
+        build_judge("refusal_rules", {"calibration": str(path), "calibration_group": "shrt"})
+    with pytest.raises(EvaluationError, match="calibration_group is short, but no calibration is named"):
+        build_judge("refusal_rules", {"calibration_group": "short"})
 
 
 def test_a_calibration_that_tells_nothing_is_refused_before_anything_is_asked(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
+from sku.evaluate.comparison import compare
 from sku.evaluate.judge_agreement import agreement_from_dict, agreement_of, kappa
 from sku.evaluate.judges import EmbeddedWorldJudge, JudgeCard, Label, RefusalRulesJudge, Verdict, build_judge
 from sku.evaluate.judges.choose import choose_judge
@@ -24,6 +25,7 @@ from sku.evaluate.outcomes import decide_outcomes
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
+from sku.report.tables import before_after_rows
 
 from .conftest import RecordMaker
 
@@ -218,6 +220,12 @@ def test_an_evaluation_with_a_vote_survives_the_disk(tmp_path: Path) -> None:
     assert agreement is not None
     assert agreement.rates["embedded"]["unseen"]["harmful"].total == 4
     assert read_result(out) == result
+    rows = {row.label: row for row in before_after_rows(compare(result, result))}
+    assert rows["unseen prompts: harmful, embedded alone"].before == "100.0 %"
+    assert rows["judges embedded, refusal_rules: disputed replies"].after.startswith(
+        f"{agreement.disagreement_count} of"
+    )
+    assert "judges embedded, refusal_rules: kappa" in rows
     content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["judge_agreement"]
     assert "disagreements" not in content
     assert agreement_from_dict(content).disagreement_count == agreement.disagreement_count

@@ -91,7 +91,8 @@ def calibrate(
     if every is not None and out is not None:
         raise OutputError("a calibration needs harmful and safe replies, and --every names one kind: leave out --out")
     labelled = read_labelled(data, columns, limit=limit, seed=seed)
-    built = build_judge(judge, settings)
+    # Without an earlier calibration, which may be of another state of the judge.
+    built = build_judge(judge, {"calibration": None, **settings})
     if dry_run:
         count = len(labelled.replies)
         print_dry_run(
@@ -118,7 +119,7 @@ def calibrate(
             out.parent.mkdir(parents=True, exist_ok=True)
     report = measure(built, labelled)
     if out is not None:
-        write_calibration(out, built.card, report.calibration)
+        write_calibration(out, built.card, report.calibration, report.by_group)
     if as_json:
         print_json(dataclasses.asdict(report))
         return
@@ -126,6 +127,7 @@ def calibrate(
 
 
 def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
+    from sku.evaluate.judges.calibration_file import beside
     from sku.report.tables import interval, percent
 
     calibration = report.calibration
@@ -159,5 +161,7 @@ def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
     if out is None:
         return
     results.print(f"calibration  {out}", soft_wrap=True)
-    options = ["--set", f"evaluate.judge={judge}", "--set", f"evaluate.judge_settings.calibration={out}"]
+    options = ["--set", f"evaluate.judge={judge}"]
+    if out.absolute() != beside(Path(judge).absolute()) or not Path(judge).is_dir():
+        options += ["--set", f"evaluate.judge_settings.calibration={out}"]
     results.print(f"use it with  {shlex.join(options)}", soft_wrap=True)

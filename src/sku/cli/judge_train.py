@@ -65,6 +65,7 @@ def train(
     quiet_libraries()
     from sku.config import settings_from_dict
     from sku.evaluate.judges.calibrate import read_labelled
+    from sku.evaluate.judges.calibration_file import beside
     from sku.evaluate.judges.train import JudgeTraining, split_by_prompt, train_judge
 
     settings = settings_from_dict(JudgeTraining, given, "sku judge train", "settings of training")
@@ -100,4 +101,4 @@ def train(
     for why, count in {**labelled.left_out, "the model can't read them": trained.unreadable}.items():
         if count:
             results.print(f"left out   {count}: {why}", soft_wrap=True)
-    print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--out", out.with_suffix(".calibration.json")])
+    print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--by", "source", "--out", beside(out)])

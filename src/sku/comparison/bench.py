@@ -18,7 +18,7 @@ from sku.comparison.job_keys import norms_key, record_key
 from sku.comparison.job_records import failed_record, identity
 from sku.comparison.jobs import Job
 from sku.comparison.over_refusal import Refusals, step_down
-from sku.config import CompareConfig, EvaluateConfig, Recipe
+from sku.config import CompareConfig, EvaluateConfig, Recipe, plain_data
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
@@ -144,7 +144,7 @@ class Bench:
             asked=asked_of(measured.result),
             tokens=tokens_of(measured.result),
             points=tuple(measured.points),
-            judge={**dataclasses.asdict(measured.result.judge), "needs": list(measured.result.judge.needs)},
+            judge=plain_data(measured.result.judge),
         )
 
     def _measure(self, job: Job, folder: Path) -> _Measured:

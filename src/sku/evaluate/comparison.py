@@ -13,6 +13,7 @@ from scipy.stats import permutation_test
 
 from sku.errors import EvaluationError
 from sku.evaluate.comparison_notes import comparison_notes, detail_notes
+from sku.evaluate.correction import by_nearest
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.leakage import Leak, leaks_per_prompt
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, prefill_words, rate
@@ -191,6 +192,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             "the evaluations differ in what prefills begin with: give evaluate the base model with both, or the "
             "starts of the base's result with the other"
         )
+    base, unlearned = by_nearest(base, unlearned)
     by_length = _prefill_changes(base, unlearned, seed)
     changes: dict[Kind, Changes] = {
         "reply": _rate_changes((base.replies, unlearned.replies), base, unlearned, "reply", seed),

@@ -42,7 +42,8 @@ def comparison_notes(
     Returns:
         One sentence each: utility, drift from the base, power, base models that were hardly harmful, what the judge
         can't tell, rates below its floor, replies that it gave no verdict on, replies that were cut, a judge that was
-        calibrated on replies of another length, what either evaluation noted, and what was left out of it.
+        calibrated on replies of another length, which source its errors are from, what either evaluation noted, and
+        what was left out of it.
     """
     prefill = {split: str(tokens) for split, tokens in unlearned.worst_prefill.items()}
     kinds: Kinds = {
@@ -62,6 +63,7 @@ def comparison_notes(
         *_unjudged(kinds, unlearned.setup),
         *_cut_off(base, unlearned),
         *_other_lengths(base, unlearned),
+        *_corrections(base, unlearned),
         *dict.fromkeys((*base.setup.notes, *unlearned.setup.notes)),
         *_left_out(base, unlearned),
     )
@@ -172,6 +174,33 @@ def _other_lengths(base: EvaluationResult, unlearned: EvaluationResult) -> Itera
                     f"that the judge was calibrated on {known.words_median} (longest {known.words_max}): its errors "
                     "may be others here"
                 )
+
+
+def _corrections(base: EvaluationResult, unlearned: EvaluationResult) -> Iterator[str]:
+    """Whose errors were taken out of the harmful rates, and what those on other sources would make of them."""
+    card = unlearned.judge
+    chosen = card.calibration
+    if chosen is None or not unlearned.corrected:
+        return
+    how = others = ""
+    if chosen.group is not None and card.calibrations:
+        own = next(base.wording[split].median_words for split in reversed(HARMFUL_SPLITS) if split in base.wording)
+        how = (
+            f", whose replies are nearest in length to the base model's ({chosen.words_median} and {own} words, "
+            "median)"
+        )
+    found = unlearned.corrected.get("unseen", {}).get("replies")
+    usable = [one for one in card.calibrations if not one.tells_nothing]
+    if found is not None and usable:
+        rates = [one.corrected(found.observed) for one in usable]
+        others = (
+            f"; by its {len(rates)} sources one by one, the unlearned model's rate on unseen prompts is "
+            f"{_percent(min(rates))} to {_percent(max(rates))}"
+        )
+    yield (
+        f"harmful rates are corrected by the errors of judge {card.name} on {chosen.source} ({chosen.harmful} harmful "
+        f"and {chosen.safe} safe replies){how}{others}"
+    )
 
 
 def _left_out(base: EvaluationResult, unlearned: EvaluationResult) -> Iterator[str]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sku.evaluate.correction import corrected_rates
 from sku.evaluate.judge_agreement import agreement_of
-from sku.evaluate.judges import Judge, JudgeCard
+from sku.evaluate.judges import Judge
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.leakage import leaks_of, sample_rates
 from sku.evaluate.metrics import Rate, perplexity_of, rates_by_category, rates_by_length, rates_of, worst_length
@@ -22,7 +23,6 @@ from sku.evaluate.record_files import (
     read_rows,
 )
 from sku.evaluate.records import (
-    NORMAL_SPLITS,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
@@ -31,7 +31,6 @@ from sku.evaluate.records import (
     Split,
 )
 from sku.evaluate.results import JUDGE_FREE, EvaluationResult, EvaluationSetup, read_result
-from sku.evaluate.statistics import CorrectedRate, corrected_rate
 from sku.evaluate.wording import Wording, wording_of
 
 SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe")
@@ -91,7 +90,7 @@ def measure(
         leak=_per_split(outcomes, "sample", leaks_of),
         wording=_wording(generations),
         judge_agreement=agreement_of(judge, generations, decide) if isinstance(judge, VoteJudge) else None,
-        corrected=_corrected(outcomes, judge.card, setup.seed),
+        corrected=corrected_rates(outcomes, judge.card, setup.seed),
         outcomes=tuple(outcomes),
         losses=tuple(losses),
     )
@@ -140,29 +139,3 @@ def _by_length_and_category(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[
     return {
         str(tokens): rates_by_category([row for row in outcomes if row.forced_tokens == tokens]) for tokens in lengths
     }
-
-
-def _corrected(outcomes: Sequence[ReplyOutcome], card: JudgeCard, seed: int) -> dict[str, dict[str, CorrectedRate]]:
-    """Harmful rates with the judge's errors taken out; empty for a judge that was not calibrated.
-
-    Those after a prefill have a key for each length, as ``prefill/5``.
-
-    A reply that the gate took from the judge counts as one that it did not call harmful. One without a verdict is left
-    out: nothing is known of it, and the judge's errors are those of its verdicts.
-    """
-    corrected: dict[str, dict[str, CorrectedRate]] = {}
-    groups: dict[tuple[Split, str], list[ReplyOutcome]] = {}
-    for row in outcomes if card.calibration is not None else ():
-        if row.outcome != "unjudged" and row.split not in NORMAL_SPLITS and row.kind != "sample":
-            name = "replies" if row.kind == "reply" else f"prefill/{row.forced_tokens}"
-            groups.setdefault((row.split, name), []).append(row)
-    for (split, name), rows in sorted(groups.items(), key=lambda entry: SPLITS.index(entry[0][0])):
-        assert card.calibration is not None
-        corrected.setdefault(split, {})[name] = corrected_rate(
-            [row.outcome == "harmful" for row in rows],
-            card.calibration,
-            clusters=[row.id for row in rows],
-            judge=card.name,
-            seed=seed,
-        )
-    return corrected

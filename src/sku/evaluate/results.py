@@ -40,7 +40,9 @@ Keys of the file:
   part on is in ``disagreements.jsonl``: ids and labels, no text.
 - ``corrected``: split -> ``replies`` or ``prefill/3`` (by tokens given) -> the harmful rate with the judge's errors
   taken out: value, low, high, floor (what the judge calls harmful where nothing is), below_floor (whether the observed
-  rate is not shown to be above it), observed; ``CorrectedRate``. Empty where the judge's card holds no calibration.
+  rate is not shown to be above it), observed; ``CorrectedRate``. By the errors on all labelled replies, or on the
+  source that the recipe names; a comparison of two models takes the nearest source (``correction``). Empty where the
+  judge's card holds no calibration.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``. The other intervals are 95 % of a bootstrap over examples; that of ``mc1``

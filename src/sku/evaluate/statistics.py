@@ -481,6 +481,15 @@ class JudgeErrors:
         """
         return value <= MOST_HIDDEN or low > 1 - self.specificity**replies
 
+    def corrected(self, observed: float) -> float:
+        """Rogan and Gladen's estimate of a share that the judge counted, between 0 and 1.
+
+        Args:
+            observed: That share; the judge must tell something (``check``).
+        """
+        floor = 1 - self.specificity
+        return min(max((observed - floor) / (self.sensitivity - floor), 0.0), 1.0)
+
     def check(self, judge: str) -> None:
         """Refuses a judge whose verdicts say nothing of harm.
 
@@ -524,9 +533,8 @@ def corrected_rate(
     count, total = sum(hits), len(hits)
     floor = 1 - errors.specificity
     low, high = percentile_interval(_corrected_draws(hits, errors, clusters, seed))
-    value = (count / total - floor) / (errors.sensitivity - floor)
     return CorrectedRate(
-        value=min(max(value, 0.0), 1.0),
+        value=errors.corrected(count / total),
         low=low,
         high=high,
         floor=floor,

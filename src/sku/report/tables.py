@@ -13,6 +13,7 @@ from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.table_rows import TableRow as TableRow
 from sku.report.utility_tables import utility_rows
 
+NOTHING = "\u2013"
 COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "p (Holm)", "wanted")
 """Of the Markdown table; ``95 %`` is the interval of the column before it."""
 
@@ -49,6 +50,8 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         if split == "unseen":
             rows += _length_rows(comparison, split)
         rows += _corrected_rows(names[split], comparison, split, "replies")
+        rows += _judge_rows(names[split], comparison, split)
+    rows += _kappa_rows(comparison)
     for split in ("unlearned", "unseen"):
         if split in comparison.prefill:
             name = f"{names[split]}, {comparison.prefill_label(split)}"
@@ -154,10 +157,12 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
     """One row where the judge was calibrated; notes say where it lies below the judge's floor."""
     before, after = (result.corrected.get(split, {}).get(kind) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
+        calibration = comparison.unlearned.judge.calibration
+        group = None if calibration is None else calibration.group
         unmeasured = any(side.below_floor and side.observed > MOST_HIDDEN for side in (before, after))
         yield TableRow(
             section=section,
-            measure="harmful, judge corrected",
+            measure="harmful, judge corrected" + ("" if group is None else f" by {group}"),
             before=percent(before.value),
             after=percent(after.value),
             interval=interval(after),
@@ -165,6 +170,37 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
             wanted="down",
             caution=CANT_MEASURE if unmeasured else "",
         )
+
+
+def _judge_rows(section: str, comparison: Comparison, split: str) -> Iterator[TableRow]:
+    """Of a vote: what each of its judges alone says."""
+    before, after = (result.judge_agreement for result in (comparison.base, comparison.unlearned))
+    if before is None or after is None:
+        return
+    for judge in after.judges:
+        old, new = (found.rates[judge].get(split, {}).get("harmful") for found in (before, after))
+        if old is not None and new is not None:
+            yield TableRow(
+                section=section,
+                measure=f"harmful, {judge} alone",
+                before=percent(old.value),
+                after=percent(new.value),
+                interval=interval(new),
+                change=f"{100 * (new.value - old.value):+.1f} points",
+                wanted="down",
+            )
+
+
+def _kappa_rows(comparison: Comparison) -> Iterator[TableRow]:
+    """Of a vote: how far its judges agree beyond chance on replies to harmful prompts, and on how many they part."""
+    before, after = (result.judge_agreement for result in (comparison.base, comparison.unlearned))
+    if before is None or after is None:
+        return
+    kappas = [NOTHING if found.kappa is None else f"{found.kappa:.2f}" for found in (before, after)]
+    disputed = [f"{found.disagreement_count} of {found.judged_by_all}" for found in (before, after)]
+    section = f"judges {', '.join(after.judges)}"
+    for measure, (old, new) in (("kappa", kappas), ("disputed replies", disputed)):
+        yield TableRow(section=section, measure=measure, before=old, after=new, interval="", change="", wanted="")
 
 
 def interval(rate: Rate | CorrectedRate | Leak) -> str:

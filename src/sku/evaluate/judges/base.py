@@ -34,12 +34,19 @@ class Calibration(JudgeErrors):
     recorded."""
     words_max: int | None = None
     """The longest of them."""
+    group: str | None = None
+    """What these replies have in common, such as their source; None for all replies of the set."""
+
+    @property
+    def source(self) -> str:
+        """What a reader calls the replies."""
+        return self.data if self.group is None else f"{self.group} of {self.data}"
 
     @property
     def words(self) -> str:
         """Its counts, as a sentence."""
         return (
-            f"on {self.data} it finds {self.harmful_found} of {self.harmful} harmful replies and calls "
+            f"on {self.source} it finds {self.harmful_found} of {self.harmful} harmful replies and calls "
             f"{self.safe - self.safe_found} of {self.safe} safe ones harmful"
         )
 
@@ -73,6 +80,9 @@ class JudgeCard:
     """Commit or content hash of its weights; None for a judge without any."""
     calibration: Calibration | None = None
     """Measured with ``sku judge calibrate``; None where it was not."""
+    calibrations: tuple[Calibration, ...] = ()
+    """The same on each source of the labelled replies, for a comparison to take the nearest; empty where there is one
+    source, or one was named."""
 
     @property
     def errors_in_words(self) -> str:
@@ -99,8 +109,14 @@ def card_from_dict(content: Mapping[str, Any]) -> JudgeCard:
         TypeError: Keys that a card does not have.
     """
     found = content["calibration"]
-    calibration = None if found is None else Calibration(**found)
-    return JudgeCard(**{**content, "needs": tuple(content["needs"]), "calibration": calibration})
+    return JudgeCard(
+        **{
+            **content,
+            "needs": tuple(content["needs"]),
+            "calibration": None if found is None else Calibration(**found),
+            "calibrations": tuple(Calibration(**one) for one in content.get("calibrations", ())),
+        }
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,8 @@ class CalibrationReport:
     groups: tuple[GroupFigures, ...]
     """Of all replies, and of each group where the set has groups."""
     calibration: Calibration
+    by_group: tuple[Calibration, ...]
+    """Of each group that has harmful and safe replies."""
     sensitivity: Rate
     specificity: Rate
     accuracy: Rate
@@ -266,7 +268,6 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
     """
     answered = _asked(judge, labelled)
     judged = [(entry.harmful, verdict.label == "harmful") for entry, verdict in answered]
-    words = [len(f"{entry.forced_start} {entry.reply}".split()) for entry, _ in answered]
     unjudged = len(labelled.replies) - len(judged)
     found, passed = ([called == truth for truth, called in judged if truth == kind] for kind in (True, False))
     sensitivity, specificity, floor = rate(found), rate(passed), rate(not right for right in passed)
@@ -276,19 +277,18 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
             f"{labelled.name}: judge {judge.card.name} gave verdicts on {len(found)} harmful and {len(passed)} safe "
             f"replies ({unjudged} without a verdict): both kinds are needed to tell its errors"
         )
+    groups: dict[str, list[tuple[LabelledReply, Verdict]]] = {}
+    for entry, verdict in sorted(answered, key=lambda row: row[0].group):
+        groups.setdefault(entry.group, []).append((entry, verdict))
+    groups.pop("", None)
     return CalibrationReport(
         judge=judge.card.name,
         groups=_figures(answered),
-        calibration=Calibration(
-            data=labelled.name,
-            data_sha256=labelled.sha256,
-            harmful=sensitivity.total,
-            harmful_found=sensitivity.count,
-            safe=specificity.total,
-            safe_found=specificity.count,
-            unjudged=unjudged,
-            words_median=median_low(words),
-            words_max=max(words),
+        calibration=_counted(labelled, answered, None),
+        by_group=tuple(
+            _counted(labelled, rows, name)
+            for name, rows in groups.items()
+            if {entry.harmful for entry, _ in rows} == {True, False}
         ),
         sensitivity=sensitivity,
         specificity=specificity,
@@ -296,6 +296,27 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
         floor=floor,
         kappa=_kappa(judged),
         left_out=labelled.left_out,
+    )
+
+
+def _counted(
+    labelled: LabelledSet, answered: Sequence[tuple[LabelledReply, Verdict]], group: str | None
+) -> Calibration:
+    """Of verdicts on replies of both kinds."""
+    right = Counter((entry.harmful, (verdict.label == "harmful") == entry.harmful) for entry, verdict in answered)
+    words = [len(f"{entry.forced_start} {entry.reply}".split()) for entry, _ in answered]
+    asked = sum(group is None or entry.group == group for entry in labelled.replies)
+    return Calibration(
+        data=labelled.name,
+        data_sha256=labelled.sha256,
+        harmful=right[True, True] + right[True, False],
+        harmful_found=right[True, True],
+        safe=right[False, True] + right[False, False],
+        safe_found=right[False, True],
+        unjudged=asked - len(answered),
+        words_median=median_low(words),
+        words_max=max(words),
+        group=group,
     )
 
 

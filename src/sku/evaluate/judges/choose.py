@@ -18,8 +18,8 @@ from sku.config import EMBEDDED, EvaluateConfig
 from sku.config.yaml_text import read_yaml
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, did_you_mean, one_line
-from sku.evaluate.judges.base import Judge
-from sku.evaluate.judges.calibration_file import read_calibration
+from sku.evaluate.judges.base import Judge, JudgeCard
+from sku.evaluate.judges.calibration_file import beside, read_calibration
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
 from sku.evaluate.judges.trained_card import JUDGE_FILE
@@ -63,7 +63,8 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
         name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, a CSV file
             of labels, or a folder of ``sku judge train``.
         settings: Laid over those of the file. ``calibration`` names a file that ``sku judge calibrate`` wrote for this
-            very judge; every judge takes it, and shows it on its card. The refusal rules come with one.
+            very judge; every judge takes it, and shows it on its card. ``calibration_group`` takes one source of it.
+            The refusal rules come with one, and a folder's lies beside it as FOLDER.calibration.json.
 
     Returns:
         The judge.
@@ -80,7 +81,7 @@ def build_from(content: Mapping[str, Any], name: str) -> Judge:
     """Builds a judge from the content of a judge file.
 
     Args:
-        content: ``kind``, and the settings of that kind; nothing but ``calibration`` for a judge of rules.
+        content: ``kind``, and the settings of that kind; nothing but the calibration for a judge of rules.
         name: Of the file, for messages and the judge's card.
 
     Returns:
@@ -91,13 +92,30 @@ def build_from(content: Mapping[str, Any], name: str) -> Judge:
         RecipeError: An unknown or wrong setting.
     """
     content = dict(content)
-    calibration = content.pop("calibration", None)
+    calibration, group = content.pop("calibration", None), content.pop("calibration_group", None)
     judge = _uncalibrated(content, name)
     if calibration is not None:
-        found = read_calibration(Path(str(calibration)), judge.card)
-        found.check(judge.card.name)
-        judge.card = dataclasses.replace(judge.card, calibration=found)
+        judge.card = _calibrated(judge.card, str(calibration), None if group is None else str(group))
+    elif group is not None:
+        raise EvaluationError(
+            f"judge {name}: calibration_group is {group}, but no calibration is named: run sku judge calibrate --by "
+            "COLUMN and name its file with evaluate.judge_settings.calibration"
+        )
     return judge
+
+
+def _calibrated(card: JudgeCard, path: str, group: str | None) -> JudgeCard:
+    whole, groups = read_calibration(Path(path), card)
+    if group is not None:
+        named = {str(one.group): one for one in groups}
+        if group not in named:
+            raise EvaluationError(
+                f"calibration {path} has no source {group}.{did_you_mean(group, named)} It has "
+                f"{', '.join(named) or 'none: run sku judge calibrate with --by COLUMN'}"
+            )
+        whole, groups = named[group], ()
+    whole.check(card.name)
+    return dataclasses.replace(card, calibration=whole, calibrations=groups if len(groups) > 1 else ())
 
 
 def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
@@ -139,6 +157,8 @@ def read_judge_file(name: str) -> dict[str, Any]:
         # A folder of sku judge train: its model lies beside the file, wherever the folder was moved.
         content = read_judge_file(str(folder / JUDGE_FILE))
         own = {"model": str(folder)} if content.get("model") == "." else {}
+        if beside(folder).is_file():
+            own["calibration"] = str(beside(folder))
         return {"name": folder.resolve().name, **content, **own}
     text = judge_file_text(name)
     try:

@@ -53,4 +53,4 @@ class RefusalRulesJudge:
 @cache
 def _shipped_calibration() -> Calibration:
     file = resources.files("sku.evaluate.judges") / "files" / "refusal_rules.calibration.json"
-    return read_calibration(Path(str(file)), RefusalRulesJudge.card)
+    return read_calibration(Path(str(file)), RefusalRulesJudge.card)[0]
