@@ -21,6 +21,7 @@ from sku.cli.console import (
     results,
 )
 from sku.cli.dry_run import print_dry_run
+from sku.cli.inputs import check_judge
 from sku.cli.options import (
     DryRunOption,
     ForgetOption,
@@ -69,6 +70,7 @@ def compare(
 ) -> None:
     """Compare methods and controls; a second call with the same --out goes on where the first stopped."""
     settings = resolve_recipe(recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides)
+    check_judge(settings)
     quiet_libraries()
     from sku.comparison.jobs import comparison_jobs
 
@@ -101,6 +103,7 @@ def ablate(
 ) -> None:
     """Take SKU apart: without each module, with each preservation mode, with K of 1, 5 and 10."""
     settings = resolve_recipe(recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides)
+    check_judge(settings)
     quiet_libraries()
     from sku.comparison.jobs import ablation_jobs
 

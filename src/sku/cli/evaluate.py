@@ -21,6 +21,7 @@ from sku.cli.console import (
     shown_messages,
 )
 from sku.cli.dry_run import print_dry_run
+from sku.cli.inputs import check_judge
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.loudness import is_verbose
 from sku.cli.options import (
@@ -91,6 +92,7 @@ def evaluate(
     settings = resolve_recipe(
         recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
     )
+    check_judge(settings)
 
     quiet_libraries()
     from sku.attacks.results import read_attacks

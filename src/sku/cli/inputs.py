@@ -34,6 +34,21 @@ def check_inputs(recipe: Recipe) -> None:
     _check_data(recipe)
 
 
+def check_judge(recipe: Recipe) -> None:
+    """Refuses a judge folder or file that isn't there, for the commands that judge.
+
+    Args:
+        recipe: Of the command.
+
+    Raises:
+        EvaluationError: There is none of that name, or it is broken.
+    """
+    if "/" in recipe.evaluate.judge:
+        from sku.evaluate.judges.choose import read_judge_file
+
+        read_judge_file(recipe.evaluate.judge)
+
+
 def _check_data(recipe: Recipe) -> None:
     from sku.data.load import load_data
     from sku.data.tables import is_hub_id

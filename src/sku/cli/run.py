@@ -24,6 +24,7 @@ from sku.cli.console import (
     shown_messages,
 )
 from sku.cli.dry_run import print_dry_run
+from sku.cli.inputs import check_judge
 from sku.cli.judge_labels import agreement_lines
 from sku.cli.loudness import is_verbose
 from sku.cli.options import (
@@ -74,6 +75,7 @@ def run(
         judge=judge,
         overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
     )
+    check_judge(settings)
     quiet_libraries()
     from sku.pipeline import dry_run as check_run
     from sku.pipeline import run_recipe  # Imports torch: only when a command really runs.

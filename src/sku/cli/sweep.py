@@ -23,7 +23,7 @@ from sku.cli.console import (
     shown_messages,
 )
 from sku.cli.dry_run import print_dry_run
-from sku.cli.inputs import check_inputs
+from sku.cli.inputs import check_inputs, check_judge
 from sku.cli.options import (
     DryRunOption,
     ForgetOption,
@@ -81,6 +81,7 @@ def sweep(
     given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
     settings, bad = _read_target(target, recipe, [*given, *(overrides or [])])
     check_inputs(settings)
+    check_judge(settings)
     folder = out or new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()

@@ -25,6 +25,12 @@ from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
 from sku.evaluate.judges.trained_card import JUDGE_FILE
 
 AUTO, REFUSAL_RULES = "auto", "refusal_rules"
+NO_FOLDER = (
+    "there is no judge folder {name}: make one of replies that you have labels of, with `sku judge train LABELLED "
+    "--out {name}` and `sku judge calibrate {name} OTHER_LABELLED --by source --out {calibration}`, or name another "
+    "judge (evaluate.judge, --judge), such as llama-guard-3-1b from the hub, or refusal_rules for an upper bound"
+)
+"""What stands in place of the judge of most recipes where nobody has trained one yet."""
 RULES = (EMBEDDED, REFUSAL_RULES)
 """Judges that need no file."""
 
@@ -183,6 +189,10 @@ def judge_file_text(name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"judge file {name} can't be read: {error}") from None
     known = judge_names()
+    if "/" in name and path.is_dir():
+        raise EvaluationError(f"judge folder {name} has no {JUDGE_FILE}: name a folder that sku judge train made")
+    if "/" in name:
+        raise EvaluationError(NO_FOLDER.format(name=name, calibration=beside(path)))
     if name not in known or name in RULES:
         raise EvaluationError(
             f"there is no judge named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; or give a "
