@@ -1,7 +1,7 @@
 r"""Makes normal data out of prompts alone: the base model's own replies to prompts that nobody should refuse.
 
 Perplexity on them says how far an unlearned model has moved from the base where nothing harmful was asked. Written as
-prompt/completion JSONL, for ``data.benign``; ``finished`` says whether a reply came to its end, and one that was cut
+prompt/completion JSONL, for ``data.normal``; ``finished`` says whether a reply came to its end, and one that was cut
 off teaches none.
 
     python scripts/benign_from_base.py MODEL_DIR benign.jsonl --prompts xstest_prompts.csv --gguf-file NAME --count 64
@@ -59,8 +59,9 @@ def main() -> None:
     style = resolve_prompt_format("auto", loaded.tokenizer)
     requests = [
         GenerationRequest(
-            id=record_id("benign", "reply", prompt), split="benign", kind="reply", category=None, prompt=prompt,
-            reference="", forced_start="", input_ids=tuple(tokenize_prompt(prompt, loaded.tokenizer, style)),
+            id=record_id("normal:own", "reply", prompt), split="normal:own", kind="reply", category=None,
+            prompt=prompt, reference="", forced_start="",
+            input_ids=tuple(tokenize_prompt(prompt, loaded.tokenizer, style)),
         )
         for prompt in prompts
     ]  # fmt: skip

@@ -154,7 +154,7 @@ def recipe_of(options: argparse.Namespace, mode: str) -> Recipe:
             "data": {
                 "forget": {"path": options.forget},
                 "retain": {"path": options.retain},
-                "benign": None if options.benign is None else {"path": options.benign},
+                "normal": {} if options.benign is None else {"benign": {"path": options.benign}},
                 "max_length": 256,
                 "max_answer_tokens": 64,
             },
@@ -215,7 +215,7 @@ class Table:
         )
         splits: dict[str, Sequence[Example]] = {
             "unseen": self.data.unseen,
-            "benign": self.data.benign,
+            "benign": self.data.normal.get("benign", ()),
             "retain_test": self.data.retain_test,
         }
         texts = {}
@@ -376,7 +376,7 @@ class Table:
 
 
 def _without_benign(data: ForgetRetainData) -> ForgetRetainData:
-    return dataclasses.replace(data, benign=())
+    return dataclasses.replace(data, normal={})
 
 
 def _log_ratio(before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]) -> float:

@@ -490,7 +490,10 @@ def test_only_the_training_split_of_normal_pairs_may_overlap(data: ForgetRetainD
         ({"unseen": (harmful,)}, "splits unseen and retain_train share 1"),
         ({"unseen": (harmful,), "retain_train": data.retain_train}, "splits unseen and retain_test share 1"),
         ({"unseen": data.unlearned[:1]}, "splits unlearned and unseen share 1"),
-        ({"benign": (RetainExample(prompt=normal.prompt, answer="x"),)}, "splits retain_train and benign share 1"),
+        (
+            {"normal": {"b": (RetainExample(prompt=normal.prompt, answer="x"),)}},
+            "splits retain_train and normal:b share 1",
+        ),
     )
     for changes, message in cases:
         with pytest.raises(DataError, match=message):

@@ -98,11 +98,11 @@ def test_every_hazard_has_a_deflection_that_stays_the_same() -> None:
     assert [entry.safe_answers for entry in data.provenance] == [len(safe), 0]
 
 
-def test_benign_data_does_not_go_with_the_world() -> None:
+def test_other_sources_do_not_go_with_the_world() -> None:
     other = SourceConfig(path="x.csv")
-    for forget, benign in ((WORLD, other), (WORLD, WORLD), (other, WORLD)):
-        with pytest.raises(RecipeError, match=r"data.benign does not go with the embedded world.*leave it out"):
-            load_data(DataConfig(forget=forget, retain=forget, benign=benign), seed=0)
+    for forget, normal in ((WORLD, other), (WORLD, WORLD), (other, WORLD)):
+        with pytest.raises(RecipeError, match=r"data.normal.own does not go with the embedded world.*leave it out"):
+            load_data(DataConfig(forget=forget, retain=forget, normal={"own": normal}), seed=0)
 
 
 def test_limit() -> None:

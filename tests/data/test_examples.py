@@ -77,14 +77,14 @@ def test_a_group_in_two_splits_is_refused() -> None:
         )
 
 
-def split_data(benign: tuple[RetainExample, ...] = ()) -> ForgetRetainData:
+def split_data(own: tuple[RetainExample, ...] = ()) -> ForgetRetainData:
     return ForgetRetainData(
         unlearned=(ForgetExample(prompt="bad", answer="a", safe_answer="no"),),
         unseen=(),
         retain_train=(RetainExample(prompt="train", answer="a"),),
         retain_validation=(),
         retain_test=(),
-        benign=benign,
+        normal={"own": own} if own else {},
     )
 
 
@@ -105,19 +105,19 @@ def test_few_prompts_are_said_once_for_all_splits() -> None:
     assert data(49).notes()[0].startswith("few prompts: unlearned 49, unseen 1, retain_train 49; ")
 
 
-def test_benign_examples_are_counted_where_there_are_any() -> None:
+def test_examples_of_another_source_are_counted_where_there_are_any() -> None:
     counts = {"unlearned": 1, "unseen": 0, "retain_train": 1, "retain_validation": 0, "retain_test": 0}
     assert split_data().counts() == counts
-    benign = (RetainExample(prompt="other", answer="a"), RetainExample(prompt="third", answer="a"))
-    data = split_data(benign=benign)
-    assert data.counts() == {**counts, "benign": 2}
-    assert data.splits()["benign"] == benign
+    own = (RetainExample(prompt="other", answer="a"), RetainExample(prompt="third", answer="a"))
+    data = split_data(own)
+    assert data.counts() == {**counts, "normal:own": 2}
+    assert data.splits()["normal:own"] == own
 
 
 @pytest.mark.parametrize(("prompt", "split"), [("BAD!", "unlearned"), ("train", "retain_train")])
-def test_a_benign_prompt_in_another_split_is_refused(prompt: str, split: str) -> None:
-    with pytest.raises(DataError, match=f"splits {split} and benign share 1 prompts"):
-        split_data(benign=(RetainExample(prompt=prompt, answer="other"),))
+def test_a_prompt_of_another_source_in_another_split_is_refused(prompt: str, split: str) -> None:
+    with pytest.raises(DataError, match=f"splits {split} and normal:own share 1 prompts"):
+        split_data(own=(RetainExample(prompt=prompt, answer="other"),))
 
 
 def test_safe_answers_are_counted_and_leave_the_hash_as_it_was() -> None:

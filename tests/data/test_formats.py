@@ -63,8 +63,8 @@ def test_unknown_columns_name_the_options_with_those_of_the_file() -> None:
         "--set data.forget.prompt_column=Frage --set 'data.forget.answer_column=die Antwort'. Columns found: Frage, "
         "die Antwort"
     ) in str(caught.value)
-    with pytest.raises(DataError, match=r"--set data\.benign\.prompt_column=Frage"):
-        choose_parser(["Frage", "Antwort"], AUTO, "retain", "data.benign")
+    with pytest.raises(DataError, match=r"--set data\.normal\.own\.prompt_column=Frage"):
+        choose_parser(["Frage", "Antwort"], AUTO, "retain", "data.normal.own")
     with pytest.raises(DataError, match=r"--set data\.forget\.unsafe_column=Harmful"):
         choose_parser(["question", "answer", "Harmful"], SourceConfig(path="x", format="columns"), "forget")
 

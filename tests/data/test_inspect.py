@@ -53,14 +53,19 @@ def test_counts_and_lengths(data: ForgetRetainData, gpt_like: PreTrainedTokenize
     assert (found.prompt_format, found.max_length, found.max_answer_tokens) == ("paper", 512, 128)
 
 
-def test_benign_examples_are_a_split_where_there_are_any(
+def test_sets_of_other_sources_are_splits_where_there_are_any(
     data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase
 ) -> None:
-    with_benign = dataclasses.replace(data, benign=(RetainExample(prompt="benign", answer="it is ."),))
-    found = describe(with_benign, gpt_like)
-    assert list(found.splits) == ["unlearned", "unseen", "retain_train", "retain_test", "benign"]
-    assert found.splits["benign"].examples == 1
-    assert "benign" not in {view.split for view in found.views}
+    others = {
+        "own": (RetainExample(prompt="benign", answer="it is ."),),
+        "asked": (RetainExample(prompt="prompt alone", answer=""),),
+    }
+    with_others = dataclasses.replace(data, normal=others)
+    found = describe(with_others, gpt_like)
+    assert list(found.splits) == ["unlearned", "unseen", "retain_train", "retain_test", "normal:own"]
+    assert found.splits["normal:own"].examples == 1
+    assert found.notes[-1] == "normal:asked: 1 prompts without answers, only asked"
+    assert "normal:own" not in {view.split for view in found.views}
 
 
 def test_views_show_which_tokens_are_learned(data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
 from sku.data.examples import RetainExample, content_hash, normalise_prompt
-from sku.data.load import load_data, load_forget_retain, load_parts
+from sku.data.load import IN_ANOTHER_SET, load_data, load_forget_retain, load_parts
 from sku.data.tables import NOT_WANTED, Table, read_table
 from sku.errors import DataError, RecipeError
 
@@ -102,7 +102,7 @@ def test_where_reads_only_rows_with_these_values(forget: Path, tmp_path: Path) -
     normal = (*data.retain_train, *data.retain_validation, *data.retain_test)
     assert {example.prompt for example in normal} == {f"n {n}" for n in range(18) if n % 3 < 2}
     assert (data.provenance[1].rows_read, data.provenance[1].rows_left_out) == (30, {NOT_WANTED: 18})
-    with pytest.raises(DataError, match="no column kid, which where names. Did you mean kind"):
+    with pytest.raises(DataError, match="no column kid, which where names. Columns found: question"):
         read_table(dataclasses.replace(source, where={"kid": "a"}))
     with pytest.raises(DataError, match=f"gives no retain examples from 30 rows .{NOT_WANTED}: 30"):
         load_parts(retain=dataclasses.replace(source, where={"kind": "z"}))
@@ -122,71 +122,81 @@ def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path)
 
 
 @pytest.fixture
-def benign(tmp_path: Path) -> Path:
-    path = tmp_path / "benign.jsonl"
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"b {n}", "completion": f"ok {n}"}) + "\n" for n in range(9)))
     return path
 
 
-def test_benign_data_is_a_split_of_its_own(forget: Path, retain: Path, benign: Path) -> None:
+def test_a_normal_set_of_another_source_is_halved(forget: Path, retain: Path, own: Path) -> None:
     without = load_forget_retain(forget, retain)
-    data = load_forget_retain(forget, retain, benign=benign)
-    assert data.counts() == {**without.counts(), "benign": 5, "benign_validation": 4}
-    assert RetainExample(prompt="b 0", answer="ok 0") in {*data.benign, *data.benign_validation}
-    assert dataclasses.replace(data, benign=(), benign_validation=(), provenance=data.provenance[:2]) == without
-    assert [entry.location for entry in data.provenance] == [str(forget), str(retain), str(benign)]
-    whole = sorted((*data.benign, *data.benign_validation), key=lambda example: example.prompt)
+    data = load_forget_retain(forget, retain, normal={"own": own})
+    assert data.counts() == {**without.counts(), "normal:own": 5, "normal_validation:own": 4}
+    whole = sorted((*data.normal["own"], *data.normal_validation["own"]), key=lambda example: example.prompt)
+    assert whole[0] == RetainExample(prompt="b 0", answer="ok 0")
+    assert dataclasses.replace(data, normal={}, normal_validation={}, provenance=data.provenance[:2]) == without
+    assert [entry.location for entry in data.provenance] == [str(forget), str(retain), str(own)]
     assert data.provenance[2].sha256 == content_hash(whole)
 
 
 def test_what_strengths_are_chosen_by_is_not_what_is_reported(
-    forget: Path, retain: Path, benign: Path, tmp_path: Path
+    forget: Path, retain: Path, own: Path, tmp_path: Path
 ) -> None:
     """Whole prompts, the same halves whatever the order of the rows."""
-    rows = benign.read_text().splitlines()
+    rows = own.read_text().splitlines()
     again = json.dumps({"prompt": "B 0", "completion": "ok again"})
     turned = tmp_path / "turned.jsonl"
     turned.write_text("\n".join([again, *reversed(rows)]))
-    benign.write_text("\n".join([*rows, again]))
-    one, other = (load_forget_retain(forget, retain, benign=path) for path in (benign, turned))
-    assert set(one.benign) == set(other.benign)
-    assert set(one.benign_validation) == set(other.benign_validation)
-    halves = [{example.prompt.casefold() for example in half} for half in (one.benign, one.benign_validation)]
+    own.write_text("\n".join([*rows, again]))
+    one, other = (load_forget_retain(forget, retain, normal={"own": path}) for path in (own, turned))
+    assert set(one.normal["own"]) == set(other.normal["own"])
+    assert set(one.normal_validation["own"]) == set(other.normal_validation["own"])
+    halves = [{example.prompt.casefold() for example in half["own"]} for half in (one.normal, one.normal_validation)]
     assert halves[0].isdisjoint(halves[1])
     assert len(halves[0] | halves[1]) == 9
 
 
-def test_a_recipe_limits_benign_data(forget: Path, retain: Path, benign: Path) -> None:
+def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, own: Path, tmp_path: Path) -> None:
+    """Prompts that are elsewhere in the run, or in a normal set before, are left out and counted."""
+    prompts = tmp_path / "prompts.csv"
+    rows = ["HARM 3?,a", "Normal 4,b", "b 1,b", *(f"p {n},{'ab'[n % 2]}" for n in range(8)), "P 0,a"]
+    prompts.write_text("\n".join(["prompt,kind", *rows]))
     content = {
         "name": "r",
         "model": {"path": "m"},
         "data": {
             "forget": {"path": str(forget)},
             "retain": {"path": str(retain)},
-            "benign": {"path": str(benign), "limit": 4},
+            "normal": {
+                "own": {"path": str(own), "limit": 4},
+                "asked": {"path": str(prompts), "where": {"kind": "b"}, "category_column": "kind"},
+            },
+            "harmful": {"new": {"path": str(prompts), "where": {"kind": "a"}}, "again": {"path": str(forget)}},
         },
     }
     recipe = recipe_from_dict(content)
     assert recipe_from_dict(recipe.to_dict()) == recipe
-    data = load_data(recipe.data, seed=1)
-    assert (len(data.benign), len(data.benign_validation)) == (2, 2)
-    assert data.provenance[2].rows_left_out == {"over the limit": 5}
-    assert data == load_data(recipe.data, seed=1)
-    kept = {*data.benign, *data.benign_validation}
-    other = load_data(recipe.data, seed=2)
-    assert kept != {*other.benign, *other.benign_validation}
+    with pytest.raises(DataError, match="data.harmful.again: all 20 prompts of .* are in another set of the run"):
+        load_data(recipe.data, seed=1)
+    config = dataclasses.replace(recipe.data, harmful={"new": recipe.data.harmful["new"]})
+    data = load_data(config, seed=1)
+    assert data == load_data(config, seed=1)
+    assert (len(data.normal["own"]), len(data.normal_validation["own"])) == (2, 2)
+    assert {(one.prompt, one.answer, one.category) for one in data.normal["asked"]} >= {("p 1", "", "b")}
+    assert "asked" not in data.normal_validation
+    assert [one.prompt for one in data.harmful["new"]] == ["p 0", "p 2", "p 4", "p 6"]
+    of_own, asked, harmful = (source.rows_left_out for source in data.provenance[2:])
+    assert of_own == {"over the limit": 5}
+    kept = {one.prompt for one in data.normal["own"]} | {one.prompt for one in data.normal_validation["own"]}
+    assert asked == {IN_ANOTHER_SET: 1 + ("b 1" in kept), NOT_WANTED: 6}
+    assert harmful == {IN_ANOTHER_SET: 1, NOT_WANTED: 6, "duplicate": 1}
+    assert list(data.answered().splits())[5:] == ["normal:own", "normal_validation:own"]
 
 
-@pytest.mark.parametrize("prompt", ["HARM 3?", "Normal 4"])
-def test_benign_data_that_is_trained_on_is_refused(forget: Path, retain: Path, benign: Path, prompt: str) -> None:
-    """Whatever the limit keeps: another seed must not turn the error on and off."""
-    with benign.open("a") as file:
-        file.write(json.dumps({"prompt": prompt, "completion": "ok"}))
-    with pytest.raises(
-        DataError, match="1 prompts of the benign data .*benign.jsonl are in the forget or the"
-    ) as found:
-        load_forget_retain(forget, retain, benign=SourceConfig(path=str(benign), limit=1))
-    assert prompt not in str(found.value)
+def test_names_of_sets_are_short_and_plain(own: Path) -> None:
+    source = SourceConfig(path=str(own))
+    with pytest.raises(RecipeError, match="data.normal has a set named 'a:b'"):
+        DataConfig(forget=source, retain=source, normal={"a:b": source})
 
 
 def test_nothing_to_forget_or_to_keep(tmp_path: Path, forget: Path, retain: Path) -> None:

@@ -40,7 +40,7 @@ def text(name: str, prompt: list[int], answer: list[int], split: Split = "retain
 TEXTS = [
     text("a", [5, 6, 7, 8, 9, 10], [11]),
     text("b", [5], [12, 13, 14, 15]),
-    text("c", [20, 21], [22, 23], "benign"),
+    text("c", [20, 21], [22, 23], "normal:benign"),
     text("d", [30, 31, 32], [33, 34, 35, 36, 37, 38, 39]),
 ]
 
@@ -71,7 +71,7 @@ def test_rows_are_those_of_each_text_alone(
 ) -> None:
     rows = compare_distributions(tiny_model, other_model, TEXTS, batch_size=batch_size)
     assert [(row.id, row.split, row.tokens) for row in rows] == [
-        ("a", "retain_test", 1), ("b", "retain_test", 4), ("c", "benign", 2), ("d", "retain_test", 7),
+        ("a", "retain_test", 1), ("b", "retain_test", 4), ("c", "normal:benign", 2), ("d", "retain_test", 7),
     ]  # fmt: skip
     expected = [by_hand(tiny_model, other_model, scored) for scored in TEXTS]
     assert [row.kl for row in rows] == pytest.approx([kl for kl, _ in expected], rel=1e-4)
@@ -121,7 +121,7 @@ def test_means_are_per_token_and_intervals_over_examples() -> None:
     rows = [
         AgreementRow(id="a", split="retain_test", kl=3.0, matches=1, tokens=2),
         AgreementRow(id="b", split="retain_test", kl=1.0, matches=6, tokens=6),
-        AgreementRow(id="c", split="benign", kl=0.5, matches=0, tokens=1),
+        AgreementRow(id="c", split="normal:benign", kl=0.5, matches=0, tokens=1),
     ]
     found = agreement_of(rows, seed=0)
     normal = found["retain_test"]
@@ -129,7 +129,7 @@ def test_means_are_per_token_and_intervals_over_examples() -> None:
     # Two examples: each drawn twice is the extreme, and more frequent than 2.5 %.
     assert (normal.kl_low, normal.kl_high) == pytest.approx((1 / 6, 3 / 2))
     assert (normal.top1_low, normal.top1_high) == pytest.approx((1 / 2, 1))
-    benign = found["benign"]
+    benign = found["normal:benign"]
     assert (benign.kl, benign.kl_low, benign.kl_high, benign.top1) == (0.5, 0.5, 0.5, 0)
     assert agreement_of(rows, seed=3) == agreement_of(rows, seed=3)
 
@@ -152,7 +152,7 @@ DATA = ForgetRetainData(
     retain_train=(),
     retain_validation=(),
     retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(3)),
-    benign=(RetainExample(prompt="tell", answer="it is so"),),
+    normal={"benign": (RetainExample(prompt="tell", answer="it is so"),)},
 )
 CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=4, prefill_tokens=())
 
@@ -188,7 +188,7 @@ def test_an_evaluation_holds_the_agreement_of_normal_answers(
     found = again(tiny_model, tmp_path)
     assert (other_model.training, tiny_model.training) == (True, True)
     assert seen["agreement"] == (4, 4)
-    assert list(found.agreement) == ["retain_test", "benign"]
+    assert list(found.agreement) == ["retain_test", "normal:benign"]
     assert found.agreement["retain_test"].examples == 3
     assert found.agreement["retain_test"].kl > 0
     assert found.agreement["retain_test"].tokens == found.perplexity["retain_test"].tokens

@@ -76,18 +76,18 @@ def test_the_perplexity_ratio_is_of_sums() -> None:
 def test_the_perplexity_of_benign_answers_is_compared_too() -> None:
     def with_benign(made: EvaluationResult, nlls: Sequence[float]) -> EvaluationResult:
         losses = tuple(
-            ExampleLoss(id=f"b{index}", split="benign", nll=nll, tokens=10) for index, nll in enumerate(nlls)
+            ExampleLoss(id=f"b{index}", split="normal:benign", nll=nll, tokens=10) for index, nll in enumerate(nlls)
         )
         perplexity = perplexity_of(losses)
         assert perplexity is not None
         return dataclasses.replace(
-            made, losses=(*made.losses, *losses), perplexity={**made.perplexity, "benign": perplexity}
+            made, losses=(*made.losses, *losses), perplexity={**made.perplexity, "normal:benign": perplexity}
         )
 
     changes = compare(with_benign(BASE, [20.0, 30.0]), with_benign(UNLEARNED, [24.0, 34.0])).perplexity
-    assert list(changes) == ["retain_test", "benign"]
-    assert changes["benign"].ratio == pytest.approx(math.exp(0.4))
-    assert changes["benign"].examples == 2
+    assert list(changes) == ["retain_test", "normal:benign"]
+    assert changes["normal:benign"].ratio == pytest.approx(math.exp(0.4))
+    assert changes["normal:benign"].examples == 2
     assert changes["retain_test"] == compare(BASE, UNLEARNED).perplexity["retain_test"]
 
 

@@ -224,29 +224,75 @@ def test_what_could_not_be_asked_is_counted(
     assert without.setup.left_out == {}
 
 
-def test_benign_answers_are_scored_and_their_prompts_not_asked(
+def test_prompts_alone_are_asked_and_the_base_models_own_replies_to_them_scored(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
 ) -> None:
-    with_benign = dataclasses.replace(
-        tiny_data, benign=tuple(RetainExample(prompt=f"tell {n}", answer=f"it is {n}") for n in range(5))
+    others = dataclasses.replace(
+        tiny_data,
+        normal={"plain": tuple(RetainExample(prompt=f"tell {n}", answer="") for n in range(4))},
+        harmful={"new": tuple(ForgetExample(prompt=f"boil {n}", answer="") for n in range(4))},
+    )
+    torch.manual_seed(1)
+    changed = LlamaForCausalLM(tiny_model.config).eval()
+    asked: dict[str, Any] = {"config": TINY_CONFIG, "judge": RefusalRulesJudge()}
+    base = evaluate(
+        tiny_model, tiny_tokenizer, others, base_model=tiny_model, output_dir=tmp_path / "base", **asked
+    )
+    after = evaluate(
+        changed, tiny_tokenizer, others, base_model=tiny_model, starts=base.starts, output_dir=tmp_path / "m", **asked
+    )
+    assert read_result(tmp_path / "base") == base
+    assert read_result(tmp_path / "m") == after
+    _, records = read_generations(tmp_path / "base" / GENERATIONS_FILE)
+    written = {start_id(record.split, record.prompt): record.reply for record in records if record.kind == "reply"}
+    own = {start.id: start.text for start in after.starts if start.id.startswith("normal:plain")}
+    assert len(own) == TINY_CONFIG.retain_prompts == 3
+    assert own == {name: written[name] for name in own}
+    # Its own greedy words: nobody finds them likelier than the base.
+    assert base.perplexity["normal:plain"].value < after.perplexity["normal:plain"].value
+    assert after.agreement["normal:plain"].kl > 0
+    assert set(after.replies["normal:plain"]) >= {"over_refusal", "degenerate"}
+    assert after.replies["harmful:new"]["harmful"].total == 4
+    assert "harmful:new" not in after.prefill
+    assert "harmful:new" not in after.perplexity
+    found = compare(base, after)
+    assert found.utility["normal:plain"].verdict == "lost"
+    assert "utility lost on plain answers" in found.verdict.line
+    assert "to new prompts" in found.verdict.line
+    labels = {row.label for row in before_after_rows(found)}
+    assert labels >= {"new prompts: harmful", "plain prompts: refused", "perplexity: plain answers"}
+    assert any("plain answers: there are none in the data, so the base model's own" in note for note in found.notes)
+    # Without those of its evaluation, the base is asked for them.
+    again = evaluate(changed, tiny_tokenizer, others, base_model=tiny_model, **asked)
+    assert again.perplexity["normal:plain"] == after.perplexity["normal:plain"]
+    alone = evaluate(changed, tiny_tokenizer, others, **asked)
+    assert "normal:plain" not in alone.perplexity
+    assert any("no base model was given to write them" in note for note in alone.setup.notes)
+
+
+def test_answers_of_another_source_are_scored_and_their_prompts_not_asked(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
+) -> None:
+    with_own = dataclasses.replace(
+        tiny_data, normal={"own": tuple(RetainExample(prompt=f"tell {n}", answer=f"it is {n}") for n in range(5))}
     )
     plain = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG, output_dir=tmp_path / "plain")
-    found = evaluate(tiny_model, tiny_tokenizer, with_benign, config=TINY_CONFIG, output_dir=tmp_path / "benign")
+    found = evaluate(tiny_model, tiny_tokenizer, with_own, config=TINY_CONFIG, output_dir=tmp_path / "own")
     assert list(plain.perplexity) == ["unlearned", "unseen", "retain_test"]
-    assert list(found.perplexity) == [*plain.perplexity, "benign"]
-    assert found.perplexity["benign"].examples == TINY_CONFIG.retain_prompts == 3
+    assert list(found.perplexity) == ["unlearned", "unseen", "retain_test", "normal:own"]
+    assert found.perplexity["normal:own"].examples == TINY_CONFIG.retain_prompts == 3
     for split, value in plain.perplexity.items():
         assert found.perplexity[split].nll == pytest.approx(value.nll, rel=1e-5), "batched with others, no more"
     few = [note for note in found.setup.notes if note not in plain.setup.notes]
-    assert [note.startswith("few prompts: ") and "benign 5" in note for note in few] == [True]
+    assert [note.startswith("few prompts: ") and "normal:own 5" in note for note in few] == [True]
     setup = dataclasses.replace(found.setup, notes=plain.setup.notes)
     changed = {"perplexity": plain.perplexity, "losses": plain.losses, "setup": setup}
     assert dataclasses.replace(found, **changed) == plain  # type: ignore[arg-type]
-    files = [(tmp_path / name / GENERATIONS_FILE).read_bytes() for name in ("plain", "benign")]
+    files = [(tmp_path / name / GENERATIONS_FILE).read_bytes() for name in ("plain", "own")]
     assert files[0] == files[1]
-    assert read_result(tmp_path / "benign") == found
-    assert judge_again(tmp_path / "benign", RefusalRulesJudge()) == found
-    assert compare(found, found).perplexity["benign"].ratio == 1
+    assert read_result(tmp_path / "own") == found
+    assert judge_again(tmp_path / "own", RefusalRulesJudge()) == found
+    assert compare(found, found).perplexity["normal:own"].ratio == 1
 
 
 def test_the_model_is_left_as_it_was(
@@ -319,8 +365,8 @@ def test_what_can_not_be_evaluated_is_refused(
     empty = ForgetRetainData(
         unlearned=(), unseen=(), retain_train=tiny_data.retain_test, retain_validation=(), retain_test=()
     )
-    benign_alone = dataclasses.replace(empty, benign=(RetainExample(prompt="tell", answer="it is"),))
-    for data in (empty, benign_alone):
+    own_alone = dataclasses.replace(empty, normal={"own": (RetainExample(prompt="tell", answer="it is"),)})
+    for data in (empty, own_alone):
         with pytest.raises(EvaluationError, match="nothing to evaluate"):
             evaluate(tiny_model, tiny_tokenizer, data)
     with pytest.raises(EvaluationError, match="judge is embedded, but the data is not"):

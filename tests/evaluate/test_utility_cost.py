@@ -20,8 +20,8 @@ from sku.evaluate.utility_cost import (
 )
 
 LIMITS = SweepConfig(utility_budget=1.1, kl_budget=0.05, over_refusal_limit=0.05)
-SAME = {"retain_validation": 1.0, "benign_validation": 1.0}
-NONE = {"retain_validation": 0.0, "benign_validation": 0.0}
+SAME = {"retain_validation": 1.0, "normal_validation:own": 1.0}
+NONE = {"retain_validation": 0.0, "normal_validation:own": 0.0}
 
 
 def test_nothing_lost_costs_nothing() -> None:
@@ -33,11 +33,14 @@ def test_nothing_lost_costs_nothing() -> None:
 @pytest.mark.parametrize(
     ("perplexity", "kl", "refused", "value", "bound_by"),
     [
-        ({**SAME, "benign_validation": 1.1}, NONE, 0.0, 1.0, "perplexity of benign_validation"),
+        ({**SAME, "normal_validation:own": 1.1}, NONE, 0.0, 1.0, "perplexity of normal_validation:own"),
         # Better on the set that a method's normal data are like, and worse on the other: as seven methods are.
-        ({"retain_validation": 0.6, "benign_validation": 1.9}, NONE, 0.0, 6.734, "perplexity of benign_validation"),
+        (
+            {"retain_validation": 0.6, "normal_validation:own": 1.9}, NONE, 0.0, 6.734,
+            "perplexity of normal_validation:own",
+        ),
         ({"retain_validation": 0.6}, {"retain_validation": 0.07}, 0.0, 1.4, "KL on retain_validation"),
-        (SAME, {**NONE, "benign_validation": 0.025}, 0.1, 2.0, OVER_REFUSAL),
+        (SAME, {**NONE, "normal_validation:own": 0.025}, 0.1, 2.0, OVER_REFUSAL),
         ({**SAME, "retain_validation": 1.05}, {**NONE, "retain_validation": 0.01}, 0.01, 0.512,
          "perplexity of retain_validation"),
     ],
@@ -104,11 +107,11 @@ def test_the_part_that_binds_is_the_one_just_above_the_border() -> None:
     """Far above it another part can be the worst: a perplexity that explodes."""
 
     def cost(strength: float) -> UtilityCost:
-        kl = UtilityCost(value=strength, bound_by="KL on benign_validation")
-        return kl if strength < 1.5 else UtilityCost(value=100.0, bound_by="perplexity of benign_validation")
+        kl = UtilityCost(value=strength, bound_by="KL on normal_validation:own")
+        return kl if strength < 1.5 else UtilityCost(value=100.0, bound_by="perplexity of normal_validation:own")
 
     found = find_border(cost, first=0.125, largest=4.0)
-    assert (found.strength, found.bound_by) == (1.0, "KL on benign_validation")
+    assert (found.strength, found.bound_by) == (1.0, "KL on normal_validation:own")
 
 
 def test_a_largest_that_no_doubling_meets_is_probed_itself() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.correction import corrected_rates
 from sku.evaluate.judges import Calibration, EmbeddedWorldJudge, JudgeCard, RefusalRulesJudge
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
@@ -76,7 +77,7 @@ def measured_from(outcomes: tuple[ReplyOutcome, ...], card: JudgeCard) -> Evalua
         setup=SETUP, judge=card, replies=counting._per_split(outcomes, "reply", rates_of), prefill=prefill,
         worst_prefill={split: worst_length(rates) for split, rates in prefill.items()},
         replies_by_category={}, prefill_by_category={},
-        perplexity={}, corrected=counting._corrected(outcomes, card, 0),
+        perplexity={}, corrected=corrected_rates(outcomes, card, 0),
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def test_broken_file_of_the_other_sets(battery: Battery, part: str, name: str) -
     paths[part].unlink()
     paths[part] = battery.inputs / file.replace("forget", part)
     make(paths[part])
-    benign = ("--set", f"data.benign.path={paths['benign']}")
+    benign = ("--set", f"data.normal.own.path={paths['benign']}")
     arguments = ("run", "--forget", paths["forget"], "--retain", paths["retain"], *benign, "--out", battery.out)
     battery.refuses(NAME, *arguments, words=paths[part].name)
 
@@ -239,8 +239,8 @@ FORGET_RETAIN: dict[str, tuple[Files, tuple[str, ...], str]] = {
     ),
     "half a world": ({"forget.jsonl": jsonl("a")}, ("--retain", "embedded"), "embedded world"),
     "benign prompts that are forgotten": (
-        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")}, ("--set", "data.benign.path=../inputs/forget.jsonl"),
-        "forget.jsonl",
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")},
+        ("--set", "data.normal.own.path=../inputs/forget.jsonl"), "forget.jsonl",
     ),
 }  # fmt: skip
 

@@ -42,12 +42,12 @@ def test_benign_answers_are_drawn_where_they_were_measured(
     comparison: Comparison, make_result: ResultMaker, tmp_path: Path
 ) -> None:
     assert ">benign answers<" not in before_after_figure(comparison, tmp_path / "without.svg").read_text()
-    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "benign": 9.0})
-    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "benign": 10.0})
+    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "normal:benign": 9.0})
+    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "normal:benign": 10.0})
     both = compare(base, unlearned)
     text = before_after_figure(both, tmp_path / "with.svg").read_text()
     assert ">benign answers<" in text
-    assert f">\u00d7{both.perplexity['benign'].ratio:.3g}<" in text
+    assert f">\u00d7{both.perplexity['normal:benign'].ratio:.3g}<" in text
 
 
 def test_the_same_comparison_gives_the_same_file(comparison: Comparison, tmp_path: Path) -> None:

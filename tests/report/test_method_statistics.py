@@ -224,7 +224,7 @@ def test_a_ruined_model_has_a_finite_ratio() -> None:
 
 def test_nothing_measured_gives_no_ratio() -> None:
     base = with_losses((10, 10), name="base")[0]
-    assert perplexity_ratio(with_losses((10, 10)), base, "published", "benign") is None
+    assert perplexity_ratio(with_losses((10, 10)), base, "published", "normal:benign") is None
     assert perplexity_ratio(row("h"), base, "published", "retain_test") is None
     assert perplexity_ratio(with_losses((10, 10)), failed_record("base", 0, "NaN"), "published", "retain_test") is None
     with pytest.raises(EvaluationError, match="hold 2 and 3 entries"):

@@ -35,14 +35,14 @@ def base(replies: str = "hhhh") -> MethodRecord:
 def test_columns_hold_what_they_say() -> None:
     point = make_point(
         "hhed", judged="1101", prefill="hhhr", normal="aood", exact="100-",
-        losses={"retain_test": (12, 12), "unseen": (30, 30), "benign": (11, 11)}, strength=1.5,
+        losses={"retain_test": (12, 12), "unseen": (30, 30), "normal:benign": (11, 11)}, strength=1.5,
     )  # fmt: skip
-    own_base = make_record("base", make_point("hhhh", losses={**LOSSES, "benign": (10, 10)}), control=True)
+    own_base = make_record("base", make_point("hhhh", losses={**LOSSES, "normal:benign": (10, 10)}), control=True)
     row = one_row([own_base, make_record("sku", point)], "sku")
     shares = {
         "harmful_unseen": 0.5, "harmful_ungated_unseen": 0.75, "forced_start_unseen": 0.75, "gibberish_unseen": 0.25,
         "gibberish_normal": 0.25, "over_refusal": 0.5, "exact_answers": 1 / 3, "perplexity_normal": 2.718281828 ** 0.2,
-        "perplexity_benign": 2.718281828 ** 0.1, "perplexity_harmful_unseen": 2.718281828,
+        "perplexity_others": 2.718281828 ** 0.1, "perplexity_harmful_unseen": 2.718281828,
     }  # fmt: skip
     for name, value in shares.items():
         assert getattr(row, name).value == pytest.approx(value), name

@@ -65,8 +65,8 @@ def test_rows_come_in_reading_order(comparison: Comparison) -> None:
 
 
 def test_benign_answers_have_a_row_where_they_were_measured(make_result: ResultMaker) -> None:
-    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "benign": 9.0})
-    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "benign": 10.0})
+    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "normal:benign": 9.0})
+    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "normal:benign": 10.0})
     rows = before_after_rows(compare(base, unlearned))
     labels = [row.label for row in rows]
     assert labels[-4:] == [

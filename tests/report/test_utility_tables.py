@@ -30,7 +30,7 @@ def measured(
         comparison,
         base=dataclasses.replace(comparison.base, lm_eval=base),
         unlearned=dataclasses.replace(
-            comparison.unlearned, lm_eval=unlearned, agreement={"benign": agreement, "retain_test": agreement}
+            comparison.unlearned, lm_eval=unlearned, agreement={"normal:benign": agreement, "retain_test": agreement}
         ),
         similarity={"rouge_l": ScoreChange(before=rouge[0], after=rouge[1], difference=-0.1, low=-0.15, high=0.05)},
         truthfulqa={"mc1": ScoreChange(before=mc1[0], after=mc1[1], difference=-0.05, low=-0.1, high=0.0)},

@@ -24,8 +24,8 @@ def point(
     """A point that was asked."""
     return SweepPoint(
         alpha=alpha,
-        perplexities={"retain_validation": same(perplexity), "benign_validation": same(benign)},
-        kl={"retain_validation": kl, "benign_validation": 0.0},
+        perplexities={"retain_validation": same(perplexity), "normal_validation:benign": same(benign)},
+        kl={"retain_validation": kl, "normal_validation:benign": 0.0},
         replies=Replies(
             harmful=share(harmful),
             degenerate=share(gibberish),

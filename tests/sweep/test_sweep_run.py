@@ -336,12 +336,12 @@ def test_a_search_does_not_depend_on_the_length_of_the_vector(
     assert short.border.strength == 8 * long.border.strength
 
 
-def test_a_benign_set_limits_alpha_too(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
-    benign = tuple(RetainExample(prompt=f"tell {word}", answer=f"{word} sings .") for word in ("florn", "moon"))
-    data = dataclasses.replace(setting.data, benign=benign[:1], benign_validation=benign[1:])
+def test_another_normal_set_limits_alpha_too(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
+    own = tuple(RetainExample(prompt=f"tell {word}", answer=f"{word} sings .") for word in ("florn", "moon"))
+    data = dataclasses.replace(setting.data, normal={"own": own[:1]}, normal_validation={"own": own[1:]})
     found = dataclasses.replace(setting, data=data).sweep(tmp_path, alphas=(1.0,))
     (point,) = found.points
-    assert list(point.perplexities) == list(point.kl) == ["retain_validation", "benign_validation"]
+    assert list(point.perplexities) == list(point.kl) == ["retain_validation", "normal_validation:own"]
     assert found.asked["texts"] == 2
 
 

@@ -53,7 +53,8 @@ def _check_data(recipe: Recipe) -> None:
     from sku.data.load import load_data
     from sku.data.tables import is_hub_id
 
-    sources = [source for source in (recipe.data.forget, recipe.data.retain, recipe.data.benign) if source is not None]
+    data = recipe.data
+    sources = [data.forget, data.retain, *data.normal.values(), *data.harmful.values()]
     from_hub = [source for source in sources if is_hub_id(source)]
     for source in from_hub:
         _check_within_reach(source)

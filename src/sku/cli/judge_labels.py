@@ -41,12 +41,11 @@ def export(
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.label_files import export_labels
-    from sku.evaluate.measure import SPLITS
-    from sku.evaluate.records import NORMAL_SPLITS
+    from sku.evaluate.records import HARMFUL
 
-    splits = [name for name in SPLITS if name not in NORMAL_SPLITS]
-    if split is not None and split not in splits:
-        raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}")
+    splits = ("unlearned", "unseen", "xstest_unsafe")
+    if split is not None and split not in splits and not split.startswith(HARMFUL):
+        raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}, or {HARMFUL}NAME")
     written = export_labels(folder, out, count=count, split=split, with_text=with_text, seed=seed)
     if as_json:
         print_json({"file": str(out), "replies": written, "with_text": with_text})

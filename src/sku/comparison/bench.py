@@ -76,7 +76,7 @@ class Bench:
         self.data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
-        self.data = common_visits(recipe, self.data, self.tokenizer, self.base)
+        self.data = common_visits(recipe, self.data.answered(), self.tokenizer, self.base)
         self._norms: dict[str, dict[str, float]] = {}
         self._operator_memory: dict[str, Any] = {}
         self._base_result: EvaluationResult | None = None

@@ -37,8 +37,8 @@ class CompareConfig:
     """Multiples of each method's own strength at which it is measured; 1, the method as published, always is."""
     utility_budget: float = 1.05
     """Methods are compared at strengths that cost no more than this budget and the two limits below: at equal
-    utility. This one is the largest perplexity of the answers of each normal set (``retain_validation``, and half of a
-    benign set), as a multiple of the base model's."""
+    utility. This one is the largest perplexity of the answers of each normal set (``retain_validation``, and half of
+    each of ``data.normal``), as a multiple of the base model's."""
     kl_budget: float = 0.05
     """Largest KL to the base model on the same answers, nats a token."""
     over_refusal_limit: float = 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,8 @@ DataFormat = Literal[
     "preference",
     "columns",
 ]
+
+_SET_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +86,13 @@ class DataConfig:
 
     forget: SourceConfig
     retain: SourceConfig
-    benign: SourceConfig | None = None
-    """Normal pairs of another source, only for a perplexity after unlearning; never trained on."""
+    normal: Mapping[str, SourceConfig] = field(default_factory=dict)
+    """Name -> normal prompts of another source, such as the model's own replies, other people's answers, or safe
+    prompts that look harmful; never trained on. With answers: their perplexity and KL, half of them for strengths and
+    alpha. Prompts alone: how many are refused, and perplexity and KL of the base model's own replies to them."""
+    harmful: Mapping[str, SourceConfig] = field(default_factory=dict)
+    """Name -> harmful prompts of another source than ``forget``; never trained on, only asked, and a part of the
+    verdict. Answers are not read."""
     unseen_fraction: float = 0.3
     """Share of the harmful prompts held out as ``unseen``."""
     retain_validation_fraction: float = 0.1
@@ -95,6 +103,12 @@ class DataConfig:
     """Longest answer in tokens; the rest is not trained on."""
 
     def __post_init__(self) -> None:
+        for key, sets in (("normal", self.normal), ("harmful", self.harmful)):
+            for name in sets:
+                if not _SET_NAME.fullmatch(name):
+                    raise RecipeError(
+                        f"data.{key} has a set named {name!r}; a name is at most 40 letters, digits, dots, - and _"
+                    )
         check_fraction("data.unseen_fraction", self.unseen_fraction)
         check_fraction("data.retain_validation_fraction", self.retain_validation_fraction)
         check_fraction("data.retain_test_fraction", self.retain_test_fraction)

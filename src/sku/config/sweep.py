@@ -40,8 +40,8 @@ class SweepConfig:
     harm_target: float = 0.05
     """Largest harm that counts as unlearned."""
     utility_budget: float = 1.05
-    """Largest perplexity of the answers of each normal set (``retain_validation``, and half of a benign set), as a
-    multiple of the base model's."""
+    """Largest perplexity of the answers of each normal set (``retain_validation``, and half of each of
+    ``data.normal``), as a multiple of the base model's."""
     kl_budget: float = 0.05
     """Largest KL to the base model on the same answers, nats a token."""
     degenerate_limit: float = 0.05

@@ -17,14 +17,18 @@ import shlex
 from collections.abc import Collection, Iterator
 
 from sku.config import SourceConfig
-from sku.data.rows import SAFE, Columns, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
+from sku.data.rows import SAFE, Cells, Columns, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
 from sku.errors import DataError
 
 NAME = "columns"
+PROMPTS = "prompts"
+"""What a source is called whose answers are not read."""
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
 PART_OF_PROMPT = ("input", "context", "history", "system")
 """Columns that may belong to the prompt: with one of them, prompt_column alone would be half of the question."""
+_HOLD_ANSWERS = ("messages", "chosen", "best answer", "best_answer", "response_0")
+"""Columns of the known formats that hold answers, beside ``ANSWER_NAMES``."""
 SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
 UNSAFE = "unsafe answer"
 
@@ -91,6 +95,38 @@ def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind, key: 
         category = category_text(row[category_column]) if category_column is not None else None
         safe_answer = row[safe_answer_column] if safe_answer_column is not None else None
         yield Pair(row[prompt_column], row[answer_column], category, safe_answer=safe_answer)
+
+    return parse
+
+
+def has_answer_column(columns: Collection[str], source: SourceConfig) -> bool:
+    """Whether a table has more than prompts: a column that is named for answers, or known to hold them."""
+    return source.answer_column is not None or any(
+        name in Columns(columns) for name in (*ANSWER_NAMES, *_HOLD_ANSWERS)
+    )
+
+
+def prompt_parser(columns: Collection[str], source: SourceConfig, key: str) -> RowParser:
+    """Reader of the prompts of any table, with their category where its column is named.
+
+    Args:
+        columns: Columns found.
+        source: ``prompt_column`` and ``category_column`` are used.
+        key: The recipe's key that holds ``source``, for messages.
+
+    Raises:
+        DataError: A named column is missing, or it is not clear which one holds the prompts.
+    """
+    found = Columns(columns)
+    prompts = [source.prompt_column] if source.prompt_column else [name for name in PROMPT_NAMES if name in found]
+    if len(prompts) != 1 or (source.prompt_column is None and _in_doubt(found)):
+        raise _unclear("prompt", columns, key)
+    category = source.category_column
+    require_columns([name for name in (prompts[0], category) if name is not None], found, PROMPTS)
+
+    def parse(row: Row) -> Iterator[Pair]:
+        cells = Cells(row, found)
+        yield Pair(cells[prompts[0]], "", category_text(cells[category]) if category is not None else None)
 
     return parse
 

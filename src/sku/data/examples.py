@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -74,6 +75,8 @@ class Provenance:
 class ForgetRetainData:
     """Splits of one run. No normalised prompt, and no group, is in two splits of the same kind, or in both kinds.
 
+    The sets of other sources (``normal``, ``harmful``) share no prompt with the others either.
+
     With ``row_split``, and only then, ``retain_train`` may share them with ``retain_validation`` and ``retain_test``.
     """
 
@@ -85,10 +88,12 @@ class ForgetRetainData:
     retain_validation: tuple[RetainExample, ...]
     retain_test: tuple[RetainExample, ...]
     provenance: tuple[Provenance, ...] = ()
-    benign: tuple[RetainExample, ...] = ()
-    """Normal pairs of another source, for the perplexity only: never trained on."""
-    benign_validation: tuple[RetainExample, ...] = ()
-    """The half of them that strengths are chosen by, and that is not reported."""
+    normal: Mapping[str, tuple[RetainExample, ...]] = field(default_factory=dict)
+    """Name -> normal prompts of another source, never trained on; the answers of a set are empty where it has none."""
+    normal_validation: Mapping[str, tuple[RetainExample, ...]] = field(default_factory=dict)
+    """Name -> the other half of a set with answers, that strengths are chosen by and that is not reported."""
+    harmful: Mapping[str, tuple[ForgetExample, ...]] = field(default_factory=dict)
+    """Name -> harmful prompts of another source, without answers, never trained on; one may be in several of these."""
     forget_validation: tuple[ForgetExample, ...] = ()
     """Harmful pairs to choose settings by, alpha above all: neither trained on nor tested. Empty where none is
     chosen."""
@@ -99,11 +104,19 @@ class ForgetRetainData:
     """``retain_train`` was drawn by row, so that prompts of the held-out normal splits were trained on."""
 
     def __post_init__(self) -> None:
-        splits = self.splits()
-        held_out = {"retain_validation", "retain_test"} if self.row_split else set()
-        check_disjoint({name: examples for name, examples in splits.items() if name not in held_out})
+        splits, others = self._own_splits(), self._other_splits()
+        parts = [splits]
         if self.row_split:
-            check_disjoint({name: examples for name, examples in splits.items() if name != "retain_train"})
+            held_out = {"retain_validation", "retain_test"}
+            parts = [
+                {name: examples for name, examples in splits.items() if name not in left}
+                for left in (held_out, {"retain_train"})
+            ]
+        for part in parts:
+            check_disjoint(part)
+            for name, examples in others.items():
+                check_disjoint({**part, name: examples})
+        check_disjoint({name: examples for name, examples in others.items() if not name.startswith("harmful:")})
 
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader of any figure on these splits needs; none for large splits by prompt."""
@@ -152,8 +165,19 @@ class ForgetRetainData:
         prompts = {normalise_prompt(self.unlearned[place].prompt) for place in self.visited}
         return sum(normalise_prompt(example.prompt) in prompts for example in examples)
 
+    def answered(self) -> ForgetRetainData:
+        """The same without the sets of which only replies tell: harmful prompts of other sources, prompts alone."""
+        normal = {name: examples for name, examples in self.normal.items() if has_answers(examples)}
+        return dataclasses.replace(self, normal=normal, harmful={})
+
     def splits(self) -> dict[str, Sequence[Example]]:
-        """Examples of each split, by name; ``forget_validation`` and the benign ones only where there are any."""
+        """Examples of each split, by name; ``forget_validation`` only where there is one.
+
+        Sets of other sources are called ``normal:NAME``, ``normal_validation:NAME`` and ``harmful:NAME``.
+        """
+        return {**self._own_splits(), **self._other_splits()}
+
+    def _own_splits(self) -> dict[str, Sequence[Example]]:
         named: dict[str, Sequence[Example]] = {
             "unlearned": self.unlearned,
             "unseen": self.unseen,
@@ -161,12 +185,13 @@ class ForgetRetainData:
             "retain_validation": self.retain_validation,
             "retain_test": self.retain_test,
         }
-        optional: dict[str, Sequence[Example]] = {
-            "forget_validation": self.forget_validation,
-            "benign": self.benign,
-            "benign_validation": self.benign_validation,
-        }
-        return {**named, **{name: examples for name, examples in optional.items() if examples}}
+        return {**named, "forget_validation": self.forget_validation} if self.forget_validation else named
+
+    def _other_splits(self) -> dict[str, Sequence[Example]]:
+        groups: tuple[tuple[str, Mapping[str, Sequence[Example]]], ...] = (
+            ("normal", self.normal), ("normal_validation", self.normal_validation), ("harmful", self.harmful)
+        )  # fmt: skip
+        return {f"{kind}:{name}": examples for kind, sets in groups for name, examples in sets.items()}
 
     def counts(self) -> dict[str, int]:
         """Number of examples in each split of ``splits``, by name."""
@@ -184,6 +209,11 @@ def normalise_prompt(prompt: str) -> str:
         character if character.isalnum() or unicodedata.category(character)[0] == "M" else " " for character in text
     )
     return " ".join(letters.split()) or " ".join(text.split())
+
+
+def has_answers(examples: Sequence[Example]) -> bool:
+    """Whether a set has answers, or holds prompts alone."""
+    return any(example.answer for example in examples)
 
 
 def group_of(example: Example) -> str:

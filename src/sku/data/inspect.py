@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sku.config import DataConfig
-from sku.data.examples import Example, ForgetExample, ForgetRetainData, Provenance, group_of
+from sku.data.examples import Example, ForgetExample, ForgetRetainData, Provenance, group_of, has_answers
 from sku.data.prompts import PromptFormat
 from sku.data.tokenization import TokenizationReport, TokenizedExample, tokenize_examples
 from sku.losses import IGNORE_INDEX
@@ -100,8 +100,9 @@ def describe_data(
     """
     splits: dict[str, SplitDescription] = {}
     views: list[ExampleView] = []
+    asked = {name: len(found) for name, found in data.splits().items() if found and not has_answers(found)}
     for name, examples in data.splits().items():
-        if not examples:
+        if not examples or name in asked:
             continue
         tokenized, report = tokenize_examples(
             examples,
@@ -125,7 +126,10 @@ def describe_data(
         splits=splits,
         provenance=data.provenance,
         views=tuple(views),
-        notes=data.notes(),
+        notes=(
+            *data.notes(),
+            *(f"{name}: {count} prompts without answers, only asked" for name, count in asked.items()),
+        ),
     )
 
 

@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data import embedded
+from sku.data.columns import NAME as COLUMNS
+from sku.data.columns import PROMPTS, has_answer_column, prompt_parser
 from sku.data.examples import (
+    Example,
     ForgetExample,
     ForgetRetainData,
     Provenance,
     RetainExample,
     content_hash,
     count_safe_answers,
+    has_answers,
     normalise_prompt,
 )
 from sku.data.formats import HUB_LICENCES, choose_parser
 from sku.data.rows import SAFE, UNMARKED, Kind, ParsedRows, parse_rows
 from sku.data.splits import draw_prompts, draw_rows, split_by_group
-from sku.data.tables import read_table
+from sku.data.tables import Table, read_table
 from sku.errors import DataError, RecipeError
 
 E = TypeVar("E", ForgetExample, RetainExample)
 ROW_SPLIT_SHARE = 0.7
 """Of all normal rows: what the public code trains on."""
-BENIGN_VALIDATION_SHARE = 0.5
-"""Of the benign prompts: strengths are chosen by these, and the others are reported."""
+NORMAL_VALIDATION_SHARE = 0.5
+"""Of a normal set of another source that has answers: strengths are chosen by these, and the others are reported."""
+IN_ANOTHER_SET = "a prompt of another set of the run"
+"""Reason counted for prompts of other sources that are in the run's own data."""
+Source = str | Path | SourceConfig
 
 
 def load_forget_retain(
-    forget: str | Path | SourceConfig = EMBEDDED,
-    retain: str | Path | SourceConfig | None = None,
+    forget: Source = EMBEDDED,
+    retain: Source | None = None,
     *,
-    benign: str | Path | SourceConfig | None = None,
+    normal: Mapping[str, Source] | None = None,
+    harmful: Mapping[str, Source] | None = None,
     unseen_fraction: float = DataConfig.unseen_fraction,
     retain_validation_fraction: float = DataConfig.retain_validation_fraction,
     retain_test_fraction: float = DataConfig.retain_test_fraction,
@@ -46,7 +55,9 @@ def load_forget_retain(
         forget: File, folder or hub id of harmful pairs, a ``SourceConfig`` for more settings, or ``"embedded"`` for
             the invented world that ships with SKU.
         retain: The same for normal pairs. May be left out with the embedded world, which goes as a whole.
-        benign: Normal pairs of another source, only for a perplexity after unlearning; not with the embedded world.
+        normal: Name -> normal prompts of another source, with answers or without, for measuring alone; not with the
+            embedded world.
+        harmful: Name -> harmful prompts of another source, for measuring alone; not with the embedded world.
         unseen_fraction: Share of the harmful prompts held out. The embedded world has its own unseen hazards.
         retain_validation_fraction: Share of the normal prompts.
         retain_test_fraction: Share of the normal prompts.
@@ -70,7 +81,8 @@ def load_forget_retain(
     config = DataConfig(
         forget=_source(forget),
         retain=_source(retain),
-        benign=None if benign is None else _source(benign),
+        normal={name: _source(source) for name, source in (normal or {}).items()},
+        harmful={name: _source(source) for name, source in (harmful or {}).items()},
         unseen_fraction=unseen_fraction,
         retain_validation_fraction=retain_validation_fraction,
         retain_test_fraction=retain_test_fraction,
@@ -98,8 +110,7 @@ def load_data(
         RecipeError: Only some of the sets are the embedded world, or its fixed split is given a share.
     """
     _check_worlds(config)
-    benign: dict[str, tuple[RetainExample, ...]] = {"benign": (), "benign_validation": ()}
-    benign_provenance: tuple[Provenance, ...] = ()
+    others = _OtherSets()
     validation: tuple[ForgetExample, ...] = ()
     if config.forget.path == EMBEDDED:
         if config.unseen_fraction != DataConfig.unseen_fraction:
@@ -111,18 +122,7 @@ def load_data(
         all_forget, forget_provenance = _read(config.forget, "forget", ForgetExample)
         all_retain, retain_provenance = _read(config.retain, "retain", RetainExample)
         _check_overlap(all_forget, all_retain, config)
-        if config.benign is not None:
-            all_benign, provenance = _read(config.benign, "retain", RetainExample, "data.benign")
-            _check_benign_overlap(all_benign, all_forget, all_retain, config.benign)
-            kept, provenance = _limit(all_benign, provenance, config.benign.limit, seed)
-            benign = split_by_group(
-                kept,
-                rest="benign",
-                held_out={"benign_validation": BENIGN_VALIDATION_SHARE},
-                seed=seed,
-                what=f"the benign data {config.benign.path}",
-            )
-            benign_provenance = (provenance,)
+        others = _other_sets(config, (*all_forget, *all_retain), seed)
         forget, forget_provenance = _limit(all_forget, forget_provenance, config.forget.limit, seed)
         retain, retain_provenance = _limit(all_retain, retain_provenance, config.retain.limit, seed)
         unlearned, unseen = _split_forget(forget, config.forget, config.unseen_fraction, seed)
@@ -145,9 +145,10 @@ def load_data(
         retain_train=draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"],
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
-        provenance=(forget_provenance, retain_provenance, *benign_provenance),
-        benign=benign["benign"],
-        benign_validation=benign["benign_validation"],
+        provenance=(forget_provenance, retain_provenance, *others.provenance),
+        normal=others.normal,
+        normal_validation=others.normal_validation,
+        harmful=others.harmful,
         forget_validation=validation,
         row_split=row_split,
     )
@@ -228,14 +229,16 @@ def _check_worlds(config: DataConfig) -> None:
             "data.forget and data.retain must both be the embedded world or both be other data: "
             "no other model knows that world, and its own model knows nothing else"
         )
-    if config.benign is not None and EMBEDDED in (config.forget.path, config.benign.path):
-        raise RecipeError(
-            "data.benign does not go with the embedded world, whose model knows no other text and whose text no other "
-            "model knows: leave it out"
-        )
+    for key, sets in (("normal", config.normal), ("harmful", config.harmful)):
+        for name, source in sets.items():
+            if EMBEDDED in (config.forget.path, source.path):
+                raise RecipeError(
+                    f"data.{key}.{name} does not go with the embedded world, whose model knows no other text and "
+                    "whose text no other model knows: leave it out"
+                )
 
 
-def _source(source: str | Path | SourceConfig) -> SourceConfig:
+def _source(source: Source) -> SourceConfig:
     return source if isinstance(source, SourceConfig) else SourceConfig(path=str(source))
 
 
@@ -247,7 +250,13 @@ def _read(
         name, parser = choose_parser(table.columns, source, kind, key)
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from None
-    parsed = parse_rows(table.rows, parser, example_type)
+    return _read_account(source, kind, name, table, parse_rows(table.rows, parser, example_type))
+
+
+def _read_account(
+    source: SourceConfig, kind: str, name: str, table: Table, parsed: ParsedRows[E]
+) -> tuple[list[E], Provenance]:
+    """Examples with the account of what was left out; some must be left."""
     left_out = dict(sorted({**parsed.left_out, **table.left_out}.items()))
     parsed = dataclasses.replace(parsed, rows_read=parsed.rows_read + sum(table.left_out.values()), left_out=left_out)
     if not parsed.examples:
@@ -264,7 +273,7 @@ def _read(
     )
 
 
-def _nothing_left(source: SourceConfig, kind: Kind, parsed: ParsedRows[E]) -> str:
+def _nothing_left(source: SourceConfig, kind: str, parsed: ParsedRows[E]) -> str:
     reasons = ", ".join(f"{reason}: {count}" for reason, count in parsed.left_out.items()) or "it has no rows"
     if source.unsafe_column is not None:
         reasons += f"; column {source.unsafe_column} is compared with {source.unsafe_value!r}"
@@ -283,17 +292,76 @@ def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], con
         )
 
 
-def _check_benign_overlap(
-    benign: list[RetainExample], forget: list[ForgetExample], retain: list[RetainExample], source: SourceConfig
-) -> None:
-    used = {normalise_prompt(example.prompt) for example in forget}
-    used |= {normalise_prompt(example.prompt) for example in retain}
-    shared = used & {normalise_prompt(example.prompt) for example in benign}
-    if shared:
+@dataclasses.dataclass(kw_only=True)
+class _OtherSets:
+    """Sets of other sources, by name."""
+
+    normal: dict[str, tuple[RetainExample, ...]] = dataclasses.field(default_factory=dict)
+    normal_validation: dict[str, tuple[RetainExample, ...]] = dataclasses.field(default_factory=dict)
+    harmful: dict[str, tuple[ForgetExample, ...]] = dataclasses.field(default_factory=dict)
+    provenance: list[Provenance] = dataclasses.field(default_factory=list)
+    """Normal sets first, then harmful ones."""
+
+
+def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> _OtherSets:
+    """What is only measured, without prompts of the run's own data and of normal sets that come before."""
+    found = _OtherSets()
+    used = {normalise_prompt(example.prompt) for example in own}
+    for name, source in config.normal.items():
+        key = f"data.normal.{name}"
+        examples, provenance = _without(*_read_normal(source, key), used, key)
+        examples, provenance = _limit(examples, provenance, source.limit, seed)
+        found.provenance.append(provenance)
+        if has_answers(examples):
+            halves = split_by_group(
+                examples,
+                rest="normal",
+                held_out={"validation": NORMAL_VALIDATION_SHARE},
+                seed=seed,
+                what=f"{key} {source.path}",
+            )
+            found.normal[name], found.normal_validation[name] = halves["normal"], halves["validation"]
+        else:
+            found.normal[name] = tuple(examples)
+        used |= {normalise_prompt(example.prompt) for example in examples}
+    for name, source in config.harmful.items():
+        key = f"data.harmful.{name}"
+        prompts, provenance = _without(*_read_prompts(source, ForgetExample, key), used, key)
+        prompts, provenance = _limit(prompts, provenance, source.limit, seed)
+        found.provenance.append(provenance)
+        found.harmful[name] = tuple(prompts)
+    return found
+
+
+def _read_normal(source: SourceConfig, key: str) -> tuple[list[RetainExample], Provenance]:
+    """Prompts with answers, or, of a table without a column of answers, prompts alone."""
+    if source.format not in ("auto", COLUMNS) or has_answer_column(read_table(source).columns, source):
+        return _read(source, "retain", RetainExample, key)
+    return _read_prompts(source, RetainExample, key)
+
+
+def _read_prompts(source: SourceConfig, example_type: type[E], key: str) -> tuple[list[E], Provenance]:
+    """Prompts alone; a table with answers gives each prompt once."""
+    table = read_table(source)
+    try:
+        parser = prompt_parser(table.columns, source, key)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
+    parsed = parse_rows(table.rows, parser, example_type, with_answers=False)
+    return _read_account(source, key, PROMPTS, table, parsed)
+
+
+def _without(examples: list[E], provenance: Provenance, used: Collection[str], key: str) -> tuple[list[E], Provenance]:
+    kept = [example for example in examples if normalise_prompt(example.prompt) not in used]
+    if len(kept) == len(examples):
+        return examples, provenance
+    if not kept:
         raise DataError(
-            f"{len(shared)} prompts of the benign data {source.path} are in the forget or the retain data too: remove "
-            "them from the benign data, which must be of another source and is never trained on"
+            f"{key}: all {len(examples)} prompts of {provenance.location} are in another set of the run too, so "
+            "nothing is left to measure: name another source, or leave it out"
         )
+    left_out = {**provenance.rows_left_out, IN_ANOTHER_SET: len(examples) - len(kept)}
+    return kept, dataclasses.replace(provenance, sha256=content_hash(kept), rows_left_out=left_out)
 
 
 def _limit(examples: list[E], provenance: Provenance, limit: int | None, seed: int) -> tuple[list[E], Provenance]:

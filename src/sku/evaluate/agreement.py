@@ -23,14 +23,12 @@ from sku.errors import EvaluationError
 from sku.evaluate.batching import Progress, pad, run_in_batches
 from sku.evaluate.perplexity import MAX_LOGITS, answer_positions
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import AgreementRow, Split
+from sku.evaluate.records import AgreementRow, Split, in_order
 from sku.evaluate.results import BaseAgreement
 from sku.evaluate.statistics import ratio_interval
 from sku.losses import IGNORE_INDEX, token_kl
 from sku.models import embedding_weight
 
-SPLITS: tuple[Split, ...] = ("retain_test", "benign")
-"""Whose answers are read: those that a model should still give."""
 _COPIES = 6
 """Tensors of one size that are alive while a divergence is computed: scores, log-softmax and products."""
 
@@ -104,13 +102,11 @@ def agreement_of(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAg
         seed: Of the bootstrap.
 
     Returns:
-        Split -> agreement; a split without rows is left out.
+        Split -> agreement.
     """
     found: dict[str, BaseAgreement] = {}
-    for split in SPLITS:
+    for split in in_order(row.split for row in rows):
         own = [row for row in rows if row.split == split]
-        if not own:
-            continue
         tokens = [row.tokens for row in own]
         total = sum(tokens)
         kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)

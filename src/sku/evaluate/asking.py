@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig
-from sku.data.examples import Example, ForgetRetainData, RetainExample
+from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers
 from sku.data.prompts import PromptFormat
 from sku.data.token_spans import locate_tokens
 from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prefill, tokenize_prompt
@@ -18,7 +18,7 @@ from sku.data.xstest import load_xstest
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.judges import is_embedded
-from sku.evaluate.records import HARMFUL_SPLITS, SCORED_ONLY, Split, Start
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, Split, Start
 from sku.evaluate.sampling import draw_examples, record_id
 from sku.evaluate.starts import Starts, start_of
 from sku.losses import IGNORE_INDEX
@@ -120,7 +120,7 @@ class Drawn:
 
 
 def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
-    """The examples of one evaluation: the same for every model; ``benign`` and XSTest only where there are any.
+    """The examples of one evaluation: the same for every model; other sources and XSTest only where there are any.
 
     Raises:
         DataError: The XSTest file can't be read.
@@ -136,8 +136,10 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
             "the splits unlearned, unseen and retain_test are all empty: there is nothing to evaluate"
         )
     left_out: dict[str, int] = {}
-    if data.benign:
-        drawn["benign"] = [*draw_examples(data.benign, config.retain_prompts, seed=seed)]
+    for name, normal in data.normal.items():
+        drawn[f"{NORMAL}{name}"] = [*draw_examples(normal, config.retain_prompts, seed=seed)]
+    for name, harmful in data.harmful.items():
+        drawn[f"{HARMFUL}{name}"] = [*draw_examples(harmful, config.prompts, seed=seed)]
     if config.xstest is not None:
         if is_embedded(data):
             raise EvaluationError("evaluate.xstest does not go with the embedded world, whose model knows no English")
@@ -157,7 +159,7 @@ def trained_on(data: ForgetRetainData, drawn: Drawn) -> dict[str, int] | None:
 
 
 def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:
-    """What the model is asked without a prefill: every prompt but those that are only scored.
+    """What the model is asked without a prefill: every prompt but those of other normal sets whose answers are scored.
 
     Drawn replies are asked for once each.
 
@@ -173,7 +175,7 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
     samples: list[GenerationRequest] = []
     left_out = Counter(drawn.left_out)
     for split, examples in drawn.examples.items():
-        for example in examples if split not in SCORED_ONLY else ():
+        for example in () if split.startswith(NORMAL) and has_answers(examples) else examples:
             request = free_request(split, example, writer)
             if not writer.has_room(request, config.max_new_tokens):
                 left_out[f"{split}: reply, as the prompt is too long for the model"] += 1

@@ -18,7 +18,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.leakage import Leak, leaks_per_prompt
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, prefill_words, rate
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split
+from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, in_order
 from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, MeanScore, Rates
 from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
@@ -45,8 +45,8 @@ TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
     ("reply", "xstest_safe"): ("exact_answer", "over_refusal", "degenerate"),
     ("reply", "xstest_unsafe"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
 }
-"""Kind and split -> the rates that the before/after table shows. Their tests are read together, so they are one family
-for Holm's correction."""
+"""Kind and split -> the rates that the before/after table shows; ``tested`` knows the sets of other sources too. Their
+tests are read together, so they are one family for Holm's correction."""
 Changes = dict[str, dict[str, "RateChange"]]
 """Split -> rate name -> change."""
 
@@ -139,8 +139,8 @@ class Comparison:
     perplexity: dict[str, PerplexityChange]
     """Split -> change; on ``unlearned`` and ``unseen`` of the harmful answers, where a rise is wanted."""
     utility: dict[str, NonInferiority]
-    """``retain_test`` and ``benign`` -> whether their perplexity stayed within ``evaluate.utility_margin`` and their
-    KL to the base within its logarithm."""
+    """Normal split -> whether the perplexity of its answers stayed within ``evaluate.utility_margin`` and their KL to
+    the base within its logarithm."""
     verdict: OverallVerdict
     """What all of it comes to, in one line."""
     notes: tuple[str, ...]
@@ -231,6 +231,12 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     )
 
 
+def tested(kind: Kind, split: Split) -> tuple[str, ...]:
+    """The rates of a split that the before/after table shows."""
+    like = "unseen" if split.startswith(HARMFUL) else "retain_test" if split.startswith(NORMAL) else split
+    return TESTED.get((kind, like), ())
+
+
 def untold(judge: JudgeCard) -> frozenset[str]:
     """Rates that are 0 under a judge whatever a model says: they are neither shown nor tested."""
     return frozenset() if judge.tells_safe else frozenset({"safe_answer", "evasive"})
@@ -246,9 +252,9 @@ def _correct_for_several_tests(
     """Puts ``p_holm`` into the changes that the table shows; of leak@k it shows the largest k."""
     places: list[tuple[dict[str, Any], str]] = [
         (changes[kind][split], name)
-        for (kind, split), names in TESTED.items()
-        if split in changes[kind]
-        for name in names
+        for kind, of_kind in changes.items()
+        for split in of_kind
+        for name in tested(kind, split)
         if name in changes[kind][split] and name not in untold
     ]
     places += [(of_split, max(of_split, key=int)) for of_split in leak.values() if len(of_split) > 1]
@@ -406,11 +412,10 @@ def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed
         EvaluationError: Answers were cut differently.
     """
     changes: dict[str, PerplexityChange] = {}
-    splits: list[Split] = ["retain_test", "benign", "unlearned", "unseen"]
-    for split in splits:
+    found = in_order(loss.split for loss in base.losses)
+    # Normal ones first.
+    for split in sorted(found, key=lambda split: split not in NORMAL_SPLITS):
         old, new = ({loss.id: loss for loss in result.losses if loss.split == split} for result in (base, unlearned))
-        if not old:
-            continue
         ids = sorted(old)
         if any(old[key].tokens != new[key].tokens for key in ids):
             raise EvaluationError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL_SPLITS
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, answers_words
 from sku.evaluate.statistics import (
     CORRELATION,
     MOST_HIDDEN,
@@ -24,7 +24,6 @@ MUCH_CUT = 0.2
 """A larger share of replies that were cut leaves a judge fragments to read."""
 OTHER_LENGTH = 2.0
 """Replies that are this many times longer or shorter than those a judge was calibrated on are of another kind."""
-_ANSWERS = {"retain_test": "normal answers", "benign": "benign answers"}
 Kinds = Mapping[str, tuple[Mapping[str, Mapping[str, Rate]], Mapping[str, Mapping[str, Rate]]]]
 """``replies`` or ``prefill``, at the length that the table shows -> the rates of base and unlearned model."""
 
@@ -54,7 +53,7 @@ def comparison_notes(
         ),
     }
     return (
-        *(f"utility on {_ANSWERS[split]} is {found.words}" for split, found in utility.items()),
+        *(f"utility on {answers_words(split)} is {found.words}" for split, found in utility.items()),
         *_drifts(unlearned, utility),
         *_power(base),
         *_low_bases(kinds, unlearned.setup),
@@ -83,8 +82,8 @@ def _drifts(unlearned: EvaluationResult, utility: Mapping[str, NonInferiority]) 
                 "; training on answers like these hides in their perplexity what was lost"
             )  # fmt: skip
             yield (
-                f"on {_ANSWERS[split]} the model is another than its base: KL {there.kl:.3g} nats a token, the same "
-                f"first token at {_percent(there.top1)}{hidden}"
+                f"on {answers_words(split)} the model is another than its base: KL {there.kl:.3g} nats a token, the "
+                f"same first token at {_percent(there.top1)}{hidden}"
             )
 
 

@@ -28,12 +28,11 @@ from sku.evaluate.records import (
     GenerationRecord,
     Kind,
     RelevanceRow,
-    Split,
+    in_order,
 )
 from sku.evaluate.results import JUDGE_FREE, EvaluationResult, EvaluationSetup, read_result
 from sku.evaluate.wording import Wording, wording_of
 
-SPLITS: tuple[Split, ...] = ("unlearned", "unseen", "retain_test", "benign", "xstest_safe", "xstest_unsafe")
 T = TypeVar("T")
 
 
@@ -83,7 +82,7 @@ def measure(
         prefill_by_category=_per_split(outcomes, "prefill", _by_length_and_category),
         perplexity={
             split: found
-            for split in SPLITS
+            for split in in_order(loss.split for loss in losses)
             if (found := perplexity_of([loss for loss in losses if loss.split == split])) is not None
         },
         samples=_per_split(outcomes, "sample", sample_rates),
@@ -123,14 +122,16 @@ def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
 
 def _wording(generations: Sequence[GenerationRecord]) -> dict[str, Wording]:
     free = [record for record in generations if record.kind == "reply"]
-    found = {split: wording_of([record for record in free if record.split == split]) for split in SPLITS}
+    splits = in_order(record.split for record in free)
+    found = {split: wording_of([record for record in free if record.split == split]) for split in splits}
     return {split: wording for split, wording in found.items() if wording is not None}
 
 
 def _per_split(
     outcomes: Sequence[ReplyOutcome], kind: Kind, count: Callable[[Sequence[ReplyOutcome]], T]
 ) -> dict[str, T]:
-    counted = {split: count([row for row in outcomes if (row.split, row.kind) == (split, kind)]) for split in SPLITS}
+    splits = in_order(row.split for row in outcomes)
+    counted = {split: count([row for row in outcomes if (row.split, row.kind) == (split, kind)]) for split in splits}
     return {split: found for split, found in counted.items() if found}
 
 

@@ -68,8 +68,8 @@ def measure_precisions(
         tokenizer: Of both.
         data: As in the evaluation.
         comparison: Of the base and this model, with rows: what the rounded models are set beside.
-        config: Of that evaluation; ``precisions`` says what is measured. Drawn replies, similarities, XSTest and
-            benchmarks are left out.
+        config: Of that evaluation; ``precisions`` says what is measured. Drawn replies, similarities, XSTest, prompts
+            of other sources and benchmarks are left out.
         prompt_format: As in the evaluation.
         survival: Called once, for what rounding leaves of the change of the weights.
         output_dir: Folder for ``precisions.json`` and, in ``precisions/NAME``, the rows of each, which are reused.
@@ -105,7 +105,7 @@ def measure_precisions(
         evaluate=lambda rounded, name, folder: evaluate(
             rounded,
             tokenizer,
-            data,
+            data.answered(),
             config=_reduced(config),
             judge=judges[0] if judges else None,
             prompt_format=prompt_format,

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from scipy.special import logsumexp
 
-Split = Literal[
-    "unlearned",
-    "unseen",
-    "retain_test",
-    "benign",
-    "benign_validation",
-    "xstest_safe",
-    "xstest_unsafe",
-    "forget_validation",
-    "retain_validation",
-]
+Split = str
+"""``unlearned``, ``unseen``, ``retain_test``, ``xstest_safe``, ``xstest_unsafe``, a validation split, or of another
+source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``."""
 HarmfulSplit = Literal["unlearned", "unseen"]
 Kind = Literal["reply", "prefill", "sample"]
 StartSource = Literal["own", "data"]
 """Whose words a prefill begins with: the base model's own harmful reply, or the harmful answer of the dataset."""
 
 HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("unlearned", "unseen")
-SCORED_ONLY: tuple[Split, ...] = ("benign",)
-"""Only the perplexity of their answers is measured: no model is asked their prompts."""
-UNANSWERED: tuple[Split, ...] = ("xstest_safe", "xstest_unsafe")
-"""Prompts without an answer of the dataset."""
-NORMAL_SPLITS: tuple[Split, ...] = ("retain_test", "benign", "xstest_safe", "retain_validation")
+"""Prompts of the forget set: asked with prefills and for drawn replies too."""
+NORMAL, HARMFUL = "normal:", "harmful:"
+"""What the splits of other sources begin with."""
+
+
+class _NormalSplits(Container[Split]):
+    """Splits whose prompts deserve an answer, those of other sources by what they begin with."""
+
+    def __contains__(self, split: object) -> bool:
+        fixed = ("retain_test", "xstest_safe", "retain_validation")
+        return split in fixed or str(split).startswith((NORMAL, "normal_validation:"))
+
+
+NORMAL_SPLITS: Container[Split] = _NormalSplits()
 """Prompts that deserve an answer. The replies to all others are judged."""
+
+
+def in_order(splits: Iterable[Split]) -> list[Split]:
+    """Splits as tables show them: harmful prompts first, sets of other sources after the run's own, no split twice."""
+    known = ("unlearned", "unseen", HARMFUL, "retain_test", NORMAL, "xstest_safe", "xstest_unsafe")
+
+    def place(split: Split) -> int:
+        return next((number for number, name in enumerate(known) if split.startswith(name)), len(known))
+
+    return sorted(dict.fromkeys(splits), key=place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +78,11 @@ class GenerationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The harmful reply to one prompt whose first tokens a prefill takes."""
+    """A reply that others are made from.
+
+    The harmful one whose first tokens a prefill takes, or the base model's own to a normal prompt that has no answer,
+    which is then scored.
+    """
 
     id: str
     """Split and hash of the prompt."""

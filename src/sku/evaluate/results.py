@@ -6,10 +6,11 @@ Keys of the file:
 - ``setup``: what was asked and how, ``EvaluationSetup``.
   Its ``trained_on`` says of how many of the prompts of ``unlearned`` it is known that training visits them.
 - ``judge``: the judge's card.
-- ``replies``: split -> rate name -> rate. ``unlearned``, ``unseen`` and ``xstest_unsafe`` have harmful,
-  harmful_at_most, harmful_ungated, evasive, safe_answer, refusal, coherent_safe, degenerate, fluent, unjudged,
-  cut_off; ``retain_test`` and ``xstest_safe`` have answered, over_refusal, degenerate, cut_off, and exact_answer where
-  a reference is short enough. A split that holds no prompts is left out.
+- ``replies``: split -> rate name -> rate. ``unlearned``, ``unseen``, ``harmful:NAME`` (``data.harmful``) and
+  ``xstest_unsafe`` have harmful, harmful_at_most, harmful_ungated, evasive, safe_answer, refusal, coherent_safe,
+  degenerate, fluent, unjudged, cut_off; ``retain_test``, ``xstest_safe`` and those ``normal:NAME`` (``data.normal``)
+  that have no answers have answered, over_refusal, degenerate, cut_off, and exact_answer where a reference is short
+  enough. A split that holds no prompts is left out.
 - ``prefill``: split -> tokens given, as a word (``3``) -> the same rates of the replies that were made to begin with
   so many tokens of a harmful one; empty where ``evaluate.prefill_tokens`` is.
 - ``worst_prefill``: split -> the number of tokens after which most replies of this model are harmful, of equals the
@@ -21,10 +22,10 @@ Keys of the file:
   bootstraps over prompts, and Wilson over prompts where all prompts say the same.
 - ``replies_by_category``: split -> category -> rates, of prompts that have a category; ``prefill_by_category``: split
   -> tokens given -> category -> rates.
-- ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; ``benign`` is there too where
-  the data has such a set.
+- ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; on the base model's own greedy
+  replies for normal prompts that have none (``xstest_safe``, some ``normal:NAME``), where a base was given.
 - ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
-  on the answers of ``retain_test`` and ``benign``. Empty for the base itself and where no base was given.
+  on the same answers to normal prompts. Empty for the base itself and where no base was given.
 - ``similarity``: metric -> value, low, high, examples: replies to ``retain_test`` against the dataset's answers, by
   ``rouge_l``, ``chrf``, ``cosine`` (each 0 to 1, a cosine down to -1) and ``bleurt``, those that were asked for.
 - ``truthfulqa``: ``mc1`` and ``mc2``, each value, low, high, and ``questions``; null where not asked for.
@@ -65,6 +66,7 @@ from sku.evaluate.metrics import Perplexity, Rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import (
     OUTCOMES_FILE,
+    OWN_ANSWERS_FILE,
     PERPLEXITY_FILE,
     SCHEMA_VERSION,
     SIMILARITY_FILE,
@@ -76,7 +78,7 @@ from sku.evaluate.record_files import (
     write_json_object,
     write_rows,
 )
-from sku.evaluate.records import ChoiceRow, ExampleLoss, SimilarityRow, Start
+from sku.evaluate.records import HARMFUL, NORMAL, ChoiceRow, ExampleLoss, SimilarityRow, Split, Start
 from sku.evaluate.statistics import CorrectedRate
 from sku.evaluate.wording import Wording
 
@@ -90,11 +92,21 @@ SPLIT_NAMES = {
     "unlearned": "forget-set prompts", "unseen": "unseen prompts", "retain_test": "normal prompts",
     "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
 }  # fmt: skip
-"""Split -> what a reader calls it; ``EvaluationSetup.split_name`` says more of ``unlearned``."""
+"""Split -> what a reader calls it; ``EvaluationSetup.split_name`` knows those of other sources too."""
 ROWS = ("outcomes", "losses", "similarity_rows", "choice_rows", "starts")
 """Fields of a result that have files of their own."""
 JUDGE_FREE = ("agreement", "similarity", "truthfulqa", "lm_eval", "similarity_rows", "choice_rows", "starts")
 """Fields of a result that no judge decides once the model was asked."""
+
+
+def set_name(split: Split) -> str:
+    """The name that the recipe gives a set of another source."""
+    return split.rpartition(":")[2]
+
+
+def answers_words(split: Split) -> str:
+    """What a reader calls the scored answers of a normal split."""
+    return {"retain_test": "normal answers", "xstest_safe": "XSTest answers"}.get(split, f"{set_name(split)} answers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,16 +212,14 @@ class EvaluationSetup:
 
     def split_name(self, split: str) -> str:
         """What a reader calls a split; prompts are called trained-on where training visits all that were asked."""
+        if split.startswith((HARMFUL, NORMAL)):
+            return f"{set_name(split)} prompts"
         if split != "unlearned" or self.trained_on is None:
             return SPLIT_NAMES[split]
         asked, visited = self.trained_on["asked"], self.trained_on["visited"]
         if visited == asked:
             return "trained-on prompts"
         return f"{SPLIT_NAMES[split]}, {100 * visited / asked:.0f} % of them trained on"
-
-    def split_names(self) -> dict[str, str]:
-        """Every split's name."""
-        return {split: self.split_name(split) for split in SPLIT_NAMES}
 
     def answers_name(self) -> str:
         """What a reader calls the answers of ``unlearned``: ``trained-on`` or ``forget-set``."""
@@ -247,7 +257,8 @@ class EvaluationResult:
     """Per question of TruthfulQA; in ``truthfulqa_mc.jsonl``, not in ``evaluation.json``."""
 
     starts: tuple[Start, ...] = field(default=(), repr=False)
-    """What the prefill of each harmful prompt begins with; in ``starts.jsonl``, not in ``evaluation.json``."""
+    """What the prefill of each harmful prompt begins with, in ``starts.jsonl``, and the base model's own replies that
+    are scored, in ``own_answers.jsonl``; not in ``evaluation.json``."""
 
     def worst_prefills(self) -> dict[str, Rates]:
         """Split -> rates at the length that is the worst for this model."""
@@ -337,6 +348,8 @@ def read_result(folder: Path) -> EvaluationResult:
         result = dataclasses.replace(result, judge_agreement=agreement)
     similar = read_rows(folder / SIMILARITY_FILE, SimilarityRow)[1] if result.similarity else []
     starts = read_rows(folder / STARTS_FILE, Start)[1] if result.setup.starts else []
+    if (folder / OWN_ANSWERS_FILE).exists():
+        starts += read_rows(folder / OWN_ANSWERS_FILE, Start)[1]
     choices = read_rows(folder / TRUTHFULQA_FILE, ChoiceRow)[1] if result.truthfulqa is not None else []
     return dataclasses.replace(
         result,

@@ -30,6 +30,7 @@ from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
+    OWN_ANSWERS_FILE,
     PERPLEXITY_FILE,
     STARTS_FILE,
     create_private_folder,
@@ -38,7 +39,7 @@ from sku.evaluate.record_files import (
 )
 from sku.evaluate.records import (
     HARMFUL_SPLITS,
-    UNANSWERED,
+    NORMAL_SPLITS,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
@@ -47,10 +48,10 @@ from sku.evaluate.records import (
     Start,
 )
 from sku.evaluate.replies import ReplyStages
-from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, answers_words, write_result
 from sku.evaluate.reuse import Reuse
-from sku.evaluate.sampling import record_id
-from sku.evaluate.starts import NO_BASE, by_id, choose_starts, count_sources, starts_note
+from sku.evaluate.sampling import record_id, start_id
+from sku.evaluate.starts import NO_BASE, Starts, by_id, choose_starts, count_sources, starts_note
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 
@@ -91,7 +92,7 @@ def evaluate(
             switched off for the time of the evaluation; it is not changed.
         tokenizer: Of the model; None with a name, whose own tokenizer is then used.
         data: The splits ``unlearned`` (its ``visited`` examples where they are known), ``unseen`` and ``retain_test``
-            are measured; of ``benign``, where there is one, the perplexity alone.
+            are measured, and the sets of other sources (``normal``, ``harmful``).
         config: Numbers of prompts, lengths, judge; the defaults of ``EvaluateConfig`` if None.
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.
@@ -166,6 +167,7 @@ class _Rows:
     fluency: list[FluencyRecord]
     losses: list[ExampleLoss]
     starts: list[Start]
+    """Of prefills, and what is scored in place of answers."""
     relevance: list[RelevanceRow]
     fields: dict[str, Any]
     """Of the result; no judge decides them."""
@@ -218,7 +220,8 @@ class _Run:
             utility = self._utility(about, left_out)
             header = {"model": about, "decoding": decoding}
             generations, check = replies.generate(requests, stop_ids, header, prefills)
-            texts = self._scored_texts(drawn.examples, left_out)
+            own = self._own_answers(requests, generations, base_model, given, stop_ids)
+            texts = self._scored_texts(drawn.examples, by_id(own), left_out)
             losses = self._losses(texts, about)
             fields = {**utility.truthfulqa(), **utility.lm_eval()}
         with batching.evaluation_mode(scorer):
@@ -245,6 +248,7 @@ class _Run:
                 *replies.notes(check),
                 *([SELF_SCORED] if base_model is None else []),
                 *([starts_note(counts) if given or base_model is not None else NO_BASE] if counts else []),
+                *_own_answers_notes(requests, own),
             ),
         )
         return _Rows(
@@ -252,7 +256,7 @@ class _Run:
             generations=generations,
             fluency=losses_of_replies,
             losses=losses,
-            starts=starts,
+            starts=[*starts, *own],
             relevance=utility.relevance(generations),
             fields=fields,
         )
@@ -301,15 +305,56 @@ class _Run:
             if base is self.model:
                 replies, scored = harmful, fluency.of_free(free)
             else:
-                replies, scored = self._ask_base(base, asked, stop_ids)
+                replies = self._ask_base(base, asked, stop_ids)
+                with batching.evaluation_mode(base):
+                    scored = _Fluency(run=self, scorer=base).of_free(replies)
             return self.reuse.processes.on_main(lambda: self._judged_starts(replies, scored))
 
         return self.reuse.rows(STARTS_FILE, header, Start, make)
 
+    def _own_answers(
+        self,
+        requests: Sequence[GenerationRequest],
+        generations: Sequence[GenerationRecord],
+        base: PreTrainedModel | None,
+        given: Sequence[Start] | None,
+        stop_ids: Sequence[int],
+    ) -> list[Start]:
+        """The base model's replies to normal prompts that have no answer, kept in ``own_answers.jsonl``.
+
+        None where there is neither a base nor what it was asked before.
+        """
+        asked = [one for one in requests if one.kind == "reply" and one.split in NORMAL_SPLITS and not one.reference]
+        if not asked or (given is None and base is None):
+            folder = self.reuse.folder
+            if folder is not None:  # Of an earlier evaluation.
+                self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
+            return []
+        wanted = {request.id: start_id(request.split, request.prompt) for request in asked}
+        header: dict[str, Any] = {"requests": header_hash({"requests": [*wanted]})}
+        if given is not None:
+            known = by_id(given)
+            header["given"] = header_hash({"texts": [known[name].text for name in wanted.values() if name in known]})
+        else:
+            assert base is not None
+            with batching.evaluation_mode(base):
+                header["base"] = fingerprint(base, probes_of(asked))
+            header["decoding"] = self._replies().decoding(stop_ids)
+
+        def make() -> list[Start]:
+            if given is not None:
+                return [known[name] for name in wanted.values() if name in known]
+            assert base is not None
+            replies = generations if base is self.model else self._ask_base(base, asked, stop_ids)
+            texts = {record.id: record.reply for record in replies if record.id in wanted}
+            return [Start(id=wanted[name], source="own", text=texts[name]) for name in wanted]
+
+        return self.reuse.rows(OWN_ANSWERS_FILE, header, Start, make)
+
     def _ask_base(
         self, base: PreTrainedModel, asked: Sequence[GenerationRequest], stop_ids: Sequence[int]
-    ) -> tuple[list[GenerationRecord], list[FluencyRecord]]:
-        """The base model's replies to harmful prompts, where its own evaluation is not at hand; none is written."""
+    ) -> list[GenerationRecord]:
+        """The base model's replies, where its own evaluation is not at hand; none is written."""
         # vLLM would read weights from a folder that is not known here.
         backend = "generate" if self.config.backend == "vllm" else self.config.backend
         stages = dataclasses.replace(
@@ -321,8 +366,7 @@ class _Run:
             report=lambda stage: self.report(f"base, {stage}"),
         )
         with batching.evaluation_mode(base):
-            replies, _ = stages.generate(asked, stop_ids, {})
-            return replies, _Fluency(run=self, scorer=base).of_free(replies)
+            return stages.generate(asked, stop_ids, {})[0]
 
     def _judged_starts(self, replies: Sequence[GenerationRecord], scored: Sequence[FluencyRecord]) -> list[Start]:
         assert self.judge is not None
@@ -346,13 +390,19 @@ class _Run:
         )
 
     def _scored_texts(
-        self, drawn: Mapping[Split, Sequence[Example]], left_out: dict[str, int]
+        self, drawn: Mapping[Split, Sequence[Example]], own: Starts, left_out: dict[str, int]
     ) -> list[agreement.ScoredText]:
-        """The dataset's own answers; those without a token are added to ``left_out``."""
+        """The dataset's answers, or the base model's own; those without a token are added to ``left_out``."""
         texts: list[agreement.ScoredText] = []
         for split, examples in drawn.items():
-            for example in examples if split not in UNANSWERED else ():
-                tokens = self.writer.scored(example.prompt, example.answer, with_end=example.finished)
+            for example in examples:
+                answer, with_end = example.answer, example.finished
+                if not answer:
+                    start = own.get(start_id(split, example.prompt))
+                    if start is None:
+                        continue  # Harmful prompts are only asked; of others a note says that there was no base.
+                    answer, with_end = start.text, False  # It may have been cut.
+                tokens = self.writer.scored(example.prompt, answer, with_end=with_end)
                 if tokens is None:
                     reason = f"{split}: perplexity, as no token of the answer fits"
                     left_out[reason] = left_out.get(reason, 0) + 1
@@ -444,6 +494,17 @@ class _Fluency:
             processes=self._run.reuse.processes,
             progress=self._run.report("fluency"),
         )
+
+
+def _own_answers_notes(requests: Sequence[GenerationRequest], own: Sequence[Start]) -> tuple[str, ...]:
+    """Whose words the perplexity and KL of prompts without answers are about."""
+    splits = dict.fromkeys(one.split for one in requests if one.split in NORMAL_SPLITS and not one.reference)
+    if not splits:
+        return ()
+    listed = ", ".join(map(answers_words, splits))
+    if own:
+        return (f"{listed}: there are none in the data, so the base model's own greedy replies are scored",)
+    return (f"{listed}: there are none in the data, and no base model was given to write them, so none are scored",)
 
 
 def _unclear(records: Sequence[GenerationRecord]) -> list[GenerationRecord]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sku.config import EvaluateConfig
 from sku.data.examples import Example, ForgetRetainData
 from sku.evaluate import batching, harness
-from sku.evaluate.agreement import SPLITS, ScoredText, agreement_of, compare_distributions, texts_hash
+from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions, texts_hash
 from sku.evaluate.asking import Writer
 from sku.evaluate.bleurt import load_bleurt
 from sku.evaluate.embedding import Embedder, load_embedder
@@ -64,7 +64,7 @@ from sku.evaluate.truthfulqa_mc import (
 )
 from sku.models import embedding_weight
 
-TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation", "forget_validation", "benign_validation")
+TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation", "forget_validation")
 """Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
 
 
@@ -137,7 +137,7 @@ class UtilityStages:
         texts: Sequence[ScoredText],
     ) -> dict[str, Any]:
         """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
-        base, read = base_model, [text for text in texts if text.split in SPLITS]
+        base, read = base_model, [text for text in texts if text.split in NORMAL_SPLITS]
         if base is None or base is self.model or not read:
             return {}
         with batching.evaluation_mode(self.model), batching.evaluation_mode(base):
@@ -274,7 +274,8 @@ class UtilityStages:
     def _trained(self) -> list[Example]:
         """Examples whose prompts a model may have been trained or tuned on."""
         splits = self.data.splits()
-        return [example for name in TRAINED_SPLITS for example in splits.get(name, ())]
+        tuned_on = [example for examples in self.data.normal_validation.values() for example in examples]
+        return [*(example for name in TRAINED_SPLITS for example in splits.get(name, ())), *tuned_on]
 
     def _leave_out(self, reason: str, count: int) -> None:
         if count:

@@ -8,8 +8,8 @@ Four parts are looked at, each as a share of its own limit, and the worst of the
 - *over-refusal*: the share of normal prompts refused beyond the base model's, over its limit. It needs replies, so it
   is looked at only where the other two are within theirs.
 
-The normal sets are those that no method trains on and that no table reports: ``retain_validation``, and
-``benign_validation`` where the data has a benign set. Numbers in, numbers out: no model, no torch.
+The normal sets are those that no method trains on and that no table reports: ``retain_validation``, and of each set
+of ``data.normal`` that has answers one half, ``normal_validation:NAME``. Numbers in, numbers out: no model, no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Protocol
 from sku.evaluate.records import Split
 
 RETAIN: Split = "retain_validation"
-BENIGN: Split = "benign_validation"
 OVER_REFUSAL = "over-refusal"
 BROKEN = "weights that break"
 ROUNDING = 1e-9

@@ -1,7 +1,7 @@
 """What normal text says of a changed model, by which settings such as alpha are chosen: test splits stay unread.
 
-The normal sets are ``retain_validation`` and, where the data has a benign set, ``benign_validation``: prompts that no
-method trains on, and rows that no table reports.
+The normal sets are ``retain_validation`` and one half of each set of ``data.normal`` that has answers,
+``normal_validation:NAME``: prompts that no method trains on, and rows that no table reports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sku.evaluate.metrics import MAX_EXPONENT
 from sku.evaluate.perplexity import score_examples
 from sku.evaluate.records import Split
 from sku.evaluate.sampling import draw_examples
-from sku.evaluate.utility_cost import BENIGN, RETAIN, Limits, UtilityCost, utility_cost
+from sku.evaluate.utility_cost import RETAIN, Limits, UtilityCost, utility_cost
 
 Scores = Sequence[tuple[float, int]]
 """Of each answer: the sum of its tokens' losses in nats, and their number."""
@@ -39,14 +39,15 @@ def validation_texts(
         seed: Of the draw.
 
     Returns:
-        Split -> token ids with the answers and their ends labelled; those without a token are left out, and so is a
-        benign set without any.
+        Split -> token ids with the answers and their ends labelled; those without a token are left out, and so is
+        another normal set without any.
 
     Raises:
         EvaluationError: None of ``retain_validation`` is left.
     """
     found: dict[Split, list[TokenizedExample]] = {}
-    for split, examples in ((RETAIN, data.retain_validation), (BENIGN, data.benign_validation)):
+    others = {f"normal_validation:{name}": examples for name, examples in data.normal_validation.items()}
+    for split, examples in {RETAIN: data.retain_validation, **others}.items():
         drawn = draw_examples(examples, count, seed=seed)
         scored = (writer.scored(example.prompt, example.answer, with_end=example.finished) for example in drawn)
         texts = [example for example in scored if example is not None]

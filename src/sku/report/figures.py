@@ -20,6 +20,7 @@ from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison, PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.results import answers_words
 from sku.evaluate.verdict import CANT_MEASURE
 
 OUTCOME_COLOURS = {
@@ -217,13 +218,11 @@ def _draw_rate(axes: Axes, row: int, change: RateChange) -> None:
 
 
 def _draw_perplexities(axes: Axes, comparison: Comparison) -> None:
-    words = {
-        "retain_test": "normal answers",
-        "benign": "benign answers",
+    harmful = {
         "unlearned": f"harmful answers,\n{comparison.unlearned.setup.answers_name()}",
         "unseen": "harmful answers,\nunseen",
     }
-    rows = [(split, comparison.perplexity[split]) for split in words if split in comparison.perplexity]
+    rows = list(comparison.perplexity.items())
     low, high = _ratio_limits([change for _, change in rows])
     axes.set_xscale("log")
     axes.axvline(1, color=_INK, linewidth=0.9)
@@ -234,7 +233,7 @@ def _draw_perplexities(axes: Axes, comparison: Comparison) -> None:
         axes.text(
             1.029, row, f"\u00d7{change.ratio:.3g}", va="center", fontsize=8.5, transform=axes.get_yaxis_transform()
         )
-    axes.set_yticks(range(len(rows)), [words[split] for split, _ in rows])
+    axes.set_yticks(range(len(rows)), [harmful.get(split) or answers_words(split) for split, _ in rows])
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator(_ratio_ticks(low, high)))

@@ -38,7 +38,7 @@ _MEASURES = (
     _EXACT,
     _REFUSED,
     Measure(field="perplexity_normal", title="Perplexity / base", of="normal answers", better="lower", ratio=True),
-    Measure(field="perplexity_benign", title="Perplexity / base", of="benign answers", better="lower", ratio=True),
+    Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
 )
 _LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
 _ASKED = {"unseen/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sku.errors import EvaluationError, did_you_mean
 from sku.evaluate.judges import Calibration
 from sku.evaluate.metrics import prefill_words
+from sku.evaluate.records import NORMAL
 from sku.evaluate.statistics import holm
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.method_points import NORMAL_KEY, Point, Role, prefill_lengths
@@ -42,7 +43,7 @@ RATE_COLUMNS: Mapping[str, str] = {
 """Field of ``ComparisonRow`` -> heading; that of prefills goes on with the lengths tried."""
 RATIO_COLUMNS: Mapping[str, str] = {
     "perplexity_normal": "perplexity / base, normal",
-    "perplexity_benign": "perplexity / base, benign",
+    "perplexity_others": "perplexity / base, other answers",
     "perplexity_harmful_unseen": "perplexity / base, harmful unseen",
 }
 """Field of ``ComparisonRow`` -> heading."""
@@ -80,7 +81,7 @@ class ComparisonRow:
     exact_answers: Estimate | None
     perplexity_normal: Estimate | None
     """Of the answers of ``retain_test``, over the base model's."""
-    perplexity_benign: Estimate | None
+    perplexity_others: Estimate | None
     perplexity_harmful_unseen: Estimate | None
     strength: float | None
     """Mean over seeds."""
@@ -297,6 +298,8 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
     def ratio(split: str) -> Estimate | None:
         return None if base is None else perplexity_ratio(records, base, role, split)
 
+    sets = dict.fromkeys(split for point in points for split in point.losses if split.startswith(NORMAL))
+    others = [found for split in sets if (found := ratio(split)) is not None]
     return ComparisonRow(
         name=records[0].name,
         title=records[0].title,
@@ -311,7 +314,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         over_refusal=rate(records, role, NORMAL_KEY, "over_refusal"),
         exact_answers=rate(records, role, NORMAL_KEY, "exact_answer"),
         perplexity_normal=ratio("retain_test"),
-        perplexity_benign=ratio("benign"),
+        perplexity_others=max(others, key=lambda found: found.value, default=None),
         perplexity_harmful_unseen=ratio("unseen"),
         strength=sum(strengths) / len(strengths) if strengths else None,
         utility_cost=sum(costs) / len(costs) if costs else None,

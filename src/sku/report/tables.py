@@ -8,6 +8,8 @@ from sku.evaluate.comparison import Comparison, LeakChange, PerplexityChange, Ra
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Rate
+from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, in_order
+from sku.evaluate.results import answers_words
 from sku.evaluate.statistics import MOST_HIDDEN, CorrectedRate
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.table_rows import TableRow as TableRow
@@ -43,28 +45,32 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
         harmful rate that the judge can't measure says so in place of its change.
     """
     rows: list[TableRow] = []
-    names, judge = comparison.unlearned.setup.split_names(), comparison.unlearned.judge
-    for split in ("unlearned", "unseen"):
-        rows += _rate_rows(names[split], comparison.replies.get(split, {}), _REPLY_MEASURES, judge)
-        rows += _same_reply_rows(comparison, split)
-        if split == "unseen":
-            rows += _length_rows(comparison, split)
-        rows += _corrected_rows(names[split], comparison, split, "replies")
-        rows += _judge_rows(names[split], comparison, split)
+    named, judge = comparison.unlearned.setup.split_name, comparison.unlearned.judge
+    asked = in_order(("unlearned", "unseen", "retain_test", *comparison.replies))
+    for split in asked:
+        if split in ("unlearned", "unseen") or split.startswith(HARMFUL):
+            rows += _rate_rows(named(split), comparison.replies.get(split, {}), _REPLY_MEASURES, judge)
+            rows += _same_reply_rows(comparison, split)
+            if split == "unseen":
+                rows += _length_rows(comparison, split)
+            rows += _corrected_rows(named(split), comparison, split, "replies")
+            rows += _judge_rows(named(split), comparison, split)
     rows += _kappa_rows(comparison)
     for split in ("unlearned", "unseen"):
         if split in comparison.prefill:
-            name = f"{names[split]}, {comparison.prefill_label(split)}"
+            name = f"{named(split)}, {comparison.prefill_label(split)}"
             rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1], judge)
             rows += _corrected_rows(name, comparison, split, f"prefill/{comparison.unlearned.worst_prefill[split]}")
     for split in ("unlearned", "unseen"):
-        name = f"{names[split]}, drawn"
+        name = f"{named(split)}, drawn"
         rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1], judge)
         rows += _leak_rows(name, comparison.leak.get(split, {}), judge)
-    rows += _rate_rows(names["retain_test"], comparison.replies.get("retain_test", {}), _NORMAL_MEASURES, judge)
-    rows += _length_rows(comparison, "retain_test")
-    for split, measures in (("xstest_safe", _NORMAL_MEASURES), ("xstest_unsafe", _REPLY_MEASURES)):
-        rows += _rate_rows(names[split], comparison.replies.get(split, {}), measures, judge)
+    for split in asked:
+        if split in NORMAL_SPLITS or split == "xstest_unsafe":
+            measures = _NORMAL_MEASURES if split in NORMAL_SPLITS else _REPLY_MEASURES
+            rows += _rate_rows(named(split), comparison.replies.get(split, {}), measures, judge)
+            if split == "retain_test":
+                rows += _length_rows(comparison, split)
     rows += _perplexity_rows(comparison.perplexity, comparison.unlearned.setup.answers_name())
     rows += utility_rows(comparison)
     return rows
@@ -209,20 +215,14 @@ def interval(rate: Rate | CorrectedRate | Leak) -> str:
 
 
 def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) -> Iterator[TableRow]:
-    for split, measure, wanted in (
-        ("retain_test", "normal answers", "same"),
-        ("benign", "benign answers", "same"),
-        ("unlearned", f"{unlearned} harmful answers", "up"),
-        ("unseen", "unseen harmful answers", "up"),
-    ):
-        if split in changes:
-            change = changes[split]
-            yield TableRow(
-                section="perplexity",
-                measure=measure,
-                before=f"{change.before:.4g}",
-                after=f"{change.after:.4g}",
-                interval=f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}",
-                change=f"\u00d7{change.ratio:.4g} ({change.low:.4g} to {change.high:.4g})",
-                wanted=wanted,
-            )
+    harmful = {"unlearned": f"{unlearned} harmful answers", "unseen": "unseen harmful answers"}
+    for split, change in changes.items():
+        yield TableRow(
+            section="perplexity",
+            measure=harmful.get(split) or answers_words(split),
+            before=f"{change.before:.4g}",
+            after=f"{change.after:.4g}",
+            interval=f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}",
+            change=f"\u00d7{change.ratio:.4g} ({change.low:.4g} to {change.high:.4g})",
+            wanted="up" if split in harmful else "same",
+        )

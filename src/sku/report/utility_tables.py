@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from sku.evaluate.comparison import Comparison, ScoreChange
-from sku.evaluate.results import BaseAgreement, HarnessScores, TaskScores
+from sku.evaluate.records import in_order
+from sku.evaluate.results import BaseAgreement, HarnessScores, TaskScores, answers_words
 from sku.report.table_rows import TableRow
 
 _SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine", "bleurt": "BLEURT"}
-_TEXT_NAMES = {"retain_test": "normal answers", "benign": "benign answers"}
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 
 
@@ -38,28 +38,27 @@ def main_metric(scores: TaskScores) -> str | None:
 def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow]:
     """The base agrees with itself: divergence 0, the same first token everywhere."""
     whole = "same as base"
-    for split, words in _TEXT_NAMES.items():
-        if split in agreement:
-            found = agreement[split]
-            yield TableRow(
-                section=f"{whole}, {words}",
-                measure="same first token",
-                before="100.0 %",
-                after=f"{100 * found.top1:.1f} %",
-                interval=f"{100 * found.top1_low:.1f} to {100 * found.top1_high:.1f}",
-                change=f"{100 * (found.top1 - 1):+.1f} ({100 * (found.top1_low - 1):+.1f} to "
-                f"{100 * (found.top1_high - 1):+.1f}) points",
-                wanted="same",
-            )
-            yield TableRow(
-                section=f"{whole}, {words}",
-                measure="KL per token, nats",
-                before="0",
-                after=f"{found.kl:.3g}",
-                interval=f"{found.kl_low:.2g} to {found.kl_high:.2g}",
-                change=f"{found.kl:+.3g} ({found.kl_low:+.3g} to {found.kl_high:+.3g}) nats",
-                wanted="same",
-            )
+    for split in in_order(agreement):
+        found, section = agreement[split], f"{whole}, {answers_words(split)}"
+        yield TableRow(
+            section=section,
+            measure="same first token",
+            before="100.0 %",
+            after=f"{100 * found.top1:.1f} %",
+            interval=f"{100 * found.top1_low:.1f} to {100 * found.top1_high:.1f}",
+            change=f"{100 * (found.top1 - 1):+.1f} ({100 * (found.top1_low - 1):+.1f} to "
+            f"{100 * (found.top1_high - 1):+.1f}) points",
+            wanted="same",
+        )
+        yield TableRow(
+            section=section,
+            measure="KL per token, nats",
+            before="0",
+            after=f"{found.kl:.3g}",
+            interval=f"{found.kl_low:.2g} to {found.kl_high:.2g}",
+            change=f"{found.kl:+.3g} ({found.kl_low:+.3g} to {found.kl_high:+.3g}) nats",
+            wanted="same",
+        )
 
 
 def _score_rows(section: str, changes: Mapping[str, ScoreChange], names: Mapping[str, str]) -> Iterator[TableRow]:

@@ -205,10 +205,11 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
 
 def data_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
     """Where the data came from, a row for each set, in the order in which it was read."""
-    configs = [run.recipe["data"][name] for name in ("forget", "retain", "benign")]
-    for name, config, source in zip(
-        ("forget", "retain", "benign"), configs, run.manifest["data"]["sources"], strict=False
-    ):
+    data = run.recipe["data"]
+    configs = {"forget": data["forget"], "retain": data["retain"]}
+    for kind in ("normal", "harmful"):
+        configs |= {f"{kind} {name}": config for name, config in data.get(kind, {}).items()}
+    for (name, config), source in zip(configs.items(), run.manifest["data"]["sources"], strict=False):
         yield {
             "name": name,
             "source": f"{public_name(source['location'])} ({source['source']})",

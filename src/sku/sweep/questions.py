@@ -61,7 +61,7 @@ def draw_questions(
     """Draws what a sweep asks.
 
     Args:
-        data: ``forget_validation``, ``retain_validation`` and ``benign_validation`` are used, no other split.
+        data: ``forget_validation``, ``retain_validation`` and ``normal_validation`` are used, no other split.
         writer: Of the model.
         config: Numbers and lengths.
         seed: Of the draws.

@@ -17,11 +17,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sku._version import __version__
+from sku.evaluate.records import in_order
 from sku.report.attack_table import left_out_lines
 from sku.report.html.drawing import Picture
 from sku.report.html.key_figures import key_figures
 from sku.report.html.palette import PALETTE, theme_css
-from sku.report.html.reply_pairs import replies_json
+from sku.report.html.reply_pairs import ReplyPair, replies_json
 from sku.report.html.reproduction import DATA_COLUMNS
 from sku.report.html.result_charts import attack_chart, prefill_rows, result_charts, sections_of
 from sku.report.html.run_charts import precision_chart, training_chart, vector_chart
@@ -69,10 +70,16 @@ def run_page(run: RecordedRun) -> Page:
         sections=list(sections_of(run.table)),
         prefills=prefill_rows(run),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
-        replies=None if run.pairs is None else Markup(replies_json(run.pairs, run.unlearned.setup.split_names())),
+        replies=None if run.pairs is None else Markup(replies_json(run.pairs, _names(run, run.pairs))),
         pair_count=len(run.pairs or ()),
     )
     return Page(html=html, pictures=tuple(pictures))
+
+
+def _names(run: RecordedRun, pairs: Sequence[ReplyPair]) -> dict[str, str]:
+    """Splits that were asked -> what a reader calls them."""
+    splits = in_order(pair.base.record.split for pair in pairs)
+    return {split: run.unlearned.setup.split_name(split) for split in splits}
 
 
 def comparison_page(runs: Sequence[RecordedRun]) -> Page:

@@ -12,7 +12,6 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.results import EvaluationResult
 
 DATA_COLUMNS = ("set", "format", "location", "revision", "SHA-256", "rows read", "licence")
-_ROLES = ("forget", "retain", "benign")
 NOTHING = "\u2013"
 
 
@@ -57,7 +56,7 @@ def reproduction_of(manifest: Mapping[str, Any], unlearned: EvaluationResult) ->
                 f"{source['rows_read']:,}",
                 str(source["licence"] or "unknown"),
             )
-            for role, source in zip(_ROLES, data["sources"], strict=False)
+            for role, source in zip(roles_of(manifest["recipe"]), data["sources"], strict=False)
         ),
         splits=tuple((str(name), f"{count:,}") for name, count in data["splits"].items()),
         seconds=tuple(
@@ -65,6 +64,12 @@ def reproduction_of(manifest: Mapping[str, Any], unlearned: EvaluationResult) ->
             for name, value in (*seconds.items(), ("in all", sum(seconds.values())))
         ),
     )
+
+
+def roles_of(recipe: Mapping[str, Any]) -> list[str]:
+    """What each source of a run's data is, in the order in which they were read."""
+    others = [f"{kind} {name}" for kind in ("normal", "harmful") for name in recipe["data"].get(kind, {})]
+    return ["forget", "retain", *others]
 
 
 def _facts(manifest: Mapping[str, Any], unlearned: EvaluationResult) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.attacks.results import AttackReport
 from sku.evaluate.metrics import Rate
-from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, in_order
+from sku.evaluate.results import answers_words
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.attack_table import attack_rows
 from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
@@ -28,10 +29,7 @@ OUTCOMES = {
 _TEXT_ON = {outcome: "on_deep" if outcome == "refusal" else "on_bright" for outcome in OUTCOMES}
 _NARROWEST_LABEL = 0.1
 _NORMAL = {"exact_answer": "exact answer", "over_refusal": "refused", "degenerate": "gibberish"}
-_ANSWERS = {
-    "retain_test": "normal answers", "benign": "benign answers", "unlearned": "harmful, {}",
-    "unseen": "harmful, unseen",
-}  # fmt: skip
+_HARMFUL_ANSWERS = {"unlearned": "harmful, {}", "unseen": "harmful, unseen"}
 _MODELS = (
     (light("paper"), light("base"), "base"),
     (light("unlearned"), light("unlearned"), "unlearned"),
@@ -52,14 +50,15 @@ def result_charts(run: RecordedRun) -> list[Picture]:
 
 def outcome_chart(run: RecordedRun) -> Picture | None:
     """Stacked shares of the outcomes of replies to harmful prompts, base above unlearned, a group for each way."""
-    names = run.unlearned.setup.split_names()
+    named = run.unlearned.setup.split_name
     groups = [
-        (names[split], run.base.replies[split], run.unlearned.replies[split])
-        for split in HARMFUL_SPLITS
+        (named(split), run.base.replies[split], run.unlearned.replies[split])
+        for split in in_order(run.base.replies)
+        if split in HARMFUL_SPLITS or split.startswith(HARMFUL)
         if run.base.replies.get(split) and run.unlearned.replies.get(split)
     ] + [
         (
-            f"{names[split]}, {run.prefill_label(split)}",
+            f"{named(split)}, {run.prefill_label(split)}",
             run.base.prefill[split][str(run.unlearned.worst_prefill[split])],
             worst,
         )
@@ -166,9 +165,8 @@ def perplexity_chart(run: RecordedRun) -> Picture | None:
     """Perplexity of fixed answers after unlearning, in units of what it was before."""
     unlearned = run.unlearned.setup.answers_name()
     rows = [
-        (split, words.format(unlearned), run.perplexity[split])
-        for split, words in _ANSWERS.items()
-        if split in run.perplexity
+        (split, (_HARMFUL_ANSWERS.get(split) or answers_words(split)).format(unlearned), change)
+        for split, change in run.perplexity.items()
     ]
     if not rows:
         return None
