@@ -17,7 +17,16 @@ from sku.evaluate.metrics import perplexity_of, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, write_rows
 from sku.evaluate.records import ExampleLoss
-from sku.evaluate.results import RESULT_FILE, EvaluationResult, EvaluationSetup, read_result, write_result
+from sku.evaluate.results import (
+    RESULT_FILE,
+    EvaluationResult,
+    EvaluationSetup,
+    HarnessScores,
+    TaskScores,
+    read_result,
+    write_result,
+)
+from sku.report.utility_tables import utility_rows
 
 SETUP = EvaluationSetup(
     model={"name": "m"}, prompt_format="paper", decoding={"do_sample": False}, config={"utility_margin": 1.05}, seed=0,
@@ -89,6 +98,26 @@ def test_the_perplexity_of_benign_answers_is_compared_too() -> None:
     assert changes["normal:benign"].ratio == pytest.approx(math.exp(0.4))
     assert changes["normal:benign"].examples == 2
     assert changes["retain_test"] == compare(BASE, UNLEARNED).perplexity["retain_test"]
+
+
+def test_tasks_are_paired_by_example() -> None:
+    """Of 40 examples 30 are right before, and 5 of those no more afterwards: -.125, whichever they are."""
+
+    def scored(made: EvaluationResult, digits: str) -> EvaluationResult:
+        accuracy = digits.count("1") / len(digits)
+        tasks = {"t": TaskScores(version=None, shots=0, samples=40, metrics={"acc": accuracy, "bleu": 2.0})}
+        found = HarnessScores(harness="0", limit=None, asked=("t",), tasks=tasks, hits={"t": {"acc": digits}})
+        return dataclasses.replace(made, lm_eval=found)
+
+    base, unlearned = scored(BASE, "1" * 30 + "0" * 10), scored(UNLEARNED, "0" * 5 + "1" * 25 + "0" * 10)
+    change = compare(base, unlearned).lm_eval["t"]
+    assert (change.before.value, change.after.value, change.difference) == (0.75, 0.625, -0.125)
+    assert -0.25 < change.low < change.difference < change.high < 0, "paired: far narrower than two Wilson intervals"
+    rows = {row.label: row for row in utility_rows(compare(base, unlearned))}
+    assert rows["lm-eval: t, acc"].change.startswith("-0.125 (-0.")
+    shorter = scored(UNLEARNED, "1" * 30)
+    with pytest.raises(EvaluationError, match="hold t of 40 and 30 different examples"):
+        compare(base, shorter)
 
 
 def test_a_model_against_itself_does_not_change() -> None:

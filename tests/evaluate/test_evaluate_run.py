@@ -35,8 +35,9 @@ from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_gener
 from sku.evaluate.records import FluencyRecord
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
-from sku.evaluate.sampling import record_id
+from sku.evaluate.sampling import record_id, start_id
 from sku.losses import IGNORE_INDEX
+from sku.report.tables import before_after_rows
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
 CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40, samples=0)
@@ -235,9 +236,7 @@ def test_prompts_alone_are_asked_and_the_base_models_own_replies_to_them_scored(
     torch.manual_seed(1)
     changed = LlamaForCausalLM(tiny_model.config).eval()
     asked: dict[str, Any] = {"config": TINY_CONFIG, "judge": RefusalRulesJudge()}
-    base = evaluate(
-        tiny_model, tiny_tokenizer, others, base_model=tiny_model, output_dir=tmp_path / "base", **asked
-    )
+    base = evaluate(tiny_model, tiny_tokenizer, others, base_model=tiny_model, output_dir=tmp_path / "base", **asked)
     after = evaluate(
         changed, tiny_tokenizer, others, base_model=tiny_model, starts=base.starts, output_dir=tmp_path / "m", **asked
     )

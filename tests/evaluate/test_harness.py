@@ -20,7 +20,7 @@ from sku.data.load import load_forget_retain
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import harness
-from sku.evaluate.harness import HARNESS_FILE, check_known, run_tasks
+from sku.evaluate.harness import HARNESS_FILE, check_known, check_tasks, run_tasks
 from sku.evaluate.results import HarnessScores, read_result
 from sku.evaluate.run import evaluate
 from sku.models import load_model
@@ -106,6 +106,38 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
     assert torch.equal(torch.random.get_rng_state(), before[1])
     assert numpy_state() == before[2]
     assert tokenizer.padding_side == side
+
+
+def test_tasks_of_the_package_read_a_folder_of_ones_own(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path
+) -> None:
+    """The world's own answers are likelier than others', whichever side of the rest they stand on."""
+    rows = [json.loads(line) for line in (tasks / "world.jsonl").read_text().splitlines()]
+    asked = [{"query": row["question"], "choices": row["answers"], "gold": row["right"]} for row in rows]
+    halves = [
+        {
+            "context_options": [f"{row['question']} {answer}" for answer in row["answers"]],
+            "continuation": ".",
+            "gold": 0,
+        }
+        for row in rows
+    ]
+    for name, lines in (("openbook_qa", asked), ("winogrande", halves)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = ("sku_openbook_qa", "sku_winogrande")
+    found = run_tasks(*world, names, limit=4, include=None, batch_size=4, data=str(tmp_path))
+    assert set(found.tasks) == set(names)
+    for name in names:
+        digits = found.hits[name]["acc"]
+        assert len(digits) == found.tasks[name].samples == 4
+        assert digits.count("1") / 4 == found.tasks[name].metrics["acc"]
+    assert found.tasks["sku_openbook_qa"].metrics["acc"] >= 0.75
+    with pytest.raises(
+        EvaluationError, match="has no arc_challenge.jsonl, arc_easy.jsonl, comm.*: name another folder"
+    ):
+        check_tasks(["sku_utility"], None, str(tmp_path))
+    with pytest.raises(EvaluationError, match="names sku_piqa, which read JSON Lines files: name their folder with"):
+        check_tasks(["sku_piqa"], None)
 
 
 def test_an_evaluation_runs_tasks_once_and_says_so(

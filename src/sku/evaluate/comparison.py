@@ -19,7 +19,7 @@ from sku.evaluate.leakage import Leak, leaks_per_prompt
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, prefill_words, rate
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, in_order
-from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, MeanScore, Rates
+from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, MeanScore, Rates, main_metric
 from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
     Floats,
@@ -30,6 +30,7 @@ from sku.evaluate.statistics import (
     mcnemar_exact,
     mean_interval,
     non_inferiority,
+    wilson_interval,
 )
 from sku.evaluate.verdict import OverallVerdict, overall_verdict
 
@@ -123,7 +124,7 @@ class ScoreChange:
     """``after - before``."""
     low: float
     high: float
-    """95 % interval of the difference, bootstrap over examples; ``change_interval`` for ``mc1`` and ``mc2``. That of
+    """95 % interval of the difference, bootstrap over examples; ``change_interval`` for shares. That of
     another score is as narrow as a point where all examples change alike, or there is one only."""
 
 
@@ -157,6 +158,9 @@ class Comparison:
     """Metric -> change, of replies to normal prompts; where both were measured."""
     truthfulqa: dict[str, ScoreChange] = field(default_factory=dict)
     """``mc1`` and ``mc2`` -> change, where both were measured."""
+    lm_eval: dict[str, ScoreChange] = field(default_factory=dict)
+    """Task of lm-evaluation-harness -> change of its main metric, paired by example; of tasks whose answers are right
+    or wrong."""
 
     def prefill_label(self, split: str) -> str:
         """``prefill, worst of 1/3/5/10 (3 tokens)``: what was tried, and what is shown of it."""
@@ -228,6 +232,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         leak=leak,
         similarity=_similarity_changes(base, unlearned, seed),
         truthfulqa=_choice_changes(base, unlearned, seed),
+        lm_eval=_task_changes(base, unlearned, seed),
     )
 
 
@@ -458,6 +463,29 @@ def _choice_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: i
         means = getattr(before, name), getattr(after, name)
         changes[name] = _score_change(name, means, old, new, partial(change_interval, seed=seed))
     return changes
+
+
+def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
+    before, after = base.lm_eval, unlearned.lm_eval
+    if before is None or after is None:
+        return {}
+    changes = {}
+    for task, scores in after.tasks.items():
+        metric = main_metric(scores)
+        old, new = (found.hits.get(task, {}).get(metric or "") for found in (before, after))
+        if old is None or new is None:
+            continue
+        paired = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
+        means = [_share(digits) for digits in (old, new)]
+        changes[task] = _score_change(
+            task, (means[0], means[1]), paired[0], paired[1], partial(change_interval, seed=seed)
+        )
+    return changes
+
+
+def _share(digits: str) -> Interval:
+    low, high = wilson_interval(digits.count("1"), len(digits))
+    return Interval(value=digits.count("1") / len(digits), low=low, high=high)
 
 
 def _score_change(

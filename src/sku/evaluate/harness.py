@@ -2,6 +2,9 @@
 
 The harness asks with its own prompts, without the run's prompt format or chat template, so its numbers are those that
 other papers report for a base model. It is imported only where ``evaluate.lm_eval`` names a task.
+
+``tasks/*.yaml`` are tasks of the package, ``sku_arc_easy`` and others, all of them by the tag ``sku_utility``:
+multiple choice on JSON Lines files in the folder ``evaluate.lm_eval_data``, so that nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ import hashlib
 import json
 import math
 import random
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError, did_you_mean, one_line
@@ -28,6 +33,8 @@ from sku.evaluate.results import HarnessScores, TaskScores, harness_from_dict
 
 HARNESS_FILE = "lm_eval.json"
 PACKAGE = "lm-eval"
+TAG, PREFIX = "sku_utility", "sku_"
+"""Of the package's tasks: the tag of all of them, and what their names begin with."""
 _TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
 
 
@@ -39,6 +46,7 @@ def run_tasks(
     limit: int | None,
     include: str | None,
     batch_size: int,
+    data: str | None = None,
 ) -> HarnessScores:
     """Runs tasks of the harness on a model.
 
@@ -49,15 +57,16 @@ def run_tasks(
         limit: Examples a task; all if None.
         include: Folder of task files of one's own, or None.
         batch_size: Texts at once.
+        data: Folder of the JSON Lines files that the package's tasks read, or None.
 
     Returns:
-        Every number that the harness gives for these tasks and their parts.
+        Every number that the harness gives for these tasks and their parts, and which examples were right.
 
     Raises:
         EvaluationError: The package is missing, a task is unknown, or its data can't be had.
     """
     version = harness_version()
-    manager = check_tasks(tasks, include)
+    manager = check_tasks(tasks, include, data)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -68,29 +77,61 @@ def run_tasks(
                 tasks=list(tasks),
                 limit=limit,
                 task_manager=manager,
-                log_samples=False,
+                log_samples=True,
             )
         except Exception as error:  # The harness passes on what datasets, jinja and the hub raise.
             reason = one_line(error)
             raise EvaluationError(f"evaluate.lm_eval {', '.join(tasks)} can't be run: {reason}") from error
-    return HarnessScores(harness=version, limit=limit, asked=tuple(tasks), tasks=_task_scores(found))
+    return HarnessScores(
+        harness=version, limit=limit, asked=tuple(tasks), tasks=_task_scores(found), hits=_hits(found["samples"])
+    )
 
 
-def check_tasks(tasks: Sequence[str], include: str | None) -> Any:
+def check_tasks(tasks: Sequence[str], include: str | None, data: str | None = None) -> Any:
     """Looks for tasks.
 
     Args:
         tasks: Names as configured.
         include: Folder of task files of one's own, or None.
+        data: Folder of the JSON Lines files that the package's tasks read, or None.
 
     Returns:
         The harness's index of tasks.
 
     Raises:
-        EvaluationError: The package is missing, there is no such folder, or a task is unknown.
+        EvaluationError: The package is missing, there is no such folder or file, or a task is unknown.
     """
     harness_version()
-    return _task_manager(tuple(tasks), include)
+    data_files(tasks, data)
+    return _task_manager(tuple(tasks), include, data)
+
+
+def data_files(tasks: Sequence[str], data: str | None) -> list[Path]:
+    """The files that the package's tasks among some read.
+
+    Raises:
+        EvaluationError: There is no such task, no folder is named, or a file is not in it.
+    """
+    own = [path.name.removesuffix(".yaml") for path in _package_tasks()]
+    named = [name.removeprefix(PREFIX) for name in tasks if name.startswith(PREFIX)]
+    wanted = own if TAG in tasks else [name for name in named if name in own]
+    if wanted and data is None:
+        raise EvaluationError(
+            f"evaluate.lm_eval names {', '.join(name for name in tasks if name.startswith(PREFIX))}, which read JSON "
+            "Lines files: name their folder with evaluate.lm_eval_data"
+        )
+    files = [Path(str(data)).expanduser() / f"{name}.jsonl" for name in wanted]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise EvaluationError(
+            f"evaluate.lm_eval_data {data} has no {', '.join(missing)}: name another folder, or only tasks whose file "
+            f"is there, such as {PREFIX}{own[0]}"
+        )
+    return files
+
+
+def _package_tasks() -> list[Path]:
+    return sorted(Path(str(resources.files("sku.evaluate") / "tasks")).glob("*.yaml"))
 
 
 def harness_version() -> str:
@@ -108,10 +149,12 @@ def harness_version() -> str:
 
 
 def harness_header(
-    about: Mapping[str, str], tasks: Sequence[str], limit: int | None, include: str | None
+    about: Mapping[str, str], tasks: Sequence[str], limit: int | None, include: str | None, data: str | None = None
 ) -> dict[str, Any]:
-    """What decides the scores: model, tasks, their number of examples, own task files, version of the harness."""
+    """What decides the scores: model, tasks, number of examples, task files and their data, version of the harness."""
+    files = [*_package_tasks(), *read] if (read := data_files(tasks, data)) else []
     return {
+        "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "model": dict(about),
         "tasks": list(tasks),
         "limit": limit,
@@ -141,18 +184,33 @@ def write_scores(path: Path, header: Mapping[str, Any], scores: HarnessScores) -
 
 
 @functools.lru_cache(maxsize=1)
-def _task_manager(tasks: tuple[str, ...], include: str | None) -> Any:
+def _filled(data: str) -> tempfile.TemporaryDirectory[str]:
+    """The package's task files, each with the place of its data; gone with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="sku-tasks-")
+    for path in _package_tasks():
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        files = content["dataset_kwargs"]["data_files"]
+        files["test"] = str((Path(data).expanduser() / files["test"]).resolve())
+        (Path(folder.name) / path.name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return folder
+
+
+@functools.lru_cache(maxsize=1)
+def _task_manager(tasks: tuple[str, ...], include: str | None, data: str | None) -> Any:
     """The index of all tasks; kept, as both models of a run are asked the same and it takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
+    folders = [] if data is None else [_filled(data).name]
     if include is not None:
         folder = Path(include).expanduser()
         if not folder.is_dir():
             raise EvaluationError(f"evaluate.lm_eval_include {include} is no folder of task files")
-        own = TaskManager(include_path=str(folder), include_defaults=False)
+        folders.append(str(folder))
+    if folders:
+        own = TaskManager(include_path=folders, include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
             return own
-    manager = TaskManager(include_path=None if include is None else str(folder))
+    manager = TaskManager(include_path=folders or None)
     check_known(tasks, manager.all_tasks, include)
     return manager
 
@@ -192,6 +250,19 @@ def _task_scores(found: Mapping[str, Any]) -> dict[str, TaskScores]:
             },
         )
     return scores
+
+
+def _hits(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, str]]:
+    """Task -> metric that is 0 or 1 for each example -> its digits, in the order of the examples."""
+    hits: dict[str, dict[str, str]] = {}
+    for task, rows in samples.items():
+        # A filter gives an example once more; "none" is the answer as it was.
+        plain = sorted((row for row in rows if row.get("filter", "none") == "none"), key=lambda row: row["doc_id"])
+        for metric in plain[0]["metrics"] if plain else ():
+            values = [row[metric] for row in plain]
+            if all(isinstance(value, int | float) and value in (0, 1) for value in values):
+                hits.setdefault(task, {})[metric] = "".join(str(int(value)) for value in values)
+    return hits
 
 
 def _folder_hash(folder: Path) -> str:

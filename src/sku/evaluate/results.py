@@ -30,7 +30,8 @@ Keys of the file:
   ``rouge_l``, ``chrf``, ``cosine`` (each 0 to 1, a cosine down to -1) and ``bleurt``, those that were asked for.
 - ``truthfulqa``: ``mc1`` and ``mc2``, each value, low, high, and ``questions``; null where not asked for.
 - ``lm_eval``: ``harness`` (its version), ``limit``, ``asked`` (task names) and ``tasks``: task -> ``version``,
-  ``shots``, ``samples``, ``metrics`` (name -> value, its standard error as ``NAME_stderr``); null where not asked for.
+  ``shots``, ``samples``, ``metrics`` (name -> value, its standard error as ``NAME_stderr``), and ``hits``: task ->
+  metric -> a digit an example, 1 where it was right; null where not asked for.
 - ``wording``: split -> replies, same_reply, distinct_pairs, mean_tokens, median_words, of the free replies as a
   whole.
 - ``judge_agreement``: of a vote of several judges, else null: ``judges`` (names), ``rule``, ``judged_by_all`` (replies
@@ -179,6 +180,18 @@ class HarnessScores:
     asked: tuple[str, ...]
     """Tasks as the configuration names them."""
     tasks: Mapping[str, TaskScores]
+    hits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Task -> metric -> ``1`` or ``0`` for each example that was asked, for metrics that are right or wrong."""
+
+
+MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
+
+
+def main_metric(scores: TaskScores) -> str | None:
+    """The metric of a task that a reader looks for first; None for a task without any."""
+    names = [name for name in scores.metrics if "_stderr" not in name]
+    wanted = (name for main in MAIN_METRICS for name in names if name.split(",")[0] == main)
+    return next(wanted, names[0] if names else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ def check_questions(config: EvaluateConfig) -> None:
     if config.truthfulqa is not None:
         load_questions(config.truthfulqa)
     if config.lm_eval:
-        harness.check_tasks(config.lm_eval, config.lm_eval_include)
+        harness.check_tasks(config.lm_eval, config.lm_eval_include, config.lm_eval_data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,9 @@ class UtilityStages:
     def _harness_scores(self) -> HarnessScores:
         """Scores of an earlier run of the same tasks, or new ones."""
         config = self.config
-        header = harness.harness_header(self.about, config.lm_eval, config.lm_eval_limit, config.lm_eval_include)
+        header = harness.harness_header(
+            self.about, config.lm_eval, config.lm_eval_limit, config.lm_eval_include, config.lm_eval_data
+        )
         scores = None if self.folder is None else harness.read_scores(self.folder / harness.HARNESS_FILE, header)
         if scores is None:
             progress = self.report("lm_eval")
@@ -199,6 +201,7 @@ class UtilityStages:
                 limit=config.lm_eval_limit,
                 include=config.lm_eval_include,
                 batch_size=config.batch_size,
+                data=config.lm_eval_data,
             )
             if progress is not None:
                 progress(len(config.lm_eval), len(config.lm_eval))

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from sku.evaluate.comparison import Comparison, ScoreChange
 from sku.evaluate.records import in_order
-from sku.evaluate.results import BaseAgreement, HarnessScores, TaskScores, answers_words
+from sku.evaluate.results import BaseAgreement, TaskScores, answers_words
+from sku.evaluate.results import main_metric as main_metric
 from sku.report.table_rows import TableRow
 
 _SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine", "bleurt": "BLEURT"}
-_MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 
 
 def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
@@ -25,14 +25,7 @@ def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
     yield from _agreement_rows(comparison.unlearned.agreement)
     yield from _score_rows("similarity to the right answer", comparison.similarity, _SIMILARITY_NAMES)
     yield from _score_rows("TruthfulQA", comparison.truthfulqa, {"mc1": "MC1", "mc2": "MC2"})
-    yield from _harness_rows(comparison.base.lm_eval, comparison.unlearned.lm_eval)
-
-
-def main_metric(scores: TaskScores) -> str | None:
-    """The metric of a task that a reader looks for first; None for a task without any."""
-    names = [name for name in scores.metrics if "_stderr" not in name]
-    wanted = (name for main in _MAIN_METRICS for name in names if name.split(",")[0] == main)
-    return next(wanted, names[0] if names else None)
+    yield from _harness_rows(comparison)
 
 
 def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow]:
@@ -76,8 +69,9 @@ def _score_rows(section: str, changes: Mapping[str, ScoreChange], names: Mapping
             )
 
 
-def _harness_rows(base: HarnessScores | None, unlearned: HarnessScores | None) -> Iterator[TableRow]:
+def _harness_rows(comparison: Comparison) -> Iterator[TableRow]:
     """The tasks by the names that were asked for, or, where such a name is a tag, all that were run."""
+    base, unlearned = comparison.base.lm_eval, comparison.unlearned.lm_eval
     if base is None or unlearned is None:
         return
     tasks = dict.fromkeys(name for name in unlearned.asked if name in unlearned.tasks)
@@ -88,13 +82,15 @@ def _harness_rows(base: HarnessScores | None, unlearned: HarnessScores | None) -
         before = base.tasks[task].metrics.get(metric) if task in base.tasks and metric is not None else None
         if metric is not None and before is not None:
             after = unlearned.tasks[task].metrics[metric]
+            paired = comparison.lm_eval.get(task)
+            bounds = "" if paired is None else f" ({paired.low:+.3f} to {paired.high:+.3f})"
             yield TableRow(
                 section="lm-eval",
                 measure=f"{task}, {metric}",
                 before=f"{before:.3f}",
                 after=f"{after:.3f}",
                 interval=_harness_interval(unlearned.tasks[task], metric, after),
-                change=f"{after - before:+.3f}",
+                change=f"{after - before:+.3f}{bounds}",
                 wanted="same",
             )
 
