@@ -112,11 +112,10 @@ class ForgetRetainData:
                 {name: examples for name, examples in splits.items() if name not in left}
                 for left in (held_out, {"retain_train"})
             ]
+        apart = {name: examples for name, examples in others.items() if not name.startswith("harmful:")}
+        apart["harmful"] = [example for examples in self.harmful.values() for example in examples]
         for part in parts:
-            check_disjoint(part)
-            for name, examples in others.items():
-                check_disjoint({**part, name: examples})
-        check_disjoint({name: examples for name, examples in others.items() if not name.startswith("harmful:")})
+            check_disjoint({**part, **apart})
 
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader of any figure on these splits needs; none for large splits by prompt."""
