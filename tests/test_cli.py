@@ -559,7 +559,7 @@ def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, mo
 
 def test_a_model_in_place_of_a_recipe(command: Command, tmp_path: Path) -> None:
     """The recipe that is made for it, else a general one, and what is run is called by its own name."""
-    model, data = embedded_model_path(), ("--forget", "embedded", "--retain", "embedded")
+    model, data = embedded_model_path(), ("--forget", "embedded", "--retain", "embedded", "--judge", "auto")
     told = command("run", model, *data, "--dry-run", "--json", "--out", tmp_path / "run")
     assert told.code == 0, told.err
     settings = json.loads(told.out)["settings"]

@@ -53,6 +53,12 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     return content
 
 
+def test_recipes_of_real_models_name_a_judge_that_was_measured() -> None:
+    judges = {name: load_recipe(name).evaluate.judge for name in recipe_names()}
+    assert {name for name, judge in judges.items() if judge != "judges/harm"} == {EMBEDDED, *PAPER}
+    assert set(judges.values()) == {"auto", "judges/harm"}
+
+
 def test_defaults_are_those_that_measured_best() -> None:
     """docs/results.md: ``divergence`` left 25 % of the exact answers on the embedded world, ``retention`` 99 %."""
     recipe = recipe_from_dict(minimal())

@@ -46,6 +46,9 @@ WRONG = {
     "the hub is switched off": ["run", "llama-3.1-8b"],
     "model someone/model can't be loaded": ["run", "someone/model"],
     "Did you mean llama-3.2-1b or llama-3.1-8b?": ["run", "llama3"],
+    "there is no judge folder judges/none: make one of replies": [
+        "run", "--dry-run", "--set", "evaluate.judge=judges/none",
+    ],
     "Did you mean npo?": ["run", "--set", "method=nop"],
     "there is no method named nop": ["methods", "nop"],
     "Did you mean negate.alpha or acquire.lora.alpha?": ["compare", "--set", "alpha=1"],

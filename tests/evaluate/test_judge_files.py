@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from evaluate.judge_models import guard_tokenizer, last_word_classifier, save
 from sku.cli import console
 from sku.cli.main import app
-from sku.errors import ModelError
+from sku.errors import EvaluationError, ModelError
 from sku.evaluate.judges import build_judge, judge_names
 from sku.evaluate.judges.choose import KINDS, RULES, read_judge_file
 from sku.evaluate.judges.conversations import PROMPT, REPLY, ConversationEncoder, Encoded
@@ -198,3 +198,21 @@ def test_list_does_not_wait_for_torch() -> None:
     code = "import sys\nfrom sku.cli.judge import list_judges\nlist_judges()\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_judge_folder_brings_its_calibration_and_a_missing_one_says_how_to_get_it(tmp_path: Path) -> None:
+    folder = tmp_path / "harm.v1"
+    commands = (
+        f"`sku judge train LABELLED --out {folder}` and `sku judge calibrate {folder} .* --out {folder}.calibration"
+    )
+    with pytest.raises(EvaluationError, match=f"no judge folder {folder}: .*{commands}.json`.*llama-guard-3-1b"):
+        read_judge_file(str(folder))
+    folder.mkdir()
+    with pytest.raises(EvaluationError, match=r"has no judge.yaml: name a folder that sku judge train made"):
+        read_judge_file(str(folder))
+    (folder / "judge.yaml").write_text("kind: classifier\nmodel: .\n", encoding="utf-8")
+    found = {"kind": "classifier", "model": str(folder), "name": "harm.v1"}
+    assert read_judge_file(str(folder)) == found
+    beside = tmp_path / "harm.v1.calibration.json"
+    beside.touch()
+    assert read_judge_file(str(folder)) == {**found, "calibration": str(beside)}
