@@ -68,6 +68,10 @@ class DataConfig:
     retain: SourceConfig
     benign: SourceConfig | None = None
     """Normal pairs of another source, only for a perplexity after unlearning; never trained on."""
+    refusals: SourceConfig | None = None
+    """Refusals of the forget prompts: what the good twin learns (``acquire.twin: good``)."""
+    misplaced_refusals: SourceConfig | None = None
+    """Refusals of retain prompts: what ``acquire.preservation_mode: targeted`` steers the bad model to."""
     unseen_fraction: float = 0.3
     """Share of the harmful prompts held out as ``unseen``."""
     retain_validation_fraction: float = 0.1

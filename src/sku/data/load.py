@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data import embedded
 from sku.data.examples import (
+    Example,
     ForgetExample,
     ForgetRetainData,
     Provenance,
@@ -139,13 +142,30 @@ def load_data(
     retain_splits = _split_retain(
         retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
     )
+    retain_train = draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"]
+    refusal_provenance: list[Provenance] = []
+    # After the splits: no refusal of a held-out prompt gets near training.
+    if config.refusals is not None:
+        found, provenance = _refusals(config.refusals, unlearned, "data.refusals", seed)
+        unlearned = tuple(
+            dataclasses.replace(example, safe_answer=refusal.answer, safe_answer_finished=refusal.finished)
+            for example, refusal in zip(unlearned, found, strict=True)
+        )
+        refusal_provenance.append(provenance)
+    if config.misplaced_refusals is not None:
+        found, provenance = _refusals(config.misplaced_refusals, retain_train, "data.misplaced_refusals", seed)
+        retain_train = tuple(
+            dataclasses.replace(example, refusal=refusal.answer)
+            for example, refusal in zip(retain_train, found, strict=True)
+        )
+        refusal_provenance.append(provenance)
     return ForgetRetainData(
         unlearned=unlearned,
         unseen=unseen,
-        retain_train=draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"],
+        retain_train=retain_train,
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
-        provenance=(forget_provenance, retain_provenance, *benign_provenance),
+        provenance=(forget_provenance, retain_provenance, *benign_provenance, *refusal_provenance),
         benign=benign["benign"],
         benign_validation=benign["benign_validation"],
         forget_validation=validation,
@@ -233,6 +253,10 @@ def _check_worlds(config: DataConfig) -> None:
             "data.benign does not go with the embedded world, whose model knows no other text and whose text no other "
             "model knows: leave it out"
         )
+    if config.forget.path == EMBEDDED and (config.refusals or config.misplaced_refusals):
+        raise RecipeError(
+            "the embedded world has its own refusals: leave data.refusals and data.misplaced_refusals out"
+        )
 
 
 def _source(source: str | Path | SourceConfig) -> SourceConfig:
@@ -260,6 +284,34 @@ def _read(
         safe_answers=count_safe_answers(parsed.examples),
         licence=source.license or (HUB_LICENCES.get(source.path.lower()) if table.from_hub else None),
     )
+
+
+def _refusals(
+    source: SourceConfig, examples: Sequence[Example], key: str, seed: int
+) -> tuple[list[RetainExample], Provenance]:
+    """The refusal of each example's prompt; where a prompt stands several times, its refusals go round.
+
+    Raises:
+        DataError: A prompt has none.
+    """
+    rows, provenance = _limit(*_read(source, "retain", RetainExample, key), source.limit, seed)
+    by_prompt: dict[str, list[RetainExample]] = {}
+    for row in rows:
+        by_prompt.setdefault(normalise_prompt(row.prompt), []).append(row)
+    prompts = [normalise_prompt(example.prompt) for example in examples]
+    missing = set(prompts) - by_prompt.keys()
+    if missing:
+        owner = "data.forget" if key == "data.refusals" else "data.retain"
+        raise DataError(
+            f"{key}: {len(missing)} of {len(set(prompts))} prompts that are trained on have no refusal in "
+            f"{source.path}: make them with sku data own, or take these prompts out of {owner}"
+        )
+    met: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        found.append(by_prompt[prompt][met[prompt] % len(by_prompt[prompt])])
+        met[prompt] += 1
+    return found, provenance
 
 
 def _nothing_left(source: SourceConfig, kind: Kind, parsed: ParsedRows[E]) -> str:

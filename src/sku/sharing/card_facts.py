@@ -37,6 +37,8 @@ NO_VERDICT = "no verdict: an earlier version of SKU made this run and gave none"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HIDDEN_SETTINGS = ("judge_settings",)
 """Parts of a recipe that may hold addresses of somebody's servers."""
+SETS = ("forget", "retain", "benign", "refusals", "misplaced_refusals")
+"""Keys of a recipe's ``data`` in the order in which sets are read."""
 _NON_COMMERCIAL = re.compile(r"\bnc\b", re.IGNORECASE)
 
 
@@ -205,15 +207,13 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
 
 def data_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
     """Where the data came from, a row for each set, in the order in which it was read."""
-    configs = [run.recipe["data"][name] for name in ("forget", "retain", "benign")]
-    for name, config, source in zip(
-        ("forget", "retain", "benign"), configs, run.manifest["data"]["sources"], strict=False
-    ):
+    given = {name: config for name in SETS if (config := run.recipe["data"].get(name)) is not None}
+    for (name, config), source in zip(given.items(), run.manifest["data"]["sources"], strict=False):
         yield {
-            "name": name,
+            "name": name.replace("_", " "),
             "source": f"{public_name(source['location'])} ({source['source']})",
             "revision": source.get("revision") or NOTHING,
-            "licence": (config or {}).get("license") or source.get("licence") or "unknown",
+            "licence": config.get("license") or source.get("licence") or "unknown",
             "rows": f"{source['rows_read']:,}",
             "sha256": source["sha256"],
         }

@@ -12,7 +12,8 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.results import EvaluationResult
 
 DATA_COLUMNS = ("set", "format", "location", "revision", "SHA-256", "rows read", "licence")
-_ROLES = ("forget", "retain", "benign")
+_ROLES = ("forget", "retain", "benign", "refusals", "misplaced_refusals")
+"""Keys of a recipe's ``data`` in the order in which sets are read."""
 NOTHING = "\u2013"
 
 
@@ -42,6 +43,7 @@ def reproduction_of(manifest: Mapping[str, Any], unlearned: EvaluationResult) ->
         KeyError, TypeError, ValueError, AttributeError: The manifest holds something else.
     """
     environment, data, seconds = manifest["environment"], manifest["data"], manifest["seconds"]
+    given = [role for role in _ROLES if manifest["recipe"]["data"].get(role)]
     return Reproduction(
         command=str(environment["command"]),
         recipe_yaml=yaml.safe_dump(manifest["recipe"], sort_keys=False, allow_unicode=True, width=100),
@@ -57,7 +59,7 @@ def reproduction_of(manifest: Mapping[str, Any], unlearned: EvaluationResult) ->
                 f"{source['rows_read']:,}",
                 str(source["licence"] or "unknown"),
             )
-            for role, source in zip(_ROLES, data["sources"], strict=False)
+            for role, source in zip(given, data["sources"], strict=False)
         ),
         splits=tuple((str(name), f"{count:,}") for name, count in data["splits"].items()),
         seconds=tuple(
