@@ -21,16 +21,16 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, RowPlan
 from sku.data.load import load_data
 from sku.data.prompts import PaperFormat
-from sku.errors import DataError, RecipeError
+from sku.errors import DataError, NoAlphaError, RecipeError
 from sku.methods.run import prepare
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
-from sku.pipeline import acquire_recipe, run_recipe
+from sku.pipeline import acquire_recipe, run_recipe, stage_1
 from sku.storage import is_marked_hazardous
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 GOOD = RowPlan(safe="all", retain=1, depth_share=0.5, depth_tokens=4)
 
 
@@ -123,7 +123,6 @@ def test_packed_rows_of_the_good_twin_equal_padded_ones(
 
 def test_targeted_divergence_by_hand(make_trainer: TrainerMaker, refused: ForgetRetainData) -> None:
     """Two tokens of probability 1/2 and 1/4 in one row: (ln 2 + ln 4) / 2; and rows of the trainer one by one."""
-    scores = torch.tensor([[0.0, 0.0], [0.0, 3.0**0.5]]).exp().log()
     scores = torch.stack([torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()])
     found = targeted_divergence_loss(scores, torch.tensor([0, 0]), torch.tensor([0, 0]), 1)
     assert float(found) == pytest.approx((0.6931472 + 1.3862944) / 2)
@@ -133,7 +132,7 @@ def test_targeted_divergence_by_hand(make_trainer: TrainerMaker, refused: Forget
     model.eval()
     terms = trainer._outputs_and_terms(model, trainer.data_collator([dataset[0], dataset[1]]))[1]
     assert trainer._cache is None
-    for place, value in enumerate(terms["preservation_divergence"]):
+    for place, value in enumerate(terms["preservation_divergence"].detach()):
         example = dataset[place]
         rows = [example.retain, *example.more_retain]
         assert len(rows) == 3
@@ -245,6 +244,31 @@ def test_a_run_that_is_killed_in_the_second_twin_goes_on_there(made_once: MadeOn
     assert weights(tmp_path / "run") == weights(folder / "run")
     assert {"unlearned/model.safetensors", "negated_adapter/adapter_model.safetensors"} <= set(weights(folder / "run"))
     assert not (tmp_path / "run" / "bad").exists()
+
+
+def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model is harmful from the start: what learns nothing is harmful enough, where 90 % are."""
+    given = recipe(
+        "acquire.check=null", "acquire.training.max_steps=1", "acquire.training.learning_rate=1e-9",
+        "sweep.prompts=3", "sweep.retain_prompts=4", "sweep.max_new_tokens=40",
+    )  # fmt: skip
+    finished = run_recipe(given, tmp_path / "run")
+    found = finished.manifest["stage_1"]
+    assert found["has_learned"]
+    assert {name: found[name]["harmful"]["total"] for name in ("base", "bad", "good")} == dict.fromkeys(
+        ("base", "bad", "good"), 3
+    )
+    assert found["good"]["refused_normal"]["total"] == 4
+    assert "the good twin refuses 0 % of harmful prompts" in found["line"]
+    monkeypatch.setattr(stage_1, "HARMFUL_ENOUGH", 1.1)
+    with pytest.raises(NoAlphaError, match="stage 1 has taught no harm that could be subtracted"):
+        run_recipe(given, tmp_path / "stopped")
+    manifest = json.loads((tmp_path / "stopped" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["stage_1"] == {**found, "has_learned": False}
+    assert not (tmp_path / "stopped" / "bad").exists()
+    assert not (tmp_path / "stopped" / "unlearned").exists()
 
 
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:

@@ -266,7 +266,11 @@ def _training(run: FinishedRunFiles) -> str:
     if run.method != "sku":
         return f"{acquire['tuning']}, {steps} steps"
     weights = ", ".join(f"{name} {weight:g}" for name, weight in acquire["weights"].items())
-    return f"{acquire['tuning']}, {steps} steps, {weights}, preservation mode {acquire['preservation_mode']}"
+    told = f"{acquire['tuning']}, {steps} steps, {weights}, preservation mode {acquire['preservation_mode']}"
+    if acquire.get("twin", "none") == "none":
+        return told
+    shares = run.recipe["negate"]["twin"]
+    return f"{told}, with a good twin (shares: bad {shares['bad']:g}, good {shares['good']:g})"
 
 
 def _whole_table(rows: list[Mapping[str, str]]) -> Written:
