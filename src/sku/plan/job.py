@@ -53,7 +53,8 @@ class Job:
     """Joint examples of one forward pass."""
     accumulation: int
     steps: int | None
-    """None where the recipe counts epochs, whose length only the data tells."""
+    """Of both twins together, where there are two. None where the recipe counts epochs, whose length only the data
+    tells."""
     forget: bool
     mismatched: int
     retain: int
@@ -158,7 +159,7 @@ def job_of(
         optimizer=optimizer,
         examples=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
-        steps=training.max_steps if training.max_steps > 0 else None,
+        steps=training.max_steps * (2 if recipe.acquire.twin == "good" else 1) if training.max_steps > 0 else None,
         forget=objective.rows.forget,
         mismatched=objective.rows.mismatched,
         retain=objective.rows.retain,
