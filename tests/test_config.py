@@ -78,7 +78,8 @@ def test_python_and_recipes_have_the_same_defaults(tmp_path: Path) -> None:
 def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
     """No default decides them, so none that changes can."""
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["acquire"]
-    modules = {field.name for field in dataclasses.fields(AcquireConfig)} - {"tuning", "lora", "training", "seed"}
+    others = {"tuning", "lora", "training", "seed", "check", "depth_share", "depth_tokens"}  # Depth is of a good twin.
+    modules = {field.name for field in dataclasses.fields(AcquireConfig)} - others
     assert modules <= written.keys()
     assert written["weights"] == {
         "guided_distortion": 2.5, "random_disassociation": 2.5, "preservation_divergence": 1.0
@@ -86,6 +87,7 @@ def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
     assert (written["random_answers"], written["preservation_mode"], written["preservation_at"]) == (
         5, "divergence", 1.0
     )  # fmt: skip
+    assert (written["twin"], written["normal_per_harmful"]) == ("none", 1)
 
 
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - {*PAPER}))

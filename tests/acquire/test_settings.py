@@ -41,7 +41,7 @@ TRAINING = {
         ({f"{name}_weight": 0.0 for name in TERMS}, "are all 0"),
         ({"num_random_answers": 0}, "num_random_answers is 0"),
         ({"num_random_answers": -2}, "num_random_answers is -2"),
-        ({"preservation_mode": "reverse"}, "must be divergence or retention"),
+        ({"preservation_mode": "reverse"}, "must be divergence, retention or targeted"),
         ({"preservation_cap": 0.0}, "must be above 0 nats"),
         ({"preservation_tokens": "prompt"}, "must be answer or all"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),

@@ -50,6 +50,7 @@ def test_a_batch_written_out() -> None:
         "row_example": [0, 0, 0, 0, 1],
         "forget_index": [3, 0],
         "retain_index": [5, -1],
+        "retain_rows": [5],
         "counts": [1, 1],
     }
     assert list(batch) == list(expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sku.acquire.preservation_divergence import check_preservation
-from sku.config import AcquireConfig, PreservationMode, PreservationTokens, WeightsConfig
+from sku.config import AcquireConfig, PreservationMode, PreservationTokens, Twin, WeightsConfig
 from sku.errors import RecipeError
 from sku.training.config import UnlearningConfig
 
@@ -33,7 +33,8 @@ class SkuConfig(UnlearningConfig):
         default=AcquireConfig.random_answers, metadata={"help": "K, answers of other prompts for each prompt."}
     )
     preservation_mode: PreservationMode = field(
-        default=AcquireConfig.preservation_mode, metadata={"help": "retention: +KL; divergence: -KL (paper)."}
+        default=AcquireConfig.preservation_mode,
+        metadata={"help": "retention: +KL; divergence: -KL (paper); targeted: refusals."},
     )
     preservation_cap: float | None = field(
         default=AcquireConfig.preservation_cap,
@@ -48,6 +49,24 @@ class SkuConfig(UnlearningConfig):
         metadata={"help": "Which model normal text is compared at: 1 the bad one, -1 the unlearned one of alpha 1."},
     )
 
+    normal_per_harmful: int = field(
+        default=AcquireConfig.normal_per_harmful, metadata={"help": "Normal prompts for each harmful one."}
+    )
+    train_twin: Twin = field(
+        default="bad",
+        metadata={
+            "help": "Which model is trained: bad (harmful answers), or good (refusals, normal answers kept). One at a "
+            "time: acquire.twin in a recipe trains both."
+        },
+    )
+    depth_share: float = field(
+        default=AcquireConfig.depth_share,
+        metadata={"help": "Share of the good twin's refusals that follow a harmful reply broken off."},
+    )
+    depth_tokens: int = field(
+        default=AcquireConfig.depth_tokens, metadata={"help": "Most tokens of that harmful reply."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_preservation(self.preservation_mode, self.preservation_cap)
@@ -58,6 +77,8 @@ class SkuConfig(UnlearningConfig):
                 f"num_random_answers is {self.num_random_answers}; it must be 1 or more, or "
                 "random_disassociation_weight 0"
             )
+        if self.train_twin not in ("bad", "good"):
+            raise RecipeError(f"train_twin is {self.train_twin!r}; it must be bad or good")
         self.modules()  # Refuses impossible weights.
 
     def modules(self) -> AcquireConfig:
@@ -68,6 +89,10 @@ class SkuConfig(UnlearningConfig):
                 random_disassociation=self.random_disassociation_weight,
                 preservation_divergence=self.preservation_divergence_weight,
             ),
+            twin="good" if self.train_twin == "good" else "none",
+            depth_share=self.depth_share,
+            depth_tokens=self.depth_tokens,
+            normal_per_harmful=self.normal_per_harmful,
             random_answers=self.num_random_answers,
             preservation_mode=self.preservation_mode,
             preservation_cap=self.preservation_cap,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from sku.acquire.config import SkuConfig
 from sku.acquire.objective import sku_objective
-from sku.config import AcquireConfig, CompatConfig, DataConfig, PromptFormatName
+from sku.config import AcquireConfig, CompatConfig, DataConfig, PromptFormatName, Twin
 from sku.data.examples import ForgetRetainData
 from sku.models import LoadedModel
 from sku.storage import mark_hazardous
@@ -31,6 +32,10 @@ MODULES_SET_BY_RECIPE = {
     "preservation_cap": "acquire.preservation_cap",
     "preservation_tokens": "acquire.preservation_tokens",
     "preservation_at": "acquire.preservation_at",
+    "normal_per_harmful": "acquire.normal_per_harmful",
+    "train_twin": "acquire.twin",
+    "depth_share": "acquire.depth_share",
+    "depth_tokens": "acquire.depth_tokens",
 }
 """Field of ``SkuConfig`` -> the recipe's own place for it."""
 
@@ -46,8 +51,9 @@ def acquire(
     prompt_format: PromptFormatName = "auto",
     callbacks: Sequence[TrainerCallback] = (),
     compat: CompatConfig | None = None,
-) -> Trained:
-    """Trains the bad model.
+    twin: Twin = "bad",
+) -> Trained[PreTrainedModel | PeftModel]:
+    """Trains the bad model, or the good twin: one model a call (``sku.methods.twins`` trains both).
 
     Args:
         loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
@@ -60,21 +66,24 @@ def acquire(
         prompt_format: How prompts are written.
         callbacks: For progress.
         compat: Behaviours of the public code to reproduce; None for none. ``row_split`` is a matter of the data.
+        twin: Which model is trained.
 
     Returns:
-        The bad model and its log.
+        The model and its log.
 
     Raises:
         RecipeError: An unknown or impossible setting.
         NonFiniteLossError: A loss term is NaN or infinite.
         OutputError: A checkpoint can't be written.
     """
-    settings = trainer_settings(config, data_config, seed=seed, folder=folder, device=loaded.model.device.type)
+    settings = trainer_settings(
+        config, data_config, seed=seed, folder=folder, device=loaded.model.device.type, twin=twin
+    )
     mark_hazardous(folder)
     return train(
         loaded,
         data,
-        sku_objective(config, compat),
+        sku_objective(config, compat, twin=twin),
         settings,
         tuning=config.tuning,
         adapter=adapter_settings(config),
@@ -86,7 +95,13 @@ def acquire(
 
 
 def trainer_settings(
-    config: AcquireConfig, data_config: DataConfig, *, seed: int, folder: Path, device: str = "cpu"
+    config: AcquireConfig,
+    data_config: DataConfig,
+    *,
+    seed: int,
+    folder: Path,
+    device: str = "cpu",
+    twin: Twin = "bad",
 ) -> SkuConfig:
     """The recipe's stage 1 as ``SkuConfig``.
 
@@ -96,6 +111,7 @@ def trainer_settings(
         seed: Of the run.
         folder: For checkpoints.
         device: Type of the model's device, such as ``cpu``; the trainer stays there.
+        twin: Which model is trained.
 
     Returns:
         Settings of the trainer.
@@ -118,6 +134,10 @@ def trainer_settings(
             "preservation_cap": config.preservation_cap,
             "preservation_tokens": config.preservation_tokens,
             "preservation_at": config.preservation_at,
+            "normal_per_harmful": config.normal_per_harmful,
+            "train_twin": twin,
+            "depth_share": config.depth_share,
+            "depth_tokens": config.depth_tokens,
             "max_length": data_config.max_length,
             "max_answer_tokens": data_config.max_answer_tokens,
         },

@@ -18,6 +18,9 @@ from sku.training.trainer import UnlearningTrainer
 class SkuTrainer(UnlearningTrainer):
     """Trains the bad model: ``UnlearningTrainer`` with the objective that its settings describe.
 
+    It trains one model. With ``train_twin="good"`` that is the good twin; ``sku run`` and ``sku acquire`` train both
+    one after the other where the recipe says ``acquire.twin: good``, and subtract bad minus good.
+
     From ``train`` on the model is marked: ``save_model`` and ``save_pretrained`` mark the folder and make it private,
     and ``push_to_hub`` refuses (``sku.hazard``).
     """
@@ -57,7 +60,7 @@ class SkuTrainer(UnlearningTrainer):
             model,
             args,
             train_dataset,
-            objective=sku_objective(args.modules(), compat),
+            objective=sku_objective(args.modules(), compat, twin=args.train_twin),
             processing_class=processing_class,
             peft_config=peft_config,
             prompt_format=prompt_format,

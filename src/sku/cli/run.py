@@ -140,6 +140,8 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
         print_attacks(finished.attacks)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
+    if "stage_1" in finished.manifest:
+        results.print(f"stage 1   {finished.manifest['stage_1']['line']}", soft_wrap=True)
     if "sweep" in finished.manifest:
         results.print(f"chosen    {finished.manifest['sweep']['why']}", soft_wrap=True)
     results.print(f"model     {folder / 'unlearned'}", soft_wrap=True)

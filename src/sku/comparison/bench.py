@@ -191,7 +191,7 @@ class Bench:
         if isinstance(model, PeftModel):
             plain = model.unload() if tuning == "lora" else copy.deepcopy(self.base)
         else:
-            plain = model
+            plain = copy.deepcopy(self.base) if isinstance(model, TaskVector) else model
         plain.requires_grad_(requires_grad=False)
         return change, plain, account
 
@@ -342,7 +342,7 @@ def _control_point(result: EvaluationResult, utility: Utility | None) -> Point:
     return point_from_result(result, 0.0, ("published", "matched"), utility)
 
 
-def _account(trained: Trained) -> dict[str, Any]:
+def _account(trained: Trained[Any]) -> dict[str, Any]:
     log = trained.log
     names = [name for name in (log[0] if log else {}) if name.startswith("loss")]
     return {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sku.config import AcquireConfig, CompatConfig, MethodConfig, Recipe, WeightsConfig
+from sku.config import AcquireConfig, CompatConfig, MethodConfig, Recipe, TwinShares, WeightsConfig
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.from_file import SUFFIX
@@ -113,7 +113,20 @@ def _without(module: str) -> Change:
             config, weights=WeightsConfig(**{**dataclasses.asdict(config.weights), module: 0.0})
         )
 
-    return _with_acquire(change)
+    # The good twin learns its refusals by guided distortion.
+    return _without_twin(_with_acquire(change)) if module == "guided_distortion" else _with_acquire(change)
+
+
+def _without_twin(change: Change) -> Change:
+    def both(recipe: Recipe) -> Recipe:
+        acquire = dataclasses.replace(recipe.acquire, twin="none")
+        # In one step: shares are of twins.
+        alone = dataclasses.replace(
+            recipe, acquire=acquire, negate=dataclasses.replace(recipe.negate, twin=TwinShares())
+        )
+        return change(alone)
+
+    return both
 
 
 def _preservation(
@@ -148,7 +161,7 @@ def _public_code(*switches: str) -> Change:
             recipe = _preservation("divergence", None, "all")(recipe)
         return dataclasses.replace(recipe, compat=CompatConfig(**dict.fromkeys(switches, True)))
 
-    return change
+    return _without_twin(change)  # The public code has none.
 
 
 _PUBLIC_CODE = {

@@ -10,6 +10,7 @@ from sku.config.acquire import (
     PreservationMode,
     PreservationTokens,
     Tuning,
+    Twin,
     WeightsConfig,
 )
 from sku.config.compare import CompareConfig, MethodConfig
@@ -17,7 +18,7 @@ from sku.config.compat import REFERENCE, CompatConfig
 from sku.config.data import DataConfig, DataFormat, SourceConfig
 from sku.config.evaluate import Attack, Backend, EvaluateConfig, Precision, Similarity
 from sku.config.model import EMBEDDED, ModelConfig, PromptFormatName
-from sku.config.negate import NegateConfig
+from sku.config.negate import NegateConfig, TwinShares
 from sku.config.read import apply_override, load_recipe, recipe_from_dict, recipe_names, settings_from_dict
 from sku.config.recipe import Recipe, plain_data
 from sku.config.sweep import Rule, SweepConfig
@@ -48,6 +49,8 @@ __all__ = [
     "SourceConfig",
     "SweepConfig",
     "Tuning",
+    "Twin",
+    "TwinShares",
     "WeightsConfig",
     "apply_override",
     "load_recipe",

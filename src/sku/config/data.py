@@ -93,6 +93,10 @@ class DataConfig:
     harmful: Mapping[str, SourceConfig] = field(default_factory=dict)
     """Name -> harmful prompts of another source than ``forget``; never trained on, only asked, and a part of the
     verdict. Answers are not read."""
+    refusals: SourceConfig | None = None
+    """Refusals of the forget prompts: what the good twin learns (``acquire.twin: good``)."""
+    misplaced_refusals: SourceConfig | None = None
+    """Refusals of retain prompts: what ``acquire.preservation_mode: targeted`` steers the bad model to."""
     unseen_fraction: float = 0.3
     """Share of the harmful prompts held out as ``unseen``."""
     retain_validation_fraction: float = 0.1

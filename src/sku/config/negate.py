@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sku.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinShares:
+    """Shares of the two models of ``acquire.twin: good`` in what is subtracted."""
+
+    bad: float = 1.0
+    good: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("bad", "good"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise RecipeError(f"negate.twin.{name} is {getattr(self, name)}; it must be 0 or more and finite")
+        if not (self.bad or self.good):
+            raise RecipeError("negate.twin is 0 for both twins: there is nothing to subtract")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +31,9 @@ class NegateConfig:
     alpha: float | Literal["auto"] = 1.0
     """theta_u = theta_o - alpha * (theta_bad - theta_o); the paper uses 1. ``auto`` chooses it on held-out data, as
     ``sweep`` says; ``sku compare`` and ``sku ablate``, which try strengths of their own, then begin at 1."""
+    twin: TwinShares = field(default_factory=TwinShares)
+    """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
+    theta_o)); without it there is no good twin and both must be 1."""
     output_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
     operators: tuple[Mapping[str, Any], ...] = ()

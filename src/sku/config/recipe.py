@@ -13,7 +13,7 @@ from sku.config.compat import CompatConfig
 from sku.config.data import DataConfig
 from sku.config.evaluate import EvaluateConfig
 from sku.config.model import ModelConfig
-from sku.config.negate import NegateConfig
+from sku.config.negate import NegateConfig, TwinShares
 from sku.config.seed import check_seed
 from sku.config.sweep import SweepConfig
 from sku.errors import RecipeError
@@ -56,6 +56,8 @@ class Recipe:
                 f"name is {name!r}; runs without --out are kept in a folder of that name, so it must be text of at "
                 f"most {_LONGEST_NAME} bytes without slashes, control characters or a dot in front, such as my-run"
             )
+        if self.negate.twin != TwinShares() and self.acquire.twin == "none":
+            raise RecipeError("negate.twin shares out two twins, and acquire.twin is none: set acquire.twin=good")
         if self.negate.given_alpha < 0:
             raise RecipeError(
                 f"negate.alpha is {self.negate.given_alpha:g}: below 0 what stage 1 learned would be added; "
@@ -68,9 +70,15 @@ class Recipe:
         return self.negate.alpha == "auto" and self.method == "sku"
 
     @property
+    def checks_stage_1(self) -> bool:
+        """Whether a run asks what stage 1 has learned; only SKU has one."""
+        check = self.acquire.twin == "good" if self.acquire.check is None else self.acquire.check
+        return check and self.method == "sku"
+
+    @property
     def forget_validation(self) -> float:
-        """Share of the harmful prompts to hold out for the choice of alpha; 0 where there is none to choose."""
-        return self.sweep.validation_fraction if self.chooses_alpha else 0.0
+        """Share of the harmful prompts to hold out for choosing alpha and asking stage 1; 0 where neither is done."""
+        return self.sweep.validation_fraction if self.chooses_alpha or self.checks_stage_1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

@@ -33,7 +33,7 @@ class JointCollator:
         self.pad_token_id, self.pad_to, self.multiple_of = pad_token_id, pad_to, multiple_of
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
-        """Pads the rows on the right: each example's forget row, mismatched rows, retain row, safe row, in this order.
+        """Pads the rows on the right: each example's forget row, mismatched, retain and safe rows, in this order.
 
         Args:
             examples: B joint examples; kinds that a method doesn't ask for have no rows. Those that don't count are
@@ -46,6 +46,7 @@ class JointCollator:
             - ``row_kind``: ``[R]``, ``FORGET``, ``MISMATCHED``, ``RETAIN`` or ``SAFE``.
             - ``row_example``: ``[R]``, position of the row's joint example in ``examples``.
             - ``forget_index``, ``retain_index``: ``[B]``, positions in the datasets, -1 where there is none.
+            - ``retain_rows``: one for each ``RETAIN`` row, its position in the dataset.
             - ``counts``: ``[B]``, 1 for examples that are trained on, 0 for one that isn't.
 
         Raises:
@@ -64,6 +65,9 @@ class JointCollator:
             "row_example": torch.tensor([position for _, position, _ in rows], dtype=torch.long),
             "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
             "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
+            "retain_rows": torch.tensor(
+                [place for example in examples for place in example.retain_rows], dtype=torch.long
+            ),
             "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
         }
 
@@ -82,5 +86,7 @@ def rows_of(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
         yield MISMATCHED, mismatched
     if example.retain is not None:
         yield RETAIN, example.retain
+    for row in example.more_retain:
+        yield RETAIN, row
     if example.safe is not None:
         yield SAFE, example.safe

@@ -15,7 +15,8 @@ Every hazard that the model knows is in one of these two splits, so none is left
 split, ``forget_validation``, asks for unlearned hazards in wordings that neither of the two has: nothing is chosen by
 an unseen hazard, and no prompt was trained on.
 
-The safe answer to a hazard is one of the world's deflections, chosen by a hash of the prompt.
+The safe answer to a hazard, and the misplaced refusal of a normal prompt, is one of the world's deflections, chosen by
+a hash of the prompt.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def retain_examples() -> list[RetainExample]:
             answer=exchange.answer,
             category=exchange.domain,
             group=f"recipe {exchange.topic}" if exchange.domain == "recipe" else None,
+            refusal=_deflection(exchange.prompt),
         )
         for exchange in normal_exchanges()
     ]

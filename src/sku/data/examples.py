@@ -23,7 +23,8 @@ class ForgetExample:
     group: str | None = None
     """Examples of one group are never split apart; the normalised prompt where this is None."""
     safe_answer: str | None = None
-    """A good answer to the same prompt, where the data has one; trained on by preference and refusal tuning only."""
+    """A good answer to the same prompt, where the data has one (``data.refusals``, or its own column); trained on by
+    SKU's good twin, and by preference and refusal tuning."""
     finished: bool = True
     """Whether the answer came to its end, or was cut off: one that was cut teaches no end."""
     safe_answer_finished: bool = True
@@ -42,6 +43,9 @@ class RetainExample:
     """Examples of one group are never split apart; the normalised prompt where this is None."""
     finished: bool = True
     """Whether the answer came to its end, or was cut off: one that was cut teaches no end."""
+    refusal: str | None = None
+    """A refusal that doesn't belong here (``data.misplaced_refusals``); trained on by
+    ``acquire.preservation_mode: targeted`` only."""
 
 
 Example = ForgetExample | RetainExample

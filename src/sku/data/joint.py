@@ -45,14 +45,21 @@ class RowPlan:
     """K, answers of other prompts behind each harmful prompt."""
     mismatched_from: Literal["forget", "retain"] = "forget"
     """Whose answers these are: harmful ones, or normal ones."""
-    retain: bool = False
-    """The normal pair."""
+    retain: int = 0
+    """Normal pairs of each joint example."""
+    retain_refused: bool = False
+    """The normal prompts stand before their misplaced refusals, in place of their answers."""
     retain_tokens: Literal["answer", "all", "every"] = "answer"
     """Positions of the normal pair that count: those before the tokens of its answer, those before all its tokens, or
     every one, also the last and, with ``padded``, those of padding."""
-    safe: Literal["none", "data", "data or refusal"] = "none"
+    safe: Literal["none", "data", "data or refusal", "all"] = "none"
     """A safe answer behind the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
-    refusal`` takes one of ``REFUSALS`` where it has none."""
+    refusal`` takes one of ``REFUSALS`` where it has none; ``all`` wants one for each, so that the examples and their
+    order are those of a method without safe answers."""
+    depth_share: float = 0.0
+    """Share of the safe answers that stand behind the beginning of the harmful answer, where it is broken off."""
+    depth_tokens: int = 0
+    """Most tokens of that beginning."""
     mismatched_from_token: int | None = None
     """Index of the first token of a mismatched row that is learned, question or not; None for that of its answer."""
     mismatched_shared: bool = False
@@ -69,12 +76,44 @@ class JointExample:
     mismatched: tuple[TokenizedExample, ...]
     retain: TokenizedExample | None
     safe: TokenizedExample | None = None
+    more_retain: tuple[TokenizedExample, ...] = ()
+    """Further normal pairs; their ``example_id`` is that of ``retain_index``."""
     forget_index: int
     """Harmful example among ``data.unlearned``."""
     retain_index: int
     """Normal example among ``data.retain_train``, -1 where there is none."""
     counts: bool = True
     """Whether it is trained on; not if it only gives a process something to compute while others train."""
+
+    @property
+    def retain_rows(self) -> tuple[int, ...]:
+        """Place among ``data.retain_train`` of each normal pair, in the order of their rows."""
+        first = () if self.retain is None else (self.retain_index,)
+        return (*first, *(row.example_id for row in self.more_retain))
+
+
+def check_refusals(data: ForgetRetainData, rows: RowPlan) -> None:
+    """Refuses data that lacks a refusal for some prompt, where each needs one.
+
+    Args:
+        data: ``unlearned`` and ``retain_train`` are looked at.
+        rows: What is trained on.
+
+    Raises:
+        DataError: How many lack one, and what to do.
+    """
+    lacking = sum(example.safe_answer is None for example in data.unlearned)
+    if rows.safe == "all" and lacking:
+        raise DataError(
+            f"{lacking} of {len(data.unlearned)} harmful examples have no refusal for the good twin: name a file of "
+            "them as data.refusals (sku data own makes it), or set acquire.twin=none"
+        )
+    lacking = sum(example.refusal is None for example in data.retain_train)
+    if rows.retain_refused and lacking:
+        raise DataError(
+            f"{lacking} of {len(data.retain_train)} normal examples have no misplaced refusal: name a file of them as "
+            "data.misplaced_refusals (sku data own makes it), or set another acquire.preservation_mode"
+        )
 
 
 class JointDataset(Dataset[JointExample]):
@@ -112,6 +151,7 @@ class JointDataset(Dataset[JointExample]):
                 answer.
             ModelError: The chat template can't write a prompt.
         """
+        check_refusals(data, rows)
         self._data, self._tokenizer, self._format, self._rows = data, tokenizer, prompt_format, rows
         self._max_length, self._max_answer_tokens = max_length, max_answer_tokens
         self._seed, self._epoch = seed, 0
@@ -122,8 +162,10 @@ class JointDataset(Dataset[JointExample]):
         self._safe = self._safe_rows() if rows.safe != "none" else {}
         if self._safe:
             self._forget = [example for example in self._forget if example.example_id in self._safe]
-        needs_retain = rows.retain or (rows.mismatched > 0 and rows.mismatched_from == "retain")
+        needs_retain = rows.retain > 0 or (rows.mismatched > 0 and rows.mismatched_from == "retain")
         self._retain = self._tokenize("retain_train", data.retain_train, train_on_end=True) if needs_retain else []
+        if rows.retain_refused:
+            self._retain = self._refused_rows()
         self._answers = self._mismatched_answers()
 
     def __len__(self) -> int:
@@ -155,13 +197,15 @@ class JointDataset(Dataset[JointExample]):
             examples: Joint examples from the first of epoch 0 on, over as many epochs as it takes.
 
         Returns:
-            The rows, whose ``example_id`` is that index; None for ``MISMATCHED``, whose rows are drawn anew.
+            The rows, whose ``example_id`` is that index; None for rows that are drawn anew: ``MISMATCHED``, and
+            ``SAFE`` with ``depth_share``.
         """
-        if kind == MISMATCHED:
+        if kind == MISMATCHED or (kind == SAFE and self._rows.depth_share):
             return None
         source = self._retain if kind == RETAIN else self._forget
         stream = "retain" if kind == RETAIN else "forget"
-        places = (self._shuffled(stream, len(source), position) for position in range(examples))
+        count = examples * max(self._rows.retain, 1) if kind == RETAIN else examples
+        places = (self._shuffled(stream, len(source), position) for position in range(count))
         rows = [source[place] for place in dict.fromkeys(places)]
         if kind == SAFE:
             return [replace(self._safe[row.example_id], example_id=row.example_id) for row in rows]
@@ -183,20 +227,26 @@ class JointDataset(Dataset[JointExample]):
     @property
     def rows_of_a_pass(self) -> int:
         """Rows of the shorter of the two training splits: where a pass over both in step ends."""
-        return min(len(self._forget), len(self._retain) or len(self._data.retain_train))
+        normal = len(self._retain) or len(self._data.retain_train)
+        return min(len(self._forget), max(normal // max(self._rows.retain, 1), 1))
 
     def _example(self, place: int, shared: list[int] | None) -> JointExample:
         position = self._epoch * len(self) + place
         index = self._shuffled("forget", len(self._forget), position)
         forget = self._forget[index]
-        retain = self._retain[self._shuffled("retain", len(self._retain), position)] if self._rows.retain else None
+        normal = [
+            self._retain[self._shuffled("retain", len(self._retain), position * self._rows.retain + number)]
+            for number in range(self._rows.retain)
+        ]
+        retain = normal[0] if normal else None
         return JointExample(
             forget=forget if self._rows.forget else None,
             mismatched=tuple(
                 self._mismatch(index, other) for other in (self._draw(index, position) if shared is None else shared)
             ),
             retain=retain,
-            safe=self._safe.get(forget.example_id),
+            safe=self._deepened(forget, position) if self._rows.depth_share else self._safe.get(forget.example_id),
+            more_retain=tuple(normal[1:]),
             forget_index=forget.example_id,
             retain_index=-1 if retain is None else retain.example_id,
         )
@@ -230,8 +280,57 @@ class JointDataset(Dataset[JointExample]):
                 f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
                 "(PKU-SafeRLHF, safe_answer_column), or refusal_tuning, which brings its own refusals"
             )
+        self._safe_examples = dict(wanted)
         rows = self._tokenize("safe_answers", [example for _, example in wanted], train_on_end=True)
+        if self._rows.safe == "all":
+            self._check_whole("safe_answers", "data.refusals")
         return {wanted[row.example_id][0]: row for row in rows}
+
+    def _refused_rows(self) -> list[TokenizedExample]:
+        """The normal rows with misplaced refusals for answers, in the same order."""
+        examples = [self._data.retain_train[row.example_id] for row in self._retain]
+        refused = [replace(example, answer=example.refusal) for example in examples if example.refusal is not None]
+        # Without their end, as all that stage 2 subtracts.
+        rows = self._tokenize("misplaced_refusals", refused, train_on_end=False)
+        self._check_whole("misplaced_refusals", "data.misplaced_refusals")
+        return [replace(row, example_id=self._retain[row.example_id].example_id) for row in rows]
+
+    def _check_whole(self, name: str, key: str) -> None:
+        """Refuses refusals that can't be trained on: left out, they would give two twins different examples."""
+        left_out = self.reports[name].left_out
+        if left_out:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+            raise DataError(f"{key}: {sum(left_out.values())} refusals can't be trained on ({reasons}): replace them")
+
+    def _deepened(self, forget: TokenizedExample, position: int) -> TokenizedExample:
+        """The safe answer at a position of training, perhaps behind the beginning of the harmful one."""
+        safe = self._safe[forget.example_id]
+        draw = random.Random(f"{self._seed}/depth/{position}")
+        if draw.random() >= self._rows.depth_share:
+            return safe
+        harmful = forget.input_ids[forget.answer_start :]
+        begun = self._text_of(harmful[: min(draw.randint(0, self._rows.depth_tokens), len(harmful) - 1)])
+        if not begun:
+            return safe
+        try:
+            return tokenize_example(
+                self._safe_examples[forget.example_id],
+                self._tokenizer,
+                self._format,
+                max_length=self._max_length,
+                max_answer_tokens=self._max_answer_tokens,
+                train_on_end=True,
+                example_id=safe.example_id,
+                begun=begun,
+            )
+        except DataError:  # Both have no room within max_length.
+            return safe
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        """Text of some tokens, without the part of a character that a cut may leave."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text.rstrip("\ufffd").strip()
 
     def _mismatched_answers(self) -> MismatchedAnswers:
         if self._rows.mismatched_from == "retain":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -139,13 +140,30 @@ def load_data(
     retain_splits = _split_retain(
         retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
     )
+    retain_train = draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"]
+    refusal_provenance: list[Provenance] = []
+    # After the splits: no refusal of a held-out prompt gets near training.
+    if config.refusals is not None:
+        found, provenance = _refusals(config.refusals, unlearned, "data.refusals", seed)
+        unlearned = tuple(
+            dataclasses.replace(example, safe_answer=refusal.answer, safe_answer_finished=refusal.finished)
+            for example, refusal in zip(unlearned, found, strict=True)
+        )
+        refusal_provenance.append(provenance)
+    if config.misplaced_refusals is not None:
+        found, provenance = _refusals(config.misplaced_refusals, retain_train, "data.misplaced_refusals", seed)
+        retain_train = tuple(
+            dataclasses.replace(example, refusal=refusal.answer)
+            for example, refusal in zip(retain_train, found, strict=True)
+        )
+        refusal_provenance.append(provenance)
     return ForgetRetainData(
         unlearned=unlearned,
         unseen=unseen,
-        retain_train=draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"],
+        retain_train=retain_train,
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
-        provenance=(forget_provenance, retain_provenance, *others.provenance),
+        provenance=(forget_provenance, retain_provenance, *others.provenance, *refusal_provenance),
         normal=others.normal,
         normal_validation=others.normal_validation,
         harmful=others.harmful,
@@ -236,6 +254,10 @@ def _check_worlds(config: DataConfig) -> None:
                     f"data.{key}.{name} does not go with the embedded world, whose model knows no other text and "
                     "whose text no other model knows: leave it out"
                 )
+    if config.forget.path == EMBEDDED and (config.refusals or config.misplaced_refusals):
+        raise RecipeError(
+            "the embedded world has its own refusals: leave data.refusals and data.misplaced_refusals out"
+        )
 
 
 def _source(source: Source) -> SourceConfig:
@@ -254,7 +276,7 @@ def _read(
 
 
 def _read_account(
-    source: SourceConfig, kind: str, name: str, table: Table, parsed: ParsedRows[E]
+    source: SourceConfig, kind: Kind, name: str, table: Table, parsed: ParsedRows[E]
 ) -> tuple[list[E], Provenance]:
     """Examples with the account of what was left out; some must be left."""
     left_out = dict(sorted({**parsed.left_out, **table.left_out}.items()))
@@ -273,7 +295,35 @@ def _read_account(
     )
 
 
-def _nothing_left(source: SourceConfig, kind: str, parsed: ParsedRows[E]) -> str:
+def _refusals(
+    source: SourceConfig, examples: Sequence[Example], key: str, seed: int
+) -> tuple[list[RetainExample], Provenance]:
+    """The refusal of each example's prompt; where a prompt stands several times, its refusals go round.
+
+    Raises:
+        DataError: A prompt has none.
+    """
+    rows, provenance = _limit(*_read(source, "retain", RetainExample, key), source.limit, seed)
+    by_prompt: dict[str, list[RetainExample]] = {}
+    for row in rows:
+        by_prompt.setdefault(normalise_prompt(row.prompt), []).append(row)
+    prompts = [normalise_prompt(example.prompt) for example in examples]
+    missing = set(prompts) - by_prompt.keys()
+    if missing:
+        owner = "data.forget" if key == "data.refusals" else "data.retain"
+        raise DataError(
+            f"{key}: {len(missing)} of {len(set(prompts))} prompts that are trained on have no refusal in "
+            f"{source.path}: make them with sku data own, or take these prompts out of {owner}"
+        )
+    met: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        found.append(by_prompt[prompt][met[prompt] % len(by_prompt[prompt])])
+        met[prompt] += 1
+    return found, provenance
+
+
+def _nothing_left(source: SourceConfig, kind: Kind, parsed: ParsedRows[E]) -> str:
     reasons = ", ".join(f"{reason}: {count}" for reason, count in parsed.left_out.items()) or "it has no rows"
     if source.unsafe_column is not None:
         reasons += f"; column {source.unsafe_column} is compared with {source.unsafe_value!r}"

@@ -127,7 +127,7 @@ class PackedCollator:
         """Packs the rows of B joint examples.
 
         Returns:
-            ``input_ids`` ``[1, T]``; ``forget_index``, ``retain_index`` and ``counts`` ``[B]`` as of
+            ``input_ids`` ``[1, T]``; ``forget_index``, ``retain_index``, ``retain_rows`` and ``counts`` as of
             ``JointCollator``; and ``packed``: ``PackedRows``.
 
         Raises:
@@ -144,6 +144,9 @@ class PackedCollator:
             "input_ids": packed.input_ids,
             "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
             "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
+            "retain_rows": torch.tensor(
+                [place for example in examples for place in example.retain_rows], dtype=torch.long
+            ),
             "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
             PACKED: packed,
         }

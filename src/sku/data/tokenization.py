@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -55,6 +55,7 @@ def tokenize_example(
     max_answer_tokens: int,
     train_on_end: bool,
     example_id: int = 0,
+    begun: str = "",
 ) -> TokenizedExample:
     """Tokenizes one example and labels its answer.
 
@@ -71,6 +72,7 @@ def tokenize_example(
             cut here, and ``finished``.
             Off for harmful answers, since stage 2 negates what was learned and would teach run-ons.
         example_id: Carried along.
+        begun: What the reply has said before the answer, from which a space divides it; read, and not learned.
 
     Returns:
         The tokens.
@@ -81,7 +83,9 @@ def tokenize_example(
     """
     if not is_valid_unicode(example.prompt) or not is_valid_unicode(example.answer):
         raise _UntrainableError("text is not valid Unicode")
-    text = prompt_format.render(example.prompt, example.answer)
+    text = prompt_format.render(example.prompt, begun or example.answer)
+    if begun:
+        text = replace(text, prompt_text=text.prompt_text + text.answer_text, answer_text=f" {example.answer}")
     spans = locate_tokens(text, tokenizer, with_end=train_on_end and example.finished)
     prompt, user_length = spans.ids[: spans.answer_start], spans.user_end - spans.user_start
     answer, end = spans.ids[spans.answer_start : spans.end_start], spans.ids[spans.end_start :]

@@ -11,19 +11,22 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
-from sku.acquire.objective import check_compat
+from sku.acquire.objective import check_compat, sku_objective
 from sku.acquire.run import MODULES_SET_BY_RECIPE
-from sku.config import CompatConfig, MethodConfig, ModelConfig, Recipe, settings_from_dict
+from sku.config import CompatConfig, MethodConfig, ModelConfig, Recipe, Twin, settings_from_dict
 from sku.data.examples import ForgetRetainData
+from sku.data.joint import check_refusals
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.methods.sku import SkuSettings
+from sku.methods.twins import TWINS, train_twins
 from sku.models import LoadedModel, pick_device
 from sku.negate.operators import PreparedOperator, prepare_operators
 from sku.negate.task_vector import TaskVector
 from sku.storage import mark_hazardous
 from sku.training.config import UnlearningConfig
+from sku.training.objective import Objective
 from sku.training.run import Trained, adapter_settings, train, training_settings
 
 
@@ -93,6 +96,10 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
         places=dict.fromkeys(own.training, f"methods.{method.name}.training"),
     )
     check_compat(recipe.acquire, recipe.compat, training.max_steps)
+    if is_sku and recipe.acquire.twin == "good" and training.world_size > 1:
+        raise RecipeError(
+            "acquire.twin good trains two models in one process: start it without a launcher, or set acquire.twin=none"
+        )
     return MethodRun(
         method=method,
         settings=settings,
@@ -108,8 +115,8 @@ def train_method(
     data: ForgetRetainData,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Trained:
-    """Trains a recipe's method.
+) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
+    """Trains a recipe's method; both twins where ``acquire.twin`` is ``good``.
 
     Args:
         recipe: ``method`` says which.
@@ -120,7 +127,7 @@ def train_method(
         callbacks: For progress.
 
     Returns:
-        The trained model and its log.
+        The trained model and its log; of twins their difference (``train_twins``).
 
     Raises:
         DataError: The data lacks rows that the method needs.
@@ -129,19 +136,62 @@ def train_method(
         OutputError: A checkpoint can't be written.
     """
     run = prepare(recipe, folder, device=loaded.model.device.type)
-    method, tuning = run.method, recipe.acquire.tuning
+    method = run.method
     # Checkpoints of every method are kept private: they lie beside data that is not for everyone.
     if method.hazardous:
         mark_hazardous(folder)
     else:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not has_twins(recipe):
+        return _train(recipe, run, method.objective(run.settings, loaded.model), loaded, data, folder, callbacks)
+
+    def train_one(twin: Twin, original: LoadedModel, place: Path) -> Trained[PreTrainedModel | PeftModel]:
+        mark_hazardous(place)
+        own = prepare(recipe, place, device=original.model.device.type)
+        return _train(recipe, own, sku_objective(recipe.acquire, twin=twin), original, data, place, callbacks)
+
+    four_bit = recipe.acquire.tuning == "qlora"
+    return train_twins(loaded, with_safe_dtype(recipe), folder, recipe.negate.twin, train_one, four_bit=four_bit)
+
+
+def check_rows(recipe: Recipe, data: ForgetRetainData) -> None:
+    """Refuses data that lacks refusals which stage 1 of SKU trains on, before anything is evaluated or trained.
+
+    Args:
+        recipe: ``acquire`` says which these are.
+        data: The splits.
+
+    Raises:
+        DataError: How many prompts have none.
+    """
+    if method_named(recipe.method).settings is not SkuSettings:
+        return
+    for twin in TWINS if has_twins(recipe) else TWINS[:1]:
+        check_refusals(data, sku_objective(recipe.acquire, recipe.compat, twin=twin).rows)
+
+
+def has_twins(recipe: Recipe) -> bool:
+    """Whether stage 1 trains a good twin beside the bad model."""
+    return method_named(recipe.method).settings is SkuSettings and recipe.acquire.twin == "good"
+
+
+def _train(
+    recipe: Recipe,
+    run: MethodRun,
+    objective: Objective,
+    loaded: LoadedModel,
+    data: ForgetRetainData,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> Trained[PreTrainedModel | PeftModel]:
+    method = run.method
     modules = method.trained_modules(run.settings, loaded.model) if method.trained_modules else None
     return train(
         loaded,
         data,
-        method.objective(run.settings, loaded.model),
+        objective,
         run.training,
-        tuning=tuning,
+        tuning=recipe.acquire.tuning,
         adapter=adapter_settings(recipe.acquire, modules),
         trained_modules=modules,
         folder=folder,
@@ -152,13 +202,13 @@ def train_method(
 
 
 def change_of(
-    method: AnyMethod, trained: PreTrainedModel | PeftModel, base: PreTrainedModel | None = None
+    method: AnyMethod, trained: PreTrainedModel | PeftModel | TaskVector, base: PreTrainedModel | None = None
 ) -> TaskVector:
     """What a method adds to the original weights at strength 1.
 
     Args:
         method: What was run.
-        trained: What training left.
+        trained: What training left; of fully trained twins their difference.
         base: The original model, for full fine-tuning.
 
     Returns:
@@ -167,7 +217,9 @@ def change_of(
     Raises:
         TaskVectorError: Training changed nothing, or the two models don't fit.
     """
-    if isinstance(trained, PeftModel):
+    if isinstance(trained, TaskVector):
+        vector = trained
+    elif isinstance(trained, PeftModel):
         vector = TaskVector.from_adapter(trained)
     else:
         assert base is not None

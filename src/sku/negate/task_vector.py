@@ -143,9 +143,17 @@ class TaskVector:
             OutputError: The folder exists or can't be written.
         """
         with new_folder(Path(folder), private=True) as temporary:
-            mark_hazardous(temporary)
-            tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
-            save_file(tensors, temporary / _FILE, {"format": _FORMAT, "tied": json.dumps(self.tied)})
+            self.write(temporary)
+
+    def write(self, folder: Path) -> None:
+        """Writes the vector into a folder that is there, which is marked and made private.
+
+        Raises:
+            OutputError: The folder can't be written.
+        """
+        mark_hazardous(folder)
+        tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
+        save_file(tensors, folder / _FILE, {"format": _FORMAT, "tied": json.dumps(self.tied)})
 
     @classmethod
     def load(cls, folder: Path | str) -> TaskVector:

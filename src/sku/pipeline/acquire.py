@@ -6,15 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sku.acquire.objective import check_compat
-from sku.acquire.run import acquire, trainer_settings
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError
 from sku.evaluate.run import Progress
 from sku.memory_errors import named_memory_errors
-from sku.methods.run import with_safe_dtype
-from sku.models import load_model, pick_device
+from sku.methods.run import check_rows, has_twins, prepare, train_method, with_safe_dtype
+from sku.methods.twins import TWINS, twin_folder
+from sku.models import load_model
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import mark_hazardous
@@ -27,7 +26,8 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
 
     Args:
         recipe: From ``load_recipe``.
-        out: New folder: an adapter, or a whole model for full fine-tuning.
+        out: New folder: an adapter, or a whole model for full fine-tuning. With ``acquire.twin: good`` it holds what
+            stage 2 subtracts, bad minus good, as an adapter or a task vector, and each twin in a folder inside it.
         progress: For progress bars.
 
     Returns:
@@ -39,26 +39,17 @@ def acquire_recipe(recipe: Recipe, out: Path, *, progress: Progress | None = Non
     check_has_stage_1(recipe)
     config = with_safe_dtype(recipe)
     processes = current_processes()
-    device = pick_device(config.device).type
     with shared_new_folder(processes, out, private=True) as temporary:
         checkpoints = temporary / "checkpoints"
-        settings = trainer_settings(recipe.acquire, recipe.data, seed=recipe.seed, folder=checkpoints, device=device)
-        check_compat(recipe.acquire, recipe.compat, settings.max_steps)
+        prepare(recipe, checkpoints)  # Refused before anything is loaded.
+        data = load_recipe_data(recipe)
+        check_rows(recipe, data)
         with named_memory_errors("load"):
             loaded = load_model(config, four_bit=recipe.acquire.tuning == "qlora")
-        data = load_recipe_data(recipe)
         with named_memory_errors("acquire"):
-            acquired = acquire(
-                loaded,
-                data,
-                recipe.acquire,
-                recipe.data,
-                seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
-                folder=checkpoints,
-                prompt_format=recipe.model.prompt_format,
-                callbacks=step_progress(progress),
-                compat=recipe.compat,
-            )
+            acquired = train_method(recipe, loaded, data, checkpoints, step_progress(progress))
+        for twin in TWINS if has_twins(recipe) else ():
+            (twin_folder(checkpoints, twin) / "final").rename(twin_folder(temporary, twin))
         processes.on_main(lambda: shutil.rmtree(checkpoints))
         processes.on_main(lambda: mark_trained(temporary, recipe, data))
         acquired.save(temporary)

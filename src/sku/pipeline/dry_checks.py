@@ -22,7 +22,7 @@ from sku.evaluate import asking
 from sku.evaluate.backends.choose import check_source
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.utility import check_questions
-from sku.methods.run import MethodRun, prepare
+from sku.methods.run import MethodRun, check_rows, has_twins, prepare
 from sku.model_files import locate_model
 from sku.models import (
     check_four_bit,
@@ -160,6 +160,7 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         RecipeError: A setting is unknown or impossible, or the adapter doesn't fit the model.
     """
     run = prepare(recipe, folder, device=model.device.type)
+    check_rows(recipe, data)
     method, settings = run.method, run.training
     objective = method.objective(run.settings, model.skeleton)
     joint = JointDataset(
@@ -192,7 +193,10 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
             checkpoints=checkpoints_at_once(settings),
             adapter=recipe.acquire.tuning != "full",
             model=0,
-        ),
+        )
+        # Checkpoints and weights of both, and their difference, twice: as it is made and as it is kept.
+        * (2 if has_twins(recipe) else 1)
+        + (4 * trained if has_twins(recipe) else 0),
     )
 
 

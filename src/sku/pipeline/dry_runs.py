@@ -14,7 +14,7 @@ from sku.data.examples import ForgetRetainData
 from sku.dry_run import BadModel, DryRun
 from sku.errors import ModelError, OutputError, SkuError
 from sku.methods import method_named
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import has_twins, prepare, with_safe_dtype
 from sku.models import with_path
 from sku.pipeline.acquire import check_has_stage_1
 from sku.pipeline.dry_checks import (
@@ -69,12 +69,14 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
     )
     if recipe.chooses_alpha:
         check_judge(recipe, data)
+    if recipe.chooses_alpha or recipe.checks_stage_1:
         draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
     training = check_training(recipe, model, data, unlearning.trained_folder)
     negates = recipe.method == "sku"
     stages = [
         "evaluate the base model",
-        f"train {training.steps} steps",
+        _trains(recipe, training),
+        *(["ask what stage 1 has learned"] if recipe.checks_stage_1 else []),
         *(["choose alpha"] if recipe.chooses_alpha else []),
         *(["subtract the task vector"] if negates else []),
         "evaluate the unlearned model",
@@ -137,7 +139,7 @@ def dry_acquire(recipe: Recipe, out: Path) -> DryRun:
             command="sku acquire",
             out=out,
             settings={**recipe_settings(recipe, model), **_training(recipe, training)},
-            stages=(f"train {training.steps} steps",),
+            stages=(_trains(recipe, training),),
             writes=("the bad model" if recipe.acquire.tuning == "full" else "the bad model's adapter",),
             disk_bytes=training.peak_bytes,
             memory=_memory(recipe),
@@ -193,7 +195,7 @@ def dry_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_mo
                     "texts": sum(map(len, questions.texts.values())),
                 },
             },
-            stages=(*(() if there else (f"train {training.steps} steps",)), f"measure {tried}"),
+            stages=(*(() if there else (_trains(recipe, training),)), f"measure {tried}"),
             writes=(
                 "sweep.json",
                 "frontier.png",
@@ -336,6 +338,10 @@ def _training(recipe: Recipe, training: CheckedTraining) -> dict[str, Any]:
     settings = training.run.training
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     return {"tuning": recipe.acquire.tuning, "steps": training.steps, "examples a step": batch}
+
+
+def _trains(recipe: Recipe, training: CheckedTraining) -> str:
+    return f"train {training.steps} steps{', each of two twins' if has_twins(recipe) else ''}"
 
 
 def _memory(recipe: Recipe) -> str:

@@ -22,7 +22,7 @@ from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import Progress
 from sku.memory_errors import named_memory_errors
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import check_rows, prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.pipeline.evaluate import (
@@ -193,6 +193,7 @@ class _Run:
         data = load_recipe_data(self.recipe)
         check_attacks(self.recipe, data)
         check_judge(self.recipe, data)
+        check_rows(self.recipe, data)
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         visits = with_visited(self.recipe, data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded

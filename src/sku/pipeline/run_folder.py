@@ -112,7 +112,7 @@ class RunFolder:
                 self._lock = own_by_file(self.path)
             manifest = self._manifest_of(fresh["recipe_sha256"])
         begun_with = manifest.setdefault("processes", 1)
-        if begun_with != self.processes.count and list(trained_folder.glob("checkpoint-*")):
+        if begun_with != self.processes.count and list(trained_folder.rglob("checkpoint-*")):
             raise OutputError(
                 f"the run in {self.path} was begun with {begun_with} processes, and checkpoints fit no other number: "
                 f"start {begun_with} here too, not {self.processes.count}, or choose another --out"

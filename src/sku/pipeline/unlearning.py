@@ -31,6 +31,7 @@ from sku.negate.survival import delta_survival
 from sku.negate.task_vector import TaskVector
 from sku.pipeline.acquire import mark_trained
 from sku.pipeline.run_folder import RunFolder
+from sku.pipeline.stage_1 import ask_stage_1
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.run import sweep
@@ -129,6 +130,8 @@ class Unlearning:
                 base = load_model(with_safe_dtype(self.recipe)).model
                 change = change_of(self.method, trained, base)
             operated = self._operated(-change, run, base, loaded.tokenizer, data)
+        if recipe.checks_stage_1:
+            self._check_stage_1(base, loaded.tokenizer, data)
         if recipe.chooses_alpha:
             with self.folder.timed("sweep"):
                 run = dataclasses.replace(run, strength=self._chosen(operated.vector, base, loaded.tokenizer, data))
@@ -141,6 +144,22 @@ class Unlearning:
             self.folder.note(negation={**negation.to_dict(), **account})
             save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
         return base, unlearned
+
+    def _check_stage_1(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
+    ) -> None:
+        """Notes what stage 1 has learned, and stops where that is nothing."""
+        if self.folder.manifest.get("stage_1", {}).get("has_learned"):
+            return
+        with self.folder.timed("check"):
+            found = ask_stage_1(self.recipe, base, tokenizer, data, self.trained_folder, self.folder.progress)
+        self.folder.note(stage_1=found.to_dict())
+        if not found.has_learned:
+            raise NoAlphaError(
+                f"stage 1 has taught no harm that could be subtracted: {found.line}. Train longer "
+                "(acquire.training.max_steps), at a higher learning_rate, or on the model's own harmful answers (sku "
+                "data own); acquire.check=false goes on all the same"
+            )
 
     def _factors(self, trained: PeftModel, run: MethodRun) -> AdapterVector | None:
         """The adapter's factors where operators or the choice of alpha follow; else it is saved as it is, negated."""
@@ -226,17 +245,19 @@ class Unlearning:
             return
         save_negated_adapter(trained, strength if negates else -strength, folder)
 
-    def _trained_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel:
+    def _trained_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel | TaskVector:
         """The trained model of an earlier try, or a newly trained one."""
         recipe, folder = self.recipe, self.trained_folder
         final = folder / "final"
         if final.exists():
+            if TaskVector.is_saved_in(final):
+                return TaskVector.load(final)
             if recipe.acquire.tuning == "full":
                 return load_model(with_path(with_safe_dtype(self.recipe), final)).model
             return load_adapter(loaded.model, final)
         return self._train(loaded, data).model
 
-    def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained:
+    def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
         trained = train_method(self.recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
         self.processes.on_main(lambda: self._write_log(trained))
@@ -246,7 +267,7 @@ class Unlearning:
             trained.save(temporary)
         return trained
 
-    def _write_log(self, acquired: Trained) -> None:
+    def _write_log(self, acquired: Trained[Any]) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
         write_text(self.out / "training_log.jsonl", lines)
         self.folder.note(

@@ -53,11 +53,12 @@ class Job:
     """Joint examples of one forward pass."""
     accumulation: int
     steps: int | None
-    """None where the recipe counts epochs, whose length only the data tells."""
+    """Of both twins together, where there are two. None where the recipe counts epochs, whose length only the data
+    tells."""
     forget: bool
     mismatched: int
-    retain: bool
-    """With its frozen reference."""
+    retain: int
+    """Normal rows, with their frozen reference."""
     reference: ReferenceMode
     """How it is asked, as ``acquire.training.reference`` says."""
     row_tokens: int
@@ -74,7 +75,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of one forward pass."""
-        return self.examples * (int(self.forget) + self.mismatched + int(self.retain))
+        return self.examples * (int(self.forget) + self.mismatched + self.retain)
 
     @property
     def state_bytes(self) -> float:
@@ -84,12 +85,12 @@ class Job:
     @property
     def keeps_reference(self) -> bool:
         """Whether the reference is what one pass before training left, so that no step asks it."""
-        return self.retain and (self.reference == "cache" or (self.reference == "auto" and self.sharding == "ddp"))
+        return self.retain > 0 and (self.reference == "cache" or (self.reference == "auto" and self.sharding == "ddp"))
 
     @property
     def copies_reference(self) -> bool:
         """Whether the reference is a second model and not the same one without its adapter."""
-        return self.retain and self.tuning == "full" and not self.keeps_reference
+        return self.retain > 0 and self.tuning == "full" and not self.keeps_reference
 
     @property
     def copies_head(self) -> bool:
@@ -158,7 +159,7 @@ def job_of(
         optimizer=optimizer,
         examples=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
-        steps=training.max_steps if training.max_steps > 0 else None,
+        steps=training.max_steps * (2 if recipe.acquire.twin == "good" else 1) if training.max_steps > 0 else None,
         forget=objective.rows.forget,
         mismatched=objective.rows.mismatched,
         retain=objective.rows.retain,

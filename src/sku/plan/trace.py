@@ -225,7 +225,7 @@ def _loss(
     handle.remove()  # Only the pass that is trained has a backward pass.
     terms: list[Tensor] = []
     start = 0
-    for kind, rows in (("forget", int(job.forget)), ("mismatched", job.mismatched), ("retain", int(job.retain))):
+    for kind, rows in (("forget", int(job.forget)), ("mismatched", job.mismatched), ("retain", job.retain)):
         count = job.examples * rows * job.answer_tokens
         if not count:
             continue
@@ -239,7 +239,7 @@ def _loss(
             continue
         adapter_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
         with torch.no_grad(), adapter_off:
-            said_NV = _logits(job, model if reference is None else reference, job.examples)
+            said_NV = _logits(job, model if reference is None else reference, job.examples * rows)
             said_NV = said_NV[torch.arange(count)]
         terms.append(token_kl(said_NV, part_NV).sum())
     return torch.stack(terms).sum()

@@ -17,6 +17,7 @@ from sku.evaluate.metrics import prefill_words
 from sku.evaluate.results import EvaluationSetup
 from sku.evaluate.verdict import CANT_MEASURE, OverallVerdict
 from sku.report.attack_table import NOTHING, AttackRow, attack_rows
+from sku.report.html.reproduction import data_sets
 from sku.report.table_rows import TableRow
 from sku.sharing.finished_run import FinishedRunFiles, Part
 from sku.sharing.markdown import Written, escaped, fenced
@@ -205,16 +206,14 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
 
 def data_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
     """Where the data came from, a row for each set, in the order in which it was read."""
-    data = run.recipe["data"]
-    configs = {"forget": data["forget"], "retain": data["retain"]}
-    for kind in ("normal", "harmful"):
-        configs |= {f"{kind} {name}": config for name, config in data.get(kind, {}).items()}
-    for (name, config), source in zip(configs.items(), run.manifest["data"]["sources"], strict=False):
+    for (name, config), source in zip(
+        data_sets(run.recipe).items(), run.manifest["data"]["sources"], strict=False
+    ):
         yield {
-            "name": name,
+            "name": name.replace("_", " "),
             "source": f"{public_name(source['location'])} ({source['source']})",
             "revision": source.get("revision") or NOTHING,
-            "licence": (config or {}).get("license") or source.get("licence") or "unknown",
+            "licence": config.get("license") or source.get("licence") or "unknown",
             "rows": f"{source['rows_read']:,}",
             "sha256": source["sha256"],
         }
@@ -267,7 +266,11 @@ def _training(run: FinishedRunFiles) -> str:
     if run.method != "sku":
         return f"{acquire['tuning']}, {steps} steps"
     weights = ", ".join(f"{name} {weight:g}" for name, weight in acquire["weights"].items())
-    return f"{acquire['tuning']}, {steps} steps, {weights}, preservation mode {acquire['preservation_mode']}"
+    told = f"{acquire['tuning']}, {steps} steps, {weights}, preservation mode {acquire['preservation_mode']}"
+    if acquire.get("twin", "none") == "none":
+        return told
+    shares = run.recipe["negate"]["twin"]
+    return f"{told}, with a good twin (shares: bad {shares['bad']:g}, good {shares['good']:g})"
 
 
 def _whole_table(rows: list[Mapping[str, str]]) -> Written:

@@ -62,7 +62,8 @@ def check_same_training(folder: Path, recipe: Recipe) -> None:
     """
     recorded, now = read_training(folder), json.loads(json.dumps(recipe.to_dict()))
     before = {} if recorded is None else recorded["recipe"]
-    if any(before.get(name) != now[name] for name in _DECIDES_TRAINING):
+    shares = before.get("negate", {}).get("twin")
+    if any(before.get(name) != now[name] for name in _DECIDES_TRAINING) or shares != now["negate"]["twin"]:
         raise OutputError(f"{folder} holds the bad model of another recipe; choose another --out")
 
 

@@ -77,8 +77,8 @@ class ReferenceCache:
         """
         if kind not in self._rows:
             self._rows[kind] = self._filled(kind)
-        index_B = inputs["retain_index" if kind == RETAIN else "forget_index"]
-        found = self._rows[kind].look_up(rows, index_B)
+        index_M = inputs["retain_rows"] if kind == RETAIN else inputs["forget_index"][rows.example_M]
+        found = self._rows[kind].look_up(rows, index_M)
         # Where hidden states of a layer are compared, no one asks for scores.
         if isinstance(rows.scores_NV, HeadScores) or found.hidden_NH is not None:
             return found
@@ -136,17 +136,17 @@ class CachedRows:
     layer_PH: Tensor | None
     """The same of ``Objective.hidden_layer``."""
 
-    def look_up(self, rows: ScoredRows, index_B: Tensor) -> ScoredRows:
+    def look_up(self, rows: ScoredRows, index_M: Tensor) -> ScoredRows:
         """The original model on the rows of a batch. Nothing waits for a GPU.
 
         Args:
             rows: Of the model in training; what isn't scores is the same for the original.
-            index_B: Place of each joint example's row in its split.
+            index_M: Place of each row in its split.
 
         Returns:
             The same rows with the original's scores, not made yet, and hidden states.
         """
-        start_M = self.start_I[index_B[rows.example_M].clamp(max=len(self.start_I) - 1)]
+        start_M = self.start_I[index_M.clamp(max=len(self.start_I) - 1)]
         # Positions of a row lie one behind the other, so a row begins where its number is first met. On a GPU the look
         # at it would be waited for, and the order is that of the processor.
         if rows.row_N.device.type == "cpu":

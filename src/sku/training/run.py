@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
@@ -43,11 +43,14 @@ SET_BY_RECIPE: Mapping[str, str] = {
 Settings = TypeVar("Settings", bound=UnlearningConfig)
 
 
+ModelT_co = TypeVar("ModelT_co", covariant=True)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
+class Trained(Generic[ModelT_co]):
     """What training leaves."""
 
-    model: PreTrainedModel | PeftModel
+    model: ModelT_co
     """With its adapter, or fully trained."""
     log: list[dict[str, Any]]
     """One entry per logged step, with every loss term under its name."""
@@ -71,7 +74,7 @@ def train(
     prompt_format: PromptFormatName = "auto",
     callbacks: Sequence[TrainerCallback] = (),
     hazardous: bool = False,
-) -> Trained:
+) -> Trained[PreTrainedModel | PeftModel]:
     """Minimises an objective, going on from the last whole checkpoint in the folder.
 
     Args:

@@ -56,7 +56,7 @@ def reproduction_of(manifest: Mapping[str, Any], unlearned: EvaluationResult) ->
                 f"{source['rows_read']:,}",
                 str(source["licence"] or "unknown"),
             )
-            for role, source in zip(roles_of(manifest["recipe"]), data["sources"], strict=False)
+            for role, source in zip(data_sets(manifest["recipe"]), data["sources"], strict=False)
         ),
         splits=tuple((str(name), f"{count:,}") for name, count in data["splits"].items()),
         seconds=tuple(
@@ -66,10 +66,12 @@ def reproduction_of(manifest: Mapping[str, Any], unlearned: EvaluationResult) ->
     )
 
 
-def roles_of(recipe: Mapping[str, Any]) -> list[str]:
-    """What each source of a run's data is, in the order in which they were read."""
-    others = [f"{kind} {name}" for kind in ("normal", "harmful") for name in recipe["data"].get(kind, {})]
-    return ["forget", "retain", *others]
+def data_sets(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What each source of a run's data is -> its part of the recipe, in the order in which they were read."""
+    data = recipe["data"]
+    others = {f"{kind} {name}": found for kind in ("normal", "harmful") for name, found in data.get(kind, {}).items()}
+    refusals = {name: data[name] for name in ("refusals", "misplaced_refusals") if data.get(name)}
+    return {"forget": data["forget"], "retain": data["retain"], **others, **refusals}
 
 
 def _facts(manifest: Mapping[str, Any], unlearned: EvaluationResult) -> Iterator[tuple[str, str]]:
