@@ -36,16 +36,21 @@ def check_inputs(recipe: Recipe) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     from sku.data.load import load_data
+    from sku.data.prompt_sets import load_own_prompts, wants_own_replies
     from sku.data.tables import is_hub_id
 
-    sources = [source for source in (recipe.data.forget, recipe.data.retain, recipe.data.benign) if source is not None]
+    config = recipe.data
+    named = (config.forget, config.retain, config.benign, config.borderline)
+    sources = [source for source in named if source is not None]
     from_hub = [source for source in sources if is_hub_id(source)]
     for source in from_hub:
         _check_within_reach(source)
-    if not from_hub:  # Else nothing is downloaded twice.
-        load_data(
-            recipe.data, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.forget_validation
-        )
+    if from_hub:  # Nothing is downloaded twice.
+        return
+    if wants_own_replies(config):
+        load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
+    else:
+        load_data(config, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.forget_validation)
 
 
 def _check_within_reach(source: SourceConfig) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sku.config.fraction import check_fraction
+from sku.config.own_replies import OwnRepliesConfig
 from sku.errors import RecipeError
 
 DataFormat = Literal[
@@ -68,6 +69,20 @@ class DataConfig:
     retain: SourceConfig
     benign: SourceConfig | None = None
     """Normal pairs of another source, only for a perplexity after unlearning; never trained on."""
+    refusals: SourceConfig | None = None
+    """Refusals of the forget prompts: what the good twin learns (``acquire.twin: good``)."""
+    misplaced_refusals: SourceConfig | None = None
+    """Refusals of retain prompts: what ``acquire.preservation_mode: targeted`` steers the bad model to."""
+    own_replies: bool = False
+    """Train on the model's own replies to the prompts of both sets, which ``sku run`` writes first. It does so too
+    where a set has prompts without answers."""
+    own_share: float = 1.0
+    """Share of own replies in the forget set; the rest are answers of the file (with ``own_replies``)."""
+    own: OwnRepliesConfig = field(default_factory=OwnRepliesConfig)
+    """How own replies are asked for (with ``own_replies``)."""
+    borderline: SourceConfig | None = None
+    """Safe prompts that look harmful, of XSTest say: own replies to them join the retain set (with
+    ``own_replies``)."""
     unseen_fraction: float = 0.3
     """Share of the harmful prompts held out as ``unseen``."""
     retain_validation_fraction: float = 0.1
@@ -78,6 +93,8 @@ class DataConfig:
     """Longest answer in tokens; the rest is not trained on."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.own_share <= 1:
+            raise RecipeError(f"data.own_share is {self.own_share}; it must be above 0 and at most 1")
         check_fraction("data.unseen_fraction", self.unseen_fraction)
         check_fraction("data.retain_validation_fraction", self.retain_validation_fraction)
         check_fraction("data.retain_test_fraction", self.retain_test_fraction)

@@ -95,8 +95,14 @@ def load_data(
 
     Raises:
         DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in two sets.
-        RecipeError: Only some of the sets are the embedded world, or its fixed split is given a share.
+        RecipeError: Only some of the sets are the embedded world, its fixed split is given a share, or the data are
+            own replies, which are not written yet.
     """
+    if config.own_replies:
+        raise RecipeError(
+            "data.own_replies is true, and only sku run writes the model's own replies by itself: write them with sku "
+            "data own, and name its files in data.forget and data.retain"
+        )
     _check_worlds(config)
     benign: dict[str, tuple[RetainExample, ...]] = {"benign": (), "benign_validation": ()}
     benign_provenance: tuple[Provenance, ...] = ()
