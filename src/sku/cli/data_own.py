@@ -171,7 +171,7 @@ def _print(written: OwnReplies, options: OwnOptions) -> None:
     results.print(f"rows      {written.folder}", soft_wrap=True)
     errors.print("comply.jsonl holds what the model says to harmful prompts: keep it to yourself", soft_wrap=True)
     if written.kept("comply"):
-        data = ["--forget", written.file("comply"), "--retain", written.file("answer")]
+        data: list[str | Path] = ["--forget", written.file("comply"), "--retain", written.file("answer")]
         named = [options.model.path]
         if options.model.gguf_file is not None:
             named += ["--set", f"model.gguf_file={options.model.gguf_file}"]

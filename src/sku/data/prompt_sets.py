@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data import columns, embedded, xstest
 from sku.data.examples import Example, Provenance, RetainExample, normalise_prompt
 from sku.data.formats import FORMATS, HUB_LICENCES, choose_parser
-from sku.data.rows import Cells, Columns, Kind, LeftOut, Pair, Row, RowParser, parse_rows
+from sku.data.rows import SAFE, Cells, Columns, Kind, LeftOut, Pair, Row, RowParser, SafeAnswer, parse_rows
 from sku.data.splits import draw_prompts
 from sku.data.tables import read_table
 from sku.errors import DataError, RecipeError
@@ -186,12 +186,12 @@ def _xstest_prompt(row: Row, kind: Kind) -> Iterator[Pair | LeftOut]:
         yield LeftOut(UNSAFE_PROMPT if unsafe else SAFE_PROMPT)
 
 
-def _prompts_of(parsed: Collection[object] | Iterator[object]) -> Iterator[Pair | LeftOut]:
+def _prompts_of(parsed: Iterable[Pair | SafeAnswer | LeftOut]) -> Iterator[Pair | LeftOut]:
     for one in parsed:
         if isinstance(one, Pair):
             yield Pair(one.prompt, _UNANSWERED, one.category)
         else:
-            yield one if isinstance(one, LeftOut) else LeftOut("safe answer")
+            yield one if isinstance(one, LeftOut) else LeftOut(SAFE)
 
 
 def _refuse_shared(harmful: Collection[str], normal: PromptSet, first: SourceConfig, second: SourceConfig) -> None:
