@@ -65,7 +65,8 @@ def test_a_table_without_answers_is_told_from_one_with_them(tmp_path: Path) -> N
     alone = source(tmp_path, "alone", [{"prompt": "melt it", "source": "a"}])
     pairs = source(tmp_path, "pairs", [{"prompt": "melt it", "response": "so"}])
     named = source(tmp_path, "named", [{"prompt": "melt it", "said": "so"}], answer_column="said")
-    assert [lacks_answers(one) for one in (alone, pairs, named)] == [True, False, False]
+    unclear = source(tmp_path, "unclear", [{"frage": "melt it", "antwort": "so"}])
+    assert [lacks_answers(one) for one in (alone, pairs, named, unclear)] == [True, False, False, False]
     assert wants_own_replies(DataConfig(forget=alone, retain=pairs))
     assert not wants_own_replies(DataConfig(forget=named, retain=pairs))
     with pytest.raises(RecipeError, match=r"data\.own_share"):

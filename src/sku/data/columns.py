@@ -53,9 +53,11 @@ def naming(key: str, columns: Collection[str]) -> str:
     return f"name its columns, such as {' '.join(f'--set {shlex.quote(option)}' for option in options)}"
 
 
-def has_answers(columns: Collection[str], source: SourceConfig) -> bool:
-    """Whether a column is named as that of the answers, or is called like one."""
-    return source.answer_column is not None or any(name in columns for name in ANSWER_NAMES)
+def has_only_prompts(columns: Collection[str], source: SourceConfig) -> bool:
+    """Whether it is clear which column holds the prompts, and none is named, or called, as that of the answers is."""
+    prompts, answers = _named(columns)
+    is_clear = source.prompt_column is not None or len(prompts) == 1 or len(columns) == 1
+    return is_clear and source.answer_column is None and not answers
 
 
 def row_parser(

@@ -70,7 +70,7 @@ def lacks_answers(source: SourceConfig) -> bool:
     if source.path == EMBEDDED or source.format not in ("auto", columns.NAME):
         return False
     found = Columns(read_table(source).columns)
-    return not columns.has_answers(found, source) and not _recognised(found)
+    return columns.has_only_prompts(found, source) and not _recognised(found)
 
 
 def load_own_prompts(
