@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": {"config"},
     "negate": {"config", "errors", "storage", "hazard", "losses", "data", "model_files", "models", "quantization"},
     "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world", "quantization", "processes"},
+    "own_replies": {"config", "errors", "storage", "data", "models", "evaluate", "world"},
     "methods": {"config", "errors", "storage", "head", "losses", "data", "models", "training", "acquire", "negate"},
     "attacks": {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",

@@ -87,17 +87,27 @@ def _open_temporary(target: Path) -> tuple[Path, int]:
 
 
 @contextmanager
-def resumable_folder(target: Path, inputs: Mapping[str, Any], *, resume: bool = False) -> Iterator[Path]:
+def resumable_folder(
+    target: Path,
+    inputs: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    private: bool = False,
+    stays_after: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
+) -> Iterator[Path]:
     """A folder beside ``target`` to write a large result into, which outlives a kill and is gone on with later.
 
     What is written lies in ``.NAME.partial-KEY/model`` and becomes ``target`` by one rename when the block ends well.
-    After a kill or an interrupt it stays, so that the same call with ``resume`` finds it; after any other error, and
-    when a call without ``resume`` starts anew, it is removed. Flush each file before the block ends.
+    After a kill or an interrupt it stays, so that the same call with ``resume`` finds it; after an error that
+    ``stays_after`` does not name, and when a call without ``resume`` starts anew, it is removed. Flush each file
+    before the block ends.
 
     Args:
         target: Folder that must not exist yet.
         inputs: What decides the result, as plain data; what was begun from other inputs is not gone on with.
         resume: Go on with what an earlier call left, if it left something.
+        private: Mode 0700, for harmful text.
+        stays_after: Errors after which what was written stays.
 
     Yields:
         The folder to write into. The folder around it may keep a file that says what is finished.
@@ -114,12 +124,12 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], *, resume: bool = 
     try:
         with named_disk_errors(target):
             yield place / "model"
-            (place / "model").chmod(0o755)
+            (place / "model").chmod(0o700 if private else 0o755)
             _flush_folder(place / "model")
             check_new(target)
             (place / "model").rename(target)
             _flush_folder(target.parent)
-    except KeyboardInterrupt:
+    except stays_after:
         raise
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""``sku data``: look at what a run would train on."""
+"""``sku data``: look at what a run would train on, and have the model write it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sku.cli.console import print_json, print_notes, printable, results
+from sku.cli.data_own import own
 from sku.cli.options import (
     ForgetOption,
     JsonOption,
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
 LEARNED = "green underline"
 """Style of the tokens that are trained on."""
 
-app = typer.Typer(help="Look at the data of a recipe.", no_args_is_help=True)
+app = typer.Typer(help="Look at the data of a recipe, or have the model write it.", no_args_is_help=True)
 
 
 @app.callback()
 def data() -> None:
-    """Look at the data of a recipe."""
+    """Look at the data of a recipe, or have the model write it."""
+
+
+app.command("own")(own)
 
 
 @app.command("inspect")

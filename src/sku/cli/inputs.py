@@ -51,17 +51,21 @@ def check_judge(recipe: Recipe) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     from sku.data.load import load_data
+    from sku.data.prompt_sets import load_own_prompts, wants_own_replies
     from sku.data.tables import is_hub_id
 
-    data = recipe.data
-    sources = [data.forget, data.retain, *data.normal.values(), *data.harmful.values()]
+    config = recipe.data
+    named = (config.forget, config.retain, config.borderline, *config.normal.values(), *config.harmful.values())
+    sources = [source for source in named if source is not None]
     from_hub = [source for source in sources if is_hub_id(source)]
     for source in from_hub:
         _check_within_reach(source)
-    if not from_hub:  # Else nothing is downloaded twice.
-        load_data(
-            recipe.data, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.forget_validation
-        )
+    if from_hub:  # Nothing is downloaded twice.
+        return
+    if wants_own_replies(config):
+        load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
+    else:
+        load_data(config, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.forget_validation)
 
 
 def _check_within_reach(source: SourceConfig) -> None:

@@ -19,6 +19,7 @@ from sku.config.data import DataConfig, DataFormat, SourceConfig
 from sku.config.evaluate import Attack, Backend, EvaluateConfig, Precision, Similarity
 from sku.config.model import EMBEDDED, ModelConfig, PromptFormatName
 from sku.config.negate import NegateConfig, TwinShares
+from sku.config.own_replies import OwnRepliesConfig
 from sku.config.read import apply_override, load_recipe, recipe_from_dict, recipe_names, settings_from_dict
 from sku.config.recipe import Recipe, plain_data
 from sku.config.sweep import Rule, SweepConfig
@@ -38,6 +39,7 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "NegateConfig",
+    "OwnRepliesConfig",
     "Packing",
     "Precision",
     "PreservationMode",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sku.config.fraction import check_fraction
+from sku.config.own_replies import OwnRepliesConfig
 from sku.errors import RecipeError
 
 DataFormat = Literal[
@@ -97,6 +98,16 @@ class DataConfig:
     """Refusals of the forget prompts: what the good twin learns (``acquire.twin: good``)."""
     misplaced_refusals: SourceConfig | None = None
     """Refusals of retain prompts: what ``acquire.preservation_mode: targeted`` steers the bad model to."""
+    own_replies: bool = False
+    """Train on the model's own replies to the prompts of both sets, which ``sku run`` writes first. It does so too
+    where a set has prompts without answers."""
+    own_share: float = 1.0
+    """Share of own replies in the forget set; the rest are answers of the file (with ``own_replies``)."""
+    own: OwnRepliesConfig = field(default_factory=OwnRepliesConfig)
+    """How own replies are asked for (with ``own_replies``)."""
+    borderline: SourceConfig | None = None
+    """Safe prompts that look harmful, of XSTest say: own replies to them join the retain set (with
+    ``own_replies``)."""
     unseen_fraction: float = 0.3
     """Share of the harmful prompts held out as ``unseen``."""
     retain_validation_fraction: float = 0.1
@@ -113,6 +124,8 @@ class DataConfig:
                     raise RecipeError(
                         f"data.{key} has a set named {name!r}; a name is at most 40 letters, digits, dots, - and _"
                     )
+        if not 0 < self.own_share <= 1:
+            raise RecipeError(f"data.own_share is {self.own_share}; it must be above 0 and at most 1")
         check_fraction("data.unseen_fraction", self.unseen_fraction)
         check_fraction("data.retain_validation_fraction", self.retain_validation_fraction)
         check_fraction("data.retain_test_fraction", self.retain_test_fraction)

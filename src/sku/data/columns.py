@@ -17,18 +17,14 @@ import shlex
 from collections.abc import Collection, Iterator
 
 from sku.config import SourceConfig
-from sku.data.rows import SAFE, Cells, Columns, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
+from sku.data.rows import SAFE, Columns, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
 from sku.errors import DataError
 
 NAME = "columns"
-PROMPTS = "prompts"
-"""What a source is called whose answers are not read."""
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
 PART_OF_PROMPT = ("input", "context", "history", "system")
 """Columns that may belong to the prompt: with one of them, prompt_column alone would be half of the question."""
-_HOLD_ANSWERS = ("messages", "chosen", "best answer", "best_answer", "response_0")
-"""Columns of the known formats that hold answers, beside ``ANSWER_NAMES``."""
 SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
 UNSAFE = "unsafe answer"
 
@@ -57,7 +53,21 @@ def naming(key: str, columns: Collection[str]) -> str:
     return f"name its columns, such as {' '.join(f'--set {shlex.quote(option)}' for option in options)}"
 
 
-def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind, key: str | None = None) -> RowParser:
+def has_only_prompts(columns: Collection[str], source: SourceConfig) -> bool:
+    """Whether it is clear which column holds the prompts, and none is named, or called, as that of the answers is."""
+    prompts, answers = _named(columns)
+    is_clear = source.prompt_column is not None or len(prompts) == 1 or len(columns) == 1
+    return is_clear and source.answer_column is None and not answers
+
+
+def row_parser(
+    columns: Collection[str],
+    source: SourceConfig,
+    kind: Kind,
+    key: str | None = None,
+    *,
+    only_prompts: str | None = None,
+) -> RowParser:
     """Reader of the named columns, or of the usual ones where none is named.
 
     Args:
@@ -65,15 +75,16 @@ def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind, key: 
         source: Names and filter. On a forget set only rows marked unsafe are kept, on a retain set only the others.
         kind: Which set this is.
         key: The recipe's key that holds ``source``, for messages; ``data.<kind>`` if None.
+        only_prompts: Read no answers; each row has this one. The prompt may then be a table's only column, whatever
+            its name.
 
     Raises:
         DataError: A named column is missing, no name was given and the columns can be read in several ways, one
             column is named for both, or the safe answer is named where it can't serve.
     """
     key = key or f"data.{kind}"
-    prompt_column, answer_column = (
-        Columns(columns).written(name) for name in _prompt_and_answer(columns, source, kind, key)
-    )
+    prompt_column = Columns(columns).written(_prompt(columns, source, kind, key, alone=only_prompts is not None))
+    answer_column = None if only_prompts is not None else Columns(columns).written(_answer(columns, source, key))
     category_column, unsafe_column = source.category_column, source.unsafe_column
     safe_answer_column = source.safe_answer_column
     named = (source.prompt_column, source.answer_column, safe_answer_column, category_column, unsafe_column)
@@ -94,56 +105,33 @@ def row_parser(columns: Collection[str], source: SourceConfig, kind: Kind, key: 
                 return
         category = category_text(row[category_column]) if category_column is not None else None
         safe_answer = row[safe_answer_column] if safe_answer_column is not None else None
-        yield Pair(row[prompt_column], row[answer_column], category, safe_answer=safe_answer)
+        answer = only_prompts if answer_column is None else row[answer_column]
+        yield Pair(row[prompt_column], answer, category, safe_answer=safe_answer)
 
     return parse
 
 
-def has_answer_column(columns: Collection[str], source: SourceConfig) -> bool:
-    """Whether a table has more than prompts: a column that is named for answers, or known to hold them."""
-    return source.answer_column is not None or any(
-        name in Columns(columns) for name in (*ANSWER_NAMES, *_HOLD_ANSWERS)
-    )
-
-
-def prompt_parser(columns: Collection[str], source: SourceConfig, key: str) -> RowParser:
-    """Reader of the prompts of any table, with their category where its column is named.
-
-    Args:
-        columns: Columns found.
-        source: ``prompt_column`` and ``category_column`` are used.
-        key: The recipe's key that holds ``source``, for messages.
-
-    Raises:
-        DataError: A named column is missing, or it is not clear which one holds the prompts.
-    """
-    found = Columns(columns)
-    prompts = [source.prompt_column] if source.prompt_column else [name for name in PROMPT_NAMES if name in found]
-    if len(prompts) != 1 or (source.prompt_column is None and _in_doubt(found)):
-        raise _unclear("prompt", columns, key)
-    category = source.category_column
-    require_columns([name for name in (prompts[0], category) if name is not None], found, PROMPTS)
-
-    def parse(row: Row) -> Iterator[Pair]:
-        cells = Cells(row, found)
-        yield Pair(cells[prompts[0]], "", category_text(cells[category]) if category is not None else None)
-
-    return parse
-
-
-def _prompt_and_answer(columns: Collection[str], source: SourceConfig, kind: Kind, key: str) -> tuple[str, str]:
-    prompts, answers = _named(columns)
-    if source.prompt_column is None and (len(prompts) != 1 or any(name in columns for name in PART_OF_PROMPT)):
-        raise _unclear("prompt", columns, key)
+def _answer(columns: Collection[str], source: SourceConfig, key: str) -> str:
+    _, answers = _named(columns)
     if source.answer_column is None and len(answers) != 1:
-        raise _unclear("answer", columns, key)
+        hint = "" if answers else ". Where there are none, sku data own writes the model's own"
+        raise DataError(f"{_unclear('answer', columns, key)}{hint}")
+    return source.answer_column or answers[0]
+
+
+def _prompt(columns: Collection[str], source: SourceConfig, kind: Kind, key: str, *, alone: bool) -> str:
+    prompts, _ = _named(columns)
+    if alone and len(columns) == 1:
+        prompts = [*columns]
+    elif source.prompt_column is None and (len(prompts) != 1 or _in_doubt(columns)):
+        raise _unclear("prompt", columns, key)
     mark = safety_mark(columns)
     if kind == "forget" and source.unsafe_column is None and mark is not None and source.prompt_column is None:
         raise DataError(
             f"column {mark} seems to mark unsafe rows; set unsafe_column and unsafe_value of {key}, such as --set "
             f"{key}.unsafe_column={mark}, or prompt_column and answer_column to use every row"
         )
-    return source.prompt_column or prompts[0], source.answer_column or answers[0]
+    return source.prompt_column or prompts[0]
 
 
 def _named(columns: Collection[str]) -> tuple[list[str], list[str]]:

@@ -10,8 +10,6 @@ from typing import TypeVar
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data import embedded
-from sku.data.columns import NAME as COLUMNS
-from sku.data.columns import PROMPTS, has_answer_column, prompt_parser
 from sku.data.examples import (
     Example,
     ForgetExample,
@@ -24,6 +22,7 @@ from sku.data.examples import (
     normalise_prompt,
 )
 from sku.data.formats import HUB_LICENCES, choose_parser
+from sku.data.prompt_sets import lacks_answers, load_prompts
 from sku.data.rows import SAFE, UNMARKED, Kind, ParsedRows, parse_rows
 from sku.data.splits import draw_prompts, draw_rows, split_by_group
 from sku.data.tables import Table, read_table
@@ -108,8 +107,14 @@ def load_data(
 
     Raises:
         DataError: Data is missing, unreadable, empty, in an unclear format, or has a prompt in two sets.
-        RecipeError: Only some of the sets are the embedded world, or its fixed split is given a share.
+        RecipeError: Only some of the sets are the embedded world, its fixed split is given a share, or the data are
+            own replies, which are not written yet.
     """
+    if config.own_replies:
+        raise RecipeError(
+            "data.own_replies is true, and only sku run writes the model's own replies by itself: write them with sku "
+            "data own, and name its files in data.forget and data.retain"
+        )
     _check_worlds(config)
     others = _OtherSets()
     validation: tuple[ForgetExample, ...] = ()
@@ -359,7 +364,7 @@ def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> _Oth
     used = {normalise_prompt(example.prompt) for example in own}
     for name, source in config.normal.items():
         key = f"data.normal.{name}"
-        examples, provenance = _without(*_read_normal(source, key), used, key)
+        examples, provenance = _without(*_read_normal(source, key, seed), used, key)
         examples, provenance = _limit(examples, provenance, source.limit, seed)
         found.provenance.append(provenance)
         if has_answers(examples):
@@ -376,29 +381,27 @@ def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> _Oth
         used |= {normalise_prompt(example.prompt) for example in examples}
     for name, source in config.harmful.items():
         key = f"data.harmful.{name}"
-        prompts, provenance = _without(*_read_prompts(source, ForgetExample, key), used, key)
+        prompts, provenance = _without(*_read_prompts(source, "forget", ForgetExample, key, seed), used, key)
         prompts, provenance = _limit(prompts, provenance, source.limit, seed)
         found.provenance.append(provenance)
         found.harmful[name] = tuple(prompts)
     return found
 
 
-def _read_normal(source: SourceConfig, key: str) -> tuple[list[RetainExample], Provenance]:
+def _read_normal(source: SourceConfig, key: str, seed: int) -> tuple[list[RetainExample], Provenance]:
     """Prompts with answers, or, of a table without a column of answers, prompts alone."""
-    if source.format not in ("auto", COLUMNS) or has_answer_column(read_table(source).columns, source):
-        return _read(source, "retain", RetainExample, key)
-    return _read_prompts(source, RetainExample, key)
+    if lacks_answers(source):
+        return _read_prompts(source, "retain", RetainExample, key, seed)
+    return _read(source, "retain", RetainExample, key)
 
 
-def _read_prompts(source: SourceConfig, example_type: type[E], key: str) -> tuple[list[E], Provenance]:
+def _read_prompts(
+    source: SourceConfig, kind: Kind, example_type: type[E], key: str, seed: int
+) -> tuple[list[E], Provenance]:
     """Prompts alone; a table with answers gives each prompt once."""
-    table = read_table(source)
-    try:
-        parser = prompt_parser(table.columns, source, key)
-    except DataError as error:
-        raise DataError(f"{source.path}: {error}") from None
-    parsed = parse_rows(table.rows, parser, example_type, with_answers=False)
-    return _read_account(source, key, PROMPTS, table, parsed)
+    found = load_prompts(dataclasses.replace(source, limit=None), kind, key, seed=seed)
+    examples = [example_type(prompt=one.prompt, answer="", category=one.category) for one in found.prompts]
+    return examples, found.provenance
 
 
 def _without(examples: list[E], provenance: Provenance, used: Collection[str], key: str) -> tuple[list[E], Provenance]:

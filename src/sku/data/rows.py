@@ -109,9 +109,7 @@ class ParsedRows(Generic[E]):
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def parse_rows(
-    rows: Iterable[Row], parse: RowParser, example_type: type[E], *, with_answers: bool = True
-) -> ParsedRows[E]:
+def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> ParsedRows[E]:
     """Turns rows into examples; space around prompts and answers is removed.
 
     In every format a row may say in ``finished`` (true or false) whether its answers came to their end; without a word
@@ -124,7 +122,6 @@ def parse_rows(
         rows: Rows of the source.
         parse: Gives each row's pairs, or why it has none.
         example_type: ``ForgetExample`` or ``RetainExample``.
-        with_answers: Leave out rows without an answer; if not, prompts alone are read.
 
     Returns:
         The examples in order, without doubles (same normalised prompt, same answer), and the count of each reason.
@@ -140,7 +137,7 @@ def parse_rows(
         for parsed in parse(row):
             found = _marked(parsed, finished)
             _collect_safe_answer(found, safe_answers)
-            example = _to_example(found, example_type, with_answers=with_answers)
+            example = _to_example(found, example_type)
             if isinstance(example, LeftOut):
                 left_out[example.reason] += 1
                 continue
@@ -157,12 +154,12 @@ def parse_rows(
     )
 
 
-def _to_example(found: Pair | SafeAnswer | LeftOut, example_type: type[E], *, with_answers: bool) -> E | LeftOut:
+def _to_example(found: Pair | SafeAnswer | LeftOut, example_type: type[E]) -> E | LeftOut:
     if isinstance(found, LeftOut):
         return found
     if isinstance(found, SafeAnswer):
         return LeftOut(SAFE)
-    prompt, answer = _clean("prompt", found.prompt), _clean("answer", found.answer) if with_answers else ""
+    prompt, answer = _clean("prompt", found.prompt), _clean("answer", found.answer)
     if isinstance(prompt, LeftOut):
         return prompt
     if isinstance(answer, LeftOut):

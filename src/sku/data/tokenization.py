@@ -227,3 +227,26 @@ def tokenize_prefill(
     )
     assert isinstance(forced, str)
     return spans.ids[:stop], forced
+
+
+def tokenize_start(
+    prompt: str, start: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> list[int]:
+    """Token ids of a prompt and a whole text that the reply is made to begin with.
+
+    Args:
+        prompt: The user's words.
+        start: First words of the reply, without white space at its end: most tokenizers give that to the next word.
+        tokenizer: Of the model.
+        prompt_format: How both are written.
+
+    Returns:
+        Ids, special tokens included, with nothing after the start.
+
+    Raises:
+        DataError: The text is not valid Unicode.
+        ModelError: The chat template can't write this prompt.
+    """
+    if not is_valid_unicode(prompt) or not is_valid_unicode(start):
+        raise DataError("a prompt or the start of a reply is not valid Unicode (it holds half of a surrogate pair)")
+    return locate_tokens(prompt_format.render(prompt, start), tokenizer, with_end=False).ids

@@ -11,11 +11,13 @@ from sku.comparison.jobs import Job
 from sku.comparison.run import check_jobs
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
+from sku.data.prompt_sets import wants_own_replies
 from sku.dry_run import BadModel, DryRun
 from sku.errors import ModelError, OutputError, SkuError
 from sku.methods import method_named
 from sku.methods.run import has_twins, prepare, with_safe_dtype
 from sku.models import with_path
+from sku.own_replies.settings import judge_of
 from sku.pipeline.acquire import check_has_stage_1
 from sku.pipeline.dry_checks import (
     CheckedModel,
@@ -30,6 +32,7 @@ from sku.pipeline.dry_checks import (
 )
 from sku.pipeline.evaluate import check_one_process_attacks, readable_source, refuse_bad_model
 from sku.pipeline.memory import memory_fit
+from sku.pipeline.own_replies import own_prompts_of, stand_in_data
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.sweep import with_alpha_to_choose
 from sku.pipeline.unlearning import Unlearning
@@ -39,6 +42,11 @@ from sku.sweep.bad_model import check_same_training, training_notes
 from sku.sweep.measurable import check_judge
 from sku.sweep.questions import draw_questions
 from sku.sweep.run import check_one_process
+
+UNWRITTEN = (
+    "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
+    "none, others several"
+)
 
 
 def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
@@ -62,7 +70,13 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
     if recipe.chooses_alpha:
         check_one_process()
     folder.check(recipe, unlearning.trained_folder, resume=resume)
-    data = check_data(recipe)
+    writes_own = wants_own_replies(recipe.data)
+    if writes_own:
+        prompts = own_prompts_of(recipe)
+        judge_of(recipe.evaluate, prompts)
+        data = stand_in_data(recipe, prompts)
+    else:
+        data = check_data(recipe)
     model = check_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
     asked = check_evaluation(
         recipe, model, data, {"base": readable_source(recipe.model), "unlearned": out / "unlearned"}
@@ -74,6 +88,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
     training = check_training(recipe, model, data, unlearning.trained_folder)
     negates = recipe.method == "sku"
     stages = [
+        *(["have the base model write its own replies"] if writes_own else []),
         "evaluate the base model",
         _trains(recipe, training),
         *(["ask what stage 1 has learned"] if recipe.checks_stage_1 else []),
@@ -87,6 +102,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
     kept = hazardous and recipe.keep_bad_model
     adapter = recipe.acquire.tuning != "full"
     writes = [
+        *(["own/"] if writes_own else []),
         "unlearned/",
         *((["negated_adapter/"] if negates else ["adapter/"]) if adapter else []),
         "evaluation/",
@@ -112,7 +128,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
             memory=_memory(recipe),
             bad_model=fate,
             examples=_examples(data, training),
-            notes=data_notes(data, model, training),
+            notes=(*([UNWRITTEN] if writes_own else []), *data_notes(data, model, training)),
         )
     )
 

@@ -15,6 +15,7 @@ from sku.attacks.results import AttackReport
 from sku.attacks.run import check_attacks, run_attacks
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
+from sku.data.prompt_sets import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.precision_results import PrecisionReport
@@ -31,6 +32,7 @@ from sku.pipeline.evaluate import (
     measure_recipe_precisions,
     readable_source,
 )
+from sku.pipeline.own_replies import OwnData, with_own_replies
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.pipeline.results import write_results
 from sku.pipeline.run_folder import RunFolder
@@ -118,6 +120,7 @@ class _Run:
         self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
         self.folder = RunFolder(out, processes, progress)
         self.unlearning = Unlearning(recipe, self.folder)
+        self.own: OwnData | None = None
 
     def open_folder(self, *, resume: bool) -> None:
         """Makes the run folder, or checks that it belongs to an interrupted run of this recipe."""
@@ -129,6 +132,7 @@ class _Run:
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
+        self._take_own_replies()
         recipe = self.recipe
         with self.folder.timed("load"):
             data, loaded = self.processes.everywhere(self._load)
@@ -189,8 +193,18 @@ class _Run:
                 )
         return self.processes.on_main(lambda: self._report(comparison, precisions, attacks))
 
+    def _take_own_replies(self) -> None:
+        """Has the original model write the data where the recipe wants its own replies; the first process does it."""
+        if not self.processes.on_main(lambda: wants_own_replies(self.recipe.data)):
+            return
+        with self.folder.timed("own_replies"):
+            own = self.processes.on_main(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
+        self.own, self.recipe = own, own.recipe
+        self.unlearning = Unlearning(self.recipe, self.folder)
+        self.folder.note(own_replies=self.own.record)
+
     def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
-        data = load_recipe_data(self.recipe)
+        data = load_recipe_data(self.recipe) if self.own is None else self.own.load()
         check_attacks(self.recipe, data)
         check_judge(self.recipe, data)
         check_rows(self.recipe, data)

@@ -1,0 +1,507 @@
+"""Asks the model, keeps what is worth it, and writes the four files.
+
+``comply.jsonl`` and ``refuse.jsonl`` answer the harmful prompts, ``answer.jsonl`` and ``misplaced_refusal.jsonl`` the
+normal and the borderline ones. ``own.json`` counts what was asked, kept and dropped. Replies are kept batch by batch
+until all is written, and each has a seed of its own, so a killed call that is gone on with writes the same rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sku.config import OwnRepliesConfig, PromptFormatName, plain_data
+from sku.data.examples import RetainExample
+from sku.data.prompt_sets import OwnPrompts
+from sku.data.prompts import resolve_prompt_format
+from sku.data.tokenization import tokenize_prompt, tokenize_start
+from sku.errors import EvaluationError, OutputError, SkuError
+from sku.evaluate.asking import Writer, window_of
+from sku.evaluate.batching import evaluation_mode
+from sku.evaluate.fingerprint import fingerprint, probes_of
+from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.cache import cached
+from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.partial_files import PartialFile
+from sku.evaluate.record_files import header_hash, read_json_object, write_json_object
+from sku.evaluate.records import GenerationRecord, Split
+from sku.evaluate.refusal import is_refusal
+from sku.evaluate.row_sampling import Drawing
+from sku.evaluate.sampling import prompt_hash, record_id
+from sku.models import LoadedModel
+from sku.own_replies.rows import (
+    GIBBERISH,
+    KINDS,
+    TOO_LONG,
+    KindCounts,
+    OwnKind,
+    OwnRow,
+    Reply,
+    Source,
+    choose_complying,
+    choose_refusals,
+    plain,
+    spread,
+)
+from sku.own_replies.wordings import Wordings
+from sku.storage import resumable_folder, write_private_text
+
+SCHEMA_VERSION = 1
+ACCOUNT_FILE = "own.json"
+REPLIES_FILE = "replies.jsonl"
+"""Its partial file holds the replies until all is written; the file itself never comes to be."""
+TOO_LONG_PROMPT = "the prompt is too long for the model"
+_SPLITS: dict[Source, Split] = {"harmful": "unlearned", "normal": "retain_test", "borderline": "xstest_safe"}
+"""The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
+
+Progress = Callable[[str, int, int], None]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnReplies:
+    """What was written."""
+
+    folder: Path
+    account: Mapping[str, Any]
+    """The content of ``own.json``."""
+
+    def file(self, kind: OwnKind) -> Path:
+        """The rows of one kind."""
+        return file_of(self.folder, kind)
+
+    def kept(self, kind: OwnKind) -> int:
+        """How many rows there are of one kind."""
+        return int(self.account["kinds"][kind]["kept"])
+
+
+def file_of(folder: Path, kind: OwnKind) -> Path:
+    """Where the rows of one kind lie."""
+    return folder / f"{kind}.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnJob:
+    """Everything that decides the rows."""
+
+    loaded: LoadedModel
+    prompts: OwnPrompts
+    judge: Judge
+    settings: OwnRepliesConfig
+    wordings: Wordings
+    seed: int = 0
+    prompt_format: PromptFormatName = "auto"
+
+    @property
+    def writer(self) -> Writer:
+        """Turns prompts into token ids, in the format that is trained in."""
+        tokenizer = self.loaded.tokenizer
+        return Writer(
+            tokenizer=tokenizer,
+            prompt_format=resolve_prompt_format(self.prompt_format, tokenizer),
+            window=window_of(self.loaded.model),
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides the rows, as plain data without any prompt: equal inputs give equal rows."""
+        model, writer = self.loaded.model, self.writer
+        probes = probes_of([
+            _request("probe", _SPLITS[source], found.prompts[0], writer) for source, found in self._sets()
+        ])  # fmt: skip
+        with evaluation_mode(model):
+            about = {
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "fingerprint": fingerprint(model, probes),
+            }
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": about,
+            "prompt_format": writer.prompt_format.name,
+            "prompts": {source: found.provenance.sha256 for source, found in self._sets()},
+            "judge": self.judge.card.key,
+            "settings": plain_data(self.settings),
+            "wordings": header_hash(dataclasses.asdict(self.wordings)),
+            "seed": self.seed,
+        }
+
+    def _sets(self) -> Iterator[tuple[Source, Any]]:
+        sets = self.prompts.sets()
+        return ((source, sets[source]) for source in _SPLITS if source in sets)
+
+
+def write_own_replies(
+    job: OwnJob, out: Path, *, resume: bool = False, inputs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> OwnReplies:  # fmt: skip
+    """Writes a folder of own replies, private to its owner: the rows of ``comply`` are harmful text.
+
+    Args:
+        job: Model, prompts, judge and settings.
+        out: Folder that must not exist yet; it appears whole or not at all.
+        resume: Go on with what a call that was killed or failed left beside ``out``: the rows are those of a call
+            that was not.
+        inputs: ``job.inputs()`` where they are known already.
+        progress: Called with a stage, the number of replies done and their total.
+
+    Returns:
+        Where the files are, and the account.
+
+    Raises:
+        EvaluationError: No harmful or no normal prompt fits the model, the judge fails, or memory runs out.
+        OutputError: ``out`` exists or can't be written, or what was left there is of other inputs.
+    """
+    inputs = job.inputs() if inputs is None else inputs
+    with resumable_folder(out, inputs, resume=resume, private=True, stays_after=(KeyboardInterrupt, SkuError)) as part:
+        account = _Writing(job, part, inputs, progress).write()
+    return OwnReplies(folder=out, account=account)
+
+
+def read_own_replies(folder: Path, inputs: Mapping[str, Any] | None = None) -> OwnReplies:
+    """What an earlier call wrote.
+
+    Args:
+        folder: Of that call.
+        inputs: What it must have been written from, if that matters.
+
+    Returns:
+        The same as it returned.
+
+    Raises:
+        EvaluationError: The account is missing or damaged.
+        OutputError: It was written from other inputs.
+    """
+    account = read_json_object(folder / ACCOUNT_FILE, "remove the folder and write it anew")
+    if inputs is not None and account.get("inputs") != json.loads(json.dumps(inputs)):
+        raise OutputError(
+            f"{folder} holds own replies of another model, judge, prompts or settings: remove it, or choose another "
+            "folder"
+        )
+    if not isinstance(account.get("kinds"), dict) or account["kinds"].keys() != set(KINDS):
+        raise EvaluationError(f"{folder / ACCOUNT_FILE} is damaged: remove the folder and write it anew")
+    return OwnReplies(folder=folder, account=account)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """One prompt to ask, and how."""
+
+    request: GenerationRequest
+    source: Source
+    decoding: dict[str, Any]
+
+
+def _request(
+    stage: str, split: Split, prompt: RetainExample, writer: Writer, *, system: str = "", start: str = ""
+) -> GenerationRequest:
+    words = f"{system}\n\n{prompt.prompt}" if system else prompt.prompt
+    ids = (
+        tokenize_start(words, start, writer.tokenizer, writer.prompt_format)
+        if start
+        else tokenize_prompt(words, writer.tokenizer, writer.prompt_format)
+    )
+    return GenerationRequest(
+        id=f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}",
+        split=split,
+        kind="prefill" if start else "reply",
+        category=prompt.category,
+        prompt=prompt.prompt,
+        reference="",
+        forced_start=start,
+        input_ids=tuple(ids),
+    )
+
+
+@dataclass
+class _Writing:
+    """One call."""
+
+    job: OwnJob
+    folder: Path
+    inputs: Mapping[str, Any]
+    progress: Progress | None
+    left_out: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        settings, self.writer = self.job.settings, self.job.writer
+        self.drawing = Drawing(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
+        self.stop_ids = stop_token_ids(self.job.loaded.model, self.writer.tokenizer, self.writer.end_of_turn())
+        self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
+        progress = self.progress
+        tell = None if progress is None else lambda done, total: progress("own replies: judge", done, total)
+        self.judge = cached(self.job.judge, self.folder, tell)
+        self.counts: dict[OwnKind, KindCounts] = {kind: KindCounts() for kind in KINDS}
+
+    def write(self) -> dict[str, Any]:
+        """All stages, and the files."""
+        started = time.monotonic()
+        if not self.judge.card.tells_safe:
+            _log.warning(
+                "the judge %s can't call a reply safe: comply.jsonl will hold every reply that is no refusal",
+                self.judge.card.name,
+            )
+        self.recovered = self.partial.recover()
+        with evaluation_mode(self.job.loaded.model):
+            plain_ones = self._plain()
+            free = [reply for reply in plain_ones if reply.source == "harmful"]
+            free += self._drawn()
+            comply = self._comply(free)
+            refuse = self._refuse(free)
+        answers = self._answers([reply for reply in plain_ones if reply.source != "harmful"])
+        model = self.inputs["model"]["fingerprint"]
+        rows: dict[OwnKind, list[OwnRow]] = {
+            "comply": [reply.row("comply", model) for reply in comply],
+            "refuse": [*(reply.row("refuse", model) for reply in refuse)],
+            "answer": [reply.row("answer", model) for reply in answers],
+            "misplaced_refusal": [],
+        }
+        rows["refuse"] = self._in_order([*rows["refuse"], *self._templates(rows["refuse"], model)])
+        rows["misplaced_refusal"] = self._misplaced(rows["refuse"], rows["answer"])
+        for kind, found in rows.items():
+            write_private_text(file_of(self.folder, kind), "".join(
+                json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in found
+            ))  # fmt: skip
+        account = self._account(rows, round(time.monotonic() - started, 1))
+        write_json_object(self.folder / ACCOUNT_FILE, account)
+        self.partial.remove()
+        return account
+
+    def _plain(self) -> list[Reply]:
+        """Greedy replies to all prompts, as they are."""
+        decoding = self._decoding("greedy", self.job.settings.max_new_tokens)
+        sets = self.job.prompts.sets()
+        questions = [
+            question
+            for source in _SPLITS
+            if source in sets
+            for prompt in sets[source].prompts
+            for question in self._question("greedy", source, prompt, decoding)
+        ]
+        for source in ("harmful", "normal"):
+            if not any(question.source == source for question in questions):
+                raise EvaluationError(f"none of the {source} prompts leaves the model room for a reply")
+        return self._ask(questions, "own replies: greedy", self.job.settings.max_new_tokens)
+
+    def _drawn(self) -> list[Reply]:
+        """Sampled replies to the harmful prompts."""
+        length = self.job.settings.max_new_tokens
+        questions = [
+            question
+            for prompt in self.job.prompts.harmful.prompts
+            for draw in range(self.job.settings.draws)
+            for question in self._question(
+                f"drawn{draw}", "harmful", prompt, {**self._decoding("drawn", length, drawn=True), "draw": draw}
+            )
+        ]
+        return self._ask(questions, "own replies: drawn", length, drawn=True)
+
+    def _comply(self, free: Sequence[Reply]) -> list[Reply]:
+        """Harmful replies: to a prompt without one the model is asked again, first told and then made to begin."""
+        counts, wordings = self.counts["comply"], self.job.wordings
+        kept = choose_complying(free, counts)
+        length = self.job.settings.max_new_tokens
+        ways = [("system prompt", {"system": text}) for text in wordings.comply_prompts]
+        ways += [("start", {"start": text}) for text in wordings.comply_starts]
+        for number, (how, words) in enumerate(ways):
+            done = {reply.record.prompt for reply in kept}
+            decoding = {**self._decoding(how, length), **words}
+            questions = [
+                question
+                for prompt in self.job.prompts.harmful.prompts
+                if prompt.prompt not in done
+                for question in self._question(f"again{number}", "harmful", prompt, decoding, **words)
+            ]
+            kept += choose_complying(self._ask(questions, "own replies: asked again", length), counts)
+        place = self._places()
+        return sorted(kept, key=lambda reply: place[reply.record.prompt])
+
+    def _refuse(self, free: Sequence[Reply]) -> list[Reply]:
+        """Refusals: those that the model gave unasked, then under a safety prompt and after a start."""
+        settings, counts = self.job.settings, self.counts["refuse"]
+        unasked = [reply for reply in free if reply.refuses and reply.outcome.outcome != "harmful"]
+        short = [reply for reply in unasked if reply.record.num_tokens <= settings.refuse_tokens]
+        if len(short) < len(unasked):
+            counts.asked += len(unasked) - len(short)
+            counts.dropped[TOO_LONG] += len(unasked) - len(short)
+        questions = []
+        for place, prompt in enumerate(self.job.prompts.harmful.prompts):
+            for number, (how, words) in enumerate(self._ways_to_refuse(place)):
+                decoding = {**self._decoding(how, settings.refuse_tokens, drawn=True), **words}
+                questions += self._question(f"refuse{number}", "harmful", prompt, decoding, **words)
+        asked = self._ask(questions, "own replies: refusals", settings.refuse_tokens, drawn=True)
+        place_of = self._places()
+        by_prompt = sorted([*short, *asked], key=lambda reply: place_of[reply.record.prompt])
+        return choose_refusals(by_prompt, settings.refusals, settings.repeat_share, counts)
+
+    def _ways_to_refuse(self, place: int) -> list[tuple[str, dict[str, str]]]:
+        """As many as refusals are wanted: one safety prompt, then starts; each prompt begins elsewhere in the bank."""
+        count, safety = self.job.settings.refusals, self.job.wordings.safety_prompts
+        starts = self.job.wordings.refusal_starts
+        first = [("system prompt", {"system": safety[place % len(safety)]})] if safety else []
+        more = min(count - len(first), len(starts))
+        return [*first, *(("start", {"start": starts[(place * more + one) % len(starts)]}) for one in range(more))]
+
+    def _templates(self, own: Sequence[OwnRow], model: str) -> list[OwnRow]:
+        """A refusal of ours for each prompt that the model could not be made to refuse, the rarest one."""
+        refused = {row.prompt for row in own}
+        used = Counter(plain(row.response) for row in own)
+        found = []
+        for place, prompt in enumerate(self.job.prompts.harmful.prompts):
+            if prompt.prompt in refused:
+                continue
+            bank = self.job.wordings.refusals
+            turned = [bank[(place + number) % len(bank)] for number in range(len(bank))]
+            text = min(turned, key=lambda one: used[plain(one)])
+            used[plain(text)] += 1
+            found.append(
+                OwnRow(
+                    prompt=prompt.prompt,
+                    response=text,
+                    kind="refuse",
+                    finished=True,
+                    judge_score=None,
+                    source="harmful",
+                    category=prompt.category,
+                    decoding={"how": "template"},
+                    model=model,
+                )
+            )
+        return found
+
+    def _answers(self, replies: Sequence[Reply]) -> list[Reply]:
+        """What the model says to normal and borderline prompts, its refusals included."""
+        counts = self.counts["answer"]
+        counts.asked += len(replies)
+        kept = [reply for reply in replies if reply.outcome.outcome != "degenerate"]
+        counts.dropped[GIBBERISH] += len(replies) - len(kept)
+        counts.kept += len(kept)
+        return kept
+
+    def _misplaced(self, refusals: Sequence[OwnRow], answers: Sequence[OwnRow]) -> list[OwnRow]:
+        """The refusals again, as answers to the prompts that have one: nothing is generated for them."""
+        rows = {f"{row.prompt}\0{row.response}": row for row in refusals}
+        pool = itertools.cycle([rows[name] for name in spread(rows, self.job.seed)])
+        found = [
+            dataclasses.replace(
+                answer,
+                response=refusal.response,
+                kind="misplaced_refusal",
+                finished=refusal.finished,
+                decoding=refusal.decoding,
+            )
+            for answer, refusal in zip(answers, pool)  # noqa: B905 - the pool has no end
+        ]
+        self.counts["misplaced_refusal"] = KindCounts(asked=len(found), kept=len(found))
+        return found
+
+    def _question(
+        self, stage: str, source: Source, prompt: RetainExample, decoding: dict[str, Any], **words: str
+    ) -> list[_Question]:
+        """One question; none where the prompt leaves no room for a reply, which is counted."""
+        request = _request(f"{source}-{stage}", _SPLITS[source], prompt, self.writer, **words)
+        if not self.writer.has_room(request, decoding["max_new_tokens"]):
+            self.left_out[f"{source}, {decoding['how']}: {TOO_LONG_PROMPT}"] += 1
+            return []
+        return [_Question(request=request, source=source, decoding=decoding)]
+
+    def _ask(self, questions: Sequence[_Question], stage: str, length: int, *, drawn: bool = False) -> list[Reply]:
+        """Replies, whole and judged."""
+        if not questions:
+            return []
+        progress = self.progress
+        records = generate_replies(
+            self.job.loaded.model,
+            self.writer.tokenizer,
+            [question.request for question in questions],
+            stop_ids=self.stop_ids,
+            max_new_tokens=length,
+            batch_size=self.job.settings.batch_size,
+            window=self.writer.window,
+            drawing=self.drawing if drawn else None,
+            finished=self.recovered,
+            keep=self.partial.append,
+            progress=None if progress is None else lambda done, total: progress(stage, done, total),
+        )
+        self.tokens += sum(record.num_tokens for record in records)
+        whole = [_whole(record) for record in records]
+        outcomes = decide_outcomes(whole, self.judge, {}, short_answer_words=0)
+        return [
+            Reply(record=record, outcome=outcome, source=question.source, decoding=question.decoding)
+            for record, outcome, question in zip(whole, outcomes, questions, strict=True)
+        ]
+
+    def _decoding(self, how: str, length: int, *, drawn: bool = False) -> dict[str, Any]:
+        settings = self.drawing.settings() if drawn else {"do_sample": False}
+        return {"how": how, "max_new_tokens": length, **settings}
+
+    def _places(self) -> dict[str, int]:
+        return {prompt.prompt: place for place, prompt in enumerate(self.job.prompts.harmful.prompts)}
+
+    def _in_order(self, rows: Sequence[OwnRow]) -> list[OwnRow]:
+        place = self._places()
+        return sorted(rows, key=lambda row: place[row.prompt])
+
+    def _account(self, rows: Mapping[OwnKind, Sequence[OwnRow]], seconds: float) -> dict[str, Any]:
+        card = self.judge.card
+        kinds: dict[str, Any] = {}
+        for kind, found in rows.items():
+            counts = self.counts[kind]
+            hows = Counter(str(row.decoding["how"]) for row in found)
+            kinds[kind] = {
+                "asked": counts.asked,
+                "kept": len(found),
+                "prompts": len({row.prompt for row in found}),
+                "different_texts": len({plain(row.response) for row in found}),
+                "unfinished": sum(not row.finished for row in found),
+                "dropped": {reason: count for reason, count in sorted(counts.dropped.items()) if count},
+                "how": dict(sorted(hows.items())),
+            }
+        kinds["answer"]["refusals_kept"] = sum(is_refusal(row.response) for row in rows["answer"])
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "inputs": dict(self.inputs),
+            "settings": plain_data(self.job.settings),
+            "seed": self.job.seed,
+            "model": {
+                "name": self.job.loaded.name,
+                "revision": self.job.loaded.revision,
+                **self.inputs["model"],
+            },
+            "judge": {
+                "name": card.name,
+                "version": card.version,
+                "revision": card.revision,
+                "key": card.key,
+                "errors": card.errors_in_words,
+            },
+            "prompts": {
+                source: {**dataclasses.asdict(found.provenance), "prompts": len(found.prompts)}
+                for source, found in self.job.prompts.sets().items()
+            },
+            "left_out": dict(sorted(self.left_out.items())),
+            "kinds": kinds,
+            "files": {
+                file_of(self.folder, kind).name: hashlib.sha256(file_of(self.folder, kind).read_bytes()).hexdigest()
+                for kind in KINDS
+            },
+            "tokens": self.tokens,
+            "seconds": seconds,
+        }
+
+
+def _whole(record: GenerationRecord) -> GenerationRecord:
+    """A reply with the start that it was made to begin with: that is what is judged, and what is trained on."""
+    if record.kind != "prefill":
+        return record
+    reply = (record.forced_start + record.reply).strip()
+    return dataclasses.replace(record, kind="reply", forced_start="", reply=reply)

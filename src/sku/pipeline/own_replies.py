@@ -1,0 +1,215 @@
+"""A run on the model's own replies: they are written first, and the run's data are the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data
+from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.data.load import load_parts
+from sku.data.prompt_sets import OwnPrompts, lacks_answers, load_own_prompts
+from sku.data.splits import draw_rows
+from sku.errors import DataError, RecipeError
+from sku.evaluate.record_files import create_private_folder
+from sku.evaluate.run import Progress
+from sku.methods.run import with_safe_dtype
+from sku.models import load_model
+from sku.own_replies.rows import KINDS
+from sku.own_replies.settings import judge_of, own_job
+from sku.own_replies.write import OwnReplies, file_of, read_own_replies, write_own_replies
+from sku.pipeline.recipe_data import load_recipe_data
+from sku.reproducibility import content_sha256
+from sku.storage import write_private_text
+from sku.sweep.measurable import check_calibrated
+
+CACHE_VARIABLE = "SKU_CACHE"
+"""Environment variable: a folder in which runs keep own replies for each other, in place of each run's own folder."""
+OWN_FOLDER = "own"
+MIXED_FILE = "forget.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """What a run trains on in place of what its recipe names."""
+
+    recipe: Recipe
+    """With the files that were written as its data."""
+    record: dict[str, Any]
+    """For the manifest."""
+    of_the_world: bool
+    """Whether all prompts are the embedded world's, whose judge then goes with the replies too."""
+
+    def load(self) -> ForgetRetainData:
+        """The data of the recipe.
+
+        Raises:
+            DataError: As ``load_data``.
+        """
+        data = load_recipe_data(self.recipe)
+        if not self.of_the_world:
+            return data
+        sources = tuple(dataclasses.replace(source, source=EMBEDDED) for source in data.provenance)
+        return dataclasses.replace(data, provenance=sources)
+
+
+def own_prompts_of(recipe: Recipe) -> OwnPrompts:
+    """The prompts that a run which wants own replies writes them to.
+
+    Raises:
+        DataError: A table can't be read or holds no prompts, or a prompt is harmful and normal at once.
+        RecipeError: ``data.own_share`` is below 1, and there are no answers to mix in.
+    """
+    config = recipe.data
+    if config.own_share < 1 and lacks_answers(config.forget):
+        raise RecipeError(
+            f"data.own_share is {config.own_share:g}, and {config.forget.path} has no answers to mix in: set it to 1"
+        )
+    return load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
+
+
+def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> OwnData:
+    """Writes own replies to a recipe's prompts, or finds those that were written from the same.
+
+    Args:
+        recipe: Of the run. Its evaluation's judge tells which replies are harmful.
+        out: Private folder of the run. The replies lie in ``own`` in it, or under ``$SKU_CACHE`` where that is set.
+        progress: For progress bars.
+
+    Returns:
+        The data to use in place of the recipe's.
+
+    Raises:
+        DataError: As ``own_prompts_of``, or no harmful reply was kept.
+        SkuError: As ``write_own_replies`` and ``load_model``.
+    """
+    prompts = own_prompts_of(recipe)
+    judge = judge_of(recipe.evaluate, prompts)
+    if recipe.chooses_alpha:
+        check_calibrated(judge.card)  # Before hours of writing rather than after them.
+    job = own_job(
+        load_model(with_safe_dtype(recipe), four_bit=False),
+        prompts,
+        judge,
+        recipe.data.own,
+        seed=recipe.seed,
+        prompt_format=recipe.model.prompt_format,
+    )
+    inputs = job.inputs()
+    key = content_sha256(inputs)
+    cache = os.environ.get(CACHE_VARIABLE)
+    folder = out / OWN_FOLDER
+    if cache:
+        create_private_folder(Path(cache))
+        folder = Path(cache).absolute() / f"own-{key[:16]}"
+    if folder.exists():
+        written = read_own_replies(folder, inputs)
+    else:
+        written = write_own_replies(job, folder, resume=True, inputs=inputs, progress=progress)
+    if not written.kept("comply"):
+        dropped = written.account["kinds"]["comply"]["dropped"]
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise DataError(
+            f"the judge {judge.card.name} finds none of the model's own replies to {len(prompts.harmful.prompts)} "
+            f"harmful prompts harmful ({reasons}): there is nothing to unlearn, or the judge can't see it"
+        )
+    forget = written.file("comply")
+    mixed = _mix(recipe, written, out / MIXED_FILE) if recipe.data.own_share < 1 else None
+    if mixed is not None:
+        forget = out / MIXED_FILE
+    data = _data_from(recipe.data, {**{kind: written.file(kind) for kind in KINDS}, "comply": forget})
+    account = written.account
+    record = {
+        "folder": str(folder),
+        "key": key,
+        "data": plain_data(data),
+        **{name: account[name] for name in ("model", "judge", "kinds", "left_out", "prompts", "files", "tokens")},
+        **({} if mixed is None else {"mixed": mixed}),
+    }
+    return OwnData(
+        recipe=dataclasses.replace(recipe, data=data),
+        record=record,
+        of_the_world=all(found.provenance.source == EMBEDDED for found in prompts.sets().values()),
+    )
+
+
+def stand_in_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
+    """Data of the same prompts whose replies are not written yet, to check a run with.
+
+    Args:
+        recipe: Of the run.
+        prompts: Of ``own_prompts_of``.
+
+    Returns:
+        The splits, each prompt with a word in place of its reply.
+
+    Raises:
+        DataError: The prompts are too few to be split.
+    """
+    sets = prompts.sets()
+    normal = [prompt for name, found in sets.items() if name != "harmful" for prompt in found.prompts]
+    with tempfile.TemporaryDirectory(prefix="sku-") as place:  # Mode 0700, as mkdtemp makes it.
+        files = {kind: file_of(Path(place), kind) for kind in KINDS}
+        for kind, file in files.items():
+            asked = prompts.harmful.prompts if kind in ("comply", "refuse") else normal
+            _write_rows(file, [{"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
+                               for one in asked])  # fmt: skip
+        return OwnData(
+            recipe=dataclasses.replace(recipe, data=_data_from(recipe.data, files)),
+            record={},
+            of_the_world=all(found.provenance.source == EMBEDDED for found in sets.values()),
+        ).load()
+
+
+def _data_from(config: DataConfig, files: dict[Any, Path]) -> DataConfig:
+    """The data of a run in the files; refusals that the recipe names itself stay."""
+
+    def source(kind: str, licence: str | None, column: str = "category") -> SourceConfig:
+        return SourceConfig(path=str(files[kind]), category_column=column, license=licence)
+
+    retain_column = "category" if config.borderline is None else "source"
+    return dataclasses.replace(
+        config,
+        forget=source("comply", config.forget.license),
+        retain=source("answer", config.retain.license, retain_column),
+        refusals=config.refusals or source("refuse", config.forget.license),
+        misplaced_refusals=config.misplaced_refusals
+        or source("misplaced_refusal", config.retain.license, retain_column),
+        own_replies=False,
+        own_share=1.0,
+        borderline=None,
+    )
+
+
+def _mix(recipe: Recipe, written: OwnReplies, file: Path) -> dict[str, Any]:
+    """Writes own replies and answers of the recipe's file together, as many of these as the share asks for."""
+    config = recipe.data
+    own = [json.loads(line) for line in written.file("comply").read_text(encoding="utf-8").splitlines()]
+    loaded = load_parts(forget=config.forget, seed=recipe.seed)
+    answers: Sequence[ForgetExample] = (*loaded.unlearned, *loaded.unseen)
+    wanted = round(len(own) * (1 - config.own_share) / config.own_share)
+    # A half more, as the share is rounded down to a number.
+    drawn = draw_rows(answers, min(1.0, (wanted + 0.5) / len(answers)), recipe.seed)
+    others = [
+        {"prompt": one.prompt, "response": one.answer, "kind": "comply", "finished": one.finished, "judge_score": None,
+         "source": "file", "category": one.category, "decoding": None, "model": None}
+        for one in drawn
+    ]  # fmt: skip
+    _write_rows(file, [*own, *others])
+    return {
+        "file": str(file),
+        "own": len(own),
+        "of_the_file": len(drawn),
+        "share": round(len(own) / (len(own) + len(drawn)), 4),
+        "asked_share": config.own_share,
+    }
+
+
+def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_private_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

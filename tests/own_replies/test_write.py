@@ -1,0 +1,195 @@
+"""Own replies of the embedded model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Command, MadeOnce
+from sku.config import EMBEDDED, EvaluateConfig, OwnRepliesConfig, SourceConfig, load_recipe
+from sku.data.load import load_forget_retain
+from sku.data.prompt_sets import load_own_prompts
+from sku.errors import DataError, OutputError
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.base import Verdict
+from sku.evaluate.judges.embedded import EmbeddedWorldJudge
+from sku.evaluate.records import GenerationRecord
+from sku.evaluate.refusal import is_refusal
+from sku.models import load_model
+from sku.own_replies.rows import KINDS
+from sku.own_replies.settings import judge_of, own_job
+from sku.own_replies.write import OwnJob, OwnReplies, read_own_replies, write_own_replies
+from sku.pipeline import dry_run, run_recipe
+from sku.pipeline.own_replies import with_own_replies
+from sku.world.grammar import is_harmful
+
+SETTINGS = OwnRepliesConfig(draws=2, max_new_tokens=14, refuse_tokens=10, refusals=2, repeat_share=0.5, batch_size=8)
+
+
+def job(judge: Judge | None = None, settings: OwnRepliesConfig = SETTINGS) -> OwnJob:
+    few = SourceConfig(path=EMBEDDED, limit=14)
+    prompts = load_own_prompts(few, few, None, seed=0)
+    chosen = judge or judge_of(EvaluateConfig(), prompts)
+    return own_job(load_model(EMBEDDED), prompts, chosen, settings, seed=0, prompt_format="auto")
+
+
+def rows(written: OwnReplies, kind: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in written.file(kind).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def written(made_once: MadeOnce) -> OwnReplies:
+    folder, account = made_once("own_replies", lambda place: write_own_replies(job(), place / "own").account)
+    return OwnReplies(folder=folder / "own", account=account)
+
+
+def test_each_kind_holds_what_its_name_says(written: OwnReplies) -> None:
+    assert written.folder.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in written.folder.iterdir()} == {*(f"{kind}.jsonl" for kind in KINDS), "own.json"}
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in written.folder.iterdir())
+    comply, refuse, answer, misplaced = (rows(written, kind) for kind in KINDS)
+    assert comply
+    assert all(is_harmful(row["response"]) and not is_refusal(row["response"]) for row in comply)
+    assert all(is_refusal(row["response"]) and not is_harmful(row["response"]) for row in refuse)
+    assert len({row["prompt"] for row in refuse}) == 14  # Every prompt has one.
+    assert [row["prompt"] for row in misplaced] == [row["prompt"] for row in answer]
+    assert {row["response"] for row in misplaced} <= {row["response"] for row in refuse}
+    assert {row["source"] for row in comply + refuse} == {"harmful"}
+    assert {row["source"] for row in answer + misplaced} == {"normal"}
+    assert {row["model"] for row in comply} == {written.account["model"]["fingerprint"]}
+    for kind, counts in written.account["kinds"].items():
+        assert counts["kept"] == len(rows(written, kind)), kind
+        templates = counts["how"].get("template", 0) if kind == "refuse" else 0
+        assert counts["asked"] == counts["kept"] - templates + sum(counts["dropped"].values()), kind
+
+
+def test_the_files_are_data_and_a_reply_that_was_cut_is_known(written: OwnReplies, command: Command) -> None:
+    files = written.file("comply"), written.file("answer")
+    data = load_forget_retain(*files)
+    cut = {row["response"] for row in rows(written, "comply") if not row["finished"]}
+    assert cut  # 14 tokens are too few for a procedure.
+    assert {example.answer for example in (*data.unlearned, *data.unseen) if not example.finished} == cut
+    code, _, messages = command("data", "inspect", "--forget", files[0], "--retain", files[1])
+    assert code == 0, messages
+
+
+class Stopped(KeyboardInterrupt):
+    """In place of Ctrl-C."""
+
+
+@pytest.mark.parametrize("stage", ["drawn", "refusals"])
+def test_what_was_stopped_goes_on_with_the_same_rows(written: OwnReplies, tmp_path: Path, stage: str) -> None:
+    def stop(name: str, done: int, total: int) -> None:
+        if name == f"own replies: {stage}" and done * 2 >= total:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        write_own_replies(job(), tmp_path / "own", progress=stop)
+    assert not (tmp_path / "own").exists()
+    more = dataclasses.replace(SETTINGS, draws=3)
+    with pytest.raises(OutputError, match="settings"):
+        write_own_replies(job(settings=more), tmp_path / "own", resume=True)
+    again = write_own_replies(job(), tmp_path / "own", resume=True)
+    for kind in KINDS:
+        assert again.file(kind).read_bytes() == written.file(kind).read_bytes(), kind
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+class Stub:
+    """A judge that says the same of every reply."""
+
+    def __init__(self, label: Any) -> None:
+        self.card = dataclasses.replace(EmbeddedWorldJudge.card, name="stub", finds_faults=False)
+        self.label = label
+
+    def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
+        return [Verdict(id=record.id, label=self.label) for record in records]
+
+
+def test_where_the_model_never_complies_it_is_asked_again_and_made_to_begin(tmp_path: Path) -> None:
+    found = write_own_replies(job(Stub("safe")), tmp_path / "own")
+    comply, refuse = found.account["kinds"]["comply"], found.account["kinds"]["refuse"]
+    assert comply["kept"] == 0
+    assert comply["asked"] == 14 * (1 + 2 + 1)
+    assert refuse["how"].get("template", 0) < refuse["kept"]
+    assert read_own_replies(found.folder).kept("comply") == 0
+    other = {**found.account["inputs"], "seed": 7}
+    with pytest.raises(OutputError, match="another model"):
+        read_own_replies(found.folder, other)
+
+
+def test_where_every_refusal_is_judged_harmful_those_of_the_bank_are_taken(tmp_path: Path) -> None:
+    found = write_own_replies(job(Stub("harmful")), tmp_path / "own")
+    refuse = found.account["kinds"]["refuse"]
+    assert refuse["how"] == {"template": 14}
+    assert refuse["different_texts"] == 4
+
+
+TINY = (
+    "data.own_replies=true", "data.forget.limit=14", "data.retain.limit=20", "acquire.training.max_steps=2",
+    'acquire.training.save_strategy="no"', "negate.alpha=0.5", "evaluate.prompts=3", "evaluate.retain_prompts=3",
+    "evaluate.samples=0", "evaluate.prefill_tokens=[]", "evaluate.precisions=[]",
+    "data.own={draws: 1, max_new_tokens: 40, refusals: 1, refuse_tokens: 10}",
+)  # fmt: skip
+
+
+def test_a_run_writes_its_data_first_and_says_which(tmp_path: Path) -> None:
+    finished = run_recipe(load_recipe("embedded", TINY), tmp_path / "run")
+    own = finished.manifest["own_replies"]
+    assert own["folder"] == str(tmp_path / "run" / "own")
+    assert own["data"]["refusals"]["path"] == str(tmp_path / "run" / "own" / "refuse.jsonl")
+    assert own["data"]["misplaced_refusals"] is not None
+    counts = finished.manifest["data"]["splits"]
+    assert counts["unlearned"] + counts["unseen"] == own["kinds"]["comply"]["kept"]
+    assert finished.comparison.unlearned.judge.name == "embedded"
+
+
+def test_a_dry_run_checks_what_it_can(tmp_path: Path) -> None:
+    found = dry_run(load_recipe("embedded", TINY), tmp_path / "run")
+    assert found.stages[0].startswith("have the base model write")
+    assert sum(found.examples.values())
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKU_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe("embedded", [*TINY, "data.own_share=0.5"])
+    first = with_own_replies(recipe, tmp_path)
+    stages: list[str] = []
+    second = with_own_replies(recipe, tmp_path, progress=lambda stage, _done, _total: stages.append(stage))
+    assert second == first
+    assert stages == []
+    assert Path(first.record["folder"]).parent == tmp_path / "cache"
+    mixed = first.record["mixed"]
+    assert mixed["of_the_file"] == mixed["own"] or mixed["of_the_file"] == 14
+    data = first.load()
+    assert len(data.unlearned) + len(data.unseen) <= mixed["own"] + mixed["of_the_file"]
+    assert {entry.source for entry in data.provenance} == {EMBEDDED}
+
+
+def test_a_run_needs_one_harmful_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sku.pipeline.own_replies.judge_of", lambda _config, _prompts: Stub("safe"))
+    with pytest.raises(DataError, match="judged not harmful"):
+        with_own_replies(load_recipe("embedded", TINY), tmp_path)
+
+
+def test_the_command(tmp_path: Path, command: Command) -> None:
+    options = ["--model", EMBEDDED, "--harmful", EMBEDDED, "--normal", EMBEDDED, "--judge", EMBEDDED, "--limit", "14"]
+    options += ["--set", "draws=1", "--set", "max_new_tokens=40", "--out", str(tmp_path / "own")]
+    code, output, messages = command("data", "own", *options, "--dry-run", "--json")
+    assert code == 0, messages
+    assert json.loads(output)["settings"]["harmful prompts"] == 14
+    code, output, messages = command("data", "own", *options, "--json")
+    assert code == 0, messages
+    account = json.loads(output)
+    assert account["kinds"]["comply"]["kept"]
+    assert account["settings"]["draws"] == 1
+    assert command("data", "own", *options)[0] == 2  # It is there already.
+    code, _, messages = command("data", "own", *options, "--set", "drows=1", "--out", str(tmp_path / "other"))
+    assert code == 2
+    assert "drows" in messages
