@@ -69,8 +69,11 @@ class Recipe:
 
     @property
     def forget_validation(self) -> float:
-        """Share of the harmful prompts to hold out for the choice of alpha; 0 where there is none to choose."""
-        return self.sweep.validation_fraction if self.chooses_alpha else 0.0
+        """Share of the harmful prompts to hold out for the choice of alpha, and for operators that are fitted to them.
+
+        0 where there is neither.
+        """
+        return self.sweep.validation_fraction if self.chooses_alpha or self.negate.fits_operators else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

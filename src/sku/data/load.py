@@ -154,7 +154,11 @@ def load_data(
 
 
 def load_parts(
-    forget: SourceConfig | None = None, retain: SourceConfig | None = None, *, seed: int = 0
+    forget: SourceConfig | None = None,
+    retain: SourceConfig | None = None,
+    *,
+    seed: int = 0,
+    forget_validation: float = 0.0,
 ) -> ForgetRetainData:
     """What a run with the default shares reads of one set, or of both: for work beside a run.
 
@@ -162,6 +166,7 @@ def load_parts(
         forget: Harmful pairs; ``unlearned`` and ``unseen`` stay empty if None.
         retain: Normal pairs; the ``retain`` splits stay empty if None.
         seed: As in ``load_data``: with equal sources and seeds the splits are those of the run.
+        forget_validation: As in ``load_data``; only where both sets are given.
 
     Returns:
         The splits, and where each example came from.
@@ -171,7 +176,7 @@ def load_parts(
         RecipeError: Only one of two sets is the embedded world.
     """
     if forget is not None and retain is not None:
-        return load_data(DataConfig(forget=forget, retain=retain), seed)
+        return load_data(DataConfig(forget=forget, retain=retain), seed, forget_validation=forget_validation)
     unlearned: tuple[ForgetExample, ...] = ()
     unseen: tuple[ForgetExample, ...] = ()
     splits: dict[str, tuple[RetainExample, ...]] = {"train": (), "validation": (), "test": ()}

@@ -16,6 +16,7 @@ from sku.errors import ModelError, OutputError, SkuError
 from sku.methods import method_named
 from sku.methods.run import prepare, with_safe_dtype
 from sku.models import with_path
+from sku.negate.operators.context import check_operators
 from sku.pipeline.acquire import check_has_stage_1
 from sku.pipeline.dry_checks import (
     CheckedModel,
@@ -71,6 +72,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
         check_judge(recipe, data)
         draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
     training = check_training(recipe, model, data, unlearning.trained_folder)
+    check_operators(training.run.operators, model.skeleton, data)
     negates = recipe.method == "sku"
     stages = [
         "evaluate the base model",
