@@ -71,8 +71,10 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
     benign = str(out / "benign")
     rows: dict[str, list[dict[str, Any]]] = {
         "plain": [],
-        "MLP only": [{"layer_alpha": {"factors": {"*.mlp.*": 1.0}, "others": 0.0}}],
-        "attention only": [{"layer_alpha": {"factors": {"*.self_attn.*": 1.0}, "others": 0.0}}],
+        "MLP only": [{"layers": {"*.mlp.*": 1.0, "rest": 0.0}}],
+        "attention only": [{"layers": {"*.self_attn.*": 1.0, "rest": 0.0}}],
+        "top 10 %": [{"trim": {"keep": 0.1}}],
+        "top 30 %": [{"trim": {"keep": 0.3}}],
         "null space 0.8": [{"null_space": {"energy": 0.8}}],
         "null space 0.9": [{"null_space": {"energy": 0.9}}],
         "null space 0.95": [{"null_space": {"energy": 0.95}}],
@@ -86,14 +88,15 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "contrast 16": [{"contrast": {"strength": 16.0}}],
         "contrast 64": [{"contrast": {"strength": 64.0}}],
         "contrast 256": [{"contrast": {"strength": 256.0}}],
+        "contrast 4, decision": [{"contrast": {"strength": 4.0, "positions": "decision"}}],
         "contrast 8": [{"contrast": {"strength": 8.0}}],
         "contrast 16, MLP only": [
             {"contrast": {"strength": 16.0}},
-            {"layer_alpha": {"factors": {"*.mlp.*": 1.0}, "others": 0.0}},
+            {"layers": {"*.mlp.*": 1.0, "rest": 0.0}},
         ],
         "contrast 64, MLP only": [
             {"contrast": {"strength": 64.0}},
-            {"layer_alpha": {"factors": {"*.mlp.*": 1.0}, "others": 0.0}},
+            {"layers": {"*.mlp.*": 1.0, "rest": 0.0}},
         ],
         "contrast 16, unit": [{"contrast": {"strength": 16.0, "unit": True}}],
         "PerTA grad": [{"perta": {"importance": "grad"}}],
@@ -101,7 +104,7 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
         "minus benign": [{"minus_benign": {"path": benign, "how": "subtract"}}],
         # Control: what normal training does alone.
         "benign alone": [
-            {"layer_alpha": {"factors": {"*": 0.0}}},
+            {"layers": {"*": 0.0}},
             {"minus_benign": {"path": benign, "how": "subtract"}},
         ],
         "minus benign 0.03": [{"minus_benign": {"path": benign, "how": "subtract", "beta": 0.03}}],
@@ -198,7 +201,8 @@ class Table:
         self.options, self.out = options, options.out
         mark_hazardous(self.out)
         recipe = recipe_of(options, "retention")
-        self.data = load_data(recipe.data, recipe.seed)
+        # For the rows of learned; held out for all, so that they share their bad model.
+        self.data = load_data(recipe.data, recipe.seed, forget_validation=recipe.sweep.validation_fraction)
         self.loaded = load_model(dataclasses.replace(recipe.model, dtype="float32"))
         self.base = self.loaded.model
         self.memory: dict[str, Any] = {}

@@ -26,8 +26,8 @@ from transformers import Trainer
 
 import sku
 from sku.cli.main import app, main
-from sku.config import load_recipe, recipe_from_dict, recipe_names
-from sku.data.load import load_forget_retain
+from sku.config import SourceConfig, load_recipe, recipe_from_dict, recipe_names
+from sku.data.load import load_parts
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.models import load_model
@@ -374,8 +374,8 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
         (["embedded", "/nowhere/bad"], "no such folder"),
         (["/nowhere/base", "embedded"], "no such folder"),
         (["embedded", "embedded", "--operator", "nul_space"], "Did you mean null_space?"),
-        (["embedded", "embedded", "--operator", "layer_alpha={factors: {"], "is no YAML"),
-        (["embedded", "embedded", "--operator", "layer_alpha=2"], "must hold keys and values"),
+        (["embedded", "embedded", "--operator", "layers={rest: {"], "is no YAML"),
+        (["embedded", "embedded", "--operator", "layers=2"], "must hold keys and values"),
         (["embedded", "embedded", "--operator", "null_space"], "give --normal FILE"),
         (["embedded", "embedded", "--operator", "perta", "--normal", "embedded"], "give --forget FILE"),
         (["embedded", "embedded", "--normal", "embedded"], "--normal is read by operators that look at normal"),
@@ -674,10 +674,10 @@ def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_p
 
 def test_negate_with_an_operator(command: Command, bad_model: Path, tmp_path: Path) -> None:
     """Half of every difference at alpha 2 is the whole at alpha 1."""
-    options = ["--alpha", "2", "--operator", 'layer_alpha={factors: {"*": 0.5}}']
+    options = ["--alpha", "2", "--operator", 'layers={"*": 0.5}']
     printed = command("negate", "embedded", bad_model, *options, "--json", "--out", tmp_path / "halved").out
     (record,) = json.loads(printed)["operators"]
-    assert record["name"] == "layer_alpha"
+    assert record["name"] == "layers"
     assert record["norm_after"] == pytest.approx(record["norm_before"] / 2, rel=1e-5)
     command("negate", "embedded", bad_model, "--alpha", "1", "--out", tmp_path / "plain")
     weights = [digest(tmp_path / name / "model.safetensors") for name in ("halved", "plain")]
@@ -703,7 +703,9 @@ def test_negate_with_an_operator_that_looks_at_data(
     assert done.code == 0, done.err
     (record,) = json.loads(done.out)["operators"]
     loaded = load_model("embedded")
-    context = context_of(loaded.model, loaded.tokenizer, load_forget_retain(seed=3), seed=3)
+    embedded = SourceConfig(path="embedded")
+    data = load_parts(embedded, embedded, seed=3, forget_validation=0.2 if "learned" in operator else 0.0)
+    context = context_of(loaded.model, loaded.tokenizer, data, seed=3)
     vector = task_vector_of(loaded.model, bad_model)
     name, _, settings = operator.partition("=")
     operated = operate(vector, prepare_operators([{name: yaml.safe_load(settings)}]), context)

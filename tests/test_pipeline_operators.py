@@ -47,7 +47,7 @@ def logits_of(model: Any) -> torch.Tensor:
 def finished(made_once: MadeOnce) -> FinishedRun:
     def make(folder: Path) -> FinishedRun:
         changes = [
-            f"negate.operators=[{NULL_SPACE}, {{layer_alpha: {{factors: {{'*.mlp.*': 0.5}}}}}}]",
+            f"negate.operators=[{NULL_SPACE}, {{layers: {{'*.mlp.*': 0.5, rest: 1}}}}]",
             f"negate.operator_cache={folder / 'cache'}", "keep_bad_model=true",
         ]  # fmt: skip
         return run_recipe(recipe(*changes), folder / "run")
@@ -85,7 +85,7 @@ def test_the_saved_adapter_is_the_unlearned_model(finished: FinishedRun) -> None
 def test_the_manifest_accounts_for_operators_and_vector(finished: FinishedRun) -> None:
     negation = json.loads((finished.folder / "manifest.json").read_text())["negation"]
     first, second = negation["operators"]
-    assert (first["name"], second["name"]) == ("null_space", "layer_alpha")
+    assert (first["name"], second["name"]) == ("null_space", "layers")
     assert first["norm_after"] < first["norm_before"]
     assert 0 < first["mean_share_of_directions"] < 1
     assert second["norm_after"] == pytest.approx(negation["task_vector_norm"], rel=1e-5)

@@ -231,7 +231,7 @@ def test_damaged_weights_of_a_base_model(battery: Battery, sound: Path, change: 
 def test_damaged_weights_in_memory(battery: Battery, sound: Path, form: str, name: str) -> None:
     folders = copies(battery, sound, "base", form)
     DAMAGED[name](folders[form] / f"{FILES[form]}.safetensors")
-    halved = ("--operator", 'layer_alpha={factors: {"*": 0.5}}')
+    halved = ("--operator", 'layers={"*": 0.5}')
     battery.refuses(NAME, "negate", folders["base"], folders[form], *halved, "--out", battery.out)
 
 
@@ -422,7 +422,7 @@ ADAPTERS: dict[str, Change] = {
 def test_wrong_settings_of_an_adapter(battery: Battery, sound: Path, change: Change, in_memory: bool) -> None:
     folders = copies(battery, sound, "base", "adapter")
     change(folders["adapter"])
-    halved = ("--operator", 'layer_alpha={factors: {"*": 0.5}}') if in_memory else ()
+    halved = ("--operator", 'layers={"*": 0.5}') if in_memory else ()
     battery.refuses(NAME, "negate", folders["base"], folders["adapter"], *halved, "--out", battery.out)
 
 
@@ -443,7 +443,7 @@ VECTORS: dict[str, Change] = {
 def test_wrong_header_of_a_task_vector(battery: Battery, sound: Path, change: Change, in_memory: bool) -> None:
     folders = copies(battery, sound, "base", "vector")
     change(folders["vector"] / "task_vector.safetensors")
-    halved = ("--operator", 'layer_alpha={factors: {"*": 0.5}}') if in_memory else ()
+    halved = ("--operator", 'layers={"*": 0.5}') if in_memory else ()
     battery.refuses(NAME, "negate", folders["base"], folders["vector"], *halved, "--out", battery.out)
 
 

@@ -65,6 +65,7 @@ def make_context(make_model: ModelMaker) -> ContextMaker:
             "normal": examples(6, 10, 120, seed=1),
             "normal_held_out": examples(4, 10, 120, seed=2),
             "harmful": examples(6, 150, 300, seed=3),
+            "harmful_held_out": examples(4, 150, 300, seed=4),
             "batch_size": 4,
         }
         return OperatorContext(**{**fields, **changes})

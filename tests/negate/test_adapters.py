@@ -97,7 +97,7 @@ def test_a_negated_and_projected_adapter_loads_in_plain_peft(make_model: ModelMa
     base = make_model("llama_tied")
     bad = with_adapter(base, target_modules=["q_proj", "up_proj", "down_proj"])
     context = OperatorContext(base=base, normal=examples(6, 10, 120, seed=1))
-    operators = prepare_operators([{"null_space": {"energy": 0.8}}, {"layer_alpha": {"factors": {"*.0.*": 0.5}}}])
+    operators = prepare_operators([{"null_space": {"energy": 0.8}}, {"layers": {"0": 0.5, "rest": 1}}])
     done = operate(TaskVector.from_adapter(bad), operators, context)
     assert done.row_maps is not None
     (-2.0 * AdapterVector.of(bad).mapped(done.row_maps)).save(tmp_path / "adapter")

@@ -152,17 +152,21 @@ class _Wanted:
         from sku.negate.operators.base import DATA_OPTIONS
 
         prepared = prepare_operators(self.entries, "--operator")
-        needs = {DATA_OPTIONS[need] for chosen in prepared for need in chosen.operator.needs}
+        needs = {DATA_OPTIONS.get(need, "") for chosen in prepared for need in chosen.needs}
         _check_read(self.forget, self.normal, needs)
         return prepared
 
     def texts(self) -> ForgetRetainData | None:
         """What operators look at; None where no data was given."""
-        from sku.config import SourceConfig
+        from sku.config import NegateConfig, SourceConfig, SweepConfig
         from sku.data.load import load_parts
 
         forget, normal = (None if path is None else SourceConfig(path=path) for path in (self.forget, self.normal))
-        return None if forget is None and normal is None else load_parts(forget, normal, seed=self.seed)
+        if forget is None and normal is None:
+            return None
+        fits = NegateConfig(operators=tuple(self.entries)).fits_operators
+        held_out = SweepConfig.validation_fraction if fits else 0.0
+        return load_parts(forget, normal, seed=self.seed, forget_validation=held_out)
 
 
 def _checked(wanted: _Wanted) -> DryRun:
@@ -222,7 +226,7 @@ def _negated_in_memory(wanted: _Wanted) -> tuple[Negation, dict[str, Any]]:
     if texts is not None:
         context = context_of(loaded.model, loaded.tokenizer, texts, seed=wanted.seed)
     for chosen in prepared:  # Before a large vector is read.
-        context.check(chosen.operator.needs, f"the operator {chosen.operator.name}")
+        context.check(chosen.needs, f"the operator {chosen.operator.name}")
     operated = operate(task_vector_of(loaded.model, wanted.bad), prepared, context) if prepared else None
     vector = wanted.bad if operated is None else operated.vector
     model, record = negate_with_record(loaded.model, vector, wanted.alpha, output_dtype=wanted.output_dtype)

@@ -35,7 +35,7 @@ from sku.methods.visits import common_visits, with_visited
 from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.context import context_of
+from sku.negate.operators.context import check_operators, context_of
 from sku.negate.random_direction import random_direction
 from sku.negate.run import subtract_into
 from sku.negate.task_vector import TaskVector
@@ -73,9 +73,15 @@ class Bench:
             SkuError: Data or model can't be loaded.
         """
         self.recipe, self.work, self.progress = recipe, work, progress
-        self.data = load_data(recipe.data, recipe.seed, row_split=recipe.compat.row_split)
+        self.data = load_data(
+            recipe.data,
+            recipe.seed,
+            row_split=recipe.compat.row_split,
+            forget_validation=recipe.sweep.validation_fraction if recipe.negate.fits_operators else 0.0,
+        )
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
+        check_operators(prepare_operators(recipe.negate.operators), self.base, self.data)
         self.data = common_visits(recipe, self.data.answered(), self.tokenizer, self.base)
         self._norms: dict[str, dict[str, float]] = {}
         self._operator_memory: dict[str, Any] = {}

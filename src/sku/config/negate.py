@@ -38,8 +38,8 @@ class NegateConfig:
     """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
     operators: tuple[Mapping[str, Any], ...] = ()
     """Applied to what stage 1 learned, one after the other, before it is subtracted: a list of one operator with its
-    settings each, such as ``[{null_space: {energy: 0.9}}, {layer_alpha: {factors: {"*.mlp.*": 0.5}}}]``; the plain
-    vector where it is empty. ``src/sku/negate/operators/`` holds one file for each."""
+    settings each, such as ``[{null_space: {energy: 0.9}}, {layers: {8-20: 1.0, rest: 0}}]``; the plain vector where
+    it is empty. ``src/sku/negate/operators/`` holds one file for each."""
     operator_cache: str | None = None
     """Private folder in which operators keep what depends on the original model and the data alone."""
     diagnostics: bool = True
@@ -60,3 +60,8 @@ class NegateConfig:
     def given_alpha(self) -> float:
         """``alpha`` where it is a number, else the paper's."""
         return 1.0 if self.alpha == "auto" else self.alpha
+
+    @property
+    def fits_operators(self) -> bool:
+        """Whether an operator is fitted to harmful prompts that stage 1 must not train on."""
+        return any("learned" in entry for entry in self.operators)

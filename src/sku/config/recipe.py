@@ -77,8 +77,9 @@ class Recipe:
 
     @property
     def forget_validation(self) -> float:
-        """Share of the harmful prompts to hold out for choosing alpha and asking stage 1; 0 where neither is done."""
-        return self.sweep.validation_fraction if self.chooses_alpha or self.checks_stage_1 else 0.0
+        """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1, to fit operators; 0 for none."""
+        needed = self.chooses_alpha or self.checks_stage_1 or self.negate.fits_operators
+        return self.sweep.validation_fraction if needed else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

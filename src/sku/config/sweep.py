@@ -26,7 +26,8 @@ class SweepConfig:
     """Number of alphas that are asked where they are found."""
     validation_fraction: float = 0.2
     """Share of the harmful prompts outside ``unseen`` that becomes ``forget_validation``, so that stage 1 does not
-    train on it. The embedded world has its own."""
+    train on it; also where no alpha is chosen and the operator ``learned`` is fitted to it. The embedded world has its
+    own."""
     prompts: int = 100
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: int = 100

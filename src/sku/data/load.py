@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -149,17 +149,18 @@ def load_data(
     refusal_provenance: list[Provenance] = []
     # After the splits: no refusal of a held-out prompt gets near training.
     if config.refusals is not None:
-        found, provenance = _refusals(config.refusals, unlearned, "data.refusals", seed)
-        unlearned = tuple(
-            dataclasses.replace(example, safe_answer=refusal.answer, safe_answer_finished=refusal.finished)
-            for example, refusal in zip(unlearned, found, strict=True)
-        )
+        refusals, provenance = _read_refusals(config.refusals, seed)
+        _check_each_has_one(unlearned, refusals, "data.refusals", config.refusals)
+        # Those of validation prompts, where there are any, are for operators that are fitted to them.
+        unlearned, validation = _with_refusals(unlearned, refusals), _with_refusals(validation, refusals)
         refusal_provenance.append(provenance)
     if config.misplaced_refusals is not None:
-        found, provenance = _refusals(config.misplaced_refusals, retain_train, "data.misplaced_refusals", seed)
+        refusals, provenance = _read_refusals(config.misplaced_refusals, seed)
+        _check_each_has_one(retain_train, refusals, "data.misplaced_refusals", config.misplaced_refusals)
         retain_train = tuple(
             dataclasses.replace(example, refusal=refusal.answer)
-            for example, refusal in zip(retain_train, found, strict=True)
+            for example, refusal in _in_turn(retain_train, refusals)
+            if refusal is not None
         )
         refusal_provenance.append(provenance)
     return ForgetRetainData(
@@ -178,7 +179,11 @@ def load_data(
 
 
 def load_parts(
-    forget: SourceConfig | None = None, retain: SourceConfig | None = None, *, seed: int = 0
+    forget: SourceConfig | None = None,
+    retain: SourceConfig | None = None,
+    *,
+    seed: int = 0,
+    forget_validation: float = 0.0,
 ) -> ForgetRetainData:
     """What a run with the default shares reads of one set, or of both: for work beside a run.
 
@@ -186,6 +191,7 @@ def load_parts(
         forget: Harmful pairs; ``unlearned`` and ``unseen`` stay empty if None.
         retain: Normal pairs; the ``retain`` splits stay empty if None.
         seed: As in ``load_data``: with equal sources and seeds the splits are those of the run.
+        forget_validation: As in ``load_data``; only where both sets are given.
 
     Returns:
         The splits, and where each example came from.
@@ -195,7 +201,7 @@ def load_parts(
         RecipeError: Only one of two sets is the embedded world.
     """
     if forget is not None and retain is not None:
-        return load_data(DataConfig(forget=forget, retain=retain), seed)
+        return load_data(DataConfig(forget=forget, retain=retain), seed, forget_validation=forget_validation)
     unlearned: tuple[ForgetExample, ...] = ()
     unseen: tuple[ForgetExample, ...] = ()
     splits: dict[str, tuple[RetainExample, ...]] = {"train": (), "validation": (), "test": ()}
@@ -300,32 +306,49 @@ def _read_account(
     )
 
 
-def _refusals(
-    source: SourceConfig, examples: Sequence[Example], key: str, seed: int
-) -> tuple[list[RetainExample], Provenance]:
-    """The refusal of each example's prompt; where a prompt stands several times, its refusals go round.
-
-    Raises:
-        DataError: A prompt has none.
-    """
-    rows, provenance = _limit(*_read(source, "retain", RetainExample, key), source.limit, seed)
+def _read_refusals(source: SourceConfig, seed: int) -> tuple[dict[str, list[RetainExample]], Provenance]:
+    """By normalised prompt."""
+    rows, provenance = _limit(*_read(source, "retain", RetainExample), source.limit, seed)
     by_prompt: dict[str, list[RetainExample]] = {}
     for row in rows:
         by_prompt.setdefault(normalise_prompt(row.prompt), []).append(row)
-    prompts = [normalise_prompt(example.prompt) for example in examples]
-    missing = set(prompts) - by_prompt.keys()
+    return by_prompt, provenance
+
+
+def _check_each_has_one(
+    examples: Sequence[Example], refusals: Mapping[str, object], key: str, source: SourceConfig
+) -> None:
+    prompts = {normalise_prompt(example.prompt) for example in examples}
+    missing = prompts - refusals.keys()
     if missing:
         owner = "data.forget" if key == "data.refusals" else "data.retain"
         raise DataError(
-            f"{key}: {len(missing)} of {len(set(prompts))} prompts that are trained on have no refusal in "
-            f"{source.path}: make them with sku data own, or take these prompts out of {owner}"
+            f"{key}: {len(missing)} of {len(prompts)} prompts that are trained on have no refusal in {source.path}: "
+            f"make them with sku data own, or take these prompts out of {owner}"
         )
+
+
+def _in_turn(
+    examples: Sequence[E], refusals: Mapping[str, Sequence[RetainExample]]
+) -> Iterator[tuple[E, RetainExample | None]]:
+    """Each example with the refusal of its prompt, None for none; of several, the examples of a prompt take turns."""
     met: Counter[str] = Counter()
-    found = []
-    for prompt in prompts:
-        found.append(by_prompt[prompt][met[prompt] % len(by_prompt[prompt])])
+    for example in examples:
+        prompt = normalise_prompt(example.prompt)
+        known = refusals.get(prompt)
+        yield example, known[met[prompt] % len(known)] if known else None
         met[prompt] += 1
-    return found, provenance
+
+
+def _with_refusals(
+    examples: Sequence[ForgetExample], refusals: Mapping[str, Sequence[RetainExample]]
+) -> tuple[ForgetExample, ...]:
+    return tuple(
+        example
+        if refusal is None
+        else dataclasses.replace(example, safe_answer=refusal.answer, safe_answer_finished=refusal.finished)
+        for example, refusal in _in_turn(examples, refusals)
+    )
 
 
 def _nothing_left(source: SourceConfig, kind: Kind, parsed: ParsedRows[E]) -> str:

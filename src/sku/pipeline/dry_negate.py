@@ -72,7 +72,7 @@ def dry_negate(
         if texts is not None:
             context = context_of(model.skeleton, model.tokenizer, texts, seed=seed)
         for chosen in operators:
-            context.check(chosen.operator.needs, f"the operator {chosen.operator.name}")
+            context.check(chosen.needs, f"the operator {chosen.operator.name}")
         _check_bad(model_folder(str(bad)))
         size = model.parameters * (model.dtype if output_dtype is None else output_dtype).itemsize
         settings |= {"base": model.describe(), "arithmetic": "in memory"}

@@ -17,6 +17,7 @@ from sku.errors import ModelError, OutputError, SkuError
 from sku.methods import method_named
 from sku.methods.run import has_twins, prepare, with_safe_dtype
 from sku.models import with_path
+from sku.negate.operators.context import check_operators
 from sku.own_replies.settings import judge_of
 from sku.pipeline.acquire import check_has_stage_1
 from sku.pipeline.dry_checks import (
@@ -86,6 +87,7 @@ def dry_run(recipe: Recipe, out: Path, *, resume: bool = False) -> DryRun:
     if recipe.chooses_alpha or recipe.checks_stage_1:
         draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
     training = check_training(recipe, model, data, unlearning.trained_folder)
+    check_operators(training.run.operators, model.skeleton, data)
     negates = recipe.method == "sku"
     stages = [
         *(["have the base model write its own replies"] if writes_own else []),

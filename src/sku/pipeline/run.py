@@ -26,6 +26,7 @@ from sku.memory_errors import named_memory_errors
 from sku.methods.run import check_rows, prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
+from sku.negate.operators.context import check_operators
 from sku.pipeline.evaluate import (
     check_one_process_attacks,
     evaluate_one,
@@ -209,6 +210,8 @@ class _Run:
         check_judge(self.recipe, data)
         check_rows(self.recipe, data)
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
+        operators = prepare(self.recipe, self.unlearning.trained_folder).operators
+        check_operators(operators, loaded.model, data)
         visits = with_visited(self.recipe, data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 

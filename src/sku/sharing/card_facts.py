@@ -206,9 +206,7 @@ def headline_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
 
 def data_rows(run: FinishedRunFiles) -> Iterator[dict[str, str]]:
     """Where the data came from, a row for each set, in the order in which it was read."""
-    for (name, config), source in zip(
-        data_sets(run.recipe).items(), run.manifest["data"]["sources"], strict=False
-    ):
+    for (name, config), source in zip(data_sets(run.recipe).items(), run.manifest["data"]["sources"], strict=False):
         yield {
             "name": name.replace("_", " "),
             "source": f"{public_name(source['location'])} ({source['source']})",

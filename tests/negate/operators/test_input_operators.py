@@ -104,7 +104,8 @@ def test_a_direction_of_both_parts_is_cut_once() -> None:
         {"null_space": {"soft": 2.0, "unit": True}},
         {"null_space": {"rank": 3, "positions": "answer"}},
         {"contrast": {"strength": 3.0}},
-        {"layer_alpha": {"factors": {"*.0.*": 0.5}}},
+        {"contrast": {"positions": "decision", "prompt_tokens": 2, "answer_tokens": 1}},
+        {"layers": {"0": 0.5, "rest": 1}},
         {"learned": {"steps": 2, "per": "layer_and_module"}},
         {"learned": {"steps": 2, "per": "direction"}},
     ],
@@ -127,10 +128,10 @@ def test_a_projected_adapter_is_the_projected_vector(
 def test_operators_follow_each_other(make_context: ContextMaker) -> None:
     context = make_context()
     adapter = AdapterVector.of(with_adapter(context.base))
-    first, second = {"null_space": {"energy": 0.7}}, {"layer_alpha": {"factors": {"*mlp*": 0.0}}}
+    first, second = {"null_space": {"energy": 0.7}}, {"layers": {"*mlp*": 0.0, "rest": 1}}
     both = apply(adapter.dense(), context, first, second)
     after = apply(apply(adapter.dense(), context, first).vector, context, second)
-    assert [record["name"] for record in both.records] == ["null_space", "layer_alpha"]
+    assert [record["name"] for record in both.records] == ["null_space", "layers"]
     assert both.row_maps is not None
     followed = adapter.mapped(both.row_maps).dense()
     for name, delta in both.vector.deltas.items():

@@ -19,6 +19,7 @@ from sku.errors import TaskVectorError
 from sku.negate.operators.base import OperatorContext, linear_weights
 from sku.negate.operators.context import context_of
 from sku.negate.operators.spectra import (
+    Decision,
     InputSpectra,
     SharedTokens,
     Spectrum,
@@ -100,6 +101,24 @@ def test_what_every_prompt_shares_is_not_counted(positions: str, make_context: C
     torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
     shared = input_spectra(context, "normal", **{**OPTIONS, "positions": positions, "part": "shared"})
     assert shared.positions == (len(whole) * (5 + 2) if positions == "all" else 0)
+
+
+def test_positions_that_decide(make_context: ContextMaker) -> None:
+    """Three template tokens, the prompt's last one before them, and two tokens of the answer; no beginnings."""
+    context = with_template((5, 6), (3, 4, 3), make_context())
+    decision = Decision(prompt_tokens=4, answer_tokens=2)
+    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": decision})
+    layer = "model.layers.1.mlp.down_proj"
+    inputs = torch.cat([part[4:10] for part in per_example(inputs_by_hand(context, layer, slice(None)), context)])
+    spectrum = spectra.of(f"{layer}.weight")
+    assert spectrum is not None
+    assert spectra.positions == len(inputs)
+    torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+    many = Decision(prompt_tokens=99, answer_tokens=99)
+    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": many})
+    assert spectra.positions == sum(len(one.input_ids) - 2 for one in context.normal)
+    shared = input_spectra(context, "normal", **{**OPTIONS, "positions": decision, "part": "shared"})
+    assert shared.positions == 2 * len(context.normal), "the beginnings are protected as a part of their own"
 
 
 def test_shared_tokens_are_those_of_harmful_and_normal_prompts_together(make_context: ContextMaker) -> None:

@@ -10,21 +10,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from sku.config import settings_from_dict
+from sku.config.check import check_plain
 from sku.errors import RecipeError, TaskVectorError, did_you_mean
-from sku.negate.operators.base import AnyOperator, Operated, OperatorContext, RowMap
+from sku.negate.operators.base import AnyOperator, Need, Operated, OperatorContext, RowMap
 from sku.negate.operators.contrast import CONTRAST
-from sku.negate.operators.layer_alpha import LAYER_ALPHA
+from sku.negate.operators.layers import LAYERS
 from sku.negate.operators.learned import LEARNED
 from sku.negate.operators.minus_benign import MINUS_BENIGN
 from sku.negate.operators.neg_merge import NEG_MERGE
 from sku.negate.operators.null_space import NULL_SPACE
 from sku.negate.operators.perta import PERTA
+from sku.negate.operators.trim import TRIM
 from sku.negate.task_vector import TaskVector
 
 OPERATORS: tuple[AnyOperator, ...] = (
-    LAYER_ALPHA, NULL_SPACE, CONTRAST, PERTA, NEG_MERGE, MINUS_BENIGN, LEARNED,
+    LAYERS, TRIM, NULL_SPACE, CONTRAST, PERTA, NEG_MERGE, MINUS_BENIGN, LEARNED,
 )  # fmt: skip
 """All of them. The plain vector is that of an empty list."""
+_HELD_OUT: Mapping[Need, str] = {
+    "normal_held_out": "retain_validation", "harmful_held_out": "forget_validation",
+    "refusals_held_out": "forget_validation", "borderline_held_out": "normal_validation",
+}  # fmt: skip
+"""Splits that strengths are chosen by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,12 @@ class PreparedOperator:
 
     operator: AnyOperator
     settings: Any
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Data that it looks at with these settings."""
+        more = self.operator.more_needs
+        return self.operator.needs if more is None else (*self.operator.needs, *more(self.settings))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +82,13 @@ def prepare_operators(entries: Iterable[Mapping[str, Any]], where: str = "recipe
                 f"{key}: {name} is not an operator.{did_you_mean(name, known)} Known: {', '.join(known)} ({where})"
             )
         operator = known[name]
+        given = {} if settings is None else settings
+        check_plain(given, f"{key}.{name}", where)
+        if operator.only_setting is not None:
+            given = {operator.only_setting: given}
         prepared.append(
             PreparedOperator(
-                operator=operator,
-                settings=settings_from_dict(
-                    operator.settings, {} if settings is None else settings, f"{key}.{name}", where
-                ),
+                operator=operator, settings=settings_from_dict(operator.settings, given, f"{key}.{name}", where)
             )
         )
     return tuple(prepared)
@@ -96,7 +110,7 @@ def operate(vector: TaskVector, operators: Sequence[PreparedOperator], context: 
         RecipeError: An operator needs data that is not there, or names weights that are not.
     """
     for prepared in operators:
-        context.check(prepared.operator.needs, f"the operator {prepared.operator.name}")
+        context.check(prepared.needs, f"the operator {prepared.operator.name}")
     maps: list[Mapping[str, RowMap]] | None = []
     records = []
     for prepared in operators:
@@ -112,14 +126,17 @@ def operate(vector: TaskVector, operators: Sequence[PreparedOperator], context: 
 
 def needs_data(operators: Sequence[PreparedOperator]) -> list[str]:
     """Names of the operators that look at data."""
-    return [prepared.operator.name for prepared in operators if prepared.operator.needs]
+    return [prepared.operator.name for prepared in operators if prepared.needs]
 
 
 def fitted_notes(operators: Sequence[PreparedOperator]) -> list[str]:
-    """A sentence for each operator that was fitted on texts by which utility is then judged; none for others."""
-    return [
-        f"the operator {prepared.operator.name} was fitted on retain_validation, and the perplexity and the normal "
-        "replies by which strengths are chosen are of the same split: they flatter it; retain_test is untouched"
-        for prepared in operators
-        if "normal_held_out" in prepared.operator.needs
-    ]
+    """A sentence for each operator that was fitted on splits by which strengths are then chosen; none for others."""
+    found = []
+    for prepared in operators:
+        splits = list(dict.fromkeys(_HELD_OUT[need] for need in prepared.needs if need in _HELD_OUT))
+        if splits:
+            found.append(
+                f"the operator {prepared.operator.name} was fitted on {', '.join(splits)}, and what strengths are "
+                "chosen by is of the same splits: it flatters them; unseen and retain_test are untouched"
+            )
+    return found

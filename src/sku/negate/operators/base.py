@@ -23,9 +23,12 @@ from sku.errors import RecipeError
 from sku.negate.task_vector import TaskVector
 
 Settings = TypeVar("Settings")
-Need = Literal["normal", "normal_held_out", "harmful"]
-DATA_OPTIONS: Mapping[Need, str] = {"normal": "--normal", "normal_held_out": "--normal", "harmful": "--forget"}
-"""Which option of ``sku negate`` brings the examples that an operator looks at."""
+Need = Literal["normal", "normal_held_out", "harmful", "harmful_held_out", "refusals_held_out", "borderline_held_out"]
+DATA_OPTIONS: Mapping[Need, str] = {
+    "normal": "--normal", "normal_held_out": "--normal", "harmful": "--forget", "harmful_held_out": "--forget",
+    "refusals_held_out": "--forget",
+}  # fmt: skip
+"""Which option of ``sku negate`` brings the examples that an operator looks at; no option brings borderline ones."""
 RowMap = Callable[[Tensor], Tensor]
 """``[R, I]`` float32 to the same shape, each row by itself and linearly."""
 
@@ -42,6 +45,12 @@ class OperatorContext:
     """``retain_validation``: stage 1 has not trained on it."""
     harmful: Sequence[TokenizedExample] = ()
     """``unlearned``: what stage 1 was trained on."""
+    harmful_held_out: Sequence[TokenizedExample] = ()
+    """``forget_validation``, prompt and harmful answer: stage 1 has not trained on it."""
+    refusals_held_out: Sequence[TokenizedExample] = ()
+    """The same prompts with their safe answers, where they have one."""
+    borderline_held_out: Sequence[TokenizedExample] = ()
+    """Of each ``normal_validation:NAME``: pairs of other sources, such as prompts that only sound harmful."""
     seed: int = 0
     """Decides which examples are drawn, and their order."""
     batch_size: int = 8
@@ -59,11 +68,7 @@ class OperatorContext:
         """
         for need in needs:
             if not getattr(self, need):
-                kind = need.replace("_", " ")
-                raise RecipeError(
-                    f"{who} looks at {kind} examples and there are none: give {DATA_OPTIONS[need]} FILE to sku "
-                    "negate, or run it from a recipe with sku run"
-                )
+                raise missing_examples(need, who)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +97,38 @@ class Operator(Generic[Settings]):
     """``TaskVectorError`` where the vector doesn't fit."""
     needs: tuple[Need, ...] = ()
     """Data that it looks at, if any."""
+    more_needs: Callable[[Settings], tuple[Need, ...]] | None = None
+    """Data that it looks at with some settings only."""
+    check: Callable[[Settings, Sequence[str]], None] | None = None
+    """Refuses settings that don't fit the names of a model's weights (``RecipeError``), before anything is trained."""
+    only_setting: str | None = None
+    """The one setting that it has, where a recipe gives its keys and values without naming it."""
 
 
 AnyOperator = Operator[Any]
+
+
+def missing_examples(need: Need, who: str) -> RecipeError:
+    """The refusal to work without examples.
+
+    Args:
+        need: The kind that is missing.
+        who: What looks at them.
+
+    Returns:
+        The error, with what to do.
+    """
+    option = DATA_OPTIONS.get(need)
+    what = {
+        "refusals_held_out": ", which are safe answers to held-out harmful prompts,",
+        "borderline_held_out": ", which are half of each set of data.normal that has answers,",
+    }.get(need, "")
+    how = (
+        f"give {option} FILE to sku negate, or run it from a recipe with sku run"
+        if option
+        else "name them in a recipe"
+    )
+    return RecipeError(f"{who} looks at {need.replace('_', ' ')} examples{what} and there are none: {how}")
 
 
 def map_rows(vector: TaskVector, row_maps: Mapping[str, RowMap], base: nn.Module) -> TaskVector:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sku.errors import RecipeError
 from sku.negate.operators.base import OperatorContext, RowMap
-from sku.negate.operators.spectra import InputSpectra, Part, Positions, Spectrum, Text, input_spectra
+from sku.negate.operators.spectra import Decision, InputSpectra, Part, Positions, Spectrum, Text, input_spectra
 from sku.negate.task_vector import TaskVector
 
 
@@ -24,9 +24,14 @@ from sku.negate.task_vector import TaskVector
 class InputSettings:
     """What counts as an input of normal text; shared by operators that look at inputs."""
 
-    positions: Positions = "all"
-    """Token positions whose inputs are protected: ``all``, those of the ``prompt``, or those before the ``answer``'s
-    tokens. What every prompt begins or ends with (system prompt, chat template) is measured apart: ``spectra.py``."""
+    positions: Literal[Positions, "decision"] = "all"
+    """Token positions whose inputs are protected: ``all``, those of the ``prompt``, those before the ``answer``'s
+    tokens, or those at which it is decided how to reply, the last ones of the prompt and the first of the answer. What
+    every prompt begins or ends with (system prompt, chat template) is measured apart: ``spectra.py``."""
+    prompt_tokens: int = Decision.prompt_tokens
+    """For ``decision``: how many of the prompt's last tokens, those of the chat template counted."""
+    answer_tokens: int = Decision.answer_tokens
+    """For ``decision``: how many of the answer's first tokens."""
     unit: bool = False
     """Each input counts by its direction alone. Else a few tokens whose inputs are many times as long as others can
     be the whole trace of a layer."""
@@ -38,6 +43,17 @@ class InputSettings:
     def __post_init__(self) -> None:
         if self.examples < 1:
             raise RecipeError(f"examples is {self.examples}; it must be 1 or more")
+        for name, least in (("prompt_tokens", 1), ("answer_tokens", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+            if self.positions != "decision" and getattr(self, name) != getattr(Decision, name):
+                raise RecipeError(f"{name} counts where positions is decision, and it is {self.positions}")
+
+    def counted(self) -> Positions | Decision:
+        """The positions, with the numbers of those that need them."""
+        if self.positions != "decision":
+            return self.positions
+        return Decision(prompt_tokens=self.prompt_tokens, answer_tokens=self.answer_tokens)
 
 
 def matrix_map(matrix_II: Tensor) -> RowMap:
@@ -85,5 +101,5 @@ def split_by_inputs(
 def spectra_of(context: OperatorContext, settings: InputSettings, text: Text, part: Part = "own") -> InputSpectra:
     """Spectra of the inputs that the settings describe; raises as ``input_spectra`` does."""
     return input_spectra(
-        context, text, positions=settings.positions, examples=settings.examples, unit=settings.unit, part=part
+        context, text, positions=settings.counted(), examples=settings.examples, unit=settings.unit, part=part
     )

@@ -6,6 +6,9 @@ normal, begins with (chat template, system prompt), and those that every prompt 
 the last, where the answer begins. The others are the text's ``own``. Counted together, the shared ones would be the
 largest part of every text and say nothing of it.
 
+Where the positions that decide are asked for (``Decision``), the last tokens of the prompt count although all prompts
+end with them: beyond the first layer their inputs hold what the model has read, and the reply begins from there.
+
 Layers that read the same tensor (query, key and value; gate and up) share one matrix. Products are taken in float32
 and summed in float64; what is kept, in memory and on disk alike, is float32, so that a cached spectrum equals a fresh
 one bit for bit.
@@ -15,6 +18,7 @@ Shapes: R = token positions, I = inputs of a layer.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +47,23 @@ Part = Literal["own", "shared"]
 _FILE = "spectra.safetensors"
 _FORMAT = "sku-input-spectra-2"
 """Raised whenever the same text could give another spectrum, so that older files are not taken for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The positions at which a model decides how it replies."""
+
+    prompt_tokens: int = 8
+    """Last ones of the prompt, chat template and all."""
+    answer_tokens: int = 8
+    """First ones of the answer, as far as it has so many."""
+
+    def positions(self, batch: Batch) -> Tensor:
+        """``[B, T]``, true there."""
+        places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
+        last_B1 = _last_of_prompt(batch)
+        near_BT = (places_T > last_B1 - self.prompt_tokens) & (places_T <= last_B1 + self.answer_tokens)
+        return near_BT & (batch.mask_BT == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +114,18 @@ class SharedTokens:
         """``[B, T]``, true where a position tells no text from another."""
         places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
         # The last token of a prompt is the first position that an answer is read from: it counts.
-        begins_B1 = batch.answer_BT.int().argmax(1, keepdim=True)
-        return (places_T < self.first) | ((places_T > begins_B1 - self.last) & (places_T < begins_B1))
+        begins_B1 = _last_of_prompt(batch)
+        return self.beginnings(batch) | ((places_T > begins_B1 - self.last) & (places_T < begins_B1))
+
+    def beginnings(self, batch: Batch) -> Tensor:
+        """``[B, T]``, true on what every prompt begins with."""
+        places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
+        return (places_T < self.first).expand_as(batch.ids_BT)
+
+
+def _last_of_prompt(batch: Batch) -> Tensor:
+    """``[B, 1]``, the position of each prompt's last token."""
+    return batch.answer_BT.int().argmax(1, keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +147,25 @@ class InputSpectra:
 
 
 def input_spectra(
-    context: OperatorContext, text: Text, *, positions: Positions, examples: int, unit: bool, part: Part = "own"
+    context: OperatorContext,
+    text: Text,
+    *,
+    positions: Positions | Decision,
+    examples: int,
+    unit: bool,
+    part: Part = "own",
 ) -> InputSpectra:
     """Measures, or finds again, what goes into the linear layers.
 
     Args:
         context: Model, texts, cache.
         text: Which examples.
-        positions: Token positions that count: ``all``, those of the ``prompt``, or those before tokens of the
-            ``answer``.
+        positions: Token positions that count: ``all``, those of the ``prompt``, those before tokens of the
+            ``answer``, or those that decide.
         examples: Most examples, drawn by the seed.
         unit: Each input counts by its direction alone, whatever its length.
-        part: Which of these positions: the text's own, or those of ``shared_tokens``.
+        part: Which of these positions: the text's own, or those of ``shared_tokens``. Of those that decide all are the
+            text's own, and what prompts begin with is shared.
 
     Returns:
         The spectra.
@@ -204,7 +242,7 @@ def input_groups(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
 def _measure(
     context: OperatorContext,
     examples: Sequence[TokenizedExample],
-    positions: Positions,
+    positions: Positions | Decision,
     shared: SharedTokens,
     part: Part,
     *,
@@ -230,18 +268,24 @@ def _measure(
 
     with _hooked(leaders, add):
         for batch in batches(examples, context.batch_size, device):
-            kept = (_kept(batch, positions) & (shared.positions(batch) == (part == "shared"))).reshape(-1)
+            kept = _kept(batch, positions, shared, part).reshape(-1)
             counted += int(kept.sum())
             _run(model, batch)
     spectra = {name: _spectrum(name, sums.pop(name) / max(counted, 1)) for name in leaders}
     return InputSpectra(of_group=spectra, group_of=groups, positions=counted)
 
 
-def _kept(batch: Batch, positions: Positions) -> Tensor:
-    own_BT = batch.mask_BT == 1
+def _kept(batch: Batch, positions: Positions | Decision, shared: SharedTokens, part: Part) -> Tensor:
+    """``[B, T]``, true where a position counts."""
+    real_BT = batch.mask_BT == 1
+    if isinstance(positions, Decision):
+        beginnings_BT = shared.beginnings(batch)
+        return real_BT & beginnings_BT if part == "shared" else positions.positions(batch) & ~beginnings_BT
     if positions == "answer":
-        return batch.answer_BT
-    return own_BT if positions == "all" else own_BT & ~batch.answer_BT
+        asked_BT = batch.answer_BT
+    else:
+        asked_BT = real_BT if positions == "all" else real_BT & ~batch.answer_BT
+    return asked_BT & (shared.positions(batch) == (part == "shared"))
 
 
 def _spectrum(name: str, mean_II: Tensor) -> Spectrum:
@@ -299,7 +343,7 @@ def weights_sha256(model: nn.Module) -> str:
 def _key(
     context: OperatorContext,
     examples: Sequence[TokenizedExample],
-    positions: Positions,
+    positions: Positions | Decision,
     unit: bool,
     shared: SharedTokens,
     part: Part,
@@ -308,8 +352,9 @@ def _key(
         context.memory["weights"] = weights_sha256(context.base)
     tokens = [[example.input_ids, example.labels] for example in examples]
     # Sums in another order differ in their last bits, so the size of a batch counts.
+    asked = dataclasses.asdict(positions) if isinstance(positions, Decision) else positions
     content = [
-        _FORMAT, context.memory["weights"], tokens, positions, unit, context.batch_size, shared.first, shared.last,
+        _FORMAT, context.memory["weights"], tokens, asked, unit, context.batch_size, shared.first, shared.last,
         part,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -5,6 +5,7 @@ Shapes: B = examples, T = tokens of the longest, N = answer tokens of all, V = v
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ def drawn(examples: Sequence[TokenizedExample], count: int, seed: int) -> list[T
     if len(examples) <= count:
         return list(examples)
     return [examples[place] for place in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
+def with_first_tokens(examples: Sequence[TokenizedExample], count: int) -> list[TokenizedExample]:
+    """The examples with at most ``count`` tokens of each answer: what follows changes nothing before it."""
+    cut = []
+    for example in examples:
+        stop = example.answer_start + count
+        cut.append(dataclasses.replace(example, input_ids=example.input_ids[:stop], labels=example.labels[:stop]))
+    return cut
 
 
 def batch_of(examples: Sequence[TokenizedExample], device: torch.device) -> Batch:
