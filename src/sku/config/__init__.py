@@ -12,7 +12,7 @@ from sku.config.acquire import (
     Tuning,
     WeightsConfig,
 )
-from sku.config.compare import CompareConfig, MethodConfig
+from sku.config.compare import CompareConfig, MethodConfig, SearchConfig
 from sku.config.compat import REFERENCE, CompatConfig
 from sku.config.data import DataConfig, DataFormat, SourceConfig
 from sku.config.evaluate import Attack, Backend, EvaluateConfig, Precision, Similarity
@@ -44,6 +44,7 @@ __all__ = [
     "PromptFormatName",
     "Recipe",
     "Rule",
+    "SearchConfig",
     "Similarity",
     "SourceConfig",
     "SweepConfig",

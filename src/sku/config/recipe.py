@@ -72,6 +72,11 @@ class Recipe:
         """Share of the harmful prompts to hold out for the choice of alpha; 0 where there is none to choose."""
         return self.sweep.validation_fraction if self.chooses_alpha else 0.0
 
+    @property
+    def search_validation(self) -> float:
+        """The same of a comparison, for ``compare.search``."""
+        return 0.0 if self.compare.search is None else self.sweep.validation_fraction
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""
         return {item.name: plain_data(getattr(self, item.name)) for item in dataclasses.fields(self)}
