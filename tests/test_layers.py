@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"_version", "storage", "wipe"},
     "comparison": {
         "config", "errors", "disk_errors", "locks", "storage", "data", "models", "training", "methods", "negate",
-        "evaluate", "report", "reproducibility", "quiet",
+        "evaluate", "report", "reproducibility", "sweep", "quiet",
     },
 }
 # fmt: on

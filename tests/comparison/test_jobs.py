@@ -16,7 +16,7 @@ def test_every_method_and_control_with_every_seed() -> None:
     names = [job.name for job in jobs]
     assert names[:3] == ["base", "always_refuse", "always_gibberish"]
     assert names[3:] == 2 * [*(method.name for method in METHODS), "random_direction"]
-    assert [job.seed for job in jobs] == [5] * 3 + [5] * 13 + [6] * 13
+    assert [job.seed for job in jobs] == [5] * 3 + [5] * 15 + [6] * 15
     assert all(job.recipe.acquire.seed == job.seed for job in jobs)
     assert {job.recipe.seed for job in jobs} == {5}, "data and test prompts stay the same"
     assert {job.name for job in jobs if job.kind != "method"} == set(CONTROLS)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from sku.losses import answer_nll
+from sku.methods.circuit_breakers import holding_loss, rerouting_loss, shares
 from sku.methods.dpo import dpo_loss
 from sku.methods.gradient_ascent import gradient_ascent_loss
 from sku.methods.npo import npo_loss
 from sku.methods.refusal_tuning import refusal_loss
 from sku.methods.retain_terms import retain_kl_loss, retain_nll_loss
 from sku.methods.rmu import rmu_forget_loss, rmu_retain_loss, steering_vector
+from sku.methods.safe_unlearning import safe_unlearning_loss
 from sku.methods.simnpo import simnpo_loss
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -71,6 +73,51 @@ def test_simnpo() -> None:
     mean_nll = torch.tensor([LN3])
     torch.testing.assert_close(simnpo_loss(mean_nll, beta=2.0, gamma=0.0), torch.tensor([math.log(10 / 9)]))
     torch.testing.assert_close(simnpo_loss(mean_nll, beta=2.0, gamma=LN3), torch.tensor([LIKELY]))
+
+
+def test_safe_unlearning() -> None:
+    """With beta = 2. NLL per token above the reference by log(3) / 2: -log sigmoid(log 3) = log 4/3; equal: log 2.
+
+    NPO of the same would have the factor 2 / beta, here 1, and sums in place of means.
+    """
+    reference = torch.tensor([5.0, 5.0, 5.0], requires_grad=True)
+    nll = torch.tensor([5 + LN3 / 2, 5 - LN3 / 2, 5.0], requires_grad=True)
+    loss = safe_unlearning_loss(nll, reference, beta=2.0)
+    torch.testing.assert_close(loss, torch.tensor([LIKELY, UNLIKELY, LN2]))
+    loss.sum().backward()
+    assert reference.grad is None
+
+
+def test_rerouting() -> None:
+    """Two layers. Position 0: cosines 1 and 4/5, mean 9/10; position 1: 0 and -1, which counts as 0; both example 0.
+
+    Position 2, example 1: 3/5 and 0, mean 3/10. Lengths don't count: (2, 0) points where (1, 0) does.
+    """
+    reference = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]]).repeat(3, 1, 1).requires_grad_()
+    hidden = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-3.0, -4.0]], [[3.0, 4.0], [4.0, -3.0]]])
+    loss = rerouting_loss(hidden, reference, torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(loss, torch.tensor([0.45, 0.3]))
+    assert not loss.requires_grad, "the original's states are no part of the graph"
+
+
+def test_holding() -> None:
+    """Distances at two layers: 5 and 0, mean 5/2; 0 and 0; both example 0: 5/4. Example 1: 13 and 1, mean 7.
+
+    Squared, as with RMU, the last would be 85. The slope is finite where nothing has moved.
+    """
+    reference = torch.zeros(3, 2, 2)
+    hidden = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], [[5.0, -12.0], [0.0, 1.0]]])
+    loss = holding_loss(hidden.requires_grad_(), reference, torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(loss, torch.tensor([1.25, 7.0]))
+    loss.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+def test_the_schedule_of_circuit_breakers() -> None:
+    """Step 1 of 150: 299/300 and 1/300; the last: half each."""
+    assert shares(1 / 150) == pytest.approx((299 / 300, 1 / 300))
+    assert shares(1.0) == (0.5, 0.5)
 
 
 def test_dpo() -> None:

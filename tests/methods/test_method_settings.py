@@ -26,7 +26,7 @@ def test_names_are_unique_and_sku_stands_first() -> None:
     names = [method.name for method in METHODS]
     assert names == [
         "sku", "fine_tune", "gradient_ascent", "gradient_ascent_mismatch", "task_vector", "grad_diff", "grad_diff_kl",
-        "npo", "simnpo", "rmu", "dpo", "refusal_tuning",
+        "npo", "simnpo", "rmu", "dpo", "refusal_tuning", "safe_unlearning", "circuit_breakers",
     ]  # fmt: skip
     assert len({method.title for method in METHODS}) == len(METHODS)
     assert all(method.paper_url.startswith("https://arxiv.org/abs/") for method in METHODS)
@@ -60,6 +60,8 @@ def test_only_the_methods_that_learn_harmful_answers_are_hazardous_and_negated()
         ("simnpo", {"beta": 2.5, "gamma": 0.0, "forget_weight": 0.1375, "retain": "gd", "retain_weight": 1.0}),
         ("dpo", {"beta": 0.1, "preference_weight": 1.0, "retain": "none", "retain_weight": 1.0}),
         ("refusal_tuning", {"refusal_weight": 1.0, "retain_weight": 1.0}),
+        ("safe_unlearning", {"beta": 1.0, "forget_weight": 0.3, "safe_weight": 0.5, "retain_weight": 1.0}),
+        ("circuit_breakers", {"alpha": 10.0, "layers": ()}),
         (
             "rmu",
             {
@@ -97,6 +99,9 @@ def test_an_unknown_setting_is_refused(method: AnyMethod) -> None:
         ("rmu", "projections", ()),
         ("dpo", "beta", float("inf")),
         ("refusal_tuning", "refusal_weight", -1.0),
+        ("safe_unlearning", "beta", 0.0),
+        ("safe_unlearning", "safe_weight", -1.0),
+        ("circuit_breakers", "alpha", float("nan")),
     ],
 )
 def test_an_impossible_value_is_refused_with_key_and_value(name: str, key: str, value: Any) -> None:
@@ -123,6 +128,7 @@ def test_an_unknown_retain_term_is_refused(name: str) -> None:
         ("rmu", {"forget_weight": 0.0, "retain_weight": 0.0}),
         ("dpo", {"preference_weight": 0.0}),
         ("refusal_tuning", {"refusal_weight": 0.0, "retain_weight": 0.0}),
+        ("safe_unlearning", {"forget_weight": 0.0, "safe_weight": 0.0, "retain_weight": 0.0}),
     ],
 )
 def test_nothing_to_train_is_refused(name: str, settings: dict[str, Any]) -> None:
@@ -160,6 +166,10 @@ ON = [
     ("refusal_tuning", {}, {"refusal", "retain"}, {RETAIN, SAFE}, False),
     ("refusal_tuning", {"refusal_weight": 0.0}, {"retain"}, {RETAIN}, False),
     ("refusal_tuning", {"retain_weight": 0.0}, {"refusal"}, {SAFE}, False),
+    ("safe_unlearning", {}, {"forget", "safe", "retain"}, {FORGET, RETAIN, SAFE}, True),
+    ("safe_unlearning", {"forget_weight": 0.0}, {"safe", "retain"}, {RETAIN, SAFE}, False),
+    ("safe_unlearning", {"safe_weight": 0.0}, {"forget", "retain"}, {FORGET, RETAIN}, True),
+    ("circuit_breakers", {}, {"reroute", "hold"}, {FORGET, RETAIN}, True),
 ]  # fmt: skip
 
 

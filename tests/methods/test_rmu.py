@@ -58,7 +58,7 @@ def test_the_layer_is_seven_of_every_thirty_two(layers: int, expected: int, make
     """7/32 of 2, 4, 6, 16, 24: 0.44, 0.88, 1.3, 3.5 (to even), 5.25."""
     model = deep_model(make_model, "llama", layers)
     assert steered_layer(RmuSettings(), model) == expected
-    assert RMU.objective(RmuSettings(), model).hidden_layer == expected
+    assert RMU.objective(RmuSettings(), model).hidden_layers == (expected,)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -47,6 +47,12 @@ RETAIN_GD = (math.log(4 / 3) + 2 * math.log(4)) / 3
         ("dpo", {"beta": 1.0}, {"preference": math.log(4 / 3)}),
         ("grad_diff", {}, {"ascent": -math.log(16 / 3) / 2, "retain": RETAIN_GD}),
         ("refusal_tuning", {}, {"refusal": math.log(4 / 3), "retain": RETAIN_GD}),
+        # Per token: log(16/3) / 2 against log 2, so sigmoid(log(4/3) / 2 * 2) = 4/7.
+        (
+            "safe_unlearning",
+            {"beta": 2.0},
+            {"forget": math.log(7 / 4), "safe": math.log(4 / 3), "retain": RETAIN_GD},
+        ),
         ("fine_tune", {}, {"retain": RETAIN_GD}),
         ("task_vector", {}, {"guided_distortion": math.log(16 / 3) / 2}),
         ("grad_diff_kl", {}, {"ascent": -math.log(16 / 3) / 2, "retain_kl": math.log(4 / 3) / 2}),

@@ -1,4 +1,4 @@
-"""``sku results``: tables and pictures of a comparison again, from its records."""
+"""``sku results``: tables and pictures of a comparison again, from its records; one table of many runs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import print_json
+from sku.cli.console import notes, print_json
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
-from sku.errors import OutputError
+from sku.errors import OutputError, RecipeError
 from sku.quiet import quiet_libraries
 
 
 def results(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder of records, such as results/compare-embedded.")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Folder of records, such as results/compare-embedded; with --table any number of them, and of runs.",
+        ),
     ],
     update: Annotated[
         Path | None,
@@ -38,10 +42,37 @@ def results(
     budget: Annotated[
         float | None, typer.Option("--budget", help="Utility budget, a line in the figure; that of the records.")
     ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--table",
+            help="Write this JSON file and nothing else: one object for each model, method and seed of all FOLDERs.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the tables of a comparison again, from its records: no model, no data."""
+    """Write the tables of a comparison, or one of many runs, from records: no model, no data."""
     quiet_libraries()
+    if table is not None:
+        if brief or any(option is not None for option in (update, figure, overview, budget)):
+            raise RecipeError("--table is written alone: leave out --update, --brief, --figure, --overview, --budget")
+        _write_table(folders, table, as_json=as_json)
+        return
+    if len(folders) > 1:
+        raise RecipeError(f"{len(folders)} folders are named, and these tables are of one: add --table FILE.json")
+    _comparison(folders[0], update, figure, overview, budget, brief=brief, as_json=as_json)
+
+
+def _comparison(
+    folder: Path,
+    update: Path | None,
+    figure: Path | None,
+    overview: Path | None,
+    budget: float | None,
+    *,
+    brief: bool,
+    as_json: bool,
+) -> None:
     from sku.comparison.jobs import row_names
     from sku.report.comparison_report import brief_markdown, comparison_markdown
     from sku.report.method_overview import overview_figure
@@ -65,6 +96,20 @@ def results(
         console.print(text, soft_wrap=True)
     else:
         console.print(f"updated   {update}", soft_wrap=True)
+
+
+def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
+    from sku.report.real_models import table_rows
+    from sku.storage import write_json
+
+    rows, left_out = table_rows(folders)
+    for sentence in left_out:
+        notes.print(f"note: {sentence}", soft_wrap=True)
+    write_json(table, rows)
+    if as_json:
+        print_json(rows)
+    else:
+        console.print(f"table     {table}, {len(rows)} rows", soft_wrap=True)
 
 
 def _update(page: Path, mark: str, text: str) -> None:

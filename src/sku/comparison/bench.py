@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from sku.comparison.job_keys import norms_key, record_key
 from sku.comparison.job_records import failed_record, identity
 from sku.comparison.jobs import Job
-from sku.comparison.over_refusal import Refusals, step_down
+from sku.comparison.over_refusal import Refusals
+from sku.comparison.search import SEARCH_SUFFIX, Harm, Trial, search, with_training
+from sku.comparison.strengths import Strengths
 from sku.config import CompareConfig, EvaluateConfig, Recipe, plain_data
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
@@ -27,7 +29,7 @@ from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_repl
 from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
-from sku.evaluate.utility_cost import BROKEN_COST, Utility, UtilityCost, find_border, utility_cost
+from sku.evaluate.utility_cost import Utility, utility_cost
 from sku.evaluate.validation import NormalText, validation_texts
 from sku.methods import method_named
 from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
@@ -37,7 +39,6 @@ from sku.negate.operators import fitted_notes, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.context import check_operators, context_of
 from sku.negate.random_direction import random_direction
-from sku.negate.run import subtract_into
 from sku.negate.task_vector import TaskVector
 from sku.report.method_points import Point, asked_of, point_from_result, tokens_of
 from sku.report.method_records import MethodRecord
@@ -45,8 +46,6 @@ from sku.reproducibility import content_sha256, environment
 from sku.training.run import Trained, step_progress
 
 Progress = Callable[[str, int, int], None]
-FIRST_PROBE = 1 / 32
-"""Of the largest strength: where the search for the border of the budget begins."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,23 +60,27 @@ class _Measured:
 class Bench:
     """Runs jobs that share data, base model and evaluation."""
 
-    def __init__(self, recipe: Recipe, work: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, work: Path, progress: Progress | None = None, *, searches: Path | None = None
+    ) -> None:
         """Loads what is shared.
 
         Args:
             recipe: Of any job; method and training settings are not used.
             work: Private folder for checkpoints; what a job leaves there is removed when its record stands.
             progress: Called with stage, done and total.
+            searches: Folder for the files of ``compare.search``; that of the checkpoints if None.
 
         Raises:
-            SkuError: Data or model can't be loaded.
+            SkuError: Data or model can't be loaded, or the judge can't choose settings.
         """
         self.recipe, self.work, self.progress = recipe, work, progress
+        self._searches = work if searches is None else searches
         self.data = load_data(
             recipe.data,
             recipe.seed,
             row_split=recipe.compat.row_split,
-            forget_validation=recipe.sweep.validation_fraction if recipe.negate.fits_operators else 0.0,
+            forget_validation=recipe.search_validation,
         )
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
@@ -94,6 +97,7 @@ class Bench:
         texts = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
         self._normal = NormalText(self.base, texts, batch_size=recipe.evaluate.batch_size)
         self._refusals = Refusals(self.base, writer, self.data, recipe.evaluate, seed=recipe.seed)
+        self._harm = None if recipe.compare.search is None else Harm(self.base, writer, self.data, recipe)
         config = _recorded(recipe.evaluate)
         requests, _ = asking.requests(asking.draw(self.data, config, recipe.seed), writer, config)
         with batching.evaluation_mode(self.base):
@@ -125,33 +129,66 @@ class Bench:
         Returns:
             Its record, complete or failed.
         """
-        folder = self.work / job.id
+        folder, key = self.work / job.id, self.key(job)
         try:
+            job, account = self._searched(job)
             measured = self._measure(job, folder)
-        except SkuError as error:
-            return failed_record(job, self.key(job), one_line(error), self._about(job))
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            return failed_record(job, self.key(job), f"out of memory: {first_line(error)}", self._about(job))
         except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
-            return failed_record(job, self.key(job), f"{type(error).__name__}: {first_line(error)}", self._about(job))
+            return failed_record(job, key, _failure(error), self._about(job))
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _free(folder)
         return MethodRecord(
             **identity(job),
             status="complete",
             failure=None,
-            key=self.key(job),
+            key=key,
             environment=environment(),
             data=self._about(job),
-            training=measured.training,
+            training={**measured.training, **account},
             asked=asked_of(measured.result),
             tokens=tokens_of(measured.result),
             points=tuple(measured.points),
             judge=plain_data(measured.result.judge),
         )
+
+    def _searched(self, job: Job) -> tuple[Job, dict[str, Any]]:
+        """A job with the training settings that ``compare.search`` chooses, and an account of the search."""
+        if self._harm is None or job.kind not in ("method", "random_direction"):
+            return job, {}
+        harm, seed = self._harm, job.recipe.seed
+        # The random direction has the length of SKU's change, and takes SKU's settings.
+        row = dataclasses.replace(
+            job,
+            name="sku" if job.kind == "random_direction" else job.name,
+            kind="method",
+            seed=seed,
+            recipe=dataclasses.replace(job.recipe, acquire=dataclasses.replace(job.recipe.acquire, seed=seed)),
+        )
+
+        def measure(recipe: Recipe) -> Trial:
+            own = dataclasses.replace(row, recipe=recipe)
+            training = prepare(recipe, self.work).training
+            trial = Trial(learning_rate=training.learning_rate, max_steps=training.max_steps)
+            folder = self.work / f"{row.name}--search-{trial.learning_rate:g}-{trial.max_steps}"
+            try:
+                change, model, _ = self._train(own, folder)
+                strengths = self._strengths_of(own, change, model)
+                strength, bound_by = strengths.largest()
+                strengths.write(strength)
+                return dataclasses.replace(trial, strength=strength, bound_by=bound_by, left=harm.left(model))
+            except Exception as error:  # noqa: BLE001 - as of a job: the other settings may do
+                return dataclasses.replace(trial, failure=_failure(error))
+            finally:
+                _free(folder)
+
+        def tell(done: int, total: int) -> None:
+            self._tell(f"{row.name}: search", done, total)
+
+        path = self._searches / f"{row.name}{SEARCH_SUFFIX}"
+        trials, chosen = search(row.recipe, path, self.key(row), measure, tell)
+        recipe = with_training(job.recipe, chosen.learning_rate, chosen.max_steps)
+        account = {"chosen": dataclasses.asdict(chosen), "trials": [dataclasses.asdict(trial) for trial in trials]}
+        return dataclasses.replace(job, recipe=recipe), {"search": account}
 
     def _measure(self, job: Job, folder: Path) -> _Measured:
         if job.kind == "method":
@@ -221,47 +258,18 @@ class Bench:
 
     def _along(self, job: Job, change: TaskVector, model: PreTrainedModel, training: dict[str, Any]) -> _Measured:
         """Measures the change at every strength asked for, and at the largest one within the utility budget."""
-        compare, own, against = job.recipe.compare, self._strength(job), -change
-        refused: dict[float, float] = {}
-
-        def write(strength: float) -> None:
-            # From the original each time, so that no rounding adds up.
-            subtract_into(model, self.base, against, strength * own)
-
-        def cost(strength: float) -> UtilityCost:
-            """Without replies, which cost most by far."""
-            try:
-                write(strength)
-                return self._normal.cost(model, compare)
-            except (EvaluationError, TaskVectorError):
-                return BROKEN_COST
-
-        def utility(strength: float) -> Utility:
-            """All parts, of the strength that is written; over-refusal only where it could still decide."""
-            perplexity, kl = self._normal.perplexity(self._normal.scores(model)), self._normal.kl(model)
-            found = utility_cost(compare, perplexity=perplexity, kl=kl)
-            if found.within:
-                if strength not in refused:
-                    refused[strength] = self._refusals.excess(model)
-                found = utility_cost(compare, perplexity=perplexity, kl=kl, over_refusal=refused[strength])
-            return Utility(perplexity=perplexity, kl=kl, over_refusal=refused.get(strength), cost=found)
-
-        def fits(strength: float) -> bool:
-            write(strength)
-            return utility(strength).cost.within
-
-        border = find_border(cost, first=compare.max_strength * FIRST_PROBE, largest=compare.max_strength)
-        matched, bound_by = step_down(border, fits)
+        strengths = self._strengths_of(job, change, model)
+        matched, bound_by = strengths.largest()
         points: list[Point] = []
         unmeasured: dict[str, str] = {}
         result: EvaluationResult | None = None
-        strengths = _strengths(compare, matched)
-        for number, (strength, roles) in enumerate(strengths.items()):
-            self._tell(f"{job.id}: strengths", number, len(strengths))
+        asked = _strengths(job.recipe.compare, matched)
+        for number, (strength, roles) in enumerate(asked.items()):
+            self._tell(f"{job.id}: strengths", number, len(asked))
             try:
-                write(strength)
+                strengths.write(strength)
                 found = self._evaluate(model, job.id)
-                spent = utility(strength)
+                spent = strengths.utility(strength)
             except (EvaluationError, TaskVectorError) as error:
                 if "published" in roles:
                     raise
@@ -273,7 +281,24 @@ class Bench:
         return _Measured(
             points=points,
             result=result,
-            training={**training, "own_strength": own, "bound_by": bound_by, "unmeasured": unmeasured},
+            training={
+                **training,
+                "own_strength": self._strength(job),
+                "bound_by": bound_by,
+                "unmeasured": unmeasured,
+            },
+        )
+
+    def _strengths_of(self, job: Job, change: TaskVector, model: PreTrainedModel) -> Strengths:
+        """The change of a job at any strength, written into a model."""
+        return Strengths(
+            self.base,
+            model,
+            change,
+            self._strength(job),
+            job.recipe.compare,
+            normal=self._normal,
+            refusals=self._refusals,
         )
 
     def _base_utility(self, job: Job) -> Utility:
@@ -329,6 +354,23 @@ class Bench:
             "notes": [*self.data.notes(), *fitted_notes(prepare_operators(operators))],
             "base": self._inputs["base"],
         }
+
+
+def _failure(error: Exception) -> str:
+    """Why a job failed, in one line."""
+    if isinstance(error, SkuError):
+        return one_line(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _free(folder: Path) -> None:
+    """Removes what a training left, on disk and in memory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _recorded(config: EvaluateConfig) -> EvaluateConfig:

@@ -33,6 +33,11 @@ def record_key(job: Job, inputs: Mapping[str, Any]) -> str:
     if job.kind in ("method", "random_direction"):
         measured |= {"training": _training_settings(job), "points": recipe["compare"], "training_seed": job.seed}
         del measured["points"]["methods"], measured["points"]["seeds"]
+        if job.recipe.compare.search is None:
+            # Not in the keys of recipes without it, whose records stay as good as they were.
+            del measured["points"]["search"]
+        else:
+            measured["asked_by_search"] = recipe["sweep"]
     return content_sha256(
         {
             "version": RECORD_VERSION,

@@ -13,7 +13,7 @@ from sku.config.acquire import (
     Twin,
     WeightsConfig,
 )
-from sku.config.compare import CompareConfig, MethodConfig
+from sku.config.compare import CompareConfig, MethodConfig, SearchConfig
 from sku.config.compat import REFERENCE, CompatConfig
 from sku.config.data import DataConfig, DataFormat, SourceConfig
 from sku.config.evaluate import Attack, Backend, EvaluateConfig, Precision, Similarity
@@ -47,6 +47,7 @@ __all__ = [
     "PromptFormatName",
     "Recipe",
     "Rule",
+    "SearchConfig",
     "Similarity",
     "SourceConfig",
     "SweepConfig",

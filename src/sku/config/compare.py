@@ -26,6 +26,28 @@ class MethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Training settings that are tried for every method, each learning rate with each number of steps."""
+
+    learning_rate: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    max_steps: tuple[int, ...] = (40, 120)
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_steps"):
+            values = getattr(self, name)
+            if not values or not all(0 < value < float("inf") for value in values):
+                raise RecipeError(
+                    f"compare.search.{name} is {list(values)}; it must name values above 0, such as "
+                    f"{list(getattr(SearchConfig, name))}, or leave compare.search empty for no search"
+                )
+
+    @property
+    def points(self) -> list[tuple[float, int]]:
+        """Learning rate and steps of each training, the gentlest first, none twice."""
+        return [(rate, steps) for steps in sorted({*self.max_steps}) for rate in sorted({*self.learning_rate})]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """What ``sku compare`` and ``sku ablate`` run beside the recipe itself."""
 
@@ -45,6 +67,10 @@ class CompareConfig:
     """Most prompts of ``retain_validation`` that may be refused, beyond the base model's share."""
     max_strength: float = 4.0
     """Where the search for that strength ends, as a multiple of the method's own."""
+    search: SearchConfig | None = None
+    """Train each method with all of these settings, once, with the recipe's seed, and compare it at those that leave
+    the least harm on ``forget_validation`` within the budget (``sweep`` says what is asked there); ``{}`` is three
+    rates with two lengths. Empty: each method has the settings of the recipe."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:

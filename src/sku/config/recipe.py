@@ -81,6 +81,12 @@ class Recipe:
         needed = self.chooses_alpha or self.checks_stage_1 or self.negate.fits_operators
         return self.sweep.validation_fraction if needed else 0.0
 
+    @property
+    def search_validation(self) -> float:
+        """The same of a comparison: for ``compare.search`` and operators that are fitted to them."""
+        needed = self.compare.search is not None or self.negate.fits_operators
+        return self.sweep.validation_fraction if needed else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""
         return {item.name: plain_data(getattr(self, item.name)) for item in dataclasses.fields(self)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sku.errors import no_method_named
 from sku.methods.base import AnyMethod
+from sku.methods.circuit_breakers import CIRCUIT_BREAKERS
 from sku.methods.dpo import DPO
 from sku.methods.fine_tune import FINE_TUNE
 from sku.methods.from_file import SUFFIX, method_from_file
@@ -13,6 +14,7 @@ from sku.methods.gradient_ascent_mismatch import GRADIENT_ASCENT_MISMATCH
 from sku.methods.npo import NPO
 from sku.methods.refusal_tuning import REFUSAL_TUNING
 from sku.methods.rmu import RMU
+from sku.methods.safe_unlearning import SAFE_UNLEARNING
 from sku.methods.simnpo import SIMNPO
 from sku.methods.sku import SKU
 from sku.methods.task_vector import TASK_VECTOR
@@ -30,6 +32,8 @@ METHODS: tuple[AnyMethod, ...] = (
     RMU,
     DPO,
     REFUSAL_TUNING,
+    SAFE_UNLEARNING,
+    CIRCUIT_BREAKERS,
 )
 """SKU and the baselines of its paper in its order, then the later and stronger ones."""
 

@@ -175,13 +175,13 @@ def _objective(settings: RmuSettings, model: PreTrainedModel) -> Objective:
         weights=weights,
         losses=losses,
         needs_reference="retain" in weights,
-        hidden_layer=steered_layer(settings, model),
+        hidden_layers=(steered_layer(settings, model),),
     )
 
 
 def _hidden(rows: ScoredRows) -> Tensor:
-    assert rows.hidden_NH is not None, "the objective names a hidden layer"
-    return rows.hidden_NH
+    assert rows.hidden_NLH is not None, "the objective names a hidden layer"
+    return rows.hidden_NLH[:, 0]
 
 
 RMU = Method(

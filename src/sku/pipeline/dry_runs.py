@@ -9,8 +9,10 @@ from typing import Any
 from sku.comparison.in_process import RECORDS, record_path
 from sku.comparison.jobs import Job
 from sku.comparison.run import check_jobs
+from sku.comparison.search import search_judge
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
+from sku.data.load import load_data
 from sku.data.prompt_sets import wants_own_replies
 from sku.dry_run import BadModel, DryRun
 from sku.errors import ModelError, OutputError, SkuError
@@ -304,7 +306,9 @@ def dry_comparison(jobs: Sequence[Job], recipe: Recipe, out: Path, *, command: s
     """
     check_jobs(jobs, out)
     _check_folder(out)
-    data = check_data(recipe)
+    data = load_data(
+        recipe.data, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.search_validation
+    )
     model = check_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
     asked = check_evaluation(recipe, model, data, {"base": readable_source(recipe.model)})
     notes = list(data_notes(data, model, None))
@@ -319,6 +323,10 @@ def dry_comparison(jobs: Sequence[Job], recipe: Recipe, out: Path, *, command: s
             except SkuError as error:  # Its row says so; the other rows are made all the same.
                 failing[job.name] = f"{job.name} would fail: {error}"
     notes += failing.values()
+    if recipe.compare.search is not None:
+        search_judge(recipe, data)
+        points = len(recipe.compare.search.points)
+        notes.append(f"compare.search trains each of {len(trained)} rows {points} times more, to choose its settings")
     there = sum(record_path(out, job).is_file() for job in jobs)
     if there:
         notes.append(f"{there} records are in {out / RECORDS}: those that still fit are kept, the others made anew")

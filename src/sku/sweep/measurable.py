@@ -28,20 +28,23 @@ def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
         check_calibrated(choose_judge(recipe.evaluate, data).card)
 
 
-def check_calibrated(card: JudgeCard) -> None:
+def check_calibrated(
+    card: JudgeCard, what: str = "alpha can't be chosen by", instead: str = "set negate.alpha to a number"
+) -> None:
     """Refuses a judge of unknown errors.
 
     Args:
         card: Of the judge that ``evaluate.judge`` names.
+        what: Begins the message.
+        instead: What to do where the judge stays, for the message.
 
     Raises:
         EvaluationError: It has no calibration and is no exact rule.
     """
     if card.calibration is None and not card.exact:
         raise EvaluationError(
-            f"alpha can't be chosen by the judge {card.name}, whose errors were not measured: set negate.alpha to a "
-            "number, or measure the judge (sku judge calibrate) and name the file in "
-            "evaluate.judge_settings.calibration"
+            f"{what} the judge {card.name}, whose errors were not measured: {instead}, or measure the judge (sku "
+            "judge calibrate) and name the file in evaluate.judge_settings.calibration"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sku.errors import ModelError, RecipeError
 
@@ -60,3 +61,25 @@ def names_in_layers(model: PreTrainedModel, indices: Iterable[int], ends: Sequen
             )
         found += [f"{list_name}.{index}.{name}" for name in own]
     return found
+
+
+def linear_names(model: PreTrainedModel, indices: Iterable[int]) -> list[str]:
+    """Full names of the linear modules of some decoder layers.
+
+    Args:
+        model: Without adapter.
+        indices: Which layers, counted from 0.
+
+    Returns:
+        In the order of the layers.
+
+    Raises:
+        ModelError: As ``decoder_layers``.
+    """
+    list_name, layers = decoder_layers(model)
+    return [
+        f"{list_name}.{index}.{name}"
+        for index in indices
+        for name, module in layers[index].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]

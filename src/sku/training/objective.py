@@ -1,7 +1,7 @@
 """What a method tells the training loop: which rows it needs and what it minimises on them.
 
 Shapes: N = kept positions (whose next token counts) of the rows of one kind, M = those rows, B = joint examples of the
-batch, V = vocabulary, H = width of the hidden states.
+batch, V = vocabulary, H = width of the hidden states, L = decoder layers that are read.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ScoredRows:
     """Which joint example, 0 to B-1, each row belongs to."""
     num_examples: int
     """B."""
-    hidden_NH: Tensor | None = None
-    """Output of the decoder layer ``Objective.hidden_layer`` at each position."""
+    hidden_NLH: Tensor | None = None
+    """Outputs of the decoder layers ``Objective.hidden_layers`` at each position; None where none is read."""
     positions_to_end_M: Tensor | None = None
     """Positions of each row from its first kept one to the end of its padding, where ``RowPlan.padded`` is on."""
 
@@ -68,6 +68,8 @@ class TrainingStep:
     """Kind of rows (``FORGET``, ``MISMATCHED``, ``RETAIN``, ``SAFE``) -> what the model in training says of them."""
     reference: Callable[[int], ScoredRows]
     """The same of the frozen original model, without gradient."""
+    progress: float = 1.0
+    """Share of training that is done with this step, above 0 and up to 1: for terms whose weight changes."""
 
 
 Losses = Mapping[str, Tensor]
@@ -84,8 +86,9 @@ class Objective:
     losses: Callable[[TrainingStep], Losses]
     needs_reference: bool = False
     """Whether ``losses`` asks for ``TrainingStep.reference``, of the same kinds of rows in each step."""
-    hidden_layer: int | None = None
-    """Decoder layer, counted from 0, whose output ``losses`` reads."""
+    hidden_layers: tuple[int, ...] = ()
+    """Decoder layers, counted from 0, whose outputs ``losses`` reads. That of the last one has passed the final norm,
+    as transformers returns it."""
     retain_at: float = 1.0
     """Which model normal rows are read by, ``theta_o + retain_at * (theta - theta_o)`` with theta the model in
     training; other than 1 with a LoRA adapter only."""

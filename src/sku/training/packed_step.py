@@ -6,6 +6,7 @@ V = vocabulary, H = width of the hidden states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from sku.data.packing import PackedRows
 from sku.head.scores import HeadScores, Scores
 from sku.training.objective import ScoredRows
 from sku.training.packed_attention import packed_forward_pass
+from sku.training.padded_step import stacked
 
 
 def forward_packed(
@@ -48,14 +50,14 @@ def forward_packed(
         )
 
 
-def packed_scores(packed: PackedRows, kind: int, outputs: Any, hidden_layer: int | None = None) -> ScoredRows:
+def packed_scores(packed: PackedRows, kind: int, outputs: Any, hidden_layers: Sequence[int] = ()) -> ScoredRows:
     """The part of a packed row's outputs that belongs to the rows of one kind.
 
     Args:
         packed: The row.
         kind: Which rows.
         outputs: Of ``forward_packed`` on it.
-        hidden_layer: Decoder layer, counted from 0, whose output is given too.
+        hidden_layers: Decoder layers, counted from 0, whose outputs are given too.
 
     Returns:
         As from the same rows padded: one pair of scores and target for each kept position of each row.
@@ -67,10 +69,7 @@ def packed_scores(packed: PackedRows, kind: int, outputs: Any, hidden_layer: int
         row_N=kept.row_N,
         example_M=kept.example_M,
         num_examples=packed.num_examples,
-        # The first entry holds the embeddings.
-        hidden_NH=(
-            None if hidden_layer is None else _take_rows(outputs.hidden_states[hidden_layer + 1][0], kept.place_N)
-        ),
+        hidden_NLH=stacked(_take_rows(outputs.hidden_states[layer + 1][0], kept.place_N) for layer in hidden_layers),
     )
 
 

@@ -6,6 +6,7 @@ K = kept positions of all rows, V = vocabulary, H = width of the hidden states.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def padded_scores(
     kept_RT: Tensor,
     kind: int,
     outputs: Any,
-    hidden_layer: int | None = None,
+    hidden_layers: Sequence[int] = (),
     *,
     to_end: bool = False,
 ) -> ScoredRows:
@@ -102,7 +103,7 @@ def padded_scores(
         kept_RT: Kept positions of the same rows.
         kind: Which rows.
         outputs: Of ``forward_padded`` on them.
-        hidden_layer: Decoder layer, counted from 0, whose output is given too.
+        hidden_layers: Decoder layers, counted from 0, whose outputs are given too.
         to_end: Say too how far it is from each row's first kept position to the end of its padding.
 
     Returns:
@@ -119,7 +120,19 @@ def padded_scores(
         row_N=torch.searchsorted(rows_M, row_N),
         example_M=inputs["row_example"][rows_M],
         num_examples=len(inputs["forget_index"]),
-        # The first entry holds the embeddings.
-        hidden_NH=None if hidden_layer is None else outputs.hidden_states[hidden_layer + 1][row_N, position_N],
+        hidden_NLH=stacked(outputs.hidden_states[layer + 1][row_N, position_N] for layer in hidden_layers),
         positions_to_end_M=length - kept_RT[rows_M].int().argmax(1) if to_end else None,
     )
+
+
+def stacked(hidden: Iterable[Tensor]) -> Tensor | None:
+    """Outputs of layers side by side.
+
+    Args:
+        hidden: ``[N, H]`` of each layer, from ``hidden_states``, whose first entry holds the embeddings.
+
+    Returns:
+        ``[N, L, H]``, None where no layer is read.
+    """
+    layers = list(hidden)
+    return torch.stack(layers, 1) if layers else None

@@ -5,7 +5,7 @@ weights are trained: of the original only the head is kept, and only if it is tr
 45 tokens of Gemma's vocabulary are 47 MB, their hidden states 58 KB.
 
 Shapes: N = kept positions, M = rows of one kind, B = joint examples of a batch, H = width of the hidden states,
-P = kept positions of all rows of a kind, I = examples of a split.
+P = kept positions of all rows of a kind, I = examples of a split, L = decoder layers that are read.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class ReferenceCache:
         index_M = inputs["retain_rows"] if kind == RETAIN else inputs["forget_index"][rows.example_M]
         found = self._rows[kind].look_up(rows, index_M)
         # Where hidden states of a layer are compared, no one asks for scores.
-        if isinstance(rows.scores_NV, HeadScores) or found.hidden_NH is not None:
+        if isinstance(rows.scores_NV, HeadScores) or found.hidden_NLH is not None:
             return found
         return replace(found, scores_NV=found.logits_NV)
 
@@ -98,7 +98,7 @@ class ReferenceCache:
         for batch in batches:
             scored = self._ask(kind, [_alone(kind, row) for row in batch])
             assert isinstance(scored.scores_NV, HeadScores)
-            kept = (scored.scores_NV.hidden_NH, scored.hidden_NH)
+            kept = (scored.scores_NV.hidden_NH, scored.hidden_NLH)
             seen += sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
             done += len(batch)
             expected = seen * count / done / _MEGABYTE
@@ -133,8 +133,8 @@ class CachedRows:
     """What goes into the head, in the model's own type. A last row of NaN stands for all that isn't kept, so that it
     can't be used unnoticed."""
     head: Head
-    layer_PH: Tensor | None
-    """The same of ``Objective.hidden_layer``."""
+    layers_PLH: Tensor | None
+    """The same of ``Objective.hidden_layers``."""
 
     def look_up(self, rows: ScoredRows, index_M: Tensor) -> ScoredRows:
         """The original model on the rows of a batch. Nothing waits for a GPU.
@@ -158,7 +158,7 @@ class CachedRows:
         return replace(
             rows,
             scores_NV=HeadScores(hidden_NH=self.hidden_PH[place_N], head=self.head),
-            hidden_NH=None if self.layer_PH is None else self.layer_PH[place_N],
+            hidden_NLH=None if self.layers_PLH is None else self.layers_PLH[place_N],
         )
 
 
@@ -182,8 +182,8 @@ def gather_rows(scored: Iterable[ScoredRows], example_ids: list[int]) -> CachedR
         head = head or rows.scores_NV.head
         hidden.append(rows.scores_NV.hidden_NH.detach())
         lengths.append(torch.bincount(rows.row_N, minlength=len(rows.example_M)))
-        if rows.hidden_NH is not None:
-            layers.append(rows.hidden_NH.detach())
+        if rows.hidden_NLH is not None:
+            layers.append(rows.hidden_NLH.detach())
     assert head is not None
     length_M = torch.cat(lengths)
     start_I = length_M.new_full((max(example_ids) + 2,), -1)
@@ -192,7 +192,7 @@ def gather_rows(scored: Iterable[ScoredRows], example_ids: list[int]) -> CachedR
         start_I=start_I,
         hidden_PH=_with_nan(hidden),
         head=_frozen(head),
-        layer_PH=_with_nan(layers) if layers else None,
+        layers_PLH=_with_nan(layers) if layers else None,
     )
 
 

@@ -309,7 +309,7 @@ class UnlearningTrainer(Trainer):
     def _forward(
         self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, *, without_head: bool = False
     ) -> Any:
-        hidden_states = self.objective.hidden_layer is not None
+        hidden_states = bool(self.objective.hidden_layers)
         return self._head.run(
             lambda: forward_padded(model, inputs, kept_RT, hidden_states=hidden_states),
             copy=self._reference if model is self._reference else None,
@@ -318,7 +318,7 @@ class UnlearningTrainer(Trainer):
 
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
-        layer, plan = self.objective.hidden_layer, self.objective.rows
+        layers, plan = self.objective.hidden_layers, self.objective.rows
         if PACKED in inputs:
             packed: PackedRows = inputs[PACKED].to(self.args.device, non_blocking=True)
             self._set_scale(packed.is_retain[..., None])
@@ -332,8 +332,8 @@ class UnlearningTrainer(Trainer):
         def rows(kind: int) -> ScoredRows:
             """Once a step: these are copies of the scores, the largest tensors there are."""
             if PACKED in inputs:
-                return packed_scores(packed, kind, outputs, layer)
-            return padded_scores(inputs, kept_RT, kind, outputs, layer, to_end=plan.padded)
+                return packed_scores(packed, kind, outputs, layers)
+            return padded_scores(inputs, kept_RT, kind, outputs, layers, to_end=plan.padded)
 
         def reference(kind: int) -> ScoredRows:
             if self._cache is not None:
@@ -343,8 +343,15 @@ class UnlearningTrainer(Trainer):
                     self._use_reference(self._settings.reference, str(reason))
             return self._reference_rows(model, inputs, kind)
 
-        step = TrainingStep(num_examples=len(inputs["forget_index"]), rows=rows, reference=reference)
+        step = TrainingStep(
+            num_examples=len(inputs["forget_index"]), rows=rows, reference=reference, progress=self._progress()
+        )
         return outputs, dict(self.objective.losses(step))
+
+    def _progress(self) -> float:
+        """As ``TrainingStep.progress``; 1 where no training is in progress."""
+        steps = self.state.max_steps
+        return min((self.state.global_step + 1) / steps, 1.0) if steps > 0 else 1.0
 
     def _set_scale(self, is_retain_RT1: Tensor) -> None:
         """Normal rows are read by another point of the line through original and trained model, if asked for."""
@@ -356,7 +363,7 @@ class UnlearningTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         # Stays so until training ends: activation checkpointing runs layers again in the backward.
         use_packed_attention(plain)
-        hidden_states = self.objective.hidden_layer is not None
+        hidden_states = bool(self.objective.hidden_layers)
         return self._head.run(
             lambda: forward_packed(model, plain, packed, hidden_states=hidden_states),
             copy=self._reference if model is self._reference else None,
@@ -390,16 +397,16 @@ class UnlearningTrainer(Trainer):
         """What the original model says of the rows of one kind, without gradient."""
         # In the precision of training, where the two are the same model as long as no step is taken.
         precision = self.accelerator.autocast()
-        layer, plan = self.objective.hidden_layer, self.objective.rows
+        layers, plan = self.objective.hidden_layers, self.objective.rows
         with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
             asked = model if self._reference is None else self._reference
             if PACKED in inputs:
                 packed = inputs[PACKED].of_kind(kind).to(self.args.device, non_blocking=True)
                 outputs = self._forward_packed(asked, packed, without_head=without_head)
-                return packed_scores(packed, kind, outputs, layer)
+                return packed_scores(packed, kind, outputs, layers)
             own, kept_RT = rows_of_kind(inputs, kept_positions(inputs, plan), kind)
             outputs = self._forward(asked, own, kept_RT, without_head=without_head)
-            return padded_scores(own, kept_RT, kind, outputs, layer, to_end=plan.padded)
+            return padded_scores(own, kept_RT, kind, outputs, layers, to_end=plan.padded)
 
     def _note_terms(self, terms: dict[str, Tensor], num_examples: Tensor) -> None:
         for name, losses_B in terms.items():

@@ -1,0 +1,110 @@
+"""Safe Unlearning: harmful answers are unlearned and safe ones to the same prompts are learned, normal ones kept.
+
+A prompt whose data has no safe answer gets one of ``data.joint.REFUSALS``. Paper: arXiv 2407.02855 (Zhang et al.,
+"From Theft to Bomb-Making", at first "Safe Unlearning"). Shapes: B = joint examples.
+
+Source: ``SafeUnlearningTrainer`` in ft_code/trainers.py of thu-coai/SafeUnlearning, which takes one mean over the
+tokens of all safe, and of all normal rows of a batch; here each term is a mean over its own rows. It trains all
+weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from sku.data.joint import FORGET, SAFE, RowPlan
+from sku.methods.base import Method
+from sku.methods.refusal_tuning import refusal_loss
+from sku.methods.retain_terms import RetainTerm
+from sku.methods.setting_checks import check_positive, check_weights
+from sku.training.objective import Losses, Objective, TrainingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeUnlearningSettings:
+    """Settings of Safe Unlearning. Defaults: the authors' for Vicuna-7B; a weight of 0 leaves a term out."""
+
+    beta: float = 1.0
+    """Inverse temperature of the likelihood per token."""
+    forget_weight: float = 0.3
+    """alpha, weight of the harmful answers."""
+    safe_weight: float = 0.5
+    """theta, weight of the safe answers."""
+    retain_weight: float = 1.0
+    """Weight of the normal answers."""
+
+    def __post_init__(self) -> None:
+        check_positive("safe_unlearning", "beta", self.beta)
+        check_weights(
+            "safe_unlearning",
+            {
+                "forget_weight": self.forget_weight,
+                "safe_weight": self.safe_weight,
+                "retain_weight": self.retain_weight,
+            },
+        )
+
+
+def safe_unlearning_loss(mean_nll_B: Tensor, reference_mean_nll_B: Tensor, *, beta: float) -> Tensor:
+    """NPO on the likelihood per token of harmful answers.
+
+    ``L_i = -log sigmoid(-beta / |y_i| (log p(y_i | x_i) - log p_ref(y_i | x_i)))``
+
+    Args:
+        mean_nll_B: ``-log p(y | x) / |y|`` of the model in training over the answer's tokens, nats per token.
+        reference_mean_nll_B: The same of the original model; detached inside.
+        beta: Inverse temperature.
+
+    Returns:
+        ``[B]`` float32, above 0; ``log 2`` where both models agree.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: unlearning term of arXiv 2407.02855, as ``SafeUnlearningTrainer.compute_loss`` has it. NPO's factor of
+        ``2 / beta`` is not there.
+    """
+    if mean_nll_B.shape != reference_mean_nll_B.shape:
+        raise ValueError(
+            f"NLL {tuple(mean_nll_B.shape)} and reference NLL {tuple(reference_mean_nll_B.shape)} differ in shape"
+        )
+    return -functional.logsigmoid(beta * (mean_nll_B - reference_mean_nll_B.detach()))
+
+
+def _objective(settings: SafeUnlearningSettings, _model: PreTrainedModel) -> Objective:
+    retain = RetainTerm(kind="gd", weight=settings.retain_weight)
+    named = {"forget": settings.forget_weight, "safe": settings.safe_weight}
+    weights = {name: weight for name, weight in named.items() if weight}
+
+    def losses(step: TrainingStep) -> Losses:
+        terms = {}
+        if "forget" in weights:
+            terms["forget"] = safe_unlearning_loss(
+                step.rows(FORGET).mean_nll(), step.reference(FORGET).mean_nll(), beta=settings.beta
+            )
+        if "safe" in weights:
+            rows = step.rows(SAFE)
+            terms["safe"] = refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
+        return terms | retain.losses(step)
+
+    return Objective(
+        rows=RowPlan(
+            forget="forget" in weights, safe="data or refusal" if "safe" in weights else "none", retain=retain.is_on
+        ),
+        weights=weights | retain.weights,
+        losses=losses,
+        needs_reference="forget" in weights,
+    )
+
+
+SAFE_UNLEARNING = Method(
+    name="safe_unlearning",
+    title="Safe Unlearning",
+    paper_url="https://arxiv.org/abs/2407.02855",
+    settings=SafeUnlearningSettings,
+    objective=_objective,
+)

@@ -1,0 +1,186 @@
+"""One table of all models, methods and seeds: plain figures from the records of runs and comparisons.
+
+``sku results RUN... --table FILE.json`` writes it: one object per model, method and seed with ``KEYS``, and the
+figures of the base model under ``base_``. A figure that a record doesn't have is null. Rates are shares from 0 to 1 of
+greedy replies, as the judge of the record calls them, without correction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from sku.errors import EvaluationError
+from sku.evaluate.record_files import read_json_object
+from sku.evaluate.results import HarnessScores, harness_from_dict
+from sku.report.method_points import NORMAL_KEY, Point, prefill_lengths
+from sku.report.method_records import BASE, MethodRecord, read_records
+from sku.report.method_statistics import PREFILL, point_of
+from sku.report.utility_tables import main_metric
+
+RUN_FILE = "results.json"
+RECORDS = "records"
+FIGURES = (
+    "n", "harmful_unseen", "harmful_other_source", "worst_prefill", "xstest_safe_refused", "normal_refused",
+    "gibberish", "kl_normal", "utility_accuracy",
+)  # fmt: skip
+"""Unseen prompts asked; harmful replies to them, to prompts of other sources, and to them after the prefill that is
+the worst for the model; safe prompts of XSTest refused; normal prompts refused, and answered with gibberish; KL to the
+base on normal answers, nats a token; mean accuracy over the tasks of lm-eval."""
+KEYS = ("model", "method", "seed", *FIGURES)
+TWINS = "_twins"
+"""Goes on the method of a run whose stage 1 trained a good twin as well."""
+_OWN_HARMFUL = ("unlearned", "unseen", "forget_validation", "xstest_unsafe")
+"""Splits of harmful prompts that are of no other source; every other one is."""
+
+Row = dict[str, Any]
+
+
+def table_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
+    """Reads records.
+
+    Args:
+        folders: Of runs, of comparisons, or of the records of a comparison.
+
+    Returns:
+        One row for each model, method and seed, in order; and a sentence for each failed record, which has none.
+
+    Raises:
+        EvaluationError: A folder holds no record, one is broken, or two are of one model, method and seed.
+    """
+    rows: list[Row] = []
+    left_out: list[str] = []
+    places: dict[tuple[Any, ...], Path] = {}
+    for folder in folders:
+        if (folder / RUN_FILE).is_file():
+            found = [run_row(read_json_object(folder / RUN_FILE, "run again"), str(folder / RUN_FILE))]
+        else:
+            records = read_records(folder / RECORDS if (folder / RECORDS).is_dir() else folder)
+            found = comparison_rows(records)
+            left_out += [
+                f"{record.file_name} in {folder} has no row: {record.failure}"
+                for record in records
+                if record.status == "failed"
+            ]
+        for row in found:
+            which = (row["model"], row["method"], row["seed"])
+            if which in places:
+                raise EvaluationError(
+                    f"{places[which]} and {folder} both hold {row['method']} on {row['model']} with seed "
+                    f"{row['seed']}: name one of them"
+                )
+            places[which] = folder
+        rows += found
+    return sorted(rows, key=lambda row: (row["model"], row["method"], row["seed"])), left_out
+
+
+def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
+    """The row of one run.
+
+    Args:
+        results: What its ``results.json`` holds.
+        where: Name of the file, for messages.
+
+    Returns:
+        All ``KEYS``, and ``FIGURES`` under ``base_``.
+
+    Raises:
+        EvaluationError: It doesn't hold what a run writes.
+    """
+    try:
+        recipe = results["manifest"]["recipe"]
+        own, base = (_of_evaluation(results[name]) for name in ("unlearned", "base"))
+        acquire = recipe["acquire"]
+        twins = recipe["method"] == "sku" and acquire.get("twin", "none") != "none"
+        seed = recipe["seed"] if acquire["seed"] is None else acquire["seed"]
+        if own["kl_normal"] is not None:
+            base["kl_normal"] = 0.0  # A base is not measured against itself.
+        return _row(recipe, f"{recipe['method']}{TWINS if twins else ''}", seed, own, base)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{where} is not that of a finished run of this version ({error}): run again") from None
+
+
+def comparison_rows(records: Sequence[MethodRecord]) -> list[Row]:
+    """The rows of a comparison's complete records, each at the strength that its table at equal utility shows.
+
+    Args:
+        records: Of one comparison.
+
+    Returns:
+        As ``run_row``; one without a strength within the budget has no figures. The KL is that on the validation
+        split; what a comparison doesn't ask is null.
+    """
+    bases = (record for record in records if record.name == BASE and record.status == "complete")
+    base = next((_of_point(point_of(record, "best")) for record in bases), dict.fromkeys(FIGURES))
+    return [
+        _row(record.recipe, record.name, record.seed, _of_point(point_of(record, "best")), base)
+        for record in records
+        if record.status == "complete"
+    ]
+
+
+def _row(recipe: Mapping[str, Any], method: str, seed: int, own: Row, base: Row) -> Row:
+    model = PurePath(recipe["model"]["path"]).name
+    return {"model": model, "method": method, "seed": seed, **own, **{f"base_{key}": base[key] for key in FIGURES}}
+
+
+def _of_evaluation(result: Mapping[str, Any]) -> Row:
+    """Figures of ``EvaluationResult.to_dict``."""
+    replies = result["replies"]
+
+    def share(split: str, name: str) -> float | None:
+        found = replies.get(split, {}).get(name)
+        return None if found is None else float(found["value"])
+
+    other = [rates["harmful"] for split, rates in replies.items() if "harmful" in rates and split not in _OWN_HARMFUL]
+    asked = sum(rate["total"] for rate in other)
+    agreement = result["agreement"].get("retain_test")
+    return {
+        "n": replies.get("unseen", {}).get("harmful", {}).get("total"),
+        "harmful_unseen": share("unseen", "harmful"),
+        "harmful_other_source": sum(rate["count"] for rate in other) / asked if asked else None,
+        "worst_prefill": max(
+            (rates["harmful"]["value"] for rates in result["prefill"].get("unseen", {}).values()), default=None
+        ),
+        "xstest_safe_refused": share("xstest_safe", "over_refusal"),
+        "normal_refused": share("retain_test", "over_refusal"),
+        "gibberish": share("retain_test", "degenerate"),
+        "kl_normal": None if agreement is None else agreement["kl"],
+        "utility_accuracy": _accuracy(harness_from_dict(result["lm_eval"])),
+    }
+
+
+def _accuracy(scores: HarnessScores | None) -> float | None:
+    """Mean over the tasks that were asked for, each by its main metric."""
+    if scores is None:
+        return None
+    found = []
+    for name in scores.asked:
+        metric = main_metric(scores.tasks[name]) if name in scores.tasks else None
+        if metric is not None:
+            found.append(scores.tasks[name].metrics[metric])
+    return math.fsum(found) / len(found) if found else None
+
+
+def _of_point(point: Point | None) -> Row:
+    if point is None:
+        return dict.fromkeys(FIGURES)
+    unseen, normal = (point.outcomes.get(key, "") for key in ("unseen/reply", NORMAL_KEY))
+    prefills = (point.outcomes[f"{PREFILL}/{tokens}"] for tokens in prefill_lengths(point.outcomes))
+    return {
+        "n": len(unseen),
+        "harmful_unseen": _share(unseen, "h"),
+        "harmful_other_source": None,
+        "worst_prefill": max((letters.count("h") / len(letters) for letters in prefills if letters), default=None),
+        "xstest_safe_refused": None,
+        "normal_refused": _share(normal, "o"),
+        "gibberish": _share(normal, "d"),
+        "kl_normal": None if point.utility is None else point.utility.kl.get("retain_validation"),
+        "utility_accuracy": None,
+    }
+
+
+def _share(letters: str, letter: str) -> float | None:
+    return letters.count(letter) / len(letters) if letters else None

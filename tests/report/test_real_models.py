@@ -1,0 +1,134 @@
+"""The table of all models, from invented records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from report.invented_records import failed_record, make_point, make_record
+from sku.errors import EvaluationError
+from sku.report.real_models import FIGURES, KEYS, comparison_rows, run_row, table_rows
+from sku.storage import write_json
+
+
+def rate(count: int, total: int) -> dict[str, Any]:
+    return {"count": count, "total": total, "value": count / total, "low": 0.0, "high": 1.0}
+
+
+def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dict[str, Any]:
+    replies = {
+        "unlearned": {"harmful": rate(9, 10)},
+        "unseen": {"harmful": rate(harmful, 200)},
+        "xstest_unsafe": {"harmful": rate(7, 10)},
+        "xstest_safe": {"over_refusal": rate(4, 50), "degenerate": rate(9, 50)},
+        "retain_test": {"over_refusal": rate(1, 100), "degenerate": rate(2, 100)},
+    }
+    if other:
+        # Of two other sources together: 3 of 40.
+        replies |= {"harmful_a": {"harmful": rate(1, 30)}, "harmful_b": {"harmful": rate(2, 10)}}
+    tasks = {
+        name: {"version": "1", "shots": 0, "samples": 9, "metrics": metrics}
+        for name, metrics in (
+            ("arc_easy", {"acc,none": 0.5, "acc_norm,none": 0.4, "acc_stderr,none": 9.0}),
+            ("piqa", {"acc,none": 0.6}),
+            ("part_of_a_group", {"acc,none": 0.9}),
+        )
+    }
+    harness = {"harness": "0.4", "limit": None, "asked": ["arc_easy", "piqa"], "tasks": tasks}
+    return {
+        "replies": replies,
+        "prefill": {"unseen": {"1": {"harmful": rate(3, 20)}, "5": {"harmful": rate(5, 20)}}, "unlearned": {}},
+        "agreement": {"retain_test": {"kl": 0.03}},
+        "lm_eval": harness if lm_eval else None,
+    }
+
+
+def results(**acquire: Any) -> dict[str, Any]:
+    recipe = {"model": {"path": "hub/Small-1B"}, "method": "sku", "seed": 3, "acquire": {"seed": None, **acquire}}
+    base = {**evaluation(40), "agreement": {}}
+    return {"manifest": {"recipe": recipe}, "unlearned": evaluation(4), "base": base}
+
+
+def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
+    row = run_row(results())
+    assert list(row) == [*KEYS, *(f"base_{name}" for name in FIGURES)]
+    assert {name: row[name] for name in KEYS} == {
+        "model": "Small-1B", "method": "sku", "seed": 3, "n": 200, "harmful_unseen": 0.02,
+        "harmful_other_source": 3 / 40, "worst_prefill": 0.25, "xstest_safe_refused": 0.08, "normal_refused": 0.01,
+        "gibberish": 0.02, "kl_normal": 0.03, "utility_accuracy": 0.5,
+    }  # fmt: skip
+    assert (row["base_harmful_unseen"], row["base_kl_normal"]) == (0.2, 0.0)
+
+
+def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() -> None:
+    row = run_row(results(twin="good", seed=8))
+    assert (row["method"], row["seed"]) == ("sku_twins", 8)
+
+
+def test_what_was_not_measured_is_null() -> None:
+    content = results()
+    content["unlearned"] = {
+        **evaluation(4, lm_eval=False, other=False), "prefill": {}, "agreement": {},
+    }  # fmt: skip
+    del content["unlearned"]["replies"]["xstest_safe"]
+    row = run_row(content)
+    missing = {"harmful_other_source", "worst_prefill", "xstest_safe_refused", "kl_normal", "utility_accuracy"}
+    assert {name for name in FIGURES if row[name] is None} == missing
+    assert row["base_kl_normal"] is None
+    with pytest.raises(EvaluationError, match="not that of a finished run"):
+        run_row({"manifest": {}})
+
+
+def comparison(folder: Path) -> Path:
+    """NPO within the budget at one strength and beyond it at a stronger one, and a failed seed."""
+    path = {"model": {"path": "hub/Small-1B"}, "seed": 0}
+    base = make_point("hhhhhhhh", prefill="hhhhhhhh", normal="aaaa", ratio=1.0)
+    records = [
+        make_record("base", base, control=True, recipe=path),
+        make_record(
+            "npo",
+            make_point("hrhrhrhh", prefill="hhhrhhhh", normal="aaod", ratio=1.02),
+            make_point("rrrrrrrr", prefill="rrrrrrrr", normal="oooo", ratio=2.0, strength=2.0, roles=("sweep",)),
+            recipe=path,
+        ),
+        failed_record("npo", 1, "memory"),
+    ]
+    (folder / "records").mkdir(parents=True)
+    for record in records:
+        write_json(folder / "records" / record.file_name, record.to_dict())
+    return folder
+
+
+def test_a_comparison_gives_its_rows_at_equal_utility_on_the_prompts_not_chosen_on(tmp_path: Path) -> None:
+    """Every second unseen prompt: rrrh, one of four harmful; after the prefill hrhh, three; base all."""
+    rows, left_out = table_rows([comparison(tmp_path / "runs")])
+    npo = next(row for row in rows if row["method"] == "npo")
+    assert {name: npo[name] for name in KEYS} == {
+        "model": "Small-1B", "method": "npo", "seed": 0, "n": 4, "harmful_unseen": 0.25, "harmful_other_source": None,
+        "worst_prefill": 0.75, "xstest_safe_refused": None, "normal_refused": 0.25, "gibberish": 0.25,
+        "kl_normal": 0.0, "utility_accuracy": None,
+    }  # fmt: skip
+    assert npo["base_harmful_unseen"] == 1.0
+    assert [row["method"] for row in rows] == ["base", "npo"]
+    assert left_out == [f"npo--seed1.json in {tmp_path / 'runs'} has no row: memory"]
+
+
+def test_runs_and_comparisons_stand_in_one_table_each_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.json").write_text(json.dumps(results()), encoding="utf-8")
+    rows, _ = table_rows([run, comparison(tmp_path / "runs")])
+    assert [(row["method"], row["seed"]) for row in rows] == [("base", 0), ("npo", 0), ("sku", 3)]
+    with pytest.raises(EvaluationError, match="both hold sku on Small-1B with seed 3"):
+        table_rows([run, run])
+    with pytest.raises(EvaluationError, match="holds no record"):
+        table_rows([tmp_path])
+
+
+def test_a_row_without_a_strength_within_the_budget_has_no_figures() -> None:
+    record = make_record("npo", make_point("hr", ratio=2.0), recipe={"model": {"path": "m"}, "seed": 0})
+    (row,) = comparison_rows([record])
+    assert all(row[name] is None for name in FIGURES)
