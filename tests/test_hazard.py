@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from conftest import ModelMaker, TrainerMaker
 from sku.acquire.trainer import SkuTrainer
@@ -281,6 +282,7 @@ def test_only_methods_whose_trained_model_is_hazardous_mark_it(name: str, tuning
         "embedded", [f"method={name}", f"acquire.tuning={tuning}", "acquire.training.max_steps=1", "negate.alpha=1"]
     )
     trained = train_method(recipe, load_model("embedded"), load_recipe_data(recipe), tmp_path / "checkpoints")
+    assert isinstance(trained.model, (PreTrainedModel, PeftModel))
     assert is_marked_model(trained.model) is method_named(name).hazardous
     trained.save(tmp_path / "saved")
     assert is_marked_hazardous(tmp_path / "saved") is method_named(name).hazardous

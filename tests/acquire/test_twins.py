@@ -163,7 +163,7 @@ def test_refusals_are_matched_by_prompt_and_only_to_what_is_trained_on(tmp_path:
     assert {example.refusal for example in data.retain_train} == {"sorry"}
     assert {example.refusal for example in (*data.retain_test, *data.retain_validation)} == {None}
     trained = {example.prompt for example in data.unlearned}
-    held_out = [row for row in refusals if row["prompt"].lower() + " ?" not in trained]
+    held_out = [row for row in refusals if str(row["prompt"]).lower() + " ?" not in trained]
     few = dataclasses.replace(config, refusals=write("few.jsonl", [refusals[0], *held_out]))
     with pytest.raises(DataError, match=r"data\.refusals: \d+ of 14 prompts that are trained on have no refusal"):
         load_data(few, 0)

@@ -15,7 +15,7 @@ from sku.comparison import bench as bench_module
 from sku.comparison.in_process import RECORDS
 from sku.comparison.jobs import comparison_jobs
 from sku.comparison.run import run_comparison
-from sku.comparison.search import Trial, best_of, judge_of, search, with_training
+from sku.comparison.search import Trial, best_of, search_judge, search, with_training
 from sku.config import Recipe, SearchConfig, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, RecipeError
@@ -119,8 +119,8 @@ def test_a_comparison_searches_once_and_takes_what_it_chose(tmp_path: Path, monk
 def test_a_judge_of_unknown_errors_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("embedded", [*SEARCHED, "evaluate.judge=refusal_rules"])
     data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
-    assert judge_of(recipe, data).card.calibration is not None
+    assert search_judge(recipe, data).card.calibration is not None
     uncalibrated = dataclasses.replace(RefusalRulesJudge().card, calibration=None)
     monkeypatch.setattr("sku.comparison.search.choose_judge", lambda *_: SimpleNamespace(card=uncalibrated))
     with pytest.raises(EvaluationError, match=r"compare\.search can't choose by the judge refusal_rules"):
-        judge_of(recipe, data)
+        search_judge(recipe, data)
