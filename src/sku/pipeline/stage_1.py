@@ -120,7 +120,8 @@ def ask_stage_1(
     stop_ids = stop_token_ids(base, tokenizer, writer.end_of_turn())
 
     def behaviour(model: PreTrainedModel) -> Behaviour:
-        _, outcomes = answer(model, base, questions.requests, how, stop_ids, progress)
+        report = None if progress is None else lambda _stage, done, total: progress("check: replies", done, total)
+        _, outcomes = answer(model, base, questions.requests, how, stop_ids, report)
         found = {outcome.id: outcome for outcome in outcomes}
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
