@@ -68,7 +68,7 @@ def context_of(
         harmful=tokenized(data.unlearned, train_on_end=False),
         harmful_held_out=tokenized(data.forget_validation, train_on_end=False),
         refusals_held_out=tokenized(_refusals(data), train_on_end=True),
-        borderline_held_out=tokenized(data.benign_validation, train_on_end=True),
+        borderline_held_out=tokenized(_borderline(data), train_on_end=True),
         seed=seed,
         cache=cache,
         memory={} if memory is None else memory,
@@ -92,7 +92,7 @@ def check_operators(operators: Sequence[PreparedOperator], base: PreTrainedModel
         "harmful": data.unlearned,
         "harmful_held_out": data.forget_validation,
         "refusals_held_out": _refusals(data),
-        "borderline_held_out": data.benign_validation,
+        "borderline_held_out": _borderline(data),
     }
     for chosen in operators:
         for need in chosen.needs:
@@ -109,3 +109,8 @@ def _refusals(data: ForgetRetainData) -> list[RetainExample]:
         for example in data.forget_validation
         if example.safe_answer is not None
     ]
+
+
+def _borderline(data: ForgetRetainData) -> Sequence[RetainExample]:
+    """Held-out harmless prompts of another source, with answers."""
+    return data.benign_validation
