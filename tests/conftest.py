@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pickle
 import shutil
@@ -60,6 +61,15 @@ TrainerMaker = Callable[..., SkuTrainer]
 Command = Callable[..., tuple[int, str, str]]
 MadeOnce = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 """Name and maker -> the folder that the maker filled, and what it returned."""
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no garbage collection needs to look through it.
+
+    Each training begins with a full one, each comparison has one, and here there are millions of objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache

@@ -104,21 +104,6 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["negate", "-h"], ["--version"], ["recipes"]])
-def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
-    printed = python(
-        "import sys\n"
-        "from sku.cli.main import main\n"
-        f"sys.argv = ['sku', *{arguments!r}]\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit as end:\n"
-        "    assert not end.code, end.code\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))\n"
-    )
-    assert printed.splitlines()[-1] == "[]"
-
-
 def test_version(command: Command) -> None:
     assert command("--version") == Done(0, f"sku {sku.__version__}\n", "")
 

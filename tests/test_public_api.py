@@ -64,12 +64,6 @@ def test_the_version_is_one_and_valid() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+([.-]?(a|b|rc|dev)\d+)?", __version__)
 
 
-def test_importing_the_package_does_not_import_torch() -> None:
-    code = "import sys, sku, sku.config, sku.errors; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
-
-
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError):
         getattr(sku, "unlearn")  # noqa: B009
