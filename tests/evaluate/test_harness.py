@@ -90,6 +90,7 @@ def numpy_state() -> list[int]:
     return list(state[1])
 
 
+@pytest.mark.integration
 def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path) -> None:
     model, tokenizer = world
     before = random.getstate(), torch.random.get_rng_state(), numpy_state()
@@ -108,6 +109,7 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
     assert tokenizer.padding_side == side
 
 
+@pytest.mark.integration
 def test_an_evaluation_runs_tasks_once_and_says_so(
     world: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     tasks: Path,

@@ -65,6 +65,7 @@ class StopRunError(Exception):
     """What interrupts a run here."""
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("stage", "at"), [("replies", 8), ("samples", 4), ("prefill", 4)])
 def test_a_failed_run_goes_on_with_the_missing_batches(
     tiny_model: LlamaForCausalLM,
