@@ -327,21 +327,6 @@ def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path) == set()
 
 
-@pytest.mark.integration
-def test_files_that_may_not_grow(tmp_path: Path) -> None:
-    """A real failure of the system below torch and safetensors: no file above 1 MB."""
-    code = (
-        "import resource, sys\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "from sku.cli.main import main\n"
-        f"sys.argv = {['sku', 'run', '--out', str(tmp_path / 'run'), *SMALL]!r}\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert_one_line(Done(done.returncode, done.stdout, done.stderr), "can't be written")
-    assert names(tmp_path) == set()
-
-
 def test_a_failed_run_without_out_leaves_no_runs_folder(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
