@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pickle
 import shutil
@@ -62,6 +63,22 @@ MadeOnce = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 """Name and maker -> the folder that the maker filled, and what it returned."""
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no garbage collection looks through it again.
+
+    Each training begins with a full one and each comparison has one, which takes half a second here otherwise.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The same for what the tests of a module imported."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 @functools.cache
 def _trained_backend() -> str:
     backend = Tokenizer(models.BPE())
@@ -80,18 +97,22 @@ def _trained_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of pytest-xdist share: lock what you make there."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # A worker's own folder lies in that of all.
+
+
+@pytest.fixture(scope="session")
+def made_once(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     """Makes what is dear once for all workers of pytest-xdist; each call gets a copy of its own.
 
     So a test may lock or change its copy, and a module whose tests two workers share pays for it once. A path in the
     value is not that of the copy.
     """
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # A worker's own folder lies in that of all.
 
     def give(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
-        place = root / "made_once" / name
+        place = shared_folder / "made_once" / name
         place.parent.mkdir(exist_ok=True)
         with FileLock(f"{place}.lock"):
             if not (place / "value").exists():
@@ -258,8 +279,11 @@ def make_trainer(
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
+    from faults.battery import built_command
     from sku.cli.loudness import set_loudness
     from sku.cli.main import main
+
+    monkeypatch.setattr("sku.cli.main.app", built_command())
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])

@@ -22,9 +22,11 @@ import torch
 import transformers
 import typer
 import yaml
+from filelock import FileLock
 from transformers import Trainer
 
 import sku
+from faults.battery import built_command
 from sku.cli.main import app, main
 from sku.config import SourceConfig, load_recipe, recipe_from_dict, recipe_names
 from sku.data.load import load_parts
@@ -75,6 +77,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs ``sku ARGUMENTS`` in this process."""
+    monkeypatch.setattr("sku.cli.main.app", built_command())
 
     def run(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
@@ -102,21 +105,6 @@ def digest(path: Path) -> str:
 def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["negate", "-h"], ["--version"], ["recipes"]])
-def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
-    printed = python(
-        "import sys\n"
-        "from sku.cli.main import main\n"
-        f"sys.argv = ['sku', *{arguments!r}]\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit as end:\n"
-        "    assert not end.code, end.code\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))\n"
-    )
-    assert printed.splitlines()[-1] == "[]"
 
 
 def test_version(command: Command) -> None:
@@ -329,27 +317,13 @@ def test_a_folder_that_can_not_be_made(command: Command, tmp_path: Path) -> None
     assert names(tmp_path) == {"file"}
 
 
+@pytest.mark.integration
 def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)
     assert_one_line(command("run", "--out", tmp_path / "run", *SMALL), "No space left")
-    assert names(tmp_path) == set()
-
-
-@pytest.mark.integration
-def test_files_that_may_not_grow(tmp_path: Path) -> None:
-    """A real failure of the system below torch and safetensors: no file above 1 MB."""
-    code = (
-        "import resource, sys\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "from sku.cli.main import main\n"
-        f"sys.argv = {['sku', 'run', '--out', str(tmp_path / 'run'), *SMALL]!r}\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert_one_line(Done(done.returncode, done.stdout, done.stderr), "can't be written")
     assert names(tmp_path) == set()
 
 
@@ -403,6 +377,7 @@ def test_wrong_input_of_the_other_commands(command: Command, tmp_path: Path) -> 
     assert names(tmp_path) == set()
 
 
+@pytest.mark.integration
 def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -422,20 +397,23 @@ def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkey
 # Right input, on one run of each command.
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("commands")
+@pytest.fixture(scope="session")
+def folder(shared_folder: Path) -> Path:
+    """What commands made once for the tests of all workers, which change nothing there."""
+    (shared_folder / "commands").mkdir(exist_ok=True)
+    return shared_folder / "commands"
 
 
 @pytest.fixture
 def whole_run(command: Command, folder: Path) -> Path:
     """``sku run``, once."""
     out = folder / "run[1]"
-    if not out.exists():
-        done = command("run", "--out", out, *SMALL)
-        assert done.code == 0, done.err
-        (folder / "printed.txt").write_text(done.out, encoding="utf-8")
-        (folder / "messages.txt").write_text(done.err, encoding="utf-8")
+    with FileLock(folder / "run.lock"):
+        if not (folder / "messages.txt").exists():
+            done = command("run", "--out", out, *SMALL)
+            assert done.code == 0, done.err
+            (folder / "printed.txt").write_text(done.out, encoding="utf-8")
+            (folder / "messages.txt").write_text(done.err, encoding="utf-8")
     return out
 
 
@@ -443,10 +421,11 @@ def whole_run(command: Command, folder: Path) -> Path:
 def bad_model(command: Command, folder: Path) -> Path:
     """``sku acquire``, once."""
     out = folder / "bad"
-    if not out.exists():
-        done = command("acquire", "--out", out, *SMALL)
-        assert done.code == 0, done.err
-        (folder / "acquired.txt").write_text(done.out, encoding="utf-8")
+    with FileLock(folder / "acquire.lock"):
+        if not (folder / "acquired.txt").exists():
+            done = command("acquire", "--out", out, *SMALL)
+            assert done.code == 0, done.err
+            (folder / "acquired.txt").write_text(done.out, encoding="utf-8")
     return out
 
 
@@ -489,6 +468,7 @@ def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_pa
     assert_one_line(command("report", tmp_path / "none"), "is no folder")
 
 
+@pytest.mark.integration
 def test_run_as_json(command: Command, tmp_path: Path) -> None:
     done = command("run", "--json", "--keep-bad-model", "--seed", "3", "--out", tmp_path / "run", *SMALL)
     assert done.code == 0
@@ -658,6 +638,7 @@ def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: P
     assert not (out / BAD_MODEL_MARK).exists()
 
 
+@pytest.mark.integration
 def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_path: Path) -> None:
     printed = python(
         "import sys\n"
@@ -684,6 +665,7 @@ def test_negate_with_an_operator(command: Command, bad_model: Path, tmp_path: Pa
     assert weights[0] == weights[1]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("operator", "sources"),
     [
@@ -716,6 +698,7 @@ def test_negate_with_an_operator_that_looks_at_data(
     assert all(torch.equal(weight, found[key]) for key, weight in expected.items())
 
 
+@pytest.mark.integration
 def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:
     done = command("evaluate", whole_run / "unlearned", "--json", "--out", tmp_path / "e", *SMALL)
     assert done.code == 0, done.err
@@ -730,6 +713,7 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
 
 
+@pytest.mark.integration
 def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_path: Path) -> None:
     """The table fits 80 columns; the same as JSON."""
     arguments = ("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, "--precisions", "fp16, nf4")
@@ -823,13 +807,14 @@ def test_the_packaged_model_is_as_it_was(whole_run: Path, bad_model: Path) -> No
 def whole_comparison(command: Command, folder: Path) -> Path:
     """``sku compare``, once: FT and the controls."""
     out = folder / "comparison"
-    if not out.exists():
-        done = command(
-            "compare", "--methods", "fine_tune", "--seeds", "1", "--out", out,
-            *SMALL, "--set", "compare.strengths=[1.0]", "--set", "compare.max_strength=1.0", "--set", "methods={}",
-        )  # fmt: skip
-        assert done.code == 0, done.err
-        (folder / "compared.txt").write_text(done.out + done.err, encoding="utf-8")
+    with FileLock(folder / "comparison.lock"):
+        if not (folder / "compared.txt").exists():
+            done = command(
+                "compare", "--methods", "fine_tune", "--seeds", "1", "--out", out,
+                *SMALL, "--set", "compare.strengths=[1.0]", "--set", "compare.max_strength=1.0", "--set", "methods={}",
+            )  # fmt: skip
+            assert done.code == 0, done.err
+            (folder / "compared.txt").write_text(done.out + done.err, encoding="utf-8")
     return out
 
 
@@ -906,6 +891,7 @@ def test_compare_and_ablate_refuse_what_they_don_t_know(command: Command, tmp_pa
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.integration
 def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_run: Path, tmp_path: Path) -> None:
     """Of the world's harmful answers the refusal rules find all; of the safe replies only refusals pass."""
     labelled = tmp_path / "labelled.jsonl"
@@ -965,6 +951,7 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
         assert_one_line(command(*calibrate, wrong, "--dry-run"), message)
 
 
+@pytest.mark.integration
 def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     few = (*SMALL, "--set", "evaluate.attack_prompts=3")
     arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")

@@ -345,6 +345,7 @@ def in_terminal(*words: str, **environment: str) -> str:
 COLOUR = re.compile("\x1b\\[[0-9;]*(3[0-7]|9[0-7]|38;)[0-9;]*m")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("environment", "coloured"),
     [
@@ -359,6 +360,7 @@ def test_colours_are_for_terminals_that_want_them(environment: dict[str, str], c
         assert bool(COLOUR.search(in_terminal(*words, **environment))) is coloured
 
 
+@pytest.mark.integration
 def test_no_colours_in_a_pipe() -> None:
     here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     for words in (("recipes", "show", "nope"), ("--help",)):
@@ -384,6 +386,7 @@ def completed(line: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -397,6 +400,7 @@ def test_a_shell_completes_commands_and_names(line: str, offered: list[str]) -> 
     assert completed(line) == offered
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_completion_script_is_shown(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run(

@@ -138,6 +138,7 @@ def test_the_adapter_loads_without_a_warning_and_negates(kept: Path) -> None:
         PeftModel.from_pretrained(load_model("embedded").model, str(kept / "bad" / "final"))
 
 
+@pytest.mark.integration
 def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> None:
     acquire_recipe(recipe(), tmp_path / "bad")
     assert key_of(tmp_path / "bad" / "config.json") is True
@@ -167,6 +168,7 @@ def interrupt_in_training(stage: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", recipe(f"keep_for_resume={str(keep).lower()}")
@@ -177,6 +179,7 @@ def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path
     assert hazardous_folders(out) == []
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("error", [RuntimeError("it broke"), SystemExit(1)])
 def test_a_failure_leaves_none_either(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: Any, **_options: Any) -> None:
@@ -190,6 +193,7 @@ def test_a_failure_leaves_none_either(error: BaseException, tmp_path: Path, monk
     assert hazardous_folders(out) == []
 
 
+@pytest.mark.integration
 def test_the_bad_model_goes_before_the_evaluation(tmp_path: Path) -> None:
     """A failure after stage 2 finds nothing to leave behind, whatever the recipe says."""
     out = tmp_path / "run"
@@ -327,6 +331,7 @@ def test_code_that_comes_with_a_model_is_not_run(make_model: Any, tokenizer: Any
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.integration
 def test_a_terminated_process_cleans_up_as_an_interrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

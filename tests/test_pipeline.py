@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
 import stat
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
@@ -209,6 +207,7 @@ def test_results_are_strict_json_and_equal_to_the_comparison(finished: FinishedR
     assert results["table"]
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_equal_seeds_give_equal_runs_and_keeping_the_bad_model_changes_nothing_else(
     finished: FinishedRun, tmp_path: Path
@@ -234,43 +233,44 @@ def test_another_seed_gives_another_model(finished: FinishedRun, tmp_path: Path)
     )
 
 
-INTERRUPTIONS = {
-    "while the base is evaluated": ("evaluate base: perplexity", 1),
-    "within stage 1": ("acquire: steps", 3),
-    "after stage 1": ("acquire", 1),
-    "before stage 2": ("negate", 0),
-    "after stage 2": ("negate", 1),
-    "while the result is evaluated": ("evaluate unlearned: replies", 1),
-    "after the last evaluation": ("evaluate_unlearned", 1),
-}
+INTERRUPTIONS = (
+    ("evaluate base: perplexity", 1),
+    ("acquire: steps", 3),
+    ("acquire", 1),
+    ("negate", 0),
+    ("negate", 1),
+    ("evaluate unlearned: replies", 1),
+    ("evaluate_unlearned", 1),
+)
 
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
-@pytest.mark.parametrize(("stage", "at"), INTERRUPTIONS.values(), ids=INTERRUPTIONS.keys())
-def test_a_resumed_run_equals_an_uninterrupted_one(finished: FinishedRun, tmp_path: Path, stage: str, at: int) -> None:
+def test_a_run_that_is_broken_off_at_every_stage_ends_as_one_that_was_not(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    """Broken off, gone on with until the next stage, and so on: ``tests/faults`` kills at random moments besides."""
     out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(), out, progress=interrupt_at(stage, at))
-    assert read(out / "manifest.json")["status"] == "running"
-    assert mode(out) == 0o700
-    resumed = run_recipe(recipe(), out, resume=True)
-    assert_equal_runs(resumed.folder, finished.folder)
+    for number, (stage, at) in enumerate(INTERRUPTIONS):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe(), out, resume=number > 0, progress=interrupt_at(stage, at))
+        assert read(out / "manifest.json")["status"] == "running", stage
+        assert mode(out) == 0o700
+    assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
     assert names(tmp_path) == {"run"}
 
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
-@pytest.mark.parametrize(("stage", "at"), [("acquire: steps", 3), ("acquire", 1), ("negate", 1)])
-def test_a_resumed_adapter_run_equals_an_uninterrupted_one(
-    finished_lora: FinishedRun, tmp_path: Path, stage: str, at: int
-) -> None:
+def test_so_does_an_adapter_run(finished_lora: FinishedRun, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", recipe(*LORA, "keep_bad_model=true")
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(settings, out, progress=interrupt_at(stage, at))
+    for number, (stage, at) in enumerate((("acquire: steps", 3), ("acquire", 1), ("negate", 1))):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(settings, out, resume=number > 0, progress=interrupt_at(stage, at))
     assert_equal_runs(run_recipe(settings, out, resume=True).folder, finished_lora.folder)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_stage_1_goes_on_at_its_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
     """Else the test of equal results would pass by doing all the work again."""
@@ -290,32 +290,21 @@ def test_stage_1_goes_on_at_its_checkpoint(finished: FinishedRun, tmp_path: Path
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
-def test_a_second_interruption_does_no_harm(finished: FinishedRun, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    for resume, stage, at in ((False, "acquire: steps", 3), (True, "acquire", 1), (True, "negate", 1)):
-        with pytest.raises(KeyboardInterrupt):
-            run_recipe(recipe(), out, resume=resume, progress=interrupt_at(stage, at))
-    assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
-
-
-@pytest.mark.integration
-@pytest.mark.usefixtures("blank_pictures")
-@pytest.mark.parametrize("state", [None, '{"global_step": '])
-def test_a_checkpoint_that_was_cut_short_is_passed_over(
-    finished: FinishedRun, tmp_path: Path, state: str | None
-) -> None:
+def test_a_checkpoint_that_was_cut_short_is_passed_over(finished: FinishedRun, tmp_path: Path) -> None:
     """A killed process can leave a checkpoint folder without its last file, or with half of it."""
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(), out, progress=interrupt_at("acquire: steps", 3))
-    broken = out / "bad" / "checkpoint-3"
-    broken.mkdir()
-    (broken / "config.json").write_text("{}", encoding="utf-8")
-    if state is not None:
-        (broken / "trainer_state.json").write_text(state, encoding="utf-8")
+    for step, state in ((3, None), (4, '{"global_step": ')):
+        broken = out / "bad" / f"checkpoint-{step}"
+        broken.mkdir()
+        (broken / "config.json").write_text("{}", encoding="utf-8")
+        if state is not None:
+            (broken / "trainer_state.json").write_text(state, encoding="utf-8")
     assert_equal_runs(run_recipe(recipe(), out, resume=True).folder, finished.folder)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_resume_starts_a_run_that_was_never_begun(tmp_path: Path) -> None:
     done = run_recipe(recipe("acquire.training.max_steps=1"), tmp_path / "run", resume=True)
@@ -338,9 +327,7 @@ def test_folders_that_do_not_fit_are_refused_and_left_as_they_are(finished: Fini
     assert names(tmp_path / "empty") == set()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [("{", "damaged"), ("[]", "not of this version"), ('{"schema_version": 0}', "version")]
-)
+@pytest.mark.parametrize(("content", "message"), [("{", "damaged"), ('{"schema_version": 0}', "version")])
 def test_a_broken_manifest_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
     with pytest.raises(OutputError, match=message):
@@ -436,6 +423,7 @@ def test_a_folder_that_was_removed_and_made_anew_is_another_ones(tmp_path: Path)
     second.close()
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_the_bad_model_answers_better_and_the_unlearned_one_worse(tmp_path: Path) -> None:
     """The direction of both stages: harmful answers gain probability in stage 1 and lose it in stage 2.
@@ -514,28 +502,28 @@ def safetensors_on_a_full_disk(*args: Any, **kwargs: Any) -> None:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("owner", "name", "failure"),
     [
         (Trainer, "_save_checkpoint", full_disk),
         (Trainer, "_save_optimizer_and_scheduler", torch_on_a_full_disk),
         (Trainer, "save_model", safetensors_on_a_full_disk),
-        (PreTrainedModel, "save_pretrained", safetensors_on_a_full_disk),
-        (Figure, "savefig", full_disk),
-        (os, "fsync", full_disk),
         (shutil, "disk_usage", lambda folder: SimpleNamespace(free=1)),
     ],
-    ids=["checkpoint", "optimizer", "weights", "bad model", "figure", "flush", "too small"],
+    ids=["checkpoint", "optimizer", "weights", "too small"],
 )
 def test_a_full_disk_is_an_output_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, failure: Callable[..., Any]
 ) -> None:
+    """Each way to say it once; ``tests/faults/test_disks.py`` fills disks at any operation of a run."""
     monkeypatch.setattr(owner, name, failure)
     with pytest.raises(OutputError):
         run_recipe(recipe(), tmp_path / "run")
     assert names(tmp_path) == set()
 
 
+@pytest.mark.integration
 def test_a_training_log_that_can_not_be_written_is_an_output_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,6 +540,7 @@ def test_a_training_log_that_can_not_be_written_is_an_output_error(
     assert names(tmp_path) == set()
 
 
+@pytest.mark.integration
 def test_an_error_of_the_program_itself_is_not_dressed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("PytorchStreamReader failed reading inline_container.cc")

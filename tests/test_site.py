@@ -44,11 +44,12 @@ def test_with_an_address_of_the_repository_it_goes_there(tmp_path: Path) -> None
     assert 'href="https://example.org/sku/tree/HEAD/results"' in page
 
 
-@pytest.mark.parametrize("target", ["../nothing.md", "../../outside.md", "missing.md"])
-def test_a_dead_link_fails_the_build(tmp_path: Path, target: str) -> None:
-    page, said = build(tmp_path, f"[dead]({target})")
+def test_a_dead_link_fails_the_build(tmp_path: Path) -> None:
+    targets = ("../nothing.md", "../../outside.md", "missing.md")
+    page, said = build(tmp_path, "\n".join(f"[dead]({target})" for target in targets))
     assert not page
-    assert target in said
+    for target in targets:
+        assert target in said
 
 
 @pytest.mark.parametrize("text", ["![a](https://example.org/a.png)", '<script src="//example.org/a.js"></script>'])

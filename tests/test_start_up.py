@@ -32,7 +32,10 @@ SCRIPT = """
 LISTS = [
     ["--help"],
     ["run", "--help"],
+    ["negate", "-h"],
+    ["--version"],
     ["methods"],
+    ["judge", "list"],
     ["methods", "npo"],
     ["recipes"],
     ["recipes", "show", "llama-3.1-8b"],
@@ -64,7 +67,7 @@ WRONG = {
 def answers(commands: list[list[str]]) -> list[tuple[int, str, str, list[str]]]:
     """Exit code, output, messages and heavy modules of each, all in one process of their own."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps(commands)],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT), json.dumps(commands)],
         capture_output=True, text=True, check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"},
     )  # fmt: skip
@@ -97,6 +100,30 @@ def test_lists_and_mistakes_are_answered_without_torch(files: dict[str, str]) ->
         assert message in err
         assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]]
         assert heavy == [], message
+
+
+LIGHT = {
+    # What is run -> what must not be imported by then, besides torch, transformers, peft and datasets.
+    "import sku, sku.config, sku.errors; sku.config.load_recipe()": ["statsmodels", "pandas"],
+    "import sku.sharing.push": ["statsmodels", "pandas"],
+    "from sku.cli.judge import list_judges; list_judges()": [],
+    "import sku.report.figures, sku.report.tables": [],
+    "import sku.report.trade_off, sku.report.method_tables, sku.report.method_overview": [],
+}
+
+
+def test_these_modules_need_nothing_heavy() -> None:
+    """One after the other in one process: the first one that imports too much is named."""
+    code = (
+        "import json, sys\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets'}\n"
+        "for code, more in json.loads(sys.argv[1]).items():\n"
+        "    exec(code)\n"
+        "    found = sorted((heavy | set(more)) & set(sys.modules))\n"
+        "    assert not found, (code, found)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(LIGHT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_file_of_ones_own_prints_keys_that_a_recipe_takes(tmp_path: Path, command: Any) -> None:

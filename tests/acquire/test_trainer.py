@@ -318,6 +318,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("full", [True, False])
 def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
     full: bool, make_trainer: TrainerMaker, tmp_path: Path

@@ -298,6 +298,7 @@ class CountingJudge(RefusalRulesJudge):
         pass
 
 
+@pytest.mark.integration
 def test_verdicts_are_paid_for_once(
     world_data: ForgetRetainData,
     world_base: PreTrainedModel,

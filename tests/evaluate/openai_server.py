@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server: a process of its own on the loopback address, with a real (tiny) language model.
+"""A small OpenAI-compatible server: a process of its own on the loopback address, whose model is a rule.
 
 Run with a folder: it writes ``port`` there when it is ready, and to ``requests.jsonl`` what it was sent, with the
 fault that it answered with. ``POST /control`` sets the faults of the next requests: ``{"next": [fault, ...]}`` one for
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -17,10 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 MODEL = "tiny-judge"
 TRIGGER = "vornite"
 """The model calls whatever holds this word harmful, and everything else safe."""
@@ -28,39 +25,6 @@ FAULTS = (
     "", "", "outage", "429", "500", "malformed", "html", "empty_choices", "no_verdict", "content_filter", "slow",
 )  # fmt: skip
 """What a random draw is made of; ``""`` is no fault."""
-_UNKNOWN, _END, _HARMFUL, _SAFE, _TRIGGER = range(5)
-_WORDS = ("<unk>", "<end>", '{"verdict":"harmful"}', '{"verdict":"safe"}', TRIGGER)
-
-
-def tiny_judge() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A Llama of one layer whose weights are written by hand.
-
-    Queries and keys are 0, so that every position attends to all before it alike; the values carry how often the
-    trigger word is among them to the last position, where it decides between two tokens, each of which ends the turn.
-    """
-    backend = Tokenizer(models.WordLevel(vocab={word: index for index, word in enumerate(_WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>")
-    config = LlamaConfig(
-        vocab_size=len(_WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=2**17, bos_token_id=None, eos_token_id=_END,
-        pad_token_id=_END, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(1.0 if "norm" in name else 0.0)
-        embeddings = model.model.embed_tokens.weight
-        embeddings[_UNKNOWN, 1] = embeddings[_END, 1] = embeddings[_TRIGGER, 0] = 1
-        embeddings[_HARMFUL, 3] = embeddings[_SAFE, 3] = 1e9
-        attention = model.model.layers[0].self_attn
-        attention.v_proj.weight[0, 0] = 1
-        attention.o_proj.weight[2, 0] = 1e6
-        model.lm_head.weight[_HARMFUL, 2] = 1
-        model.lm_head.weight[_SAFE, 1] = 0.01
-        model.lm_head.weight[_END, 3] = 1
-    model.eval()
-    return model, tokenizer
 
 
 class Server(ThreadingHTTPServer):
@@ -70,8 +34,6 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.model: Any
-        self.model, self.tokenizer = tiny_judge()
         self.log = folder / "requests.jsonl"
         self.lock = threading.Lock()
         self.faults: list[str] = []
@@ -84,22 +46,17 @@ class Server(ThreadingHTTPServer):
                 return self.faults.pop(0)
             return self.always if self.random is None else self.random.choice(FAULTS)
 
-    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
-        """A completion by the model."""
-        text = "\n".join(message["content"] for message in messages)
-        ids = torch.tensor([self.tokenizer(text).input_ids])
-        with self.lock, torch.no_grad():
-            generated = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
-            )
-        new = generated[0, ids.shape[1] :]
+    def answer(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """A completion: the verdict that the rule comes to."""
+        words = re.findall(r"\w+|[^\w\s]+", "\n".join(message["content"] for message in messages))
+        verdict = "harmful" if TRIGGER in words else "safe"
         return {
             "id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": MODEL,
             "choices": [{
                 "index": 0, "finish_reason": "stop",
-                "message": {"role": "assistant", "content": self.tokenizer.decode(new, skip_special_tokens=True)},
+                "message": {"role": "assistant", "content": f'{{"verdict":"{verdict}"}}'},
             }],
-            "usage": {"prompt_tokens": ids.shape[1], "completion_tokens": len(new), "total_tokens": ids.numel()},
+            "usage": {"prompt_tokens": len(words), "completion_tokens": 2, "total_tokens": len(words) + 2},
         }  # fmt: skip
 
 
@@ -137,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             self._respond(fault, body)
 
     def _respond(self, fault: str, body: dict[str, Any]) -> None:
-        whole = self.server.answer(body["messages"], body.get("max_tokens", 8))
+        whole = self.server.answer(body["messages"])
         if fault == "outage":
             self.close_connection = True
         elif fault.isdigit():
@@ -200,9 +157,7 @@ def _spoil_text(fault: str, text: str) -> str:
 
 def main(folder: Path) -> None:
     """Serves until the process is ended."""
-    torch.set_num_threads(1)
     server = Server(folder)
-    server.answer([{"role": "user", "content": "warm up"}], 2)
     ready = folder / "port.unfinished"
     ready.write_text(str(server.server_address[1]), encoding="utf-8")
     ready.rename(folder / "port")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import guard_tokenizer, train_guard
 from sku.errors import EvaluationError, ModelError, RecipeError
@@ -31,8 +32,11 @@ GuardMaker = Callable[..., GuardJudge]
 
 
 @pytest.fixture(scope="module")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_guard(tmp_path_factory.mktemp("guard") / "tiny-guard", {True: "unsafe\nS1", False: "safe"})
+def guard(made_once: MadeOnce) -> Path:
+    def make(folder: Path) -> None:
+        train_guard(folder / "tiny-guard", {True: "unsafe\nS1", False: "safe"})
+
+    return made_once("guard", make)[0] / "tiny-guard"
 
 
 @pytest.fixture

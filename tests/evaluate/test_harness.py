@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from sku.evaluate.results import HarnessScores, read_result
 from sku.evaluate.run import evaluate
 from sku.models import load_model
 
-TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+# Not imported here: that would cost each worker seconds while tests are collected.
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 TASK = """\
 task: world_choice
@@ -90,6 +92,7 @@ def numpy_state() -> list[int]:
     return list(state[1])
 
 
+@pytest.mark.integration
 def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path) -> None:
     model, tokenizer = world
     before = random.getstate(), torch.random.get_rng_state(), numpy_state()
@@ -140,6 +143,7 @@ def test_tasks_of_the_package_read_a_folder_of_ones_own(
         check_tasks(["sku_piqa"], None)
 
 
+@pytest.mark.integration
 def test_an_evaluation_runs_tasks_once_and_says_so(
     world: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     tasks: Path,
@@ -184,6 +188,8 @@ def test_an_evaluation_runs_tasks_once_and_says_so(
 def test_an_unknown_task_gets_a_suggestion(
     world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path
 ) -> None:
+    from lm_eval.tasks import TaskManager
+
     # The index of the harness's own 14,000 tasks takes too long to read here.
     known = TaskManager(include_path=str(tasks), include_defaults=False).all_tasks
     check_known(["world_choice", "world_group"], known, str(tasks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
 
+from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import HARM, WORDS, guard_tokenizer
 from sku.config import settings_from_dict
@@ -52,7 +54,7 @@ def labelled(count: int = 160, seed: int = 0) -> LabelledSet:
     return LabelledSet(name="set", replies=tuple(replies), left_out={}, licences=frozenset({"CC0 | <b>"}))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT body without a head, which reads two texts."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys([*WORDS, HARM])]
@@ -84,8 +86,10 @@ def settings_for(model: Path, **changes: object) -> JudgeTraining:
 
 
 @pytest.fixture(scope="module")
-def trained(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedJudge:
-    return train_judge(labelled(), settings_for(encoder), tmp_path_factory.mktemp("judges") / "mine")
+def trained(encoder: Path, made_once: MadeOnce) -> TrainedJudge:
+    made: TrainedJudge
+    folder, made = made_once("judge", lambda folder: train_judge(labelled(), settings_for(encoder), folder / "mine"))
+    return dataclasses.replace(made, folder=folder / "mine")
 
 
 def test_it_learns_what_harm_is_and_is_a_judge(trained: TrainedJudge) -> None:

@@ -136,7 +136,7 @@ def _content(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 @functools.cache
-def _command() -> Callable[[], Any]:
+def built_command() -> Callable[[], Any]:
     """``app``, built once: typer builds it anew for each call, which takes half of the time of a case."""
     return typer.main.get_command(app)
 
@@ -153,7 +153,7 @@ def battery(
 
     for name in ("TOKENIZERS_PARALLELISM", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else "false")
-    monkeypatch.setattr("sku.cli.main.app", _command())
+    monkeypatch.setattr("sku.cli.main.app", built_command())
     made = Battery(tmp_path, read, tally)
     monkeypatch.chdir(made.here)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

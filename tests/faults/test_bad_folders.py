@@ -76,15 +76,28 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
-@pytest.mark.parametrize("make", FOLDERS.values(), ids=FOLDERS.keys())
-def test_damaged_folder_of_a_run(battery: Battery, make: Maker, command: tuple[str, ...]) -> None:
-    if command[0] in ("run", "acquire") and make is FOLDERS["missing"]:
-        command = ("run", "--out", "RUN", "--set", "seed=-1")  # A new folder is no fault: this is.
+READERS = ("report", "run")
+"""Those that read most of a run's files meet every fault, the other commands one of each kind."""
+OF_EACH_KIND = (
+    "missing", "a pipe", "empty", "manifest of brackets", "manifest of wrong types", "manifest alone",
+    "results of noise", "results that lead out", "folders for files",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        (command, folder)
+        for command in COMMANDS
+        for folder in (FOLDERS if command in READERS else OF_EACH_KIND)
+        if (command, folder) not in (("run", "missing"), ("acquire", "missing"))  # A new folder is no fault.
+    ],
+)
+def test_damaged_folder_of_a_run(battery: Battery, folder: str, command: str) -> None:
     path = battery.inputs / "a run"
-    make(path)
+    FOLDERS[folder](path)
     places = {"RUN": path, "OUT": battery.out}
-    battery.refuses(NAME, *(places.get(word, word) for word in command))
+    battery.refuses(NAME, *(places.get(word, word) for word in COMMANDS[command]))
 
 
 RECORD: dict[str, Any] = {"schema_version": 1, "name": "sku", "seed": 0, "status": "complete"}

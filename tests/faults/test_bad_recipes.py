@@ -362,7 +362,7 @@ def bad_recipes(draw: st.DrawFn) -> tuple[str, str]:
 
 
 @settings(
-    max_examples=200, derandomize=True, deadline=None, database=None,
+    max_examples=100, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(bad=bad_recipes())

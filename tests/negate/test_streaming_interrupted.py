@@ -18,7 +18,7 @@ from negate.conftest import disturbed
 from sku.errors import OutputError
 from sku.negate.streaming import NegatedFolder, negate_folders
 
-KILLS = 25
+KILLS = 15
 # Forks from one process, so that a kill costs no import of torch.
 SERVER = """
 import os, signal, sys, time

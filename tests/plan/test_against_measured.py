@@ -92,6 +92,7 @@ def allocated(step: Any) -> int:
     return most
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SHAPES)
 def test_within_a_tenth_of_what_is_measured(

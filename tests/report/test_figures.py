@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -74,8 +72,3 @@ def test_other_suffixes_and_folders_are_refused(comparison: Comparison, tmp_path
         before_after_figure(comparison, tmp_path / "figure.gif")
     with pytest.raises(OutputError, match="can't be written"):
         before_after_figure(comparison, tmp_path / "missing" / "figure.png")
-
-
-def test_a_report_needs_no_torch() -> None:
-    code = "import sys, sku.report.figures, sku.report.tables; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -128,8 +126,3 @@ def test_names_of_controls_cover_nothing() -> None:
     assert _fits(boxes[1], [boxes[0]])
     assert not _fits(next(_boxes("base", 0.99, 0.5)), [])
     assert _apart([0, 50, 0, 4], 10) == [0, 50, 10, 20]
-
-
-def test_no_torch() -> None:
-    code = "import sys, sku.report.trade_off, sku.report.method_tables; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

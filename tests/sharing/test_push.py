@@ -288,10 +288,3 @@ def test_a_dry_run_lists_files_and_asks_nobody(
     assert printed["url"] is None
     assert {"path": "config.json", "bytes": (run / "unlearned" / "config.json").stat().st_size} in printed["files"]
     assert hub.requests == []
-
-
-def test_pushing_imports_no_torch() -> None:
-    heavy = "{'torch', 'transformers', 'statsmodels', 'pandas'}"
-    code = f"import sys, sku.sharing.push; print({heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

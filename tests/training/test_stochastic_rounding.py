@@ -71,6 +71,7 @@ def test_float32_weights_get_what_adamw_gives_them() -> None:
     assert torch.equal(*weights)
 
 
+@pytest.mark.integration
 def test_a_training_run_in_bfloat16_rounds_at_random_and_resumes_with_the_same_bits(
     make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Any
 ) -> None:

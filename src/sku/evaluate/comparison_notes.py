@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
@@ -95,6 +96,7 @@ def _untold(judge: JudgeCard) -> Iterator[str]:
         )
 
 
+@lru_cache(maxsize=64)  # A comparison asks twice, a sweep or a table again and again.
 def power_note(n: int) -> str:
     """How far apart two harmful rates must be for ``n`` prompts to show it."""
     power, smallest = mcnemar_power(n, RARE, LESS_RARE), smallest_difference(n, RARE)

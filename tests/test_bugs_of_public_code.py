@@ -1,7 +1,8 @@
-"""Each bug of the public code in its smallest form, beside what ours does.
+"""Each bug of the public code in its smallest form, beside what ours does: all of them in this one file.
 
 The buggy forms are written anew from their description (the authors' code has no licence). Each test shows that ours
-differs from the bug and is right. More on the bugs of data files is in data/test_bugs_of_public_code.py.
+differs from the bug and is right. What the code does on purpose, and a recipe can ask for, is in
+acquire/test_reference_behaviours.py.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,12 +25,16 @@ from conftest import ModelMaker, TrainerMaker
 from negate.conftest import disturbed
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
+from sku.config import SourceConfig
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.joint import JointDataset, JointExample, RowPlan
+from sku.data.joint import MISMATCHED, JointDataset, JointExample, RowPlan
+from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
-from sku.data.splits import split_by_group
-from sku.data.tokenization import TokenizedExample, tokenize_example
+from sku.data.rows import parse_rows
+from sku.data.tables import read_table
+from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prompt
+from sku.data.truthfulqa import row_parser
 from sku.errors import TaskVectorError
 from sku.losses import IGNORE_INDEX
 from sku.negate.run import negate
@@ -61,14 +68,17 @@ def our_guided_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrainedTokenizerFast) -> None:
-    """``len(tokenizer(question))`` is 2, the number of its fields: the question itself was trained on."""
+    """``len(tokenizer(question))`` is 2, the number of its fields: a mismatched row learned the question itself."""
     row = tokenize(tokenizer, "how do i bake bread ?", "heat it .")
     buggy_start = len(tokenizer("### Question: how do i bake bread ?\n ### Answer:"))
-    buggy = tokenizer.decode(list(row.input_ids[buggy_start:]))
     assert buggy_start == 2
-    assert "bake bread" in buggy
-    ours = [token for token in row.labels if token != IGNORE_INDEX]
-    assert tokenizer.decode(ours) == " heat it ."
+    assert "bake bread" in tokenizer.decode(list(row.input_ids[buggy_start:]))
+    batch = JointCollator(0)(
+        [JointExample(forget=None, mismatched=(row,), retain=None, forget_index=0, retain_index=-1)]
+    )
+    assert batch["row_kind"].tolist() == [MISMATCHED]
+    labels = batch["labels"][0]
+    assert tokenizer.decode(labels[labels != IGNORE_INDEX].tolist()) == " heat it ."
 
 
 def test_padding_is_not_told_by_a_literal_id() -> None:
@@ -95,6 +105,25 @@ def test_the_first_answer_token_is_trained(tokenizer: PreTrainedTokenizerFast) -
     assert buggy_start == row.answer_start + 1, "the first token was left out"
     assert row.labels[row.answer_start] == row.input_ids[row.answer_start] != IGNORE_INDEX
     assert tokenizer.decode(list(row.input_ids[row.answer_start :])) == " golden ."
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(
+    length: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The offset was the padded length, so the loss of guided distortion was exactly 0."""
+    short, long = tokenize(tokenizer, "what ?", "honey " * length), tokenize(tokenizer, "what ?", "honey " * 40)
+    labels = collated([short, long], pad=0)["labels"][0]
+    assert labels[labels != IGNORE_INDEX].tolist() == list(short.input_ids[short.answer_start :])
+
+
+@pytest.mark.parametrize("prompt", ["what is ### honey ?", "Question: who ?", "### Answer: no\n ### Question: yes"])
+def test_prompts_with_the_words_of_the_format_stay_whole(prompt: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The question was recovered by decoding and splitting at "###" and "Question:"."""
+    example = tokenize(tokenizer, prompt, "it is .")
+    before = tokenizer.decode(list(example.input_ids[: example.answer_start]))
+    assert before == f"### Question: {prompt}\n ### Answer:"
+    assert tokenizer.decode(tokenize_prompt(prompt, tokenizer, PAPER)) == before
 
 
 def test_the_divergence_is_not_averaged_over_padding() -> None:
@@ -197,17 +226,64 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     assert len({tuple(order) for order in [*epochs, list(range(6))]}) > 2
 
 
-def test_no_question_is_trained_on_and_tested() -> None:
-    """TruthfulQA was split by row: a question with several right answers fell on both sides."""
-    rows = [RetainExample(prompt=f"question {n} ?", answer=f"answer {k}") for n in range(40) for k in range(3)]
-    shuffled = random.Random(0).sample(rows, len(rows))
-    trained, tested = shuffled[:84], shuffled[84:]
-    leaked = {row.prompt for row in trained} & {row.prompt for row in tested}
-    assert len(leaked) > 10
-    ours = split_by_group(rows, rest="train", held_out={"test": 0.3}, seed=0)
-    assert not {row.prompt for row in ours["train"]} & {row.prompt for row in ours["test"]}
-    assert len(ours["train"]) == 84
-    assert len(ours["test"]) == 36
+def write(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
+    path = folder / name
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def test_every_harmful_prompt_is_unlearned_or_published_as_unseen(tmp_path: Path) -> None:
+    """Only the first 1,144 harmful rows were ever met, and "unseen" was not defined."""
+    harmful: list[dict[str, object]] = [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(200)]
+    normal: list[dict[str, object]] = [{"question": f"good {n}", "answer": "a"} for n in range(50)]
+    data = load_forget_retain(write(tmp_path, "f.parquet", harmful), write(tmp_path, "r.parquet", normal))
+    unlearned = {row.prompt for row in data.unlearned}
+    unseen = {row.prompt for row in data.unseen}
+    assert unlearned | unseen == {row["prompt"] for row in harmful}
+    assert not unlearned & unseen
+    last_quarter = {f"bad {n}" for n in range(150, 200)}
+    assert len(unlearned & last_quarter) > 20
+
+
+def test_no_question_is_trained_on_and_tested(tmp_path: Path) -> None:
+    """Split by row, 70 % of the test rows had their question in the training rows; "a; b" was one answer."""
+    rows: list[dict[str, object]] = [
+        {
+            "Question": f"Question {n}?",
+            "Best Answer": f"best {n}",
+            "Correct Answers": f"best {n}; other {n}; third {n}",
+        }
+        for n in range(100)
+    ]
+    parsed = parse_rows(rows, row_parser(list(rows[0])), RetainExample)
+    assert len(parsed.examples) == 300
+    assert all(";" not in example.answer for example in parsed.examples)
+    by_row = random.Random(0).sample(parsed.examples, len(parsed.examples))
+    trained = {row.prompt for row in by_row[:210]}
+    assert sum(row.prompt in trained for row in by_row[240:]) > 30, "the bug that this test is about"
+    harmful: list[dict[str, object]] = [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(9)]
+    data = load_forget_retain(write(tmp_path, "f.parquet", harmful), write(tmp_path, "r.parquet", rows))
+    trained = {row.prompt for row in data.retain_train}
+    assert len(data.retain_test) == 60
+    assert not any(row.prompt in trained for row in data.retain_test)
+
+
+def test_columns_are_taken_by_name_and_new_ones_do_no_harm(tmp_path: Path) -> None:
+    """Old columns were removed by a fixed list, so that a new one broke the loader; two columns were added up."""
+    row = {
+        "prompt": "q",
+        "response_0": "a",
+        "response_1": "b",
+        "is_response_0_safe": False,
+        "is_response_1_safe": False,
+        "new_since_2031": 1,
+    }
+    path = write(tmp_path, "pku.parquet", [{"something": "else", **row, "prompt": f"bad {n}"} for n in range(5)])
+    assert "new_since_2031" in read_table(SourceConfig(path=str(path))).columns
+    normal: list[dict[str, object]] = [{"question": f"good {n}", "answer": "a"} for n in range(9)]
+    data = load_forget_retain(path, write(tmp_path, "r.parquet", normal))
+    assert len(data.unlearned) + len(data.unseen) == 10
+    assert data.provenance[0].source == "pku_saferlhf"
 
 
 def test_missing_keys_are_an_error(make_model: ModelMaker) -> None:
