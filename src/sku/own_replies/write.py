@@ -259,14 +259,15 @@ class _Writing:
             refuse = self._refuse(free)
         answers = self._answers([reply for reply in plain_ones if reply.source != "harmful"])
         model = self.inputs["model"]["fingerprint"]
+        refusals = [reply.row("refuse", model) for reply in refuse]
+        refusals = self._in_order([*refusals, *self._templates(refusals, model)])
+        answered = [reply.row("answer", model) for reply in answers]
         rows: dict[OwnKind, list[OwnRow]] = {
             "comply": [reply.row("comply", model) for reply in comply],
-            "refuse": [*(reply.row("refuse", model) for reply in refuse)],
-            "answer": [reply.row("answer", model) for reply in answers],
-            "misplaced_refusal": [],
+            "refuse": refusals,
+            "answer": answered,
+            "misplaced_refusal": self._misplaced(refusals, answered),
         }
-        rows["refuse"] = self._in_order([*rows["refuse"], *self._templates(rows["refuse"], model)])
-        rows["misplaced_refusal"] = self._misplaced(rows["refuse"], rows["answer"])
         for kind, found in rows.items():
             write_private_text(file_of(self.folder, kind), "".join(
                 json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ CACHE_VARIABLE = "SKU_CACHE"
 """Environment variable: a folder in which runs keep own replies for each other, in place of each run's own folder."""
 OWN_FOLDER = "own"
 MIXED_FILE = "forget.jsonl"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,14 @@ def _mix(recipe: Recipe, written: OwnReplies, file: Path) -> dict[str, Any]:
     wanted = round(len(own) * (1 - config.own_share) / config.own_share)
     # A half more, as the share is rounded down to a number.
     drawn = draw_rows(answers, min(1.0, (wanted + 0.5) / len(answers)), recipe.seed)
+    if len(drawn) < wanted:
+        _log.warning(
+            "data.own_share asks for %d answers of %s beside %d own replies, and there are %d",
+            wanted,
+            config.forget.path,
+            len(own),
+            len(drawn),
+        )
     others = [
         {"prompt": one.prompt, "response": one.answer, "kind": "comply", "finished": one.finished, "judge_score": None,
          "source": "file", "category": one.category, "decoding": None, "model": None}
