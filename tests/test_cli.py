@@ -850,6 +850,22 @@ def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comp
 
 
 @pytest.mark.integration
+def test_results_of_any_number_of_folders_are_one_table(
+    command: Command, whole_comparison: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.json"
+    done = command("results", whole_comparison, "--table", table)
+    assert done.code == 0, done.err
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    assert {row["model"] for row in rows} == {"embedded"}
+    assert {"base", "fine_tune"} <= {row["method"] for row in rows}
+    assert all(0 <= row["harmful_unseen"] <= 1 for row in rows)
+    twice = command("results", whole_comparison, whole_comparison)
+    assert_one_line(twice, "2 folders are named, and these tables are of one: add --table")
+    assert_one_line(command("results", whole_comparison, "--table", table, "--brief"), "--table is written alone")
+
+
+@pytest.mark.integration
 def test_results_go_between_their_marks(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- results:records -->\nold\n<!-- end:records -->\nafter\n", encoding="utf-8")

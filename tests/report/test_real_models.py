@@ -122,8 +122,18 @@ def test_runs_and_comparisons_stand_in_one_table_each_once(tmp_path: Path) -> No
     (run / "results.json").write_text(json.dumps(results()), encoding="utf-8")
     rows, _ = table_rows([run, comparison(tmp_path / "runs")])
     assert [(row["method"], row["seed"]) for row in rows] == [("base", 0), ("npo", 0), ("sku", 3)]
+    again = tmp_path / "again"
+    again.mkdir()
+    content = results()
+    (again / "results.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(EvaluationError, match="both hold sku on Small-1B with seed 3"):
-        table_rows([run, run])
+        table_rows([run, again])
+    # A run of NPO has figures that the comparison's record lacks, so its row is the run's.
+    content["manifest"]["recipe"] |= {"method": "npo", "seed": 0}
+    (again / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    rows, left_out = table_rows([tmp_path / "runs", again])
+    assert [(row["method"], row["utility_accuracy"]) for row in rows] == [("base", None), ("npo", 0.5)]
+    assert left_out[-1].startswith("npo on Small-1B with seed 0: the row is of the run")
     with pytest.raises(EvaluationError, match="holds no record"):
         table_rows([tmp_path])
 

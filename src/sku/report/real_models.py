@@ -45,16 +45,19 @@ def table_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
         folders: Of runs, of comparisons, or of the records of a comparison.
 
     Returns:
-        One row for each model, method and seed, in order; and a sentence for each failed record, which has none.
+        One row for each model, method and seed, in order, of a run where there is one; and a sentence for each record
+        that has none.
 
     Raises:
-        EvaluationError: A folder holds no record, one is broken, or two are of one model, method and seed.
+        EvaluationError: A folder holds no record, one is broken, or two runs or two comparisons have one model, method
+            and seed.
     """
-    rows: list[Row] = []
+    rows: dict[tuple[Any, ...], tuple[Row, Path]] = {}
     left_out: list[str] = []
-    places: dict[tuple[Any, ...], Path] = {}
-    for folder in folders:
-        if (folder / RUN_FILE).is_file():
+    is_run = {folder: (folder / RUN_FILE).is_file() for folder in folders}
+    # Runs first: theirs are whole evaluations.
+    for folder in sorted(is_run, key=lambda folder: not is_run[folder]):
+        if is_run[folder]:
             found = [run_row(read_json_object(folder / RUN_FILE, "run again"), str(folder / RUN_FILE))]
         else:
             records = read_records(folder / RECORDS if (folder / RECORDS).is_dir() else folder)
@@ -66,14 +69,14 @@ def table_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
             ]
         for row in found:
             which = (row["model"], row["method"], row["seed"])
-            if which in places:
-                raise EvaluationError(
-                    f"{places[which]} and {folder} both hold {row['method']} on {row['model']} with seed "
-                    f"{row['seed']}: name one of them"
-                )
-            places[which] = folder
-        rows += found
-    return sorted(rows, key=lambda row: (row["model"], row["method"], row["seed"])), left_out
+            words = f"{row['method']} on {row['model']} with seed {row['seed']}"
+            if which not in rows:
+                rows[which] = row, folder
+            elif is_run[rows[which][1]] and not is_run[folder]:
+                left_out.append(f"{words}: the row is of the run {rows[which][1]}, not of the comparison {folder}")
+            else:
+                raise EvaluationError(f"{rows[which][1]} and {folder} both hold {words}: name one of them")
+    return [rows[which][0] for which in sorted(rows)], left_out
 
 
 def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
