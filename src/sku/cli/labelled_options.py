@@ -73,19 +73,19 @@ def label_columns(
 
 def figures_table(title: str, figures: Sequence[GroupFigures]) -> Table:
     """Sensitivity, specificity and AUC of a judge, a line a group."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column(title, overflow="fold", min_width=12)
-    for name in ("harmful", "safe", "sensitivity", "specificity", "AUC"):
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(title, overflow="fold", min_width=8)
+    for name in ("harmful", "safe", "sensitivity, %", "specificity, %", "AUC"):
         table.add_column(name, justify="right", no_wrap=True)
     for found in figures:
-        area = "\u2013" if found.auc is None else f"{found.auc:.3f} ({found.auc_low:.2f} to {found.auc_high:.2f})"
+        area = "\u2013" if found.auc is None else f"{found.auc:.2f} ({found.auc_low:.2f} to {found.auc_high:.2f})"
         shares = (_share(found.sensitivity), _share(found.specificity))
         table.add_row(found.group, str(found.harmful), str(found.safe), *shares, area)
     return table
 
 
 def _share(found: Rate | None) -> str:
-    """With its interval in whole percent, so that a line fits a terminal."""
+    """In per cent; so short that a line of 80 columns leaves room for the name of the group."""
     if found is None:
         return "\u2013"
-    return f"{100 * found.value:.1f} % ({100 * found.low:.0f} to {100 * found.high:.0f})"
+    return f"{100 * found.value:.1f} ({100 * found.low:.0f} to {100 * found.high:.0f})"
