@@ -28,7 +28,7 @@ def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dic
     }
     if other:
         # Of two other sources together: 3 of 40.
-        replies |= {"harmful_a": {"harmful": rate(1, 30)}, "harmful_b": {"harmful": rate(2, 10)}}
+        replies |= {"harmful:a": {"harmful": rate(1, 30)}, "harmful:b": {"harmful": rate(2, 10)}}
     tasks = {
         name: {"version": "1", "shots": 0, "samples": 9, "metrics": metrics}
         for name, metrics in (
@@ -66,6 +66,13 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
 def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() -> None:
     row = run_row(results(twin="good", seed=8))
     assert (row["method"], row["seed"]) == ("sku_twins", 8)
+
+
+def test_a_tag_stands_for_all_its_tasks() -> None:
+    """.4, .6 and .9."""
+    content = results()
+    content["unlearned"]["lm_eval"]["asked"] = ["some_tag"]
+    assert run_row(content)["utility_accuracy"] == pytest.approx(1.9 / 3)
 
 
 def test_what_was_not_measured_is_null() -> None:

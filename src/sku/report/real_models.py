@@ -156,15 +156,15 @@ def _of_evaluation(result: Mapping[str, Any]) -> Row:
 
 
 def _accuracy(scores: HarnessScores | None) -> float | None:
-    """Mean over the tasks that were asked for, each by its main metric."""
+    """Mean over the tasks that were asked for, each by its main metric; over all parts where a tag was asked for."""
     if scores is None:
         return None
-    found = []
-    for name in scores.asked:
-        metric = main_metric(scores.tasks[name]) if name in scores.tasks else None
-        if metric is not None:
-            found.append(scores.tasks[name].metrics[metric])
-    return math.fsum(found) / len(found) if found else None
+    found = {
+        name: task.metrics[metric] for name, task in scores.tasks.items() if (metric := main_metric(task)) is not None
+    }
+    # A tag has no score of its own.
+    names = scores.asked if {*scores.asked} <= found.keys() else tuple(found)
+    return math.fsum(found[name] for name in names) / len(names) if names else None
 
 
 def _of_point(point: Point | None) -> Row:
