@@ -72,8 +72,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """The same for what the tests of a module imported."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """The same for what the tests of a module imported, once its fixtures are gone."""
+    yield
     if nextitem is not None and nextitem.path != item.path:
         gc.collect()
         gc.freeze()

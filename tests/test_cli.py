@@ -43,6 +43,7 @@ SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
     "--set", "negate.diagnostics=false", "--set", "evaluate.precisions=[]", "--set", "negate.alpha=1.25",
+    "--set", "acquire.training.per_device_train_batch_size=4",
 )  # fmt: skip
 
 

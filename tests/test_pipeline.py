@@ -39,6 +39,7 @@ SMALL = (
     "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
     "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
     "evaluate.precisions=[]", "evaluate.samples=2", "negate.diagnostics=false", "negate.alpha=1.25",
+    "acquire.training.per_device_train_batch_size=4", "evaluate.prefill_tokens=[1, 5]",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4", "acquire.training.learning_rate=1e-2", "negate.alpha=1.0")
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -431,7 +432,8 @@ def test_the_bad_model_answers_better_and_the_unlearned_one_worse(tmp_path: Path
     By guided distortion alone: in a few steps the answers of other prompts would outweigh it.
     """
     alone = "acquire.weights={guided_distortion: 1.0, random_disassociation: 0.0, preservation_divergence: 0.0}"
-    folder = run_recipe(recipe(*LORA, alone, "keep_bad_model=true"), tmp_path / "run").folder
+    batch = "acquire.training.per_device_train_batch_size=8"
+    folder = run_recipe(recipe(*LORA, alone, batch, "keep_bad_model=true"), tmp_path / "run").folder
     run = recipe(*LORA, "evaluate.prompts=60", "evaluate.samples=0", "evaluate.prefill_tokens=[]")
     data, loaded = load_data(run.data, run.seed), load_model("embedded")
     bad, base, unlearned = (
