@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -45,14 +46,10 @@ def test_the_names_of_the_readme_are_public() -> None:
     assert names <= set(ALL)
 
 
-def own_modules() -> dict[str, ModuleType]:
-    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "sku"}
-
-
 def test_star_import_gives_functions_not_modules_of_the_same_name() -> None:
     """``sku.negate`` is a package and a function: the function must win, whatever was imported before.
 
-    The package is imported anew, beside the libraries that are there, and is put back afterwards.
+    A fork imports the package anew, beside the libraries that are there.
     """
     code = (
         "import sku.negate.run, sku.evaluate.run, sku.acquire.run\n"
@@ -61,15 +58,18 @@ def test_star_import_gives_functions_not_modules_of_the_same_name() -> None:
         "assert callable(negate) and callable(evaluate) and callable(acquire)\n"
         "assert sku.negate is negate and sku.evaluate is evaluate and sku.acquire is acquire\n"
     )
-    before = own_modules()
-    for name in before:
-        del sys.modules[name]
-    try:
-        exec(code, {})
-    finally:
-        for name in own_modules():
-            del sys.modules[name]
-        sys.modules.update(before)
+    child = os.fork()
+    if child == 0:
+        try:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "sku"]:
+                del sys.modules[name]
+            exec(code, {})
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_the_version_is_one_and_valid() -> None:
