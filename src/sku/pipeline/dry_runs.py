@@ -326,7 +326,8 @@ def dry_comparison(jobs: Sequence[Job], recipe: Recipe, out: Path, *, command: s
     if recipe.compare.search is not None:
         search_judge(recipe, data)
         points = len(recipe.compare.search.points)
-        notes.append(f"compare.search trains each of {len(trained)} rows {points} times more, to choose its settings")
+        rows = len({*trained, "sku"})  # SKU's are those of the random direction, too.
+        notes.append(f"compare.search trains each of {rows} rows {points} times more, to choose its settings")
     there = sum(record_path(out, job).is_file() for job in jobs)
     if there:
         notes.append(f"{there} records are in {out / RECORDS}: those that still fit are kept, the others made anew")
