@@ -315,11 +315,11 @@ def test_lone_surrogates_are_an_error_that_says_so(gpt_like: PreTrainedTokenizer
 @pytest.mark.parametrize("word", ["honey is sweet . ", "x", " "])
 def test_a_million_characters(gpt_like: PreTrainedTokenizerBase, word: str) -> None:
     huge = "a" + word * (1_000_000 // len(word))
-    started = time.monotonic()
+    started = time.process_time()
     example = tokenize(gpt_like, prompt=huge, answer=huge, max_length=100, max_answer_tokens=20)
     assert len(example.input_ids) == 100
     assert (example.prompt_shortened, example.answer_shortened) == (True, True)
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 60
 
 
 def test_long_texts_give_no_warning(gpt_like: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
