@@ -468,7 +468,7 @@ def test_each_set_that_has_a_weight_is_learned_from_and_named(world: OperatorCon
     assert record["last"]["refusals_nll"] < record["first"]["refusals_nll"]
     with pytest.raises(RecipeError, match=r"refusals held out examples, which are safe answers .* give --forget"):
         apply(vector, dataclasses.replace(world, refusals_held_out=()), {"learned": settings})
-    with pytest.raises(RecipeError, match=r"half of each set of data\.normal that has answers, and there are none: name them in a recipe"):
+    with pytest.raises(RecipeError, match=r"half of each set of data\.normal .* there are none: name them"):
         check_operators(
             prepare_operators([{"learned": {"weights": {"borderline": 1.0}}}]),
             world.base,
