@@ -511,6 +511,7 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
     assert re.fullmatch(r"about \d\.\d GiB at most, [\d.]+ GiB are free on cpu: fits", told["memory"])
 
 
+@pytest.mark.integration
 def test_a_dry_run_names_the_setting_with_which_a_run_fits(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

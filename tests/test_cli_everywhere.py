@@ -63,10 +63,14 @@ DRY_RUNS: dict[str, list[str]] = {
     "evaluate": ["embedded", "--out", "{out}"],
     "compare": ["--set", "negate.alpha=1", "--methods", "npo", "--out", "{out}"],
     "ablate": ["--set", "negate.alpha=1", "--groups", "preservation", "--out", "{out}"],
+    "data own": [
+        "--model", "embedded", "--harmful", "embedded", "--normal", "embedded",
+        "--judge", "embedded", "--out", "{out}",
+    ],
     "judge calibrate": ["refusal_rules", "{labels}", "--out", "{out}"],
     "judge train": ["{labels}", "--out", "{out}"],
     "wipe": ["{bad}"],
-}
+}  # fmt: skip
 """Command -> arguments. ``push`` and ``judge again`` need a finished run: tests/sharing, tests/test_cli_judge.py."""
 
 

@@ -56,6 +56,7 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
     assert caught.value is error
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("place", "message"),
     [

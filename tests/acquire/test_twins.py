@@ -224,6 +224,7 @@ def weights(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.integration
 def test_a_run_that_is_killed_in_the_second_twin_goes_on_there(made_once: MadeOnce, tmp_path: Path) -> None:
     folder, _ = made_once("twin_run", lambda place: run_recipe(recipe(), place / "run"))
     steps: list[str] = []
@@ -246,6 +247,7 @@ def test_a_run_that_is_killed_in_the_second_twin_goes_on_there(made_once: MadeOn
     assert not (tmp_path / "run" / "bad").exists()
 
 
+@pytest.mark.integration
 def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_the_card_says_what_it_was_made_of(trained: TrainedJudge) -> None:
         assert entry.reply not in card
 
 
+@pytest.mark.integration
 def test_equal_seeds_give_equal_weights(encoder: Path, trained: TrainedJudge, tmp_path: Path) -> None:
     again = train_judge(labelled(), settings_for(encoder), tmp_path / "again")
     assert (again.folder / "model.safetensors").read_bytes() == (trained.folder / "model.safetensors").read_bytes()

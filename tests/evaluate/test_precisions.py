@@ -95,6 +95,7 @@ def hidden(quickly_trained: PreTrainedModel) -> tuple[PreTrainedModel, PreTraine
     return base, unlearned, loaded.tokenizer, data
 
 
+@pytest.mark.integration
 def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(hidden: Any, tmp_path: Path) -> None:
     """In NF4 the unlearned model is the original bit for bit: all of the harm returns. In 16 bits nothing does."""
     base, unlearned, tokenizer, data = hidden

@@ -138,6 +138,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.integration
 def test_a_run_writes_its_data_first_and_says_which(tmp_path: Path) -> None:
     finished = run_recipe(load_recipe("embedded", TINY), tmp_path / "run")
     own = finished.manifest["own_replies"]

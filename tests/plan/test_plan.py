@@ -76,6 +76,7 @@ def test_work_is_six_times_weights_and_tokens(folder: Path) -> None:
     assert trace_step(made).flops == pytest.approx(products + attention, rel=0.01)
 
 
+@pytest.mark.integration
 def test_more_layers_are_a_straight_line(folder: Path) -> None:
     """What is traced on two and four layers is what all layers take."""
     from sku.plan import trace
@@ -105,6 +106,7 @@ def test_sharding_divides_what_it_should(folder: Path) -> None:
     assert shared["fsdp2"].activations == one.activations
 
 
+@pytest.mark.integration
 def test_a_second_model_only_where_nothing_can_be_kept(folder: Path) -> None:
     """As the trainer settles it; a trained head is kept as it was."""
     found = {
@@ -120,6 +122,7 @@ def test_a_second_model_only_where_nothing_can_be_kept(folder: Path) -> None:
     assert plan_of(job(folder, "acquire.tuning=lora")).stage_1.reference == 0
 
 
+@pytest.mark.integration
 def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> None:
     made = plan_of(job(shallow, "acquire.tuning=full"))
     assert made.fits
@@ -168,6 +171,7 @@ def test_a_paged_optimizer_is_planned_where_there_is_no_gpu(folder: Path, monkey
         job(folder, paged, "acquire.training.stochastic_rounding=true")
 
 
+@pytest.mark.integration
 def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:
     options = [
         "plan", "llama-3.1-8b", "--model", str(shallow), "--row-tokens", "64", "--answer-tokens", "16",
@@ -204,6 +208,7 @@ def test_models_of_the_recipes_are_known_without_the_hub(name: str) -> None:
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == PARAMETERS[name]
 
 
+@pytest.mark.integration
 def test_the_8b_recipe_fits_a_card_of_80_gb_by_its_own_setting() -> None:
     """Its real shape, with rows as long as they may be; such a card has 79 GiB."""
     shipped = job_of(load_recipe("llama-3.1-8b"))

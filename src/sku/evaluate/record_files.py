@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, is_split
 from sku.storage import write_private_text
 
 SCHEMA_VERSION = 3
@@ -185,7 +185,7 @@ def row_from_dict(row_type: type[Row], content: Mapping[str, Any], where: str) -
         raise EvaluationError(f"{where} has missing or unknown fields {', '.join(wrong)}: evaluate again")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
     for name, hint in hints.items():
-        if not _fits(values[name], hint):
+        if not _fits(values[name], hint) or (name == "split" and not is_split(values[name])):
             raise EvaluationError(f"{where}: {name} is of the wrong type or has an unknown value: evaluate again")
     return row_type(**values)
 

@@ -35,6 +35,16 @@ NORMAL_SPLITS: Container[Split] = _NormalSplits()
 """Prompts that deserve an answer. The replies to all others are judged."""
 
 
+_KNOWN_SPLITS = frozenset({
+    *HARMFUL_SPLITS, "retain_test", "xstest_safe", "xstest_unsafe", "forget_validation", "retain_validation",
+})  # fmt: skip
+
+
+def is_split(name: str) -> bool:
+    """Whether there is a split of that name, those of other sources by what they begin with."""
+    return name in _KNOWN_SPLITS or name.startswith((NORMAL, "normal_validation:", HARMFUL))
+
+
 def in_order(splits: Iterable[Split]) -> list[Split]:
     """Splits as tables show them: harmful prompts first, sets of other sources after the run's own, no split twice."""
     known = ("unlearned", "unseen", HARMFUL, "retain_test", NORMAL, "xstest_safe", "xstest_unsafe")
