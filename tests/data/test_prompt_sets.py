@@ -68,6 +68,8 @@ def test_a_table_without_answers_is_told_from_one_with_them(tmp_path: Path) -> N
     unclear = source(tmp_path, "unclear", [{"frage": "melt it", "antwort": "so"}])
     assert [lacks_answers(one) for one in (alone, pairs, named, unclear)] == [True, False, False, False]
     assert wants_own_replies(DataConfig(forget=alone, retain=pairs))
+    misnamed = source(tmp_path, "misnamed", [{"prompt": "melt it", "anwser": "so"}])
+    assert not wants_own_replies(DataConfig(forget=misnamed, retain=pairs))
     assert not wants_own_replies(DataConfig(forget=named, retain=pairs))
     with pytest.raises(RecipeError, match=r"data\.own_share"):
         wants_own_replies(DataConfig(forget=named, retain=pairs, own_share=0.5))

@@ -347,7 +347,7 @@ def broken_files(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 @settings(
-    max_examples=80, derandomize=True, deadline=None, database=None,
+    max_examples=40, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(broken=broken_files())

@@ -100,7 +100,7 @@ class DataConfig:
     """Refusals of retain prompts: what ``acquire.preservation_mode: targeted`` steers the bad model to."""
     own_replies: bool = False
     """Train on the model's own replies to the prompts of both sets, which ``sku run`` writes first. It does so too
-    where a set has prompts without answers."""
+    where a set is a list of prompts: no column beside them could hold answers."""
     own_share: float = 1.0
     """Share of own replies in the forget set; the rest are answers of the file (with ``own_replies``)."""
     own: OwnRepliesConfig = field(default_factory=OwnRepliesConfig)

@@ -25,6 +25,10 @@ PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
 PART_OF_PROMPT = ("input", "context", "history", "system")
 """Columns that may belong to the prompt: with one of them, prompt_column alone would be half of the question."""
+_BESIDE_PROMPTS = (
+    "id", "source", "category", "type", "label", "licence", "license", "split", "tags", "focus", "note",
+)  # fmt: skip
+"""Columns that nobody takes for answers."""
 SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
 UNSAFE = "unsafe answer"
 
@@ -58,6 +62,13 @@ def has_only_prompts(columns: Collection[str], source: SourceConfig) -> bool:
     prompts, answers = _named(columns)
     is_clear = source.prompt_column is not None or len(prompts) == 1 or len(columns) == 1
     return is_clear and source.answer_column is None and not answers
+
+
+def is_list_of_prompts(columns: Collection[str], source: SourceConfig) -> bool:
+    """Whether no column can be meant for answers: one with a wrong name must not start another kind of run."""
+    named = [name for name in (source.prompt_column, source.category_column) if name is not None]
+    known = Columns([*PROMPT_NAMES, *_BESIDE_PROMPTS, *named])
+    return has_only_prompts(columns, source) and all(name in known for name in columns)
 
 
 def row_parser(
@@ -114,7 +125,7 @@ def row_parser(
 def _answer(columns: Collection[str], source: SourceConfig, key: str) -> str:
     _, answers = _named(columns)
     if source.answer_column is None and len(answers) != 1:
-        hint = "" if answers else ". Where there are none, sku data own writes the model's own"
+        hint = "" if answers else ". Where there are none, data.own_replies=true has the model write its own"
         raise DataError(f"{_unclear('answer', columns, key)}{hint}")
     return source.answer_column or answers[0]
 

@@ -54,7 +54,7 @@ def wants_own_replies(config: DataConfig) -> bool:
         DataError: A table can't be read.
         RecipeError: What goes with own replies alone is set without them.
     """
-    wanted = config.own_replies or any(lacks_answers(source) for source in (config.forget, config.retain))
+    wanted = config.own_replies or any(_is_list_of_prompts(source) for source in (config.forget, config.retain))
     if not wanted and (config.borderline is not None or config.own_share < 1):
         name = "own_share" if config.borderline is None else "borderline"
         raise RecipeError(f"data.{name} goes with own replies: set data.own_replies=true, or leave it out")
@@ -67,10 +67,21 @@ def lacks_answers(source: SourceConfig) -> bool:
     Raises:
         DataError: It can't be read.
     """
+    found = _unknown_columns(source)
+    return found is not None and columns.has_only_prompts(found, source)
+
+
+def _is_list_of_prompts(source: SourceConfig) -> bool:
+    found = _unknown_columns(source)
+    return found is not None and columns.is_list_of_prompts(found, source)
+
+
+def _unknown_columns(source: SourceConfig) -> Columns | None:
+    """The columns of a table of no known format."""
     if source.path == EMBEDDED or source.format not in ("auto", columns.NAME):
-        return False
+        return None
     found = Columns(read_table(source).columns)
-    return columns.has_only_prompts(found, source) and not _recognised(found)
+    return None if _recognised(found) else found
 
 
 def load_own_prompts(
