@@ -40,9 +40,9 @@ _KNOWN_SPLITS = frozenset({
 })  # fmt: skip
 
 
-def is_split(name: str) -> bool:
+def is_split(name: object) -> bool:
     """Whether there is a split of that name, those of other sources by what they begin with."""
-    return name in _KNOWN_SPLITS or name.startswith((NORMAL, "normal_validation:", HARMFUL))
+    return name in _KNOWN_SPLITS or str(name).startswith((NORMAL, "normal_validation:", HARMFUL))
 
 
 def in_order(splits: Iterable[Split]) -> list[Split]:
