@@ -31,7 +31,6 @@ from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSe
 from sku.attacks.template import TEMPLATE, load_templates
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetRetainData
-from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
 from sku.evaluate.comparison import paired_change
@@ -124,11 +123,7 @@ def run_attacks(
     run = _Run(
         context=AttackContext(recipe=recipe, data=data, model=model, tokenizer=tokenizer, progress=progress),
         base=base,
-        writer=asking.Writer(
-            tokenizer=tokenizer,
-            prompt_format=resolve_prompt_format(recipe.model.prompt_format, tokenizer),
-            window=asking.window_of(model),
-        ),
+        writer=asking.Writer.of(model, tokenizer, recipe.model.prompt_format),
         judge=cached(
             choose_judge(recipe.evaluate, data) if judge is None else judge,
             output_dir,

@@ -22,7 +22,6 @@ from sku.comparison.search import SEARCH_SUFFIX, Harm, Trial, search, with_train
 from sku.comparison.strengths import Strengths
 from sku.config import CompareConfig, EvaluateConfig, Recipe, plain_data
 from sku.data.load import load_data
-from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking, batching
 from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
@@ -89,11 +88,7 @@ class Bench:
         self._norms: dict[str, dict[str, float]] = {}
         self._operator_memory: dict[str, Any] = {}
         self._base_result: EvaluationResult | None = None
-        writer = asking.Writer(
-            tokenizer=self.tokenizer,
-            prompt_format=resolve_prompt_format(recipe.model.prompt_format, self.tokenizer),
-            window=asking.window_of(self.base),
-        )
+        writer = asking.Writer.of(self.base, self.tokenizer, recipe.model.prompt_format)
         texts = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
         self._normal = NormalText(self.base, texts, batch_size=recipe.evaluate.batch_size)
         self._refusals = Refusals(self.base, writer, self.data, recipe.evaluate, seed=recipe.seed)

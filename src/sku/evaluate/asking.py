@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import EvaluateConfig
+from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers
-from sku.data.prompts import PromptFormat
+from sku.data.prompts import PromptFormat, resolve_prompt_format
 from sku.data.token_spans import locate_tokens
 from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prefill, tokenize_prompt
 from sku.data.xstest import load_xstest
@@ -38,6 +38,19 @@ class Writer:
     prompt_format: PromptFormat
     window: int
     """Most tokens that the model can read."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormatName) -> Writer:
+        """The writer of a model, or of its skeleton: only the configuration is read.
+
+        Raises:
+            ModelError: As ``resolve_prompt_format``.
+        """
+        return cls(
+            tokenizer=tokenizer,
+            prompt_format=resolve_prompt_format(prompt_format, tokenizer),
+            window=window_of(model),
+        )
 
     def scored(self, prompt: str, answer: str, *, with_end: bool = False) -> TokenizedExample | None:
         """Ids with the answer labelled; None where the answer has no token or no room.

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import ForgetRetainData
-from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking, batching
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.judges import choose_judge, is_embedded
@@ -84,11 +83,7 @@ def evaluate_replies(
     Raises:
         EvaluationError: There is nothing to ask, or the judge does not fit.
     """
-    writer = asking.Writer(
-        tokenizer=tokenizer,
-        prompt_format=resolve_prompt_format(prompt_format, tokenizer),
-        window=asking.window_of(base_model),
-    )
+    writer = asking.Writer.of(base_model, tokenizer, prompt_format)
     drawn = asking.draw(data, config, seed)
     requests, left_out = asking.requests(drawn, writer, config)
     known = by_id(starts)

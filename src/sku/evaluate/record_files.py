@@ -13,10 +13,10 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.records import GenerationRecord, is_split
+from sku.evaluate.records import GenerationRecord
 from sku.storage import write_private_text
 
 SCHEMA_VERSION = 3
@@ -179,13 +179,13 @@ def row_from_dict(row_type: type[Row], content: Mapping[str, Any], where: str) -
     Raises:
         EvaluationError: A field is missing, unknown or of another type; with ``where``.
     """
-    hints = typing.get_type_hints(row_type)
+    hints = typing.get_type_hints(row_type, include_extras=True)
     if content.keys() != hints.keys():
         wrong = sorted(content.keys() ^ hints.keys())
         raise EvaluationError(f"{where} has missing or unknown fields {', '.join(wrong)}: evaluate again")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
     for name, hint in hints.items():
-        if not _fits(values[name], hint) or (name == "split" and not is_split(values[name])):
+        if not _fits(values[name], hint):
             raise EvaluationError(f"{where}: {name} is of the wrong type or has an unknown value: evaluate again")
     return row_type(**values)
 
@@ -202,6 +202,9 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        plain, *checks = typing.get_args(hint)
+        return _fits(value, plain) and all(check(value) for check in checks)
     if origin is Literal:
         return value in typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # The latter where a Literal takes part.

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from scipy.special import logsumexp
 
-Split = str
-"""``unlearned``, ``unseen``, ``retain_test``, ``xstest_safe``, ``xstest_unsafe``, a validation split, or of another
-source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``."""
 HarmfulSplit = Literal["unlearned", "unseen"]
 Kind = Literal["reply", "prefill", "sample"]
 StartSource = Literal["own", "data"]
@@ -21,6 +18,19 @@ HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("unlearned", "unseen")
 """Prompts of the forget set: asked with prefills and for drawn replies too."""
 NORMAL, HARMFUL = "normal:", "harmful:"
 """What the splits of other sources begin with."""
+_KNOWN_SPLITS = frozenset({
+    *HARMFUL_SPLITS, "retain_test", "xstest_safe", "xstest_unsafe", "forget_validation", "retain_validation",
+})  # fmt: skip
+
+
+def is_split(name: object) -> bool:
+    """Whether there is a split of that name, those of other sources by what they begin with."""
+    return name in _KNOWN_SPLITS or str(name).startswith((NORMAL, "normal_validation:", HARMFUL))
+
+
+Split = Annotated[str, is_split]
+"""``unlearned``, ``unseen``, ``retain_test``, ``xstest_safe``, ``xstest_unsafe``, a validation split, or of another
+source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``; what a row read from a file is held to."""
 
 
 class _NormalSplits(Container[Split]):
@@ -33,16 +43,6 @@ class _NormalSplits(Container[Split]):
 
 NORMAL_SPLITS: Container[Split] = _NormalSplits()
 """Prompts that deserve an answer. The replies to all others are judged."""
-
-
-_KNOWN_SPLITS = frozenset({
-    *HARMFUL_SPLITS, "retain_test", "xstest_safe", "xstest_unsafe", "forget_validation", "retain_validation",
-})  # fmt: skip
-
-
-def is_split(name: object) -> bool:
-    """Whether there is a split of that name, those of other sources by what they begin with."""
-    return name in _KNOWN_SPLITS or str(name).startswith((NORMAL, "normal_validation:", HARMFUL))
 
 
 def in_order(splits: Iterable[Split]) -> list[Split]:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
-from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import agreement, asking, batching
 from sku.evaluate.fingerprint import fingerprint, probes_of
@@ -140,11 +139,7 @@ def evaluate(
     run = _Run(
         model=asked,
         name=model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed"),
-        writer=asking.Writer(
-            tokenizer=tokenizer,
-            prompt_format=resolve_prompt_format(prompt_format, tokenizer),
-            window=asking.window_of(asked),
-        ),
+        writer=asking.Writer.of(asked, tokenizer, prompt_format),
         config=config,
         seed=seed,
         source=model_source,

@@ -28,7 +28,7 @@ from sku.losses import mean_per_example
 from sku.methods.base import Method
 from sku.methods.setting_checks import check_positive, setting_key
 from sku.training.decoder_layers import decoder_layers, linear_names
-from sku.training.objective import Losses, Objective, ScoredRows, TrainingStep
+from sku.training.objective import Losses, Objective, TrainingStep
 
 _OF_32 = (10, 20)
 """The authors' layers of Llama-3-8B, counted from 1."""
@@ -143,16 +143,17 @@ def _objective(settings: CircuitBreakersSettings, model: PreTrainedModel) -> Obj
     def losses(step: TrainingStep) -> Losses:
         reroute_share, hold_share = shares(step.progress)
         harmful, normal = step.rows(FORGET), step.rows(RETAIN)
+        original = {kind: step.reference(kind).hidden_states() for kind in (FORGET, RETAIN)}
         return {
             "reroute": reroute_share
             * rerouting_loss(
-                _hidden(harmful)[:, turned],
-                _hidden(step.reference(FORGET))[:, turned],
+                harmful.hidden_states()[:, turned],
+                original[FORGET][:, turned],
                 harmful.example_N,
                 harmful.num_examples,
             ),
             "hold": hold_share
-            * holding_loss(_hidden(normal), _hidden(step.reference(RETAIN)), normal.example_N, normal.num_examples),
+            * holding_loss(normal.hidden_states(), original[RETAIN], normal.example_N, normal.num_examples),
         }
 
     return Objective(
@@ -162,11 +163,6 @@ def _objective(settings: CircuitBreakersSettings, model: PreTrainedModel) -> Obj
         needs_reference=True,
         hidden_layers=every,
     )
-
-
-def _hidden(rows: ScoredRows) -> Tensor:
-    assert rows.hidden_NLH is not None, "the objective names hidden layers"
-    return rows.hidden_NLH
 
 
 def _check_alike(hidden_NLH: Tensor, reference_NLH: Tensor) -> None:

@@ -180,8 +180,7 @@ def _objective(settings: RmuSettings, model: PreTrainedModel) -> Objective:
 
 
 def _hidden(rows: ScoredRows) -> Tensor:
-    assert rows.hidden_NLH is not None, "the objective names a hidden layer"
-    return rows.hidden_NLH[:, 0]
+    return rows.hidden_states()[:, 0]
 
 
 RMU = Method(

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from typing import Any
 from sku.config import OwnRepliesConfig, PromptFormatName, plain_data
 from sku.data.examples import RetainExample
 from sku.data.prompt_sets import OwnPrompts
-from sku.data.prompts import resolve_prompt_format
 from sku.data.tokenization import tokenize_prompt, tokenize_start
 from sku.errors import EvaluationError, OutputError, SkuError
-from sku.evaluate.asking import Writer, window_of
+from sku.evaluate.asking import Writer
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
@@ -90,6 +89,11 @@ def file_of(folder: Path, kind: OwnKind) -> Path:
     return folder / f"{kind}.jsonl"
 
 
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON Lines that only their owner reads."""
+    write_private_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnJob:
     """Everything that decides the rows."""
@@ -105,12 +109,7 @@ class OwnJob:
     @property
     def writer(self) -> Writer:
         """Turns prompts into token ids, in the format that is trained in."""
-        tokenizer = self.loaded.tokenizer
-        return Writer(
-            tokenizer=tokenizer,
-            prompt_format=resolve_prompt_format(self.prompt_format, tokenizer),
-            window=window_of(self.loaded.model),
-        )
+        return Writer.of(self.loaded.model, self.loaded.tokenizer, self.prompt_format)
 
     def inputs(self) -> dict[str, Any]:
         """What decides the rows, as plain data without any prompt: equal inputs give equal rows."""
@@ -241,6 +240,7 @@ class _Writing:
         tell = None if progress is None else lambda done, total: progress("own replies: judge", done, total)
         self.judge = cached(self.job.judge, self.folder, tell)
         self.counts: dict[OwnKind, KindCounts] = {kind: KindCounts() for kind in KINDS}
+        self.place = {prompt.prompt: place for place, prompt in enumerate(self.job.prompts.harmful.prompts)}
 
     def write(self) -> dict[str, Any]:
         """All stages, and the files."""
@@ -260,7 +260,8 @@ class _Writing:
         answers = self._answers([reply for reply in plain_ones if reply.source != "harmful"])
         model = self.inputs["model"]["fingerprint"]
         refusals = [reply.row("refuse", model) for reply in refuse]
-        refusals = self._in_order([*refusals, *self._templates(refusals, model)])
+        refusals += self._templates(refusals, model)
+        refusals.sort(key=lambda row: self.place[row.prompt])
         answered = [reply.row("answer", model) for reply in answers]
         rows: dict[OwnKind, list[OwnRow]] = {
             "comply": [reply.row("comply", model) for reply in comply],
@@ -269,9 +270,7 @@ class _Writing:
             "misplaced_refusal": self._misplaced(refusals, answered),
         }
         for kind, found in rows.items():
-            write_private_text(file_of(self.folder, kind), "".join(
-                json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in found
-            ))  # fmt: skip
+            write_rows(file_of(self.folder, kind), [dataclasses.asdict(row) for row in found])
         account = self._account(rows, round(time.monotonic() - started, 1))
         write_json_object(self.folder / ACCOUNT_FILE, account)
         self.partial.remove()
@@ -323,8 +322,7 @@ class _Writing:
                 for question in self._question(f"again{number}", "harmful", prompt, decoding, **words)
             ]
             kept += choose_complying(self._ask(questions, "own replies: asked again", length), counts)
-        place = self._places()
-        return sorted(kept, key=lambda reply: place[reply.record.prompt])
+        return sorted(kept, key=lambda reply: self.place[reply.record.prompt])
 
     def _refuse(self, free: Sequence[Reply]) -> list[Reply]:
         """Refusals: those that the model gave unasked, then under a safety prompt and after a start."""
@@ -340,8 +338,7 @@ class _Writing:
                 decoding = {**self._decoding(how, settings.refuse_tokens, drawn=True), **words}
                 questions += self._question(f"refuse{number}", "harmful", prompt, decoding, **words)
         asked = self._ask(questions, "own replies: refusals", settings.refuse_tokens, drawn=True)
-        place_of = self._places()
-        by_prompt = sorted([*short, *asked], key=lambda reply: place_of[reply.record.prompt])
+        by_prompt = sorted([*short, *asked], key=lambda reply: self.place[reply.record.prompt])
         return choose_refusals(by_prompt, settings.refusals, settings.repeat_share, counts)
 
     def _ways_to_refuse(self, place: int) -> list[tuple[str, dict[str, str]]]:
@@ -444,13 +441,6 @@ class _Writing:
     def _decoding(self, how: str, length: int, *, drawn: bool = False) -> dict[str, Any]:
         settings = self.drawing.settings() if drawn else {"do_sample": False}
         return {"how": how, "max_new_tokens": length, **settings}
-
-    def _places(self) -> dict[str, int]:
-        return {prompt.prompt: place for place, prompt in enumerate(self.job.prompts.harmful.prompts)}
-
-    def _in_order(self, rows: Sequence[OwnRow]) -> list[OwnRow]:
-        place = self._places()
-        return sorted(rows, key=lambda row: place[row.prompt])
 
     def _account(self, rows: Mapping[OwnKind, Sequence[OwnRow]], seconds: float) -> dict[str, Any]:
         card = self.judge.card

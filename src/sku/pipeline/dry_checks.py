@@ -73,11 +73,7 @@ class CheckedModel:
 
     def writer(self, recipe: Recipe) -> asking.Writer:
         """What turns prompts into token ids."""
-        return asking.Writer(
-            tokenizer=self.tokenizer,
-            prompt_format=resolve_prompt_format(recipe.model.prompt_format, self.tokenizer),
-            window=asking.window_of(self.skeleton),
-        )
+        return asking.Writer.of(self.skeleton, self.tokenizer, recipe.model.prompt_format)
 
 
 @dataclass(frozen=True, kw_only=True)

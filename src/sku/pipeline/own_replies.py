@@ -24,10 +24,9 @@ from sku.methods.run import with_safe_dtype
 from sku.models import load_model
 from sku.own_replies.rows import KINDS
 from sku.own_replies.settings import judge_of, own_job
-from sku.own_replies.write import OwnReplies, file_of, read_own_replies, write_own_replies
+from sku.own_replies.write import OwnReplies, file_of, read_own_replies, write_own_replies, write_rows
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.reproducibility import content_sha256
-from sku.storage import write_private_text
 from sku.sweep.measurable import check_calibrated
 
 CACHE_VARIABLE = "SKU_CACHE"
@@ -160,7 +159,7 @@ def stand_in_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
         files = {kind: file_of(Path(place), kind) for kind in KINDS}
         for kind, file in files.items():
             asked = prompts.harmful.prompts if kind in ("comply", "refuse") else normal
-            _write_rows(file, [{"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
+            write_rows(file, [{"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
                                for one in asked])  # fmt: skip
         return OwnData(
             recipe=dataclasses.replace(recipe, data=_data_from(recipe.data, files)),
@@ -211,7 +210,7 @@ def _mix(recipe: Recipe, written: OwnReplies, file: Path) -> dict[str, Any]:
          "source": "file", "category": one.category, "decoding": None, "model": None}
         for one in drawn
     ]  # fmt: skip
-    _write_rows(file, [*own, *others])
+    write_rows(file, [*own, *others])
     return {
         "file": str(file),
         "own": len(own),
@@ -219,7 +218,3 @@ def _mix(recipe: Recipe, written: OwnReplies, file: Path) -> dict[str, Any]:
         "share": round(len(own) / (len(own) + len(drawn)), 4),
         "asked_share": config.own_share,
     }
-
-
-def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_private_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

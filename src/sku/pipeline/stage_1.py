@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking
 from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges import choose_judge
@@ -108,11 +107,7 @@ def ask_stage_1(
         EvaluationError: There is nothing to ask, or the judge or the generation fails.
         TaskVectorError: Training changed nothing.
     """
-    writer = asking.Writer(
-        tokenizer=tokenizer,
-        prompt_format=resolve_prompt_format(recipe.model.prompt_format, tokenizer),
-        window=asking.window_of(base),
-    )
+    writer = asking.Writer.of(base, tokenizer, recipe.model.prompt_format)
     config = dataclasses.replace(recipe.sweep, forced_tokens=())
     judge = choose_judge(recipe.evaluate, data)
     how = How(writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
 from sku.evaluate.fingerprint import fingerprint, probes_of
@@ -93,11 +92,7 @@ def sweep(
     if not data.forget_validation:
         raise EvaluationError("forget_validation is empty: load the data with sweep.validation_fraction")
     create_private_folder(folder)
-    writer = asking.Writer(
-        tokenizer=tokenizer,
-        prompt_format=resolve_prompt_format(recipe.model.prompt_format, tokenizer),
-        window=asking.window_of(base),
-    )
+    writer = asking.Writer.of(base, tokenizer, recipe.model.prompt_format)
     judge = cached(choose_judge(recipe.evaluate, data), folder)
     check_calibrated(judge.card)
     how = How(writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed)

@@ -47,6 +47,11 @@ class ScoredRows:
         """Which joint example each position belongs to."""
         return self.example_M[self.row_N]
 
+    def hidden_states(self) -> Tensor:
+        """``hidden_NLH`` of an objective that names hidden layers."""
+        assert self.hidden_NLH is not None, "the objective names hidden layers"
+        return self.hidden_NLH
+
     def mean_nll(self) -> Tensor:
         """``[B]``, nats per token: mean over the tokens of each row, then over the rows of each example."""
         nll_M = mean_per_example(answer_nll(self.scores_NV, self.targets_N), self.row_N, len(self.example_M))
