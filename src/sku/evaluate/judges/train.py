@@ -77,6 +77,9 @@ class JudgeTraining:
     learning_rate: float = 5e-5
     batch_size: int = 32
     weight_decay: float = 0.01
+    bf16: bool = False
+    """Multiply in bfloat16 while training (mixed precision; the weights stay float32): several times as fast on a GPU,
+    and on a processor with bfloat16 instructions (``amx_bf16``, ``avx512_bf16``)."""
     validation_fraction: float = 0.15
     """Share of the prompts, all their replies with them, that is held out for stopping, temperature and threshold."""
     specificity: float = 0.95
@@ -348,6 +351,7 @@ def _train(
                 per_device_eval_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
                 weight_decay=settings.weight_decay,
+                bf16=settings.bf16,
                 warmup_steps=steps // 10,
                 lr_scheduler_type="linear",
                 train_sampling_strategy="group_by_length",
