@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TopPLogitsWarper
 
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.row_sampling import Drawing, RowSampler
+from sku.evaluate.row_sampling import Drawing, RowSampler, keep_top_p
 
 SHARES = [0.5, 0.3, 0.15, 0.05]
 DRAWS = 6000
@@ -45,6 +45,17 @@ def test_top_p_keeps_the_likeliest_words_that_hold_its_share(top_p: float, kept:
     assert found[kept:] == [0] * (4 - kept)
     expected = [DRAWS * share / sum(SHARES[:kept]) for share in SHARES[:kept]]
     assert kept == 1 or chisquare(found[:kept], expected).pvalue > 0.001
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("sharpness", [0.0, 0.5, 8.0], ids=["flat", "broad", "sharp"])
+def test_top_p_is_that_of_transformers_also_where_many_words_share_it(sharpness: float, top_p: float) -> None:
+    # 5,000 words: broad scores need more of them than are looked at first.
+    scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * sharpness
+    scores += torch.arange(5000) * 1e-4  # No two are equal, so that the two must agree on which are kept.
+    expected = TopPLogitsWarper(top_p)(torch.zeros(3, 1, dtype=torch.long), scores.double())
+    found = keep_top_p(scores.double(), top_p)
+    assert torch.equal(found, expected)
 
 
 def test_seeds_come_from_the_seed_and_the_request_alone() -> None:

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TemperatureLogitsWarper
+
+_FIRST_LOOK = 512
+"""Likeliest words among which the end of top-p is looked for first; sorting a whole vocabulary takes longer than a
+small model takes for the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +54,8 @@ class RowSampler(LogitsProcessor):
             device: Where the scores are.
         """
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(drawing.temperature))]
-        if drawing.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(drawing.top_p))
+        self._temperature = TemperatureLogitsWarper(float(drawing.temperature))
+        self._top_p = drawing.top_p
 
     def keep(self, rows: Sequence[int]) -> None:
         """Leaves out all rows but these places, whose generators go on where they are."""
@@ -60,9 +63,37 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Adds a row's noise to its scores ``[B, V]``, after temperature and top-p."""
-        for warper in self._warpers:
-            scores = warper(input_ids, scores)
+        scores = self._temperature(input_ids, scores)
+        if self._top_p < 1:
+            scores = keep_top_p(scores, self._top_p)
         exponential_BV = torch.empty_like(scores, dtype=torch.float32)
         for row_V, generator in zip(exponential_BV, self._generators, strict=True):
             row_V.exponential_(generator=generator)
         return scores - exponential_BV.log_()
+
+
+def keep_top_p(scores_BV: Tensor, top_p: float) -> Tensor:
+    """Leaves the likeliest words that hold a share of probability, the one that completes it included.
+
+    Args:
+        scores_BV: Logits.
+        top_p: The share, above 0 and below 1.
+
+    Returns:
+        ``[B, V]``: the same logits, minus infinity for all other words. Words as likely as the last one that is kept
+        stay too.
+
+    Source: Holtzman et al., arXiv 1904.09751, nucleus sampling.
+    """
+    logsum_B1 = scores_BV.float().logsumexp(dim=-1, keepdim=True)
+    size = scores_BV.shape[-1]
+    looked = min(_FIRST_LOOK, size)
+    while True:
+        best_Bk = scores_BV.topk(looked, dim=-1).values
+        mass_Bk = (best_Bk.float() - logsum_B1).exp().cumsum(dim=-1)
+        if looked == size or bool((mass_Bk[:, -1] >= top_p).all()):
+            break
+        looked = min(8 * looked, size)
+    # The first place where the share is reached; the last one where rounding keeps the sum below it.
+    last_B1 = (mass_Bk < top_p).sum(dim=-1, keepdim=True).clamp(max=looked - 1)
+    return scores_BV.masked_fill(scores_BV < best_Bk.gather(-1, last_B1), float("-inf"))
