@@ -90,7 +90,9 @@ def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - {*PAPER}))
 def test_all_other_recipes_retain(name: str) -> None:
-    assert load_recipe(name).acquire.preservation_mode == "retention"
+    found = load_recipe(name).acquire
+    # Beside a good twin, which always retains, the bad one may be steered to refusals; none diverges without bound.
+    assert found.preservation_mode == ("targeted" if found.twin == "good" else "retention")
 
 
 @pytest.mark.parametrize(
