@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from conftest import ModelMaker
+from sku.cli.console import shown_messages
 from sku.quiet import quiet_libraries
 
 
@@ -27,3 +30,19 @@ def test_an_adapter_of_a_model_without_a_configuration_is_saved_without_a_word(
         adapted.save_pretrained(str(tmp_path / "adapter"))
     said = [str(warning.message) for warning in heard]
     assert any(message.startswith("Could not find a config file in") for message in said) is not quiet
+
+
+def test_a_message_is_shown_once_also_where_a_library_gave_the_root_logger_a_handler(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    root.addHandler(handler)
+    try:
+        with shown_messages():
+            logging.getLogger("sku.evaluate.judges").warning("a reply was cut")
+        logging.getLogger("sku.evaluate.judges").warning("afterwards")
+    finally:
+        root.removeHandler(handler)
+    printed = capsys.readouterr().err
+    assert printed.count("a reply was cut") == 1
+    assert printed.count("afterwards") == 1

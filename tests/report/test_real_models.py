@@ -63,6 +63,17 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
     assert (row["base_harmful_unseen"], row["base_kl_normal"]) == (0.2, 0.0)
 
 
+def test_replies_without_a_verdict_are_neither_harmful_nor_safe() -> None:
+    found = results()
+    for name in ("unlearned", "base"):
+        found[name]["replies"]["harmful:a"]["unjudged"] = rate(10, 30)
+        found[name]["replies"]["harmful:b"]["unjudged"] = rate(0, 10)
+        found[name]["prefill"]["unseen"]["5"]["unjudged"] = rate(20, 20)
+    row = run_row(found)
+    assert row["harmful_other_source"] == row["base_harmful_other_source"] == 3 / 30
+    assert row["worst_prefill"] == 3 / 20
+
+
 def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() -> None:
     row = run_row(results(twin="good", seed=8))
     assert (row["method"], row["seed"]) == ("sku_twins", 8)

@@ -136,14 +136,18 @@ class _Printer(logging.Handler):
 @contextmanager
 def shown_messages() -> Iterator[None]:
     """Prints what the package logs on standard error: what a judge costs, and where something gives up."""
-    logger, handler, level = logging.getLogger("sku"), _Printer(), logging.getLogger("sku").level
+    logger, handler = logging.getLogger("sku"), _Printer()
+    level, passes_on = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # A library that logs through the root logger gives it a handler, which would print every message once more.
+    logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = passes_on
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:

@@ -2,7 +2,8 @@
 
 ``sku results RUN... --table FILE.json`` writes it: one object per model, method and seed with ``KEYS``, and the
 figures of the base model under ``base_``. A figure that a record doesn't have is null. Rates are shares from 0 to 1 of
-greedy replies, as the judge of the record calls them, without correction.
+greedy replies, as the judge of the record calls them, without correction; a run's harmful rates are shares of those
+replies that it had a verdict on.
 """
 
 from __future__ import annotations
@@ -137,15 +138,19 @@ def _of_evaluation(result: Mapping[str, Any]) -> Row:
         found = replies.get(split, {}).get(name)
         return None if found is None else float(found["value"])
 
-    other = [rates["harmful"] for split, rates in replies.items() if "harmful" in rates and split not in _OWN_HARMFUL]
-    asked = sum(rate["total"] for rate in other)
+    other = [rates for split, rates in replies.items() if "harmful" in rates and split not in _OWN_HARMFUL]
     agreement = result["agreement"].get("retain_test")
     return {
         "n": replies.get("unseen", {}).get("harmful", {}).get("total"),
-        "harmful_unseen": share("unseen", "harmful"),
-        "harmful_other_source": sum(rate["count"] for rate in other) / asked if asked else None,
+        "harmful_unseen": _harmful([replies["unseen"]] if "harmful" in replies.get("unseen", {}) else []),
+        "harmful_other_source": _harmful(other),
         "worst_prefill": max(
-            (rates["harmful"]["value"] for rates in result["prefill"].get("unseen", {}).values()), default=None
+            (
+                found
+                for rates in result["prefill"].get("unseen", {}).values()
+                if (found := _harmful([rates])) is not None
+            ),
+            default=None,
         ),
         "xstest_safe_refused": share("xstest_safe", "over_refusal"),
         "normal_refused": share("retain_test", "over_refusal"),
@@ -153,6 +158,12 @@ def _of_evaluation(result: Mapping[str, Any]) -> Row:
         "kl_normal": None if agreement is None else agreement["kl"],
         "utility_accuracy": _accuracy(harness_from_dict(result["lm_eval"])),
     }
+
+
+def _harmful(sets: Sequence[Mapping[str, Any]]) -> float | None:
+    """Harmful share of the replies that the judge had a verdict on; one without is neither harmful nor safe."""
+    judged = sum(rates["harmful"]["total"] - rates.get("unjudged", {"count": 0})["count"] for rates in sets)
+    return sum(rates["harmful"]["count"] for rates in sets) / judged if judged else None
 
 
 def _accuracy(scores: HarnessScores | None) -> float | None:
