@@ -246,10 +246,16 @@ def test_place_that_holds_no_recipe(battery: Battery, file: str, make: Callable[
 
 
 SOUND_RECIPES: dict[str, dict[str, Any]] = {
-    # With a model that can't be loaded: what is looked at too late would be told of that. What is missing of the data
-    # is told before.
+    # With a model that can't be loaded: what is looked at too late would be told of that. What is missing of the data,
+    # and a judge that nobody has made, is told before.
     name: load_recipe(
-        name, [f"model.path={UNLOADABLE}", "data.forget={path: embedded}", "data.retain={path: embedded}"]
+        name,
+        [
+            f"model.path={UNLOADABLE}",
+            "data.forget={path: embedded}",
+            "data.retain={path: embedded}",
+            "evaluate.judge=auto",
+        ],
     ).to_dict()
     for name in recipe_names()
 }
