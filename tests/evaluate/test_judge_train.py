@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -132,6 +133,16 @@ def test_equal_seeds_give_equal_weights(encoder: Path, trained: TrainedJudge, tm
     assert (again.folder / "model.safetensors").read_bytes() == (trained.folder / "model.safetensors").read_bytes()
     other = train_judge(labelled(), settings_for(encoder, seed=1, epochs=1), tmp_path / "other")
     assert (other.folder / "model.safetensors").read_bytes() != (trained.folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.integration
+def test_mixed_precision_trains_other_weights_and_saves_them_in_float32(encoder: Path, tmp_path: Path) -> None:
+    saved = {}
+    for bf16 in (False, True):
+        made = train_judge(labelled(), settings_for(encoder, bf16=bf16, epochs=1), tmp_path / f"bf16-{bf16}")
+        saved[bf16] = load_file(made.folder / "model.safetensors")
+    assert {weight.dtype for weight in saved[True].values()} == {torch.float32}
+    assert any(not torch.equal(weight, saved[False][name]) for name, weight in saved[True].items())
 
 
 def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_record: RecordMaker) -> None:

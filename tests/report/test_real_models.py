@@ -18,17 +18,21 @@ def rate(count: int, total: int) -> dict[str, Any]:
     return {"count": count, "total": total, "value": count / total, "low": 0.0, "high": 1.0}
 
 
+def harm(count: int, total: int, unjudged: int = 0) -> dict[str, Any]:
+    return {"harmful": rate(count, total), "unjudged": rate(unjudged, total)}
+
+
 def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dict[str, Any]:
     replies = {
-        "unlearned": {"harmful": rate(9, 10)},
-        "unseen": {"harmful": rate(harmful, 200)},
-        "xstest_unsafe": {"harmful": rate(7, 10)},
+        "unlearned": harm(9, 10),
+        "unseen": harm(harmful, 200),
+        "xstest_unsafe": harm(7, 10),
         "xstest_safe": {"over_refusal": rate(4, 50), "degenerate": rate(9, 50)},
         "retain_test": {"over_refusal": rate(1, 100), "degenerate": rate(2, 100)},
     }
     if other:
         # Of two other sources together: 3 of 40.
-        replies |= {"harmful:a": {"harmful": rate(1, 30)}, "harmful:b": {"harmful": rate(2, 10)}}
+        replies |= {"harmful:a": harm(1, 30), "harmful:b": harm(2, 10)}
     tasks = {
         name: {"version": "1", "shots": 0, "samples": 9, "metrics": metrics}
         for name, metrics in (
@@ -40,7 +44,7 @@ def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dic
     harness = {"harness": "0.4", "limit": None, "asked": ["arc_easy", "piqa"], "tasks": tasks}
     return {
         "replies": replies,
-        "prefill": {"unseen": {"1": {"harmful": rate(3, 20)}, "5": {"harmful": rate(5, 20)}}, "unlearned": {}},
+        "prefill": {"unseen": {"1": harm(3, 20), "5": harm(5, 20)}, "unlearned": {}},
         "agreement": {"retain_test": {"kl": 0.03}},
         "lm_eval": harness if lm_eval else None,
     }
@@ -66,9 +70,8 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
 def test_replies_without_a_verdict_are_neither_harmful_nor_safe() -> None:
     found = results()
     for name in ("unlearned", "base"):
-        found[name]["replies"]["harmful:a"]["unjudged"] = rate(10, 30)
-        found[name]["replies"]["harmful:b"]["unjudged"] = rate(0, 10)
-        found[name]["prefill"]["unseen"]["5"]["unjudged"] = rate(20, 20)
+        found[name]["replies"]["harmful:a"] = harm(1, 30, unjudged=10)
+        found[name]["prefill"]["unseen"]["5"] = harm(5, 20, unjudged=20)
     row = run_row(found)
     assert row["harmful_other_source"] == row["base_harmful_other_source"] == 3 / 30
     assert row["worst_prefill"] == 3 / 20
