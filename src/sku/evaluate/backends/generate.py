@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from sku.evaluate.backends.base import Decoding, GenerationRequest, by_room, only_these_settings
+from sku.evaluate.backends.roomy_cache import give_room
 from sku.evaluate.batching import pad
 from sku.evaluate.row_sampling import RowSampler
 from sku.models import embedding_weight, plain_model
@@ -63,7 +64,8 @@ class GenerateBackend:
         stops = set(decoding.stop_ids)
         rows, cache = list(range(len(requests))), None
         while rows:
-            steps = min(CHUNK, *(rooms[row] - len(replies[row]) for row in rows))
+            # The first token shows which cache the model takes.
+            steps = 1 if cache is None else min(CHUNK, *(rooms[row] - len(replies[row]) for row in rows))
             before = ids.shape[1]
             output = self._generate(ids, mask, decoding, steps, sampler, cache)
             cache, ids = output.past_key_values, output.sequences
@@ -78,6 +80,7 @@ class GenerateBackend:
                 break
             if not isinstance(cache, Cache):
                 return None
+            give_room(cache)
             mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - before)], dim=1)
             if len(stay) < len(rows):
                 kept: Any = torch.tensor(stay, device=ids.device)
