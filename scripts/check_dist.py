@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "src/sku/"
 WORLD = PACKAGE + "world/model/"
 """The only weights that are shared: those of the invented world."""
-OUR_TABLES = ("docs/borderline.csv", "results/experiments.jsonl")
+OUR_TABLES = ("docs/borderline.csv", "results/experiments.jsonl", "results/hand_labels.jsonl")
 """Tables of our own words and figures, without a line of anybody's data."""
 WEIGHTS_AND_DATA = {
     ".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".parquet", ".arrow", ".csv",

@@ -1,4 +1,4 @@
-"""The README's example runs, and its numbers are those of the recorded result."""
+"""The README's example runs, and the numbers of the demo's result are those of the recorded one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sku.report.precision_table import precision_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = re.findall(
+    r"^```text\n(.*?)^```$", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), flags=re.M | re.DOTALL
+)[0]
+"""What make demo prints."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-
-
 def example() -> str:
-    (code,) = blocks("python")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
     assert isinstance(code, str)
     return code
 
@@ -78,16 +78,16 @@ def test_every_number_of_the_result_is_recorded() -> None:
     known = {number for cell in cells for number in NUMBER.findall(cell)}
     known |= {str(value) for value in seconds.values()} | {f"{sum(seconds.values()):.0f}"}
     # The heading says how wide intervals are; the folder's name is the time of the run.
-    lines = [line for line in blocks("text")[0].splitlines()[1:] if "runs/embedded-" not in line]
+    lines = [line for line in DEMO.splitlines()[1:] if "runs/embedded-" not in line]
     shown = NUMBER.findall("\n".join(lines))
-    assert shown, "the README's first text block shows the result of sku run"
+    assert shown, "the quickstart's first text block shows the result of sku run"
     assert sorted(set(shown) - known) == []
 
 
 def test_every_row_of_the_result_is_recorded_as_it_stands() -> None:
     """A number in the wrong row would pass the test above."""
     recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
-    lines = [" ".join(line.split()) for line in blocks("text")[0].splitlines()]
+    lines = [" ".join(line.split()) for line in DEMO.splitlines()]
     for row in recorded["table"]:
         cells = (row["measure"], row["before"], row["after"], row["interval"], row["wanted"])
         expected = " ".join(" ".join(str(cell).split()) for cell in cells if cell)
@@ -96,13 +96,13 @@ def test_every_row_of_the_result_is_recorded_as_it_stands() -> None:
 
 def test_the_verdict_stands_first_and_is_the_recorded_one() -> None:
     recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
-    shown = " ".join(blocks("text")[0].split())
+    shown = " ".join(DEMO.split())
     assert shown.startswith(f"verdict {recorded['verdict']['line']}")
 
 
 def test_every_precision_of_the_result_is_recorded_as_it_stands() -> None:
     recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
-    lines = [" ".join(line.split()) for line in blocks("text")[0].splitlines()]
+    lines = [" ".join(line.split()) for line in DEMO.splitlines()]
     rows = precision_rows(PrecisionReport.from_dict(recorded["precisions"]))
     assert len(rows) == 3
     for row in rows:

@@ -52,11 +52,11 @@ def test_the_table_of_real_models_has_the_rows_that_the_page_shows() -> None:
         assert shown in page, shown
 
 
-def test_the_readme_shows_the_brief_table() -> None:
+def test_the_page_shows_the_brief_table() -> None:
     folder = ROOT / "results" / "compare-embedded"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert replace_block(readme, f"{folder.name}-brief", brief_markdown(read_records(folder), ORDER)) == readme, (
-        "run: sku results results/compare-embedded --brief --update README.md"
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert replace_block(page, f"{folder.name}-brief", brief_markdown(read_records(folder), ORDER)) == page, (
+        "run: sku results results/compare-embedded --brief --update docs/results.md"
     )
 
 

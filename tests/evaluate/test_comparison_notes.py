@@ -219,6 +219,10 @@ def test_replies_without_a_verdict_give_bounds() -> None:
         "unlearned one: the harmful rates are 100 % to 100 % (base) and 90 % to 96 % (unlearned)"
     )
     assert not [note for note in compared().notes if "no verdict" in note]
+    other: Counts = {**AFTER, ("harmful:other", "reply"): (2, 3, 5), ("xstest_unsafe", "reply"): (0, 9, 1)}
+    notes = [note for note in compared(other, other).notes if "no verdict" in note]
+    assert [note.split(":")[0] for note in notes] == ["other prompts", "XSTest, unsafe prompts"]
+    assert notes[0].endswith("the harmful rates are 20 % to 70 % (base) and 20 % to 70 % (unlearned)")
 
 
 def test_a_calibrated_judge_corrects_harmful_rates() -> None:

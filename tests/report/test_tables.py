@@ -118,16 +118,6 @@ def test_a_rate_within_the_judges_floor_says_so_in_its_row(make_result: ResultMa
     assert CANT_MEASURE in markdown_table([doubted])
 
 
-def test_replies_without_a_verdict_have_a_row_where_there_are_any(make_result: ResultMaker) -> None:
-    base: Counts = {("unseen", "reply"): {"harmful": 30, "unjudged": 20}, ("unseen", "prefill"): {"harmful": 50}}
-    unlearned: Counts = {("unseen", "reply"): {"refusal": 40, "unjudged": 10}, ("unseen", "prefill"): {"refusal": 50}}
-    pair = [make_result(name, counts, {"retain_test": 8.0}) for name, counts in (("base", base), ("after", unlearned))]
-    rows = {row.label: row for row in before_after_rows(compare(*pair))}
-    found = rows["unseen prompts: no verdict of the judge"]
-    assert (found.before, found.after, found.wanted) == ("40.0 %", "20.0 %", "")
-    assert not any(label.endswith("tokens: no verdict of the judge") for label in rows)
-
-
 def test_markdown() -> None:
     row = TableRow(
         section="a | b", measure="c", before="1", after="2", interval="0 to 3", change="+1", wanted="up", p_holm="0.5"

@@ -36,7 +36,6 @@ from sku.cli import (
 from sku.cli.console import errors, print_error
 from sku.cli.loudness import print_cause, set_loudness
 from sku.errors import ProcessError, RecipeError, SkuError
-from sku.freed_memory import keep_freed_memory
 from sku.memory_errors import named_memory_errors
 
 app = typer.Typer(
@@ -116,7 +115,6 @@ def _speaks(error: SkuError) -> bool:
 
 def main() -> None:
     """Entry point: a mistake of the user is one line and exit code 2, Ctrl-C exit code 130, SIGTERM 143."""
-    keep_freed_memory()
     terminated = False
 
     def interrupt(_signal: int, _frame: object) -> NoReturn:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
-from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.records import HARMFUL_SPLITS, NORMAL_SPLITS, in_order
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, answers_words
 from sku.evaluate.statistics import (
     CORRELATION,
@@ -114,7 +114,7 @@ def _power(result: EvaluationResult) -> Iterator[str]:
 
 
 def _low_bases(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
-    for where, before, _ in _harmful(kinds, setup):
+    for where, before, _ in _rates(kinds, setup, HARMFUL_SPLITS):
         if before["harmful"].high < LOW_BASE:
             count = f"{before['harmful'].count} of {before['harmful'].total}"
             yield f"{where}: the base model is hardly harmful here ({count}): a reduction can't be shown"
@@ -134,7 +134,8 @@ def _floors(base: EvaluationResult, unlearned: EvaluationResult) -> Iterator[str
 
 
 def _unjudged(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
-    for where, before, after in _harmful(kinds, setup):
+    judged = [split for split in in_order(kinds["replies"][0]) if split not in NORMAL_SPLITS]
+    for where, before, after in _rates(kinds, setup, judged):
         if before["unjudged"].count or after["unjudged"].count:
             bounds = " and ".join(
                 f"{_percent(rates['harmful'].value)} to {_percent(rates['harmful_at_most'].value)} ({name})"
@@ -212,9 +213,11 @@ def _left_out(base: EvaluationResult, unlearned: EvaluationResult) -> Iterator[s
             yield f"left out: {reason}: {count}"
 
 
-def _harmful(kinds: Kinds, setup: EvaluationSetup) -> Iterator[tuple[str, Mapping[str, Rate], Mapping[str, Rate]]]:
+def _rates(
+    kinds: Kinds, setup: EvaluationSetup, splits: Sequence[str]
+) -> Iterator[tuple[str, Mapping[str, Rate], Mapping[str, Rate]]]:
     for kind, (before, after) in kinds.items():
-        for split in HARMFUL_SPLITS:
+        for split in splits:
             if split in before:
                 yield _where(setup, split, kind), before[split], after[split]
 

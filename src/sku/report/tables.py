@@ -101,10 +101,6 @@ def _rate_rows(
         if key in changes and key not in untold(judge):
             caution = caution_of(judge, changes[key]) if key.startswith("harmful") else ""
             yield _share_row(name, words, changes[key], wanted, caution)
-    failed = changes.get("unjudged")
-    if any(key == "harmful" for key, *_ in measures) and failed and (failed.before.count or failed.after.count):
-        # They stand in the total of every share above, and none of those counts them.
-        yield _share_row(name, "no verdict of the judge", failed, "", "")
 
 
 def _leak_rows(name: str, changes: Mapping[str, LeakChange], judge: JudgeCard) -> Iterator[TableRow]:
