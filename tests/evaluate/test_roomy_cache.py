@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_tokens_are_appended_bit_for_bit_also_beyond_the_room(tokens: Iterator[T
 def test_tokens_follow_the_rows_that_stay(tokens: Iterator[Tensor]) -> None:
     first = torch.randn(ROWS, HEADS, 5, SIZE)
     plain, roomy = begun(first), RoomyLayer(begun(first))
-    kept = torch.tensor([2, 0])
+    kept: Any = torch.tensor([2, 0])
     for layer in (plain, roomy):
         again = torch.Generator().manual_seed(1)
         new = torch.randn(ROWS, HEADS, 1, SIZE, generator=again)

@@ -24,7 +24,7 @@ class RoomyLayer(DynamicLayer):
         Args:
             layer: Of one model layer, with at least one token.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype, self.device = layer.dtype, layer.device
         self.keys, self.values = layer.keys, layer.values
         self.is_initialized = True
