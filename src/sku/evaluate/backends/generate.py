@@ -64,8 +64,7 @@ class GenerateBackend:
         stops = set(decoding.stop_ids)
         rows, cache = list(range(len(requests))), None
         while rows:
-            # The first token shows which cache the model takes.
-            steps = 1 if cache is None else min(CHUNK, *(rooms[row] - len(replies[row]) for row in rows))
+            steps = min(CHUNK, *(rooms[row] - len(replies[row]) for row in rows))
             before = ids.shape[1]
             output = self._generate(ids, mask, decoding, steps, sampler, cache)
             cache, ids = output.past_key_values, output.sequences

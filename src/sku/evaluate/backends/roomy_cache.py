@@ -54,7 +54,7 @@ def give_room(cache: Cache) -> None:
     """Puts a ``RoomyLayer`` in the place of each plain layer; layers of another kind (sliding windows, states) stay.
 
     Args:
-        cache: After the first token, when its layers are what the model needs.
+        cache: With a token or more, so that its layers are what the model needs.
     """
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
