@@ -3,8 +3,8 @@
     python scripts/real_model_prompts.py ../shared/data docs/borderline.csv prompts
 
 Written are ``harmful.jsonl``, ``normal.jsonl`` and ``borderline.jsonl``, of which ``sku data own`` makes the training
-rows, and what no model is trained on: ``unseen.jsonl``, 300 harmful prompts of the same sources, ``other.jsonl``, all
-of HarmBench, and ``normal_unseen.jsonl``. XSTest's prompts are neither.
+rows, and what no model is trained on: ``unseen.jsonl``, 300 harmful prompts of the same sources, ``other.jsonl``,
+those of HarmBench that no other source holds, and ``normal_unseen.jsonl``. XSTest's prompts are neither.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ def real_model_prompts(data: Path, borderline: Path) -> dict[str, pd.DataFrame]:
         borderline: Table with a column ``prompt``.
 
     Returns:
-        Name of the file -> its rows, each prompt in one file only.
+        Name of the file -> its rows, each harmful prompt in one file only.
     """
     harmful = pd.read_json(data / "prompts" / "harmful.jsonl", lines=True)
     trained_on = harmful[harmful["source"] != OTHER_SOURCE].drop_duplicates("prompt")
     unseen = trained_on.sample(UNSEEN, random_state=7)
+    other = harmful[harmful["source"] == OTHER_SOURCE].drop_duplicates("prompt").sample(frac=1, random_state=2)
+    other = other[~other["prompt"].isin(trained_on["prompt"])]
     normal = pd.read_json(data / "normal" / "instructions.jsonl", lines=True).drop_duplicates("prompt")
     normal = normal[normal["prompt"].str.len() < LONGEST].sample(NORMAL + NORMAL_UNSEEN, random_state=5)
     alike = pd.read_json(data / "prompts" / "benign_lookalikes.jsonl", lines=True)
@@ -40,9 +42,7 @@ def real_model_prompts(data: Path, borderline: Path) -> dict[str, pd.DataFrame]:
     return {
         "harmful": trained_on.drop(unseen.index)[["prompt", "source", "category"]],
         "unseen": unseen[["prompt", "source", "category"]],
-        "other": harmful[harmful["source"] == OTHER_SOURCE]
-        .drop_duplicates("prompt")
-        .sample(frac=1, random_state=2)[["prompt", "source", "category"]],
+        "other": other[["prompt", "source", "category"]],
         "normal": normal[:NORMAL][["prompt", "source"]],
         "normal_unseen": normal[NORMAL:][["prompt", "source"]],
         "borderline": pd.DataFrame({"prompt": near, "source": "borderline"}),

@@ -11,29 +11,30 @@ kept; each mixture is one line of shares, rates and KL, printed and added to the
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
+import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-import torch
 from transformers import PreTrainedModel
 
 from sku.config import load_recipe
-from sku.data.tokenization import tokenize_prompt, tokenize_start
-from sku.evaluate.asking import Writer
+from sku.data.examples import RetainExample
+from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
+from sku.evaluate.asking import Writer, free_request, prefills
+from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.degeneracy import surface_faults
-from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
+from sku.evaluate.generation import generate_replies, stop_token_ids
 from sku.evaluate.judges import build_judge
 from sku.evaluate.records import GenerationRecord, Split
 from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
-from sku.negate.adapters import AdapterVector, load_adapter
+from sku.negate.adapters import AdapterVector, combined, load_adapter
+from sku.negate.run import subtract_into
 
 SPLITS: dict[str, Split] = {
     "unseen": "unseen",
@@ -43,92 +44,70 @@ SPLITS: dict[str, Split] = {
     "normal": "retain_test",
 }
 KL_ROWS = 40
+BATCH = 64
 
 
 class Screen:
-    """The prompts, and what is asked of a model."""
+    """What a mixture is asked and compared on, made from what the original model says."""
 
-    def __init__(self, model: PreTrainedModel, writer: Writer, prompts: dict[str, list[str]], tokens: int) -> None:
-        """Takes the original model, whose replies are what prefills and KL begin from."""
-        self.model, self.writer, self.prompts, self.tokens = model, writer, prompts, tokens
-        self.stops = stop_token_ids(model, writer.tokenizer, writer.end_of_turn())
-        base = {name: self.ask(name) for name in ("unseen", "normal")}
-        self.begun = [self._ids(record.reply) for record in base["unseen"]]
-        self.rows = [
-            (tokenize_prompt(record.prompt, writer.tokenizer, writer.prompt_format), self._ids(record.reply))
-            for record in base["normal"][:KL_ROWS]
-            if record.reply
-        ]
-        self.reference = [self._log_probabilities(prompt, reply) for prompt, reply in self.rows]
-
-    def ask(self, name: str, prefill: int = 0) -> list[GenerationRecord]:
-        """Greedy replies to one set, after ``prefill`` tokens of the base model's own; each with its start."""
-        tokenizer, form = self.writer.tokenizer, self.writer.prompt_format
-        requests = []
-        for number, prompt in enumerate(self.prompts[name]):
-            start = tokenizer.decode(self.begun[number][:prefill]) if prefill else ""
-            ids = tokenize_start(prompt, start, tokenizer, form) if start else tokenize_prompt(prompt, tokenizer, form)
-            requests.append(
-                GenerationRequest(
-                    id=f"{name}-{number}", split=SPLITS[name], kind="prefill" if start else "reply", category="",
-                    prompt=prompt, reference="", forced_start=start, input_ids=tuple(ids),
-                )
-            )  # fmt: skip
-        found = generate_replies(
-            self.model, tokenizer, requests, stop_ids=self.stops, max_new_tokens=self.tokens, batch_size=64,
-            window=self.writer.window,
-        )  # fmt: skip
-        return [
-            dataclasses.replace(record, reply=record.forced_start + record.reply, forced_start="", kind="reply")
-            for record in found
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        writer: Writer,
+        prompts: Mapping[str, Sequence[str]],
+        *,
+        tokens: int,
+        lengths: Sequence[int],
+    ) -> None:
+        """Asks the original model, whose replies are what prefills begin with and KL is measured on."""
+        self.base, self.writer, self.tokens = base, writer, tokens
+        self.requests = {
+            name: [free_request(SPLITS[name], RetainExample(prompt=prompt, answer=""), writer) for prompt in found]
+            for name, found in prompts.items()
+        }
+        said = {
+            name: [
+                RetainExample(prompt=one.prompt, answer=one.reply) for one in self._answer(base, self.requests[name])
+            ]
+            for name in ("unseen", "normal")
+        }
+        for length in lengths:
+            begun = ((SPLITS["unseen"], example) for example in said["unseen"])
+            self.requests[f"prefill {length}"], _ = prefills(begun, [length], {}, writer, tokens)
+        scored = (writer.scored(example.prompt, example.answer) for example in said["normal"][:KL_ROWS])
+        self.texts = [
+            ScoredText(id=str(number), split=SPLITS["normal"], tokens=found)
+            for number, found in enumerate(scored)
+            if found is not None
         ]
 
-    def kl(self) -> float:
+    def replies(self, model: PreTrainedModel) -> dict[str, list[GenerationRecord]]:
+        """Greedy replies to every set."""
+        return {name: self._answer(model, requests) for name, requests in self.requests.items()}
+
+    def kl(self, model: PreTrainedModel) -> float:
         """KL(base || model) on the base model's replies to normal prompts, nats a token."""
-        sums, tokens = 0.0, 0
-        for (prompt, reply), reference in zip(self.rows, self.reference, strict=True):
-            now = self._log_probabilities(prompt, reply)
-            sums += float((reference.exp() * (reference - now)).sum())
-            tokens += len(reply)
-        return sums / tokens
+        rows = compare_distributions(self.base, model, self.texts, batch_size=BATCH)
+        return agreement_of(rows, seed=0)[SPLITS["normal"]].kl
 
-    def _ids(self, reply: str) -> list[int]:
-        return list(self.writer.tokenizer(reply, add_special_tokens=False).input_ids)
+    def _answer(self, model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> list[GenerationRecord]:
+        return generate_replies(
+            model,
+            self.writer.tokenizer,
+            requests,
+            stop_ids=stop_token_ids(model, self.writer.tokenizer, self.writer.end_of_turn()),
+            max_new_tokens=self.tokens,
+            batch_size=BATCH,
+            window=self.writer.window,
+        )
 
-    def _log_probabilities(self, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            logits = self.model(input_ids=torch.tensor([[*prompt, *reply]], device=self.model.device)).logits
-        return logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
 
-
-def factors(model: PreTrainedModel, folder: Path | None) -> dict[str, torch.Tensor]:
-    """What an adapter adds to each weight; nothing for no adapter."""
-    if folder is None:
-        return {}
+def adapter(model: PreTrainedModel, folder: Path) -> AdapterVector:
+    """What an adapter adds to the model, which stays as it is."""
     adapted = load_adapter(model, folder)
     vector = AdapterVector.of(adapted)
     adapted.unload()
-    return {name: part.upper_Or @ part.lower_rI for name, part in vector.factors.items()}
-
-
-@contextlib.contextmanager
-def mixed(
-    model: PreTrainedModel, parts: Sequence[tuple[float, dict[str, torch.Tensor]]]
-) -> Iterator[None]:  # fmt: skip
-    """The model with ``sum share x change`` added to its weights, and afterwards without."""
-    weights = dict(model.named_parameters())
-    names = {name for _, part in parts for name in part}
-    before = {name: weights[name].detach().clone() for name in names}
-    with torch.no_grad():
-        for name in names:
-            changes = [share * part[name] for share, part in parts if name in part]
-            weights[name].copy_(before[name].float() + torch.stack(changes).sum(0))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in before.items():
-                weights[name].copy_(weight)
+    return vector
 
 
 def main() -> None:
@@ -136,7 +115,9 @@ def main() -> None:
     options = _options()
     recipe = load_recipe(str(options.recipe))
     loaded = load_model(recipe.model)
-    writer = Writer.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format)
+    base = loaded.model
+    twins = {name: adapter(base, folder) for name in ("good", "bad") if (folder := getattr(options, name)) is not None}
+    mixture = copy.deepcopy(base)
     xstest = pd.read_csv(options.xstest).sample(frac=1, random_state=1)
     prompts = {
         "unseen": _prompts(options.prompts / "unseen.jsonl"),
@@ -146,24 +127,32 @@ def main() -> None:
         "normal": _prompts(options.prompts / "normal_unseen.jsonl"),
     }
     judge = build_judge(recipe.evaluate.judge, {**recipe.evaluate.judge_settings, "calibration": None})
-    with evaluation_mode(loaded.model):
-        few = {name: found[: options.count] for name, found in prompts.items()}
-        screen = Screen(loaded.model, writer, few, options.tokens)
-        good, bad = (factors(loaded.model, folder) for folder in (options.good, options.bad))
-        for good_share, bad_share in options.shares:
+    with evaluation_mode(base), evaluation_mode(mixture):
+        screen = Screen(
+            base,
+            Writer.of(base, loaded.tokenizer, recipe.model.prompt_format),
+            {name: found[: options.count] for name, found in prompts.items()},
+            tokens=options.tokens,
+            lengths=options.prefill,
+        )
+        for good, bad in options.shares:
             started = time.monotonic()
-            with mixed(loaded.model, [(good_share, good), (-bad_share, bad)]):
-                replies = {name: screen.ask(name) for name in few}
-                replies |= {f"prefill {length}": screen.ask("unseen", length) for length in options.prefill}
-                divergence = screen.kl()
+            shares = {"good": good, "bad": bad}
+            # Stage 2 subtracts: the good twin is added.
+            subtracted = combined([(bad if name == "bad" else -good, vector) for name, vector in twins.items()])
+            subtract_into(mixture, base, subtracted.dense(), 1.0)
+            replies = screen.replies(mixture)
             line = {
                 "date": datetime.now(UTC).date().isoformat(),
                 "what": "screen: base + good x good twin - bad x bad twin",
                 "note": options.note,
-                "shares": {"good": good_share, "bad": bad_share},
+                "shares": shares,
                 "settings": {"prompts": options.count, "tokens": options.tokens, "judge": judge.card.name},
                 "seed": recipe.seed,
-                "refused": {name: _share(is_refusal(one.reply) for one in found) for name, found in replies.items()},
+                "refused": {
+                    name: _share(is_refusal(one.forced_start + one.reply) for one in found)
+                    for name, found in replies.items()
+                },
                 "harmful": {
                     name: _share(verdict.label == "harmful" for verdict in judge.judge(found))
                     for name, found in replies.items()
@@ -173,7 +162,7 @@ def main() -> None:
                     name: _share(bool(surface_faults(one.reply, prompt=one.prompt)) for one in replies[name])
                     for name in ("unseen", "normal")
                 },
-                "kl_normal": round(divergence, 4),
+                "kl_normal": round(screen.kl(mixture), 4),
                 "seconds": round(time.monotonic() - started),
             }
             print(json.dumps(line), flush=True)
@@ -206,7 +195,7 @@ def _prompts(file: Path) -> list[str]:
     return [str(prompt) for prompt in pd.read_json(file, lines=True)["prompt"]]
 
 
-def _share(found: Iterator[bool]) -> float:
+def _share(found: Iterable[bool]) -> float:
     flags = list(found)
     return round(sum(flags) / len(flags), 3)
 

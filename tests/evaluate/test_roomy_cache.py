@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -16,16 +14,8 @@ from sku.evaluate.backends.roomy_cache import ROOM, RoomyLayer, give_room
 ROWS, HEADS, SIZE = 4, 2, 3
 
 
-@pytest.fixture
-def tokens() -> Iterator[Tensor]:
-    """Keys of new tokens, different ones each time."""
-    draw = torch.Generator().manual_seed(0)
-
-    def drawn() -> Iterator[Tensor]:
-        while True:
-            yield torch.randn(ROWS, HEADS, 1, SIZE, generator=draw)
-
-    return drawn()
+def drawn(tokens: int, seed: int = 0) -> Tensor:
+    return torch.randn(ROWS, HEADS, tokens, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def begun(first: Tensor) -> DynamicLayer:
@@ -34,24 +24,23 @@ def begun(first: Tensor) -> DynamicLayer:
     return layer
 
 
-def test_tokens_are_appended_bit_for_bit_also_beyond_the_room(tokens: Iterator[Tensor]) -> None:
-    first = torch.randn(ROWS, HEADS, 5, SIZE)
+def test_tokens_are_appended_bit_for_bit_also_beyond_the_room() -> None:
+    first = drawn(5)
     plain, roomy = begun(first), RoomyLayer(begun(first))
-    for _ in range(2 * ROOM + 3):
-        new = next(tokens)
+    for number in range(2 * ROOM + 3):
+        new = drawn(1, number)
         for mine, theirs in zip(roomy.update(new, -new), plain.update(new, -new), strict=True):
             assert torch.equal(mine, theirs)
     assert roomy.get_seq_length() == plain.get_seq_length() == 5 + 2 * ROOM + 3
     assert roomy.get_mask_sizes(1) == plain.get_mask_sizes(1)
 
 
-def test_tokens_follow_the_rows_that_stay(tokens: Iterator[Tensor]) -> None:
-    first = torch.randn(ROWS, HEADS, 5, SIZE)
+def test_tokens_follow_the_rows_that_stay() -> None:
+    first = drawn(5)
     plain, roomy = begun(first), RoomyLayer(begun(first))
     kept: Any = torch.tensor([2, 0])
+    new = drawn(1, 1)
     for layer in (plain, roomy):
-        again = torch.Generator().manual_seed(1)
-        new = torch.randn(ROWS, HEADS, 1, SIZE, generator=again)
         layer.update(new, -new)
         layer.reorder_cache(kept)
         layer.update(new[kept], -new[kept])
@@ -63,19 +52,20 @@ def test_tokens_follow_the_rows_that_stay(tokens: Iterator[Tensor]) -> None:
     assert torch.equal(roomy.values, plain.values)  # type: ignore[arg-type]
 
 
-def test_what_was_shown_is_not_written_over(tokens: Iterator[Tensor]) -> None:
-    roomy = RoomyLayer(begun(torch.randn(ROWS, HEADS, 5, SIZE)))
-    shown, _ = roomy.update(new := next(tokens), -new)
+def test_what_was_shown_is_not_written_over() -> None:
+    roomy = RoomyLayer(begun(drawn(5)))
+    new = drawn(1, 1)
+    shown, _ = roomy.update(new, -new)
     copy = shown.clone()
     for _ in range(3):
-        roomy.update(new := next(tokens), -new)
+        roomy.update(2 * new, -new)
     assert torch.equal(shown, copy)
 
 
 def test_layers_of_another_kind_stay() -> None:
     cache = DynamicCache()
     cache.layers = [
-        begun(torch.randn(ROWS, HEADS, 2, SIZE)),
+        begun(drawn(2)),
         DynamicSlidingWindowLayer(sliding_window=4),
         DynamicLayer(),
     ]

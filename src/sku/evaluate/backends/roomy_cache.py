@@ -63,6 +63,6 @@ def give_room(cache: Cache) -> None:
 
 def _with_room(part_BHTD: Tensor, tokens: int) -> Tensor:
     *rows, begun, size = part_BHTD.shape
-    room = part_BHTD.new_zeros(*rows, tokens, size)
+    room = part_BHTD.new_empty(*rows, tokens, size)
     room[..., :begun, :] = part_BHTD
     return room
