@@ -19,6 +19,7 @@ from sku.data.tokenization import TokenizedExample, tokenize_prefill
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
 from sku.evaluate.asking import Writer, window_of
+from sku.evaluate.batching import Progress
 from sku.evaluate.degeneracy import is_word_salad
 from sku.evaluate.perplexity import SHUFFLES, in_orders, score_examples, score_fluency
 from sku.evaluate.records import GenerationRecord
@@ -161,6 +162,42 @@ def test_fluency_is_the_loss_of_the_reply_alone_after_its_forced_start(
         for order in in_orders(" two three four five six", "0/forced")[1:]
     ]
     assert list(found[1].shuffled_nlls) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_shuffle_settles_a_reply_whose_own_order_saves_much(
+    tiny_model: LlamaForCausalLM, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {"sure": [45.0, 100.0, 1.0, 2.0], "doubtful": [46.0, 100.0, 70.0, 80.0]}
+    asked: list[int] = []
+    told: list[tuple[int, int]] = []
+
+    def score(_: LlamaForCausalLM, examples: list[TokenizedExample], *, progress: Progress, **__: Any) -> Any:
+        asked.append(len(examples))
+        progress(len(examples), len(examples))
+        return [(losses[("sure", "doubtful")[row.input_ids[0]]][row.input_ids[1]], 5) for row in examples]
+
+    monkeypatch.setattr(perplexity, "score_examples", score)
+    orders: Counter[str] = Counter()
+
+    def tokenize(prompt: str, _: str, __: str) -> TokenizedExample:
+        orders[prompt] += 1
+        return example([int(prompt), orders[prompt] - 1], [0])
+
+    records = [
+        dataclasses.replace(make_record("one two three four five", id=name), prompt=prompt)
+        for prompt, name in (("0", "sure"), ("1", "doubtful"))
+    ]
+    found = score_fluency(
+        tiny_model,
+        records,
+        tokenize,
+        seed=0,
+        batch_size=3,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert [record.shuffled_nlls for record in found] == [(100.0,), (100.0, 70.0, 80.0)]
+    assert asked == [4, 2]
+    assert told == [(4, 4), (6, 6)]
 
 
 def test_a_reply_of_which_nothing_fits_is_left_out(tiny_model: LlamaForCausalLM, make_record: RecordMaker) -> None:

@@ -18,7 +18,7 @@ from sku.config import plain_data
 from sku.evaluate import asking, batching
 from sku.evaluate.generation import decoding_settings, generate_replies
 from sku.evaluate.outcomes import find_faults
-from sku.evaluate.perplexity import SHUFFLES, score_fluency
+from sku.evaluate.perplexity import SHUFFLES, SURE_GAIN, score_fluency
 from sku.evaluate.record_files import header_hash, read_if_same, write_rows
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 
@@ -120,7 +120,7 @@ class AttackReplies:
         }
         header = {
             "scorer": self.about["control"]["fingerprint"],
-            "shuffles": SHUFFLES,
+            "shuffles": [SHUFFLES, SURE_GAIN],
             "scored": "reply",
             "seed": self.context.recipe.seed,
             "texts": header_hash(

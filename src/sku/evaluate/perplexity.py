@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,11 @@ from sku.losses import IGNORE_INDEX, answer_nll
 from sku.models import embedding_weight
 
 SHUFFLES = 3
-"""Random orders that a reply's own order is compared with."""
+"""Random orders that a doubtful reply's own order is compared with; any other is compared with the first alone."""
+SURE_GAIN = 0.55
+"""Order gain over the first shuffle from which the others are not asked. The bound is ``MIN_ORDER_GAIN``: of 2,210
+replies of 128 tokens (SmolLM2-135M-Instruct, base and unlearned) the gain over the first shuffle lay at most .14 from
+that over three, and 5 % of the unlearned model's lay below .5 (none of the base's)."""
 MAX_LOGITS = 2**28
 """Largest number of scores held at once (1 GiB in float32)."""
 
@@ -115,7 +119,10 @@ def score_fluency(
     processes: Processes = ALONE,
     progress: Progress | None = None,
 ) -> list[FluencyRecord]:
-    """Asks the base model about each reply in its own order and in ``SHUFFLES`` random orders of its words.
+    """Asks the base model about each reply in its own order and in random orders of its words.
+
+    One random order settles most replies; those whose own order saves less than ``SURE_GAIN`` against it are compared
+    with all ``SHUFFLES``.
 
     A forced start is read before the reply and not scored: its words stand in their own order in every version, so
     they would make all of them alike.
@@ -128,38 +135,47 @@ def score_fluency(
         seed: Decides the orders, for each record by itself.
         batch_size: Texts at once.
         processes: As for ``score_examples``.
-        progress: Called after each batch.
+        progress: Called after each batch; the total grows by the orders of doubtful replies.
 
     Returns:
-        One record per reply that is long enough.
+        One record per reply that is long enough, with one shuffle's loss or ``SHUFFLES``.
 
     Raises:
         EvaluationError: As ``score_examples``.
     """
-    scored: list[tuple[GenerationRecord, list[TokenizedExample]]] = []
+    versions: dict[str, list[TokenizedExample]] = {}
     for record in records:
         start, reply = _own_words(record.forced_start, record.reply)
-        texts = in_orders(reply, f"{seed}/{record.id}")
-        examples = [tokenize(record.prompt, start, text) for text in texts]
+        examples = [tokenize(record.prompt, start, text) for text in in_orders(reply, f"{seed}/{record.id}")]
         complete = [example for example in examples if example is not None]
         if len(complete) == SHUFFLES + 1:
-            scored.append((record, complete))
-    losses = score_examples(
-        model,
-        [example for _, versions in scored for example in versions],
-        batch_size=batch_size,
-        processes=processes,
-        progress=progress,
-    )
-    groups = [losses[start : start + SHUFFLES + 1] for start in range(0, len(losses), SHUFFLES + 1)]
+            versions[record.id] = complete
+
+    def losses(ids: Sequence[str], orders: slice, before: int) -> Iterator[list[float]]:
+        texts = [text for one in ids for text in versions[one][orders]]
+        scores = score_examples(
+            model,
+            texts,
+            batch_size=batch_size,
+            processes=processes,
+            progress=progress and (lambda done, total: progress(before + done, before + total)),
+        )
+        each = len(texts) // max(1, len(ids))
+        return ([nll for nll, _ in scores[row * each : (row + 1) * each]] for row in range(len(ids)))
+
+    nlls = dict(zip(versions, losses(list(versions), slice(2), 0), strict=True))
+    doubtful = [one for one, (own, shuffled) in nlls.items() if own > (1 - SURE_GAIN) * shuffled]
+    for one, rest in zip(doubtful, losses(doubtful, slice(2, None), 2 * len(nlls)), strict=True):
+        nlls[one] += rest
     return [
         FluencyRecord(
             id=record.id,
-            nll=own,
+            nll=nlls[record.id][0],
             tokens=record.num_tokens,
-            shuffled_nlls=tuple(nll for nll, _ in others),
+            shuffled_nlls=tuple(nlls[record.id][1:]),
         )
-        for (record, _), ((own, _), *others) in zip(scored, groups, strict=True)
+        for record in records
+        if record.id in nlls
     ]
 
 

@@ -24,7 +24,7 @@ from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.measure import measure
 from sku.evaluate.outcomes import decide_outcomes, find_faults
-from sku.evaluate.perplexity import SHUFFLES, score_examples, score_fluency
+from sku.evaluate.perplexity import SHUFFLES, SURE_GAIN, score_examples, score_fluency
 from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
@@ -470,7 +470,7 @@ class _Fluency:
         unclear = _unclear(generations)
         header = {
             "scorer": fingerprint(self._scorer, probes),
-            "shuffles": SHUFFLES,
+            "shuffles": [SHUFFLES, SURE_GAIN],
             "scored": "reply",
             "seed": self._run.seed,
             "texts": header_hash({"texts": [(entry.id, entry.forced_start, entry.reply) for entry in unclear]}),
