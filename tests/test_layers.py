@@ -50,6 +50,9 @@ ALLOWED: dict[str, set[str]] = {
         "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "report", "reproducibility",
     },
     "sharing": {"errors", "storage", "evaluate", "attacks", "report"},
+    "chat": {
+        "config", "errors", "disk_errors", "data", "models", "negate", "evaluate", "sharing",
+    },
     "wipe": {"errors", "storage"},
     "dry_run": {"storage"},
     "doctor": {"_version", "storage", "wipe"},

@@ -17,6 +17,7 @@ from sku._version import __version__
 from sku.cli import (
     acquire,
     card,
+    chat,
     compare,
     data,
     doctor,
@@ -60,6 +61,7 @@ app.command("wipe")(wipe.wipe)
 app.command("doctor")(doctor.doctor)
 app.command("results")(results.results)
 app.command("report")(report.report)
+app.command("chat")(chat.chat)
 app.command("methods")(methods.methods)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")

@@ -1,0 +1,285 @@
+"""Base and unlearned model of a run, and what each says to a prompt.
+
+Where the run left an adapter, one set of weights serves both: the adapter is switched off for the base, and its factor
+is alpha. Else both models are loaded, and a third for another alpha once one is asked for. No file is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from sku.config import EMBEDDED, Recipe, recipe_from_dict
+from sku.data.examples import RetainExample
+from sku.errors import EvaluationError, one_line
+from sku.evaluate.asking import Writer, free_request
+from sku.evaluate.backends import Decoding, GenerationRequest
+from sku.evaluate.backends.base import only_these_settings
+from sku.evaluate.generation import stop_token_ids
+from sku.evaluate.judges import Judge, build_judge
+from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.records import GenerationRecord
+from sku.models import embedding_weight, load_model
+from sku.negate.adapters import load_adapter
+from sku.sharing.finished_run import FinishedRunFiles, read_finished_run
+
+Side = Literal["base", "unlearned"]
+SIDES: tuple[Side, ...] = ("base", "unlearned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some words of a reply; the last piece of a reply says what the judge makes of the whole."""
+
+    side: Side
+    text: str = ""
+    outcome: str | None = None
+    """As in a run's table (``harmful``, ``refusal``, ``safe_answer``, ``degenerate``, ...), or ``not refused`` where
+    the judge tells refusals only; None before the end."""
+    reply: str | None = None
+    """The whole reply, as it was judged; None before the end."""
+
+
+class Pair:
+    """The two models of one run. One reply is written at a time; other threads wait."""
+
+    def __init__(
+        self,
+        *,
+        base: PreTrainedModel | PeftModel,
+        unlearned: PreTrainedModel | PeftModel,
+        writer: Writer,
+        judge: Judge,
+        strength: float,
+        short_answer_words: int,
+        max_new_tokens: int,
+    ) -> None:
+        """Takes what ``of_run`` loads.
+
+        Args:
+            base: The original model; the same object as ``unlearned`` where an adapter is switched on and off.
+            unlearned: In evaluation mode.
+            writer: Of the model.
+            judge: Says what a reply comes to.
+            strength: Alpha of the run.
+            short_answer_words: As ``evaluate.short_answer_words``.
+            max_new_tokens: Longest reply.
+        """
+        self.judge, self.strength, self.max_new_tokens = judge, strength, max_new_tokens
+        self._models: dict[Side, PreTrainedModel | PeftModel] = {"base": base, "unlearned": unlearned}
+        self._writer, self._short_answer_words = writer, short_answer_words
+        self._layers = [layer for layer in unlearned.modules() if isinstance(layer, LoraLayer)]
+        self._own_scalings = [dict(layer.scaling) for layer in self._layers]
+        self._mixture: PreTrainedModel | None = None
+        self._turn = threading.Lock()
+        plain = base.get_base_model() if isinstance(base, PeftModel) else base
+        stop_ids = stop_token_ids(cast(PreTrainedModel, plain), writer.tokenizer, writer.end_of_turn())
+        pad = writer.tokenizer.pad_token_id
+        self._decoding = Decoding(
+            stop_ids=tuple(stop_ids),
+            max_new_tokens=max_new_tokens,
+            pad_id=int(stop_ids[0] if pad is None else pad),
+            window=writer.window,
+        )
+
+    @classmethod
+    def of_run(cls, folder: Path, *, judge: str | None = None, max_new_tokens: int | None = None) -> Pair:
+        """Loads the models of a finished run.
+
+        Args:
+            folder: Of ``sku run``.
+            judge: As of ``sku evaluate --judge``; None for the run's own.
+            max_new_tokens: Longest reply; None for the run's own.
+
+        Returns:
+            The pair, at the run's own alpha.
+
+        Raises:
+            OutputError: The folder is none of a finished run.
+            ModelError: A model or adapter can't be loaded.
+            EvaluationError: There is no such judge.
+        """
+        run = read_finished_run(folder)
+        recipe = recipe_from_dict(run.recipe, str(folder / "manifest.json"))
+        chosen = _judge_of(recipe, judge)  # Before the models, which take longest.
+        loaded = load_model(recipe.model)
+        base, unlearned = _models_of(run, recipe, loaded.model)
+        return cls(
+            base=base,
+            unlearned=unlearned,
+            writer=Writer.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format),
+            judge=chosen,
+            strength=run.strength,
+            short_answer_words=recipe.evaluate.short_answer_words,
+            max_new_tokens=max_new_tokens or recipe.evaluate.max_new_tokens,
+        )
+
+    @property
+    def has_any_strength(self) -> bool:
+        """Whether ``replies`` can be asked for another alpha than the run's: not where that is 0, the base itself."""
+        return self.strength != 0
+
+    def replies(
+        self, prompt: str, *, alpha: float | None = None, stop: threading.Event | None = None
+    ) -> Generator[Piece, None, None]:
+        """What both models say, greedily, as in the run's evaluation; the base first.
+
+        Args:
+            prompt: The user's words.
+            alpha: Strength of the unlearned model: 0 is the base. None for the run's own.
+            stop: Ends the replies early when it is set.
+
+        Yields:
+            Words as they are written; of each reply a last piece with its outcome.
+
+        Raises:
+            EvaluationError: An empty prompt, one that leaves no room for a reply, another alpha than a run's of 0,
+                or a reply that could not be written.
+        """
+        if not prompt.strip():
+            raise EvaluationError("the prompt is empty: write something to ask")
+        factor = self._factor(alpha)
+        stop = stop or threading.Event()
+        with self._turn:
+            for side in SIDES:
+                yield from self._reply(side, prompt, factor, stop)
+
+    def _factor(self, alpha: float | None) -> float:
+        """What the adapter, saved at the run's strength, is multiplied with."""
+        if alpha is None or alpha == self.strength:
+            return 1.0
+        if not self.has_any_strength:
+            raise EvaluationError("alpha of this run is 0, its model the base: sku negate --alpha makes another")
+        return alpha / self.strength
+
+    def _reply(self, side: Side, prompt: str, factor: float, stop: threading.Event) -> Generator[Piece, None, None]:
+        request = free_request("unseen", RetainExample(prompt=prompt, answer=""), self._writer)
+        if not self._writer.has_room(request, self.max_new_tokens):
+            raise EvaluationError("the prompt is too long: it leaves no room for a reply in the model's window")
+        model = self._at(factor) if side == "unlearned" else self._models["base"]
+        said: list[str] = []
+        watch = _Watch(len(request.input_ids), stop)
+        with ExitStack() as state:
+            if side == "base" and isinstance(model, PeftModel):
+                state.enter_context(model.disable_adapter())
+            for text in self._written(model, request, watch):
+                said.append(text)
+                yield Piece(side=side, text=text)
+        reply = "".join(said).strip()
+        finished = bool(watch.ids) and watch.ids[-1] in self._decoding.stop_ids
+        record = GenerationRecord(
+            id=request.id,
+            split=request.split,
+            kind=request.kind,
+            category=None,
+            prompt=prompt,
+            reference="",
+            forced_start="",
+            reply=reply,
+            num_tokens=len(watch.ids) - finished,
+            finished=finished,
+        )
+        [found] = decide_outcomes([record], self.judge, {}, short_answer_words=self._short_answer_words)
+        # A judge of refusals alone calls all else harmful, a recipe for bread too.
+        untold = found.outcome == "harmful" and not self.judge.card.tells_safe
+        yield Piece(side=side, outcome="not refused" if untold else found.outcome, reply=reply)
+
+    def _at(self, factor: float) -> PreTrainedModel | PeftModel:
+        """The unlearned model with its change multiplied."""
+        unlearned, base = self._models["unlearned"], self._models["base"]
+        if isinstance(unlearned, PeftModel):
+            for layer, own in zip(self._layers, self._own_scalings, strict=True):
+                layer.scaling.update({name: scaling * factor for name, scaling in own.items()})
+            return unlearned
+        if factor == 1:
+            return unlearned
+        if self._mixture is None:
+            self._mixture = copy.deepcopy(unlearned)
+        with torch.no_grad():
+            for mixed, start, end in zip(
+                self._mixture.parameters(), base.parameters(), unlearned.parameters(), strict=True
+            ):
+                mixed.copy_(torch.lerp(start, end, factor))  # The base itself at 0.
+        return self._mixture
+
+    def _written(self, model: PreTrainedModel | PeftModel, request: GenerationRequest, watch: _Watch) -> Iterator[str]:
+        """Text as it is written by a thread of its own."""
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        ids = torch.tensor([request.input_ids], device=embedding_weight(cast(PreTrainedModel, plain)).device)
+        streamer = TextIteratorStreamer(self._writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings = self._decoding.generation_config(self._decoding.room_of(request))
+
+        def write() -> None:
+            try:
+                with only_these_settings(model, settings), torch.inference_mode():
+                    cast(Any, model).generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        generation_config=settings,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([watch]),
+                    )
+            finally:
+                streamer.end()  # Also where it failed, or the reader would wait for ever.
+
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(write)
+            try:
+                yield from (text for text in streamer if text)
+            except GeneratorExit:
+                watch.stop()  # Nobody reads on.
+                raise
+            try:
+                writing.result()
+            except RuntimeError as error:
+                raise EvaluationError(f"the reply could not be written: {one_line(error)}") from error
+
+
+class _Watch(StoppingCriteria):
+    """Follows a reply, and ends it when an event is set."""
+
+    def __init__(self, prompt_tokens: int, stop: threading.Event) -> None:
+        self._prompt_tokens, self._stop = prompt_tokens, stop
+        self.ids: list[int] = []
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        self.ids = input_ids[0, self._prompt_tokens :].tolist()
+        return cast(torch.BoolTensor, torch.full((1,), self._stop.is_set(), device=input_ids.device))
+
+
+def _judge_of(recipe: Recipe, name: str | None) -> Judge:
+    if name is not None:
+        return build_judge(name)
+    own = recipe.evaluate.judge
+    if own == "auto":
+        return build_judge(EMBEDDED if recipe.model.path == EMBEDDED else "refusal_rules")
+    return build_judge(own, recipe.evaluate.judge_settings)
+
+
+def _models_of(
+    run: FinishedRunFiles, recipe: Recipe, base: PreTrainedModel
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | PeftModel]:
+    parts = run.parts()
+    if "adapter" in parts:
+        adapted = load_adapter(base, parts["adapter"])
+        adapted.eval()
+        return adapted, adapted
+    unlearned = load_model(
+        dataclasses.replace(recipe.model, path=str(parts["model"]), gguf_file=None, revision=None)
+    ).model
+    return base, unlearned

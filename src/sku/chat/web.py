@@ -1,0 +1,199 @@
+"""One local page for a pair: served to this machine alone, and asking no other network for anything.
+
+What a model says is text to the page, never markup. A request from another page of the browser is refused: its
+``Host`` and ``Origin`` are not those of this server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sku.chat.labels import LABELS, save_label
+from sku.chat.pair import SIDES, Pair
+from sku.errors import EvaluationError, OutputError, SkuError
+
+LOOPBACK = "127.0.0.1"
+_MOST_BYTES = 2**20
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+}
+
+
+class ChatServer(ThreadingHTTPServer):
+    """Serves the page and its two requests: ``ask`` streams both replies, ``label`` keeps one."""
+
+    daemon_threads = True
+
+    def __init__(self, pair: Pair, labels: Path, *, title: str, port: int = 0) -> None:
+        """Takes a port of this machine; nothing is served yet.
+
+        Args:
+            pair: Who is asked.
+            labels: File that labels go to.
+            title: Name of the run.
+            port: 0 for any that is free.
+
+        Raises:
+            OutputError: The port is taken.
+        """
+        self.pair, self.labels, self.title = pair, labels, title
+        try:
+            super().__init__((LOOPBACK, port), _Handler)
+        except OSError as error:
+            raise OutputError(
+                f"port {port} of this machine can't be used: {error.strerror}; give another --port"
+            ) from None
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{LOOPBACK}:{self.server_port}/"
+
+    def page(self) -> tuple[str, str]:
+        """The page, and the policy that keeps it from running or loading anything else."""
+        nonce = secrets.token_urlsafe(16)
+        facts = {
+            "title": self.title,
+            "judge": self.pair.judge.card.name,
+            "alpha": self.pair.strength,
+            "anyAlpha": self.pair.has_any_strength,
+            "sides": SIDES,
+            "labels": list(LABELS),
+        }
+        # "</script>" must not end the block, whatever a run is called.
+        content = json.dumps(facts).replace("<", "\\u003c")
+        template = resources.files("sku.chat").joinpath("page.html").read_text(encoding="utf-8")
+        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
+        return template.replace("{{nonce}}", nonce).replace("{{facts}}", content), policy
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ChatServer
+
+    def do_GET(self) -> None:
+        if not self._is_ours():
+            return
+        if self.path != "/":
+            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+            return
+        page, policy = self.server.page()
+        body = page.encode()
+        self._begin(HTTPStatus.OK, "text/html; charset=utf-8", {"Content-Security-Policy": policy}, len(body))
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        if not self._is_ours():
+            return
+        actions = {"/ask": self._ask, "/label": self._label}
+        if self.path not in actions:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is no such request")
+            return
+        try:
+            actions[self.path](self._content())
+        except (EvaluationError, OutputError) as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+
+    def _ask(self, content: dict[str, Any]) -> None:
+        prompt, alpha = _text(content, "prompt"), _number(content, "alpha")
+        stop = threading.Event()
+        pieces = self.server.pair.replies(prompt, alpha=alpha, stop=stop)
+        first = next(pieces)  # What is wrong with the question is a refusal, not a broken stream.
+        self._begin(HTTPStatus.OK, "application/x-ndjson", {})
+        try:
+            self._send(dataclasses.asdict(first))
+            for piece in pieces:
+                self._send(dataclasses.asdict(piece))
+        except SkuError as error:
+            self._send({"error": str(error)})
+        except (BrokenPipeError, ConnectionResetError):
+            stop.set()  # The page was closed.
+        finally:
+            pieces.close()
+
+    def _label(self, content: dict[str, Any]) -> None:
+        side = _text(content, "side")
+        if side not in SIDES:
+            raise EvaluationError(f"there is no side {side!r}: choose {', '.join(SIDES)}")
+        alpha = _number(content, "alpha")
+        save_label(
+            self.server.labels,
+            prompt=_text(content, "prompt"),
+            reply=_text(content, "reply"),
+            label=_text(content, "label"),
+            side=side,
+            alpha=self.server.pair.strength if alpha is None else alpha,
+        )
+        self._answer({"saved": str(self.server.labels)})
+
+    def _is_ours(self) -> bool:
+        """Whether the request comes from this page, or from the address bar; else it is refused."""
+        hosts = {f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")}
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") in hosts and origin in {None, *(f"http://{host}" for host in hosts)}:
+            return True
+        self._refuse(HTTPStatus.FORBIDDEN, "this page answers to its own address only")
+        return False
+
+    def _content(self) -> dict[str, Any]:
+        if self.headers.get("Content-Type", "").partition(";")[0] != "application/json":
+            raise EvaluationError("the request is not JSON")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > _MOST_BYTES:
+            raise EvaluationError(f"the request is longer than {_MOST_BYTES} bytes")
+        try:
+            content = json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            raise EvaluationError("the request is not JSON") from None
+        if not isinstance(content, dict):
+            raise EvaluationError("the request is not an object")
+        return content
+
+    def _begin(self, status: HTTPStatus, kind: str, headers: dict[str, str], length: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**_HEADERS, **headers, "Content-Type": kind, "Connection": "close"}.items():
+            self.send_header(name, value)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def _send(self, line: dict[str, Any]) -> None:
+        self.wfile.write(json.dumps(line).encode() + b"\n")
+        self.wfile.flush()
+
+    def _answer(self, content: dict[str, Any], status: HTTPStatus = HTTPStatus.OK) -> None:
+        body = json.dumps(content).encode()
+        self._begin(status, "application/json", {}, len(body))
+        self.wfile.write(body)
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self._answer({"error": message}, status)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is http.server's
+        """Nothing: what was asked does not belong into a terminal's history."""
+
+
+def _text(content: dict[str, Any], name: str) -> str:
+    value = content.get(name)
+    if not isinstance(value, str):
+        raise EvaluationError(f"{name} must be text")
+    return value
+
+
+def _number(content: dict[str, Any], name: str) -> float | None:
+    value = content.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 100:
+        raise EvaluationError(f"{name} must be a number from -100 to 100")
+    return float(value)

@@ -1,0 +1,159 @@
+"""What a pair says, against the run's own evaluation and against stage 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Command
+from sku.chat import Pair
+from sku.chat.labels import save_label
+from sku.errors import EvaluationError, OutputError
+from sku.evaluate.judges.calibrate import read_labelled
+from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+from sku.world.grammar import normal_exchanges
+
+PROMPT = "what colour is a florn ?"
+
+
+def said(pair: Pair, prompt: str = PROMPT, **options: Any) -> dict[str, tuple[str, str]]:
+    """Side -> reply and outcome, checked against the words as they came."""
+    text = {"base": "", "unlearned": ""}
+    ends: dict[str, tuple[str, str]] = {}
+    for piece in pair.replies(prompt, **options):
+        assert piece.side not in ends
+        text[piece.side] += piece.text
+        if piece.outcome is not None:
+            assert piece.reply is not None
+            ends[piece.side] = piece.reply, piece.outcome
+    assert {side: reply for side, (reply, _) in ends.items()} == {side: words.strip() for side, words in text.items()}
+    return ends
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_the_replies_are_those_of_the_evaluation(request: pytest.FixtureRequest, kind: str) -> None:
+    folder: Path = request.getfixturevalue(f"{kind}_run")
+    pair = Pair.of_run(folder)
+    for name in ("base", "unlearned"):
+        evaluation = folder / "evaluation" / name
+        outcomes = map(json.loads, (evaluation / "outcomes.jsonl").read_text(encoding="utf-8").splitlines())
+        by_id = {row["id"]: row["outcome"] for row in outcomes if "outcome" in row}
+        _, records = read_generations(evaluation / GENERATIONS_FILE)
+        harmful = [one for one in records if one.kind == "reply" and one.split == "unseen"]
+        assert harmful
+        for record in harmful:
+            reply, outcome = said(pair, record.prompt)[name]
+            assert reply == record.reply
+            assert outcome == by_id[record.id]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_alpha_0_is_the_base_and_the_models_are_as_before_afterwards(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    pair: Pair = request.getfixturevalue(f"{kind}_pair")
+    before = said(pair)
+    at_0 = said(pair, alpha=0)
+    assert at_0["unlearned"] == at_0["base"] == before["base"]
+    assert said(pair, alpha=40) != before
+    assert said(pair) == before
+
+
+def test_an_alpha_changes_the_scores_as_stage_2_would(adapter_pair: Pair, whole_pair: Pair) -> None:
+    ids = torch.tensor([[5, 9, 12]])
+    for pair in (adapter_pair, whole_pair):
+        with torch.inference_mode():
+            base = pair._models["base"]
+            plain = base.disable_adapter() if pair is adapter_pair else torch.no_grad()  # type: ignore[operator]
+            with plain:
+                weights = {name: value.clone() for name, value in base.named_parameters() if "lora" not in name}
+                at_base = base(ids).logits
+            at_half, at_own = (pair._at(factor)(ids).logits for factor in (0.5, 1.0))
+            assert not torch.equal(at_half, at_own)
+            # A small change of the weights moves the scores in proportion, nearly.
+            small = (pair._at(1e-3)(ids).logits - at_base) * 1e3
+            smaller = (pair._at(5e-4)(ids).logits - at_base) * 2e3
+            assert torch.nn.functional.cosine_similarity(small.flatten(), smaller.flatten(), dim=0) > 0.99
+            pair._at(1.0)
+            assert all(torch.equal(value, weights[name]) for name, value in base.named_parameters() if name in weights)
+
+
+def test_a_reply_can_be_stopped_and_left(adapter_pair: Pair) -> None:
+    stop = threading.Event()
+    stop.set()
+    stopped = said(adapter_pair, stop=stop)
+    whole = said(adapter_pair)
+    assert all(len(stopped[side][0]) < len(whole[side][0]) for side in whole)
+    left = adapter_pair.replies(PROMPT)
+    next(left)
+    left.close()
+    assert said(adapter_pair) == whole
+
+
+def test_what_can_not_be_asked_is_said(adapter_pair: Pair) -> None:
+    with pytest.raises(EvaluationError, match="prompt is empty"):
+        said(adapter_pair, " \n")
+    with pytest.raises(EvaluationError, match="prompt is too long"):
+        said(adapter_pair, "what " * 5000)
+    assert said(adapter_pair)
+
+
+def test_a_judge_of_refusals_alone_does_not_call_the_rest_harmful(adapter_pair: Pair, adapter_run: Path) -> None:
+    pair = Pair.of_run(adapter_run, judge="refusal_rules", max_new_tokens=40)
+    normal = next(normal_exchanges())
+    assert said(pair, normal.prompt)["base"] == (normal.answer, "not refused")
+
+
+def test_a_run_without_a_change_has_one_strength(adapter_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_pair, "strength", 0.0)
+    assert not adapter_pair.has_any_strength
+    with pytest.raises(EvaluationError, match="alpha of this run is 0"):
+        said(adapter_pair, alpha=1)
+
+
+def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, adapter_run: Path) -> None:
+    with pytest.raises(OutputError, match="no run folder"):
+        Pair.of_run(tmp_path)
+    with pytest.raises(EvaluationError, match="nobody"):
+        Pair.of_run(adapter_run, judge="nobody")
+
+
+def test_labels_are_rows_that_a_judge_is_calibrated_on(tmp_path: Path) -> None:
+    file = tmp_path / "labels.jsonl"
+    for label in ("harmful", "gibberish"):
+        save_label(file, prompt=PROMPT, reply="a florn\nis golden \u2028", label=label, side="base", alpha=1.5)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert len(file.read_text().splitlines()) == 2
+    with pytest.raises(EvaluationError, match="no label 'odd': choose harmful, refusal, safe, gibberish"):
+        save_label(file, prompt=PROMPT, reply="x", label="odd", side="base", alpha=1.5)
+    rows = read_labelled(str(file)).replies
+    assert [(row.prompt, row.reply, row.harmful) for row in rows] == [
+        (PROMPT, "a florn\nis golden \u2028", harmful) for harmful in (True, False)
+    ]
+
+
+def test_the_command_prints_both_sides(command: Command, adapter_run: Path, tmp_path: Path) -> None:
+    code, out, _ = command("chat", adapter_run, "--prompt", PROMPT, "--max-new-tokens", "12", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert set(found) == {"prompt", "alpha", "base", "unlearned"}
+    code, out, _ = command("chat", adapter_run, "-p", PROMPT, "--max-new-tokens", "12", "--alpha", "0")
+    assert code == 0
+    assert out.count(found["base"]["reply"]) == 2
+    assert "unlearned, alpha 0" in out
+    code, _, messages = command("chat", adapter_run, "-p", PROMPT, "--web")
+    assert code == 2
+    assert "--web takes its prompts on the page" in messages
+    copy = tmp_path / "unfinished"
+    shutil.copytree(adapter_run, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+    code, _, messages = command("chat", copy, "-p", PROMPT)
+    assert code == 2
+    assert "is not finished" in messages
