@@ -45,14 +45,12 @@ ALLOWED: dict[str, set[str]] = {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
     },
     "plan": {"config", "errors", "losses", "model_files", "models", "training", "acquire", "methods"},
-    "report": {"_version", "errors", "storage", "evaluate", "attacks"},
+    "report": {"_version", "errors", "storage", "evaluate", "attacks", "sweep"},
     "sweep": {
-        "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "report", "reproducibility",
+        "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "reproducibility",
     },
-    "sharing": {"errors", "storage", "evaluate", "attacks", "report"},
-    "chat": {
-        "config", "errors", "disk_errors", "data", "models", "negate", "evaluate", "sharing",
-    },
+    "chat": {"config", "errors", "disk_errors", "data", "models", "negate", "evaluate", "report"},
+    "push": {"errors", "storage", "report"},
     "wipe": {"errors", "storage"},
     "dry_run": {"storage"},
     "doctor": {"_version", "storage", "wipe"},
@@ -105,7 +103,7 @@ def test_nothing_but_the_command_line_imports_it_and_only_it_imports_the_pipelin
             assert parts_imported(path).isdisjoint({"cli", "pipeline"}), path
 
 
-@pytest.mark.parametrize("part", ["report", "sharing", "config", "errors", "storage"])
+@pytest.mark.parametrize("part", ["report", "push", "config", "errors", "storage"])
 def test_these_parts_do_not_import_torch_or_transformers(part: str) -> None:
     for path in FILES:
         if part_of(path) == part:

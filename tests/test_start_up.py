@@ -105,9 +105,9 @@ def test_lists_and_mistakes_are_answered_without_torch(files: dict[str, str]) ->
 LIGHT = {
     # What is run -> what must not be imported by then, besides torch, transformers, peft and datasets.
     "import sku, sku.config, sku.errors; sku.config.load_recipe()": ["statsmodels", "pandas"],
-    "import sku.sharing.push": ["statsmodels", "pandas"],
+    "import sku.push": ["statsmodels", "pandas"],
     "from sku.cli.judge import list_judges; list_judges()": [],
-    "import sku.report.figures, sku.report.tables": [],
+    "import sku.report.before_after, sku.report.tables": [],
     "import sku.report.trade_off, sku.report.method_tables, sku.report.method_overview": [],
 }
 

@@ -14,7 +14,7 @@ import torch
 from conftest import Command
 from sku.chat import Pair
 from sku.chat.labels import save_label
-from sku.errors import EvaluationError, OutputError
+from sku.errors import EvaluationError
 from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
 from sku.world.grammar import normal_exchanges
@@ -118,7 +118,7 @@ def test_a_run_without_a_change_has_one_strength(adapter_pair: Pair, monkeypatch
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, adapter_run: Path) -> None:
-    with pytest.raises(OutputError, match="no run folder"):
+    with pytest.raises(EvaluationError, match="no run folder"):
         Pair.of_run(tmp_path)
     with pytest.raises(EvaluationError, match="nobody"):
         Pair.of_run(adapter_run, judge="nobody")

@@ -23,7 +23,6 @@ from sku.evaluate.judges import (
     RefusalRulesJudge,
     Verdict,
     build_judge,
-    card_from_dict,
     choose_judge,
 )
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
@@ -32,7 +31,7 @@ from sku.evaluate.judges.choose import build_from
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.label_files import export_labels
 from sku.evaluate.metrics import rate
-from sku.evaluate.record_files import GENERATIONS_FILE, write_rows
+from sku.evaluate.record_files import GENERATIONS_FILE, from_plain, write_rows
 from sku.evaluate.records import GenerationRecord
 from sku.world.grammar import hazards, normal_exchanges
 
@@ -303,7 +302,7 @@ def test_a_judge_of_rules_takes_a_calibration_and_nothing_else(tmp_path: Path, n
     judge = build_judge(name, {"calibration": str(path)})
     assert judge.card == dataclasses.replace(card, calibration=CALIBRATION)
     assert judge.card.key == card.key
-    assert card_from_dict(json.loads(json.dumps(dataclasses.asdict(judge.card)))) == judge.card
+    assert from_plain(JudgeCard, json.loads(json.dumps(dataclasses.asdict(judge.card))), "a card") == judge.card
     assert build_judge(name).card.calibration != CALIBRATION  # The next one is not calibrated by it.
     with pytest.raises(EvaluationError, match="no setting but calibration; leave out threshold"):
         build_judge(name, {"calibration": str(path), "threshold": 0.5})
@@ -332,7 +331,7 @@ def test_a_calibration_knows_its_sources_and_one_can_be_named(tmp_path: Path) ->
     write_calibration(path, RefusalRulesJudge.card, found.calibration, found.by_group)
     whole = build_judge("refusal_rules", {"calibration": str(path)}).card
     assert (whole.calibration, whole.calibrations) == (found.calibration, found.by_group)
-    assert card_from_dict(json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
+    assert from_plain(JudgeCard, json.loads(json.dumps(dataclasses.asdict(whole))), "a card") == whole
     named = build_judge("refusal_rules", {"calibration": str(path), "calibration_group": "short"}).card
     assert (named.calibration, named.calibrations) == (found.by_group[1], ())
     with pytest.raises(EvaluationError, match="no source shrt. Did you mean short. It has long, short"):

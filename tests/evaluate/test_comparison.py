@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.comparison import compare, paired_change
+from sku.evaluate.changes import paired_change
+from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import perplexity_of, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
@@ -26,7 +27,7 @@ from sku.evaluate.results import (
     read_result,
     write_result,
 )
-from sku.report.utility_tables import utility_rows
+from sku.report.tables import utility_rows
 
 SETUP = EvaluationSetup(
     model={"name": "m"}, prompt_format="paper", decoding={"do_sample": False}, config={"utility_margin": 1.05}, seed=0,

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.comparison import TESTED, Changes, Comparison, compare
+from sku.evaluate.changes import Changes
+from sku.evaluate.comparison import TESTED, Comparison, compare
 from sku.evaluate.comparison_notes import power_note
 from sku.evaluate.judges import Calibration, JudgeCard, RefusalRulesJudge, Verdict
 from sku.evaluate.measure import measure

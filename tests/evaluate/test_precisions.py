@@ -26,7 +26,7 @@ from sku.models import load_model
 from sku.negate.survival import model_survival
 from sku.negate.task_vector import TaskVector
 from sku.quantization import NF4_BLOCK, NF4_CODE, nf4_rounded, rounded_copy, rounded_layers
-from sku.report.precision_table import precision_rows
+from sku.report.robustness import precision_cells
 
 TINY = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=(3,), samples=2)
 WORLD = EvaluateConfig(prompts=8, retain_prompts=8, batch_size=24, max_new_tokens=32, samples=0)
@@ -124,13 +124,13 @@ def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(h
     assert short["harmful"]["replies"]["unseen"] == four.measured.replies["unseen"]["harmful"].value
     assert short["change_kept"] == 0.0
     assert short["brings_back"] == list(four.brings_back)
-    rows = precision_rows(report)
-    assert [(row.precision, row.kept) for row in rows] == [
+    rows = precision_cells(report)
+    assert [(row[0], row[-1]) for row in rows] == [
         ("float32", "100.0 %"),
         ("bf16", "100.0 %"),
         ("nf4", "0.0 %"),
     ]
-    assert rows[2].unseen == f"{100 * four.measured.replies['unseen']['harmful'].value:.1f} %"
+    assert rows[2][2] == f"{100 * four.measured.replies['unseen']['harmful'].value:.1f} %"
     assert read_precisions(tmp_path / "out") == report
     assert "take" not in (tmp_path / "out" / "precisions.json").read_text(), "figures alone, no reply"
 
@@ -187,7 +187,7 @@ def test_weights_that_overflow_are_told_and_not_measured(certify: Certifier, tin
     report = certify("fp16", "int8", model=model)
     assert (report.results[0].overflowed, report.results[0].measured, report.results[0].harmful) == (2, None, {})
     assert report.notes == ("fp16 can't hold 2 weights of this model, so nothing was measured there",)
-    assert precision_rows(report)[1].unseen == "\u2013"
+    assert precision_cells(report)[1][2] == "\u2013"
     assert report.results[1].measured is not None
     assert report.certificate()["fp16"]["overflowed"] == 2
 

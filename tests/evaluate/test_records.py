@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.record_files import (
     create_private_folder,
+    from_plain,
     header_hash,
     read_generations,
     read_if_same,
     read_rows,
+    to_plain,
     write_rows,
 )
 from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord
@@ -94,7 +99,7 @@ def _lines(path: Path) -> list[str]:
     [
         (3, '{"id": "b", ', r"line 3 is not JSON"),
         (3, "[1, 2]", r"line 3 does not hold keys and values"),
-        (3, '{"id": "b"}', r"line 3 has missing or unknown fields category"),
+        (3, '{"id": "b"}', r"line 3: it has missing or unknown fields category"),
         (1, '{"schema_version": 99, "rows": 3}', r"line 1 has schema version 99, this SKU reads 3"),
         (1, '{"schema_version": 3, "rows": 4}', r"holds 3 rows, its header says 4"),
     ],
@@ -155,3 +160,41 @@ def test_only_a_finished_file_of_the_same_header_is_reused(tmp_path: Path, recor
 def test_the_hash_of_a_header_ignores_the_order_of_its_keys() -> None:
     assert header_hash({"a": 1, "b": (2,)}) == header_hash({"b": [2], "a": 1})
     assert header_hash({"a": 1}) != header_hash({"a": 2})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tree:
+    """What from_plain can meet."""
+
+    leaves: Mapping[int, tuple[ExampleLoss, ...]]
+    kind: Literal["oak", "elm"] | None
+    height: float = 1.0
+    rest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+LEAF = ExampleLoss(id="x", split="unseen", nll=2.5, tokens=3)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [Tree(leaves={3: (LEAF,), 10: ()}, kind=None, rest={"a": [1, None]}), Tree(leaves={}, kind="oak", height=2)],
+)
+def test_what_a_dataclass_holds_comes_back_from_json(tree: Tree) -> None:
+    assert from_plain(Tree, json.loads(json.dumps(to_plain(tree))), "here") == tree
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "ash"}, "kind is of the wrong type or has an unknown value"),
+        ({"height": "2"}, "height is of the wrong type"),
+        ({"leaves": {"one": []}}, "leaves is of the wrong type"),
+        ({"leaves": {"1": [{**dataclasses.asdict(LEAF), "tokens": True}]}}, r"leaves.1\[0\].tokens is of the wrong"),
+        ({"leaves": {"1": [{"id": "x"}]}}, r"leaves.1\[0\] has missing or unknown fields nll, split, tokens"),
+        ({"bark": 1}, "it has missing or unknown fields bark"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_place(changes: dict[str, Any], message: str) -> None:
+    plain = {"leaves": {}, "kind": "elm", **changes}
+    with pytest.raises(EvaluationError, match=f"^here doesn't fit its schema: {message}.*: again$"):
+        from_plain(Tree, plain, "here", "again")

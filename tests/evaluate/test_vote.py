@@ -16,12 +16,13 @@ from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.comparison import compare
-from sku.evaluate.judge_agreement import agreement_from_dict, agreement_of, kappa
+from sku.evaluate.judge_agreement import Agreement, agreement_of, kappa
 from sku.evaluate.judges import EmbeddedWorldJudge, JudgeCard, Label, RefusalRulesJudge, Verdict, build_judge
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.judges.vote import Rule, VoteJudge, elect
 from sku.evaluate.measure import judge_again
 from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.record_files import from_plain
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
@@ -228,7 +229,7 @@ def test_an_evaluation_with_a_vote_survives_the_disk(tmp_path: Path) -> None:
     assert "judges embedded, refusal_rules: kappa" in rows
     content = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["judge_agreement"]
     assert "disagreements" not in content
-    assert agreement_from_dict(content).disagreement_count == agreement.disagreement_count
+    assert from_plain(Agreement, content, "an agreement").disagreement_count == agreement.disagreement_count
     lines = [json.loads(line) for line in (out / "disagreements.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0]["judges"] == ["embedded", "refusal_rules"]
     assert len(lines) == 1 + agreement.disagreement_count

@@ -10,8 +10,7 @@ import numpy as np
 
 from sku.config import CompareConfig
 from sku.evaluate.utility_cost import Utility, utility_cost
-from sku.report.method_points import NORMAL_KEY, Point, is_harmful_key
-from sku.report.method_records import MethodRecord
+from sku.report.method_records import NORMAL_KEY, MethodRecord, Point, is_harmful_key
 
 BUDGET = 1.05
 METHODS = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
-from sku.evaluate.comparison import paired_change
+from sku.evaluate.changes import paired_change
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
-from sku.report.attack_table import AttackRow, attack_rows, left_out_lines
+from sku.report.robustness import AttackRow, attack_rows, left_out_lines
 
 
 def share(count: int, total: int = 10) -> Rate:

@@ -10,7 +10,8 @@ import pytest
 
 from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison, compare
-from sku.report.figures import OUTCOME_COLOURS, before_after_figure
+from sku.report.before_after import before_after_figure
+from sku.report.figures import light
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
 
@@ -27,13 +28,13 @@ def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -
     text = before_after_figure(comparison, tmp_path / "figure.svg").read_text()
     words = set(re.findall(r">([^<>\n]+)</text>", text))
     assert {"98 %", "88 %", "76 %", "40 %", "base", "unlearned"} <= words
-    assert {"harmful", "refusal or deflection", "evasive", "gibberish"} <= words
-    assert "Unseen prompts, prefill, 5 tokens (n = 50)" in words
+    assert {"harmful", "refusal", "evasive", "gibberish"} <= words
+    assert "unseen prompts, prefill, 5 tokens (n = 50)" in words
     assert any("tiny-base / tiny-unlearned. Judge: refusal_rules, an upper bound" in entry for entry in words)
     ratio = comparison.perplexity["unseen"].ratio
     assert f"\u00d7{ratio:.3g}" in words
     assert "not judged" not in words
-    assert all(OUTCOME_COLOURS[name].lower() in text for name in ("harmful", "evasive", "refusal", "degenerate"))
+    assert all(light(name) in text for name in ("harmful", "evasive", "refusal", "degenerate"))
 
 
 def test_benign_answers_are_drawn_where_they_were_measured(
@@ -64,7 +65,7 @@ def test_what_was_not_measured_leaves_its_place_empty(comparison: Comparison, tm
     less = dataclasses.replace(comparison, base=base, perplexity={}, replies={})
     text = before_after_figure(less, tmp_path / "figure.svg").read_text()
     assert "prefill" not in text
-    assert ">Unseen prompts (n = 50)<" in text
+    assert ">unseen prompts (n = 50)<" in text
 
 
 def test_other_suffixes_and_folders_are_refused(comparison: Comparison, tmp_path: Path) -> None:

@@ -14,8 +14,16 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.outcomes import Outcome
 from sku.evaluate.utility_cost import BROKEN_COST
-from sku.report.method_points import LETTERS, NORMAL_KEY, Point, asked_of, point_from_result, tokens_of
-from sku.report.method_records import MethodRecord, read_records
+from sku.report.method_records import (
+    LETTERS,
+    NORMAL_KEY,
+    MethodRecord,
+    Point,
+    asked_of,
+    point_from_result,
+    read_records,
+    tokens_of,
+)
 
 from .conftest import UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
 from .invented_records import failed_record, invented_comparison, make_point, make_record, spent
@@ -117,18 +125,18 @@ def edit(plain: dict[str, Any], **changes: Any) -> dict[str, Any]:
 BREAKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "other version": (lambda plain: edit(plain, schema_version=1), "schema version 1, this SKU reads 2"),
     "no object": (lambda plain: [plain], "does not hold keys and values"),
-    "unknown key": (lambda plain: edit(plain, extra=1), "missing or unknown keys extra"),
-    "missing key": (lambda plain: {name: plain[name] for name in plain if name != "judge"}, "unknown keys judge"),
-    "wrong type": (lambda plain: edit(plain, seed="0", control=1), "wrong type under control, seed"),
+    "unknown key": (lambda plain: edit(plain, extra=1), "missing or unknown fields extra"),
+    "missing key": (lambda plain: {name: plain[name] for name in plain if name != "judge"}, "unknown fields judge"),
+    "wrong type": (lambda plain: edit(plain, seed="0", control=1), "control is of the wrong type"),
     "no numbers": (lambda plain: edit(plain, tokens={"unseen": "10 1.5"}), "tokens are not numbers between spaces"),
-    "point key": (lambda plain: edit(plain, points=[{**plain["points"][0], "loss": 1}]), "point 1 .* keys loss"),
-    "point no object": (lambda plain: edit(plain, points=["h"]), "point 1 does not hold keys and values"),
-    "point type": (lambda plain: edit(plain, points=[{**plain["points"][0], "strength": True}]), "under strength"),
+    "point key": (lambda plain: edit(plain, points=[{**plain["points"][0], "loss": 1}]), "point 1 .* fields loss"),
+    "point no object": (lambda plain: edit(plain, points=["h"]), "point 1 .*does not hold keys and values"),
+    "point type": (lambda plain: edit(plain, points=[{**plain["points"][0], "strength": True}]), "strength is of"),
     "role type": (lambda plain: edit(plain, points=[{**plain["points"][0], "roles": [[]]}]), "of the wrong type"),
     "loss type": (lambda plain: edit(plain, points=[{**plain["points"][0], "losses": {"unseen": [1]}}]), "losses are"),
     "utility key": (
         lambda plain: edit(plain, points=[{**plain["points"][0], "utility": {"kl": {}}}]),
-        "point 1 .*of the wrong type",
+        "point 1 .*utility has missing or unknown fields",
     ),
     "point letter": (
         lambda plain: edit(plain, points=[{**plain["points"][0], "outcomes": {"unseen/reply": "?"}}]),

@@ -12,13 +12,14 @@ import pytest
 
 from sku.errors import EvaluationError
 from sku.evaluate.statistics import holm
-from sku.report.method_points import Point
-from sku.report.method_records import MethodRecord
+from sku.report.method_records import MethodRecord, Point
 from sku.report.method_statistics import (
     PREFILL,
+    RESAMPLES,
     Difference,
     Estimate,
     difference_to,
+    draws,
     perplexity_ratio,
     point_of,
     points_of,
@@ -26,7 +27,6 @@ from sku.report.method_statistics import (
     worst_prefill,
 )
 from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
-from sku.report.resampling import RESAMPLES, draws
 
 from .invented_records import failed_record, make_point, make_record
 

@@ -45,7 +45,7 @@ def test_columns_hold_what_they_say() -> None:
         "perplexity_others": 2.718281828 ** 0.1, "perplexity_harmful_unseen": 2.718281828,
     }  # fmt: skip
     for name, value in shares.items():
-        assert getattr(row, name).value == pytest.approx(value), name
+        assert row.estimates[name].value == pytest.approx(value), name
     assert (row.strength, row.seeds, row.title, row.control) == (1.5, "1/1", "sku", False)
 
 
@@ -114,12 +114,14 @@ def test_matched_rows() -> None:
     ]  # fmt: skip
     sku, npo, control = (one_row(records, name, "matched") for name in ("sku", "npo", "base"))
     assert sku.strength == pytest.approx(0.5)
-    assert sku.harmful_unseen is not None
-    assert sku.harmful_unseen.per_seed == (0.25, 0)
+    assert sku.estimates["harmful_unseen"].per_seed == (0.25, 0)
     assert sku.seeds == "2/3 no strength within the utility budget"
-    assert (npo.harmful_unseen, npo.strength, npo.seeds) == (None, None, "0/1 no strength within the utility budget")
-    assert control.harmful_unseen is not None
-    assert control.harmful_unseen.value == 1
+    assert (npo.estimates.get("harmful_unseen"), npo.strength, npo.seeds) == (
+        None,
+        None,
+        "0/1 no strength within the utility budget",
+    )
+    assert control.estimates["harmful_unseen"].value == 1
 
 
 def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:

@@ -14,7 +14,7 @@ from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.evaluate.wording import Wording
-from sku.report.tables import COLUMNS, TableRow, before_after_rows, markdown_table
+from sku.report.tables import TableRow, before_after_rows
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, Counts, ResultMaker
 
@@ -115,18 +115,6 @@ def test_a_rate_within_the_judges_floor_says_so_in_its_row(make_result: ResultMa
     # 50 of 50 lie above the floor only by a bound of 92.9 %, and 0 of 50 can't hide harm.
     assert rows["unseen prompts, prefill, 5 tokens: harmful"].caution == ""
     assert rows["unseen prompts: refusal"].caution == ""
-    assert CANT_MEASURE in markdown_table([doubted])
-
-
-def test_markdown() -> None:
-    row = TableRow(
-        section="a | b", measure="c", before="1", after="2", interval="0 to 3", change="+1", wanted="up", p_holm="0.5"
-    )
-    assert markdown_table([row]).splitlines() == [
-        f"| {' | '.join(COLUMNS)} |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
-        "| a \\| b: c | 1 | 2 | 0 to 3 | +1 | 0.5 | up |",
-    ]
 
 
 def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -> None:

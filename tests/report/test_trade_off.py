@@ -9,9 +9,7 @@ import pytest
 
 from sku.errors import EvaluationError, OutputError
 from sku.report.method_records import MethodRecord
-from sku.report.trade_off import trade_off_figure
-from sku.report.trade_off_controls import _apart, _boxes, _fits
-from sku.report.trade_off_curves import panels_of
+from sku.report.trade_off import _apart, _boxes, _fits, panels_of, trade_off_figure
 
 from .invented_records import METHODS, STRENGTHS, failed_record, invented_comparison, make_point, make_record
 

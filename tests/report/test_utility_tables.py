@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from sku.evaluate.comparison import Comparison, ScoreChange
-from sku.evaluate.results import BaseAgreement, HarnessScores, Interval, MeanScore, TaskScores
-from sku.report.tables import before_after_rows
-from sku.report.utility_tables import main_metric, utility_rows
+from sku.evaluate.changes import ScoreChange
+from sku.evaluate.comparison import Comparison
+from sku.evaluate.results import BaseAgreement, HarnessScores, Interval, MeanScore, TaskScores, main_metric
+from sku.report.tables import before_after_rows, utility_rows
 
 
 def scores(metrics: dict[str, float]) -> TaskScores:

@@ -1,1 +1,1 @@
-"""Tests of ``sku.sharing``."""
+"""Tests of what is made to be shared: model cards, and the upload."""

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from report.html.recorded import invented_attacks
-from sku.sharing.card import write_cards
+from sku.report.card import write_cards
 
 from .hub_server import TOKEN, Hub
 

@@ -14,17 +14,20 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from report.html.recorded import sweep as invented_sweep
 from sku.attacks.results import AttackReport
 from sku.cli.main import main
-from sku.errors import EvaluationError, OutputError
+from sku.errors import EvaluationError
+from sku.evaluate.changes import PerplexityChange
 from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.metrics import Rate
+from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.verdict import OverallVerdict
-from sku.report.attack_table import attack_rows
-from sku.sharing.card import write_cards
-from sku.sharing.card_facts import CardChoices, public_name
-from sku.sharing.card_file import read_card
-from sku.sharing.card_metadata import KNOWN_LICENSES
-from sku.sharing.markdown import LONGEST, Written, escaped, fenced, one_line
+from sku.report.card import read_card, write_cards
+from sku.report.card_metadata import KNOWN_LICENSES, CardChoices, public_name
+from sku.report.markdown import LONGEST, Written, escaped, fenced, one_line
+from sku.report.robustness import attack_rows
+from sku.storage import write_json
 
 from .conftest import change_json
 
@@ -213,20 +216,23 @@ def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Pa
     run = run_without_cards
     (run / "sweep").mkdir()
     pick = {"alpha": 1.375, "met": True, "why": "the lowest alpha within 5 % | of the base"}
-    (run / "sweep" / "sweep.json").write_text(json.dumps({"pick": pick}), encoding="utf-8")
-    rate = {"value": 0.25, "low": 0.1, "high": 0.4}
-    measured = {
-        "replies": {"unseen": {"harmful": rate, "degenerate": rate}}, "prefill": {},
-        "perplexity": {"retain_test": {"ratio": 1.5}},
-    }  # fmt: skip
-    results = [
-        {"precision": "int8", "measured": measured, "survival": {"projection": 0.5}},
-        {"precision": "float16", "measured": None, "survival": None},
-    ]
-    precisions = {
-        "model": {"dtype": "float32"}, "measured": measured, "results": results, "notes": ["int8 brings harm back"],
-    }  # fmt: skip
-    (run / "evaluation" / "precisions.json").write_text(json.dumps(precisions), encoding="utf-8")
+    write_json(run / "sweep" / "sweep.json", {**invented_sweep(), "pick": pick})
+    rate = Rate(count=10, total=40, value=0.25, low=0.1, high=0.4)
+    change = PerplexityChange(before=2.0, after=3.0, ratio=1.5, low=1.4, high=1.6, examples=9)
+    measured = Measured(
+        replies={"unseen": {"harmful": rate, "degenerate": rate}}, prefill={}, perplexity={"retain_test": change}
+    )
+    survival = Survival(entries=9, changed=0.9, projection=0.5, tensors={}, not_rounded=0)
+    int8 = PrecisionResult(
+        precision="int8", scheme="all", rounded_by="torch", rounded=9, moved=9, overflowed=0, measured=measured,
+        harmful={}, brings_back=(), survival=survival,
+    )  # fmt: skip
+    float16 = dataclasses.replace(int8, precision="float16", measured=None, survival=None)
+    report = PrecisionReport(
+        model={"dtype": "float32"}, base={}, measured=measured, results=(int8, float16),
+        notes=("int8 brings harm back",),
+    )  # fmt: skip
+    write_precisions(run / "evaluation", report)
     write_cards(run)
     body = body_of(run)
     assert r"1.375: the lowest alpha within 5 % \| of the base" in body
@@ -327,10 +333,10 @@ def test_public_names(tmp_path: Path) -> None:
 
 def test_a_run_without_results_or_with_broken_ones(run_without_cards: Path) -> None:
     change_json(run_without_cards / "results.json", "replies", value={"unseen": {"harmful": {}}})
-    with pytest.raises(EvaluationError, match="lack what a card needs"):
+    with pytest.raises(EvaluationError, match="fit its schema: replies.unseen.harmful has missing"):
         write_cards(run_without_cards)
     assert not (run_without_cards / "unlearned" / "README.md").exists()
-    with pytest.raises(OutputError, match="no run folder"):
+    with pytest.raises(EvaluationError, match="no run folder"):
         write_cards(run_without_cards / "evaluation")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from sku.cli.main import main
 from sku.errors import EvaluationError, OutputError
-from sku.sharing.push import plan_push, upload
+from sku.push import plan_push, upload
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
 from .conftest import change_json
@@ -120,7 +120,7 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (_unfinished, "is not finished: go on with sku run .* --resume"),
     (_no_manifest, "no manifest.json"),
     (_no_evaluation, "results.json can't be read"),
-    (_no_figures, "results.json lacks table"),
+    (_no_figures, "results.json has schema version None"),
     (_pickle, "pytorch_model.bin is pickled"),
     (_training_state, "trainer_state.json is no part of a model"),
     (_replies, "generations.jsonl is no part of a model"),

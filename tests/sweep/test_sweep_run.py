@@ -28,9 +28,9 @@ from sku.evaluate.sampling import draw_examples, start_id
 from sku.evaluate.utility_cost import BROKEN_COST
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
+from sku.report.frontier import frontier_figure
 from sku.sweep import measurable
 from sku.sweep import run as sweep_run
-from sku.sweep.frontier import frontier_figure
 from sku.sweep.measurable import check_judge, judge_notes, unmeasurable
 from sku.sweep.meter import Asker, Meter, replies_of
 from sku.sweep.questions import Questions, draw_questions
@@ -80,12 +80,6 @@ def meter(setting: Setting) -> Meter:
         config=setting.recipe.sweep, seed=0,
     )  # fmt: skip
     return Meter(setting.base, setting.vector, asker)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pictures take longer than a tiny model."""
-    monkeypatch.setattr(sweep_run, "FIGURES", ())
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +156,7 @@ def test_weights_that_break_and_hopeless_perplexities_are_not_asked(setting: Set
 
 
 def test_prefills_begin_with_what_the_base_says(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = "heat the blue flour until it sings , then stir it ."
     asked: list[list[str]] = []
@@ -182,10 +176,10 @@ def test_prefills_begin_with_what_the_base_says(
     assert setting.questions().left_out, "without starts they begin with the data"
 
 
-def test_a_sweep_leaves_numbers_and_pictures_and_no_text(setting: Setting, tmp_path: Path) -> None:
+def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     found = setting.sweep(folder)
-    assert {path.name for path in folder.iterdir()} == {"sweep.json", "frontier.png", "frontier.svg"}
+    assert {path.name for path in folder.iterdir()} == {"sweep.json"}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     text = (folder / "sweep.json").read_text(encoding="utf-8")
     content = json.loads(text)
@@ -211,13 +205,13 @@ def test_a_sweep_leaves_numbers_and_pictures_and_no_text(setting: Setting, tmp_p
 def test_equal_sweeps_are_equal_and_pictures_too(setting: Setting, tmp_path: Path) -> None:
     one, other = setting.sweep(tmp_path / "one"), setting.sweep(tmp_path / "other")
     assert one == other
+    for name, found in (("one", one), ("other", other)):
+        frontier_figure(found, tmp_path / name / "frontier.svg")
     for name in ("sweep.json", "frontier.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_points_outlive_a_kill(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
-) -> None:
+def test_points_outlive_a_kill(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = setting.sweep(tmp_path / "whole")
     with monkeypatch.context() as patch:
         count_measurements(patch, stop_before=2.0)
@@ -233,7 +227,7 @@ def test_points_outlive_a_kill(
 
 
 def test_another_rule_or_grid_costs_only_what_is_new(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
@@ -246,7 +240,7 @@ def test_another_rule_or_grid_costs_only_what_is_new(
 
 
 def test_points_of_other_questions_weights_or_seeds_are_not_taken(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
@@ -263,9 +257,7 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
     assert asked == [0.5, 1.0, 2.0]
 
 
-def test_a_vector_fitted_on_the_texts_of_the_budget_is_told(
-    setting: Setting, tmp_path: Path, no_pictures: None
-) -> None:
+def test_a_vector_fitted_on_the_texts_of_the_budget_is_told(setting: Setting, tmp_path: Path) -> None:
     operators: tuple[dict[str, Any], ...] = ({"layers": {"*": 0.5}},)
     other = dataclasses.replace(setting, recipe=with_negate(setting.recipe, operators=operators))
     (starts,) = other.sweep(tmp_path / "other", alphas=(1.0,)).notes
@@ -278,7 +270,7 @@ def test_a_vector_fitted_on_the_texts_of_the_budget_is_told(
     assert "retain_validation, forget_validation" in note or "forget_validation, retain_validation" in note
 
 
-def test_a_hopeless_alpha_ends_the_grid(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
+def test_a_hopeless_alpha_ends_the_grid(setting: Setting, tmp_path: Path) -> None:
     big = dataclasses.replace(setting, vector=setting.vector * 1e6)
     found = big.sweep(tmp_path, utility_budget=1.001, hopeless_ratio=1.001)
     assert [point.alpha for point in found.points] == [0.5]
@@ -290,9 +282,7 @@ def test_a_hopeless_alpha_ends_the_grid(setting: Setting, tmp_path: Path, no_pic
         found.alpha()
 
 
-def test_the_nearest_is_taken_only_where_the_recipe_says_so(
-    setting: Setting, tmp_path: Path, no_pictures: None
-) -> None:
+def test_the_nearest_is_taken_only_where_the_recipe_says_so(setting: Setting, tmp_path: Path) -> None:
     found = setting.sweep(tmp_path)
     todo = "set negate.alpha: 1 or sweep.if_none: nearest to take the nearest"
     pick = dataclasses.replace(found.pick, alpha=1.0, met=False, todo=todo)  # type: ignore[type-var]
@@ -304,7 +294,7 @@ def test_the_nearest_is_taken_only_where_the_recipe_says_so(
 
 
 def test_alphas_are_found_where_none_are_given(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No reply is asked for in the search; the border and the alphas below it are."""
     changes: dict[str, Any] = {"alphas": (), "points": 3, "utility_budget": 1.3, "kl_budget": 0.4}
@@ -322,9 +312,7 @@ def test_alphas_are_found_where_none_are_given(
     assert asked == []
 
 
-def test_a_search_does_not_depend_on_the_length_of_the_vector(
-    setting: Setting, tmp_path: Path, no_pictures: None
-) -> None:
+def test_a_search_does_not_depend_on_the_length_of_the_vector(setting: Setting, tmp_path: Path) -> None:
     """Filtered vectors are short: their alphas are 30 to 60."""
     changes: dict[str, Any] = {"alphas": (), "points": 1, "utility_budget": 1.3, "kl_budget": 0.4}
     long, short = (
@@ -336,7 +324,7 @@ def test_a_search_does_not_depend_on_the_length_of_the_vector(
     assert short.border.strength == 8 * long.border.strength
 
 
-def test_another_normal_set_limits_alpha_too(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
+def test_another_normal_set_limits_alpha_too(setting: Setting, tmp_path: Path) -> None:
     own = tuple(RetainExample(prompt=f"tell {word}", answer=f"{word} sings .") for word in ("florn", "moon"))
     data = dataclasses.replace(setting.data, normal={"own": own[:1]}, normal_validation={"own": own[1:]})
     found = dataclasses.replace(setting, data=data).sweep(tmp_path, alphas=(1.0,))
@@ -362,7 +350,7 @@ def test_a_judge_of_unknown_errors_is_refused(
 
 
 def test_a_rate_that_harmless_replies_could_have_chooses_nothing(
-    setting: Setting, tmp_path: Path, calibration: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal rules call 92 % of safe replies harmful: a harmful rate of 88 % is no harm that could fall."""
     errors = Calibration(harmful=100, harmful_found=99, safe=100, safe_found=0, data="invented", data_sha256="0")
@@ -407,7 +395,7 @@ def test_a_broken_file_is_named(setting: Setting, tmp_path: Path, content: str) 
         setting.sweep(tmp_path)
 
 
-def test_a_file_with_a_broken_point_is_named(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
+def test_a_file_with_a_broken_point_is_named(setting: Setting, tmp_path: Path) -> None:
     setting.sweep(tmp_path)
     content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
     del content["points"][0]["replies"]["harmful"]
@@ -427,15 +415,13 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
         setting.sweep(tmp_path)
 
 
-def test_several_processes_are_refused(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
-) -> None:
+def test_several_processes_are_refused(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_run, "current_processes", lambda: Processes(rank=0, count=2))
     with pytest.raises(EvaluationError, match="in one process"):
         setting.sweep(tmp_path)
 
 
-def test_a_picture_needs_a_known_suffix(setting: Setting, tmp_path: Path, no_pictures: None) -> None:
+def test_a_picture_needs_a_known_suffix(setting: Setting, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"must end in \.png"):
         frontier_figure(setting.sweep(tmp_path), tmp_path / "frontier.txt")
 

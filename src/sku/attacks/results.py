@@ -23,11 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sku.errors import EvaluationError
-from sku.evaluate.comparison import RateChange
-from sku.evaluate.judges import JudgeCard, card_from_dict
+from sku.evaluate.changes import RateChange
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import check_schema, read_json_object, write_json_object
+from sku.evaluate.record_files import from_plain, read_json_object, write_json_object
 
 SCHEMA_VERSION = 1
 """Of ``attacks.json``."""
@@ -124,25 +123,7 @@ class AttackReport:
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
-        check_schema(content, SCHEMA_VERSION, where, "run the attacks again")
-        try:
-            return cls(
-                setup=AttackSetup(**{**content["setup"], "judge": card_from_dict(content["setup"]["judge"])}),
-                cards=tuple(AttackCard(**card) for card in content["cards"]),
-                results=tuple(
-                    AttackResult(
-                        **{
-                            **result,
-                            "model": _measured(result["model"]),
-                            "control": _measured(result["control"]),
-                        }
-                    )
-                    for result in content["results"]
-                ),
-                left_out=dict(content["left_out"]),
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{where} doesn't fit its schema ({error}): run the attacks again") from None
+        return from_plain(cls, content, where, "run the attacks again", version=SCHEMA_VERSION)
 
 
 def write_attacks(folder: Path, report: AttackReport) -> None:
@@ -163,12 +144,3 @@ def read_attacks(folder: Path) -> AttackReport:
     path = folder / RESULT_FILE
     content = read_json_object(path, "run the attacks again")
     return AttackReport.from_dict(content, str(path))
-
-
-def _measured(plain: Mapping[str, Any]) -> Measured:
-    return Measured(
-        harmful=RateChange.from_dict(plain["harmful"]),
-        harmful_at_most=Rate(**plain["harmful_at_most"]),
-        replies={name: Rate(**value) for name, value in plain["replies"].items()},
-        variants={name: Rate(**value) for name, value in plain["variants"].items()},
-    )

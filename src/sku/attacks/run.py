@@ -33,7 +33,7 @@ from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
-from sku.evaluate.comparison import paired_change
+from sku.evaluate.changes import paired_change
 from sku.evaluate.fingerprint import fingerprint
 from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, choose_judge

@@ -33,7 +33,7 @@ from sku.evaluate.outcomes import decide_outcomes
 from sku.evaluate.records import GenerationRecord
 from sku.models import embedding_weight, load_model
 from sku.negate.adapters import load_adapter
-from sku.sharing.finished_run import FinishedRunFiles, read_finished_run
+from sku.report.read_run import RecordedRun, read_run
 
 Side = Literal["base", "unlearned"]
 SIDES: tuple[Side, ...] = ("base", "unlearned")
@@ -107,11 +107,10 @@ class Pair:
             The pair, at the run's own alpha.
 
         Raises:
-            OutputError: The folder is none of a finished run.
             ModelError: A model or adapter can't be loaded.
-            EvaluationError: There is no such judge.
+            EvaluationError: The folder is none of a finished run, or there is no such judge.
         """
-        run = read_finished_run(folder)
+        run = read_run(folder, replies=False)
         recipe = recipe_from_dict(run.recipe, str(folder / "manifest.json"))
         chosen = _judge_of(recipe, judge)  # Before the models, which take longest.
         loaded = load_model(recipe.model)
@@ -272,7 +271,7 @@ def _judge_of(recipe: Recipe, name: str | None) -> Judge:
 
 
 def _models_of(
-    run: FinishedRunFiles, recipe: Recipe, base: PreTrainedModel
+    run: RecordedRun, recipe: Recipe, base: PreTrainedModel
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | PeftModel]:
     parts = run.parts()
     if "adapter" in parts:

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.precision_results import PrecisionReport
-    from sku.report.method_points import Role
-    from sku.report.method_records import MethodRecord
+    from sku.report.method_records import MethodRecord, Role
     from sku.report.method_statistics import Estimate
     from sku.report.tables import TableRow
 
@@ -196,7 +195,7 @@ def print_notes(notes: Iterable[str]) -> None:
 
 def print_attacks(report: AttackReport) -> None:
     """The attacks as a table, and below it what could not be asked."""
-    from sku.report.attack_table import attack_rows, left_out_lines
+    from sku.report.robustness import attack_rows, left_out_lines
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("harmful by attack", no_wrap=True)
@@ -215,14 +214,14 @@ def print_attacks(report: AttackReport) -> None:
 
 def print_precisions(report: PrecisionReport) -> None:
     """The model at each precision as a table, and below it where harm comes back."""
-    from sku.report.precision_table import precision_rows
+    from sku.report.robustness import precision_cells
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("weights", no_wrap=True)
     for name in ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in precision_rows(report):
-        table.add_row(row.precision, row.trained_on, row.unseen, row.forced, row.gibberish, row.perplexity, row.kept)
+    for cells in precision_cells(report):
+        table.add_row(*cells)
     results.print("\nharmful by precision of the weights; prefill: worst (tokens); kept: of change")
     results.print(table)
     print_notes(report.notes)
@@ -245,13 +244,15 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
     for role, heading in headings.items():
         table.add_row(Text(heading, style="bold"))
         for row in comparison_rows(records, role, order=order):
-            ratio = row.perplexity_normal
+            found = row.estimates.get
+            ratio = found("perplexity_normal")
+            length = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
             table.add_row(
                 f" {row.title}",
-                share(row.harmful_unseen),
-                share(row.forced_start_unseen) + ("" if row.prefill_tokens is None else f" ({row.prefill_tokens})"),
-                share(row.gibberish_unseen),
-                share(row.exact_answers),
+                share(found("harmful_unseen")),
+                share(found("forced_start_unseen")) + length,
+                share(found("gibberish_unseen")),
+                share(found("exact_answers")),
                 "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",
                 "\u2013" if row.strength is None else f"{row.strength:.3g}",
                 row.seeds.split(" ")[0],

@@ -28,7 +28,7 @@ def push(
 ) -> None:
     """Upload a finished run's model with its card, nothing else. Bad models and replies are never uploaded."""
     quiet_imports()
-    from sku.sharing.push import plan_push, upload
+    from sku.push import plan_push, upload
 
     plan = plan_push(run, repo_id, "adapter" if adapter else "model")
     url = None

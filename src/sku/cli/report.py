@@ -34,21 +34,22 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network, to read, search and print."""
-    from sku.report.html.run_folder import verdict_line
-    from sku.report.html.write import write_report  # Imports matplotlib and scipy.
+    from sku.report.html.page import write_report  # Imports matplotlib and scipy.
 
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    written, drawn = write_report(runs, target, plots=plots, replies=replies)
-    verdicts = [verdict_line(run) for run in runs]
+    written = write_report(runs, target, plots=plots, replies=replies)
     private = len(runs) == 1 and replies
     if as_json:
-        plotted = [str(path) for path in drawn]
-        print_json({"verdicts": verdicts, "report": str(written), "plots": plotted, "holds_harmful_replies": private})
+        plotted = [str(path) for path in written.plots]
+        print_json({
+            "verdicts": list(written.verdicts), "report": str(written.path), "plots": plotted,
+            "holds_harmful_replies": private,
+        })  # fmt: skip
         return
-    for run, verdict in zip(runs, verdicts, strict=True):
+    for run, verdict in zip(runs, written.verdicts, strict=True):
         print_verdict(verdict if len(runs) == 1 else f"{run}: {verdict}")
-    console.print(f"report    {written}", soft_wrap=True)
-    if drawn:
-        console.print(f"plots     {plots}: {len(drawn)} files", soft_wrap=True)
+    console.print(f"report    {written.path}", soft_wrap=True)
+    if written.plots:
+        console.print(f"plots     {plots}: {len(written.plots)} files", soft_wrap=True)
     if private:
         console.print("private   it holds harmful replies; --no-replies leaves them out", soft_wrap=True)

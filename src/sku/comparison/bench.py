@@ -39,8 +39,7 @@ from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.context import check_operators, context_of
 from sku.negate.random_direction import random_direction
 from sku.negate.task_vector import TaskVector
-from sku.report.method_points import Point, asked_of, point_from_result, tokens_of
-from sku.report.method_records import MethodRecord
+from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
 from sku.reproducibility import content_sha256, environment
 from sku.training.run import Trained, step_progress
 

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-from scipy.stats import permutation_test
-
 from sku.errors import EvaluationError
+from sku.evaluate.changes import (
+    Changes,
+    LeakChange,
+    PerplexityChange,
+    ScoreChange,
+    change_of_means,
+    change_of_rates,
+    over_prompts,
+    perplexity_changes,
+    score_change,
+)
 from sku.evaluate.comparison_notes import comparison_notes, detail_notes
 from sku.evaluate.correction import by_nearest
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.leakage import Leak, leaks_per_prompt
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, prefill_words, rate
+from sku.evaluate.leakage import leaks_per_prompt
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, prefill_words
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, in_order
-from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, MeanScore, Rates, main_metric
+from sku.evaluate.record_files import from_plain, to_plain
+from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split
+from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, Rates, main_metric
 from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
-    Floats,
     NonInferiority,
     change_interval,
-    clustered_bootstrap,
     holm,
-    mcnemar_exact,
     mean_interval,
     non_inferiority,
     wilson_interval,
 )
-from sku.evaluate.verdict import OverallVerdict, overall_verdict
+from sku.evaluate.verdict import NO_VERDICT, OverallVerdict, overall_verdict
 
-PERMUTATIONS = 9_999
 TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
     ("reply", "unlearned"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
     ("reply", "unseen"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
@@ -48,84 +53,8 @@ TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
 }
 """Kind and split -> the rates that the before/after table shows; ``tested`` knows the sets of other sources too. Their
 tests are read together, so they are one family for Holm's correction."""
-Changes = dict[str, dict[str, "RateChange"]]
-"""Split -> rate name -> change."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateChange:
-    """One rate before and after, over the prompts that both models were asked."""
-
-    before: Rate
-    after: Rate
-    difference: float
-    """``after - before``, a share."""
-    low: float
-    high: float
-    """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
-    (``change_interval``)."""
-    p_value: float
-    """Exact McNemar test of no change; for drawn replies, of which a prompt has several, a sign-flip permutation test
-    over prompts."""
-    p_holm: float | None = None
-    """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
-    (``TESTED``)."""
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> RateChange:
-        """The inverse of ``dataclasses.asdict``.
-
-        Raises:
-            KeyError: A rate is missing.
-            TypeError: Other keys are missing, or unknown.
-        """
-        return cls(**{**content, "before": Rate(**content["before"]), "after": Rate(**content["after"])})
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeakChange:
-    """leak@k of the same prompts before and after."""
-
-    before: Leak
-    after: Leak
-    difference: float
-    """``after - before``, a share."""
-    low: float
-    high: float
-    """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
-    (``change_interval``)."""
-    p_value: float
-    """Sign-flip permutation test of no change, over prompts."""
-    p_holm: float | None = None
-    """Holm-corrected over the table."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerplexityChange:
-    """Perplexity of the same answers before and after."""
-
-    before: float
-    after: float
-    ratio: float
-    """``after / before``: 1 is no change."""
-    low: float
-    high: float
-    """95 % interval of the ratio, bootstrap over answers; equal to it where there is one answer only."""
-    examples: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreChange:
-    """A mean score before and after, over the same examples."""
-
-    before: MeanScore | Interval
-    after: MeanScore | Interval
-    difference: float
-    """``after - before``."""
-    low: float
-    high: float
-    """95 % interval of the difference, bootstrap over examples; ``change_interval`` for shares. That of
-    another score is as narrow as a point where all examples change alike, or there is one only."""
+_RECORDED = ("replies", "prefill", "prefill_by_length", "samples", "leak", "perplexity", "utility", "notes")
+"""Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +94,26 @@ class Comparison:
     def prefill_label(self, split: str) -> str:
         """``prefill, worst of 1/3/5/10 (3 tokens)``: what was tried, and what is shown of it."""
         return prefill_words(map(int, self.unlearned.prefill[split]), self.unlearned.worst_prefill[split])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``results.json`` holds it."""
+        changes = {name: to_plain(getattr(self, name)) for name in _RECORDED}
+        both = {"base": self.base.to_dict(), "unlearned": self.unlearned.to_dict()}
+        return {"verdict": self.verdict.to_dict(), **changes, **both}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str, remedy: str) -> Comparison:
+        """The inverse of ``to_dict``; other keys are not looked at, and results have no rows.
+
+        Raises:
+            EvaluationError: A key is missing, or a value doesn't fit; with ``where``.
+        """
+        plain = {name: content[name] for name in _RECORDED if name in content}
+        for name in ("base", "unlearned"):
+            plain[name] = EvaluationResult.from_dict(content.get(name), f"{where}: {name}")
+        told = content.get("verdict")
+        plain["verdict"] = NO_VERDICT if told is None else OverallVerdict.from_dict(told, where)
+        return from_plain(cls, plain, where, remedy)
 
 
 def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 0) -> Comparison:
@@ -268,36 +217,6 @@ def _correct_for_several_tests(
         tests[name] = dataclasses.replace(tests[name], p_holm=p_holm)
 
 
-def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> RateChange:
-    """A rate before and after, counted on the same prompts.
-
-    Args:
-        before: Hit or not, per prompt; at least one.
-        after: The same prompts, in the same order.
-        seed: Of the bootstrap.
-
-    Returns:
-        Both rates and their difference.
-    """
-    old, new = rate(before), rate(after)
-    assert old is not None
-    assert new is not None
-    return _change(old, new, (before, after), seed)
-
-
-def _change(old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence[bool]], seed: int) -> RateChange:
-    steps = [int(hit) - int(hit_before) for hit_before, hit in zip(*paired, strict=True)]
-    low, high = change_interval(steps, seed=seed)
-    return RateChange(
-        before=old,
-        after=new,
-        difference=new.value - old.value,
-        low=low,
-        high=high,
-        p_value=mcnemar_exact(*paired),
-    )
-
-
 def _check_same_rows(
     what: str, before: Sequence[ReplyOutcome | ExampleLoss], after: Sequence[ReplyOutcome | ExampleLoss]
 ) -> None:
@@ -336,18 +255,11 @@ def _rate_changes(
             ids = sorted(old)
             rates = before[split][name], after[split][name]
             if kind == "sample":
-                changes[split][name] = _change_of_means(*rates, _means_per_prompt(old), _means_per_prompt(new), seed)
+                changes[split][name] = change_of_means(*rates, _means_per_prompt(old), _means_per_prompt(new), seed)
             else:
                 paired = [old[key] for key in ids], [new[key] for key in ids]
-                changes[split][name] = _change(*rates, paired, seed)
+                changes[split][name] = change_of_rates(*rates, paired, seed)
     return changes
-
-
-def _change_of_means(
-    old: Rate, new: Rate, before: Mapping[str, float], after: Mapping[str, float], seed: int
-) -> RateChange:
-    low, high, p_value = _over_prompts(before, after, seed)
-    return RateChange(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
 
 
 def _leak_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, dict[str, LeakChange]]:
@@ -362,7 +274,7 @@ def _leak_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int
                 for result in (base, unlearned)
             )
             after = unlearned.leak[split][k]
-            low, high, p_value = _over_prompts(old, new, seed)
+            low, high, p_value = over_prompts(old, new, seed)
             changes[split][k] = LeakChange(
                 before=before, after=after, difference=after.value - before.value, low=low, high=high, p_value=p_value
             )
@@ -377,23 +289,6 @@ def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
     return {prompt: sum(values) / len(values) for prompt, values in groups.items()}
 
 
-def _over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed: int) -> tuple[float, float, float]:
-    """Interval of the mean difference, and the p value of no change; each prompt counts once."""
-    steps = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
-    low, high = change_interval(steps.tolist(), seed=seed)
-    if len(steps) < 2 or not steps.any():
-        return low, high, 1.0
-    test = permutation_test(
-        (steps,),
-        lambda drawn, axis: np.mean(drawn, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=PERMUTATIONS,
-        rng=np.random.default_rng(seed),
-    )
-    return low, high, float(test.pvalue)
-
-
 def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, tokens: int = 0) -> dict[str, bool]:
     own = [reply for reply in outcomes if (reply.split, reply.kind, reply.forced_tokens) == (split, kind, tokens)]
     if name == "exact_answer":
@@ -402,54 +297,13 @@ def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, t
     return {reply.id: counted[name](reply) for reply in own}
 
 
-def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
-    """Perplexities of two models on the same answers.
-
-    Args:
-        base: Of the original model, with its rows.
-        unlearned: Of the other one, with its rows.
-        seed: Of the bootstrap.
-
-    Returns:
-        Split -> change, for the splits that the base was measured on.
-
-    Raises:
-        EvaluationError: Answers were cut differently.
-    """
-    changes: dict[str, PerplexityChange] = {}
-    found = in_order(loss.split for loss in base.losses)
-    # Normal ones first.
-    for split in sorted(found, key=lambda split: split not in NORMAL_SPLITS):
-        old, new = ({loss.id: loss for loss in result.losses if loss.split == split} for result in (base, unlearned))
-        ids = sorted(old)
-        if any(old[key].tokens != new[key].tokens for key in ids):
-            raise EvaluationError(
-                f"the evaluations cut the answers of {split} differently: use one tokenizer for both"
-            )
-        before, after, tokens = (
-            np.asarray(values, dtype=float)
-            for values in zip(*((old[key].nll, new[key].nll, old[key].tokens) for key in ids), strict=True)
-        )
-        rise = after - before
-        low, high = clustered_bootstrap(rise, tokens, clusters=ids, statistic=_ratio, seed=seed)
-        changes[split] = PerplexityChange(
-            before=base.perplexity[split].value,
-            after=unlearned.perplexity[split].value,
-            ratio=float(_ratio(rise.sum(), tokens.sum())),
-            low=low,
-            high=high,
-            examples=len(ids),
-        )
-    return changes
-
-
 def _similarity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
     changes: dict[str, ScoreChange] = {}
     for metric in base.similarity.keys() & unlearned.similarity.keys():
         old, new = ({row.id: getattr(row, metric) for row in result.similarity_rows} for result in (base, unlearned))
         means = base.similarity[metric], unlearned.similarity[metric]
         # Not all scores lie between 0 and 1, which ``change_interval`` needs.
-        changes[metric] = _score_change(metric, means, old, new, partial(mean_interval, seed=seed))
+        changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=seed))
     return {metric: changes[metric] for metric in base.similarity if metric in changes}
 
 
@@ -461,7 +315,7 @@ def _choice_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: i
     for name in ("mc1", "mc2"):
         old, new = ({row.id: float(getattr(row, name)) for row in result.choice_rows} for result in (base, unlearned))
         means = getattr(before, name), getattr(after, name)
-        changes[name] = _score_change(name, means, old, new, partial(change_interval, seed=seed))
+        changes[name] = score_change(name, means, old, new, partial(change_interval, seed=seed))
     return changes
 
 
@@ -477,7 +331,7 @@ def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int
             continue
         paired = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
         means = [_share(digits) for digits in (old, new)]
-        changes[task] = _score_change(
+        changes[task] = score_change(
             task, (means[0], means[1]), paired[0], paired[1], partial(change_interval, seed=seed)
         )
     return changes
@@ -486,24 +340,3 @@ def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int
 def _share(digits: str) -> Interval:
     low, high = wilson_interval(digits.count("1"), len(digits))
     return Interval(value=digits.count("1") / len(digits), low=low, high=high)
-
-
-def _score_change(
-    name: str,
-    means: tuple[MeanScore | Interval, MeanScore | Interval],
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    interval: Callable[[Sequence[float]], tuple[float, float]],
-) -> ScoreChange:
-    if before.keys() != after.keys():
-        raise EvaluationError(
-            f"the evaluations hold {name} of {len(before)} and {len(after)} different examples: evaluate both models "
-            "with the same data, seed and settings"
-        )
-    low, high = interval([after[key] - before[key] for key in sorted(before)])
-    return ScoreChange(before=means[0], after=means[1], difference=means[1].value - means[0].value, low=low, high=high)
-
-
-def _ratio(rise: Floats, tokens: Floats) -> Floats:
-    """Perplexity ratios from sums: of the losses after less those before, and of the tokens."""
-    return np.asarray(np.exp(np.minimum(rise / tokens, MAX_EXPONENT)))

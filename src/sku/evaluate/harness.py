@@ -28,8 +28,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError, did_you_mean, one_line
-from sku.evaluate.record_files import SCHEMA_VERSION, header_hash, write_json_object
-from sku.evaluate.results import HarnessScores, TaskScores, harness_from_dict
+from sku.evaluate.record_files import SCHEMA_VERSION, from_plain, header_hash, write_json_object
+from sku.evaluate.results import HarnessScores, TaskScores
 
 HARNESS_FILE = "lm_eval.json"
 PACKAGE = "lm-eval"
@@ -168,8 +168,8 @@ def read_scores(path: Path, header: Mapping[str, Any]) -> HarnessScores | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         same = content["schema_version"] == SCHEMA_VERSION and header_hash(content["header"]) == header_hash(header)
-        return harness_from_dict(content["scores"]) if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return from_plain(HarnessScores, content["scores"], str(path)) if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EvaluationError):
         return None
 
 

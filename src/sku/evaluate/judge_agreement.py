@@ -134,16 +134,3 @@ def _rates(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
         split: {name: value for name, value in rates_of(rows).items() if name in SHOWN_RATES}
         for split, rows in splits.items()
     }
-
-
-def agreement_from_dict(content: Mapping[str, Any]) -> Agreement:
-    """The inverse of ``dataclasses.asdict``, without the disagreements.
-
-    Raises:
-        TypeError: Keys that an agreement does not have.
-    """
-    rates = {
-        judge: {split: {name: Rate(**value) for name, value in found.items()} for split, found in splits.items()}
-        for judge, splits in content["rates"].items()
-    }
-    return Agreement(**{**content, "judges": tuple(content["judges"]), "rates": rates})

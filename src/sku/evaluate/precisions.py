@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, Precision, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.comparison import Comparison, RateChange, paired_change, perplexity_changes
+from sku.evaluate.changes import RateChange, paired_change, perplexity_changes
+from sku.evaluate.comparison import Comparison
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions

@@ -7,13 +7,15 @@ finished file is reused when a run goes on. Replies of a base model are harmful 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
@@ -39,6 +41,7 @@ class _Row(Protocol):
 
 
 Row = TypeVar("Row", bound=_Row)
+T = TypeVar("T")
 
 
 def header_hash(header: Mapping[str, Any]) -> str:
@@ -174,20 +177,52 @@ def read_generations(path: Path) -> tuple[dict[str, Any], list[GenerationRecord]
 
 
 def row_from_dict(row_type: type[Row], content: Mapping[str, Any], where: str) -> Row:
-    """Builds one row and checks every field's presence and type.
+    """Builds one row, every field of which must be there.
 
     Raises:
         EvaluationError: A field is missing, unknown or of another type; with ``where``.
     """
-    hints = typing.get_type_hints(row_type, include_extras=True)
-    if content.keys() != hints.keys():
-        wrong = sorted(content.keys() ^ hints.keys())
-        raise EvaluationError(f"{where} has missing or unknown fields {', '.join(wrong)}: evaluate again")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-    for name, hint in hints.items():
-        if not _fits(values[name], hint):
-            raise EvaluationError(f"{where}: {name} is of the wrong type or has an unknown value: evaluate again")
-    return row_type(**values)
+    try:
+        if wrong := sorted(content.keys() ^ _fields(row_type)[0].keys()):
+            raise _MisfitError(f"it has missing or unknown fields {', '.join(wrong)}")
+        return cast(Row, _built(row_type, content, ""))
+    except _MisfitError as misfit:
+        raise EvaluationError(f"{where}: {misfit}: evaluate again") from None
+
+
+def to_plain(value: Any) -> Any:
+    """``dataclasses.asdict`` for mappings of dataclasses too."""
+    if isinstance(value, Mapping):
+        return {name: to_plain(entry) for name, entry in value.items()}
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+
+
+def from_plain(
+    kind: type[T], content: Any, where: str, remedy: str = "evaluate again", *, version: int | None = None
+) -> T:
+    """The inverse of ``dataclasses.asdict`` after JSON: a dataclass with all that it holds, by its annotations.
+
+    Args:
+        kind: A dataclass. Fields that have a default may be missing.
+        content: What JSON held.
+        where: File, or place in one, for the message.
+        remedy: What a user can do.
+        version: What ``schema_version`` beside the fields must be; there is none where this is None.
+
+    Raises:
+        EvaluationError: Another version, or a field is missing, unknown or of another type; in one line.
+    """
+    if version is not None:
+        if not isinstance(content, Mapping):
+            raise EvaluationError(f"{where} does not hold keys and values: {remedy}")
+        check_schema(content, version, where, remedy)
+        content = {name: value for name, value in content.items() if name != "schema_version"}
+    try:
+        return cast(T, _built(kind, content, ""))
+    except _MisfitError as misfit:
+        raise EvaluationError(f"{where} doesn't fit its schema: {misfit}: {remedy}") from None
+    except EvaluationError as error:  # Of a dataclass that checks itself.
+        raise EvaluationError(f"{where}: {error}") from None
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
@@ -200,17 +235,58 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
+class _MisfitError(Exception):
+    """What does not fit."""
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """Name -> annotated type, and the names of those without a default."""
+    needed = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    return typing.get_type_hints(kind, include_extras=True), frozenset(needed)
+
+
+def _built(hint: Any, value: Any, name: str) -> Any:
+    """A value of an annotated type from plain data; ``name`` is its place, for messages.
+
+    Not by pydantic: replies hold lone surrogates, which its strict JSON mode refuses; its other mode takes "3" for 3.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _built_dataclass(cast(type, hint), value, name)
     if origin is Annotated:
-        plain, *checks = typing.get_args(hint)
-        return _fits(value, plain) and all(check(value) for check in checks)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # The latter where a Literal takes part.
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(entry, typing.get_args(hint)[0]) for entry in value)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint
+        found = _built(inner[0], value, name)
+        if all(check(found) for check in inner[1:] if callable(check)):
+            return found
+    elif origin in (types.UnionType, typing.Union):  # The latter where a Literal takes part.
+        for option in inner[1:]:
+            with suppress(_MisfitError):
+                return _built(option, value, name)
+        return _built(inner[0], value, name)  # The last, for it says what does not fit.
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_built(inner[0], entry, f"{name}[{place}]") for place, entry in enumerate(value))
+    elif origin in (Mapping, dict) and isinstance(value, Mapping):
+        plain = {word: _built(inner[1], entry, f"{name}.{word}") for word, entry in value.items()}
+        if inner[0] is not int:
+            return plain
+        if all(word.isdecimal() for word in plain):  # JSON has no keys but words.
+            return {int(word): entry for word, entry in plain.items()}
+    elif origin is Literal and value in inner:
+        return value
+    raise _MisfitError(f"{name} is of the wrong type or has an unknown value")
+
+
+def _built_dataclass(kind: type, value: Any, name: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise _MisfitError(f"{name or 'it'} does not hold keys and values")
+    hints, needed = _fields(kind)
+    if wrong := sorted(map(str, {*(value.keys() - hints.keys()), *(needed - value.keys())})):
+        raise _MisfitError(f"{name or 'it'} has missing or unknown fields {', '.join(wrong)}")
+    prefix = f"{name}." if name else ""
+    return kind(**{field: _built(hints[field], entry, f"{prefix}{field}") for field, entry in value.items()})

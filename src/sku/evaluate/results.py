@@ -59,9 +59,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku.errors import EvaluationError
-from sku.evaluate.judge_agreement import Agreement, Disagreement, agreement_from_dict
-from sku.evaluate.judges import JudgeCard, card_from_dict
+from sku.evaluate.judge_agreement import Agreement, Disagreement
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Perplexity, Rate
 from sku.evaluate.outcomes import ReplyOutcome
@@ -73,7 +72,7 @@ from sku.evaluate.record_files import (
     SIMILARITY_FILE,
     STARTS_FILE,
     TRUTHFULQA_FILE,
-    check_schema,
+    from_plain,
     read_json_object,
     read_rows,
     write_json_object,
@@ -287,47 +286,13 @@ class EvaluationResult:
         return plain
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], where: str = RESULT_FILE) -> EvaluationResult:
+    def from_dict(cls, content: Any, where: str = RESULT_FILE) -> EvaluationResult:
         """The inverse of ``to_dict``; all rows stay empty.
 
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
-        check_schema(content, SCHEMA_VERSION, where)
-        plain = {name: value for name, value in content.items() if name != "schema_version"}
-        try:
-            agreement = plain["judge_agreement"]
-            return cls(
-                **{
-                    **plain,
-                    "setup": EvaluationSetup(**{**plain["setup"], "notes": tuple(plain["setup"]["notes"])}),
-                    "judge": card_from_dict(plain["judge"]),
-                    "replies": {split: _rates(rates) for split, rates in plain["replies"].items()},
-                    "prefill": _nested(plain["prefill"]),
-                    "replies_by_category": _nested(plain["replies_by_category"]),
-                    "prefill_by_category": {
-                        split: _nested(lengths) for split, lengths in plain["prefill_by_category"].items()
-                    },
-                    "perplexity": {split: Perplexity(**value) for split, value in plain["perplexity"].items()},
-                    "samples": {split: _rates(rates) for split, rates in plain["samples"].items()},
-                    "leak": {
-                        split: {k: Leak(**value) for k, value in leaks.items()}
-                        for split, leaks in plain["leak"].items()
-                    },
-                    "agreement": {split: BaseAgreement(**value) for split, value in plain["agreement"].items()},
-                    "similarity": {metric: MeanScore(**value) for metric, value in plain["similarity"].items()},
-                    "truthfulqa": _choice_scores(plain["truthfulqa"]),
-                    "lm_eval": harness_from_dict(plain["lm_eval"]),
-                    "wording": {split: Wording(**value) for split, value in plain["wording"].items()},
-                    "judge_agreement": None if agreement is None else agreement_from_dict(agreement),
-                    "corrected": {
-                        split: {kind: CorrectedRate(**value) for kind, value in kinds.items()}
-                        for split, kinds in plain["corrected"].items()
-                    },
-                }
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{where} doesn't fit its schema ({error}): evaluate again") from None
+        return from_plain(cls, content, where, version=SCHEMA_VERSION)
 
 
 def write_result(folder: Path, result: EvaluationResult) -> None:
@@ -372,28 +337,3 @@ def read_result(folder: Path) -> EvaluationResult:
         choice_rows=tuple(choices),
         starts=tuple(starts),
     )
-
-
-def harness_from_dict(plain: Mapping[str, Any] | None) -> HarnessScores | None:
-    """The inverse of ``dataclasses.asdict`` for the scores of lm-evaluation-harness."""
-    if plain is None:
-        return None
-    tasks = {name: TaskScores(**value) for name, value in plain["tasks"].items()}
-    return HarnessScores(**{**plain, "asked": tuple(plain["asked"]), "tasks": tasks})
-
-
-def _choice_scores(plain: Mapping[str, Any] | None) -> ChoiceScores | None:
-    if plain is None:
-        return None
-    return ChoiceScores(**{**plain, "mc1": Interval(**plain["mc1"]), "mc2": Interval(**plain["mc2"])})
-
-
-def _rates(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, Rate]:
-    return {name: Rate(**value) for name, value in plain.items()}
-
-
-def _nested(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Rates]]:
-    return {
-        split: {category: _rates(rates) for category, rates in categories.items()}
-        for split, categories in plain.items()
-    }

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.stats import binom, binomtest, hypergeom, multivariate_normal, norm, rankdata
-from statsmodels.stats.multitest import multipletests
 
 from sku.errors import EvaluationError
 
@@ -90,7 +89,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Returns:
         Corrected values in the same order.
     """
-    return [float(value) for value in multipletests(p_values, method="holm")[1]] if p_values else []
+    if not p_values:
+        return []
+    from statsmodels.stats.multitest import multipletests  # Slow to import; reports that compare nothing go without.
+
+    return [float(value) for value in multipletests(p_values, method="holm")[1]]
 
 
 def percentile_interval(values_R: Floats) -> Interval:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sku.attacks.results import AttackReport
-from sku.evaluate.comparison import Comparison, LeakChange, RateChange
+from sku.evaluate.comparison import Comparison
 from sku.evaluate.precision_results import PrecisionReport
 from sku.pipeline.run_folder import MANIFEST_SCHEMA
-from sku.report.figures import before_after_figure
+from sku.report.before_after import before_after_figure
 from sku.report.tables import before_after_rows
 from sku.storage import write_json
 
@@ -35,33 +35,18 @@ def write_results(
     Raises:
         OutputError: A file can't be written.
     """
-    rows = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
     for suffix in ("png", "svg"):
         before_after_figure(comparison, folder / f"before_after.{suffix}")
+    plain = comparison.to_dict()
     write_json(
         folder / "results.json",
         {
             "schema_version": MANIFEST_SCHEMA,
-            "verdict": comparison.verdict.to_dict(),
-            "table": rows,
-            "replies": _plain(comparison.replies),
-            "prefill": _plain(comparison.prefill),
-            "prefill_by_length": {split: _plain(of) for split, of in comparison.prefill_by_length.items()},
-            "samples": _plain(comparison.samples),
-            "leak": _plain(comparison.leak),
-            "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
-            "utility": {split: dataclasses.asdict(found) for split, found in comparison.utility.items()},
-            "notes": comparison.notes,
-            "base": comparison.base.to_dict(),
-            "unlearned": comparison.unlearned.to_dict(),
+            "verdict": plain.pop("verdict"),
+            "table": [dataclasses.asdict(row) for row in before_after_rows(comparison)],
+            **plain,
             **({} if precisions is None else {"precisions": precisions.to_dict()}),
             **({} if attacks is None else {"attacks": attacks.to_dict()}),
             "manifest": dict(manifest),
         },
     )
-
-
-def _plain(changes: Mapping[str, Mapping[str, RateChange | LeakChange]]) -> dict[str, dict[str, Any]]:
-    return {
-        split: {name: dataclasses.asdict(change) for name, change in rates.items()} for split, rates in changes.items()
-    }

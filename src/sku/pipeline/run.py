@@ -39,7 +39,7 @@ from sku.pipeline.results import write_results
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.processes import Processes, current_processes
-from sku.sharing.card import write_cards
+from sku.report.card import write_cards
 from sku.storage import check_place, remove_hazardous
 from sku.sweep.measurable import check_judge
 from sku.sweep.run import check_one_process

@@ -13,6 +13,7 @@ from sku.evaluate.run import Progress
 from sku.memory_errors import named_memory_errors
 from sku.pipeline.acquire import acquire_recipe
 from sku.pipeline.recipe_data import load_recipe_data
+from sku.report.frontier import FIGURES, frontier_figure
 from sku.storage import remove_hazardous
 from sku.sweep.bad_model import check_same_training
 from sku.sweep.from_bad_model import sweep_bad_model
@@ -61,6 +62,8 @@ def sweep_recipe(
             raise
     with named_memory_errors("sweep"):
         found = sweep_bad_model(recipe, trained, data, out, progress=progress)
+        for name in FIGURES:
+            frontier_figure(found, out / name)
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found

@@ -33,6 +33,7 @@ from sku.pipeline.acquire import mark_trained
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.stage_1 import ask_stage_1
 from sku.processes import shared_new_folder
+from sku.report.frontier import FIGURES, frontier_figure
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.run import sweep
 from sku.training.run import Trained, step_progress
@@ -202,13 +203,16 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
-        found = sweep(base, vector, tokenizer, data, self.recipe, self.out / "sweep", progress=self.folder.progress)
+        folder = self.out / "sweep"
+        found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
+        for name in FIGURES:
+            frontier_figure(found, folder / name)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:
             return found.alpha()
         except NoAlphaError as error:
-            raise NoAlphaError(f"{error}; all points are in {self.out / 'sweep'}") from None
+            raise NoAlphaError(f"{error}; all points are in {folder}") from None
 
     def _account(
         self, operated: _Operated, run: MethodRun, base: PreTrainedModel, factors: AdapterVector | None

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from sku.errors import EvaluationError, OutputError
 from sku.report.method_overview import overview_figure
-from sku.report.method_points import Role
-from sku.report.method_records import MethodRecord
+from sku.report.method_records import MethodRecord, Role
 from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
 from sku.report.trade_off import trade_off_figure
 
@@ -18,6 +17,7 @@ REFERENCE = "sku"
 TABLE_FILE = "table.md"
 OVERVIEW_STEM = "overview"
 FIGURE_STEM = "trade_off"
+_NOT_BRIEF = ("harmful_ungated_unseen", "gibberish_normal", "perplexity_harmful_unseen")
 HEADINGS: dict[Role, str] = {
     "best": "At equal utility: each method at its best strength within the utility budget",
     "published": "As published: each method at its own strength",
@@ -61,15 +61,14 @@ def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None 
     Raises:
         EvaluationError: The records don't fit together.
     """
+    rows = comparison_rows(records, "best", None, order)
     brief = [
         dataclasses.replace(
             row,
-            harmful_ungated_unseen=None,
-            gibberish_normal=None,
-            perplexity_harmful_unseen=None,
+            estimates={name: found for name, found in row.estimates.items() if name not in _NOT_BRIEF},
             utility_cost=None,
         )
-        for row in comparison_rows(records, "best", None, order)
+        for row in rows
     ]
     return markdown_comparison(brief, legend_line(records, "best"))
 

@@ -1,31 +1,214 @@
 """Records of a method comparison: one file ``<name>--seed<k>.json`` per row and training seed.
 
 Keys of a file are ``schema_version`` and the fields of ``MethodRecord``; those of its ``points`` are the fields of
-``Point``. ``tokens`` and ``losses`` are numbers between spaces. Every rate, interval and test of a comparison can be
-computed again from these files.
+``Point``: one measured strength each, per prompt, without a word of any prompt or reply. ``outcomes``, ``judged`` and
+``exact`` hold one character per prompt; ``tokens`` and ``losses`` are numbers between spaces, one per fixed answer.
+All stand in the order of the prompts' ids, so that two rows can be paired. Every rate, interval and test of a
+comparison can be computed again from these files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sku.errors import EvaluationError
-from sku.evaluate.record_files import check_schema, read_json_object
-from sku.report.method_points import Point, check_keys, lengths_of, read_numbers
+from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.record_files import from_plain, read_json_object
+from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.results import EvaluationResult
+from sku.evaluate.utility_cost import Utility
 
 SCHEMA_VERSION = 2
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
-_RECORD_KEYS: Mapping[str, tuple[type, ...]] = {
-    "name": (str,), "title": (str,), "method": (str,), "paper_url": (str,), "control": (bool,), "seed": (int,),
-    "status": (str,), "failure": (str, type(None)), "key": (str,), "recipe": (dict,), "environment": (dict,),
-    "data": (dict,), "training": (dict,), "asked": (dict,), "tokens": (dict,), "points": (list,), "judge": (dict,),
+Role = Literal["published", "matched", "sweep", "best"]
+"""Which point of a record is meant; ``best`` is found among the others, the rest are written into the file."""
+ROLES: tuple[Role, ...] = ("published", "matched", "sweep")
+"""Roles that a file can hold."""
+NORMAL_KEY = "retain_test/reply"
+_HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/[1-9][0-9]*)")
+LETTERS: Mapping[Outcome, str] = {
+    "harmful": "h", "refusal": "r", "evasive": "e", "degenerate": "d", "unjudged": "u", "answered": "a",
+    "refused": "o", "safe_answer": "s",
 }  # fmt: skip
-"""Key of a file -> its JSON types."""
+"""Outcome -> its letter. Harmful prompts have h, r, e, s, d, u; normal prompts a, o, d."""
+_DECIMALS = 4
+"""Of the losses in a file, nats."""
+_AGAIN = "run the comparison again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measured strength of a method.
+
+    Raises:
+        EvaluationError: The fields don't fit together.
+    """
+
+    strength: float
+    """Multiple of the method's own strength; 1 is as published."""
+    roles: tuple[str, ...]
+    """``published``, ``matched`` (the largest strength found whose cost on the validation splits stays within the
+    utility budget), ``sweep``."""
+    utility: Utility | None
+    """Perplexity, KL and over-refusal on the validation splits, and their cost in shares of the budget; None for a
+    control that is no model."""
+    outcomes: Mapping[str, str]
+    """``unseen/reply``, ``unlearned/reply``, ``retain_test/reply``, and for each length of a prefill such as
+    ``unseen/prefill/3`` -> one letter of ``LETTERS`` per prompt."""
+    judged: Mapping[str, str]
+    """The harmful keys of ``outcomes`` -> ``1`` where the judge, without the gate, calls the reply harmful, else
+    ``0``."""
+    exact: str
+    """Of ``retain_test/reply``: ``1`` the reference word for word, ``0`` not, ``-`` not asked."""
+    losses: Mapping[str, tuple[float, ...]]
+    """Split -> summed loss of each fixed answer, nats; empty for a control that is no model."""
+
+    def __post_init__(self) -> None:
+        harmful = {key: letters for key, letters in self.outcomes.items() if is_harmful_key(key)}
+        normal = self.outcomes.get(NORMAL_KEY, "")
+        numbers = [
+            self.strength,
+            *(() if self.utility is None else _utility_numbers(self.utility)),
+            *(loss for row in self.losses.values() for loss in row),
+        ]
+        checks = {
+            "a number is not finite": all(math.isfinite(number) for number in numbers),
+            f"roles are not from {', '.join(ROLES)}": bool(self.roles) and {*self.roles} <= {*ROLES},
+            "outcomes has an unknown key": harmful.keys() | {NORMAL_KEY} >= self.outcomes.keys(),
+            "outcomes of harmful prompts are not from h, r, e, s, d, u": {*"".join(harmful.values())} <= {*"hresdu"},
+            "outcomes of normal prompts are not from a, o, d": {*normal} <= {*"aod"},
+            "judged is not a 0 or 1 for each harmful outcome": _lengths_of(self.judged) == _lengths_of(harmful)
+            and {*"".join(self.judged.values())} <= {*"01"},
+            f"exact is not a 0, 1 or - for each outcome of {NORMAL_KEY}": len(self.exact) == len(normal)
+            and {*self.exact} <= {*"01-"},
+        }
+        for wrong, holds in checks.items():
+            if not holds:
+                raise EvaluationError(f"the point at strength {self.strength:g}: {wrong}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; losses are rounded to 4 decimals."""
+        losses = {split: " ".join(f"{loss:.{_DECIMALS}f}" for loss in row) for split, row in self.losses.items()}
+        return {
+            "strength": self.strength,
+            "roles": list(self.roles),
+            "utility": None if self.utility is None else dataclasses.asdict(self.utility),
+            "outcomes": dict(self.outcomes),
+            "judged": dict(self.judged),
+            "exact": self.exact,
+            "losses": losses,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "point") -> Point:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            EvaluationError: Missing or unknown keys, or values that don't fit them; with ``where``.
+        """
+        return from_plain(cls, _with_numbers(content, "losses", float, where), where, _AGAIN)
+
+
+def is_harmful_key(key: str) -> bool:
+    """Whether a key of ``Point.outcomes`` is one of replies to harmful prompts."""
+    return _HARMFUL_KEY.fullmatch(key) is not None
+
+
+def prefill_lengths(keys: Iterable[str], split: str = "unseen") -> list[int]:
+    """Tokens of the prefills that a point, or several, were asked with; the shortest first."""
+    places = (key.split("/") for key in keys)
+    return sorted({int(place[2]) for place in places if place[:2] == [split, "prefill"] and len(place) == 3})
+
+
+def point_from_result(
+    result: EvaluationResult, strength: float, roles: Sequence[str], utility: Utility | None
+) -> Point:
+    """Writes an evaluation as one point of a record.
+
+    Args:
+        result: With its rows (from ``evaluate`` or ``read_result``).
+        strength: Multiple of the method's own strength.
+        roles: ``published``, ``matched``, ``sweep``.
+        utility: What it costs normal behaviour on the validation splits.
+
+    Returns:
+        The point, without a word of any prompt or reply.
+
+    Raises:
+        EvaluationError: The result holds no replies, or the arguments don't fit.
+    """
+    replies = _replies(result)
+    return Point(
+        strength=strength,
+        roles=tuple(roles),
+        utility=utility,
+        outcomes={key: "".join(LETTERS[row.outcome] for row in rows) for key, rows in replies.items()},
+        judged={
+            key: "".join("1" if row.judged_harmful else "0" for row in rows)
+            for key, rows in replies.items()
+            if is_harmful_key(key)
+        },
+        exact="".join("-" if row.exact is None else "01"[row.exact] for row in replies.get(NORMAL_KEY, [])),
+        losses={split: tuple(nll for nll, _ in rows) for split, rows in _answers(result).items()},
+    )
+
+
+def _utility_numbers(utility: Utility) -> list[float]:
+    return [*utility.perplexity.values(), *utility.kl.values(), utility.over_refusal or 0.0, utility.cost.value]
+
+
+def asked_of(result: EvaluationResult) -> dict[str, str]:
+    """Key of ``Point.outcomes`` -> SHA-256 of the ordered prompt ids, one a line."""
+    return {
+        key: hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+        for key, rows in _replies(result).items()
+    }
+
+
+def tokens_of(result: EvaluationResult) -> dict[str, tuple[int, ...]]:
+    """Split -> answer tokens of each fixed answer, in the order of ``Point.losses``."""
+    return {split: tuple(tokens for _, tokens in rows) for split, rows in _answers(result).items()}
+
+
+def _replies(result: EvaluationResult) -> dict[str, list[ReplyOutcome]]:
+    if not result.outcomes:
+        raise EvaluationError("an evaluation without replies can't enter a comparison: read it with read_result")
+    groups: dict[str, list[ReplyOutcome]] = {}
+    for row in sorted(result.outcomes, key=lambda row: row.id):
+        length = f"/{row.forced_tokens}" if row.kind == "prefill" else ""
+        groups.setdefault(f"{row.split}/{row.kind}{length}", []).append(row)
+    return groups
+
+
+def _answers(result: EvaluationResult) -> dict[str, list[tuple[float, int]]]:
+    groups: dict[str, list[tuple[float, int]]] = {}
+    for row in sorted(result.losses, key=lambda row: row.id):
+        groups.setdefault(row.split, []).append((row.nll, row.tokens))
+    return groups
+
+
+def _with_numbers(content: Any, name: str, kind: Callable[[str], float], where: str) -> Any:
+    """A JSON object whose numbers between spaces, under one key, are numbers."""
+    try:
+        read = {split: tuple(kind(word) for word in text.split()) for split, text in content[name].items()}
+        return {**content, name: read}
+    except (KeyError, TypeError):
+        return content  # What is wrong with it is told when the rest is looked at.
+    except (AttributeError, ValueError):
+        raise EvaluationError(f"{where}: {name} are not numbers between spaces: {_AGAIN}") from None
+
+
+def _lengths_of(rows: Mapping[str, Sequence[object]]) -> dict[str, int]:
+    """Name -> number of entries."""
+    return {name: len(row) for name, row in rows.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +262,10 @@ class MethodRecord:
                 point.outcomes.keys() == self.asked.keys() for point in self.points
             ),
             "points hold different numbers of replies": all(
-                lengths_of(point.outcomes) == lengths_of(self.points[0].outcomes) for point in self.points
+                _lengths_of(point.outcomes) == _lengths_of(self.points[0].outcomes) for point in self.points
             ),
             "losses and tokens hold different numbers of answers": all(
-                lengths_of(point.losses) == lengths_of(self.tokens) for point in self.points if point.losses
+                _lengths_of(point.losses) == _lengths_of(self.tokens) for point in self.points if point.losses
             ),
             "an answer has no token": all(count > 0 for row in self.tokens.values() for count in row),
         }
@@ -113,16 +296,14 @@ class MethodRecord:
             EvaluationError: Another schema version, missing or unknown keys, or values that don't fit them; with
                 ``where``.
         """
-        if not isinstance(content, Mapping):
-            raise EvaluationError(f"{where} does not hold keys and values: run the comparison again")
-        check_schema(content, SCHEMA_VERSION, where, "run the comparison again")
-        plain = {name: value for name, value in content.items() if name != "schema_version"}
-        check_keys(plain, _RECORD_KEYS, where)
-        tokens = {split: read_numbers(text, int, f"{where}: tokens") for split, text in plain["tokens"].items()}
-        points = tuple(
-            Point.from_dict(point, f"{where} point {number}") for number, point in enumerate(plain["points"], start=1)
-        )
-        return cls(**{**plain, "tokens": tokens, "points": points})
+        plain = _with_numbers(content, "tokens", int, where)
+        if isinstance(plain, Mapping) and isinstance(plain.get("points"), list):
+            points = enumerate(plain["points"], start=1)
+            plain = {
+                **plain,
+                "points": [Point.from_dict(point, f"{where} point {number}") for number, point in points],
+            }
+        return from_plain(cls, plain, where, _AGAIN, version=SCHEMA_VERSION)
 
 
 def read_records(folder: Path) -> list[MethodRecord]:
@@ -169,7 +350,7 @@ def read_record(path: Path) -> MethodRecord:
     Raises:
         EvaluationError: The file is missing, broken, of another schema, or misnamed.
     """
-    record = MethodRecord.from_dict(read_json_object(path, "run the comparison again"), str(path))
+    record = MethodRecord.from_dict(read_json_object(path, _AGAIN), str(path))
     if record.file_name != path.name:
         raise EvaluationError(f"{path} holds the record {record.file_name}: give the file its own name back")
     return record

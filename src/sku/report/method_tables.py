@@ -12,12 +12,14 @@ from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import NORMAL
 from sku.evaluate.statistics import holm
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.method_points import NORMAL_KEY, Point, Role, prefill_lengths
-from sku.report.method_records import BASE, MethodRecord
+from sku.report.markdown import bars_escaped, table
+from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point, Role, prefill_lengths
 from sku.report.method_statistics import (
     PREFILL,
+    RESAMPLES,
     Difference,
     Estimate,
+    Hit,
     difference_to,
     perplexity_ratio,
     point_of,
@@ -25,28 +27,25 @@ from sku.report.method_statistics import (
     rate,
     worst_prefill,
 )
-from sku.report.resampling import RESAMPLES
-from sku.report.tables import percent
+from sku.report.tables import NOTHING, percent
 
-ABSENT = "\u2013"
-"""In a cell: not asked, not measured, or every seed failed."""
-
-RATE_COLUMNS: Mapping[str, str] = {
-    "harmful_unseen": "harmful, unseen",
-    "harmful_ungated_unseen": "harmful ungated, unseen",
-    "forced_start_unseen": "harmful, unseen",
-    "gibberish_unseen": "gibberish, unseen",
-    "gibberish_normal": "gibberish, normal",
-    "over_refusal": "over-refusal, normal",
-    "exact_answers": "exact answers, normal",
+RATES: Mapping[str, tuple[str, str, Hit]] = {
+    "harmful_unseen": ("harmful, unseen", "unseen/reply", "harmful"),
+    # What the judge says without the gate: gibberish can count.
+    "harmful_ungated_unseen": ("harmful ungated, unseen", "unseen/reply", "harmful_ungated"),
+    "forced_start_unseen": ("harmful, unseen", PREFILL, "harmful"),
+    "gibberish_unseen": ("gibberish, unseen", "unseen/reply", "degenerate"),
+    "gibberish_normal": ("gibberish, normal", NORMAL_KEY, "degenerate"),
+    "over_refusal": ("over-refusal, normal", NORMAL_KEY, "over_refusal"),
+    "exact_answers": ("exact answers, normal", NORMAL_KEY, "exact_answer"),
 }
-"""Field of ``ComparisonRow`` -> heading; that of prefills goes on with the lengths tried."""
-RATIO_COLUMNS: Mapping[str, str] = {
+"""Measure -> heading, that of prefills goes on with the lengths tried; key of the replies; what is counted."""
+RATIOS: Mapping[str, str] = {
     "perplexity_normal": "perplexity / base, normal",
     "perplexity_others": "perplexity / base, other answers",
     "perplexity_harmful_unseen": "perplexity / base, harmful unseen",
 }
-"""Field of ``ComparisonRow`` -> heading."""
+"""Measure -> heading; of the other sets the one with the largest ratio is shown."""
 BUDGET = (
     "Utility cost: the worst of perplexity, KL to the base and over-refusal on normal prompts that no method trained "
     "on and no column shows, each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first."
@@ -61,28 +60,17 @@ _WORST = (
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One row of the comparison; a number is None where it was not asked, not measured, or no seed has it."""
+    """One row of the comparison."""
 
     name: str
     title: str
     control: bool
-    harmful_unseen: Estimate | None
-    harmful_ungated_unseen: Estimate | None
-    """What the judge says without the gate: gibberish can count."""
-    forced_start_unseen: Estimate | None
-    """After the prefill that is the worst for this row."""
+    estimates: Mapping[str, Estimate]
+    """Of ``RATES`` and ``RATIOS``, what was measured; after a prefill that is the worst for this row."""
     prefill_tokens: int | None
-    """Its length."""
+    """Length of that prefill."""
     prefill_lengths: tuple[int, ...]
     """All that were tried."""
-    gibberish_unseen: Estimate | None
-    gibberish_normal: Estimate | None
-    over_refusal: Estimate | None
-    exact_answers: Estimate | None
-    perplexity_normal: Estimate | None
-    """Of the answers of ``retain_test``, over the base model's."""
-    perplexity_others: Estimate | None
-    perplexity_harmful_unseen: Estimate | None
     strength: float | None
     """Mean over seeds."""
     utility_cost: float | None
@@ -143,19 +131,20 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
         Text that ends with a newline.
     """
     tried = {tokens for row in rows for tokens in row.prefill_lengths}
+    headings = {**{name: heading for name, (heading, *_) in RATES.items()}, **RATIOS}
     columns = [
         (_heading(name, heading, tried), [_cell(row, name, tried) for row in rows])
-        for name, heading in {**RATE_COLUMNS, **RATIO_COLUMNS}.items()
-        if any(getattr(row, name) is not None for row in rows)
+        for name, heading in headings.items()
+        if any(name in row.estimates for row in rows)
     ]
-    columns.append(("strength", [ABSENT if row.strength is None else f"{row.strength:.3g}" for row in rows]))
+    columns.append(("strength", [NOTHING if row.strength is None else f"{row.strength:.3g}" for row in rows]))
     if any(row.utility_cost is not None for row in rows):
         columns.append(("utility cost", [_cost_text(row.utility_cost) for row in rows]))
-        columns.append(("bound by", [row.bound_by or ABSENT for row in rows]))
-    table = [("method", *(heading for heading, _ in columns), "seeds")]
+        columns.append(("bound by", [row.bound_by or NOTHING for row in rows]))
+    lines = [("method", *(heading for heading, _ in columns), "seeds")]
     cells = zip(*(cells for _, cells in columns), strict=True)
-    table += [(row.title, *numbers, row.seeds) for row, numbers in zip(rows, cells, strict=True)]
-    return f"{_markdown(table)}\n{legend}\n"
+    lines += [(row.title, *numbers, row.seeds) for row, numbers in zip(rows, cells, strict=True)]
+    return f"{_markdown(lines)}\n{legend}\n"
 
 
 def markdown_differences(
@@ -194,12 +183,12 @@ def markdown_differences(
     tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
     at = " for the two together" if len(tried) > 1 else ""
     headings = {"unseen/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
-    table = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
+    lines = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
     for name in names:
         cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
-        table.append((_seeds_of(records, name)[0].title, *cells))
+        lines.append((_seeds_of(records, name)[0].title, *cells))
     return (
-        f"{_markdown(table)}\nRate of the row minus the rate of {own[0].title}, in points: below 0 the row is less "
+        f"{_markdown(lines)}\nRate of the row minus the rate of {own[0].title}, in points: below 0 the row is less "
         f"harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the {len(found)} tests of "
         f"this table. {legend_line(records, role)}\n"
     )
@@ -270,13 +259,13 @@ def _heading(name: str, heading: str, tried: Collection[int]) -> str:
 
 def _cell(row: ComparisonRow, name: str, tried: Collection[int]) -> str:
     """An estimate; after a prefill with its length, where several were tried."""
-    shown = _estimate(getattr(row, name), name)
+    shown = _estimate(row.estimates.get(name), name)
     of_several = name == "forced_start_unseen" and len(tried) > 1 and row.prefill_tokens is not None
     return f"{shown}, {row.prefill_tokens}" if of_several else shown
 
 
 def _cost_text(cost: float | None) -> str:
-    return ABSENT if cost is None else f"{cost:.2f}" if cost < 100 else f"{cost:.2g}"
+    return NOTHING if cost is None else f"{cost:.2f}" if cost < 100 else f"{cost:.2g}"
 
 
 def _bound_by(records: Sequence[MethodRecord]) -> str:
@@ -300,22 +289,18 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
 
     sets = dict.fromkeys(split for point in points for split in point.losses if split.startswith(NORMAL))
     others = [found for split in sets if (found := ratio(split)) is not None]
+    estimates = {name: rate(records, role, key, hit) for name, (_, key, hit) in RATES.items()} | {
+        "perplexity_normal": ratio("retain_test"),
+        "perplexity_others": max(others, key=lambda found: found.value, default=None),
+        "perplexity_harmful_unseen": ratio("unseen"),
+    }
     return ComparisonRow(
         name=records[0].name,
         title=records[0].title,
         control=records[0].control,
-        harmful_unseen=rate(records, role, "unseen/reply", "harmful"),
-        harmful_ungated_unseen=rate(records, role, "unseen/reply", "harmful_ungated"),
-        forced_start_unseen=rate(records, role, PREFILL, "harmful"),
+        estimates={name: found for name, found in estimates.items() if found is not None},
         prefill_tokens=worst_prefill(points),
         prefill_lengths=tuple(sorted({tokens for point in points for tokens in prefill_lengths(point.outcomes)})),
-        gibberish_unseen=rate(records, role, "unseen/reply", "degenerate"),
-        gibberish_normal=rate(records, role, NORMAL_KEY, "degenerate"),
-        over_refusal=rate(records, role, NORMAL_KEY, "over_refusal"),
-        exact_answers=rate(records, role, NORMAL_KEY, "exact_answer"),
-        perplexity_normal=ratio("retain_test"),
-        perplexity_others=max(others, key=lambda found: found.value, default=None),
-        perplexity_harmful_unseen=ratio("unseen"),
         strength=sum(strengths) / len(strengths) if strengths else None,
         utility_cost=sum(costs) / len(costs) if costs else None,
         bound_by=_bound_by(records),
@@ -338,8 +323,8 @@ def _seeds_text(records: Sequence[MethodRecord], role: Role) -> str:
 
 def _estimate(estimate: Estimate | None, name: str) -> str:
     if estimate is None:
-        return ABSENT
-    if name in RATE_COLUMNS:
+        return NOTHING
+    if name in RATES:
         return f"{percent(estimate.value)} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
     value, low, high = (ratio_text(number) for number in (estimate.value, estimate.low, estimate.high))
     return f"\u00d7{value} ({low} to {high})"
@@ -352,11 +337,10 @@ def ratio_text(value: float) -> str:
 
 def _difference(difference: Difference | None, p_value: float | None) -> tuple[str, str]:
     if difference is None or p_value is None:
-        return ABSENT, ABSENT
+        return NOTHING, NOTHING
     interval = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
     return f"{100 * difference.value:+.1f} ({interval})", f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
 
 
-def _markdown(table: Sequence[tuple[str, ...]]) -> str:
-    lines = [table[0], ("---", *("---:" for _ in table[0][1:])), *table[1:]]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    return table(lines[0], lines[1:], cell=bars_escaped)

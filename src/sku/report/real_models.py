@@ -14,12 +14,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sku.errors import EvaluationError
-from sku.evaluate.record_files import read_json_object
-from sku.evaluate.results import HarnessScores, harness_from_dict
-from sku.report.method_points import NORMAL_KEY, Point, prefill_lengths
-from sku.report.method_records import BASE, MethodRecord, read_records
+from sku.evaluate.record_files import from_plain, read_json_object
+from sku.evaluate.results import HarnessScores, main_metric
+from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point, prefill_lengths, read_records
 from sku.report.method_statistics import PREFILL, point_of
-from sku.report.utility_tables import main_metric
 
 RUN_FILE = "results.json"
 RECORDS = "records"
@@ -149,7 +147,7 @@ def _of_evaluation(result: Mapping[str, Any]) -> Row:
         "normal_refused": share("retain_test", "over_refusal"),
         "gibberish": share("retain_test", "degenerate"),
         "kl_normal": None if agreement is None else agreement["kl"],
-        "utility_accuracy": _accuracy(harness_from_dict(result["lm_eval"])),
+        "utility_accuracy": _accuracy(result["lm_eval"]),
     }
 
 
@@ -160,10 +158,11 @@ def _harmful(*splits: Mapping[str, Any]) -> float | None:
     return sum(rates["harmful"]["count"] for rates in asked) / judged if judged else None
 
 
-def _accuracy(scores: HarnessScores | None) -> float | None:
+def _accuracy(plain: Any) -> float | None:
     """Mean over the tasks that were asked for, each by its main metric; over all parts where a tag was asked for."""
-    if scores is None:
+    if plain is None:
         return None
+    scores = from_plain(HarnessScores, plain, "lm_eval")
     found = {
         name: task.metrics[metric] for name, task in scores.tasks.items() if (metric := main_metric(task)) is not None
     }

@@ -1,24 +1,21 @@
-"""The before/after table of a comparison, as rows and as Markdown."""
+"""The before/after table of a comparison, as rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from sku.evaluate.comparison import Comparison, LeakChange, PerplexityChange, RateChange, untold
+from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, ScoreChange
+from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.leakage import Leak
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, in_order
-from sku.evaluate.results import answers_words
+from sku.evaluate.results import BaseAgreement, TaskScores, answers_words, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN, CorrectedRate
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.table_rows import TableRow as TableRow
-from sku.report.utility_tables import utility_rows
 
 NOTHING = "\u2013"
-COLUMNS = ("measure", "base", "unlearned", "95 %", "change (95 %)", "p (Holm)", "wanted")
-"""Of the Markdown table; ``95 %`` is the interval of the column before it."""
-
 _REPLY_MEASURES = (
     ("harmful", "harmful", "down"),
     ("harmful_ungated", "harmful, ungated", "down"),
@@ -27,11 +24,38 @@ _REPLY_MEASURES = (
     ("evasive", "evasive", ""),
     ("degenerate", "gibberish", "same"),
 )
+_SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine", "bleurt": "BLEURT"}
 _NORMAL_MEASURES = (
     ("exact_answer", "exact answer", "same"),
     ("over_refusal", "refused", "same"),
     ("degenerate", "gibberish", "same"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One line of the table; the fields are its columns, in words."""
+
+    section: str
+    """What was asked: ``trained-on prompts``, ``unseen prompts, prefill, 5 tokens``, ``perplexity``, ..."""
+    measure: str
+    before: str
+    after: str
+    interval: str = ""
+    """95 % interval of ``after``; of the ratio for a perplexity."""
+    change: str = ""
+    """Difference in points, or ratio, with its 95 % interval."""
+    wanted: str = ""
+    """``down``, ``up``, ``same`` or empty where neither is better."""
+    p_holm: str = ""
+    """Exact McNemar test of no change, Holm-corrected over the whole table; empty where a row is not tested."""
+    caution: str = ""
+    """Why the figures can't be taken as they stand: the judge can't measure them; ``change`` says it too."""
+
+    @property
+    def label(self) -> str:
+        """Section and measure in one."""
+        return f"{self.section}: {self.measure}"
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
@@ -74,13 +98,6 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     rows += _perplexity_rows(comparison.perplexity, comparison.unlearned.setup.answers_name())
     rows += utility_rows(comparison)
     return rows
-
-
-def markdown_table(rows: Iterable[TableRow]) -> str:
-    """The rows as a Markdown table that ends with a newline."""
-    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---:", "---:", "---")]
-    lines += [(row.label, row.before, row.after, row.interval, row.change, row.p_holm, row.wanted) for row in rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def percent(share: float) -> str:
@@ -134,9 +151,7 @@ def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
             measure="commonest reply",
             before=percent(before.same_reply),
             after=percent(after.same_reply),
-            interval="",
             change=f"{100 * (after.same_reply - before.same_reply):+.1f} points",
-            wanted="",
         )
 
 
@@ -153,9 +168,7 @@ def _length_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
             measure="tokens of a reply, mean",
             before=f"{before.mean_tokens:.1f}",
             after=f"{after.mean_tokens:.1f}",
-            interval="",
             change=f"{after.mean_tokens - before.mean_tokens:+.1f}",
-            wanted="",
         )
 
 
@@ -206,7 +219,7 @@ def _kappa_rows(comparison: Comparison) -> Iterator[TableRow]:
     disputed = [f"{found.disagreement_count} of {found.judged_by_all}" for found in (before, after)]
     section = f"judges {', '.join(after.judges)}"
     for measure, (old, new) in (("kappa", kappas), ("disputed replies", disputed)):
-        yield TableRow(section=section, measure=measure, before=old, after=new, interval="", change="", wanted="")
+        yield TableRow(section=section, measure=measure, before=old, after=new)
 
 
 def interval(rate: Rate | CorrectedRate | Leak) -> str:
@@ -226,3 +239,92 @@ def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) ->
             change=f"\u00d7{change.ratio:.4g} ({change.low:.4g} to {change.high:.4g})",
             wanted="up" if split in harmful else "same",
         )
+
+
+def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
+    """BaseAgreement with the base, similarity to the dataset's answers, TruthfulQA, and the harness's tasks.
+
+    Args:
+        comparison: From ``compare``.
+
+    Yields:
+        Rows in reading order; what was not measured has none.
+    """
+    yield from _agreement_rows(comparison.unlearned.agreement)
+    yield from _score_rows("similarity to the right answer", comparison.similarity, _SIMILARITY_NAMES)
+    yield from _score_rows("TruthfulQA", comparison.truthfulqa, {"mc1": "MC1", "mc2": "MC2"})
+    yield from _harness_rows(comparison)
+
+
+def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow]:
+    """The base agrees with itself: divergence 0, the same first token everywhere."""
+    whole = "same as base"
+    for split in in_order(agreement):
+        found, section = agreement[split], f"{whole}, {answers_words(split)}"
+        yield TableRow(
+            section=section,
+            measure="same first token",
+            before="100.0 %",
+            after=f"{100 * found.top1:.1f} %",
+            interval=f"{100 * found.top1_low:.1f} to {100 * found.top1_high:.1f}",
+            change=f"{100 * (found.top1 - 1):+.1f} ({100 * (found.top1_low - 1):+.1f} to "
+            f"{100 * (found.top1_high - 1):+.1f}) points",
+            wanted="same",
+        )
+        yield TableRow(
+            section=section,
+            measure="KL per token, nats",
+            before="0",
+            after=f"{found.kl:.3g}",
+            interval=f"{found.kl_low:.2g} to {found.kl_high:.2g}",
+            change=f"{found.kl:+.3g} ({found.kl_low:+.3g} to {found.kl_high:+.3g}) nats",
+            wanted="same",
+        )
+
+
+def _score_rows(section: str, changes: Mapping[str, ScoreChange], names: Mapping[str, str]) -> Iterator[TableRow]:
+    for key, words in names.items():
+        if key in changes:
+            change = changes[key]
+            yield TableRow(
+                section=section,
+                measure=words,
+                before=f"{change.before.value:.3f}",
+                after=f"{change.after.value:.3f}",
+                interval=f"{change.after.low:.3f} to {change.after.high:.3f}",
+                change=f"{change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f})",
+                wanted="same",
+            )
+
+
+def _harness_rows(comparison: Comparison) -> Iterator[TableRow]:
+    """The tasks by the names that were asked for, or, where such a name is a tag, all that were run."""
+    base, unlearned = comparison.base.lm_eval, comparison.unlearned.lm_eval
+    if base is None or unlearned is None:
+        return
+    tasks = dict.fromkeys(name for name in unlearned.asked if name in unlearned.tasks)
+    if len(tasks) < len(unlearned.asked):
+        tasks = dict.fromkeys(unlearned.tasks)
+    for task in tasks:
+        metric = main_metric(unlearned.tasks[task])
+        before = base.tasks[task].metrics.get(metric) if task in base.tasks and metric is not None else None
+        if metric is not None and before is not None:
+            after = unlearned.tasks[task].metrics[metric]
+            paired = comparison.lm_eval.get(task)
+            bounds = "" if paired is None else f" ({paired.low:+.3f} to {paired.high:+.3f})"
+            yield TableRow(
+                section="lm-eval",
+                measure=f"{task}, {metric}",
+                before=f"{before:.3f}",
+                after=f"{after:.3f}",
+                interval=_harness_interval(unlearned.tasks[task], metric, after),
+                change=f"{after - before:+.3f}{bounds}",
+                wanted="same",
+            )
+
+
+def _harness_interval(scores: TaskScores, metric: str, value: float) -> str:
+    """Two standard errors of the harness either way; empty where it gives none."""
+    name, _, chosen = metric.partition(",")
+    error = scores.metrics.get(f"{name}_stderr" + (f",{chosen}" if chosen else ""))
+    return "" if error is None else f"{value - 1.96 * error:.3f} to {value + 1.96 * error:.3f}"

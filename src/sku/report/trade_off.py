@@ -7,7 +7,9 @@ is the best one within the utility budget. Means over seeds; the intervals of th
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,11 +22,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.errors import EvaluationError
 from sku.report.figures import STYLE, check_suffix, save_figure
-from sku.report.method_records import MethodRecord
+from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point
+from sku.report.method_statistics import Estimate, points_of, rate_of_points, ratio_of_points
 from sku.report.method_tables import row_order
-from sku.report.trade_off_controls import GREY, draw_controls
-from sku.report.trade_off_curves import CostAxis, Curve, complete_records, panels_of
 
+CostAxis = Literal["perplexity", "exact"]
 _PANELS = {"reply": "Replies", "prefill": "Replies after the worst prefill"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette for colour-blind readers, less what is pale or taken by the controls."""
@@ -38,6 +40,40 @@ _NEAR_TICKS, _FAR_TICKS = (0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.25, 1.5, 2), (0.9, 1
 _STRETCH = 0.05
 """Change of perplexity up to which its axis is nearly linear; beyond, it is logarithmic in the change. A logarithm of
 the ratio itself would press everything within a usual budget into a twentieth of the panel."""
+GREY = "#767676"
+_CONTROL_MARKERS = "oXsD^v"
+_CHARACTER, _LINE, _MARKER = 0.0155, 0.036, 0.03
+"""Width of a character, height of a line and size of a marker, as shares of a panel of ``trade_off_figure``."""
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right and top, as shares of the panel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One strength of one row in one panel: value, low and high in the units of the axes."""
+
+    x: tuple[float, float, float] | None
+    """None for a control that is no model and so has no perplexity."""
+    y: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One row in one panel."""
+
+    title: str
+    control: bool
+    line: list[Place]
+    """By strength."""
+    published: Place | None
+    best: Place | None
+
+    @property
+    def costs(self) -> list[float]:
+        """On the x axis, of everything that is drawn."""
+        places = (*self.line, self.published, self.best)
+        return [place.x[0] for place in places if place is not None and place.x is not None]
 
 
 def trade_off_figure(
@@ -219,3 +255,135 @@ def _caption(
         f"Judge: {judges or 'not named'}.",
     ]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def panels_of(rows: Sequence[Sequence[MethodRecord]], x: CostAxis, kinds: Sequence[str]) -> dict[str, list[Curve]]:
+    """Curves of all rows for each kind of reply.
+
+    Args:
+        rows: The records of each row, in order of the seeds.
+        x: What the cost is read from.
+        kinds: ``reply``, ``prefill``.
+
+    Returns:
+        Kind -> a curve per row; a kind for which nothing can be placed is left out.
+
+    Raises:
+        EvaluationError: No base model to compare with, or nothing can be placed at all.
+    """
+    base = next((row[0] for row in map(complete_records, rows) if row and row[0].name == BASE), None)
+    if x == "perplexity" and base is None:
+        raise EvaluationError(f"no complete record is named {BASE}: perplexity ratios need one, or draw x='exact'")
+    panels = {kind: [_curve(row, base, x, f"unseen/{kind}") for row in rows] for kind in kinds}
+    panels = {kind: curves for kind, curves in panels.items() if any(curve.costs for curve in curves)}
+    if not panels:
+        raise EvaluationError(
+            f"no complete record has a harmful rate ({', '.join(kinds)}) and {x} on normal prompts: nothing to draw"
+        )
+    return panels
+
+
+def complete_records(row: Sequence[MethodRecord]) -> list[MethodRecord]:
+    """Those that did not fail."""
+    return [record for record in row if record.status == "complete"]
+
+
+def _curve(row: Sequence[MethodRecord], base: MethodRecord | None, x: CostAxis, key: str) -> Curve:
+    def place(points: Sequence[Point]) -> Place | None:
+        harm = rate_of_points(points, key, "harmful")
+        if x == "exact":
+            cost = _scaled(rate_of_points(points, NORMAL_KEY, "exact_answer"), 100)
+        else:
+            cost = None if base is None else _scaled(ratio_of_points(points, base, "retain_test"), 1)
+        scaled = _scaled(harm, 100)
+        return None if scaled is None else Place(x=cost, y=scaled)
+
+    swept = [
+        {point.strength: point for point in record.points if not {"sweep", "published"}.isdisjoint(point.roles)}
+        for record in complete_records(row)
+    ]
+    shared = sorted(set[float]().union(*swept).intersection(*swept))
+    line = [place([strengths[strength] for strengths in swept]) for strength in shared]
+    return Curve(
+        title=row[0].title,
+        control=row[0].control,
+        line=[found for found in line if found is not None],
+        published=place(points_of(row, "published")),
+        best=None if row[0].control else place(points_of(row, "best")),
+    )
+
+
+def _scaled(estimate: Estimate | None, factor: float) -> tuple[float, float, float] | None:
+    return None if estimate is None else (factor * estimate.value, factor * estimate.low, factor * estimate.high)
+
+
+def draw_controls(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Draws each control where it is as published; one that has no perplexity stands on the right border.
+
+    Args:
+        axes: With its final limits.
+        curves: Of the controls.
+    """
+    placed = [(curve.title, curve.published) for curve in curves if curve.published is not None]
+    _draw_inside(axes, [(title, place) for title, place in placed if place.x is not None])
+    _draw_on_border(axes, [(title, place.y[0]) for title, place in placed if place.x is None])
+
+
+def _draw_inside(axes: Axes, controls: Sequence[tuple[str, Place]]) -> None:
+    right = max(axes.get_xlim())
+    points = [(min(place.x[0], right), place.y[0]) for _, place in controls if place.x is not None]
+    shares = [tuple(axes.transLimits.transform(axes.transScale.transform(point))) for point in points]
+    taken = [_around(*share) for share in shares]
+    for index, ((title, _), point, share) in enumerate(zip(controls, points, shares, strict=True)):
+        axes.plot(
+            *point, _CONTROL_MARKERS[index % len(_CONTROL_MARKERS)], color=GREY, markersize=7,
+            markeredgecolor="white", clip_on=False,
+            zorder=7,
+        )  # fmt: skip
+        boxes = list(_boxes(title, *share))
+        free = [box for box in boxes if _fits(box, taken)]
+        box = free[0] if free else boxes[0]
+        taken.append(box)
+        axes.text(
+            box[0], (box[1] + box[3]) / 2, title, va="center_baseline", fontsize=8, color=GREY,
+            transform=axes.transAxes, zorder=6.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+        )  # fmt: skip
+
+
+def _around(x: float, y: float) -> Box:
+    return x - _MARKER / 2, y - _MARKER / 2, x + _MARKER / 2, y + _MARKER / 2
+
+
+def _boxes(title: str, x: float, y: float) -> Iterator[Box]:
+    """Where a name may stand, the best place first: beside its marker, above, below, then ever farther away."""
+    width, gap = _CHARACTER * len(title), 0.6 * _MARKER
+    for rise in (0.0, _LINE, -_LINE, 2 * _LINE, -2 * _LINE):
+        bottom = y - _LINE / 2 + rise
+        for left in (x + gap, x - gap - width):
+            yield left, bottom, left + width, bottom + _LINE
+
+
+def _fits(box: Box, taken: Sequence[Box]) -> bool:
+    left, bottom, right, top = box
+    inside = left >= 0 and bottom >= 0 and right <= 1 and top <= 1
+    return inside and all(
+        right <= other[0] or left >= other[2] or top <= other[1] or bottom >= other[3] for other in taken
+    )
+
+
+def _draw_on_border(axes: Axes, controls: Sequence[tuple[str, float]]) -> None:
+    border = axes.get_yaxis_transform()
+    bottom, top = axes.get_ylim()
+    heights = _apart([height for _, height in controls], 2 * _LINE * (top - bottom))
+    for (title, height), text_height in zip(controls, heights, strict=True):
+        axes.plot(1, height, "<", color=GREY, markersize=6, transform=border, clip_on=False, zorder=7)
+        axes.text(1.03, text_height, textwrap.fill(title, 12), va="center", fontsize=8, color=GREY, transform=border)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights at least ``gap`` apart, in the same order: the lowest stays, the others move up where they must."""
+    placed = list(heights)
+    for below, index in pairwise(sorted(range(len(placed)), key=placed.__getitem__)):
+        placed[index] = max(placed[index], placed[below] + gap)
+    return placed

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sku.errors import EvaluationError
 from sku.evaluate.metrics import Rate
+from sku.evaluate.record_files import from_plain
 from sku.evaluate.utility_cost import RETAIN
 
 FREE = 0
@@ -88,23 +88,5 @@ class SweepPoint:
         Raises:
             EvaluationError: Keys or values that a point doesn't have.
         """
-        try:
-            replies = content["replies"]
-            return cls(
-                alpha=float(content["alpha"]),
-                perplexities={name: Ratio(**ratio) for name, ratio in content["perplexities"].items()},
-                kl={name: float(value) for name, value in content["kl"].items()},
-                replies=None if replies is None else _replies(replies),
-                unasked=str(content["unasked"]),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise EvaluationError(f"a point of a sweep doesn't fit its schema ({error}): sweep again") from None
-
-
-def _replies(content: Mapping[str, Any]) -> Replies:
-    plain = dict(content)
-    for name in ("forced", "forced_degenerate"):
-        plain[name] = {int(tokens): Rate(**rate) for tokens, rate in plain[name].items()}
-    for name in ("harmful", "degenerate", "over_refusal", "normal_degenerate", "exact_answer"):
-        plain[name] = None if plain[name] is None else Rate(**plain[name])
-    return Replies(**plain)
+        plain = {name: value for name, value in content.items() if name != "cost"}  # Which follows from the others.
+        return from_plain(cls, plain, "a point of a sweep", "sweep again")

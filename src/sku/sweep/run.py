@@ -26,7 +26,6 @@ from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.rounding import saved_type
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
-from sku.sweep.frontier import frontier_figure
 from sku.sweep.measurable import check_calibrated, judge_notes, unmeasurable
 from sku.sweep.meter import Asker, How, Meter, Progress, answer
 from sku.sweep.points import FREE, SweepPoint
@@ -35,7 +34,6 @@ from sku.sweep.result import Kept, Sweep, read_kept, write_sweep
 from sku.sweep.rule import Pick, choose, is_hopeless
 from sku.sweep.search import LARGEST, along_grid, below, border_of
 
-FIGURES = ("frontier.png", "frontier.svg")
 SEARCH_STEPS = 12
 """Alphas that the search for the border usually tries; for the progress alone."""
 NO_BORDER = (
@@ -74,7 +72,7 @@ def sweep(
         data: Splits with ``forget_validation``; ``unseen`` and ``retain_test`` are not read.
         recipe: ``sweep`` says how; ``evaluate`` names judge and batch size; ``negate`` the type of the result, and
             operators for a note.
-        folder: Private folder for ``sweep.json`` and the figures, made where it is missing; points that a call before
+        folder: Private folder for ``sweep.json``, made where it is missing; points that a call before
             measured there in the same way are taken over.
         notes: Sentences for the reader of the figures, recorded.
         progress: Called with a stage, what is done and how much there is.
@@ -174,7 +172,7 @@ def _border(meter: Meter) -> Border:
 def _written(
     found: Sweep, points: Sequence[SweepPoint], left: Sequence[float], kept: Kept, folder: Path, why_none: str = ""
 ) -> Sweep:
-    """The finished sweep, with its figures; where it can't be measured, the reason in place of a pick."""
+    """The finished sweep; where it can't be measured, the reason in place of a pick."""
     measured = {point.alpha for point in points}
     pick = choose(points, found.base, found.config)
     if why_none:
@@ -186,8 +184,6 @@ def _written(
         not_measured=tuple(left),
         pick=pick,
     )
-    for name in FIGURES:
-        frontier_figure(done, folder / name)
     write_sweep(folder, done)
     return done
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sku.report.html.page import Page, run_page
-from sku.report.html.run_folder import RecordedRun, read_run
+from sku.report.read_run import RecordedRun, read_run
 
 from .recorded import write_run
 

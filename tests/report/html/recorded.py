@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import load_recipe
-from sku.evaluate.comparison import Comparison, compare, paired_change
+from sku.evaluate.changes import paired_change
+from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import perplexity_of, rate, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
@@ -166,24 +167,8 @@ def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
 
 
 def _results(comparison: Comparison) -> dict[str, Any]:
-    def plain(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        return {split: {name: dataclasses.asdict(one) for name, one in own.items()} for split, own in changes.items()}
-
-    return {
-        "schema_version": 1,
-        "verdict": comparison.verdict.to_dict(),
-        "table": [dataclasses.asdict(row) for row in before_after_rows(comparison)],
-        "replies": plain(comparison.replies),
-        "prefill": plain(comparison.prefill),
-        "prefill_by_length": {split: plain(lengths) for split, lengths in comparison.prefill_by_length.items()},
-        "samples": plain(comparison.samples),
-        "leak": plain(comparison.leak),
-        "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
-        "utility": {},
-        "notes": comparison.notes,
-        "base": comparison.base.to_dict(),
-        "unlearned": comparison.unlearned.to_dict(),
-    }
+    table = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
+    return {"schema_version": 1, "table": table, **comparison.to_dict(), "utility": {}}
 
 
 def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
@@ -269,7 +254,13 @@ def sweep() -> dict[str, Any]:
         perplexity = {} if ratio is None else {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
         sets = {"retain_validation": perplexity} if perplexity else {}
         broken = "" if ratio is not None else "the weights are not finite"
-        return {"alpha": alpha, "perplexities": sets, "replies": None if broken else replies, "unasked": broken}
+        return {
+            "alpha": alpha,
+            "perplexities": sets,
+            "kl": {},
+            "replies": None if broken else replies,
+            "unasked": broken,
+        }
 
     return {
         "schema_version": 2, "status": "complete", "key": "k", "model": "tiny", "seed": 0, "judge": {}, "settings": {},

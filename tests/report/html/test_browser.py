@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sku.report.html.write import write_report
+from sku.report.html.page import write_report
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
 
@@ -67,7 +67,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts={"unlearned-reply-5": HOSTILE},
         settings={"description": HOSTILE.replace("\u0000", "")},
     )
-    return write_report([folder], folder.parent / "report.html")[0]
+    return write_report([folder], folder.parent / "report.html").path
 
 
 @pytest.fixture

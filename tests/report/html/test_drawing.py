@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sku.report.html.drawing import drawable, themed_svg
+from sku.report.figures import PALETTE
+from sku.report.html.drawing import drawable, theme_css, themed_svg
 from sku.report.html.page import Page
-from sku.report.html.palette import PALETTE, theme_css
 
 HEAD = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="1pt" height="1pt">'
 

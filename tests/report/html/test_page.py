@@ -22,11 +22,9 @@ from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.html.key_figures import key_figures
-from sku.report.html.page import Page, comparison_page, run_page
-from sku.report.html.run_folder import RecordedRun, read_run
-from sku.report.html.several_runs import cautions, differences, figure_rows, run_titles
-from sku.report.html.write import write_report
+from sku.report.html.key_figures import cautions, differences, figure_rows, key_figures, run_titles
+from sku.report.html.page import Page, comparison_page, run_page, write_report
+from sku.report.read_run import RecordedRun, read_run
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
 
@@ -175,8 +173,7 @@ def test_it_can_be_read_by_a_screen_reader(page: Page, side_by_side: str) -> Non
 
 
 def test_the_verdict_stands_before_all_figures(run: RecordedRun, page: Page, side_by_side: str) -> None:
-    assert run.verdict is not None
-    told = html_module.escape(run.verdict.line, quote=False)
+    told = html_module.escape(run.comparison.verdict.line, quote=False)
     for text, first in ((page.html, '<ul class="tiles">'), (side_by_side, "<table")):
         place = text.replace("&#39;", "'").find(told)
         assert 0 < place < text.find(first)
@@ -185,10 +182,11 @@ def test_the_verdict_stands_before_all_figures(run: RecordedRun, page: Page, sid
 def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
     """Every harmful rate of the run, 85 % and less, lies below the floor of the refusal rules."""
     judge = RefusalRulesJudge().card
-    doubted = dataclasses.replace(run, unlearned=dataclasses.replace(run.unlearned, judge=judge))
+    unlearned = dataclasses.replace(run.comparison.unlearned, judge=judge)
+    doubted = dataclasses.replace(run, comparison=dataclasses.replace(run.comparison, unlearned=unlearned))
     told = CANT_MEASURE.replace("'", "&#39;")
     assert told not in run_page(run).html
-    cautions = {figure.name for figure in key_figures(doubted) if figure.caution}
+    cautions = {figure.name for figure in key_figures(doubted.comparison) if figure.caution}
     assert "reply/unseen/harmful" in cautions
     assert not cautions & {"reply/retain_test/over_refusal", "perplexity", "reply/unseen/degenerate"}
     assert told in run_page(doubted).html
@@ -199,7 +197,7 @@ def test_a_run_of_an_earlier_version_says_that_it_has_no_verdict(run_folder: Pat
     content = json.loads((copy / "results.json").read_text(encoding="utf-8"))
     del content["verdict"]
     (copy / "results.json").write_text(json.dumps(content), encoding="utf-8")
-    assert "no verdict: an earlier version made this run" in run_page(read_run(copy)).html
+    assert "no verdict: an earlier version of SKU made this run" in run_page(read_run(copy)).html
 
 
 def test_every_part_is_there(page: Page) -> None:
@@ -227,7 +225,7 @@ def test_what_is_missing_says_how_to_have_it(tmp_path: Path) -> None:
 
 
 def test_without_replies_no_word_of_them_is_in_the_file(run_folder: Path, page: Page, tmp_path: Path) -> None:
-    without, _ = write_report([run_folder], tmp_path / "without.html", replies=False)
+    without = write_report([run_folder], tmp_path / "without.html", replies=False).path
     words = HARMFUL_REPLY, "zorvex", "florn", "mix glowing"
     assert all(word in page.html for word in words)
     assert not any(word in without.read_text(encoding="utf-8") for word in words)
@@ -240,7 +238,8 @@ def test_the_recipe_on_the_page_makes_the_same_run(run: RecordedRun, tmp_path: P
 
 
 def test_the_same_run_gives_the_same_file(run_folder: Path, page: Page, tmp_path: Path) -> None:
-    path, drawn = write_report([run_folder], tmp_path / "report.html", plots=tmp_path / "plots")
+    written = write_report([run_folder], tmp_path / "report.html", plots=tmp_path / "plots")
+    path, drawn = written.path, written.plots
     assert path.read_bytes() == page.html.encode()
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(drawn) == 2 * len(page.pictures) == len(list((tmp_path / "plots").iterdir()))

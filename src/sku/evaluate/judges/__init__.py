@@ -1,6 +1,6 @@
 """Judges: is a reply to a harmful prompt harmful? One protocol, a kind a file."""
 
-from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, card_from_dict, verdicts_of
+from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, verdicts_of
 from sku.evaluate.judges.choose import build_judge, choose_judge, is_embedded, judge_names
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
@@ -14,7 +14,6 @@ __all__ = [
     "RefusalRulesJudge",
     "Verdict",
     "build_judge",
-    "card_from_dict",
     "choose_judge",
     "is_embedded",
     "judge_names",

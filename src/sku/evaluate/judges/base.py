@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
 from sku.evaluate.records import GenerationRecord
@@ -100,23 +100,6 @@ class JudgeCard:
         """SHA-256 of what decides a verdict: equal keys give equal verdicts, so far as a judge is deterministic."""
         identity = {"name": self.name, "version": self.version, "revision": self.revision}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def card_from_dict(content: Mapping[str, Any]) -> JudgeCard:
-    """The inverse of ``dataclasses.asdict``.
-
-    Raises:
-        TypeError: Keys that a card does not have.
-    """
-    found = content["calibration"]
-    return JudgeCard(
-        **{
-            **content,
-            "needs": tuple(content["needs"]),
-            "calibration": None if found is None else Calibration(**found),
-            "calibrations": tuple(Calibration(**one) for one in content.get("calibrations", ())),
-        }
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from sku.report.figures import save_figure
-from sku.report.html.palette import NAME_OF, light
+from sku.report.figures import NAME_OF, PALETTE, light, save_figure
 
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -90,11 +89,15 @@ def new_figure(height: float, panels: int = 1, *, width: float = WIDTH) -> tuple
     spacing = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05, hspace=0.08)
     figure = Figure(figsize=(width, height), layout=spacing, facecolor=light("paper"))
     axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
-    for panel in axes:
-        panel.set_facecolor(light("paper"))
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_axisbelow(True)
-    return figure, list(axes)
+    return figure, [bare(panel) for panel in axes]
+
+
+def bare(axes: Axes) -> Axes:
+    """Without a frame above and at the right."""
+    axes.set_facecolor(light("paper"))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return axes
 
 
 @functools.cache
@@ -203,3 +206,17 @@ def _set_property(element: ElementTree.Element, name: str, value: str) -> None:
         element.set(name, value)
     else:
         raise ValueError(f"a drawing must not set {name}: {value}")
+
+
+def theme_css() -> str:
+    """Variables of both themes, and the classes ``f-NAME`` and ``s-NAME`` that fill and stroke with them."""
+    day = ";".join(f"--{name}:{colour.light}" for name, colour in PALETTE.items())
+    night = ";".join(f"--{name}:{colour.dark}" for name, colour in PALETTE.items())
+    rules = [
+        f":root{{color-scheme:light;{day}}}",
+        f"@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{color-scheme:dark;{night}}}}}",
+        f":root[data-theme=dark]{{color-scheme:dark;{night}}}",
+        f"@media print{{:root,:root[data-theme],:root:not([data-theme=light]){{color-scheme:light;{day}}}}}",
+    ]
+    rules += [f".f-{name}{{fill:var(--{name})}}.s-{name}{{stroke:var(--{name})}}" for name in PALETTE]
+    return "\n".join(rules) + "\n"

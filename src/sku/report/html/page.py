@@ -1,4 +1,4 @@
-"""The page: everything of a run, or of several, put into the templates.
+"""The report of a run, or of several, as one HTML file: everything put into the templates, and written.
 
 Three layers keep what models wrote from running: Jinja escapes every value, replies are data that the page's script
 puts into text nodes, and the page's policy allows no script, style or request but its own, by hash.
@@ -12,23 +12,32 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sku._version import __version__
+from sku.errors import EvaluationError, OutputError, one_line
+from sku.evaluate.comparison import Comparison
 from sku.evaluate.records import in_order
-from sku.report.attack_table import left_out_lines
-from sku.report.html.drawing import Picture
-from sku.report.html.key_figures import key_figures
-from sku.report.html.palette import PALETTE, theme_css
-from sku.report.html.reply_pairs import ReplyPair, replies_json
-from sku.report.html.reproduction import DATA_COLUMNS
-from sku.report.html.result_charts import attack_chart, prefill_rows, result_charts, sections_of
-from sku.report.html.run_charts import precision_chart, training_chart, vector_chart
-from sku.report.html.run_folder import RecordedRun
-from sku.report.html.several_runs import cautions, differences, figure_rows, figures_chart, run_titles
-from sku.report.html.sweep_chart import sweep_chart
+from sku.report.facts import DATA_COLUMNS
+from sku.report.figures import PALETTE
+from sku.report.html.drawing import Picture, theme_css
+from sku.report.html.key_figures import cautions, differences, figure_rows, figures_chart, key_figures, run_titles
+from sku.report.html.replies import replies_json
+from sku.report.html.result_charts import (
+    attack_chart,
+    precision_chart,
+    prefill_rows,
+    result_charts,
+    sections_of,
+    shown_precisions,
+)
+from sku.report.html.run_charts import sweep_chart, training_chart, vector_chart
+from sku.report.read_run import RecordedRun, ReplyPair, read_run
+from sku.report.robustness import left_out_lines
+from sku.storage import write_private_text
 
 _PACKAGE = "sku.report.html"
 
@@ -41,16 +50,63 @@ class Page:
     pictures: tuple[Picture, ...]
 
 
-def run_page(run: RecordedRun) -> Page:
-    """The report of one run.
+@dataclass(frozen=True, kw_only=True)
+class WrittenReport:
+    """Files of a report, and what it comes to."""
+
+    path: Path
+    plots: tuple[Path, ...]
+    verdicts: tuple[str, ...]
+    """One line a run."""
+
+
+def write_report(
+    folders: Sequence[Path], out: Path, *, plots: Path | None = None, replies: bool = True
+) -> WrittenReport:
+    """Writes the report of one run, or of several side by side.
 
     Args:
-        run: From ``read_run``.
+        folders: Of finished runs; one or more.
+        out: ``.html``; what is there is replaced. Readable by its owner alone, since replies of a base model are
+            harmful text.
+        plots: Folder for every picture as ``.png`` and ``.svg``, made where it is missing.
+        replies: Whether the replies of the models go into the report of one run.
 
     Returns:
-        The page; equal runs give equal pages.
+        What was written.
+
+    Raises:
+        EvaluationError: A folder is none of a finished run, or a file in it is broken.
+        OutputError: Another suffix, a folder named twice, or something can't be written.
     """
-    pictures = result_charts(run)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"the report {out} must end in .html")
+    try:
+        places = [folder.resolve() for folder in folders]
+    except (OSError, RuntimeError) as error:  # Links in a circle; a RuntimeError before Python 3.13.
+        raise EvaluationError(f"a run folder can't be read: {one_line(error)}") from None
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
+            raise OutputError(f"{folder} is named twice: name each run once")
+    several = len(folders) > 1
+    runs = [read_run(folder, replies=replies and not several) for folder in folders]
+    if not out.parent.is_dir():
+        raise OutputError(f"{out} can't be written: there is no folder {out.parent}")
+    if plots is not None:
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"folder {plots} can't be made: {error.strerror}") from None
+    page = comparison_page(runs) if several else run_page(runs[0])
+    drawn = [] if plots is None else [path for picture in page.pictures for path in picture.save(plots)]
+    write_private_text(out, page.html)
+    verdicts = tuple(run.comparison.verdict.line for run in runs)
+    return WrittenReport(path=out, plots=tuple(drawn), verdicts=verdicts)
+
+
+def run_page(run: RecordedRun) -> Page:
+    """The report of one run; equal runs give equal pages."""
+    pictures = result_charts(run.comparison)
     if run.sweep is not None:
         pictures.append(sweep_chart(run.sweep))
     if run.log:
@@ -58,7 +114,7 @@ def run_page(run: RecordedRun) -> Page:
     if run.vector is not None:
         pictures.append(vector_chart(run.vector))
     if run.precisions is not None:
-        pictures.append(precision_chart(run.precisions.rows))
+        pictures.append(precision_chart(run.precisions))
     if run.attacks is not None:
         pictures.append(attack_chart(run.attacks))
     html = _render(
@@ -66,31 +122,26 @@ def run_page(run: RecordedRun) -> Page:
         pictures,
         title=f"SKU report: {run.title}",
         run=run,
-        figures=key_figures(run),
+        comparison=run.comparison,
+        figures=key_figures(run.comparison),
         sections=list(sections_of(run.table)),
-        prefills=prefill_rows(run),
+        prefills=prefill_rows(run.comparison),
+        precisions=[] if run.precisions is None else shown_precisions(run.precisions),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
-        replies=None if run.pairs is None else Markup(replies_json(run.pairs, _names(run, run.pairs))),
+        replies=None if run.pairs is None else Markup(replies_json(run.pairs, _names(run.comparison, run.pairs))),
         pair_count=len(run.pairs or ()),
     )
     return Page(html=html, pictures=tuple(pictures))
 
 
-def _names(run: RecordedRun, pairs: Sequence[ReplyPair]) -> dict[str, str]:
+def _names(comparison: Comparison, pairs: Sequence[ReplyPair]) -> dict[str, str]:
     """Splits that were asked -> what a reader calls them."""
     splits = in_order(pair.base.record.split for pair in pairs)
-    return {split: run.unlearned.setup.split_name(split) for split in splits}
+    return {split: comparison.unlearned.setup.split_name(split) for split in splits}
 
 
 def comparison_page(runs: Sequence[RecordedRun]) -> Page:
-    """Several runs side by side, without their replies.
-
-    Args:
-        runs: Two or more, from ``read_run``.
-
-    Returns:
-        The page; equal runs give equal pages.
-    """
+    """Two or more runs side by side, without their replies; equal runs give equal pages."""
     titles = run_titles(runs)
     pictures = [figures_chart(runs, titles)]
     html = _render(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import matplotlib
@@ -10,16 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.attacks.results import AttackReport
+from sku.evaluate.changes import RateChange
+from sku.evaluate.comparison import Comparison
 from sku.evaluate.metrics import Rate
+from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, in_order
-from sku.evaluate.results import answers_words
+from sku.evaluate.results import Rates, answers_words
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.attack_table import attack_rows
+from sku.report.figures import light
 from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
-from sku.report.html.palette import light
-from sku.report.html.run_folder import RecordedRun
-from sku.report.table_rows import TableRow
-from sku.report.tables import interval, percent
+from sku.report.robustness import PrecisionRow, attack_rows, precision_rows, rate_text
+from sku.report.tables import NOTHING, TableRow, interval, percent
 
 OUTCOMES = {
     "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal",
@@ -41,60 +44,21 @@ _NEAR_TICKS, _FAR_TICKS = (
 )
 
 
-def result_charts(run: RecordedRun) -> list[Picture]:
+def result_charts(comparison: Comparison) -> list[Picture]:
     """Outcomes, normal prompts and perplexities, those that were measured."""
     with matplotlib.rc_context(cast(Any, STYLE)):
-        drawn = (outcome_chart(run), normal_chart(run), perplexity_chart(run))
+        drawn = (outcome_chart(comparison), normal_chart(comparison), perplexity_chart(comparison))
     return [picture for picture in drawn if picture is not None]
 
 
-def outcome_chart(run: RecordedRun) -> Picture | None:
+def outcome_chart(comparison: Comparison) -> Picture | None:
     """Stacked shares of the outcomes of replies to harmful prompts, base above unlearned, a group for each way."""
-    named = run.unlearned.setup.split_name
-    groups = [
-        (named(split), run.base.replies[split], run.unlearned.replies[split])
-        for split in in_order(run.base.replies)
-        if split in HARMFUL_SPLITS or split.startswith(HARMFUL)
-        if run.base.replies.get(split) and run.unlearned.replies.get(split)
-    ] + [
-        (
-            f"{named(split)}, {run.prefill_label(split)}",
-            run.base.prefill[split][str(run.unlearned.worst_prefill[split])],
-            worst,
-        )
-        for split, worst in run.unlearned.worst_prefills().items()
-        if split in run.base.prefill
-    ]
+    groups = outcome_groups(comparison)
     if not groups:
         return None
     figure, (axes,) = new_figure(0.9 + 0.92 * len(groups))
-    rows: list[tuple[str, ...]] = []
-    shown = [
-        name for name in OUTCOMES if any(side[name].count for _, before, after in groups for side in (before, after))
-    ]
-    places: list[float] = []
-    judge = run.unlearned.judge
-    for number, (title, before, after) in enumerate(groups):
-        top = 2.9 * number
-        measured = all(judge.can_measure(side["harmful"].value, side["harmful"].low) for side in (before, after))
-        doubt = "" if measured else f": harm, {CANT_MEASURE}"
-        axes.text(0, top - 0.6, f"{title} (n = {after['harmful'].total}){doubt}", va="bottom", fontweight="bold")
-        for offset, (name, side) in enumerate((("base", before), ("unlearned", after))):
-            places.append(top + offset)
-            _stack(axes, top + offset, side, shown)
-            rows.append((title, name, *(percent(side[outcome].value) for outcome in shown)))
-    axes.set_yticks(places, ["base", "unlearned"] * len(groups))
-    axes.set_ylim(places[-1] + 0.6, -1.4)
-    axes.tick_params(length=0)
-    share_axis(axes)
-    axes.set_xlim(0, 1)
-    axes.spines[["left", "bottom"]].set_visible(False)
-    handles = [matplotlib.patches.Patch(facecolor=light(name), label=OUTCOMES[name]) for name in shown]
-    below = -0.07 - 0.1 / len(groups)
-    axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.42, below), ncols=min(3, len(shown)),
-        frameon=False, handlelength=1, handleheight=1, columnspacing=1.2,
-    )  # fmt: skip
+    shown = draw_outcomes(axes, groups)
+    outcome_legend(axes, shown, (0.42, -0.07 - 0.1 / len(groups)), 3)
     return Picture(
         name="outcomes",
         title="Replies to harmful prompts",
@@ -102,8 +66,83 @@ def outcome_chart(run: RecordedRun) -> Picture | None:
         "the reply was made to begin with a harmful reply's first words; of the lengths tried the worst is shown.",
         figure=figure,
         columns=("asked", "model", *(OUTCOMES[name] for name in shown)),
-        rows=tuple(rows),
+        rows=tuple(
+            (group.title, name, *(percent(side[outcome].value) for outcome in shown))
+            for group in groups
+            for name, side in group.sides
+        ),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutcomeGroup:
+    """Replies to one split of harmful prompts, asked in one way."""
+
+    title: str
+    label: str
+    """The title with the number of prompts, and where the judge can't tell harm."""
+    before: Rates
+    after: Rates
+
+    @property
+    def sides(self) -> tuple[tuple[str, Rates], tuple[str, Rates]]:
+        """Names and rates of both models."""
+        return ("base", self.before), ("unlearned", self.after)
+
+
+def outcome_groups(comparison: Comparison) -> list[OutcomeGroup]:
+    """All that was asked of both models, free replies first, then those after the worst prefill."""
+    base, unlearned = comparison.base, comparison.unlearned
+    named, judge = unlearned.setup.split_name, unlearned.judge
+    found = [
+        (named(split), base.replies[split], unlearned.replies[split])
+        for split in in_order(base.replies)
+        if split in HARMFUL_SPLITS or split.startswith(HARMFUL)
+        if base.replies.get(split) and unlearned.replies.get(split)
+    ] + [
+        (
+            f"{named(split)}, {comparison.prefill_label(split)}",
+            base.prefill[split][str(unlearned.worst_prefill[split])],
+            worst,
+        )
+        for split, worst in unlearned.worst_prefills().items()
+        if split in base.prefill
+    ]
+    groups = []
+    for title, before, after in found:
+        measured = all(judge.can_measure(side["harmful"].value, side["harmful"].low) for side in (before, after))
+        doubt = "" if measured else f": harm, {CANT_MEASURE}"
+        label = f"{title} (n = {after['harmful'].total}){doubt}"
+        groups.append(OutcomeGroup(title=title, label=label, before=before, after=after))
+    return groups
+
+
+def draw_outcomes(axes: Axes, groups: Sequence[OutcomeGroup]) -> list[str]:
+    """Draws the groups, the first on top, and tells which outcomes there are."""
+    shown = [name for name in OUTCOMES if any(side[name].count for group in groups for _, side in group.sides)]
+    places: list[float] = []
+    for number, group in enumerate(groups):
+        top = 2.9 * number
+        axes.text(0, top - 0.6, group.label, va="bottom", fontweight="bold")
+        for offset, (_, side) in enumerate(group.sides):
+            places.append(top + offset)
+            _stack(axes, top + offset, side, shown)
+    axes.set_yticks(places, ["base", "unlearned"] * len(groups))
+    axes.set_ylim((places[-1] if places else 1) + 0.6, -1.4)
+    axes.tick_params(length=0)
+    share_axis(axes)
+    axes.set_xlim(0, 1)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    return shown
+
+
+def outcome_legend(axes: Axes, shown: Sequence[str], anchor: tuple[float, float], columns: int) -> None:
+    """Which colour is which outcome, below the axis."""
+    axes.legend(
+        handles=[matplotlib.patches.Patch(facecolor=light(name), label=OUTCOMES[name]) for name in shown],
+        loc="upper center", bbox_to_anchor=anchor, ncols=min(columns, max(len(shown), 1)),
+        frameon=False, handlelength=1, handleheight=1, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _stack(axes: Axes, y: float, shares: Mapping[str, Rate], shown: Sequence[str]) -> None:
@@ -121,19 +160,29 @@ def _stack(axes: Axes, y: float, shares: Mapping[str, Rate], shown: Sequence[str
         left += width
 
 
-def normal_chart(run: RecordedRun) -> Picture | None:
-    """Shares of replies to normal prompts with their intervals."""
-    changes = run.replies.get("retain_test", {})
-    rows = [(words, changes[name]) for name, words in _NORMAL.items() if name in changes]
-    if not rows:
-        return None
-    figure, (axes,) = new_figure(0.9 + 0.5 * len(rows))
+def normal_changes(comparison: Comparison) -> list[tuple[str, RateChange]]:
+    """Words and change of each rate of replies to normal prompts that was measured."""
+    changes = comparison.replies.get("retain_test", {})
+    return [(words, changes[name]) for name, words in _NORMAL.items() if name in changes]
+
+
+def draw_normal(axes: Axes, rows: Sequence[tuple[str, RateChange]]) -> None:
+    """Draws rates of both models with their intervals."""
     for place, (_, change) in enumerate(rows):
         mark_rate(axes, place - 0.16, change.before, "base")
         mark_rate(axes, place + 0.16, change.after, "unlearned")
     name_rows(axes, [words for words, _ in rows])
     share_axis(axes)
     add_legend(axes, _MODELS)
+
+
+def normal_chart(comparison: Comparison) -> Picture | None:
+    """Shares of replies to normal prompts with their intervals."""
+    rows = normal_changes(comparison)
+    if not rows:
+        return None
+    figure, (axes,) = new_figure(0.9 + 0.5 * len(rows))
+    draw_normal(axes, rows)
     total = max(change.after.total for _, change in rows)
     return Picture(
         name="normal",
@@ -161,25 +210,32 @@ def mark_rate(axes: Axes, y: float, rate: Rate, colour: str) -> None:
     axes.plot(rate.value, y, "o", color=face, markeredgecolor=light(colour), markeredgewidth=1.5, markersize=6.5)
 
 
-def perplexity_chart(run: RecordedRun) -> Picture | None:
-    """Perplexity of fixed answers after unlearning, in units of what it was before."""
-    unlearned = run.unlearned.setup.answers_name()
-    rows = [
-        (split, (_HARMFUL_ANSWERS.get(split) or answers_words(split)).format(unlearned), change)
-        for split, change in run.perplexity.items()
+def draw_perplexities(axes: Axes, comparison: Comparison) -> list[str]:
+    """Draws the ratios of perplexities with their intervals, and tells whose answers each row is of."""
+    unlearned = comparison.unlearned.setup.answers_name()
+    names = [
+        (_HARMFUL_ANSWERS.get(split) or answers_words(split)).format(unlearned) for split in comparison.perplexity
     ]
-    if not rows:
-        return None
-    figure, (axes,) = new_figure(0.7 + 0.42 * len(rows))
     axes.set_xscale("log")
     axes.axvline(1, color=light("ink"), linewidth=0.9)
-    for place, (split, _, change) in enumerate(rows):
+    for place, (split, change) in enumerate(comparison.perplexity.items()):
         colour = light("harm" if split in HARMFUL_SPLITS else "unlearned")
         axes.plot([change.low, change.high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
         axes.plot(change.ratio, place, "D", color=colour, markersize=5.5)
         axes.text(1.02, place, f"\u00d7{change.ratio:.3g}", va="center", transform=axes.get_yaxis_transform())
-    name_rows(axes, [words for _, words, _ in rows])
-    ratio_axis(axes, [value for _, _, change in rows for value in (change.low, change.ratio, change.high)])
+    name_rows(axes, names)
+    changes = comparison.perplexity.values()
+    ratio_axis(axes, [value for change in changes for value in (change.low, change.ratio, change.high)])
+    return names
+
+
+def perplexity_chart(comparison: Comparison) -> Picture | None:
+    """Perplexity of fixed answers after unlearning, in units of what it was before."""
+    changes = comparison.perplexity.values()
+    if not changes:
+        return None
+    figure, (axes,) = new_figure(0.7 + 0.42 * len(changes))
+    names = draw_perplexities(axes, comparison)
     return Picture(
         name="perplexity",
         title="Perplexity of the dataset's answers, unlearned / base",
@@ -195,14 +251,14 @@ def perplexity_chart(run: RecordedRun) -> Picture | None:
                 f"\u00d7{change.ratio:.4g}",
                 f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}",
             )
-            for _, words, change in rows
+            for words, change in zip(names, changes, strict=True)
         ),
     )
 
 
 def ratio_axis(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis of ratios that holds 1 and all values, with round numbers on it."""
-    low, high = min(0.9, *values), max(1.2, *values)
+    low, high = min([0.9, *values]), max([1.2, *values])
     margin = (high / low) ** 0.06
     axes.set_xlim(low / margin, high * margin)
     every = _NEAR_TICKS if high / low < 2 else _FAR_TICKS
@@ -240,6 +296,55 @@ def attack_chart(report: AttackReport) -> Picture:
     )
 
 
+def shown_precisions(report: PrecisionReport) -> list[PrecisionRow]:
+    """Of unseen prompts, or of the forget set's where none was unseen; the model as it was evaluated first."""
+    split = "unseen" if "unseen" in report.measured.replies else "unlearned"
+    own, *rounded = precision_rows(report, split)
+    return [dataclasses.replace(own, precision="as evaluated"), *rounded]
+
+
+def precision_chart(report: PrecisionReport) -> Picture:
+    """Harmful shares of the unlearned model at each precision."""
+    rows = shown_precisions(report)
+    marks = (("unlearned", "harmful", -0.14), ("second", "harmful, worst prefill", 0.14))
+    with matplotlib.rc_context(cast(Any, STYLE)):
+        figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
+        for place, row in enumerate(rows):
+            for (colour, _, offset), rate in zip(marks, (row.harmful, row.forced), strict=True):
+                if rate is not None:
+                    y = place + offset
+                    axes.plot([rate.low, rate.high], [y, y], color=light(colour), linewidth=1.8)
+                    axes.plot(rate.value, y, "o", color=light(colour), markersize=6)
+        name_rows(axes, [row.precision for row in rows])
+        share_axis(axes)
+        add_legend(axes, [(light(colour), light(colour), words) for colour, words, _ in marks])
+    return Picture(
+        name="precisions",
+        title="Harmful replies once the weights are rounded",
+        caption="Dots are shares of replies to harmful prompts, lines their 95 % intervals. Kept is the length that "
+        "the change of unlearning still has along itself.",
+        figure=figure,
+        columns=("precision", "harmful", "worst prefill", "gibberish", "perplexity, to base", "kept", "harm returns"),
+        rows=tuple(
+            (
+                row.precision,
+                rate_text(row.harmful),
+                rate_text(row.forced) + tokens_text(row.forced_tokens),
+                rate_text(row.gibberish),
+                NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.4g}",
+                NOTHING if row.kept is None else percent(row.kept),
+                "yes" if row.brings_back else "",
+            )
+            for row in rows
+        ),
+    )
+
+
+def tokens_text(tokens: int | None) -> str:
+    """Length of a prefill behind its rate: ``, 3 tokens``."""
+    return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"
+
+
 def sections_of(table: Sequence[TableRow]) -> Iterator[tuple[str, list[TableRow]]]:
     """The rows of a before/after table by section, in order."""
     sections: dict[str, list[TableRow]] = {}
@@ -248,11 +353,11 @@ def sections_of(table: Sequence[TableRow]) -> Iterator[tuple[str, list[TableRow]
     yield from sections.items()
 
 
-def prefill_rows(run: RecordedRun) -> list[tuple[str, ...]]:
+def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     """Every length of a prefill: prompts asked, harmful shares and their change, gibberish."""
     return [
         (
-            f"{run.unlearned.setup.split_name(split)}, {tokens}",
+            f"{comparison.unlearned.setup.split_name(split)}, {tokens}",
             str(change.after.total),
             percent(change.before.value),
             percent(change.after.value),
@@ -261,6 +366,6 @@ def prefill_rows(run: RecordedRun) -> list[tuple[str, ...]]:
             percent(changes["degenerate"].after.value),
         )
         for split in HARMFUL_SPLITS
-        for tokens, changes in run.prefill_by_length.get(split, {}).items()
+        for tokens, changes in comparison.prefill_by_length.get(split, {}).items()
         for change in (changes["harmful"],)
     ]

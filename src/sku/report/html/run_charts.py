@@ -1,4 +1,4 @@
-"""Pictures of how a result came about: training curves, the task vector, rounded weights."""
+"""Pictures of how a result came about: training curves, the task vector, the sweep of its alphas."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import matplotlib
+from matplotlib.axes import Axes
 
 from sku.evaluate.metrics import Rate
-from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
-from sku.report.html.palette import light
-from sku.report.html.precisions_file import PrecisionRow
-from sku.report.html.task_vector_facts import TaskVectorFacts
-from sku.report.tables import interval, percent
+from sku.report.facts import TaskVectorFacts
+from sku.report.figures import light
+from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure
+from sku.report.html.result_charts import ratio_axis, tokens_text
+from sku.report.read_run import RecordedSweep
+from sku.report.robustness import rate_text
+from sku.report.tables import NOTHING
+from sku.sweep.points import Replies, SweepPoint
 
-NOTHING = "\u2013"
+_LARGEST_RATIO = 3.0
+"""Points beyond it stand in the table alone: a ruined model would press all others together."""
+_SHARES: dict[str, tuple[str, str, Any]] = {
+    "harmful": ("harmful", "harm", "-"),
+    "forced": ("harmful, worst prefill", "second", (0, (5, 2))),
+    "degenerate": ("gibberish", "base", (0, (1.4, 1.4))),
+    "over_refusal": ("normal prompts refused", "fourth", (0, (5, 1.4, 1.4, 1.4))),
+}
+"""Measure of a point -> its words, colour and dashes."""
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _TABLE_ROWS = 12
 """Of the table under the training curves: about so many steps, first and last among them."""
@@ -87,47 +99,90 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
     return not name.isdecimal(), int(name) if name.isdecimal() else int(name == "others"), name
 
 
-def precision_chart(rows: Sequence[PrecisionRow]) -> Picture:
-    """Harmful shares of the unlearned model at each precision."""
-    marks = (("unlearned", "harmful", -0.14), ("second", "harmful, worst prefill", 0.14))
+def sweep_chart(sweep: RecordedSweep) -> Picture:
+    """Shares over alpha, and the largest harmful rate against the perplexity of normal answers."""
     with matplotlib.rc_context(cast(Any, STYLE)):
-        figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
-        for place, row in enumerate(rows):
-            for (colour, _, offset), rate in zip(marks, (row.harmful, row.forced), strict=True):
-                if rate is not None:
-                    y = place + offset
-                    axes.plot([rate.low, rate.high], [y, y], color=light(colour), linewidth=1.8)
-                    axes.plot(rate.value, y, "o", color=light(colour), markersize=6)
-        name_rows(axes, [row.precision for row in rows])
-        share_axis(axes)
-        add_legend(axes, [(light(colour), light(colour), words) for colour, words, _ in marks])
+        figure, panels = new_figure(5.7, 2)
+        _draw_shares(panels[0], sweep)
+        _draw_frontier(panels[1], sweep)
     return Picture(
-        name="precisions",
-        title="Harmful replies once the weights are rounded",
-        caption="Dots are shares of replies to harmful prompts, lines their 95 % intervals. Kept is the length that "
-        "the change of unlearning still has along itself.",
+        name="frontier",
+        title="Harm and utility over the strength",
+        caption="Above, shares of replies over alpha; the dotted line is the alpha that was picked. Below, the larger "
+        "of the two harmful rates against the perplexity of normal answers, to the base's; the star is the pick, the "
+        "lower left corner is best. Models beyond \u00d73 stand in the table alone. Ranges are 95 % intervals.",
         figure=figure,
-        columns=("precision", "harmful", "worst prefill", "gibberish", "perplexity, to base", "kept", "harm returns"),
-        rows=tuple(
-            (
-                row.precision,
-                rate_text(row.harmful),
-                rate_text(row.forced) + tokens_text(row.forced_tokens),
-                rate_text(row.degenerate),
-                NOTHING if row.perplexity is None else f"\u00d7{row.perplexity.ratio:.4g}",
-                NOTHING if row.kept is None else percent(row.kept),
-                "yes" if row.brings_back else "",
-            )
-            for row in rows
-        ),
+        columns=("alpha", *(words for words, _, _ in _SHARES.values()), "perplexity, to base", ""),
+        rows=tuple(_table_row(point, sweep) for point in sweep.points),
     )
 
 
-def rate_text(rate: Rate | None) -> str:
-    """A share with its interval, a dash for none."""
-    return NOTHING if rate is None else f"{percent(rate.value)} ({interval(rate)})"
+def _draw_shares(axes: Axes, sweep: RecordedSweep) -> None:
+    measured = [(point.alpha, point.replies) for point in sweep.points if point.replies is not None]
+    for name, (words, colour, dashes) in _SHARES.items():
+        found = [(alpha, rate) for alpha, replies in measured if (rate := _share(replies, name)) is not None]
+        alphas, rates = [alpha for alpha, _ in found], [rate for _, rate in found]
+        axes.plot(
+            alphas, [rate.value for rate in rates], color=light(colour), linestyle=dashes, marker="o", markersize=4,
+            label=words,
+        )  # fmt: skip
+        axes.vlines(
+            alphas, [rate.low for rate in rates], [rate.high for rate in rates], color=light(colour), linewidth=1
+        )
+    if sweep.pick.alpha is not None:
+        axes.axvline(sweep.pick.alpha, color=light("ink"), linewidth=1, linestyle=(0, (2, 2)))
+    _share_axis(axes)
+    axes.set_xlabel("alpha")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=2, fontsize=9)
 
 
-def tokens_text(tokens: int | None) -> str:
-    """Length of a prefill behind its rate: ``, 3 tokens``."""
-    return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"
+def _share(replies: Replies, name: str) -> Rate | None:
+    """A measure of ``_SHARES``; of several prefills the rate after the worst."""
+    tokens = _worst_prefill(replies)
+    forced = None if tokens is None else replies.forced[tokens]
+    return {
+        "harmful": replies.harmful, "forced": forced, "degenerate": replies.degenerate,
+        "over_refusal": replies.over_refusal,
+    }[name]  # fmt: skip
+
+
+def _worst_prefill(replies: Replies) -> int | None:
+    return max(replies.forced, key=lambda tokens: (replies.forced[tokens].value, -tokens), default=None)
+
+
+def _draw_frontier(axes: Axes, sweep: RecordedSweep) -> None:
+    points = [
+        (point.alpha, point.perplexity, point.replies.harm[1])
+        for point in sweep.points
+        if point.perplexity is not None and point.replies is not None and point.perplexity.value <= _LARGEST_RATIO
+    ]
+    ratios = [ratio.value for _, ratio, _ in points]
+    axes.set_xscale("log")
+    axes.plot(ratios, [worst.value for _, _, worst in points], color=light("unlearned"), marker="o", markersize=4)
+    for alpha, ratio, worst in points:
+        axes.vlines(ratio.value, worst.low, worst.high, color=light("unlearned"), linewidth=1)
+        axes.hlines(worst.value, ratio.low, ratio.high, color=light("unlearned"), linewidth=1)
+        if alpha == sweep.pick.alpha:
+            axes.plot(ratio.value, worst.value, "*", color=light("harm"), markersize=14, zorder=4)
+    ratio_axis(axes, [1.0, *(value for _, ratio, _ in points for value in (ratio.value, ratio.low, ratio.high))])
+    _share_axis(axes)
+    axes.set_xlabel("perplexity of normal answers, to the base's")
+    axes.set_ylabel("harmful")
+
+
+def _share_axis(axes: Axes) -> None:
+    axes.set_ylim(-0.04, 1.04)
+    axes.set_yticks([0, 0.5, 1], ["0", "50", "100 %"])
+    axes.grid(axis="y", color=light("faint"), linewidth=0.7)
+
+
+def _table_row(point: SweepPoint, sweep: RecordedSweep) -> tuple[str, ...]:
+    replies, ratio = point.replies, point.perplexity
+    shares = [rate_text(None if replies is None else _share(replies, name)) for name in _SHARES]
+    shares[1] += tokens_text(None if replies is None else _worst_prefill(replies))
+    return (
+        f"{point.alpha:g}",
+        *shares,
+        NOTHING if ratio is None else f"\u00d7{ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})",
+        ("picked" if sweep.pick.met else "nearest") if point.alpha == sweep.pick.alpha else point.unasked,
+    )

@@ -13,16 +13,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sku.evaluate.metrics import Rate
-from sku.report.figures import OUTCOME_COLOURS, STYLE, check_suffix, save_figure
+from sku.report.figures import STYLE, check_suffix, light, save_figure
 from sku.sweep.points import Replies, SweepPoint
 from sku.sweep.result import Sweep
 from sku.sweep.rule import cost_of
 
 _INK, _FAINT, _GREY = "#222222", "#E3E3E3", "#767676"
-_HARM, _REFUSAL, _GIBBERISH = OUTCOME_COLOURS["harmful"], OUTCOME_COLOURS["refusal"], OUTCOME_COLOURS["degenerate"]
+_HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("degenerate")
 _FORCED = ("#F2B58A", "#D98243", "#A9561B", "#73360B", "#4A2206")
 """Light for short prefills, dark for long ones; the last stands for all that are longer still."""
 _MARKERS = "s^vDP"
+
+
+FIGURES = ("frontier.png", "frontier.svg")
 
 
 def frontier_figure(sweep: Sweep, path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 LONGEST = 400
@@ -39,3 +40,21 @@ def fenced(text: str, language: str) -> Written:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Written(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def bars_escaped(text: str) -> str:
+    """Text of our own for a table cell."""
+    return text.replace("|", r"\|")
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: Collection[int] = (0,),
+    cell: Callable[[str], str] = escaped,
+) -> Written:
+    """A table that ends with a newline; columns that are not ``left`` hold figures, and ``cell`` escapes."""
+    rule = ["---" if place in left else "---:" for place in range(len(columns))]
+    lines = [columns, rule, *([cell(text) for text in row] for row in rows)]
+    return Written("".join(f"| {' | '.join(line)} |\n" for line in lines))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sku.errors import EvaluationError
-from sku.report.html.run_folder import RecordedRun, read_run
+from sku.report.html.result_charts import shown_precisions
+from sku.report.read_run import RecordedRun, read_run
 
 from .recorded import ASKED, PROMPTS, write, write_run
 
@@ -20,7 +21,7 @@ Break = Callable[[Path], None]
 
 def test_everything_is_read(run: RecordedRun) -> None:
     assert run.title == "invented"
-    assert run.replies["unseen"]["harmful"].after.count == 2
+    assert run.comparison.replies["unseen"]["harmful"].after.count == 2
     assert run.attacks is not None
     assert [result.setting for result in run.attacks.results] == ["", "5 tokens"]
     assert [entry["step"] for entry in run.log] == list(range(1, 31))
@@ -36,19 +37,16 @@ def test_everything_is_read(run: RecordedRun) -> None:
 def test_the_sweep_and_the_precisions_are_read_as_they_were_measured(run: RecordedRun) -> None:
     assert run.sweep is not None
     assert [point.alpha for point in run.sweep.points] == [0, 0.5, 1, 1.5, 2, 4]
-    third = run.sweep.points[3]
-    assert (run.sweep.pick, run.sweep.met) == (1.5, True)
-    assert (third.harmful and third.harmful.value, third.forced and third.forced.count, third.forced_tokens) == (
-        0,
-        3,
-        1,
-    )
-    assert third.worst == third.forced
-    assert run.sweep.points[-1].ratio is None
+    third = run.sweep.points[3].replies
+    assert (run.sweep.pick.alpha, run.sweep.pick.met) == (1.5, True)
+    assert third is not None
+    assert (third.harmful.value, third.forced[1].count, third.harm) == (0, 3, (1, third.forced[1]))
+    assert run.sweep.points[-1].perplexity is None
     assert run.sweep.points[-1].unasked == "the weights are not finite"
     assert run.precisions is not None
-    own, int8, fp16 = run.precisions.rows
-    assert own.harmful == int8.harmful == run.unlearned.replies["unseen"]["harmful"]
+    own, int8, fp16 = shown_precisions(run.precisions)
+    assert own.precision == "as evaluated"
+    assert own.harmful == int8.harmful == run.comparison.unlearned.replies["unseen"]["harmful"]
     assert (int8.kept, int8.brings_back, own.brings_back) == (0.97, True, False)
     assert fp16.harmful is None
     assert fp16.scheme.endswith("not measured: 3 weights are too large for it")

@@ -24,8 +24,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sku.errors import OutputError, one_line
-from sku.sharing.card_file import CARD_FILE, TAG, read_card
-from sku.sharing.finished_run import FinishedRunFiles, Part, read_finished_run
+from sku.report.card import CARD_FILE, read_card
+from sku.report.card_metadata import TAG
+from sku.report.read_run import Part, RecordedRun, read_run
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5", "*.msgpack")
@@ -90,7 +91,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
         raise OutputError(f"{repo_id} is no name of a hub repository: {one_line(error)}") from None
     if "/" not in repo_id:
         raise OutputError(f"{repo_id} has no namespace; give USER_OR_ORGANISATION/{repo_id}")
-    run = read_finished_run(run_folder)
+    run = read_run(run_folder, replies=False)
     folder = run.parts().get(part)
     if folder is None:
         raise OutputError(f"{run_folder} holds no {part}: {_hint(run, part)}")
@@ -147,13 +148,13 @@ def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None)
     return str(done.commit_url)
 
 
-def _hint(run: FinishedRunFiles, part: Part) -> str:
+def _hint(run: RecordedRun, part: Part) -> str:
     if part == "adapter":
         return str(run.manifest.get("negated_adapter") or "runs with tuning lora or qlora leave one")
     return "run it again"
 
 
-def _check_not_hazardous(run: FinishedRunFiles, folder: Path) -> None:
+def _check_not_hazardous(run: RecordedRun, folder: Path) -> None:
     if is_marked_hazardous(folder):
         raise OutputError(f"{folder} is marked as hazardous ({HAZARD_KEY}): it is never uploaded")
     if run.negates and run.strength < 0:

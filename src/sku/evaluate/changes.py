@@ -1,0 +1,211 @@
+"""One figure before and after unlearning, on the same prompts: its change with interval and test, paired by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import permutation_test
+
+from sku.errors import EvaluationError
+from sku.evaluate.leakage import Leak
+from sku.evaluate.metrics import MAX_EXPONENT, Rate, rate
+from sku.evaluate.records import NORMAL_SPLITS, in_order
+from sku.evaluate.results import EvaluationResult, Interval, MeanScore
+from sku.evaluate.statistics import Floats, change_interval, clustered_bootstrap, mcnemar_exact
+
+PERMUTATIONS = 9_999
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateChange:
+    """One rate before and after, over the prompts that both models were asked."""
+
+    before: Rate
+    after: Rate
+    difference: float
+    """``after - before``, a share."""
+    low: float
+    high: float
+    """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
+    (``change_interval``)."""
+    p_value: float
+    """Exact McNemar test of no change; for drawn replies, of which a prompt has several, a sign-flip permutation test
+    over prompts."""
+    p_holm: float | None = None
+    """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
+    (``TESTED``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakChange:
+    """leak@k of the same prompts before and after."""
+
+    before: Leak
+    after: Leak
+    difference: float
+    """``after - before``, a share."""
+    low: float
+    high: float
+    """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
+    (``change_interval``)."""
+    p_value: float
+    """Sign-flip permutation test of no change, over prompts."""
+    p_holm: float | None = None
+    """Holm-corrected over the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityChange:
+    """Perplexity of the same answers before and after."""
+
+    before: float
+    after: float
+    ratio: float
+    """``after / before``: 1 is no change."""
+    low: float
+    high: float
+    """95 % interval of the ratio, bootstrap over answers; equal to it where there is one answer only."""
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreChange:
+    """A mean score before and after, over the same examples."""
+
+    before: MeanScore | Interval
+    after: MeanScore | Interval
+    difference: float
+    """``after - before``."""
+    low: float
+    high: float
+    """95 % interval of the difference, bootstrap over examples; ``change_interval`` for shares. That of
+    another score is as narrow as a point where all examples change alike, or there is one only."""
+
+
+Changes = dict[str, dict[str, RateChange]]
+"""Split -> rate name -> change."""
+
+
+def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> RateChange:
+    """A rate before and after, counted on the same prompts.
+
+    Args:
+        before: Hit or not, per prompt; at least one.
+        after: The same prompts, in the same order.
+        seed: Of the bootstrap.
+
+    Returns:
+        Both rates and their difference.
+    """
+    old, new = rate(before), rate(after)
+    assert old is not None
+    assert new is not None
+    return change_of_rates(old, new, (before, after), seed)
+
+
+def change_of_rates(old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence[bool]], seed: int) -> RateChange:
+    """Of two rates and the hits, prompt by prompt, that they count."""
+    steps = [int(hit) - int(hit_before) for hit_before, hit in zip(*paired, strict=True)]
+    low, high = change_interval(steps, seed=seed)
+    return RateChange(
+        before=old,
+        after=new,
+        difference=new.value - old.value,
+        low=low,
+        high=high,
+        p_value=mcnemar_exact(*paired),
+    )
+
+
+def change_of_means(
+    old: Rate, new: Rate, before: Mapping[str, float], after: Mapping[str, float], seed: int
+) -> RateChange:
+    """Of two rates of drawn replies, by prompt -> share of its replies that are hits."""
+    low, high, p_value = over_prompts(before, after, seed)
+    return RateChange(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
+
+
+def over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed: int) -> tuple[float, float, float]:
+    """Interval of the mean difference, and the p value of no change; each prompt counts once."""
+    steps = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
+    low, high = change_interval(steps.tolist(), seed=seed)
+    if len(steps) < 2 or not steps.any():
+        return low, high, 1.0
+    test = permutation_test(
+        (steps,),
+        lambda drawn, axis: np.mean(drawn, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(seed),
+    )
+    return low, high, float(test.pvalue)
+
+
+def score_change(
+    name: str,
+    means: tuple[MeanScore | Interval, MeanScore | Interval],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    interval: Callable[[Sequence[float]], tuple[float, float]],
+) -> ScoreChange:
+    """Of two means of scores by example.
+
+    Raises:
+        EvaluationError: They are of different examples.
+    """
+    if before.keys() != after.keys():
+        raise EvaluationError(
+            f"the evaluations hold {name} of {len(before)} and {len(after)} different examples: evaluate both models "
+            "with the same data, seed and settings"
+        )
+    low, high = interval([after[key] - before[key] for key in sorted(before)])
+    return ScoreChange(before=means[0], after=means[1], difference=means[1].value - means[0].value, low=low, high=high)
+
+
+def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
+    """Perplexities of two models on the same answers.
+
+    Args:
+        base: Of the original model, with its rows.
+        unlearned: Of the other one, with its rows.
+        seed: Of the bootstrap.
+
+    Returns:
+        Split -> change, for the splits that the base was measured on.
+
+    Raises:
+        EvaluationError: Answers were cut differently.
+    """
+    changes: dict[str, PerplexityChange] = {}
+    found = in_order(loss.split for loss in base.losses)
+    # Normal ones first.
+    for split in sorted(found, key=lambda split: split not in NORMAL_SPLITS):
+        old, new = ({loss.id: loss for loss in result.losses if loss.split == split} for result in (base, unlearned))
+        ids = sorted(old)
+        if any(old[key].tokens != new[key].tokens for key in ids):
+            raise EvaluationError(
+                f"the evaluations cut the answers of {split} differently: use one tokenizer for both"
+            )
+        before, after, tokens = (
+            np.asarray(values, dtype=float)
+            for values in zip(*((old[key].nll, new[key].nll, old[key].tokens) for key in ids), strict=True)
+        )
+        rise = after - before
+        low, high = clustered_bootstrap(rise, tokens, clusters=ids, statistic=_ratio, seed=seed)
+        changes[split] = PerplexityChange(
+            before=base.perplexity[split].value,
+            after=unlearned.perplexity[split].value,
+            ratio=float(_ratio(rise.sum(), tokens.sum())),
+            low=low,
+            high=high,
+            examples=len(ids),
+        )
+    return changes
+
+
+def _ratio(rise: Floats, tokens: Floats) -> Floats:
+    """Perplexity ratios from sums: of the losses after less those before, and of the tokens."""
+    return np.asarray(np.exp(np.minimum(rise / tokens, MAX_EXPONENT)))

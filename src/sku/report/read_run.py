@@ -1,0 +1,281 @@
+"""A run's folder: what lies where in it, read once and checked. All that is shown of a run comes from here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sku.attacks.results import AttackReport
+from sku.errors import EvaluationError
+from sku.evaluate.comparison import Comparison
+from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.precision_results import RESULT_FILE as PRECISIONS_FILE
+from sku.evaluate.precision_results import PrecisionReport, read_precisions
+from sku.evaluate.record_files import (
+    GENERATIONS_FILE,
+    OUTCOMES_FILE,
+    check_schema,
+    from_plain,
+    read_generations,
+    read_json_object,
+    read_rows,
+)
+from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
+from sku.report.facts import Reproduction, TaskVectorFacts, reproduction_of, survival_rows, task_vector_facts
+from sku.report.tables import TableRow
+from sku.storage import is_marked_hazardous
+from sku.sweep.points import SweepPoint
+from sku.sweep.result import SCHEMA_VERSION as SWEEP_SCHEMA
+from sku.sweep.result import SWEEP_FILE
+from sku.sweep.rule import Pick
+
+Part = Literal["model", "adapter"]
+"""What of a run can be shared."""
+MANIFEST_FILE, RESULTS_FILE, LOG_FILE = "manifest.json", "results.json", "training_log.jsonl"
+SCHEMA_VERSION = 1
+"""Of ``manifest.json`` and ``results.json``."""
+_EVALUATION, _SWEEP = "evaluation", "sweep"
+_SHARED: Mapping[Part, tuple[str, ...]] = {"model": ("unlearned",), "adapter": ("negated_adapter", "adapter")}
+_NEGATING_METHODS = ("sku", "task_vector")
+_SHOWN_OUTCOMES = ("refusal", "safe_answer", "evasive")
+"""Outcomes of replies to harmful prompts that are shown as they are; all others are blurred."""
+_AGAIN, _SWEEP_AGAIN = "run again into a new folder", "run sku sweep again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One model's reply and what it came to."""
+
+    record: GenerationRecord
+    outcome: ReplyOutcome
+
+    @property
+    def hidden(self) -> bool:
+        """Whether a reader must ask before it is shown."""
+        if self.record.split in NORMAL_SPLITS:
+            return False
+        return self.outcome.judged_harmful or self.outcome.outcome not in _SHOWN_OUTCOMES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyPair:
+    """The replies of both models to one prompt, asked in the same way."""
+
+    base: Side
+    unlearned: Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedSweep:
+    """How alpha was chosen."""
+
+    points: tuple[SweepPoint, ...]
+    """By alpha, the base model as alpha 0 first."""
+    pick: Pick
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """What a finished run left. Parts that it need not have are None or empty."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    comparison: Comparison
+    """Without rows; its verdict is ``NO_VERDICT`` in a run of a version that gave none."""
+    table: tuple[TableRow, ...]
+    attacks: AttackReport | None
+    precisions: PrecisionReport | None
+    sweep: RecordedSweep | None
+    log: tuple[Mapping[str, float], ...]
+    """Step and loss terms of each logged step."""
+    pairs: tuple[ReplyPair, ...] | None
+    """In the order in which the base was asked; None where the folder holds no replies, or they were not wanted."""
+    labelled_by: str
+    """Judge that labelled the replies; another than that of the results where they were judged again."""
+    vector: TaskVectorFacts | None
+    survival: tuple[tuple[str, ...], ...]
+    """Rows of ``survival_rows``."""
+    reproduction: Reproduction
+
+    @property
+    def title(self) -> str:
+        """Name of the folder."""
+        return self.folder.resolve().name
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The whole recipe, as plain data."""
+        recipe: Mapping[str, Any] = self.manifest["recipe"]
+        return recipe
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.recipe["method"])
+
+    @property
+    def negates(self) -> bool:
+        """Whether a bad model's task vector was subtracted: the base turns such a result round."""
+        return self.method in _NEGATING_METHODS
+
+    @property
+    def strength(self) -> float:
+        """Alpha, or the strength of a method that does not negate."""
+        return float(self.manifest["negation"]["alpha"])
+
+    def parts(self) -> dict[Part, Path]:
+        """What can be shared: ``model``, and ``adapter`` where the run left one."""
+        return {
+            part: self.folder / name
+            for part, names in _SHARED.items()
+            for name in names
+            if (self.folder / name).is_dir()
+        }
+
+
+def read_run(folder: Path, *, replies: bool = True, within_run: bool = False) -> RecordedRun:
+    """Reads a run folder.
+
+    Args:
+        folder: Made by ``sku run``, finished.
+        replies: Read the replies too.
+        within_run: The run is about to end: its results stand, and its manifest still says that it is running.
+
+    Returns:
+        The run.
+
+    Raises:
+        EvaluationError: The folder is none of a run, the run is unfinished, or a file is broken; in one line.
+    """
+    manifest = _read_manifest(folder, within_run=within_run)
+    path, sweep = folder / RESULTS_FILE, folder / _SWEEP / SWEEP_FILE
+    content = read_json_object(path, _AGAIN)
+    check_schema(content, SCHEMA_VERSION, str(path), _AGAIN)
+    pairs, judge = _read_pairs(folder / _EVALUATION) if replies else (None, "")
+    precisions = folder / _EVALUATION / PRECISIONS_FILE
+    try:
+        if content["manifest"]["recipe_sha256"] != manifest["recipe_sha256"]:
+            raise EvaluationError(f"{path} belongs to another recipe than {MANIFEST_FILE} beside it: {_AGAIN}")
+        comparison = Comparison.from_dict(content, str(path), _AGAIN)
+        attacks, negation = content.get("attacks"), manifest.get("negation", {})
+        return RecordedRun(
+            folder=folder,
+            manifest=manifest,
+            comparison=comparison,
+            table=tuple(from_plain(TableRow, row, f"{path}: table", _AGAIN) for row in content["table"]),
+            attacks=None if attacks is None else AttackReport.from_dict(attacks, f"{path}: attacks"),
+            precisions=read_precisions(precisions.parent) if precisions.exists() else None,
+            sweep=_read_sweep(sweep) if sweep.exists() else None,
+            log=_read_log(folder / LOG_FILE),
+            pairs=pairs,
+            labelled_by=judge,
+            vector=task_vector_facts(negation),
+            survival=survival_rows(negation),
+            reproduction=reproduction_of(manifest, comparison.unlearned),
+        )
+    except EvaluationError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"{path} or {MANIFEST_FILE} beside it doesn't fit its schema ({error!r}): {_AGAIN}"
+        ) from None
+
+
+def _read_manifest(folder: Path, *, within_run: bool) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    if is_marked_hazardous(folder):
+        raise EvaluationError(f"{folder} is a bad model of stage 1: it is hazardous and never shared")
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder} is no folder; name the folder that sku run wrote")
+    if not path.exists():
+        raise EvaluationError(f"{folder} is no run folder: it has no {MANIFEST_FILE}; {_instead(folder)}")
+    manifest = read_json_object(path, _AGAIN)
+    check_schema(manifest, SCHEMA_VERSION, str(path), _AGAIN)
+    if manifest.get("status") != "complete" and not within_run:
+        raise EvaluationError(f"the run in {folder} is not finished: go on with sku run ... --out {folder} --resume")
+    for name in ("recipe", "environment", "data", "model", "seconds"):
+        if not isinstance(manifest.get(name), dict):
+            raise EvaluationError(f"{path} doesn't fit its schema ({name} is missing or of another type): {_AGAIN}")
+    return manifest
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a folder that something else than ``sku run`` wrote."""
+    for place in (folder, folder / "records"):
+        if any(place.glob("*--seed*.json")):
+            return f"it holds a comparison of methods, which sku results {place} shows"
+    if (folder / "base" / "evaluation.json").exists():
+        return "it holds evaluations without a run, whose figures sku evaluate printed"
+    if (folder / "evaluation.json").exists():
+        return "it holds one evaluation; name the folder of the whole run"
+    return "name the folder that sku run wrote"
+
+
+def _read_sweep(path: Path) -> RecordedSweep:
+    content = read_json_object(path, _SWEEP_AGAIN)
+    check_schema(content, SWEEP_SCHEMA, str(path), _SWEEP_AGAIN)
+    if content.get("pick") is None:
+        raise EvaluationError(
+            f"{path} is of a sweep that is not finished: {_SWEEP_AGAIN}, it goes on where it stopped"
+        )
+    try:
+        points = [SweepPoint.from_dict(point) for point in (content["base"], *content["points"])]
+        notes = tuple(map(str, content["notes"]))
+    except (EvaluationError, AttributeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} doesn't fit its schema ({error}): {_SWEEP_AGAIN}") from None
+    pick = from_plain(Pick, content["pick"], f"{path}: pick", _SWEEP_AGAIN)
+    return RecordedSweep(points=tuple(sorted(points, key=lambda point: point.alpha)), pick=pick, notes=notes)
+
+
+def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
+    """Logged steps that have a loss; empty where there is no log."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return ()
+    except (OSError, UnicodeError) as error:
+        raise EvaluationError(f"{path} can't be read: {error}") from None
+    entries: list[Mapping[str, float]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if "loss" in entry:
+                kept = {name: value for name, value in entry.items() if name == "step" or name.startswith("loss")}
+                entries.append({name: float(value) for name, value in kept.items()})
+                assert "step" in kept
+        except (ValueError, TypeError, AssertionError):
+            raise EvaluationError(f"{path} line {number} is no entry of a training log: {_AGAIN}") from None
+    return tuple(entries)
+
+
+def _read_pairs(evaluation: Path) -> tuple[tuple[ReplyPair, ...] | None, str]:
+    """The replies of both models, prompt by prompt, and the judge that labelled them; None where there are none."""
+    base, unlearned = evaluation / "base", evaluation / "unlearned"
+    if not any((folder / GENERATIONS_FILE).exists() for folder in (base, unlearned)):
+        return None, ""
+    before, judge = _sides(base)
+    after, other_judge = _sides(unlearned)
+    if before.keys() != after.keys():
+        raise EvaluationError(f"{base} and {unlearned} hold replies to different prompts: evaluate both again")
+    if judge != other_judge:
+        raise EvaluationError(
+            f"{base} was judged by {judge} and {unlearned} by {other_judge}: judge both again with one of them"
+        )
+    return tuple(ReplyPair(base=side, unlearned=after[name]) for name, side in before.items()), judge
+
+
+def _sides(folder: Path) -> tuple[dict[str, Side], str]:
+    _, records = read_generations(folder / GENERATIONS_FILE)
+    header, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
+    found = {outcome.id: outcome for outcome in outcomes}
+    if found.keys() != {record.id for record in records}:
+        raise EvaluationError(f"{folder / OUTCOMES_FILE} labels other replies than {GENERATIONS_FILE}: evaluate again")
+    for outcome in outcomes:
+        if outcome.p_harmful is not None and not math.isfinite(outcome.p_harmful):
+            raise EvaluationError(f"{folder / OUTCOMES_FILE}: p_harmful of {outcome.id} is no number: judge again")
+    return {record.id: Side(record=record, outcome=found[record.id]) for record in records}, str(header.get("judge"))

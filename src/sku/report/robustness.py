@@ -1,0 +1,178 @@
+"""What attacks and rounding bring back of the harmful answers, as rows of tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sku.attacks.results import AttackReport, AttackResult, Measured
+from sku.evaluate.judges import JudgeCard
+from sku.evaluate.metrics import Rate
+from sku.evaluate.precision_results import Measured as Rounded
+from sku.evaluate.precision_results import PrecisionReport, PrecisionResult, Survival
+from sku.report.tables import NOTHING, interval, percent
+
+UNMEASURED = "not measurable"
+"""In place of an interval where the judge would call as many harmless replies harmful."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRow:
+    """One line of the table; the fields are its columns, in words."""
+
+    attack: str
+    setting: str
+    """Strength of the attack; where there are several ways to ask, whether the worst or the mean of them is shown."""
+    unlearned: str
+    """Harmful share of the attacked model."""
+    interval: str
+    """Its 95 % interval, or that the judge can't measure it; none for a mean, whose replies are not independent."""
+    base: str
+    """Harmful share of the base model under the same attack."""
+    gibberish: str
+    """Gibberish share of the attacked model's replies."""
+
+
+def attack_rows(report: AttackReport) -> list[AttackRow]:
+    """All attacks in the order in which they ran, the questions as they are first.
+
+    Args:
+        report: From ``run_attacks``.
+
+    Returns:
+        A row for each setting, and where a question is asked in several ways a second one for their mean.
+    """
+    titles = {card.name: card.title for card in report.cards}
+    return [row for result in report.results for row in _rows(titles[result.attack], result, report.setup.judge)]
+
+
+def left_out_lines(report: AttackReport) -> list[str]:
+    """What could not be asked, a line each: ``left out: prefill, 20 tokens: the answer is too short: 100``."""
+    return [f"left out: {what}: {number}" for what, number in report.left_out.items()]
+
+
+def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[AttackRow]:
+    model, control, ways = result.model, result.control, len(result.model.variants)
+    gibberish = percent(model.replies["degenerate"].value)
+    yield AttackRow(
+        attack=title,
+        setting="worst case" if ways > 1 else result.setting,
+        unlearned=_share(model),
+        interval=_interval(_bounds(model)) if _is_measured(judge, model, max(ways, 1)) else UNMEASURED,
+        base=_share(control),
+        gibberish=gibberish,
+    )
+    if ways > 1:
+        yield AttackRow(
+            attack=title,
+            setting="mean",
+            unlearned=percent(model.replies["harmful"].value),
+            interval=NOTHING if _is_measured(judge, model, max(ways, 1)) else UNMEASURED,
+            base=percent(control.replies["harmful"].value),
+            gibberish=gibberish,
+        )
+
+
+def _is_measured(judge: JudgeCard, measured: Measured, ways: int) -> bool:
+    return judge.can_measure(measured.harmful.after.value, measured.harmful.after.low, replies=ways)
+
+
+def _bounds(measured: Measured) -> tuple[Rate, Rate]:
+    return measured.harmful.after, measured.harmful_at_most
+
+
+def _share(measured: Measured) -> str:
+    """A share, or both bounds where the judge failed on replies."""
+    low, high = _bounds(measured)
+    return percent(low.value) if low.count == high.count else f"{100 * low.value:.1f} to {percent(high.value)}"
+
+
+def _interval(bounds: tuple[Rate, Rate]) -> str:
+    return f"{100 * min(rate.low for rate in bounds):.1f} to {100 * max(rate.high for rate in bounds):.1f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRow:
+    """The unlearned model at one precision; None where something was not measured."""
+
+    precision: str
+    """The evaluated model's own type first."""
+    scheme: str
+    """What is rounded, and how; why nothing was measured, where the precision can't hold the weights."""
+    trained_on: Rate | None
+    """Harmful, of the free replies to prompts of the forget set, trained-on ones where the evaluation says so."""
+    harmful: Rate | None
+    """Of the free replies to unseen prompts."""
+    forced: Rate | None
+    """Harmful after the prefill that is the worst for this model, on unseen prompts too."""
+    forced_tokens: int | None
+    """Length of that prefill."""
+    gibberish: Rate | None
+    perplexity: float | None
+    """Of normal answers, as a multiple of the original model's."""
+    kept: float | None
+    """How much of the change of the weights is left after rounding, as its projection on the whole."""
+    brings_back: bool = False
+    """Whether harm is shown to be more than before rounding."""
+
+
+def precision_rows(report: PrecisionReport, split: str = "unseen") -> list[PrecisionRow]:
+    """All precisions, the evaluated one first.
+
+    Args:
+        report: From ``measure_precisions``.
+        split: Whose harmful prompts are shown.
+    """
+    own = _precision_row(report.model["dtype"], report.model["dtype"], report.measured, None, split)
+    return [own, *(_rounded_row(result, split) for result in report.results)]
+
+
+def precision_cells(report: PrecisionReport) -> list[tuple[str, ...]]:
+    """The rows in short, as a terminal shows them: weights, the four rates, perplexity and what is kept."""
+    return [
+        (
+            row.precision,
+            *(_percent_of(rate) for rate in (row.trained_on, row.harmful)),
+            _percent_of(row.forced) + ("" if row.forced_tokens is None else f" ({row.forced_tokens})"),
+            _percent_of(row.gibberish),
+            NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.3f}",
+            NOTHING if kept is None else percent(kept),
+        )
+        for number, row in enumerate(precision_rows(report))
+        for kept in (row.kept if number else 1.0,)
+    ]
+
+
+def _percent_of(rate: Rate | None) -> str:
+    return NOTHING if rate is None else percent(rate.value)
+
+
+def _rounded_row(result: PrecisionResult, split: str) -> PrecisionRow:
+    lost = f"; not measured: {result.overflowed:,} weights are too large for it" if result.overflowed else ""
+    scheme = f"{result.scheme}, by {result.rounded_by}{lost}"
+    row = _precision_row(result.precision, scheme, result.measured, result.survival, split)
+    return dataclasses.replace(row, brings_back=bool(result.brings_back))
+
+
+def _precision_row(
+    name: str, scheme: str, measured: Rounded | None, survival: Survival | None, split: str
+) -> PrecisionRow:
+    found = measured or Rounded(replies={}, prefill={}, perplexity={})
+    normal = found.perplexity.get("retain_test")
+    return PrecisionRow(
+        precision=name,
+        scheme=scheme,
+        trained_on=found.replies.get("unlearned", {}).get("harmful"),
+        harmful=found.replies.get(split, {}).get("harmful"),
+        forced=found.prefill.get(split, {}).get("harmful"),
+        forced_tokens=found.worst_prefill.get(split),
+        gibberish=found.replies.get(split, {}).get("degenerate"),
+        perplexity=None if normal is None else normal.ratio,
+        kept=None if survival is None else survival.projection,
+    )
+
+
+def rate_text(rate: Rate | None) -> str:
+    """A share with its interval, a dash for none."""
+    return NOTHING if rate is None else f"{percent(rate.value)} ({interval(rate)})"

@@ -1,1 +1,0 @@
-"""What is needed to give a result away: its model card, and the upload. No torch here."""
