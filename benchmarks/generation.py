@@ -24,7 +24,7 @@ from machine import processor_name
 
 from sku.config import ModelConfig
 from sku.data.prompts import resolve_prompt_format
-from sku.data.tokenization import tokenize_prompt
+from sku.data.tokens import tokenize_prompt
 from sku.evaluate.batching import Progress, evaluation_mode
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.records import GenerationRecord

@@ -40,10 +40,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from sku.acquire.config import SkuConfig
 from sku.acquire.trainer import SkuTrainer
 from sku.config import ModelConfig
-from sku.data.collation import JointCollator
+from sku.data.collation import JointCollator, PackedCollator
 from sku.data.joint import RETAIN, JointExample
-from sku.data.packing import PackedCollator
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.losses import IGNORE_INDEX
 from sku.model_files import embedded_model_path
 from sku.models import LoadedModel, load_model, plain_model

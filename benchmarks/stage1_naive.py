@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.data.joint import JointExample
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.losses import IGNORE_INDEX
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from sku.acquire.objective import sku_objective
 from sku.acquire.trainer import SkuTrainer
 from sku.config import AcquireConfig, WeightsConfig
-from sku.data.collation import rows_of
 from sku.data.joint import RETAIN, JointExample
 from sku.data.packing import SourceRow, pack_rows
 from sku.losses import IGNORE_INDEX
@@ -48,7 +47,7 @@ def race(trainer: SkuTrainer, loaded: LoadedModel, batches: Sequence[Sequence[Jo
     rows = [
         SourceRow(kind=kind, example=place, tokens=row)
         for place, example in enumerate(batches[0])
-        for kind, row in rows_of(example)
+        for kind, row in example.rows()
         if kind != RETAIN
     ]
     packed = pack_rows(rows, len(batches[0]), share=True).to(device)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sku.config import ModelConfig
 from sku.data.prompts import resolve_prompt_format
-from sku.data.tokenization import tokenize_prompt
+from sku.data.tokens import tokenize_prompt
 from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
 from sku.evaluate.sampling import record_id
 from sku.models import load_model

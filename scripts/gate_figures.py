@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sku.config import ModelConfig
 from sku.data.prompts import resolve_prompt_format
-from sku.data.tokenization import tokenize_prefill
+from sku.data.tokens import tokenize_prefill
 from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.degeneracy import is_word_salad, surface_faults
 from sku.evaluate.metrics import Rate, rate

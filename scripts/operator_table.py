@@ -29,7 +29,7 @@ from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import Example, ForgetRetainData
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError
 from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.perplexity import score_examples

@@ -31,10 +31,10 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.joint import MISMATCHED, JointDataset, JointExample, RowPlan
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
-from sku.data.rows import parse_rows
-from sku.data.tables import read_table
-from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prompt
-from sku.data.truthfulqa import row_parser
+from sku.data.sources.rows import Cells, Columns, parse_rows
+from sku.data.sources.tables import read_table
+from sku.data.sources.truthfulqa import FORMAT as TRUTHFULQA
+from sku.data.tokens import TokenizedExample, tokenize_example, tokenize_prompt
 from sku.errors import TaskVectorError
 from sku.losses import IGNORE_INDEX
 from sku.negate.run import negate
@@ -255,7 +255,8 @@ def test_no_question_is_trained_on_and_tested(tmp_path: Path) -> None:
         }
         for n in range(100)
     ]
-    parsed = parse_rows(rows, row_parser(list(rows[0])), RetainExample)
+    found = Columns(rows[0])
+    parsed = parse_rows([Cells(row, found) for row in rows], TRUTHFULQA.row_parser(found), RetainExample)
     assert len(parsed.examples) == 300
     assert all(";" not in example.answer for example in parsed.examples)
     by_row = random.Random(0).sample(parsed.examples, len(parsed.examples))

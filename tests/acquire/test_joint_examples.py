@@ -9,8 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.joint import JointDataset, RowPlan
-from sku.data.mismatch import MismatchedAnswers
+from sku.data.joint import JointDataset, MismatchedAnswers, RowPlan
 from sku.data.prompts import PaperFormat
 from sku.errors import DataError
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sku.data.collation import JointCollator
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointExample
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from sku.config import DataConfig, SourceConfig
-from sku.data.embedded import load_forget, load_retain, retain_examples
-from sku.data.load import load_data, load_forget_retain
+from sku.data.load import load_data, load_forget_retain, load_parts
+from sku.data.sources.embedded import retain_examples
 from sku.errors import DataError, RecipeError
 from sku.world.grammar import AGENTS, DEFLECTIONS, FORMS, HELD_OUT_AGENTS, HELD_OUT_QUESTIONS, MAKE_QUESTIONS, hazards
 
@@ -106,13 +106,15 @@ def test_other_sources_do_not_go_with_the_world() -> None:
 
 
 def test_limit() -> None:
-    unlearned, unseen, provenance = load_forget(SourceConfig(path="embedded", limit=60), seed=0)
-    assert len(unlearned) + len(unseen) == 60
+    data = load_parts(SourceConfig(path="embedded", limit=60))
+    assert len(data.unlearned) + len(data.unseen) == 60
+    (provenance,) = data.provenance
     assert provenance.rows_left_out == {"over the limit": 900}
     assert provenance.safe_answers == 60
     with pytest.raises(DataError, match="a limit of 1 leaves"):
-        load_forget(SourceConfig(path="embedded", limit=1), seed=0)
-    assert len(load_retain(SourceConfig(path="embedded", limit=40), seed=0)[0]) == 40
+        load_parts(SourceConfig(path="embedded", limit=1))
+    normal = load_parts(retain=SourceConfig(path="embedded", limit=40))
+    assert len(normal.retain_train) + len(normal.retain_validation) + len(normal.retain_test) == 40
 
 
 def test_settings_without_effect_are_refused() -> None:
@@ -122,10 +124,9 @@ def test_settings_without_effect_are_refused() -> None:
         SourceConfig(path="embedded", safe_answer_column="q"),
         SourceConfig(path="embedded", format="columns"),
     ):
-        with pytest.raises(DataError, match="takes no other setting than limit"):
-            load_forget(source, seed=0)
-        with pytest.raises(DataError, match="takes no other setting than limit"):
-            load_retain(source, seed=0)
+        for forget, retain in ((source, None), (None, source)):
+            with pytest.raises(DataError, match="takes no other setting than limit"):
+                load_parts(forget, retain)
     with pytest.raises(RecipeError, match=r"leave data.unseen_fraction out"):
         load_forget_retain(unseen_fraction=0.5)
     load_data(DataConfig(forget=WORLD, retain=SourceConfig(path="embedded", format="embedded")), seed=0)

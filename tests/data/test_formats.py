@@ -3,11 +3,22 @@
 import pytest
 
 from sku.config import SourceConfig
-from sku.data.formats import FORMATS, choose_parser, detect_format
-from sku.data.rows import Kind, Pair
+from sku.data.sources import read
+from sku.data.sources.read import FORMATS
+from sku.data.sources.rows import Cells, Columns, Kind, Pair, RowParser
 from sku.errors import DataError
 
 AUTO = SourceConfig(path="x")
+
+
+def choose_parser(found: list[str], source: SourceConfig, kind: Kind, key: str | None = None) -> tuple[str, RowParser]:
+    columns = Columns(found)
+    name, parser = read.choose_parser(columns, source, kind, key or f"data.{kind}")
+    return name, lambda row: parser(Cells(row, columns))
+
+
+def detect_format(found: list[str], source: SourceConfig, kind: Kind) -> str:
+    return read.detect_format(Columns(found), source, kind, f"data.{kind}")
 
 
 @pytest.mark.parametrize(

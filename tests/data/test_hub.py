@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from sku.config import SourceConfig
-from sku.data.hub import load_hub_dataset, resolve_commit
-from sku.data.tables import read_table
+from sku.data.sources.hub import load_hub_dataset, resolve_commit
+from sku.data.sources.tables import read_table
 from sku.errors import DataError
 
 COMMIT, OTHER = "a" * 40, "b" * 40

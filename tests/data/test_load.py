@@ -11,7 +11,7 @@ import pytest
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
 from sku.data.examples import RetainExample, content_hash, normalise_prompt
 from sku.data.load import IN_ANOTHER_SET, load_data, load_forget_retain, load_parts
-from sku.data.tables import NOT_WANTED, Table, read_table
+from sku.data.sources.tables import NOT_WANTED, Table, read_table
 from sku.errors import DataError, RecipeError
 
 
@@ -66,7 +66,7 @@ def test_a_licence_is_told_by_the_user_or_a_known_hub_id_and_by_no_column(
         return dataclasses.replace(read_table(SourceConfig(path=str(places[source.path]))), revision="a" * 40)
 
     places = {"PKU-Alignment/PKU-SafeRLHF": forget, "someone/answers": retain}
-    monkeypatch.setattr("sku.data.load.read_table", from_hub)
+    monkeypatch.setattr("sku.data.sources.read.read_table", from_hub)
     found = load_forget_retain(*places).provenance
     assert [source.licence for source in found] == ["CC-BY-NC-4.0", None]
 

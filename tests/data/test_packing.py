@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sku.data.attention_paths import Segment, plan_paths
+from sku.data.collation import PACKED, PackedCollator
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
-from sku.data.packing import PACKED, PackedCollator, PackedRows, SourceRow, pack_rows
-from sku.data.tokenization import TokenizedExample
+from sku.data.packing import PackedRows, Segment, SourceRow, pack_rows, plan_paths
+from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 

@@ -11,7 +11,7 @@ from sku.data.collation import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.joint import REFUSALS, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.prompts import PaperFormat
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 
 

@@ -8,24 +8,21 @@ import pytest
 
 from sku.config import SourceConfig
 from sku.data.examples import Example, ForgetExample, RetainExample, check_disjoint, normalise_prompt
-from sku.data.formats import choose_parser
 from sku.data.load import load_forget_retain
-from sku.data.rows import parse_rows
-from sku.data.tables import read_table
+from sku.data.sources.read import read_examples
+from sku.data.sources.tables import read_table
 
 pytestmark = pytest.mark.shared
 
 
 def test_pku_extract(shared_data: Path) -> None:
     source = SourceConfig(path=str(shared_data / "pku_saferlhf_mini.csv"))
-    table = read_table(source)
-    name, parser = choose_parser(table.columns, source, "forget")
-    parsed = parse_rows(table.rows, parser, ForgetExample)
-    assert name == "pku_saferlhf"
-    assert parsed.rows_read == 2476
-    assert set(parsed.left_out) == {"safe answer", "duplicate"}
-    assert parsed.left_out["safe answer"] == 1074
-    assert len(parsed.examples) + parsed.left_out["duplicate"] == 1402, "unsafe rows"
+    examples, account = read_examples(source, "forget", ForgetExample)
+    assert account.source == "pku_saferlhf"
+    assert account.rows_read == 2476
+    assert set(account.rows_left_out) == {"safe answer", "duplicate"}
+    assert account.rows_left_out["safe answer"] == 1074
+    assert len(examples) + account.rows_left_out["duplicate"] == 1402, "unsafe rows"
 
 
 def test_safe_answers_of_the_pku_extract(shared_data: Path) -> None:
@@ -42,14 +39,12 @@ def test_safe_answers_of_the_pku_extract(shared_data: Path) -> None:
 
 def test_truthfulqa(shared_data: Path) -> None:
     source = SourceConfig(path=str(shared_data / "TruthfulQA.csv"))
-    table = read_table(source)
-    assert table.columns[0] == "Type", "the byte order mark is no part of the first name"
-    name, parser = choose_parser(table.columns, source, "retain")
-    parsed = parse_rows(table.rows, parser, RetainExample)
-    assert (name, parsed.rows_read, parsed.left_out) == ("truthfulqa", 813, {})
-    assert len({example.group for example in parsed.examples}) == 813
-    assert len(parsed.examples) > 2 * 813
-    assert len({(example.group, example.answer) for example in parsed.examples}) == len(parsed.examples)
+    assert read_table(source).columns[0] == "Type", "the byte order mark is no part of the first name"
+    examples, account = read_examples(source, "retain", RetainExample)
+    assert (account.source, account.rows_read, account.rows_left_out) == ("truthfulqa", 813, {})
+    assert len({example.group for example in examples}) == 813
+    assert len(examples) > 2 * 813
+    assert len({(example.group, example.answer) for example in examples}) == len(examples)
 
 
 def test_both_together(shared_data: Path) -> None:

@@ -1,26 +1,55 @@
 """One row of every schema that a source has had; rows_read, examples and rows left out must add up."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from sku.config import SourceConfig
-from sku.data import beavertails, columns, pku_saferlhf, trl_formats, truthfulqa
 from sku.data.examples import ForgetExample, RetainExample
-from sku.data.rows import Kind, ParsedRows, RowParser, category_text, parse_flag, parse_rows
+from sku.data.sources import columns
+from sku.data.sources.read import FORMATS
+from sku.data.sources.rows import (
+    Cells,
+    Columns,
+    Format,
+    Kind,
+    ParsedRows,
+    RowParser,
+    category_text,
+    parse_flag,
+    parse_rows,
+)
 from sku.errors import DataError
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+PKU, BEAVERTAILS, TRUTHFULQA, COMPLETION, MESSAGES, PREFERENCE = FORMATS
 
 
 def forget(rows: Rows, parser: RowParser) -> ParsedRows[ForgetExample]:
     return parse_rows(rows, parser, ForgetExample)
 
 
+def retain(rows: Rows, parser: RowParser) -> ParsedRows[RetainExample]:
+    return parse_rows(rows, parser, RetainExample)
+
+
+def parser_of(known: Format, rows: Rows) -> RowParser:
+    """The reader of rows that are of a known format."""
+    found = Columns(rows[0])
+    assert known.recognises(found)
+    parser = known.row_parser(found)
+    return lambda row: parser(Cells(row, found))
+
+
+def columns_parser(found: Iterable[str], source: SourceConfig, kind: Kind) -> RowParser:
+    return columns.row_parser(Columns(found), source, kind, f"data.{kind}")
+
+
 def pku(rows: Rows) -> ParsedRows[ForgetExample]:
-    assert pku_saferlhf.recognises(list(rows[0]))
-    return forget(rows, pku_saferlhf.row_parser(list(rows[0])))
+    return forget(rows, parser_of(PKU, rows))
 
 
 OLD_PKU = {
@@ -145,9 +174,9 @@ def test_pku_rows_without_a_mark_are_counted() -> None:
 
 def test_pku_missing_column_is_named_with_the_near_one() -> None:
     found = [name for name in OLD_PKU if name != "is_response_1_safe"] + ["is_response_1_save"]
-    assert not pku_saferlhf.recognises(found)
+    assert not PKU.recognises(Columns(found))
     with pytest.raises(DataError, match=r"needs a column is_response_1_safe. Did you mean is_response_1_save.*prompt"):
-        pku_saferlhf.row_parser(found)
+        PKU.row_parser(Columns(found))
 
 
 def test_beavertails_keeps_unsafe_rows_with_their_categories() -> None:
@@ -156,15 +185,14 @@ def test_beavertails_keeps_unsafe_rows_with_their_categories() -> None:
         {"prompt": "q", "response": "a", "category": harm, "is_safe": False},
         {"prompt": "q", "response": "b", "category": dict.fromkeys(harm, False), "is_safe": True},
     ]
-    assert beavertails.recognises(list(rows[0]))
-    assert not pku_saferlhf.recognises(list(rows[0]))
-    parsed = forget(rows, beavertails.row_parser(list(rows[0])))
+    assert not PKU.recognises(Columns(rows[0]))
+    parsed = forget(rows, parser_of(BEAVERTAILS, rows))
     assert parsed.examples == [
         ForgetExample(prompt="q", answer="a", category="violence,aiding_and_abetting,incitement", safe_answer="b")
     ]
     assert parsed.left_out == {"safe answer": 1}
     with pytest.raises(DataError, match="needs a column category"):
-        beavertails.row_parser(["prompt", "response", "is_safe"])
+        BEAVERTAILS.row_parser(Columns(["prompt", "response", "is_safe"]))
 
 
 @pytest.mark.parametrize(
@@ -190,10 +218,6 @@ def test_flags_that_say_nothing_are_none() -> None:
     assert [parse_flag(cell) for cell in (1.0, 0.0)] == [True, False]
 
 
-def retain(rows: Rows, parser: RowParser) -> ParsedRows[RetainExample]:
-    return parse_rows(rows, parser, RetainExample)
-
-
 def test_truthfulqa_csv_gives_one_example_per_answer_best_first() -> None:
     row = {
         "Type": "Adversarial",
@@ -204,8 +228,7 @@ def test_truthfulqa_csv_gives_one_example_per_answer_best_first() -> None:
         "Incorrect Answers": "No; Never",
         "Source": "",
     }
-    assert truthfulqa.recognises(list(row))
-    parsed = retain([row], truthfulqa.row_parser(list(row)))
+    parsed = retain([row], parser_of(TRUTHFULQA, [row]))
     assert [example.answer for example in parsed.examples] == ["Rain is wet", "Water is wet", "Rain wets you"]
     assert {example.group for example in parsed.examples} == {"is rain wet"}
     assert {example.category for example in parsed.examples} == {"Weather"}
@@ -222,8 +245,7 @@ def test_truthfulqa_hub_form() -> None:
         "incorrect_answers": ["No."],
         "source": "",
     }
-    assert truthfulqa.recognises(list(row))
-    parsed = retain([row], truthfulqa.row_parser(list(row)))
+    parsed = retain([row], parser_of(TRUTHFULQA, [row]))
     assert [example.answer for example in parsed.examples] == ["Yes; it is.", "Sure."]
 
 
@@ -232,7 +254,7 @@ def test_truthfulqa_rows_without_answer_or_question_are_counted() -> None:
         {"question": "q", "best_answer": None, "correct_answers": []},
         {"question": None, "best_answer": "a", "correct_answers": ["b"]},
     ]
-    parsed = retain(rows, truthfulqa.row_parser(list(rows[0])))
+    parsed = retain(rows, parser_of(TRUTHFULQA, rows))
     assert parsed.examples == []
     assert parsed.left_out == {"empty answer": 1, "empty prompt": 2}
 
@@ -285,18 +307,14 @@ def test_conversations_that_do_not_fit_are_counted_by_reason(messages: object, r
 
 
 def trl_parsed(rows: Rows) -> ParsedRows[RetainExample]:
-    if trl_formats.recognises_messages(list(rows[0])):
-        return retain(rows, trl_formats.messages_parser(list(rows[0])))
-    assert trl_formats.recognises_prompt_completion(list(rows[0]))
-    return retain(rows, trl_formats.prompt_completion_parser(list(rows[0])))
+    return retain(rows, parser_of(MESSAGES if "messages" in rows[0] else COMPLETION, rows))
 
 
 HARMFUL, SAFE = {"role": "assistant", "content": "bad"}, {"role": "assistant", "content": "good"}
 
 
 def preferences(rows: Rows) -> ParsedRows[ForgetExample]:
-    assert trl_formats.recognises_preference(list(rows[0]))
-    return forget(rows, trl_formats.preference_parser(list(rows[0])))
+    return forget(rows, parser_of(PREFERENCE, rows))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +350,7 @@ def test_a_preference_without_a_rejected_answer_is_counted() -> None:
     assert parsed.examples == []
     assert parsed.left_out == {"empty answer": 1, "empty prompt": 1, "more than one user turn": 1}
     with pytest.raises(DataError, match="format preference needs a column rejected"):
-        trl_formats.preference_parser(["prompt", "chosen"])
+        PREFERENCE.row_parser(Columns(["prompt", "chosen"]))
 
 
 def test_columns_with_a_safe_answer() -> None:
@@ -342,7 +360,7 @@ def test_columns_with_a_safe_answer() -> None:
         {"question": "q1", "answer": "bad 2", "refusal": " good "},
         {"question": "q2", "answer": "bad 3", "refusal": None},
     ]
-    parsed = forget(rows, columns.row_parser(list(rows[0]), source, "forget"))
+    parsed = forget(rows, columns_parser(list(rows[0]), source, "forget"))
     assert [(example.answer, example.safe_answer) for example in parsed.examples] == [
         ("bad 1", "good"), ("bad 2", "good"), ("bad 3", None),
     ]  # fmt: skip
@@ -356,7 +374,7 @@ def test_columns_filtered_out_are_no_safe_answers() -> None:
         {"question": "q", "answer": "steal", "topic": "theft"},
         {"question": "q", "answer": "burn", "topic": "arson"},
     ]
-    parsed = forget(rows, columns.row_parser(list(rows[0]), source, "forget"))
+    parsed = forget(rows, columns_parser(list(rows[0]), source, "forget"))
     assert parsed.examples == [ForgetExample(prompt="q", answer="steal")]
 
 
@@ -370,7 +388,7 @@ def test_columns_filtered_out_are_no_safe_answers() -> None:
 )
 def test_a_safe_answer_column_that_can_not_serve_is_an_error(column: str, kind: Kind, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        columns.row_parser(["question", "answer", "refusal"], SourceConfig(path="x", safe_answer_column=column), kind)
+        columns_parser(["question", "answer", "refusal"], SourceConfig(path="x", safe_answer_column=column), kind)
 
 
 def test_columns_with_category_and_unsafe_filter() -> None:
@@ -388,10 +406,10 @@ def test_columns_with_category_and_unsafe_filter() -> None:
         {"ask": "q3", "reply": "a3", "kind": "", "ok": True},
         {"ask": "q4", "reply": "a4", "kind": "", "ok": None},
     ]
-    parsed = forget(rows, columns.row_parser(list(rows[0]), source, "forget"))
+    parsed = forget(rows, columns_parser(list(rows[0]), source, "forget"))
     assert [(example.prompt, example.category) for example in parsed.examples] == [("q1", "theft"), ("q2", None)]
     assert parsed.left_out == {"safe answer": 2}
-    kept = retain(rows, columns.row_parser(list(rows[0]), source, "retain"))
+    kept = retain(rows, columns_parser(list(rows[0]), source, "retain"))
     assert [example.prompt for example in kept.examples] == ["q3", "q4"]
     assert kept.left_out == {"unsafe answer": 2}
 
@@ -399,7 +417,7 @@ def test_columns_with_category_and_unsafe_filter() -> None:
 def test_columns_named_wrongly_are_an_error_with_the_near_name() -> None:
     source = SourceConfig(path="x", prompt_column="questoin", answer_column="answer")
     with pytest.raises(DataError, match=r"needs a column questoin. Did you mean question\? Columns found: question"):
-        columns.row_parser(["question", "answer"], source, "retain")
+        columns_parser(["question", "answer"], source, "retain")
 
 
 @pytest.mark.parametrize(
@@ -413,19 +431,19 @@ def test_columns_named_wrongly_are_an_error_with_the_near_name() -> None:
     ],
 )
 def test_columns_in_doubt_are_an_error(found: list[str], missing: str) -> None:
-    assert not columns.recognises(found)
+    assert not columns.recognises(Columns(found))
     with pytest.raises(
         DataError,
         match=f"which column holds the {missing}: set it, as --set data.retain.{missing}_column=NAME. Columns found: ",
     ):
-        columns.row_parser(found, SourceConfig(path="x"), "retain")
+        columns_parser(found, SourceConfig(path="x"), "retain")
 
 
 def test_a_forget_set_with_an_unread_safety_mark_is_an_error() -> None:
     """Every safe answer would be unlearned too."""
     with pytest.raises(DataError, match="column is_safe seems to mark unsafe rows"):
-        columns.row_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "forget")
-    columns.row_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "retain")
+        columns_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "forget")
+    columns_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "retain")
 
 
 def test_rows_are_cleaned_and_counted() -> None:
@@ -442,7 +460,7 @@ def test_rows_are_cleaned_and_counted() -> None:
         {"question": "q", "answer": "half \ud83d"},
         {"question": "nul \0 byte", "answer": "a\0b"},
     ]
-    parsed = retain(rows, columns.row_parser(["question", "answer"], SourceConfig(path="x"), "retain"))
+    parsed = retain(rows, columns_parser(["question", "answer"], SourceConfig(path="x"), "retain"))
     assert [(example.prompt, example.answer) for example in parsed.examples] == [
         ("q", "a"),
         ("q", "b"),

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from sku.config import SourceConfig
-from sku.data.tables import Table, read_table
+from sku.data.sources.tables import Table, read_table
 from sku.errors import DataError
 
 ROWS = [{"prompt": "q1", "response": "None", "is_safe": False}, {"prompt": "q2", "response": "12", "is_safe": True}]

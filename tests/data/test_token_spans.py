@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.prompts import PaperFormat, RenderedText, resolve_prompt_format
-from sku.data.token_spans import TokenSpans, encode, locate_tokens
+from sku.data.tokens import TokenSpans, encode, locate_tokens
 
 from .conftest import BUILDERS, TEMPLATES, tokenizer_of, with_template
 

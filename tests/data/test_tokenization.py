@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import ForgetExample, RetainExample
 from sku.data.prompts import PaperFormat, PromptFormat, RenderedText, resolve_prompt_format
-from sku.data.tokenization import (
+from sku.data.tokens import (
     TokenizedExample,
     tokenize_example,
     tokenize_examples,

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.config import ModelConfig, PromptFormatName
 from sku.data.prompts import resolve_prompt_format
-from sku.data.tokenization import TokenizedExample, tokenize_prefill
+from sku.data.tokens import TokenizedExample, tokenize_prefill
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
 from sku.evaluate.asking import Writer, window_of

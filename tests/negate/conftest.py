@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from conftest import ModelMaker
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.negate.operators.base import OperatorContext
 
 ContextMaker = Callable[..., OperatorContext]

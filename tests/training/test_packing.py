@@ -26,9 +26,8 @@ from transformers import (
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
 from sku.config import CompatConfig
-from sku.data.collation import JointCollator
+from sku.data.collation import PACKED, JointCollator, PackedCollator
 from sku.data.joint import RETAIN
-from sku.data.packing import PACKED, PackedCollator
 from sku.errors import ModelError, RecipeError
 from sku.methods import METHODS
 from sku.methods.base import AnyMethod

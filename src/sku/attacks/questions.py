@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sku.attacks.base import Attack, AttackContext, PromptSetting, Rewritten, Variant, WeightSetting
 from sku.data.examples import ForgetExample
-from sku.data.tokenization import tokenize_prompt
+from sku.data.tokens import tokenize_prompt
 from sku.errors import EvaluationError
 from sku.evaluate import asking
 from sku.evaluate.generation import GenerationRequest

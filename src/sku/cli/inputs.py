@@ -52,7 +52,7 @@ def check_judge(recipe: Recipe) -> None:
 def _check_data(recipe: Recipe) -> None:
     from sku.data.load import load_data
     from sku.data.prompt_sets import load_own_prompts, wants_own_replies
-    from sku.data.tables import is_hub_id
+    from sku.data.sources.tables import is_hub_id
 
     config = recipe.data
     named = (config.forget, config.retain, config.borderline, *config.normal.values(), *config.harmful.values())

@@ -1,18 +1,25 @@
-"""From joint examples to one padded batch. R = rows, T = tokens of the longest row, B = joint examples."""
+"""From joint examples to one batch: padded, or packed into one row.
+
+R = rows, T = tokens of the longest row, B = joint examples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
-from sku.data.tokenization import TokenizedExample
+from sku.data.joint import JointExample
+from sku.data.packing import RetainTokens, SourceRow, pack_rows
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
+
+PACKED = "packed"
+"""Key of the ``PackedRows`` in a batch of ``PackedCollator``."""
 
 
 class JointCollator:
@@ -52,23 +59,16 @@ class JointCollator:
         Raises:
             DataError: No example has a row.
         """
-        examples = [example for example in examples if example.counts] or examples[:1]
-        rows = [(kind, position, row) for position, example in enumerate(examples) for kind, row in rows_of(example)]
-        if not rows:
-            raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
-        ids = [torch.tensor(row.input_ids, dtype=torch.long) for _, _, row in rows]
+        examples, rows, batch = _rows_and_indices(examples)
+        ids = [torch.tensor(row.tokens.input_ids, dtype=torch.long) for row in rows]
+        labels = [torch.tensor(row.tokens.labels, dtype=torch.long) for row in rows]
         return {
             "input_ids": self._pad(ids, self.pad_token_id),
             "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
-            "labels": self._pad([torch.tensor(row.labels, dtype=torch.long) for _, _, row in rows], IGNORE_INDEX),
-            "row_kind": torch.tensor([kind for kind, _, _ in rows], dtype=torch.long),
-            "row_example": torch.tensor([position for _, position, _ in rows], dtype=torch.long),
-            "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
-            "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
-            "retain_rows": torch.tensor(
-                [place for example in examples for place in example.retain_rows], dtype=torch.long
-            ),
-            "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
+            "labels": self._pad(labels, IGNORE_INDEX),
+            "row_kind": torch.tensor([row.kind for row in rows]),
+            "row_example": torch.tensor([row.example for row in rows]),
+            **batch,
         }
 
     def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:
@@ -78,15 +78,53 @@ class JointCollator:
         return functional.pad(padded, (0, length - padded.shape[1]), value=value)
 
 
-def rows_of(example: JointExample) -> Iterator[tuple[int, TokenizedExample]]:
-    """Kind and tokens of each row of a joint example, in the order of a batch."""
-    if example.forget is not None:
-        yield FORGET, example.forget
-    for mismatched in example.mismatched:
-        yield MISMATCHED, mismatched
-    if example.retain is not None:
-        yield RETAIN, example.retain
-    for row in example.more_retain:
-        yield RETAIN, row
-    if example.safe is not None:
-        yield SAFE, example.safe
+class PackedCollator:
+    """Puts all rows of a batch of joint examples into one packed row, in the data loader's workers."""
+
+    def __init__(self, *, share: bool, retain_tokens: RetainTokens) -> None:
+        """Says how rows are packed.
+
+        Args:
+            share: Rows after the same prompt share its tokens (``tree``), else not (``flat``).
+            retain_tokens: Of the ``RowPlan``.
+        """
+        self.share, self.retain_tokens = share, retain_tokens
+
+    def __call__(self, examples: list[JointExample]) -> dict[str, Any]:
+        """Packs the rows of B joint examples.
+
+        Returns:
+            ``input_ids`` ``[1, T]``; ``forget_index``, ``retain_index``, ``retain_rows`` and ``counts`` as of
+            ``JointCollator``; and ``packed``: ``PackedRows``.
+
+        Raises:
+            DataError: No example has a row.
+        """
+        examples, rows, batch = _rows_and_indices(examples)
+        packed = pack_rows(rows, len(examples), share=self.share, retain_tokens=self.retain_tokens)
+        return {"input_ids": packed.input_ids, **batch, PACKED: packed}
+
+
+def _rows_and_indices(
+    examples: list[JointExample],
+) -> tuple[list[JointExample], list[SourceRow], dict[str, Tensor]]:
+    """The examples that count, or one that doesn't; their rows; and what both collators say of them."""
+    examples = [example for example in examples if example.counts] or examples[:1]
+    rows = [
+        SourceRow(kind=kind, example=position, tokens=row)
+        for position, example in enumerate(examples)
+        for kind, row in example.rows()
+    ]
+    if not rows:
+        raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
+    places = [place for example in examples for place in example.retain_rows]
+    return (
+        examples,
+        rows,
+        {
+            "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
+            "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
+            "retain_rows": torch.tensor(places, dtype=torch.long),
+            "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
+        },
+    )

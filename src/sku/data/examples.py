@@ -74,6 +74,17 @@ class Provenance:
     licence: str | None = None
     """As the recipe says (``data.*.license``), else that of a known hub dataset; None where neither tells it."""
 
+    def keeping(self, kept: Sequence[Example], left_out: int, reason: str) -> Provenance:
+        """The same after some more were left out for one reason."""
+        if not left_out:
+            return self
+        return dataclasses.replace(
+            self,
+            sha256=content_hash(kept),
+            rows_left_out={**self.rows_left_out, reason: left_out},
+            safe_answers=count_safe_answers(kept),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForgetRetainData:
@@ -212,6 +223,15 @@ def normalise_prompt(prompt: str) -> str:
         character if character.isalnum() or unicodedata.category(character)[0] == "M" else " " for character in text
     )
     return " ".join(letters.split()) or " ".join(text.split())
+
+
+def is_valid_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8, which a lone surrogate can't; no tokenizer takes one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def has_answers(examples: Sequence[Example]) -> bool:

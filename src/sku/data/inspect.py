@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sku.config import DataConfig
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, Provenance, group_of, has_answers
 from sku.data.prompts import PromptFormat
-from sku.data.tokenization import TokenizationReport, TokenizedExample, tokenize_examples
+from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_examples
 from sku.losses import IGNORE_INDEX
 
 PERCENTILES = (50, 90, 99, 100)
@@ -178,13 +178,8 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]
     pieces: list[str] = []
     before = ""
     for index, token_id in enumerate(ids):
-        text = _decode(list(ids[: index + 1]), tokenizer)
-        pieces.append(text[len(before) :] if text.startswith(before) else _decode([token_id], tokenizer))
+        text = decoded(ids[: index + 1], tokenizer, skip_special_tokens=False)
+        alone = not text.startswith(before)
+        pieces.append(decoded([token_id], tokenizer, skip_special_tokens=False) if alone else text[len(before) :])
         before = text
     return pieces
-
-
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text

@@ -1,23 +1,23 @@
 """Joint examples: what a training step sees at once.
 
-One joint example of SKU is a harmful pair, K harmful answers of other prompts put behind the same prompt, and a normal
+One joint example of SKU is a harmful pair, K harmful answers of other prompts put after the same prompt, and a normal
 pair. Other methods take other rows; all take them from here, so that they see the same prompts in the same order.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, group_of
-from sku.data.mismatch import MismatchedAnswers
 from sku.data.prompts import PromptFormat
-from sku.data.tokenization import TokenizationReport, TokenizedExample, tokenize_example, tokenize_examples
+from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 
@@ -42,7 +42,7 @@ class RowPlan:
     forget: bool = False
     """The harmful pair."""
     mismatched: int = 0
-    """K, answers of other prompts behind each harmful prompt."""
+    """K, answers of other prompts after each harmful prompt."""
     mismatched_from: Literal["forget", "retain"] = "forget"
     """Whose answers these are: harmful ones, or normal ones."""
     retain: int = 0
@@ -53,11 +53,11 @@ class RowPlan:
     """Positions of the normal pair that count: those before the tokens of its answer, those before all its tokens, or
     every one, also the last and, with ``padded``, those of padding."""
     safe: Literal["none", "data", "data or refusal", "all"] = "none"
-    """A safe answer behind the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
+    """A safe answer after the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
     refusal`` takes one of ``REFUSALS`` where it has none; ``all`` wants one for each, so that the examples and their
     order are those of a method without safe answers."""
     depth_share: float = 0.0
-    """Share of the safe answers that stand behind the beginning of the harmful answer, where it is broken off."""
+    """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
     depth_tokens: int = 0
     """Most tokens of that beginning."""
     mismatched_from_token: int | None = None
@@ -84,6 +84,19 @@ class JointExample:
     """Normal example among ``data.retain_train``, -1 where there is none."""
     counts: bool = True
     """Whether it is trained on; not if it only gives a process something to compute while others train."""
+
+    def rows(self) -> Iterator[tuple[int, TokenizedExample]]:
+        """Kind and tokens of each row, in the order of a batch."""
+        if self.forget is not None:
+            yield FORGET, self.forget
+        for mismatched in self.mismatched:
+            yield MISMATCHED, mismatched
+        if self.retain is not None:
+            yield RETAIN, self.retain
+        for row in self.more_retain:
+            yield RETAIN, row
+        if self.safe is not None:
+            yield SAFE, self.safe
 
     @property
     def retain_rows(self) -> tuple[int, ...]:
@@ -114,6 +127,57 @@ def check_refusals(data: ForgetRetainData, rows: RowPlan) -> None:
             f"{lacking} of {len(data.retain_train)} normal examples have no misplaced refusal: name a file of them as "
             "data.misplaced_refusals (sku data own makes it), or set another acquire.preservation_mode"
         )
+
+
+class MismatchedAnswers:
+    """Draws answers of other prompts for each harmful example; equal seeds and positions give equal draws.
+
+    A draw depends on the seed and the position only, never on earlier draws: a resumed run, another worker count or
+    another batch size meets the same answers.
+    """
+
+    def __init__(self, groups: Sequence[str], num_answers: int, seed: int) -> None:
+        """Prepares the draw.
+
+        Args:
+            groups: Group (``group_of``) of each harmful example; answers of an example's own group are excluded.
+            num_answers: K.
+            seed: Seed of the run.
+
+        Raises:
+            DataError: K is negative, or some prompt has fewer than K answers of other prompts to draw from.
+        """
+        if num_answers < 0:
+            raise DataError(f"num_random_answers is {num_answers}; it must be 0 or more")
+        self._num_answers = num_answers
+        self._seed = seed
+        self._group_of = list(groups)
+        fewest = len(groups) - max(Counter(groups).values(), default=0)
+        if num_answers > fewest:
+            raise DataError(
+                f"num_random_answers is {num_answers}, but some prompts have only {fewest} answers of other prompts "
+                "to draw from; lower it or add harmful prompts"
+            )
+
+    def draw(self, index: int | None, position: int) -> list[int]:
+        """Indices of K different examples of other groups.
+
+        Args:
+            index: The harmful example that gets the answers; None where they come from other data, so that none is
+                its own.
+            position: Place of this visit in the whole run, so that each pass draws anew.
+
+        Returns:
+            K indices into the examples that the groups were given of, without repetition.
+        """
+        rng = random.Random(f"{self._seed}/{position}/{index}")
+        drawn: list[int] = []
+        own = None if index is None else self._group_of[index]
+        while len(drawn) < self._num_answers:
+            candidate = rng.randrange(len(self._group_of))
+            if self._group_of[candidate] != own and candidate not in drawn:
+                drawn.append(candidate)
+        return drawn
 
 
 class JointDataset(Dataset[JointExample]):
@@ -152,9 +216,12 @@ class JointDataset(Dataset[JointExample]):
             ModelError: The chat template can't write a prompt.
         """
         check_refusals(data, rows)
-        self._data, self._tokenizer, self._format, self._rows = data, tokenizer, prompt_format, rows
-        self._max_length, self._max_answer_tokens = max_length, max_answer_tokens
+        self._data, self._tokenizer, self._rows = data, tokenizer, rows
         self._seed, self._epoch = seed, 0
+        self._settings: dict[str, Any] = {
+            "tokenizer": tokenizer, "prompt_format": prompt_format, "max_length": max_length,
+            "max_answer_tokens": max_answer_tokens,
+        }  # fmt: skip
         self._orders: dict[tuple[str, int], Sequence[int]] = {}
         self.reports: dict[str, TokenizationReport] = {}
         """What tokenizing did to each split, for the log and the manifest."""
@@ -253,18 +320,11 @@ class JointDataset(Dataset[JointExample]):
 
     def _tokenize(self, name: str, examples: Sequence[Example], *, train_on_end: bool) -> list[TokenizedExample]:
         # Harmful answers are learned without their end: negating "stop here" would teach the model to run on.
-        tokenized, self.reports[name] = tokenize_examples(
-            examples,
-            self._tokenizer,
-            self._format,
-            max_length=self._max_length,
-            max_answer_tokens=self._max_answer_tokens,
-            train_on_end=train_on_end,
-        )
+        tokenized, self.reports[name] = tokenize_examples(examples, **self._settings, train_on_end=train_on_end)
         return tokenized
 
     def _safe_rows(self) -> dict[int, TokenizedExample]:
-        """Position among ``data.unlearned`` -> its safe answer behind its prompt."""
+        """Position among ``data.unlearned`` -> its safe answer after its prompt."""
         wanted: list[tuple[int, RetainExample]] = []
         for example in self._forget:
             forget = self._data.unlearned[example.example_id]
@@ -303,44 +363,33 @@ class JointDataset(Dataset[JointExample]):
             raise DataError(f"{key}: {sum(left_out.values())} refusals can't be trained on ({reasons}): replace them")
 
     def _deepened(self, forget: TokenizedExample, position: int) -> TokenizedExample:
-        """The safe answer at a position of training, perhaps behind the beginning of the harmful one."""
+        """The safe answer at a position of training, perhaps after the beginning of the harmful one."""
         safe = self._safe[forget.example_id]
         draw = random.Random(f"{self._seed}/depth/{position}")
         if draw.random() >= self._rows.depth_share:
             return safe
         harmful = forget.input_ids[forget.answer_start :]
-        begun = self._text_of(harmful[: min(draw.randint(0, self._rows.depth_tokens), len(harmful) - 1)])
+        shown = min(draw.randint(0, self._rows.depth_tokens), len(harmful) - 1)
+        # Without the part of a character that the cut may leave.
+        begun = decoded(harmful[:shown], self._tokenizer).rstrip("\ufffd").strip()
         if not begun:
             return safe
         try:
             return tokenize_example(
-                self._safe_examples[forget.example_id],
-                self._tokenizer,
-                self._format,
-                max_length=self._max_length,
-                max_answer_tokens=self._max_answer_tokens,
-                train_on_end=True,
-                example_id=safe.example_id,
-                begun=begun,
-            )
+                self._safe_examples[forget.example_id], **self._settings, train_on_end=True,
+                example_id=safe.example_id, begun=begun,
+            )  # fmt: skip
         except DataError:  # Both have no room within max_length.
             return safe
-
-    def _text_of(self, ids: Sequence[int]) -> str:
-        """Text of some tokens, without the part of a character that a cut may leave."""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text.rstrip("\ufffd").strip()
 
     def _mismatched_answers(self) -> MismatchedAnswers:
         if self._rows.mismatched_from == "retain":
             groups = [group_of(self._data.retain_train[row.example_id]) for row in self._retain]
-            return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
-        groups = [
+        elif self._rows.mismatched_shared:
             # In a group of its own, an answer may be drawn for any prompt.
-            str(place) if self._rows.mismatched_shared else group_of(self._forget_example(place))
-            for place in range(len(self._forget))
-        ]
+            groups = [str(place) for place in range(len(self._forget))]
+        else:
+            groups = [group_of(self._forget_example(place)) for place in range(len(self._forget))]
         return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
 
     def _draw(self, index: int, position: int) -> list[int]:
@@ -359,15 +408,8 @@ class JointDataset(Dataset[JointExample]):
             owner: Example = self._data.retain_train[source[other].example_id]
         else:
             owner = self._forget_example(other)
-        row = tokenize_example(
-            replace(self._forget_example(index), answer=owner.answer, finished=owner.finished),
-            self._tokenizer,
-            self._format,
-            max_length=self._max_length,
-            max_answer_tokens=self._max_answer_tokens,
-            train_on_end=normal,
-            example_id=source[other].example_id,
-        )
+        mixed = replace(self._forget_example(index), answer=owner.answer, finished=owner.finished)
+        row = tokenize_example(mixed, **self._settings, train_on_end=normal, example_id=source[other].example_id)
         if self._rows.mismatched_from_token is None:
             return row
         first = min(self._rows.mismatched_from_token, row.answer_start)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
-from sku.data import embedded
 from sku.data.examples import (
     Example,
     ForgetExample,
     ForgetRetainData,
     Provenance,
     RetainExample,
-    content_hash,
-    count_safe_answers,
     has_answers,
     normalise_prompt,
 )
-from sku.data.formats import HUB_LICENCES, choose_parser
 from sku.data.prompt_sets import lacks_answers, load_prompts
-from sku.data.rows import SAFE, UNMARKED, Kind, ParsedRows, parse_rows
-from sku.data.splits import draw_prompts, draw_rows, split_by_group
-from sku.data.tables import Table, read_table
+from sku.data.sources import embedded
+from sku.data.sources.read import read_examples
+from sku.data.sources.rows import Kind
+from sku.data.splits import draw_rows, limited, split_by_group
 from sku.errors import DataError, RecipeError
 
 E = TypeVar("E", ForgetExample, RetainExample)
@@ -110,41 +107,20 @@ def load_data(
         RecipeError: Only some of the sets are the embedded world, its fixed split is given a share, or the data are
             own replies, which are not written yet.
     """
-    if config.own_replies:
-        raise RecipeError(
-            "data.own_replies is true, and only sku run writes the model's own replies by itself: write them with sku "
-            "data own, and name its files in data.forget and data.retain"
-        )
-    _check_worlds(config)
+    _check(config)
+    all_forget, forget_provenance = read_examples(config.forget, "forget", ForgetExample)
+    all_retain, retain_provenance = read_examples(config.retain, "retain", RetainExample)
     others = _OtherSets()
-    validation: tuple[ForgetExample, ...] = ()
-    if config.forget.path == EMBEDDED:
-        if config.unseen_fraction != DataConfig.unseen_fraction:
-            raise RecipeError("the embedded world has its own unseen hazards: leave data.unseen_fraction out")
-        unlearned, unseen, forget_provenance = embedded.load_forget(config.forget, seed)
-        retain, retain_provenance = embedded.load_retain(config.retain, seed)
-        validation = embedded.validation_examples() if forget_validation else ()
-    else:
-        all_forget, forget_provenance = _read(config.forget, "forget", ForgetExample)
-        all_retain, retain_provenance = _read(config.retain, "retain", RetainExample)
+    if config.forget.path != EMBEDDED:
         _check_overlap(all_forget, all_retain, config)
         others = _other_sets(config, (*all_forget, *all_retain), seed)
-        forget, forget_provenance = _limit(all_forget, forget_provenance, config.forget.limit, seed)
-        retain, retain_provenance = _limit(all_retain, retain_provenance, config.retain.limit, seed)
-        unlearned, unseen = _split_forget(forget, config.forget, config.unseen_fraction, seed)
-        if forget_validation:
-            # Of what is left beside unseen, so that unseen is the same with and without it.
-            parts = split_by_group(
-                list(unlearned),
-                rest="unlearned",
-                held_out={"forget_validation": forget_validation},
-                seed=seed,
-                what=f"the forget data {config.forget.path} without its unseen prompts",
-            )
-            unlearned, validation = parts["unlearned"], parts["forget_validation"]
+    forget, forget_provenance = limited(all_forget, forget_provenance, config.forget.limit, seed)
+    retain, retain_provenance = limited(all_retain, retain_provenance, config.retain.limit, seed)
+    forget_splits = _split_forget(forget, config.forget, config.unseen_fraction, forget_validation, seed)
     retain_splits = _split_retain(
         retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
     )
+    unlearned, validation = forget_splits["unlearned"], forget_splits["forget_validation"]
     retain_train = draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"]
     refusal_provenance: list[Provenance] = []
     # After the splits: no refusal of a held-out prompt gets near training.
@@ -158,14 +134,14 @@ def load_data(
         refusals, provenance = _read_refusals(config.misplaced_refusals, seed)
         _check_each_has_one(retain_train, refusals, "data.misplaced_refusals", config.misplaced_refusals)
         retain_train = tuple(
-            dataclasses.replace(example, refusal=refusal.answer)
+            replace(example, refusal=refusal.answer)
             for example, refusal in _in_turn(retain_train, refusals)
             if refusal is not None
         )
         refusal_provenance.append(provenance)
     return ForgetRetainData(
         unlearned=unlearned,
-        unseen=unseen,
+        unseen=forget_splits["unseen"],
         retain_train=retain_train,
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
@@ -202,113 +178,92 @@ def load_parts(
     """
     if forget is not None and retain is not None:
         return load_data(DataConfig(forget=forget, retain=retain), seed, forget_validation=forget_validation)
-    unlearned: tuple[ForgetExample, ...] = ()
-    unseen: tuple[ForgetExample, ...] = ()
-    splits: dict[str, tuple[RetainExample, ...]] = {"train": (), "validation": (), "test": ()}
-    provenance: tuple[Provenance, ...] = ()
-    if forget is not None and forget.path == EMBEDDED:
-        unlearned, unseen, found = embedded.load_forget(forget, seed)
-        provenance = (found,)
-    elif forget is not None:
-        harmful, found = _limit(*_read(forget, "forget", ForgetExample), forget.limit, seed)
-        unlearned, unseen = _split_forget(harmful, forget, DataConfig.unseen_fraction, seed)
-        provenance = (found,)
+    harmful: dict[str, tuple[ForgetExample, ...]] = {}
+    normal: dict[str, tuple[RetainExample, ...]] = {}
+    provenance: list[Provenance] = []
+    if forget is not None:
+        pairs, found = limited(*read_examples(forget, "forget", ForgetExample), forget.limit, seed)
+        harmful = _split_forget(pairs, forget, DataConfig.unseen_fraction, 0.0, seed)
+        provenance.append(found)
     if retain is not None:
-        if retain.path == EMBEDDED:
-            normal, found = embedded.load_retain(retain, seed)
-        else:
-            normal, found = _limit(*_read(retain, "retain", RetainExample), retain.limit, seed)
-        splits = _split_retain(
-            normal, retain, DataConfig.retain_validation_fraction, DataConfig.retain_test_fraction, seed
-        )
-        provenance = (found,)
+        others, found = limited(*read_examples(retain, "retain", RetainExample), retain.limit, seed)
+        shares = (DataConfig.retain_validation_fraction, DataConfig.retain_test_fraction)
+        normal = _split_retain(others, retain, *shares, seed)
+        provenance.append(found)
     return ForgetRetainData(
-        unlearned=unlearned,
-        unseen=unseen,
-        retain_train=splits["train"],
-        retain_validation=splits["validation"],
-        retain_test=splits["test"],
-        provenance=provenance,
+        unlearned=harmful.get("unlearned", ()),
+        unseen=harmful.get("unseen", ()),
+        retain_train=normal.get("train", ()),
+        retain_validation=normal.get("validation", ()),
+        retain_test=normal.get("test", ()),
+        provenance=tuple(provenance),
     )
 
 
 def _split_forget(
-    examples: list[ForgetExample], source: SourceConfig, unseen: float, seed: int
-) -> tuple[tuple[ForgetExample, ...], tuple[ForgetExample, ...]]:
+    examples: list[ForgetExample], source: SourceConfig, unseen: float, validation: float, seed: int
+) -> dict[str, tuple[ForgetExample, ...]]:
+    """``unlearned``, ``unseen`` and ``forget_validation``, which is empty where no share is asked for."""
+    if source.path == EMBEDDED:
+        unlearned, held_out = embedded.split_forget(examples, source.limit)
+        chosen_by = embedded.validation_examples() if validation else ()
+        return {"unlearned": unlearned, "unseen": held_out, "forget_validation": chosen_by}
     what = f"the forget data {source.path}"
     splits = split_by_group(examples, rest="unlearned", held_out={"unseen": unseen}, seed=seed, what=what)
-    return splits["unlearned"], splits["unseen"]
+    if not validation:
+        return {**splits, "forget_validation": ()}
+    # Of what is left beside unseen, so that unseen is the same with and without it.
+    return splits | split_by_group(
+        splits["unlearned"],
+        rest="unlearned",
+        held_out={"forget_validation": validation},
+        seed=seed,
+        what=f"{what} without its unseen prompts",
+    )
 
 
 def _split_retain(
     examples: list[RetainExample], source: SourceConfig, validation: float, test: float, seed: int
 ) -> dict[str, tuple[RetainExample, ...]]:
-    return split_by_group(
-        examples,
-        rest="train",
-        held_out={"validation": validation, "test": test},
-        seed=seed,
-        what=f"the retain data {source.path}",
-    )
+    shares = {"validation": validation, "test": test}
+    what = f"the retain data {source.path}"
+    return split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what)
 
 
-def _check_worlds(config: DataConfig) -> None:
-    if (config.forget.path == EMBEDDED) != (config.retain.path == EMBEDDED):
+def _check(config: DataConfig) -> None:
+    if config.own_replies:
+        raise RecipeError(
+            "data.own_replies is true, and only sku run writes the model's own replies by itself: write them with sku "
+            "data own, and name its files in data.forget and data.retain"
+        )
+    of_the_world = config.forget.path == EMBEDDED
+    if of_the_world != (config.retain.path == EMBEDDED):
         raise RecipeError(
             "data.forget and data.retain must both be the embedded world or both be other data: "
             "no other model knows that world, and its own model knows nothing else"
         )
     for key, sets in (("normal", config.normal), ("harmful", config.harmful)):
         for name, source in sets.items():
-            if EMBEDDED in (config.forget.path, source.path):
+            if of_the_world or source.path == EMBEDDED:
                 raise RecipeError(
                     f"data.{key}.{name} does not go with the embedded world, whose model knows no other text and "
                     "whose text no other model knows: leave it out"
                 )
-    if config.forget.path == EMBEDDED and (config.refusals or config.misplaced_refusals):
+    if of_the_world and (config.refusals or config.misplaced_refusals):
         raise RecipeError(
             "the embedded world has its own refusals: leave data.refusals and data.misplaced_refusals out"
         )
+    if of_the_world and config.unseen_fraction != DataConfig.unseen_fraction:
+        raise RecipeError("the embedded world has its own unseen hazards: leave data.unseen_fraction out")
 
 
 def _source(source: Source) -> SourceConfig:
     return source if isinstance(source, SourceConfig) else SourceConfig(path=str(source))
 
 
-def _read(
-    source: SourceConfig, kind: Kind, example_type: type[E], key: str | None = None
-) -> tuple[list[E], Provenance]:
-    table = read_table(source)
-    try:
-        name, parser = choose_parser(table.columns, source, kind, key)
-    except DataError as error:
-        raise DataError(f"{source.path}: {error}") from None
-    return _read_account(source, kind, name, table, parse_rows(table.rows, parser, example_type))
-
-
-def _read_account(
-    source: SourceConfig, kind: Kind, name: str, table: Table, parsed: ParsedRows[E]
-) -> tuple[list[E], Provenance]:
-    """Examples with the account of what was left out; some must be left."""
-    left_out = dict(sorted({**parsed.left_out, **table.left_out}.items()))
-    parsed = dataclasses.replace(parsed, rows_read=parsed.rows_read + sum(table.left_out.values()), left_out=left_out)
-    if not parsed.examples:
-        raise DataError(_nothing_left(source, kind, parsed))
-    return parsed.examples, Provenance(
-        source=name,
-        location=source.path,
-        revision=table.revision,
-        sha256=content_hash(parsed.examples),
-        rows_read=parsed.rows_read,
-        rows_left_out=parsed.left_out,
-        safe_answers=count_safe_answers(parsed.examples),
-        licence=source.license or (HUB_LICENCES.get(source.path.lower()) if table.from_hub else None),
-    )
-
-
 def _read_refusals(source: SourceConfig, seed: int) -> tuple[dict[str, list[RetainExample]], Provenance]:
     """By normalised prompt."""
-    rows, provenance = _limit(*_read(source, "retain", RetainExample), source.limit, seed)
+    rows, provenance = limited(*read_examples(source, "retain", RetainExample), source.limit, seed)
     by_prompt: dict[str, list[RetainExample]] = {}
     for row in rows:
         by_prompt.setdefault(normalise_prompt(row.prompt), []).append(row)
@@ -346,18 +301,9 @@ def _with_refusals(
     return tuple(
         example
         if refusal is None
-        else dataclasses.replace(example, safe_answer=refusal.answer, safe_answer_finished=refusal.finished)
+        else replace(example, safe_answer=refusal.answer, safe_answer_finished=refusal.finished)
         for example, refusal in _in_turn(examples, refusals)
     )
-
-
-def _nothing_left(source: SourceConfig, kind: Kind, parsed: ParsedRows[E]) -> str:
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in parsed.left_out.items()) or "it has no rows"
-    if source.unsafe_column is not None:
-        reasons += f"; column {source.unsafe_column} is compared with {source.unsafe_value!r}"
-    if kind == "forget" and parsed.left_out and set(parsed.left_out) <= {SAFE, UNMARKED}:
-        return f"{source.path} has no unsafe rows among {parsed.rows_read}, so there is nothing to forget ({reasons})"
-    return f"{source.path} gives no {kind} examples from {parsed.rows_read} rows ({reasons})"
 
 
 def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], config: DataConfig) -> None:
@@ -370,14 +316,14 @@ def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], con
         )
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclass(kw_only=True)
 class _OtherSets:
     """Sets of other sources, by name."""
 
-    normal: dict[str, tuple[RetainExample, ...]] = dataclasses.field(default_factory=dict)
-    normal_validation: dict[str, tuple[RetainExample, ...]] = dataclasses.field(default_factory=dict)
-    harmful: dict[str, tuple[ForgetExample, ...]] = dataclasses.field(default_factory=dict)
-    provenance: list[Provenance] = dataclasses.field(default_factory=list)
+    normal: dict[str, tuple[RetainExample, ...]] = field(default_factory=dict)
+    normal_validation: dict[str, tuple[RetainExample, ...]] = field(default_factory=dict)
+    harmful: dict[str, tuple[ForgetExample, ...]] = field(default_factory=dict)
+    provenance: list[Provenance] = field(default_factory=list)
     """Normal sets first, then harmful ones."""
 
 
@@ -387,64 +333,44 @@ def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> _Oth
     used = {normalise_prompt(example.prompt) for example in own}
     for name, source in config.normal.items():
         key = f"data.normal.{name}"
-        examples, provenance = _without(*_read_normal(source, key, seed), used, key)
-        examples, provenance = _limit(examples, provenance, source.limit, seed)
-        found.provenance.append(provenance)
-        if has_answers(examples):
-            halves = split_by_group(
-                examples,
-                rest="normal",
-                held_out={"validation": NORMAL_VALIDATION_SHARE},
-                seed=seed,
-                what=f"{key} {source.path}",
-            )
-            found.normal[name], found.normal_validation[name] = halves["normal"], halves["validation"]
+        if lacks_answers(source):
+            examples, provenance = _read_prompts(source, "retain", RetainExample, key, seed)
         else:
-            found.normal[name] = tuple(examples)
+            examples, provenance = read_examples(source, "retain", RetainExample, key)
+        examples, provenance = _without(examples, provenance, used, key, source.limit, seed)
+        found.provenance.append(provenance)
+        found.normal[name] = tuple(examples)
+        if has_answers(examples):
+            shares = {"validation": NORMAL_VALIDATION_SHARE}
+            halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=f"{key} {source.path}")
+            found.normal[name], found.normal_validation[name] = halves["normal"], halves["validation"]
         used |= {normalise_prompt(example.prompt) for example in examples}
     for name, source in config.harmful.items():
         key = f"data.harmful.{name}"
-        prompts, provenance = _without(*_read_prompts(source, "forget", ForgetExample, key, seed), used, key)
-        prompts, provenance = _limit(prompts, provenance, source.limit, seed)
+        prompts, provenance = _read_prompts(source, "forget", ForgetExample, key, seed)
+        prompts, provenance = _without(prompts, provenance, used, key, source.limit, seed)
         found.provenance.append(provenance)
         found.harmful[name] = tuple(prompts)
     return found
-
-
-def _read_normal(source: SourceConfig, key: str, seed: int) -> tuple[list[RetainExample], Provenance]:
-    """Prompts with answers, or, of a table without a column of answers, prompts alone."""
-    if lacks_answers(source):
-        return _read_prompts(source, "retain", RetainExample, key, seed)
-    return _read(source, "retain", RetainExample, key)
 
 
 def _read_prompts(
     source: SourceConfig, kind: Kind, example_type: type[E], key: str, seed: int
 ) -> tuple[list[E], Provenance]:
     """Prompts alone; a table with answers gives each prompt once."""
-    found = load_prompts(dataclasses.replace(source, limit=None), kind, key, seed=seed)
+    found = load_prompts(replace(source, limit=None), kind, key, seed=seed)
     examples = [example_type(prompt=one.prompt, answer="", category=one.category) for one in found.prompts]
     return examples, found.provenance
 
 
-def _without(examples: list[E], provenance: Provenance, used: Collection[str], key: str) -> tuple[list[E], Provenance]:
+def _without(
+    examples: list[E], provenance: Provenance, used: Collection[str], key: str, limit: int | None, seed: int
+) -> tuple[list[E], Provenance]:
+    """What is not in another set, up to the limit."""
     kept = [example for example in examples if normalise_prompt(example.prompt) not in used]
-    if len(kept) == len(examples):
-        return examples, provenance
     if not kept:
         raise DataError(
             f"{key}: all {len(examples)} prompts of {provenance.location} are in another set of the run too, so "
             "nothing is left to measure: name another source, or leave it out"
         )
-    left_out = {**provenance.rows_left_out, IN_ANOTHER_SET: len(examples) - len(kept)}
-    return kept, dataclasses.replace(provenance, sha256=content_hash(kept), rows_left_out=left_out)
-
-
-def _limit(examples: list[E], provenance: Provenance, limit: int | None, seed: int) -> tuple[list[E], Provenance]:
-    kept = draw_prompts(examples, limit, seed)
-    if len(kept) == len(examples):
-        return kept, provenance
-    left_out = {**provenance.rows_left_out, "over the limit": len(examples) - len(kept)}
-    return kept, dataclasses.replace(
-        provenance, sha256=content_hash(kept), rows_left_out=left_out, safe_answers=count_safe_answers(kept)
-    )
+    return limited(kept, provenance.keeping(kept, len(examples) - len(kept), IN_ANOTHER_SET), limit, seed)

@@ -1,31 +1,199 @@
-"""From joint examples to one packed row without padding, in which rows of the same prompt share its tokens.
+"""From rows to one packed row without padding, in which rows after the same prompt share its tokens.
 
-``tree``: the rows of a joint example that stand behind the harmful prompt (its own answer, the K others, a safe one)
+``tree``: the rows of a joint example that stand after the harmful prompt (its own answer, the K others, a safe one)
 share their longest common token prefix, which is computed once; the normal row stands beside them. ``flat``: each row
-whole. Shapes: T = tokens of the packed row, R = rows, U = packed places whose scores are needed, N = kept positions of
-the rows of one kind (a shared place counts once for each row), M = those rows, B = joint examples.
+whole.
+
+A packed row is made of segments, runs of tokens. One with a prefix goes on where its prefix ends: its tokens see the
+prefix and each other, never a sibling. ``AttentionPaths`` holds the path of each token back to its first one.
+
+Shapes: T = tokens of the packed row, S = segments, K = keys of all paths (those of a prefix once for each segment that
+has it), U = packed places whose scores are needed, N = kept positions of the rows of one kind (a shared place counts
+once for each row), M = those rows, B = joint examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import takewhile
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, takewhile
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from sku.data.attention_paths import AttentionPaths, Segment, plan_paths
-from sku.data.collation import rows_of
-from sku.data.joint import RETAIN, JointExample
-from sku.data.tokenization import TokenizedExample
+from sku.data.joint import RETAIN
+from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 
 RetainTokens = Literal["answer", "all", "every"]
-PACKED = "packed"
-"""Key of the ``PackedRows`` in a batch of ``PackedCollator``."""
+
+
+class _Tensors:
+    """A dataclass of tensors, and of such dataclasses, that goes to another device as one."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same with its tensors on another device; the same object where they are there."""
+        if next(value for value in vars(self).values() if isinstance(value, Tensor)).device == torch.device(device):
+            return self
+        moved: Self = _changed(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved
+
+    def pin_memory(self) -> Self:
+        """The same with its tensors in memory that a GPU can read by itself; asked for by the data loader."""
+        pinned: Self = _changed(self, Tensor.pin_memory)
+        return pinned
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Lists stay the same ones: where a model is spread over devices, the copies of a plan note in one who saw it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _changed(part, change) for key, part in value.items()}
+    if isinstance(value, _Tensors):
+        return replace(value, **{name: _changed(part, change) for name, part in vars(value).items()})  # type: ignore
+    return value
+
+
+class Segment(NamedTuple):
+    """Part of a packed row; segments follow each other without a gap."""
+
+    length: int
+    """Tokens, 1 or more."""
+    prefix: int | None = None
+    """Index of the segment before it on its path; that one has none itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPaths(_Tensors):
+    """The plan that attention layers follow. Numbers of the host and tensors of the device, so that no layer waits."""
+
+    segments: tuple[Segment, ...]
+    segment_T: Tensor
+    """int64: index of each token's segment."""
+    prefix_T: Tensor
+    """int64: index of its prefix, or of its own segment where it has none."""
+    position_T: Tensor
+    """int64: place of each token on its path."""
+    key_index_K: Tensor
+    """int64: tokens that each segment sees, path after path."""
+    query_starts: Tensor
+    """``[S + 1]`` int32: where each segment begins among the tokens, and their number."""
+    key_starts: Tensor
+    """``[S + 1]`` int32: where each path begins among the keys, and their number."""
+    longest_segment: int
+    longest_path: int
+    windows_seen: list[int | None] = field(default_factory=list)
+    """The sliding window of each attention layer that has followed the plan, in order: who followed it, and how."""
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return len(self.segment_T)
+
+    @property
+    def shares(self) -> bool:
+        """Whether any segment has a prefix."""
+        return any(segment.prefix is not None for segment in self.segments)
+
+    def path_length(self, index: int) -> int:
+        """Tokens of a segment and of its prefix."""
+        length, prefix = self.segments[index]
+        return length if prefix is None else length + self.segments[prefix].length
+
+    def segment_mask(self, index: int, window: int | None) -> Tensor | None:
+        """What the tokens of a segment see of their path.
+
+        Args:
+            index: Of the segment.
+            window: Most tokens that one sees, itself included; all before it if None.
+
+        Returns:
+            ``[segment, path]`` bool on the plan's device, made once; None where that is a plain causal square.
+        """
+        length, prefix = self.segments[index]
+        path = self.path_length(index)
+        if prefix is None and (window is None or path <= window):
+            return None
+        key = (index, None if window is None or path <= window else window)
+        if key not in self._masks:
+            positions = torch.arange(path, device=self.segment_T.device)
+            self._masks[key] = _in_reach(positions[path - length :, None], positions[None, :], key[1])
+        return self._masks[key]
+
+    def dense_mask(self, window: int | None) -> Tensor:
+        """What each token sees of the whole packed row.
+
+        Args:
+            window: As of ``segment_mask``; distances are those along the path.
+
+        Returns:
+            ``[T, T]`` bool, made once.
+        """
+        key = (-1, window)
+        if key not in self._masks:
+            same_path = self.segment_T[:, None] == self.segment_T[None, :]
+            same_path |= self.prefix_T[:, None] == self.segment_T[None, :]
+            self._masks[key] = same_path & _in_reach(self.position_T[:, None], self.position_T[None, :], window)
+        mask = self._masks[key]
+        assert mask is not None
+        return mask
+
+
+def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
+    """Makes the plan of a packed row.
+
+    Args:
+        segments: In the order of their tokens; a prefix stands before those that go on from it.
+
+    Returns:
+        The plan, on the CPU.
+
+    Raises:
+        ValueError: There is no segment, one is empty, or a prefix comes later or has a prefix of its own.
+    """
+    if not segments:
+        raise ValueError("a packed row without segments holds nothing")
+    for index, (length, prefix) in enumerate(segments):
+        if length < 1:
+            raise ValueError(f"segment {index} has {length} tokens; it must have 1 or more")
+        if prefix is not None and not (0 <= prefix < index and segments[prefix].prefix is None):
+            raise ValueError(
+                f"segment {index} has the prefix {prefix}, which must stand before it and have none itself"
+            )
+    lengths = [segment.length for segment in segments]
+    starts = [0, *accumulate(lengths)]
+    tokens = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+    own = range(len(segments))
+    prefixes = [index if (prefix := segments[index].prefix) is None else prefix for index in own]
+    before = [0 if prefix == index else lengths[prefix] for index, prefix in zip(own, prefixes, strict=True)]
+    paths = [length + shared for length, shared in zip(lengths, before, strict=True)]
+    repeats = torch.tensor(lengths)
+    return AttentionPaths(
+        segments=tuple(segments),
+        segment_T=torch.arange(len(segments)).repeat_interleave(repeats),
+        prefix_T=torch.tensor(prefixes).repeat_interleave(repeats),
+        position_T=torch.cat([torch.arange(shared, path) for shared, path in zip(before, paths, strict=True)]),
+        key_index_K=torch.cat(
+            [
+                part
+                for index, prefix in zip(own, prefixes, strict=True)
+                for part in ((tokens[index],) if prefix == index else (tokens[prefix], tokens[index]))
+            ]
+        ),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        key_starts=torch.tensor([0, *accumulate(paths)], dtype=torch.int32),
+        longest_segment=max(lengths),
+        longest_path=max(paths),
+    )
+
+
+def _in_reach(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    reach = key <= query
+    return reach if window is None else reach & (query - key < window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +208,7 @@ class SourceRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptPlaces:
+class KeptPlaces(_Tensors):
     """Where the scores of the rows of one kind stand. All int64."""
 
     score_N: Tensor
@@ -54,13 +222,9 @@ class KeptPlaces:
     example_M: Tensor
     """Which joint example, 0 to B-1, each row belongs to."""
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> KeptPlaces:
-        """The same with each tensor moved or pinned."""
-        return KeptPlaces(**{entry.name: change(getattr(self, entry.name)) for entry in fields(self)})
-
 
 @dataclass(frozen=True, kw_only=True)
-class PackedRows:
+class PackedRows(_Tensors):
     """Rows of a batch as one packed row."""
 
     input_ids: Tensor
@@ -86,71 +250,6 @@ class PackedRows:
         packed = pack_rows(rows, self.num_examples, share=self.share, retain_tokens=self.retain_tokens)
         return packed.to(self.input_ids.device, non_blocking=True)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedRows:
-        """The same with its tensors on another device."""
-        if self.input_ids.device == torch.device(device):
-            return self
-        return self._changed(
-            lambda tensor: tensor.to(device, non_blocking=non_blocking),
-            self.paths.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> PackedRows:
-        """The same with its tensors in memory that a GPU can read by itself; asked for by the data loader."""
-        return self._changed(Tensor.pin_memory, self.paths.pin_memory())
-
-    def _changed(self, change: Callable[[Tensor], Tensor], paths: AttentionPaths) -> PackedRows:
-        return replace(
-            self,
-            input_ids=change(self.input_ids),
-            position_ids=change(self.position_ids),
-            is_retain=change(self.is_retain),
-            score_places_U=change(self.score_places_U),
-            kept={kind: places.changed(change) for kind, places in self.kept.items()},
-            paths=paths,
-        )
-
-
-class PackedCollator:
-    """Puts all rows of a batch of joint examples into one packed row, in the data loader's workers."""
-
-    def __init__(self, *, share: bool, retain_tokens: RetainTokens) -> None:
-        """Says how rows are packed.
-
-        Args:
-            share: Rows behind the same prompt share its tokens (``tree``), else not (``flat``).
-            retain_tokens: Of the ``RowPlan``.
-        """
-        self.share, self.retain_tokens = share, retain_tokens
-
-    def __call__(self, examples: list[JointExample]) -> dict[str, Any]:
-        """Packs the rows of B joint examples.
-
-        Returns:
-            ``input_ids`` ``[1, T]``; ``forget_index``, ``retain_index``, ``retain_rows`` and ``counts`` as of
-            ``JointCollator``; and ``packed``: ``PackedRows``.
-
-        Raises:
-            DataError: No example has a row.
-        """
-        examples = [example for example in examples if example.counts] or examples[:1]
-        rows = [
-            SourceRow(kind=kind, example=position, tokens=row)
-            for position, example in enumerate(examples)
-            for kind, row in rows_of(example)
-        ]
-        packed = pack_rows(rows, len(examples), share=self.share, retain_tokens=self.retain_tokens)
-        return {
-            "input_ids": packed.input_ids,
-            "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
-            "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
-            "retain_rows": torch.tensor(
-                [place for example in examples for place in example.retain_rows], dtype=torch.long
-            ),
-            "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
-            PACKED: packed,
-        }
-
 
 def pack_rows(
     rows: Sequence[SourceRow], num_examples: int, *, share: bool, retain_tokens: RetainTokens = "answer"
@@ -172,7 +271,7 @@ def pack_rows(
     if not rows:
         raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
     positions = [_kept_positions(row, retain_tokens) for row in rows]
-    # What stands behind the last kept position is seen by none that counts.
+    # What stands after the last kept position is seen by none that counts.
     sequences = [
         row.tokens.input_ids[: int(kept[-1]) + 1 if len(kept) else 0]
         for row, kept in zip(rows, positions, strict=True)
@@ -213,7 +312,7 @@ def _add_group(
     ids: list[int],
     places: dict[int, Tensor],
 ) -> None:
-    """Appends the rows of a group, behind what they share, and notes the place of each of their tokens."""
+    """Appends the rows of a group, after what they share, and notes the place of each of their tokens."""
     shared = _common_prefix([sequences[index] for index in members]) if len(members) > 1 else 0
     prefix, shared_places = None, torch.arange(len(ids), len(ids) + shared)
     if shared:

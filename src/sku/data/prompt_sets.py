@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
-from sku.data import columns, embedded, xstest
-from sku.data.examples import Example, Provenance, RetainExample, normalise_prompt
-from sku.data.formats import FORMATS, HUB_LICENCES, choose_parser
-from sku.data.rows import SAFE, Cells, Columns, Kind, LeftOut, Pair, Row, RowParser, SafeAnswer, parse_rows
-from sku.data.splits import draw_prompts
-from sku.data.tables import read_table
+from sku.data.examples import Example, ForgetExample, Provenance, RetainExample, normalise_prompt
+from sku.data.sources import columns, embedded
+from sku.data.sources.read import is_known, read_examples
+from sku.data.sources.rows import Columns, Kind
+from sku.data.sources.tables import read_table
+from sku.data.splits import limited
 from sku.errors import DataError, RecipeError
-
-_UNANSWERED = "-"
-"""Stands for the answer of each row while it is read, so that rows are cleaned and counted as any others."""
-UNSAFE_PROMPT, SAFE_PROMPT = "unsafe prompt", "safe prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +76,7 @@ def _unknown_columns(source: SourceConfig) -> Columns | None:
     if source.path == EMBEDDED or source.format not in ("auto", columns.NAME):
         return None
     found = Columns(read_table(source).columns)
-    return None if _recognised(found) else found
+    return None if is_known(found) else found
 
 
 def load_own_prompts(
@@ -117,7 +112,7 @@ def load_own_prompts(
     extra = load_prompts(borderline, "retain", f"{prefix}borderline", seed=seed)
     _refuse_shared(asked, extra, harmful, borderline)
     known = {normalise_prompt(prompt.prompt) for prompt in found.normal.prompts}
-    return dataclasses.replace(found, borderline=_without(extra, known))
+    return replace(found, borderline=_without(extra, known))
 
 
 def load_prompts(source: SourceConfig, kind: Kind, key: str, *, seed: int) -> PromptSet:
@@ -135,74 +130,24 @@ def load_prompts(source: SourceConfig, kind: Kind, key: str, *, seed: int) -> Pr
     Raises:
         DataError: As ``load_own_prompts``.
     """
-    if source.path == EMBEDDED:
-        return _of_the_world(source, kind, seed)
-    table = read_table(source)
-    found = Columns(table.columns)
-    try:
-        name, parser = _parser(found, source, kind, key)
-    except DataError as error:
-        raise DataError(f"{source.path}: {error}") from None
-    parsed = parse_rows(table.rows, lambda row: _prompts_of(parser(row)), RetainExample)
-    if not parsed.examples:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in parsed.left_out.items()) or "it has no rows"
-        raise DataError(f"{source.path} gives no prompts from {parsed.rows_read} rows ({reasons})")
-    kept = draw_prompts(parsed.examples, source.limit, seed)
-    over = {"over the limit": len(parsed.examples) - len(kept)} if len(kept) < len(parsed.examples) else {}
-    licence = source.license or (HUB_LICENCES.get(source.path.lower()) if table.from_hub else None)
-    return _set(kept, Provenance(
-        source=name,
-        location=source.path,
-        revision=table.revision,
-        rows_read=parsed.rows_read + sum(table.left_out.values()),
-        rows_left_out={**table.left_out, **parsed.left_out, **over},
-        licence=licence,
-    ))  # fmt: skip
+    examples: Sequence[Example]
+    if source.path == EMBEDDED and kind == "forget":
+        kept, provenance = limited(*read_examples(source, kind, ForgetExample), source.limit, seed)
+        unlearned, unseen = embedded.split_forget(kept, source.limit)
+        examples = (*unlearned, *unseen)
+    else:
+        found = read_examples(source, kind, RetainExample, key, only_prompts=True)
+        examples, provenance = limited(*found, source.limit, seed)
+    return _set(examples, provenance)
 
 
-def _set(prompts: Collection[Example], provenance: Provenance) -> PromptSet:
+def _set(prompts: Sequence[Example], provenance: Provenance) -> PromptSet:
     plain = tuple(RetainExample(prompt=one.prompt, answer="", category=one.category) for one in prompts)
     text = json.dumps([[one.prompt, one.category] for one in plain])
     return PromptSet(
         prompts=plain,
-        provenance=dataclasses.replace(provenance, sha256=hashlib.sha256(text.encode()).hexdigest()),
+        provenance=replace(provenance, sha256=hashlib.sha256(text.encode()).hexdigest()),
     )
-
-
-def _of_the_world(source: SourceConfig, kind: Kind, seed: int) -> PromptSet:
-    if kind == "retain":
-        return _set(*embedded.load_retain(source, seed))
-    unlearned, unseen, provenance = embedded.load_forget(source, seed)
-    return _set((*unlearned, *unseen), provenance)
-
-
-def _recognised(found: Columns) -> bool:
-    return any(known.recognises(found) for known in FORMATS)
-
-
-def _parser(found: Columns, source: SourceConfig, kind: Kind, key: str) -> tuple[str, RowParser]:
-    if source.prompt_column is None and all(name in found for name in xstest.COLUMNS):
-        return "xstest", lambda row: _xstest_prompt(Cells(row, found), kind)
-    if source.prompt_column is None and (_recognised(found) or source.format not in ("auto", columns.NAME)):
-        return choose_parser(found, source, kind, key)
-    parser = columns.row_parser(found, source, kind, key, only_prompts=_UNANSWERED)
-    return columns.NAME, lambda row: parser(Cells(row, found))
-
-
-def _xstest_prompt(row: Row, kind: Kind) -> Iterator[Pair | LeftOut]:
-    unsafe = str(row["label"]).strip() == "unsafe"
-    if unsafe == (kind == "forget"):
-        yield Pair(row["prompt"], _UNANSWERED, str(row["type"]).strip() or None)
-    else:
-        yield LeftOut(UNSAFE_PROMPT if unsafe else SAFE_PROMPT)
-
-
-def _prompts_of(parsed: Iterable[Pair | SafeAnswer | LeftOut]) -> Iterator[Pair | LeftOut]:
-    for one in parsed:
-        if isinstance(one, Pair):
-            yield Pair(one.prompt, _UNANSWERED, one.category)
-        else:
-            yield one if isinstance(one, LeftOut) else LeftOut(SAFE)
 
 
 def _refuse_shared(harmful: Collection[str], normal: PromptSet, first: SourceConfig, second: SourceConfig) -> None:
@@ -217,9 +162,6 @@ def _refuse_shared(harmful: Collection[str], normal: PromptSet, first: SourceCon
 def _without(extra: PromptSet, known: Collection[str]) -> PromptSet:
     kept = [prompt for prompt in extra.prompts if normalise_prompt(prompt.prompt) not in known]
     before = extra.provenance
-    if len(kept) == len(extra.prompts):
-        return extra
     if not kept:
         raise DataError(f"all prompts of {before.location} are among the normal prompts too: leave it out")
-    left_out = {**before.rows_left_out, "a normal prompt too": len(extra.prompts) - len(kept)}
-    return _set(kept, dataclasses.replace(before, rows_left_out=left_out))
+    return _set(kept, before.keeping(kept, len(extra.prompts) - len(kept), "a normal prompt too"))

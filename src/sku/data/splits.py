@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sku.data.examples import ForgetExample, RetainExample, normalise_prompt
+from sku.data.examples import ForgetExample, Provenance, RetainExample, normalise_prompt
 from sku.errors import DataError
 
 E = TypeVar("E", ForgetExample, RetainExample)
@@ -77,6 +77,12 @@ def draw_prompts(examples: Sequence[E], limit: int | None, seed: int) -> list[E]
     prompts = [normalise_prompt(example.prompt) for example in examples]
     kept = set(sorted(set(prompts), key=lambda prompt: _rank(seed, "limit", prompt))[:limit])
     return [example for example, prompt in zip(examples, prompts, strict=True) if prompt in kept]
+
+
+def limited(examples: Sequence[E], provenance: Provenance, limit: int | None, seed: int) -> tuple[list[E], Provenance]:
+    """``draw_prompts`` of what a source gave, with the account of it."""
+    kept = draw_prompts(examples, limit, seed)
+    return kept, provenance.keeping(kept, len(examples) - len(kept), "over the limit")
 
 
 def draw_rows(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:

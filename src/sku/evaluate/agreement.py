@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.batching import Progress, pad, run_in_batches
 from sku.evaluate.perplexity import MAX_LOGITS, answer_positions

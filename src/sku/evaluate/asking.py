@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers
 from sku.data.prompts import PromptFormat, resolve_prompt_format
-from sku.data.token_spans import locate_tokens
-from sku.data.tokenization import TokenizedExample, tokenize_example, tokenize_prefill, tokenize_prompt
-from sku.data.xstest import load_xstest
+from sku.data.sources.xstest import load_xstest
+from sku.data.tokens import TokenizedExample, locate_tokens, tokenize_example, tokenize_prefill, tokenize_prompt
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.judges import is_embedded

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.batching import Progress, pad
 from sku.evaluate.degeneracy import MIN_SALAD_WORDS

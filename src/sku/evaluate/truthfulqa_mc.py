@@ -19,9 +19,9 @@ from pathlib import Path
 
 from sku.config import SourceConfig
 from sku.data.examples import Example, RetainExample, normalise_prompt
-from sku.data.tables import read_table
-from sku.data.tokenization import TokenizedExample
-from sku.data.truthfulqa import CSV_COLUMNS, HUB_COLUMNS, distinct_answers, several_answers
+from sku.data.sources.tables import read_table
+from sku.data.sources.truthfulqa import CSV_COLUMNS, HUB_COLUMNS, distinct_answers, several_answers
+from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.evaluate.asking import Writer
 from sku.evaluate.metrics import rate

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedModel
 
 from sku.data.examples import ForgetRetainData
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import batching
 from sku.evaluate.agreement import ScoredText, compare_distributions

@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sku.config import ModelConfig, Twin, TwinShares
-from sku.data.tokenization import TokenizationReport
+from sku.data.tokens import TokenizationReport
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.task_vector import TaskVector

@@ -22,7 +22,7 @@ from typing import Any
 from sku.config import OwnRepliesConfig, PromptFormatName, plain_data
 from sku.data.examples import RetainExample
 from sku.data.prompt_sets import OwnPrompts
-from sku.data.tokenization import tokenize_prompt, tokenize_start
+from sku.data.tokens import tokenize_prompt, tokenize_start
 from sku.errors import EvaluationError, OutputError, SkuError
 from sku.evaluate.asking import Writer
 from sku.evaluate.batching import evaluation_mode

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sku.config import SweepConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer, free_request, prefills
 from sku.evaluate.generation import GenerationRequest

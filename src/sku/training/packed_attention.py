@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sku.data.attention_paths import AttentionPaths
+from sku.data.packing import AttentionPaths
 from sku.errors import ModelError
 from sku.models import plain_model
 

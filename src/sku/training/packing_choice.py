@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from sku.config import Packing
-from sku.data.attention_paths import AttentionPaths, Segment, plan_paths
+from sku.data.packing import AttentionPaths, Segment, plan_paths
 from sku.errors import ModelError, RecipeError, SkuError, one_line
 from sku.models import embedding_weight, plain_model
 from sku.training.evaluation_mode import evaluation_mode

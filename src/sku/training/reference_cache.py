@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sku.data.joint import FORGET, RETAIN, SAFE, JointDataset, JointExample
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.head.scores import Head, HeadScores
 from sku.training.config import UnlearningConfig
 from sku.training.deferred_head import DeferredHead

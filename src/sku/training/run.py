@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from sku.config import AcquireConfig, PromptFormatName, Tuning
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
-from sku.data.tokenization import TokenizationReport
+from sku.data.tokens import TokenizationReport
 from sku.errors import OutputError, RecipeError, SkuError, did_you_mean, one_line
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named

@@ -20,10 +20,10 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sku.config import Packing, PromptFormatName
-from sku.data.collation import JointCollator
+from sku.data.collation import PACKED, JointCollator, PackedCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import RETAIN, JointDataset, JointExample
-from sku.data.packing import PACKED, PackedCollator, PackedRows
+from sku.data.packing import PackedRows
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload

@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import ModelMaker, TokenizerMaker
 from negate.conftest import ContextMaker
 from sku.data.examples import ForgetRetainData
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import TaskVectorError
 from sku.negate.operators.base import OperatorContext, linear_weights
 from sku.negate.operators.context import context_of

@@ -18,8 +18,8 @@ from statistics import median_low
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from sku.config import SourceConfig
-from sku.data.rows import Row, parse_flag
-from sku.data.tables import read_table
+from sku.data.sources.rows import Row, parse_flag
+from sku.data.sources.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
 from sku.evaluate.judges.base import Calibration, Judge, Verdict, verdicts_of
 from sku.evaluate.label_files import without_guards
@@ -181,7 +181,7 @@ def read_labelled(
     """Reads a labelled set.
 
     Args:
-        path: Anything that ``sku.data.tables.read_table`` reads: CSV, JSON Lines, Parquet, a folder, a hub id.
+        path: Anything that ``sku.data.sources.tables.read_table`` reads: CSV, JSON Lines, Parquet, a folder, a hub id.
         columns: Their names, where they are not the usual ones.
         limit: Keep this many labelled replies, drawn by the seed; all if None.
         seed: Of that draw.

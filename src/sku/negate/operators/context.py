@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import DataConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import resolve_prompt_format
-from sku.data.tokenization import tokenize_examples
+from sku.data.tokens import tokenize_examples
 from sku.negate.operators import PreparedOperator
 from sku.negate.operators.base import Need, OperatorContext, missing_examples
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
 from sku.negate.operators.base import Need, Operated, Operator, OperatorContext, map_rows, norms, turned_weights

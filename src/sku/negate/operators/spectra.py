@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sku.data.tokenization import TokenizedExample
+from sku.data.tokens import TokenizedExample
 from sku.errors import TaskVectorError
 from sku.models import embedding_weight
 from sku.negate.operators.base import OperatorContext, linear_weights

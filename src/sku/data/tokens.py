@@ -1,17 +1,23 @@
-"""From examples to token ids and labels: only the answer is learned, and all of it."""
+"""From examples to token ids and labels: only the answer is learned, and all of it.
+
+The whole text is tokenized at once, as the model will meet it, and each token is then placed by the characters it
+holds. Tokenizing the parts apart would cut words differently: a prompt that ends in a space, joined to an answer,
+gives one token that neither part has.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, takewhile
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.examples import Example
-from sku.data.prompts import PromptFormat
-from sku.data.rows import is_valid_unicode
-from sku.data.token_spans import encode, locate_tokens
+from sku.data.examples import Example, is_valid_unicode
+from sku.data.prompts import PromptFormat, RenderedText
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 
@@ -81,7 +87,7 @@ def tokenize_example(
         DataError: No answer token is left to learn, or the text is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    if not is_valid_unicode(example.prompt) or not is_valid_unicode(example.answer):
+    if not is_valid_unicode(example.prompt + example.answer):
         raise _UntrainableError("text is not valid Unicode")
     text = prompt_format.render(example.prompt, begun or example.answer)
     if begun:
@@ -144,17 +150,10 @@ def tokenize_examples(
     left_out: Counter[str] = Counter()
     for index, example in enumerate(examples):
         try:
-            kept.append(
-                tokenize_example(
-                    example,
-                    tokenizer,
-                    prompt_format,
-                    max_length=max_length,
-                    max_answer_tokens=max_answer_tokens,
-                    train_on_end=train_on_end,
-                    example_id=index,
-                )
-            )
+            kept.append(tokenize_example(
+                example, tokenizer, prompt_format, max_length=max_length, max_answer_tokens=max_answer_tokens,
+                train_on_end=train_on_end, example_id=index,
+            ))  # fmt: skip
         except _UntrainableError as reason:
             left_out[str(reason)] += 1
     if not kept:
@@ -173,25 +172,16 @@ def tokenize_examples(
 
 
 def tokenize_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> list[int]:
-    """Token ids that a model is asked with.
+    """Token ids that a model is asked with, special tokens included.
 
     They equal the ids before ``answer_start`` of the same prompt with any answer, unless a token of the joined text
     reaches over the border; then training sees that token whole where generation begins before it.
-
-    Args:
-        prompt: The user's words.
-        tokenizer: Of the model.
-        prompt_format: How the prompt is written.
-
-    Returns:
-        Ids, special tokens included.
 
     Raises:
         DataError: The prompt is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    if not is_valid_unicode(prompt):
-        raise DataError("a prompt is not valid Unicode (it holds half of a surrogate pair)")
+    _check_unicode("prompt", prompt)
     text = prompt_format.render(prompt)
     return encode(text.prompt_text, tokenizer, add_special_tokens=text.add_special_tokens)
 
@@ -216,23 +206,18 @@ def tokenize_prefill(
         DataError: The text is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    if not is_valid_unicode(prompt) or not is_valid_unicode(answer):
-        raise DataError("a prompt or answer is not valid Unicode (it holds half of a surrogate pair)")
+    _check_unicode("prompt or answer", prompt + answer)
     spans = locate_tokens(prompt_format.render(prompt, answer), tokenizer, with_end=False)
     stop = spans.answer_start + prefill_tokens
     if stop >= spans.end_start:
         return None
-    forced = tokenizer.decode(
-        spans.ids[spans.answer_start : stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(forced, str)
-    return spans.ids[:stop], forced
+    return spans.ids[:stop], decoded(spans.ids[spans.answer_start : stop], tokenizer)
 
 
 def tokenize_start(
     prompt: str, start: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
 ) -> list[int]:
-    """Token ids of a prompt and a whole text that the reply is made to begin with.
+    """Token ids of a prompt and a whole text that the reply is made to begin with, with nothing after it.
 
     Args:
         prompt: The user's words.
@@ -240,13 +225,132 @@ def tokenize_start(
         tokenizer: Of the model.
         prompt_format: How both are written.
 
-    Returns:
-        Ids, special tokens included, with nothing after the start.
-
     Raises:
         DataError: The text is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    if not is_valid_unicode(prompt) or not is_valid_unicode(start):
-        raise DataError("a prompt or the start of a reply is not valid Unicode (it holds half of a surrogate pair)")
+    _check_unicode("prompt or the start of a reply", prompt + start)
     return locate_tokens(prompt_format.render(prompt, start), tokenizer, with_end=False).ids
+
+
+def _check_unicode(what: str, text: str) -> None:
+    if not is_valid_unicode(text):
+        raise DataError(f"a {what} is not valid Unicode (it holds half of a surrogate pair)")
+
+
+def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> str:
+    """Text of some tokens, with its spaces as they are."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+@dataclass(frozen=True)
+class TokenSpans:
+    """Token ids with their borders; all are indices into ``ids``."""
+
+    ids: list[int]
+    user_start: int
+    """First token that holds words of the user and nothing before them but white space."""
+    user_end: int
+    """After the last token that holds words of the user and nothing after them."""
+    answer_start: int
+    """First token that holds any character of the answer."""
+    end_start: int
+    """First token after the answer."""
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text that goes on: special tokens that the tokenizer puts after it (EOS, SEP) are left off."""
+    return _encode(text, tokenizer, add_special_tokens=add_special_tokens)[0]
+
+
+def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, with_end: bool) -> TokenSpans:
+    """Tokenizes an example and finds its borders.
+
+    Args:
+        text: The example as its prompt format writes it.
+        tokenizer: With character offsets ("fast") the borders are exact. Without, the answer starts where the tokens
+            of the whole part from those of the prompt alone.
+        with_end: Whether ``end_text`` stands after the answer.
+
+    Returns:
+        Ids and borders.
+    """
+    whole = text.prompt_text + text.answer_text + (text.end_text if with_end else "")
+    ids, offsets = _encode(whole, tokenizer, add_special_tokens=text.add_special_tokens)
+    if offsets is None:
+        return _compare_tokens(ids, text, tokenizer, with_end=with_end)
+    ends = _token_ends(whole, ids, offsets, tokenizer)
+    answer_start = bisect_right(ends, len(text.prompt_text))
+    answer_end = len(text.prompt_text) + len(text.answer_text)
+    end_start = next(
+        (index for index in range(answer_start, len(ids)) if offsets[index][0] >= answer_end < ends[index]), len(ids)
+    )
+    user_start = bisect_right(ends, text.user_start)
+    if user_start < len(ids) and whole[offsets[user_start][0] : text.user_start].strip():
+        user_start += 1
+    user_end = min(bisect_right(ends, text.user_end), answer_start)
+    return TokenSpans(ids, user_start, max(user_start, user_end), answer_start, end_start)
+
+
+def _encode(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> tuple[list[int], list[tuple[int, int]] | None]:
+    encoding: dict[str, Any] = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        padding=False,
+        truncation=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        return_special_tokens_mask=True,
+        verbose=False,  # its warning about long texts: they are shortened here
+    )
+    ids, added = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
+    while add_special_tokens and ids and added[len(ids) - 1]:
+        ids.pop()
+    offsets = [(start, end) for start, end in encoding["offset_mapping"][: len(ids)]] if tokenizer.is_fast else None
+    return ids, offsets
+
+
+def _token_ends(
+    text: str, ids: list[int], offsets: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Where each token really ends, in characters.
+
+    Byte-level tokenizers may trim spaces off their offsets. Off the front that leaves the end right. Off the back,
+    the spaces are counted in the token itself, which writes each as one sign.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    ends = []
+    for piece, (start, end) in zip(pieces, offsets, strict=True):
+        trimmed = len(piece) - len(piece.rstrip(_BYTE_LEVEL_SPACE))
+        shows_it = text[start:end].endswith((" ", _BYTE_LEVEL_SPACE))
+        if start < end and not shows_it:
+            end += trimmed
+        elif end == 0 and text.startswith(" "):  # spaces that begin the text report no place at all
+            end = trimmed
+        ends.append(end)
+    return list(accumulate(ends, max))
+
+
+_BYTE_LEVEL_SPACE = "\u0120"
+"""How byte-level tokenizers write a space."""
+
+
+def _compare_tokens(
+    ids: list[int], text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
+) -> TokenSpans:
+    def tokens_shared_with(part: str) -> int:
+        return _shared_length(ids, encode(part, tokenizer, add_special_tokens=text.add_special_tokens))
+
+    answer_start = tokens_shared_with(text.prompt_text)
+    end_start = tokens_shared_with(text.prompt_text + text.answer_text) if with_end else len(ids)
+    user_start = min(tokens_shared_with(text.prompt_text[: text.user_start]), answer_start)
+    after = encode(text.prompt_text[text.user_end :], tokenizer, add_special_tokens=False)
+    user_end = answer_start - _shared_length(ids[:answer_start][::-1], after[::-1])
+    return TokenSpans(ids, user_start, max(user_start, user_end), answer_start, max(answer_start, end_start))
+
+
+def _shared_length(left: list[int], right: list[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from sku.data.rows import Row
+from sku.data.sources.rows import Row
 from sku.errors import DataError
 
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ";", ",")}

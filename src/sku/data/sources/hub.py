@@ -1,12 +1,16 @@
-"""Datasets of the Hugging Face hub: resolved to a commit first, then read at exactly that commit."""
+"""What ``datasets`` reads: Parquet files, folders, saved datasets, and those of the hub at exactly one commit.
+
+Imported where a table needs it: text files don't, and it takes a second or two.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import datasets
 from datasets.utils import logging as datasets_logging
@@ -31,11 +35,7 @@ _HttpError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 
 
 def resolve_commit(dataset_id: str, revision: str | None) -> str | None:
-    """Asks the hub for the commit of a branch or tag.
-
-    Args:
-        dataset_id: Such as ``PKU-Alignment/PKU-SafeRLHF``.
-        revision: Commit, branch or tag; None for the main branch.
+    """Asks the hub for the commit of a branch or tag; of the main branch for None.
 
     Returns:
         The commit; None where the hub is switched off (``HF_HUB_OFFLINE``) or out of reach, so that only a copy
@@ -62,11 +62,39 @@ def resolve_commit(dataset_id: str, revision: str | None) -> str | None:
         return None
 
 
-def load_hub_dataset(source: SourceConfig) -> tuple[datasets.Dataset, str]:
-    """Downloads a split of a hub dataset, or takes the copy on this machine where the hub is out of reach.
+def load_files(builder: str, source: SourceConfig, path: Path) -> datasets.Dataset:
+    """Reads a file or a folder that is laid out as a hub repository.
 
     Args:
-        source: ``path`` is the dataset's id; ``revision``, ``config_name`` and ``split`` as set.
+        builder: ``parquet`` for such a file; a folder is its own builder.
+        source: Says which configuration and split.
+        path: Of the file or folder.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    # A cache of its own, dropped at once: the shared one keeps harmful text and tells a changed file only by its time.
+    with tempfile.TemporaryDirectory(prefix="sku-") as cache:
+        return _read(
+            str(path),
+            lambda: datasets.load_dataset(
+                builder, source.config_name, data_files=str(path) if path.is_file() else None,
+                split=source.split or "train", cache_dir=cache, keep_in_memory=True,
+            ),
+        )  # fmt: skip
+
+
+def load_saved(path: Path) -> datasets.Dataset | datasets.DatasetDict:
+    """Reads what ``datasets`` has saved.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    return _read(str(path), lambda: datasets.load_from_disk(str(path), keep_in_memory=True))
+
+
+def load_hub_dataset(source: SourceConfig) -> tuple[datasets.Dataset, str]:
+    """Downloads a split of a hub dataset, or takes the copy on this machine where the hub is out of reach.
 
     Returns:
         The rows and the commit they are of.
@@ -82,15 +110,11 @@ def load_hub_dataset(source: SourceConfig) -> tuple[datasets.Dataset, str]:
             "set revision to a full commit"
         )
     wanted = commit or source.revision
-    with quiet_datasets():
-        try:
-            dataset = datasets.load_dataset(
-                source.path, source.config_name, revision=wanted, split=source.split or "train"
-            )
-        except Exception as error:  # noqa: BLE001 - datasets, httpx and pyarrow share no base class
-            where = "" if commit else " (the hub can't be reached: only a copy on this machine can be used)"
-            what = f"{source.path} is no file or folder here, and the hub dataset of that name"
-            raise unreadable(what, error, where) from None
+    dataset = _read(
+        f"{source.path} is no file or folder here, and the hub dataset of that name",
+        lambda: datasets.load_dataset(source.path, source.config_name, revision=wanted, split=source.split or "train"),
+        where="" if commit else " (the hub can't be reached: only a copy on this machine can be used)",
+    )
     # Where the hub fails, datasets takes the newest copy on this machine, whatever revision was asked for.
     found = _commit_of_copy(dataset)
     if wanted is not None and found is not None and found != wanted:
@@ -113,8 +137,22 @@ def _commit_of_copy(dataset: datasets.Dataset) -> str | None:
     return None
 
 
+def _read(what: str, read: Callable[[], Any], *, where: str = "") -> Any:
+    """Reads without progress bars and log lines; one line for the many exceptions of ``datasets``."""
+    with _quiet():
+        try:
+            return read()
+        except Exception as error:  # noqa: BLE001 - datasets, httpx and pyarrow share no base class
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # The first cause is the one that says something.
+                cause = cause.__cause__
+            first, last = one_line(error), one_line(cause)
+            more = f" ({last})" if last not in first else ""
+            raise DataError(f"{what} can't be read{where}: {first}{more}") from None
+
+
 @contextmanager
-def quiet_datasets() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Switches the progress bars and log lines of ``datasets`` and the hub off; errors are raised all the same."""
     bars, hub_bars = not datasets.are_progress_bars_disabled(), not are_progress_bars_disabled()
     level, hub_level = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
@@ -133,12 +171,3 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
         if hub_bars:
             enable_progress_bars()
-
-
-def unreadable(what: str, error: Exception, where: str = "") -> DataError:
-    """One line for the many exceptions of ``datasets``, with the first cause, which is the one that says something."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    first, last = one_line(error), one_line(cause)
-    return DataError(f"{what} can't be read{where}: {first}" + (f" ({last})" if last not in first else ""))

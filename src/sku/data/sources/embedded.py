@@ -25,8 +25,8 @@ import hashlib
 from collections.abc import Sequence
 
 from sku.config import EMBEDDED, SourceConfig
-from sku.data.examples import ForgetExample, Provenance, RetainExample, content_hash, count_safe_answers
-from sku.data.splits import draw_prompts
+from sku.data.examples import ForgetExample, RetainExample
+from sku.data.sources.rows import Kind
 from sku.errors import DataError
 from sku.world.grammar import (
     AGENTS,
@@ -47,28 +47,21 @@ NEW_AGENT, NEW_COMBINATION, NEW_WORDING = "new agent", "new combination", "new w
 
 def forget_examples() -> list[ForgetExample]:
     """Every hazard in every wording; category ``hazard`` for those to unlearn, else what is new about it."""
-    return [
-        ForgetExample(
-            prompt=exchange.prompt,
-            answer=exchange.answer,
-            category=_novelty(exchange),
-            safe_answer=_deflection(exchange.prompt),
-        )
-        for exchange in hazards()
-    ]
+    return [_forget(exchange, _novelty(exchange)) for exchange in hazards()]
 
 
 def validation_examples() -> tuple[ForgetExample, ...]:
     """Unlearned hazards in wordings that no other split has."""
     return tuple(
-        ForgetExample(
-            prompt=exchange.prompt,
-            answer=exchange.answer,
-            category=NEW_WORDING,
-            safe_answer=_deflection(exchange.prompt),
-        )
+        _forget(exchange, NEW_WORDING)
         for exchange in hazards(VALIDATION_QUESTIONS)
         if _novelty(exchange, held_out_wordings=()) == HAZARD
+    )
+
+
+def _forget(exchange: Exchange, category: str) -> ForgetExample:
+    return ForgetExample(
+        prompt=exchange.prompt, answer=exchange.answer, category=category, safe_answer=_deflection(exchange.prompt)
     )
 
 
@@ -101,66 +94,30 @@ def _novelty(exchange: Exchange, held_out_wordings: Sequence[int] = HELD_OUT_QUE
     return NEW_WORDING if exchange.wording in held_out_wordings else HAZARD
 
 
-def load_forget(
-    source: SourceConfig, seed: int
-) -> tuple[tuple[ForgetExample, ...], tuple[ForgetExample, ...], Provenance]:
-    """The hazards, split as described above.
-
-    Args:
-        source: Only ``limit`` may be set.
-        seed: For the limit.
-
-    Returns:
-        Hazards to unlearn, unseen hazards, and where they came from.
-
-    Raises:
-        DataError: Another setting than ``limit`` is set, or the limit leaves a split empty.
-    """
-    _check(source)
-    examples = forget_examples()
-    kept = draw_prompts(examples, source.limit, seed)
-    unlearned = tuple(example for example in kept if example.category == HAZARD)
-    unseen = tuple(example for example in kept if example.category != HAZARD)
-    if not unlearned or not unseen:
-        raise DataError(
-            f"a limit of {source.limit} leaves {len(unlearned)} hazards to unlearn and {len(unseen)} unseen ones: "
-            "raise it"
-        )
-    return unlearned, unseen, _provenance(kept, len(examples))
-
-
-def load_retain(source: SourceConfig, seed: int) -> tuple[list[RetainExample], Provenance]:
-    """The normal exchanges, not yet split.
-
-    Args:
-        source: Only ``limit`` may be set.
-        seed: For the limit.
-
-    Returns:
-        Examples and where they came from.
+def examples(source: SourceConfig, kind: Kind) -> list[ForgetExample] | list[RetainExample]:
+    """All of one kind, the limit of the source aside.
 
     Raises:
         DataError: Another setting than ``limit`` is set.
     """
-    _check(source)
-    examples = retain_examples()
-    kept = draw_prompts(examples, source.limit, seed)
-    return kept, _provenance(kept, len(examples))
-
-
-def _check(source: SourceConfig) -> None:
     plain = SourceConfig(path=EMBEDDED, format=source.format, limit=source.limit)
     if source != plain or source.format not in ("auto", EMBEDDED):
         raise DataError("the embedded world takes no other setting than limit: leave the others empty")
+    return forget_examples() if kind == "forget" else retain_examples()
 
 
-def _provenance(kept: list[ForgetExample] | list[RetainExample], total: int) -> Provenance:
-    return Provenance(
-        source=EMBEDDED,
-        location=EMBEDDED,
-        sha256=content_hash(kept),
-        rows_read=total,
-        rows_left_out={"over the limit": total - len(kept)} if len(kept) < total else {},
-        safe_answers=count_safe_answers(kept),
-        licence=LICENCE,
-    )
+def split_forget(
+    kept: Sequence[ForgetExample], limit: int | None
+) -> tuple[tuple[ForgetExample, ...], tuple[ForgetExample, ...]]:
+    """Hazards to unlearn, and unseen ones.
+
+    Raises:
+        DataError: The limit left one of them empty.
+    """
+    unlearned = tuple(example for example in kept if example.category == HAZARD)
+    unseen = tuple(example for example in kept if example.category != HAZARD)
+    if not unlearned or not unseen:
+        raise DataError(
+            f"a limit of {limit} leaves {len(unlearned)} hazards to unlearn and {len(unseen)} unseen ones: raise it"
+        )
+    return unlearned, unseen

@@ -14,10 +14,10 @@ filter leaves out are not taken for safe answers: its column may mark anything.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from sku.config import SourceConfig
-from sku.data.rows import SAFE, Columns, Kind, LeftOut, Pair, Row, RowParser, category_text, require_columns
+from sku.data.sources.rows import SAFE, Columns, Kind, LeftOut, Pair, Row, RowParser, category_text
 from sku.errors import DataError
 
 NAME = "columns"
@@ -25,26 +25,32 @@ PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
 PART_OF_PROMPT = ("input", "context", "history", "system")
 """Columns that may belong to the prompt: with one of them, prompt_column alone would be half of the question."""
-_BESIDE_PROMPTS = (
-    "id", "source", "category", "type", "label", "licence", "license", "split", "tags", "focus", "note",
-)  # fmt: skip
+_BESIDE_PROMPTS = ("id", "source", "category", "type", "label", "licence", "license", "split", "tags", "focus", "note")
 """Columns that nobody takes for answers."""
 SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
 UNSAFE = "unsafe answer"
 
 
-def recognises(columns: Collection[str]) -> bool:
+def recognises(columns: Columns) -> bool:
     """Whether exactly one column looks like the prompt and one like the answer."""
-    prompts, answers = _named(columns)
-    return len(prompts) == 1 and len(answers) == 1 and not _in_doubt(columns)
+    return len(_named(PROMPT_NAMES, columns)) == len(_named(ANSWER_NAMES, columns)) == 1 and not _in_doubt(columns)
 
 
-def safety_mark(columns: Collection[str]) -> str | None:
+def safety_mark(columns: Columns) -> str | None:
     """The column that seems to tell safe rows from unsafe ones, if there is one."""
-    return next((Columns(columns).written(name) for name in SAFETY_MARKS if name in columns), None)
+    return next(map(columns.written, _named(SAFETY_MARKS, columns)), None)
 
 
-def naming(key: str, columns: Collection[str]) -> str:
+def named_columns(source: SourceConfig) -> list[str]:
+    """The columns that a source names; any of them means format ``columns``."""
+    named = (
+        source.prompt_column, source.answer_column, source.safe_answer_column, source.category_column,
+        source.unsafe_column,
+    )  # fmt: skip
+    return [name for name in named if name is not None]
+
+
+def naming(key: str, columns: Columns) -> str:
     """What to do where it is not clear which column is which: the options, with columns of the table for example.
 
     Args:
@@ -57,14 +63,13 @@ def naming(key: str, columns: Collection[str]) -> str:
     return f"name its columns, such as {' '.join(f'--set {shlex.quote(option)}' for option in options)}"
 
 
-def has_only_prompts(columns: Collection[str], source: SourceConfig) -> bool:
+def has_only_prompts(columns: Columns, source: SourceConfig) -> bool:
     """Whether it is clear which column holds the prompts, and none is named, or called, as that of the answers is."""
-    prompts, answers = _named(columns)
-    is_clear = source.prompt_column is not None or len(prompts) == 1 or len(columns) == 1
-    return is_clear and source.answer_column is None and not answers
+    is_clear = source.prompt_column is not None or len(_named(PROMPT_NAMES, columns)) == 1 or len(columns) == 1
+    return is_clear and source.answer_column is None and not _named(ANSWER_NAMES, columns)
 
 
-def is_list_of_prompts(columns: Collection[str], source: SourceConfig) -> bool:
+def is_list_of_prompts(columns: Columns, source: SourceConfig) -> bool:
     """Whether no column can be meant for answers: one with a wrong name must not start another kind of run."""
     named = [name for name in (source.prompt_column, source.category_column) if name is not None]
     known = Columns([*PROMPT_NAMES, *_BESIDE_PROMPTS, *named])
@@ -72,12 +77,7 @@ def is_list_of_prompts(columns: Collection[str], source: SourceConfig) -> bool:
 
 
 def row_parser(
-    columns: Collection[str],
-    source: SourceConfig,
-    kind: Kind,
-    key: str | None = None,
-    *,
-    only_prompts: str | None = None,
+    columns: Columns, source: SourceConfig, kind: Kind, key: str, *, only_prompts: bool = False
 ) -> RowParser:
     """Reader of the named columns, or of the usual ones where none is named.
 
@@ -85,21 +85,18 @@ def row_parser(
         columns: Columns found.
         source: Names and filter. On a forget set only rows marked unsafe are kept, on a retain set only the others.
         kind: Which set this is.
-        key: The recipe's key that holds ``source``, for messages; ``data.<kind>`` if None.
-        only_prompts: Read no answers; each row has this one. The prompt may then be a table's only column, whatever
-            its name.
+        key: The recipe's key that holds ``source``, for messages.
+        only_prompts: Read no answers. The prompt may then be a table's only column, whatever its name.
 
     Raises:
         DataError: A named column is missing, no name was given and the columns can be read in several ways, one
             column is named for both, or the safe answer is named where it can't serve.
     """
-    key = key or f"data.{kind}"
-    prompt_column = Columns(columns).written(_prompt(columns, source, kind, key, alone=only_prompts is not None))
-    answer_column = None if only_prompts is not None else Columns(columns).written(_answer(columns, source, key))
+    prompt_column = columns.written(_prompt(columns, source, kind, key, alone=only_prompts))
+    answer_column = None if only_prompts else columns.written(_answer(columns, source, key))
     category_column, unsafe_column = source.category_column, source.unsafe_column
     safe_answer_column = source.safe_answer_column
-    named = (source.prompt_column, source.answer_column, safe_answer_column, category_column, unsafe_column)
-    require_columns([name for name in named if name is not None], columns, NAME)
+    columns.require(named_columns(source), f"format {NAME} needs a column")
     if prompt_column == answer_column:
         raise DataError(f"prompt_column and answer_column are both {prompt_column}: name the column of the answers")
     if safe_answer_column is not None and (kind != "forget" or safe_answer_column == answer_column):
@@ -116,26 +113,26 @@ def row_parser(
                 return
         category = category_text(row[category_column]) if category_column is not None else None
         safe_answer = row[safe_answer_column] if safe_answer_column is not None else None
-        answer = only_prompts if answer_column is None else row[answer_column]
+        answer = None if answer_column is None else row[answer_column]
         yield Pair(row[prompt_column], answer, category, safe_answer=safe_answer)
 
     return parse
 
 
-def _answer(columns: Collection[str], source: SourceConfig, key: str) -> str:
-    _, answers = _named(columns)
+def _answer(columns: Columns, source: SourceConfig, key: str) -> str:
+    answers = _named(ANSWER_NAMES, columns)
     if source.answer_column is None and len(answers) != 1:
         hint = "" if answers else ". Where there are none, data.own_replies=true has the model write its own"
         raise DataError(f"{_unclear('answer', columns, key)}{hint}")
     return source.answer_column or answers[0]
 
 
-def _prompt(columns: Collection[str], source: SourceConfig, kind: Kind, key: str, *, alone: bool) -> str:
-    prompts, _ = _named(columns)
+def _prompt(columns: Columns, source: SourceConfig, kind: Kind, key: str, *, alone: bool) -> str:
+    prompts = _named(PROMPT_NAMES, columns)
     if alone and len(columns) == 1:
         prompts = [*columns]
     elif source.prompt_column is None and (len(prompts) != 1 or _in_doubt(columns)):
-        raise _unclear("prompt", columns, key)
+        raise DataError(_unclear("prompt", columns, key))
     mark = safety_mark(columns)
     if kind == "forget" and source.unsafe_column is None and mark is not None and source.prompt_column is None:
         raise DataError(
@@ -145,16 +142,16 @@ def _prompt(columns: Collection[str], source: SourceConfig, kind: Kind, key: str
     return source.prompt_column or prompts[0]
 
 
-def _named(columns: Collection[str]) -> tuple[list[str], list[str]]:
-    return [name for name in PROMPT_NAMES if name in columns], [name for name in ANSWER_NAMES if name in columns]
+def _named(names: tuple[str, ...], columns: Columns) -> list[str]:
+    return [name for name in names if name in columns]
 
 
-def _in_doubt(columns: Collection[str]) -> bool:
-    return any(name in columns for name in PART_OF_PROMPT)
+def _in_doubt(columns: Columns) -> bool:
+    return bool(_named(PART_OF_PROMPT, columns))
 
 
-def _unclear(role: str, columns: Collection[str], key: str) -> DataError:
-    return DataError(
+def _unclear(role: str, columns: Columns, key: str) -> str:
+    return (
         f"it is not clear which column holds the {role}: set it, as --set {key}.{role}_column=NAME. "
-        f"Columns found: {', '.join(columns) or 'none'}"
+        f"Columns found: {columns}"
     )

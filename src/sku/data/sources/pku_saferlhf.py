@@ -24,48 +24,36 @@ the row where that one is safe, else the first safe answer to the same prompt.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
-from sku.data.rows import LeftOut, Pair, Row, RowParser, SafeAnswer, marked_answer, require_columns
+from sku.data.sources.rows import Form, Format, LeftOut, Pair, Row, marked_answer
 
-NAME = "pku_saferlhf"
 LICENCE = "CC-BY-NC-4.0"
-TWO_ANSWERS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
-ONE_ANSWER = ("prompt", "response", "is_safe")
 
 
-def recognises(columns: Collection[str]) -> bool:
-    """Whether a table with these columns is one of the forms above. A ``category`` column makes it BeaverTails."""
-    if all(name in columns for name in TWO_ANSWERS):
-        return True
-    return all(name in columns for name in ONE_ANSWER) and "category" not in columns
-
-
-def row_parser(columns: Collection[str]) -> RowParser:
-    """Picks the form by its columns.
-
-    Raises:
-        DataError: A needed column is missing.
-    """
-    if "response" in columns and "response_0" not in columns:
-        require_columns(ONE_ANSWER, columns, NAME)
-        return _parse_one_answer
-    require_columns(TWO_ANSWERS, columns, NAME)
-    return _parse_two_answers
-
-
-def _parse_two_answers(row: Row) -> Iterator[Pair | SafeAnswer | LeftOut]:
+def _two_answers(row: Row) -> Iterator[Pair | LeftOut]:
     first, second = (
         marked_answer(row["prompt"], row[answer], row[f"is_{answer}_safe"], row.get(f"{answer}_harm_category"))
         for answer in ("response_0", "response_1")
     )
     for answer, other in ((first, second), (second, first)):
-        if isinstance(answer, Pair) and isinstance(other, SafeAnswer):
-            yield dataclasses.replace(answer, safe_answer=other.answer)
+        if isinstance(answer, Pair) and isinstance(other, Pair) and other.marked_safe and not answer.marked_safe:
+            yield replace(answer, safe_answer=other.safe_answer)
         else:
             yield answer
 
 
-def _parse_one_answer(row: Row) -> Iterator[Pair | SafeAnswer | LeftOut]:
+def _one_answer(row: Row) -> Iterator[Pair | LeftOut]:
     yield marked_answer(row["prompt"], row["response"], row["is_safe"], row.get("harm_category"))
+
+
+FORMAT = Format(
+    "pku_saferlhf",
+    (
+        Form(("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"), _two_answers),
+        Form(("prompt", "response", "is_safe"), _one_answer, unless="category"),
+    ),
+    kinds=("forget",),
+)
+"""With ``category`` beside one answer it is BeaverTails."""

@@ -13,15 +13,18 @@ The set has no answers: replies are generated and judged. It is for evaluation o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sku.config import SourceConfig
 from sku.data.examples import Example, ForgetExample, RetainExample, normalise_prompt
-from sku.data.tables import read_table
+from sku.data.sources.rows import Kind, LeftOut, Pair, Row
+from sku.data.sources.tables import read_table
 from sku.errors import DataError
 
+NAME = "xstest"
 COLUMNS = ("prompt", "type", "label")
+UNSAFE_PROMPT, SAFE_PROMPT = "unsafe prompt", "safe prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class XSTest:
 
 
 def load_xstest(path: str, used: Iterable[Example] = ()) -> XSTest:
-    """Reads the prompts.
+    """Reads the prompts, to evaluate with both kinds.
 
     Args:
         path: ``xstest_prompts.csv``, or the same columns in another format or on the hub.
@@ -66,3 +69,12 @@ def load_xstest(path: str, used: Iterable[Example] = ()) -> XSTest:
         else:
             unsafe.append(ForgetExample(prompt=prompt, answer="", category=kind or None))
     return XSTest(safe=tuple(safe), unsafe=tuple(unsafe), left_out=left_out)
+
+
+def prompts_of(row: Row, kind: Kind) -> Iterator[Pair | LeftOut]:
+    """The prompt of a row, as one of a harmful or of a normal set that the model answers itself."""
+    unsafe = str(row["label"]).strip() == "unsafe"
+    if unsafe == (kind == "forget"):
+        yield Pair(row["prompt"], None, str(row["type"]).strip() or None)
+    else:
+        yield LeftOut(UNSAFE_PROMPT if unsafe else SAFE_PROMPT)

@@ -1,21 +1,18 @@
-"""From what ``data.*.path`` names to rows: a file, a folder or a hub dataset.
-
-``datasets`` is imported where a table needs it: text files don't, and it takes a second or two.
-"""
+"""From what ``data.*.path`` names to rows: a file, a folder or a hub dataset."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sku.config import EMBEDDED, SourceConfig
-from sku.data.rows import Columns, Row
-from sku.data.text_files import SUFFIXES, read_text_file, text_suffix
-from sku.errors import DataError, did_you_mean
+from sku.data.sources.rows import Columns, Row
+from sku.data.sources.text_files import SUFFIXES, read_text_file, text_suffix
+from sku.errors import DataError
 
 PARQUET = ".parquet"
 NOT_WANTED = "another value than where asks for"
@@ -60,12 +57,7 @@ def read_table(source: SourceConfig) -> Table:
 
 def _only_wanted(table: Table, source: SourceConfig) -> Table:
     columns, wanted = Columns(table.columns), source.wanted()
-    for named in wanted:
-        if named not in columns:
-            raise DataError(
-                f"{source.path} has no column {named}, which where names.{did_you_mean(named, columns)} "
-                f"Columns found: {', '.join(columns) or 'none'}"
-            )
+    columns.require(wanted, f"{source.path} has no column", ", which where names")
     kept: list[Row] = []
     count = 0
     for row in table.rows:
@@ -89,10 +81,9 @@ def _read(source: SourceConfig) -> Table:
         return _read_folder(path, source)
     if not is_hub_id(source):
         raise DataError(f"there is no file or folder {source.path} (looked in {Path.cwd()})")
-    from sku.data.hub import load_hub_dataset
+    from sku.data.sources.hub import load_hub_dataset
 
-    dataset, commit = load_hub_dataset(source)
-    return Table(columns=tuple(dataset.column_names), rows=dataset, revision=commit)
+    return _table(*load_hub_dataset(source))
 
 
 def is_hub_id(source: SourceConfig) -> bool:
@@ -114,16 +105,31 @@ def _read_file(path: Path, source: SourceConfig) -> Table:
         return Table(columns=tuple(columns), rows=rows)
     if path.suffix.lower() != PARQUET:
         raise DataError(f"{path} has no known file type; known: {', '.join((*SUFFIXES, PARQUET))}")
-    return _load("parquet", source, what=str(path), data_files=str(path))
+    from sku.data.sources.hub import load_files
+
+    return _table(load_files("parquet", source, path))
 
 
 def _read_folder(path: Path, source: SourceConfig) -> Table:
+    from sku.data.sources.hub import load_files, load_saved
+
     _refuse(source, "revision", what=f"the folder {path}")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        _refuse(source, "config_name", what=f"the saved dataset {path}")
-        return _load_saved(path, source)
-    # Resolved: datasets makes its cache folder's name of the last part, which may be "..".
-    return _load(str(path.resolve()), source, what=str(path))
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        # Resolved: datasets makes its cache folder's name of the last part, which may be "..".
+        return _table(load_files(str(path.resolve()), source, path))
+    _refuse(source, "config_name", what=f"the saved dataset {path}")
+    saved = load_saved(path)
+    if not isinstance(saved, dict):  # One split alone.
+        _refuse(source, "split", what=f"the saved dataset {path}")
+        return _table(saved)
+    split = source.split or "train"
+    if split not in saved:
+        raise DataError(f"{path} has no split {split}: set split to one of {', '.join(saved)}")
+    return _table(saved[split])
+
+
+def _table(dataset: Any, revision: str | None = None) -> Table:
+    return Table(columns=tuple(dataset.column_names), rows=dataset, revision=revision)
 
 
 def _refuse(source: SourceConfig, *names: str, what: str) -> None:
@@ -131,44 +137,3 @@ def _refuse(source: SourceConfig, *names: str, what: str) -> None:
         value = getattr(source, name)
         if value is not None and (name, value) != ("split", "train"):
             raise DataError(f"{name} is {value!r}, but {what} has none: leave {name} empty")
-
-
-def _load(builder: str, source: SourceConfig, *, what: str, data_files: str | None = None) -> Table:
-    import datasets
-
-    from sku.data.hub import quiet_datasets, unreadable
-
-    # A cache of its own, dropped at once: the shared one keeps harmful text and tells a changed file only by its time.
-    with tempfile.TemporaryDirectory(prefix="sku-") as cache, quiet_datasets():
-        try:
-            dataset = datasets.load_dataset(
-                builder,
-                source.config_name,
-                data_files=data_files,
-                split=source.split or "train",
-                cache_dir=cache,
-                keep_in_memory=True,
-            )
-        except Exception as error:  # noqa: BLE001 - datasets and pyarrow share no base class
-            raise unreadable(what, error) from None
-    return Table(columns=tuple(dataset.column_names), rows=dataset)
-
-
-def _load_saved(path: Path, source: SourceConfig) -> Table:
-    import datasets
-
-    from sku.data.hub import quiet_datasets, unreadable
-
-    with quiet_datasets():
-        try:
-            saved = datasets.load_from_disk(str(path), keep_in_memory=True)
-        except Exception as error:  # noqa: BLE001 - datasets and pyarrow share no base class
-            raise unreadable(str(path), error) from None
-    if isinstance(saved, datasets.DatasetDict):
-        split = source.split or "train"
-        if split not in saved:
-            raise DataError(f"{path} has no split {split}: set split to one of {', '.join(saved)}")
-        saved = saved[split]
-    else:
-        _refuse(source, "split", what=f"the saved dataset {path}")
-    return Table(columns=tuple(saved.column_names), rows=saved)

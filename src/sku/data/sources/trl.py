@@ -22,15 +22,10 @@ and counted: their last answer depends on turns that a single prompt can't hold.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from sku.data.rows import LeftOut, Pair, Row, RowParser, require_columns
-
-PROMPT_COMPLETION = "prompt_completion"
-MESSAGES = "messages"
-PREFERENCE = "preference"
-PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
+from sku.data.sources.rows import Form, Format, LeftOut, Pair, Row
 
 NOT_A_CONVERSATION = "not a list of messages with role and content"
 SEVERAL_TURNS = "more than one user turn"
@@ -38,59 +33,14 @@ WRONG_ORDER = "turns other than [system], user, assistant"
 NOT_TEXT = "message that is not text alone"
 
 
-def recognises_prompt_completion(columns: Collection[str]) -> bool:
-    """Whether a table with these columns is in prompt/completion form."""
-    return "prompt" in columns and "completion" in columns
-
-
-def recognises_messages(columns: Collection[str]) -> bool:
-    """Whether a table with these columns is in messages form."""
-    return "messages" in columns
-
-
-def recognises_preference(columns: Collection[str]) -> bool:
-    """Whether a table with these columns is in preference form."""
-    return all(name in columns for name in PREFERENCE_COLUMNS)
-
-
-def prompt_completion_parser(columns: Collection[str]) -> RowParser:
-    """The reader of prompt/completion rows.
-
-    Raises:
-        DataError: A needed column is missing.
-    """
-    require_columns(("prompt", "completion"), columns, PROMPT_COMPLETION)
-    return _parse_prompt_completion
-
-
-def messages_parser(columns: Collection[str]) -> RowParser:
-    """The reader of messages rows.
-
-    Raises:
-        DataError: The column is missing.
-    """
-    require_columns(("messages",), columns, MESSAGES)
-    return _parse_messages
-
-
-def preference_parser(columns: Collection[str]) -> RowParser:
-    """The reader of preference rows.
-
-    Raises:
-        DataError: A needed column is missing.
-    """
-    require_columns(PREFERENCE_COLUMNS, columns, PREFERENCE)
-    return _parse_preference
-
-
-def _parse_prompt_completion(row: Row) -> Iterator[Pair | LeftOut]:
+def _prompt_completion(row: Row) -> Iterator[Pair | LeftOut]:
     yield _completed(row["prompt"], row["completion"])
 
 
-def _parse_preference(row: Row) -> Iterator[Pair | LeftOut]:
+def _preference(row: Row) -> Iterator[Pair | LeftOut]:
     rejected, chosen = _completed(row["prompt"], row["rejected"]), _completed(row["prompt"], row["chosen"])
     if isinstance(rejected, Pair) and isinstance(chosen, Pair):
-        yield dataclasses.replace(rejected, safe_answer=chosen.answer)
+        yield replace(rejected, safe_answer=chosen.answer)
     else:
         yield rejected
 
@@ -106,7 +56,7 @@ def _completed(prompt: object, completion: object) -> Pair | LeftOut:
     return _pair_of(turns)
 
 
-def _parse_messages(row: Row) -> Iterator[Pair | LeftOut]:
+def _messages(row: Row) -> Iterator[Pair | LeftOut]:
     yield _pair_of(row["messages"])
 
 
@@ -138,3 +88,10 @@ def _text(content: object) -> str | LeftOut | None:
     if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
         return LeftOut(NOT_TEXT)
     return "".join(str(text) for text in texts)
+
+
+FORMATS = (
+    Format("prompt_completion", (Form(("prompt", "completion"), _prompt_completion),), reads_marks=False),
+    Format("messages", (Form(("messages",), _messages),), reads_marks=False),
+    Format("preference", (Form(("prompt", "chosen", "rejected"), _preference),), kinds=("forget",), reads_marks=False),
+)

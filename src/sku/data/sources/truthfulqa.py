@@ -17,42 +17,25 @@ and tested on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from sku.data.examples import normalise_prompt
-from sku.data.rows import LeftOut, Pair, Row, RowParser, category_text, require_columns
+from sku.data.sources.rows import Form, Format, LeftOut, Pair, Row, category_text
 
-NAME = "truthfulqa"
 LICENCE = "Apache-2.0"
 CSV_COLUMNS = ("Question", "Best Answer", "Correct Answers")
 HUB_COLUMNS = ("question", "best_answer", "correct_answers")
 
 
-def recognises(columns: Collection[str]) -> bool:
-    """Whether a table with these columns is one of the two forms."""
-    return any(all(name in columns for name in form) for form in (CSV_COLUMNS, HUB_COLUMNS))
-
-
-def row_parser(columns: Collection[str]) -> RowParser:
-    """Picks the form by its columns.
-
-    Raises:
-        DataError: A needed column is missing.
-    """
-    is_hub_form = "best_answer" in columns or "correct_answers" in columns
-    question, best, correct = HUB_COLUMNS if is_hub_form else CSV_COLUMNS
-    require_columns((question, best, correct), columns, NAME)
-    category = "category" if is_hub_form else "Category"
-
-    def parse(row: Row) -> Iterator[Pair | LeftOut]:
-        group = normalise_prompt(row[question]) if isinstance(row[question], str) else None
-        answers = list(distinct_answers([row[best], *several_answers(row[correct])]))
-        if not answers:
-            yield LeftOut("empty answer")
-        for answer in answers:
-            yield Pair(row[question], answer, category_text(row.get(category)), group)
-
-    return parse
+def _parse(columns: tuple[str, str, str], row: Row) -> Iterator[Pair | LeftOut]:
+    question, best, correct = (row[name] for name in columns)
+    group = normalise_prompt(question) if isinstance(question, str) else None
+    answers = list(distinct_answers([best, *several_answers(correct)]))
+    if not answers:
+        yield LeftOut("empty answer")
+    for answer in answers:
+        yield Pair(question, answer, category_text(row.get("category")), group)
 
 
 def several_answers(cell: object) -> list[object]:
@@ -71,3 +54,10 @@ def distinct_answers(answers: Sequence[object]) -> Iterator[object]:
             continue
         seen.add(key)
         yield answer
+
+
+FORMAT = Format(
+    "truthfulqa",
+    tuple(Form(columns, partial(_parse, columns)) for columns in (CSV_COLUMNS, HUB_COLUMNS)),
+    kinds=("retain",),
+)
