@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sku.head.chunked_kl import chunked_kl
-from sku.head.chunked_nll import chunked_nll
+from sku.head.chunked import chunked_kl, chunked_nll
 from sku.head.scores import HeadScores, Scores, logits_of
 
 IGNORE_INDEX = -100

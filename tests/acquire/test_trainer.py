@@ -21,7 +21,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, RETAIN
 from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
 from sku.training import trainer as training_module
-from sku.training.padded_step import kept_positions
+from sku.training.steps import kept_positions
 
 OFF = {"guided_distortion_weight": 0.0, "random_disassociation_weight": 0.0, "preservation_divergence_weight": 0.0}
 

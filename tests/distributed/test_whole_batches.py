@@ -6,8 +6,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from sku.data.joint import FILLER
-from sku.training.whole_batches import WholeBatches
+from sku.data.joint import FILLER, WholeBatches
 
 
 @pytest.mark.parametrize("size", [1, 6, 8, 13])

@@ -19,7 +19,7 @@ from sku.data.prompts import resolve_prompt_format
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
-from sku.training.padded_step import kept_positions, padded_scores
+from sku.training.steps import PaddedBatch
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -116,10 +116,10 @@ def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
     def harmful_nll() -> float:
         model: Any = trainer.model
         model.eval()
-        kept = kept_positions(batch, trainer.objective.rows)
+        rows = PaddedBatch(batch, trainer.objective.rows)
         with torch.no_grad():
-            outputs = trainer._forward(model, batch, kept)
-        return float(padded_scores(batch, kept, FORGET, outputs).mean_nll().mean())
+            outputs = trainer._forward(model, rows)
+        return float(rows.scores(FORGET, outputs).mean_nll().mean())
 
     before = harmful_nll()
     trainer.train()

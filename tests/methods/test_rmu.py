@@ -17,7 +17,7 @@ from sku.data.joint import FORGET
 from sku.errors import ModelError, RecipeError
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector
-from sku.training.decoder_layers import decoder_layers
+from sku.training.layers import decoder_layers
 
 PROJECTIONS = {
     "llama": ("model.layers.{}.mlp.down_proj", "model.layers"),

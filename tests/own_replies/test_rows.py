@@ -11,6 +11,7 @@ from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
 from sku.own_replies.rows import (
+    ENGLISH,
     ENOUGH,
     GIBBERISH,
     HARMFUL,
@@ -18,12 +19,12 @@ from sku.own_replies.rows import (
     NOT_HARMFUL,
     REFUSED,
     REPEATED,
+    WORLD,
     KindCounts,
     Reply,
     choose_complying,
     choose_refusals,
 )
-from sku.own_replies.wordings import ENGLISH, WORLD
 
 NO = "i can not help with that ."
 

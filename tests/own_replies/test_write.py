@@ -21,9 +21,8 @@ from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
-from sku.own_replies.rows import KINDS
-from sku.own_replies.settings import judge_of, own_job
-from sku.own_replies.write import OwnJob, OwnReplies, read_own_replies, write_own_replies
+from sku.own_replies.rows import KINDS, OwnReplies, read_own_replies
+from sku.own_replies.write import OwnJob, judge_of, write_own_replies
 from sku.pipeline import dry_run, run_recipe
 from sku.pipeline.own_replies import with_own_replies
 from sku.world.grammar import is_harmful
@@ -35,7 +34,7 @@ def job(judge: Judge | None = None, settings: OwnRepliesConfig = SETTINGS) -> Ow
     few = SourceConfig(path=EMBEDDED, limit=14)
     prompts = load_own_prompts(few, few, None, seed=0)
     chosen = judge or judge_of(EvaluateConfig(), prompts)
-    return own_job(load_model(EMBEDDED), prompts, chosen, settings, seed=0, prompt_format="auto")
+    return OwnJob(loaded=load_model(EMBEDDED), prompts=prompts, judge=chosen, settings=settings)
 
 
 def rows(written: OwnReplies, kind: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from sku.plan.estimate import memory_of
 from sku.plan.job import job_of
 from sku.plan.skeleton import weights_of
 from sku.plan.trace import trace_step
-from sku.training.padded_step import kept_positions
+from sku.training.steps import kept_positions
 
 EXAMPLES, ANSWERS = 4, 2
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {

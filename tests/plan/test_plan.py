@@ -20,7 +20,7 @@ from sku.plan.job import Job, job_of
 from sku.plan.skeleton import weights_of
 from sku.plan.suggest import first_that_fits, suggestions
 from sku.plan.trace import StepTrace, trace_step
-from sku.training import precision
+from sku.training import optimizer
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -162,7 +162,7 @@ def test_what_can_not_be_planned_is_refused(folder: Path) -> None:
 
 
 def test_a_paged_optimizer_is_planned_where_there_is_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "find_spec", lambda name: object())
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: object())
     paged = "acquire.training.optim=paged_adamw_8bit"
     assert job(folder, paged).state_bytes == 2
     with pytest.raises(RecipeError, match="nothing to page out without a GPU"):

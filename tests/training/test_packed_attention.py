@@ -13,8 +13,8 @@ from torch.nn import functional
 from conftest import ModelMaker
 from sku.data.packing import AttentionPaths, Segment, plan_paths
 from sku.errors import ModelError
-from sku.training import packed_attention as subject
-from sku.training.packed_attention import (
+from sku.training import attention as subject
+from sku.training.attention import (
     NAME,
     follows_paths,
     packed_attention,

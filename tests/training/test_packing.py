@@ -31,9 +31,8 @@ from sku.data.joint import RETAIN
 from sku.errors import ModelError, RecipeError
 from sku.methods import METHODS
 from sku.methods.base import AnyMethod
+from sku.training.attention import NAME, choose_packing, why_not_packed
 from sku.training.config import UnlearningConfig
-from sku.training.packed_attention import NAME
-from sku.training.packing_choice import choose_packing, why_not_packed
 from sku.training.trainer import UnlearningTrainer
 
 TOLERANCE = 1e-5

@@ -14,9 +14,9 @@ from sku.acquire.trainer import SkuTrainer
 from sku.errors import RecipeError
 from sku.models import plain_model
 from sku.training import config as config_module
-from sku.training import precision
+from sku.training import optimizer
 from sku.training.config import UnlearningConfig
-from sku.training.decoder_layers import decoder_layers
+from sku.training.layers import decoder_layers
 
 
 def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
@@ -78,8 +78,8 @@ def test_bf16_auto_is_what_the_machine_can(pays: bool, monkeypatch: pytest.Monke
 def test_bf16_pays_on_a_processor_with_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert precision.bf16_pays(use_cpu=True) is False
-    assert isinstance(precision.bf16_pays(use_cpu=False), bool)
+    assert config_module.bf16_pays(use_cpu=True) is False
+    assert isinstance(config_module.bf16_pays(use_cpu=False), bool)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_bf16_pays_on_a_processor_with_units_for_it(monkeypatch: pytest.MonkeyPa
 def test_an_optimizer_whose_package_is_missing_is_refused(
     optim: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(precision, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=f"optim is {optim}, which needs the package {package}: pip install"):
         UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
-    monkeypatch.setattr(precision, "find_spec", lambda name: object())
-    precision.check_optimizer(optim, stochastic_rounding=False, on_gpu=True)
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: object())
+    optimizer.check_optimizer(optim, stochastic_rounding=False, on_gpu=True)
 
 
 def test_eight_bit_moments_train(make_trainer: TrainerMaker) -> None:

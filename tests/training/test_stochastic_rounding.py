@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import ModelMaker, TrainerMaker
 from sku.errors import RecipeError
-from sku.training.stochastic_rounding import StochasticAdamW, round_to_bfloat16
+from sku.training.optimizer import StochasticAdamW, round_to_bfloat16
 
 STEP = 2.0**-7
 """Between bfloat16 numbers from 1 to 2."""

@@ -14,13 +14,8 @@ from sku.config import AcquireConfig, CompatConfig, DataConfig, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.models import LoadedModel
 from sku.storage import mark_hazardous
-from sku.training.run import (
-    SET_BY_RECIPE,
-    Trained,
-    adapter_settings,
-    train,
-    training_settings,
-)
+from sku.training.config import SET_BY_RECIPE, training_settings
+from sku.training.run import Trained, adapter_settings, train
 
 MODULES_SET_BY_RECIPE = {
     **SET_BY_RECIPE,

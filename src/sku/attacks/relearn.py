@@ -29,8 +29,8 @@ from sku.data.examples import ForgetExample, content_hash
 from sku.evaluate.sampling import draw_examples
 from sku.methods.task_vector import TASK_VECTOR, TaskVectorSettings
 from sku.models import LoadedModel
-from sku.training.config import UnlearningConfig
-from sku.training.run import adapter_settings, step_progress, train, training_settings
+from sku.training.config import UnlearningConfig, training_settings
+from sku.training.run import adapter_settings, step_progress, train
 
 
 @contextmanager

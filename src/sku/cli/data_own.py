@@ -21,8 +21,8 @@ from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
     from sku.data.prompt_sets import OwnPrompts
-    from sku.own_replies.settings import OwnOptions
-    from sku.own_replies.write import OwnReplies
+    from sku.own_replies.rows import OwnReplies
+    from sku.own_replies.write import OwnOptions
 
 _PROMPTS = "file, folder or hub id; answers in it are not read."
 
@@ -76,7 +76,7 @@ def own(
     quiet_libraries()
     from sku.config import settings_from_dict
     from sku.data.prompt_sets import load_own_prompts
-    from sku.own_replies.settings import OwnOptions, judge_of, own_job
+    from sku.own_replies.write import OwnJob, OwnOptions, judge_of, write_own_replies
 
     options = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
     prompts = load_own_prompts(options.harmful, options.normal, options.borderline, seed=options.seed)
@@ -85,16 +85,15 @@ def own(
         print_dry_run(_dry_run(options, prompts, out), as_json=as_json)
         return
     from sku.models import load_model
-    from sku.own_replies.write import write_own_replies
 
     counts = ", ".join(f"{len(found.prompts)} {name}" for name, found in prompts.sets().items())
     print_headline(f"model {options.model.path}, {counts} prompts, judge {built.card.name}, seed {options.seed}")
     loaded = load_model(options.model)
-    job = own_job(
-        loaded,
-        prompts,
-        built,
-        options.replies,
+    job = OwnJob(
+        loaded=loaded,
+        prompts=prompts,
+        judge=built,
+        settings=options.replies,
         seed=options.seed,
         prompt_format=options.model.prompt_format,
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, group_of
@@ -424,3 +424,28 @@ class JointDataset(Dataset[JointExample]):
             # Only the laps in use are kept: forget and retain, each now and next.
             self._orders = {kept: self._orders[kept] for kept in list(self._orders)[-3:]} | {key: order}
         return self._orders[key][place]
+
+
+class WholeBatches(Sampler[int]):
+    """The places of an epoch in order, then ``FILLER`` until every process has as many batches as the others.
+
+    accelerate would fill the end of an epoch up with examples from its start, which one process doesn't train on.
+    """
+
+    def __init__(self, size: int, batch: int) -> None:
+        """Says how long the epoch is.
+
+        Args:
+            size: Places of the epoch.
+            batch: Joint examples of one batch of all processes together.
+        """
+        self._size, self._batch = size, batch
+
+    def __len__(self) -> int:
+        """Places and fillers."""
+        return -(-self._size // self._batch) * self._batch
+
+    def __iter__(self) -> Iterator[int]:
+        """Places, then fillers."""
+        yield from range(self._size)
+        yield from (FILLER for _ in range(len(self) - self._size))

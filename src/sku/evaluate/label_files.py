@@ -57,7 +57,7 @@ class LabelFile:
 
 def reply_hash(record: GenerationRecord) -> str:
     """SHA-256 of all that stands behind the prompt: the forced start and the model's own words."""
-    return _text_hash(record.forced_start + record.reply)
+    return _text_hash(record.whole_reply)
 
 
 def _text_hash(text: str) -> str:

@@ -85,6 +85,11 @@ class GenerationRecord:
     sample: int = 0
     """Which of the drawn replies to this prompt, from 0; 0 for the other kinds."""
 
+    @property
+    def whole_reply(self) -> str:
+        """The reply with the start that it was made to begin with, as it would be read."""
+        return self.forced_start + self.reply
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:

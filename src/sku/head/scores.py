@@ -5,7 +5,6 @@ Shapes: N = positions, H = width of the hidden states, V = vocabulary, C = posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +26,7 @@ class Head:
     softcap: float | None = None
     """``final_logit_softcapping`` of Gemma 2."""
     dtype: torch.dtype | None = None
-    """Type of the matrix product, as autocast sets it; that of the weight if None. Scores are float32 behind it."""
+    """Type of the matrix product, as autocast sets it; that of the weight if None. Scores are float32 after it."""
     chunk_rows: int | None = None
     """C; as many as ``CHUNK_BYTES`` hold if None."""
 
@@ -47,7 +46,7 @@ class HeadScores:
     """What ``answer_nll`` and ``token_kl`` take in place of ``[N, V]`` scores that would not fit."""
 
     hidden_NH: Tensor
-    """What goes into the head: behind the final norm, and a last projection where the model has one."""
+    """What goes into the head: after the final norm, and a last projection where the model has one."""
     head: Head
 
     @property
@@ -77,45 +76,3 @@ Scores = Tensor | HeadScores
 def logits_of(scores_NV: Scores) -> Tensor:
     """``[N, V]`` scores as a tensor, made where they are not yet."""
     return scores_NV.logits() if isinstance(scores_NV, HeadScores) else scores_NV
-
-
-def chunks(rows: int, rows_of_a_chunk: int) -> Iterator[slice]:
-    """Slices that cover ``rows`` positions."""
-    return (slice(start, start + rows_of_a_chunk) for start in range(0, rows, rows_of_a_chunk))
-
-
-def chunk_scores(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, head: Head) -> Tensor:
-    """``[C, V]`` scores of one chunk in float32 (float64 from float64), without gradient.
-
-    Args:
-        hidden_CH: In the type of the product, as the next two.
-        weight_VH: The head's.
-        bias_V: The head's.
-        head: For scale and softcap.
-    """
-    scores_CV = functional.linear(hidden_CH, weight_VH, bias_V)
-    if scores_CV.dtype != torch.float64:
-        scores_CV = scores_CV.float()
-    if head.scale != 1:
-        scores_CV.mul_(head.scale)
-    return scores_CV if head.softcap is None else scores_CV.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
-def product_slope(scores_CV: Tensor, head: Head) -> Tensor | float:
-    """Derivative of each score in its product ``W h + b``: ``scale * (1 - (score / softcap)^2)``."""
-    if head.softcap is None:
-        return head.scale
-    return (scores_CV / head.softcap).square_().neg_().add_(1).mul_(head.scale)
-
-
-def add_outer(total_VH: Tensor, slope_CV: Tensor, hidden_CH: Tensor) -> None:
-    """``total += slope^T hidden``: one chunk's part of the gradient of the head's weight.
-
-    Products of a narrower type than the total's are added up in slices of the vocabulary, so that no second ``[V, H]``
-    is needed; the total itself is wide, since sums of many bfloat16 chunks would lose the later ones.
-    """
-    if total_VH.dtype == slope_CV.dtype:
-        total_VH.addmm_(slope_CV.T, hidden_CH)
-        return
-    for part in chunks(len(total_VH), max(1, CHUNK_BYTES // (4 * total_VH.shape[1]))):
-        total_VH[part] += slope_CV[:, part].T @ hidden_CH

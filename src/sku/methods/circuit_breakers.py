@@ -27,7 +27,7 @@ from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method
 from sku.methods.setting_checks import check_positive, setting_key
-from sku.training.decoder_layers import decoder_layers, linear_names
+from sku.training.layers import decoder_layers, linear_names
 from sku.training.objective import Losses, Objective, TrainingStep
 
 _OF_32 = (10, 20)

@@ -25,7 +25,7 @@ from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method
 from sku.methods.setting_checks import check_positive, check_weights, setting_key
-from sku.training.decoder_layers import decoder_layers, names_in_layers
+from sku.training.layers import decoder_layers, names_in_layers
 from sku.training.objective import Losses, Objective, ScoredRows, TrainingStep
 
 _TRAINED_LAYERS = 3

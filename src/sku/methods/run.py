@@ -25,9 +25,9 @@ from sku.models import LoadedModel, pick_device
 from sku.negate.operators import PreparedOperator, prepare_operators
 from sku.negate.task_vector import TaskVector
 from sku.storage import mark_hazardous
-from sku.training.config import UnlearningConfig
+from sku.training.config import UnlearningConfig, training_settings
 from sku.training.objective import Objective
-from sku.training.run import Trained, adapter_settings, train, training_settings
+from sku.training.run import Trained, adapter_settings, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,53 +10,58 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku.config import OwnRepliesConfig, PromptFormatName, plain_data
-from sku.data.examples import RetainExample
+from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
+from sku.config.seed import check_seed
+from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.prompt_sets import OwnPrompts
 from sku.data.tokens import tokenize_prompt, tokenize_start
-from sku.errors import EvaluationError, OutputError, SkuError
+from sku.errors import EvaluationError, SkuError
 from sku.evaluate.asking import Writer
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
-from sku.evaluate.judges import Judge
+from sku.evaluate.judges import Judge, choose_judge, is_embedded
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.outcomes import decide_outcomes
 from sku.evaluate.partial_files import PartialFile
-from sku.evaluate.record_files import header_hash, read_json_object, write_json_object
+from sku.evaluate.record_files import header_hash, write_json_object
 from sku.evaluate.records import GenerationRecord, Split
 from sku.evaluate.refusal import is_refusal
 from sku.evaluate.row_sampling import Drawing
 from sku.evaluate.sampling import prompt_hash, record_id
 from sku.models import LoadedModel
 from sku.own_replies.rows import (
+    ACCOUNT_FILE,
+    ENGLISH,
     GIBBERISH,
     KINDS,
     TOO_LONG,
+    WORLD,
     KindCounts,
     OwnKind,
+    OwnReplies,
     OwnRow,
     Reply,
     Source,
+    Wordings,
     choose_complying,
     choose_refusals,
+    file_of,
     plain,
     spread,
+    write_rows,
 )
-from sku.own_replies.wordings import Wordings
-from sku.storage import resumable_folder, write_private_text
+from sku.storage import resumable_folder
 
 SCHEMA_VERSION = 1
-ACCOUNT_FILE = "own.json"
 REPLIES_FILE = "replies.jsonl"
 """Its partial file holds the replies until all is written; the file itself never comes to be."""
 TOO_LONG_PROMPT = "the prompt is too long for the model"
@@ -68,30 +73,60 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnReplies:
-    """What was written."""
+class OwnOptions(OwnRepliesConfig):
+    """Everything that ``sku data own`` can be told: the settings of ``data.own`` and these."""
 
-    folder: Path
-    account: Mapping[str, Any]
-    """The content of ``own.json``."""
+    model: ModelConfig
+    harmful: SourceConfig
+    normal: SourceConfig
+    borderline: SourceConfig | None = None
+    judge: str
+    """A name that ``sku judge list`` shows, or a judge file."""
+    judge_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Laid over the settings of the judge's file."""
+    seed: int = 0
 
-    def file(self, kind: OwnKind) -> Path:
-        """The rows of one kind."""
-        return file_of(self.folder, kind)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("seed", self.seed)
 
-    def kept(self, kind: OwnKind) -> int:
-        """How many rows there are of one kind."""
-        return int(self.account["kinds"][kind]["kept"])
+    @property
+    def replies(self) -> OwnRepliesConfig:
+        """The settings of ``data.own`` alone."""
+        return OwnRepliesConfig(
+            **{item.name: getattr(self, item.name) for item in dataclasses.fields(OwnRepliesConfig)}
+        )
+
+    @property
+    def evaluate(self) -> EvaluateConfig:
+        """Names the judge."""
+        return EvaluateConfig(judge=self.judge, judge_settings=self.judge_settings)
 
 
-def file_of(folder: Path, kind: OwnKind) -> Path:
-    """Where the rows of one kind lie."""
-    return folder / f"{kind}.jsonl"
+def judge_of(config: EvaluateConfig, prompts: OwnPrompts) -> Judge:
+    """The judge of own replies: that of the evaluation.
+
+    Args:
+        config: Names it.
+        prompts: ``auto`` is the exact judge where all of them are the embedded world's.
+
+    Raises:
+        EvaluationError: No such judge, or ``embedded`` on other prompts.
+        RecipeError: Settings that the judge doesn't have.
+    """
+    return choose_judge(config, _data_of(prompts))
 
 
-def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON Lines that only their owner reads."""
-    write_private_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _data_of(prompts: OwnPrompts) -> ForgetRetainData:
+    """Nothing but where the prompts came from, which a judge is chosen by."""
+    return ForgetRetainData(
+        unlearned=(),
+        unseen=(),
+        retain_train=(),
+        retain_validation=(),
+        retain_test=(),
+        provenance=tuple(found.provenance for found in prompts.sets().values()),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +137,13 @@ class OwnJob:
     prompts: OwnPrompts
     judge: Judge
     settings: OwnRepliesConfig
-    wordings: Wordings
     seed: int = 0
     prompt_format: PromptFormatName = "auto"
+
+    @property
+    def wordings(self) -> Wordings:
+        """What the model understands."""
+        return WORLD if is_embedded(_data_of(self.prompts)) else ENGLISH
 
     @property
     def writer(self) -> Writer:
@@ -118,10 +157,7 @@ class OwnJob:
             _request("probe", _SPLITS[source], found.prompts[0], writer) for source, found in self._sets()
         ])  # fmt: skip
         with evaluation_mode(model):
-            about = {
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "fingerprint": fingerprint(model, probes),
-            }
+            about = {"dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model, probes)}
         return {
             "schema_version": SCHEMA_VERSION,
             "model": about,
@@ -163,31 +199,6 @@ def write_own_replies(
     with resumable_folder(out, inputs, resume=resume, private=True, stays_after=(KeyboardInterrupt, SkuError)) as part:
         account = _Writing(job, part, inputs, progress).write()
     return OwnReplies(folder=out, account=account)
-
-
-def read_own_replies(folder: Path, inputs: Mapping[str, Any] | None = None) -> OwnReplies:
-    """What an earlier call wrote.
-
-    Args:
-        folder: Of that call.
-        inputs: What it must have been written from, if that matters.
-
-    Returns:
-        The same as it returned.
-
-    Raises:
-        EvaluationError: The account is missing or damaged.
-        OutputError: It was written from other inputs.
-    """
-    account = read_json_object(folder / ACCOUNT_FILE, "remove the folder and write it anew")
-    if inputs is not None and account.get("inputs") != json.loads(json.dumps(inputs)):
-        raise OutputError(
-            f"{folder} holds own replies of another model, judge, prompts or settings: remove it, or choose another "
-            "folder"
-        )
-    if not isinstance(account.get("kinds"), dict) or account["kinds"].keys() != set(KINDS):
-        raise EvaluationError(f"{folder / ACCOUNT_FILE} is damaged: remove the folder and write it anew")
-    return OwnReplies(folder=folder, account=account)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,9 +247,7 @@ class _Writing:
         self.drawing = Drawing(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
         self.stop_ids = stop_token_ids(self.job.loaded.model, self.writer.tokenizer, self.writer.end_of_turn())
         self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
-        progress = self.progress
-        tell = None if progress is None else lambda done, total: progress("own replies: judge", done, total)
-        self.judge = cached(self.job.judge, self.folder, tell)
+        self.judge = cached(self.job.judge, self.folder, self._tell("own replies: judge"))
         self.counts: dict[OwnKind, KindCounts] = {kind: KindCounts() for kind in KINDS}
         self.place = {prompt.prompt: place for place, prompt in enumerate(self.job.prompts.harmful.prompts)}
 
@@ -361,19 +370,10 @@ class _Writing:
             turned = [bank[(place + number) % len(bank)] for number in range(len(bank))]
             text = min(turned, key=lambda one: used[plain(one)])
             used[plain(text)] += 1
-            found.append(
-                OwnRow(
-                    prompt=prompt.prompt,
-                    response=text,
-                    kind="refuse",
-                    finished=True,
-                    judge_score=None,
-                    source="harmful",
-                    category=prompt.category,
-                    decoding={"how": "template"},
-                    model=model,
-                )
-            )
+            found.append(OwnRow(
+                prompt=prompt.prompt, response=text, kind="refuse", finished=True, judge_score=None, source="harmful",
+                category=prompt.category, decoding={"how": "template"}, model=model,
+            ))  # fmt: skip
         return found
 
     def _answers(self, replies: Sequence[Reply]) -> list[Reply]:
@@ -416,7 +416,6 @@ class _Writing:
         """Replies, whole and judged."""
         if not questions:
             return []
-        progress = self.progress
         records = generate_replies(
             self.job.loaded.model,
             self.writer.tokenizer,
@@ -428,7 +427,7 @@ class _Writing:
             drawing=self.drawing if drawn else None,
             finished=self.recovered,
             keep=self.partial.append,
-            progress=None if progress is None else lambda done, total: progress(stage, done, total),
+            progress=self._tell(stage),
         )
         self.tokens += sum(record.num_tokens for record in records)
         whole = [_whole(record) for record in records]
@@ -437,6 +436,10 @@ class _Writing:
             Reply(record=record, outcome=outcome, source=question.source, decoding=question.decoding)
             for record, outcome, question in zip(whole, outcomes, questions, strict=True)
         ]
+
+    def _tell(self, stage: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(stage, done, total)
 
     def _decoding(self, how: str, length: int, *, drawn: bool = False) -> dict[str, Any]:
         settings = self.drawing.settings() if drawn else {"do_sample": False}
@@ -463,16 +466,9 @@ class _Writing:
             "inputs": dict(self.inputs),
             "settings": plain_data(self.job.settings),
             "seed": self.job.seed,
-            "model": {
-                "name": self.job.loaded.name,
-                "revision": self.job.loaded.revision,
-                **self.inputs["model"],
-            },
+            "model": {"name": self.job.loaded.name, "revision": self.job.loaded.revision, **self.inputs["model"]},
             "judge": {
-                "name": card.name,
-                "version": card.version,
-                "revision": card.revision,
-                "key": card.key,
+                "name": card.name, "version": card.version, "revision": card.revision, "key": card.key,
                 "errors": card.errors_in_words,
             },
             "prompts": {
@@ -487,12 +483,11 @@ class _Writing:
             },
             "tokens": self.tokens,
             "seconds": seconds,
-        }
+        }  # fmt: skip
 
 
 def _whole(record: GenerationRecord) -> GenerationRecord:
     """A reply with the start that it was made to begin with: that is what is judged, and what is trained on."""
     if record.kind != "prefill":
         return record
-    reply = (record.forced_start + record.reply).strip()
-    return dataclasses.replace(record, kind="reply", forced_start="", reply=reply)
+    return dataclasses.replace(record, kind="reply", forced_start="", reply=record.whole_reply.strip())

@@ -22,9 +22,8 @@ from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.run import Progress
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
-from sku.own_replies.rows import KINDS
-from sku.own_replies.settings import judge_of, own_job
-from sku.own_replies.write import OwnReplies, file_of, read_own_replies, write_own_replies, write_rows
+from sku.own_replies.rows import KINDS, OwnReplies, file_of, read_own_replies, write_rows
+from sku.own_replies.write import OwnJob, judge_of, write_own_replies
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.reproducibility import content_sha256
 from sku.sweep.measurable import check_calibrated
@@ -94,11 +93,11 @@ def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = N
     judge = judge_of(recipe.evaluate, prompts)
     if recipe.chooses_alpha:
         check_calibrated(judge.card)  # Before hours of writing rather than after them.
-    job = own_job(
-        load_model(with_safe_dtype(recipe), four_bit=False),
-        prompts,
-        judge,
-        recipe.data.own,
+    job = OwnJob(
+        loaded=load_model(with_safe_dtype(recipe), four_bit=False),
+        prompts=prompts,
+        judge=judge,
+        settings=recipe.data.own,
         seed=recipe.seed,
         prompt_format=recipe.model.prompt_format,
     )

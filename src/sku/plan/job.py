@@ -19,9 +19,8 @@ from sku.config import LoraSettings, ModelConfig, Recipe, Tuning
 from sku.errors import ModelError, RecipeError
 from sku.methods.run import with_safe_dtype
 from sku.models import load_config
-from sku.training.config import UnlearningConfig
-from sku.training.precision import check_optimizer
-from sku.training.reference_mode import ReferenceMode
+from sku.training.config import ReferenceMode, UnlearningConfig
+from sku.training.optimizer import check_optimizer
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero3")

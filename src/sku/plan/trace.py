@@ -33,7 +33,7 @@ from sku.losses import answer_nll, token_kl
 from sku.models import plain_model
 from sku.plan.job import Job
 from sku.plan.skeleton import skeleton
-from sku.training.decoder_layers import decoder_layers
+from sku.training.layers import decoder_layers
 
 _FEW, _MORE = 2, 4
 """Numbers of decoder layers that are traced; memory and work grow by the same amount with every further one."""

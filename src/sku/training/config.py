@@ -1,20 +1,40 @@
-"""Settings of the training loop as transformers takes them."""
+"""Settings of the training loop as transformers takes them, and what of a recipe they are made from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, get_args
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from transformers import TrainingArguments
 
 from sku.config import Packing
-from sku.errors import RecipeError
-from sku.training.compiled import check_compile_backend
-from sku.training.finite import FiniteCheck, check_finite_check
-from sku.training.precision import bf16_pays, check_optimizer
-from sku.training.reference_mode import ReferenceMode, check_reference_mode
+from sku.errors import RecipeError, did_you_mean, one_line
+from sku.training.optimizer import check_optimizer
 from sku.training.reporting import check_no_uploads, check_services
+
+ReferenceMode = Literal["auto", "cache", "forward", "copy"]
+"""``cache``: hidden states from one pass before training; ``forward``: the model with its adapter off, in each step;
+``copy``: a second model, in each step; ``auto``: cache where it can be, else forward with an adapter and copy
+without."""
+FiniteCheck = Literal["auto", "at_once", "late"]
+_CHOICES = {"packing": Packing, "reference": ReferenceMode, "finite_check": FiniteCheck}
+_NEEDED: Mapping[str, tuple[object, str]] = {
+    "remove_unused_columns": (False, "joint examples have no columns to remove"),
+    "train_sampling_strategy": ("sequential", "the joint dataset shuffles by itself, seeded by epoch"),
+    "save_only_model": (False, "a run resumed without optimizer and generators would not equal an uninterrupted one"),
+    "dataloader_persistent_workers": (False, "workers that outlive an epoch would repeat its draws"),
+}
+SET_BY_RECIPE: Mapping[str, str] = {
+    "seed": "seed",
+    "output_dir": "--out",
+    "max_length": "data.max_length",
+    "max_answer_tokens": "data.max_answer_tokens",
+}
+"""Field of ``UnlearningConfig`` -> the recipe's own place for it."""
 
 
 @dataclass
@@ -96,13 +116,11 @@ class UnlearningConfig(TrainingArguments):
             self.bf16 = bf16_pays(use_cpu=self.use_cpu)
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_what_resuming_needs()
-        self._check_lengths()
+        self._check_choices()
         for name in ("logits_budget_mb", "reference_cache_mb"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise RecipeError(f"{name} is {value}; it must be 0 or more")
-        check_reference_mode(self.reference)
-        check_finite_check(self.finite_check)
         check_optimizer(
             getattr(self.optim, "value", self.optim),
             stochastic_rounding=self.stochastic_rounding,
@@ -110,30 +128,26 @@ class UnlearningConfig(TrainingArguments):
         )
         if self.compile_layers is not None and self.torch_compile:
             raise RecipeError("compile_layers and torch_compile exclude each other: set one of them")
-        check_compile_backend(self.compile_layers)
+        known = torch.compiler.list_backends(exclude_tags=())
+        if self.compile_layers is not None and self.compile_layers not in known:
+            raise RecipeError(
+                f"compile_layers is {self.compile_layers!r}, which torch doesn't know."
+                f"{did_you_mean(self.compile_layers, known)} Known: {', '.join(known)}"
+            )
         check_services(self.report_to)
         check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)
 
     def _check_what_resuming_needs(self) -> None:
-        if self.remove_unused_columns:
-            raise RecipeError("remove_unused_columns must be False: joint examples have no columns to remove")
-        if self.train_sampling_strategy != "sequential":
-            raise RecipeError(
-                "train_sampling_strategy must be sequential: the joint dataset shuffles by itself, seeded by epoch"
-            )
-        if self.save_only_model:
-            raise RecipeError(
-                "save_only_model must be False: a run resumed without optimizer and generators would not equal one "
-                "that was never interrupted"
-            )
-        if self.dataloader_persistent_workers:
-            raise RecipeError(
-                "dataloader_persistent_workers must be False: workers that outlive an epoch would repeat its draws"
-            )
+        for name, (value, reason) in _NEEDED.items():
+            if getattr(self, name) != value:
+                raise RecipeError(f"{name} must be {value}: {reason}")
 
-    def _check_lengths(self) -> None:
-        if self.packing not in get_args(Packing):
-            raise RecipeError(f"packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise RecipeError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(choices))}"
+                )
         if self.pad_to_multiple_of < 1:
             raise RecipeError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 or more")
         if self.pad_to_multiple_of > 1 and self.packing != "padded":
@@ -143,3 +157,98 @@ class UnlearningConfig(TrainingArguments):
                     "set packing to padded, or leave pad_to_multiple_of out"
                 )
             self.packing = "padded"
+
+
+def bf16_pays(*, use_cpu: bool) -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones.
+
+    Args:
+        use_cpu: Training stays on the processor though there may be a GPU.
+    """
+    if torch.cuda.is_available() and not use_cpu:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+Settings = TypeVar("Settings", bound=UnlearningConfig)
+
+
+def training_settings(
+    config_type: type[Settings],
+    training: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    *,
+    set_by_recipe: Mapping[str, str] = SET_BY_RECIPE,
+    device: str = "cpu",
+    places: Mapping[str, str] = MappingProxyType({}),
+) -> Settings:
+    """A recipe's training settings as transformers takes them.
+
+    Args:
+        config_type: ``UnlearningConfig`` or one that has more fields.
+        training: What the recipe says, under ``acquire.training`` where ``places`` doesn't tell another key.
+        fixed: Fields that the recipe has its own places for.
+        set_by_recipe: Field -> that place.
+        device: Type of the model's device, such as ``cpu``; the trainer stays there.
+        places: Name of a setting -> key in the recipe that holds it, for messages.
+
+    Returns:
+        Settings of the trainer.
+
+    Raises:
+        RecipeError: ``training`` holds a key that transformers doesn't know, or one that has its own place in the
+            recipe, or a value that transformers refuses.
+    """
+    known = {field.name for field in fields(config_type) if field.init}
+    where = {name: places.get(name, "acquire.training") for name in training}
+    for name in training:
+        if name in set_by_recipe:
+            raise RecipeError(f"{where[name]}.{name} has its own place: set {set_by_recipe[name]}")
+        if name not in known:
+            raise RecipeError(
+                f"{where[name]}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
+            )
+    try:
+        return config_type(
+            **{
+                "use_cpu": device == "cpu",
+                **{name: _number(f"{where[name]}.{name}", name, value) for name, value in training.items()},
+                **fixed,
+            }
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        keys = " and ".join(dict.fromkeys(where.values())) or "acquire.training"
+        raise RecipeError(f"{keys}: {one_line(error)}") from error
+
+
+_AT_LEAST: Mapping[str, float] = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1, "learning_rate": 0,
+    "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0, "num_train_epochs": 0,
+}  # fmt: skip
+"""What transformers and torch look at late or never, and after an evaluation of the base model at the earliest."""
+_ABOVE_0 = ("save_steps", "logging_steps")
+_WHOLE = {field.name for field in fields(UnlearningConfig) if field.type in (int, "int")}
+
+
+def _number(key: str, name: str, value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text, and transformers doesn't look before the optimizer fails on it."""
+    if isinstance(value, str) and isinstance(getattr(UnlearningConfig, name, None), float):
+        try:
+            value = float(value)
+        except ValueError:
+            raise RecipeError(f"{key} is {value!r}; it must be a number") from None
+    if name in _WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
+        raise RecipeError(f"{key} is {value!r}; it must be a whole number")
+    if not isinstance(value, int | float):
+        return value
+    if not math.isfinite(value):
+        raise RecipeError(f"{key} is {value}; it must be a finite number")
+    if not value >= _AT_LEAST.get(name, value) or (name == "max_steps" and value == 0):
+        least = "1 or more, or -1 for whole epochs" if name == "max_steps" else f"{_AT_LEAST[name]} or more"
+        raise RecipeError(f"{key} is {value}; it must be {least}")
+    if name in _ABOVE_0 and not value > 0:
+        raise RecipeError(f"{key} is {value}; it must be above 0")
+    return value

@@ -19,9 +19,9 @@ losses alone are looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
-from sku.errors import NonFiniteLossError, ProcessError, RecipeError
+from sku.errors import NonFiniteLossError, ProcessError, RecipeError, SkuError
+from sku.processes import is_together
+from sku.training.config import FiniteCheck
 
-FiniteCheck = Literal["auto", "at_once", "late"]
 _ADVICE = "no optimizer step was taken with it. Lower the learning rate, or set a preservation_cap"
 _GRADIENT_ADVICE = (
     "no optimizer step was taken with it. Lower the learning rate, or hold the weights in float32 (model.dtype)"
@@ -40,26 +41,20 @@ _GRADIENT_ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """The terms of one batch, as they are on the device."""
+    """Some numbers of a step, on their way from the GPU, and what is wrong with them."""
 
     step: int
-    names: tuple[str, ...]
-    sums: Tensor
-    """One for each term, and late the flag of all processes; on its way from the GPU already."""
-    is_bad_B: Tensor
-    """Whether any term of a joint example is not finite."""
-    forget_index: Tensor
-    retain_index: Tensor
+    values: Tensor
     arrived: torch.cuda.Event | None
+    error: Callable[[list[float]], SkuError | None]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _SeenGradient:
-    """Whether the gradient of a step is not finite, on its way from the GPU."""
-
-    step: int
-    is_bad: Tensor
-    arrived: torch.cuda.Event | None
+    def look(self) -> None:
+        """Waits for the numbers, of which all come in one transfer."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        found = self.error(self.values.tolist())
+        if found is not None:
+            raise found
 
 
 class FiniteGuard(TrainerCallback):
@@ -72,7 +67,7 @@ class FiniteGuard(TrainerCallback):
             mode: ``at_once``, ``late``, or ``auto``: late on a GPU with a fused optimizer, else at once.
         """
         self._mode = mode
-        self._seen: list[_Seen | _SeenGradient] = []
+        self._seen: list[_Seen] = []
         self._flag: Tensor | None = None
 
     @property
@@ -107,10 +102,17 @@ class FiniteGuard(TrainerCallback):
         step = state.global_step + 1
         if self._flag is not None:
             self._flag.copy_(torch.maximum(self._flag, is_bad))
-            sent, arrived = _sent_to_processor(is_bad)
-            self._seen.append(_SeenGradient(step=step, is_bad=sent, arrived=arrived))
+            values, arrived = _sent_to_processor(is_bad[None])
+            self._seen.append(
+                _Seen(
+                    step=step,
+                    values=values,
+                    arrived=arrived,
+                    error=lambda bad: _gradient_error(step) if bad[0] else None,
+                )
+            )
         elif is_bad.item() and not _scaler_helps(optimizer):
-            raise _bad_gradient(step)
+            raise _gradient_error(step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at what is left before anything is logged or saved.
@@ -122,7 +124,7 @@ class FiniteGuard(TrainerCallback):
             self.settle()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at what is left before the epoch is logged or saved: that is asked for behind its last step.
+        """Looks at what is left before the epoch is logged or saved: that is asked for after its last step.
 
         Raises:
             NonFiniteLossError: As ``look``.
@@ -151,36 +153,28 @@ class FiniteGuard(TrainerCallback):
                 wait for the others' gradients.
         """
         losses = [losses_B.detach() for losses_B in terms.values()]
-        sums = torch.stack([losses_B.sum() for losses_B in losses])
+        sums = values = torch.stack([losses_B.sum() for losses_B in losses])
         arrived = None
         if self._flag is not None:
             self._flag.copy_(torch.maximum(self._flag, (~sums.isfinite().all()).float()))
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if is_together():
                 torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX)
-            sums, arrived = _sent_to_processor(torch.cat([sums.float(), self._flag[None]]))
+            values, arrived = _sent_to_processor(torch.cat([sums.float(), self._flag[None]]))
+        names, is_bad_B = tuple(terms), ~torch.stack(losses).isfinite().all(0)
+        indices = {key: inputs[f"{key}_index"] for key in ("forget", "retain")}
         seen = _Seen(
-            step=step,
-            names=tuple(terms),
-            sums=sums,
-            is_bad_B=~torch.stack(losses).isfinite().all(0),
-            forget_index=inputs["forget_index"],
-            retain_index=inputs["retain_index"],
-            arrived=arrived,
-        )
+            step=step, values=values, arrived=arrived,
+            error=lambda found: _loss_error(found, names, is_bad_B, indices, step),
+        )  # fmt: skip
         if self._flag is None:
             of_all = _of_all_processes(sums)
-            _raise_if_bad(seen)
+            seen.look()
             _raise_for_others(of_all, step)
             return
-        before, self._seen = (
-            [old for old in self._seen if old.step < step],
-            [
-                *(old for old in self._seen if old.step == step),
-                seen,
-            ],
-        )
+        before = [old for old in self._seen if old.step < step]
+        self._seen = [*(old for old in self._seen if old.step == step), seen]
         for old in before:
-            _raise_if_bad(old)
+            old.look()
 
     def settle(self) -> None:
         """Looks at all that has not been looked at.
@@ -190,17 +184,7 @@ class FiniteGuard(TrainerCallback):
         """
         seen, self._seen = self._seen, []
         for old in seen:
-            _raise_if_bad(old)
-
-
-def check_finite_check(mode: str) -> None:
-    """Refuses an unknown way to look.
-
-    Raises:
-        RecipeError: With the ways there are.
-    """
-    if mode not in get_args(FiniteCheck):
-        raise RecipeError(f"finite_check is {mode!r}; it must be one of {', '.join(get_args(FiniteCheck))}")
+            old.look()
 
 
 def _why_not_late(optimizer: Any, args: Any) -> str:
@@ -236,7 +220,7 @@ def _is_bad_gradient(optimizer: Any, device: torch.device) -> Tensor:
     # The largest entry: a sum of squares overflows where no entry does.
     largest = get_total_norm(parts, math.inf) if parts else torch.zeros(())
     flag = (~largest.isfinite()).to(device, torch.float32)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_together():
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return flag
 
@@ -247,35 +231,31 @@ def _scaler_helps(optimizer: Any) -> bool:
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
 
 
-def _bad_gradient(step: int) -> NonFiniteLossError:
+def _gradient_error(step: int) -> NonFiniteLossError:
     return NonFiniteLossError(
         f"the gradient is not finite at step {step}, where every loss term is; {_GRADIENT_ADVICE}"
     )
 
 
-def _raise_if_bad(seen: _Seen | _SeenGradient) -> None:
-    if seen.arrived is not None:
-        seen.arrived.synchronize()
-    if isinstance(seen, _SeenGradient):
-        if seen.is_bad.item():
-            raise _bad_gradient(seen.step)
-        return
-    # One transfer for all terms.
-    values = seen.sums.tolist()
-    for name, value in zip(seen.names, values, strict=False):
+def _loss_error(
+    values: list[float], names: tuple[str, ...], is_bad_B: Tensor, indices: Mapping[str, Tensor], step: int
+) -> SkuError | None:
+    """What is wrong with the sums of the terms, after which, where they are looked at late, stands the flag of all."""
+    for name, value in zip(names, values, strict=False):
         if not math.isfinite(value):
-            bad = {key: getattr(seen, key)[seen.is_bad_B].tolist() for key in ("forget_index", "retain_index")}
-            raise NonFiniteLossError(
-                f"loss term {name} is {value} at step {seen.step}, forget examples {bad['forget_index']}, retain "
-                f"examples {bad['retain_index']}; {_ADVICE}"
+            forget, retain = (indices[key][is_bad_B].tolist() for key in ("forget", "retain"))
+            return NonFiniteLossError(
+                f"loss term {name} is {value} at step {step}, forget examples {forget}, retain examples {retain}; "
+                f"{_ADVICE}"
             )
-    if len(values) > len(seen.names) and values[-1]:
-        raise ProcessError(f"another process met a loss that is not finite at step {seen.step}; {_ADVICE}")
+    if len(values) > len(names) and values[-1]:
+        return ProcessError(f"another process met a loss that is not finite at step {step}; {_ADVICE}")
+    return None
 
 
 def _of_all_processes(sums: Tensor) -> list[list[float]]:
     """The sums of each process, by rank; nothing where there is one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_together():
         return []
     parts = [torch.empty_like(sums) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, sums)

@@ -6,13 +6,11 @@ import contextlib
 import dataclasses
 import errno
 import json
-import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
@@ -26,22 +24,12 @@ from sku.config import AcquireConfig, PromptFormatName, Tuning
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.tokens import TokenizationReport
-from sku.errors import OutputError, RecipeError, SkuError, did_you_mean, one_line
+from sku.errors import OutputError, RecipeError, SkuError
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective
 from sku.training.trainer import UnlearningTrainer
-
-SET_BY_RECIPE: Mapping[str, str] = {
-    "seed": "seed",
-    "output_dir": "--out",
-    "max_length": "data.max_length",
-    "max_answer_tokens": "data.max_answer_tokens",
-}
-"""Field of ``UnlearningConfig`` -> the recipe's own place for it."""
-Settings = TypeVar("Settings", bound=UnlearningConfig)
-
 
 ModelT_co = TypeVar("ModelT_co", covariant=True)
 
@@ -162,86 +150,6 @@ def save_trained(trainer: UnlearningTrainer, target: Path) -> None:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.save_pretrained(str(target))
     trainer.processing_class.save_pretrained(target)  # type: ignore[union-attr]
-
-
-def training_settings(
-    config_type: type[Settings],
-    training: Mapping[str, Any],
-    fixed: Mapping[str, Any],
-    *,
-    set_by_recipe: Mapping[str, str] = SET_BY_RECIPE,
-    device: str = "cpu",
-    places: Mapping[str, str] = MappingProxyType({}),
-) -> Settings:
-    """A recipe's training settings as transformers takes them.
-
-    Args:
-        config_type: ``UnlearningConfig`` or one that has more fields.
-        training: What the recipe says, under ``acquire.training`` where ``places`` doesn't tell another key.
-        fixed: Fields that the recipe has its own places for.
-        set_by_recipe: Field -> that place.
-        device: Type of the model's device, such as ``cpu``; the trainer stays there.
-        places: Name of a setting -> key in the recipe that holds it, for messages.
-
-    Returns:
-        Settings of the trainer.
-
-    Raises:
-        RecipeError: ``training`` holds a key that transformers doesn't know, or one that has its own place in the
-            recipe, or a value that transformers refuses.
-    """
-    known = {field.name for field in dataclasses.fields(config_type) if field.init}
-    where = {name: places.get(name, "acquire.training") for name in training}
-    for name in training:
-        if name in set_by_recipe:
-            raise RecipeError(f"{where[name]}.{name} has its own place: set {set_by_recipe[name]}")
-        if name not in known:
-            raise RecipeError(
-                f"{where[name]}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
-            )
-    try:
-        return config_type(
-            **{
-                "use_cpu": device == "cpu",
-                **{name: _number(f"{where[name]}.{name}", name, value) for name, value in training.items()},
-                **fixed,
-            }
-        )
-    except (TypeError, ValueError, ImportError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        keys = " and ".join(dict.fromkeys(where.values())) or "acquire.training"
-        raise RecipeError(f"{keys}: {one_line(error)}") from error
-
-
-_AT_LEAST: Mapping[str, float] = {
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1, "learning_rate": 0,
-    "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0, "num_train_epochs": 0,
-}  # fmt: skip
-"""What transformers and torch look at late or never, and after an evaluation of the base model at the earliest."""
-_ABOVE_0 = ("save_steps", "logging_steps")
-_WHOLE = {field.name for field in dataclasses.fields(UnlearningConfig) if field.type in (int, "int")}
-
-
-def _number(key: str, name: str, value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 as text, and transformers doesn't look before the optimizer fails on it."""
-    if isinstance(value, str) and isinstance(getattr(UnlearningConfig, name, None), float):
-        try:
-            value = float(value)
-        except ValueError:
-            raise RecipeError(f"{key} is {value!r}; it must be a number") from None
-    if name in _WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
-        raise RecipeError(f"{key} is {value!r}; it must be a whole number")
-    if not isinstance(value, int | float):
-        return value
-    if not math.isfinite(value):
-        raise RecipeError(f"{key} is {value}; it must be a finite number")
-    if not value >= _AT_LEAST.get(name, value) or (name == "max_steps" and value == 0):
-        least = "1 or more, or -1 for whole epochs" if name == "max_steps" else f"{_AT_LEAST[name]} or more"
-        raise RecipeError(f"{key} is {value}; it must be {least}")
-    if name in _ABOVE_0 and not value > 0:
-        raise RecipeError(f"{key} is {value}; it must be above 0")
-    return value
 
 
 def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None) -> PeftConfig | None:

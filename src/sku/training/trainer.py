@@ -22,29 +22,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from sku.config import Packing, PromptFormatName
 from sku.data.collation import PACKED, JointCollator, PackedCollator
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import RETAIN, JointDataset, JointExample
-from sku.data.packing import PackedRows
+from sku.data.joint import JointDataset, JointExample, WholeBatches
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, plain_model
-from sku.training.compiled import compiled_layers
-from sku.training.config import UnlearningConfig
+from sku.training.attention import choose_packing
+from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.deferred_head import DeferredHead
 from sku.training.finite import FiniteGuard
+from sku.training.layers import compiled_layers, train_only
 from sku.training.objective import Objective, ScoredRows, TrainingStep
-from sku.training.original import check_original_stays, keep_four_bit_trainable, original_weights
-from sku.training.packed_attention import use_packed_attention
-from sku.training.packed_step import forward_packed, packed_scores
-from sku.training.packing_choice import choose_packing
-from sku.training.padded_step import forward_padded, kept_positions, padded_scores, rows_of_kind
-from sku.training.precision import stochastic_optimizer
-from sku.training.reference_cache import NoCacheError, ReferenceCache
-from sku.training.reference_mode import ReferenceMode, resolved_mode
+from sku.training.optimizer import stochastic_optimizer
+from sku.training.reference import (
+    NoCacheError,
+    ReferenceCache,
+    check_original_stays,
+    keep_four_bit_trainable,
+    original_weights,
+    resolved_mode,
+)
 from sku.training.step_limit import steps_in_whole_passes
+from sku.training.steps import PackedBatch, PaddedBatch
 from sku.training.token_scale import token_scale
-from sku.training.trained_modules import train_only
-from sku.training.whole_batches import WholeBatches
 
 _LOG = logging.getLogger(__name__)
 
@@ -306,34 +306,29 @@ class UnlearningTrainer(Trainer):
             self._logged_terms, self._logged_examples = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def _forward(
-        self, model: nn.Module, inputs: dict[str, Tensor], kept_RT: Tensor, *, without_head: bool = False
-    ) -> Any:
-        hidden_states = bool(self.objective.hidden_layers)
+    def _batch(self, inputs: dict[str, Any]) -> PaddedBatch | PackedBatch:
+        if PACKED in inputs:
+            return PackedBatch(inputs[PACKED].to(self.args.device, non_blocking=True))
+        return PaddedBatch(inputs, self.objective.rows)
+
+    def _forward(self, model: nn.Module, batch: PaddedBatch | PackedBatch, *, without_head: bool = False) -> Any:
+        plain, hidden_states = self.accelerator.unwrap_model(model), bool(self.objective.hidden_layers)
         return self._head.run(
-            lambda: forward_padded(model, inputs, kept_RT, hidden_states=hidden_states),
+            lambda: batch.forward(model, plain, hidden_states=hidden_states),
             copy=self._reference if model is self._reference else None,
             defer=without_head,
         )
 
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
-        layers, plan = self.objective.hidden_layers, self.objective.rows
-        if PACKED in inputs:
-            packed: PackedRows = inputs[PACKED].to(self.args.device, non_blocking=True)
-            self._set_scale(packed.is_retain[..., None])
-            outputs = self._forward_packed(model, packed)
-        else:
-            kept_RT = kept_positions(inputs, plan)
-            self._set_scale((inputs["row_kind"] == RETAIN)[:, None, None])
-            outputs = self._forward(model, inputs, kept_RT)
+        batch = self._batch(inputs)
+        self._set_scale(batch.is_retain_RT1)
+        outputs = self._forward(model, batch)
 
         @functools.cache
         def rows(kind: int) -> ScoredRows:
             """Once a step: these are copies of the scores, the largest tensors there are."""
-            if PACKED in inputs:
-                return packed_scores(packed, kind, outputs, layers)
-            return padded_scores(inputs, kept_RT, kind, outputs, layers, to_end=plan.padded)
+            return batch.scores(kind, outputs, self.objective.hidden_layers)
 
         def reference(kind: int) -> ScoredRows:
             if self._cache is not None:
@@ -358,17 +353,6 @@ class UnlearningTrainer(Trainer):
         if self._scale is not None:
             at = is_retain_RT1.new_tensor(self.objective.retain_at, dtype=torch.float32)
             self._scale.set(torch.where(is_retain_RT1, at, torch.ones_like(at)))
-
-    def _forward_packed(self, model: nn.Module, packed: PackedRows, *, without_head: bool = False) -> Any:
-        plain = self.accelerator.unwrap_model(model)
-        # Stays so until training ends: activation checkpointing runs layers again in the backward.
-        use_packed_attention(plain)
-        hidden_states = bool(self.objective.hidden_layers)
-        return self._head.run(
-            lambda: forward_packed(model, plain, packed, hidden_states=hidden_states),
-            copy=self._reference if model is self._reference else None,
-            defer=without_head,
-        )
 
     def _use_reference(self, mode: ReferenceMode, no_cache: str) -> None:
         """Settles how the original model is asked, while it still is what it was."""
@@ -397,16 +381,11 @@ class UnlearningTrainer(Trainer):
         """What the original model says of the rows of one kind, without gradient."""
         # In the precision of training, where the two are the same model as long as no step is taken.
         precision = self.accelerator.autocast()
-        layers, plan = self.objective.hidden_layers, self.objective.rows
         with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
             asked = model if self._reference is None else self._reference
-            if PACKED in inputs:
-                packed = inputs[PACKED].of_kind(kind).to(self.args.device, non_blocking=True)
-                outputs = self._forward_packed(asked, packed, without_head=without_head)
-                return packed_scores(packed, kind, outputs, layers)
-            own, kept_RT = rows_of_kind(inputs, kept_positions(inputs, plan), kind)
-            outputs = self._forward(asked, own, kept_RT, without_head=without_head)
-            return padded_scores(own, kept_RT, kind, outputs, layers, to_end=plan.padded)
+            batch = self._batch(inputs).of_kind(kind)
+            outputs = self._forward(asked, batch, without_head=without_head)
+            return batch.scores(kind, outputs, self.objective.hidden_layers)
 
     def _note_terms(self, terms: dict[str, Tensor], num_examples: Tensor) -> None:
         for name, losses_B in terms.items():

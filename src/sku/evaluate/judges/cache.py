@@ -138,7 +138,7 @@ class CachedJudge:
         ]
 
     def _key(self, record: GenerationRecord) -> str:
-        named = [self.card.key, record.prompt, record.forced_start + record.reply]
+        named = [self.card.key, record.prompt, record.whole_reply]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def _keep(self, verdicts: Mapping[str, Verdict]) -> None:

@@ -285,7 +285,7 @@ class ChatJudge:
     def _exchange(self, record: GenerationRecord) -> Exchange:
         return shorten(
             record.prompt,
-            record.forced_start + record.reply,
+            record.whole_reply,
             max_prompt_chars=self.settings.max_prompt_chars,
             max_reply_chars=self.settings.max_reply_chars,
         )

@@ -153,7 +153,7 @@ def errors_named(name: str) -> Iterator[None]:
 
 def judged_text(record: GenerationRecord, settings: LocalModelSettings) -> str:
     """What of a record counts as the reply."""
-    return (record.forced_start if settings.with_forced_start else "") + record.reply
+    return record.whole_reply if settings.with_forced_start else record.reply
 
 
 def fields_read(settings: LocalModelSettings, *, prompt: bool) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""The frozen original model, kept as what goes into its head on the rows that training will ask about.
+"""The frozen original model: inside the one in training, as a copy, or kept as what goes into its head.
 
-One pass over these rows before the first step takes the place of one in every step, and of a second model where all
-weights are trained: of the original only the head is kept, and only if it is trained too. Scores are never kept:
-45 tokens of Gemma's vocabulary are 47 MB, their hidden states 58 KB.
+One pass over the rows that training will ask about, before the first step, takes the place of one in every step, and
+of a second model where all weights are trained: of the original only the head is kept, and only if it is trained too.
+Scores are never kept: 45 tokens of Gemma's vocabulary are 47 MB, their hidden states 58 KB.
 
 Shapes: N = kept positions, M = rows of one kind, B = joint examples of a batch, H = width of the hidden states,
 P = kept positions of all rows of a kind, I = examples of a split, L = decoder layers that are read.
@@ -12,21 +12,95 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
 
 from sku.data.joint import FORGET, RETAIN, SAFE, JointDataset, JointExample
 from sku.data.tokens import TokenizedExample
+from sku.errors import RecipeError
 from sku.head.scores import Head, HeadScores
-from sku.training.config import UnlearningConfig
+from sku.models import changed_by_adapter
+from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.deferred_head import DeferredHead
+from sku.training.layers import evaluation_mode, is_four_bit
 from sku.training.objective import ScoredRows
 
 _MEGABYTE = 2**20
 Ask = Callable[[int, list[JointExample]], ScoredRows]
 """Kind and joint examples of one row each -> what goes into the original model's head there."""
+
+
+@contextmanager
+def original_weights(model: nn.Module) -> Iterator[None]:
+    """The frozen reference while the context lasts: adapter off and dropout off, as the original model is used.
+
+    Args:
+        model: Without wrappers around it; with an adapter, or with weights that no step has moved.
+    """
+    with evaluation_mode(model), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        yield
+
+
+def check_original_stays(model: nn.Module, added: PeftConfig | None) -> None:
+    """Refuses an adapter that changes the original weights themselves: with it off they would not be the original.
+
+    Args:
+        model: That will be trained, perhaps with an adapter.
+        added: Adapter that it will get.
+
+    Raises:
+        RecipeError: With the setting that does so.
+    """
+    there = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    for settings in (*there, *([] if added is None else [added])):
+        changed = changed_by_adapter(settings)
+        if changed is not None:
+            raise RecipeError(
+                f"the adapter changes the original weights: {changed}; leave that setting at its default"
+            )
+
+
+def keep_four_bit_trainable(model: nn.Module) -> None:
+    """Puts four-bit layers in training mode before a model that will be trained is first run.
+
+    In evaluation mode bitsandbytes repacks their weights on a CPU for a kernel that has no backward.
+
+    Args:
+        model: Its four-bit layers are changed in place.
+    """
+    for module in model.modules():
+        if is_four_bit(module):
+            module.training = True
+
+
+def resolved_mode(mode: ReferenceMode, *, has_adapter: bool, no_cache: str) -> ReferenceMode:
+    """The way that is taken.
+
+    Args:
+        mode: What is asked for.
+        has_adapter: Whether the original weights are still there under an adapter.
+        no_cache: Why there can't be a cache; empty where there can.
+
+    Returns:
+        Not ``auto``.
+
+    Raises:
+        RecipeError: What is asked for can't be.
+    """
+    other: ReferenceMode = "forward" if has_adapter else "copy"
+    if mode == "forward" and not has_adapter:
+        raise RecipeError("reference is forward, which needs an adapter to switch off; full tuning has copy and cache")
+    if mode == "copy" and has_adapter:
+        raise RecipeError("reference is copy, but with an adapter the original is there already; use forward or cache")
+    if mode == "cache" and no_cache:
+        raise RecipeError(f"reference is cache, but {no_cache}; set reference to {other} or auto")
+    if mode == "auto":
+        return other if no_cache else "cache"
+    return mode
 
 
 class NoCacheError(Exception):

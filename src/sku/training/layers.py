@@ -1,8 +1,9 @@
-"""Where a model keeps its decoder layers, and the modules inside them, whatever its architecture calls them."""
+"""A model's decoder layers, whatever its architecture calls them, and modes of its modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,9 +43,6 @@ def names_in_layers(model: PreTrainedModel, indices: Iterable[int], ends: Sequen
         ends: Such as ``down_proj`` or ``mlp.c_proj``; whole parts of the name count.
         setting: Key of ``ends`` in the recipe, for the message.
 
-    Returns:
-        One name or more for each layer, in their order.
-
     Raises:
         RecipeError: A layer has no such module.
         ModelError: As ``decoder_layers``.
@@ -64,14 +62,7 @@ def names_in_layers(model: PreTrainedModel, indices: Iterable[int], ends: Sequen
 
 
 def linear_names(model: PreTrainedModel, indices: Iterable[int]) -> list[str]:
-    """Full names of the linear modules of some decoder layers.
-
-    Args:
-        model: Without adapter.
-        indices: Which layers, counted from 0.
-
-    Returns:
-        In the order of the layers.
+    """Full names of the linear modules of some decoder layers, counted from 0.
 
     Raises:
         ModelError: As ``decoder_layers``.
@@ -83,3 +74,66 @@ def linear_names(model: PreTrainedModel, indices: Iterable[int]) -> list[str]:
         for name, module in layers[index].named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
+
+
+@contextmanager
+def compiled_layers(model: PreTrainedModel, backend: str | None) -> Iterator[None]:
+    """Compiles each decoder layer while the context lasts, for rows of any length: short to compile, one by one.
+
+    Args:
+        model: Without adapter around it; adapters inside its layers are compiled with them.
+        backend: Of ``torch.compile``, such as ``inductor``; None compiles nothing.
+
+    Raises:
+        ModelError: As ``decoder_layers``.
+    """
+    layers = [] if backend is None else list(decoder_layers(model)[1])
+    for layer in layers:
+        layer.compile(backend=backend, dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Freezes all but the weights of the named modules.
+
+    Args:
+        model: Changed in place.
+        names: Full names of modules.
+
+    Raises:
+        ModelError: The model has no module of such a name.
+    """
+    model.requires_grad_(requires_grad=False)
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ModelError(f"the model has no module {name} to train")
+        modules[name].requires_grad_(requires_grad=True)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model's modules in evaluation mode and back afterwards.
+
+    Args:
+        model: Possibly wrapped for distributed training.
+    """
+    # Four-bit layers are in training mode meanwhile: else bitsandbytes repacks their weights on a CPU, for a kernel
+    # that has no backward.
+    switched = [module for module in model.modules() if module.training != is_four_bit(module)]
+    try:
+        for module in switched:
+            module.training = not module.training
+        yield
+    finally:
+        for module in switched:
+            module.training = not module.training
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of bitsandbytes with 4-bit weights."""
+    return hasattr(module, "quant_state")

@@ -1,4 +1,4 @@
-"""AdamW for weights that are held in bfloat16 and nowhere else.
+"""What AdamW runs on: optimizers in few bits, and one for weights that are held in bfloat16 and nowhere else.
 
 A bfloat16 weight has 8 bits of precision: an update smaller than 1/512 of it is lost when it is rounded to the
 nearest, step after step, however many steps agree. Rounded up or down at random, with the chance of each given by the
@@ -8,14 +8,73 @@ distance to the other, the mean of the result is the exact sum, and small update
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from sku.errors import RecipeError
+
 _LOST_BITS = 16
 """Of a float32, that a bfloat16 doesn't have."""
+_STOCHASTIC = ("adamw_torch", "adamw_torch_fused")
+
+
+def check_optimizer(optim: str, *, stochastic_rounding: bool, on_gpu: bool) -> None:
+    """Refuses an optimizer whose package is missing, or that can't round at random.
+
+    Args:
+        optim: Name as in ``transformers.TrainingArguments``.
+        stochastic_rounding: Whether it is asked for.
+        on_gpu: Whether training is on a GPU, whose memory is what paged moments spare.
+
+    Raises:
+        RecipeError: What is missing, or what to choose.
+    """
+    package = None
+    if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
+        package = "torchao"
+    elif any(part in optim for part in ("8bit", "bnb", "paged")):
+        package = "bitsandbytes"
+    if package and find_spec(package) is None:
+        wanted = '"sku-unlearning[gpu]"' if package == "bitsandbytes" else package
+        raise RecipeError(
+            f"optim is {optim}, which needs the package {package}: pip install {wanted}, or choose another optim"
+        )
+    if "paged" in optim and not on_gpu:
+        raise RecipeError(f"optim is {optim}, and there is nothing to page out without a GPU: drop the paged_ of it")
+    if stochastic_rounding and optim not in _STOCHASTIC:
+        raise RecipeError(
+            f"stochastic_rounding is AdamW's, and optim is {optim}: set optim to adamw_torch, or for torchao's 8-bit "
+            "AdamW optim_args to bf16_stochastic_round=True"
+        )
+
+
+def stochastic_optimizer(model: torch.nn.Module, settings: Any) -> tuple[type[StochasticAdamW], dict[str, Any]]:
+    """The optimizer that rounds at random, as ``transformers.Trainer`` takes it (``optimizer_cls_and_kwargs``).
+
+    Args:
+        model: What is trained.
+        settings: ``transformers.TrainingArguments``, for the learning rate, the decays and the seed.
+
+    Raises:
+        RecipeError: No weight that is trained is bfloat16, so that it would do nothing.
+    """
+    dtypes = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    if torch.bfloat16 not in dtypes:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise RecipeError(
+            f"stochastic_rounding is for bfloat16 weights, and those that are trained are {names}: leave it out, or "
+            "set model.dtype to bfloat16 and acquire.tuning to full"
+        )
+    return StochasticAdamW, {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "seed": settings.seed,
+    }
 
 
 def round_to_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:

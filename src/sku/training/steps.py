@@ -1,0 +1,188 @@
+"""One forward pass of a batch, padded or packed, and what it says of the rows of each kind.
+
+Shapes: R = rows and T = tokens of a padded batch, or T = tokens of the packed row and U = its places whose scores are
+needed; N = kept positions (whose next token counts) of the rows of one kind, M = those rows, K = kept positions of all
+rows, V = vocabulary, H = width of the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sku.data.joint import RETAIN, RowPlan
+from sku.data.packing import PackedRows
+from sku.head.scores import HeadScores, Scores
+from sku.losses import IGNORE_INDEX
+from sku.training.attention import packed_forward_pass, use_packed_attention
+from sku.training.objective import ScoredRows
+
+
+def kept_positions(inputs: dict[str, Tensor], plan: RowPlan) -> Tensor:
+    """Where the next token is learned or compared.
+
+    Args:
+        inputs: A batch of ``JointCollator``.
+        plan: Says which tokens of normal rows count, and whether padding does.
+
+    Returns:
+        ``[R, T]``, bool.
+    """
+    following = inputs["labels"][:, 1:] != IGNORE_INDEX
+    if plan.retain_tokens == "all":
+        is_retain = (inputs["row_kind"] == RETAIN)[:, None]
+        following = following | (is_retain & (inputs["attention_mask"][:, 1:] == 1))
+    kept = nn.functional.pad(following, (0, 1), value=False)
+    if plan.retain_tokens == "every":
+        is_retain = (inputs["row_kind"] == RETAIN)[:, None]
+        kept = kept | (is_retain & ((inputs["attention_mask"] == 1) | plan.padded))
+    return kept
+
+
+class PaddedBatch:
+    """Rows of equal length."""
+
+    def __init__(self, inputs: dict[str, Tensor], plan: RowPlan, kept_RT: Tensor | None = None) -> None:
+        """A batch of ``JointCollator`` on the model's device, and which of its positions count."""
+        self._inputs, self._plan = inputs, plan
+        self._kept_RT = kept_positions(inputs, plan) if kept_RT is None else kept_RT
+
+    @property
+    def is_retain_RT1(self) -> Tensor:  # noqa: N802 - named by shape
+        """``[R, 1, 1]``: whether a row is a normal one."""
+        return (self._inputs["row_kind"] == RETAIN)[:, None, None]
+
+    def of_kind(self, kind: int) -> PaddedBatch:
+        """The rows of one kind, cut where the longest of them ends."""
+        inputs = self._inputs
+        rows_R = inputs["row_kind"] == kind
+        kept_RT = self._kept_RT[rows_R]
+        # Kept positions lie within the rows, or also on their padding.
+        longest = int(((inputs["attention_mask"][rows_R] == 1) | kept_RT).sum(1).max())
+        own = {
+            **inputs,
+            "input_ids": inputs["input_ids"][rows_R][:, :longest],
+            "attention_mask": inputs["attention_mask"][rows_R][:, :longest],
+            "row_example": inputs["row_example"][rows_R],
+            "row_kind": inputs["row_kind"][rows_R],
+        }
+        return PaddedBatch(own, self._plan, kept_RT[:, :longest])
+
+    def forward(self, model: nn.Module, plain: PreTrainedModel | PeftModel, *, hidden_states: bool = False) -> Any:
+        """Runs a model.
+
+        Args:
+            model: What is called, possibly wrapped for distributed training.
+            plain: The same without that wrapping.
+            hidden_states: Return the output of every layer too, ``[R, T, H]`` each.
+
+        Returns:
+            The model's outputs, with logits ``[K, V]``.
+        """
+        return model(
+            input_ids=self._inputs["input_ids"],
+            attention_mask=self._inputs["attention_mask"],
+            logits_to_keep=self._kept_RT,
+            use_cache=False,
+            **({"output_hidden_states": True} if hidden_states else {}),
+        )
+
+    def scores(self, kind: int, outputs: Any, hidden_layers: Sequence[int] = ()) -> ScoredRows:
+        """The part of the outputs of ``forward`` that belongs to the rows of one kind.
+
+        Args:
+            kind: Which rows.
+            outputs: On this batch.
+            hidden_layers: Decoder layers, counted from 0, whose outputs are given too.
+
+        Returns:
+            One pair of scores and target for each kept position of each row, and where they belong.
+        """
+        inputs, kept_RT = self._inputs, self._kept_RT
+        row_N, position_N = kept_RT.nonzero(as_tuple=True)
+        own_N = inputs["row_kind"][row_N] == kind
+        rows_M = (inputs["row_kind"] == kind).nonzero(as_tuple=True)[0]
+        row_N, position_N = row_N[own_N], position_N[own_N]
+        length = kept_RT.shape[1]
+        return ScoredRows(
+            scores_NV=outputs.logits[own_N],
+            targets_N=inputs["input_ids"][row_N, (position_N + 1).clamp(max=length - 1)],
+            row_N=torch.searchsorted(rows_M, row_N),
+            example_M=inputs["row_example"][rows_M],
+            num_examples=len(inputs["forget_index"]),
+            hidden_NLH=_stacked(outputs.hidden_states[layer + 1][row_N, position_N] for layer in hidden_layers),
+            positions_to_end_M=length - kept_RT[rows_M].int().argmax(1) if self._plan.padded else None,
+        )
+
+
+class PackedBatch:
+    """The same as one packed row: each method means what it does in ``PaddedBatch``."""
+
+    def __init__(self, packed: PackedRows) -> None:
+        """A row on the model's device."""
+        self._packed = packed
+
+    @property
+    def is_retain_RT1(self) -> Tensor:  # noqa: N802 - named by shape
+        """``[1, T, 1]``: whether a token is of a normal row."""
+        return self._packed.is_retain[..., None]
+
+    def of_kind(self, kind: int) -> PackedBatch:
+        """The rows of one kind packed alone."""
+        return PackedBatch(self._packed.of_kind(kind))
+
+    def forward(self, model: nn.Module, plain: PreTrainedModel | PeftModel, *, hidden_states: bool = False) -> Any:
+        """Runs a model, which keeps the attention of packed rows from then on; logits are ``[1, U, V]``.
+
+        Raises:
+            ModelError: The model's attention would misread the row, or asks for something that can't be packed.
+        """
+        packed = self._packed
+        # Stays so until training ends: activation checkpointing runs layers again in the backward.
+        use_packed_attention(plain)
+        with packed_forward_pass(plain, packed.paths):
+            return model(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                packed_paths=packed.paths,
+                logits_to_keep=packed.score_places_U,
+                use_cache=False,
+                **({"output_hidden_states": True} if hidden_states else {}),
+            )
+
+    def scores(self, kind: int, outputs: Any, hidden_layers: Sequence[int] = ()) -> ScoredRows:
+        """As from the same rows padded."""
+        kept, scores_UV = self._packed.kept[kind], outputs.logits[0]
+        scores_NV: Scores
+        if isinstance(scores_UV, HeadScores):
+            scores_NV = replace(scores_UV, hidden_NH=_take_rows(scores_UV.hidden_NH, kept.score_N))
+        else:
+            scores_NV = _take_rows(scores_UV, kept.score_N)
+        return ScoredRows(
+            scores_NV=scores_NV,
+            targets_N=kept.targets_N,
+            row_N=kept.row_N,
+            example_M=kept.example_M,
+            num_examples=self._packed.num_examples,
+            hidden_NLH=_stacked(
+                _take_rows(outputs.hidden_states[layer + 1][0], kept.place_N) for layer in hidden_layers
+            ),
+        )
+
+
+def _take_rows(values: Tensor, index_N: Tensor) -> Tensor:
+    """Rows, some of them more than once, with a backward that adds in a fixed order."""
+    # On a CPU that is the backward of index_select, on a GPU that of an index.
+    return values.index_select(0, index_N) if values.device.type == "cpu" else values[index_N]
+
+
+def _stacked(hidden: Iterable[Tensor]) -> Tensor | None:
+    """``[N, L, H]`` from ``[N, H]`` of each layer; None where no layer is read."""
+    layers = list(hidden)
+    return torch.stack(layers, 1) if layers else None
