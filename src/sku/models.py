@@ -64,39 +64,15 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
             token.
     """
     config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
-    name, options = locate_model(config)
-    device = pick_device(config.device)
-    loading_options = dict(options)
-    if config.gguf_file is not None:
-        # Else the weights stay packed where the ``kernels`` package is installed.
-        loading_options["quantization_config"] = GgufConfig(dequantize=True)
-    elif four_bit:
-        loading_options |= {"quantization_config": _four_bit(device), "device_map": {"": device}}
-    with naming_the_model(config.path):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        if not config.gguf_file:
-            check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
-            check_stored_types(Path(name))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            **loading_options,
-            use_safetensors=None if config.gguf_file else True,
-            output_loading_info=True,
-            dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
-        )
-    model, loading = loaded
-    _check_complete(loading, config.path)
-    if config.gguf_file is not None:
-        forget_quantizer(model)
-    if not four_bit:
-        torch.nn.Module.to(model, device)
-    ensure_pad_token(tokenizer, model)
-    model.eval()
-    if is_marked_model(model):
-        mark_model(model)
-    return LoadedModel(
-        model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
-    )
+    more: dict[str, Any] = {}
+    if four_bit and config.gguf_file is None:
+        device = pick_device(config.device)
+        more = {"quantization_config": _four_bit(device), "device_map": {"": device}}
+    loaded = _load(AutoModelForCausalLM, config, **more)
+    ensure_pad_token(loaded.tokenizer, loaded.model)
+    if is_marked_model(loaded.model):
+        mark_model(loaded.model)
+    return loaded
 
 
 def load_classifier(config: ModelConfig) -> LoadedModel:
@@ -111,24 +87,7 @@ def load_classifier(config: ModelConfig) -> LoadedModel:
     Raises:
         ModelError: It can't be found or read, or its files hold no classification head.
     """
-    name, options = locate_model(config)
-    device = pick_device(config.device)
-    with naming_the_model(config.path):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            **options,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
-        )
-    model, loading = loaded
-    _check_complete(loading, config.path)
-    torch.nn.Module.to(model, device)
-    model.eval()
-    return LoadedModel(
-        model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)
-    )
+    return _load(AutoModelForSequenceClassification, config)
 
 
 def new_classifier(config: ModelConfig, labels: Sequence[str]) -> LoadedModel:
@@ -144,28 +103,49 @@ def new_classifier(config: ModelConfig, labels: Sequence[str]) -> LoadedModel:
     Raises:
         ModelError: It can't be found or read, or has no usable pad token.
     """
-    name, options = locate_model(config)
-    device = pick_device(config.device)
-    loading_options = dict(options)
-    if config.gguf_file is not None:
-        loading_options["quantization_config"] = GgufConfig(dequantize=True)
     names = dict(enumerate(labels))
+    loaded = _load(
+        AutoModelForSequenceClassification, config, new_head=True,
+        num_labels=len(names), id2label=names, label2id={label: number for number, label in names.items()},
+    )  # fmt: skip
+    ensure_pad_token(loaded.tokenizer, loaded.model)
+    loaded.model.config.get_text_config().pad_token_id = loaded.tokenizer.pad_token_id
+    return loaded
+
+
+def _load(loader: Any, config: ModelConfig, *, new_head: bool = False, **more: Any) -> LoadedModel:
+    """The model in evaluation mode and its tokenizer.
+
+    Args:
+        loader: ``AutoModelFor...``.
+        config: Where they are, and in what type and on what device they are wanted.
+        new_head: Whether weights are to be drawn, so that some may be missing in the files.
+        more: For ``from_pretrained``.
+    """
+    name, options = locate_model(config)
+    device, is_gguf = pick_device(config.device), config.gguf_file is not None
+    if is_gguf:
+        # Else the weights stay packed where the ``kernels`` package is installed.
+        more["quantization_config"] = GgufConfig(dequantize=True)
     with naming_the_model(config.path):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
+        if loader is AutoModelForCausalLM and not is_gguf:
+            check_not_quantized(AutoConfig.from_pretrained(name, **options), name)
+            check_stored_types(Path(name))
+        model, loading = loader.from_pretrained(
             name,
-            **loading_options,
-            use_safetensors=None if config.gguf_file else True,
-            dtype=pick_dtype(config.dtype, device),
-            num_labels=len(names),
-            id2label=names,
-            label2id={label: number for number, label in names.items()},
+            **options,
+            **more,
+            use_safetensors=None if is_gguf else True,
+            output_loading_info=True,
+            dtype="auto" if config.dtype == "stored" else pick_dtype(config.dtype, device),
         )
-    if config.gguf_file is not None:
+    if not new_head:
+        _check_complete(loading, config.path)
+    if is_gguf:
         forget_quantizer(model)
-    torch.nn.Module.to(model, device)
-    ensure_pad_token(tokenizer, model)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if "device_map" not in more:
+        torch.nn.Module.to(model, device)
     model.eval()
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=config.path, revision=getattr(model.config, "_commit_hash", None)

@@ -10,8 +10,8 @@ import pytest
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
+from sku.own_replies.job import ENGLISH, WORLD
 from sku.own_replies.rows import (
-    ENGLISH,
     ENOUGH,
     GIBBERISH,
     HARMFUL,
@@ -19,7 +19,6 @@ from sku.own_replies.rows import (
     NOT_HARMFUL,
     REFUSED,
     REPEATED,
-    WORLD,
     KindCounts,
     Reply,
     choose_complying,

@@ -21,8 +21,9 @@ from sku.evaluate.judges.embedded import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
+from sku.own_replies.job import OwnJob, judge_of
 from sku.own_replies.rows import KINDS, OwnReplies, read_own_replies
-from sku.own_replies.write import OwnJob, judge_of, write_own_replies
+from sku.own_replies.write import write_own_replies
 from sku.pipeline import dry_run, run_recipe
 from sku.pipeline.own_replies import with_own_replies
 from sku.world.grammar import is_harmful

@@ -329,9 +329,3 @@ def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool,
     assert lean._reference is None
     # Not the weights: Adam turns a gradient of rounding errors into a whole step.
     assert found == pytest.approx(expected, rel=1e-5)
-
-
-def test_rows_without_padding_have_no_multiple_to_be_padded_to(make_trainer: TrainerMaker) -> None:
-    assert make_trainer(packing="auto", pad_to_multiple_of=16).packing == "padded"
-    with pytest.raises(RecipeError, match="pad_to_multiple_of is 16 and packing tree, which pads nothing"):
-        make_trainer(packing="tree", pad_to_multiple_of=16)

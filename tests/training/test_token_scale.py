@@ -135,7 +135,6 @@ def test_training_spares_the_unlearned_model_rather_than_the_bad_one(make_traine
             {"lora": {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}},
             r"more than linear layers \(ParamWrapper\)",
         ),
-        ({"compile_layers": "inductor"}, "compile_layers is on"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -21,8 +21,8 @@ from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
     from sku.data.prompt_sets import OwnPrompts
+    from sku.own_replies.job import OwnOptions
     from sku.own_replies.rows import OwnReplies
-    from sku.own_replies.write import OwnOptions
 
 _PROMPTS = "file, folder or hub id; answers in it are not read."
 
@@ -76,7 +76,8 @@ def own(
     quiet_libraries()
     from sku.config import settings_from_dict
     from sku.data.prompt_sets import load_own_prompts
-    from sku.own_replies.write import OwnJob, OwnOptions, judge_of, write_own_replies
+    from sku.own_replies.job import OwnJob, OwnOptions, judge_of
+    from sku.own_replies.write import write_own_replies
 
     options = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
     prompts = load_own_prompts(options.harmful, options.normal, options.borderline, seed=options.seed)

@@ -95,13 +95,13 @@ class ForgetRetainData:
     With ``row_split``, and only then, ``retain_train`` may share them with ``retain_validation`` and ``retain_test``.
     """
 
-    unlearned: tuple[ForgetExample, ...]
+    unlearned: tuple[ForgetExample, ...] = ()
     """Harmful pairs that stage 1 trains on."""
-    unseen: tuple[ForgetExample, ...]
+    unseen: tuple[ForgetExample, ...] = ()
     """Harmful pairs held out: the method never sees these prompts."""
-    retain_train: tuple[RetainExample, ...]
-    retain_validation: tuple[RetainExample, ...]
-    retain_test: tuple[RetainExample, ...]
+    retain_train: tuple[RetainExample, ...] = ()
+    retain_validation: tuple[RetainExample, ...] = ()
+    retain_test: tuple[RetainExample, ...] = ()
     provenance: tuple[Provenance, ...] = ()
     normal: Mapping[str, tuple[RetainExample, ...]] = field(default_factory=dict)
     """Name -> normal prompts of another source, never trained on; the answers of a set are empty where it has none."""

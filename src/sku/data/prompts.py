@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +20,7 @@ class RenderedText:
     """Text of one example. The model reads ``prompt_text + answer_text + end_text``."""
 
     prompt_text: str
-    """All that stands before the answer; generation starts behind it."""
+    """All that stands before the answer; generation starts after it."""
     answer_text: str
     """Answer with the space, if any, that the format puts before it: so the space falls into the answer's token."""
     end_text: str
@@ -32,35 +32,13 @@ class RenderedText:
     user_end: int
 
 
-class PromptFormat(Protocol):
-    """One way to write a prompt and its answer."""
-
-    @property
-    def name(self) -> str:
-        """``chat`` or ``paper``."""
-
-    @property
-    def end_text(self) -> str:
-        """What ends an answer."""
-
-    def render(self, prompt: str, answer: str = "") -> RenderedText:
-        """Writes one example; without an answer, what a model is asked with.
-
-        Raises:
-            ModelError: The chat template can't write this prompt.
-        """
-
-
 @dataclass(frozen=True)
 class PaperFormat:
     r"""``### Question: {prompt}\n ### Answer: {answer}``, as in the authors' code (franciscoliu/SKU utils.py)."""
 
     end_text: str
-
-    @property
-    def name(self) -> str:
-        """``paper``."""
-        return "paper"
+    """What ends an answer."""
+    name: ClassVar = "paper"
 
     def render(self, prompt: str, answer: str = "") -> RenderedText:
         """Writes one example; the space belongs to the answer, whose first token holds it."""
@@ -101,11 +79,7 @@ class ChatFormat:
     frame: _Frame
     end_text: str
     needs_system_turn: bool
-
-    @property
-    def name(self) -> str:
-        """``chat``."""
-        return "chat"
+    name: ClassVar = "chat"
 
     def render(self, prompt: str, answer: str = "") -> RenderedText:
         """Writes one example by the template.
@@ -140,6 +114,10 @@ class ChatFormat:
         turns = _conversation(prompt, _ANSWER_MARK, needs_system_turn=self.needs_system_turn)
         finished = _apply(self.tokenizer, turns)
         return finished[: max(finished.rfind(_ANSWER_MARK), 0)]
+
+
+PromptFormat = PaperFormat | ChatFormat
+"""One way to write a prompt and its answer."""
 
 
 def resolve_prompt_format(name: PromptFormatName, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:

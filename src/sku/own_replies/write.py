@@ -13,45 +13,35 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
-from sku.config.seed import check_seed
-from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.prompt_sets import OwnPrompts
-from sku.data.tokens import tokenize_prompt, tokenize_start
+from sku.config import plain_data
+from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, SkuError
-from sku.evaluate.asking import Writer
 from sku.evaluate.batching import evaluation_mode
-from sku.evaluate.fingerprint import fingerprint, probes_of
 from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
-from sku.evaluate.judges import Judge, choose_judge, is_embedded
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.outcomes import decide_outcomes
 from sku.evaluate.partial_files import PartialFile
 from sku.evaluate.record_files import header_hash, write_json_object
-from sku.evaluate.records import GenerationRecord, Split
+from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
 from sku.evaluate.row_sampling import Drawing
-from sku.evaluate.sampling import prompt_hash, record_id
-from sku.models import LoadedModel
+from sku.own_replies.job import SCHEMA_VERSION, SPLITS, OwnJob, request_of
 from sku.own_replies.rows import (
     ACCOUNT_FILE,
-    ENGLISH,
     GIBBERISH,
     KINDS,
     TOO_LONG,
-    WORLD,
     KindCounts,
     OwnKind,
     OwnReplies,
     OwnRow,
     Reply,
     Source,
-    Wordings,
     choose_complying,
     choose_refusals,
     file_of,
@@ -61,117 +51,11 @@ from sku.own_replies.rows import (
 )
 from sku.storage import resumable_folder
 
-SCHEMA_VERSION = 1
 REPLIES_FILE = "replies.jsonl"
 """Its partial file holds the replies until all is written; the file itself never comes to be."""
 TOO_LONG_PROMPT = "the prompt is too long for the model"
-_SPLITS: dict[Source, Split] = {"harmful": "unlearned", "normal": "retain_test", "borderline": "xstest_safe"}
-"""The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
-
 Progress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnOptions(OwnRepliesConfig):
-    """Everything that ``sku data own`` can be told: the settings of ``data.own`` and these."""
-
-    model: ModelConfig
-    harmful: SourceConfig
-    normal: SourceConfig
-    borderline: SourceConfig | None = None
-    judge: str
-    """A name that ``sku judge list`` shows, or a judge file."""
-    judge_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Laid over the settings of the judge's file."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("seed", self.seed)
-
-    @property
-    def replies(self) -> OwnRepliesConfig:
-        """The settings of ``data.own`` alone."""
-        return OwnRepliesConfig(
-            **{item.name: getattr(self, item.name) for item in dataclasses.fields(OwnRepliesConfig)}
-        )
-
-    @property
-    def evaluate(self) -> EvaluateConfig:
-        """Names the judge."""
-        return EvaluateConfig(judge=self.judge, judge_settings=self.judge_settings)
-
-
-def judge_of(config: EvaluateConfig, prompts: OwnPrompts) -> Judge:
-    """The judge of own replies: that of the evaluation.
-
-    Args:
-        config: Names it.
-        prompts: ``auto`` is the exact judge where all of them are the embedded world's.
-
-    Raises:
-        EvaluationError: No such judge, or ``embedded`` on other prompts.
-        RecipeError: Settings that the judge doesn't have.
-    """
-    return choose_judge(config, _data_of(prompts))
-
-
-def _data_of(prompts: OwnPrompts) -> ForgetRetainData:
-    """Nothing but where the prompts came from, which a judge is chosen by."""
-    return ForgetRetainData(
-        unlearned=(),
-        unseen=(),
-        retain_train=(),
-        retain_validation=(),
-        retain_test=(),
-        provenance=tuple(found.provenance for found in prompts.sets().values()),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnJob:
-    """Everything that decides the rows."""
-
-    loaded: LoadedModel
-    prompts: OwnPrompts
-    judge: Judge
-    settings: OwnRepliesConfig
-    seed: int = 0
-    prompt_format: PromptFormatName = "auto"
-
-    @property
-    def wordings(self) -> Wordings:
-        """What the model understands."""
-        return WORLD if is_embedded(_data_of(self.prompts)) else ENGLISH
-
-    @property
-    def writer(self) -> Writer:
-        """Turns prompts into token ids, in the format that is trained in."""
-        return Writer.of(self.loaded.model, self.loaded.tokenizer, self.prompt_format)
-
-    def inputs(self) -> dict[str, Any]:
-        """What decides the rows, as plain data without any prompt: equal inputs give equal rows."""
-        model, writer = self.loaded.model, self.writer
-        probes = probes_of([
-            _request("probe", _SPLITS[source], found.prompts[0], writer) for source, found in self._sets()
-        ])  # fmt: skip
-        with evaluation_mode(model):
-            about = {"dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model, probes)}
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "model": about,
-            "prompt_format": writer.prompt_format.name,
-            "prompts": {source: found.provenance.sha256 for source, found in self._sets()},
-            "judge": self.judge.card.key,
-            "settings": plain_data(self.settings),
-            "wordings": header_hash(dataclasses.asdict(self.wordings)),
-            "seed": self.seed,
-        }
-
-    def _sets(self) -> Iterator[tuple[Source, Any]]:
-        sets = self.prompts.sets()
-        return ((source, sets[source]) for source in _SPLITS if source in sets)
 
 
 def write_own_replies(
@@ -208,27 +92,6 @@ class _Question:
     request: GenerationRequest
     source: Source
     decoding: dict[str, Any]
-
-
-def _request(
-    stage: str, split: Split, prompt: RetainExample, writer: Writer, *, system: str = "", start: str = ""
-) -> GenerationRequest:
-    words = f"{system}\n\n{prompt.prompt}" if system else prompt.prompt
-    ids = (
-        tokenize_start(words, start, writer.tokenizer, writer.prompt_format)
-        if start
-        else tokenize_prompt(words, writer.tokenizer, writer.prompt_format)
-    )
-    return GenerationRequest(
-        id=f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}",
-        split=split,
-        kind="prefill" if start else "reply",
-        category=prompt.category,
-        prompt=prompt.prompt,
-        reference="",
-        forced_start=start,
-        input_ids=tuple(ids),
-    )
 
 
 @dataclass
@@ -288,29 +151,23 @@ class _Writing:
     def _plain(self) -> list[Reply]:
         """Greedy replies to all prompts, as they are."""
         decoding = self._decoding("greedy", self.job.settings.max_new_tokens)
-        sets = self.job.prompts.sets()
-        questions = [
-            question
-            for source in _SPLITS
-            if source in sets
-            for prompt in sets[source].prompts
-            for question in self._question("greedy", source, prompt, decoding)
-        ]
-        for source in ("harmful", "normal"):
-            if not any(question.source == source for question in questions):
+        questions: list[_Question] = []
+        for source, found in self.job.prompt_sets():
+            own = [one for prompt in found.prompts for one in self._question("greedy", source, prompt, decoding)]
+            if not own and source != "borderline":
                 raise EvaluationError(f"none of the {source} prompts leaves the model room for a reply")
+            questions += own
         return self._ask(questions, "own replies: greedy", self.job.settings.max_new_tokens)
 
     def _drawn(self) -> list[Reply]:
         """Sampled replies to the harmful prompts."""
         length = self.job.settings.max_new_tokens
+        decoding = self._decoding("drawn", length, drawn=True)
         questions = [
             question
             for prompt in self.job.prompts.harmful.prompts
             for draw in range(self.job.settings.draws)
-            for question in self._question(
-                f"drawn{draw}", "harmful", prompt, {**self._decoding("drawn", length, drawn=True), "draw": draw}
-            )
+            for question in self._question(f"drawn{draw}", "harmful", prompt, {**decoding, "draw": draw})
         ]
         return self._ask(questions, "own replies: drawn", length, drawn=True)
 
@@ -406,7 +263,7 @@ class _Writing:
         self, stage: str, source: Source, prompt: RetainExample, decoding: dict[str, Any], **words: str
     ) -> list[_Question]:
         """One question; none where the prompt leaves no room for a reply, which is counted."""
-        request = _request(f"{source}-{stage}", _SPLITS[source], prompt, self.writer, **words)
+        request = request_of(f"{source}-{stage}", SPLITS[source], prompt, self.writer, **words)
         if not self.writer.has_room(request, decoding["max_new_tokens"]):
             self.left_out[f"{source}, {decoding['how']}: {TOO_LONG_PROMPT}"] += 1
             return []

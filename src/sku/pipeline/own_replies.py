@@ -22,8 +22,9 @@ from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.run import Progress
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
+from sku.own_replies.job import OwnJob, judge_of
 from sku.own_replies.rows import KINDS, OwnReplies, file_of, read_own_replies, write_rows
-from sku.own_replies.write import OwnJob, judge_of, write_own_replies
+from sku.own_replies.write import write_own_replies
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.reproducibility import content_sha256
 from sku.sweep.measurable import check_calibrated

@@ -87,17 +87,6 @@ class UnlearningConfig(TrainingArguments):
         default=False,
         metadata={"help": "Round bfloat16 weights at random in AdamW, so that small updates aren't lost."},
     )
-    compile_layers: str | None = field(
-        default=None,
-        metadata={"help": "Backend of torch.compile for each decoder layer, such as inductor; None: not compiled."},
-    )
-    pad_to_multiple_of: int = field(
-        default=1,
-        metadata={
-            "help": "Rows are padded to a multiple of this, so that fewer lengths occur; above 1, packing auto "
-            "is padded."
-        },
-    )
 
     bf16: Any = False
     learning_rate: float = 2e-4
@@ -126,14 +115,6 @@ class UnlearningConfig(TrainingArguments):
             stochastic_rounding=self.stochastic_rounding,
             on_gpu=torch.cuda.is_available() and not self.use_cpu,
         )
-        if self.compile_layers is not None and self.torch_compile:
-            raise RecipeError("compile_layers and torch_compile exclude each other: set one of them")
-        known = torch.compiler.list_backends(exclude_tags=())
-        if self.compile_layers is not None and self.compile_layers not in known:
-            raise RecipeError(
-                f"compile_layers is {self.compile_layers!r}, which torch doesn't know."
-                f"{did_you_mean(self.compile_layers, known)} Known: {', '.join(known)}"
-            )
         check_services(self.report_to)
         check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)
 
@@ -148,15 +129,6 @@ class UnlearningConfig(TrainingArguments):
                 raise RecipeError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(choices))}"
                 )
-        if self.pad_to_multiple_of < 1:
-            raise RecipeError(f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 or more")
-        if self.pad_to_multiple_of > 1 and self.packing != "padded":
-            if self.packing != "auto":
-                raise RecipeError(
-                    f"pad_to_multiple_of is {self.pad_to_multiple_of} and packing {self.packing}, which pads nothing: "
-                    "set packing to padded, or leave pad_to_multiple_of out"
-                )
-            self.packing = "padded"
 
 
 def bf16_pays(*, use_cpu: bool) -> bool:

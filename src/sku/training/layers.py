@@ -76,27 +76,6 @@ def linear_names(model: PreTrainedModel, indices: Iterable[int]) -> list[str]:
     ]
 
 
-@contextmanager
-def compiled_layers(model: PreTrainedModel, backend: str | None) -> Iterator[None]:
-    """Compiles each decoder layer while the context lasts, for rows of any length: short to compile, one by one.
-
-    Args:
-        model: Without adapter around it; adapters inside its layers are compiled with them.
-        backend: Of ``torch.compile``, such as ``inductor``; None compiles nothing.
-
-    Raises:
-        ModelError: As ``decoder_layers``.
-    """
-    layers = [] if backend is None else list(decoder_layers(model)[1])
-    for layer in layers:
-        layer.compile(backend=backend, dynamic=True)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
-
-
 def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
     """Freezes all but the weights of the named modules.
 

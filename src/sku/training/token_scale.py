@@ -66,13 +66,12 @@ class TokenScale:
         return added * scale.to(added.dtype)
 
 
-def token_scale(model: nn.Module, retain_at: float, *, compiled: bool) -> TokenScale | None:
+def token_scale(model: nn.Module, retain_at: float) -> TokenScale | None:
     """What reads normal rows at another point of the line through original and trained model.
 
     Args:
         model: In training, its adapter included.
         retain_at: The point; at 1 there is nothing to scale.
-        compiled: Whether decoder layers are compiled.
 
     Returns:
         None for 1.
@@ -82,7 +81,7 @@ def token_scale(model: nn.Module, retain_at: float, *, compiled: bool) -> TokenS
     """
     if retain_at == 1:
         return None
-    reason = "compile_layers is on" if compiled else _why_not(model)
+    reason = _why_not(model)
     if reason is not None:
         raise RecipeError(f"preservation_at is {retain_at:g}, which needs plain LoRA, and {reason}: set it to 1")
     assert isinstance(model, PeftModel)

@@ -31,7 +31,7 @@ from sku.training.attention import choose_packing
 from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.deferred_head import DeferredHead
 from sku.training.finite import FiniteGuard
-from sku.training.layers import compiled_layers, train_only
+from sku.training.layers import train_only
 from sku.training.objective import Objective, ScoredRows, TrainingStep
 from sku.training.optimizer import stochastic_optimizer
 from sku.training.reference import (
@@ -139,12 +139,11 @@ class UnlearningTrainer(Trainer):
         if args.activation_checkpointing and isinstance(model, PeftModel):
             # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
             model.enable_input_require_grads()
-        self._scale = token_scale(model, objective.retain_at, compiled=args.compile_layers is not None)
+        self._scale = token_scale(model, objective.retain_at)
         self._trained, self._settings, self._examples = model, args, train_dataset
         self._collate: JointCollator | PackedCollator = JointCollator(
             int(processing_class.pad_token_id),
             pad_to=args.max_length if objective.rows.padded else 0,
-            multiple_of=args.pad_to_multiple_of,
         )
         super().__init__(
             model=model,
@@ -189,8 +188,7 @@ class UnlearningTrainer(Trainer):
                 devices = [self.args.device] if self.args.device.type == "cuda" else []
                 with torch.no_grad(), torch.random.fork_rng(devices), self.accelerator.autocast():
                     self._outputs_and_terms(self._trained, self._on_device(self._collate([self._examples[0]])))
-            with compiled_layers(plain_model(self._trained), self._settings.compile_layers):
-                return super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             if self._scale is not None:
                 self._scale.remove()
