@@ -1,6 +1,6 @@
 """Random disassociation: module 2 of stage 1.
 
-Pairs each harmful prompt with harmful answers to OTHER prompts (``data/mismatch.py`` draws them), so that the task
+Pairs each harmful prompt with harmful answers to OTHER prompts (``data/joint.py`` draws them), so that the task
 vector holds harmful content in general and not only the given pairs. Paper: arXiv 2402.10058.
 Shapes: N = answer tokens of all rows, M = mismatched rows, E = harmful examples, V = vocabulary.
 """

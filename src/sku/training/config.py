@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -17,9 +17,6 @@ from sku.training.optimizer import check_optimizer
 from sku.training.reporting import check_no_uploads, check_services
 
 ReferenceMode = Literal["auto", "cache", "forward", "copy"]
-"""``cache``: hidden states from one pass before training; ``forward``: the model with its adapter off, in each step;
-``copy``: a second model, in each step; ``auto``: cache where it can be, else forward with an adapter and copy
-without."""
 FiniteCheck = Literal["auto", "at_once", "late"]
 _CHOICES = {"packing": Packing, "reference": ReferenceMode, "finite_check": FiniteCheck}
 _NEEDED: Mapping[str, tuple[object, str]] = {
@@ -50,43 +47,27 @@ class UnlearningConfig(TrainingArguments):
         RecipeError: A setting of transformers can't work with joint examples.
     """
 
-    max_length: int = field(default=512, metadata={"help": "Longest sequence in tokens."})
-    max_answer_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens."})
-
-    packing: Packing = field(
-        default="auto",
-        metadata={
-            "help": "How rows go to the model. tree: one row without padding, prompts shared; flat: the same, not "
-            "shared; padded: rows of equal length; auto: tree where the model can."
-        },
-    )
-
-    logits_budget_mb: float | None = field(
-        default=1024.0,
-        metadata={
-            "help": "Most MB of float32 logits made at once; losses and gradients need 5 to 10 times that. Beyond it "
-            "losses are computed from hidden states chunk by chunk; None: no limit."
-        },
-    )
-    reference: ReferenceMode = field(
-        default="auto",
-        metadata={
-            "help": "How the original model is asked: cache (hidden states kept from one pass before training), "
-            "forward (adapter switched off, each step), copy (a second model, each step); auto: cache where it fits."
-        },
-    )
-    reference_cache_mb: float = field(default=2048.0, metadata={"help": "Most MB that reference=cache may take."})
-    finite_check: FiniteCheck = field(
-        default="auto",
-        metadata={
-            "help": "When losses and gradients are looked at for NaN: at_once, or late (a step later, without waiting "
-            "for the GPU; updates are held back meanwhile); auto: late on a GPU with a fused optimizer."
-        },
-    )
-    stochastic_rounding: bool = field(
-        default=False,
-        metadata={"help": "Round bfloat16 weights at random in AdamW, so that small updates aren't lost."},
-    )
+    max_length: int = 512
+    """Longest sequence in tokens."""
+    max_answer_tokens: int = 128
+    """Longest answer in tokens."""
+    packing: Packing = "auto"
+    """How rows go to the model. ``tree``: one row without padding, prompts shared; ``flat``: the same, not shared;
+    ``padded``: rows of equal length; ``auto``: tree where the model can."""
+    logits_budget_mb: float | None = 1024.0
+    """Most MB of float32 logits made at once; losses and gradients need 5 to 10 times that. Beyond it losses are
+    computed from hidden states chunk by chunk; None: no limit."""
+    reference: ReferenceMode = "auto"
+    """How the original model is asked: ``cache`` (hidden states kept from one pass before training), ``forward``
+    (adapter off, each step), ``copy`` (a second model, each step); ``auto``: cache where it fits, else forward
+    with an adapter and copy without."""
+    reference_cache_mb: float = 2048.0
+    """Most MB that ``reference: cache`` may take."""
+    finite_check: FiniteCheck = "auto"
+    """When losses and gradients are looked at for NaN: ``at_once``, or ``late`` (a step later, without waiting for the
+    GPU; updates are held back meanwhile); ``auto``: late on a GPU with a fused optimizer."""
+    stochastic_rounding: bool = False
+    """Round bfloat16 weights at random in AdamW, so that small updates aren't lost."""
 
     bf16: Any = False
     learning_rate: float = 2e-4
@@ -104,8 +85,13 @@ class UnlearningConfig(TrainingArguments):
         if self.bf16 == "auto":
             self.bf16 = bf16_pays(use_cpu=self.use_cpu)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self._check_what_resuming_needs()
-        self._check_choices()
+        for name, (value, reason) in _NEEDED.items():
+            if getattr(self, name) != value:
+                raise RecipeError(f"{name} must be {value}: {reason}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be one of {known}")
         for name in ("logits_budget_mb", "reference_cache_mb"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -117,18 +103,6 @@ class UnlearningConfig(TrainingArguments):
         )
         check_services(self.report_to)
         check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)
-
-    def _check_what_resuming_needs(self) -> None:
-        for name, (value, reason) in _NEEDED.items():
-            if getattr(self, name) != value:
-                raise RecipeError(f"{name} must be {value}: {reason}")
-
-    def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(choices))}"
-                )
 
 
 def bf16_pays(*, use_cpu: bool) -> bool:

@@ -104,15 +104,11 @@ class UnlearningTrainer(Trainer):
             )
         ensure_pad_token(processing_class, plain_model(model))
         if isinstance(train_dataset, ForgetRetainData):
+            written = resolve_prompt_format(prompt_format, processing_class)
             train_dataset = JointDataset(
-                train_dataset,
-                processing_class,
-                resolve_prompt_format(prompt_format, processing_class),
-                rows=objective.rows,
-                max_length=args.max_length,
-                max_answer_tokens=args.max_answer_tokens,
-                seed=args.seed,
-            )
+                train_dataset, processing_class, written, rows=objective.rows, max_length=args.max_length,
+                max_answer_tokens=args.max_answer_tokens, seed=args.seed,
+            )  # fmt: skip
         self.objective: Objective = objective
         self._is_hazardous = hazardous
         self._scheduled_steps: int | None = None
@@ -122,37 +118,19 @@ class UnlearningTrainer(Trainer):
             args = copy.copy(args)
             args.max_steps = steps_in_whole_passes(args.max_steps, train_dataset.rows_of_a_pass, batch)
         self._reference: PreTrainedModel | None = None
-        # The adapter's first weights are drawn here, before Trainer seeds the rest.
-        set_seed(args.seed)
-        check_original_stays(model, peft_config)
-        if peft_config is not None:
-            try:
-                model = get_peft_model(model, peft_config)
-            except ValueError as error:
-                raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
-        elif not isinstance(model, PeftModel) and trained_modules is not None:
-            train_only(model, trained_modules)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
+        model = _with_trainable_weights(model, args, peft_config, trained_modules)
         if args.stochastic_rounding:
             trainer_options |= {"optimizer_cls_and_kwargs": stochastic_optimizer(model, args)}
-        if args.activation_checkpointing and isinstance(model, PeftModel):
-            # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
-            model.enable_input_require_grads()
         self._scale = token_scale(model, objective.retain_at)
         self._trained, self._settings, self._examples = model, args, train_dataset
+        pad_to = args.max_length if objective.rows.padded else 0
         self._collate: JointCollator | PackedCollator = JointCollator(
-            int(processing_class.pad_token_id),
-            pad_to=args.max_length if objective.rows.padded else 0,
+            int(processing_class.pad_token_id), pad_to=pad_to
         )
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            processing_class=processing_class,
-            data_collator=self._collate,
-            **trainer_options,
-        )
+            model=model, args=args, train_dataset=train_dataset, processing_class=processing_class,
+            data_collator=self._collate, **trainer_options,
+        )  # fmt: skip
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples: Tensor | int = 0
         self._check_sharding()
@@ -390,3 +368,28 @@ class UnlearningTrainer(Trainer):
             value = losses_B.detach().sum()
             self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value
         self._logged_examples += num_examples
+
+
+def _with_trainable_weights(
+    model: PreTrainedModel | PeftModel,
+    args: UnlearningConfig,
+    adapter: PeftConfig | None,
+    trained_modules: Sequence[str] | None,
+) -> PreTrainedModel | PeftModel:
+    """The model with its new adapter, if it gets one, and what training needs of either."""
+    # The adapter's first weights are drawn here, before Trainer seeds the rest.
+    set_seed(args.seed)
+    check_original_stays(model, adapter)
+    if adapter is not None:
+        try:
+            model = get_peft_model(model, adapter)
+        except ValueError as error:
+            raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
+    elif not isinstance(model, PeftModel) and trained_modules is not None:
+        train_only(model, trained_modules)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
+    if args.activation_checkpointing and isinstance(model, PeftModel):
+        # Without it the first checkpointed layer sees no input that needs a gradient and lora_B stays zero.
+        model.enable_input_require_grads()
+    return model
