@@ -12,7 +12,7 @@ from sku.acquire.config import SkuConfig
 from sku.config import load_recipe
 from sku.errors import RecipeError
 from sku.methods.run import prepare
-from sku.training.reporting import MODEL_UPLOADS, check_no_uploads
+from sku.training.config import MODEL_UPLOADS, check_no_uploads
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:
@@ -56,7 +56,7 @@ def test_tensorboard_gets_every_loss_term(make_trainer: Any, tmp_path: Path, mon
 def test_services_that_can_not_be_used_stop_before_anything_is_loaded(
     service: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sku.training.reporting.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("sku.training.config.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(RecipeError, match=f"acquire.training: .*{message}|{message}"):
         prepare(load_recipe("embedded", [f"acquire.training.report_to=[{service}]"]), tmp_path)
 

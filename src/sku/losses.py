@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sku.head.chunked import chunked_kl, chunked_nll
-from sku.head.scores import HeadScores, Scores, logits_of
+from sku.head import HeadScores, Scores, chunked_kl, chunked_nll, logits_of
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained on."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sku.head.scores import Head, HeadScores
+from sku.head import Head, HeadScores
 from sku.losses import answer_nll, token_kl
 
 POSITIONS, WIDTH, VOCABULARY = 11, 6, 37

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sku.head.scores import Scores
+from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sku.config import PreservationMode
 from sku.errors import RecipeError
-from sku.head.scores import Scores
+from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example, token_kl
 
 DEFAULT_CAP = 1.0

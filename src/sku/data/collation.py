@@ -58,7 +58,7 @@ class JointCollator:
         Raises:
             DataError: No example has a row.
         """
-        examples, rows, batch = _rows_and_indices(examples)
+        rows, batch = _rows_and_indices(examples)
         ids = [torch.tensor(row.tokens.input_ids, dtype=torch.long) for row in rows]
         labels = [torch.tensor(row.tokens.labels, dtype=torch.long) for row in rows]
         return {
@@ -98,15 +98,13 @@ class PackedCollator:
         Raises:
             DataError: No example has a row.
         """
-        examples, rows, batch = _rows_and_indices(examples)
-        packed = pack_rows(rows, len(examples), share=self.share, retain_tokens=self.retain_tokens)
+        rows, batch = _rows_and_indices(examples)
+        packed = pack_rows(rows, len(batch["counts"]), share=self.share, retain_tokens=self.retain_tokens)
         return {"input_ids": packed.input_ids, **batch, PACKED: packed}
 
 
-def _rows_and_indices(
-    examples: list[JointExample],
-) -> tuple[list[JointExample], list[SourceRow], dict[str, Tensor]]:
-    """The examples that count, or one that doesn't; their rows; and what both collators say of them."""
+def _rows_and_indices(examples: list[JointExample]) -> tuple[list[SourceRow], dict[str, Tensor]]:
+    """Rows of the examples that count, or of one that doesn't, and what both collators say of these examples."""
     examples = [example for example in examples if example.counts] or examples[:1]
     rows = [
         SourceRow(kind=kind, example=position, tokens=row)
@@ -116,13 +114,9 @@ def _rows_and_indices(
     if not rows:
         raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
     places = [place for example in examples for place in example.retain_rows]
-    return (
-        examples,
-        rows,
-        {
-            "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
-            "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
-            "retain_rows": torch.tensor(places, dtype=torch.long),
-            "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
-        },
-    )
+    return rows, {
+        "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
+        "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
+        "retain_rows": torch.tensor(places, dtype=torch.long),
+        "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
+    }

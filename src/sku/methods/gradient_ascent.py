@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.data.joint import FORGET, RowPlan
-from sku.head.scores import Scores
+from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example
 from sku.methods.base import Method
 from sku.training.objective import Losses, Objective, TrainingStep

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.data.joint import SAFE, RowPlan
-from sku.head.scores import Scores
+from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example
 from sku.methods.base import Method
 from sku.methods.retain_terms import RetainTerm

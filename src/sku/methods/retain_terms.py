@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sku.data.joint import RETAIN
 from sku.errors import RecipeError
-from sku.head.scores import Scores
+from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example, token_kl
 from sku.methods.setting_checks import setting_key
 from sku.training.objective import TrainingStep

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sku.head.scores import Head, HeadScores
+from sku.head import Head, HeadScores
 from sku.models import embedding_weight
 
 _LOG = logging.getLogger(__name__)
@@ -35,15 +35,10 @@ class HeadShape:
     scale: float
     softcap: float | None
 
-    def head(self, dtype: torch.dtype | None = None, *, weight_VH: Tensor | None = None) -> Head:
-        """The head as ``sku.head`` takes it.
-
-        Args:
-            dtype: Of the product, as ``Head.dtype``.
-            weight_VH: Another weight in place of the module's own, such as a copy made before training.
-        """
-        weight = self.module.weight if weight_VH is None else weight_VH
-        return Head(weight_VH=weight, bias_V=self.module.bias, scale=self.scale, softcap=self.softcap, dtype=dtype)
+    def head(self, dtype: torch.dtype | None = None) -> Head:
+        """The head as ``sku.head`` takes it, with the type of its product."""
+        module = self.module
+        return Head(weight_VH=module.weight, bias_V=module.bias, scale=self.scale, softcap=self.softcap, dtype=dtype)
 
 
 class DeferredHead:

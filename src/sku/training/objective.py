@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sku.data.joint import RowPlan
-from sku.head.scores import Scores, logits_of
+from sku.head import Scores, logits_of
 from sku.losses import answer_nll, mean_per_example, sum_per_example
 
 

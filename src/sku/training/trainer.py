@@ -43,8 +43,7 @@ from sku.training.reference import (
     resolved_mode,
 )
 from sku.training.step_limit import steps_in_whole_passes
-from sku.training.steps import PackedBatch, PaddedBatch
-from sku.training.token_scale import token_scale
+from sku.training.steps import PackedBatch, PaddedBatch, token_scale
 
 _LOG = logging.getLogger(__name__)
 

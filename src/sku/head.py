@@ -1,4 +1,7 @@
-"""NLL and KL from hidden states, without a ``[N, V]`` tensor.
+"""The last matrix product of a language model, from hidden states to scores, without ever holding all scores.
+
+``HeadScores`` are scores that are not made yet: hidden states, and the head that would turn them into one number a
+vocabulary entry. NLL and KL come from them chunk by chunk.
 
 Both losses are sums over positions whose slope in the scores is known in closed form once the scores are there. With a
 frozen head each position's gradient is a multiple of one vector that the forward pass can make, whatever the objective
@@ -12,6 +15,7 @@ Shapes: N = positions, H = width of the hidden states, V = vocabulary, C = posit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +23,72 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sku.head.scores import CHUNK_BYTES, Head, HeadScores
+CHUNK_BYTES = 128 * 2**20
+"""Float32 scores of one chunk. Of that size there are up to six tensors at once, whatever N is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """``score = f(scale * (W h + b))`` with ``f(z) = softcap * tanh(z / softcap)``, or ``f(z) = z`` without one."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    """Such as ``logit_scale`` of Cohere, or 1 / ``logits_scaling`` of Granite."""
+    softcap: float | None = None
+    """``final_logit_softcapping`` of Gemma 2."""
+    dtype: torch.dtype | None = None
+    """Type of the matrix product, as autocast sets it; that of the weight if None. Scores are float32 after it."""
+    chunk_rows: int | None = None
+    """C; as many as ``CHUNK_BYTES`` hold if None."""
+
+    @property
+    def rows_of_a_chunk(self) -> int:
+        """C, 1 or more."""
+        return self.chunk_rows or max(1, CHUNK_BYTES // (4 * self.weight_VH.shape[0]))
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Type of the matrix product."""
+        return self.dtype or self.weight_VH.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadScores:
+    """What ``answer_nll`` and ``token_kl`` take in place of ``[N, V]`` scores that would not fit."""
+
+    hidden_NH: Tensor
+    """What goes into the head: after the final norm, and a last projection where the model has one."""
+    head: Head
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[N, V]``, that of the scores."""
+        return torch.Size((*self.hidden_NH.shape[:-1], self.head.weight_VH.shape[0]))
+
+    def __getitem__(self, places: Tensor | int) -> HeadScores:
+        """Those of some positions, by mask or index, as of the scores themselves."""
+        return replace(self, hidden_NH=self.hidden_NH[places])
+
+    def logits(self) -> Tensor:
+        """``[N, V]`` scores in the type of the product, with gradient: for losses that need them all at once."""
+        head, dtype = self.head, self.head.product_dtype
+        bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+        with torch.autocast(self.hidden_NH.device.type, enabled=False):
+            logits_NV = functional.linear(self.hidden_NH.to(dtype), head.weight_VH.to(dtype), bias_V)
+        if head.scale != 1:
+            logits_NV = logits_NV * head.scale
+        return logits_NV if head.softcap is None else torch.tanh(logits_NV / head.softcap) * head.softcap
+
+
+Scores = Tensor | HeadScores
+"""``[N, V]``, made or not."""
+
+
+def logits_of(scores_NV: Scores) -> Tensor:
+    """``[N, V]`` scores as a tensor, made where they are not yet."""
+    return scores_NV.logits() if isinstance(scores_NV, HeadScores) else scores_NV
+
 
 ChunkLoss = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
 """Positions of a chunk, their scores ``[C, V]`` (free to be overwritten), whether the slope is wanted -> the loss of
