@@ -142,7 +142,8 @@ def chunked_kl(reference_NV: HeadScores, scores_NV: HeadScores) -> Tensor:
     bias_V = None if reference.bias_V is None else reference.bias_V.detach()
     frozen = (reference_NV.hidden_NH.detach(), reference.weight_VH.detach(), bias_V)
     # In the type of the product in training, so that equal models have a divergence of 0.
-    return _apply(scores_NV, lambda *tensors: _kl(*tensors, reference, scores_NV.head.product_dtype), *frozen)
+    dtype = scores_NV.head.product_dtype
+    return _apply(scores_NV, lambda hidden, weight, bias: _kl(hidden, weight, bias, reference, dtype), *frozen)
 
 
 def _nll(targets_N: Tensor) -> ChunkLoss:

@@ -269,11 +269,8 @@ def test_no_example_left_is_an_error_with_the_reasons() -> None:
         tokenize_examples([], tokenizer, PAPER, max_length=9, max_answer_tokens=4, train_on_end=True)
 
 
-class NothingBefore:
+class NothingBefore(PaperFormat):
     """A prompt format that writes the answer alone."""
-
-    name = "nothing"
-    end_text = ""
 
     def render(self, prompt: str, answer: str = "") -> RenderedText:
         """The answer alone."""
@@ -284,11 +281,11 @@ class NothingBefore:
 
 def test_the_first_token_of_a_sequence_is_never_a_label(gpt_like: PreTrainedTokenizerBase) -> None:
     """No position predicts it; the loss would count a label that has no prediction."""
-    example = tokenize(gpt_like, NothingBefore(), answer="honey is")
+    example = tokenize(gpt_like, NothingBefore(""), answer="honey is")
     assert example.labels[0] == IGNORE_INDEX
     assert example.labels[1:] == example.input_ids[1:]
     with pytest.raises(DataError, match="answer without prompt"):
-        tokenize(gpt_like, NothingBefore(), answer=".")
+        tokenize(gpt_like, NothingBefore(""), answer=".")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -196,13 +196,11 @@ def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> 
                 left_out["duplicate"] += 1
             else:
                 examples[key] = example
-    for (asked, answer), example in examples.items():
-        if isinstance(example, ForgetExample):
-            own = (example.safe_answer, example.safe_answer_finished)
-            candidates = [one for one in (own, *safe_answers[asked]) if one[0] and (asked, one[0]) not in examples]
-            chosen, end = candidates[0] if candidates else (None, True)
-            examples[asked, answer] = replace(example, safe_answer=chosen, safe_answer_finished=end)
-    return ParsedRows(examples=list(examples.values()), rows_read=rows_read, left_out=dict(sorted(left_out.items())))
+    return ParsedRows(
+        examples=[_with_safe_answer(example, safe_answers, examples) for example in examples.values()],
+        rows_read=rows_read,
+        left_out=dict(sorted(left_out.items())),
+    )
 
 
 def _finished(row: Row) -> bool | None:
@@ -228,6 +226,17 @@ def _example(found: Pair | LeftOut, finished: bool | None, example_type: type[E]
     if isinstance(example, ForgetExample) and isinstance(safe_answer, str):
         return replace(example, safe_answer=safe_answer, safe_answer_finished=finished)
     return example
+
+
+def _with_safe_answer(example: E, safe_answers: Mapping[str, list[_Text]], harmful: Container[tuple[str, str]]) -> E:
+    """The example with the first safe answer to its prompt that is none of the harmful ones, its own row's first."""
+    if not isinstance(example, ForgetExample):
+        return example
+    prompt = normalise_prompt(example.prompt)
+    own = [] if example.safe_answer is None else [(example.safe_answer, example.safe_answer_finished)]
+    usable = (found for found in (*own, *safe_answers.get(prompt, [])) if (prompt, found[0]) not in harmful)
+    chosen, finished = next(usable, (None, True))
+    return replace(example, safe_answer=chosen, safe_answer_finished=finished)
 
 
 def _text(name: str, cell: object) -> str | LeftOut:
