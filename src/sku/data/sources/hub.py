@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,20 +154,16 @@ def _read(what: str, read: Callable[[], Any], *, where: str = "") -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Switches the progress bars and log lines of ``datasets`` and the hub off; errors are raised all the same."""
-    bars, hub_bars = not datasets.are_progress_bars_disabled(), not are_progress_bars_disabled()
-    level, hub_level = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
-    if bars:
-        datasets.disable_progress_bars()
-    if hub_bars:
-        disable_progress_bars()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
-    hub_logging.set_verbosity(datasets_logging.CRITICAL)
-    try:
+    bars = (
+        (datasets.are_progress_bars_disabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
+        (are_progress_bars_disabled, disable_progress_bars, enable_progress_bars),
+    )
+    with ExitStack() as stack:
+        for are_off, switch_off, switch_on in bars:
+            if not are_off():
+                switch_off()
+                stack.callback(switch_on)
+        for logs in (datasets_logging, hub_logging):
+            stack.callback(logs.set_verbosity, logs.get_verbosity())
+            logs.set_verbosity(datasets_logging.CRITICAL)
         yield
-    finally:
-        datasets_logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if bars:
-            datasets.enable_progress_bars()
-        if hub_bars:
-            enable_progress_bars()

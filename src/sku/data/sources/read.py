@@ -72,7 +72,7 @@ def read_examples(
         rows_read=rows_read,
         rows_left_out=left_out,
         safe_answers=count_safe_answers(parsed.examples),
-        licence=source.license or (HUB_LICENCES.get(source.path.lower()) if table.from_hub else None),
+        licence=source.license or (None if table.revision is None else HUB_LICENCES.get(source.path.lower())),
     )
 
 

@@ -27,14 +27,9 @@ class Table:
     columns: tuple[str, ...]
     rows: Iterable[Row]
     revision: str | None = None
-    """Commit of a hub dataset."""
+    """Commit of a hub dataset; nothing else has one."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Reason -> rows of the source that are not among ``rows``."""
-
-    @property
-    def from_hub(self) -> bool:
-        """Whether it is a hub dataset: nothing else has a revision."""
-        return self.revision is not None
 
 
 def read_table(source: SourceConfig) -> Table:
