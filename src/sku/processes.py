@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from sku.errors import ProcessError, RecipeError
 from sku.storage import new_folder
@@ -71,19 +71,7 @@ class Processes:
             ProcessError: In the other processes, where it failed in the main one; there its own error is raised. Also
                 where a process died.
         """
-        if self.count == 1:
-            return action()
-        box: list[Any] = [None]
-        if self.is_main:
-            try:
-                box[0] = action()
-            except Exception as error:
-                self._tell(error, lambda failure: broadcast_object_list([failure]))
-                raise
-        with lost_processes_named():
-            broadcast_object_list(box)
-        self._check(box)
-        result: T = box[0]
+        (result,) = self.gather(lambda: [action()] if self.is_main else [])
         return result
 
     def gather(self, action: Callable[[], list[T]]) -> list[T]:
@@ -102,14 +90,19 @@ class Processes:
         if self.count == 1:
             return action()
         try:
-            own = action()
+            own: list[T] | _Failure = action()
         except Exception as error:
-            self._tell(error, lambda failure: gather_object([failure]))
+            if not isinstance(error, ProcessError):  # The others are gone, or have raised it themselves.
+                with lost_processes_named():
+                    gather_object([_Failure(self.rank, str(error))])
+                error.add_note(TOLD)
             raise
         with lost_processes_named():
-            parts = gather_object([own])
-        self._check(parts)
-        return [entry for part in parts for entry in part]
+            parts: list[list[T] | _Failure] = gather_object([own])
+        for part in parts:
+            if isinstance(part, _Failure):
+                raise ProcessError(f"process {part.rank} of {self.count} failed: {part.message}")
+        return [entry for part in parts if isinstance(part, list) for entry in part]
 
     def everywhere(self, action: Callable[[], T]) -> T:
         """Runs something in every process; each keeps its own result, and none goes on where one failed.
@@ -126,25 +119,8 @@ class Processes:
             ProcessError: As ``gather``.
         """
         own: list[T] = []
-
-        def act() -> list[None]:
-            own.append(action())
-            return []
-
-        self.gather(act)
+        self.gather(lambda: own.append(action()) or [])  # type: ignore[func-returns-value]
         return own[0]
-
-    def _tell(self, error: Exception, send: Callable[[_Failure], object]) -> None:
-        """Tells the others of an error; what they wait for must be what ``send`` sends."""
-        if not isinstance(error, ProcessError):  # The others are gone, or have raised it themselves.
-            with lost_processes_named():
-                send(_Failure(self.rank, str(error)))
-            error.add_note(TOLD)
-
-    def _check(self, parts: Sequence[object]) -> None:
-        for part in parts:
-            if isinstance(part, _Failure):
-                raise ProcessError(f"process {part.rank} of {self.count} failed: {part.message}")
 
 
 ALONE = Processes()

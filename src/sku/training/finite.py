@@ -39,7 +39,7 @@ _GRADIENT_ADVICE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Seen:
     """Some numbers of a step, on their way from the GPU, and what is wrong with them."""
 
@@ -72,7 +72,7 @@ class FiniteGuard(TrainerCallback):
 
     @property
     def is_late(self) -> bool:
-        """Whether losses are looked at in the step behind them."""
+        """Whether losses are looked at in the step after them."""
         return self._flag is not None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -103,14 +103,7 @@ class FiniteGuard(TrainerCallback):
         if self._flag is not None:
             self._flag.copy_(torch.maximum(self._flag, is_bad))
             values, arrived = _sent_to_processor(is_bad[None])
-            self._seen.append(
-                _Seen(
-                    step=step,
-                    values=values,
-                    arrived=arrived,
-                    error=lambda bad: _gradient_error(step) if bad[0] else None,
-                )
-            )
+            self._seen.append(_Seen(step, values, arrived, lambda found: _gradient_error(step) if found[0] else None))
         elif is_bad.item() and not _scaler_helps(optimizer):
             raise _gradient_error(step)
 
@@ -153,23 +146,20 @@ class FiniteGuard(TrainerCallback):
                 wait for the others' gradients.
         """
         losses = [losses_B.detach() for losses_B in terms.values()]
-        sums = values = torch.stack([losses_B.sum() for losses_B in losses])
-        arrived = None
+        sums = torch.stack([losses_B.sum() for losses_B in losses])
+        flag = (~sums.isfinite().all()).float()
         if self._flag is not None:
-            self._flag.copy_(torch.maximum(self._flag, (~sums.isfinite().all()).float()))
-            if is_together():
-                torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX)
-            values, arrived = _sent_to_processor(torch.cat([sums.float(), self._flag[None]]))
+            flag = self._flag.copy_(torch.maximum(self._flag, flag))
+        if is_together():
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         names, is_bad_B = tuple(terms), ~torch.stack(losses).isfinite().all(0)
         indices = {key: inputs[f"{key}_index"] for key in ("forget", "retain")}
-        seen = _Seen(
-            step=step, values=values, arrived=arrived,
-            error=lambda found: _loss_error(found, names, is_bad_B, indices, step),
-        )  # fmt: skip
+        values, arrived = torch.cat([sums.float(), flag[None]]), None
+        if self._flag is not None:
+            values, arrived = _sent_to_processor(values)
+        seen = _Seen(step, values, arrived, lambda found: _loss_error(found, names, is_bad_B, indices, step))
         if self._flag is None:
-            of_all = _of_all_processes(sums)
             seen.look()
-            _raise_for_others(of_all, step)
             return
         before = [old for old in self._seen if old.step < step]
         self._seen = [*(old for old in self._seen if old.step == step), seen]
@@ -240,32 +230,15 @@ def _gradient_error(step: int) -> NonFiniteLossError:
 def _loss_error(
     values: list[float], names: tuple[str, ...], is_bad_B: Tensor, indices: Mapping[str, Tensor], step: int
 ) -> SkuError | None:
-    """What is wrong with the sums of the terms, after which, where they are looked at late, stands the flag of all."""
-    for name, value in zip(names, values, strict=False):
+    """What is wrong with the sums of the terms, after which stands the flag of all processes."""
+    *sums, flag = values
+    for name, value in zip(names, sums, strict=True):
         if not math.isfinite(value):
             forget, retain = (indices[key][is_bad_B].tolist() for key in ("forget", "retain"))
             return NonFiniteLossError(
                 f"loss term {name} is {value} at step {step}, forget examples {forget}, retain examples {retain}; "
                 f"{_ADVICE}"
             )
-    if len(values) > len(names) and values[-1]:
+    if flag:
         return ProcessError(f"another process met a loss that is not finite at step {step}; {_ADVICE}")
     return None
-
-
-def _of_all_processes(sums: Tensor) -> list[list[float]]:
-    """The sums of each process, by rank; nothing where there is one."""
-    if not is_together():
-        return []
-    parts = [torch.empty_like(sums) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, sums)
-    found: list[list[float]] = torch.stack(parts).tolist()
-    return found
-
-
-def _raise_for_others(of_all: list[list[float]], step: int) -> None:
-    for process, values in enumerate(of_all):
-        if not all(map(math.isfinite, values)):
-            raise ProcessError(
-                f"process {process} of {len(of_all)} met a loss that is not finite at step {step}; {_ADVICE}"
-            )
