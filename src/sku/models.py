@@ -307,11 +307,7 @@ def check_plain_weights(model: torch.nn.Module, name: str) -> None:
 def changed_by_adapter(settings: PeftConfig) -> str | None:
     """What makes PEFT change the original weights when it adds an adapter, so that they aren't back with it off.
 
-    Args:
-        settings: The adapter's.
-
-    Returns:
-        Name and value of the setting; None where the original weights stay as they are.
+    Name and value of the setting; None where the original weights stay as they are.
     """
     if not isinstance(settings, LoraConfig):
         return None

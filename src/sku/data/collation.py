@@ -30,12 +30,7 @@ class JointCollator:
     """
 
     def __init__(self, pad_token_id: int, *, pad_to: int = 0) -> None:
-        """Says how rows are padded.
-
-        Args:
-            pad_token_id: Of the tokenizer.
-            pad_to: Least number of tokens of a padded row; the longest row of the batch decides where it has more.
-        """
+        """Rows get ``pad_to`` tokens at least; the longest row of the batch decides where it has more."""
         self.pad_token_id, self.pad_to = pad_token_id, pad_to
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
@@ -80,12 +75,7 @@ class PackedCollator:
     """Puts all rows of a batch of joint examples into one packed row, in the data loader's workers."""
 
     def __init__(self, *, share: bool, retain_tokens: RetainTokens) -> None:
-        """Says how rows are packed.
-
-        Args:
-            share: Rows after the same prompt share its tokens (``tree``), else not (``flat``).
-            retain_tokens: Of the ``RowPlan``.
-        """
+        """Rows after the same prompt share its tokens (``tree``), or not (``flat``)."""
         self.share, self.retain_tokens = share, retain_tokens
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Any]:

@@ -247,9 +247,6 @@ def group_of(example: Example) -> str:
 def check_disjoint(splits: dict[str, Sequence[Example]]) -> None:
     """Refuses splits that share a prompt or a group.
 
-    Args:
-        splits: Split name -> its examples.
-
     Raises:
         DataError: With the two split names and the number of prompts they share.
     """

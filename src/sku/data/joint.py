@@ -108,10 +108,6 @@ class JointExample:
 def check_refusals(data: ForgetRetainData, rows: RowPlan) -> None:
     """Refuses data that lacks a refusal for some prompt, where each needs one.
 
-    Args:
-        data: ``unlearned`` and ``retain_train`` are looked at.
-        rows: What is trained on.
-
     Raises:
         DataError: How many lack one, and what to do.
     """
@@ -137,12 +133,7 @@ class MismatchedAnswers:
     """
 
     def __init__(self, groups: Sequence[str], num_answers: int, seed: int) -> None:
-        """Prepares the draw.
-
-        Args:
-            groups: Group (``group_of``) of each harmful example; answers of an example's own group are excluded.
-            num_answers: K.
-            seed: Seed of the run.
+        """Prepares the draw of K answers; those of an example's own group (``group_of``) are excluded.
 
         Raises:
             DataError: K is negative, or some prompt has fewer than K answers of other prompts to draw from.
@@ -279,14 +270,7 @@ class JointDataset(Dataset[JointExample]):
         return rows
 
     def forget_at(self, positions: Iterable[int]) -> tuple[int, ...]:
-        """Which harmful examples stand at positions of training.
-
-        Args:
-            positions: Counted over all epochs: ``epoch * len(self) + place``.
-
-        Returns:
-            Their places among ``data.unlearned``, each once, in order.
-        """
+        """Places among ``data.unlearned`` of the examples at positions of training, ``epoch * len(self) + place``."""
         size = len(self._forget)
         places = {self._shuffled("forget", size, position) for position in positions}
         return tuple(sorted(self._forget[place].example_id for place in places))
@@ -433,12 +417,7 @@ class WholeBatches(Sampler[int]):
     """
 
     def __init__(self, size: int, batch: int) -> None:
-        """Says how long the epoch is.
-
-        Args:
-            size: Places of the epoch.
-            batch: Joint examples of one batch of all processes together.
-        """
+        """An epoch of ``size`` places, in batches of so many joint examples of all processes together."""
         self._size, self._batch = size, batch
 
     def __len__(self) -> int:

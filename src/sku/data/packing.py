@@ -105,14 +105,10 @@ class AttentionPaths(_Tensors):
         return length if prefix is None else length + self.segments[prefix].length
 
     def segment_mask(self, index: int, window: int | None) -> Tensor | None:
-        """What the tokens of a segment see of their path.
+        """``[segment, path]`` bool: what the tokens of a segment see of their path, made once.
 
-        Args:
-            index: Of the segment.
-            window: Most tokens that one sees, itself included; all before it if None.
-
-        Returns:
-            ``[segment, path]`` bool on the plan's device, made once; None where that is a plain causal square.
+        None where that is a plain causal square. ``window`` is the most tokens that one sees, itself included; all
+        before it if None.
         """
         length, prefix = self.segments[index]
         path = self.path_length(index)
@@ -125,14 +121,7 @@ class AttentionPaths(_Tensors):
         return self._masks[key]
 
     def dense_mask(self, window: int | None) -> Tensor:
-        """What each token sees of the whole packed row.
-
-        Args:
-            window: As of ``segment_mask``; distances are those along the path.
-
-        Returns:
-            ``[T, T]`` bool, made once.
-        """
+        """``[T, T]`` bool: what each token sees of the packed row, made once; distances are those along the path."""
         key = (-1, window)
         if key not in self._masks:
             same_path = self.segment_T[:, None] == self.segment_T[None, :]

@@ -86,16 +86,7 @@ def limited(examples: Sequence[E], provenance: Provenance, limit: int | None, se
 
 
 def draw_rows(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:
-    """Draws rows whatever prompt they have, so that other answers to a drawn prompt may be left behind.
-
-    Args:
-        examples: All examples.
-        share: Of the rows to draw, rounded down.
-        seed: Another seed draws other rows.
-
-    Returns:
-        The drawn ones, in their order in ``examples``.
-    """
+    """Draws a share of the rows, whatever prompt they have: other answers to a drawn prompt may be left out."""
     ranks = [_rank(seed, "row", f"{example.prompt}\0{example.answer}") for example in examples]
     drawn = sorted(range(len(examples)), key=ranks.__getitem__)[: int(share * len(examples))]
     return tuple(examples[index] for index in sorted(drawn))

@@ -109,15 +109,7 @@ def why_not_refuse(reply: Reply) -> str | None:
 
 
 def choose_complying(replies: Sequence[Reply], counts: KindCounts) -> list[Reply]:
-    """Harmful replies, the same text to a prompt once.
-
-    Args:
-        replies: To harmful prompts.
-        counts: Are added to.
-
-    Returns:
-        Those to keep, in order.
-    """
+    """Harmful replies to keep, the same text to a prompt once; ``counts`` is added to."""
     kept: dict[tuple[str, str], Reply] = {}
     for reply in replies:
         text = (reply.record.prompt, plain(reply.record.reply))

@@ -308,14 +308,11 @@ def choose_packing(model: PreTrainedModel | PeftModel, asked: Packing, *, padded
 
 
 def why_not_packed(model: PreTrainedModel | PeftModel) -> str | None:
-    """Why a model can't be given packed rows, None if it can.
+    """Why a model can't be given packed rows, None if it can; its attention is the same afterwards.
 
     The trial compares the scores of a small packed row with those of the same rows on their own: recurrent layers,
     positions taken from an attention mask, biases and sinks all show there. What needs more tokens to show (windows)
     is read from what the attention layers ask for.
-
-    Args:
-        model: As for ``choose_packing``; its attention is the same afterwards.
     """
     return _from_settings(model) or _from_trial(model)
 

@@ -125,9 +125,6 @@ class UnlearningConfig(TrainingArguments):
 def check_services(report_to: Iterable[str]) -> None:
     """Refuses services that would fail when training begins, which may be long after the start of a run.
 
-    Args:
-        report_to: Names of services.
-
     Raises:
         RecipeError: transformers doesn't know one, or its package is missing.
     """
@@ -145,11 +142,7 @@ def check_services(report_to: Iterable[str]) -> None:
 
 
 def check_no_uploads(report_to: Iterable[str], *, push_to_hub: bool) -> None:
-    """Refuses settings under which transformers uploads the model while it is trained.
-
-    Args:
-        report_to: Names of services; curves may go there.
-        push_to_hub: As of ``transformers.TrainingArguments``.
+    """Refuses settings under which transformers uploads the model while it is trained; curves may go there.
 
     Raises:
         RecipeError: With the setting or the variable.
@@ -172,11 +165,7 @@ def check_no_uploads(report_to: Iterable[str], *, push_to_hub: bool) -> None:
 
 
 def bf16_pays(*, use_cpu: bool) -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones.
-
-    Args:
-        use_cpu: Training stays on the processor though there may be a GPU.
-    """
+    """Whether this machine, or with ``use_cpu`` its processor, multiplies bfloat16 faster than float32 matrices."""
     if torch.cuda.is_available() and not use_cpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -45,13 +45,11 @@ class DeferredHead:
     """Runs a model and leaves out its head beyond a budget."""
 
     def __init__(self, model: PreTrainedModel, budget_mb: float | None, *, watched: bool = False) -> None:
-        """Finds out how the model makes its scores, with one forward pass over two tokens.
+        """Finds out how a model without adapter makes its scores, with one forward pass over two tokens.
 
-        Args:
-            model: Without adapter around it.
-            budget_mb: Most megabytes of float32 scores that are held at once; None for no limit.
-            watched: Whether DDP looks in what the model returns for weights that have no part in it. A head that is
-                trained would be one of them if it were applied later, so its scores are then made whatever they take.
+        ``budget_mb`` is the most megabytes of float32 scores that are held at once; None for no limit. Where DDP looks
+        in what the model returns for weights that have no part in it (``watched``), a head that is trained would be
+        one of them if it were applied later, so its scores are then made whatever they take.
         """
         self.budget_mb, self._watched = budget_mb, watched
         self.shape: HeadShape | None = None

@@ -61,11 +61,7 @@ class FiniteGuard(TrainerCallback):
     """Looks at every loss term, and at the gradient, before it can move a weight."""
 
     def __init__(self, mode: FiniteCheck) -> None:
-        """Says when to look.
-
-        Args:
-            mode: ``at_once``, ``late``, or ``auto``: late on a GPU with a fused optimizer, else at once.
-        """
+        """``auto`` looks late on a GPU with a fused optimizer, else at once."""
         self._mode = mode
         self._seen: list[_Seen] = []
         self._flag: Tensor | None = None

@@ -77,11 +77,7 @@ def linear_names(model: PreTrainedModel, indices: Iterable[int]) -> list[str]:
 
 
 def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Freezes all but the weights of the named modules.
-
-    Args:
-        model: Changed in place.
-        names: Full names of modules.
+    """Freezes all but the weights of the modules of some full names.
 
     Raises:
         ModelError: The model has no module of such a name.
@@ -96,11 +92,7 @@ def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model's modules in evaluation mode and back afterwards.
-
-    Args:
-        model: Possibly wrapped for distributed training.
-    """
+    """Dropout off for a while: puts a model's modules, wrapped or not, in evaluation mode and back afterwards."""
     # Four-bit layers are in training mode meanwhile: else bitsandbytes repacks their weights on a CPU, for a kernel
     # that has no backward.
     switched = [module for module in model.modules() if module.training != is_four_bit(module)]

@@ -55,10 +55,6 @@ def check_optimizer(optim: str, *, stochastic_rounding: bool, on_gpu: bool) -> N
 def stochastic_optimizer(model: torch.nn.Module, settings: Any) -> tuple[type[StochasticAdamW], dict[str, Any]]:
     """The optimizer that rounds at random, as ``transformers.Trainer`` takes it (``optimizer_cls_and_kwargs``).
 
-    Args:
-        model: What is trained.
-        settings: ``transformers.TrainingArguments``, for the learning rate, the decays and the seed.
-
     Raises:
         RecipeError: No weight that is trained is bfloat16, so that it would do nothing.
     """
@@ -129,14 +125,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all weights that have a gradient.
-
-        Args:
-            closure: Computes the loss again, as optimizers of torch take it.
-
-        Returns:
-            What ``closure`` gives.
-        """
+        """One update of all weights that have a gradient; ``closure``, if given, computes the loss again before it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,11 +161,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         weight.copy_(round_to_bfloat16(wide, generators[weight.device]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Reads the state; moments stay float32, which torch would make bfloat16 as the weights are.
-
-        Args:
-            state_dict: Of ``state_dict()``.
-        """
+        """Reads the state; moments stay float32, which torch would make bfloat16 as the weights are."""
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
         weights = [weight for group in self.param_groups for weight in group["params"]]

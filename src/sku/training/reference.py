@@ -36,21 +36,15 @@ Ask = Callable[[int, list[JointExample]], ScoredRows]
 
 @contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
-    """The frozen reference while the context lasts: adapter off and dropout off, as the original model is used.
-
-    Args:
-        model: Without wrappers around it; with an adapter, or with weights that no step has moved.
-    """
+    """The frozen reference for a while: adapter off, or no step has moved the weights; and dropout off."""
     with evaluation_mode(model), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
         yield
 
 
 def check_original_stays(model: nn.Module, added: PeftConfig | None) -> None:
-    """Refuses an adapter that changes the original weights themselves: with it off they would not be the original.
+    """Refuses an adapter, there or to be added, that changes the original weights themselves.
 
-    Args:
-        model: That will be trained, perhaps with an adapter.
-        added: Adapter that it will get.
+    With it off they would not be the original.
 
     Raises:
         RecipeError: With the setting that does so.
@@ -68,9 +62,6 @@ def keep_four_bit_trainable(model: nn.Module) -> None:
     """Puts four-bit layers in training mode before a model that will be trained is first run.
 
     In evaluation mode bitsandbytes repacks their weights on a CPU for a kernel that has no backward.
-
-    Args:
-        model: Its four-bit layers are changed in place.
     """
     for module in model.modules():
         if is_four_bit(module):
@@ -111,23 +102,12 @@ class ReferenceCache:
     """What the original model will be asked in training, kind by kind, filled when a kind is first asked for."""
 
     def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: DeferredHead) -> None:
-        """Keeps nothing yet.
-
-        Args:
-            dataset: What is trained on.
-            ask: Asks the original model; may be called until the first optimizer step.
-            settings: For the number of steps, the batches and the limit.
-            head: Of the model in training.
-        """
+        """Keeps nothing yet; the original model may be asked until the first optimizer step."""
         self._dataset, self._ask, self._settings, self._head = dataset, ask, settings, head
         self._rows: dict[int, CachedRows] = {}
 
     def why_not(self, *, is_spread: bool) -> str:
-        """Why there can't be a cache, empty where there can.
-
-        Args:
-            is_spread: Whether weights are spread over several processes.
-        """
+        """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
         if is_spread:
             return "the head's weight is spread over several processes"
         if self._head.shape is None:
@@ -211,14 +191,10 @@ class CachedRows:
     """The same of ``Objective.hidden_layers``."""
 
     def look_up(self, rows: ScoredRows, index_M: Tensor) -> ScoredRows:
-        """The original model on the rows of a batch. Nothing waits for a GPU.
+        """The original model on the rows of a batch, its scores not made yet. Nothing waits for a GPU.
 
-        Args:
-            rows: Of the model in training; what isn't scores is the same for the original.
-            index_M: Place of each row in its split.
-
-        Returns:
-            The same rows with the original's scores, not made yet, and hidden states.
+        Of the rows of the model in training, what isn't scores is the same for the original; ``index_M`` is the place
+        of each in its split.
         """
         start_M = self.start_I[index_M.clamp(max=len(self.start_I) - 1)]
         # Positions of a row lie one behind the other, so a row begins where its number is first met. On a GPU the look

@@ -153,12 +153,7 @@ def save_trained(trainer: UnlearningTrainer, target: Path) -> None:
 
 
 def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None) -> PeftConfig | None:
-    """The adapter of a tuning, None for full fine-tuning.
-
-    Args:
-        config: ``tuning`` and ``lora`` are used.
-        modules: Modules that a method trains in place of the recipe's.
-    """
+    """The adapter of a tuning, None for full fine-tuning; ``modules`` are those that a method trains instead."""
     if config.tuning == "full":
         return None
     targets = config.lora.target_modules if modules is None else list(modules)

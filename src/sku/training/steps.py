@@ -31,15 +31,7 @@ _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 def kept_positions(inputs: dict[str, Tensor], plan: RowPlan) -> Tensor:
-    """Where the next token is learned or compared.
-
-    Args:
-        inputs: A batch of ``JointCollator``.
-        plan: Says which tokens of normal rows count, and whether padding does.
-
-    Returns:
-        ``[R, T]``, bool.
-    """
+    """``[R, T]`` bool: where the next token is learned or compared."""
     following = inputs["labels"][:, 1:] != IGNORE_INDEX
     if plan.retain_tokens == "all":
         is_retain = (inputs["row_kind"] == RETAIN)[:, None]
@@ -81,15 +73,9 @@ class PaddedBatch:
         return PaddedBatch(own, self._plan, kept_RT[:, :longest])
 
     def forward(self, model: nn.Module, plain: PreTrainedModel | PeftModel, *, hidden_states: bool = False) -> Any:
-        """Runs a model.
+        """Runs a model: ``model`` may be wrapped for distributed training, ``plain`` is the same without that.
 
-        Args:
-            model: What is called, possibly wrapped for distributed training.
-            plain: The same without that wrapping.
-            hidden_states: Return the output of every layer too, ``[R, T, H]`` each.
-
-        Returns:
-            The model's outputs, with logits ``[K, V]``.
+        Logits are ``[K, V]``; with ``hidden_states`` the output of every layer comes too, ``[R, T, H]`` each.
         """
         return model(
             input_ids=self._inputs["input_ids"],
@@ -203,11 +189,7 @@ class TokenScale:
     """
 
     def __init__(self, model: PeftModel) -> None:
-        """Scales nothing yet.
-
-        Args:
-            model: With plain LoRA, as ``token_scale`` makes sure.
-        """
+        """Scales nothing yet; ``token_scale`` makes sure that the model has plain LoRA."""
         self._model = model
         self._hooks: list[RemovableHandle] = []
         self._scale_RT1: Tensor | None = None
@@ -215,8 +197,7 @@ class TokenScale:
     def set(self, scale_RT1: Tensor) -> None:
         """From now on the adapter counts so, until ``remove``: activation checkpointing runs layers again later.
 
-        Args:
-            scale_RT1: ``[R, T, 1]`` or ``[R, 1, 1]``.
+        The scale is ``[R, T, 1]`` or ``[R, 1, 1]``.
         """
         self._scale_RT1 = scale_RT1
         if not self._hooks:
@@ -244,14 +225,7 @@ class TokenScale:
 
 
 def token_scale(model: nn.Module, retain_at: float) -> TokenScale | None:
-    """What reads normal rows at another point of the line through original and trained model.
-
-    Args:
-        model: In training, its adapter included.
-        retain_at: The point; at 1 there is nothing to scale.
-
-    Returns:
-        None for 1.
+    """What reads normal rows at another point of the line through original and trained model; None for 1.
 
     Raises:
         RecipeError: The point can't be had with this model.

@@ -152,10 +152,6 @@ class UnlearningTrainer(Trainer):
         """Trains. Before that and before a checkpoint is loaded, the original model is asked all that it will be.
 
         A model that becomes hazardous is marked first. Afterwards the model has the attention that it came with.
-
-        Args:
-            *args: As of ``transformers.Trainer.train``.
-            **kwargs: As of ``transformers.Trainer.train``.
         """
         if self._is_hazardous:
             mark_model(self._trained)

@@ -51,12 +51,7 @@ def named_columns(source: SourceConfig) -> list[str]:
 
 
 def naming(key: str, columns: Columns) -> str:
-    """What to do where it is not clear which column is which: the options, with columns of the table for example.
-
-    Args:
-        key: The recipe's key of the source, such as ``data.forget``.
-        columns: Columns of the table.
-    """
+    """What to do where it is not clear which column is which: the options, with columns of the table for example."""
     # Text alone is not seen here: that the first two are meant is a guess, and is called so.
     prompt, answer = [*columns, "NAME", "NAME"][:2]
     options = (f"{key}.prompt_column={prompt}", f"{key}.answer_column={answer}")

@@ -63,12 +63,7 @@ def resolve_commit(dataset_id: str, revision: str | None) -> str | None:
 
 
 def load_files(builder: str, source: SourceConfig, path: Path) -> datasets.Dataset:
-    """Reads a file or a folder that is laid out as a hub repository.
-
-    Args:
-        builder: ``parquet`` for such a file; a folder is its own builder.
-        source: Says which configuration and split.
-        path: Of the file or folder.
+    """Reads a Parquet file (``builder`` parquet), or a folder that is laid out as a hub repository, its own builder.
 
     Raises:
         DataError: It can't be read.
