@@ -234,8 +234,8 @@ def _with_safe_answer(example: E, safe_answers: Mapping[str, list[_Text]], harmf
         return example
     prompt = normalise_prompt(example.prompt)
     own = [] if example.safe_answer is None else [(example.safe_answer, example.safe_answer_finished)]
-    usable = (found for found in (*own, *safe_answers.get(prompt, [])) if (prompt, found[0]) not in harmful)
-    chosen, finished = next(usable, (None, True))
+    candidates = own + safe_answers.get(prompt, [])
+    chosen, finished = next((found for found in candidates if (prompt, found[0]) not in harmful), (None, True))
     return replace(example, safe_answer=chosen, safe_answer_finished=finished)
 
 
