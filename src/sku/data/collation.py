@@ -22,15 +22,14 @@ class JointCollator:
     real token.
     """
 
-    def __init__(self, pad_token_id: int, *, pad_to: int = 0, multiple_of: int = 1) -> None:
+    def __init__(self, pad_token_id: int, *, multiple_of: int = 1) -> None:
         """Says how rows are padded.
 
         Args:
             pad_token_id: Of the tokenizer.
-            pad_to: Least number of tokens of a padded row; the longest row of the batch decides where it has more.
-            multiple_of: That number is rounded up to a multiple of this.
+            multiple_of: The length of the longest row is rounded up to a multiple of this.
         """
-        self.pad_token_id, self.pad_to, self.multiple_of = pad_token_id, pad_to, multiple_of
+        self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
         """Pads the rows on the right: each example's forget row, mismatched, retain and safe rows, in this order.
@@ -73,8 +72,7 @@ class JointCollator:
 
     def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:
         padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
-        length = max(self.pad_to, padded.shape[1])
-        length = -(-length // self.multiple_of) * self.multiple_of
+        length = -(-padded.shape[1] // self.multiple_of) * self.multiple_of
         return functional.pad(padded, (0, length - padded.shape[1]), value=value)
 
 

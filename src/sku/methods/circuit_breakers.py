@@ -15,18 +15,16 @@ keeps its command for Llama-3-8B: alpha 10, layers 10 and 20 of 32 with the embe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from sku.config.check import Positive, validated
 from sku.data.joint import FORGET, RETAIN, RowPlan
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method
-from sku.methods.setting_checks import check_positive, setting_key
 from sku.training.decoder_layers import decoder_layers, linear_names
 from sku.training.objective import Losses, Objective, TrainingStep
 
@@ -34,17 +32,14 @@ _OF_32 = (10, 20)
 """The authors' layers of Llama-3-8B, counted from 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class CircuitBreakersSettings:
     """Settings of circuit breakers. Defaults: the authors' for Llama-3-8B."""
 
-    alpha: float = 10.0
+    alpha: Positive = 10.0
     """Weight of both terms, before their share of the schedule."""
     layers: tuple[int, ...] = ()
     """Decoder layers, counted from 0, whose outputs are turned away; empty for the 10th and the 20th of every 32."""
-
-    def __post_init__(self) -> None:
-        check_positive("circuit_breakers", "alpha", self.alpha)
 
 
 def rerouting_loss(hidden_NLH: Tensor, reference_NLH: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
@@ -126,7 +121,7 @@ def turned_layers(settings: CircuitBreakersSettings, model: PreTrainedModel) -> 
     layers = tuple(sorted({*(settings.layers or of_model)}))
     if not (layers[0] >= 0 and layers[-1] < count - 1):
         raise RecipeError(
-            f"{setting_key('circuit_breakers', 'layers')} is {list(settings.layers)}; each must be 0 to {count - 2}, "
+            f"methods.circuit_breakers.settings.layers is {list(settings.layers)}; each must be 0 to {count - 2}, "
             f"before the last of the model's {count} layers"
         )
     return layers

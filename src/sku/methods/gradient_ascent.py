@@ -7,21 +7,14 @@ Shapes: N = answer tokens of all harmful rows, B = joint examples, V = vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.data.joint import FORGET, RowPlan
 from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example
-from sku.methods.base import Method
+from sku.methods.base import Method, NoSettings
 from sku.training.objective import Losses, Objective, TrainingStep
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientAscentSettings:
-    """GA has no settings of its own: one term, whose scale the learning rate sets."""
 
 
 def gradient_ascent_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
@@ -54,7 +47,7 @@ def ascent_term(step: TrainingStep) -> Tensor:
     return gradient_ascent_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
 
 
-def _objective(_settings: GradientAscentSettings, _model: PreTrainedModel) -> Objective:
+def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:
     def losses(step: TrainingStep) -> Losses:
         return {"ascent": ascent_term(step)}
 
@@ -65,6 +58,6 @@ GRADIENT_ASCENT = Method(
     name="gradient_ascent",
     title="GA",
     paper_url="https://arxiv.org/abs/2210.01504",
-    settings=GradientAscentSettings,
+    settings=NoSettings,
     objective=_objective,
 )

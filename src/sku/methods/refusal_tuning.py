@@ -10,32 +10,29 @@ tokens of both halves; here each term is a mean over its own rows and has a weig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sku.config.check import NotNegative, validated
 from sku.data.joint import SAFE, RowPlan
 from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example
-from sku.methods.base import Method
+from sku.methods.base import Method, check_weights
 from sku.methods.retain_terms import RetainTerm
-from sku.methods.setting_checks import check_weights
 from sku.training.objective import Losses, Objective, TrainingStep
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class RefusalTuningSettings:
     """Weights of refusal tuning; 0 leaves a term and its rows out."""
 
-    refusal_weight: float = 1.0
+    refusal_weight: NotNegative = 1.0
     """Weight of the safe answers."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Weight of the normal answers."""
 
     def __post_init__(self) -> None:
-        weights = {"refusal_weight": self.refusal_weight, "retain_weight": self.retain_weight}
-        check_weights("refusal_tuning", weights)
+        check_weights("refusal_tuning", refusal_weight=self.refusal_weight, retain_weight=self.retain_weight)
 
 
 def refusal_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:

@@ -8,15 +8,13 @@ Shapes: N = answer tokens of all normal rows, B = joint examples, V = vocabulary
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
 from sku.data.joint import RETAIN
-from sku.errors import RecipeError
 from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example, token_kl
-from sku.methods.setting_checks import setting_key
 from sku.training.objective import TrainingStep
 
 RetainKind = Literal["gd", "kl", "none"]
@@ -98,14 +96,3 @@ class RetainTerm:
             return {"retain": retain_nll_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)}
         reference_NV = step.reference(RETAIN).scores_NV
         return {"retain_kl": retain_kl_loss(reference_NV, rows.scores_NV, rows.example_N, rows.num_examples)}
-
-
-def check_retain(method: str, kind: str) -> None:
-    """Refuses an unknown kind of retain term.
-
-    Raises:
-        RecipeError: With the kinds there are.
-    """
-    if kind not in get_args(RetainKind):
-        known = ", ".join(get_args(RetainKind))
-        raise RecipeError(f"{setting_key(method, 'retain')} is {kind!r}; it must be one of {known}")

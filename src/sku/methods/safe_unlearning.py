@@ -10,42 +10,37 @@ weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from sku.config.check import NotNegative, Positive, validated
 from sku.data.joint import FORGET, SAFE, RowPlan
-from sku.methods.base import Method
+from sku.methods.base import Method, check_weights
 from sku.methods.refusal_tuning import refusal_loss
 from sku.methods.retain_terms import RetainTerm
-from sku.methods.setting_checks import check_positive, check_weights
 from sku.training.objective import Losses, Objective, TrainingStep
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class SafeUnlearningSettings:
     """Settings of Safe Unlearning. Defaults: the authors' for Vicuna-7B; a weight of 0 leaves a term out."""
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """Inverse temperature of the likelihood per token."""
-    forget_weight: float = 0.3
+    forget_weight: NotNegative = 0.3
     """alpha, weight of the harmful answers."""
-    safe_weight: float = 0.5
+    safe_weight: NotNegative = 0.5
     """theta, weight of the safe answers."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Weight of the normal answers."""
 
     def __post_init__(self) -> None:
-        check_positive("safe_unlearning", "beta", self.beta)
         check_weights(
             "safe_unlearning",
-            {
-                "forget_weight": self.forget_weight,
-                "safe_weight": self.safe_weight,
-                "retain_weight": self.retain_weight,
-            },
+            forget_weight=self.forget_weight,
+            safe_weight=self.safe_weight,
+            retain_weight=self.retain_weight,
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any
 
 from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig
-from sku.config.seed import check_seed
+from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData
 from sku.data.prompt_sets import OwnPrompts
 from sku.evaluate.judges import Judge, choose_judge, is_embedded
@@ -16,7 +16,7 @@ from sku.own_replies.wordings import ENGLISH, WORLD
 from sku.own_replies.write import OwnJob
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class OwnOptions(OwnRepliesConfig):
     """Everything that ``sku data own`` can be told: the settings of ``data.own`` and these."""
 
@@ -28,11 +28,7 @@ class OwnOptions(OwnRepliesConfig):
     """A name that ``sku judge list`` shows, or a judge file."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("seed", self.seed)
+    seed: Seed = 0
 
     @property
     def replies(self) -> OwnRepliesConfig:

@@ -24,8 +24,7 @@ class ScoredRows:
     """Logits, or what they would be made from where they are too many to hold; ``answer_nll`` and ``token_kl`` take
     both."""
     targets_N: Tensor
-    """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too. Under
-    ``every`` the last position of a row has none: what stands there means nothing."""
+    """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too."""
     row_N: Tensor
     """Which row, 0 to M-1, each position belongs to."""
     example_M: Tensor
@@ -34,8 +33,6 @@ class ScoredRows:
     """B."""
     hidden_NLH: Tensor | None = None
     """Outputs of the decoder layers ``Objective.hidden_layers`` at each position; None where none is read."""
-    positions_to_end_M: Tensor | None = None
-    """Positions of each row from its first kept one to the end of its padding, where ``RowPlan.padded`` is on."""
 
     @property
     def logits_NV(self) -> Tensor:  # noqa: N802 - named by shape
@@ -97,6 +94,3 @@ class Objective:
     retain_at: float = 1.0
     """Which model normal rows are read by, ``theta_o + retain_at * (theta - theta_o)`` with theta the model in
     training; other than 1 with a LoRA adapter only."""
-    in_whole_passes: bool = False
-    """Whether ``max_steps`` is rounded up to whole passes over the shorter training split, with the learning rates of
-    the steps asked for."""

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from sku.config import Packing
 from sku.data.attention_paths import AttentionPaths, Segment, plan_paths
-from sku.errors import ModelError, RecipeError, SkuError, one_line
+from sku.errors import ModelError, SkuError, one_line
 from sku.models import embedding_weight, plain_model
 from sku.training.evaluation_mode import evaluation_mode
 from sku.training.packed_attention import packed_forward_pass, use_packed_attention
@@ -29,30 +29,20 @@ _HALF_TOLERANCE = 0.1
 sees too much, too little, or from the wrong place does not."""
 
 
-def choose_packing(model: PreTrainedModel | PeftModel, asked: Packing, *, padded: bool) -> Packing:
+def choose_packing(model: PreTrainedModel | PeftModel, asked: Packing) -> Packing:
     """How rows go to a model.
 
     Args:
         model: On the device that it is trained on, not yet wrapped for distributed training.
         asked: ``auto`` takes ``tree`` where it can and says why where it can't.
-        padded: Whether the objective counts padding (``RowPlan.padded``).
 
     Returns:
         ``tree``, ``flat`` or ``padded``.
 
     Raises:
-        RecipeError: ``tree`` or ``flat`` is asked for and the objective counts padding.
         ModelError: ``tree`` or ``flat`` is asked for and the model can't be given packed rows.
     """
     if asked == "padded":
-        return "padded"
-    if padded:
-        if asked != "auto":
-            raise RecipeError(
-                f"packing is {asked} and compat.pad_dilution counts the padding: set packing to auto or padded, or "
-                "switch compat.pad_dilution off"
-            )
-        _log.info("packing: padded, since compat.pad_dilution counts the padding")
         return "padded"
     reason = why_not_packed(model)
     if reason is None and asked == "auto":

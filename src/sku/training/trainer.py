@@ -41,7 +41,6 @@ from sku.training.padded_step import forward_padded, kept_positions, padded_scor
 from sku.training.precision import stochastic_optimizer
 from sku.training.reference_cache import NoCacheError, ReferenceCache
 from sku.training.reference_mode import ReferenceMode, resolved_mode
-from sku.training.step_limit import steps_in_whole_passes
 from sku.training.token_scale import token_scale
 from sku.training.trained_modules import train_only
 from sku.training.whole_batches import WholeBatches
@@ -94,8 +93,7 @@ class UnlearningTrainer(Trainer):
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, a model without trainable weights, or ``packing`` that
                 asks for packed rows where the model can't be given any.
-            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model or changes its weights, or
-                whole passes without ``max_steps``.
+            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model or changes its weights.
         """
         if args.n_gpu > 1:
             raise RecipeError(
@@ -115,12 +113,6 @@ class UnlearningTrainer(Trainer):
             )
         self.objective: Objective = objective
         self._is_hazardous = hazardous
-        self._scheduled_steps: int | None = None
-        if objective.in_whole_passes:
-            self._scheduled_steps = args.max_steps
-            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            args = copy.copy(args)
-            args.max_steps = steps_in_whole_passes(args.max_steps, train_dataset.rows_of_a_pass, batch)
         self._reference: PreTrainedModel | None = None
         # The adapter's first weights are drawn here, before Trainer seeds the rest.
         set_seed(args.seed)
@@ -142,9 +134,7 @@ class UnlearningTrainer(Trainer):
         self._scale = token_scale(model, objective.retain_at, compiled=args.compile_layers is not None)
         self._trained, self._settings, self._examples = model, args, train_dataset
         self._collate: JointCollator | PackedCollator = JointCollator(
-            int(processing_class.pad_token_id),
-            pad_to=args.max_length if objective.rows.padded else 0,
-            multiple_of=args.pad_to_multiple_of,
+            int(processing_class.pad_token_id), multiple_of=args.pad_to_multiple_of
         )
         super().__init__(
             model=model,
@@ -161,7 +151,7 @@ class UnlearningTrainer(Trainer):
         self.add_callback(self._guard)
         keep_four_bit_trainable(model)
         self._own_attention = str(plain_model(model).config._attn_implementation)
-        self.packing: Packing = choose_packing(model, args.packing, padded=objective.rows.padded)
+        self.packing: Packing = choose_packing(model, args.packing)
         if self.packing != "padded":
             self._collate = PackedCollator(share=self.packing == "tree", retain_tokens=objective.rows.retain_tokens)
             self.data_collator = self._collate
@@ -243,13 +233,6 @@ class UnlearningTrainer(Trainer):
         if self.args.world_size == 1 or not isinstance(dataset, JointDataset):
             return super()._get_train_sampler(train_dataset)
         return WholeBatches(len(dataset), self.args.train_batch_size * self.args.world_size)
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Builds the schedule of the steps asked for, also where whole passes take more."""
-        steps = num_training_steps if self._scheduled_steps is None else self._scheduled_steps
-        return super().create_scheduler(steps, optimizer)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -333,7 +316,7 @@ class UnlearningTrainer(Trainer):
             """Once a step: these are copies of the scores, the largest tensors there are."""
             if PACKED in inputs:
                 return packed_scores(packed, kind, outputs, layers)
-            return padded_scores(inputs, kept_RT, kind, outputs, layers, to_end=plan.padded)
+            return padded_scores(inputs, kept_RT, kind, outputs, layers)
 
         def reference(kind: int) -> ScoredRows:
             if self._cache is not None:
@@ -406,7 +389,7 @@ class UnlearningTrainer(Trainer):
                 return packed_scores(packed, kind, outputs, layers)
             own, kept_RT = rows_of_kind(inputs, kept_positions(inputs, plan), kind)
             outputs = self._forward(asked, own, kept_RT, without_head=without_head)
-            return padded_scores(own, kept_RT, kind, outputs, layers, to_end=plan.padded)
+            return padded_scores(own, kept_RT, kind, outputs, layers)
 
     def _note_terms(self, terms: dict[str, Tensor], num_examples: Tensor) -> None:
         for name, losses_B in terms.items():
