@@ -103,9 +103,9 @@ def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
     assert (settings.max_length, settings.max_answer_tokens) == (64, 16)
     assert settings.output_dir == str(tmp_path)
     weights = WeightsConfig(guided_distortion=1.5, random_disassociation=0.5, preservation_divergence=0.0)
-    objective = sku_objective(ModulesConfig(weights=weights, random_answers=3, preservation_tokens="all"))
+    objective = sku_objective(ModulesConfig(weights=weights, random_answers=3))
     assert objective.weights == {"guided_distortion": 1.5, "random_disassociation": 0.5}
-    assert objective.rows == RowPlan(forget=True, mismatched=3, retain_tokens="all")
+    assert objective.rows == RowPlan(forget=True, mismatched=3)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -11,10 +10,10 @@ from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss, targeted_divergence_loss
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config import ModulesConfig, Twin, WeightsConfig
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, RowPlan
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.training.objective import Losses, Objective, ScoredRows, TrainingStep
+from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
 
 
 def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
@@ -31,39 +30,40 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
     Raises:
         RecipeError: A good twin would learn no refusal.
     """
-    weights = {name: float(weight) for name, weight in dataclasses.asdict(config.weights).items() if weight}
-    good = twin == "good"
+    weights, good = config.weights, twin == "good"
+    if good and not weights.guided_distortion:
+        raise RecipeError("the good twin learns its refusals by guided distortion, whose weight is 0: give it one")
     if good:
-        weights.pop("random_disassociation", None)
         config = dataclasses.replace(config, preservation_mode="retention")
-        if "guided_distortion" not in weights:
-            raise RecipeError("the good twin learns its refusals by guided distortion, whose weight is 0: give it one")
-    preserves, targeted = "preservation_divergence" in weights, config.preservation_mode == "targeted"
-
-    def losses(step: TrainingStep) -> Losses:
-        terms: dict[str, Callable[[], Tensor]] = {
-            "guided_distortion": lambda: _guided_distortion(step.rows(SAFE if good else FORGET)),
-            "random_disassociation": lambda: _random_disassociation(step.rows(MISMATCHED)),
-            "preservation_divergence": lambda: _preservation_divergence(step, config),
-        }
-        return {name: terms[name]() for name in weights}
-
-    return Objective(
-        rows=RowPlan(
-            forget=not good and "guided_distortion" in weights,
-            safe="all" if good else "none",
-            depth_share=config.depth_share if good else 0.0,
-            depth_tokens=config.depth_tokens if good else 0,
-            mismatched=config.random_answers if "random_disassociation" in weights else 0,
-            retain=config.normal_per_harmful if preserves else 0,
-            retain_refused=targeted and preserves,
-            retain_tokens="answer" if targeted else config.preservation_tokens,
-        ),
-        weights=weights,
-        losses=losses,
-        needs_reference=preserves and not targeted,
-        # The good twin is added where the bad model is subtracted.
-        retain_at=(abs(config.preservation_at) if good else config.preservation_at) if preserves else 1.0,
+    targeted = config.preservation_mode == "targeted"
+    refusals = {"safe": "all", "depth_share": config.depth_share, "depth_tokens": config.depth_tokens}
+    normal = {
+        "retain": config.normal_per_harmful,
+        "retain_refused": targeted,
+        "retain_tokens": "answer" if targeted else config.preservation_tokens,
+    }
+    # The good twin is added where the bad model is subtracted.
+    retain_at = abs(config.preservation_at) if good else config.preservation_at
+    return Objective.of(
+        {
+            "guided_distortion": Term(
+                weight=weights.guided_distortion,
+                loss=lambda step: _guided_distortion(step.rows(SAFE if good else FORGET)),
+                rows=refusals if good else {"forget": True},
+            ),
+            "random_disassociation": Term(
+                weight=0.0 if good else weights.random_disassociation,
+                loss=lambda step: _random_disassociation(step.rows(MISMATCHED)),
+                rows={"mismatched": config.random_answers},
+            ),
+            "preservation_divergence": Term(
+                weight=weights.preservation_divergence,
+                loss=lambda step: _preservation_divergence(step, config),
+                rows=normal,
+                reference=not targeted,
+            ),
+        },
+        retain_at=retain_at if weights.preservation_divergence else 1.0,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field, ValidationError
 
-from sku.errors import RecipeError, did_you_mean
+from sku.errors import RecipeError, SkuError, did_you_mean, one_line
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 """No key that isn't known, and no value of another type than is asked for."""
@@ -137,10 +137,10 @@ def explain(error: ValidationError, target: type, content: Any, key: str = "", k
     """
     errors = error.errors(include_url=False)
     first = next((one for one in errors if one["type"] == "unexpected_keyword_argument"), errors[0])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RecipeError):
-        return str(cause)
     path, value = _place(first["loc"], content, key)
+    if "error" in first.get("ctx", {}):  # Of a dataclass's own check.
+        cause = first["ctx"]["error"]
+        return str(cause) if isinstance(cause, SkuError) else f"{path or 'the recipe'}: {one_line(cause)}"
     if first["type"] == "missing":
         return f"{path}.{first['loc'][-1]} is missing".removeprefix(".")
     if first["type"] == "unexpected_keyword_argument":

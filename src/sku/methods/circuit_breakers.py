@@ -21,12 +21,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import Positive, validated
-from sku.data.joint import FORGET, RETAIN, RowPlan
+from sku.data.joint import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method
 from sku.training.decoder_layers import decoder_layers, linear_names
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.training.objective import Objective, Term, TrainingStep
 
 _OF_32 = (10, 20)
 """The authors' layers of Llama-3-8B, counted from 1."""
@@ -133,30 +133,27 @@ def _trained_modules(settings: CircuitBreakersSettings, model: PreTrainedModel) 
 
 def _objective(settings: CircuitBreakersSettings, model: PreTrainedModel) -> Objective:
     turned = list(turned_layers(settings, model))
-    every = tuple(range(len(decoder_layers(model)[1])))
 
-    def losses(step: TrainingStep) -> Losses:
-        reroute_share, hold_share = shares(step.progress)
-        harmful, normal = step.rows(FORGET), step.rows(RETAIN)
-        original = {kind: step.reference(kind).hidden_states() for kind in (FORGET, RETAIN)}
-        return {
-            "reroute": reroute_share
-            * rerouting_loss(
-                harmful.hidden_states()[:, turned],
-                original[FORGET][:, turned],
-                harmful.example_N,
-                harmful.num_examples,
+    def reroute(step: TrainingStep) -> Tensor:
+        rows, original_NLH = step.rows(FORGET), step.reference(FORGET).hidden_states()
+        loss_B = rerouting_loss(
+            rows.hidden_states()[:, turned], original_NLH[:, turned], rows.example_N, rows.num_examples
+        )
+        return shares(step.progress)[0] * loss_B
+
+    def hold(step: TrainingStep) -> Tensor:
+        rows, original_NLH = step.rows(RETAIN), step.reference(RETAIN).hidden_states()
+        loss_B = holding_loss(rows.hidden_states(), original_NLH, rows.example_N, rows.num_examples)
+        return shares(step.progress)[1] * loss_B
+
+    return Objective.of(
+        {
+            "reroute": Term(weight=settings.alpha, loss=reroute, rows={"forget": True}, reference=True),
+            "hold": Term(
+                weight=settings.alpha, loss=hold, rows={"retain": True, "retain_tokens": "all"}, reference=True
             ),
-            "hold": hold_share
-            * holding_loss(normal.hidden_states(), original[RETAIN], normal.example_N, normal.num_examples),
-        }
-
-    return Objective(
-        rows=RowPlan(forget=True, retain=True, retain_tokens="all"),
-        weights={"reroute": settings.alpha, "hold": settings.alpha},
-        losses=losses,
-        needs_reference=True,
-        hidden_layers=every,
+        },
+        hidden_layers=tuple(range(len(decoder_layers(model)[1]))),
     )
 
 

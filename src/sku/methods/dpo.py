@@ -11,10 +11,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET, SAFE, RowPlan
+from sku.data.joint import FORGET, SAFE
 from sku.methods.base import Method, check_weights
-from sku.methods.retain_terms import RetainKind, RetainTerm
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective, Term
 
 
 @validated
@@ -68,27 +68,19 @@ def dpo_loss(
 
 
 def _objective(settings: DpoSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
-    weights = {"preference": settings.preference_weight} if settings.preference_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            terms["preference"] = dpo_loss(
-                step.rows(SAFE).total_nll(),
-                step.rows(FORGET).total_nll(),
-                step.reference(SAFE).total_nll(),
-                step.reference(FORGET).total_nll(),
-                beta=settings.beta,
-            )
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), safe="data" if weights else "none", retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=bool(weights) or retain.needs_reference,
+    preference = Term(
+        weight=settings.preference_weight,
+        loss=lambda step: dpo_loss(
+            step.rows(SAFE).total_nll(),
+            step.rows(FORGET).total_nll(),
+            step.reference(SAFE).total_nll(),
+            step.reference(FORGET).total_nll(),
+            beta=settings.beta,
+        ),
+        rows={"forget": True, "safe": "data"},
+        reference=True,
     )
+    return Objective.of({"preference": preference, **retain_term(settings.retain, settings.retain_weight)})
 
 
 DPO = Method(

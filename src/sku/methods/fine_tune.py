@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from sku.data.joint import RowPlan
 from sku.methods.base import Method, NoSettings
-from sku.methods.retain_terms import RetainTerm
+from sku.methods.retain_terms import retain_term
 from sku.training.objective import Objective
 
 
 def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="gd")
-    return Objective(rows=RowPlan(retain=True), weights=retain.weights, losses=retain.losses)
+    return Objective.of(retain_term("gd"))
 
 
 FINE_TUNE = Method(

@@ -14,11 +14,10 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
-from sku.data.joint import RowPlan
 from sku.methods.base import Method, check_weights
 from sku.methods.gradient_ascent import ascent_term
-from sku.methods.retain_terms import RetainKind, RetainTerm
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective
 
 
 @validated
@@ -46,17 +45,8 @@ class GradDiffKlSettings(GradDiffSettings):
 
 
 def _objective(settings: GradDiffSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.kind, weight=settings.retain_weight)
-    weights = {"ascent": settings.forget_weight} if settings.forget_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        return ({"ascent": ascent_term(step)} if weights else {}) | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=retain.needs_reference,
+    return Objective.of(
+        {"ascent": ascent_term(settings.forget_weight), **retain_term(settings.kind, settings.retain_weight)}
     )
 
 

@@ -13,15 +13,16 @@ own draw, and the answers are those of ``retain_train``.
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config.check import Count, NotNegative, validated
-from sku.data.joint import MISMATCHED, RowPlan
+from sku.data.joint import MISMATCHED
 from sku.methods.base import Method, check_weights
 from sku.methods.gradient_ascent import ascent_term
-from sku.methods.retain_terms import RetainTerm
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import retain_term
+from sku.training.objective import Objective, Term, TrainingStep
 
 _NAME = "gradient_ascent_mismatch"
 
@@ -49,31 +50,22 @@ class GradientAscentMismatchSettings:
 
 
 def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="kl", weight=settings.retain_weight)
-    named = {"ascent": settings.forget_weight, "mismatch": settings.mismatch_weight}
-    weights = {name: weight for name, weight in named.items() if weight}
+    def mismatch(step: TrainingStep) -> Tensor:
+        rows = step.rows(MISMATCHED)
+        return random_disassociation_loss(
+            rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
+        )
 
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if "ascent" in weights:
-            terms["ascent"] = ascent_term(step)
-        if "mismatch" in weights:
-            rows = step.rows(MISMATCHED)
-            terms["mismatch"] = random_disassociation_loss(
-                rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
-            )
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(
-            forget="ascent" in weights,
-            mismatched=settings.random_answers if "mismatch" in weights else 0,
-            mismatched_from="retain",
-            retain=retain.is_on,
-        ),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=retain.needs_reference,
+    return Objective.of(
+        {
+            "ascent": ascent_term(settings.forget_weight),
+            "mismatch": Term(
+                weight=settings.mismatch_weight,
+                loss=mismatch,
+                rows={"mismatched": settings.random_answers, "mismatched_from": "retain"},
+            ),
+            **retain_term("kl", settings.retain_weight),
+        }
     )
 
 

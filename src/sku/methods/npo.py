@@ -11,10 +11,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET, RowPlan
+from sku.data.joint import FORGET
 from sku.methods.base import Method, check_weights
-from sku.methods.retain_terms import RetainKind, RetainTerm
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective, Term
 
 
 @validated
@@ -63,23 +63,15 @@ def npo_loss(nll_B: Tensor, reference_nll_B: Tensor, *, beta: float) -> Tensor:
 
 
 def _objective(settings: NpoSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
-    weights = {"forget": settings.forget_weight} if settings.forget_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            terms["forget"] = npo_loss(
-                step.rows(FORGET).total_nll(), step.reference(FORGET).total_nll(), beta=settings.beta
-            )
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=bool(weights) or retain.needs_reference,
+    forget = Term(
+        weight=settings.forget_weight,
+        loss=lambda step: npo_loss(
+            step.rows(FORGET).total_nll(), step.reference(FORGET).total_nll(), beta=settings.beta
+        ),
+        rows={"forget": True},
+        reference=True,
     )
+    return Objective.of({"forget": forget, **retain_term(settings.retain, settings.retain_weight)})
 
 
 NPO = Method(

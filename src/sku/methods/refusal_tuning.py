@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
-from sku.data.joint import SAFE, RowPlan
+from sku.data.joint import SAFE
 from sku.head.scores import Scores
 from sku.losses import answer_nll, mean_per_example
 from sku.methods.base import Method, check_weights
-from sku.methods.retain_terms import RetainTerm
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import retain_term
+from sku.training.objective import Objective, Term, TrainingStep
 
 
 @validated
@@ -55,22 +55,18 @@ def refusal_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_ex
     return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
 
 
+def safe_term(weight: float) -> Term:
+    """``refusal_loss`` of a batch's safe rows."""
+
+    def loss(step: TrainingStep) -> Tensor:
+        rows = step.rows(SAFE)
+        return refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
+
+    return Term(weight=weight, loss=loss, rows={"safe": "data or refusal"})
+
+
 def _objective(settings: RefusalTuningSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="gd", weight=settings.retain_weight)
-    weights = {"refusal": settings.refusal_weight} if settings.refusal_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            rows = step.rows(SAFE)
-            terms["refusal"] = refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(safe="data or refusal" if weights else "none", retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-    )
+    return Objective.of({"refusal": safe_term(settings.refusal_weight), **retain_term("gd", settings.retain_weight)})
 
 
 REFUSAL_TUNING = Method(

@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET, RETAIN, RowPlan
+from sku.data.joint import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method, check_weights
 from sku.training.decoder_layers import decoder_layers, names_in_layers
-from sku.training.objective import Losses, Objective, ScoredRows, TrainingStep
+from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
 
 _TRAINED_LAYERS = 3
 
@@ -148,31 +148,23 @@ def _trained_modules(settings: RmuSettings, model: PreTrainedModel) -> list[str]
 
 
 def _objective(settings: RmuSettings, model: PreTrainedModel) -> Objective:
-    named = {"forget": settings.forget_weight, "retain": settings.retain_weight}
-    weights = {name: weight for name, weight in named.items() if weight}
     width = model.config.get_text_config().hidden_size
     steering_H = steering_vector(width, coefficient=settings.steering_coefficient, seed=settings.seed)
 
-    def losses(step: TrainingStep) -> Losses:
-        terms: dict[str, Tensor] = {}
-        if "forget" in weights:
-            rows = step.rows(FORGET)
-            hidden_NH = _hidden(rows)
-            terms["forget"] = rmu_forget_loss(
-                hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples
-            )
-        if "retain" in weights:
-            rows = step.rows(RETAIN)
-            terms["retain"] = rmu_retain_loss(
-                _hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples
-            )
-        return terms
+    def forget(step: TrainingStep) -> Tensor:
+        rows = step.rows(FORGET)
+        hidden_NH = _hidden(rows)
+        return rmu_forget_loss(hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples)
 
-    return Objective(
-        rows=RowPlan(forget="forget" in weights, retain="retain" in weights),
-        weights=weights,
-        losses=losses,
-        needs_reference="retain" in weights,
+    def retain(step: TrainingStep) -> Tensor:
+        rows = step.rows(RETAIN)
+        return rmu_retain_loss(_hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples)
+
+    return Objective.of(
+        {
+            "forget": Term(weight=settings.forget_weight, loss=forget, rows={"forget": True}),
+            "retain": Term(weight=settings.retain_weight, loss=retain, rows={"retain": True}, reference=True),
+        },
         hidden_layers=(steered_layer(settings, model),),
     )
 

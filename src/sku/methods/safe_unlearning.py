@@ -15,11 +15,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET, SAFE, RowPlan
+from sku.data.joint import FORGET
 from sku.methods.base import Method, check_weights
-from sku.methods.refusal_tuning import refusal_loss
-from sku.methods.retain_terms import RetainTerm
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.refusal_tuning import safe_term
+from sku.methods.retain_terms import retain_term
+from sku.training.objective import Objective, Term
 
 
 @validated
@@ -71,28 +71,20 @@ def safe_unlearning_loss(mean_nll_B: Tensor, reference_mean_nll_B: Tensor, *, be
 
 
 def _objective(settings: SafeUnlearningSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="gd", weight=settings.retain_weight)
-    named = {"forget": settings.forget_weight, "safe": settings.safe_weight}
-    weights = {name: weight for name, weight in named.items() if weight}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if "forget" in weights:
-            terms["forget"] = safe_unlearning_loss(
-                step.rows(FORGET).mean_nll(), step.reference(FORGET).mean_nll(), beta=settings.beta
-            )
-        if "safe" in weights:
-            rows = step.rows(SAFE)
-            terms["safe"] = refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(
-            forget="forget" in weights, safe="data or refusal" if "safe" in weights else "none", retain=retain.is_on
+    forget = Term(
+        weight=settings.forget_weight,
+        loss=lambda step: safe_unlearning_loss(
+            step.rows(FORGET).mean_nll(), step.reference(FORGET).mean_nll(), beta=settings.beta
         ),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference="forget" in weights,
+        rows={"forget": True},
+        reference=True,
+    )
+    return Objective.of(
+        {
+            "forget": forget,
+            "safe": safe_term(settings.safe_weight),
+            **retain_term("gd", settings.retain_weight),
+        }
     )
 
 

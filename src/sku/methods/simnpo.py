@@ -10,10 +10,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET, RowPlan
+from sku.data.joint import FORGET
 from sku.methods.base import Method, check_weights
-from sku.methods.retain_terms import RetainKind, RetainTerm
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective, Term
 
 
 @validated
@@ -60,22 +60,12 @@ def simnpo_loss(mean_nll_B: Tensor, *, beta: float, gamma: float) -> Tensor:
 
 
 def _objective(settings: SimNpoSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
-    weights = {"forget": settings.forget_weight} if settings.forget_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            mean_nll_B = step.rows(FORGET).mean_nll()
-            terms["forget"] = simnpo_loss(mean_nll_B, beta=settings.beta, gamma=settings.gamma)
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=retain.needs_reference,
+    forget = Term(
+        weight=settings.forget_weight,
+        loss=lambda step: simnpo_loss(step.rows(FORGET).mean_nll(), beta=settings.beta, gamma=settings.gamma),
+        rows={"forget": True},
     )
+    return Objective.of({"forget": forget, **retain_term(settings.retain, settings.retain_weight)})
 
 
 SIMNPO = Method(

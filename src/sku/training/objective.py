@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -79,6 +80,19 @@ Losses = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of an objective, with what it needs: a weight of 0 leaves all of that out."""
+
+    weight: float
+    loss: Callable[[TrainingStep], Tensor]
+    """``[B]`` float32, before the weight."""
+    rows: Mapping[str, Any]
+    """Fields of ``RowPlan``: the rows that it asks for."""
+    reference: bool = False
+    """Whether it asks for ``TrainingStep.reference``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """What a method minimises: ``sum over terms of weight * mean over joint examples of the term``."""
 
@@ -94,3 +108,24 @@ class Objective:
     retain_at: float = 1.0
     """Which model normal rows are read by, ``theta_o + retain_at * (theta - theta_o)`` with theta the model in
     training; other than 1 with a LoRA adapter only."""
+
+    @classmethod
+    def of(
+        cls, terms: Mapping[str, Term], *, hidden_layers: tuple[int, ...] = (), retain_at: float = 1.0
+    ) -> Objective:
+        """The objective of those terms whose weight is not 0.
+
+        Args:
+            terms: Name in the log -> term.
+            hidden_layers: As of the objective.
+            retain_at: As of the objective.
+        """
+        on = {name: term for name, term in terms.items() if term.weight}
+        return cls(
+            rows=RowPlan(**{key: value for term in on.values() for key, value in term.rows.items()}),
+            weights={name: float(term.weight) for name, term in on.items()},
+            losses=lambda step: {name: term.loss(step) for name, term in on.items()},
+            needs_reference=any(term.reference for term in on.values()),
+            hidden_layers=hidden_layers,
+            retain_at=retain_at,
+        )
