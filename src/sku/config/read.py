@@ -106,7 +106,7 @@ def settings_from_dict(target: type[S], content: Mapping[str, Any], key: str, wh
     try:
         check_plain(content, key)
         content = plain_data(content)
-        adapter: TypeAdapter[S] = _adapter(target)
+        adapter: TypeAdapter[S] = _adapter(target)  # type: ignore[arg-type]
         return adapter.validate_json(json.dumps(content))  # In JSON a list can stand for a tuple.
     except ValidationError as error:
         raise RecipeError(f"{explain(error, target, content, key, _keys(Recipe))} ({where})") from None

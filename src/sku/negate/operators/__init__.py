@@ -84,11 +84,12 @@ def prepare_operators(entries: Iterable[Mapping[str, Any]], where: str = "recipe
         given = {} if settings is None else settings
         if operator.only_setting is not None:
             given = {operator.only_setting: given}
-        prepared.append(
-            PreparedOperator(
-                operator=operator, settings=settings_from_dict(operator.settings, given, f"{key}.{name}", where)
-            )
-        )
+        try:
+            checked = settings_from_dict(operator.settings, given, f"{key}.{name}", where)
+        except RecipeError as error:
+            # The only setting has no name of its own in a recipe.
+            raise RecipeError(str(error).replace(f"{name}.{operator.only_setting}", name)) from None
+        prepared.append(PreparedOperator(operator=operator, settings=checked))
     return tuple(prepared)
 
 
