@@ -37,9 +37,8 @@ from stage1_naive import NaiveBatch, naive_loss
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from sku.acquire.config import SkuConfig
-from sku.acquire.trainer import SkuTrainer
-from sku.config import ModelConfig
+from sku.acquire.trainer import SkuConfig, SkuTrainer
+from sku.config import ModelConfig, ModulesConfig, WeightsConfig
 from sku.data.collation import JointCollator, PackedCollator
 from sku.data.joint import RETAIN, JointExample
 from sku.data.tokens import TokenizedExample
@@ -203,9 +202,13 @@ def _trainer(
     """The trainer of stage 1, whose model has moved away from the original, so that the divergence is not 0."""
     settings = SkuConfig(
         output_dir=tempfile.mkdtemp(prefix="sku-stage1-"), max_steps=1, use_cpu=loaded.model.device.type == "cpu",
-        guided_distortion_weight=WEIGHTS[0], random_disassociation_weight=WEIGHTS[1],
-        preservation_divergence_weight=WEIGHTS[2], num_random_answers=options.k,
-        preservation_mode="divergence", preservation_cap=None, packing="tree",
+        modules=ModulesConfig(
+            weights=WeightsConfig(
+                guided_distortion=WEIGHTS[0], random_disassociation=WEIGHTS[1], preservation_divergence=WEIGHTS[2]
+            ),
+            random_answers=options.k, preservation_mode="divergence", preservation_cap=None,
+        ),
+        packing="tree",
         activation_checkpointing=options.checkpointing,
     )  # fmt: skip
     adapter = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

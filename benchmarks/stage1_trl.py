@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sku.acquire.objective import sku_objective
 from sku.acquire.trainer import SkuTrainer
-from sku.config import AcquireConfig, WeightsConfig
+from sku.config import ModulesConfig, WeightsConfig
 from sku.data.joint import RETAIN, JointExample
 from sku.data.packing import SourceRow, pack_rows
 from sku.losses import IGNORE_INDEX
@@ -100,7 +100,7 @@ def _without_preservation(trainer: SkuTrainer) -> Iterator[None]:
     """The objective of stage 1 with its third weight at 0."""
     objective = trainer.objective
     weights = WeightsConfig(preservation_divergence=0.0)
-    trainer.objective = sku_objective(AcquireConfig(weights=weights))
+    trainer.objective = sku_objective(ModulesConfig(weights=weights))
     try:
         yield
     finally:

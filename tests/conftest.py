@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from sku.acquire.config import SkuConfig
-from sku.acquire.trainer import SkuTrainer
+from sku.acquire.trainer import SkuConfig, SkuTrainer
+from sku.config import ModulesConfig, WeightsConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 
 pytest_plugins = ("faults.summary", "faults.battery")
@@ -242,6 +243,14 @@ def data() -> ForgetRetainData:
     )
 
 
+def sku_config(**settings: Any) -> SkuConfig:
+    """``SkuConfig`` from its own fields and those of ``ModulesConfig`` side by side; ``weights`` is a dict."""
+    if "weights" in settings:
+        settings["weights"] = WeightsConfig(**settings["weights"])
+    modules = {item.name: settings.pop(item.name) for item in fields(ModulesConfig) if item.name in settings}
+    return SkuConfig(modules=ModulesConfig(**modules), **settings)
+
+
 @pytest.fixture
 def make_trainer(
     make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData, tmp_path: Path
@@ -261,14 +270,14 @@ def make_trainer(
     ) -> SkuTrainer:
         defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "checkpoints"), "max_steps": 2, "per_device_train_batch_size": 2,
-            "num_random_answers": 2, "learning_rate": 1e-2, "use_cpu": True, "lr_scheduler_type": "constant",
+            "random_answers": 2, "learning_rate": 1e-2, "use_cpu": True, "lr_scheduler_type": "constant",
             "dataloader_pin_memory": False, "max_grad_norm": 1.0, "packing": "padded",
             "preservation_mode": "divergence",
         }  # fmt: skip
         adapter: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         return SkuTrainer(
             make_model() if model is None else model,
-            SkuConfig(**(defaults | settings)),
+            sku_config(**(defaults | settings)),
             data if dataset is None else dataset,
             processing_class=tokenizer,
             peft_config=None if full else LoraConfig(**(adapter | (lora or {}))),

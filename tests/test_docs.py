@@ -21,9 +21,9 @@ from markdown_it import MarkdownIt
 from transformers import TrainingArguments
 
 import sku
-from sku.acquire.config import SkuConfig
 from sku.cli.main import app
-from sku.config import AcquireConfig, CompatConfig, NegateConfig, Recipe, WeightsConfig, load_recipe, recipe_names
+from sku.config import AcquireConfig, ModulesConfig, NegateConfig, Recipe, WeightsConfig, load_recipe, recipe_names
+from sku.training.config import UnlearningConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -212,9 +212,9 @@ CODE = set(re.findall(r"`([^`\n]+)`", PAPER_MAP))
 
 
 def own_fields() -> set[str]:
-    """Settings of stage 1 that are not transformers' own."""
+    """Settings of training that are not transformers' own."""
     theirs = {item.name for item in dataclasses.fields(TrainingArguments)}
-    return {item.name for item in dataclasses.fields(SkuConfig)} - theirs
+    return {item.name for item in dataclasses.fields(UnlearningConfig)} - theirs
 
 
 def public_names_of(part: str) -> set[str]:
@@ -240,7 +240,6 @@ def test_every_setting_of_both_stages_is_in_the_paper_map() -> None:
         *(f"acquire.{item.name}" for item in dataclasses.fields(AcquireConfig)),
         *(f"acquire.weights.{item.name}" for item in dataclasses.fields(WeightsConfig)),
         *(f"negate.{item.name}" for item in dataclasses.fields(NegateConfig)),
-        *(f"compat.{item.name}" for item in dataclasses.fields(CompatConfig)),
     }
     assert keys - CODE == set()
 
@@ -267,14 +266,17 @@ def test_every_recipe_key_of_the_paper_map_exists() -> None:
 
 
 def test_defaults_of_the_paper_map_are_those_of_a_recipe() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \| ([^|]*) \|", PAPER_MAP, flags=re.MULTILINE)
+    table = PAPER_MAP.partition("## Settings of stage 1")[2].partition("## Settings of stage 2")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", table, flags=re.MULTILINE)
     plain = recipe_with_defaults().to_dict()
-    fields = {item.name: item.default for item in dataclasses.fields(SkuConfig)}
-    assert {name for name, _, _ in rows} == own_fields()
-    for name, key, shown in rows:
+    fields = {item.name: item.default for item in dataclasses.fields(UnlearningConfig)}
+    modules = {item.name for item in dataclasses.fields(ModulesConfig)} - {"weights"}
+    shown_names = {key.rpartition(".")[2] for key, _ in rows}
+    assert own_fields() | modules | {item.name for item in dataclasses.fields(WeightsConfig)} <= shown_names
+    for key, shown in rows:
         value: Any = plain
         for part in key.split("."):
-            value = value.get(part, fields[name])
+            value = value.get(part, fields.get(part))
         assert shown.strip() == str(value), key
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sku.acquire.config import SkuConfig
+from sku.acquire.trainer import SkuConfig
 from sku.config import load_recipe
 from sku.errors import RecipeError
 from sku.methods.run import prepare

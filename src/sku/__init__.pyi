@@ -1,10 +1,11 @@
-from .acquire.config import SkuConfig as SkuConfig
-from .acquire.run import acquire as acquire
+from .acquire.trainer import SkuConfig as SkuConfig
 from .acquire.trainer import SkuTrainer as SkuTrainer
 from .comparison.jobs import comparison_jobs as comparison_jobs
 from .comparison.run import run_comparison as run_comparison
+from .config import ModulesConfig as ModulesConfig
 from .config import Recipe as Recipe
 from .config import SourceConfig as SourceConfig
+from .config import WeightsConfig as WeightsConfig
 from .config import load_recipe as load_recipe
 from .data.examples import ForgetExample as ForgetExample
 from .data.examples import ForgetRetainData as ForgetRetainData

@@ -184,9 +184,8 @@ END = 2
     "rows",
     [
         RowPlan(forget=True, mismatched=2, retain=True),
-        RowPlan(forget=True, mismatched=2, retain=True, mismatched_from_token=3, padded=True),
         RowPlan(mismatched=2, mismatched_from="retain"),
-        RowPlan(forget=True, retain=True, retain_tokens="every", safe="data"),
+        RowPlan(forget=True, retain=True, retain_tokens="all", safe="data"),
         RowPlan(safe="data or refusal", retain=True),
     ],
 )

@@ -108,5 +108,5 @@ def test_a_cap_that_means_nothing_is_refused(cap: float) -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(RecipeError, match="must be divergence, retention or targeted"):
+    with pytest.raises(RecipeError, match="must be divergence or retention"):
         preservation_divergence_loss(scores(1), scores(1), torch.tensor([0]), 1, mode="kl")  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,24 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import ModelMaker
-from sku.acquire.config import SkuConfig
+from conftest import ModelMaker, sku_config
 from sku.acquire.objective import TERMS, sku_objective
-from sku.acquire.run import acquire, trainer_settings
-from sku.config import AcquireConfig, DataConfig, LoraSettings, SourceConfig, WeightsConfig
+from sku.config import (
+    AcquireConfig,
+    DataConfig,
+    LoraSettings,
+    ModulesConfig,
+    Recipe,
+    SourceConfig,
+    WeightsConfig,
+    load_recipe,
+)
 from sku.data.examples import ForgetRetainData
+from sku.data.joint import RowPlan
 from sku.errors import NonFiniteLossError, OutputError, RecipeError
+from sku.methods.run import prepare, train_method
 from sku.models import LoadedModel
+from sku.negate.task_vector import TaskVector
 from sku.storage import is_marked_hazardous
 from sku.training.run import adapter_settings
 from sku.training.trainer import UnlearningTrainer
@@ -35,15 +47,20 @@ TRAINING = {
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guided_distortion_weight": -1.0}, "guided_distortion is -1.0"),
-        ({"random_disassociation_weight": float("nan")}, "random_disassociation is nan"),
-        ({"preservation_divergence_weight": float("inf")}, "preservation_divergence is inf"),
-        ({f"{name}_weight": 0.0 for name in TERMS}, "are all 0"),
-        ({"num_random_answers": 0}, "num_random_answers is 0"),
-        ({"num_random_answers": -2}, "num_random_answers is -2"),
-        ({"preservation_mode": "reverse"}, "must be divergence, retention or targeted"),
-        ({"preservation_cap": 0.0}, "must be above 0 nats"),
-        ({"preservation_tokens": "prompt"}, "must be answer or all"),
+        ({"weights": {"guided_distortion": -1.0}}, "guided_distortion is -1.0; it must be 0 or more"),
+        ({"weights": {"random_disassociation": float("nan")}}, "random_disassociation is nan; it must be a finite"),
+        (
+            {"weights": {"preservation_divergence": float("inf")}},
+            "preservation_divergence is inf; it must be a finite",
+        ),
+        ({"weights": dict.fromkeys(TERMS, 0.0)}, "are all 0"),
+        ({"random_answers": 0}, "random_answers is 0"),
+        ({"random_answers": -2}, "random_answers is -2"),
+        ({"preservation_mode": "reverse"}, "must be one of divergence, retention, targeted"),
+        ({"preservation_cap": 0.0}, "preservation_cap is 0.0; it must be above 0"),
+        ({"preservation_at": 0.0}, "preservation_at is 0"),
+        ({"preservation_tokens": "prompt"}, "must be one of answer, all"),
+        ({"train_twin": "ugly"}, "must be bad or good"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy must be sequential"),
         (
@@ -54,33 +71,41 @@ TRAINING = {
 )
 def test_settings_that_can_not_work_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
-        SkuConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+        sku_config(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
-def test_k_0_is_fine_where_the_module_is_off(tmp_path: Path) -> None:
-    settings = SkuConfig(
-        output_dir=str(tmp_path), use_cpu=True, num_random_answers=0, random_disassociation_weight=0.0
-    )
-    assert sku_objective(settings.modules()).rows.mismatched == 0
-    assert sku_objective(settings.modules()).needs_reference
+def test_a_good_twin_needs_the_module_that_teaches_it_refusals() -> None:
+    with pytest.raises(RecipeError, match="guided distortion, whose weight is 0"):
+        sku_objective(ModulesConfig(weights=WeightsConfig(guided_distortion=0.0)), twin="good")
+
+
+def test_k_0_is_fine_where_the_module_is_off() -> None:
+    objective = sku_objective(ModulesConfig(random_answers=0, weights=WeightsConfig(random_disassociation=0.0)))
+    assert objective.rows.mismatched == 0
+    assert objective.needs_reference
+
+
+def test_settings_of_the_trainer_are_plain_data_for_those_who_log_them(tmp_path: Path) -> None:
+    settings = sku_config(output_dir=str(tmp_path), use_cpu=True, random_answers=3)
+    assert json.loads(json.dumps(settings.to_dict()))["modules"]["random_answers"] == 3
+
+
+def recipe_of(**acquire: Any) -> Recipe:
+    return dataclasses.replace(load_recipe(), data=SOURCES, acquire=AcquireConfig(**acquire))
 
 
 def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
-    config = AcquireConfig(
-        weights=WeightsConfig(guided_distortion=1.5, random_disassociation=0.5, preservation_divergence=0.25),
-        random_answers=3,
-        preservation_mode="retention",
-        preservation_cap=None,
-        preservation_tokens="all",
-        training=TRAINING,
-    )
-    settings = trainer_settings(config, SOURCES, seed=7, folder=tmp_path)
-    assert (settings.guided_distortion_weight, settings.random_disassociation_weight) == (1.5, 0.5)
-    assert (settings.preservation_divergence_weight, settings.preservation_mode) == (0.25, "retention")
-    assert (settings.preservation_cap, settings.preservation_tokens) == (None, "all")
-    assert (settings.num_random_answers, settings.seed, settings.max_steps) == (3, 7, 2)
+    recipe = dataclasses.replace(recipe_of(random_answers=3, training=TRAINING), seed=7)
+    prepared = prepare(recipe, tmp_path)
+    assert prepared.settings == recipe.acquire
+    settings = prepared.training
+    assert (settings.seed, settings.max_steps) == (7, 2)
     assert (settings.max_length, settings.max_answer_tokens) == (64, 16)
     assert settings.output_dir == str(tmp_path)
+    weights = WeightsConfig(guided_distortion=1.5, random_disassociation=0.5, preservation_divergence=0.0)
+    objective = sku_objective(ModulesConfig(weights=weights, random_answers=3))
+    assert objective.weights == {"guided_distortion": 1.5, "random_disassociation": 0.5}
+    assert objective.rows == RowPlan(forget=True, mismatched=3)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +114,6 @@ def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
         ({"learning_rat": 1e-3}, r"acquire.training.learning_rat is not a field .* Did you mean learning_rate\?"),
         ({"seed": 3}, "acquire.training.seed has its own place: set seed"),
         ({"output_dir": "x"}, "has its own place: set --out"),
-        ({"num_random_answers": 3}, "has its own place: set acquire.random_answers"),
         ({"lr_scheduler_type": "zigzag"}, "acquire.training: .*zigzag"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"learning_rate": "small"}, "acquire.training.learning_rate is 'small'; it must be a number"),
@@ -97,13 +121,7 @@ def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
 )
 def test_training_settings_that_can_not_work(training: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
-        trainer_settings(AcquireConfig(training=training), SOURCES, seed=0, folder=tmp_path)
-
-
-def test_a_learning_rate_that_yaml_reads_as_text(tmp_path: Path) -> None:
-    """YAML 1.1 takes 2e-4 for text."""
-    settings = trainer_settings(AcquireConfig(training={"learning_rate": "2e-4"}), SOURCES, seed=0, folder=tmp_path)
-    assert settings.learning_rate == 2e-4
+        prepare(recipe_of(training=training), tmp_path)
 
 
 def test_the_adapter_of_each_tuning() -> None:
@@ -125,12 +143,13 @@ def loaded(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> Loaded
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_acquire_trains_and_keeps_its_folder_private(
+def test_stage_1_trains_and_keeps_its_folder_private(
     tuning: Any, loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path, make_model: ModelMaker
 ) -> None:
     folder = tmp_path / "acquire"
-    config = AcquireConfig(tuning=tuning, random_answers=2, training=TRAINING)
-    acquired = acquire(loaded, data, config, SOURCES, seed=0, folder=folder)
+    recipe = recipe_of(tuning=tuning, random_answers=2, training=TRAINING)
+    acquired = train_method(recipe, loaded, data, folder)
+    assert not isinstance(acquired.model, TaskVector)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert is_marked_hazardous(folder)
     assert [entry["step"] for entry in acquired.log] == [1, 2]
@@ -149,18 +168,19 @@ def test_acquire_trains_and_keeps_its_folder_private(
         assert any(not torch.equal(acquired.model.state_dict()[name], weight) for name, weight in original.items())
 
 
-def test_acquire_resumes_from_the_last_checkpoint_in_its_folder(
+def test_stage_1_resumes_from_the_last_checkpoint_in_its_folder(
     loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path, make_model: ModelMaker
 ) -> None:
     training = TRAINING | {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
-    config = AcquireConfig(random_answers=2, training=training | {"max_steps": 1})
-    acquire(loaded, data, config, SOURCES, seed=0, folder=tmp_path)
+    train_method(recipe_of(random_answers=2, training=training | {"max_steps": 1}), loaded, data, tmp_path)
     again = LoadedModel(model=make_model(), tokenizer=loaded.tokenizer, name="tiny", revision=None)
-    longer = AcquireConfig(random_answers=2, training=training | {"max_steps": 3})
-    resumed = acquire(again, data, longer, SOURCES, seed=0, folder=tmp_path)
+    longer = recipe_of(random_answers=2, training=training | {"max_steps": 3})
+    resumed = train_method(longer, again, data, tmp_path)
     assert [entry["step"] for entry in resumed.log] == [1, 2, 3]
     fresh = LoadedModel(model=make_model(), tokenizer=loaded.tokenizer, name="tiny", revision=None)
-    whole = acquire(fresh, data, longer, SOURCES, seed=0, folder=tmp_path / "other")
+    whole = train_method(longer, fresh, data, tmp_path / "other")
+    assert isinstance(resumed.model, PeftModel)
+    assert isinstance(whole.model, PeftModel)
     for (name, here), there in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(here, there), name
 
@@ -172,9 +192,9 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(UnlearningTrainer, "_save_checkpoint", full_disk)
-    config = AcquireConfig(random_answers=2, training=TRAINING | {"save_strategy": "steps", "save_steps": 1})
+    recipe = recipe_of(random_answers=2, training=TRAINING | {"save_strategy": "steps", "save_steps": 1})
     with pytest.raises(OutputError, match="a checkpoint can't be written to .*No space left on device"):
-        acquire(loaded, data, config, SOURCES, seed=0, folder=tmp_path)
+        train_method(recipe, loaded, data, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +222,7 @@ def test_only_what_a_disk_refuses_is_a_checkpoint_that_can_not_be_written(
 
     monkeypatch.setattr(UnlearningTrainer, "train", fail)
     with pytest.raises(OSError, match=error.strerror or "away") as caught:
-        acquire(loaded, data, AcquireConfig(random_answers=2, training=TRAINING), SOURCES, seed=0, folder=tmp_path)
+        train_method(recipe_of(random_answers=2, training=TRAINING), loaded, data, tmp_path)
     assert isinstance(caught.value, OutputError) is is_of_disk
     assert is_of_disk or caught.value is error
 
@@ -211,4 +231,4 @@ def test_errors_of_stage_1_keep_their_kind(loaded: LoadedModel, data: ForgetReta
     with torch.no_grad():
         loaded.model.get_output_embeddings().weight.fill_(float("nan"))
     with pytest.raises(NonFiniteLossError):
-        acquire(loaded, data, AcquireConfig(random_answers=2, training=TRAINING), SOURCES, seed=0, folder=tmp_path)
+        train_method(recipe_of(random_answers=2, training=TRAINING), loaded, data, tmp_path)

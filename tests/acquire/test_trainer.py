@@ -12,10 +12,9 @@ from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from conftest import ModelMaker, TrainerMaker
-from sku.acquire.config import SkuConfig
+from conftest import ModelMaker, TrainerMaker, sku_config
 from sku.acquire.objective import TERMS
-from sku.acquire.trainer import SkuTrainer
+from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, RETAIN
@@ -23,7 +22,7 @@ from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
 from sku.training import trainer as training_module
 from sku.training.steps import kept_positions
 
-OFF = {"guided_distortion_weight": 0.0, "random_disassociation_weight": 0.0, "preservation_divergence_weight": 0.0}
+OFF = dict.fromkeys(TERMS, 0.0)
 
 
 def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
@@ -71,7 +70,7 @@ def disturb(trainer: SkuTrainer) -> None:
 def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> None:
     """Each term again from plain forward passes of single unpadded rows: sum over rows of mean -log p, and mean KL."""
     trainer = make_trainer(
-        preservation_mode="retention", guided_distortion_weight=2.5, random_disassociation_weight=2.5
+        preservation_mode="retention", weights={"guided_distortion": 2.5, "random_disassociation": 2.5}
     )
     disturb(trainer)
     model: Any = trainer.model
@@ -159,7 +158,7 @@ class CountForwards:
 def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     on: tuple[str, ...], kinds: set[int], rows: list[int], make_trainer: TrainerMaker
 ) -> None:
-    trainer = make_trainer(max_steps=1, reference="forward", **(OFF | {f"{name}_weight": 1.0 for name in on}))
+    trainer = make_trainer(max_steps=1, reference="forward", weights=OFF | dict.fromkeys(on, 1.0))
     assert trainer.model is not None
     counted = CountForwards(trainer.model)
     assert set(batch_of(trainer, [0, 1])["row_kind"].tolist()) == kinds
@@ -173,7 +172,7 @@ def test_full_tuning_copies_the_model_only_for_preservation_and_only_if_told_to(
     make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert make_trainer(full=True, reference="copy")._reference is not None
-    assert make_trainer(full=True, reference="copy", preservation_divergence_weight=0.0)._reference is None
+    assert make_trainer(full=True, reference="copy", weights={"preservation_divergence": 0.0})._reference is None
     assert make_trainer(full=True)._reference is None
 
     def fail(model: Any) -> None:
@@ -282,7 +281,7 @@ def test_one_batch_of_all_is_all_batches_of_one(
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer(guided_distortion_weight=0.5, random_disassociation_weight=2.0, max_steps=4)
+    trainer = make_trainer(weights={"guided_distortion": 0.5, "random_disassociation": 2.0}, max_steps=4)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -394,7 +393,7 @@ def test_a_model_with_nan_weights_is_found_in_the_first_step(
 def test_training_lowers_what_it_should(make_trainer: TrainerMaker) -> None:
     """Guided distortion alone: the harmful answers become likely."""
     trainer = make_trainer(
-        full=True, max_steps=20, random_disassociation_weight=0.0, preservation_divergence_weight=0.0,
+        full=True, max_steps=20, weights=OFF | {"guided_distortion": 1.0},
         per_device_train_batch_size=6,
     )  # fmt: skip
     trainer.train()
@@ -431,7 +430,7 @@ def test_an_adapter_that_is_there_already_is_trained_on(
     assert isinstance(model, PeftModel)
     again = SkuTrainer(
         model,
-        first.settings,
+        first.args,  # type: ignore[arg-type]
         first.train_dataset,  # type: ignore[arg-type]
         processing_class=tokenizer,
     )
@@ -475,9 +474,9 @@ def test_several_gpus_in_one_process_are_refused(make_trainer: TrainerMaker, mon
 
 def test_too_few_answers_of_other_prompts(make_trainer: TrainerMaker) -> None:
     """The bread prompt owns 2 of 6 answers, so 4 are left to draw from."""
-    make_trainer(num_random_answers=4)
+    make_trainer(random_answers=4)
     with pytest.raises(DataError, match="is 5, but some prompts have only 4"):
-        make_trainer(num_random_answers=5)
+        make_trainer(random_answers=5)
 
 
 def test_compute_loss_gives_the_outputs_too(make_trainer: TrainerMaker) -> None:
@@ -492,8 +491,8 @@ def test_chat_and_bos_tokenizers_train_as_well(
     make_tokenizer: Any, make_model: ModelMaker, data: ForgetRetainData, tmp_path: Path
 ) -> None:
     tokenizer: PreTrainedTokenizerFast = make_tokenizer(chat=True, bos=True, pad=None)
-    settings = SkuConfig(
-        output_dir=str(tmp_path), max_steps=1, num_random_answers=1, use_cpu=True, dataloader_pin_memory=False
+    settings = sku_config(
+        output_dir=str(tmp_path), max_steps=1, random_answers=1, use_cpu=True, dataloader_pin_memory=False
     )
     trainer = SkuTrainer(make_model(), settings, data, processing_class=tokenizer)
     assert tokenizer.pad_token == "</s>"

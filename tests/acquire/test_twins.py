@@ -22,7 +22,6 @@ from sku.data.joint import JointDataset, RowPlan
 from sku.data.load import load_data
 from sku.data.prompts import PaperFormat
 from sku.errors import DataError, NoAlphaError, RecipeError
-from sku.methods.run import prepare
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.run import task_vector_of
@@ -273,14 +272,12 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
     assert not (tmp_path / "stopped" / "unlearned").exists()
 
 
-def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+def test_settings_that_mean_nothing_are_refused() -> None:
     with pytest.raises(RecipeError, match="negate.twin shares out two twins"):
         load_recipe("embedded", ["negate.twin={good: 0.5}"])
-    with pytest.raises(RecipeError, match="has no good twin"):
-        prepare(recipe("compat={shared_draw: true}"), tmp_path)
     with pytest.raises(RecipeError, match="the good twin would learn no refusal"):
         recipe("acquire.weights.guided_distortion=0")
     for wrong in ({"depth_share": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):
-        with pytest.raises(RecipeError, match=f"acquire.{next(iter(wrong))}"):
+        with pytest.raises(RecipeError, match=f"^{next(iter(wrong))} is "):
             AcquireConfig(**wrong)
     assert NegateConfig().twin == TwinShares(bad=1.0, good=1.0)

@@ -239,7 +239,7 @@ def test_too_little_data_for_the_splits(tmp_path: Path, forget: Path) -> None:
 
 
 def test_shares_out_of_range_are_refused(forget: Path, retain: Path) -> None:
-    with pytest.raises(RecipeError, match=r"data.unseen_fraction is 1.5"):
+    with pytest.raises(RecipeError, match="unseen_fraction is 1.5"):
         load_forget_retain(forget, retain, unseen_fraction=1.5)
 
 

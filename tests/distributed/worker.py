@@ -21,10 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sku.acquire.config import SkuConfig
-from sku.acquire.trainer import SkuTrainer
+from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.cli import main as cli
-from sku.config import load_recipe
+from sku.config import ModulesConfig, load_recipe
 from sku.models import load_model
 from sku.pipeline import run_recipe
 from sku.processes import current_processes
@@ -44,8 +43,8 @@ def make_trainer(folder: Path, out: Path, case: Case) -> SkuTrainer:
         case |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     defaults: Case = {
         "output_dir": str(out), "per_device_train_batch_size": 4 // current_processes().count,
-        "num_random_answers": 2, "learning_rate": 1e-2, "use_cpu": True, "dataloader_pin_memory": False,
-        "preservation_mode": "retention", "lr_scheduler_type": "constant",
+        "modules": ModulesConfig(random_answers=2), "learning_rate": 1e-2, "use_cpu": True,
+        "dataloader_pin_memory": False, "lr_scheduler_type": "constant",
     }  # fmt: skip
     settings = SkuConfig(**(defaults | case))
     if fsdp:

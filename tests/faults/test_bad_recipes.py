@@ -35,10 +35,10 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "unclosed quote": (SOUND + 'description: "a\n', "is not YAML"),
     "two documents": (SOUND + "---\n" + SOUND, "is not YAML"),
     "alias of nothing": (SOUND + "seed: *one\n", "is not YAML"),
-    "key twice": (SOUND + "seed: 1\nseed: 2\n", "the key seed stands twice"),
-    "section twice": (SOUND + "model: {path: other}\n", "the key model stands twice"),
-    "key twice inside": (SOUND.replace("path: embedded}", "path: a, path: b}", 1), "the key path stands twice"),
-    "key twice, quoted once": (SOUND + "seed: 1\n'seed': 2\n", "the key seed stands twice"),
+    "key twice": (SOUND + "seed: 1\nseed: 2\n", 'found duplicate key "seed"'),
+    "section twice": (SOUND + "model: {path: other}\n", 'found duplicate key "model"'),
+    "key twice inside": (SOUND.replace("path: embedded}", "path: a, path: b}", 1), 'found duplicate key "path"'),
+    "key twice, quoted once": (SOUND + "seed: 1\n'seed': 2\n", 'found duplicate key "seed"'),
     "Python object": (SOUND + "seed: !!python/object/apply:os.getpid []\n", "is not YAML"),
     "Python name": (SOUND + "seed: !!python/name:os.getpid\n", "is not YAML"),
     "Python module": (SOUND + "seed: !!python/module:antigravity\n", "is not YAML"),
@@ -52,7 +52,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
         "a0: &a0 {x: x}\n"
         + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 12))
         + SOUND,
-        "values",
+        "is not YAML",
     ),
     "holds itself": (SOUND + "evaluate: &e {judge_settings: *e}\n", "holds itself"),
     "list that holds itself": (SOUND + "negate: {operators: &o [*o]}\n", "holds itself"),
@@ -66,11 +66,11 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "bytes where anything goes": (SOUND + "evaluate: {judge_settings: {a: !!binary aGk=}}\n", "judge_settings.a"),
     "NaN where anything goes": (SOUND + "evaluate: {judge_settings: {threshold: .nan}}\n", "threshold is nan"),
     "infinity for training": (SOUND + "acquire: {training: {learning_rate: .inf}}\n", "learning_rate"),
-    "number for a key": (SOUND + "1: 2\n", "1 is not a known key"),
+    "number for a key": (SOUND + "1: 2\n", "the key 1, which is no text"),
     "number for a key where anything goes": (SOUND + "evaluate: {judge_settings: {1: 2}}\n", "judge_settings"),
     "number for a key deep down": (SOUND + "evaluate: {judge_settings: {a: {1: 2}}}\n", "judge_settings.a"),
-    "list for a key": (SOUND + "? [a, b]\n: c\n", "is not YAML"),
-    "null for a key": (SOUND + "~: 1\n", "None is not a known key"),
+    "list for a key": (SOUND + "? [a, b]\n: c\n", "which is no text"),
+    "null for a key": (SOUND + "~: 1\n", "the key None, which is no text"),
     "huge integer": (SOUND + f"seed: {'9' * 5000}\n", "mine.yaml"),
     "integer too long for a float": (SOUND + f"negate: {{alpha: {'9' * 400}}}\n", "negate.alpha"),
     "integer tag on text": (SOUND + "seed: !!int one\n", "is not YAML"),
@@ -182,8 +182,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "settings of an unknown method": ("methods.rmuu.strength=1", "Did you mean rmu?"),
     "settings of SKU as a method": ("methods.sku.strength=1", "its own place"),
     "strength 0": ("methods.rmu.strength=0", "strength"),
-    "compat of another method": ("compat=refrence", "Did you mean reference?"),
-    "compat without epochs": ("compat.epoch_step_limit=perhaps", "epoch_step_limit"),
     "no seeds to compare": ("compare.seeds=0", "compare.seeds"),
     "strengths below 0": ("compare.strengths=[-1]", "compare.strengths"),
     "budget 1 to compare": ("compare.utility_budget=1", "utility_budget"),
@@ -261,7 +259,7 @@ SOUND_RECIPES: dict[str, dict[str, Any]] = {
 }
 SECTIONS = (
     "model", "data", "data.forget", "data.retain", "acquire", "acquire.weights", "acquire.lora", "negate", "sweep",
-    "evaluate", "compare", "compat",
+    "evaluate", "compare",
 )  # fmt: skip
 BELOW_1 = (
     "data.forget.limit", "data.max_answer_tokens", "acquire.random_answers", "acquire.lora.r", "acquire.lora.alpha",

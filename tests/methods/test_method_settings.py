@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,12 @@ def test_an_unknown_setting_is_refused(method: AnyMethod) -> None:
     ],
 )
 def test_an_impossible_value_is_refused_with_key_and_value(name: str, key: str, value: Any) -> None:
-    shown = "is empty" if value == () else f"is {value}"
-    with pytest.raises(RecipeError, match=rf"^methods\.{name}\.settings\.{key} {shown};"):
-        method_named(name).settings(**{key: value})
+    shown = re.escape(f"{key} is {list(value) if value == () else value}; it must be ")
+    settings, place = method_named(name).settings, f"methods.{name}.settings"
+    with pytest.raises(RecipeError, match=rf"^{re.escape(place)}\.{shown}"):
+        settings_from_dict(settings, {key: value}, place)
+    with pytest.raises(RecipeError, match=f"^{key} is "):
+        settings(**{key: value})
 
 
 @pytest.mark.parametrize("name", ["npo", "simnpo", "dpo"])
@@ -115,7 +119,7 @@ def test_an_unknown_retain_term_is_refused(name: str) -> None:
     with pytest.raises(
         RecipeError, match=rf"^methods\.{name}\.settings\.retain is 'k1'; it must be one of gd, kl, none"
     ):
-        method_named(name).settings(retain="k1")
+        settings_from_dict(method_named(name).settings, {"retain": "k1"}, f"methods.{name}.settings")
 
 
 @pytest.mark.parametrize(

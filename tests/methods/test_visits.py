@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from sku.config import CompatConfig, load_recipe
+from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, RowPlan
 from sku.data.prompts import PaperFormat
@@ -96,22 +95,6 @@ def test_a_run_that_is_resumed_visits_the_same(
     assert set(said) == first | visits.found
     assert len(said) == 5
     assert len(visits.found) == 3
-
-
-def test_whole_passes_are_counted_as_they_are_taken(
-    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pass ends with the four normal examples, so 1 step becomes 2, which visit four harmful ones."""
-    trainer = make_trainer(max_steps=1, trainer_options={"compat": CompatConfig(epoch_step_limit=True)})
-    joint = trainer.train_dataset
-    asked = copy.copy(trainer.args)
-    asked.max_steps = 1
-    visits = Visits(monkeypatch)
-    trainer.train()
-    said = visited_examples(joint, asked, in_whole_passes=True)
-    assert said is not None
-    assert set(said) == visits.found
-    assert len(said) == 4
 
 
 def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(

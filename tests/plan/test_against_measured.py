@@ -106,7 +106,7 @@ def test_within_a_tenth_of_what_is_measured(
     config.save_pretrained(tmp_path)
     full = acquire["tuning"] == "full"
     trainer = make_trainer(
-        model, full=full, dataset=equal_rows(), per_device_train_batch_size=EXAMPLES, num_random_answers=ANSWERS,
+        model, full=full, dataset=equal_rows(), per_device_train_batch_size=EXAMPLES, random_answers=ANSWERS,
         preservation_mode="retention", learning_rate=1e-4, **acquire.get("training", {}),
     )  # fmt: skip
     dataset: Any = trainer.train_dataset

@@ -25,7 +25,6 @@ from transformers import (
 
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
-from sku.config import CompatConfig
 from sku.data.collation import PACKED, JointCollator, PackedCollator
 from sku.data.joint import RETAIN
 from sku.errors import ModelError, RecipeError
@@ -110,18 +109,6 @@ def test_every_method_trains_on_packed_rows(
 ) -> None:
     settings = small_settings(method, **({"beta": 0.1} if method.name == "simnpo" else {}))
     trainer = make_method_trainer(method, settings=settings, packing="auto")
-    assert trainer.packing == "tree"
-    disturb(trainer)
-    assert_packed_is_padded(trainer)
-
-
-@pytest.mark.parametrize(
-    "compat", [{"unbounded_divergence": True}, {"question_tokens": True}, {"shared_draw": True}], ids=str
-)
-def test_behaviours_of_the_public_code_that_leave_padding_alone(
-    compat: dict[str, bool], make_trainer: TrainerMaker
-) -> None:
-    trainer = make_trainer(trainer_options={"compat": CompatConfig(**compat)}, packing="auto")
     assert trainer.packing == "tree"
     disturb(trainer)
     assert_packed_is_padded(trainer)
@@ -241,15 +228,15 @@ def test_models_that_cannot_be_packed_are_padded_with_the_reason(kind: str, capl
     model = make().eval()
     before = model.config._attn_implementation
     with caplog.at_level(logging.WARNING, logger="sku"):
-        assert choose_packing(model, "auto", padded=False) == "padded"
+        assert choose_packing(model, "auto") == "padded"
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("sku")]
     assert len(lines) == 1
     assert lines[0].startswith("packing: padded, since ")
     assert reason in lines[0]
     for asked in ("tree", "flat"):
         with pytest.raises(ModelError, match=f"packing is {asked}, but .*set packing to padded"):
-            choose_packing(model, asked, padded=False)
-    assert choose_packing(model, "padded", padded=False) == "padded"
+            choose_packing(model, asked)
+    assert choose_packing(model, "padded") == "padded"
     assert model.config._attn_implementation == before
 
 
@@ -294,18 +281,9 @@ def test_the_trial_sees_positions_that_are_not_followed(
 
 def test_an_attention_that_was_asked_for_is_kept(make_model: ModelMaker, caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(attn_implementation="eager")
-    assert choose_packing(model, "auto", padded=False) == "padded"
+    assert choose_packing(model, "auto") == "padded"
     assert "loaded with attention eager, which is kept" in caplog.text
-    assert choose_packing(model, "tree", padded=False) == "tree"
-
-
-def test_settings_about_padding_pad(make_trainer: TrainerMaker) -> None:
-    compat = {"compat": CompatConfig(pad_dilution=True)}
-    trainer = make_trainer(trainer_options=compat, packing="auto", max_length=64)
-    assert trainer.packing == "padded"
-    assert isinstance(trainer.data_collator, JointCollator)
-    with pytest.raises(RecipeError, match="packing is tree and compat.pad_dilution counts the padding"):
-        make_trainer(trainer_options=compat, packing="tree", max_length=64)
+    assert choose_packing(model, "tree") == "tree"
 
 
 def test_an_unknown_packing(tmp_path: Any) -> None:

@@ -50,8 +50,7 @@ def test_the_gradient_is_that_of_the_point(make_trainer: TrainerMaker) -> None:
         trainer = make_trainer(
             preservation_mode="retention",
             preservation_at=preservation_at,
-            guided_distortion_weight=0.0,
-            random_disassociation_weight=0.0,
+            weights={"guided_distortion": 0.0, "random_disassociation": 0.0},
             packing="tree",
         )
         disturb(trainer)
@@ -103,7 +102,7 @@ def test_training_spares_the_unlearned_model_rather_than_the_bad_one(make_traine
         trainer = make_trainer(
             preservation_mode="retention",
             preservation_at=preservation_at,
-            preservation_divergence_weight=20.0,
+            weights={"preservation_divergence": 20.0},
             max_steps=30,
             learning_rate=1e-2,
         )

@@ -10,8 +10,6 @@ Shapes: N = compared positions of all rows, E = normal examples (or rows), V = v
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from sku.config import PreservationMode
@@ -52,15 +50,18 @@ def preservation_divergence_loss(
         ``[E]`` float32, nats per token.
 
     Raises:
-        RecipeError: ``mode`` is unknown or ``cap`` is not above 0.
+        RecipeError: ``mode`` is another or ``cap`` is not above 0.
         ValueError: The shapes don't fit.
 
     Source: equation of arXiv 2402.10058 for preservation divergence. The authors' ``compute_reverse_kl`` computes the
         same sign and direction but averages over prompt and padding and takes the log of a softmax that underflows.
     """
-    check_preservation(mode, cap)
-    if mode == "targeted":
-        raise RecipeError("preservation_mode targeted compares no two models: use targeted_divergence_loss")
+    if mode not in ("divergence", "retention"):
+        raise RecipeError(
+            f"preservation_mode is {mode!r}; it must be divergence or retention where models are compared"
+        )
+    if cap is not None and not 0 < cap < float("inf"):
+        raise RecipeError(f"preservation_cap is {cap}; it must be above 0 nats, or empty for none")
     kl_N = token_kl(reference_NV, scores_NV)
     if mode == "retention":
         return mean_per_example(kl_N, example_N, num_examples)
@@ -93,15 +94,3 @@ def targeted_divergence_loss(scores_NV: Scores, targets_N: Tensor, example_N: Te
     Source: ours; the place of preservation divergence (arXiv 2402.10058), whose -KL has no lower bound.
     """
     return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
-
-
-def check_preservation(mode: str, cap: float | None) -> None:
-    """Refuses settings of this module that mean nothing.
-
-    Raises:
-        RecipeError: ``mode`` is unknown or ``cap`` is not above 0.
-    """
-    if mode not in ("divergence", "retention", "targeted"):
-        raise RecipeError(f"preservation_mode is {mode!r}; it must be divergence, retention or targeted")
-    if cap is not None and not (cap > 0 and math.isfinite(cap)):
-        raise RecipeError(f"preservation_cap is {cap}; it must be above 0 nats, or empty for none")

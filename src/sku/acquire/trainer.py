@@ -1,18 +1,51 @@
-"""The trainer of stage 1: the common training loop with the three losses of SKU."""
+"""Stage 1 as transformers' ``Trainer`` and ``TrainingArguments``: the common training loop with SKU's three losses."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.acquire.config import SkuConfig
 from sku.acquire.objective import sku_objective
-from sku.config import CompatConfig, PromptFormatName
+from sku.config import ModulesConfig, PromptFormatName, Twin
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
+from sku.errors import RecipeError
+from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
+
+
+@dataclass
+class SkuConfig(UnlearningConfig):
+    """``UnlearningConfig``, and so ``transformers.TrainingArguments``, with the settings of the three modules.
+
+    Raises:
+        RecipeError: A setting can't work here.
+    """
+
+    modules: ModulesConfig = field(
+        default_factory=ModulesConfig, metadata={"help": "The three modules, as ``acquire`` of a recipe has them."}
+    )
+    train_twin: Twin = field(
+        default="bad",
+        metadata={
+            "help": "Which model is trained: bad (harmful answers), or good (refusals, normal answers kept). One at a "
+            "time: acquire.twin in a recipe trains both."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_twin not in get_args(Twin):
+            raise RecipeError(f"train_twin is {self.train_twin!r}; it must be bad or good")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of ``TrainingArguments``: plain data."""
+        plain: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return {**plain, "modules": dataclasses.asdict(self.modules)}
 
 
 class SkuTrainer(UnlearningTrainer):
@@ -34,7 +67,6 @@ class SkuTrainer(UnlearningTrainer):
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
         prompt_format: PromptFormatName = "auto",
-        compat: CompatConfig | None = None,
         **trainer_options: Any,
     ) -> None:
         """Prepares the model and the joint examples.
@@ -47,24 +79,21 @@ class SkuTrainer(UnlearningTrainer):
             processing_class: Tokenizer of the model.
             peft_config: Adapter to add, such as ``LoraConfig``.
             prompt_format: How prompts are written when ``train_dataset`` holds splits.
-            compat: Behaviours of the public code to reproduce; None for none. ``row_split`` is a matter of the data.
             **trainer_options: As of ``transformers.Trainer``: callbacks, optimizers, ...
 
         Raises:
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, or a model without trainable weights.
-            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model, or ``compat`` that doesn't
-                fit the settings.
+            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model.
         """
         super().__init__(
             model,
             args,
             train_dataset,
-            objective=sku_objective(args.modules(), compat, twin=args.train_twin),
+            objective=sku_objective(args.modules, twin=args.train_twin),
             processing_class=processing_class,
             peft_config=peft_config,
             prompt_format=prompt_format,
             hazardous=True,
             **trainer_options,
         )
-        self.settings = args

@@ -27,7 +27,7 @@ from sku.attacks.results import AttackCard
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, content_hash
 from sku.evaluate.sampling import draw_examples
-from sku.methods.task_vector import TASK_VECTOR, TaskVectorSettings
+from sku.methods.task_vector import TASK_VECTOR
 from sku.models import LoadedModel
 from sku.training.config import UnlearningConfig, training_settings
 from sku.training.run import adapter_settings, step_progress, train
@@ -72,7 +72,7 @@ def relearned(
         trained = train(
             LoadedModel(model=copied, tokenizer=context.tokenizer, name="relearned", revision=None),
             dataclasses.replace(context.data, unlearned=tuple(pairs)),
-            TASK_VECTOR.objective(TaskVectorSettings(), copied),
+            TASK_VECTOR.objective(TASK_VECTOR.settings(), copied),
             settings,
             tuning=acquire.tuning,
             adapter=adapter_settings(acquire),

@@ -87,7 +87,7 @@ def ablate(
         str | None,
         typer.Option(
             "--groups",
-            help="modules, preservation, random_answers, compat, with commas; all if left out.",
+            help="modules, preservation, random_answers, with commas; all if left out.",
             autocompletion=completion.ablation_list,
         ),
     ] = None,

@@ -7,7 +7,7 @@ from importlib import resources
 from sku.cli.method_list import listed_methods
 from sku.config import EMBEDDED, recipe_names
 
-ABLATION_NAMES = ("modules", "preservation", "random_answers", "compat")
+ABLATION_NAMES = ("modules", "preservation", "random_answers")
 """Names of ``sku.comparison.jobs.ABLATIONS``."""
 JUDGE_RULES = (EMBEDDED, "refusal_rules")
 """Names of ``sku.evaluate.judges.choose.RULES``."""

@@ -66,12 +66,7 @@ def inspect(
 
     tokenizer = load_tokenizer(settings.model)
     description = describe_data(
-        load_data(
-            settings.data,
-            settings.seed,
-            row_split=settings.compat.row_split,
-            forget_validation=settings.forget_validation,
-        ),
+        load_data(settings.data, settings.seed, forget_validation=settings.forget_validation),
         tokenizer,
         resolve_prompt_format(settings.model.prompt_format, tokenizer),
         max_length=settings.data.max_length,

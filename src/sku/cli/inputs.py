@@ -65,7 +65,7 @@ def _check_data(recipe: Recipe) -> None:
     if wants_own_replies(config):
         load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
     else:
-        load_data(config, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.forget_validation)
+        load_data(config, recipe.seed, forget_validation=recipe.forget_validation)
 
 
 def _check_within_reach(source: SourceConfig) -> None:

@@ -11,6 +11,7 @@ from sku.cli.completion import judges
 from sku.cli.console import errors, notes, print_json, progress_bars, results, shown_messages
 from sku.cli.dry_run import print_dry_run
 from sku.cli.options import DryRunOption, JsonOption
+from sku.config import read_yaml
 from sku.dry_run import DryRun
 from sku.errors import EvaluationError, RecipeError
 
@@ -114,10 +115,6 @@ def judge_settings(overrides: list[str]) -> dict[str, Any]:
     Raises:
         RecipeError: One that does not look like this.
     """
-    import yaml
-
-    from sku.config.yaml_text import read_yaml
-
     settings = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -125,7 +122,7 @@ def judge_settings(overrides: list[str]) -> dict[str, Any]:
             raise RecipeError(f"--set {override} must look like key=value")
         try:
             settings[key] = read_yaml(value) if value else None
-        except yaml.YAMLError:
+        except RecipeError:
             raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
     return settings
 

@@ -12,6 +12,7 @@ import typer
 from sku.cli.console import errors, notes, print_json, print_next, progress_bars, results
 from sku.cli.dry_run import print_dry_run
 from sku.cli.options import DryRunOption, JsonOption
+from sku.config import read_yaml
 from sku.errors import RecipeError
 from sku.quiet import quiet_imports, quiet_libraries
 
@@ -259,12 +260,8 @@ def _check_read(forget: str | None, normal: str | None, read: set[str]) -> None:
 
 def _operator(text: str) -> dict[str, Any]:
     """``name={key: value}`` as a recipe's ``negate.operators`` holds it."""
-    import yaml
-
-    from sku.config.yaml_text import read_yaml
-
     name, _, settings = text.partition("=")
     try:
         return {name: read_yaml(settings) if settings else {}}
-    except yaml.YAMLError:
+    except RecipeError:
         raise RecipeError(f"--operator {text}: {settings!r} is no YAML, such as {{energy: 0.9}}") from None

@@ -134,6 +134,7 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
     if recorded is None:
         raise RecipeError(f"{bad} does not say which recipe it was made with: add --recipe")
     content: dict[str, Any] = copy.deepcopy(recorded["recipe"])
+    content.pop("compat", None)  # Of earlier versions; it changed how stage 1 trained, not what is asked.
     for override in overrides:
         apply_override(content, override)
     return recipe_from_dict(content, f"recipe of {bad}"), bad

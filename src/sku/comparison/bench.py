@@ -74,12 +74,7 @@ class Bench:
         """
         self.recipe, self.work, self.progress = recipe, work, progress
         self._searches = work if searches is None else searches
-        self.data = load_data(
-            recipe.data,
-            recipe.seed,
-            row_split=recipe.compat.row_split,
-            forget_validation=recipe.search_validation,
-        )
+        self.data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
         check_operators(prepare_operators(recipe.negate.operators), self.base, self.data)

@@ -48,8 +48,7 @@ class InProcess:
         recipe = job.recipe.to_dict()
         shared = content_sha256([recipe[name] for name in ("model", "data", "seed", "evaluate")])
         shared += job.recipe.acquire.tuning  # It decides the type the weights are held in.
-        shared += str(job.recipe.compat.row_split)  # It decides what the data holds.
-        shared += str(job.recipe.search_validation)  # So does this.
+        shared += str(job.recipe.search_validation)  # It decides what the data holds.
         shared += content_sha256(recipe["acquire"]["training"])  # It decides which prompts are asked as trained on.
         if self._bench is None or self._bench[0] != shared:
             self._bench = None  # Lets go of the models before new ones are loaded.

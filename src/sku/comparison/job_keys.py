@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sku.comparison.jobs import Job
-from sku.config import CompatConfig, plain_data
+from sku.config import plain_data
 from sku.methods.from_file import SUFFIX, file_sha256
 from sku.reproducibility import content_sha256
 
@@ -27,9 +27,6 @@ def record_key(job: Job, inputs: Mapping[str, Any]) -> str:
     """
     recipe = job.recipe.to_dict()
     measured = {name: recipe[name] for name in ("seed", "data", "evaluate")}
-    if job.recipe.compat != CompatConfig():
-        # Not in the keys of other recipes, whose records stay as good as they were without it.
-        measured["compat"] = recipe["compat"]
     if job.kind in ("method", "random_direction"):
         measured |= {"training": _training_settings(job), "points": recipe["compare"], "training_seed": job.seed}
         del measured["points"]["methods"], measured["points"]["seeds"]
@@ -53,9 +50,7 @@ def norms_key(job: Job) -> str:
     """Hash of what decides SKU's change, and so its norms; jobs of equal hash share them."""
     recipe = job.recipe
     operators = [plain_data(recipe.negate.operators)] if recipe.negate.operators else []
-    return content_sha256(
-        [dataclasses.asdict(recipe.acquire), recipe.method, dataclasses.asdict(recipe.compat), *operators]
-    )
+    return content_sha256([dataclasses.asdict(recipe.acquire), recipe.method, *operators])
 
 
 def _training_settings(job: Job) -> dict[str, Any]:

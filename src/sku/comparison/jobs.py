@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sku.config import AcquireConfig, CompatConfig, MethodConfig, Recipe, TwinShares, WeightsConfig
+from sku.config import AcquireConfig, MethodConfig, Recipe, TwinShares, WeightsConfig
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.from_file import SUFFIX
@@ -141,38 +141,11 @@ def _preservation(
             config, weights=weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens
         )
 
-    def without_switch(recipe: Recipe) -> Recipe:
-        # The switch reads none of the three.
-        compat = dataclasses.replace(recipe.compat, unbounded_divergence=False)
-        return dataclasses.replace(_with_acquire(change)(recipe), compat=compat)
-
-    return without_switch
+    return _with_acquire(change)
 
 
 def _random_answers(number: int) -> Change:
     return _with_acquire(lambda config: dataclasses.replace(config, random_answers=number))
-
-
-def _public_code(*switches: str) -> Change:
-    """Of the behaviours of the public code, these and no others."""
-
-    def change(recipe: Recipe) -> Recipe:
-        if "unbounded_divergence" in switches:
-            recipe = _preservation("divergence", None, "all")(recipe)
-        return dataclasses.replace(recipe, compat=CompatConfig(**dict.fromkeys(switches, True)))
-
-    return _without_twin(change)  # The public code has none.
-
-
-_PUBLIC_CODE = {
-    "question_tokens": "question tokens trained on",
-    "pad_dilution": "pads in every mean",
-    "shared_draw": "one draw of answers for a batch",
-    "unbounded_divergence": "unbounded -KL (with preservation_mode divergence)",
-    "epoch_step_limit": "step limit between passes",
-    "row_split": "normal data split by row",
-}
-"""Field of ``CompatConfig`` -> title of its row."""
 
 
 ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
@@ -188,14 +161,6 @@ ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
         ("divergence_uncapped", "divergence, no cap (paper)", _preservation("divergence", None, "answer")),
     ],
     "random_answers": [(f"k{number}", f"K = {number}", _random_answers(number)) for number in (1, 5, 10)],
-    "compat": [
-        *((f"compat_{name}", f"public code: {title}", _public_code(name)) for name, title in _PUBLIC_CODE.items()),
-        (
-            "compat_reference",
-            "public code: all of these (with preservation_mode divergence)",
-            _public_code(*_PUBLIC_CODE),
-        ),
-    ],
 }
 """Group -> rows: name, title, and what is changed in the recipe."""
 

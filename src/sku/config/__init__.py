@@ -6,6 +6,7 @@ Nothing here imports torch or transformers, so that ``sku --help`` and a wrong k
 from sku.config.acquire import (
     AcquireConfig,
     LoraSettings,
+    ModulesConfig,
     Packing,
     PreservationMode,
     PreservationTokens,
@@ -13,31 +14,27 @@ from sku.config.acquire import (
     Twin,
     WeightsConfig,
 )
+from sku.config.check import plain_data
 from sku.config.compare import CompareConfig, MethodConfig, SearchConfig
-from sku.config.compat import REFERENCE, CompatConfig
-from sku.config.data import DataConfig, DataFormat, SourceConfig
+from sku.config.data import DataConfig, DataFormat, OwnRepliesConfig, SourceConfig
 from sku.config.evaluate import Attack, Backend, EvaluateConfig, Precision, Similarity
-from sku.config.model import EMBEDDED, ModelConfig, PromptFormatName
-from sku.config.negate import NegateConfig, TwinShares
-from sku.config.own_replies import OwnRepliesConfig
-from sku.config.read import apply_override, load_recipe, recipe_from_dict, recipe_names, settings_from_dict
-from sku.config.recipe import Recipe, plain_data
-from sku.config.sweep import Rule, SweepConfig
+from sku.config.negate import NegateConfig, Rule, SweepConfig, TwinShares
+from sku.config.read import apply_override, load_recipe, read_yaml, recipe_from_dict, recipe_names, settings_from_dict
+from sku.config.recipe import EMBEDDED, ModelConfig, PromptFormatName, Recipe
 
 __all__ = [
     "EMBEDDED",
-    "REFERENCE",
     "AcquireConfig",
     "Attack",
     "Backend",
     "CompareConfig",
-    "CompatConfig",
     "DataConfig",
     "DataFormat",
     "EvaluateConfig",
     "LoraSettings",
     "MethodConfig",
     "ModelConfig",
+    "ModulesConfig",
     "NegateConfig",
     "OwnRepliesConfig",
     "Packing",
@@ -58,6 +55,7 @@ __all__ = [
     "apply_override",
     "load_recipe",
     "plain_data",
+    "read_yaml",
     "recipe_from_dict",
     "recipe_names",
     "settings_from_dict",

@@ -1,190 +1,185 @@
-"""The check of plain data against dataclasses of settings: every key, every type."""
+"""Settings as dataclasses that pydantic checks: every key, type and range, from a recipe and in Python alike."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
-import types
+import re
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
-from sku.config.acquire import TRAINING_KEYS
-from sku.config.compat import REFERENCE, CompatConfig
-from sku.config.recipe import Recipe
-from sku.errors import RecipeError, did_you_mean
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field, ValidationError
 
-_LARGEST = 2**1000
-_WANTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-"""Types of values in the words of a recipe."""
+from sku.errors import RecipeError, SkuError, did_you_mean, one_line
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+"""No key that isn't known, and no value of another type than is asked for."""
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""NumPy takes no larger one."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+"""A share that leaves something on both of its sides."""
+Share = Annotated[float, Field(gt=0, le=1)]
+Limit = Annotated[float, Field(ge=0, lt=1)]
+
+_MOST_VALUES, _DEEPEST = 20_000, 50
+"""Of one text, each YAML alias counted as what it stands for; the longest recipe of the package has under 200."""
+_WORDS = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "too_short": "a list that is not empty",
+    "finite_number": "a finite number",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:.12g}",
+}
+"""Type of pydantic's error -> what a value must be, in the words of a recipe."""
+
+T = TypeVar("T")
 
 
-def check_plain(content: Any, key: str, where: str) -> None:
-    """Refuses what a manifest can't hold: YAML knows dates, sets and NaN, and JSON doesn't.
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def validated(cls: type[T]) -> type[T]:
+    """Makes a frozen dataclass of settings that refuses what its annotations don't allow with a ``RecipeError``."""
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, **values: Any) -> None:  # noqa: N807
+        try:
+            init(self, **values)
+        except ValidationError as error:
+            raise RecipeError(explain(error, made, values)) from None
+
+    made.__init__ = __init__
+    return cast("type[T]", made)
+
+
+def plain_data(value: Any) -> Any:
+    """Settings as JSON holds them: dataclasses and mappings as dicts, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain_data(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain_data(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_data(entry) for entry in value]
+    return value
+
+
+def check_plain(content: Any, key: str = "", depth: int = 0) -> int:
+    """Refuses what JSON can't hold: YAML knows dates, sets and NaN, and aliases that stand for billions of values.
 
     Args:
         content: A recipe, or a part of one.
         key: The recipe's key that holds it, for messages; empty for the recipe itself.
-        where: Name of the recipe, for messages.
+        depth: How deep it lies.
+
+    Returns:
+        How many values it holds.
 
     Raises:
-        RecipeError: Some value is no text, finite number, yes or no, list, or keys and values; or text is no Unicode.
+        RecipeError: Some value is no text, finite number, yes or no, list, or keys and values; text is no Unicode; or
+            there is more than can be walked through and printed.
     """
+    if depth > _DEEPEST:
+        raise RecipeError(f"{key[:100]} ... is nested more than {_DEEPEST} deep, or holds itself")
+    count = 1
     if isinstance(content, Mapping):
         for name, entry in content.items():
             if not isinstance(name, str):
-                raise RecipeError(f"{key or 'the recipe'} has the key {name!r}, which is no text: quote it ({where})")
-            check_plain(name, key or "the recipe", where)
-            check_plain(entry, f"{key}.{name}" if key else name, where)
+                raise RecipeError(f"{key or 'the recipe'} has the key {name!r}, which is no text: quote it")
+            check_plain(name, key or "the recipe")
+            count = _counted(count + check_plain(entry, f"{key}.{name}" if key else name, depth + 1))
     elif isinstance(content, list | tuple):
         for place, entry in enumerate(content):
-            check_plain(entry, f"{key}[{place}]", where)
+            count = _counted(count + check_plain(entry, f"{key}[{place}]", depth + 1))
     elif isinstance(content, str):
         try:
             content.encode("utf-8")
         except UnicodeEncodeError:
-            raise RecipeError(f"{key} is {content!r}, which is no Unicode text: rename it ({where})") from None
-    elif isinstance(content, float):
-        if not math.isfinite(content):
-            raise RecipeError(f"{key} is {content}; it must be a finite number ({where})")
-    elif content is not None and not isinstance(content, int):
+            raise RecipeError(f"{key} is {content!r}, which is no Unicode text: rename it") from None
+    elif isinstance(content, float) and not math.isfinite(content):
+        raise RecipeError(f"{key} is {content}; it must be a finite number")
+    elif content is not None and not isinstance(content, int | float):
         raise RecipeError(
             f"{key} is of type {type(content).__name__}; it must be text, a number, true or false, a list, or keys "
-            f"and values: quote it if it is text ({where})"
+            "and values: quote it if it is text"
         )
+    return count
 
 
-def build(target: Any, content: Any, key: str, where: str) -> Any:
-    """Builds a frozen dataclass of settings, and those inside it, from plain data.
+def _counted(count: int) -> int:
+    if count > _MOST_VALUES:
+        raise RecipeError(f"it stands for more than {_MOST_VALUES} values")
+    return count
+
+
+def explain(error: ValidationError, target: type, content: Any, key: str = "", known: Iterable[str] = ()) -> str:
+    """What is wrong with settings, in one line: the key, its value, and what to do.
 
     Args:
+        error: Of pydantic.
         target: The dataclass.
-        content: Keys and values.
-        key: The recipe's key that holds them, for messages; empty for the recipe itself.
-        where: Name of the recipe, for messages.
-
-    Returns:
-        An instance of ``target``.
-
-    Raises:
-        RecipeError: An unknown key (with a suggestion), a missing one, a wrong type, or a value out of range.
+        content: What was checked against it.
+        key: The recipe's key that holds the content; empty for the recipe itself.
+        known: Keys that may be meant where one isn't known, dotted.
     """
-    if not isinstance(content, Mapping):
-        raise RecipeError(f"{key or 'the recipe'} must hold keys and values, not {content!r} ({where})")
-    fields = {item.name: item for item in dataclasses.fields(target)}
-    for name in content:
-        if name not in fields:
-            prefix = f"{key}." if key else ""
-            raise RecipeError(f"{prefix}{name} is not a known key.{_meant(str(name), fields)} ({where})")
-    hints = typing.get_type_hints(target)
-    values: dict[str, Any] = {}
-    for name, item in fields.items():
-        path = f"{key}.{name}" if key else name
-        if name in content:
-            values[name] = _convert(hints[name], content[name], path, where)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"{path} is missing ({where})")
-    try:
-        return target(**values)
-    except RecipeError as error:
-        raise RecipeError(f"{error} ({where})") from None
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] == "unexpected_keyword_argument"), errors[0])
+    path, value = _place(first["loc"], content, key)
+    if "error" in first.get("ctx", {}):  # Of a dataclass's own check.
+        cause = first["ctx"]["error"]
+        return str(cause) if isinstance(cause, SkuError) else f"{path or 'the recipe'}: {one_line(cause)}"
+    if first["type"] == "missing":
+        return f"{path}.{first['loc'][-1]} is missing".removeprefix(".")
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{path} is not a known key.{_meant(str(first['loc'][-1]), _fields_at(target, first['loc']), known)}"
+    # All members of a union say what they want; the one that got further is told of.
+    places = [_place(one["loc"], content, key)[0] for one in errors]
+    inner = next((number for number, place in enumerate(places) if place.startswith(f"{path}[")), None)
+    if inner is not None:
+        path, value = _place(errors[inner]["loc"], content, key)
+    wanted = [one for one, place in zip(errors, places, strict=True) if place == path]
+    if wanted[0]["type"] in ("dict_type", "mapping_type", "dataclass_type", "dataclass_exact_type"):
+        return f"{path or 'the recipe'} must hold keys and values, not {value!r}"
+    options = [option for one in wanted for option in re.findall(r"'([^']*)'", one.get("ctx", {}).get("expected", ""))]
+    words = [_WORDS[one["type"]].format(**one.get("ctx", {})) for one in wanted if one["type"] in _WORDS]
+    words += [f"one of {', '.join(options)}" if len(options) > 1 else option for option in options[:1]]
+    hint = did_you_mean(str(value), options)
+    return f"{path} is {value!r}; it must be {' or '.join(words) or wanted[0]['msg']}{'.' if hint else ''}{hint}"
 
 
-def _meant(name: str, fields: Mapping[str, Any]) -> str:
+def _place(loc: tuple[int | str, ...], content: Any, key: str) -> tuple[str, Any]:
+    """Key and value that an error is about, without the names of a union's members that pydantic puts between."""
+    for part in loc:
+        if isinstance(content, Mapping) and part in content:
+            key, content = (f"{key}.{part}" if key else str(part)), content[part]
+        elif isinstance(content, list | tuple) and isinstance(part, int):
+            key, content = f"{key}[{part}]", content[part]
+    return key, content
+
+
+def _fields_at(target: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """Known keys beside the one at a place."""
+    for part in loc[:-1]:
+        hint = typing.get_type_hints(target).get(str(part), target)
+        # Of a union, a list or a mapping what it holds.
+        target = next((one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)), target)
+    return [item.name for item in dataclasses.fields(target)]
+
+
+def _meant(name: str, beside: list[str], known: Iterable[str]) -> str:
     """A suggestion: keys of that very name elsewhere in a recipe, else a near one beside it."""
-    elsewhere = [key for key in _keys(Recipe) if key.rpartition(".")[2] == name]
-    if not elsewhere:
-        return did_you_mean(name, fields)
-    return f" Did you mean {' or '.join(sorted(elsewhere, key=lambda key: (key.count('.'), key)))}?"
-
-
-def _keys(target: Any, prefix: str = "") -> Iterator[str]:
-    """All keys of a dataclass of settings and of those inside it, with the usual ones of ``acquire.training``."""
-    for name, hint in typing.get_type_hints(target).items():
-        key = f"{prefix}{name}"
-        yield key
-        inner = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
-        if inner and typing.get_origin(hint) is not Mapping:
-            yield from _keys(inner[0], f"{key}.")
-    if not prefix:
-        yield from (f"acquire.training.{name}" for name in TRAINING_KEYS)
-
-
-def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
-    """Checks one value against its annotation; a wrong type names the key, the value and what was expected."""
-    origin = typing.get_origin(hint)
-    if hint is CompatConfig and isinstance(value, str):
-        return _convert_compat(value, key, where)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, key, where)
-    if origin is Literal:
-        return _convert_literal(typing.get_args(hint), value, key, where)
-    if origin in (types.UnionType, typing.Union):
-        return _convert_union(typing.get_args(hint), value, key, where)
-    if origin is tuple:
-        if isinstance(value, list | tuple):
-            entry_type = typing.get_args(hint)[0]
-            return tuple(_convert(entry_type, entry, f"{key}[{place}]", where) for place, entry in enumerate(value))
-        raise RecipeError(f"{key} is {value!r}; it must be a list ({where})")
-    if origin is not None and issubclass(origin, Mapping):
-        if not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
-            raise RecipeError(f"{key} is {value!r}; it must hold keys and values ({where})")
-        entry_type = typing.get_args(hint)[1]
-        if not dataclasses.is_dataclass(entry_type):
-            return dict(value)
-        return {name: build(entry_type, entry, f"{key}.{name}", where) for name, entry in value.items()}
-    return _convert_scalar(hint, value, key, where)
-
-
-def _convert_compat(value: str, key: str, where: str) -> CompatConfig:
-    if value == REFERENCE:
-        return CompatConfig.reference()
-    raise RecipeError(
-        f"{key} is {value!r}; it must be {REFERENCE}, or hold switches such as 'question_tokens: true'."
-        f"{did_you_mean(value, [REFERENCE])} ({where})"
-    )
-
-
-def _convert_literal(options: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
-    if value in options:
-        return value
-    raise RecipeError(
-        f"{key} is {value!r}; it must be one of {', '.join(map(str, options))}."
-        f"{did_you_mean(str(value), map(str, options))} ({where})"
-    )
-
-
-def _convert_union(options: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    errors: list[RecipeError] = []
-    for option in options:
-        if option is not type(None):
-            try:
-                return _convert(option, value, key, where)
-            except RecipeError as error:
-                errors.append(error)
-    wanted = [_wanted(option) for option in options if option is not type(None)]
-    if len(wanted) == 1:
-        raise errors[0]
-    raise RecipeError(f"{key} is {value!r}; it must be {' or '.join(wanted)} ({where})")
-
-
-def _wanted(hint: Any) -> str:
-    if typing.get_origin(hint) is tuple:
-        return "a list"
-    return _WANTED.get(hint) or ", ".join(map(str, typing.get_args(hint)))
-
-
-def _convert_scalar(hint: Any, value: Any, key: str, where: str) -> Any:
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 2e-4 as text: it wants 2.0e-4. People write 2e-4.
-        with contextlib.suppress(ValueError):
-            return float(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        # A whole number may be larger than any float.
-        return float(value) if abs(value) < _LARGEST else math.inf
-    if hint in (int, float, str, bool) and type(value) is hint:
-        return value
-    raise RecipeError(f"{key} is {value!r}; it must be {_wanted(hint)} ({where})")
+    elsewhere = sorted((key for key in known if key.rpartition(".")[2] == name), key=lambda key: (key.count("."), key))
+    return f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, beside)

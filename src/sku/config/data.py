@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from sku.config.fraction import check_fraction
-from sku.config.own_replies import OwnRepliesConfig
+from pydantic import Field
+
+from sku.config.check import Count, Fraction, Positive, Share, validated
 from sku.errors import RecipeError
 
 DataFormat = Literal[
@@ -23,10 +24,8 @@ DataFormat = Literal[
     "columns",
 ]
 
-_SET_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
-
-@dataclass(frozen=True, kw_only=True)
+@validated
 class SourceConfig:
     """One set of examples."""
 
@@ -58,12 +57,10 @@ class SourceConfig:
     license: str | None = None
     """Licence of the data, for the model card; where this is empty, that of a hub dataset that is known here, else
     unknown: columns tell no licence."""
-    limit: int | None = None
+    limit: Count | None = None
     """Keep this many prompts (with all their answers), drawn by the seed."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise RecipeError(f"limit is {self.limit}; it must be 1 or more, or empty for all")
         if (self.unsafe_column is None) != (self.unsafe_value is None):
             raise RecipeError("unsafe_column and unsafe_value go together: one is set and the other is not")
         for column, wanted in self.where.items():
@@ -81,7 +78,28 @@ class SourceConfig:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
+class OwnRepliesConfig:
+    """Settings of ``sku data own``, and of a run that trains on the model's own replies."""
+
+    draws: Annotated[int, Field(ge=0)] = 3
+    """Sampled replies to each harmful prompt, beside the greedy one."""
+    max_new_tokens: Count = 96
+    """Longest reply; one that is cut there teaches no end."""
+    refusals: Count = 3
+    """Refusals asked for and at most kept of each harmful prompt."""
+    refuse_tokens: Count = 48
+    """Longest refusal."""
+    repeat_share: Share = 0.02
+    """Share of the refusals that may read the same, case and spacing aside. A prompt keeps one all the same."""
+    temperature: Positive = 0.8
+    """Of sampled replies."""
+    top_p: Share = 0.95
+    """Of sampled replies: words are drawn from the likeliest that hold this share of probability."""
+    batch_size: Count = 32
+
+
+@validated
 class DataConfig:
     """What is forgotten, what is kept, and how both are split by prompt."""
 
@@ -101,40 +119,35 @@ class DataConfig:
     own_replies: bool = False
     """Train on the model's own replies to the prompts of both sets, which ``sku run`` writes first. It does so too
     where a set is a list of prompts: no column beside them could hold answers."""
-    own_share: float = 1.0
+    own_share: Share = 1.0
     """Share of own replies in the forget set; the rest are answers of the file (with ``own_replies``)."""
     own: OwnRepliesConfig = field(default_factory=OwnRepliesConfig)
     """How own replies are asked for (with ``own_replies``)."""
     borderline: SourceConfig | None = None
     """Safe prompts that look harmful, of XSTest say: own replies to them join the retain set (with
     ``own_replies``)."""
-    unseen_fraction: float = 0.3
+    unseen_fraction: Fraction = 0.3
     """Share of the harmful prompts held out as ``unseen``."""
-    retain_validation_fraction: float = 0.1
-    retain_test_fraction: float = 0.2
+    retain_validation_fraction: Fraction = 0.1
+    retain_test_fraction: Fraction = 0.2
     max_length: int = 512
     """Longest sequence in tokens; the prompt is shortened before the answer is."""
-    max_answer_tokens: int = 128
+    max_answer_tokens: Count = 128
     """Longest answer in tokens; the rest is not trained on."""
 
     def __post_init__(self) -> None:
         for key, sets in (("normal", self.normal), ("harmful", self.harmful)):
             for name in sets:
-                if not _SET_NAME.fullmatch(name):
+                if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name):
                     raise RecipeError(
                         f"data.{key} has a set named {name!r}; a name is at most 40 letters, digits, dots, - and _"
                     )
-        if not 0 < self.own_share <= 1:
-            raise RecipeError(f"data.own_share is {self.own_share}; it must be above 0 and at most 1")
-        check_fraction("data.unseen_fraction", self.unseen_fraction)
-        check_fraction("data.retain_validation_fraction", self.retain_validation_fraction)
-        check_fraction("data.retain_test_fraction", self.retain_test_fraction)
         if self.retain_validation_fraction + self.retain_test_fraction >= 1:
             raise RecipeError(
                 "data.retain_validation_fraction + data.retain_test_fraction leaves no retain_train split"
             )
-        if not 1 <= self.max_answer_tokens < self.max_length:
+        if self.max_answer_tokens >= self.max_length:
             raise RecipeError(
                 f"data.max_answer_tokens is {self.max_answer_tokens} and data.max_length {self.max_length}; "
-                "the answer must be at least 1 token and leave room for a prompt"
+                "the answer must leave room for a prompt"
             )

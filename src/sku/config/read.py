@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import YAMLError
 
-from sku.config.check import build, check_plain
-from sku.config.model import EMBEDDED
-from sku.config.recipe import Recipe
-from sku.config.yaml_text import read_yaml
+from sku.config.acquire import TRAINING_KEYS
+from sku.config.check import STRICT, check_plain, explain, plain_data
+from sku.config.recipe import EMBEDDED, Recipe
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
+
+
+class _Constructor(SafeConstructor):
+    """Without merge keys, which YAML 1.2 doesn't have: a few lines of merges of merges never end."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Leaves the key ``<<`` where it is, which nothing can be made of."""
+
+
+def read_yaml(text: str) -> Any:
+    """Reads one document of YAML 1.2, in which ``2e-4`` is a number and ``no`` a word.
+
+    Raises:
+        RecipeError: It is not YAML, asks for a Python object, or has a key twice.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    try:
+        return yaml.load(text)
+    except RecursionError:
+        raise RecipeError("not YAML: it is nested too deep") from None
+    except (YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        # Beside its own errors the loader lets some through: for ``2020-13-45``, say.
+        raise RecipeError(f"not YAML: {one_line(error)}") from None
 
 
 def recipe_names() -> list[str]:
@@ -40,8 +70,8 @@ def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = 
     text, where = _recipe_text(name_or_path)
     try:
         content = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not YAML: {one_line(error)}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where} is {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{where} must hold keys and values, such as 'name: my-run'")
     for override in overrides:
@@ -55,19 +85,16 @@ def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recip
     Raises:
         RecipeError: As ``load_recipe``.
     """
-    recipe = build(Recipe, content, "", where)
-    assert isinstance(recipe, Recipe)
-    check_plain(recipe.to_dict(), "", where)
-    return recipe
+    return settings_from_dict(Recipe, content, "", where)
 
 
 def settings_from_dict(target: type[S], content: Mapping[str, Any], key: str, where: str = "recipe") -> S:
-    """Checks plain data against a frozen dataclass of settings, such as a method's own.
+    """Checks plain data against a dataclass of settings, such as a method's own.
 
     Args:
         target: The dataclass.
         content: Keys and values.
-        key: The recipe's key that holds them, for messages.
+        key: The recipe's key that holds them, for messages; empty for the recipe itself.
         where: Name of the recipe, for messages.
 
     Returns:
@@ -76,9 +103,34 @@ def settings_from_dict(target: type[S], content: Mapping[str, Any], key: str, wh
     Raises:
         RecipeError: As ``load_recipe``.
     """
-    settings = build(target, content, key, where)
-    assert isinstance(settings, target)
-    return settings
+    try:
+        check_plain(content, key)
+        content = plain_data(content)
+        adapter: TypeAdapter[S] = _adapter(target)  # type: ignore[arg-type]
+        return adapter.validate_json(json.dumps(content))  # In JSON a list can stand for a tuple.
+    except ValidationError as error:
+        raise RecipeError(f"{explain(error, target, content, key, _keys(Recipe))} ({where})") from None
+    except RecipeError as error:
+        raise RecipeError(f"{error} ({where})") from None
+
+
+@functools.cache
+def _adapter(target: Any) -> TypeAdapter[Any]:
+    if not hasattr(target, "__pydantic_config__"):  # A plain dataclass, of a user's own method, say.
+        target.__pydantic_config__ = STRICT
+    return TypeAdapter(target)
+
+
+def _keys(target: Any, prefix: str = "") -> Iterator[str]:
+    """All keys of a dataclass of settings and of those inside it, with the usual ones of ``acquire.training``."""
+    for name, hint in typing.get_type_hints(target).items():
+        key = f"{prefix}{name}"
+        yield key
+        inner = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
+        if inner and typing.get_origin(hint) is not Mapping:
+            yield from _keys(inner[0], f"{key}.")
+    if not prefix:
+        yield from (f"acquire.training.{name}" for name in TRAINING_KEYS)
 
 
 def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
@@ -117,8 +169,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override} must look like key.sub=value")
     try:
         parsed = read_yaml(value) if value else None
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
+        check_plain(parsed, key)
+    except RecipeError as error:
+        raise RecipeError(f"--set {override}: {error}") from None
     *parents, last = key.split(".")
     node = content
     for parent in parents:

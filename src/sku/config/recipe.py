@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Any, Literal
 
 from sku.config.acquire import AcquireConfig
+from sku.config.check import Seed, plain_data, validated
 from sku.config.compare import CompareConfig, MethodConfig
-from sku.config.compat import CompatConfig
 from sku.config.data import DataConfig
 from sku.config.evaluate import EvaluateConfig
-from sku.config.model import ModelConfig
-from sku.config.negate import NegateConfig, TwinShares
-from sku.config.seed import check_seed
-from sku.config.sweep import SweepConfig
+from sku.config.negate import NegateConfig, SweepConfig, TwinShares
 from sku.errors import RecipeError
 
 _LONGEST_NAME = 200
+EMBEDDED = "embedded"
+"""Name of the model, the data and the recipe that ship inside the package."""
+PromptFormatName = Literal["auto", "chat", "paper"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
+class ModelConfig:
+    """The model to unlearn."""
+
+    path: str
+    """Local folder, hub id, or ``embedded``. Never written to."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; the commit it resolved to is recorded."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside ``path``: it is dequantized while loading."""
+    dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = "auto"
+    """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
+    device: str = "auto"
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    license: str | None = None
+    """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
+    where this is empty."""
+    prompt_format: PromptFormatName = "auto"
+    """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
+
+
+@validated
 class Recipe:
     """One whole run: data, stage 1, stage 2, evaluation."""
 
@@ -29,7 +51,7 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     description: str = ""
-    seed: int = 0
+    seed: Seed = 0
     acquire: AcquireConfig = field(default_factory=AcquireConfig)
     negate: NegateConfig = field(default_factory=NegateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -39,8 +61,6 @@ class Recipe:
     methods: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Settings of the other methods, by name."""
     compare: CompareConfig = field(default_factory=CompareConfig)
-    compat: CompatConfig = field(default_factory=CompatConfig)
-    """Behaviours of the authors' public code to reproduce, by name, or ``reference`` for all; for ``method: sku``."""
     keep_bad_model: bool = False
     """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
     keep_for_resume: bool = True
@@ -48,7 +68,6 @@ class Recipe:
     them; ``false`` removes them at once, and stage 1 of a resumed run begins anew. ``sku wipe`` removes them later."""
 
     def __post_init__(self) -> None:
-        check_seed("seed", self.seed)
         name = self.name
         odd = any(not character.isprintable() or character in "/\\" for character in name)
         if odd or not name.strip() or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
@@ -89,15 +108,5 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""
-        return {item.name: plain_data(getattr(self, item.name)) for item in dataclasses.fields(self)}
-
-
-def plain_data(value: Any) -> Any:
-    """Settings as JSON holds them: dataclasses and mappings as dicts, tuples as lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain_data(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: plain_data(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_data(entry) for entry in value]
-    return value
+        plain: dict[str, Any] = plain_data(self)
+        return plain

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.data.joint import JointExample
@@ -29,9 +28,9 @@ class JointCollator:
     real token.
     """
 
-    def __init__(self, pad_token_id: int, *, pad_to: int = 0) -> None:
-        """Rows get ``pad_to`` tokens at least; the longest row of the batch decides where it has more."""
-        self.pad_token_id, self.pad_to = pad_token_id, pad_to
+    def __init__(self, pad_token_id: int) -> None:
+        """Pads with this id of the tokenizer, to the longest row of the batch."""
+        self.pad_token_id = pad_token_id
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
         """Pads the rows on the right: each example's forget row, mismatched, retain and safe rows, in this order.
@@ -66,9 +65,7 @@ class JointCollator:
         }
 
     def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:
-        padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
-        length = max(self.pad_to, padded.shape[1])
-        return functional.pad(padded, (0, length - padded.shape[1]), value=value)
+        return pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 class PackedCollator:

@@ -91,8 +91,6 @@ class ForgetRetainData:
     """Splits of one run. No normalised prompt, and no group, is in two splits of the same kind, or in both kinds.
 
     The sets of other sources (``normal``, ``harmful``) share no prompt with the others either.
-
-    With ``row_split``, and only then, ``retain_train`` may share them with ``retain_validation`` and ``retain_test``.
     """
 
     unlearned: tuple[ForgetExample, ...] = ()
@@ -115,41 +113,14 @@ class ForgetRetainData:
     visited: tuple[int, ...] | None = None
     """Places among ``unlearned`` that training visits: in so many steps it rarely meets all. None where that isn't
     known."""
-    row_split: bool = False
-    """``retain_train`` was drawn by row, so that prompts of the held-out normal splits were trained on."""
 
     def __post_init__(self) -> None:
-        splits, others = self._own_splits(), self._other_splits()
-        parts = [splits]
-        if self.row_split:
-            held_out = {"retain_validation", "retain_test"}
-            parts = [
-                {name: examples for name, examples in splits.items() if name not in left}
-                for left in (held_out, {"retain_train"})
-            ]
-        apart = {name: examples for name, examples in others.items() if not name.startswith("harmful:")}
+        apart = {name: examples for name, examples in self._other_splits().items() if not name.startswith("harmful:")}
         apart["harmful"] = [example for examples in self.harmful.values() for example in examples]
-        for part in parts:
-            check_disjoint({**part, **apart})
+        check_disjoint({**self._own_splits(), **apart})
 
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader of any figure on these splits needs; none for large splits by prompt."""
-        few = self._few_prompts()
-        if not self.row_split:
-            return few
-        trained = {normalise_prompt(example.prompt) for example in self.retain_train}
-        shares = []
-        for name, examples in (("retain_test", self.retain_test), ("retain_validation", self.retain_validation)):
-            prompts = {normalise_prompt(example.prompt) for example in examples}
-            seen = len(prompts & trained)
-            shares.append(f"{seen} of {len(prompts)} prompts of {name} ({seen / max(len(prompts), 1):.1%})")
-        note = (
-            f"compat.row_split: {' and '.join(shares)} were trained on, with the same answer or another, so figures "
-            "on these splits are not those of held-out prompts"
-        )
-        return (note, *few)
-
-    def _few_prompts(self) -> tuple[str, ...]:
         found: dict[str, int] = {}
         for name, examples in self.splits().items():
             prompts: set[str] = set()

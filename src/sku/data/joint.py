@@ -19,7 +19,6 @@ from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainEx
 from sku.data.prompts import PromptFormat
 from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
 FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
 """Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
@@ -49,9 +48,9 @@ class RowPlan:
     """Normal pairs of each joint example."""
     retain_refused: bool = False
     """The normal prompts stand before their misplaced refusals, in place of their answers."""
-    retain_tokens: Literal["answer", "all", "every"] = "answer"
-    """Positions of the normal pair that count: those before the tokens of its answer, those before all its tokens, or
-    every one, also the last and, with ``padded``, those of padding."""
+    retain_tokens: Literal["answer", "all"] = "answer"
+    """Positions of the normal pair that count: those before the tokens of its answer, or those before all its
+    tokens."""
     safe: Literal["none", "data", "data or refusal", "all"] = "none"
     """A safe answer after the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
     refusal`` takes one of ``REFUSALS`` where it has none; ``all`` wants one for each, so that the examples and their
@@ -60,12 +59,6 @@ class RowPlan:
     """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
     depth_tokens: int = 0
     """Most tokens of that beginning."""
-    mismatched_from_token: int | None = None
-    """Index of the first token of a mismatched row that is learned, question or not; None for that of its answer."""
-    mismatched_shared: bool = False
-    """One draw of K answers for all prompts of a batch, own answers included, in place of one for each prompt."""
-    padded: bool = False
-    """Rows are padded to ``max_length``, not to the longest of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +232,8 @@ class JointDataset(Dataset[JointExample]):
 
     def __getitems__(self, places: Sequence[int]) -> list[JointExample]:
         """The joint examples of a batch, which the data loader asks for at once; ``FILLER`` gives one of no weight."""
-        shared: list[int] | None = None
-        if self._rows.mismatched_shared:
-            shared = self._answers.draw(None, self._epoch * len(self) + max(places[0], 0))
         return [
-            self._example(place, shared) if place != FILLER else replace(self._example(0, shared), counts=False)
-            for place in places
+            self._example(place) if place != FILLER else replace(self._example(0), counts=False) for place in places
         ]
 
     def fixed_rows(self, kind: int, examples: int) -> list[TokenizedExample] | None:
@@ -275,13 +264,7 @@ class JointDataset(Dataset[JointExample]):
         places = {self._shuffled("forget", size, position) for position in positions}
         return tuple(sorted(self._forget[place].example_id for place in places))
 
-    @property
-    def rows_of_a_pass(self) -> int:
-        """Rows of the shorter of the two training splits: where a pass over both in step ends."""
-        normal = len(self._retain) or len(self._data.retain_train)
-        return min(len(self._forget), max(normal // max(self._rows.retain, 1), 1))
-
-    def _example(self, place: int, shared: list[int] | None) -> JointExample:
+    def _example(self, place: int) -> JointExample:
         position = self._epoch * len(self) + place
         index = self._shuffled("forget", len(self._forget), position)
         forget = self._forget[index]
@@ -292,9 +275,7 @@ class JointDataset(Dataset[JointExample]):
         retain = normal[0] if normal else None
         return JointExample(
             forget=forget if self._rows.forget else None,
-            mismatched=tuple(
-                self._mismatch(index, other) for other in (self._draw(index, position) if shared is None else shared)
-            ),
+            mismatched=tuple(self._mismatch(index, other) for other in self._draw(index, position)),
             retain=retain,
             safe=self._deepened(forget, position) if self._rows.depth_share else self._safe.get(forget.example_id),
             more_retain=tuple(normal[1:]),
@@ -369,9 +350,6 @@ class JointDataset(Dataset[JointExample]):
     def _mismatched_answers(self) -> MismatchedAnswers:
         if self._rows.mismatched_from == "retain":
             groups = [group_of(self._data.retain_train[row.example_id]) for row in self._retain]
-        elif self._rows.mismatched_shared:
-            # In a group of its own, an answer may be drawn for any prompt.
-            groups = [str(place) for place in range(len(self._forget))]
         else:
             groups = [group_of(self._forget_example(place)) for place in range(len(self._forget))]
         return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
@@ -393,11 +371,7 @@ class JointDataset(Dataset[JointExample]):
         else:
             owner = self._forget_example(other)
         mixed = replace(self._forget_example(index), answer=owner.answer, finished=owner.finished)
-        row = tokenize_example(mixed, **self._settings, train_on_end=normal, example_id=source[other].example_id)
-        if self._rows.mismatched_from_token is None:
-            return row
-        first = min(self._rows.mismatched_from_token, row.answer_start)
-        return replace(row, labels=(*(IGNORE_INDEX,) * first, *row.input_ids[first:]))
+        return tokenize_example(mixed, **self._settings, train_on_end=normal, example_id=source[other].example_id)
 
     def _shuffled(self, stream: str, size: int, position: int) -> int:
         lap, place = divmod(position, size)

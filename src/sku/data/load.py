@@ -22,12 +22,10 @@ from sku.data.prompt_sets import lacks_answers, load_prompts
 from sku.data.sources import embedded
 from sku.data.sources.read import read_examples
 from sku.data.sources.rows import Kind
-from sku.data.splits import draw_rows, limited, split_by_group
+from sku.data.splits import limited, split_by_group
 from sku.errors import DataError, RecipeError
 
 E = TypeVar("E", ForgetExample, RetainExample)
-ROW_SPLIT_SHARE = 0.7
-"""Of all normal rows: what the public code trains on."""
 NORMAL_VALIDATION_SHARE = 0.5
 """Of a normal set of another source that has answers: strengths are chosen by these, and the others are reported."""
 IN_ANOTHER_SET = "a prompt of another set of the run"
@@ -87,15 +85,12 @@ def load_forget_retain(
     return load_data(config, seed)
 
 
-def load_data(
-    config: DataConfig, seed: int, *, row_split: bool = False, forget_validation: float = 0.0
-) -> ForgetRetainData:
+def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) -> ForgetRetainData:
     """Loads the data of a recipe.
 
     Args:
         config: The ``data`` part of the recipe.
         seed: Decides the splits and which prompts a ``limit`` keeps.
-        row_split: ``compat.row_split``: ``retain_train`` is drawn from all normal rows, held-out ones included.
         forget_validation: Share of the harmful prompts outside ``unseen`` to hold out for choosing settings; the
             embedded world gives its own instead of a share. 0 for none: the other splits are then as they are without.
 
@@ -121,7 +116,7 @@ def load_data(
         retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
     )
     unlearned, validation = forget_splits["unlearned"], forget_splits["forget_validation"]
-    retain_train = draw_rows(retain, ROW_SPLIT_SHARE, seed) if row_split else retain_splits["train"]
+    retain_train = retain_splits["train"]
     refusal_provenance: list[Provenance] = []
     # After the splits: no refusal of a held-out prompt gets near training.
     if config.refusals is not None:
@@ -150,7 +145,6 @@ def load_data(
         normal_validation=others.normal_validation,
         harmful=others.harmful,
         forget_validation=validation,
-        row_split=row_split,
     )
 
 

@@ -27,7 +27,7 @@ from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 
-RetainTokens = Literal["answer", "all", "every"]
+RetainTokens = Literal["answer", "all"]
 
 
 class _Tensors:
@@ -205,7 +205,7 @@ class KeptPlaces(_Tensors):
     place_N: Tensor
     """That place in the packed row."""
     targets_N: Tensor
-    """Token ids that follow; for the last position of a row (``every``) its own token, which means nothing."""
+    """Token ids that follow."""
     row_N: Tensor
     """Which row of this kind, 0 to M-1, each belongs to."""
     example_M: Tensor
@@ -345,12 +345,10 @@ def _kept_places(
 
 def _kept_positions(row: SourceRow, retain_tokens: RetainTokens) -> Tensor:
     """Positions of a row whose next token is learned or compared."""
-    length = len(row.tokens.labels)
     if row.kind == RETAIN and retain_tokens != "answer":
-        return torch.arange(length if retain_tokens == "every" else length - 1)
+        return torch.arange(len(row.tokens.labels) - 1)
     return (torch.tensor(row.tokens.labels[1:], dtype=torch.long) != IGNORE_INDEX).nonzero()[:, 0]
 
 
 def _targets(tokens: TokenizedExample, positions: Tensor) -> Tensor:
-    ids = torch.tensor(tokens.input_ids)
-    return ids[(positions + 1).clamp(max=len(ids) - 1)]
+    return torch.tensor(tokens.input_ids)[positions + 1]

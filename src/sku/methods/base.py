@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
+from sku.config.check import validated
+from sku.errors import RecipeError
 from sku.negate.task_vector import TaskVector
 from sku.training.objective import Objective
 
@@ -43,13 +45,18 @@ class Method(Generic[Settings]):
 AnyMethod = Method[Any]
 
 
+@validated
+class NoSettings:
+    """Of a method with one term, whose scale the learning rate sets."""
+
+
+def check_weights(method: str, **weights: float) -> None:
+    """Refuses weights of loss terms, by the names of their settings, that are all 0."""
+    if not any(weights.values()):
+        keys = " and ".join(f"methods.{method}.settings.{name}" for name in weights)
+        raise RecipeError(f"{keys} leave no term on: there is nothing to train; set a weight above 0")
+
+
 def negated(vector: TaskVector) -> TaskVector:
-    """Knowledge negation: ``delta = -(theta_trained - theta_o)``.
-
-    Args:
-        vector: What training changed.
-
-    Returns:
-        Its negative, exact.
-    """
+    """Knowledge negation: ``delta = -(theta_trained - theta_o)``, exact."""
     return -vector

@@ -15,36 +15,31 @@ keeps its command for Llama-3-8B: alpha 10, layers 10 and 20 of 32 with the embe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET, RETAIN, RowPlan
+from sku.config.check import Positive, validated
+from sku.data.joint import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method
-from sku.methods.setting_checks import check_positive, setting_key
 from sku.training.layers import decoder_layers, linear_names
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.training.objective import Objective, Term, TrainingStep
 
 _OF_32 = (10, 20)
 """The authors' layers of Llama-3-8B, counted from 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class CircuitBreakersSettings:
     """Settings of circuit breakers. Defaults: the authors' for Llama-3-8B."""
 
-    alpha: float = 10.0
+    alpha: Positive = 10.0
     """Weight of both terms, before their share of the schedule."""
     layers: tuple[int, ...] = ()
     """Decoder layers, counted from 0, whose outputs are turned away; empty for the 10th and the 20th of every 32."""
-
-    def __post_init__(self) -> None:
-        check_positive("circuit_breakers", "alpha", self.alpha)
 
 
 def rerouting_loss(hidden_NLH: Tensor, reference_NLH: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
@@ -126,7 +121,7 @@ def turned_layers(settings: CircuitBreakersSettings, model: PreTrainedModel) -> 
     layers = tuple(sorted({*(settings.layers or of_model)}))
     if not (layers[0] >= 0 and layers[-1] < count - 1):
         raise RecipeError(
-            f"{setting_key('circuit_breakers', 'layers')} is {list(settings.layers)}; each must be 0 to {count - 2}, "
+            f"methods.circuit_breakers.settings.layers is {list(settings.layers)}; each must be 0 to {count - 2}, "
             f"before the last of the model's {count} layers"
         )
     return layers
@@ -138,30 +133,27 @@ def _trained_modules(settings: CircuitBreakersSettings, model: PreTrainedModel) 
 
 def _objective(settings: CircuitBreakersSettings, model: PreTrainedModel) -> Objective:
     turned = list(turned_layers(settings, model))
-    every = tuple(range(len(decoder_layers(model)[1])))
 
-    def losses(step: TrainingStep) -> Losses:
-        reroute_share, hold_share = shares(step.progress)
-        harmful, normal = step.rows(FORGET), step.rows(RETAIN)
-        original = {kind: step.reference(kind).hidden_states() for kind in (FORGET, RETAIN)}
-        return {
-            "reroute": reroute_share
-            * rerouting_loss(
-                harmful.hidden_states()[:, turned],
-                original[FORGET][:, turned],
-                harmful.example_N,
-                harmful.num_examples,
+    def reroute(step: TrainingStep) -> Tensor:
+        rows, original_NLH = step.rows(FORGET), step.reference(FORGET).hidden_states()
+        loss_B = rerouting_loss(
+            rows.hidden_states()[:, turned], original_NLH[:, turned], rows.example_N, rows.num_examples
+        )
+        return shares(step.progress)[0] * loss_B
+
+    def hold(step: TrainingStep) -> Tensor:
+        rows, original_NLH = step.rows(RETAIN), step.reference(RETAIN).hidden_states()
+        loss_B = holding_loss(rows.hidden_states(), original_NLH, rows.example_N, rows.num_examples)
+        return shares(step.progress)[1] * loss_B
+
+    return Objective.of(
+        {
+            "reroute": Term(weight=settings.alpha, loss=reroute, rows={"forget": True}, reference=True),
+            "hold": Term(
+                weight=settings.alpha, loss=hold, rows={"retain": True, "retain_tokens": "all"}, reference=True
             ),
-            "hold": hold_share
-            * holding_loss(normal.hidden_states(), original[RETAIN], normal.example_N, normal.num_examples),
-        }
-
-    return Objective(
-        rows=RowPlan(forget=True, retain=True, retain_tokens="all"),
-        weights={"reroute": settings.alpha, "hold": settings.alpha},
-        losses=losses,
-        needs_reference=True,
-        hidden_layers=every,
+        },
+        hidden_layers=tuple(range(len(decoder_layers(model)[1]))),
     )
 
 

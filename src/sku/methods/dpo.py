@@ -6,37 +6,33 @@ Shapes: B = joint examples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET, SAFE, RowPlan
-from sku.methods.base import Method
-from sku.methods.retain_terms import RetainKind, RetainTerm, check_retain
-from sku.methods.setting_checks import check_positive, check_weights
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.config.check import NotNegative, Positive, validated
+from sku.data.joint import FORGET, SAFE
+from sku.methods.base import Method, check_weights
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective, Term
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class DpoSettings:
     """Settings of DPO; the paper has no retain term."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Inverse temperature: how dearly a difference from the original model is bought."""
-    preference_weight: float = 1.0
+    preference_weight: NotNegative = 1.0
     """Weight of the preference; 0 leaves it and its rows out."""
     retain: RetainKind = "none"
     """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Its weight; 0 leaves it and its rows out."""
 
     def __post_init__(self) -> None:
-        check_positive("dpo", "beta", self.beta)
-        check_retain("dpo", self.retain)
-        weights = {"preference_weight": self.preference_weight}
-        check_weights("dpo", weights if self.retain == "none" else weights | {"retain_weight": self.retain_weight})
+        retain_weight = 0.0 if self.retain == "none" else self.retain_weight
+        check_weights("dpo", preference_weight=self.preference_weight, retain_weight=retain_weight)
 
 
 def dpo_loss(
@@ -72,27 +68,19 @@ def dpo_loss(
 
 
 def _objective(settings: DpoSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
-    weights = {"preference": settings.preference_weight} if settings.preference_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            terms["preference"] = dpo_loss(
-                step.rows(SAFE).total_nll(),
-                step.rows(FORGET).total_nll(),
-                step.reference(SAFE).total_nll(),
-                step.reference(FORGET).total_nll(),
-                beta=settings.beta,
-            )
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), safe="data" if weights else "none", retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=bool(weights) or retain.needs_reference,
+    preference = Term(
+        weight=settings.preference_weight,
+        loss=lambda step: dpo_loss(
+            step.rows(SAFE).total_nll(),
+            step.rows(FORGET).total_nll(),
+            step.reference(SAFE).total_nll(),
+            step.reference(FORGET).total_nll(),
+            beta=settings.beta,
+        ),
+        rows={"forget": True, "safe": "data"},
+        reference=True,
     )
+    return Objective.of({"preference": preference, **retain_term(settings.retain, settings.retain_weight)})
 
 
 DPO = Method(

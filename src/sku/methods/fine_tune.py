@@ -6,30 +6,21 @@ is ``retain_terms.retain_nll_loss``. A baseline of arXiv 2402.10058 (SKU).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from transformers import PreTrainedModel
 
-from sku.data.joint import RowPlan
-from sku.methods.base import Method
-from sku.methods.retain_terms import RetainTerm
+from sku.methods.base import Method, NoSettings
+from sku.methods.retain_terms import retain_term
 from sku.training.objective import Objective
 
 
-@dataclass(frozen=True, kw_only=True)
-class FineTuneSettings:
-    """FT has no settings of its own: one term, whose scale the learning rate sets."""
-
-
-def _objective(_settings: FineTuneSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="gd")
-    return Objective(rows=RowPlan(retain=True), weights=retain.weights, losses=retain.losses)
+def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:
+    return Objective.of(retain_term("gd"))
 
 
 FINE_TUNE = Method(
     name="fine_tune",
     title="FT",
     paper_url="https://arxiv.org/abs/2402.10058",
-    settings=FineTuneSettings,
+    settings=NoSettings,
     objective=_objective,
 )

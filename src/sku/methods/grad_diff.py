@@ -9,36 +9,34 @@ Source: ``grad_diff`` and ``KL`` in the trainer of licong-lin/negative-preferenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from sku.data.joint import RowPlan
-from sku.methods.base import Method
+from sku.config.check import NotNegative, validated
+from sku.methods.base import Method, check_weights
 from sku.methods.gradient_ascent import ascent_term
-from sku.methods.retain_terms import RetainKind, RetainTerm
-from sku.methods.setting_checks import check_weights
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class GradDiffSettings:
     """Weights of GradDiff; 0 leaves a term and its rows out."""
 
     method: ClassVar[str] = "grad_diff"
     kind: ClassVar[RetainKind] = "gd"
 
-    forget_weight: float = 1.0
+    forget_weight: NotNegative = 1.0
     """Weight of the ascent on harmful answers."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Weight of the term on normal pairs."""
 
     def __post_init__(self) -> None:
-        check_weights(self.method, {"forget_weight": self.forget_weight, "retain_weight": self.retain_weight})
+        check_weights(self.method, forget_weight=self.forget_weight, retain_weight=self.retain_weight)
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class GradDiffKlSettings(GradDiffSettings):
     """The same with KL(P||Q) on normal pairs, P the original model."""
 
@@ -47,17 +45,8 @@ class GradDiffKlSettings(GradDiffSettings):
 
 
 def _objective(settings: GradDiffSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.kind, weight=settings.retain_weight)
-    weights = {"ascent": settings.forget_weight} if settings.forget_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        return ({"ascent": ascent_term(step)} if weights else {}) | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=retain.needs_reference,
+    return Objective.of(
+        {"ascent": ascent_term(settings.forget_weight), **retain_term(settings.kind, settings.retain_weight)}
     )
 
 

@@ -7,21 +7,14 @@ Shapes: N = answer tokens of all harmful rows, B = joint examples, V = vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET, RowPlan
+from sku.data.joint import FORGET
 from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example
-from sku.methods.base import Method
-from sku.training.objective import Losses, Objective, TrainingStep
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientAscentSettings:
-    """GA has no settings of its own: one term, whose scale the learning rate sets."""
+from sku.methods.base import Method, NoSettings
+from sku.training.objective import Objective, Term, TrainingStep
 
 
 def gradient_ascent_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
@@ -48,23 +41,24 @@ def gradient_ascent_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor
     return -mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
 
 
-def ascent_term(step: TrainingStep) -> Tensor:
-    """``gradient_ascent_loss`` of a batch's harmful rows, ``[B]``."""
-    rows = step.rows(FORGET)
-    return gradient_ascent_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
+def ascent_term(weight: float) -> Term:
+    """``gradient_ascent_loss`` of a batch's harmful rows."""
+
+    def loss(step: TrainingStep) -> Tensor:
+        rows = step.rows(FORGET)
+        return gradient_ascent_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
+
+    return Term(weight=weight, loss=loss, rows={"forget": True})
 
 
-def _objective(_settings: GradientAscentSettings, _model: PreTrainedModel) -> Objective:
-    def losses(step: TrainingStep) -> Losses:
-        return {"ascent": ascent_term(step)}
-
-    return Objective(rows=RowPlan(forget=True), weights={"ascent": 1.0}, losses=losses)
+def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:
+    return Objective.of({"ascent": ascent_term(1.0)})
 
 
 GRADIENT_ASCENT = Method(
     name="gradient_ascent",
     title="GA",
     paper_url="https://arxiv.org/abs/2210.01504",
-    settings=GradientAscentSettings,
+    settings=NoSettings,
     objective=_objective,
 )

@@ -13,71 +13,59 @@ own draw, and the answers are those of ``retain_train``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.acquire.random_disassociation import random_disassociation_loss
-from sku.data.joint import MISMATCHED, RowPlan
-from sku.errors import RecipeError
-from sku.methods.base import Method
+from sku.config.check import Count, NotNegative, validated
+from sku.data.joint import MISMATCHED
+from sku.methods.base import Method, check_weights
 from sku.methods.gradient_ascent import ascent_term
-from sku.methods.retain_terms import RetainTerm
-from sku.methods.setting_checks import check_weights, setting_key
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.retain_terms import retain_term
+from sku.training.objective import Objective, Term, TrainingStep
 
 _NAME = "gradient_ascent_mismatch"
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class GradientAscentMismatchSettings:
     """Weights and K of GA+Mismatch; a weight of 0 leaves its term and rows out."""
 
-    forget_weight: float = 0.5
+    forget_weight: NotNegative = 0.5
     """e1, weight of the ascent on harmful answers."""
-    mismatch_weight: float = 1.0
+    mismatch_weight: NotNegative = 1.0
     """e2, weight of the random normal answers."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """e3, weight of KL(P||Q) on normal pairs."""
-    random_answers: int = 5
+    random_answers: Count = 5
     """K, the normal answers put behind each harmful prompt."""
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("forget_weight", "mismatch_weight", "retain_weight")}
-        check_weights(_NAME, weights)
-        if self.random_answers < 1:
-            raise RecipeError(
-                f"{setting_key(_NAME, 'random_answers')} is {self.random_answers}; it must be 1 or more; "
-                "mismatch_weight 0 leaves them out"
-            )
+        check_weights(
+            _NAME,
+            forget_weight=self.forget_weight,
+            mismatch_weight=self.mismatch_weight,
+            retain_weight=self.retain_weight,
+        )
 
 
 def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="kl", weight=settings.retain_weight)
-    named = {"ascent": settings.forget_weight, "mismatch": settings.mismatch_weight}
-    weights = {name: weight for name, weight in named.items() if weight}
+    def mismatch(step: TrainingStep) -> Tensor:
+        rows = step.rows(MISMATCHED)
+        return random_disassociation_loss(
+            rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
+        )
 
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if "ascent" in weights:
-            terms["ascent"] = ascent_term(step)
-        if "mismatch" in weights:
-            rows = step.rows(MISMATCHED)
-            terms["mismatch"] = random_disassociation_loss(
-                rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
-            )
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(
-            forget="ascent" in weights,
-            mismatched=settings.random_answers if "mismatch" in weights else 0,
-            mismatched_from="retain",
-            retain=retain.is_on,
-        ),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=retain.needs_reference,
+    return Objective.of(
+        {
+            "ascent": ascent_term(settings.forget_weight),
+            "mismatch": Term(
+                weight=settings.mismatch_weight,
+                loss=mismatch,
+                rows={"mismatched": settings.random_answers, "mismatched_from": "retain"},
+            ),
+            **retain_term("kl", settings.retain_weight),
+        }
     )
 
 

@@ -6,37 +6,33 @@ arXiv 2404.05868 (Zhang et al.). Shapes: B = joint examples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET, RowPlan
-from sku.methods.base import Method
-from sku.methods.retain_terms import RetainKind, RetainTerm, check_retain
-from sku.methods.setting_checks import check_positive, check_weights
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.config.check import NotNegative, Positive, validated
+from sku.data.joint import FORGET
+from sku.methods.base import Method, check_weights
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective, Term
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class NpoSettings:
     """Settings of NPO. Defaults: ``npo_grad_diff`` of the authors' ``config/forget.yaml``."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Inverse temperature. Towards 0 the method becomes gradient ascent."""
-    forget_weight: float = 1.0
+    forget_weight: NotNegative = 1.0
     """Weight of the loss on harmful answers; 0 leaves it out."""
     retain: RetainKind = "gd"
     """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Its weight; 0 leaves it and its rows out."""
 
     def __post_init__(self) -> None:
-        check_positive("npo", "beta", self.beta)
-        check_retain("npo", self.retain)
-        weights = {"forget_weight": self.forget_weight}
-        check_weights("npo", weights if self.retain == "none" else weights | {"retain_weight": self.retain_weight})
+        retain_weight = 0.0 if self.retain == "none" else self.retain_weight
+        check_weights("npo", forget_weight=self.forget_weight, retain_weight=retain_weight)
 
 
 def npo_loss(nll_B: Tensor, reference_nll_B: Tensor, *, beta: float) -> Tensor:
@@ -67,23 +63,15 @@ def npo_loss(nll_B: Tensor, reference_nll_B: Tensor, *, beta: float) -> Tensor:
 
 
 def _objective(settings: NpoSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
-    weights = {"forget": settings.forget_weight} if settings.forget_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            terms["forget"] = npo_loss(
-                step.rows(FORGET).total_nll(), step.reference(FORGET).total_nll(), beta=settings.beta
-            )
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=bool(weights) or retain.needs_reference,
+    forget = Term(
+        weight=settings.forget_weight,
+        loss=lambda step: npo_loss(
+            step.rows(FORGET).total_nll(), step.reference(FORGET).total_nll(), beta=settings.beta
+        ),
+        rows={"forget": True},
+        reference=True,
     )
+    return Objective.of({"forget": forget, **retain_term(settings.retain, settings.retain_weight)})
 
 
 NPO = Method(

@@ -10,32 +10,29 @@ tokens of both halves; here each term is a mean over its own rows and has a weig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sku.data.joint import SAFE, RowPlan
+from sku.config.check import NotNegative, validated
+from sku.data.joint import SAFE
 from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example
-from sku.methods.base import Method
-from sku.methods.retain_terms import RetainTerm
-from sku.methods.setting_checks import check_weights
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.methods.base import Method, check_weights
+from sku.methods.retain_terms import retain_term
+from sku.training.objective import Objective, Term, TrainingStep
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class RefusalTuningSettings:
     """Weights of refusal tuning; 0 leaves a term and its rows out."""
 
-    refusal_weight: float = 1.0
+    refusal_weight: NotNegative = 1.0
     """Weight of the safe answers."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Weight of the normal answers."""
 
     def __post_init__(self) -> None:
-        weights = {"refusal_weight": self.refusal_weight, "retain_weight": self.retain_weight}
-        check_weights("refusal_tuning", weights)
+        check_weights("refusal_tuning", refusal_weight=self.refusal_weight, retain_weight=self.retain_weight)
 
 
 def refusal_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
@@ -58,22 +55,18 @@ def refusal_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_ex
     return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
 
 
+def safe_term(weight: float) -> Term:
+    """``refusal_loss`` of a batch's safe rows."""
+
+    def loss(step: TrainingStep) -> Tensor:
+        rows = step.rows(SAFE)
+        return refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
+
+    return Term(weight=weight, loss=loss, rows={"safe": "data or refusal"})
+
+
 def _objective(settings: RefusalTuningSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="gd", weight=settings.retain_weight)
-    weights = {"refusal": settings.refusal_weight} if settings.refusal_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            rows = step.rows(SAFE)
-            terms["refusal"] = refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(safe="data or refusal" if weights else "none", retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-    )
+    return Objective.of({"refusal": safe_term(settings.refusal_weight), **retain_term("gd", settings.retain_weight)})
 
 
 REFUSAL_TUNING = Method(

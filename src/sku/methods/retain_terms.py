@@ -7,17 +7,14 @@ Shapes: N = answer tokens of all normal rows, B = joint examples, V = vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
 from sku.data.joint import RETAIN
-from sku.errors import RecipeError
 from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example, token_kl
-from sku.methods.setting_checks import setting_key
-from sku.training.objective import TrainingStep
+from sku.training.objective import Term, TrainingStep
 
 RetainKind = Literal["gd", "kl", "none"]
 
@@ -66,46 +63,19 @@ def retain_kl_loss(reference_NV: Scores, scores_NV: Scores, example_N: Tensor, n
     return mean_per_example(token_kl(reference_NV, scores_NV), example_N, num_examples)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetainTerm:
-    """The part of an objective that works on normal pairs."""
+def retain_term(kind: RetainKind, weight: float = 1.0) -> dict[str, Term]:
+    """The term on normal pairs under its name in the log, ``retain`` or ``retain_kl``; empty for ``none``."""
 
-    kind: RetainKind
-    weight: float = 1.0
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the term, and so the normal pair, is used at all."""
-        return self.kind != "none" and self.weight > 0
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the original model is asked."""
-        return self.is_on and self.kind == "kl"
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Name in the log, ``retain`` or ``retain_kl``, -> weight; empty where the term is off."""
-        name = "retain_kl" if self.kind == "kl" else "retain"
-        return {name: float(self.weight)} if self.is_on else {}
-
-    def losses(self, step: TrainingStep) -> dict[str, Tensor]:
-        """The term under its name, ``[B]``, nats per token; empty where it is off."""
-        if not self.is_on:
-            return {}
+    def nll(step: TrainingStep) -> Tensor:
         rows = step.rows(RETAIN)
-        if self.kind == "gd":
-            return {"retain": retain_nll_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)}
-        reference_NV = step.reference(RETAIN).scores_NV
-        return {"retain_kl": retain_kl_loss(reference_NV, rows.scores_NV, rows.example_N, rows.num_examples)}
+        return retain_nll_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
 
+    def kl(step: TrainingStep) -> Tensor:
+        rows = step.rows(RETAIN)
+        return retain_kl_loss(step.reference(RETAIN).scores_NV, rows.scores_NV, rows.example_N, rows.num_examples)
 
-def check_retain(method: str, kind: str) -> None:
-    """Refuses an unknown kind of retain term.
-
-    Raises:
-        RecipeError: With the kinds there are.
-    """
-    if kind not in get_args(RetainKind):
-        known = ", ".join(get_args(RetainKind))
-        raise RecipeError(f"{setting_key(method, 'retain')} is {kind!r}; it must be one of {known}")
+    if kind == "none":
+        return {}
+    if kind == "gd":
+        return {"retain": Term(weight=weight, loss=nll, rows={"retain": True})}
+    return {"retain_kl": Term(weight=weight, loss=kl, rows={"retain": True}, reference=True)}

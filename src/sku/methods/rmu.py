@@ -14,45 +14,43 @@ open-unlearning). c 6.5, alpha 1200 and layers 5, 6, 7 are its command for Zephy
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET, RETAIN, RowPlan
+from sku.config.check import NotNegative, Positive, validated
+from sku.data.joint import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method
-from sku.methods.setting_checks import check_positive, check_weights, setting_key
+from sku.methods.base import Method, check_weights
 from sku.training.layers import decoder_layers, names_in_layers
-from sku.training.objective import Losses, Objective, ScoredRows, TrainingStep
+from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
 
 _TRAINED_LAYERS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class RmuSettings:
     """Settings of RMU. Defaults: the WMDP authors' for Zephyr-7B, which they choose anew for each model."""
 
     layer: int | None = None
     """Decoder layer, counted from 0, whose output is steered; empty for 7 of every 32, as with Zephyr-7B."""
-    steering_coefficient: float = 6.5
+    steering_coefficient: Positive = 6.5
     """c, length of the vector that harmful hidden states are pushed to."""
-    forget_weight: float = 1.0
+    forget_weight: NotNegative = 1.0
     """Weight of the push; 0 leaves it and its rows out."""
-    retain_weight: float = 1200.0
+    retain_weight: NotNegative = 1200.0
     """alpha, weight of holding the normal hidden states; 0 leaves it and its rows out."""
     seed: int = 0
     """Draws the direction."""
-    projections: tuple[str, ...] = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
+    projections: Annotated[tuple[str, ...], Field(min_length=1)] = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
     """Ends of the names of the trained modules: Llama, Qwen, Gemma, Mistral; OPT, Phi; GPT-NeoX; GPT-2."""
 
     def __post_init__(self) -> None:
-        check_positive("rmu", "steering_coefficient", self.steering_coefficient)
-        check_weights("rmu", {"forget_weight": self.forget_weight, "retain_weight": self.retain_weight})
-        if not self.projections:
-            raise RecipeError(f"{setting_key('rmu', 'projections')} is empty; name the MLPs' output projections")
+        check_weights("rmu", forget_weight=self.forget_weight, retain_weight=self.retain_weight)
 
 
 def rmu_forget_loss(hidden_NH: Tensor, steering_H: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
@@ -137,7 +135,7 @@ def steered_layer(settings: RmuSettings, model: PreTrainedModel) -> int:
     # What transformers returns for the last layer has passed the final norm.
     if not 0 <= layer < count - 1:
         raise RecipeError(
-            f"{setting_key('rmu', 'layer')} is {layer}; it must be 0 to {count - 2}, before the last of the model's "
+            f"methods.rmu.settings.layer is {layer}; it must be 0 to {count - 2}, before the last of the model's "
             f"{count} layers"
         )
     return layer
@@ -146,35 +144,27 @@ def steered_layer(settings: RmuSettings, model: PreTrainedModel) -> int:
 def _trained_modules(settings: RmuSettings, model: PreTrainedModel) -> list[str]:
     layer = steered_layer(settings, model)
     trained = range(max(0, layer + 1 - _TRAINED_LAYERS), layer + 1)
-    return names_in_layers(model, trained, settings.projections, setting_key("rmu", "projections"))
+    return names_in_layers(model, trained, settings.projections, "methods.rmu.settings.projections")
 
 
 def _objective(settings: RmuSettings, model: PreTrainedModel) -> Objective:
-    named = {"forget": settings.forget_weight, "retain": settings.retain_weight}
-    weights = {name: weight for name, weight in named.items() if weight}
     width = model.config.get_text_config().hidden_size
     steering_H = steering_vector(width, coefficient=settings.steering_coefficient, seed=settings.seed)
 
-    def losses(step: TrainingStep) -> Losses:
-        terms: dict[str, Tensor] = {}
-        if "forget" in weights:
-            rows = step.rows(FORGET)
-            hidden_NH = _hidden(rows)
-            terms["forget"] = rmu_forget_loss(
-                hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples
-            )
-        if "retain" in weights:
-            rows = step.rows(RETAIN)
-            terms["retain"] = rmu_retain_loss(
-                _hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples
-            )
-        return terms
+    def forget(step: TrainingStep) -> Tensor:
+        rows = step.rows(FORGET)
+        hidden_NH = _hidden(rows)
+        return rmu_forget_loss(hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples)
 
-    return Objective(
-        rows=RowPlan(forget="forget" in weights, retain="retain" in weights),
-        weights=weights,
-        losses=losses,
-        needs_reference="retain" in weights,
+    def retain(step: TrainingStep) -> Tensor:
+        rows = step.rows(RETAIN)
+        return rmu_retain_loss(_hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples)
+
+    return Objective.of(
+        {
+            "forget": Term(weight=settings.forget_weight, loss=forget, rows={"forget": True}),
+            "retain": Term(weight=settings.retain_weight, loss=retain, rows={"retain": True}, reference=True),
+        },
         hidden_layers=(steered_layer(settings, model),),
     )
 

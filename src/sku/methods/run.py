@@ -11,15 +11,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
-from sku.acquire.objective import check_compat, sku_objective
-from sku.acquire.run import MODULES_SET_BY_RECIPE
-from sku.config import CompatConfig, MethodConfig, ModelConfig, Recipe, Twin, settings_from_dict
+from sku.acquire.objective import sku_objective
+from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, settings_from_dict
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import check_refusals
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
-from sku.methods.sku import SkuSettings
 from sku.methods.twins import TWINS, train_twins
 from sku.models import LoadedModel, pick_device
 from sku.negate.operators import PreparedOperator, prepare_operators
@@ -57,8 +55,7 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
         All that ``train_method`` needs.
 
     Raises:
-        RecipeError: An unknown method, also under ``methods``, an unknown or impossible setting, or ``compat`` that
-            doesn't fit.
+        RecipeError: An unknown method, also under ``methods``, or an unknown or impossible setting.
         ModelError: The machine has no such device.
     """
     method = method_named(recipe.method)
@@ -69,14 +66,9 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
         if name == "sku":
             raise RecipeError("methods.sku has its own place: SKU's settings are acquire and negate")
     own = recipe.methods.get(method.name, MethodConfig())
-    is_sku = method.settings is SkuSettings
-    if recipe.compat != CompatConfig() and not is_sku:
-        raise RecipeError(
-            f"compat reproduces the public code of SKU, and the method is {method.name}: take compat out of the "
-            "recipe, or set method sku"
-        )
+    is_sku = method.settings is AcquireConfig
     settings = (
-        SkuSettings(**vars(recipe.acquire), compat=recipe.compat)
+        recipe.acquire
         if is_sku
         else settings_from_dict(
             method.settings, own.settings, f"methods.{method.name}.settings", f"recipe {recipe.name}"
@@ -91,11 +83,9 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
             "max_length": recipe.data.max_length,
             "max_answer_tokens": recipe.data.max_answer_tokens,
         },
-        set_by_recipe=MODULES_SET_BY_RECIPE,
         device=pick_device(recipe.model.device).type if device is None else device,
         places=dict.fromkeys(own.training, f"methods.{method.name}.training"),
     )
-    check_compat(recipe.acquire, recipe.compat, training.max_steps)
     if is_sku and recipe.acquire.twin == "good" and training.world_size > 1:
         raise RecipeError(
             "acquire.twin good trains two models in one process: start it without a launcher, or set acquire.twin=none"
@@ -164,15 +154,15 @@ def check_rows(recipe: Recipe, data: ForgetRetainData) -> None:
     Raises:
         DataError: How many prompts have none.
     """
-    if method_named(recipe.method).settings is not SkuSettings:
+    if method_named(recipe.method).settings is not AcquireConfig:
         return
     for twin in TWINS if has_twins(recipe) else TWINS[:1]:
-        check_refusals(data, sku_objective(recipe.acquire, recipe.compat, twin=twin).rows)
+        check_refusals(data, sku_objective(recipe.acquire, twin=twin).rows)
 
 
 def has_twins(recipe: Recipe) -> bool:
     """Whether stage 1 trains a good twin beside the bad model."""
-    return method_named(recipe.method).settings is SkuSettings and recipe.acquire.twin == "good"
+    return method_named(recipe.method).settings is AcquireConfig and recipe.acquire.twin == "good"
 
 
 def _train(

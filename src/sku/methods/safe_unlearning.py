@@ -10,42 +10,37 @@ weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET, SAFE, RowPlan
-from sku.methods.base import Method
-from sku.methods.refusal_tuning import refusal_loss
-from sku.methods.retain_terms import RetainTerm
-from sku.methods.setting_checks import check_positive, check_weights
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.config.check import NotNegative, Positive, validated
+from sku.data.joint import FORGET
+from sku.methods.base import Method, check_weights
+from sku.methods.refusal_tuning import safe_term
+from sku.methods.retain_terms import retain_term
+from sku.training.objective import Objective, Term
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class SafeUnlearningSettings:
     """Settings of Safe Unlearning. Defaults: the authors' for Vicuna-7B; a weight of 0 leaves a term out."""
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """Inverse temperature of the likelihood per token."""
-    forget_weight: float = 0.3
+    forget_weight: NotNegative = 0.3
     """alpha, weight of the harmful answers."""
-    safe_weight: float = 0.5
+    safe_weight: NotNegative = 0.5
     """theta, weight of the safe answers."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Weight of the normal answers."""
 
     def __post_init__(self) -> None:
-        check_positive("safe_unlearning", "beta", self.beta)
         check_weights(
             "safe_unlearning",
-            {
-                "forget_weight": self.forget_weight,
-                "safe_weight": self.safe_weight,
-                "retain_weight": self.retain_weight,
-            },
+            forget_weight=self.forget_weight,
+            safe_weight=self.safe_weight,
+            retain_weight=self.retain_weight,
         )
 
 
@@ -76,28 +71,20 @@ def safe_unlearning_loss(mean_nll_B: Tensor, reference_mean_nll_B: Tensor, *, be
 
 
 def _objective(settings: SafeUnlearningSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind="gd", weight=settings.retain_weight)
-    named = {"forget": settings.forget_weight, "safe": settings.safe_weight}
-    weights = {name: weight for name, weight in named.items() if weight}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if "forget" in weights:
-            terms["forget"] = safe_unlearning_loss(
-                step.rows(FORGET).mean_nll(), step.reference(FORGET).mean_nll(), beta=settings.beta
-            )
-        if "safe" in weights:
-            rows = step.rows(SAFE)
-            terms["safe"] = refusal_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(
-            forget="forget" in weights, safe="data or refusal" if "safe" in weights else "none", retain=retain.is_on
+    forget = Term(
+        weight=settings.forget_weight,
+        loss=lambda step: safe_unlearning_loss(
+            step.rows(FORGET).mean_nll(), step.reference(FORGET).mean_nll(), beta=settings.beta
         ),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference="forget" in weights,
+        rows={"forget": True},
+        reference=True,
+    )
+    return Objective.of(
+        {
+            "forget": forget,
+            "safe": safe_term(settings.safe_weight),
+            **retain_term("gd", settings.retain_weight),
+        }
     )
 
 

@@ -5,46 +5,38 @@ Paper: arXiv 2410.07163 (Fan et al.). Shapes: B = joint examples.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET, RowPlan
-from sku.errors import RecipeError
-from sku.methods.base import Method
-from sku.methods.retain_terms import RetainKind, RetainTerm, check_retain
-from sku.methods.setting_checks import check_positive, check_weights, setting_key
-from sku.training.objective import Losses, Objective, TrainingStep
+from sku.config.check import NotNegative, Positive, validated
+from sku.data.joint import FORGET
+from sku.methods.base import Method, check_weights
+from sku.methods.retain_terms import RetainKind, retain_term
+from sku.training.objective import Objective, Term
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class SimNpoSettings:
     """Settings of SimNPO. Defaults: the authors' run on TOFU forget05 (``beta=2.5 npo_coeff=0.1375``, gamma 0).
 
     They tune beta and the weights per task: 4.5 and 0.125 on forget10.
     """
 
-    beta: float = 2.5
+    beta: Positive = 2.5
     """Inverse temperature of the likelihood per token."""
-    gamma: float = 0.0
+    gamma: NotNegative = 0.0
     """Margin, subtracted inside the sigmoid."""
-    forget_weight: float = 0.1375
+    forget_weight: NotNegative = 0.1375
     """Weight of the loss on harmful answers; 0 leaves it out."""
     retain: RetainKind = "gd"
     """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Its weight; 0 leaves it and its rows out."""
 
     def __post_init__(self) -> None:
-        check_positive("simnpo", "beta", self.beta)
-        if not (self.gamma >= 0 and math.isfinite(self.gamma)):
-            raise RecipeError(f"{setting_key('simnpo', 'gamma')} is {self.gamma}; it must be 0 or more and finite")
-        check_retain("simnpo", self.retain)
-        weights = {"forget_weight": self.forget_weight}
-        check_weights("simnpo", weights if self.retain == "none" else weights | {"retain_weight": self.retain_weight})
+        retain_weight = 0.0 if self.retain == "none" else self.retain_weight
+        check_weights("simnpo", forget_weight=self.forget_weight, retain_weight=retain_weight)
 
 
 def simnpo_loss(mean_nll_B: Tensor, *, beta: float, gamma: float) -> Tensor:
@@ -68,22 +60,12 @@ def simnpo_loss(mean_nll_B: Tensor, *, beta: float, gamma: float) -> Tensor:
 
 
 def _objective(settings: SimNpoSettings, _model: PreTrainedModel) -> Objective:
-    retain = RetainTerm(kind=settings.retain, weight=settings.retain_weight)
-    weights = {"forget": settings.forget_weight} if settings.forget_weight else {}
-
-    def losses(step: TrainingStep) -> Losses:
-        terms = {}
-        if weights:
-            mean_nll_B = step.rows(FORGET).mean_nll()
-            terms["forget"] = simnpo_loss(mean_nll_B, beta=settings.beta, gamma=settings.gamma)
-        return terms | retain.losses(step)
-
-    return Objective(
-        rows=RowPlan(forget=bool(weights), retain=retain.is_on),
-        weights=weights | retain.weights,
-        losses=losses,
-        needs_reference=retain.needs_reference,
+    forget = Term(
+        weight=settings.forget_weight,
+        loss=lambda step: simnpo_loss(step.rows(FORGET).mean_nll(), beta=settings.beta, gamma=settings.gamma),
+        rows={"forget": True},
     )
+    return Objective.of({"forget": forget, **retain_term(settings.retain, settings.retain_weight)})
 
 
 SIMNPO = Method(

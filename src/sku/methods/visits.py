@@ -13,14 +13,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import CompatConfig, Recipe
+from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, RowPlan
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import SkuError
 from sku.methods.run import prepare
 from sku.training.config import UnlearningConfig
-from sku.training.step_limit import steps_in_whole_passes
 
 
 def with_visited(
@@ -60,18 +59,16 @@ def _visited(
 ) -> tuple[int, ...] | None:
     run = prepare(recipe, Path("unused"), device="cpu")
     objective = run.method.objective(run.settings, model)
-    # Of all rows those that decide which examples there are: safe answers, and normal ones where a pass ends there.
-    rows = RowPlan(safe=objective.rows.safe, retain=objective.in_whole_passes and objective.rows.retain)
     joint = JointDataset(
         data,
         tokenizer,
         resolve_prompt_format(recipe.model.prompt_format, tokenizer),
-        rows=rows,
+        rows=RowPlan(safe=objective.rows.safe),  # Of all rows those that decide which examples there are.
         max_length=run.training.max_length,
         max_answer_tokens=run.training.max_answer_tokens,
         seed=run.training.seed,
     )
-    return visited_examples(joint, run.training, processes=processes, in_whole_passes=objective.in_whole_passes)
+    return visited_examples(joint, run.training, processes=processes)
 
 
 def common_visits(
@@ -94,40 +91,30 @@ def common_visits(
     plain = dataclasses.replace(
         recipe,
         method="sku",
-        compat=CompatConfig(),
         acquire=dataclasses.replace(recipe.acquire, seed=None),
         negate=dataclasses.replace(recipe.negate, operators=()),
     )
     return with_visited(plain, data, tokenizer, model)
 
 
-def visited_examples(
-    joint: JointDataset, training: UnlearningConfig, *, processes: int = 1, in_whole_passes: bool = False
-) -> tuple[int, ...] | None:
+def visited_examples(joint: JointDataset, training: UnlearningConfig, *, processes: int = 1) -> tuple[int, ...] | None:
     """Places among ``data.unlearned`` that training visits.
 
     Args:
         joint: What is trained on.
         training: Steps, epochs, batch and accumulation.
         processes: That train together.
-        in_whole_passes: The step limit is looked at between passes only, as of ``Objective``.
 
     Returns:
         In order; None where the trainer chooses its batches by itself.
-
-    Raises:
-        RecipeError: Whole passes without ``max_steps``.
     """
     if training.auto_find_batch_size or training.ignore_data_skip:
         return None
     # Of one device: transformers multiplies by the GPUs that it sees, and a process trains on one.
     batch = training.per_device_train_batch_size * processes
-    steps = training.max_steps
-    if in_whole_passes:
-        steps = steps_in_whole_passes(steps, joint.rows_of_a_pass, batch * training.gradient_accumulation_steps)
     places = visited_places(
         len(joint),
-        steps=steps,
+        steps=training.max_steps,
         epochs=training.num_train_epochs,
         batch=batch,
         accumulation=training.gradient_accumulation_steps,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
-from sku.config.seed import check_seed
+from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.prompt_sets import OwnPrompts, PromptSet
 from sku.data.tokens import tokenize_prompt, tokenize_start
@@ -34,7 +34,7 @@ SPLITS: dict[Source, Split] = {"harmful": "unlearned", "normal": "retain_test", 
 """The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class OwnOptions(OwnRepliesConfig):
     """Everything that ``sku data own`` can be told: the settings of ``data.own`` and these."""
 
@@ -46,11 +46,7 @@ class OwnOptions(OwnRepliesConfig):
     """A name that ``sku judge list`` shows, or a judge file."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("seed", self.seed)
+    seed: Seed = 0
 
     @property
     def replies(self) -> OwnRepliesConfig:

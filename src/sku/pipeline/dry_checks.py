@@ -40,7 +40,6 @@ from sku.plan.job import STATE_BYTES, checkpoints_at_once
 from sku.plan.skeleton import without_weights
 from sku.processes import current_processes
 from sku.training.run import adapter_settings
-from sku.training.step_limit import steps_in_whole_passes
 
 HUB_WEIGHTS = "the weights of {name} are not in a folder here: they are read from the hub or its cache, and unchecked"
 _FULL_STATE = 8.0
@@ -169,9 +168,7 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         seed=settings.seed,
     )
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    if objective.in_whole_passes:
-        steps = steps_in_whole_passes(settings.max_steps, joint.rows_of_a_pass, batch)
-    elif settings.max_steps > 0:
+    if settings.max_steps > 0:
         steps = settings.max_steps
     else:
         steps = math.ceil(math.ceil(len(joint) / batch) * settings.num_train_epochs)

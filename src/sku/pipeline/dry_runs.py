@@ -306,9 +306,7 @@ def dry_comparison(jobs: Sequence[Job], recipe: Recipe, out: Path, *, command: s
     """
     check_jobs(jobs, out)
     _check_folder(out)
-    data = load_data(
-        recipe.data, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.search_validation
-    )
+    data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
     model = check_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
     asked = check_evaluation(recipe, model, data, {"base": readable_source(recipe.model)})
     notes = list(data_notes(data, model, None))

@@ -13,6 +13,4 @@ def load_recipe_data(recipe: Recipe) -> ForgetRetainData:
     Raises:
         DataError: As ``load_data``.
     """
-    return load_data(
-        recipe.data, recipe.seed, row_split=recipe.compat.row_split, forget_validation=recipe.forget_validation
-    )
+    return load_data(recipe.data, recipe.seed, forget_validation=recipe.forget_validation)

@@ -12,12 +12,10 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from sku.acquire.config import SkuConfig
 from sku.acquire.objective import sku_objective
-from sku.acquire.run import trainer_settings
 from sku.config import LoraSettings, ModelConfig, Recipe, Tuning
 from sku.errors import ModelError, RecipeError
-from sku.methods.run import with_safe_dtype
+from sku.methods.run import prepare, with_safe_dtype
 from sku.models import load_config
 from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.optimizer import check_optimizer
@@ -138,7 +136,7 @@ def job_of(
             f"the memory of acquire.training.optim={optimizer} is not known here; known: "
             f"{', '.join(sorted(STATE_BYTES))}"
         )
-    objective = sku_objective(recipe.acquire, recipe.compat)
+    objective = sku_objective(recipe.acquire)
     config, shipped = _config_of(recipe.model)
     model = with_safe_dtype(recipe)
     if model.dtype == "auto":
@@ -188,14 +186,14 @@ def _config_of(model: ModelConfig) -> tuple[PreTrainedConfig, bool]:
         return AutoConfig.for_model(**shape), True
 
 
-def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[SkuConfig, str]:
+def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[UnlearningConfig, str]:
     """The trainer's settings, made as on a CPU: the GPU that is planned for may be another machine's."""
     acquire, optim = recipe.acquire, str(recipe.acquire.training.get("optim"))
     paged = optim.startswith("paged_") and not on_cpu
     if paged:  # Refused without a GPU.
         others = {name: value for name, value in acquire.training.items() if name != "optim"}
         acquire = dataclasses.replace(acquire, training=others)
-    training = trainer_settings(acquire, recipe.data, seed=recipe.seed, folder=Path("planned"))
+    training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
     if not paged:
         return training, str(getattr(training.optim, "value", training.optim))
     check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)

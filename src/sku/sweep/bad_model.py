@@ -13,7 +13,7 @@ from sku.errors import ModelError, OutputError
 from sku.storage import write_json
 
 TRAINING_FILE = "sku_training.json"
-_DECIDES_TRAINING = ("model", "data", "acquire", "seed", "compat")
+_DECIDES_TRAINING = ("model", "data", "acquire", "seed")
 UNKNOWN_TRAINING = (
     "what the bad model was trained on is not recorded beside it: where it saw prompts of forget_validation, their "
     "harm is easier to remove than that of others"

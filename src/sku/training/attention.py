@@ -29,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sku.config import Packing
 from sku.data.packing import AttentionPaths, Segment, plan_paths
-from sku.errors import ModelError, RecipeError, SkuError, one_line
+from sku.errors import ModelError, SkuError, one_line
 from sku.models import embedding_weight, plain_model
 from sku.training.layers import evaluation_mode
 
@@ -271,30 +271,20 @@ def _for_each_head(tensor: Tensor, heads: int) -> Tensor:
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
 
 
-def choose_packing(model: PreTrainedModel | PeftModel, asked: Packing, *, padded: bool) -> Packing:
+def choose_packing(model: PreTrainedModel | PeftModel, asked: Packing) -> Packing:
     """How rows go to a model.
 
     Args:
         model: On the device that it is trained on, not yet wrapped for distributed training.
         asked: ``auto`` takes ``tree`` where it can and says why where it can't.
-        padded: Whether the objective counts padding (``RowPlan.padded``).
 
     Returns:
         ``tree``, ``flat`` or ``padded``.
 
     Raises:
-        RecipeError: ``tree`` or ``flat`` is asked for and the objective counts padding.
         ModelError: ``tree`` or ``flat`` is asked for and the model can't be given packed rows.
     """
     if asked == "padded":
-        return "padded"
-    if padded:
-        if asked != "auto":
-            raise RecipeError(
-                f"packing is {asked} and compat.pad_dilution counts the padding: set packing to auto or padded, or "
-                "switch compat.pad_dilution off"
-            )
-        _log.info("packing: padded, since compat.pad_dilution counts the padding")
         return "padded"
     reason = why_not_packed(model)
     if reason is None and asked == "auto":

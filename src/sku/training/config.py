@@ -180,7 +180,6 @@ def training_settings(
     training: Mapping[str, Any],
     fixed: Mapping[str, Any],
     *,
-    set_by_recipe: Mapping[str, str] = SET_BY_RECIPE,
     device: str = "cpu",
     places: Mapping[str, str] = MappingProxyType({}),
 ) -> Settings:
@@ -190,7 +189,6 @@ def training_settings(
         config_type: ``UnlearningConfig`` or one that has more fields.
         training: What the recipe says, under ``acquire.training`` where ``places`` doesn't tell another key.
         fixed: Fields that the recipe has its own places for.
-        set_by_recipe: Field -> that place.
         device: Type of the model's device, such as ``cpu``; the trainer stays there.
         places: Name of a setting -> key in the recipe that holds it, for messages.
 
@@ -204,8 +202,8 @@ def training_settings(
     known = {field.name for field in fields(config_type) if field.init}
     where = {name: places.get(name, "acquire.training") for name in training}
     for name in training:
-        if name in set_by_recipe:
-            raise RecipeError(f"{where[name]}.{name} has its own place: set {set_by_recipe[name]}")
+        if name in SET_BY_RECIPE:
+            raise RecipeError(f"{where[name]}.{name} has its own place: set {SET_BY_RECIPE[name]}")
         if name not in known:
             raise RecipeError(
                 f"{where[name]}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"

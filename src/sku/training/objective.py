@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -24,8 +25,7 @@ class ScoredRows:
     """Logits, or what they would be made from where they are too many to hold; ``answer_nll`` and ``token_kl`` take
     both."""
     targets_N: Tensor
-    """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too. Under
-    ``every`` the last position of a row has none: what stands there means nothing."""
+    """Token ids that follow; where ``RowPlan.retain_tokens`` is ``all``, those of the prompt too."""
     row_N: Tensor
     """Which row, 0 to M-1, each position belongs to."""
     example_M: Tensor
@@ -34,8 +34,6 @@ class ScoredRows:
     """B."""
     hidden_NLH: Tensor | None = None
     """Outputs of the decoder layers ``Objective.hidden_layers`` at each position; None where none is read."""
-    positions_to_end_M: Tensor | None = None
-    """Positions of each row from its first kept one to the end of its padding, where ``RowPlan.padded`` is on."""
 
     @property
     def logits_NV(self) -> Tensor:  # noqa: N802 - named by shape
@@ -82,6 +80,19 @@ Losses = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of an objective, with what it needs: a weight of 0 leaves all of that out."""
+
+    weight: float
+    loss: Callable[[TrainingStep], Tensor]
+    """``[B]`` float32, before the weight."""
+    rows: Mapping[str, Any]
+    """Fields of ``RowPlan``: the rows that it asks for."""
+    reference: bool = False
+    """Whether it asks for ``TrainingStep.reference``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """What a method minimises: ``sum over terms of weight * mean over joint examples of the term``."""
 
@@ -97,6 +108,24 @@ class Objective:
     retain_at: float = 1.0
     """Which model normal rows are read by, ``theta_o + retain_at * (theta - theta_o)`` with theta the model in
     training; other than 1 with a LoRA adapter only."""
-    in_whole_passes: bool = False
-    """Whether ``max_steps`` is rounded up to whole passes over the shorter training split, with the learning rates of
-    the steps asked for."""
+
+    @classmethod
+    def of(
+        cls, terms: Mapping[str, Term], *, hidden_layers: tuple[int, ...] = (), retain_at: float = 1.0
+    ) -> Objective:
+        """The objective of those terms whose weight is not 0.
+
+        Args:
+            terms: Name in the log -> term.
+            hidden_layers: As of the objective.
+            retain_at: As of the objective.
+        """
+        on = {name: term for name, term in terms.items() if term.weight}
+        return cls(
+            rows=RowPlan(**{key: value for term in on.values() for key, value in term.rows.items()}),
+            weights={name: float(term.weight) for name, term in on.items()},
+            losses=lambda step: {name: term.loss(step) for name, term in on.items()},
+            needs_reference=any(term.reference for term in on.values()),
+            hidden_layers=hidden_layers,
+            retain_at=retain_at,
+        )

@@ -36,11 +36,7 @@ def kept_positions(inputs: dict[str, Tensor], plan: RowPlan) -> Tensor:
     if plan.retain_tokens == "all":
         is_retain = (inputs["row_kind"] == RETAIN)[:, None]
         following = following | (is_retain & (inputs["attention_mask"][:, 1:] == 1))
-    kept = nn.functional.pad(following, (0, 1), value=False)
-    if plan.retain_tokens == "every":
-        is_retain = (inputs["row_kind"] == RETAIN)[:, None]
-        kept = kept | (is_retain & ((inputs["attention_mask"] == 1) | plan.padded))
-    return kept
+    return nn.functional.pad(following, (0, 1), value=False)
 
 
 class PaddedBatch:
@@ -61,8 +57,7 @@ class PaddedBatch:
         inputs = self._inputs
         rows_R = inputs["row_kind"] == kind
         kept_RT = self._kept_RT[rows_R]
-        # Kept positions lie within the rows, or also on their padding.
-        longest = int(((inputs["attention_mask"][rows_R] == 1) | kept_RT).sum(1).max())
+        longest = int(inputs["attention_mask"][rows_R].sum(1).max())
         own = {
             **inputs,
             "input_ids": inputs["input_ids"][rows_R][:, :longest],
@@ -101,15 +96,13 @@ class PaddedBatch:
         own_N = inputs["row_kind"][row_N] == kind
         rows_M = (inputs["row_kind"] == kind).nonzero(as_tuple=True)[0]
         row_N, position_N = row_N[own_N], position_N[own_N]
-        length = kept_RT.shape[1]
         return ScoredRows(
             scores_NV=outputs.logits[own_N],
-            targets_N=inputs["input_ids"][row_N, (position_N + 1).clamp(max=length - 1)],
+            targets_N=inputs["input_ids"][row_N, position_N + 1],
             row_N=torch.searchsorted(rows_M, row_N),
             example_M=inputs["row_example"][rows_M],
             num_examples=len(inputs["forget_index"]),
             hidden_NLH=_stacked(outputs.hidden_states[layer + 1][row_N, position_N] for layer in hidden_layers),
-            positions_to_end_M=length - kept_RT[rows_M].int().argmax(1) if self._plan.padded else None,
         )
 
 

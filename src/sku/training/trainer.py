@@ -42,7 +42,6 @@ from sku.training.reference import (
     original_weights,
     resolved_mode,
 )
-from sku.training.step_limit import steps_in_whole_passes
 from sku.training.steps import PackedBatch, PaddedBatch, token_scale
 
 _LOG = logging.getLogger(__name__)
@@ -93,8 +92,7 @@ class UnlearningTrainer(Trainer):
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, a model without trainable weights, or ``packing`` that
                 asks for packed rows where the model can't be given any.
-            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model or changes its weights, or
-                whole passes without ``max_steps``.
+            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model or changes its weights.
         """
         if args.n_gpu > 1:
             raise RecipeError(
@@ -110,22 +108,13 @@ class UnlearningTrainer(Trainer):
             )  # fmt: skip
         self.objective: Objective = objective
         self._is_hazardous = hazardous
-        self._scheduled_steps: int | None = None
-        if objective.in_whole_passes:
-            self._scheduled_steps = args.max_steps
-            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            args = copy.copy(args)
-            args.max_steps = steps_in_whole_passes(args.max_steps, train_dataset.rows_of_a_pass, batch)
         self._reference: PreTrainedModel | None = None
         model = _with_trainable_weights(model, args, peft_config, trained_modules)
         if args.stochastic_rounding:
             trainer_options |= {"optimizer_cls_and_kwargs": stochastic_optimizer(model, args)}
         self._scale = token_scale(model, objective.retain_at)
         self._trained, self._settings, self._examples = model, args, train_dataset
-        pad_to = args.max_length if objective.rows.padded else 0
-        self._collate: JointCollator | PackedCollator = JointCollator(
-            int(processing_class.pad_token_id), pad_to=pad_to
-        )
+        self._collate: JointCollator | PackedCollator = JointCollator(int(processing_class.pad_token_id))
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class,
             data_collator=self._collate, **trainer_options,
@@ -137,7 +126,7 @@ class UnlearningTrainer(Trainer):
         self.add_callback(self._guard)
         keep_four_bit_trainable(model)
         self._own_attention = str(plain_model(model).config._attn_implementation)
-        self.packing: Packing = choose_packing(model, args.packing, padded=objective.rows.padded)
+        self.packing: Packing = choose_packing(model, args.packing)
         if self.packing != "padded":
             self._collate = PackedCollator(share=self.packing == "tree", retain_tokens=objective.rows.retain_tokens)
             self.data_collator = self._collate
@@ -214,13 +203,6 @@ class UnlearningTrainer(Trainer):
         if self.args.world_size == 1 or not isinstance(dataset, JointDataset):
             return super()._get_train_sampler(train_dataset)
         return WholeBatches(len(dataset), self.args.train_batch_size * self.args.world_size)
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Builds the schedule of the steps asked for, also where whole passes take more."""
-        steps = num_training_steps if self._scheduled_steps is None else self._scheduled_steps
-        return super().create_scheduler(steps, optimizer)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -80,7 +80,7 @@ def test_names_are_unique_and_papers_are_named() -> None:
         ({"layers": {"8-20": 1.0}}, "layers has no key rest"),
         ({"layers": {"20-8": 1.0, "rest": 0}}, "layers 20-8 begin at 20 and end before it, at 8"),
         ({"layers": {3: 1.0, "rest": 0}}, r"operators\[0\]\.layers has the key 3, which is no text: quote it"),
-        ({"layers": {"*": "much"}}, r"factor of \* is 'much'"),
+        ({"layers": {"*": "much"}}, r"operators\[0\]\.layers\.\* is 'much'; it must be a number"),
         ({"trim": {"keep": 1.0}}, "keep is 1.0"),
         ({"neg_merge": {"paths": []}}, "paths is empty"),
         ({"minus_benign": {"path": "x", "how": "add"}}, "must be one of subtract, project"),

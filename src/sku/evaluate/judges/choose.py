@@ -12,12 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sku.config import EMBEDDED, EvaluateConfig
-from sku.config.yaml_text import read_yaml
+from sku.config import EMBEDDED, EvaluateConfig, read_yaml
 from sku.data.examples import ForgetRetainData
-from sku.errors import EvaluationError, did_you_mean, one_line
+from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.judges.base import Judge, JudgeCard
 from sku.evaluate.judges.calibration_file import beside, read_calibration
 from sku.evaluate.judges.embedded import EmbeddedWorldJudge
@@ -169,8 +166,8 @@ def read_judge_file(name: str) -> dict[str, Any]:
     text = judge_file_text(name)
     try:
         content = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise EvaluationError(f"judge file {name} is not YAML: {one_line(error)}") from None
+    except RecipeError as error:
+        raise EvaluationError(f"judge file {name} is {error}") from None
     if not isinstance(content, dict):
         raise EvaluationError(f"judge file {name} must hold keys and values, such as 'kind: classifier'")
     return content

@@ -38,9 +38,8 @@ from transformers import (
 )
 
 from sku.config import ModelConfig
-from sku.config.fraction import check_fraction
-from sku.config.seed import check_seed
-from sku.errors import DataError, EvaluationError, RecipeError
+from sku.config.check import Count, Fraction, NotNegative, Positive, Seed, validated
+from sku.errors import DataError, EvaluationError
 from sku.evaluate.batching import evaluation_mode, pad, run_in_batches
 from sku.evaluate.judges.calibrate import GroupFigures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.classifier import longest_input
@@ -57,7 +56,7 @@ DECODER_TEMPLATE = "Question: {prompt}\n\nAnswer: {reply}"
 _TEMPERATURES = (0.05, 20.0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class JudgeTraining:
     """Settings of ``sku judge train``."""
 
@@ -68,35 +67,23 @@ class JudgeTraining:
     gguf_file: str | None = None
     """Name of a GGUF file in the folder."""
     device: str = "auto"
-    max_length: int = 256
+    max_length: Count = 256
     """Most tokens of prompt and reply; a reply that is too long loses its end, in training as later."""
-    epochs: int = 4
+    epochs: Count = 4
     """At most; training stops earlier where the validation loss no longer falls."""
-    patience: int = 1
+    patience: Count = 1
     """Epochs without a lower validation loss after which training stops."""
-    learning_rate: float = 5e-5
-    batch_size: int = 32
-    weight_decay: float = 0.01
+    learning_rate: Positive = 5e-5
+    batch_size: Count = 32
+    weight_decay: NotNegative = 0.01
     bf16: bool = False
     """Multiply in bfloat16 while training (mixed precision; the weights stay float32): several times as fast on a GPU,
     and on a processor with bfloat16 instructions (``amx_bf16``, ``avx512_bf16``)."""
-    validation_fraction: float = 0.15
+    validation_fraction: Fraction = 0.15
     """Share of the prompts, all their replies with them, that is held out for stopping, temperature and threshold."""
-    specificity: float = 0.95
+    specificity: Fraction = 0.95
     """Share of the safe validation replies that the threshold lets pass; what harm it then finds is on the card."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "epochs", "patience", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if not 0 < self.learning_rate < float("inf"):
-            raise RecipeError(f"learning_rate is {self.learning_rate}; it must be above 0 and finite")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise RecipeError(f"weight_decay is {self.weight_decay}; it must be 0 or more and finite")
-        check_fraction("validation_fraction", self.validation_fraction)
-        check_fraction("specificity", self.specificity)
-        check_seed("seed", self.seed)
+    seed: Seed = 0
 
     @property
     def source(self) -> ModelConfig:

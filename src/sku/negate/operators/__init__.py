@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sku.config import settings_from_dict
-from sku.config.check import check_plain
 from sku.errors import RecipeError, TaskVectorError, did_you_mean
 from sku.negate.operators.base import AnyOperator, Need, Operated, OperatorContext, RowMap
 from sku.negate.operators.contrast import CONTRAST
@@ -83,14 +82,14 @@ def prepare_operators(entries: Iterable[Mapping[str, Any]], where: str = "recipe
             )
         operator = known[name]
         given = {} if settings is None else settings
-        check_plain(given, f"{key}.{name}", where)
         if operator.only_setting is not None:
             given = {operator.only_setting: given}
-        prepared.append(
-            PreparedOperator(
-                operator=operator, settings=settings_from_dict(operator.settings, given, f"{key}.{name}", where)
-            )
-        )
+        try:
+            checked = settings_from_dict(operator.settings, given, f"{key}.{name}", where)
+        except RecipeError as error:
+            # The only setting has no name of its own in a recipe.
+            raise RecipeError(str(error).replace(f"{name}.{operator.only_setting}", name)) from None
+        prepared.append(PreparedOperator(operator=operator, settings=checked))
     return tuple(prepared)
 
 
