@@ -238,7 +238,7 @@ WRONG: dict[str, tuple[Maker, str]] = {
     ),
     "wrong value": (setting("acquire.tuning=lara"), "Did you mean lora?"),
     "wrong type": (setting("seed=one"), "seed is 'one'"),
-    "out of range": (setting("data.unseen_fraction=2"), "between 0 and 1"),
+    "out of range": (setting("data.unseen_fraction=2"), "data.unseen_fraction is 2; it must be below 1"),
     "no key": (setting("seed"), "key.sub=value"),
     "not YAML": (lambda folder: [recipe_file(folder, "name: [a\nb: }")], "is not YAML"),
     "not keys and values": (lambda folder: [recipe_file(folder, "- a\n")], "keys and values"),
