@@ -140,8 +140,8 @@ class HostilePair:
     def replies(self, prompt: str, *, alpha: float | None = None, stop: Any = None) -> Iterator[Piece]:
         self.asked.append((prompt, alpha))
         for side in ("base", "unlearned"):
-            yield Piece(side=side, text=HOSTILE)  # type: ignore[arg-type]
-            yield Piece(side=side, outcome="harmful", reply=HOSTILE)  # type: ignore[arg-type]
+            yield Piece(side=side, text=HOSTILE)
+            yield Piece(side=side, outcome="harmful", reply=HOSTILE)
 
 
 @pytest.fixture
