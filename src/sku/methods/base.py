@@ -13,7 +13,6 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
-from sku.negate.task_vector import TaskVector
 from sku.training.objective import Objective
 
 Settings = TypeVar("Settings")
@@ -32,8 +31,8 @@ class Method(Generic[Settings]):
     """Frozen dataclass of the method's own settings, with the paper's values as defaults."""
     objective: Callable[[Settings, PreTrainedModel], Objective]
     """What is minimised. The model is given for its shape alone, such as the number of layers."""
-    weight_step: Callable[[TaskVector], TaskVector] | None = None
-    """From what training changed to ``delta``; None where that is ``delta`` itself."""
+    negates: bool = False
+    """Whether ``delta`` is what training changed with its sign turned: knowledge negation."""
     trained_modules: Callable[[Settings, PreTrainedModel], Sequence[str]] | None = None
     """Names of the modules that are trained; None for all that the recipe's tuning names."""
     hazardous: bool = False
@@ -41,15 +40,3 @@ class Method(Generic[Settings]):
 
 
 AnyMethod = Method[Any]
-
-
-def negated(vector: TaskVector) -> TaskVector:
-    """Knowledge negation: ``delta = -(theta_trained - theta_o)``.
-
-    Args:
-        vector: What training changed.
-
-    Returns:
-        Its negative, exact.
-    """
-    return -vector

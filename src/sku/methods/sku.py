@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sku.acquire.objective import sku_objective
 from sku.config import AcquireConfig, CompatConfig
-from sku.methods.base import Method, negated
+from sku.methods.base import Method
 from sku.training.objective import Objective
 
 
@@ -34,6 +34,6 @@ SKU = Method(
     paper_url="https://arxiv.org/abs/2402.10058",
     settings=SkuSettings,
     objective=_objective,
-    weight_step=negated,
+    negates=True,
     hazardous=True,
 )

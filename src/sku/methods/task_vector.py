@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.data.joint import FORGET, RowPlan
-from sku.methods.base import Method, negated
+from sku.methods.base import Method
 from sku.training.objective import Losses, Objective, TrainingStep
 
 
@@ -39,6 +39,6 @@ TASK_VECTOR = Method(
     paper_url="https://arxiv.org/abs/2212.04089",
     settings=TaskVectorSettings,
     objective=_objective,
-    weight_step=negated,
+    negates=True,
     hazardous=True,
 )

@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -19,10 +18,10 @@ from typing import get_args
 import torch
 
 from sku.errors import RecipeError, TaskVectorError
-from sku.negate import low_rank
-from sku.negate.companions import copy_companions, write_config, write_index
-from sku.negate.record import Rounding, StreamedNegation
-from sku.negate.stream_arithmetic import Sums
+from sku.negate import arithmetic
+from sku.negate.arithmetic import MOST_THREADS, StreamedNegation, Sums, block_pool
+from sku.negate.files import copy_companions, write_config, write_index
+from sku.negate.rounding import Rounding
 from sku.negate.stream_plan import Plan, identities, plan_negation
 from sku.negate.stream_write import ShardLayout, ShardWriter, shard_layout
 from sku.storage import check_can_be_made, check_new, check_space, resumable_folder, write_json
@@ -30,7 +29,6 @@ from sku.storage import check_can_be_made, check_new, check_space, resumable_fol
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
 _FINISHED = "finished.json"
-_MOST_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +96,11 @@ def negate_folders(
         OutputError: ``out`` exists or can't be written, or what is to be resumed had other inputs.
     """
     base, bad, out = Path(base), Path(bad), Path(out)
-    threads = min(_MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
+    threads = min(MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
     plan, layouts = _checked(base, bad, out, alpha, output_dtype, rounding, threads)
     inputs = identities(base, bad, plan) | {
         "alpha": alpha, "dtype": str(output_dtype), "rounding": rounding, "seed": seed,
-        "block": low_rank.BLOCK_ELEMENTS,
+        "block": arithmetic.BLOCK_ELEMENTS,
     }  # fmt: skip
     if not resume:
         check_space(out, sum(layout.size for layout in layouts), f"the unlearned model in {out}")
@@ -121,7 +119,8 @@ def negate_folders(
         left_out = copy_companions(base, folder, [layout.name for layout in layouts])
         write_index(base, folder, sum(layout.size - len(layout.header) for layout in layouts))
         write_config(base, folder, output_dtype)
-    record = _record(plan, total, alpha, rounding, seed)
+    changed = sum(work.change is not None and work.counts for work in plan.work.values())
+    record = StreamedNegation.of(total, alpha, changed, plan.dtype, rounding=rounding, rounding_seed=seed)
     return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
 
 
@@ -204,15 +203,10 @@ def _write_shards(
             progress(written, total)
 
     advance(0)
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # The pool is the parallelism; its threads begin with this number.
-    try:
-        with ThreadPoolExecutor(threads, "negate") as pool:
-            for layout in layouts:
-                if layout.name not in done.sums:
-                    done.add(layout.name, writer.write(layout, done.folder, pool, advance))
-    finally:
-        torch.set_num_threads(torch_threads)
+    with block_pool(threads) as pool:
+        for layout in layouts:
+            if layout.name not in done.sums:
+                done.add(layout.name, writer.write(layout, done.folder, pool, advance))
 
 
 def _check_settings(alpha: float, rounding: str, threads: int) -> None:
@@ -222,17 +216,3 @@ def _check_settings(alpha: float, rounding: str, threads: int) -> None:
         raise RecipeError(f"rounding is {rounding}; it must be one of {', '.join(get_args(Rounding))}")
     if threads < 1:
         raise RecipeError(f"threads is {threads}; it must be at least 1")
-
-
-def _record(plan: Plan, total: Sums, alpha: float, rounding: Rounding, seed: int) -> StreamedNegation:
-    changed = sum(work.change is not None and work.counts for work in plan.work.values())
-    return StreamedNegation(
-        alpha=alpha,
-        task_vector_norm=math.sqrt(total.difference),
-        base_norm=math.sqrt(total.base),
-        changed_weights=changed if alpha else 0,
-        dtype=str(plan.dtype).removeprefix("torch."),
-        survival=total.applied / total.wanted if total.wanted else 1.0,
-        rounding=rounding,
-        rounding_seed=seed,
-    )

@@ -11,14 +11,11 @@ import torch
 from sku.config import ModelConfig
 from sku.data.examples import ForgetRetainData
 from sku.dry_run import DryRun
-from sku.errors import ModelError
+from sku.negate.files import model_folder
 from sku.negate.operators import PreparedOperator
-from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.context import context_of
-from sku.negate.record import Rounding
-from sku.negate.safetensors_layout import read_folder, read_layout
-from sku.negate.sources import model_folder
-from sku.negate.stream_plan import ADAPTER_FILE, VECTOR_FILE, bad_form
+from sku.negate.operators.base import OperatorContext, context_of
+from sku.negate.rounding import Rounding
+from sku.negate.stream_plan import check_bad
 from sku.negate.streaming import NegationCheck, check_negation
 from sku.pipeline.dry_checks import check_model
 from sku.storage import check_can_be_made, check_new
@@ -72,8 +69,8 @@ def dry_negate(
         if texts is not None:
             context = context_of(model.skeleton, model.tokenizer, texts, seed=seed)
         for chosen in operators:
-            context.check(chosen.needs, f"the operator {chosen.operator.name}")
-        _check_bad(model_folder(str(bad)))
+            context.check(chosen.needs, chosen.who)
+        check_bad(model_folder(str(bad)))
         size = model.parameters * (model.dtype if output_dtype is None else output_dtype).itemsize
         settings |= {"base": model.describe(), "arithmetic": "in memory"}
     streamed: NegationCheck | None = None
@@ -96,14 +93,3 @@ def dry_negate(
     )
     found.check_disk()
     return found
-
-
-def _check_bad(bad: Path) -> None:
-    """The files of a bad model, by their headers."""
-    if not bad.is_dir():
-        raise ModelError(f"model {bad} can't be loaded: there is no such folder")
-    form = bad_form(bad)
-    if form == "model":
-        read_folder(bad)
-        return
-    read_layout(bad / (VECTOR_FILE if form == "vector" else ADAPTER_FILE))
