@@ -18,6 +18,7 @@ from conftest import ModelMaker
 from negate.conftest import assert_same_bits, disturbed, logits_of, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.model_files import embedded_model_path
+from sku.negate import adapters
 from sku.negate.run import negate, negate_with_record, save_negated_adapter, save_unlearned, task_vector_of
 from sku.negate.task_vector import TaskVector
 
@@ -137,7 +138,7 @@ def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sku.negate.adapters.save_file", fail)
+    monkeypatch.setattr(adapters, "save_file", fail)
     with pytest.raises(OutputError, match="the disk is full"):
         save_negated_adapter(bad, 1.0, tmp_path / "adapter")
     assert_same_bits(before, bits_of(bad))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from sku.errors import ModelError, TaskVectorError
-from sku.negate.adapters import ADAPTER_CONFIG, ADAPTER_FILE
+from sku.negate.adapters import ADAPTER_CONFIG, ADAPTER_FILE, LowRank
 from sku.negate.files import StoredFile, StoredTensor, read_folder, read_layout
 from sku.negate.folder_source import FolderSource
 from sku.negate.matching import (
@@ -118,8 +118,14 @@ def plan_negation(base: Path, bad: Path, output_dtype: torch.dtype | None) -> Pl
         other = FolderSource(bad, "bad model")
         matched, files = match_models(source, other), other.files
     else:
+        adapted = source.adapted(bad) if form == "adapter" else {}
         file = read_layout(_file_of(bad, form))
-        changes, tied = _of_vector(file) if form == "vector" else (_of_adapter(source, bad, file), {})
+        changes: Mapping[str, Any]
+        tied: Mapping[str, str] = {}
+        if form == "vector":
+            changes, tied = _of_vector(file)
+        else:
+            changes = _of_adapter(adapted, file)
         matched, files = match_changes(source, changes, tied), (file,)
     work = {
         tensor.name: Work(
@@ -180,9 +186,8 @@ def _of_vector(file: StoredFile) -> tuple[dict[str, StoredTensor], dict[str, str
     return {tensor.name: tensor for tensor in file.tensors}, tied
 
 
-def _of_adapter(source: FolderSource, folder: Path, file: StoredFile) -> dict[str, LowRankChange]:
+def _of_adapter(adapted: Mapping[str, LowRank], file: StoredFile) -> dict[str, LowRankChange]:
     factors = {tensor.name: tensor for tensor in file.tensors}
-    adapted = source.adapted(folder)
     expected = {place for name, change in adapted.items() for place in change.file_names(name)}
     # PEFT adds the frozen embedding to the file where the adapter changes it; loading takes the factors alone.
     found = {name for name in factors if ".lora_" in name}

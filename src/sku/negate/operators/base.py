@@ -161,7 +161,7 @@ def context_of(
     """
     style = resolve_prompt_format(prompt_format, tokenizer)
     limits: DataConfig | type[DataConfig] = DataConfig if lengths is None else lengths
-    tokenized = {
+    tokenized: dict[str, Any] = {
         need: tokenize_examples(
             examples,
             tokenizer,

@@ -165,7 +165,7 @@ def singular_directions(delta: Tensor, directions: int, first: int, *, turned: b
     has_rest = bool(torch.linalg.norm(rest_OI) > _NO_MORE_THAN_ROUNDING * torch.linalg.norm(delta_OI))
 
     def scaled(values_C: Tensor) -> Tensor:
-        changed_OI = (outputs_Or * values_C[first : first + rank]) @ inputs_Ir.T
+        changed_OI: Tensor = (outputs_Or * values_C[first : first + rank]) @ inputs_Ir.T
         if has_rest:
             changed_OI = changed_OI + values_C[first + rank] * rest_OI
         return changed_OI.T if turned else changed_OI
