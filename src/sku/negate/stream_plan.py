@@ -13,7 +13,7 @@ import torch
 
 from sku.errors import ModelError, TaskVectorError
 from sku.negate.adapters import ADAPTER_CONFIG, ADAPTER_FILE, LowRank
-from sku.negate.files import StoredFile, StoredTensor, read_folder, read_layout
+from sku.negate.files import StoredFile, StoredTensor, make_header, read_folder, read_layout
 from sku.negate.folder_source import FolderSource
 from sku.negate.matching import (
     EMPTY_ADAPTER,
@@ -68,11 +68,27 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardLayout:
+    """How a weight file of the result will look."""
+
+    source: StoredFile
+    header: bytes
+    starts: dict[str, int]
+    """Name of a tensor -> byte of the new file at which it begins."""
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Of the file: the base's."""
+        return self.source.path.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that was decided."""
 
-    files: tuple[StoredFile, ...]
-    """Of the base."""
+    layouts: tuple[ShardLayout, ...]
+    """Of the new files, by name."""
     work: Mapping[str, Work]
     """By the tensor's name."""
     dtype: torch.dtype
@@ -80,6 +96,16 @@ class Plan:
     inputs: tuple[StoredFile, ...]
     """All files that will be read."""
     form: BadForm
+
+    @property
+    def size(self) -> int:
+        """Of all new files, in bytes."""
+        return sum(layout.size for layout in self.layouts)
+
+    @property
+    def changed(self) -> list[Work]:
+        """The tensors from which something is subtracted."""
+        return [work for work in self.work.values() if work.change is not None]
 
     @property
     def empty_message(self) -> str | None:
@@ -141,7 +167,19 @@ def plan_negation(base: Path, bad: Path, output_dtype: torch.dtype | None) -> Pl
     for name, tensor in source.weights.items():
         sizes[work[name].dtype] += tensor.elements
     dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
-    return Plan(files=source.files, work=work, dtype=dtype, inputs=(*source.files, *files), form=form)
+    layouts = tuple(_layout(stored, [work[tensor.name] for tensor in stored.tensors]) for stored in source.files)
+    return Plan(layouts=layouts, work=work, dtype=dtype, inputs=(*source.files, *files), form=form)
+
+
+def _layout(source: StoredFile, work: list[Work]) -> ShardLayout:
+    """The header of a new file: the base's own, byte for byte, unless types change."""
+    if all(item.dtype == item.base.dtype for item in work):
+        starts = {item.base.name: item.base.start for item in work}
+        return ShardLayout(source=source, header=source.header, starts=starts, size=source.identity[0])
+    work = sorted(work, key=lambda item: -item.dtype.itemsize)  # So that each begins at a multiple of its own size.
+    header, starts = make_header(((item.base.name, item.dtype, item.base.shape) for item in work), source.metadata)
+    size = len(header) + sum(item.base.elements * item.dtype.itemsize for item in work)
+    return ShardLayout(source=source, header=header, starts=starts, size=size)
 
 
 def check_bad(folder: Path) -> None:

@@ -17,26 +17,10 @@ from torch import Tensor
 from sku.errors import ModelError
 from sku.negate import arithmetic
 from sku.negate.arithmetic import Arithmetic, Sums, block_rows, convert, low_rank_rows
-from sku.negate.files import StoredFile, StoredTensor, make_header
+from sku.negate.files import StoredTensor
 from sku.negate.matching import unusable_result
 from sku.negate.rounding import Rounding, draws_for
-from sku.negate.stream_plan import Change, LowRankChange, Plan, Work
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardLayout:
-    """How a weight file of the result will look."""
-
-    source: StoredFile
-    header: bytes
-    starts: dict[str, int]
-    """Name of a tensor -> byte of the new file at which it begins."""
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Of the file: the base's."""
-        return self.source.path.name
+from sku.negate.stream_plan import Change, LowRankChange, Plan, ShardLayout, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +39,6 @@ class _Block:
     def size(self) -> int:
         """Bytes of the result."""
         return (self.stop - self.start) * self.work.dtype.itemsize
-
-
-def shard_layout(source: StoredFile, plan: Plan) -> ShardLayout:
-    """The header of a new file: the base's own, byte for byte, unless types change.
-
-    Args:
-        source: File of the base.
-        plan: Says the types.
-
-    Returns:
-        Where everything will lie.
-    """
-    work = [plan.work[tensor.name] for tensor in source.tensors]
-    if all(item.dtype == item.base.dtype for item in work):
-        starts = {tensor.name: tensor.start for tensor in source.tensors}
-        return ShardLayout(source=source, header=source.header, starts=starts, size=source.identity[0])
-    work.sort(key=lambda item: -item.dtype.itemsize)  # So that each begins at a multiple of its own size.
-    header, starts = make_header(((item.base.name, item.dtype, item.base.shape) for item in work), source.metadata)
-    size = len(header) + sum(item.base.elements * item.dtype.itemsize for item in work)
-    return ShardLayout(source=source, header=header, starts=starts, size=size)
 
 
 class ShardWriter:
@@ -104,7 +68,7 @@ class ShardWriter:
         """Writes a file whole: under another name until it is flushed to the disk.
 
         Args:
-            layout: From ``shard_layout``.
+            layout: Of the plan.
             folder: To write into.
             pool: Computes the blocks.
             advance: Called with bytes that were written since the last call.
