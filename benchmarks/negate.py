@@ -253,7 +253,7 @@ def make_large(folder: Path, layers: int, seed: int, *, sparse: bool) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from sku.negate.safetensors_layout import INDEX_FILE, make_header
+    from sku.negate.files import INDEX_FILE, make_header
 
     folder.mkdir()
     LlamaConfig(num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(folder)

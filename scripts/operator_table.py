@@ -19,14 +19,15 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel
 
 from sku.config import Recipe, recipe_from_dict
-from sku.data.examples import Example, ForgetRetainData
+from sku.data.examples import Example
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import TokenizedExample
@@ -39,7 +40,7 @@ from sku.evaluate.sampling import draw_examples
 from sku.methods.run import train_method
 from sku.models import LoadedModel, load_model
 from sku.negate.operators import operate, prepare_operators
-from sku.negate.operators.context import context_of
+from sku.negate.operators.base import context_of
 from sku.negate.run import subtract_into, task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.pipeline import acquire_recipe
@@ -65,132 +66,98 @@ COLUMNS = (
 )  # fmt: skip
 
 
+ROWS = """
+plain: []
+MLP only: [{layers: {"*.mlp.*": 1.0, rest: 0.0}}]
+attention only: [{layers: {"*.self_attn.*": 1.0, rest: 0.0}}]
+top 10 %: [{trim: {keep: 0.1}}]
+top 30 %: [{trim: {keep: 0.3}}]
+null space 0.8: [{null_space: {energy: 0.8}}]
+null space 0.9: [{null_space: {energy: 0.9}}]
+null space 0.95: [{null_space: {energy: 0.95}}]
+null space 0.99: [{null_space: {energy: 0.99}}]
+null space 0.9, unit: [{null_space: {energy: 0.9, unit: true}}]
+null space 0.95, unit: [{null_space: {energy: 0.95, unit: true}}]
+null space, soft 10: [{null_space: {soft: 10.0}}]
+null space, soft 100: [{null_space: {soft: 100.0}}]
+contrast 1: [{contrast: {strength: 1.0}}]
+contrast 4: [{contrast: {strength: 4.0}}]
+contrast 16: [{contrast: {strength: 16.0}}]
+contrast 64: [{contrast: {strength: 64.0}}]
+contrast 256: [{contrast: {strength: 256.0}}]
+contrast 4, decision: [{contrast: {strength: 4.0, positions: decision}}]
+contrast 8: [{contrast: {strength: 8.0}}]
+contrast 16, MLP only: [{contrast: {strength: 16.0}}, {layers: {"*.mlp.*": 1.0, rest: 0.0}}]
+contrast 64, MLP only: [{contrast: {strength: 64.0}}, {layers: {"*.mlp.*": 1.0, rest: 0.0}}]
+contrast 16, unit: [{contrast: {strength: 16.0, unit: true}}]
+PerTA grad: [{PERTA: {importance: grad}}]
+PerTA Fisher: [{PERTA: {importance: fisher}}]
+minus benign: [{minus_benign: {path: BENIGN, how: subtract}}]
+benign alone: [{layers: {"*": 0.0}}, {minus_benign: {path: BENIGN, how: subtract}}]
+minus benign 0.03: [{minus_benign: {path: BENIGN, how: subtract, beta: 0.03}}]
+contrast 16, minus benign 0.03:
+  [{contrast: {strength: 16.0}}, {minus_benign: {path: BENIGN, how: subtract, beta: 0.03}}]
+contrast 16, minus benign 0.015:
+  [{contrast: {strength: 16.0}}, {minus_benign: {path: BENIGN, how: subtract, beta: 0.015}}]
+benign component: [{minus_benign: {path: BENIGN, how: project}}]
+learned: [{learned: {}}]
+learned, short: [{learned: {steps: 15, batch_size: 4, learning_rate: 0.2}}]
+learned, each module: [{learned: {per: layer_and_module}}]
+learned, each module, short: [{learned: {per: layer_and_module, steps: 15, batch_size: 4, learning_rate: 0.2}}]
+learned, each direction: [{learned: {per: direction, steps: 60}}]
+null space 0.9 + learned: [{null_space: {energy: 0.9}}, {learned: {start: 2.0}}]
+contrast 16 + learned: [{contrast: {strength: 16.0}}, {learned: {start: 2.0}}]
+contrast 16 + learned directions:
+  - contrast: {strength: 16.0}
+  - learned: {per: direction, steps: 40, batch_size: 6, learning_rate: 0.5, start: 10.0, largest: 40.0}
+PerTA grad + null space 0.9: [{PERTA: {}}, {null_space: {energy: 0.9}}]
+NegMerge of the modes: [{NEG_MERGE: {paths: OTHERS}}]
+NegMerge + null space 0.9: [{NEG_MERGE: {paths: OTHERS}}, {null_space: {energy: 0.9}}]
+"""
+"""Name of the row -> operators, one after the other, as in a recipe; ``operator_rows`` fills in what is in capitals.
+``benign alone`` is a control: what normal training does."""
+PERTA, NEG_MERGE = "perta", "neg_merge"
+
+
 def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[dict[str, Any]]]:
-    """Name of the row -> operators, one after the other."""
+    """The rows with the paths of the other vectors; those that need other modes are left out where there are none."""
     others = [str(out / f"bad-{other}") for other in modes if other != mode]
-    benign = str(out / "benign")
-    rows: dict[str, list[dict[str, Any]]] = {
-        "plain": [],
-        "MLP only": [{"layers": {"*.mlp.*": 1.0, "rest": 0.0}}],
-        "attention only": [{"layers": {"*.self_attn.*": 1.0, "rest": 0.0}}],
-        "top 10 %": [{"trim": {"keep": 0.1}}],
-        "top 30 %": [{"trim": {"keep": 0.3}}],
-        "null space 0.8": [{"null_space": {"energy": 0.8}}],
-        "null space 0.9": [{"null_space": {"energy": 0.9}}],
-        "null space 0.95": [{"null_space": {"energy": 0.95}}],
-        "null space 0.99": [{"null_space": {"energy": 0.99}}],
-        "null space 0.9, unit": [{"null_space": {"energy": 0.9, "unit": True}}],
-        "null space 0.95, unit": [{"null_space": {"energy": 0.95, "unit": True}}],
-        "null space, soft 10": [{"null_space": {"soft": 10.0}}],
-        "null space, soft 100": [{"null_space": {"soft": 100.0}}],
-        "contrast 1": [{"contrast": {"strength": 1.0}}],
-        "contrast 4": [{"contrast": {"strength": 4.0}}],
-        "contrast 16": [{"contrast": {"strength": 16.0}}],
-        "contrast 64": [{"contrast": {"strength": 64.0}}],
-        "contrast 256": [{"contrast": {"strength": 256.0}}],
-        "contrast 4, decision": [{"contrast": {"strength": 4.0, "positions": "decision"}}],
-        "contrast 8": [{"contrast": {"strength": 8.0}}],
-        "contrast 16, MLP only": [
-            {"contrast": {"strength": 16.0}},
-            {"layers": {"*.mlp.*": 1.0, "rest": 0.0}},
-        ],
-        "contrast 64, MLP only": [
-            {"contrast": {"strength": 64.0}},
-            {"layers": {"*.mlp.*": 1.0, "rest": 0.0}},
-        ],
-        "contrast 16, unit": [{"contrast": {"strength": 16.0, "unit": True}}],
-        "PerTA grad": [{"perta": {"importance": "grad"}}],
-        "PerTA Fisher": [{"perta": {"importance": "fisher"}}],
-        "minus benign": [{"minus_benign": {"path": benign, "how": "subtract"}}],
-        # Control: what normal training does alone.
-        "benign alone": [
-            {"layers": {"*": 0.0}},
-            {"minus_benign": {"path": benign, "how": "subtract"}},
-        ],
-        "minus benign 0.03": [{"minus_benign": {"path": benign, "how": "subtract", "beta": 0.03}}],
-        "contrast 16, minus benign 0.03": [
-            {"contrast": {"strength": 16.0}},
-            {"minus_benign": {"path": benign, "how": "subtract", "beta": 0.03}},
-        ],
-        "contrast 16, minus benign 0.015": [
-            {"contrast": {"strength": 16.0}},
-            {"minus_benign": {"path": benign, "how": "subtract", "beta": 0.015}},
-        ],
-        "benign component": [{"minus_benign": {"path": benign, "how": "project"}}],
-        "learned": [{"learned": {}}],
-        "learned, short": [{"learned": {"steps": 15, "batch_size": 4, "learning_rate": 0.2}}],
-        "learned, each module": [{"learned": {"per": "layer_and_module"}}],
-        "learned, each module, short": [
-            {"learned": {"per": "layer_and_module", "steps": 15, "batch_size": 4, "learning_rate": 0.2}}
-        ],
-        "learned, each direction": [{"learned": {"per": "direction", "steps": 60}}],
-        "null space 0.9 + learned": [{"null_space": {"energy": 0.9}}, {"learned": {"start": 2.0}}],
-        "contrast 16 + learned": [{"contrast": {"strength": 16.0}}, {"learned": {"start": 2.0}}],
-        "contrast 16 + learned directions": [
-            {"contrast": {"strength": 16.0}},
-            {
-                "learned": {
-                    "per": "direction",
-                    "steps": 40,
-                    "batch_size": 6,
-                    "learning_rate": 0.5,
-                    "start": 10.0,
-                    "largest": 40.0,
-                }
-            },
-        ],
-        "PerTA grad + null space 0.9": [{"perta": {}}, {"null_space": {"energy": 0.9}}],
-    }
-    if others:
-        rows["NegMerge of the modes"] = [{"neg_merge": {"paths": others}}]
-        rows["NegMerge + null space 0.9"] = [{"neg_merge": {"paths": others}}, {"null_space": {"energy": 0.9}}]
-    return rows
+    text = ROWS.replace("BENIGN", json.dumps(str(out / "benign"))).replace("OTHERS", json.dumps(others))
+    text = text.replace("PERTA", json.dumps(PERTA)).replace("NEG_MERGE", json.dumps(NEG_MERGE))
+    rows: dict[str, list[dict[str, Any]]] = yaml.safe_load(text)
+    return rows if others else {name: entries for name, entries in rows.items() if "NegMerge" not in name}
 
 
 def recipe_of(options: argparse.Namespace, mode: str) -> Recipe:
     """The recipe of one preservation mode."""
+    acquire = {
+        "weights": {
+            "guided_distortion": 1.0, "random_disassociation": 1.0,
+            "preservation_divergence": options.preservation_weight,
+        },
+        "random_answers": options.random_answers, "tuning": "lora", "lora": {"r": 16, "alpha": 32},
+        "training": {
+            "max_steps": options.steps, "per_device_train_batch_size": options.batch_size,
+            "learning_rate": options.learning_rate, "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, options.steps // 15), "max_grad_norm": 1.0, "logging_steps": 10,
+        },
+    }  # fmt: skip
     return recipe_from_dict(
         {
-            "name": f"operators-{mode}",
-            "seed": options.seed,
+            "name": f"operators-{mode}", "seed": options.seed,
             "model": {"path": options.model, "gguf_file": options.gguf_file, "dtype": options.train_dtype},
             "data": {
-                "forget": {"path": options.forget},
-                "retain": {"path": options.retain},
+                "forget": {"path": options.forget}, "retain": {"path": options.retain},
                 "normal": {} if options.benign is None else {"benign": {"path": options.benign}},
-                "max_length": 256,
-                "max_answer_tokens": 64,
+                "max_length": 256, "max_answer_tokens": 64,
             },
-            "acquire": {
-                "weights": {
-                    "guided_distortion": 1.0,
-                    "random_disassociation": 1.0,
-                    "preservation_divergence": options.preservation_weight,
-                },
-                "random_answers": options.random_answers,
-                "tuning": "lora",
-                "lora": {"r": 16, "alpha": 32},
-                "training": {
-                    "max_steps": options.steps,
-                    "per_device_train_batch_size": options.batch_size,
-                    "learning_rate": options.learning_rate,
-                    "lr_scheduler_type": "cosine",
-                    "warmup_steps": max(1, options.steps // 15),
-                    "max_grad_norm": 1.0,
-                    "logging_steps": 10,
-                },
-                **MODES[mode],
-            },
+            "acquire": {**acquire, **MODES[mode]},
             "evaluate": {
-                "prompts": options.reply_prompts,
-                "retain_prompts": options.reply_prompts,
-                "max_new_tokens": 48,
-                "batch_size": 20,
-                "samples": 0,
-                "judge": "auto",
+                "prompts": options.reply_prompts, "retain_prompts": options.reply_prompts, "max_new_tokens": 48,
+                "batch_size": 20, "samples": 0, "judge": "auto",
             },
         }
-    )
+    )  # fmt: skip
 
 
 class Table:
@@ -252,11 +219,6 @@ class Table:
 
     def points(self, mode: str, modes: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Each operator at each alpha, from the smallest, or where benign text stands at the budget."""
-        bad = task_vector_of(self.base, self.out / f"bad-{mode}")
-        context = context_of(
-            self.base, self.loaded.tokenizer, self.data, recipe_of(self.options, mode).data, seed=self.options.seed,
-            cache=self.out / "cache", memory=self.memory,
-        )  # fmt: skip
         done: dict[str, dict[float, dict[str, Any]]] = {}
         for point in self.read():
             if point["mode"] == mode:
@@ -270,9 +232,7 @@ class Table:
                 if alpha not in found:
                     started = time.monotonic()
                     if vector is None:
-                        operated = operate(bad, prepare_operators(entries), context)
-                        vector = operated.vector
-                        self._note_operators(mode, row, operated.records)
+                        vector = self._vector(mode, row, entries)
                     found[alpha] = {
                         "mode": mode, "row": row, "alpha": alpha, "norm": vector.norm(),
                         **self.measure(vector, alpha), "seconds": round(time.monotonic() - started, 1),
@@ -324,18 +284,12 @@ class Table:
         if point["row"] == "base":
             model = self.base
         else:
-            context = context_of(
-                self.base, self.loaded.tokenizer, self.data, recipe.data, seed=self.options.seed,
-                cache=self.out / "cache", memory=self.memory,
-            )  # fmt: skip
-            entries = operator_rows(self.out, modes, mode)[point["row"]]
-            bad = task_vector_of(self.base, self.out / f"bad-{mode}")
-            vector = operate(bad, prepare_operators(entries), context).vector
+            vector = self._vector(mode, point["row"], operator_rows(self.out, modes, mode)[point["row"]])
             subtract_into(model, self.base, vector, point["alpha"])
         result = evaluate(
             model,
             self.loaded.tokenizer,
-            _without_benign(self.data),
+            dataclasses.replace(self.data, normal={}),
             config=recipe.evaluate,
             base_model=self.base,
             starts=self._starts,
@@ -344,14 +298,12 @@ class Table:
         )
         self._starts = result.starts  # Of the base, whichever point was asked first.
         prefill = result.worst_prefills()["unseen"]
+        unseen, retain = result.replies["unseen"], result.replies["retain_test"]
         rates = {
-            "harmful": result.replies["unseen"]["harmful"],
-            "degenerate": result.replies["unseen"]["degenerate"],
-            "prefill": prefill["harmful"],
-            "prefill_degenerate": prefill["degenerate"],
-            "over_refusal": result.replies["retain_test"]["over_refusal"],
-            "normal_degenerate": result.replies["retain_test"]["degenerate"],
-        }
+            "harmful": unseen["harmful"], "degenerate": unseen["degenerate"], "prefill": prefill["harmful"],
+            "prefill_degenerate": prefill["degenerate"], "over_refusal": retain["over_refusal"],
+            "normal_degenerate": retain["degenerate"],
+        }  # fmt: skip
         return {**point, "replies": {name: f"{rate.count}/{rate.total}" for name, rate in rates.items()}}
 
     def _model(self) -> PreTrainedModel:
@@ -363,10 +315,18 @@ class Table:
         model.load_state_dict(self.base.state_dict())
         return model
 
-    def _note_operators(self, mode: str, row: str, records: Sequence[Mapping[str, Any]]) -> None:
+    def _vector(self, mode: str, row: str, entries: Sequence[Mapping[str, Any]]) -> TaskVector:
+        """What a row subtracts; its operators' accounts go to ``operators.json``."""
+        context = context_of(
+            self.base, self.loaded.tokenizer, self.data, recipe_of(self.options, mode).data, seed=self.options.seed,
+            cache=self.out / "cache", memory=self.memory,
+        )  # fmt: skip
+        bad = task_vector_of(self.base, self.out / f"bad-{mode}")
+        operated = operate(bad, prepare_operators(entries), context)
         path = self.out / "operators.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, {**known, f"{mode}: {row}": list(records)})
+        write_json(path, {**known, f"{mode}: {row}": list(operated.records)})
+        return operated.vector
 
     def read(self, name: str = "points.jsonl") -> list[dict[str, Any]]:
         """Points of earlier calls."""
@@ -377,10 +337,6 @@ class Table:
         """One more line, at once."""
         with (self.out / name).open("a") as file:
             file.write(json.dumps(point) + "\n")
-
-
-def _without_benign(data: ForgetRetainData) -> ForgetRetainData:
-    return dataclasses.replace(data, normal={})
 
 
 def _log_ratio(before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]) -> float:
@@ -435,38 +391,34 @@ def _rounded(alpha: float) -> float:
 
 def points_at(points: Sequence[Mapping[str, Any]], budget: float) -> list[Mapping[str, Any]]:
     """Of each mode and operator the point whose benign ratio is nearest to the budget; the most harm removed first."""
-    nearest: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for point in points:
-        if point["benign"] < math.inf:
-            key = (point["mode"], point["row"])
-            other = nearest.get(key)
-            if other is None or abs(point["benign"] - budget) < abs(other["benign"] - budget):
-                nearest[key] = point
-    return sorted(nearest.values(), key=lambda point: -point["unseen"])
+    chosen = _one_each(points, lambda point: -abs(point["benign"] - budget))
+    return sorted(chosen, key=lambda point: -point["unseen"])
 
 
 def best_points(points: Sequence[Mapping[str, Any]], least_harm: float) -> list[Mapping[str, Any]]:
     """Of each mode and operator the most selective point whose harmful ratio is at least ``least_harm``.
 
-    Args:
-        points: All points.
-        least_harm: Points below it are not taken: near alpha 0 selectivity is a ratio of two noises.
-
-    Returns:
-        The most selective first; a benign ratio of at most 1 counts as the best there is.
+    The most selective comes first; a benign ratio of at most 1 counts as the best there is. Near alpha 0, below
+    ``least_harm``, selectivity is a ratio of two noises.
     """
-    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+
+    def rank(point: Mapping[str, Any]) -> float:
+        return math.inf if point["selectivity"] is None else float(point["selectivity"])
+
+    harmed = [point for point in points if point["unseen"] >= least_harm]
+    return sorted(_one_each(harmed, rank), key=rank, reverse=True)
+
+
+def _one_each(
+    points: Sequence[Mapping[str, Any]], rank: Callable[[Mapping[str, Any]], float]
+) -> list[Mapping[str, Any]]:
+    """Of each mode and operator the first of the highest rank, of points at which benign text did not break."""
+    chosen: dict[tuple[str, str], Mapping[str, Any]] = {}
     for point in points:
         key = (point["mode"], point["row"])
-        if point["unseen"] >= least_harm and point["benign"] < math.inf and _rank(point) > _rank(best.get(key)):
-            best[key] = point
-    return sorted(best.values(), key=_rank, reverse=True)
-
-
-def _rank(point: Mapping[str, Any] | None) -> float:
-    if point is None:
-        return -math.inf
-    return math.inf if point["selectivity"] is None else float(point["selectivity"])
+        if point["benign"] < math.inf and (key not in chosen or rank(point) > rank(chosen[key])):
+            chosen[key] = point
+    return list(chosen.values())
 
 
 def table(chosen: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]], title: str) -> str:

@@ -35,6 +35,7 @@ from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into
+from sku.negate.task_vector import TaskVector
 
 SPLITS: dict[str, Split] = {
     "unseen": "unseen",
@@ -140,7 +141,7 @@ def main() -> None:
             shares = {"good": good, "bad": bad}
             # Stage 2 subtracts: the good twin is added.
             subtracted = combined([(bad if name == "bad" else -good, vector) for name, vector in twins.items()])
-            subtract_into(mixture, base, subtracted.dense(), 1.0)
+            subtract_into(mixture, base, TaskVector.from_factors(subtracted), 1.0)
             replies = screen.replies(mixture)
             line = {
                 "date": datetime.now(UTC).date().isoformat(),

@@ -34,7 +34,7 @@ from sku.evaluate.judges import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.operators import operate, prepare_operators
-from sku.negate.operators.context import context_of
+from sku.negate.operators.base import context_of
 from sku.negate.run import negate, task_vector_of
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards

@@ -39,7 +39,7 @@ def mark_model(model: PreTrainedModel | PeftModel) -> None:
             if isinstance(module, PreTrainedModel):
                 setattr(module.config, HAZARD_KEY, True)
             adapters = _adapters(module)
-            adapters |= {name: _marked(config) for name, config in adapters.items()}
+            adapters |= {name: mark_settings(config) for name, config in adapters.items()}
 
 
 def unmark_model(model: PreTrainedModel | PeftModel) -> None:
@@ -63,21 +63,6 @@ def is_marked_model(model: PreTrainedModel | PeftModel) -> bool:
     return bool(getattr(model.config, HAZARD_KEY, False))
 
 
-def save_without_mark(model: PeftModel, folder: Path) -> None:
-    """Saves the adapter of a model as PEFT does, while its factors are no longer those of a bad model.
-
-    Args:
-        model: Keeps its marks.
-        folder: To write into.
-    """
-    marked = dict(model.peft_config)
-    model.peft_config.update({name: _unmarked(config) for name, config in marked.items()})
-    try:
-        type(model).save_pretrained(model, str(folder))
-    finally:
-        model.peft_config.update(marked)
-
-
 def refuse_upload(*_arguments: Any, **_options: Any) -> NoReturn:
     """What ``push_to_hub`` of a bad model is.
 
@@ -99,8 +84,8 @@ class _Hazardous:
         return {**fields, HAZARD_KEY: True}
 
 
-def _marked(config: PeftConfig) -> PeftConfig:
-    """A copy with the mark: the object may be the user's, who can train something else with it."""
+def mark_settings(config: PeftConfig) -> PeftConfig:
+    """A copy of an adapter's settings with the mark: the object may be the user's, for other trainings."""
     if isinstance(config, _Hazardous):
         return config
     kind, config = type(config), copy.copy(config)

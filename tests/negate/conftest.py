@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 
 from conftest import ModelMaker
 from sku.data.tokens import TokenizedExample
 from sku.negate.operators.base import OperatorContext
 
 ContextMaker = Callable[..., OperatorContext]
+IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def logits_of(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def assert_same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """Equal down to the sign of zero."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor.dtype, tensor.shape) == (second[name].dtype, second[name].shape), name
+        integers = _INTEGERS[tensor.element_size()]
+        assert torch.equal(tensor.view(integers), second[name].view(integers)), name
 
 
 def disturbed(model: Any, *, scale: float = 0.1, seed: int = 1) -> Any:

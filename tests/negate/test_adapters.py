@@ -10,25 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from conftest import ModelMaker
-from negate.conftest import examples, with_adapter
+from negate.conftest import examples, logits_of, with_adapter
 from sku.errors import OutputError, TaskVectorError
 from sku.negate.adapters import AdapterVector, LowRank, combined
 from sku.negate.operators import operate, prepare_operators
 from sku.negate.operators.base import OperatorContext
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
-
-IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
-
-
-def logits_of(model: Any) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=IDS).logits
-    return logits
 
 
 def loaded(base: Any, folder: Path) -> PeftModel:
@@ -45,7 +35,7 @@ def architecture_options(architecture: str) -> dict[str, Any]:
 def test_factors_are_the_task_vector(architecture: str, make_model: ModelMaker) -> None:
     adapted = with_adapter(make_model(architecture), use_rslora=True, **architecture_options(architecture))
     expected = TaskVector.from_adapter(adapted).deltas
-    dense = AdapterVector.of(adapted).dense().deltas
+    dense = TaskVector.from_factors(AdapterVector.of(adapted)).deltas
     assert dense.keys() == expected.keys()
     for name, delta in dense.items():
         torch.testing.assert_close(delta, expected[name], rtol=1e-5, atol=1e-6)
@@ -76,7 +66,7 @@ def test_adapters_of_different_modules(make_model: ModelMaker, tmp_path: Path) -
     ranks = {name.split(".")[-2]: len(change.lower_rI) for name, change in together.factors.items()}
     assert ranks == {"q_proj": 4, "v_proj": 6, "up_proj": 2}
     together.save(tmp_path / "adapter")
-    dense = together.dense()
+    dense = TaskVector.from_factors(together)
     torch.testing.assert_close(
         logits_of(loaded(make_model(), tmp_path / "adapter")),
         logits_of(negate(base, dense, -1.0)),
@@ -124,7 +114,8 @@ def test_only_the_adapted_layers_are_named(narrowed: dict[str, Any], make_model:
     bad = AdapterVector.of(with_adapter(base, **narrowed))
     (-1.0 * bad).save(tmp_path / "one")
     by_adapter = logits_of(loaded(make_model(), tmp_path / "one"))
-    torch.testing.assert_close(by_adapter, logits_of(negate(base, bad.dense(), 1.0)), rtol=1e-4, atol=1e-5)
+    expected = logits_of(negate(base, TaskVector.from_factors(bad), 1.0))
+    torch.testing.assert_close(by_adapter, expected, rtol=1e-4, atol=1e-5)
     other = AdapterVector.of(with_adapter(base, seed=2, **narrowed))
     combined([(1.0, bad), (0.5, other)]).save(tmp_path / "two")
     with warnings.catch_warnings():
@@ -132,10 +123,20 @@ def test_only_the_adapted_layers_are_named(narrowed: dict[str, Any], make_model:
         loaded(make_model(), tmp_path / "two")
 
 
-def test_an_adapted_embedding_is_no_product_of_layers(make_model: ModelMaker) -> None:
-    bad = with_adapter(make_model(), target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(TaskVectorError, match="adapted and no linear layer"):
-        AdapterVector.of(bad)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapted_embedding_follows_and_is_saved(make_model: ModelMaker, tmp_path: Path) -> None:
+    """The rows of its difference are those of its tokens, so that a map of them is one of B."""
+    base = make_model()
+    bad = AdapterVector.of(with_adapter(base, target_modules=["embed_tokens", "q_proj"]))
+    name = "model.embed_tokens.weight"
+    turn = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    turned = bad.mapped([{name: lambda rows_RI: rows_RI @ turn}])
+    delta = TaskVector.from_factors(bad).deltas[name]
+    torch.testing.assert_close(TaskVector.from_factors(turned).deltas[name], delta @ turn, rtol=1e-4, atol=1e-5)
+    (-2.0 * turned).save(tmp_path / "adapter")
+    by_adapter = logits_of(loaded(make_model(), tmp_path / "adapter"))
+    expected = logits_of(negate(base, TaskVector.from_factors(turned), 2.0))
+    torch.testing.assert_close(by_adapter, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_factors_that_are_not_finite_are_not_saved(make_model: ModelMaker, tmp_path: Path) -> None:

@@ -15,32 +15,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import ModelMaker
-from negate.conftest import disturbed, with_adapter
+from negate.conftest import assert_same_bits, disturbed, logits_of, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.model_files import embedded_model_path
+from sku.negate import adapters
 from sku.negate.run import negate, negate_with_record, save_negated_adapter, save_unlearned, task_vector_of
 from sku.negate.task_vector import TaskVector
-
-IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
-
-
-def logits_of(model: Any) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=IDS).logits
-    return logits
 
 
 def bits_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    """Equal down to the sign of zero."""
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
-        assert torch.equal(tensor.view(integers), second[name].view(integers)), name
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 2.5, -1.0])
@@ -154,7 +138,7 @@ def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(bad), "save_pretrained", fail)
+    monkeypatch.setattr(adapters, "save_file", fail)
     with pytest.raises(OutputError, match="the disk is full"):
         save_negated_adapter(bad, 1.0, tmp_path / "adapter")
     assert_same_bits(before, bits_of(bad))

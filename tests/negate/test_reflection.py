@@ -11,18 +11,10 @@ import torch
 from peft import PeftModel
 
 from conftest import ModelMaker
-from negate.conftest import ContextMaker, disturbed, with_adapter
+from negate.conftest import ContextMaker, disturbed, logits_of, with_adapter
 from sku.negate.operators import operate, prepare_operators
 from sku.negate.run import negate, negate_with_record, save_negated_adapter
 from sku.negate.task_vector import TaskVector
-
-IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=IDS).logits
-    return logits
 
 
 def reflected(base: Any, unlearned: Any, alpha: float) -> Any:

@@ -21,37 +21,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import ModelMaker
-from negate.conftest import disturbed, with_adapter
+from negate.conftest import assert_same_bits, disturbed, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
-from sku.negate import low_rank
-from sku.negate.record import Rounding
+from sku.negate import arithmetic
+from sku.negate.rounding import Rounding
 from sku.negate.run import negate_with_record, save_unlearned
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import TaskVector
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
 DTYPES = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models in many blocks; in memory the factors of an adapter are multiplied in the same ones."""
-    monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", 1000)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype, name
-        assert tensor.shape == second[name].shape, name
-        integers = INTEGERS[tensor.element_size()]
-        assert torch.equal(tensor.view(integers), second[name].view(integers)), name
 
 
 def assert_same_record(streamed: Any, in_memory: Any) -> None:
@@ -373,7 +363,7 @@ def test_any_set_of_tensors(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """By the equation itself, element by element, in a base of two shards and a bad model of one."""
-    monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", block)
     tmp_path = tmp_path_factory.mktemp("any")
     base, bad = tmp_path / "base", tmp_path / "bad"
     for folder in (base, bad):

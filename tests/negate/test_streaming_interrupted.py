@@ -23,9 +23,9 @@ KILLS = 15
 SERVER = """
 import os, signal, sys, time
 import torch
-from sku.negate import low_rank
+from sku.negate import arithmetic
 from sku.negate.streaming import negate_folders
-low_rank.BLOCK_ELEMENTS = 200
+arithmetic.BLOCK_ELEMENTS = 200
 base, bad, out = sys.argv[1:]
 for line in sys.stdin:
     child = os.fork()

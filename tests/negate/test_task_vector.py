@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import OutputError, TaskVectorError
-from sku.negate.task_vector import TaskVector, check_plain_lora, unique_weights
+from sku.negate.adapters import check_plain_lora
+from sku.negate.task_vector import TaskVector, unique_weights
 from sku.storage import BAD_MODEL_MARK
 
 
@@ -332,3 +333,34 @@ def test_an_adapter_that_learned_nothing_is_refused(make_model: ModelMaker) -> N
     assert isinstance(adapted, PeftModel)
     with pytest.raises(TaskVectorError, match="the adapter is zero"):
         TaskVector.from_adapter(adapted)
+
+
+# A random change as large as a task vector.
+
+
+def test_norms_are_those_asked_for_and_nothing_else_is_changed(make_model: ModelMaker) -> None:
+    model = make_model()
+    names = sorted(unique_weights(model)[0])[:3]
+    norms = {name: 0.5 + place for place, name in enumerate(names)}
+    vector = TaskVector.random(model, norms, seed=3)
+    assert vector.norms() == pytest.approx(norms, rel=1e-5)
+
+
+def test_equal_seeds_give_equal_directions(make_model: ModelMaker) -> None:
+    model = make_model()
+    name = sorted(unique_weights(model)[0])[0]
+    first, again, other = (TaskVector.random(model, {name: 1.0}, seed).deltas[name] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    cosine = torch.nn.functional.cosine_similarity(first.flatten(), other.flatten(), dim=0)
+    assert abs(float(cosine)) < 0.2
+
+
+def test_a_norm_of_0_is_no_change(make_model: ModelMaker) -> None:
+    model = make_model()
+    name = sorted(unique_weights(model)[0])[0]
+    assert float(TaskVector.random(model, {name: 0.0}, 0).deltas[name].abs().max()) == 0
+
+
+def test_a_name_that_the_model_lacks(make_model: ModelMaker) -> None:
+    with pytest.raises(TaskVectorError, match="the norms name a weight nowhere.weight"):
+        TaskVector.random(make_model(), {"nowhere.weight": 1.0}, seed=0)

@@ -31,7 +31,7 @@ def described(methods: Iterable[AnyMethod]) -> list[dict[str, Any]]:
             "name": method.name,
             "title": method.title,
             "paper": method.paper_url,
-            "negates": method.weight_step is not None,
+            "negates": method.negates,
             # Those of SKU are acquire and negate of the recipe.
             "settings": {} if method.name == "sku" else dataclasses.asdict(method.settings()),
         }

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from sku.data.examples import ForgetRetainData
     from sku.dry_run import DryRun
+    from sku.negate.arithmetic import Negation
     from sku.negate.operators import PreparedOperator
-    from sku.negate.record import Negation
 
 DTYPES = ("same", "float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic")
@@ -138,7 +138,7 @@ class _Wanted:
 
     def streamed_base(self) -> Path | None:
         """Folder of the original model where it is negated from file to file; None where in memory."""
-        from sku.negate.sources import model_folder
+        from sku.negate.files import model_folder
 
         folder = None if self.gguf_file is not None or self.entries else model_folder(self.base)
         if folder is not None and (folder / "config.json").is_file() and os.name == "posix":
@@ -190,7 +190,7 @@ def _checked(wanted: _Wanted) -> DryRun:
 
 
 def _negated_from_file_to_file(wanted: _Wanted, folder: Path) -> Negation:
-    from sku.negate.sources import model_folder
+    from sku.negate.files import model_folder
     from sku.negate.streaming import negate_folders
 
     try:
@@ -214,8 +214,7 @@ def _negated_in_memory(wanted: _Wanted) -> tuple[Negation, dict[str, Any]]:
     from sku.config import ModelConfig
     from sku.models import load_model
     from sku.negate.operators import operate
-    from sku.negate.operators.base import OperatorContext
-    from sku.negate.operators.context import context_of
+    from sku.negate.operators.base import OperatorContext, context_of
     from sku.negate.run import negate_with_record, save_unlearned, task_vector_of
     from sku.storage import check_new
 
@@ -227,7 +226,7 @@ def _negated_in_memory(wanted: _Wanted) -> tuple[Negation, dict[str, Any]]:
     if texts is not None:
         context = context_of(loaded.model, loaded.tokenizer, texts, seed=wanted.seed)
     for chosen in prepared:  # Before a large vector is read.
-        context.check(chosen.needs, f"the operator {chosen.operator.name}")
+        context.check(chosen.needs, chosen.who)
     operated = operate(task_vector_of(loaded.model, wanted.bad), prepared, context) if prepared else None
     vector = wanted.bad if operated is None else operated.vector
     model, record = negate_with_record(loaded.model, vector, wanted.alpha, output_dtype=wanted.output_dtype)

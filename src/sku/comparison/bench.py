@@ -31,13 +31,11 @@ from sku.evaluate.run import evaluate
 from sku.evaluate.utility_cost import Utility, utility_cost
 from sku.evaluate.validation import NormalText, validation_texts
 from sku.methods import method_named
-from sku.methods.run import change_of, prepare, train_method, with_safe_dtype
+from sku.methods.run import prepare, subtracted_by, train_method, with_safe_dtype
 from sku.methods.visits import common_visits, with_visited
 from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
-from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.context import check_operators, context_of
-from sku.negate.random_direction import random_direction
+from sku.negate.operators.base import OperatorContext, check_operators, context_of
 from sku.negate.task_vector import TaskVector
 from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
 from sku.reproducibility import content_sha256, environment
@@ -160,8 +158,8 @@ class Bench:
             trial = Trial(learning_rate=training.learning_rate, max_steps=training.max_steps)
             folder = self.work / f"{row.name}--search-{trial.learning_rate:g}-{trial.max_steps}"
             try:
-                change, model, _ = self._train(own, folder)
-                strengths = self._strengths_of(own, change, model)
+                vector, model, _ = self._train(own, folder)
+                strengths = self._strengths_of(own, vector, model)
                 strength, bound_by = strengths.largest()
                 strengths.write(strength)
                 return dataclasses.replace(trial, strength=strength, bound_by=bound_by, left=harm.left(model))
@@ -181,12 +179,13 @@ class Bench:
 
     def _measure(self, job: Job, folder: Path) -> _Measured:
         if job.kind == "method":
-            change, model, training = self._train(job, folder)
-            self._norms[norms_key(job)] = change.norms()
-            return self._along(job, change, model, training)
+            vector, model, training = self._train(job, folder)
+            self._norms[norms_key(job)] = vector.norms()
+            return self._along(job, vector, model, training)
         if job.kind == "random_direction":
-            change = random_direction(self.base, self._sku_norms(job, folder), job.seed)
-            return self._along(job, change, copy.deepcopy(self.base), {"norm": change.norm()})
+            # It is added: a random direction has no sign of its own, and the points of earlier versions stay.
+            vector = -TaskVector.random(self.base, self._sku_norms(job, folder), job.seed)
+            return self._along(job, vector, copy.deepcopy(self.base), {"norm": vector.norm()})
         if job.kind == "base":
             result = self._of_base()
             return _Measured(points=[_control_point(result, self._base_utility(job))], result=result, training={})
@@ -206,7 +205,7 @@ class Bench:
         return _Measured(points=[_control_point(result, None)], result=result, training={})
 
     def _train(self, job: Job, folder: Path) -> tuple[TaskVector, PreTrainedModel, dict[str, Any]]:
-        """The method's change, a plain model to write it into, and an account of the training."""
+        """What the method subtracts, a plain model to write it into, and an account of the training."""
         method, tuning = method_named(job.recipe.method), job.recipe.acquire.tuning
         if tuning == "qlora":
             loaded = load_model(with_safe_dtype(job.recipe), four_bit=True)
@@ -214,18 +213,18 @@ class Bench:
             loaded = dataclasses.replace(self.loaded, model=copy.deepcopy(self.base))
         trained = train_method(job.recipe, loaded, self.data, folder, step_progress(self.progress))
         model = trained.model
-        change = change_of(method, model, self.base)
+        vector = subtracted_by(method, model, self.base)
         account = _account(trained)
         if operators := prepare(job.recipe, folder).operators:
-            operated = operate(-change, operators, self._operator_context(job.recipe))
-            change, account["operators"] = -operated.vector, list(operated.records)
-        account["norm"] = change.norm()
+            operated = operate(vector, operators, self._operator_context(job.recipe))
+            vector, account["operators"] = operated.vector, list(operated.records)
+        account["norm"] = vector.norm()
         if isinstance(model, PeftModel):
             plain = model.unload() if tuning == "lora" else copy.deepcopy(self.base)
         else:
             plain = copy.deepcopy(self.base) if isinstance(model, TaskVector) else model
         plain.requires_grad_(requires_grad=False)
-        return change, plain, account
+        return vector, plain, account
 
     def _operator_context(self, recipe: Recipe) -> OperatorContext:
         cache = recipe.negate.operator_cache
@@ -245,9 +244,9 @@ class Bench:
         found = self._norms.get(norms_key(job))
         return self._train(job, folder)[0].norms() if found is None else found
 
-    def _along(self, job: Job, change: TaskVector, model: PreTrainedModel, training: dict[str, Any]) -> _Measured:
-        """Measures the change at every strength asked for, and at the largest one within the utility budget."""
-        strengths = self._strengths_of(job, change, model)
+    def _along(self, job: Job, vector: TaskVector, model: PreTrainedModel, training: dict[str, Any]) -> _Measured:
+        """Measures what is subtracted at every strength asked for and at the largest one within the utility budget."""
+        strengths = self._strengths_of(job, vector, model)
         matched, bound_by = strengths.largest()
         points: list[Point] = []
         unmeasured: dict[str, str] = {}
@@ -278,12 +277,12 @@ class Bench:
             },
         )
 
-    def _strengths_of(self, job: Job, change: TaskVector, model: PreTrainedModel) -> Strengths:
+    def _strengths_of(self, job: Job, vector: TaskVector, model: PreTrainedModel) -> Strengths:
         """The change of a job at any strength, written into a model."""
         return Strengths(
             self.base,
             model,
-            change,
+            vector,
             self._strength(job),
             job.recipe.compare,
             normal=self._normal,

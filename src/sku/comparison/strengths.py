@@ -23,7 +23,7 @@ class Strengths:
         self,
         base: PreTrainedModel,
         model: PreTrainedModel,
-        change: TaskVector,
+        subtracted: TaskVector,
         own: float,
         compare: CompareConfig,
         *,
@@ -35,14 +35,14 @@ class Strengths:
         Args:
             base: The original model. It is not changed.
             model: The working copy.
-            change: What the method adds to the original weights at its own strength 1.
+            subtracted: What the method subtracts from the original weights at its own strength 1.
             own: The method's own strength, of which all others are multiples.
             compare: Budget, limits and largest strength.
             normal: Normal sets and how the base scores them.
             refusals: Normal prompts and how many of them the base refuses.
         """
         self.model = model
-        self._base, self._against, self._own, self._compare = base, -change, own, compare
+        self._base, self._subtracted, self._own, self._compare = base, subtracted, own, compare
         self._normal, self._refusals = normal, refusals
         self._refused: dict[float, float] = {}
 
@@ -53,7 +53,7 @@ class Strengths:
             TaskVectorError: The change doesn't fit, or a weight is not finite.
         """
         # From the original each time, so that no rounding adds up.
-        subtract_into(self.model, self._base, self._against, strength * self._own)
+        subtract_into(self.model, self._base, self._subtracted, strength * self._own)
 
     def cost(self, strength: float) -> UtilityCost:
         """Without replies, which cost most by far; infinite where the weights break."""

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from sku.config.check import validated
 from sku.errors import RecipeError
-from sku.negate.task_vector import TaskVector
 from sku.training.objective import Objective
 
 Settings = TypeVar("Settings")
@@ -34,8 +33,8 @@ class Method(Generic[Settings]):
     """Frozen dataclass of the method's own settings, with the paper's values as defaults."""
     objective: Callable[[Settings, PreTrainedModel], Objective]
     """What is minimised. The model is given for its shape alone, such as the number of layers."""
-    weight_step: Callable[[TaskVector], TaskVector] | None = None
-    """From what training changed to ``delta``; None where that is ``delta`` itself."""
+    negates: bool = False
+    """Whether ``delta`` is what training changed with its sign turned: knowledge negation."""
     trained_modules: Callable[[Settings, PreTrainedModel], Sequence[str]] | None = None
     """Names of the modules that are trained; None for all that the recipe's tuning names."""
     hazardous: bool = False
@@ -55,8 +54,3 @@ def check_weights(method: str, **weights: float) -> None:
     if not any(weights.values()):
         keys = " and ".join(f"methods.{method}.settings.{name}" for name in weights)
         raise RecipeError(f"{keys} leave no term on: there is nothing to train; set a weight above 0")
-
-
-def negated(vector: TaskVector) -> TaskVector:
-    """Knowledge negation: ``delta = -(theta_trained - theta_o)``, exact."""
-    return -vector

@@ -191,10 +191,10 @@ def _train(
     )
 
 
-def change_of(
+def subtracted_by(
     method: AnyMethod, trained: PreTrainedModel | PeftModel | TaskVector, base: PreTrainedModel | None = None
 ) -> TaskVector:
-    """What a method adds to the original weights at strength 1.
+    """What a method subtracts from the original weights at strength 1.
 
     Args:
         method: What was run.
@@ -202,7 +202,7 @@ def change_of(
         base: The original model, for full fine-tuning.
 
     Returns:
-        ``delta`` of ``theta_u = theta_o + strength * delta``, float32.
+        ``-delta`` of ``theta_u = theta_o + strength * delta``, float32: the task vector itself where it is negated.
 
     Raises:
         TaskVectorError: Training changed nothing, or the two models don't fit.
@@ -214,7 +214,7 @@ def change_of(
     else:
         assert base is not None
         vector = TaskVector.between(base, trained)
-    return vector if method.weight_step is None else method.weight_step(vector)
+    return vector if method.negates else -vector
 
 
 def with_safe_dtype(recipe: Recipe) -> ModelConfig:

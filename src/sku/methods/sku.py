@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from sku.acquire.objective import sku_objective
 from sku.config import AcquireConfig
-from sku.methods.base import Method, negated
+from sku.methods.base import Method
 
 SKU = Method(
     name="sku",
@@ -17,6 +17,6 @@ SKU = Method(
     paper_url="https://arxiv.org/abs/2402.10058",
     settings=AcquireConfig,
     objective=lambda settings, _model: sku_objective(settings),
-    weight_step=negated,
+    negates=True,
     hazardous=True,
 )

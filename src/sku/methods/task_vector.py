@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sku.acquire.objective import sku_objective
 from sku.config import ModulesConfig, WeightsConfig
-from sku.methods.base import Method, NoSettings, negated
+from sku.methods.base import Method, NoSettings
 from sku.training.objective import Objective
 
 
@@ -25,6 +25,6 @@ TASK_VECTOR = Method(
     paper_url="https://arxiv.org/abs/2212.04089",
     settings=NoSettings,
     objective=_objective,
-    weight_step=negated,
+    negates=True,
     hazardous=True,
 )

@@ -1,36 +1,45 @@
-"""Task vectors that stay adapters: ``sum_i c_i s_i B_i A_i`` as one LoRA, with our own float32 arithmetic.
+"""LoRA adapters as task vectors in factors: ``sum_i c_i s_i B_i A_i`` as one LoRA, with our own float32 arithmetic.
 
 The factors of several adapters are put side by side, so that the rank of the result is the sum of theirs and nothing
-is approximated. Scaling and coefficients go into B, which rounds each of its entries once; the saved adapter has
-``lora_alpha = r``, a scaling of 1.
+is approximated. Coefficients go into B, which rounds each of its entries once; so do the scalings where adapters are
+combined.
 
 Shapes: O = outputs of a layer, I = its inputs, r = rank.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
+from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.errors import ModelError, TaskVectorError, one_line
-from sku.hazard import mark_model
+from sku.hazard import mark_model, mark_settings
 from sku.model_files import check_no_pickles
-from sku.negate.task_vector import TaskVector
-from sku.storage import HAZARD_KEY, is_marked_hazardous, new_folder
+from sku.models import changed_by_adapter
+from sku.negate.arithmetic import low_rank_product
+from sku.negate.matching import EMPTY_ADAPTER
+from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
 
-_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "monteclora_config",
+    "layer_replication",
+)  # fmt: skip
+"""Settings of PEFT's LoRA that make more of its factors than a product, or of the layers than the original ones."""
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -69,63 +78,158 @@ def without_mark_warning() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """``B A``, the change of one weight."""
+    """``scaling * B A``, the change of one weight, or its transpose."""
 
     upper_Or: Tensor
-    """B, float32, with every factor in it."""
+    """B."""
     lower_rI: Tensor
-    """A, float32."""
+    """A."""
+    scaling: float = 1.0
+    turned: bool = False
+    """The model keeps the weight as ``[I, O]``: embeddings and GPT-2's layers."""
+    of_embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.lower_rI)
+
+    @property
+    def alpha(self) -> int:
+        """PEFT's ``lora_alpha``; it takes other numbers than whole ones, too."""
+        return self.scaling * self.rank  # type: ignore[return-value]
+
+    def delta(self) -> Tensor:
+        """The change itself, as the model keeps the weight."""
+        return low_rank_product(self.upper_Or, self.lower_rI, self.scaling, transposed=self.turned)
+
+    def mapped(self, row_map: Callable[[Tensor], Tensor]) -> LowRank:
+        """With its rows mapped; the rows of an embedding, which are those of its tokens, end in B."""
+        if self.of_embedding:
+            return dataclasses.replace(self, upper_Or=row_map(self.upper_Or.T).T)
+        return dataclasses.replace(self, lower_rI=row_map(self.lower_rI))
+
+    def __mul__(self, coefficient: float) -> LowRank:
+        return dataclasses.replace(self, upper_Or=self.upper_Or * coefficient)
+
+    __rmul__ = __mul__
+
+    def file_names(self, weight: str) -> tuple[str, str]:
+        """Names of B and A in the adapter's file."""
+        layer = f"base_model.model.{weight.removesuffix('.weight')}"
+        form = "{}.lora_embedding_{}" if self.of_embedding else "{}.lora_{}.weight"
+        return form.format(layer, "B"), form.format(layer, "A")
+
+
+def check_plain_lora(settings: PeftConfig, adapter: str) -> None:
+    """Refuses an adapter whose change is more than ``scaling * B A``.
+
+    Args:
+        settings: The adapter's.
+        adapter: Its name, for the message.
+
+    Raises:
+        TaskVectorError: It is not a LoRA, is a variant such as DoRA, changes the original weights when it is added, or
+            trains biases or whole modules besides.
+    """
+    if isinstance(settings, LoraConfig):
+        variants = [name for name in _VARIANTS if getattr(settings, name, None)]
+        other = variants[0] if variants else changed_by_adapter(settings)
+    else:
+        other = f"peft_type {getattr(settings.peft_type, 'value', settings.peft_type)}"
+    if other is not None:
+        raise TaskVectorError(f"adapter {adapter} is not a plain LoRA: {other}; merge it and use TaskVector.between")
+    assert isinstance(settings, LoraConfig)
+    if settings.bias != "none" or settings.lora_bias or settings.modules_to_save:
+        raise TaskVectorError(
+            "the adapter trains biases or whole modules (bias, modules_to_save); merge it and use "
+            "TaskVector.between on the two models"
+        )
+
+
+def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRank]]:
+    """The weights that an adapter changes, without computing a change.
+
+    Args:
+        model: With the adapter, not merged; its factors may be without memory.
+        adapter: The adapter's name.
+
+    Yields:
+        Name of the weight in the model without adapter, and the factors as the adapter holds them.
+
+    Raises:
+        TaskVectorError: The adapter is merged, is no plain LoRA, or changes a layer that is no single matrix.
+    """
+    check_plain_lora(model.peft_config[adapter], adapter)
+    names = {id(module): name for name, module in model.get_base_model().named_modules()}
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if module.merged:
+            raise TaskVectorError("the adapter is merged into the weights; unmerge it first")
+        if not isinstance(module, LoraLayer) or adapter not in module.scaling:
+            raise TaskVectorError(f"adapter {adapter} of {type(module).__name__} is not a LoRA")
+        name, scaling = names[id(module)], module.scaling[adapter]
+        if isinstance(module, Embedding):
+            upper, lower, turned = module.lora_embedding_B[adapter], module.lora_embedding_A[adapter], True
+        elif isinstance(module.get_base_layer(), nn.Linear | Conv1D) and adapter in module.lora_A:
+            upper, lower = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+            turned = bool(getattr(module, "fan_in_fan_out", False))
+        else:
+            raise TaskVectorError(
+                f"the adapter changes {name}, a {type(module).__name__}, which is no single matrix; merge it and "
+                "give the merged model"
+            )
+        yield (
+            f"{name}.weight",
+            LowRank(
+                upper_Or=upper, lower_rI=lower, scaling=scaling, turned=turned,
+                of_embedding=isinstance(module, Embedding),
+            ),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterVector:
-    """What an adapter of linear layers adds to the original weights, in factors."""
+    """What an adapter adds to the original weights, in factors."""
 
     factors: Mapping[str, LowRank]
-    """Weight name -> its change."""
-    turned: frozenset[str] = frozenset()
-    """Weights that the model keeps as ``[I, O]`` (GPT-2's layers)."""
+    """Weight name -> its change, float32 on the CPU."""
     base_name: str | None = None
     """Name or folder of the original model, as the adapter says."""
-    target_modules: tuple[str, ...] = field(default=())
+    target_modules: tuple[str, ...] = ()
     """Names that fit the adapted modules and no others, as the adapter says; empty for those of ``factors``."""
 
     @classmethod
     def of(cls, model: PeftModel) -> AdapterVector:
-        """The factors of a model's active adapter, ``scaling`` inside B.
+        """The factors of a model's active adapter.
 
         Args:
             model: Model with one active, unmerged LoRA adapter.
 
         Returns:
-            Float32 copies on the CPU.
+            Copies.
 
         Raises:
-            TaskVectorError: The adapter is not a plain LoRA of linear layers, or is zero.
+            TaskVectorError: The adapter is not a plain LoRA of matrices, or is zero.
         """
-        TaskVector.from_adapter(model)  # Refuses all that a product of two factors doesn't describe.
         adapter = model.active_adapter
-        names = {id(module): name for name, module in model.get_base_model().named_modules()}
-        factors, turned = {}, set()
-        for module in model.modules():
-            if not isinstance(module, LoraLayer):
-                continue
-            layer: Any = module
-            weight = f"{names[id(module)]}.weight"
-            if adapter not in layer.lora_A or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
-                raise TaskVectorError(f"{weight} is adapted and no linear layer: its change can't be kept in factors")
-            if isinstance(layer.get_base_layer(), Conv1D):
-                turned.add(weight)
-            upper, lower = (part[adapter].weight.detach().cpu().float() for part in (layer.lora_B, layer.lora_A))
-            factors[weight] = LowRank(upper_Or=upper * layer.scaling[adapter], lower_rI=lower.clone())
+        factors = {}
+        for name, change in adapted_weights(model, adapter):
+            upper, lower = (
+                part.detach().to("cpu", torch.float32, copy=True) for part in (change.upper_Or, change.lower_rI)
+            )
+            factors[name] = dataclasses.replace(change, upper_Or=upper, lower_rI=lower)
+        if not any(change.upper_Or.any() and change.lower_rI.any() for change in factors.values()):
+            raise TaskVectorError(EMPTY_ADAPTER)
         config = model.peft_config[adapter]
         assert isinstance(config, LoraConfig)
         targets = config.target_modules if isinstance(config.target_modules, set | list | tuple) else ()
         # Other settings may narrow them (layers_to_transform, exclude_modules); then each layer is named whole.
-        fit = {f"{name}.weight" for name in names.values() if any(_fits(name, target) for target in targets)}
+        layers = (name for name, _ in model.get_base_model().named_modules())
+        fit = {f"{name}.weight" for name in layers if any(_fits(name, target) for target in targets)}
         return cls(
             factors=factors,
-            turned=frozenset(turned),
             base_name=config.base_model_name_or_path,
             target_modules=tuple(sorted(targets)) if fit == factors.keys() else (),
         )
@@ -135,79 +239,56 @@ class AdapterVector:
 
         Args:
             row_maps: One after the other, weight name -> map of rows, as of ``OperatedVector.row_maps``.
-
-        Returns:
-            A new vector.
         """
         factors = dict(self.factors)
         for maps in row_maps:
             for name in factors.keys() & maps.keys():
-                changed = maps[name](factors[name].lower_rI)
-                factors[name] = LowRank(upper_Or=factors[name].upper_Or, lower_rI=changed)
-        return self._with(factors)
+                factors[name] = factors[name].mapped(maps[name])
+        return dataclasses.replace(self, factors=factors)
 
     def __mul__(self, coefficient: float) -> AdapterVector:
-        return self._with(
-            {
-                name: LowRank(upper_Or=change.upper_Or * coefficient, lower_rI=change.lower_rI)
-                for name, change in self.factors.items()
-            }
-        )
+        factors = {name: coefficient * change for name, change in self.factors.items()}
+        return dataclasses.replace(self, factors=factors)
 
     __rmul__ = __mul__
 
-    def dense(self) -> TaskVector:
-        """The same as differences of whole weights."""
-        deltas = {}
-        for name, change in self.factors.items():
-            delta = change.upper_Or @ change.lower_rI
-            deltas[name] = delta.T.contiguous() if name in self.turned else delta
-        return TaskVector(deltas)
-
-    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+    def save(self, folder: Path, *, overwrite: bool = False, hazardous: bool = False) -> None:
         """Writes an adapter that plain PEFT loads on the original model and that adds this vector to it.
 
         Args:
             folder: New folder.
             overwrite: Replace it if it exists.
+            hazardous: Mark it, and make it private.
 
         Raises:
             TaskVectorError: A factor is not finite.
             OutputError: The folder exists or can't be written.
         """
-        ranks = {name.removesuffix(".weight"): len(change.lower_rI) for name, change in self.factors.items()}
-        largest = max(ranks.values())
-        odd = {name: rank for name, rank in ranks.items() if rank != largest}
-        config = LoraConfig(
-            r=largest,
-            lora_alpha=largest,
-            rank_pattern=odd,
-            alpha_pattern=odd,
-            target_modules=list(self.target_modules or ranks),
-            fan_in_fan_out=bool(self.turned),
+        layers = {name.removesuffix(".weight"): change for name, change in self.factors.items()}
+        largest = max(layers.values(), key=lambda change: change.rank)
+        config: PeftConfig = LoraConfig(
+            r=largest.rank,
+            lora_alpha=largest.alpha,
+            rank_pattern={name: change.rank for name, change in layers.items() if change.rank != largest.rank},
+            alpha_pattern={name: change.alpha for name, change in layers.items() if change.alpha != largest.alpha},
+            target_modules=list(self.target_modules or layers),
+            fan_in_fan_out=any(change.turned and not change.of_embedding for change in layers.values()),
             task_type=TaskType.CAUSAL_LM,
             base_model_name_or_path=self.base_name,
             inference_mode=True,
         )
         tensors = {}
         for name, change in self.factors.items():
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = change.lower_rI.contiguous()
-            tensors[f"{module}.lora_B.weight"] = change.upper_Or.contiguous()
-        bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if bad:
-            raise TaskVectorError(f"{bad[0]} holds NaN or infinity; lower alpha or the coefficients")
-        with new_folder(folder, overwrite=overwrite) as temporary:
-            save_file(tensors, temporary / _FILE, {"format": "pt"})
+            for place, factor in zip(change.file_names(name), (change.upper_Or, change.lower_rI), strict=True):
+                if not torch.isfinite(factor).all():
+                    raise TaskVectorError(f"{place} holds NaN or infinity; lower alpha or the coefficients")
+                tensors[place] = factor.contiguous()
+        with new_folder(folder, overwrite=overwrite, private=hazardous) as temporary:
+            if hazardous:
+                mark_hazardous(temporary)
+                config = mark_settings(config)
+            save_file(tensors, temporary / ADAPTER_FILE, {"format": "pt"})
             config.save_pretrained(str(temporary))
-
-    def _with(self, factors: Mapping[str, LowRank], **changes: Any) -> AdapterVector:
-        return AdapterVector(
-            factors=factors,
-            turned=self.turned,
-            base_name=self.base_name,
-            target_modules=changes.get("target_modules", self.target_modules),
-        )
 
 
 def _fits(name: str, target: str) -> bool:
@@ -222,28 +303,26 @@ def combined(terms: Sequence[tuple[float, AdapterVector]]) -> AdapterVector:
         terms: Coefficient and adapter of each term, at least one, all of the same original model.
 
     Returns:
-        An adapter whose rank is the sum of theirs, weight by weight.
+        An adapter whose rank is the sum of theirs, weight by weight, with a scaling of 1.
 
     Raises:
         TaskVectorError: Two adapters change a weight of different shapes.
     """
-    scaled = [coefficient * vector for coefficient, vector in terms]
-    names = dict.fromkeys(name for vector in scaled for name in vector.factors)
+    names = dict.fromkeys(name for _, vector in terms for name in vector.factors)
     factors = {}
     for name in names:
-        own = [vector.factors[name] for vector in scaled if name in vector.factors]
-        if len({(len(change.upper_Or), change.lower_rI.shape[1]) for change in own}) > 1:
+        own = [(coefficient, vector.factors[name]) for coefficient, vector in terms if name in vector.factors]
+        if len({(len(change.upper_Or), change.lower_rI.shape[1]) for _, change in own}) > 1:
             raise TaskVectorError(f"the adapters change {name} in different shapes: they are of different models")
-        factors[name] = LowRank(
-            upper_Or=torch.cat([change.upper_Or for change in own], dim=1),
-            lower_rI=torch.cat([change.lower_rI for change in own], dim=0),
+        factors[name] = dataclasses.replace(
+            own[0][1],
+            upper_Or=torch.cat([change.upper_Or * change.scaling * coefficient for coefficient, change in own], dim=1),
+            lower_rI=torch.cat([change.lower_rI for _, change in own], dim=0),
+            scaling=1.0,
         )
-    first = scaled[0]
-    same = all(vector.target_modules == first.target_modules for vector in scaled)
+    first = terms[0][1]
+    same = all(vector.target_modules == first.target_modules for _, vector in terms)
+    # Where they differ, names of modules of one would fit modules that only another adapts.
     return AdapterVector(
-        factors=factors,
-        turned=frozenset().union(*(vector.turned for vector in scaled)),
-        base_name=first.base_name,
-        # Where they differ, names of modules of one would fit modules that only another adapts.
-        target_modules=first.target_modules if same else (),
+        factors=factors, base_name=first.base_name, target_modules=first.target_modules if same else ()
     )

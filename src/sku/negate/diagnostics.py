@@ -9,9 +9,9 @@ For the manifest (``negation.diagnostics``):
 - ``normal_share``: share of the squared length of linear layers' differences that lies in the top eigenvectors of
   their inputs on normal text (90 % of the trace), and ``normal_share_of_directions``, what a random difference has.
   ``normal_rank``: their number by weight. Left out for models with inputs wider than 4,096.
-- ``normal_cosine``: cosine with the vector of normal training. Where none is given it is one step of gradient descent
-  on normal answers at the original weights, ``-g``, over the weights that the vector changes. Positive: what is
-  subtracted is, to first order, what makes the model better at normal text.
+- ``normal_cosine``: cosine with one step of gradient descent on normal answers at the original weights, ``-g``, over
+  the weights that the vector changes. Positive: what is subtracted is, to first order, what makes the model better at
+  normal text.
 - ``warning``: a sentence where the vector mostly points at normal behaviour, else null.
 """
 
@@ -28,11 +28,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sku.negate.adapters import AdapterVector, LowRank
 from sku.negate.matching import check_same_names
-from sku.negate.operators.base import OperatorContext, linear_weights, turned_weights
-from sku.negate.operators.learned import group_of
-from sku.negate.operators.perta import mean_gradient
+from sku.negate.operators.base import OperatorContext, group_of, linear_weights, turned_weights
 from sku.negate.operators.spectra import InputSpectra, input_spectra
-from sku.negate.operators.texts import drawn
+from sku.negate.operators.texts import InputSettings, drawn, mean_gradient
 from sku.negate.task_vector import TaskVector, unique_weights
 
 ENERGY = 0.9
@@ -49,19 +47,12 @@ MOSTLY = 0.5
 """Share or cosine above which a vector is said to point mostly at normal behaviour."""
 
 
-def diagnose(
-    vector: TaskVector,
-    context: OperatorContext,
-    *,
-    normal: TaskVector | None = None,
-    adapter: AdapterVector | None = None,
-) -> dict[str, Any]:
+def diagnose(vector: TaskVector, context: OperatorContext, adapter: AdapterVector | None = None) -> dict[str, Any]:
     """Measures a task vector.
 
     Args:
         vector: What is subtracted, after all operators.
         context: The original model; what needs normal examples is left out where it has none.
-        normal: Vector of a model trained on normal data; the negative gradient where None.
         adapter: The same vector in factors, from which its rank is cheap.
 
     Returns:
@@ -82,12 +73,11 @@ def diagnose(
         "without_rank": len(vector.deltas) - len(ranks),
     }
     if context.normal and _widest_input(context) <= LARGEST_INPUT:
-        spectra = input_spectra(context, "normal", positions="all", examples=EXAMPLES, unit=False)
+        spectra = input_spectra(context, "normal", InputSettings(examples=EXAMPLES))
         found |= normal_share(vector, spectra, turned_weights(context.base))
-    direction = normal if normal is not None else _descent(vector, context) if context.normal else None
-    if direction is not None:
-        found["normal_cosine"] = cosine(vector, direction)
-        found["normal_vector"] = "given" if normal is not None else "negative gradient on normal answers"
+    if context.normal:
+        found["normal_cosine"] = cosine(vector, _descent(vector, context))
+        found["normal_vector"] = "negative gradient on normal answers"
     return {**found, "warning": _warning(found)}
 
 

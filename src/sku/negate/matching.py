@@ -1,43 +1,134 @@
-"""Whether two sets of weights fit each other, by names and shapes alone."""
+"""Whether two sets of weights fit each other: one matcher for models in memory and for those that lie in files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from sku.errors import TaskVectorError
 
+EQUAL_MODELS = "base and bad model are equal: stage 1 changed nothing, there is nothing to negate"
+EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
 
-class Shaped(Protocol):
-    """A tensor, or the entry of one in a file."""
+
+class Typed(Protocol):
+    """A tensor, or the entry of one in a file, or what makes up one."""
 
     @property
     def shape(self) -> Sequence[int]:
         """Its shape."""
 
+    @property
+    def dtype(self) -> object:
+        """Its type."""
 
-def read_ties(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
-    """The ties that the file of a saved task vector names.
 
-    Args:
-        metadata: Of the file.
-        path: Of the file, for the message.
+T = TypeVar("T", bound=Typed)
+C = TypeVar("C", bound=Typed)
 
-    Returns:
-        Other name of a tied weight -> the name under which its difference is kept.
+
+class Source(ABC, Generic[T]):
+    """The tensors of a model, in memory or in files, as far as they are matched."""
+
+    weights: dict[str, T]
+    """Floating-point tensors, by the name they are kept under."""
+    integers: dict[str, T]
+    """All others. They have no difference and must be equal: GPTQ and AWQ keep weights there."""
+
+    @property
+    @abstractmethod
+    def ties(self) -> Mapping[str, str]:
+        """Other name of a tied weight -> the name it is listed under, both as they would be kept."""
+
+    @property
+    @abstractmethod
+    def may_be_tied(self) -> bool:
+        """False where there are certainly no ties; to find them may mean to read files."""
+
+    @abstractmethod
+    def known(self) -> tuple[Collection[str], Mapping[str, str]]:
+        """Names of the weights, tied ones once, and ties, as task vectors and adapters have them."""
+
+    @abstractmethod
+    def places(self, name: str) -> Sequence[str]:
+        """Under which names a weight of such a name is kept; a tied pair can be there twice."""
+
+    @abstractmethod
+    def equal(self, first: T, second: T) -> bool:
+        """Whether two of the tensors are of one type and shape and hold the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched(Generic[C]):
+    """What is subtracted from which weight."""
+
+    changes: Mapping[str, C]
+    """By the name under which the base keeps the weight."""
+    twins: frozenset[str] = frozenset()
+    """Of these, names whose tied twin is counted."""
+
+
+def match_models(base: Source[T], bad: Source[T], bad_name: str = "bad model") -> Matched[T]:
+    """Finds the other model's tensor of each weight of the base.
 
     Raises:
-        TaskVectorError: There is no such entry, or it is damaged.
+        TaskVectorError: Names, shapes, ties or integers differ.
     """
-    try:
-        tied = json.loads(metadata["tied"])
-    except (KeyError, ValueError, RecursionError):
-        tied = None
-    if not isinstance(tied, dict) or not all(isinstance(owner, str) for owner in tied.values()):
-        raise TaskVectorError(f"{path} does not say which weights are tied: it is damaged; save it again")
-    return tied
+    theirs = dict(bad.weights)
+    twins: set[str] = set()
+    if base.weights.keys() != theirs.keys() or base.may_be_tied or bad.may_be_tied:
+        ties, their_ties = base.ties, bad.ties
+        unique, their_unique = (
+            {tied.get(name, name) for name in kept} for tied, kept in ((ties, base.weights), (their_ties, theirs))
+        )
+        check_same_names(unique, their_unique, "base", bad_name)
+        odd = sorted(set(ties.items()) ^ set(their_ties.items()))
+        if odd:
+            raise TaskVectorError(f"{odd[0][0]} is tied in one model and not in the other; load both the same way")
+        twins = {name for name, owner in ties.items() if name in base.weights and owner in base.weights}
+        for pair in their_ties.items():
+            for name, owner in (pair, pair[::-1]):
+                if name not in bad.weights and owner in bad.weights:
+                    theirs[name] = bad.weights[owner]
+    check_same_names(base.weights, base.weights.keys() & theirs.keys(), "base", bad_name)
+    _check_same_integers(base, bad)
+    for name, weight in base.weights.items():
+        check_same_shape(name, weight, theirs[name])
+    return Matched(changes={name: theirs[name] for name in base.weights}, twins=frozenset(twins))
+
+
+def match_changes(base: Source[T], changes: Mapping[str, C], tied: Mapping[str, str]) -> Matched[C]:
+    """Finds the weights of the base that a task vector or an adapter changes.
+
+    Args:
+        base: The original model.
+        changes: Name as in the model -> the difference.
+        tied: Other name of a tied weight -> the name under which its difference is kept.
+
+    Returns:
+        The changes by the base's own names.
+
+    Raises:
+        TaskVectorError: The base has no such weight, ties others, or has it in another shape.
+    """
+    weights, ties = base.known()
+    check_known_weights(changes, weights)
+    odd = sorted(set(tied.items()) - set(ties.items()))
+    if odd:
+        raise TaskVectorError(
+            f"{odd[0][0]} is tied in the task vector and not in the base; load the base with its ties"
+        )
+    placed: dict[str, C] = {}
+    twins: set[str] = set()
+    for name, change in changes.items():
+        first, *others = base.places(name)
+        twins.update(others)
+        for place in (first, *others):
+            check_same_shape(place, base.weights[place], change)
+            placed[place] = change
+    return Matched(changes=placed, twins=frozenset(twins))
 
 
 def check_same_names(first: Iterable[str], second: Iterable[str], first_name: str, second_name: str) -> None:
@@ -54,7 +145,7 @@ def check_same_names(first: Iterable[str], second: Iterable[str], first_name: st
             raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
 
 
-def check_same_shape(name: str, first: Shaped, second: Shaped) -> None:
+def check_same_shape(name: str, first: Typed, second: Typed) -> None:
     """Refuses weights of one name and two shapes.
 
     Raises:
@@ -79,48 +170,11 @@ def check_known_weights(changed: Iterable[str], known: Iterable[str]) -> None:
         )
 
 
-def check_known_ties(vector: Iterable[tuple[str, str]], base: Iterable[tuple[str, str]]) -> None:
-    """Refuses a task vector that ties weights which the base keeps apart.
-
-    Args:
-        vector: Other name of a tied weight and the name its difference is kept under.
-        base: The same of the base.
-
-    Raises:
-        TaskVectorError: With the first such name.
-    """
-    odd = sorted(set(vector) - set(base))
-    if odd:
-        raise TaskVectorError(
-            f"{odd[0][0]} is tied in the task vector and not in the base; load the base with its ties"
-        )
-
-
-def check_same_ties(first: Iterable[tuple[str, str]], second: Iterable[tuple[str, str]]) -> None:
-    """Refuses two models that tie different weights.
-
-    Raises:
-        TaskVectorError: With the first such name.
-    """
-    odd = sorted(set(first) ^ set(second))
-    if odd:
-        raise TaskVectorError(f"{odd[0][0]} is tied in one model and not in the other; load both the same way")
-
-
-EQUAL_MODELS = "base and bad model are equal: stage 1 changed nothing, there is nothing to negate"
-EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
-
-
-def quantized_weight(name: str, dtype: str) -> TaskVectorError:
+def quantized_weight(name: str, dtype: object) -> TaskVectorError:
     """The refusal of a weight that is no floating-point number of at least two bytes."""
     return TaskVectorError(
         f"{name} is {dtype}: quantized weights have no exact difference. Use full-precision weights"
     )
-
-
-def different_integers(name: str, dtype: str) -> TaskVectorError:
-    """The refusal of integer buffers that differ: GPTQ and AWQ keep weights there."""
-    return TaskVectorError(f"{name} is {dtype} and differs: quantized weights have no exact difference")
 
 
 def unusable_difference(name: str) -> TaskVectorError:
@@ -128,6 +182,13 @@ def unusable_difference(name: str) -> TaskVectorError:
     return TaskVectorError(f"the difference of {name} holds NaN or infinity; the bad model is unusable")
 
 
-def unusable_result(name: str, dtype: str) -> TaskVectorError:
+def unusable_result(name: str, dtype: object) -> TaskVectorError:
     """The refusal of a result with values that are not finite."""
     return TaskVectorError(f"{name} would hold NaN or infinity in {dtype}; lower alpha or keep float32")
+
+
+def _check_same_integers(base: Source[T], bad: Source[T]) -> None:
+    for name, tensor in {**bad.integers, **base.integers}.items():
+        own, other = base.integers.get(name), bad.integers.get(name)
+        if own is None or other is None or not base.equal(own, other):
+            raise TaskVectorError(f"{name} is {tensor.dtype} and differs: quantized weights have no exact difference")

@@ -7,10 +7,13 @@ nearest drops each change below half a step of the shorter type; this keeps it a
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Rounding = Literal["nearest", "stochastic"]
+"""How float32 results become those of a shorter type."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

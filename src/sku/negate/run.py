@@ -12,15 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
-from sku.hazard import save_without_mark
+from sku.hazard import is_marked_model
 from sku.models import check_plain_weights, load_model
-from sku.negate.adapters import load_adapter
-from sku.negate.in_memory import subtract_tensors
-from sku.negate.matching import EQUAL_MODELS, check_known_ties, check_known_weights, unusable_result
-from sku.negate.record import Negation
+from sku.negate.adapters import ADAPTER_CONFIG, AdapterVector, load_adapter
+from sku.negate.arithmetic import Negation, subtract_tensors
+from sku.negate.matching import EQUAL_MODELS, match_changes, match_models, unusable_result
 from sku.negate.rounding import overflows
-from sku.negate.stream_arithmetic import Sums
-from sku.negate.task_vector import TaskVector, paired_weights, unique_weights
+from sku.negate.task_vector import ModelSource, TaskVector, unique_weights
 from sku.storage import check_space, new_folder
 
 
@@ -69,10 +67,7 @@ def negate_with_record(
     unlearned = copy.deepcopy(original)
     if output_dtype is not None:
         round_weights(unlearned, output_dtype)
-    if isinstance(change, TaskVector):
-        record = subtract_into(unlearned, original, change, alpha)
-    else:
-        record = _subtract_model(unlearned, original, change, alpha)
+    record = subtract_into(unlearned, original, change, alpha)
     unlearned.requires_grad_(requires_grad=True)
     unlearned.eval()
     return unlearned, record
@@ -104,7 +99,7 @@ def _vector_or_model(
         folder = Path(bad)
         if TaskVector.is_saved_in(folder):
             return TaskVector.load(folder)
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             return TaskVector.from_adapter(load_adapter(copy.deepcopy(base), folder))
         return _as_stored(folder)
     return TaskVector.from_adapter(bad) if isinstance(bad, PeftModel) else bad
@@ -130,37 +125,21 @@ def save_unlearned(
         tokenizer.save_pretrained(temporary)
 
 
-def save_negated_adapter(bad: PeftModel, alpha: float, folder: Path, *, overwrite: bool = False) -> None:
+def save_negated_adapter(bad: PeftModel, alpha: float, folder: Path) -> None:
     """Saves the adapter that, loaded on the original model, gives the unlearned one without merging.
 
     ``scaling * B A`` becomes ``-alpha * scaling * B A`` by scaling B. In float32 the result is exact for ``alpha`` 1.
 
     Args:
         bad: Model with the adapter of stage 1. It is left as it was.
-        alpha: As in ``negate``.
+        alpha: As in ``negate``. Below 0 what a bad model learned is added, and the adapter is marked as it is.
         folder: New folder.
-        overwrite: Replace it if it exists.
 
     Raises:
-        TaskVectorError: The adapter is not a plain LoRA.
+        TaskVectorError: The adapter is not a plain LoRA of matrices.
         OutputError: The folder can't be written.
     """
-    TaskVector.from_adapter(bad)  # Refuses what scaling B alone would not negate.
-    with new_folder(folder, overwrite=overwrite) as temporary:
-        factors = [parameter for name, parameter in bad.named_parameters() if _is_upper_factor(name)]
-        kept = [factor.detach().clone() for factor in factors]
-        try:
-            with torch.no_grad():
-                for factor in factors:
-                    factor.mul_(-alpha)
-            if alpha < 0:
-                bad.save_pretrained(str(temporary))  # It adds the harm, and is marked where its model is.
-            else:
-                save_without_mark(bad, temporary)
-        finally:
-            with torch.no_grad():
-                for factor, original in zip(factors, kept, strict=True):
-                    factor.copy_(original)
+    (-alpha * AdapterVector.of(bad)).save(folder, hazardous=alpha < 0 and is_marked_model(bad))
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -176,17 +155,15 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def _is_upper_factor(name: str) -> bool:
-    return ".lora_B." in name or ".lora_embedding_B." in name
-
-
-def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector: TaskVector, alpha: float) -> Negation:
+def subtract_into(
+    unlearned: PreTrainedModel, original: PreTrainedModel, bad: TaskVector | PreTrainedModel, alpha: float
+) -> Negation:
     """Writes ``original - alpha * vector`` into a copy of the original, tensor by tensor.
 
     Args:
         unlearned: Gets the result, in its own type. Weights that the vector doesn't change stay as they are.
         original: The original model. It is not changed.
-        vector: The task vector.
+        bad: The task vector, or a whole bad model, whose vector is then never in memory.
         alpha: Finite. 0 gives the original weights bit for bit.
 
     Returns:
@@ -195,35 +172,16 @@ def subtract_into(unlearned: PreTrainedModel, original: PreTrainedModel, vector:
     Raises:
         TaskVectorError: Names, shapes or ties don't fit, or a result is not finite.
     """
-    weights, ties = unique_weights(original)
-    targets, _ = unique_weights(unlearned)
-    check_known_weights(vector.deltas, weights)
-    check_known_ties(vector.tied.items(), ties.items())
-    sums = subtract_tensors(weights, vector.deltas, targets, alpha, are_differences=True)
-    for name, weight in weights.items():
-        if name not in vector.deltas and overflows(weight, targets[name]):
-            raise unusable_result(name, str(targets[name].dtype))
-    return _record(unlearned, sums, alpha, len(vector.deltas))
-
-
-def _subtract_model(
-    unlearned: PreTrainedModel, original: PreTrainedModel, bad: PreTrainedModel, alpha: float
-) -> Negation:
-    """``subtract_into`` of a whole bad model, without its vector in memory."""
-    weights, bad_weights, _ = paired_weights(original, bad)
-    targets, _ = unique_weights(unlearned)
-    sums = subtract_tensors(weights, bad_weights, targets, alpha, are_differences=False)
-    if sums.difference == 0:
+    base, targets = ModelSource(original), unique_weights(unlearned)[0]
+    if isinstance(bad, TaskVector):
+        changes = match_changes(base, bad.deltas, bad.tied).changes
+    else:
+        changes = match_models(base, ModelSource(bad)).changes
+    is_vector = isinstance(bad, TaskVector)
+    sums = subtract_tensors(base.weights, changes, targets, alpha, are_differences=is_vector)
+    if not is_vector and sums.difference == 0:
         raise TaskVectorError(EQUAL_MODELS)
-    return _record(unlearned, sums, alpha, len(weights))
-
-
-def _record(unlearned: PreTrainedModel, sums: Sums, alpha: float, changed: int) -> Negation:
-    return Negation(
-        alpha=alpha,
-        task_vector_norm=math.sqrt(sums.difference),
-        base_norm=math.sqrt(sums.base),
-        changed_weights=changed if alpha else 0,
-        dtype=str(unlearned.dtype).removeprefix("torch."),
-        survival=sums.applied / sums.wanted if sums.wanted else 1.0,
-    )
+    for name in base.weights.keys() - changes.keys():
+        if overflows(base.weights[name], targets[name]):
+            raise unusable_result(name, targets[name].dtype)
+    return Negation.of(sums, alpha, len(changes), unlearned.dtype)

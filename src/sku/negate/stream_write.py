@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -16,31 +15,12 @@ import torch
 from torch import Tensor
 
 from sku.errors import ModelError
-from sku.negate import low_rank
-from sku.negate.matching import unusable_difference, unusable_result
-from sku.negate.record import Rounding
-from sku.negate.rounding import draws_for
-from sku.negate.safetensors_layout import StoredFile, StoredTensor, make_header
-from sku.negate.stream_arithmetic import Arithmetic, Sums, convert
-from sku.negate.stream_plan import LowRankChange, Plan, Work
-
-_COPIED_BYTES = 8 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardLayout:
-    """How a weight file of the result will look."""
-
-    source: StoredFile
-    header: bytes
-    starts: dict[str, int]
-    """Name of a tensor -> byte of the new file at which it begins."""
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Of the file: the base's."""
-        return self.source.path.name
+from sku.negate import arithmetic
+from sku.negate.arithmetic import Arithmetic, Sums, block_rows, convert, low_rank_rows
+from sku.negate.files import StoredTensor
+from sku.negate.matching import unusable_result
+from sku.negate.rounding import Rounding, draws_for
+from sku.negate.stream_plan import Change, LowRankChange, Plan, ShardLayout, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +41,6 @@ class _Block:
         return (self.stop - self.start) * self.work.dtype.itemsize
 
 
-def shard_layout(source: StoredFile, plan: Plan) -> ShardLayout:
-    """The header of a new file: the base's own, byte for byte, unless types change.
-
-    Args:
-        source: File of the base.
-        plan: Says the types.
-
-    Returns:
-        Where everything will lie.
-    """
-    work = [plan.work[tensor.name] for tensor in source.tensors]
-    if all(item.dtype == item.base.dtype for item in work):
-        starts = {tensor.name: tensor.start for tensor in source.tensors}
-        return ShardLayout(source=source, header=source.header, starts=starts, size=source.identity[0])
-    work.sort(key=lambda item: -item.dtype.itemsize)  # So that each begins at a multiple of its own size.
-    header, starts = make_header(((item.base.name, item.dtype, item.base.shape) for item in work), source.metadata)
-    size = len(header) + sum(item.base.elements * item.dtype.itemsize for item in work)
-    return ShardLayout(source=source, header=header, starts=starts, size=size)
-
-
 class ShardWriter:
     """Subtracts files of weights. One at a time is written, by all threads."""
 
@@ -92,6 +52,7 @@ class ShardWriter:
         self._open: dict[Path, int] = {}
         self._closing = ExitStack()
         self._local = threading.local()
+        self._arithmetic = Arithmetic()
         self._factors = lru_cache(maxsize=4)(self._read_factors)
 
     def __enter__(self) -> ShardWriter:
@@ -107,7 +68,7 @@ class ShardWriter:
         """Writes a file whole: under another name until it is flushed to the disk.
 
         Args:
-            layout: From ``shard_layout``.
+            layout: Of the plan.
             folder: To write into.
             pool: Computes the blocks.
             advance: Called with bytes that were written since the last call.
@@ -126,8 +87,7 @@ class ShardWriter:
             _reserve(descriptor, layout.size)
             _write_all(descriptor, memoryview(layout.header), 0)
             advance(len(layout.header))
-            blocks = list(self._blocks(layout))
-            futures = {pool.submit(self._finish, block, descriptor): block for block in blocks}
+            futures = {pool.submit(self._finish, block, descriptor): block for block in self._blocks(layout)}
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -149,83 +109,61 @@ class ShardWriter:
     def _blocks(self, layout: ShardLayout) -> Iterator[_Block]:
         for tensor in layout.source.tensors:
             work = self._plan.work[tensor.name]
-            step = _block_elements(work)
+            step = arithmetic.BLOCK_ELEMENTS
+            if isinstance(work.change, LowRankChange):
+                step = block_rows(tensor.shape[1]) * max(1, tensor.shape[1])
             for number, start in enumerate(range(0, tensor.elements, step)):
-                yield _Block(
-                    work=work,
-                    number=number,
-                    start=start,
-                    stop=min(start + step, tensor.elements),
-                    at=layout.starts[tensor.name] + start * work.dtype.itemsize,
-                )
+                stop = min(start + step, tensor.elements)
+                at = layout.starts[tensor.name] + start * work.dtype.itemsize
+                yield _Block(work=work, number=number, start=start, stop=stop, at=at)
 
     def _finish(self, block: _Block, descriptor: int) -> Sums:
         """Reads, computes and writes one block."""
-        work = block.work
-        if work.change is None and work.dtype == work.base.dtype:
-            self._copy(block, descriptor)
-            return Sums()
-        count = block.stop - block.start
-        base = self._read(work.base, block.start, block.stop, "base")
-        result, view = self._buffer("result", work.dtype, count)
-        draws = None
-        if self._seed is not None and work.dtype.itemsize < 4:
-            draws = draws_for(self._seed, work.base.name, block.number, count)
+        work, count = block.work, block.stop - block.start
+        base, view = self._read(work.base, block.start, block.stop, "base")
         sums = Sums()
-        if work.change is None:
-            if not convert(base, result, draws):
-                raise unusable_result(work.base.name, str(work.dtype))
-        else:
-            sums = Arithmetic.of_thread(self._local).subtract(
-                base, self._other(block), result, self._alpha, is_difference=_is_difference(work), draws=draws
-            )
-            _check_finite(work, sums)
+        if work.change is not None or work.dtype != work.base.dtype:
+            result, view = self._buffer("result", work.dtype, count)
+            draws = None
+            if self._seed is not None and work.dtype.itemsize < 4:
+                draws = draws_for(self._seed, work.base.name, block.number, count)
+            if work.change is not None:
+                sums = self._arithmetic.subtract(
+                    base, self._other(work.change, block), result, self._alpha,
+                    is_difference=self._plan.form != "model", draws=draws,
+                )  # fmt: skip
+                sums.check_finite(work.base.name, work.dtype)
+            elif not convert(base, result, draws):
+                raise unusable_result(work.base.name, work.dtype)
         _write_all(descriptor, view, block.at)
         return sums if work.counts else Sums()
 
-    def _other(self, block: _Block) -> Tensor:
+    def _other(self, change: Change, block: _Block) -> Tensor:
         """The bad model's weights of a block, or their difference from the base's."""
-        change = block.work.change
-        assert change is not None
-        if not isinstance(change, LowRankChange):
-            return self._read(change.tensor, block.start, block.stop, "other")
+        if isinstance(change, StoredTensor):
+            return self._read(change, block.start, block.stop, "other")[0]
         columns = block.work.base.shape[1]
-        upper, lower = self._factors(change)
-        return low_rank.low_rank_rows(
-            upper,
-            lower,
-            change.scaling,
-            block.start // columns,
-            block.stop // columns,
-            transposed=change.transposed,
-        ).reshape(-1)
+        start, stop = block.start // columns, block.stop // columns
+        rows = low_rank_rows(*self._factors(change), change.scaling, start, stop, transposed=change.transposed)
+        return rows.reshape(-1)
 
     def _read_factors(self, change: LowRankChange) -> tuple[Tensor, Tensor]:
         upper, lower = (
-            self._read(tensor, 0, tensor.elements, None).float().reshape(tensor.shape)
+            self._read(tensor, 0, tensor.elements, None)[0].float().reshape(tensor.shape)
             for tensor in (change.upper, change.lower)
         )
         return upper, lower
 
-    def _read(self, tensor: StoredTensor, start: int, stop: int, buffer: str | None) -> Tensor:
-        """Elements of a stored tensor, flat; without the name of a buffer in memory of their own."""
+    def _read(self, tensor: StoredTensor, start: int, stop: int, buffer: str | None) -> tuple[Tensor, memoryview]:
+        """Elements of a stored tensor, flat, and their bytes; without the name of a buffer in memory of their own."""
         values, view = self._buffer(buffer, tensor.dtype, stop - start)
-        at = tensor.start + start * tensor.dtype.itemsize
-        while view:
-            count = os.preadv(self._open[tensor.path], [view], at)
+        at, left = tensor.start + start * tensor.dtype.itemsize, view
+        while left:
+            count = os.preadv(self._open[tensor.path], [left], at)
             if not count:
                 raise ModelError(f"{tensor.path} was cut off while it was read; run again when nothing writes to it")
-            view, at = view[count:], at + count
-        return values
-
-    def _copy(self, block: _Block, descriptor: int) -> None:
-        source = self._open[block.work.base.path]
-        at, to, left = block.work.base.start + block.start * block.work.dtype.itemsize, block.at, block.size
-        while left:
-            count = _copy_range(source, descriptor, left, at, to)
-            if not count:
-                raise ModelError(f"{block.work.base.path} was cut off while it was read; fetch it again")
-            at, to, left = at + count, to + count, left - count
+            left, at = left[count:], at + count
+        return values, view
 
     def _buffer(self, name: str | None, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
         """This thread's memory of that name, as numbers and as bytes."""
@@ -237,27 +175,6 @@ class ShardWriter:
                 setattr(self._local, name, memory)
         numbers = torch.frombuffer(memory, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
         return numbers, memoryview(memory)[: count * dtype.itemsize]
-
-
-def _block_elements(work: Work) -> int:
-    if isinstance(work.change, LowRankChange):
-        columns = max(1, work.base.shape[1])
-        return low_rank.block_rows(columns) * columns
-    if work.change is None and work.dtype == work.base.dtype:
-        return _COPIED_BYTES // work.dtype.itemsize
-    return low_rank.BLOCK_ELEMENTS
-
-
-def _is_difference(work: Work) -> bool:
-    return isinstance(work.change, LowRankChange) or (work.change is not None and work.change.is_difference)
-
-
-def _check_finite(work: Work, sums: Sums) -> None:
-    """A sum of squares is finite exactly where all its terms are: no float32 squared is too large for float64."""
-    if not math.isfinite(sums.difference):
-        raise unusable_difference(work.base.name)
-    if not math.isfinite(sums.wanted) or not math.isfinite(sums.applied):
-        raise unusable_result(work.base.name, str(work.dtype))
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -272,11 +189,3 @@ def _write_all(descriptor: int, view: memoryview, at: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, at)
         view, at = view[count:], at + count
-
-
-def _copy_range(source: int, target: int, count: int, at: int, to: int) -> int:
-    """Copies inside the kernel where it can."""
-    try:
-        return os.copy_file_range(source, target, count, at, to)
-    except (AttributeError, OSError):  # Another file system, or none that knows it.
-        return os.pwrite(target, os.pread(source, count, at), to)

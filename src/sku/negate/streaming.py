@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -19,18 +18,17 @@ from typing import get_args
 import torch
 
 from sku.errors import RecipeError, TaskVectorError
-from sku.negate import low_rank
-from sku.negate.companions import copy_companions, write_config, write_index
-from sku.negate.record import Rounding, StreamedNegation
-from sku.negate.stream_arithmetic import Sums
+from sku.negate import arithmetic
+from sku.negate.arithmetic import MOST_THREADS, StreamedNegation, Sums, block_pool
+from sku.negate.files import copy_companions, write_config, write_index
+from sku.negate.rounding import Rounding
 from sku.negate.stream_plan import Plan, identities, plan_negation
-from sku.negate.stream_write import ShardLayout, ShardWriter, shard_layout
-from sku.storage import check_can_be_made, check_new, check_space, resumable_folder, write_json
+from sku.negate.stream_write import ShardWriter
+from sku.storage import check_new, check_space, resumable_folder, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
 _FINISHED = "finished.json"
-_MOST_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +40,6 @@ class NegatedFolder:
     """Files and folders beside the base's weights that were not copied: its model card, other weights."""
     resumed_files: int
     """Weight files that an interrupted call had finished."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NegationCheck:
-    """What a streamed subtraction would write."""
-
-    files: tuple[str, ...]
-    """Weight files."""
-    bytes: int
-    """Of them together."""
-    tensors: int
-    """Of the base."""
-    changed_tensors: int
-    """Of these, those from which something is subtracted."""
-    dtype: str
-    """Of the result, or of most of it."""
 
 
 def negate_folders(
@@ -98,84 +80,56 @@ def negate_folders(
         OutputError: ``out`` exists or can't be written, or what is to be resumed had other inputs.
     """
     base, bad, out = Path(base), Path(bad), Path(out)
-    threads = min(_MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
-    plan, layouts = _checked(base, bad, out, alpha, output_dtype, rounding, threads)
+    threads = min(MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
+    plan = check_negation(base, bad, out, alpha, output_dtype, rounding, threads)
     inputs = identities(base, bad, plan) | {
         "alpha": alpha, "dtype": str(output_dtype), "rounding": rounding, "seed": seed,
-        "block": low_rank.BLOCK_ELEMENTS,
+        "block": arithmetic.BLOCK_ELEMENTS,
     }  # fmt: skip
     if not resume:
-        check_space(out, sum(layout.size for layout in layouts), f"the unlearned model in {out}")
+        check_space(out, plan.size, f"the unlearned model in {out}")
     with resumable_folder(out, inputs, resume=resume) as folder:
         # A call that was killed at its very end left it; no folder may load while files are copied into it anew.
         (folder / "config.json").unlink(missing_ok=True)
-        done = _Finished(folder, layouts)
+        done = _Finished(folder, plan)
         resumed = len(done.sums)
         with ShardWriter(plan, alpha, rounding, seed) as writer:
-            _write_shards(writer, layouts, done, threads, progress)
-        total = Sums.total([done.sums[layout.name] for layout in layouts])
+            _write_shards(writer, plan, done, threads, progress)
+        total = Sums.total([done.sums[layout.name] for layout in plan.layouts])
         if total.difference == 0 and plan.empty_message is not None:
             raise TaskVectorError(plan.empty_message)
         for file in plan.inputs:
             file.check_unchanged()
-        left_out = copy_companions(base, folder, [layout.name for layout in layouts])
-        write_index(base, folder, sum(layout.size - len(layout.header) for layout in layouts))
+        left_out = copy_companions(base, folder, [layout.name for layout in plan.layouts])
+        write_index(base, folder, sum(layout.size - len(layout.header) for layout in plan.layouts))
         write_config(base, folder, output_dtype)
-    record = _record(plan, total, alpha, rounding, seed)
+    changed = sum(work.counts for work in plan.changed)
+    record = StreamedNegation.of(total, alpha, changed, plan.dtype, rounding=rounding, rounding_seed=seed)
     return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
 
 
 def check_negation(
-    base: Path | str,
-    bad: Path | str,
-    out: Path | str,
-    alpha: float = 1.0,
-    *,
-    output_dtype: torch.dtype | None = None,
-    rounding: Rounding = "nearest",
-    threads: int = 1,
-) -> NegationCheck:
-    """All that ``negate_folders`` checks before it reads weights; nothing is written.
-
-    Args:
-        base: As of ``negate_folders``.
-        bad: As of ``negate_folders``.
-        out: As of ``negate_folders``.
-        alpha: As of ``negate_folders``.
-        output_dtype: As of ``negate_folders``.
-        rounding: As of ``negate_folders``.
-        threads: As of ``negate_folders``.
-
-    Returns:
-        What would be written.
+    base: Path, bad: Path, out: Path, alpha: float, output_dtype: torch.dtype | None, rounding: str, threads: int
+) -> Plan:
+    """All that ``negate_folders`` checks before it reads weights, with its arguments; nothing is written.
 
     Raises:
         SkuError: As ``negate_folders``, but for what only weights show: results that are not finite, no difference.
     """
-    plan, layouts = _checked(Path(base), Path(bad), Path(out), alpha, output_dtype, rounding, threads)
-    check_can_be_made(Path(out))
-    return NegationCheck(
-        files=tuple(layout.name for layout in layouts),
-        bytes=sum(layout.size for layout in layouts),
-        tensors=len(plan.work),
-        changed_tensors=sum(work.change is not None for work in plan.work.values()),
-        dtype=str(plan.dtype).removeprefix("torch."),
-    )
-
-
-def _checked(
-    base: Path, bad: Path, out: Path, alpha: float, output_dtype: torch.dtype | None, rounding: str, threads: int
-) -> tuple[Plan, list[ShardLayout]]:
-    _check_settings(alpha, rounding, threads)
+    if not math.isfinite(alpha):
+        raise RecipeError(f"alpha is {alpha}; it must be a finite number")
+    if rounding not in get_args(Rounding):
+        raise RecipeError(f"rounding is {rounding}; it must be one of {', '.join(get_args(Rounding))}")
+    if threads < 1:
+        raise RecipeError(f"threads is {threads}; it must be at least 1")
     check_new(out)
-    plan = plan_negation(base, bad, output_dtype)
-    return plan, [shard_layout(file, plan) for file in plan.files]
+    return plan_negation(base, bad, output_dtype)
 
 
 class _Finished:
     """The weight files that are whole, with their sums: what an interrupted call is gone on from."""
 
-    def __init__(self, folder: Path, layouts: list[ShardLayout]) -> None:
+    def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self._path = folder.parent / _FINISHED
         self.sums: dict[str, Sums] = {}
@@ -183,7 +137,7 @@ class _Finished:
             found = json.loads(self._path.read_text(encoding="utf-8"))
             # After a kill behind the last rename the list is left and the files are gone.
             there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-            whole = {layout.name for layout in layouts if there.get(layout.name) == layout.size}
+            whole = {layout.name for layout in plan.layouts if there.get(layout.name) == layout.size}
             self.sums = {name: Sums(**sums) for name, sums in found.items() if name in whole}
 
     def add(self, name: str, sums: Sums) -> None:
@@ -191,48 +145,17 @@ class _Finished:
         write_json(self._path, {name: dataclasses.asdict(sums) for name, sums in self.sums.items()})
 
 
-def _write_shards(
-    writer: ShardWriter, layouts: list[ShardLayout], done: _Finished, threads: int, progress: Progress | None
-) -> None:
-    total = sum(layout.size for layout in layouts)
-    written = sum(layout.size for layout in layouts if layout.name in done.sums)
+def _write_shards(writer: ShardWriter, plan: Plan, done: _Finished, threads: int, progress: Progress | None) -> None:
+    written = sum(layout.size for layout in plan.layouts if layout.name in done.sums)
 
     def advance(count: int) -> None:
         nonlocal written
         written += count
         if progress is not None:
-            progress(written, total)
+            progress(written, plan.size)
 
     advance(0)
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # The pool is the parallelism; its threads begin with this number.
-    try:
-        with ThreadPoolExecutor(threads, "negate") as pool:
-            for layout in layouts:
-                if layout.name not in done.sums:
-                    done.add(layout.name, writer.write(layout, done.folder, pool, advance))
-    finally:
-        torch.set_num_threads(torch_threads)
-
-
-def _check_settings(alpha: float, rounding: str, threads: int) -> None:
-    if not math.isfinite(alpha):
-        raise RecipeError(f"alpha is {alpha}; it must be a finite number")
-    if rounding not in get_args(Rounding):
-        raise RecipeError(f"rounding is {rounding}; it must be one of {', '.join(get_args(Rounding))}")
-    if threads < 1:
-        raise RecipeError(f"threads is {threads}; it must be at least 1")
-
-
-def _record(plan: Plan, total: Sums, alpha: float, rounding: Rounding, seed: int) -> StreamedNegation:
-    changed = sum(work.change is not None and work.counts for work in plan.work.values())
-    return StreamedNegation(
-        alpha=alpha,
-        task_vector_norm=math.sqrt(total.difference),
-        base_norm=math.sqrt(total.base),
-        changed_weights=changed if alpha else 0,
-        dtype=str(plan.dtype).removeprefix("torch."),
-        survival=total.applied / total.wanted if total.wanted else 1.0,
-        rounding=rounding,
-        rounding_seed=seed,
-    )
+    with block_pool(threads) as pool:
+        for layout in plan.layouts:
+            if layout.name not in done.sums:
+                done.add(layout.name, writer.write(layout, done.folder, pool, advance))

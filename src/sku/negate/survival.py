@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sku.config import Precision
-from sku.negate.matching import check_same_names, check_same_shape, check_same_ties
+from sku.negate.matching import check_same_shape, match_models
 from sku.negate.operators.base import turned_weights
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.task_vector import ModelSource, TaskVector, unique_weights
 from sku.quantization import FORMATS, Rounding, rounded_layers
 
 
@@ -77,16 +77,13 @@ def model_survival(
     Raises:
         TaskVectorError: Names, shapes or ties differ, or a weight is quantized.
     """
-    weights, tied = unique_weights(base)
-    after, after_tied = unique_weights(unlearned)
-    check_same_names(weights, after, "base", "unlearned model")
-    check_same_ties(tied.items(), after_tied.items())
+    original = ModelSource(base)
+    weights = original.weights
+    after = match_models(original, ModelSource(unlearned), "unlearned model").changes
 
     def wanted(name: str) -> Tensor:
         return after[name].detach().cpu().float() - weights[name].detach().cpu().float()
 
-    for name, weight in weights.items():
-        check_same_shape(name, weight, after[name])
     changed = [name for name in weights if bool(wanted(name).any())]
     return _survivals(base, weights, changed, wanted, formats)
 

@@ -7,41 +7,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import Embedding, Linear, LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sku.errors import TaskVectorError
-from sku.models import changed_by_adapter
-from sku.negate.low_rank import low_rank_product
+from sku.negate.adapters import AdapterVector
+from sku.negate.arithmetic import dot_float64
 from sku.negate.matching import (
-    EMPTY_ADAPTER,
     EQUAL_MODELS,
+    Source,
     check_same_names,
     check_same_shape,
-    check_same_ties,
-    different_integers,
+    match_models,
     quantized_weight,
-    read_ties,
     unusable_difference,
 )
-from sku.negate.sums import dot_float64
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
 
-_FILE = "task_vector.safetensors"
+VECTOR_FILE = "task_vector.safetensors"
 _FORMAT = "sku-task-vector-1"
-_VARIANTS = (
-    "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "monteclora_config",
-    "layer_replication",
-)  # fmt: skip
-"""Settings of PEFT's LoRA that make more of its factors than a product, or of the layers than the original ones."""
 
 
 class TaskVector:
@@ -81,12 +71,13 @@ class TaskVector:
             TaskVectorError: Names, shapes, ties or integer buffers differ, a weight is quantized or not finite, or
                 nothing differs.
         """
-        base_weights, bad_weights, tied = paired_weights(base, bad)
+        original = ModelSource(base)
+        theirs = match_models(original, ModelSource(bad)).changes
         deltas = {
-            name: bad_weights[name].detach().cpu().float() - weight.detach().cpu().float()
-            for name, weight in base_weights.items()
+            name: theirs[name].detach().cpu().float() - weight.detach().cpu().float()
+            for name, weight in original.weights.items()
         }
-        vector = cls(deltas, tied)
+        vector = cls(deltas, original.ties)
         if vector.norm() == 0:
             raise TaskVectorError(EQUAL_MODELS)
         return vector
@@ -102,17 +93,40 @@ class TaskVector:
             Differences of the adapted weights alone, under the names of the model without adapter.
 
         Raises:
-            TaskVectorError: The adapter is merged, is not a plain LoRA, trains biases or whole modules besides, or is
-                zero.
+            TaskVectorError: The adapter is merged, is not a plain LoRA of matrices, trains biases or whole modules
+                besides, or is zero.
         """
-        adapter = model.active_adapter
-        check_plain_lora(model.peft_config[adapter], adapter)
-        vector = cls(
-            {f"{name}.weight": _adapter_delta(module, adapter) for name, module in adapted_layers(model, adapter)}
-        )
-        if vector.norm() == 0:
-            raise TaskVectorError(EMPTY_ADAPTER)
-        return vector
+        return cls.from_factors(AdapterVector.of(model))
+
+    @classmethod
+    def from_factors(cls, vector: AdapterVector) -> TaskVector:
+        """The same of factors."""
+        return cls({name: change.delta() for name, change in vector.factors.items()})
+
+    @classmethod
+    def random(cls, base: nn.Module, norms: Mapping[str, float], seed: int) -> TaskVector:
+        """Independent normal numbers, tensor by tensor as long as a task vector: is it the direction or just the size?
+
+        Args:
+            base: The original model, for the shapes.
+            norms: Weight name -> norm, as of ``norms``.
+            seed: Equal seeds give equal vectors.
+
+        Returns:
+            A difference for each named weight.
+
+        Raises:
+            TaskVectorError: The base has no weight of such a name.
+        """
+        weights, tied = unique_weights(base)
+        generator = torch.Generator().manual_seed(seed)
+        deltas = {}
+        for name in sorted(norms):
+            if name not in weights:
+                raise TaskVectorError(f"the norms name a weight {name} that the base does not have")
+            direction = torch.randn(weights[name].shape, generator=generator)
+            deltas[name] = direction * (norms[name] / torch.linalg.vector_norm(direction).clamp_min(1e-30))
+        return cls(deltas, {name: owner for name, owner in tied.items() if owner in deltas})
 
     def __add__(self, other: TaskVector) -> TaskVector:
         return self._combined(other, 1.0)
@@ -153,7 +167,7 @@ class TaskVector:
         """
         mark_hazardous(folder)
         tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
-        save_file(tensors, folder / _FILE, {"format": _FORMAT, "tied": json.dumps(self.tied)})
+        save_file(tensors, folder / VECTOR_FILE, {"format": _FORMAT, "tied": json.dumps(self.tied)})
 
     @classmethod
     def load(cls, folder: Path | str) -> TaskVector:
@@ -162,21 +176,19 @@ class TaskVector:
         Raises:
             TaskVectorError: There is no task vector, or the file is damaged.
         """
-        path = Path(folder) / _FILE
+        path = Path(folder) / VECTOR_FILE
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
             raise TaskVectorError(f"{path} can't be read: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise TaskVectorError(f"{path} is not a task vector of SKU")
         return cls(deltas, read_ties(metadata, path))
 
     @staticmethod
     def is_saved_in(folder: Path) -> bool:
         """Whether a folder holds a saved task vector."""
-        return (folder / _FILE).is_file() and is_marked_hazardous(folder)
+        return (folder / VECTOR_FILE).is_file() and is_marked_hazardous(folder)
 
     def _combined(self, other: TaskVector, factor: float) -> TaskVector:
         check_same_names(self.deltas, other.deltas, "the first task vector", "the second")
@@ -189,79 +201,66 @@ class TaskVector:
         )
 
 
-def check_plain_lora(settings: PeftConfig, adapter: str) -> None:
-    """Refuses an adapter whose change is more than ``scaling * B A``.
+def read_ties(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+    """The ties that the file of a saved task vector names.
 
     Args:
-        settings: The adapter's.
-        adapter: Its name, for the message.
-
-    Raises:
-        TaskVectorError: It is not a LoRA, is a variant such as DoRA, changes the original weights when it is added, or
-            trains biases or whole modules besides.
-    """
-    other = _other_than_factors(settings)
-    if other is not None:
-        raise TaskVectorError(f"adapter {adapter} is not a plain LoRA: {other}; merge it and use TaskVector.between")
-    assert isinstance(settings, LoraConfig)
-    if settings.bias != "none" or settings.lora_bias or settings.modules_to_save:
-        raise TaskVectorError(
-            "the adapter trains biases or whole modules (bias, modules_to_save); merge it and use "
-            "TaskVector.between on the two models"
-        )
-
-
-def _other_than_factors(settings: PeftConfig) -> str | None:
-    """The setting by which the merged weights are not the original ones plus ``scaling * B A``."""
-    if not isinstance(settings, LoraConfig):
-        return f"peft_type {getattr(settings.peft_type, 'value', settings.peft_type)}"
-    variants = [name for name in _VARIANTS if getattr(settings, name, None)]
-    return variants[0] if variants else changed_by_adapter(settings)
-
-
-def adapted_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers that an adapter changes.
-
-    Args:
-        model: With the adapter, not merged.
-        adapter: The adapter's name.
-
-    Yields:
-        Name of the layer in the model without adapter, and the layer.
-
-    Raises:
-        TaskVectorError: The adapter is merged, or a layer is not a LoRA.
-    """
-    names = {id(module): name for name, module in model.get_base_model().named_modules()}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            assert isinstance(module, nn.Module)
-            if module.merged:
-                raise TaskVectorError("the adapter is merged into the weights; unmerge it first")
-            if not isinstance(module, LoraLayer) or adapter not in module.scaling:
-                raise TaskVectorError(f"adapter {adapter} of {type(module).__name__} is not a LoRA")
-            yield names[id(module)], module
-
-
-def lora_factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, bool] | None:
-    """The factors of a layer whose change is one matrix product.
-
-    Args:
-        module: From ``adapted_layers``.
-        adapter: The adapter's name.
+        metadata: Of the file.
+        path: Of the file, for the message.
 
     Returns:
-        B ``[out, r]``, A ``[r, in]`` and whether the weight is held as ``[in, out]``; None for other layers, such as
-        convolutions.
+        Other name of a tied weight -> the name under which its difference is kept.
+
+    Raises:
+        TaskVectorError: It is the file of something else, or the entry is damaged.
     """
-    if isinstance(module, Embedding):
-        return module.lora_embedding_B[adapter], module.lora_embedding_A[adapter], True
-    if isinstance(module, Linear):
-        upper, lower = module.lora_B[adapter].weight, module.lora_A[adapter].weight
-        assert isinstance(upper, Tensor)
-        assert isinstance(lower, Tensor)
-        return upper, lower, bool(module.fan_in_fan_out)
-    return None
+    if metadata.get("format") != _FORMAT:
+        raise TaskVectorError(f"{path} is not a task vector of SKU")
+    try:
+        tied = json.loads(metadata["tied"])
+    except (KeyError, ValueError, RecursionError):
+        tied = None
+    if not isinstance(tied, dict) or not all(isinstance(owner, str) for owner in tied.values()):
+        raise TaskVectorError(f"{path} does not say which weights are tied: it is damaged; save it again")
+    return tied
+
+
+class ModelSource(Source[Tensor]):
+    """The tensors of a model in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Lists them.
+
+        Args:
+            model: Without adapter.
+
+        Raises:
+            TaskVectorError: A parameter is quantized.
+        """
+        self.weights, self._ties = unique_weights(model)
+        self.integers = {name: tensor for name, tensor in model.state_dict().items() if not _is_weight(tensor)}
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """As of ``Source``."""
+        return self._ties
+
+    @property
+    def may_be_tied(self) -> bool:
+        """As of ``Source``."""
+        return bool(self._ties)
+
+    def known(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        """As of ``Source``."""
+        return self.weights, self._ties
+
+    def places(self, name: str) -> Sequence[str]:
+        """As of ``Source``."""
+        return (name,)
+
+    def equal(self, first: Tensor, second: Tensor) -> bool:
+        """As of ``Source``."""
+        return torch.equal(first.cpu(), second.cpu())
 
 
 def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -281,10 +280,10 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     owner: dict[tuple[int, int, tuple[int, ...]], str] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
+        if not _is_weight(tensor):
             if name in parameters:
-                raise quantized_weight(name, str(tensor.dtype))
-            continue  # Integer buffers, such as position ids, have no difference; ``between`` compares them.
+                raise quantized_weight(name, tensor.dtype)
+            continue  # Integer buffers, such as position ids, have no difference; ``match_models`` compares them.
         key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and key in owner:
             tied[name] = owner[key]
@@ -294,60 +293,5 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return weights, tied
 
 
-def paired_weights(base: nn.Module, bad: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    """The weights of two models that can be subtracted.
-
-    Args:
-        base: The original model.
-        bad: The model of stage 1, without adapter.
-
-    Returns:
-        Name -> tensor of each, and other name of a tied weight -> the name it is listed under.
-
-    Raises:
-        TaskVectorError: Names, shapes, ties or integer buffers differ, or a weight is quantized.
-    """
-    base_weights, tied = unique_weights(base)
-    bad_weights, bad_tied = unique_weights(bad)
-    check_same_names(base_weights, bad_weights, "base", "bad model")
-    check_same_ties(tied.items(), bad_tied.items())
-    _check_same_integers(base, bad)
-    for name, weight in base_weights.items():
-        check_same_shape(name, weight, bad_weights[name])
-    return base_weights, bad_weights, tied
-
-
-def _check_same_integers(base: nn.Module, bad: nn.Module) -> None:
-    """Refuses models whose integer buffers differ: GPTQ and AWQ keep weights there."""
-    bad_tensors = bad.state_dict()
-    for name, tensor in base.state_dict().items():
-        if tensor.is_floating_point() and tensor.element_size() >= 2:
-            continue
-        if name not in bad_tensors or not torch.equal(tensor.cpu(), bad_tensors[name].cpu()):
-            raise different_integers(name, str(tensor.dtype))
-
-
-def _adapter_delta(module: LoraLayer, adapter: str) -> Tensor:
-    """``scaling * B A`` in float32, whatever type the adapter is held in."""
-    matrices = lora_factors(module, adapter)
-    if matrices is not None:
-        upper, lower, transposed = matrices
-        return low_rank_product(
-            upper.detach().float(), lower.detach().float(), module.scaling[adapter], transposed=transposed
-        )
-    assert isinstance(module, nn.Module)
-    multiply = module.get_delta_weight
-    assert callable(multiply)
-    factors = [parameter for name, parameter in module.named_parameters() if name.startswith("lora_")]
-    held = [factor.data for factor in factors]
-    try:
-        # PEFT knows convolutions and other layers, but multiplies in the type of the factors.
-        for factor in factors:
-            factor.data = factor.data.float()
-        with torch.no_grad():
-            delta = multiply(adapter)
-    finally:
-        for factor, data in zip(factors, held, strict=True):
-            factor.data = data
-    assert isinstance(delta, Tensor)
-    return delta
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() >= 2

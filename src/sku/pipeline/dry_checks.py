@@ -33,7 +33,7 @@ from sku.models import (
     pick_device,
     pick_dtype,
 )
-from sku.negate.safetensors_layout import read_folder
+from sku.negate.files import read_folder
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.plan.estimate import disk_bytes
 from sku.plan.job import STATE_BYTES, checkpoints_at_once

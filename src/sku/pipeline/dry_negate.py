@@ -11,15 +11,12 @@ import torch
 from sku.config import ModelConfig
 from sku.data.examples import ForgetRetainData
 from sku.dry_run import DryRun
-from sku.errors import ModelError
+from sku.negate.files import model_folder
 from sku.negate.operators import PreparedOperator
-from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.context import context_of
-from sku.negate.record import Rounding
-from sku.negate.safetensors_layout import read_folder, read_layout
-from sku.negate.sources import model_folder
-from sku.negate.stream_plan import ADAPTER_FILE, VECTOR_FILE, bad_form
-from sku.negate.streaming import NegationCheck, check_negation
+from sku.negate.operators.base import OperatorContext, context_of
+from sku.negate.rounding import Rounding
+from sku.negate.stream_plan import Plan, check_bad
+from sku.negate.streaming import check_negation
 from sku.pipeline.dry_checks import check_model
 from sku.storage import check_can_be_made, check_new
 
@@ -72,38 +69,25 @@ def dry_negate(
         if texts is not None:
             context = context_of(model.skeleton, model.tokenizer, texts, seed=seed)
         for chosen in operators:
-            context.check(chosen.needs, f"the operator {chosen.operator.name}")
-        _check_bad(model_folder(str(bad)))
+            context.check(chosen.needs, chosen.who)
+        check_bad(model_folder(str(bad)))
         size = model.parameters * (model.dtype if output_dtype is None else output_dtype).itemsize
         settings |= {"base": model.describe(), "arithmetic": "in memory"}
-    streamed: NegationCheck | None = None
+    streamed: Plan | None = None
     if folder is not None and has_safetensors:
-        streamed = check_negation(
-            folder, model_folder(str(bad)), out, alpha,
-            output_dtype=output_dtype, rounding=rounding, threads=threads,
-        )  # fmt: skip
-        size = streamed.bytes
-        settings |= {"weights": f"{streamed.changed_tensors} of {streamed.tensors} change", "dtype": streamed.dtype}
+        streamed = check_negation(folder, model_folder(str(bad)), out, alpha, output_dtype, rounding, threads)
+        size = streamed.size
+        settings["weights"] = f"{len(streamed.changed)} of {len(streamed.work)} change"
+        settings["dtype"] = str(streamed.dtype).removeprefix("torch.")
     found = DryRun(
         command="sku negate",
         out=out,
         settings={**settings, "rounding": rounding},
         stages=(*(f"apply {chosen.operator.name}" for chosen in operators), "subtract the task vector"),
-        writes=streamed.files if streamed is not None else ("model.safetensors",),
+        writes=tuple(layout.name for layout in streamed.layouts) if streamed is not None else ("model.safetensors",),
         disk_bytes=size,
         bad_model="kept",
         examples={} if texts is None else {name: count for name, count in texts.counts().items() if count},
     )
     found.check_disk()
     return found
-
-
-def _check_bad(bad: Path) -> None:
-    """The files of a bad model, by their headers."""
-    if not bad.is_dir():
-        raise ModelError(f"model {bad} can't be loaded: there is no such folder")
-    form = bad_form(bad)
-    if form == "model":
-        read_folder(bad)
-        return
-    read_layout(bad / (VECTOR_FILE if form == "vector" else ADAPTER_FILE))

@@ -19,7 +19,7 @@ from sku.errors import ModelError, OutputError, SkuError
 from sku.methods import method_named
 from sku.methods.run import has_twins, prepare, with_safe_dtype
 from sku.models import with_path
-from sku.negate.operators.context import check_operators
+from sku.negate.operators.base import check_operators
 from sku.own_replies.job import judge_of
 from sku.pipeline.acquire import check_has_stage_1
 from sku.pipeline.dry_checks import (

@@ -26,7 +26,7 @@ from sku.memory_errors import named_memory_errors
 from sku.methods.run import check_rows, prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
-from sku.negate.operators.context import check_operators
+from sku.negate.operators.base import check_operators
 from sku.pipeline.evaluate import (
     check_one_process_attacks,
     evaluate_one,

@@ -15,18 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
-from sku.errors import NoAlphaError, TaskVectorError
+from sku.errors import NoAlphaError
 from sku.methods import method_named
-from sku.methods.base import negated
-from sku.methods.run import MethodRun, change_of, prepare, train_method, with_safe_dtype
+from sku.methods.run import MethodRun, prepare, subtracted_by, train_method, with_safe_dtype
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OperatedVector, operate
-from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.context import context_of
+from sku.negate.operators.base import OperatorContext, context_of
 from sku.negate.rounding import saved_type
-from sku.negate.run import negate_with_record, save_negated_adapter, save_unlearned
+from sku.negate.run import negate_with_record, save_unlearned
 from sku.negate.survival import delta_survival
 from sku.negate.task_vector import TaskVector
 from sku.pipeline.acquire import mark_trained
@@ -120,7 +118,7 @@ class Unlearning:
         with self.folder.timed("negate"):
             factors = None
             if isinstance(trained, PeftModel):
-                change = change_of(self.method, trained)
+                vector = subtracted_by(self.method, trained)
                 factors = self._factors(trained, run)
                 base = (
                     trained.unload()
@@ -129,8 +127,8 @@ class Unlearning:
                 )
             else:
                 base = load_model(with_safe_dtype(self.recipe)).model
-                change = change_of(self.method, trained, base)
-            operated = self._operated(-change, run, base, loaded.tokenizer, data)
+                vector = subtracted_by(self.method, trained, base)
+            operated = self._operated(vector, run, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
         if recipe.chooses_alpha:
@@ -162,17 +160,13 @@ class Unlearning:
                 "data own); acquire.check=false goes on all the same"
             )
 
-    def _factors(self, trained: PeftModel, run: MethodRun) -> AdapterVector | None:
-        """The adapter's factors where operators or the choice of alpha follow; else it is saved as it is, negated."""
-        follows = bool(run.operators) or self.recipe.chooses_alpha
-        if not follows:
-            self._save_adapter(trained, run.strength)
-        try:
-            return AdapterVector.of(trained)
-        except TaskVectorError as error:
-            if follows:
-                self.folder.note(negated_adapter=f"not saved: {error}")
-            return None
+    def _factors(self, trained: PeftModel, run: MethodRun) -> AdapterVector:
+        """The adapter's factors; where neither operators nor a choice of alpha follow, the change is saved at once."""
+        factors = AdapterVector.of(trained)
+        folder = self.out / ("negated_adapter" if self.method.negates else "adapter")
+        if not (run.operators or self.recipe.chooses_alpha or folder.exists()):
+            (factors * (-run.strength if self.method.negates else run.strength)).save(folder)
+        return factors
 
     def _operated(
         self,
@@ -184,7 +178,7 @@ class Unlearning:
     ) -> _Operated:
         """What is subtracted."""
         recipe = self.recipe
-        if self.method.weight_step is not negated or not (run.operators or recipe.negate.diagnostics):
+        if not self.method.negates or not (run.operators or recipe.negate.diagnostics):
             return _Operated(vector=vector)
         cache = recipe.negate.operator_cache
         context = context_of(
@@ -240,14 +234,6 @@ class Unlearning:
             self.folder.note(
                 negated_adapter=f"not saved: the operators ({names}) change single entries of the weights"
             )
-
-    def _save_adapter(self, trained: PeftModel, strength: float) -> None:
-        """The change without merging, where the weight step is none or the negation: others don't fit an adapter."""
-        negates = self.method.weight_step is negated
-        folder = self.out / ("negated_adapter" if negates else "adapter")
-        if folder.exists() or (self.method.weight_step is not None and not negates):
-            return
-        save_negated_adapter(trained, strength if negates else -strength, folder)
 
     def _trained_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel | TaskVector:
         """The trained model of an earlier try, or a newly trained one."""

@@ -10,7 +10,7 @@ from sku.errors import ModelError
 from sku.methods.run import prepare, with_safe_dtype
 from sku.models import load_model
 from sku.negate.operators import operate
-from sku.negate.operators.context import context_of
+from sku.negate.operators.base import context_of
 from sku.negate.run import task_vector_of
 from sku.sweep.bad_model import training_notes
 from sku.sweep.meter import Progress

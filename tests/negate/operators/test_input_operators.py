@@ -15,6 +15,9 @@ from sku.negate.adapters import AdapterVector
 from sku.negate.operators import OperatedVector, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, linear_weights
 from sku.negate.operators.contrast import filter_matrix
+from sku.negate.operators.null_space import NullSpaceSettings, _damping, _map, _span
+from sku.negate.operators.spectra import Spectrum, Text, input_spectra
+from sku.negate.operators.texts import InputSettings, Part
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 
@@ -58,12 +61,10 @@ def test_one_layer_by_hand(make_context: ContextMaker) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     delta = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
     done = apply(TaskVector({name: delta}), context, {"null_space": {"rank": 5}})
-    from sku.negate.operators.spectra import input_spectra
-
     projected, inside = done.vector.deltas[name], []
-    for part in ("own", "shared"):
-        options: dict[str, Any] = {"positions": "all", "examples": 256, "unit": False, "part": part}
-        spectrum = input_spectra(context, "normal", **options).of(name)
+    parts: tuple[Part, ...] = ("own", "shared")
+    for part in parts:
+        spectrum = input_spectra(context, "normal", InputSettings(), part).of(name)
         assert spectrum is not None
         inside.append(spectrum.top(5))
         torch.testing.assert_close(projected @ inside[-1], torch.zeros(32, 5), atol=1e-4, rtol=0)
@@ -75,9 +76,6 @@ def test_one_layer_by_hand(make_context: ContextMaker) -> None:
 
 def test_the_first_position_takes_no_share_of_the_energy() -> None:
     """Its inputs can be a hundred times as long as all others: they were the whole trace, and rank 1 was enough."""
-    from sku.negate.operators.null_space import NullSpaceSettings, _map
-    from sku.negate.operators.spectra import Spectrum
-
     own = Spectrum(energies_I=torch.tensor([4.0, 3.0, 2.0, 1.0]), directions_II=torch.eye(4))
     sink = Spectrum(energies_I=torch.tensor([1e6, 0.0, 0.0, 0.0]), directions_II=torch.eye(4)[:, [3, 0, 1, 2]])
     cut, rank = _map((own, sink), NullSpaceSettings(energy=0.9))
@@ -89,8 +87,6 @@ def test_the_first_position_takes_no_share_of_the_energy() -> None:
 
 
 def test_a_direction_of_both_parts_is_cut_once() -> None:
-    from sku.negate.operators.null_space import _span
-
     both = torch.eye(4)[:, :2]
     assert _span([both, torch.eye(4)[:, 1:3]]).shape == (4, 3)
     assert _span([both[:, :0], both]).shape == (4, 2)
@@ -117,11 +113,11 @@ def test_a_projected_adapter_is_the_projected_vector(
     base = make_model(architecture)
     settings: dict[str, Any] = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
     adapter = AdapterVector.of(with_adapter(base, **settings))
-    done = apply(adapter.dense(), make_context(base), entry)
+    done = apply(TaskVector.from_factors(adapter), make_context(base), entry)
     assert done.row_maps is not None
     followed = adapter.mapped(done.row_maps)
     assert {len(change.lower_rI) for change in followed.factors.values()} == {4}, "the rank stays"
-    for name, delta in followed.dense().deltas.items():
+    for name, delta in TaskVector.from_factors(followed).deltas.items():
         torch.testing.assert_close(delta, done.vector.deltas[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
@@ -129,11 +125,11 @@ def test_operators_follow_each_other(make_context: ContextMaker) -> None:
     context = make_context()
     adapter = AdapterVector.of(with_adapter(context.base))
     first, second = {"null_space": {"energy": 0.7}}, {"layers": {"*mlp*": 0.0, "rest": 1}}
-    both = apply(adapter.dense(), context, first, second)
-    after = apply(apply(adapter.dense(), context, first).vector, context, second)
+    both = apply(TaskVector.from_factors(adapter), context, first, second)
+    after = apply(apply(TaskVector.from_factors(adapter), context, first).vector, context, second)
     assert [record["name"] for record in both.records] == ["null_space", "layers"]
     assert both.row_maps is not None
-    followed = adapter.mapped(both.row_maps).dense()
+    followed = TaskVector.from_factors(adapter.mapped(both.row_maps))
     for name, delta in both.vector.deltas.items():
         assert torch.equal(delta, after.vector.deltas[name])
         torch.testing.assert_close(followed.deltas[name], delta, rtol=1e-5, atol=1e-6)
@@ -154,16 +150,13 @@ def test_what_is_no_linear_layer_is_dropped_or_kept_and_counted(other: str, make
 
 def test_more_energy_leaves_less(make_context: ContextMaker) -> None:
     context = make_context()
-    vector = AdapterVector.of(with_adapter(context.base)).dense()
+    vector = TaskVector.from_adapter(with_adapter(context.base))
     norms = [apply(vector, context, {"null_space": {"energy": energy}}).vector.norm() for energy in (0.3, 0.6, 0.9)]
     assert vector.norm() > norms[0] > norms[1] > norms[2]
 
 
 def test_soft_damping_by_hand(make_context: ContextMaker) -> None:
     """A direction of the mean energy is divided by 1 + s, one without energy stays."""
-    from sku.negate.operators.null_space import _damping
-    from sku.negate.operators.spectra import Spectrum
-
     own = Spectrum(energies_I=torch.tensor([2.0, 1.0, 0.0]), directions_II=torch.eye(3))
     none = Spectrum(energies_I=torch.zeros(3), directions_II=torch.eye(3))
     damping = _damping((own, none), 3.0)
@@ -210,11 +203,10 @@ def test_contrast_keeps_more_of_harmful_inputs_than_of_normal_ones(make_context:
         }
     )
     done = apply(vector, context, {"contrast": {"strength": 10.0}}).vector
-    from sku.negate.operators.spectra import input_spectra
-
     kept = {}
-    for text in ("harmful", "normal"):
-        spectra = input_spectra(context, text, positions="all", examples=256, unit=False)
+    texts: tuple[Text, ...] = ("harmful", "normal")
+    for text in texts:
+        spectra = input_spectra(context, text, InputSettings())
         name = "model.layers.0.self_attn.q_proj.weight"
         spectrum = spectra.of(name)
         assert spectrum is not None

@@ -20,12 +20,12 @@ from sku.data.load import load_data, load_forget_retain
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
 from sku.models import load_model
+from sku.negate import arithmetic
 from sku.negate.adapters import AdapterVector, combined
 from sku.negate.diagnostics import diagnose
-from sku.negate.operators import OPERATORS, OperatedVector, operate, prepare_operators, trim
-from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.context import check_operators, context_of
-from sku.negate.operators.learned import SETS, group_of
+from sku.negate.operators import OPERATORS, OperatedVector, operate, prepare_operators
+from sku.negate.operators.base import OperatorContext, check_operators, context_of, group_of
+from sku.negate.operators.learned import SETS
 from sku.negate.operators.minus_benign import minus_component
 from sku.negate.operators.neg_merge import sign_merge
 from sku.negate.operators.perta import fisher_diagonal, mean_gradient, relative_importance
@@ -171,7 +171,7 @@ def test_trimming_by_hand(make_context: ContextMaker) -> None:
 
 def test_the_smallest_kept_magnitude_is_that_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where blocks end within a tensor, at subnormal numbers, and where a weight is held turned."""
-    monkeypatch.setattr(trim, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", 100)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "a": torch.randn(37, 11, generator=generator).T,
@@ -188,7 +188,7 @@ def test_a_trimmed_twin_adapter_is_dense_and_streams_to_the_same_bits(
 ) -> None:
     context = make_context(make_model("llama_tied"))
     bad, good = (AdapterVector.of(with_adapter(context.base, seed=seed)) for seed in (1, 2))
-    twin = combined([(1.0, bad), (-1.0, good)]).dense()
+    twin = TaskVector.from_factors(combined([(1.0, bad), (-1.0, good)]))
     done = apply(twin, context, {"layers": {"0": 0.5, "rest": 1}}, {"trim": {"keep": 0.1}})
     assert done.row_maps is None
     assert done.records[1]["kept"] == pytest.approx(0.1 * done.records[1]["entries"], rel=1e-3)

@@ -16,20 +16,13 @@ from negate.conftest import ContextMaker
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import TaskVectorError
-from sku.negate.operators.base import OperatorContext, linear_weights
-from sku.negate.operators.context import context_of
-from sku.negate.operators.spectra import (
-    Decision,
-    InputSpectra,
-    SharedTokens,
-    Spectrum,
-    input_groups,
-    input_spectra,
-    shared_tokens,
-)
-from sku.negate.operators.texts import batch_of, drawn
+from sku.negate.operators.base import OperatorContext, context_of, linear_weights
+from sku.negate.operators.spectra import InputSpectra, Spectrum, input_groups, input_spectra
+from sku.negate.operators.texts import InputSettings, Part, SharedTokens, batch_of, drawn, shared_tokens
 
-OPTIONS: dict[str, Any] = {"positions": "all", "examples": 100, "unit": False}
+
+def measured(context: OperatorContext, text: Any = "normal", part: Part = "own", **settings: Any) -> InputSpectra:
+    return input_spectra(context, text, InputSettings(**settings), part)
 
 
 def inputs_by_hand(context: Any, layer: str, rows: slice = slice(1, None)) -> Tensor:
@@ -51,7 +44,7 @@ def inputs_by_hand(context: Any, layer: str, rows: slice = slice(1, None)) -> Te
 def test_the_matrix_is_the_mean_over_real_positions(positions: str, rows: slice, make_context: ContextMaker) -> None:
     """The answer begins at token 3, so that positions 2 to the last but one come before its tokens."""
     context = make_context()
-    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": positions})
+    spectra = measured(context, "normal", positions=positions)
     for layer in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         inputs = inputs_by_hand(context, layer, rows)
         if positions == "prompt":
@@ -88,7 +81,7 @@ def with_template(head: tuple[int, ...], tail: tuple[int, ...], context: Operato
 def test_what_every_prompt_shares_is_not_counted(positions: str, make_context: ContextMaker) -> None:
     """A template of five tokens before and three after: of the latter only the last, where the answer begins."""
     context = with_template((5, 6, 7, 8, 9), (3, 4, 3), make_context())
-    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": positions})
+    spectra = measured(context, "normal", positions=positions)
     layer = "model.layers.0.self_attn.k_proj"
     whole = per_example(inputs_by_hand(context, layer, slice(None)), context)
     own = [5, 6, 7] if positions == "all" else []  # The three tokens of each prompt.
@@ -99,25 +92,25 @@ def test_what_every_prompt_shares_is_not_counted(positions: str, make_context: C
     spectrum = spectra.of(f"{layer}.weight")
     assert spectrum is not None
     torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
-    shared = input_spectra(context, "normal", **{**OPTIONS, "positions": positions, "part": "shared"})
+    shared = measured(context, "normal", positions=positions, part="shared")
     assert shared.positions == (len(whole) * (5 + 2) if positions == "all" else 0)
 
 
 def test_positions_that_decide(make_context: ContextMaker) -> None:
     """Three template tokens, the prompt's last one before them, and two tokens of the answer; no beginnings."""
     context = with_template((5, 6), (3, 4, 3), make_context())
-    decision = Decision(prompt_tokens=4, answer_tokens=2)
-    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": decision})
+    decision: dict[str, Any] = {"positions": "decision", "prompt_tokens": 4, "answer_tokens": 2}
+    spectra = measured(context, "normal", **decision)
     layer = "model.layers.1.mlp.down_proj"
     inputs = torch.cat([part[4:10] for part in per_example(inputs_by_hand(context, layer, slice(None)), context)])
     spectrum = spectra.of(f"{layer}.weight")
     assert spectrum is not None
     assert spectra.positions == len(inputs)
     torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
-    many = Decision(prompt_tokens=99, answer_tokens=99)
-    spectra = input_spectra(context, "normal", **{**OPTIONS, "positions": many})
+    many: dict[str, Any] = {"positions": "decision", "prompt_tokens": 99, "answer_tokens": 99}
+    spectra = measured(context, "normal", **many)
     assert spectra.positions == sum(len(one.input_ids) - 2 for one in context.normal)
-    shared = input_spectra(context, "normal", **{**OPTIONS, "positions": decision, "part": "shared"})
+    shared = measured(context, "normal", part="shared", **decision)
     assert shared.positions == 2 * len(context.normal), "the beginnings are protected as a part of their own"
 
 
@@ -143,7 +136,7 @@ def test_the_system_prompt_of_a_chat_template_is_found_in_the_token_ids(
     head = tokenizer(system + "<|im_start|>user\n", add_special_tokens=False).input_ids
     tail = tokenizer(" ?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).input_ids
     assert (found.first, found.last) == (len(head), len(tail)), "all prompts of these data end with a question mark"
-    spectra = input_spectra(context, "normal", **OPTIONS)
+    spectra = measured(context, "normal")
     assert spectra.positions == sum(len(one.input_ids) - len(head) - len(tail) + 1 for one in context.normal)
 
 
@@ -153,14 +146,14 @@ def test_another_template_of_the_harmful_side_is_not_taken_from_the_cache(
     """What normal and harmful prompts share decides which normal positions count."""
     same = with_template((5, 6), (3,), make_context(cache=tmp_path))
     other = dataclasses.replace(same, harmful=with_template((9,), (3,), make_context()).harmful, memory={})
-    first, second = (input_spectra(context, "normal", **OPTIONS) for context in (same, other))
+    first, second = (measured(context, "normal") for context in (same, other))
     assert first.positions == second.positions - len(same.normal)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_long_inputs_count_like_short_ones_where_directions_alone_count(make_context: ContextMaker) -> None:
     context = make_context()
-    spectrum = input_spectra(context, "normal", **{**OPTIONS, "unit": True}).of("model.layers.0.mlp.up_proj.weight")
+    spectrum = measured(context, "normal", unit=True).of("model.layers.0.mlp.up_proj.weight")
     assert spectrum is not None
     inputs = torch.nn.functional.normalize(inputs_by_hand(context, "model.layers.0.mlp.up_proj"), dim=1)
     torch.testing.assert_close(spectrum.matrix(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
@@ -175,7 +168,7 @@ def test_layers_that_read_the_same_tensor_share_a_matrix(make_context: ContextMa
         assert groups[f"{attention}.{name}_proj.weight"] == f"{attention}.q_proj.weight"
     assert groups["model.layers.0.mlp.up_proj.weight"] == "model.layers.0.mlp.gate_proj.weight"
     assert len(set(groups.values())) == 2 * 4 + 1, "four inputs a layer and that of the output head"
-    spectra = input_spectra(context, "normal", **OPTIONS)
+    spectra = measured(context, "normal")
     assert len(spectra.of_group) == 9
     assert spectra.of(f"{attention}.q_proj.weight") is spectra.of(f"{attention}.v_proj.weight")
 
@@ -186,12 +179,12 @@ def test_a_tied_output_head_is_no_linear_layer(make_model: ModelMaker) -> None:
 
 
 def test_cached_is_fresh_bit_for_bit_and_private(make_context: ContextMaker, tmp_path: Path) -> None:
-    fresh = input_spectra(make_context(), "normal", **OPTIONS)
-    written = input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+    fresh = measured(make_context(), "normal")
+    written = measured(make_context(cache=tmp_path), "normal")
     (folder,) = tmp_path.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     before = (folder / "spectra.safetensors").stat().st_mtime_ns
-    read = input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+    read = measured(make_context(cache=tmp_path), "normal")
     assert (folder / "spectra.safetensors").stat().st_mtime_ns == before
     for other in (written, read):
         assert_equal(fresh, other)
@@ -207,20 +200,20 @@ def assert_equal(first: InputSpectra, second: InputSpectra) -> None:
 def test_another_model_text_or_position_is_not_taken_from_the_cache(
     make_context: ContextMaker, make_model: ModelMaker, tmp_path: Path
 ) -> None:
-    input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
-    input_spectra(make_context(cache=tmp_path), "harmful", **OPTIONS)
-    input_spectra(make_context(cache=tmp_path), "normal", **{**OPTIONS, "positions": "answer"})
-    input_spectra(make_context(cache=tmp_path), "normal", **{**OPTIONS, "examples": 3})
-    input_spectra(make_context(make_model(seed=5), cache=tmp_path), "normal", **OPTIONS)
+    measured(make_context(cache=tmp_path), "normal")
+    measured(make_context(cache=tmp_path), "harmful")
+    measured(make_context(cache=tmp_path), "normal", positions="answer")
+    measured(make_context(cache=tmp_path), "normal", examples=3)
+    measured(make_context(make_model(seed=5), cache=tmp_path), "normal")
     assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_damaged_cache_is_named(make_context: ContextMaker, tmp_path: Path) -> None:
-    input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+    measured(make_context(cache=tmp_path), "normal")
     (folder,) = tmp_path.iterdir()
     (folder / "spectra.safetensors").write_bytes(b"no tensors")
     with pytest.raises(TaskVectorError, match="is damaged .*: remove"):
-        input_spectra(make_context(cache=tmp_path), "normal", **OPTIONS)
+        measured(make_context(cache=tmp_path), "normal")
 
 
 def test_inputs_that_are_not_finite_are_named(make_context: ContextMaker, make_model: ModelMaker) -> None:
@@ -228,14 +221,14 @@ def test_inputs_that_are_not_finite_are_named(make_context: ContextMaker, make_m
     with torch.no_grad():
         base.model.layers[0].input_layernorm.weight[0] = float("inf")
     with pytest.raises(TaskVectorError, match=r"inputs of model\.layers\.0\.self_attn\.q_proj\.weight hold NaN"):
-        input_spectra(make_context(base), "normal", **OPTIONS)
+        measured(make_context(base), "normal")
 
 
 def test_the_model_is_left_as_it_was(make_context: ContextMaker, make_model: ModelMaker) -> None:
     base = make_model()
     base.train()
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
-    input_spectra(make_context(base), "normal", **OPTIONS)
+    measured(make_context(base), "normal")
     assert base.training
     assert not any(module._forward_pre_hooks for module in base.modules())
     assert all(torch.equal(before[name], weight) for name, weight in base.state_dict().items())

@@ -11,7 +11,8 @@ from typing import Any
 
 from sku.config import settings_from_dict
 from sku.errors import RecipeError, TaskVectorError, did_you_mean
-from sku.negate.operators.base import AnyOperator, Need, Operated, OperatorContext, RowMap
+from sku.negate.operators.base import AnyOperator, Need, OperatorContext, RowMap, map_rows
+from sku.negate.operators.base import PreparedOperator as PreparedOperator
 from sku.negate.operators.contrast import CONTRAST
 from sku.negate.operators.layers import LAYERS
 from sku.negate.operators.learned import LEARNED
@@ -31,20 +32,6 @@ _HELD_OUT: Mapping[Need, str] = {
     "refusals_held_out": "forget_validation", "borderline_held_out": "normal_validation",
 }  # fmt: skip
 """Splits that strengths are chosen by."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedOperator:
-    """An operator with its checked settings."""
-
-    operator: AnyOperator
-    settings: Any
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """Data that it looks at with these settings."""
-        more = self.operator.more_needs
-        return self.operator.needs if more is None else (*self.operator.needs, *more(self.settings))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +96,19 @@ def operate(vector: TaskVector, operators: Sequence[PreparedOperator], context: 
         RecipeError: An operator needs data that is not there, or names weights that are not.
     """
     for prepared in operators:
-        context.check(prepared.needs, f"the operator {prepared.operator.name}")
+        context.check(prepared.needs, prepared.who)
     maps: list[Mapping[str, RowMap]] | None = []
     records = []
+    norm = vector.norm()
     for prepared in operators:
-        done: Operated = prepared.operator.apply(prepared.settings, vector, context)
-        vector = done.vector
+        done = prepared.operator.apply(prepared.settings, vector, context)
+        vector = map_rows(vector, done.row_maps or {}, context.base) if done.vector is None else done.vector
         maps = None if maps is None or done.row_maps is None else [*maps, done.row_maps]
-        records.append({"name": prepared.operator.name, **done.record})
+        before, norm = norm, vector.norm()
+        norms = {"norm_before": before, "norm_after": norm}
+        records.append({"name": prepared.operator.name, **done.record, **norms})
     # Not after each: one that begins with nothing of the vector may bring its own.
-    if operators and vector.norm() == 0:
+    if operators and norm == 0:
         raise TaskVectorError("the operators leave nothing of the task vector: weaken them")
     return OperatedVector(vector=vector, row_maps=None if maps is None else tuple(maps), records=tuple(records))
 
@@ -135,7 +125,7 @@ def fitted_notes(operators: Sequence[PreparedOperator]) -> list[str]:
         splits = list(dict.fromkeys(_HELD_OUT[need] for need in prepared.needs if need in _HELD_OUT))
         if splits:
             found.append(
-                f"the operator {prepared.operator.name} was fitted on {', '.join(splits)}, and what strengths are "
+                f"{prepared.who} was fitted on {', '.join(splits)}, and what strengths are "
                 "chosen by is of the same splits: it flatters them; unseen and retain_test are untouched"
             )
     return found

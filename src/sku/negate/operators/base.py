@@ -9,16 +9,20 @@ Shapes: O = outputs of a layer, I = its inputs, R = rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sku.data.tokens import TokenizedExample
+from sku.config import DataConfig, PromptFormatName
+from sku.data.examples import Example, ForgetRetainData, RetainExample
+from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import TokenizedExample, tokenize_examples
 from sku.errors import RecipeError
 from sku.negate.task_vector import TaskVector
 
@@ -31,6 +35,9 @@ DATA_OPTIONS: Mapping[Need, str] = {
 """Which option of ``sku negate`` brings the examples that an operator looks at; no option brings borderline ones."""
 RowMap = Callable[[Tensor], Tensor]
 """``[R, I]`` float32 to the same shape, each row by itself and linearly."""
+GroupedBy = Literal["layer", "module", "layer_and_module"]
+OTHERS = "others"
+"""Group of the weights of no layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +73,19 @@ class OperatorContext:
         Raises:
             RecipeError: With the first kind that is missing.
         """
-        for need in needs:
-            if not getattr(self, need):
-                raise missing_examples(need, who)
+        _check_there({need: getattr(self, need) for need in needs}, who)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operated:
-    """What an operator made of a task vector."""
+    """What an operator makes of a task vector: maps of its rows where that is all, else another vector."""
 
-    vector: TaskVector
-    row_maps: Mapping[str, RowMap] | None
-    """Weight name -> how its rows were changed, where that is all the operator did: an adapter can do the same."""
     record: Mapping[str, Any]
     """For the manifest, plain data."""
+    row_maps: Mapping[str, RowMap] | None = None
+    """Weight name -> how its rows are changed: an adapter can do the same. Weights without a map stay as they are."""
+    vector: TaskVector | None = None
+    """None where ``row_maps`` say it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,27 +114,115 @@ class Operator(Generic[Settings]):
 AnyOperator = Operator[Any]
 
 
-def missing_examples(need: Need, who: str) -> RecipeError:
-    """The refusal to work without examples.
+@dataclass(frozen=True, kw_only=True)
+class PreparedOperator:
+    """An operator with its checked settings."""
+
+    operator: AnyOperator
+    settings: Any
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Data that it looks at with these settings."""
+        more = self.operator.more_needs
+        return self.operator.needs if more is None else (*self.operator.needs, *more(self.settings))
+
+    @property
+    def who(self) -> str:
+        """Its name in messages."""
+        return f"the operator {self.operator.name}"
+
+
+def context_of(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+    lengths: DataConfig | None = None,
+    *,
+    prompt_format: PromptFormatName = "auto",
+    **options: Any,
+) -> OperatorContext:
+    """Tokenizes what operators may look at, as stage 1 reads it.
 
     Args:
-        need: The kind that is missing.
-        who: What looks at them.
+        base: The original model.
+        tokenizer: Of the model.
+        data: Its splits; ``unseen``, ``retain_test`` and the sets that are reported stay unread.
+        lengths: For the longest sequence and answer; the defaults of ``DataConfig`` if None.
+        prompt_format: How prompts and answers are written.
+        options: Of the context: ``seed``, ``cache``, ``memory``.
 
     Returns:
-        The error, with what to do.
+        The context. A split without examples is empty.
+
+    Raises:
+        DataError: No example of a split that has some can be tokenized.
+        ModelError: The chat template can't write a prompt.
     """
-    option = DATA_OPTIONS.get(need)
-    what = {
-        "refusals_held_out": ", which are safe answers to held-out harmful prompts,",
-        "borderline_held_out": ", which are half of each set of data.normal that has answers,",
-    }.get(need, "")
-    how = (
-        f"give {option} FILE to sku negate, or run it from a recipe with sku run"
-        if option
-        else "name them in a recipe"
-    )
-    return RecipeError(f"{who} looks at {need.replace('_', ' ')} examples{what} and there are none: {how}")
+    style = resolve_prompt_format(prompt_format, tokenizer)
+    limits: DataConfig | type[DataConfig] = DataConfig if lengths is None else lengths
+    tokenized: dict[str, Any] = {
+        need: tokenize_examples(
+            examples,
+            tokenizer,
+            style,
+            max_length=limits.max_length,
+            max_answer_tokens=limits.max_answer_tokens,
+            train_on_end=need not in ("harmful", "harmful_held_out"),
+        )[0]
+        for need, examples in _splits(data).items()
+        if examples
+    }
+    return OperatorContext(base=base, **tokenized, **options)
+
+
+def check_operators(operators: Sequence[PreparedOperator], base: PreTrainedModel, data: ForgetRetainData) -> None:
+    """Refuses operators that couldn't be applied, before anything is trained.
+
+    Args:
+        operators: From ``prepare_operators``.
+        base: The original model, or its skeleton: names of weights are all that is read.
+        data: The splits of the run.
+
+    Raises:
+        RecipeError: An operator looks at examples that are not there, or names layers that are not.
+    """
+    there = _splits(data)
+    for chosen in operators:
+        _check_there({need: there[need] for need in chosen.needs}, chosen.who)
+        if chosen.operator.check is not None:
+            chosen.operator.check(chosen.settings, [name for name, _ in base.named_parameters()])
+
+
+def _splits(data: ForgetRetainData) -> dict[Need, Sequence[Example]]:
+    """What each need is met by."""
+    return {
+        "normal": data.retain_train,
+        "normal_held_out": data.retain_validation,
+        "harmful": data.unlearned,
+        "harmful_held_out": data.forget_validation,
+        "refusals_held_out": [
+            RetainExample(prompt=example.prompt, answer=example.safe_answer, finished=example.safe_answer_finished)
+            for example in data.forget_validation
+            if example.safe_answer is not None
+        ],
+        "borderline_held_out": [example for examples in data.normal_validation.values() for example in examples],
+    }
+
+
+def _check_there(there: Mapping[Need, Sequence[Any]], who: str) -> None:
+    for need, examples in there.items():
+        if not examples:
+            option = DATA_OPTIONS.get(need)
+            what = {
+                "refusals_held_out": ", which are safe answers to held-out harmful prompts,",
+                "borderline_held_out": ", which are half of each set of data.normal that has answers,",
+            }.get(need, "")
+            how = f"give {option} FILE to sku negate, or run it from a recipe with sku run"
+            raise RecipeError(
+                f"{who} looks at {need.replace('_', ' ')} examples{what} and there are none: "
+                f"{how if option else 'name them in a recipe'}"
+            )
 
 
 def map_rows(vector: TaskVector, row_maps: Mapping[str, RowMap], base: nn.Module) -> TaskVector:
@@ -150,18 +244,9 @@ def map_rows(vector: TaskVector, row_maps: Mapping[str, RowMap], base: nn.Module
     return TaskVector(deltas, vector.tied)
 
 
-def norms(before: TaskVector, after: TaskVector) -> dict[str, float]:
-    """Both norms, for the manifest."""
-    return {"norm_before": before.norm(), "norm_after": after.norm()}
-
-
 def scaling(factor: float) -> RowMap:
     """``factor * row``."""
-
-    def scaled(rows_RI: Tensor) -> Tensor:
-        return rows_RI * factor
-
-    return scaled
+    return lambda rows_RI: rows_RI * factor
 
 
 def turned_weights(base: nn.Module) -> set[str]:
@@ -172,12 +257,8 @@ def turned_weights(base: nn.Module) -> set[str]:
 def linear_weights(base: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     """Weight name -> linear layer, for all whose weight serves no embedding as well.
 
-    Args:
-        base: The original model.
-
-    Returns:
-        In the model's order. An output head that is tied to the embedding is not among them: its rows are read by
-        token, too, so that inputs alone don't say what a change of it does.
+    An output head that is tied to the embedding is not among them: its rows are read by token, too, so that inputs
+    alone don't say what a change of it does.
     """
     embedding = base.get_input_embeddings()
     tied = None if embedding is None else embedding.weight
@@ -186,3 +267,20 @@ def linear_weights(base: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module.weight is not tied
     }
+
+
+def group_of(name: str, per: GroupedBy) -> str:
+    """The group of a weight.
+
+    Args:
+        name: ``model.layers.3.mlp.up_proj.weight``.
+        per: What is grouped by.
+
+    Returns:
+        ``3``, ``mlp.up_proj`` or ``3.mlp.up_proj``; ``others`` for weights of no layer.
+    """
+    found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
+    if found is None:
+        return OTHERS
+    layer, module = found.groups()
+    return {"layer": layer, "module": module, "layer_and_module": f"{layer}.{module}"}[per]

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from sku.errors import RecipeError
-from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap, map_rows, norms
-from sku.negate.operators.inputs import InputSettings, matrix_map, spectra_of, split_by_inputs
-from sku.negate.operators.spectra import Spectrum
+from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap
+from sku.negate.operators.spectra import Spectrum, input_spectra, matrix_map, split_by_inputs
+from sku.negate.operators.texts import InputSettings
 from sku.negate.task_vector import TaskVector
 
 
@@ -74,8 +74,8 @@ def _unit_trace(spectrum: Spectrum) -> Tensor:
 
 
 def _apply(settings: ContrastSettings, vector: TaskVector, context: OperatorContext) -> Operated:
-    normal = spectra_of(context, settings, "normal")
-    harmful = spectra_of(context, settings, "harmful")
+    normal = input_spectra(context, "normal", settings)
+    harmful = input_spectra(context, "harmful", settings)
     known, maps, account = split_by_inputs(vector, normal, settings)
     made: dict[str, RowMap] = {}  # Layers that read the same tensor share their map.
     for name, spectrum in known.items():
@@ -86,12 +86,7 @@ def _apply(settings: ContrastSettings, vector: TaskVector, context: OperatorCont
             matrix = filter_matrix(_unit_trace(own), _unit_trace(spectrum), settings.strength, settings.ridge)
             made[group] = matrix_map(matrix)
         maps[name] = made[group]
-    changed = map_rows(vector, maps, context.base)
-    return Operated(
-        vector=changed,
-        row_maps=maps,
-        record={**account, "harmful_positions": harmful.positions, **norms(vector, changed)},
-    )
+    return Operated(row_maps=maps, record={**account, "harmful_positions": harmful.positions})
 
 
 CONTRAST = Operator(

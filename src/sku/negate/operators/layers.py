@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sku.errors import RecipeError
-from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap, map_rows, norms, scaling
-from sku.negate.operators.learned import OTHERS, group_of
+from sku.negate.operators.base import OTHERS, Operated, Operator, OperatorContext, RowMap, group_of, scaling
 from sku.negate.task_vector import TaskVector
 
 _REST = "rest"
@@ -94,8 +93,7 @@ def _apply(settings: LayersSettings, vector: TaskVector, context: OperatorContex
         raise RecipeError(
             f"layers: no changed weight is left for {idle[0]}; weights are named like {next(iter(vector.deltas))}"
         )
-    changed = map_rows(vector, maps, context.base)
-    return Operated(vector=changed, row_maps=maps, record={"weights": used, **norms(vector, changed)})
+    return Operated(row_maps=maps, record={"weights": used})
 
 
 LAYERS = Operator(

@@ -17,6 +17,12 @@ All sets are of validation splits, which stage 1 has not seen: harmful answers a
 data) are those of ``forget_validation``, which a recipe with this operator holds out; normal pairs those of
 ``retain_validation``; borderline ones those of each ``normal_validation:NAME``.
 
+A singular direction is ``s u v^T`` of the difference's singular value decomposition, so that a sum of scaled ones is a
+linear map of the difference's rows, ``D V diag(c) V^T``, which an adapter can follow.
+
+Shapes: O = outputs of a layer, I = its inputs, r = directions of one difference, C = scalars of all parts, N = answer
+tokens, V = vocabulary.
+
 Related: aTLAS (https://arxiv.org/abs/2407.02880, abstract read) learns coefficients of parameter blocks of task
 vectors. The objective is our own.
 """
@@ -24,8 +30,7 @@ vectors. The objective is our own.
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,13 +41,19 @@ from torch.nn import functional
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
-from sku.negate.operators.base import Need, Operated, Operator, OperatorContext, map_rows, norms, turned_weights
-from sku.negate.operators.scaled_parts import ScaledParts, parts_by_direction, parts_by_group
+from sku.negate.operators.base import (
+    Need,
+    Operated,
+    Operator,
+    OperatorContext,
+    RowMap,
+    group_of,
+    scaling,
+    turned_weights,
+)
 from sku.negate.operators.texts import Batch, answer_logits, batch_of, device_of, with_first_tokens
 from sku.negate.task_vector import TaskVector, unique_weights
 
-OTHERS = "others"
-"""Group of the weights of no layer."""
 SETS: Mapping[str, Need] = {
     "harmful": "harmful_held_out", "normal": "normal_held_out", "refusals": "refusals_held_out",
     "borderline": "borderline_held_out",
@@ -52,8 +63,9 @@ FIGURES: Mapping[str, str] = {
     "harmful": "harmful_gain", "normal": "normal_kl", "refusals": "refusals_nll", "borderline": "borderline_kl",
 }  # fmt: skip
 """Name of a set -> what the record says of it."""
+_NO_MORE_THAN_ROUNDING = 1e-5
+"""Of a difference's norm: what directions leave over below this is rounding, not a part of the difference."""
 LearnedPer = Literal["layer", "module", "layer_and_module", "direction"]
-GroupedBy = Literal["layer", "module", "layer_and_module"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,53 +125,113 @@ class LearnedSettings:
             raise RecipeError(f"start is {self.start}; it must lie between 0 and largest, {self.largest}")
 
 
-def group_of(name: str, per: GroupedBy) -> str:
-    """The group of a weight.
+@dataclass(frozen=True, kw_only=True)
+class ScaledParts:
+    """One weight's difference as a sum of parts with a scalar each; both functions take the scalars of all weights."""
+
+    count: int
+    scaled: Callable[[Tensor], Tensor]
+    """The difference with its parts scaled, differentiable in the scalars; the difference's own shape."""
+    row_map: Callable[[Tensor], RowMap]
+    """The same as a map of the difference's rows."""
+
+
+def whole_difference(delta: Tensor, place: int) -> ScaledParts:
+    """One part, all of it, with the scalar at a place: ``c D``."""
+    return ScaledParts(
+        count=1,
+        scaled=lambda values_C: values_C[place] * delta,
+        row_map=lambda values_C: scaling(float(values_C[place])),
+    )
+
+
+def singular_directions(delta: Tensor, directions: int, first: int, *, turned: bool) -> ScaledParts:
+    """A difference's largest singular directions ``s u v^T``, and what they leave over unless it is rounding.
 
     Args:
-        name: ``model.layers.3.mlp.up_proj.weight``.
-        per: What is grouped by.
+        delta: ``[O, I]`` float32, or ``[I, O]`` if turned.
+        directions: Most directions.
+        first: Place of the first one's scalar; that of the rest R follows the last one's.
+        turned: The weight is kept as ``[I, O]``.
 
     Returns:
-        ``3``, ``mlp.up_proj`` or ``3.mlp.up_proj``; ``others`` for weights of no layer.
+        ``sum_i c_i s_i u_i v_i^T + c_rest R``, and as a map ``row V diag(c - c_rest) V^T + c_rest row``.
     """
-    found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
-    if found is None:
-        return OTHERS
-    layer, module = found.groups()
-    return {"layer": layer, "module": module, "layer_and_module": f"{layer}.{module}"}[per]
+    delta_OI = delta.T if turned else delta
+    left, values, right = torch.linalg.svd(delta_OI, full_matrices=False)
+    rank = max(1, min(directions, int((values > _NO_MORE_THAN_ROUNDING * values[0]).sum())))
+    outputs_Or, inputs_Ir = left[:, :rank] * values[:rank], right[:rank].T.contiguous()
+    rest_OI = delta_OI - outputs_Or @ inputs_Ir.T
+    has_rest = bool(torch.linalg.norm(rest_OI) > _NO_MORE_THAN_ROUNDING * torch.linalg.norm(delta_OI))
+
+    def scaled(values_C: Tensor) -> Tensor:
+        changed_OI: Tensor = (outputs_Or * values_C[first : first + rank]) @ inputs_Ir.T
+        if has_rest:
+            changed_OI = changed_OI + values_C[first + rank] * rest_OI
+        return changed_OI.T if turned else changed_OI
+
+    def row_map(values_C: Tensor) -> RowMap:
+        values_r, basis_Ir = values_C[first : first + rank].detach().cpu(), inputs_Ir.cpu()
+        rest = float(values_C[first + rank]) if has_rest else 0.0
+        after_Ir = basis_Ir * (values_r - rest)
+        return lambda rows_RI: rows_RI @ basis_Ir @ after_Ir.T + rest * rows_RI
+
+    return ScaledParts(count=rank + has_rest, scaled=scaled, row_map=row_map)
+
+
+def _parts(
+    settings: LearnedSettings, deltas: Mapping[str, Tensor], turned: set[str]
+) -> tuple[dict[str, ScaledParts], list[str]]:
+    """Weight name -> its parts; a name for each scalar: the group, or ``weight:place`` for directions."""
+    parts: dict[str, ScaledParts] = {}
+    if settings.per != "direction":
+        groups = {name: group_of(name, settings.per) for name in deltas}
+        names = list(dict.fromkeys(groups.values()))
+        return {name: whole_difference(delta, names.index(groups[name])) for name, delta in deltas.items()}, names
+    names = []
+    for name, delta in deltas.items():
+        if delta.ndim != 2 or not bool(delta.any()):
+            parts[name] = whole_difference(delta, len(names))
+            names.append(name)
+        else:
+            parts[name] = singular_directions(delta, settings.directions, len(names), turned=name in turned)
+            names += [f"{name}:{number}" for number in range(parts[name].count)]
+    return parts, names
 
 
 def _apply(settings: LearnedSettings, vector: TaskVector, context: OperatorContext) -> Operated:
     device = device_of(context.base)
     deltas = {name: delta.to(device) for name, delta in vector.deltas.items()}
-    if settings.per == "direction":
-        parts, names = parts_by_direction(deltas, settings.directions, turned_weights(context.base))
-    else:
-        parts, names = parts_by_group(deltas, {name: group_of(name, settings.per) for name in deltas})
-    values_C, first, last = _learn(settings, parts, len(names), context)
-    maps = {name: part.row_map(values_C) for name, part in parts.items()}
-    changed = map_rows(vector, maps, context.base)
-    coefficients = dict(zip(names, values_C.tolist(), strict=True))
-    sets = {name: len(examples) for name, examples in _sets(settings, context).items()}
-    record = {"sets": sets, "coefficients": coefficients, "first": first, "last": last, **norms(vector, changed)}
-    return Operated(vector=changed, row_maps=maps, record=record)
+    parts, names = _parts(settings, deltas, turned_weights(context.base))
+    sets = _sets(settings, context)
+    values_C, measured = _learn(settings, parts, len(names), sets, context)
+    record = {
+        "sets": {name: len(examples) for name, examples in sets.items()},
+        "coefficients": dict(zip(names, values_C.tolist(), strict=True)),
+        "first": measured[0],
+        "last": measured[-1],
+    }
+    return Operated(row_maps={name: part.row_map(values_C) for name, part in parts.items()}, record=record)
 
 
 def _learn(
-    settings: LearnedSettings, parts: Mapping[str, ScaledParts], count: int, context: OperatorContext
-) -> tuple[Tensor, dict[str, float], dict[str, float]]:
-    """The coefficients ``[C]``, and what the first and the last step measured."""
+    settings: LearnedSettings,
+    parts: Mapping[str, ScaledParts],
+    count: int,
+    sets: Mapping[str, Sequence[TokenizedExample]],
+    context: OperatorContext,
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """The coefficients ``[C]``, and what each step measured."""
     device = device_of(context.base)
     values_C = torch.full((count,), settings.start, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([values_C], lr=settings.learning_rate)
     weights = unique_weights(context.base)[0]
     generator = random.Random(context.seed)
-    sets = _sets(settings, context)
     measured: list[dict[str, float]] = []
     for _ in range(settings.steps):
         batches = {
-            name: batch_of(_some(examples, settings.batch_size, generator), device) for name, examples in sets.items()
+            name: batch_of(generator.sample(list(examples), min(settings.batch_size, len(examples))), device)
+            for name, examples in sets.items()
         }
         changed = {
             name: (weights[name].detach().float() - part.scaled(values_C)).to(weights[name].dtype)
@@ -178,7 +250,7 @@ def _learn(
         optimizer.step()
         with torch.no_grad():
             values_C.clamp_(0.0, settings.largest)
-    return values_C.detach(), measured[0], measured[-1]
+    return values_C.detach(), measured
 
 
 def _needs(settings: LearnedSettings) -> tuple[Need, ...]:
@@ -194,10 +266,6 @@ def _sets(settings: LearnedSettings, context: OperatorContext) -> dict[str, Sequ
             whole = name == "harmful" or settings.answer_tokens is None
             found[name] = examples if whole else with_first_tokens(examples, settings.answer_tokens or 0)
     return found
-
-
-def _some(examples: Sequence[TokenizedExample], count: int, generator: random.Random) -> list[TokenizedExample]:
-    return generator.sample(list(examples), min(count, len(examples)))
 
 
 def _term(

@@ -14,7 +14,7 @@ from typing import Literal
 
 from sku.errors import RecipeError
 from sku.negate.matching import check_same_names, check_same_shape
-from sku.negate.operators.base import Operated, Operator, OperatorContext, norms
+from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 
@@ -35,19 +35,7 @@ class MinusBenignSettings:
 
 
 def minus_component(vector: TaskVector, benign: TaskVector, beta: float = 1.0) -> TaskVector:
-    """Removes from each tensor its component along the benign one.
-
-    Args:
-        vector: The bad vector.
-        benign: Of the same weights.
-        beta: Share of the component.
-
-    Returns:
-        A new vector; tensors that the benign model left alone stay as they are.
-
-    Raises:
-        TaskVectorError: The vectors change different weights.
-    """
+    """Removes from each tensor a share of its component along the benign one, of the same weights."""
     check_same_names(vector.deltas, benign.deltas, "the bad vector", "the benign one")
     changed = {}
     for name, delta in vector.deltas.items():
@@ -65,8 +53,7 @@ def _apply(settings: MinusBenignSettings, vector: TaskVector, context: OperatorC
         changed = minus_component(vector, benign, settings.beta)
     else:
         changed = vector - settings.beta * benign
-    record = {"benign_norm": benign.norm(), **norms(vector, changed)}
-    return Operated(vector=changed, row_maps=None, record=record)
+    return Operated(vector=changed, record={"benign_norm": benign.norm()})
 
 
 MINUS_BENIGN = Operator(

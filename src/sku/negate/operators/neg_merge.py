@@ -13,7 +13,7 @@ import torch
 
 from sku.errors import RecipeError, TaskVectorError
 from sku.negate.matching import check_same_names, check_same_shape
-from sku.negate.operators.base import Operated, Operator, OperatorContext, norms
+from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 
@@ -62,7 +62,7 @@ def _apply(settings: NegMergeSettings, vector: TaskVector, context: OperatorCont
     merged = sign_merge([vector, *(task_vector_of(context.base, path) for path in settings.paths)])
     entries = sum(delta.numel() for delta in merged.deltas.values())
     kept = sum(int((delta != 0).sum()) for delta in merged.deltas.values())
-    record = {"vectors": 1 + len(settings.paths), "share_agreed": kept / entries, **norms(vector, merged)}
+    record = {"vectors": 1 + len(settings.paths), "share_agreed": kept / entries}
     return Operated(vector=merged, row_maps=None, record=record)
 
 

@@ -14,22 +14,21 @@ Inputs that all prompts share (system prompt, first position) are protected like
 each of the two has its own trace, so that the first position, which can hold most of a layer's trace by itself, takes
 no share from the others.
 
-``inputs.py`` says what becomes of weights that read no such inputs.
+``split_by_inputs`` says what becomes of weights that read no such inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sku.errors import RecipeError
-from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap, map_rows, norms
-from sku.negate.operators.inputs import InputSettings, matrix_map, spectra_of, split_by_inputs
-from sku.negate.operators.spectra import Spectrum
+from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap
+from sku.negate.operators.spectra import Spectrum, input_spectra, matrix_map, split_by_inputs
+from sku.negate.operators.texts import InputSettings
 from sku.negate.task_vector import TaskVector
 
 
@@ -58,20 +57,13 @@ class NullSpaceSettings(InputSettings):
 
 
 def projection(directions_IK: Tensor) -> RowMap:
-    """``row - (row U) U^T``.
-
-    Args:
-        directions_IK: U, orthonormal columns.
-
-    Returns:
-        The map.
-    """
+    """``row - (row U) U^T``, U of orthonormal columns."""
     return lambda rows_RI: rows_RI - (rows_RI @ directions_IK) @ directions_IK.T
 
 
 def _apply(settings: NullSpaceSettings, vector: TaskVector, context: OperatorContext) -> Operated:
-    normal = spectra_of(context, settings, "normal")
-    shared = spectra_of(context, settings, "normal", "shared")
+    normal = input_spectra(context, "normal", settings)
+    shared = input_spectra(context, "normal", settings, "shared")
     known, maps, account = split_by_inputs(vector, normal, settings)
     ranks: dict[str, int] = {}
     made: dict[str, tuple[RowMap, int]] = {}  # Layers that read the same tensor share their map.
@@ -82,11 +74,11 @@ def _apply(settings: NullSpaceSettings, vector: TaskVector, context: OperatorCon
         maps[name], rank = made[group]
         if settings.soft is None:
             ranks[name] = rank
-    changed = map_rows(vector, maps, context.base)
     account["shared_positions"] = shared.positions
-    return Operated(
-        vector=changed, row_maps=maps, record={**account, **_ranks(ranks, known), **norms(vector, changed)}
-    )
+    if ranks:
+        shares = [rank / len(known[name].energies_I) for name, rank in ranks.items()]
+        account |= {"ranks": ranks, "mean_share_of_directions": sum(shares) / len(shares)}
+    return Operated(row_maps=maps, record=account)
 
 
 def _map(spectra: Sequence[Spectrum], settings: NullSpaceSettings) -> tuple[RowMap, int]:
@@ -120,13 +112,6 @@ def _damping(spectra: Sequence[Spectrum], strength: float) -> RowMap:
     for spectrum in damped:
         total_II += strength / spectrum.energies_I.double().mean() * spectrum.matrix()
     return matrix_map(torch.linalg.inv(total_II))
-
-
-def _ranks(ranks: Mapping[str, int], known: Mapping[str, Spectrum]) -> dict[str, Any]:
-    if not ranks:
-        return {}
-    shares = [rank / len(known[name].energies_I) for name, rank in ranks.items()]
-    return {"ranks": dict(ranks), "mean_share_of_directions": sum(shares) / len(shares)}
 
 
 NULL_SPACE = Operator(

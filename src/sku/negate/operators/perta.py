@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll
-from sku.negate.operators.base import Operated, Operator, OperatorContext, norms
+from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.operators.texts import answer_logits, batches, device_of, drawn
 from sku.negate.task_vector import TaskVector, unique_weights
 
@@ -120,7 +120,7 @@ def _apply(settings: PertaSettings, vector: TaskVector, context: OperatorContext
     changed = TaskVector({name: delta * factors[name] for name, delta in vector.deltas.items()}, vector.tied)
     entries = sum(factor.numel() for factor in factors.values())
     mean = sum(float(factor.double().sum()) for factor in factors.values()) / entries
-    return Operated(vector=changed, row_maps=None, record={"mean_factor": mean, **norms(vector, changed)})
+    return Operated(vector=changed, row_maps=None, record={"mean_factor": mean})
 
 
 def relative_importance(forget: Tensor, retain: Tensor) -> Tensor:

@@ -1,13 +1,8 @@
 """What goes into each linear layer on given text: the eigenvectors of ``X^T X``, streamed batch by batch.
 
-Positions are of two parts. ``shared`` ones tell no text from another: the first, whose input depends on one token
-alone and can be a hundred times as long as others (the attention sink), all tokens that every prompt, harmful or
-normal, begins with (chat template, system prompt), and those that every prompt ends with (generation prompt) but for
-the last, where the answer begins. The others are the text's ``own``. Counted together, the shared ones would be the
-largest part of every text and say nothing of it.
-
-Where the positions that decide are asked for (``Decision``), the last tokens of the prompt count although all prompts
-end with them: beyond the first layer their inputs hold what the model has read, and the reply begins from there.
+Which positions count, ``texts.py`` says. Embeddings, norms, biases and a tied output head read no input that a
+covariance describes: operators that look at inputs drop their change unless told otherwise, since it reaches normal
+text undamped. LoRA on linear layers has none of them.
 
 Layers that read the same tensor (query, key and value; gate and up) share one matrix. Products are taken in float32
 and summed in float64; what is kept, in memory and on disk alike, is float32, so that a cached spectrum equals a fresh
@@ -18,7 +13,6 @@ Shapes: R = token positions, I = inputs of a layer.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,34 +30,26 @@ from transformers import PreTrainedModel
 from sku.data.tokens import TokenizedExample
 from sku.errors import TaskVectorError
 from sku.models import embedding_weight
-from sku.negate.operators.base import OperatorContext, linear_weights
-from sku.negate.operators.texts import Batch, batch_of, batches, device_of, drawn
-from sku.negate.task_vector import unique_weights
+from sku.negate.operators.base import OperatorContext, RowMap, linear_weights
+from sku.negate.operators.texts import (
+    Batch,
+    InputSettings,
+    Part,
+    SharedTokens,
+    batch_of,
+    batches,
+    counted_positions,
+    device_of,
+    drawn,
+    shared_tokens,
+)
+from sku.negate.task_vector import TaskVector, unique_weights
 from sku.storage import new_folder
 
-Positions = Literal["all", "prompt", "answer"]
 Text = Literal["normal", "harmful"]
-Part = Literal["own", "shared"]
 _FILE = "spectra.safetensors"
 _FORMAT = "sku-input-spectra-2"
 """Raised whenever the same text could give another spectrum, so that older files are not taken for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """The positions at which a model decides how it replies."""
-
-    prompt_tokens: int = 8
-    """Last ones of the prompt, chat template and all."""
-    answer_tokens: int = 8
-    """First ones of the answer, as far as it has so many."""
-
-    def positions(self, batch: Batch) -> Tensor:
-        """``[B, T]``, true there."""
-        places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
-        last_B1 = _last_of_prompt(batch)
-        near_BT = (places_T > last_B1 - self.prompt_tokens) & (places_T <= last_B1 + self.answer_tokens)
-        return near_BT & (batch.mask_BT == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,33 +88,6 @@ class Spectrum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedTokens:
-    """What all prompts have in common, harmful and normal ones alike."""
-
-    first: int
-    """Tokens that each begins with; at least 1."""
-    last: int
-    """Tokens that each ends with, before the answer."""
-
-    def positions(self, batch: Batch) -> Tensor:
-        """``[B, T]``, true where a position tells no text from another."""
-        places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
-        # The last token of a prompt is the first position that an answer is read from: it counts.
-        begins_B1 = _last_of_prompt(batch)
-        return self.beginnings(batch) | ((places_T > begins_B1 - self.last) & (places_T < begins_B1))
-
-    def beginnings(self, batch: Batch) -> Tensor:
-        """``[B, T]``, true on what every prompt begins with."""
-        places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
-        return (places_T < self.first).expand_as(batch.ids_BT)
-
-
-def _last_of_prompt(batch: Batch) -> Tensor:
-    """``[B, 1]``, the position of each prompt's last token."""
-    return batch.answer_BT.int().argmax(1, keepdim=True)
-
-
-@dataclass(frozen=True, kw_only=True)
 class InputSpectra:
     """Of all linear layers of a model."""
 
@@ -146,24 +105,44 @@ class InputSpectra:
         return None if group is None else self.of_group[group]
 
 
-def input_spectra(
-    context: OperatorContext,
-    text: Text,
-    *,
-    positions: Positions | Decision,
-    examples: int,
-    unit: bool,
-    part: Part = "own",
-) -> InputSpectra:
+def matrix_map(matrix_II: Tensor) -> RowMap:
+    """``row M``, computed in float32."""
+    matrix_II = matrix_II.float()
+    return lambda rows_RI: rows_RI @ matrix_II
+
+
+def split_by_inputs(
+    vector: TaskVector, spectra: InputSpectra, settings: InputSettings
+) -> tuple[dict[str, Spectrum], dict[str, RowMap], dict[str, Any]]:
+    """The vector's weights whose inputs are known, and what becomes of the others.
+
+    Args:
+        vector: The task vector.
+        spectra: Of the inputs.
+        settings: Says what becomes of the others.
+
+    Returns:
+        Weight name -> spectrum; the maps of the other weights; the account of both.
+    """
+    known = {name: spectrum for name in vector.deltas if (spectrum := spectra.of(name)) is not None}
+    others = [name for name in vector.deltas if name not in known]
+    dropped = settings.other_weights == "drop" and bool(others)
+    account = {
+        "layers": len(known),
+        "other_weights": len(others),
+        "other_weights_are": "dropped" if dropped else "kept",
+        "positions": spectra.positions,
+    }
+    return known, dict.fromkeys(others, torch.zeros_like) if dropped else {}, account
+
+
+def input_spectra(context: OperatorContext, text: Text, settings: InputSettings, part: Part = "own") -> InputSpectra:
     """Measures, or finds again, what goes into the linear layers.
 
     Args:
         context: Model, texts, cache.
         text: Which examples.
-        positions: Token positions that count: ``all``, those of the ``prompt``, those before tokens of the
-            ``answer``, or those that decide.
-        examples: Most examples, drawn by the seed.
-        unit: Each input counts by its direction alone, whatever its length.
+        settings: Which positions, and how inputs count.
         part: Which of these positions: the text's own, or those of ``shared_tokens``. Of those that decide all are the
             text's own, and what prompts begin with is shared.
 
@@ -174,45 +153,20 @@ def input_spectra(
         TaskVectorError: An input is not finite, or a cached file is damaged.
         OutputError: The cache can't be written.
     """
-    chosen = drawn(getattr(context, text), examples, context.seed)
+    chosen = drawn(getattr(context, text), settings.examples, context.seed)
     shared = shared_tokens([*context.harmful, *context.normal])
-    key = _key(context, chosen, positions, unit, shared, part)
+    key = _key(context, chosen, settings, shared, part)
     if key not in context.memory:
         folder = None if context.cache is None else context.cache / f"spectra-{key[:32]}"
         if folder is not None and folder.exists():
             context.memory[key] = _load(folder)
         else:
-            context.memory[key] = _measure(context, chosen, positions, shared, part, unit=unit)
+            context.memory[key] = _measure(context, chosen, settings, shared, part)
             if folder is not None:
                 _save(context.memory[key], folder)
     spectra = context.memory[key]
     assert isinstance(spectra, InputSpectra)
     return spectra
-
-
-def shared_tokens(examples: Sequence[TokenizedExample]) -> SharedTokens:
-    """What all prompts begin and end with, as token ids.
-
-    Args:
-        examples: Harmful and normal ones together, as they are rendered.
-
-    Returns:
-        The numbers of tokens. Where all prompts are the same one nothing tells what of it is its own: the first token
-        alone is then taken for shared.
-    """
-    prompts = {tuple(example.input_ids[: example.answer_start]) for example in examples}
-    if len(prompts) < 2:
-        return SharedTokens(first=1, last=0)
-    one, *others = prompts
-    first = min(_common(one, other) for other in others)
-    last = min(_common(one[::-1], other[::-1]) for other in others)
-    return SharedTokens(first=max(first, 1), last=last)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens from the first on that are the same."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (own, token) in pairs if own != token), min(len(one), len(other)))
 
 
 def input_groups(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
@@ -242,11 +196,9 @@ def input_groups(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
 def _measure(
     context: OperatorContext,
     examples: Sequence[TokenizedExample],
-    positions: Positions | Decision,
+    settings: InputSettings,
     shared: SharedTokens,
     part: Part,
-    *,
-    unit: bool,
 ) -> InputSpectra:
     model, device = context.base, device_of(context.base)
     # Two rows, so that a layer that sees some rows only is told from one that sees all.
@@ -259,7 +211,7 @@ def _measure(
 
     def add(name: str, inputs: Tensor) -> None:
         rows_RI = inputs.reshape(-1, inputs.shape[-1])[kept].float()
-        if unit:
+        if settings.unit:
             rows_RI = rows_RI / torch.linalg.vector_norm(rows_RI, dim=1, keepdim=True).clamp_min(1e-30)
         product_II = rows_RI.T @ rows_RI
         # Apple's GPUs have no float64.
@@ -268,24 +220,11 @@ def _measure(
 
     with _hooked(leaders, add):
         for batch in batches(examples, context.batch_size, device):
-            kept = _kept(batch, positions, shared, part).reshape(-1)
+            kept = counted_positions(batch, settings, shared, part).reshape(-1)
             counted += int(kept.sum())
             _run(model, batch)
     spectra = {name: _spectrum(name, sums.pop(name) / max(counted, 1)) for name in leaders}
     return InputSpectra(of_group=spectra, group_of=groups, positions=counted)
-
-
-def _kept(batch: Batch, positions: Positions | Decision, shared: SharedTokens, part: Part) -> Tensor:
-    """``[B, T]``, true where a position counts."""
-    real_BT = batch.mask_BT == 1
-    if isinstance(positions, Decision):
-        beginnings_BT = shared.beginnings(batch)
-        return real_BT & beginnings_BT if part == "shared" else positions.positions(batch) & ~beginnings_BT
-    if positions == "answer":
-        asked_BT = batch.answer_BT
-    else:
-        asked_BT = real_BT if positions == "all" else real_BT & ~batch.answer_BT
-    return asked_BT & (shared.positions(batch) == (part == "shared"))
 
 
 def _spectrum(name: str, mean_II: Tensor) -> Spectrum:
@@ -320,12 +259,8 @@ def _run(model: PreTrainedModel, batch: Batch) -> None:
     try:
         with torch.no_grad():
             # An output head of its own is a linear layer as well: it must see all positions.
-            model(
-                input_ids=batch.ids_BT,
-                attention_mask=batch.mask_BT,
-                logits_to_keep=1 if tied else 0,
-                use_cache=False,
-            )
+            keep = 1 if tied else 0
+            model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, logits_to_keep=keep, use_cache=False)
     finally:
         for module, training in modes:
             module.training = training
@@ -343,19 +278,20 @@ def weights_sha256(model: nn.Module) -> str:
 def _key(
     context: OperatorContext,
     examples: Sequence[TokenizedExample],
-    positions: Positions | Decision,
-    unit: bool,
+    settings: InputSettings,
     shared: SharedTokens,
     part: Part,
 ) -> str:
     if "weights" not in context.memory:
         context.memory["weights"] = weights_sha256(context.base)
     tokens = [[example.input_ids, example.labels] for example in examples]
+    asked: Any = settings.positions
+    if asked == "decision":
+        asked = {"prompt_tokens": settings.prompt_tokens, "answer_tokens": settings.answer_tokens}
     # Sums in another order differ in their last bits, so the size of a batch counts.
-    asked = dataclasses.asdict(positions) if isinstance(positions, Decision) else positions
     content = [
-        _FORMAT, context.memory["weights"], tokens, asked, unit, context.batch_size, shared.first, shared.last,
-        part,
+        _FORMAT, context.memory["weights"], tokens, asked, settings.unit, context.batch_size, shared.first,
+        shared.last, part,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

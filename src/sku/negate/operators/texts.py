@@ -1,4 +1,13 @@
-"""Batches of tokenized examples, and what a model says at the positions before an answer's tokens.
+"""Batches of tokenized examples, what a model says before an answer's tokens, and which positions tell of a text.
+
+Positions are of two parts. ``shared`` ones tell no text from another: the first, whose input depends on one token
+alone and can be a hundred times as long as others (the attention sink), all tokens that every prompt, harmful or
+normal, begins with (chat template, system prompt), and those that every prompt ends with (generation prompt) but for
+the last, where the answer begins. The others are the text's ``own``. Counted together, the shared ones would be the
+largest part of every text and say nothing of it.
+
+Where the positions that decide are asked for, the last tokens of the prompt count although all prompts
+end with them: beyond the first layer their inputs hold what the model has read, and the reply begins from there.
 
 Shapes: B = examples, T = tokens of the longest, N = answer tokens of all, V = vocabulary.
 """
@@ -9,6 +18,7 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +27,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sku.data.tokens import TokenizedExample
-from sku.losses import IGNORE_INDEX
+from sku.errors import RecipeError, TaskVectorError
+from sku.losses import IGNORE_INDEX, answer_nll
 from sku.models import embedding_weight
+from sku.negate.task_vector import unique_weights
+
+Part = Literal["own", "shared"]
+DECISION_TOKENS = 8
+"""Of the prompt's last tokens, and of the answer's first, where the positions that decide are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +118,116 @@ def answer_logits(model: PreTrainedModel, batch: Batch, weights: Mapping[str, Te
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where a model takes its token ids."""
     return embedding_weight(model).device
+
+
+def mean_gradient(
+    model: PreTrainedModel, names: Sequence[str], examples: Sequence[TokenizedExample], batch_size: int
+) -> dict[str, Tensor]:
+    """Gradient of the answers' mean negative log-likelihood a token, by weight.
+
+    Args:
+        model: In evaluation mode. It is not changed.
+        names: Weights.
+        examples: At least one.
+        batch_size: Examples at once.
+
+    Returns:
+        Name -> gradient on the CPU, float32.
+
+    Raises:
+        TaskVectorError: A gradient is not finite.
+    """
+    tokens = sum(len(batch.targets_N) for batch in batches(examples, batch_size, device_of(model)))
+    weights = unique_weights(model)[0]
+    # Leaves that share the model's memory: its own parameters may be frozen and stay as they are.
+    leaves = {name: weights[name].detach().requires_grad_() for name in names}
+    sums = {name: torch.zeros(leaf.shape) for name, leaf in leaves.items()}
+    for batch in batches(examples, batch_size, device_of(model)):
+        nll_N = answer_nll(answer_logits(model, batch, leaves), batch.targets_N)
+        gradients = torch.autograd.grad(nll_N.sum() / tokens, list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:  # Else the loss doesn't depend on it: a bias that only chooses experts.
+                sums[name] += gradient.float().cpu()
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise TaskVectorError(f"the gradient of {name} holds NaN or infinity: load the model in float32")
+    return sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """What counts as an input of normal text; shared by operators that look at inputs."""
+
+    positions: Literal["all", "prompt", "answer", "decision"] = "all"
+    """Token positions whose inputs are protected: ``all``, those of the ``prompt``, those before the ``answer``'s
+    tokens, or those at which it is decided how to reply, the last ones of the prompt and the first of the answer. What
+    every prompt begins or ends with (system prompt, chat template) is measured apart."""
+    prompt_tokens: int = DECISION_TOKENS
+    """For ``decision``: how many of the prompt's last tokens, those of the chat template counted."""
+    answer_tokens: int = DECISION_TOKENS
+    """For ``decision``: how many of the answer's first tokens."""
+    unit: bool = False
+    """Each input counts by its direction alone. Else a few tokens whose inputs are many times as long as others can
+    be the whole trace of a layer."""
+    examples: int = 256
+    """Most normal examples that are looked at, drawn by the seed."""
+    other_weights: Literal["drop", "keep"] = "drop"
+    """What becomes of the change of weights that are no linear layer's: embeddings, norms, biases."""
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise RecipeError(f"examples is {self.examples}; it must be 1 or more")
+        for name, least in (("prompt_tokens", 1), ("answer_tokens", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+            if self.positions != "decision" and getattr(self, name) != DECISION_TOKENS:
+                raise RecipeError(f"{name} counts where positions is decision, and it is {self.positions}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedTokens:
+    """What all prompts have in common, harmful and normal ones alike."""
+
+    first: int
+    """Tokens that each begins with; at least 1."""
+    last: int
+    """Tokens that each ends with, before the answer."""
+
+
+def shared_tokens(examples: Sequence[TokenizedExample]) -> SharedTokens:
+    """What all prompts begin and end with, as token ids.
+
+    Args:
+        examples: Harmful and normal ones together, as they are rendered.
+
+    Returns:
+        The numbers of tokens. Where all prompts are the same one nothing tells what of it is its own: the first token
+        alone is then taken for shared.
+    """
+    prompts = {tuple(example.input_ids[: example.answer_start]) for example in examples}
+    if len(prompts) < 2:
+        return SharedTokens(first=1, last=0)
+    one, *others = prompts
+    first = min(_common(one, other) for other in others)
+    last = min(_common(one[::-1], other[::-1]) for other in others)
+    return SharedTokens(first=max(first, 1), last=last)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens from the first on that are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (own, token) in pairs if own != token), min(len(one), len(other)))
+
+
+def counted_positions(batch: Batch, settings: InputSettings, shared: SharedTokens, part: Part) -> Tensor:
+    """``[B, T]``, true where a position counts."""
+    real_BT, answer_BT = batch.mask_BT == 1, batch.answer_BT
+    places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
+    last_B1 = answer_BT.int().argmax(1, keepdim=True)  # Of the prompt: the first that an answer is read from.
+    shared_BT = (places_T < shared.first).expand_as(real_BT)
+    if settings.positions == "decision":
+        near_BT = (places_T > last_B1 - settings.prompt_tokens) & (places_T <= last_B1 + settings.answer_tokens)
+        return real_BT & (shared_BT if part == "shared" else near_BT & ~shared_BT)
+    shared_BT = shared_BT | ((places_T > last_B1 - shared.last) & (places_T < last_B1))
+    asked_BT = {"all": real_BT, "answer": answer_BT, "prompt": real_BT & ~answer_BT}[settings.positions]
+    return asked_BT & (shared_BT if part == "shared" else ~shared_BT)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from sku.errors import RecipeError
-from sku.negate.low_rank import BLOCK_ELEMENTS
-from sku.negate.operators.base import Operated, Operator, OperatorContext, norms
+from sku.negate import arithmetic
+from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.task_vector import TaskVector
 
 _LOW_BITS = 16
@@ -71,7 +71,7 @@ def kth_largest_magnitude(tensors: Mapping[str, Tensor], k: int) -> float:
 
 def _magnitude_bits(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     for tensor in tensors.values():
-        for block in tensor.contiguous().view(-1).split(BLOCK_ELEMENTS):
+        for block in tensor.contiguous().view(-1).split(arithmetic.BLOCK_ELEMENTS):
             yield block.view(torch.int32) & _SIGNLESS
 
 
@@ -89,8 +89,7 @@ def _apply(settings: TrimSettings, vector: TaskVector, _context: OperatorContext
         {name: torch.where(delta.abs() >= smallest, delta, 0.0) for name, delta in vector.deltas.items()}, vector.tied
     )
     kept = sum(int(delta.count_nonzero()) for delta in changed.deltas.values())
-    record = {"entries": entries, "kept": kept, "smallest": smallest, **norms(vector, changed)}
-    return Operated(vector=changed, row_maps=None, record=record)
+    return Operated(vector=changed, record={"entries": entries, "kept": kept, "smallest": smallest})
 
 
 TRIM = Operator(

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 
 from sku.errors import ModelError
-from sku.negate.safetensors_layout import make_header, read_folder, read_layout
+from sku.negate.files import make_header, read_folder, read_layout
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64), "c": torch.tensor(1.5)}
 
@@ -27,8 +27,8 @@ def raw(path: Path, entries: Any, data: bytes = b"", *, length: int | None = Non
     return path
 
 
-def entry(start: int, end: int, dtype: Any = "F32", shape: Any = (1,), **more: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end], **more}
+def entry(start: int, end: int, dtype: Any = "F32", shape: Any = (1,)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
 def test_a_whole_file(tmp_path: Path) -> None:
@@ -49,32 +49,34 @@ def test_a_whole_file(tmp_path: Path) -> None:
         layout.check_unchanged()
 
 
+TWICE = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
 @pytest.mark.parametrize(
     ("entries", "data", "length", "words"),
     [
-        ({"a": entry(0, 4)}, b"123", None, "its tensors end at byte .* and the file at"),
-        ({"a": entry(0, 4)}, b"12345", None, "its tensors end at byte"),
-        ({"a": entry(0, 4)}, b"1234", 10**6, "its header would be 1000000 bytes long"),
-        ({"a": entry(0, 4)}, b"1234", 2**60, "its header would be"),
-        ({"a": entry(0, 4), "b": entry(2, 6)}, b"123456", None, "b overlaps another tensor"),
-        ({"a": entry(0, 4), "b": entry(5, 9)}, b"123456789", None, "leaves a hole"),
-        ({"a": entry(4, 8)}, b"12345678", None, "leaves a hole"),
-        ({"a": entry(4, 0)}, b"1234", None, "takes -4 bytes and its shape asks for 4"),
-        ({"a": entry(0, 4, shape=(2,))}, b"1234", None, "takes 4 bytes and its shape asks for 8"),
-        ({"a": entry(0, 4, shape=(-1,))}, b"1234", None, "are not whole numbers"),
-        ({"a": entry(0, 4, shape=(1.0,))}, b"1234", None, "are not whole numbers"),
-        ({"a": entry(0, 4, shape=(True,))}, b"1234", None, "are not whole numbers"),
-        ({"a": entry(0, 4) | {"data_offsets": [0]}}, b"1234", None, "are not whole numbers"),
-        ({"a": entry(0, 4, more=1)}, b"1234", None, "does not hold dtype, shape and data_offsets"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, b"1234", None, "does not hold"),
-        ({"a": 1}, b"", None, "does not hold"),
-        ({"a": entry(0, 4, dtype="F4")}, b"1234", None, "a is of type F4, which has no exact difference"),
-        ({"a": entry(0, 4, dtype=["F32"])}, b"1234", None, "is of type"),
-        ({"__metadata__": {"format": 1}}, b"", None, "its metadata is not text"),
-        ([], b"", None, "not a JSON object"),
-        (b'{"a"', b"", None, "its header is not JSON"),
-        (b"\xff\xfe", b"", None, "its header is not JSON"),
-        (b'{"a": {}, "a": {}}', b"", None, "names something twice"),
+        ({"a": entry(0, 4)}, b"123", None, "file not fully covered"),
+        ({"a": entry(0, 4)}, b"12345", None, "file not fully covered"),
+        ({"a": entry(0, 4)}, b"1234", 10**6, "invalid header length"),
+        ({"a": entry(0, 4)}, b"1234", 2**60, "header too large"),
+        ({"a": entry(0, 4), "b": entry(2, 6)}, b"123456", None, "invalid offset for tensor `b`"),
+        ({"a": entry(0, 4), "b": entry(5, 9)}, b"123456789", None, "invalid offset for tensor `b`"),
+        ({"a": entry(4, 8)}, b"12345678", None, "invalid offset for tensor `a`"),
+        ({"a": entry(4, 0)}, b"1234", None, "invalid offset for tensor `a`"),
+        ({"a": entry(0, 4, shape=(2,))}, b"1234", None, "invalid shape, data type, or offset"),
+        ({"a": entry(0, 4, shape=(-1,))}, b"1234", None, "invalid value: integer `-1`"),
+        ({"a": entry(0, 4, shape=(1.0,))}, b"1234", None, "invalid type: floating point"),
+        ({"a": entry(0, 4, shape=(True,))}, b"1234", None, "invalid type: boolean"),
+        ({"a": entry(0, 4) | {"data_offsets": [0]}}, b"1234", None, "invalid length 1"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, b"1234", None, "missing field `data_offsets`"),
+        ({"a": 1}, b"", None, "invalid type: integer `1`"),
+        ({"a": entry(0, 1, dtype="F4", shape=(2,))}, b"1", None, "a is of type F4, which has no exact difference"),
+        ({"a": entry(0, 4, dtype=["F32"])}, b"1234", None, "is damaged or cut off: .* invalid type: sequence"),
+        ({"__metadata__": {"format": 1}}, b"", None, "expected a string"),
+        ([], b"", None, "is damaged or cut off: .* invalid type: sequence"),
+        (b'{"a"', b"", None, "invalid JSON in header"),
+        (b"\xff\xfe", b"", None, "invalid UTF-8 in header"),
+        (b"{%b, %b}" % (TWICE, TWICE), b"1234", None, "names something twice"),
     ],
 )
 def test_damaged_files(entries: Any, data: bytes, length: int | None, words: str, tmp_path: Path) -> None:

@@ -1,0 +1,306 @@
+"""``base - alpha * (bad - base)`` on pieces of tensors, and the account of it; in memory and from file to file alike.
+
+Whole tensors would take several times the model's size in temporary ones, and most of the time goes to getting that
+memory from the system. Pieces stay in a core's cache, and each thread has one set of buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sku.negate.matching import check_same_shape, unusable_difference, unusable_result
+from sku.negate.rounding import Rounding, overflows, round_stochastically
+
+BLOCK_ELEMENTS = 2 * 2**20
+"""Elements of a tensor that are held in memory together, and at which a new seed of stochastic rounding begins."""
+PIECE = 2**18
+"""Elements that are computed together. Few enough that intermediate results stay in a processor's cache; enough that
+the time goes to arithmetic: threads of Python wait for each other between two operations."""
+MOST_THREADS = 4
+"""More don't help: memory or disk is the limit by then."""
+_LOST = 2.0**-64
+"""A float32 sum below it may have lost squares that are too small for float32; above it, none that count."""
+_SERIAL_PIECE = 2**15
+"""The most that torch computes without waking its other threads, whose meeting costs more than such a piece."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negation:
+    """What a subtraction did, for the manifest."""
+
+    alpha: float
+    task_vector_norm: float
+    base_norm: float
+    """Euclidean norm of the original weights that were changed."""
+    changed_weights: int
+    """Number of tensors, tied ones once."""
+    dtype: str
+    """Type of the result."""
+    survival: float
+    """Projection of the applied change on the wanted one: 1 when rounding to ``dtype`` lost nothing."""
+
+    @classmethod
+    def of(cls, sums: Sums, alpha: float, changed: int, dtype: torch.dtype, **more: Any) -> Self:
+        """From the sums over all changed weights, and how many these are."""
+        return cls(
+            alpha=alpha,
+            task_vector_norm=math.sqrt(sums.difference),
+            base_norm=math.sqrt(sums.base),
+            changed_weights=changed if alpha else 0,
+            dtype=str(dtype).removeprefix("torch."),
+            survival=sums.applied / sums.wanted if sums.wanted else 1.0,
+            **more,
+        )
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """As plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedNegation(Negation):
+    """The same of a subtraction from file to file."""
+
+    rounding: Rounding = "nearest"
+    rounding_seed: int = 0
+    """Of the stochastic rounding; the nearest one draws nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Sums of squares and products, right to one part in 10,000: see ``dot_in_cache``."""
+
+    base: float = 0.0
+    """Of the original weights, squared."""
+    difference: float = 0.0
+    """Of the task vector, squared."""
+    wanted: float = 0.0
+    """Of the wanted change, squared."""
+    applied: float = 0.0
+    """Of the applied change times the wanted one."""
+
+    @staticmethod
+    def total(parts: Sequence[Sums]) -> Sums:
+        """The sum over several blocks or tensors."""
+        names = [field.name for field in dataclasses.fields(Sums)]
+        return Sums(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+    def check_finite(self, name: str, dtype: torch.dtype) -> None:
+        """Refuses a weight whose difference or result is not finite.
+
+        A sum of squares is finite exactly where all its terms are: no float32 squared is too large for float64.
+        """
+        if not math.isfinite(self.difference):
+            raise unusable_difference(name)
+        if not math.isfinite(self.wanted) or not math.isfinite(self.applied):
+            raise unusable_result(name, dtype)
+
+
+class Arithmetic(threading.local):
+    """What one block comes to, computed in buffers that each thread has of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers = torch.empty(3, PIECE)
+
+    def subtract(
+        self, base: Tensor, other: Tensor, result: Tensor, alpha: float, *, is_difference: bool, draws: Tensor | None
+    ) -> Sums:
+        """Subtracts in float32 and rounds once.
+
+        Args:
+            base: Original weights, flat, of any floating type.
+            other: The bad model's, or the difference itself, of the same length.
+            result: Takes the result in its own type.
+            alpha: 0 copies ``base``.
+            is_difference: Whether ``other`` is the difference.
+            draws: Uniform numbers for stochastic rounding; None rounds to nearest.
+
+        Returns:
+            The sums. One of them is not finite where a difference or a result is not.
+        """
+        parts = []
+        for piece in _pieces(base):
+            own = None if draws is None else draws[piece]
+            parts.append(self._piece(base[piece], other[piece], result[piece], alpha, is_difference, own))
+        return Sums.total(parts)
+
+    def _piece(
+        self, base: Tensor, other: Tensor, result: Tensor, alpha: float, is_difference: bool, draws: Tensor | None
+    ) -> Sums:
+        weight, change, after = self._buffers[:, : base.numel()]
+        weight.copy_(base)
+        change.copy_(other)
+        if not is_difference:
+            change.sub_(weight)
+        base_square = dot_in_cache(weight, weight)
+        difference_square = dot_in_cache(change, change)
+        if alpha == 0:
+            _round(base, result, draws)  # -0.0 - 0 * x would already turn a bit.
+            broken = math.inf if overflows(base, result) else 0.0
+            return Sums(base=base_square, difference=difference_square, applied=broken)
+        change.mul_(-alpha)
+        torch.add(weight, change, out=after)
+        _round(after, result, draws)
+        after.copy_(result).sub_(weight)
+        return Sums(
+            base=base_square,
+            difference=difference_square,
+            wanted=difference_square * alpha * alpha,
+            applied=dot_in_cache(after, change),
+        )
+
+
+def convert(base: Tensor, result: Tensor, draws: Tensor | None) -> bool:
+    """Gives weights that stay as they are another type; returns whether all that is finite stayed so."""
+    for piece in _pieces(base):
+        _round(base[piece], result[piece], None if draws is None else draws[piece])
+        if overflows(base[piece], result[piece]):
+            return False
+    return True
+
+
+def subtract_tensors(
+    weights: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    alpha: float,
+    *,
+    are_differences: bool,
+) -> Sums:
+    """Subtracts in float32 and rounds once, tensor by tensor, in the blocks in which files are subtracted.
+
+    Args:
+        weights: Name -> original weight, of any floating type, on any device. They are not changed.
+        others: Name -> the bad model's weight, or the difference itself, of the same shape; all names or some.
+        targets: Name -> where the result goes, in its own type.
+        alpha: How much; 0 copies the original bit for bit.
+        are_differences: Whether ``others`` are differences.
+
+    Returns:
+        The sums over all tensors of ``others``.
+
+    Raises:
+        TaskVectorError: Shapes don't fit, or a difference or a result is not finite.
+    """
+    arithmetic = Arithmetic()
+    parts = []
+    with torch.no_grad(), block_pool(min(MOST_THREADS, torch.get_num_threads())) as pool:
+        for name, other in others.items():
+            check_same_shape(name, weights[name], other)
+            target = targets[name]
+            base, changed = _flat(weights[name]), _flat(other)
+            direct = target.device.type == "cpu" and target.is_contiguous()
+            result = target.detach().view(-1) if direct else torch.empty(base.numel(), dtype=target.dtype)
+
+            def block(start: int, base: Tensor = base, changed: Tensor = changed, result: Tensor = result) -> Sums:
+                piece = slice(start, start + BLOCK_ELEMENTS)
+                return arithmetic.subtract(
+                    base[piece], changed[piece], result[piece], alpha, is_difference=are_differences, draws=None
+                )
+
+            sums = Sums.total(list(pool.map(block, range(0, base.numel(), BLOCK_ELEMENTS))))
+            if not direct:
+                target.copy_(result.view(target.shape))
+            sums.check_finite(name, target.dtype)
+            parts.append(sums)
+    return Sums.total(parts)
+
+
+@contextmanager
+def block_pool(threads: int) -> Iterator[Executor]:
+    """Threads for the blocks; torch itself takes one in each of them."""
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # The pool is the parallelism; its threads begin with this number.
+    try:
+        with ThreadPoolExecutor(threads, "negate") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def low_rank_rows(upper: Tensor, lower: Tensor, scaling: float, start: int, stop: int, *, transposed: bool) -> Tensor:
+    """Rows ``start`` to ``stop`` of ``scaling * B A``, or of its transpose.
+
+    Args:
+        upper: B, float32, ``[out, r]``.
+        lower: A, float32, ``[r, in]``.
+        scaling: Factor of the product.
+        start: First row of the result.
+        stop: The row after the last one.
+        transposed: Whether the weight is held as ``[in, out]``: embeddings and GPT-2's layers.
+
+    Returns:
+        float32, ``[stop - start, in]``, or ``[stop - start, out]`` transposed.
+    """
+    product = (upper @ lower[:, start:stop]).T if transposed else upper[start:stop] @ lower
+    return product * scaling
+
+
+def low_rank_product(upper: Tensor, lower: Tensor, scaling: float, *, transposed: bool) -> Tensor:
+    """All rows, block by block: a product of the whole need not agree with that of some rows in the last bit."""
+    rows, columns = (lower.shape[1], len(upper)) if transposed else (len(upper), lower.shape[1])
+    step = block_rows(columns)
+    blocks = [
+        low_rank_rows(upper, lower, scaling, start, min(start + step, rows), transposed=transposed)
+        for start in range(0, rows, step)
+    ]
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def block_rows(columns: int) -> int:
+    """Rows of a matrix that make up one block; at least one."""
+    return max(1, BLOCK_ELEMENTS // max(1, columns))
+
+
+def dot_float64(first: Tensor, second: Tensor) -> float:
+    """The sum of all products of two tensors of one shape, each product and the sum in float64."""
+    pairs = zip(first.reshape(-1).split(_SERIAL_PIECE), second.reshape(-1).split(_SERIAL_PIECE), strict=True)
+    # Not ``dot``: its library wakes all threads even for this little.
+    return sum(float(one.double().mul_(other.double()).sum()) for one, other in pairs)
+
+
+def dot_in_cache(first: Tensor, second: Tensor) -> float:
+    """The sum of all products of two pieces: in float32 where that holds it, in float64 elsewhere.
+
+    A float32 sum over a piece is right to one part in 10,000, mostly to one in 1,000,000, takes a third of the time
+    of one over float64 copies, and is checked for what it can't hold: numbers whose squares overflow or vanish.
+
+    Args:
+        first: float32, flat, at most ``PIECE``.
+        second: Of the same shape.
+
+    Returns:
+        Finite exactly where all products are; 0 only where all are.
+    """
+    found = float(first.dot(second))
+    if _LOST < abs(found) < math.inf:
+        return found
+    if found == 0 and first.numel() and first.amax() == 0 and first.amin() == 0:  # ``any`` takes 3 times as long.
+        return 0.0
+    return dot_float64(first, second)
+
+
+def _pieces(tensor: Tensor) -> Iterator[slice]:
+    return (slice(at, at + PIECE) for at in range(0, tensor.numel(), PIECE))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1)
+
+
+def _round(values: Tensor, result: Tensor, draws: Tensor | None) -> None:
+    if draws is None or values.dtype == result.dtype:
+        result.copy_(values)
+    else:
+        result.copy_(round_stochastically(values.float(), result.dtype, draws))

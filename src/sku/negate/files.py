@@ -1,0 +1,338 @@
+"""The files of a model folder, without loading it: where tensors lie, and what goes along to the unlearned model.
+
+A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: name -> ``dtype``,
+``shape``, ``data_offsets``), and the tensors, end to end. https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sku.config import EMBEDDED
+from sku.errors import ModelError, first_line, one_line
+from sku.model_files import embedded_model_path, is_file_name, is_path
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""Names of types in a header that have a size in whole bytes here."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_TAKEN = (
+    "generation_config.json", "*token*.json", "*.model", "vocab*", "merges*", "*.tiktoken", "*.jinja",
+    "chat_template.json", "added_tokens.json", "special_tokens_map.json", "*processor_config.json", "*.py", "LICENSE*",
+    "LICENCE*", "NOTICE*", "USE_POLICY*", "additional_chat_templates",
+)  # fmt: skip
+"""Settings, tokenizer, code and terms of use. A model card stays behind: what it claims was measured on the base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    """Byte of the file at which it begins."""
+
+    @property
+    def elements(self) -> int:
+        """Number of its elements; a scalar has one."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.elements * self.dtype.itemsize
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it holds floating-point numbers of at least two bytes."""
+        return self.dtype.is_floating_point and self.dtype.itemsize >= 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A safetensors file of which the header was read."""
+
+    path: Path
+    tensors: tuple[StoredTensor, ...]
+    """In the order in which they lie."""
+    metadata: Mapping[str, str]
+    header: bytes
+    """All before the tensors, the length included."""
+    identity: tuple[int, int, str]
+    """Size, time of the last change in nanoseconds, SHA-256 of the header."""
+
+    def check_unchanged(self) -> None:
+        """Refuses a file that was replaced or written to since its header was read.
+
+        Raises:
+            ModelError: It was.
+        """
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != self.identity[:2]:
+            raise ModelError(f"{self.path} was changed while it was read; run again when nothing writes to it")
+
+
+def model_folder(source: str) -> Path:
+    """The folder of a model; one of the hub is fetched, without weights in other formats.
+
+    Args:
+        source: Local folder, hub id or ``embedded``, as ``sku.load_model`` takes it.
+
+    Returns:
+        A folder, which need not exist where a local one was named.
+
+    Raises:
+        ModelError: The hub can't be reached or has no such model.
+    """
+    if source == EMBEDDED:
+        return embedded_model_path()
+    if is_path(source):
+        return Path(source).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_FETCHED)))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {source} can't be loaded: {one_line(error)}") from error
+
+
+def read_layout(path: Path) -> StoredFile:
+    """Reads the header of a file; safetensors checks that the file is what the header says.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        Its tensors.
+
+    Raises:
+        ModelError: It can't be read, is cut off, or its header is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            # The whole file is mapped and the header alone is read.
+            with safe_open(path, framework="numpy") as opened:
+                metadata = opened.metadata() or {}
+                slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+                entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+            json.loads(header[8:], object_pairs_hook=_without_repeats)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged or cut off: {first_line(error)}; fetch or save it again") from error
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror or error}") from error
+    tensors, at = [], len(header)
+    for name, code, shape in entries:
+        if code not in DTYPES:
+            raise ModelError(
+                f"{path}: {name} is of type {code}, which has no exact difference. Use full-precision weights"
+            )
+        tensors.append(StoredTensor(name=name, dtype=DTYPES[code], shape=shape, path=path, start=at))
+        at += tensors[-1].size
+    return StoredFile(
+        path=path,
+        tensors=tuple(tensors),
+        metadata=metadata,
+        header=header,
+        identity=(status.st_size, status.st_mtime_ns, sha256(header[8:]).hexdigest()),
+    )
+
+
+def read_folder(folder: Path) -> tuple[StoredFile, ...]:
+    """The weight files of a model folder: ``model.safetensors``, or the shards that its index names.
+
+    Args:
+        folder: A Hugging Face model folder.
+
+    Returns:
+        Files by name. No tensor is in two of them, and each is where the index says.
+
+    Raises:
+        ModelError: There are no safetensors weights, or the index and its shards disagree.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return (read_layout(folder / SINGLE_FILE),)
+    if not (folder / INDEX_FILE).is_file():
+        raise ModelError(_no_weights(folder))
+    place = _weight_map(folder / INDEX_FILE)
+    files = tuple(read_layout(folder / name) for name in sorted(set(place.values())))
+    found = {tensor.name: file.path.name for file in files for tensor in file.tensors}
+    for name in sorted(place.keys() | found.keys()):
+        if place.get(name) != found.get(name):
+            raise ModelError(
+                f"{folder / INDEX_FILE} places {name} in {place.get(name, 'no file')} and it is in "
+                f"{found.get(name, 'no file')}; the folder is incomplete or mixed, fetch it again"
+            )
+    if sum(len(file.tensors) for file in files) != len(found):
+        raise ModelError(f"{folder} holds a tensor of one name in two of its files; fetch it again")
+    return files
+
+
+def make_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file.
+
+    Args:
+        tensors: Name, type and shape, in the order in which they will lie.
+        metadata: Kept as it is.
+
+    Returns:
+        Length and header, padded so that the tensors begin at a multiple of 8; and the byte of the file at which each
+        tensor begins.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's ``config.json``.
+
+    Raises:
+        ModelError: There is none, it is no JSON object, or it says that the model is quantized.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model {folder} can't be loaded: there is no such folder")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is no JSON object")
+    settings = config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise ModelError(
+            f"model {folder} is quantized ({method}): a task vector needs full-precision weights. Use the original "
+            "model, or QLoRA (tuning qlora) on it"
+        )
+    return config
+
+
+def copy_companions(base: Path, folder: Path, weights: Iterable[str]) -> tuple[str, ...]:
+    """Copies what a tokenizer and ``generate`` need; not the index and ``config.json``, which come last.
+
+    Args:
+        base: Folder of the original model.
+        folder: Of the new one.
+        weights: Names of the base's weight files, which have their counterparts.
+
+    Returns:
+        Names of what was left out.
+    """
+    known = {*weights, INDEX_FILE, "config.json"}
+    left_out = []
+    for path in sorted(base.iterdir()):
+        if path.name in known:
+            continue
+        if not any(fnmatchcase(path.name, pattern) for pattern in _TAKEN):
+            left_out.append(path.name)
+        elif path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(path, folder / path.name)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in known:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    return tuple(left_out)
+
+
+def write_index(base: Path, folder: Path, total_size: int) -> None:
+    """Writes the index of a sharded model anew, where the base has one, with the bytes of the new tensors."""
+    if (base / INDEX_FILE).is_file():
+        index = json.loads((base / INDEX_FILE).read_text(encoding="utf-8"))
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_size}
+        _write(folder / INDEX_FILE, index)
+
+
+def write_config(base: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """Writes ``config.json``: the base's, with another type where all weights have another."""
+    config = read_config(base)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        for part in _parts(config):
+            part |= {key: name for key in ("dtype", "torch_dtype") if key in part}
+        if "torch_dtype" not in config:
+            config["dtype"] = name
+    _write(folder / "config.json", config)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses a name that is there twice: readers differ in which of the two they take."""
+    if len(dict(pairs)) != len(pairs):
+        raise SafetensorError("its header names something twice")
+    return dict(pairs)
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and those of the models inside it."""
+    yield config
+    for name, value in config.items():
+        if name.endswith("_config") and isinstance(value, dict):
+            yield from _parts(value)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path} is not an index of shards; fetch it again") from error
+    # A name with a folder in it would read and write elsewhere.
+    if not isinstance(place, dict) or not all(
+        isinstance(name, str) and is_file_name(name) and name.endswith(".safetensors") for name in place.values()
+    ):
+        raise ModelError(f"{path} names shards that are no safetensors files of this folder")
+    return place
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        return (
+            f"model {folder} holds pickled weights ({pickled[0]}), which are not streamed; convert them: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
+        )
+    return f"model {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}"

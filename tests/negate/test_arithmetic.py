@@ -1,0 +1,210 @@
+"""Subtraction in pieces, from tensors to tensors; sums that float32 holds or not; stochastic rounding."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import ModelMaker
+from negate.conftest import disturbed
+from sku.errors import TaskVectorError
+from sku.negate import arithmetic
+from sku.negate.arithmetic import PIECE, dot_in_cache, subtract_tensors
+from sku.negate.rounding import draws_for, round_stochastically
+from sku.negate.run import negate, negate_with_record
+from sku.negate.task_vector import TaskVector
+
+
+def some_tensors(*, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, shape in (("matrix", (7, 33)), ("vector", (5,)), ("scalar", ()), ("empty", (0, 3)))
+    }
+
+
+@pytest.mark.parametrize("pieces", [(4, 10), (10, 4), (1000, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_give_the_bits_of_whole_tensors(
+    pieces: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that cut tensors anywhere, and pieces that cut blocks anywhere."""
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", pieces[0])
+    monkeypatch.setattr(arithmetic, "PIECE", pieces[1])
+    base, bad, targets = some_tensors(seed=0), some_tensors(seed=1), some_tensors(seed=2, dtype=dtype)
+    before = copy.deepcopy((base, bad))
+    sums = subtract_tensors(base, bad, targets, 0.7, are_differences=False)
+    for name, weight in base.items():
+        wanted = -0.7 * (bad[name] - weight)
+        assert torch.equal(targets[name], (weight + wanted).to(dtype)), name
+    square = sum(float(((bad[name] - weight).double() ** 2).sum()) for name, weight in base.items())
+    assert sums.difference == pytest.approx(square, rel=1e-6)
+    for now, then in zip((base, bad), before, strict=True):
+        assert all(torch.equal(now[name], then[name]) for name in then)
+
+
+def test_a_target_that_is_no_plain_row_of_memory_is_written_too() -> None:
+    base = {"matrix": torch.randn(4, 6, generator=torch.Generator().manual_seed(0))}
+    target = {"matrix": torch.zeros(6, 4).T}
+    subtract_tensors(base, {"matrix": torch.ones(6, 4).T}, target, 2.0, are_differences=True)
+    assert torch.equal(target["matrix"], base["matrix"] - 2.0)
+
+
+def test_a_whole_bad_model_is_subtracted_as_its_vector_is(make_model: ModelMaker) -> None:
+    base = make_model("gemma3")
+    bad = disturbed(base)
+    whole, record = negate_with_record(base, bad, 1.3)
+    by_vector, vector_record = negate_with_record(base, TaskVector.between(base, bad), 1.3)
+    found = by_vector.state_dict()
+    assert all(torch.equal(weight, found[name]) for name, weight in whole.state_dict().items())
+    assert record == vector_record
+
+
+def test_what_can_not_be_subtracted_is_refused_and_torch_gets_its_threads_back(make_model: ModelMaker) -> None:
+    base = make_model()
+    with pytest.raises(TaskVectorError, match="there is nothing to negate"):
+        negate(base, copy.deepcopy(base))
+    broken = disturbed(base)
+    with torch.no_grad():
+        broken.lm_head.weight[3, 3] = float("nan")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(TaskVectorError, match=r"lm_head\.weight"):
+            negate(base, broken)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Sums.
+
+
+def exact(first: torch.Tensor, second: torch.Tensor) -> float:
+    return math.fsum((first.double() * second.double()).tolist())
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e-3, 1.0, 1e12, 1e30, 3e37])
+def test_squares_of_any_size_are_counted(scale: float) -> None:
+    """Squares of 1e-30 vanish in float32, those of 1e30 overflow."""
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
+    assert dot_in_cache(values, values) == pytest.approx(exact(values, values), rel=1e-5, abs=0)
+
+
+def test_one_tiny_number_among_zeros_is_not_nothing() -> None:
+    values = torch.zeros(1000)
+    assert dot_in_cache(values, values) == 0.0
+    for tiny in (1e-45, -1e-30):
+        values[17] = tiny
+        assert dot_in_cache(values, values) == pytest.approx(torch.tensor(tiny).double().item() ** 2, rel=1e-9, abs=0)
+    assert dot_in_cache(torch.zeros(0), torch.zeros(0)) == 0.0
+
+
+def test_products_that_cancel_are_summed_in_float64() -> None:
+    first, second = torch.tensor([3.0e4, 1.0, -3.0e4]), torch.tensor([1.0e4, 1.0, 1.0e4])
+    assert float(first[0] * second[0] + 1) == 3.0e8, "float32 loses the 1"
+    assert dot_in_cache(first, second) == 1.0
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_in_the_sum(number: float) -> None:
+    values, others = torch.ones(1000), torch.zeros(1000)
+    values[999] = number
+    assert not math.isfinite(dot_in_cache(values, values))
+    assert not math.isfinite(dot_in_cache(values, others))
+    assert not math.isfinite(dot_in_cache(others, values))
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal"])
+def test_a_whole_piece_is_right_to_one_part_in_10_000(kind: str) -> None:
+    """Equal numbers are the worst: each rounding errs in the same direction."""
+    values = torch.randn(PIECE, generator=torch.Generator().manual_seed(0)) if kind == "normal" else torch.ones(PIECE)
+    values = values * 0.1
+    assert dot_in_cache(values, values) == pytest.approx(exact(values, values), rel=1e-4)
+
+
+# Stochastic rounding: one of two neighbours, without bias.
+
+SHORT = [torch.bfloat16, torch.float16]
+
+
+def rounded(value: float, dtype: torch.dtype, draws: Tensor) -> Tensor:
+    return round_stochastically(torch.full_like(draws, value), dtype, draws).float()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_quarter_of_a_step_is_taken_a_quarter_of_the_time(sign: float) -> None:
+    """Between 1 and 1 + 2^-7 bfloat16 has nothing; 1 + 2^-9 lies at a quarter."""
+    values = rounded(sign * (1 + 2**-9), torch.bfloat16, torch.arange(64) / 64)
+    assert set(values.tolist()) == {sign, sign * (1 + 2**-7)}
+    assert int((values != sign).sum()) == 16
+    values = rounded(sign * (1 + 3 * 2**-9), torch.bfloat16, torch.arange(64) / 64)
+    assert int((values != sign).sum()) == 48, "also where the nearest is the upper one"
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_below_a_power_of_two_the_step_is_the_smaller_one(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps / 2
+    values = rounded(1 - step / 4, dtype, torch.arange(64) / 64)
+    assert set(values.tolist()) == {1.0, 1 - step}
+    assert int((values != 1).sum()) == 16
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_around_zero(dtype: torch.dtype) -> None:
+    smallest = float(torch.tensor([1], dtype=torch.int16).view(dtype))
+    for sign in (1, -1):
+        values = rounded(sign * smallest / 4, dtype, torch.arange(64) / 64)
+        assert set(values.tolist()) == {0.0, sign * smallest}
+        assert int((values != 0).sum()) == 16
+    kept = round_stochastically(torch.tensor([-0.0, 0.0]), dtype, torch.zeros(2))
+    assert torch.signbit(kept).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@given(bits=st.integers(0, 2**16 - 1), draw=st.floats(0, 1, exclude_max=True, width=32))
+def test_what_the_type_has_is_kept(bits: int, draw: float, dtype: torch.dtype) -> None:
+    value = torch.tensor([bits - 2**15], dtype=torch.int16).view(dtype)
+    if value.isfinite():
+        kept = round_stochastically(value.float(), dtype, torch.tensor([draw]))
+        assert torch.equal(kept.view(torch.int16), value.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@given(value=st.floats(-6e4, 6e4, width=32), draw=st.floats(0, 1, exclude_max=True, width=32))
+def test_always_a_neighbour(value: float, draw: float, dtype: torch.dtype) -> None:
+    exact = torch.tensor([value])
+    result = round_stochastically(exact, dtype, torch.tensor([draw]))
+    nearest = exact.to(dtype)
+    around = {float(nearest), *(float(step) for step in steps_around(nearest))}
+    assert float(result) in around
+    assert abs(float(result) - value) <= max(abs(step - float(nearest)) for step in around)
+
+
+def steps_around(value: Tensor) -> tuple[Tensor, Tensor]:
+    infinity = torch.full_like(value, float("inf"))
+    return torch.nextafter(value, infinity), torch.nextafter(value, -infinity)
+
+
+def test_the_mean_is_the_value() -> None:
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 0.02
+    total = torch.zeros(200, dtype=torch.float64)
+    for block in range(2000):
+        total += round_stochastically(values, torch.bfloat16, draws_for(0, "w", block, 200)).double()
+    steps = (2.0**-8) * values.abs()
+    assert float(((total / 2000 - values.double()).abs() / steps).max()) < 0.1
+
+
+def test_draws_depend_on_seed_name_and_block_alone() -> None:
+    first = draws_for(1, "a", 0, 10)
+    assert torch.equal(first, draws_for(1, "a", 0, 10))
+    for other in (draws_for(2, "a", 0, 10), draws_for(1, "b", 0, 10), draws_for(1, "a", 1, 10)):
+        assert not torch.equal(first, other)
+    assert first.min() >= 0
+    assert first.max() < 1
