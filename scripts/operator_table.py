@@ -46,6 +46,9 @@ from sku.pipeline import acquire_recipe
 from sku.storage import mark_hazardous, new_folder, write_json
 
 SPLITS = ("unseen", "benign", "retain_test")
+PERTA, NEG_MERGE = (
+    str(Path(__file__).parents[1] / "docs" / "examples" / name) for name in ("perta.py", "neg_merge.py")
+)
 MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
     **{
@@ -99,8 +102,8 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
             {"layers": {"*.mlp.*": 1.0, "rest": 0.0}},
         ],
         "contrast 16, unit": [{"contrast": {"strength": 16.0, "unit": True}}],
-        "PerTA grad": [{"perta": {"importance": "grad"}}],
-        "PerTA Fisher": [{"perta": {"importance": "fisher"}}],
+        "PerTA grad": [{PERTA: {"importance": "grad"}}],
+        "PerTA Fisher": [{PERTA: {"importance": "fisher"}}],
         "minus benign": [{"minus_benign": {"path": benign, "how": "subtract"}}],
         # Control: what normal training does alone.
         "benign alone": [
@@ -139,11 +142,11 @@ def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[
                 }
             },
         ],
-        "PerTA grad + null space 0.9": [{"perta": {}}, {"null_space": {"energy": 0.9}}],
+        "PerTA grad + null space 0.9": [{PERTA: {}}, {"null_space": {"energy": 0.9}}],
     }
     if others:
-        rows["NegMerge of the modes"] = [{"neg_merge": {"paths": others}}]
-        rows["NegMerge + null space 0.9"] = [{"neg_merge": {"paths": others}}, {"null_space": {"energy": 0.9}}]
+        rows["NegMerge of the modes"] = [{NEG_MERGE: {"paths": others}}]
+        rows["NegMerge + null space 0.9"] = [{NEG_MERGE: {"paths": others}}, {"null_space": {"energy": 0.9}}]
     return rows
 
 

@@ -24,8 +24,7 @@ from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges import Verdict, build_judge, judge_names
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached
-from sku.evaluate.judges.chat import ChatJudge, ChatSettings
-from sku.evaluate.judges.chat_client import MAX_BODY_BYTES, Failure, Pace, is_own_machine, read_completion
+from sku.evaluate.judges.chat import ChatJudge, ChatSettings, Failure, is_own_machine, read_completion
 from sku.evaluate.judges.chat_messages import messages, read_label, shorten, template_names, template_text
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import GenerationRecord
@@ -265,9 +264,7 @@ def test_long_texts_are_cut_and_counted(server: RunningServer, make_record: Reco
         ("content_filter", "the server's content filter", 1),
         ("azure_filter", "HTTP 400: the server's content filter", 1),
         ("declined", "the model declined to judge", 1),
-        ("slow", f"no whole answer within {SHORT_S} s", 1),
-        ("never_ending", f"no whole answer within {SHORT_S} s", 1),
-        ("huge", "no connection, or it broke off", 1),
+        ("slow", f"no answer within {SHORT_S} s", 1),
     ],
 )
 def test_a_fault_is_an_error_verdict_with_its_reason(
@@ -424,16 +421,6 @@ def test_the_cost_is_said_before_and_after(
     assert last == f"judge j: {judge.usage.text()} so far"
 
 
-def test_the_pace_is_kept_by_all_threads_together(server: RunningServer, make_record: RecordMaker) -> None:
-    start = time.monotonic()
-    judge_at(server, requests_per_minute=600, concurrency=4).judge(records_of(make_record, 5))
-    assert time.monotonic() - start >= 0.4
-    pace = Pace(None)
-    for _ in range(1000):
-        pace.wait()
-    assert pace.passed == 1000
-
-
 def test_a_key_is_needed_only_where_text_leaves_the_machine(
     server: RunningServer, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,7 +545,6 @@ def test_templates_hold_their_own_examples_and_the_settings_defaults_are_sane() 
     assert is_own_machine("http://localhost:8000/v1")
     assert is_own_machine("http://[::1]:8000/v1")
     assert not is_own_machine("http://localhost.example.org/v1")
-    assert MAX_BODY_BYTES < 5 * 2**20
     assert ChatSettings(base_url="http://localhost/v1", model="m", template="rubric").sent() == {
         "temperature": 0.0, "seed": 0, "max_tokens": 256,
     }  # fmt: skip

@@ -16,8 +16,8 @@ from sku.errors import TaskVectorError
 from sku.negate.adapters import AdapterVector, LowRank
 from sku.negate.diagnostics import cosine, diagnose, effective_rank, effective_rank_of_factors, normal_share
 from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.perta import mean_gradient
 from sku.negate.operators.spectra import InputSpectra, Spectrum
+from sku.negate.operators.texts import mean_gradient
 from sku.negate.run import negate
 from sku.negate.survival import delta_survival, model_survival
 from sku.negate.task_vector import TaskVector

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku.errors import EvaluationError
+from pydantic import TypeAdapter, ValidationError
+
+from sku.errors import EvaluationError, one_line
 from sku.evaluate.comparison import PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import check_schema, read_json_object, write_json_object
@@ -110,16 +112,11 @@ class PrecisionReport:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
         check_schema(content, SCHEMA_VERSION, where)
+        plain = {name: value for name, value in content.items() if name != "schema_version"}
         try:
-            return cls(
-                model=content["model"],
-                base=content["base"],
-                measured=_measured(content["measured"]),
-                results=tuple(_result(entry) for entry in content["results"]),
-                notes=tuple(content["notes"]),
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{where} doesn't fit its schema ({error}): evaluate again") from None
+            return TypeAdapter(cls).validate_python(plain)
+        except ValidationError as error:
+            raise EvaluationError(f"{where} doesn't fit its schema ({one_line(error)}): evaluate again") from None
 
     def certificate(self) -> dict[str, Any]:
         """The figures in short, for a manifest: by precision the rates, perplexities, change kept and what returns."""
@@ -162,31 +159,3 @@ def _in_short(result: PrecisionResult) -> dict[str, Any]:
         "change_kept": None if result.survival is None else result.survival.projection,
         "brings_back": list(result.brings_back),
     }
-
-
-def _result(plain: Mapping[str, Any]) -> PrecisionResult:
-    return PrecisionResult(
-        **{
-            **plain,
-            "measured": None if plain["measured"] is None else _measured(plain["measured"]),
-            "harmful": {
-                kind: {split: RateChange.from_dict(change) for split, change in splits.items()}
-                for kind, splits in plain["harmful"].items()
-            },
-            "brings_back": tuple(plain["brings_back"]),
-            "survival": None if plain["survival"] is None else Survival(**plain["survival"]),
-        }
-    )
-
-
-def _measured(plain: Mapping[str, Any]) -> Measured:
-    return Measured(
-        replies=_rates(plain["replies"]),
-        prefill=_rates(plain["prefill"]),
-        perplexity={split: PerplexityChange(**value) for split, value in plain["perplexity"].items()},
-        worst_prefill=plain.get("worst_prefill", {}),
-    )
-
-
-def _rates(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Rate]]:
-    return {split: {name: Rate(**value) for name, value in rates.items()} for split, rates in plain.items()}

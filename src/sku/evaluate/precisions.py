@@ -97,12 +97,13 @@ def measure_precisions(
     kept: Mapping[str, Mapping[str, Any]] = {}
     if survival is not None:
         kept = processes.on_main(lambda: survival(names))
-    asker = _Asker(
-        model=cast(PreTrainedModel, model),
-        comparison=comparison,
-        seed=seed,
-        folder=None if output_dir is None else output_dir / FOLDER,
-        evaluate=lambda rounded, name, folder: evaluate(
+
+    def ask(name: Precision, rounded: PreTrainedModel) -> EvaluationResult:
+        def shown(stage: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(f"{name} weights: {stage}", done, total)
+
+        return evaluate(
             rounded,
             tokenizer,
             data.answered(),
@@ -111,15 +112,16 @@ def measure_precisions(
             prompt_format=prompt_format,
             base_model=base,
             starts=comparison.unlearned.starts,
-            output_dir=folder,
+            output_dir=None if output_dir is None else output_dir / FOLDER / name,
             model_name=f"{comparison.unlearned.setup.model['name']} in {name}",
             seed=seed,
-            progress=None
-            if progress is None
-            else lambda stage, done, total: progress(f"{name} weights: {stage}", done, total),
-        ),
+            progress=shown,
+        )
+
+    results = tuple(
+        _result(cast(PreTrainedModel, model), comparison, name, seed=seed, kept=kept.get(name), ask=ask)
+        for name in names
     )
-    results = tuple(asker.result(name, kept.get(name)) for name in names)
     report = PrecisionReport(
         model=comparison.unlearned.setup.model,
         base=comparison.base.setup.model,
@@ -133,56 +135,42 @@ def measure_precisions(
     return report
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asker:
-    """What each precision needs."""
-
-    model: PreTrainedModel
-    comparison: Comparison
-    seed: int
-    folder: Path | None
-    evaluate: Callable[[PreTrainedModel, str, Path | None], EvaluationResult]
-
-    def result(self, name: Precision, kept: Mapping[str, Any] | None) -> PrecisionResult:
-        """One precision, measured, or taken from the evaluation where rounding moves no weight."""
-        form = FORMATS[name]
-        rounding, by = form.on(embedding_weight(self.model).device)
-        found: EvaluationResult | None = None
-        with rounded_copy(self.model, rounding, layers_only=form.layers_only) as (copied, rounded):
-            if not rounded.moved:
-                found = self.comparison.unlearned
-            elif not rounded.overflowed:
-                found = self.evaluate(copied, name, None if self.folder is None else self.folder / name)
-        harmful = {} if found is None else harmful_changes(self.comparison.unlearned, found, self.seed)
-        return PrecisionResult(
-            precision=name,
-            scheme=form.scheme,
-            rounded_by=by,
-            rounded=rounded.rounded,
-            moved=rounded.moved,
-            overflowed=rounded.overflowed,
-            measured=None if found is None else measured_of(self.comparison.base, found, self.seed),
-            harmful=harmful,
-            brings_back=tuple(
-                f"{kind}/{split}"
-                for kind, splits in harmful.items()
-                for split, change in splits.items()
-                if change.low > 0
-            ),
-            survival=None if kept is None else Survival(**kept),
-        )
+def _result(
+    model: PreTrainedModel,
+    comparison: Comparison,
+    name: Precision,
+    *,
+    seed: int,
+    kept: Mapping[str, Any] | None,
+    ask: Callable[[Precision, PreTrainedModel], EvaluationResult],
+) -> PrecisionResult:
+    """One precision, measured, or taken from the evaluation where rounding moves no weight."""
+    form = FORMATS[name]
+    rounding, by = form.on(embedding_weight(model).device)
+    found: EvaluationResult | None = None
+    with rounded_copy(model, rounding, layers_only=form.layers_only) as (copied, rounded):
+        if not rounded.moved:
+            found = comparison.unlearned
+        elif not rounded.overflowed:
+            found = ask(name, copied)
+    harmful = {} if found is None else harmful_changes(comparison.unlearned, found, seed)
+    changes = {f"{kind}/{split}": change for kind, splits in harmful.items() for split, change in splits.items()}
+    return PrecisionResult(
+        precision=name,
+        scheme=form.scheme,
+        rounded_by=by,
+        rounded=rounded.rounded,
+        moved=rounded.moved,
+        overflowed=rounded.overflowed,
+        measured=None if found is None else measured_of(comparison.base, found, seed),
+        harmful=harmful,
+        brings_back=tuple(place for place, change in changes.items() if change.low > 0),
+        survival=None if kept is None else Survival(**kept),
+    )
 
 
 def measured_of(base: EvaluationResult, result: EvaluationResult, seed: int) -> Measured:
-    """What of an evaluation is set side by side.
-
-    Args:
-        base: Of the original model, for the perplexities.
-        result: Of the model.
-        seed: Of the bootstrap.
-
-    Returns:
-        The rates of ``RATES`` on the data's own splits, and the perplexities.
+    """The rates of ``RATES`` on the data's own splits, and the perplexities, beside the original model's.
 
     Raises:
         EvaluationError: The two scored different answers.
@@ -244,8 +232,6 @@ def _reduced(config: EvaluateConfig) -> EvaluateConfig:
         samples=0,
         similarity=(),
         embedding_model=None,
-        bleurt_model=None,
-        truthfulqa=None,
         xstest=None,
         lm_eval=(),
         attacks=(),

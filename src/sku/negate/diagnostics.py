@@ -30,9 +30,8 @@ from sku.negate.adapters import AdapterVector, LowRank
 from sku.negate.matching import check_same_names
 from sku.negate.operators.base import OperatorContext, linear_weights, turned_weights
 from sku.negate.operators.learned import group_of
-from sku.negate.operators.perta import mean_gradient
 from sku.negate.operators.spectra import InputSpectra, input_spectra
-from sku.negate.operators.texts import drawn
+from sku.negate.operators.texts import drawn, mean_gradient
 from sku.negate.task_vector import TaskVector, unique_weights
 
 ENERGY = 0.9

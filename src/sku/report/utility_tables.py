@@ -10,11 +10,11 @@ from sku.evaluate.results import BaseAgreement, TaskScores, answers_words
 from sku.evaluate.results import main_metric as main_metric
 from sku.report.table_rows import TableRow
 
-_SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine", "bleurt": "BLEURT"}
+_SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine"}
 
 
 def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
-    """BaseAgreement with the base, similarity to the dataset's answers, TruthfulQA, and the harness's tasks.
+    """BaseAgreement with the base, similarity to the dataset's answers, and the harness's tasks.
 
     Args:
         comparison: From ``compare``.
@@ -24,7 +24,6 @@ def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
     """
     yield from _agreement_rows(comparison.unlearned.agreement)
     yield from _score_rows("similarity to the right answer", comparison.similarity, _SIMILARITY_NAMES)
-    yield from _score_rows("TruthfulQA", comparison.truthfulqa, {"mc1": "MC1", "mc2": "MC2"})
     yield from _harness_rows(comparison)
 
 

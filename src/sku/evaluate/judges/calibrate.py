@@ -22,7 +22,7 @@ from sku.data.rows import Row, parse_flag
 from sku.data.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
 from sku.evaluate.judges.base import Calibration, Judge, Verdict, verdicts_of
-from sku.evaluate.label_files import without_guards
+from sku.evaluate.judges.precomputed import without_guards
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.statistics import auc, auc_interval

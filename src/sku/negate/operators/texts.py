@@ -17,8 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sku.data.tokenization import TokenizedExample
-from sku.losses import IGNORE_INDEX
+from sku.errors import TaskVectorError
+from sku.losses import IGNORE_INDEX, answer_nll
 from sku.models import embedding_weight
+from sku.negate.task_vector import unique_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +104,37 @@ def answer_logits(model: PreTrainedModel, batch: Batch, weights: Mapping[str, Te
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where a model takes its token ids."""
     return embedding_weight(model).device
+
+
+def mean_gradient(
+    model: PreTrainedModel, names: Sequence[str], examples: Sequence[TokenizedExample], batch_size: int
+) -> dict[str, Tensor]:
+    """Gradient of the answers' mean negative log-likelihood a token, by weight.
+
+    Args:
+        model: In evaluation mode. It is not changed.
+        names: Weights.
+        examples: At least one.
+        batch_size: Examples at once.
+
+    Returns:
+        Name -> gradient on the CPU, float32.
+
+    Raises:
+        TaskVectorError: A gradient is not finite.
+    """
+    tokens = sum(len(batch.targets_N) for batch in batches(examples, batch_size, device_of(model)))
+    weights = unique_weights(model)[0]
+    # Leaves that share the model's memory: its own parameters may be frozen and stay as they are.
+    leaves = {name: weights[name].detach().requires_grad_() for name in names}
+    sums = {name: torch.zeros(leaf.shape) for name, leaf in leaves.items()}
+    for batch in batches(examples, batch_size, device_of(model)):
+        nll_N = answer_nll(answer_logits(model, batch, leaves), batch.targets_N)
+        gradients = torch.autograd.grad(nll_N.sum() / tokens, list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:  # Else the loss doesn't depend on it: a bias that only chooses experts.
+                sums[name] += gradient.float().cpu()
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise TaskVectorError(f"the gradient of {name} holds NaN or infinity: load the model in float32")
+    return sums
