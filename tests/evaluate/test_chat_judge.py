@@ -25,7 +25,8 @@ from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges import Verdict, build_judge, judge_names
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached
 from sku.evaluate.judges.chat import ChatJudge, ChatSettings, Failure, is_own_machine, read_completion
-from sku.evaluate.judges.chat_messages import messages, read_label, shorten, template_names, template_text
+from sku.evaluate.judges.chat_messages import messages, read_label, shorten
+from sku.evaluate.judges.choose import read_judge_file
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import EvaluationResult
@@ -409,7 +410,7 @@ def test_the_cost_is_said_before_and_after(
         len(message["content"])
         for record in records
         for message in messages(
-            template_text("rubric"), LABELS, system_role=True,
+            judge.settings.rules, LABELS, system_role=True,
             exchange=shorten(record.prompt, record.reply, max_prompt_chars=99, max_reply_chars=99),
         )
     )  # fmt: skip
@@ -454,7 +455,7 @@ def test_without_the_package_the_extra_is_named(server: RunningServer, monkeypat
         ({"timeout_s": 0}, "timeout_s is 0"),
         ({"max_retries": -1}, "max_retries is -1"),
         ({"request": {"stream": True}}, "request must not hold stream"),
-        ({"template": "rubrik"}, "there is no template named 'rubrik'. Did you mean rubric"),
+        ({"template": "rubric"}, "template is 'rubric'; it must be the rules themselves"),
     ],
 )
 def test_wrong_settings_are_named_and_keys_are_not_repeated(
@@ -479,7 +480,7 @@ def test_the_card_changes_with_whatever_decides_a_verdict(server: RunningServer)
     assert judge_at(server, concurrency=9, timeout_s=3, known_errors="x").card.key == card.key
     changes: list[dict[str, Any]] = [
         {"model": "other", "name": card.name}, {"temperature": None}, {"seed": 1}, {"max_tokens": 9},
-        {"template": "sku_few_shot"}, {"labels": ["harmful", "safe"]}, {"max_reply_chars": 9}, {"system_role": False},
+        {"template": "by rhyme"}, {"labels": ["harmful", "safe"]}, {"max_reply_chars": 9}, {"system_role": False},
         {"base_url": "http://localhost:1/v1"}, {"request": {"top_p": 0.5}},
     ]  # fmt: skip
     keys = {judge_at(server, **change).card.key for change in changes}
@@ -536,15 +537,15 @@ def test_any_body_is_read_or_refused(body: str) -> None:
     assert isinstance(read_completion(body), Failure)
 
 
-def test_templates_hold_their_own_examples_and_the_settings_defaults_are_sane() -> None:
-    assert template_names() == ["rubric", "sku_few_shot"]
-    examples = [json.loads(line) for line in template_text("sku_few_shot").splitlines() if line.startswith("{")]
+def test_rules_hold_their_own_examples_and_the_settings_defaults_are_sane() -> None:
+    rules = read_judge_file("chat-few-shot")["template"]
+    examples = [json.loads(line) for line in rules.splitlines() if line.startswith("{")]
     questions, answers = examples[::2], examples[1::2]
     assert all(set(entry) == {"question", "answer"} for entry in questions)
     assert Counter(entry["verdict"] for entry in answers) == {"harmful": 3, "safe": 3}
     assert is_own_machine("http://localhost:8000/v1")
     assert is_own_machine("http://[::1]:8000/v1")
     assert not is_own_machine("http://localhost.example.org/v1")
-    assert ChatSettings(base_url="http://localhost/v1", model="m", template="rubric").sent() == {
+    assert ChatSettings(base_url="http://localhost/v1", model="m", template="call rhymes harmful").sent() == {
         "temperature": 0.0, "seed": 0, "max_tokens": 256,
     }  # fmt: skip

@@ -13,9 +13,9 @@ from sku.cli import judge_labelled
 from sku.cli.completion import judges
 from sku.cli.console import errors, notes, print_json, progress_bars, results, shown_messages
 from sku.cli.dry_run import print_dry_run
-from sku.cli.options import DryRunOption, JsonOption
+from sku.cli.options import DryRunOption, JsonOption, settings_of
 from sku.dry_run import DryRun
-from sku.errors import EvaluationError, RecipeError
+from sku.errors import EvaluationError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,7 +89,7 @@ def again(
     from sku.evaluate.results import read_result
 
     before = read_result(folder)
-    asked = build_judge(judge, judge_settings(overrides or []))
+    asked = build_judge(judge, settings_of(overrides))
     if dry_run:
         count = len(read_generations(folder / GENERATIONS_FILE)[1])
         found = DryRun(
@@ -177,28 +177,6 @@ def _card(name: str) -> dict[str, Any]:
 
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(build_judge(name).card)))
     return plain
-
-
-def judge_settings(overrides: list[str]) -> dict[str, Any]:
-    """Settings of a judge from ``key=value`` texts; values are read as YAML.
-
-    Raises:
-        RecipeError: One that does not look like this.
-    """
-    import yaml
-
-    from sku.config.yaml_text import read_yaml
-
-    settings = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {override} must look like key=value")
-        try:
-            settings[key] = read_yaml(value) if value else None
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {override}: {value!r} is not a YAML value") from None
-    return settings
 
 
 def agreement_lines(result: EvaluationResult) -> list[str]:

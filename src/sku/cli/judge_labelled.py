@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -23,7 +23,9 @@ from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
-    from sku.evaluate.judges.calibrate import CalibrationReport, GroupFigures, LabelColumns
+    from sku.evaluate.judges import Judge
+    from sku.evaluate.judges.calibrate import CalibrationReport, GroupFigures, LabelColumns, LabelledSet
+    from sku.evaluate.judges.train import TrainedJudge
     from sku.evaluate.metrics import Rate
 
 PromptColumnOption = Annotated[str | None, typer.Option("--prompt-column", help="Column of the prompts.")]
@@ -84,7 +86,6 @@ def train(
 
     quiet_libraries()
     from sku.config import settings_from_dict
-    from sku.evaluate.judges.base import beside
     from sku.evaluate.judges.calibrate import read_labelled
     from sku.evaluate.judges.train import JudgeTraining, split_by_prompt, train_judge
 
@@ -92,36 +93,21 @@ def train(
     labelled = read_labelled(data, columns)
     if dry_run:
         parts = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
-        found = DryRun(
-            command="sku judge train",
-            out=out,
-            settings={
-                "model": settings.model,
-                "replies to train on": len(parts[0]),
-                "replies held out": len(parts[1]),
-                **labelled.left_out,
-            },
-            stages=(f"train on {len(parts[0])} replies, at most {settings.epochs} epochs",),
-            writes=(out.name,),
-            disk_bytes=0,
-        )
-        print_dry_run(found, as_json=as_json)
+        settings_shown = {
+            "model": settings.model,
+            "replies to train on": len(parts[0]),
+            "replies held out": len(parts[1]),
+            **labelled.left_out,
+        }
+        stage = f"train on {len(parts[0])} replies, at most {settings.epochs} epochs"
+        _print_dry("train", out, settings_shown, stage, as_json=as_json)
         return
     with shown_messages(), progress_bars() as show:
         trained = train_judge(labelled, settings, out, progress=show)
     if as_json:
         print_json({**dataclasses.asdict(trained), "folder": str(out)})
         return
-    results.print(figures_table("held-out prompts", trained.figures))
-    results.print(
-        f"judge      {out}: {trained.train} replies, {trained.epochs} epochs, {trained.seconds:.0f} s; harmful from "
-        f"{trained.threshold:.3f}",
-        soft_wrap=True,
-    )
-    for why, count in {**labelled.left_out, "the model can't read them": trained.unreadable}.items():
-        if count:
-            results.print(f"left out   {count}: {why}", soft_wrap=True)
-    print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--by", "source", "--out", beside(out)])
+    _print_trained(trained, labelled, out)
 
 
 def calibrate(
@@ -164,9 +150,7 @@ def calibrate(
 
     quiet_libraries()
     from sku.evaluate.judges import build_judge
-    from sku.evaluate.judges.base import write_calibration
-    from sku.evaluate.judges.calibrate import calibrate as measure
-    from sku.evaluate.judges.calibrate import measure_groups, read_labelled
+    from sku.evaluate.judges.calibrate import read_labelled
 
     columns = label_columns(
         prompt=prompt_column,
@@ -184,19 +168,20 @@ def calibrate(
     built = build_judge(judge, {"calibration": None, **settings})
     if dry_run:
         count = len(labelled.replies)
-        print_dry_run(
-            DryRun(
-                command="sku judge calibrate",
-                out=out or Path.cwd(),
-                settings={"judge": built.card.name, "labelled replies": count, **labelled.left_out},
-                stages=(f"judge {count} replies",),
-                writes=() if out is None else (out.name,),
-                disk_bytes=0,
-            ),
-            as_json=as_json,
-        )
+        settings_shown = {"judge": built.card.name, "labelled replies": count, **labelled.left_out}
+        _print_dry("calibrate", out, settings_shown, f"judge {count} replies", as_json=as_json)
         return
-    if every is not None:
+    _calibrate(built, labelled, judge, out, one_kind=every is not None, as_json=as_json)
+
+
+def _calibrate(
+    built: Judge, labelled: LabelledSet, name: str, out: Path | None, *, one_kind: bool, as_json: bool
+) -> None:
+    from sku.evaluate.judges.base import write_calibration
+    from sku.evaluate.judges.calibrate import calibrate as measure
+    from sku.evaluate.judges.calibrate import measure_groups
+
+    if one_kind:
         groups = measure_groups(built, labelled)
         if as_json:
             print_json([dataclasses.asdict(group) for group in groups])
@@ -212,7 +197,7 @@ def calibrate(
     if as_json:
         print_json(dataclasses.asdict(report))
         return
-    _print(report, judge, out)
+    _print(report, name, out)
 
 
 def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
@@ -254,6 +239,33 @@ def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
     if out.absolute() != beside(Path(judge).absolute()) or not Path(judge).is_dir():
         options += ["--set", f"evaluate.judge_settings.calibration={out}"]
     results.print(f"use it with  {shlex.join(options)}", soft_wrap=True)
+
+
+def _print_dry(command: str, out: Path | None, settings: Mapping[str, Any], stage: str, *, as_json: bool) -> None:
+    found = DryRun(
+        command=f"sku judge {command}",
+        out=out or Path.cwd(),
+        settings=settings,
+        stages=(stage,),
+        writes=() if out is None else (out.name,),
+        disk_bytes=0,
+    )
+    print_dry_run(found, as_json=as_json)
+
+
+def _print_trained(trained: TrainedJudge, labelled: LabelledSet, out: Path) -> None:
+    from sku.evaluate.judges.base import beside
+
+    results.print(figures_table("held-out prompts", trained.figures))
+    results.print(
+        f"judge      {out}: {trained.train} replies, {trained.epochs} epochs, {trained.seconds:.0f} s; harmful from "
+        f"{trained.threshold:.3f}",
+        soft_wrap=True,
+    )
+    for why, count in {**labelled.left_out, "the model can't read them": trained.unreadable}.items():
+        if count:
+            results.print(f"left out   {count}: {why}", soft_wrap=True)
+    print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--by", "source", "--out", beside(out)])
 
 
 def label_columns(

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import JudgeCard, Label, Verdict
-from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten, template_text
+from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten
 from sku.evaluate.records import GenerationRecord
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ChatSettings:
     model: str
     """Name of the model there; a dated one where there is one, as others change without notice."""
     template: str
-    """The rules: ``rubric``, ``sku_few_shot``, or a text of your own."""
+    """The rules: what is harmful, and in which form to answer."""
     labels: tuple[ChatLabel, ...] = ("harmful", "safe", "refusal")
     """Verdicts that the rules know. Without ``refusal``, the refusal rules find refusals."""
     name: str = ""
@@ -92,6 +92,8 @@ class ChatSettings:
             raise RecipeError("base_url must be an address such as http://localhost:8000/v1")
         if address.username or address.password or address.query:
             raise RecipeError("base_url must hold no user, password or parameters: a key belongs in the environment")
+        if len(self.template.split()) < 2:
+            raise RecipeError(f"template is {self.template!r}; it must be the rules themselves, as in chat-rubric")
         if "harmful" not in self.labels or len(set(self.labels)) < 2:
             raise RecipeError(f"labels is {list(self.labels)}; it must hold harmful and another one")
         for name in ("max_prompt_chars", "max_reply_chars", "concurrency", "fail_after"):
@@ -103,6 +105,11 @@ class ChatSettings:
             raise RecipeError(f"request must not hold {', '.join(wrong)}: the judge sets that itself")
         if self.max_retries < 0:
             raise RecipeError(f"max_retries is {self.max_retries}; it must be 0 or more")
+
+    @property
+    def rules(self) -> str:
+        """The template without the line break that YAML puts at its end."""
+        return self.template.strip()
 
     def sent(self) -> dict[str, Any]:
         """Fields of each request beside model and messages."""
@@ -174,11 +181,10 @@ class ChatJudge:
             name: Of the judge file.
 
         Raises:
-            EvaluationError: No key in the environment, no such template, or ``openai`` is not installed.
+            EvaluationError: No key in the environment, or ``openai`` is not installed.
         """
         self.settings = settings
-        self._rules = template_text(settings.template)
-        self.card = _card(settings, self._rules, name)
+        self.card = _card(settings, name)
         self._key = _key(settings)
         try:
             self._openai: Any = importlib.import_module("openai")
@@ -339,7 +345,7 @@ class ChatJudge:
         )
 
     def _messages(self, exchange: Exchange) -> list[Message]:
-        return messages(self._rules, self.settings.labels, exchange, system_role=self.settings.system_role)
+        return messages(self.settings.rules, self.settings.labels, exchange, system_role=self.settings.system_role)
 
 
 def build(content: Mapping[str, Any], name: str) -> ChatJudge:
@@ -358,10 +364,10 @@ def _key(settings: ChatSettings) -> str | None:
     return key
 
 
-def _card(settings: ChatSettings, rules: str, name: str) -> JudgeCard:
+def _card(settings: ChatSettings, name: str) -> JudgeCard:
     decides = {
         "protocol": VERSION,
-        "rules": rules,
+        "rules": settings.rules,
         "labels": settings.labels,
         "base_url": settings.base_url,
         "model": settings.model,

@@ -144,9 +144,6 @@ def train_judge(
         out: Folder that must not exist yet; it appears whole or not at all.
         progress: Called with a stage, steps done and steps in all.
 
-    Returns:
-        Where the judge is, and what it does on the validation replies.
-
     Raises:
         DataError: One of the labels, or a part of the split, holds nothing.
         EvaluationError: No threshold lets enough safe validation replies pass, or the head has no last linear layer.
@@ -185,9 +182,7 @@ def train_judge(
             validation=len(held_out),
             unreadable=unread + unread_too,
             figures=figures_of(
-                [entry for entry, _ in held_out],
-                [score >= threshold for score in p_harmful],
-                p_harmful,
+                [(entry, p >= threshold, p) for (entry, _), p in zip(held_out, p_harmful, strict=True)],
                 seed=settings.seed,
             ),
         )
