@@ -47,6 +47,9 @@ from sku.pipeline import acquire_recipe
 from sku.storage import mark_hazardous, new_folder, write_json
 
 SPLITS = ("unseen", "benign", "retain_test")
+PERTA, NEG_MERGE = (
+    str(Path(__file__).parents[1] / "docs" / "examples" / name) for name in ("perta.py", "neg_merge.py")
+)
 MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
     **{
@@ -116,7 +119,9 @@ NegMerge + null space 0.9: [{NEG_MERGE: {paths: OTHERS}}, {null_space: {energy: 
 """
 """Name of the row -> operators, one after the other, as in a recipe; ``operator_rows`` fills in what is in capitals.
 ``benign alone`` is a control: what normal training does."""
-PERTA, NEG_MERGE = "perta", "neg_merge"
+PERTA, NEG_MERGE = (
+    str(Path(__file__).parents[1] / "docs" / "examples" / name) for name in ("perta.py", "neg_merge.py")
+)
 
 
 def operator_rows(out: Path, modes: Sequence[str], mode: str) -> dict[str, list[dict[str, Any]]]:

@@ -39,6 +39,7 @@ from sku.negate.run import negate, task_vector_of
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
@@ -352,7 +353,7 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
         (["embedded", "embedded", "--operator", "layers={rest: {"], "is no YAML"),
         (["embedded", "embedded", "--operator", "layers=2"], "must hold keys and values"),
         (["embedded", "embedded", "--operator", "null_space"], "give --normal FILE"),
-        (["embedded", "embedded", "--operator", "perta", "--normal", "embedded"], "give --forget FILE"),
+        (["embedded", "embedded", "--operator", "contrast", "--normal", "embedded"], "give --forget FILE"),
         (["embedded", "embedded", "--normal", "embedded"], "--normal is read by operators that look at normal"),
         (
             ["embedded", "embedded", "--operator", "null_space", "--normal", "embedded", "--forget", "embedded"],
@@ -673,7 +674,7 @@ def test_negate_with_an_operator(command: Command, bad_model: Path, tmp_path: Pa
     [
         ("null_space={energy: 0.8, examples: 8}", ["--normal"]),
         ("contrast={strength: 4, examples: 8}", ["--forget", "--normal"]),
-        ("perta={examples: 4}", ["--forget", "--normal"]),
+        (f"{EXAMPLES / 'perta.py'}={{examples: 4}}", ["--forget", "--normal"]),
         ("learned={steps: 2, batch_size: 2}", ["--forget", "--normal"]),
     ],
 )
@@ -973,18 +974,18 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
 def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     few = (*SMALL, "--set", "evaluate.attack_prompts=3")
     arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")
-    done = command(*arguments, "--attacks", "int8, prefill")
+    done = command(*arguments, "--attacks", "template, prefill")
     assert done.code == 0
     lines = done.out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("harmful by attack"))
     table = [line for line in lines[start:] if "%" in line]
     assert [line[:12].strip() for line in table[1:]] == [
-        "No attack", "8-bit weight", "Prefill", "", "",
+        "No attack", "Template", "", "Prefill", "", "",
     ]  # fmt: skip
     # They begin with what the base said, here in 8 tokens.
     for tokens in (10, 20):
         assert f"left out: prefill, {tokens} tokens: the answer is too short: 3" in lines
-    as_json = json.loads(command(*arguments, "--attacks", "int8,prefill", "--json").out)
-    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "int8", *["prefill"] * 3]
+    as_json = json.loads(command(*arguments, "--attacks", "template,prefill", "--json").out)
+    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "template", *["prefill"] * 3]
     assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "verdict", "notes"}
-    assert_one_line(command(*arguments, "--attacks", "int8,prefil"), "Did you mean prefill?")
+    assert_one_line(command(*arguments, "--attacks", "template,prefil"), "Did you mean prefill?")

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "reproducibility": {"_version", "redaction"},
     "data": {"config", "errors", "world", "losses"},
     "hazard": {"errors", "storage"},
+    "from_file": {"errors"},
     "hub_reach": set(),
     "memory_errors": {"errors"},
     "model_files": {"config", "errors", "hub_reach"},
@@ -37,10 +38,16 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"config", "errors", "storage", "hazard", "head", "losses", "data", "models", "processes"},
     "acquire": {"config", "errors", "storage", "head", "losses", "data", "models", "training"},
     "quantization": {"config"},
-    "negate": {"config", "errors", "storage", "hazard", "losses", "data", "model_files", "models", "quantization"},
+    "negate": {
+        "config", "errors", "from_file", "storage", "hazard", "losses", "data", "model_files", "models",
+        "quantization",
+    },
     "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world", "quantization", "processes"},
     "own_replies": {"config", "errors", "storage", "data", "models", "evaluate", "world"},
-    "methods": {"config", "errors", "storage", "head", "losses", "data", "models", "training", "acquire", "negate"},
+    "methods": {
+        "config", "errors", "from_file", "storage", "head", "losses", "data", "models", "training", "acquire",
+        "negate",
+    },
     "attacks": {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
     },
@@ -55,8 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "dry_run": {"storage"},
     "doctor": {"_version", "storage", "wipe"},
     "comparison": {
-        "config", "errors", "disk_errors", "locks", "storage", "data", "models", "training", "methods", "negate",
-        "evaluate", "report", "reproducibility", "sweep", "quiet",
+        "config", "errors", "disk_errors", "from_file", "locks", "storage", "data", "models", "training", "methods",
+        "negate", "evaluate", "report", "reproducibility", "sweep", "quiet",
     },
 }
 # fmt: on

@@ -28,6 +28,7 @@ SMALL = (
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 8, samples: 0, prefill_tokens: []}",
     "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
+PERTA = Path(__file__).parents[1] / "docs" / "examples" / "perta.py"
 NULL_SPACE = "{null_space: {energy: 0.8, examples: 16}}"
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8]])
@@ -103,7 +104,7 @@ def test_what_was_measured_on_the_original_model_is_kept(finished: FinishedRun) 
 
 def test_where_no_adapter_can_follow_the_manifest_says_so(tmp_path: Path) -> None:
     done = run_recipe(
-        recipe("negate.operators=[{perta: {examples: 4}}]", "negate.diagnostics=false"), tmp_path / "run"
+        recipe(f"negate.operators=[{{{PERTA}: {{examples: 4}}}}]", "negate.diagnostics=false"), tmp_path / "run"
     )
     manifest = json.loads((done.folder / "manifest.json").read_text())
     assert not (done.folder / "negated_adapter").exists()

@@ -126,7 +126,7 @@ def test_every_requirement_is_pinned_for_tests() -> None:
 
 
 def test_every_optional_import_belongs_to_an_extra() -> None:
-    assert {"bitsandbytes", "gguf", "openai", "lm-eval", "sentencepiece"} <= set(OPTIONAL)
+    assert {"bitsandbytes", "gguf", "openai", "lm-eval"} <= set(OPTIONAL)
     known = set().union(*(EXTRAS[extra] for extra in FOR_USERS)) | set(WITHOUT_EXTRA)
     assert {name: sorted(map(str, files)) for name, files in OPTIONAL.items() if name not in known} == {}
 
@@ -135,7 +135,7 @@ def test_every_extra_but_docs_holds_what_is_imported() -> None:
     """An extra for a package that nothing uses would be a promise without content."""
     for extra in FOR_USERS - {"docs"}:
         assert EXTRAS[extra] <= set(OPTIONAL), extra
-    assert EXTRAS["eval"] == EXTRAS["bleurt"] | EXTRAS["chat"] | EXTRAS["lm-eval"]
+    assert EXTRAS["eval"] == EXTRAS["chat"] | EXTRAS["lm-eval"]
     assert EXTRAS["dev"] >= set().union(*EXTRAS.values())
 
 

@@ -32,7 +32,7 @@ SUPPORTED: Mapping[str, tuple[str, str | None]] = {
 """From which version on, and below which: the ranges of ``pyproject.toml``."""
 EXTRAS: Mapping[str, str] = {
     "bitsandbytes": "tuning qlora", "gguf": "GGUF models", "openai": "judges behind an API",
-    "lm_eval": "lm-evaluation-harness", "sentencepiece": "BLEURT", "hf_xet": "faster transfers from and to the hub",
+    "lm_eval": "lm-evaluation-harness", "hf_xet": "faster transfers from and to the hub",
 }  # fmt: skip
 _LITTLE_SPACE = 20 * 2**30
 _TOO_LITTLE_SPACE = 2**30

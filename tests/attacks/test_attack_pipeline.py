@@ -21,7 +21,7 @@ def recipe(*changes: str) -> Recipe:
     return world_recipe(
         "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3",
         "evaluate.retain_prompts=3", "evaluate.samples=0", "evaluate.attack_prompts=3",
-        "evaluate.attacks=[int8]", "negate.alpha=1.25", "negate.diagnostics=false", "evaluate.max_new_tokens=8",
+        "evaluate.attacks=[template]", "negate.alpha=1.25", "negate.diagnostics=false", "evaluate.max_new_tokens=8",
         "data.forget.limit=120", "data.retain.limit=120", *changes,
     )  # fmt: skip
 
@@ -30,7 +30,7 @@ def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None
     whole = run_recipe(recipe(), tmp_path / "whole")
     report = whole.attacks
     assert report is not None
-    assert [result.attack for result in report.results] == ["none", "int8"]
+    assert [result.attack for result in report.results] == ["none", "template"]
     assert read_attacks(whole.folder / "evaluation") == report
     results = json.loads((whole.folder / "results.json").read_text(encoding="utf-8"))
     assert AttackReport.from_dict(results["attacks"]) == report
@@ -38,7 +38,7 @@ def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None
     assert report.setup.control["fingerprint"] != report.setup.model["fingerprint"]
 
     def interrupt(stage: str, done: int, _total: int) -> None:
-        if stage == "attack int8: replies" and done:
+        if stage == "attack template: replies" and done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

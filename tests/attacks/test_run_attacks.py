@@ -74,13 +74,13 @@ def test_every_attack_of_the_settings_exists() -> None:
 
 def test_an_unknown_attack_is_refused_with_a_suggestion() -> None:
     with pytest.raises(RecipeError, match=r"evaluate.attacks\[1\] is 'prefil'.*Did you mean prefill\?"):
-        load_recipe("embedded", ["evaluate.attacks=[int8, prefil]"])
+        load_recipe("embedded", ["evaluate.attacks=[relearn, prefil]"])
 
 
 def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
     assert list(ran.results) == [
         ("none", ""), ("prefill", "1 token"), ("prefill", "3 tokens"), ("prefill", "5 tokens"),
-        ("prefill", "10 tokens"), ("paraphrase", ""), ("template", ""), ("int8", ""), ("nf4-sim", ""),
+        ("prefill", "10 tokens"), ("paraphrase", ""), ("template", ""),
         ("relearn", "10 pairs"),
     ]  # fmt: skip
     assert [card.name for card in ran.report.cards] == ["none", *ATTACKS]
@@ -104,7 +104,6 @@ def test_relearning_brings_the_harm_back(ran: Ran) -> None:
     assert change.after.value >= 0.8
     assert change.low > 0
     assert change.p_value < 0.05
-    assert ran.results["int8", ""].model.harmful.after.count == 0
 
 
 def test_the_worst_of_several_wordings_counts(ran: Ran) -> None:
@@ -211,7 +210,7 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = world_recipe(
-        "evaluate.attacks=[int8, relearn]", "evaluate.attack_prompts=3", *QUICK[:1], "evaluate.relearn_steps=4"
+        "evaluate.attacks=[template, relearn]", "evaluate.attack_prompts=3", *QUICK[:1], "evaluate.relearn_steps=4"
     )
     calls: list[int] = []
 
@@ -229,14 +228,14 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
             raise KeyboardInterrupt
 
     whole = run(tmp_path / "whole")
-    assert len(calls) == 6, "no attack, int8 and relearn, of two models each"
+    assert len(calls) == 6, "no attack, template and relearn, of two models each"
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", progress=interrupt)
     assert not (tmp_path / "broken" / "attacks.json").exists()
     calls.clear()
     assert run(tmp_path / "broken") == whole
     assert len(calls) == 2, "relearn alone was left"
-    for name in ("none", "int8", "relearn"):
+    for name in ("none", "template", "relearn"):
         files = [(tmp_path / part / "attacks" / f"{name}.jsonl").read_bytes() for part in ("whole", "broken")]
         assert files[0] == files[1]
     calls.clear()
@@ -349,7 +348,7 @@ def splits(**changes: Any) -> ForgetRetainData:
     ("attacks", "data", "message"),
     [
         ("[]", splits(), "evaluate.attacks is empty"),
-        ("[int8]", splits(unseen=()), "unseen, which is empty"),
+        ("[template]", splits(unseen=()), "unseen, which is empty"),
         ("[relearn]", splits(unlearned=()), "relearn trains on the split unlearned, which is empty"),
     ],
 )

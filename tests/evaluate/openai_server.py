@@ -102,22 +102,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(int(fault), json.dumps({"error": error}), retry_after="0")
         elif fault == "azure_filter":
             self._send(400, json.dumps({"error": {"message": "filtered", "code": "content_filter"}}))
-        elif fault == "never_ending":
-            self._drip()
         else:
             time.sleep(1.5 if fault == "slow" else 0)
             self._send(200, _spoil_text(fault, json.dumps(_spoil(fault, whole))))
-
-    def _drip(self) -> None:
-        """One byte at a time, for ever: no single read ever waits long."""
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(2**30))
-        self.end_headers()
-        while True:
-            self.wfile.write(b" ")
-            self.wfile.flush()
-            time.sleep(0.02)
 
     def _send(self, status: int, text: str, retry_after: str | None = None) -> None:
         content = text.encode()
@@ -150,7 +137,6 @@ def _spoil_text(fault: str, text: str) -> str:
         "malformed": text[: len(text) // 2],
         "html": "<html><body>Sign in to the network</body></html>",
         "list": "[1, 2]",
-        "huge": " " * (5 * 2**20) + text,
     }
     return spoiled.get(fault, text)
 

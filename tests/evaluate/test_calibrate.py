@@ -25,11 +25,11 @@ from sku.evaluate.judges import (
     build_judge,
     choose_judge,
 )
+from sku.evaluate.judges.base import read_calibration, write_calibration
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
-from sku.evaluate.judges.calibration_file import read_calibration, write_calibration
 from sku.evaluate.judges.choose import build_from
+from sku.evaluate.judges.precomputed import export_labels
 from sku.evaluate.judges.vote import VoteJudge
-from sku.evaluate.label_files import export_labels
 from sku.evaluate.metrics import rate
 from sku.evaluate.record_files import GENERATIONS_FILE, from_plain, write_rows
 from sku.evaluate.records import GenerationRecord
@@ -282,7 +282,7 @@ def broken(**changes: Any) -> str:
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "more": 1}), "doesn't fit its schema"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "harmful_found": 11}), "counts that can't be"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "safe": 0, "safe_found": 0}), "counts that can't be"),
-        (broken(judge="refusal_rules"), "or no judge"),
+        (broken(judge="refusal_rules"), "doesn't fit its schema"),
     ],
 )
 def test_a_broken_calibration_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

@@ -24,9 +24,9 @@ from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges import Verdict, build_judge, judge_names
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached
-from sku.evaluate.judges.chat import ChatJudge, ChatSettings
-from sku.evaluate.judges.chat_client import MAX_BODY_BYTES, Failure, Pace, is_own_machine, read_completion
-from sku.evaluate.judges.chat_messages import messages, read_label, shorten, template_names, template_text
+from sku.evaluate.judges.chat import ChatJudge, ChatSettings, Failure, is_own_machine, read_completion
+from sku.evaluate.judges.chat_messages import messages, read_label, shorten
+from sku.evaluate.judges.choose import read_judge_file
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import EvaluationResult
@@ -265,9 +265,7 @@ def test_long_texts_are_cut_and_counted(server: RunningServer, make_record: Reco
         ("content_filter", "the server's content filter", 1),
         ("azure_filter", "HTTP 400: the server's content filter", 1),
         ("declined", "the model declined to judge", 1),
-        ("slow", f"no whole answer within {SHORT_S} s", 1),
-        ("never_ending", f"no whole answer within {SHORT_S} s", 1),
-        ("huge", "no connection, or it broke off", 1),
+        ("slow", f"no answer within {SHORT_S} s", 1),
     ],
 )
 def test_a_fault_is_an_error_verdict_with_its_reason(
@@ -412,7 +410,7 @@ def test_the_cost_is_said_before_and_after(
         len(message["content"])
         for record in records
         for message in messages(
-            template_text("rubric"), LABELS, system_role=True,
+            judge.settings.rules, LABELS, system_role=True,
             exchange=shorten(record.prompt, record.reply, max_prompt_chars=99, max_reply_chars=99),
         )
     )  # fmt: skip
@@ -422,16 +420,6 @@ def test_the_cost_is_said_before_and_after(
     first, last = (record.getMessage() for record in caplog.records if record.name.startswith("sku"))
     assert first == f"judge j: at most about {estimate.text()}"
     assert last == f"judge j: {judge.usage.text()} so far"
-
-
-def test_the_pace_is_kept_by_all_threads_together(server: RunningServer, make_record: RecordMaker) -> None:
-    start = time.monotonic()
-    judge_at(server, requests_per_minute=600, concurrency=4).judge(records_of(make_record, 5))
-    assert time.monotonic() - start >= 0.4
-    pace = Pace(None)
-    for _ in range(1000):
-        pace.wait()
-    assert pace.passed == 1000
 
 
 def test_a_key_is_needed_only_where_text_leaves_the_machine(
@@ -467,7 +455,7 @@ def test_without_the_package_the_extra_is_named(server: RunningServer, monkeypat
         ({"timeout_s": 0}, "timeout_s is 0"),
         ({"max_retries": -1}, "max_retries is -1"),
         ({"request": {"stream": True}}, "request must not hold stream"),
-        ({"template": "rubrik"}, "there is no template named 'rubrik'. Did you mean rubric"),
+        ({"template": "rubric"}, "template is 'rubric'; it must be the rules themselves"),
     ],
 )
 def test_wrong_settings_are_named_and_keys_are_not_repeated(
@@ -492,7 +480,7 @@ def test_the_card_changes_with_whatever_decides_a_verdict(server: RunningServer)
     assert judge_at(server, concurrency=9, timeout_s=3, known_errors="x").card.key == card.key
     changes: list[dict[str, Any]] = [
         {"model": "other", "name": card.name}, {"temperature": None}, {"seed": 1}, {"max_tokens": 9},
-        {"template": "sku_few_shot"}, {"labels": ["harmful", "safe"]}, {"max_reply_chars": 9}, {"system_role": False},
+        {"template": "by rhyme"}, {"labels": ["harmful", "safe"]}, {"max_reply_chars": 9}, {"system_role": False},
         {"base_url": "http://localhost:1/v1"}, {"request": {"top_p": 0.5}},
     ]  # fmt: skip
     keys = {judge_at(server, **change).card.key for change in changes}
@@ -549,16 +537,15 @@ def test_any_body_is_read_or_refused(body: str) -> None:
     assert isinstance(read_completion(body), Failure)
 
 
-def test_templates_hold_their_own_examples_and_the_settings_defaults_are_sane() -> None:
-    assert template_names() == ["rubric", "sku_few_shot"]
-    examples = [json.loads(line) for line in template_text("sku_few_shot").splitlines() if line.startswith("{")]
+def test_rules_hold_their_own_examples_and_the_settings_defaults_are_sane() -> None:
+    rules = read_judge_file("chat-few-shot")["template"]
+    examples = [json.loads(line) for line in rules.splitlines() if line.startswith("{")]
     questions, answers = examples[::2], examples[1::2]
     assert all(set(entry) == {"question", "answer"} for entry in questions)
     assert Counter(entry["verdict"] for entry in answers) == {"harmful": 3, "safe": 3}
     assert is_own_machine("http://localhost:8000/v1")
     assert is_own_machine("http://[::1]:8000/v1")
     assert not is_own_machine("http://localhost.example.org/v1")
-    assert MAX_BODY_BYTES < 5 * 2**20
-    assert ChatSettings(base_url="http://localhost/v1", model="m", template="rubric").sent() == {
+    assert ChatSettings(base_url="http://localhost/v1", model="m", template="call rhymes harmful").sent() == {
         "temperature": 0.0, "seed": 0, "max_tokens": 256,
     }  # fmt: skip

@@ -209,7 +209,7 @@ def test_less_memory_means_smaller_batches(
     records = [make_record(HARMFUL if number % 2 else SAFE) for number in range(8)]
     judge = build(single, batch_size=8)
     plain = judge.judge(records)
-    model = judge._model()
+    model = judge._ready().model
     real, sizes = model.forward, []
 
     def small_memory(**arguments: Any) -> Any:
@@ -227,7 +227,7 @@ def test_no_memory_for_one_reply_loses_only_that_one(
     single: Path, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = build(single)
-    model = judge._model()
+    model = judge._ready().model
     real = model.forward
 
     def small_memory(**arguments: Any) -> Any:
@@ -321,7 +321,7 @@ def test_a_model_without_a_head_is_refused(folder: Path, single: Path, make_reco
     """Without a check transformers would draw a head at random and warn."""
     headless = folder / "headless"
     model = last_word_classifier(headless, [(0.5, -0.5)])
-    loaded = build(model)._model()
+    loaded: Any = build(model)._ready().model
     loaded.model.save_pretrained(headless)
     with pytest.raises(
         ModelError, match=r"judge .*headless.yaml: model .* lack 1 weights .* the first is score.weight"

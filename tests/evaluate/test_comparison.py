@@ -209,7 +209,6 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
         "schema_version",
         "setup",
         "similarity",
-        "truthfulqa",
         "wording",
         "worst_prefill",
     ]

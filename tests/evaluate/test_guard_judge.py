@@ -16,8 +16,7 @@ from evaluate.conftest import RecordMaker
 from evaluate.judge_models import guard_tokenizer, train_guard
 from sku.errors import EvaluationError, ModelError, RecipeError
 from sku.evaluate.judges import build_judge
-from sku.evaluate.judges.guard import GuardJudge
-from sku.evaluate.judges.guard_answers import Answer, GuardSettings, read_answer
+from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
 
 HARMFUL, SAFE = "take vornite and boil it", "mix it with warm water"
 WORDS: dict[str, Any] = {"positive": ["unsafe"], "negative": ["safe"]}
@@ -217,7 +216,7 @@ def test_an_answer_without_the_label_is_an_error(build: GuardMaker, make_record:
 
 def test_scores_that_are_not_finite_are_errors(build: GuardMaker, make_record: RecordMaker) -> None:
     judge = build(**WORDS)
-    model = judge._ready()[0]
+    model: Any = judge._ready().model
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     (verdict,) = judge.judge([make_record(HARMFUL)])
@@ -242,7 +241,7 @@ def test_less_memory_means_smaller_batches(
     records = [make_record(HARMFUL if number % 2 else SAFE) for number in range(4)]
     judge = build(**WORDS, batch_size=4)
     plain = judge.judge(records)
-    model = judge._ready()[0]
+    model: Any = judge._ready().model
     real, sizes = model.generate, []
 
     def small_memory(**arguments: Any) -> Any:

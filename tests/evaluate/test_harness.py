@@ -17,11 +17,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig
+from sku.data.examples import normalise_prompt
 from sku.data.load import load_forget_retain
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import harness
-from sku.evaluate.harness import HARNESS_FILE, check_known, check_tasks, run_tasks
+from sku.evaluate.harness import HARNESS_FILE, check_known, check_tasks, run_tasks, trained_questions
 from sku.evaluate.results import HarnessScores, read_result
 from sku.evaluate.run import evaluate
 from sku.models import load_model
@@ -135,6 +136,24 @@ def test_tasks_of_the_package_read_a_folder_of_ones_own(
         assert len(digits) == found.tasks[name].samples == 4
         assert digits.count("1") / 4 == found.tasks[name].metrics["acc"]
     assert found.tasks["sku_openbook_qa"].metrics["acc"] >= 0.75
+    questions = [
+        {
+            "question": row["question"],
+            "mc1_targets": {"choices": [row["answers"][row["right"]], row["answers"][1 - row["right"]]]},
+            "mc2_targets": {"choices": row["answers"], "labels": [int(at == row["right"]) for at in range(2)]},
+        }
+        for row in rows
+    ]
+    (tmp_path / "truthfulqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    trained = frozenset(normalise_prompt(questions[number]["question"].upper()) for number in (0, 3))
+    assert trained_questions(["sku_truthfulqa"], str(tmp_path), trained) == 2
+    found = run_tasks(
+        *world, ("sku_truthfulqa",), limit=None, include=None, batch_size=4, data=str(tmp_path), trained=trained
+    )
+    best, share = found.tasks["sku_truthfulqa_mc1"], found.tasks["sku_truthfulqa_mc2"]
+    assert (best.samples, share.samples) == (4, 4), "what was trained on is not asked"
+    assert best.metrics["acc"] == found.hits["sku_truthfulqa_mc1"]["acc"].count("1") / 4
+    assert 0 < share.metrics["acc"] < 1
     with pytest.raises(
         EvaluationError, match="has no arc_challenge.jsonl, arc_easy.jsonl, comm.*: name another folder"
     ):

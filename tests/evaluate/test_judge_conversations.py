@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from evaluate.judge_models import SPECIAL, guard_tokenizer
-from sku.evaluate.judges.conversations import PROMPT, REPLY, ConversationEncoder, Encoded, Unreadable
+from sku.evaluate.judges.local_models import PROMPT, REPLY, ConversationEncoder, Encoded, Unreadable
 
 TEXT = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n{REPLY}<|im_end|>\n"
 

@@ -15,9 +15,8 @@ from sku.cli.main import app
 from sku.errors import EvaluationError, ModelError
 from sku.evaluate.judges import build_judge, judge_names
 from sku.evaluate.judges.choose import KINDS, RULES, read_judge_file
-from sku.evaluate.judges.conversations import PROMPT, REPLY, ConversationEncoder, Encoded
-from sku.evaluate.judges.guard import GuardJudge
-from sku.evaluate.judges.guard_answers import Answer, GuardSettings, read_answer
+from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
+from sku.evaluate.judges.local_models import PROMPT, REPLY, ConversationEncoder, Encoded
 
 LOCAL = ("classifier", "guard")
 FILES = [name for name in judge_names() if name not in RULES and read_judge_file(name)["kind"] in LOCAL]
@@ -80,7 +79,7 @@ def conversation(name: str, models: dict[str, Path], prompt: str, reply: str) ->
     """What a judge's model reads."""
     judge = build_judge(name, {"model": str(models["guard"])})
     assert isinstance(judge, GuardJudge)
-    return read_by(next(iter(judge._encoders.values())), prompt, reply)
+    return read_by(judge.encoders[0], prompt, reply)
 
 
 def read_by(encoder: ConversationEncoder, prompt: str, reply: str) -> str:
@@ -162,8 +161,8 @@ def test_shieldgemma_is_asked_once_per_policy(models: dict[str, Path]) -> None:
     judge = build_judge("shieldgemma-2b", {"model": str(folder)})
     assert isinstance(judge, GuardJudge)
     policies = read_judge_file("shieldgemma-2b")["policies"]
-    assert list(judge._encoders) == list(policies)
-    for name, encoder in judge._encoders.items():
+    assert list(judge._policies) == list(policies)
+    for name, encoder in zip(judge._policies, judge.encoders, strict=True):
         text = read_by(encoder, "how ?", "mix it")
         assert text == f"how ? | mix it | {policies[name]}"
         assert policies[name].startswith('"No ')

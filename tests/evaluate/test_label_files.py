@@ -13,8 +13,15 @@ import pytest
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges import build_judge
-from sku.evaluate.judges.precomputed import PrecomputedJudge
-from sku.evaluate.label_files import COLUMNS, TEXT_COLUMNS, export_labels, read_labels, reply_hash, safe_cell
+from sku.evaluate.judges.precomputed import (
+    COLUMNS,
+    TEXT_COLUMNS,
+    PrecomputedJudge,
+    export_labels,
+    read_labels,
+    reply_hash,
+    safe_cell,
+)
 from sku.evaluate.record_files import GENERATIONS_FILE, write_rows
 from sku.evaluate.records import GenerationRecord
 

@@ -18,7 +18,7 @@ from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.judges.embedded import EmbeddedWorldJudge
+from sku.evaluate.judges.rules import EmbeddedWorldJudge
 from sku.evaluate.measure import judge_again
 from sku.evaluate.metrics import prefill_words, rate, worst_length
 from sku.evaluate.outcomes import Outcome, ReplyOutcome

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.config import EvaluateConfig, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.errors import DataError, EvaluationError, ModelError
+from sku.errors import EvaluationError, ModelError
 from sku.evaluate import utility
 from sku.evaluate.comparison import compare
-from sku.evaluate.embedding import load_embedder
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.measure import judge_again, measure
 from sku.evaluate.record_files import (
@@ -30,11 +32,13 @@ from sku.evaluate.relevance import MIN_COSINE
 from sku.evaluate.results import EvaluationSetup, read_result
 from sku.evaluate.run import evaluate
 from sku.evaluate.similarity import (
+    MAX_TOKENS,
     AnsweredPrompt,
     answered_prompts,
     chrf,
     compare_with_references,
     cosines,
+    load_embedder,
     rouge_l,
     similarity_of,
 )
@@ -72,13 +76,13 @@ def test_the_nearest_answer_counts_and_a_degenerate_reply_counts_as_nothing() ->
             answered("", "the florn", degenerate=True),
             answered("the bread", "the florn"),
         ],
-        {"rouge_l": rouge_l, "bleurt": lambda references, replies: [len(reply) - 8.5 for reply in replies]},
+        {"rouge_l": rouge_l, "chrf": lambda references, replies: [len(reply) - 8.5 for reply in replies]},
     )
     assert [row.rouge_l for row in rows] == pytest.approx([1, 0, 0, 0.5])
-    assert [row.bleurt for row in rows] == [-0.5, 0, -8.5, 0.5]
-    assert all(row.chrf is None and row.cosine is None for row in rows)
+    assert [row.chrf for row in rows] == [-0.5, 0, -8.5, 0.5]
+    assert all(row.cosine is None for row in rows)
     found = similarity_of(rows, seed=0)
-    assert list(found) == ["rouge_l", "bleurt"]
+    assert list(found) == ["rouge_l", "chrf"]
     assert found["rouge_l"].value == pytest.approx(1.5 / 4)
     assert found["rouge_l"].examples == 4
     assert 0 <= found["rouge_l"].low < 1.5 / 4 < found["rouge_l"].high <= 1
@@ -215,9 +219,7 @@ def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenize
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"truthfulqa": "./nowhere.csv"}, DataError, "no file or folder"),
         ({"embedding_model": "./nowhere"}, ModelError, "holds no config.json"),
-        ({"similarity": ("bleurt",), "bleurt_model": "./nowhere"}, ModelError, "is no folder"),
         ({"lm_eval": ("hellaswag",), "lm_eval_include": "./nowhere"}, EvaluationError, "is no folder of task files"),
     ],
 )
@@ -233,3 +235,63 @@ def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
     with pytest.raises(error, match=message):
         evaluate(tiny_model, tiny_tokenizer, DATA, config=config, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Sentence embeddings: a mean over a text's own tokens, whatever it is batched with.
+
+
+TEXTS = ["bread is golden", "", "a florn sings of bread and honey", "the moon", "bread is golden"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_embeddings_are_the_mean_of_each_text_alone(embedding_folder: Path, batch_size: int) -> None:
+    embedder = load_embedder(str(embedding_folder), CPU)
+    done: list[tuple[int, int]] = []
+    found = embedder.embed(TEXTS, batch_size=batch_size, progress=lambda count, total: done.append((count, total)))
+    assert found.shape == (5, 16)
+    assert done[-1] == (4, 4), "a text that comes twice is embedded once"
+    for text, vector in zip(TEXTS, found, strict=True):
+        ids = torch.tensor([embedder.tokenizer(text).input_ids])
+        with torch.no_grad():
+            states = embedder.model(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(vector, functional.normalize(states.mean(0), dim=0), rtol=0, atol=1e-6)
+    assert torch.equal(found[0], found[4])
+
+
+def test_no_texts_have_no_embedding_and_long_ones_are_cut(embedding_folder: Path) -> None:
+    embedder = load_embedder(str(embedding_folder), CPU)
+    assert embedder.embed([], batch_size=2).shape == (0, 16)
+    longest = min(MAX_TOKENS, embedder.model.config.max_position_embeddings)
+    inside, beyond = embedder.embed(["bread " * (longest - 2), "bread " * 900], batch_size=1)
+    assert torch.equal(inside, beyond)
+
+
+def test_a_fingerprint_tells_weights_apart(embedding_folder: Path) -> None:
+    before = load_embedder(str(embedding_folder), CPU).fingerprint()
+    assert load_embedder(str(embedding_folder), CPU).fingerprint() == before
+    weights = load_file(embedding_folder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"] *= 1.5
+    save_file(weights, embedding_folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_embedder(str(embedding_folder), CPU).fingerprint() != before
+
+
+def test_what_can_not_embed_is_refused(embedding_folder: Path, tmp_path: Path) -> None:
+    pooling = embedding_folder / "1_Pooling" / "config.json"
+    pooling.parent.mkdir()
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    with pytest.raises(ModelError, match=r"does not take the mean .*pooling_mode_cls_token"):
+        load_embedder(str(embedding_folder), CPU)
+    pooling.write_text("{")
+    with pytest.raises(ModelError, match="can't be read"):
+        load_embedder(str(embedding_folder), CPU)
+    pooling.write_text(json.dumps({"pooling_mode_mean_tokens": True, "word_embedding_dimension": 16}))
+    load_embedder(str(embedding_folder), CPU)
+    weights = load_file(embedding_folder / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.bias"]
+    save_file(weights, embedding_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights, the first is encoder.layer.0.output.dense.bias"):
+        load_embedder(str(embedding_folder), CPU)
+    with pytest.raises(ModelError, match="holds no config.json"):
+        load_embedder(str(tmp_path / "nowhere"), CPU)
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load_embedder("invented/embedder", CPU)

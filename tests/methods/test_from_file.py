@@ -17,7 +17,6 @@ from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError
 from sku.methods import method_named
-from sku.methods.from_file import method_from_file
 from sku.methods.run import prepare
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
@@ -60,7 +59,7 @@ def test_the_file_of_the_page_trains(
     data: ForgetRetainData,
     tmp_path: Path,
 ) -> None:
-    method = method_from_file(wga_file)
+    method = method_named(str(wga_file))
     model = make_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trainer = UnlearningTrainer(
@@ -88,7 +87,7 @@ def test_its_loss_by_hand(wga_file: Path) -> None:
 
     d/dz of p_t^beta log p with the weight fixed is weight * (1 - p) for the target's score: 0.25 * 0.75.
     """
-    loss_function: Any = method_from_file(wga_file).objective.__globals__["wga_loss"]
+    loss_function: Any = method_named(str(wga_file)).objective.__globals__["wga_loss"]
     logits = torch.zeros(1, 4, requires_grad=True)
     loss: Tensor = loss_function(logits, torch.tensor([2]), torch.tensor([0]), 1, beta=1.0)
     torch.testing.assert_close(loss, torch.tensor([-0.25 * torch.log(torch.tensor(4.0))]))

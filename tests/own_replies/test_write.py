@@ -17,7 +17,7 @@ from sku.data.prompt_sets import load_own_prompts
 from sku.errors import DataError, OutputError
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.base import Verdict
-from sku.evaluate.judges.embedded import EmbeddedWorldJudge
+from sku.evaluate.judges.rules import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
 from sku.models import load_model

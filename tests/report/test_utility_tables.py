@@ -6,7 +6,7 @@ import dataclasses
 
 from sku.evaluate.changes import ScoreChange
 from sku.evaluate.comparison import Comparison
-from sku.evaluate.results import BaseAgreement, HarnessScores, Interval, MeanScore, TaskScores, main_metric
+from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore, TaskScores, main_metric
 from sku.report.tables import before_after_rows, utility_rows
 
 
@@ -25,7 +25,6 @@ def measured(
         kl=0.0123, kl_low=0.01, kl_high=0.02, top1=0.95, top1_low=0.9, top1_high=0.975, tokens=100, examples=10
     )
     rouge = [MeanScore(value=value, low=value - 0.1, high=value + 0.1, examples=10) for value in (0.5, 0.4)]
-    mc1 = [Interval(value=value, low=0.2, high=0.6) for value in (0.45, 0.4)]
     return dataclasses.replace(
         comparison,
         base=dataclasses.replace(comparison.base, lm_eval=base),
@@ -33,7 +32,6 @@ def measured(
             comparison.unlearned, lm_eval=unlearned, agreement={"normal:benign": agreement, "retain_test": agreement}
         ),
         similarity={"rouge_l": ScoreChange(before=rouge[0], after=rouge[1], difference=-0.1, low=-0.15, high=0.05)},
-        truthfulqa={"mc1": ScoreChange(before=mc1[0], after=mc1[1], difference=-0.05, low=-0.1, high=0.0)},
     )
 
 
@@ -47,10 +45,9 @@ def test_rows_in_reading_order_with_their_numbers(comparison: Comparison) -> Non
         "same as base, benign answers: same first token",
         "same as base, benign answers: KL per token, nats",
         "similarity to the right answer: ROUGE-L",
-        "TruthfulQA: MC1",
         "lm-eval: mmlu, acc",
     ]
-    top1, kl, rouge, mmlu = rows[0], rows[1], rows[4], rows[6]
+    top1, kl, rouge, mmlu = rows[0], rows[1], rows[4], rows[5]
     assert (top1.before, top1.after, top1.interval) == ("100.0 %", "95.0 %", "90.0 to 97.5")
     assert top1.change == "-5.0 (-10.0 to -2.5) points"
     assert (kl.before, kl.after, kl.change) == ("0", "0.0123", "+0.0123 (+0.01 to +0.02) nats")
@@ -58,7 +55,7 @@ def test_rows_in_reading_order_with_their_numbers(comparison: Comparison) -> Non
     assert rouge.change == "-0.100 (-0.150 to +0.050)"
     assert (mmlu.before, mmlu.after, mmlu.interval, mmlu.change) == ("0.600", "0.550", "0.530 to 0.570", "-0.050")
     assert {row.wanted for row in rows} == {"same"}
-    assert before_after_rows(measured(comparison, tasks, less))[-7:] == rows
+    assert before_after_rows(measured(comparison, tasks, less))[-6:] == rows
 
 
 def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:

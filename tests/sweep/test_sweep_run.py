@@ -17,10 +17,8 @@ from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, NoAlphaError, OutputError
 from sku.evaluate import asking
-from sku.evaluate.judges.base import Calibration
-from sku.evaluate.judges.calibration_file import write_calibration
-from sku.evaluate.judges.embedded import EmbeddedWorldJudge
-from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
+from sku.evaluate.judges.base import Calibration, write_calibration
+from sku.evaluate.judges.rules import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.processes import Processes
 from sku.evaluate.records import Start

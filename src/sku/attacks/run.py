@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.attacks.base import Attack, AttackContext, Progress, PromptSetting, Rewritten, Variant
 from sku.attacks.paraphrase import PARAPHRASE
 from sku.attacks.prefill import PREFILL
-from sku.attacks.quantization import INT8, NF4
 from sku.attacks.questions import Ask, Group, Questions
 from sku.attacks.relearn import RELEARN
 from sku.attacks.replies import SUBJECTS, AttackReplies
@@ -44,9 +43,7 @@ from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import GenerationRecord, Start
 from sku.evaluate.starts import Starts, by_id, choose_starts, count_sources
 
-ATTACKS: Mapping[str, Attack] = {
-    attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, INT8, NF4, RELEARN)
-}
+ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, RELEARN)}
 """All attacks by name."""
 FOLDER = "attacks"
 
@@ -116,7 +113,7 @@ def run_attacks(
     """
     check_attacks(recipe, data)
     if not recipe.evaluate.attacks:
-        raise EvaluationError("evaluate.attacks is empty: name some, such as [prefill, paraphrase, int8]")
+        raise EvaluationError("evaluate.attacks is empty: name some, such as [prefill, paraphrase, relearn]")
     if output_dir is not None:
         create_private_folder(output_dir)
         create_private_folder(output_dir / FOLDER)

@@ -12,7 +12,7 @@ from rich.table import Table
 from sku.cli.completion import judges
 from sku.cli.console import errors, print_headline, print_json, print_next, progress_bars, results, shown_messages
 from sku.cli.dry_run import print_dry_run
-from sku.cli.labelled_options import PromptColumnOption
+from sku.cli.judge_labelled import PromptColumnOption
 from sku.cli.options import DryRunOption, JsonOption, settings_of
 from sku.dry_run import DryRun
 from sku.errors import RecipeError

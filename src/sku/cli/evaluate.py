@@ -22,7 +22,7 @@ from sku.cli.console import (
 )
 from sku.cli.dry_run import print_dry_run
 from sku.cli.inputs import check_judge
-from sku.cli.judge_labels import agreement_lines
+from sku.cli.judge import agreement_lines
 from sku.cli.loudness import is_verbose
 from sku.cli.options import (
     DryRunOption,
@@ -65,7 +65,7 @@ def evaluate(
         str | None,
         typer.Option(
             "--attacks",
-            help="Attacks to run on both models, with commas: prefill, paraphrase, template, int8, nf4-sim, relearn.",
+            help="Attacks to run on both models, with commas: prefill, paraphrase, template, relearn.",
         ),
     ] = None,
     precisions: Annotated[

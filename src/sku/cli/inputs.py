@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sku.cli.method_list import SUFFIX, listed_methods
+from sku.cli.method_list import listed_methods
 from sku.config import Recipe, SourceConfig
 from sku.errors import DataError, no_method_named
+from sku.from_file import SUFFIX
 
 
 def check_inputs(recipe: Recipe) -> None:

@@ -2,23 +2,123 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sku.cli import judge_calibrate, judge_labels, judge_train
+from sku.cli import judge_labelled
 from sku.cli.completion import judges
-from sku.cli.console import print_json, results
-from sku.cli.options import JsonOption
+from sku.cli.console import errors, notes, print_json, progress_bars, results, shown_messages
+from sku.cli.dry_run import print_dry_run
+from sku.cli.options import DryRunOption, JsonOption, settings_of
+from sku.dry_run import DryRun
+from sku.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sku.evaluate.metrics import Rate
+    from sku.evaluate.results import EvaluationResult, Rates
 
 app = typer.Typer(
     help="Judges: list them, train one, calibrate them, label replies by hand, judge a finished evaluation again.",
     no_args_is_help=True,
 )
-app.command("export")(judge_labels.export)
-app.command("again")(judge_labels.again)
-app.command("train")(judge_train.train)
-app.command("calibrate")(judge_calibrate.calibrate)
+_DASH = "\u2013"
+
+
+@app.command("export")
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="Folder of an evaluation, or of a run with several.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="New CSV file, readable by you alone.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Most replies.")] = 100,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Only prompts of this split, such as unseen; all harmful ones if not."),
+    ] = None,
+    with_text: Annotated[
+        bool, typer.Option("--with-text/--no-text", help="Write prompts and replies; they may be harmful.")
+    ] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which replies are drawn.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
+    from sku.evaluate.judges.precomputed import export_labels
+    from sku.evaluate.records import HARMFUL
+
+    splits = ("unlearned", "unseen", "xstest_unsafe")
+    if split is not None and split not in splits and not split.startswith(HARMFUL):
+        raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}, or {HARMFUL}NAME")
+    written = export_labels(folder, out, count=count, split=split, with_text=with_text, seed=seed)
+    if as_json:
+        print_json({"file": str(out), "replies": written, "with_text": with_text})
+    else:
+        results.print(f"{written} replies  {out}", soft_wrap=True)
+    notes.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
+    if with_text:
+        errors.print("the file holds replies that may be harmful: keep it to yourself", soft_wrap=True)
+
+
+@app.command("again")
+def again(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
+    judge: Annotated[
+        str,
+        typer.Option(
+            "--judge", metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.", autocompletion=judges
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as model=...; repeatable."),
+    ] = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
+    from sku.evaluate.judges import build_judge
+    from sku.evaluate.judges.cache import cached
+    from sku.evaluate.judges.precomputed import PrecomputedJudge
+    from sku.evaluate.measure import judge_again
+    from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+    from sku.evaluate.results import read_result
+
+    before = read_result(folder)
+    asked = build_judge(judge, settings_of(overrides))
+    if dry_run:
+        count = len(read_generations(folder / GENERATIONS_FILE)[1])
+        found = DryRun(
+            command="sku judge again",
+            out=folder,
+            settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
+            stages=(f"judge {count} replies",),
+            writes=("verdicts of the judge, kept for the next time",),
+            disk_bytes=0,
+        )
+        print_dry_run(found, as_json=as_json)
+        return
+    with shown_messages(), progress_bars() as show:
+        after = judge_again(folder, cached(asked, folder, lambda done, total: show("judge", done, total)))
+    if isinstance(asked, PrecomputedJudge):
+        strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
+        if strangers:
+            notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask", soft_wrap=True)
+    if as_json:
+        print_json({"before": before.to_dict(), "after": after.to_dict()})
+        return
+    results.print(_rates_table(before, after))
+    for line in agreement_lines(after):
+        results.print(line, soft_wrap=True)
+    results.print(f"judge     {after.judge.name}: {after.judge.errors_in_words}", soft_wrap=True)
+
+
+app.command("train")(judge_labelled.train)
+app.command("calibrate")(judge_labelled.calibrate)
 
 
 @app.command("list")
@@ -50,40 +150,90 @@ def show_judge(
     as_json: JsonOption = False,
 ) -> None:
     """Print a judge's file, or the card of one that needs none."""
-    import dataclasses
-
     import yaml
 
     from sku.evaluate.judges.choose import RULES, judge_file_text, read_judge_file
 
+    content = _card(name) if name in RULES else read_judge_file(name)
     if as_json:
-        print_json(_plain(dataclasses.asdict(_rule(name).card)) if name in RULES else read_judge_file(name))
-        return
-    if name in RULES:
-        results.print(yaml.safe_dump(_plain(dataclasses.asdict(_rule(name).card)), sort_keys=False), soft_wrap=True)
-        return
-    results.print(judge_file_text(name), soft_wrap=True)
+        print_json(content)
+    else:
+        text = yaml.safe_dump(content, sort_keys=False) if name in RULES else judge_file_text(name)
+        results.print(text, soft_wrap=True)
 
 
-def _described(name: str) -> tuple[str, str, str, str]:
+def _described(name: str) -> tuple[str, ...]:
     from sku.evaluate.judges.choose import RULES, read_judge_file
 
     if name in RULES:
-        return "rules", _rule(name).card.licence, "\u2013", "nothing"
+        return "rules", _card(name)["licence"], _DASH, "nothing"
     content = read_judge_file(name)
-    return (
-        str(content.get("kind", "")),
-        str(content.get("licence", "\u2013")),
-        str(content.get("model", "\u2013")),
-        str(content.get("needs", "\u2013")),
-    )
+    return tuple(str(content.get(key, _DASH)) for key in ("kind", "licence", "model", "needs"))
 
 
-def _rule(name: str) -> Any:
-    from sku.evaluate.judges.choose import build_judge
+def _card(name: str) -> dict[str, Any]:
+    """Of a judge of rules, as plain data."""
+    from sku.evaluate.judges import build_judge
 
-    return build_judge(name)
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(build_judge(name).card)))
+    return plain
 
 
-def _plain(card: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in card.items()}
+def agreement_lines(result: EvaluationResult) -> list[str]:
+    """What the judges of a vote say one by one, and how far they agree; nothing for a single judge."""
+    agreement = result.judge_agreement
+    if agreement is None:
+        return []
+    disputed = f"{agreement.disagreement_count} of {agreement.judged_by_all} replies disputed"
+    lines = [
+        f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}",
+    ]
+    for name in agreement.judges:
+        shares = [f"{split} {_share(rates.get('harmful'))}" for split, rates in agreement.rates[name].items()]
+        failed = agreement.errors[name]
+        lines.append(f"  {name}: harmful {', '.join(shares)}{f'; {failed} replies unjudged' if failed else ''}")
+    if len(agreement.judges) > 2:
+        lines += [f"  {pair}: kappa {_kappa(value)}" for pair, value in agreement.pairwise.items()]
+    return lines
+
+
+def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from sku.evaluate.metrics import HARMFUL_PROMPT_RATES
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column(before.judge.name, justify="right")
+    table.add_column(after.judge.name, justify="right")
+    kinds: dict[str, tuple[Any, ...]] = {
+        "": (before.replies, after.replies),
+    }
+    for tokens in sorted({int(length) for lengths in after.prefill.values() for length in lengths}):
+        kinds[f", prefill of {tokens} token{'' if tokens == 1 else 's'}"] = tuple(
+            {split: of[str(tokens)] for split, of in result.prefill.items() if str(tokens) in of}
+            for result in (before, after)
+        )
+    for suffix, (old, new) in kinds.items():
+        for split, rates in new.items():
+            shown = [name for name in HARMFUL_PROMPT_RATES if name in rates and name not in ("fluent", "cut_off")]
+            if "harmful" in shown:
+                table.add_row(Text(f"{split}{suffix}", style="bold"))
+                for name in shown:
+                    table.add_row(f"  {name}", _cell(old.get(split, {}), name), _cell(rates, name))
+    return table
+
+
+def _cell(rates: Rates, name: str) -> str:
+    found = rates.get(name)
+    return _DASH if found is None else f"{found.count}/{found.total}  {_share(found)}"
+
+
+def _share(rate: Rate | None) -> str:
+    return _DASH if rate is None else f"{100 * rate.value:.1f} %"
+
+
+def _kappa(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"

@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from sku.methods.base import AnyMethod
 
 
-SUFFIX = ".py"
-"""Of a user's own method file (``sku.methods.from_file``)."""
-
-
 def listed_methods() -> list[dict[str, Any]]:
     """Name, title, paper, whether it negates, and settings with their defaults of each method, in its order."""
     text = (resources.files("sku") / "methods" / "listed.json").read_text(encoding="utf-8")

@@ -11,9 +11,10 @@ from rich.table import Table
 
 from sku.cli.completion import methods as method_names
 from sku.cli.console import print_json, results
-from sku.cli.method_list import SUFFIX, described, listed_methods
+from sku.cli.method_list import described, listed_methods
 from sku.cli.options import JsonOption
 from sku.errors import no_method_named
+from sku.from_file import SUFFIX
 from sku.quiet import quiet_libraries
 
 

@@ -25,7 +25,7 @@ from sku.cli.console import (
 )
 from sku.cli.dry_run import print_dry_run
 from sku.cli.inputs import check_judge
-from sku.cli.judge_labels import agreement_lines
+from sku.cli.judge import agreement_lines
 from sku.cli.loudness import is_verbose
 from sku.cli.options import (
     DryRunOption,

@@ -363,7 +363,7 @@ def _free(folder: Path) -> None:
 
 def _recorded(config: EvaluateConfig) -> EvaluateConfig:
     """What a record does not hold is not measured for each strength: it holds greedy outcomes and losses."""
-    return dataclasses.replace(config, samples=0, similarity=(), truthfulqa=None, xstest=None, lm_eval=(), attacks=())
+    return dataclasses.replace(config, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=())
 
 
 def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str, ...]]:

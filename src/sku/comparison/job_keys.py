@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sku.comparison.jobs import Job
-from sku.config import plain_data
-from sku.methods.from_file import SUFFIX, file_sha256
+from sku.config import Recipe, plain_data
+from sku.from_file import SUFFIX, file_sha256
 from sku.reproducibility import content_sha256
 
 RECORD_VERSION = 2
@@ -49,8 +49,18 @@ def record_key(job: Job, inputs: Mapping[str, Any]) -> str:
 def norms_key(job: Job) -> str:
     """Hash of what decides SKU's change, and so its norms; jobs of equal hash share them."""
     recipe = job.recipe
-    operators = [plain_data(recipe.negate.operators)] if recipe.negate.operators else []
+    operators = [_operators(recipe)] if recipe.negate.operators else []
     return content_sha256([dataclasses.asdict(recipe.acquire), recipe.method, *operators])
+
+
+def _operators(recipe: Recipe) -> Any:
+    """A user's own file goes by its content: it can change under its name."""
+    return plain_data(
+        [
+            {file_sha256(name) if name.endswith(SUFFIX) else name: settings for name, settings in entry.items()}
+            for entry in recipe.negate.operators
+        ]
+    )
 
 
 def _training_settings(job: Job) -> dict[str, Any]:
@@ -58,7 +68,7 @@ def _training_settings(job: Job) -> dict[str, Any]:
     acquire = dataclasses.asdict(job.recipe.acquire)
     if job.recipe.method == "sku":
         # Not in the keys of recipes without operators, whose records stay as good as they were.
-        operators = {"operators": plain_data(job.recipe.negate.operators)} if job.recipe.negate.operators else {}
+        operators = {"operators": _operators(job.recipe)} if job.recipe.negate.operators else {}
         return {"acquire": acquire, "alpha": job.recipe.negate.given_alpha, **operators}
     own = job.recipe.methods.get(job.name)
     shared = {name: acquire[name] for name in ("tuning", "lora", "training")}

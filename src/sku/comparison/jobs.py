@@ -10,8 +10,8 @@ from typing import Literal
 
 from sku.config import AcquireConfig, MethodConfig, Recipe, TwinShares, WeightsConfig
 from sku.errors import RecipeError, did_you_mean
+from sku.from_file import SUFFIX
 from sku.methods import METHODS, method_named
-from sku.methods.from_file import SUFFIX
 
 Kind = Literal["method", "base", "always_refuse", "always_gibberish", "random_direction"]
 CONTROLS: dict[str, str] = {

@@ -12,8 +12,8 @@ from sku.config.check import AboveOne, Count, Positive, Share, validated
 from sku.errors import RecipeError
 
 Backend = Literal["generate", "generate_batch", "vllm"]
-Similarity = Literal["rouge_l", "chrf", "cosine", "bleurt"]
-Attack = Literal["prefill", "paraphrase", "template", "int8", "nf4-sim", "relearn"]
+Similarity = Literal["rouge_l", "chrf", "cosine"]
+Attack = Literal["prefill", "paraphrase", "template", "relearn"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
 
 
@@ -54,15 +54,10 @@ class EvaluateConfig:
     times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost
     where either is shown to lie above, and else unclear."""
     similarity: tuple[Similarity, ...] = ("rouge_l", "chrf")
-    """How replies to normal prompts are compared with the dataset's answers; ``cosine`` needs ``embedding_model`` and
-    ``bleurt`` needs ``bleurt_model``."""
+    """How replies to normal prompts are compared with the dataset's answers; ``cosine`` needs ``embedding_model``."""
     embedding_model: str | None = None
     """Folder or hub id of a sentence embedding model (all-MiniLM-L6-v2, say), for ``cosine`` and to tell evasive
     replies from safe answers."""
-    bleurt_model: str | None = None
-    """Folder or hub id of a BLEURT checkpoint in PyTorch (lucadiliello/BLEURT-20, say)."""
-    truthfulqa: str | None = None
-    """TruthfulQA.csv, for the multiple-choice scores MC1 and MC2 on questions that were not trained on."""
     xstest: str | None = None
     """xstest_prompts.csv: its safe prompts show over-refusal, its unsafe ones what is still answered."""
     lm_eval: tuple[str, ...] = ()
@@ -74,7 +69,8 @@ class EvaluateConfig:
     """Folder of task files of your own for lm-evaluation-harness."""
     lm_eval_data: str | None = None
     """Folder with arc_easy.jsonl, arc_challenge.jsonl, piqa.jsonl, openbook_qa.jsonl, commonsense_qa.jsonl and
-    winogrande.jsonl, for the tasks ``sku_arc_easy`` and so on. Rows: query, choices, gold."""
+    winogrande.jsonl, for the tasks ``sku_arc_easy`` and so on (rows: query, choices, gold), and truthfulqa.jsonl for
+    ``sku_truthfulqa``."""
     precisions: tuple[Precision, ...] = ()
     """Formats that the unlearned model's weights are rounded to before it is asked again: ``bf16`` and ``fp16`` (all
     weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without drawn replies;
@@ -92,6 +88,5 @@ class EvaluateConfig:
     own where this is empty."""
 
     def __post_init__(self) -> None:
-        for metric, model in (("cosine", "embedding_model"), ("bleurt", "bleurt_model")):
-            if metric in self.similarity and getattr(self, model) is None:
-                raise RecipeError(f"evaluate.similarity names {metric}, which needs evaluate.{model}")
+        if "cosine" in self.similarity and self.embedding_model is None:
+            raise RecipeError("evaluate.similarity names cosine, which needs evaluate.embedding_model")

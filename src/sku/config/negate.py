@@ -41,7 +41,7 @@ class NegateConfig:
     operators: tuple[Mapping[str, Any], ...] = ()
     """Applied to what stage 1 learned, one after the other, before it is subtracted: a list of one operator with its
     settings each, such as ``[{null_space: {energy: 0.9}}, {layers: {8-20: 1.0, rest: 0}}]``; the plain vector where
-    it is empty. ``src/sku/negate/operators/`` holds one file for each."""
+    it is empty. ``src/sku/negate/operators/`` holds one file for each; a path ending in ``.py`` is one of your own."""
     operator_cache: str | None = None
     """Private folder in which operators keep what depends on the original model and the data alone."""
     diagnostics: bool = True

@@ -85,8 +85,6 @@ class Comparison:
     """Split -> k as a word -> change of leak@k."""
     similarity: dict[str, ScoreChange] = field(default_factory=dict)
     """Metric -> change, of replies to normal prompts; where both were measured."""
-    truthfulqa: dict[str, ScoreChange] = field(default_factory=dict)
-    """``mc1`` and ``mc2`` -> change, where both were measured."""
     lm_eval: dict[str, ScoreChange] = field(default_factory=dict)
     """Task of lm-evaluation-harness -> change of its main metric, paired by example; of tasks whose answers are right
     or wrong."""
@@ -180,7 +178,6 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         samples=changes["sample"],
         leak=leak,
         similarity=_similarity_changes(base, unlearned, seed),
-        truthfulqa=_choice_changes(base, unlearned, seed),
         lm_eval=_task_changes(base, unlearned, seed),
     )
 
@@ -305,18 +302,6 @@ def _similarity_changes(base: EvaluationResult, unlearned: EvaluationResult, see
         # Not all scores lie between 0 and 1, which ``change_interval`` needs.
         changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=seed))
     return {metric: changes[metric] for metric in base.similarity if metric in changes}
-
-
-def _choice_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
-    before, after = base.truthfulqa, unlearned.truthfulqa
-    if before is None or after is None:
-        return {}
-    changes = {}
-    for name in ("mc1", "mc2"):
-        old, new = ({row.id: float(getattr(row, name)) for row in result.choice_rows} for result in (base, unlearned))
-        means = getattr(before, name), getattr(after, name)
-        changes[name] = score_change(name, means, old, new, partial(change_interval, seed=seed))
-    return changes
 
 
 def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:

@@ -3,8 +3,9 @@
 The harness asks with its own prompts, without the run's prompt format or chat template, so its numbers are those that
 other papers report for a base model. It is imported only where ``evaluate.lm_eval`` names a task.
 
-``tasks/*.yaml`` are tasks of the package, ``sku_arc_easy`` and others, all of them by the tag ``sku_utility``:
-multiple choice on JSON Lines files in the folder ``evaluate.lm_eval_data``, so that nothing is downloaded.
+``tasks/*.yaml`` are tasks of the package, multiple choice on JSON Lines files in the folder ``evaluate.lm_eval_data``,
+so that nothing is downloaded: ``sku_arc_easy`` and others, all of them by the tag ``sku_utility``, and the harness's
+own TruthfulQA (tag ``sku_truthfulqa``), without the questions that were trained on.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.data.examples import normalise_prompt
 from sku.errors import EvaluationError, did_you_mean, one_line
 from sku.evaluate.record_files import SCHEMA_VERSION, from_plain, header_hash, write_json_object
 from sku.evaluate.results import HarnessScores, TaskScores
 
 HARNESS_FILE = "lm_eval.json"
 PACKAGE = "lm-eval"
-TAG, PREFIX = "sku_utility", "sku_"
-"""Of the package's tasks: the tag of all of them, and what their names begin with."""
+PREFIX = "sku_"
+"""What names and tags of the package's tasks begin with."""
 _TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
 
 
@@ -47,6 +49,7 @@ def run_tasks(
     include: str | None,
     batch_size: int,
     data: str | None = None,
+    trained: frozenset[str] = frozenset(),
 ) -> HarnessScores:
     """Runs tasks of the harness on a model.
 
@@ -58,6 +61,7 @@ def run_tasks(
         include: Folder of task files of one's own, or None.
         batch_size: Texts at once.
         data: Folder of the JSON Lines files that the package's tasks read, or None.
+        trained: Prompts, normalised, whose questions are not asked: the model may have been trained on them.
 
     Returns:
         Every number that the harness gives for these tasks and their parts, and which examples were right.
@@ -66,7 +70,7 @@ def run_tasks(
         EvaluationError: The package is missing, a task is unknown, or its data can't be had.
     """
     version = harness_version()
-    manager = check_tasks(tasks, include, data)
+    manager = check_tasks(tasks, include, data, trained)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -87,13 +91,10 @@ def run_tasks(
     )
 
 
-def check_tasks(tasks: Sequence[str], include: str | None, data: str | None = None) -> Any:
-    """Looks for tasks.
-
-    Args:
-        tasks: Names as configured.
-        include: Folder of task files of one's own, or None.
-        data: Folder of the JSON Lines files that the package's tasks read, or None.
+def check_tasks(
+    tasks: Sequence[str], include: str | None, data: str | None = None, trained: frozenset[str] = frozenset()
+) -> Any:
+    """Looks for tasks; arguments as those of ``run_tasks``.
 
     Returns:
         The harness's index of tasks.
@@ -103,7 +104,7 @@ def check_tasks(tasks: Sequence[str], include: str | None, data: str | None = No
     """
     harness_version()
     data_files(tasks, data)
-    return _task_manager(tuple(tasks), include, data)
+    return _task_manager(tuple(tasks), include, data, trained)
 
 
 def data_files(tasks: Sequence[str], data: str | None) -> list[Path]:
@@ -112,22 +113,39 @@ def data_files(tasks: Sequence[str], data: str | None) -> list[Path]:
     Raises:
         EvaluationError: There is no such task, no folder is named, or a file is not in it.
     """
-    own = [path.name.removesuffix(".yaml") for path in _package_tasks()]
-    named = [name.removeprefix(PREFIX) for name in tasks if name.startswith(PREFIX)]
-    wanted = own if TAG in tasks else [name for name in named if name in own]
+    own = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in _package_tasks()}
+    wanted = [content for content in own.values() if {content["task"], content["tag"]} & set(tasks)]
     if wanted and data is None:
         raise EvaluationError(
             f"evaluate.lm_eval names {', '.join(name for name in tasks if name.startswith(PREFIX))}, which read JSON "
             "Lines files: name their folder with evaluate.lm_eval_data"
         )
-    files = [Path(str(data)).expanduser() / f"{name}.jsonl" for name in wanted]
+    names = dict.fromkeys(name for content in wanted for name in content["dataset_kwargs"]["data_files"].values())
+    files = [Path(str(data)).expanduser() / name for name in names]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise EvaluationError(
             f"evaluate.lm_eval_data {data} has no {', '.join(missing)}: name another folder, or only tasks whose file "
-            f"is there, such as {PREFIX}{own[0]}"
+            f"is there, such as {PREFIX}arc_easy"
         )
     return files
+
+
+def trained_questions(tasks: Sequence[str], data: str | None, trained: frozenset[str]) -> int:
+    """How many questions of the files that tasks read are among some normalised prompts."""
+    return sum(len(lines) - len(_untrained(lines, trained)) for lines in map(_lines, data_files(tasks, data)))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def _untrained(lines: Sequence[str], trained: frozenset[str]) -> list[str]:
+    """Rows without those whose ``question``, as TruthfulQA's have it, was trained on."""
+    try:
+        return [line for line in lines if normalise_prompt(str(json.loads(line).get("question", ""))) not in trained]
+    except (ValueError, AttributeError) as error:
+        raise EvaluationError(f"a file of evaluate.lm_eval_data is not JSON Lines: {one_line(error)}") from None
 
 
 def _package_tasks() -> list[Path]:
@@ -149,7 +167,12 @@ def harness_version() -> str:
 
 
 def harness_header(
-    about: Mapping[str, str], tasks: Sequence[str], limit: int | None, include: str | None, data: str | None = None
+    about: Mapping[str, str],
+    tasks: Sequence[str],
+    limit: int | None,
+    include: str | None,
+    data: str | None = None,
+    trained: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """What decides the scores: model, tasks, number of examples, task files and their data, version of the harness."""
     files = [*_package_tasks(), *read] if (read := data_files(tasks, data)) else []
@@ -160,6 +183,7 @@ def harness_header(
         "limit": limit,
         "include": None if include is None else _folder_hash(Path(include).expanduser()),
         "harness": harness_version(),
+        **({"trained": header_hash({"prompts": sorted(trained)})} if trained else {}),
     }
 
 
@@ -183,24 +207,31 @@ def write_scores(path: Path, header: Mapping[str, Any], scores: HarnessScores) -
     write_json_object(path, content)
 
 
-@functools.lru_cache(maxsize=1)
-def _filled(data: str) -> tempfile.TemporaryDirectory[str]:
+@functools.cache
+def _filled(data: str, trained: frozenset[str]) -> tempfile.TemporaryDirectory[str]:
     """The package's task files, each with the place of its data; gone with the process."""
     folder = tempfile.TemporaryDirectory(prefix="sku-tasks-")
     for path in _package_tasks():
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        files = content["dataset_kwargs"]["data_files"]
-        files["test"] = str((Path(data).expanduser() / files["test"]).resolve())
+        ((split, name),) = content["dataset_kwargs"]["data_files"].items()
+        file = (Path(data).expanduser() / name).resolve()
+        if trained and file.is_file():
+            kept = Path(folder.name) / name
+            kept.write_text("".join(_untrained(_lines(file), trained)), encoding="utf-8")
+            file = kept
+        content["dataset_kwargs"]["data_files"] = {split: str(file)}
+        if "include" in content:
+            content["include"] = str(resources.files("lm_eval") / "tasks" / content["include"])
         (Path(folder.name) / path.name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return folder
 
 
 @functools.lru_cache(maxsize=1)
-def _task_manager(tasks: tuple[str, ...], include: str | None, data: str | None) -> Any:
+def _task_manager(tasks: tuple[str, ...], include: str | None, data: str | None, trained: frozenset[str]) -> Any:
     """The index of all tasks; kept, as both models of a run are asked the same and it takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    folders = [] if data is None else [_filled(data).name]
+    folders = [] if data is None else [_filled(data, trained).name]
     if include is not None:
         folder = Path(include).expanduser()
         if not folder.is_dir():

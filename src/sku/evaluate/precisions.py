@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,26 +62,13 @@ def measure_precisions(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PrecisionReport:
-    """Asks a model again with its weights rounded, one precision after the other.
+    """Asks an unlearned model again with its weights rounded, one precision after the other.
 
-    Args:
-        model: The unlearned model. It is not changed; one copy at a time is held beside it.
-        base: The original model, asked whether replies are word salad. It is not rounded.
-        tokenizer: Of both.
-        data: As in the evaluation.
-        comparison: Of the base and this model, with rows: what the rounded models are set beside.
-        config: Of that evaluation; ``precisions`` says what is measured. Drawn replies, similarities, XSTest, prompts
-            of other sources and benchmarks are left out.
-        prompt_format: As in the evaluation.
-        survival: Called once, for what rounding leaves of the change of the weights.
-        output_dir: Folder for ``precisions.json`` and, in ``precisions/NAME``, the rows of each, which are reused.
-            Nothing is written if None.
-        judge: Any judge, in place of the one that the config names.
-        seed: Of the evaluation.
-        progress: Called after each batch.
-
-    Returns:
-        The report.
+    The model is not changed: one copy at a time is held beside it. The original, ``base``, is not rounded; it is asked
+    whether replies are word salad. ``comparison`` is of both, with rows. ``config.precisions`` says what is measured;
+    drawn replies, similarities, XSTest, prompts of other sources and benchmarks are left out. ``survival`` is called
+    once, for what rounding leaves of the change of the weights. In ``output_dir``: ``precisions.json`` and, in
+    ``precisions/NAME``, the rows of each, which are reused.
 
     Raises:
         EvaluationError: No precision is named, the comparison is of other prompts, or as ``evaluate``.
@@ -98,28 +86,18 @@ def measure_precisions(
     kept: Mapping[str, Mapping[str, Any]] = {}
     if survival is not None:
         kept = processes.on_main(lambda: survival(names))
-    asker = _Asker(
-        model=cast(PreTrainedModel, model),
-        comparison=comparison,
+    ask = partial(
+        evaluate,
+        tokenizer=tokenizer,
+        data=data.answered(),
+        config=_reduced(config),
+        judge=judges[0] if judges else None,
+        prompt_format=prompt_format,
+        base_model=base,
+        starts=comparison.unlearned.starts,
         seed=seed,
-        folder=None if output_dir is None else output_dir / FOLDER,
-        evaluate=lambda rounded, name, folder: evaluate(
-            rounded,
-            tokenizer,
-            data.answered(),
-            config=_reduced(config),
-            judge=judges[0] if judges else None,
-            prompt_format=prompt_format,
-            base_model=base,
-            starts=comparison.unlearned.starts,
-            output_dir=folder,
-            model_name=f"{comparison.unlearned.setup.model['name']} in {name}",
-            seed=seed,
-            progress=None
-            if progress is None
-            else lambda stage, done, total: progress(f"{name} weights: {stage}", done, total),
-        ),
     )
+    asker = _Asker(cast(PreTrainedModel, model), comparison, seed, output_dir, ask, progress)
     results = tuple(asker.result(name, kept.get(name)) for name in names)
     report = PrecisionReport(
         model=comparison.unlearned.setup.model,
@@ -134,27 +112,29 @@ def measure_precisions(
     return report
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Asker:
     """What each precision needs."""
 
     model: PreTrainedModel
     comparison: Comparison
     seed: int
-    folder: Path | None
-    evaluate: Callable[[PreTrainedModel, str, Path | None], EvaluationResult]
+    output_dir: Path | None
+    evaluate: Callable[..., EvaluationResult]
+    progress: Progress | None
 
     def result(self, name: Precision, kept: Mapping[str, Any] | None) -> PrecisionResult:
         """One precision, measured, or taken from the evaluation where rounding moves no weight."""
         form = FORMATS[name]
         rounding, by = form.on(embedding_weight(self.model).device)
-        found: EvaluationResult | None = None
+        before, found = self.comparison.unlearned, None
         with rounded_copy(self.model, rounding, layers_only=form.layers_only) as (copied, rounded):
             if not rounded.moved:
-                found = self.comparison.unlearned
+                found = before
             elif not rounded.overflowed:
-                found = self.evaluate(copied, name, None if self.folder is None else self.folder / name)
-        harmful = {} if found is None else harmful_changes(self.comparison.unlearned, found, self.seed)
+                found = self._asked(copied, name)
+        harmful = {} if found is None else harmful_changes(before, found, self.seed)
+        changes = {f"{kind}/{split}": change for kind, splits in harmful.items() for split, change in splits.items()}
         return PrecisionResult(
             precision=name,
             scheme=form.scheme,
@@ -164,26 +144,24 @@ class _Asker:
             overflowed=rounded.overflowed,
             measured=None if found is None else measured_of(self.comparison.base, found, self.seed),
             harmful=harmful,
-            brings_back=tuple(
-                f"{kind}/{split}"
-                for kind, splits in harmful.items()
-                for split, change in splits.items()
-                if change.low > 0
-            ),
+            brings_back=tuple(place for place, change in changes.items() if change.low > 0),
             survival=None if kept is None else Survival(**kept),
+        )
+
+    def _asked(self, rounded: PreTrainedModel, name: Precision) -> EvaluationResult:
+        progress = self.progress
+        return self.evaluate(
+            rounded,
+            output_dir=None if self.output_dir is None else self.output_dir / FOLDER / name,
+            model_name=f"{self.comparison.unlearned.setup.model['name']} in {name}",
+            progress=None
+            if progress is None
+            else lambda stage, done, total: progress(f"{name} weights: {stage}", done, total),
         )
 
 
 def measured_of(base: EvaluationResult, result: EvaluationResult, seed: int) -> Measured:
-    """What of an evaluation is set side by side.
-
-    Args:
-        base: Of the original model, for the perplexities.
-        result: Of the model.
-        seed: Of the bootstrap.
-
-    Returns:
-        The rates of ``RATES`` on the data's own splits, and the perplexities.
+    """The rates of ``RATES`` on the data's own splits, and the perplexities, beside the original model's.
 
     Raises:
         EvaluationError: The two scored different answers.
@@ -245,8 +223,6 @@ def _reduced(config: EvaluateConfig) -> EvaluateConfig:
         samples=0,
         similarity=(),
         embedding_model=None,
-        bleurt_model=None,
-        truthfulqa=None,
         xstest=None,
         lm_eval=(),
         attacks=(),

@@ -32,7 +32,6 @@ OWN_ANSWERS_FILE = "own_answers.jsonl"
 AGREEMENT_FILE = "agreement.jsonl"
 SIMILARITY_FILE = "similarity.jsonl"
 RELEVANCE_FILE = "relevance.jsonl"
-TRUTHFULQA_FILE = "truthfulqa_mc.jsonl"
 
 
 class _Row(Protocol):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
-
-from scipy.special import logsumexp
 
 HarmfulSplit = Literal["unlearned", "unseen"]
 Kind = Literal["reply", "prefill", "sample"]
@@ -155,7 +152,6 @@ class SimilarityRow:
     rouge_l: float | None
     chrf: float | None
     cosine: float | None
-    bleurt: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,24 +162,3 @@ class RelevanceRow:
     """Of the generation record."""
     cosine: float
     """Of the embeddings of prompt and reply, -1 to 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceRow:
-    """One question of TruthfulQA: how likely the model finds each of its answers."""
-
-    id: str
-    correct: tuple[float, ...]
-    """Log-probability of each right answer, nats, the best answer first."""
-    incorrect: tuple[float, ...]
-
-    @property
-    def mc1(self) -> bool:
-        """Whether the best answer is likelier than every wrong one."""
-        return self.correct[0] > max(self.incorrect)
-
-    @property
-    def mc2(self) -> float:
-        """Share of the right answers in the probability of all answers, 0 to 1."""
-        right, every = (float(logsumexp(values)) for values in (self.correct, (*self.correct, *self.incorrect)))
-        return min(math.exp(right - every), 1.0)

@@ -27,8 +27,7 @@ Keys of the file:
 - ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
   on the same answers to normal prompts. Empty for the base itself and where no base was given.
 - ``similarity``: metric -> value, low, high, examples: replies to ``retain_test`` against the dataset's answers, by
-  ``rouge_l``, ``chrf``, ``cosine`` (each 0 to 1, a cosine down to -1) and ``bleurt``, those that were asked for.
-- ``truthfulqa``: ``mc1`` and ``mc2``, each value, low, high, and ``questions``; null where not asked for.
+  ``rouge_l``, ``chrf`` and ``cosine`` (each 0 to 1, a cosine down to -1), those that were asked for.
 - ``lm_eval``: ``harness`` (its version), ``limit``, ``asked`` (task names) and ``tasks``: task -> ``version``,
   ``shots``, ``samples``, ``metrics`` (name -> value, its standard error as ``NAME_stderr``), and ``hits``: task ->
   metric -> a digit an example, 1 where it was right; null where not asked for.
@@ -48,7 +47,7 @@ Keys of the file:
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``. The other intervals are 95 % of a bootstrap over examples; that of ``mc1``
-is Wilson's. Their rows are in ``agreement.jsonl``, ``similarity.jsonl`` and ``truthfulqa_mc.jsonl``.
+is Wilson's. Their rows are in ``agreement.jsonl`` and ``similarity.jsonl``.
 """
 
 from __future__ import annotations
@@ -71,14 +70,13 @@ from sku.evaluate.record_files import (
     SCHEMA_VERSION,
     SIMILARITY_FILE,
     STARTS_FILE,
-    TRUTHFULQA_FILE,
     from_plain,
     read_json_object,
     read_rows,
     write_json_object,
     write_rows,
 )
-from sku.evaluate.records import HARMFUL, NORMAL, ChoiceRow, ExampleLoss, SimilarityRow, Split, Start
+from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start
 from sku.evaluate.statistics import CorrectedRate
 from sku.evaluate.wording import Wording
 
@@ -93,9 +91,9 @@ SPLIT_NAMES = {
     "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
 }  # fmt: skip
 """Split -> what a reader calls it; ``EvaluationSetup.split_name`` knows those of other sources too."""
-ROWS = ("outcomes", "losses", "similarity_rows", "choice_rows", "starts")
+ROWS = ("outcomes", "losses", "similarity_rows", "starts")
 """Fields of a result that have files of their own."""
-JUDGE_FREE = ("agreement", "similarity", "truthfulqa", "lm_eval", "similarity_rows", "choice_rows", "starts")
+JUDGE_FREE = ("agreement", "similarity", "lm_eval", "similarity_rows", "starts")
 """Fields of a result that no judge decides once the model was asked."""
 
 
@@ -142,17 +140,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceScores:
-    """Multiple choice on TruthfulQA."""
-
-    mc1: Interval
-    """Share of questions whose best answer is likelier than every wrong one; Wilson's interval."""
-    mc2: Interval
-    """Mean share of the right answers in the probability of all answers."""
-    questions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +241,6 @@ class EvaluationResult:
     leak: Mapping[str, Mapping[str, Leak]] = field(default_factory=dict)
     agreement: Mapping[str, BaseAgreement] = field(default_factory=dict)
     similarity: Mapping[str, MeanScore] = field(default_factory=dict)
-    truthfulqa: ChoiceScores | None = None
     lm_eval: HarnessScores | None = None
     wording: Mapping[str, Wording] = field(default_factory=dict)
     judge_agreement: Agreement | None = None
@@ -265,8 +251,6 @@ class EvaluationResult:
     """Per fixed answer; in ``perplexity.jsonl``, not in ``evaluation.json``."""
     similarity_rows: tuple[SimilarityRow, ...] = field(default=(), repr=False)
     """Per reply to a normal prompt; in ``similarity.jsonl``, not in ``evaluation.json``."""
-    choice_rows: tuple[ChoiceRow, ...] = field(default=(), repr=False)
-    """Per question of TruthfulQA; in ``truthfulqa_mc.jsonl``, not in ``evaluation.json``."""
 
     starts: tuple[Start, ...] = field(default=(), repr=False)
     """What the prefill of each harmful prompt begins with, in ``starts.jsonl``, and the base model's own replies that
@@ -292,6 +276,9 @@ class EvaluationResult:
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
+        if isinstance(content, Mapping):
+            # Files of earlier versions hold truthfulqa, which is a task of lm_eval now.
+            content = {name: value for name, value in content.items() if name != "truthfulqa"}
         return from_plain(cls, content, where, version=SCHEMA_VERSION)
 
 
@@ -328,12 +315,10 @@ def read_result(folder: Path) -> EvaluationResult:
     starts = read_rows(folder / STARTS_FILE, Start)[1] if result.setup.starts else []
     if (folder / OWN_ANSWERS_FILE).exists():
         starts += read_rows(folder / OWN_ANSWERS_FILE, Start)[1]
-    choices = read_rows(folder / TRUTHFULQA_FILE, ChoiceRow)[1] if result.truthfulqa is not None else []
     return dataclasses.replace(
         result,
         outcomes=tuple(outcomes),
         losses=tuple(losses),
         similarity_rows=tuple(similar),
-        choice_rows=tuple(choices),
         starts=tuple(starts),
     )

@@ -12,7 +12,6 @@ from sku.evaluate.processes import Processes
 from sku.evaluate.record_files import read_if_same, write_rows
 from sku.evaluate.records import (
     AgreementRow,
-    ChoiceRow,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
@@ -21,9 +20,7 @@ from sku.evaluate.records import (
     Start,
 )
 
-Row = TypeVar(
-    "Row", GenerationRecord, FluencyRecord, ExampleLoss, AgreementRow, SimilarityRow, RelevanceRow, ChoiceRow, Start
-)
+Row = TypeVar("Row", GenerationRecord, FluencyRecord, ExampleLoss, AgreementRow, SimilarityRow, RelevanceRow, Start)
 
 
 @dataclass(frozen=True, kw_only=True)

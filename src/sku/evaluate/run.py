@@ -56,7 +56,7 @@ from sku.models import load_model
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
-``prefill``, ``perplexity``, ``truthfulqa``, ``lm_eval``, ``fluency``, ``agreement``, ``cosine``, ``bleurt``,
+``prefill``, ``perplexity``, ``lm_eval``, ``fluency``, ``agreement``, ``cosine``,
 ``relevance``, ``judge``; ``base, replies`` and the like where the base model is asked first."""
 
 SELF_SCORED = (
@@ -113,7 +113,7 @@ def evaluate(
         The result, with its rows.
 
     Raises:
-        DataError: The TruthfulQA or XSTest file can't be read.
+        DataError: The XSTest file can't be read.
         EvaluationError: Nothing to measure, a judge that does not fit, an unknown task, non-finite losses, too little
             GPU memory, a backend that fails, or another process that does.
         ModelError: A model can't be loaded, or the prompt format doesn't fit its tokenizer.
@@ -218,7 +218,7 @@ class _Run:
             own = self._own_answers(requests, generations, base_model, given, stop_ids)
             texts = self._scored_texts(drawn.examples, by_id(own), left_out)
             losses = self._losses(texts, about)
-            fields = {**utility.truthfulqa(), **utility.lm_eval()}
+            fields = utility.lm_eval()
         with batching.evaluation_mode(scorer):
             losses_of_replies = fluency.rows(probes, generations)
         fields |= {

@@ -15,27 +15,22 @@ import torch
 from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
-from sku.data.examples import Example, ForgetRetainData
+from sku.data.examples import Example, ForgetRetainData, normalise_prompt
 from sku.evaluate import batching, harness
 from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions, texts_hash
 from sku.evaluate.asking import Writer
-from sku.evaluate.bleurt import load_bleurt
-from sku.evaluate.embedding import Embedder, load_embedder
 from sku.evaluate.fingerprint import fingerprint
 from sku.evaluate.outcomes import find_faults
-from sku.evaluate.perplexity import score_examples
 from sku.evaluate.processes import Processes
 from sku.evaluate.record_files import (
     AGREEMENT_FILE,
     RELEVANCE_FILE,
     SIMILARITY_FILE,
-    TRUTHFULQA_FILE,
     header_hash,
 )
 from sku.evaluate.records import (
     NORMAL_SPLITS,
     AgreementRow,
-    ChoiceRow,
     FluencyRecord,
     GenerationRecord,
     RelevanceRow,
@@ -44,23 +39,16 @@ from sku.evaluate.records import (
 from sku.evaluate.results import HarnessScores
 from sku.evaluate.reuse import Row
 from sku.evaluate.similarity import (
+    Embedder,
     Score,
     answered_prompts,
-    bleurt_score,
     chrf,
     compare_with_references,
     cosine_score,
+    load_embedder,
     rouge_l,
     score_relevance,
     similarity_of,
-)
-from sku.evaluate.truthfulqa_mc import (
-    choice_rows,
-    choice_scores,
-    draw_questions,
-    load_questions,
-    tokenize_questions,
-    untrained,
 )
 from sku.models import embedding_weight
 
@@ -80,32 +68,26 @@ def check_settings(config: EvaluateConfig) -> None:
     """Refuses what could not be measured at the end, before hours are spent on replies.
 
     Args:
-        config: Its models, its TruthfulQA file and its tasks are looked for.
+        config: Its models and its tasks are looked for.
 
     Raises:
-        DataError: The TruthfulQA file can't be read.
         EvaluationError: lm-eval is missing or does not know a task.
-        ModelError: The embedding or the BLEURT model can't be loaded.
+        ModelError: The embedding model can't be loaded.
     """
     check_questions(config)
     if config.embedding_model is not None:
         load_embedder(config.embedding_model, torch.device("cpu"))
-    if config.bleurt_model is not None and "bleurt" in config.similarity:
-        load_bleurt(config.bleurt_model, torch.device("cpu"))
 
 
 def check_questions(config: EvaluateConfig) -> None:
     """The part of ``check_settings`` that reads no weights.
 
     Args:
-        config: Its TruthfulQA file and its tasks are looked for.
+        config: Its tasks are looked for.
 
     Raises:
-        DataError: The TruthfulQA file can't be read.
         EvaluationError: lm-eval is missing or does not know a task.
     """
-    if config.truthfulqa is not None:
-        load_questions(config.truthfulqa)
     if config.lm_eval:
         harness.check_tasks(config.lm_eval, config.lm_eval_include, config.lm_eval_data)
 
@@ -151,43 +133,20 @@ class UtilityStages:
             )
         return {"agreement": agreement_of(rows, seed=self.seed)}
 
-    def truthfulqa(self) -> dict[str, Any]:
-        """Multiple choice on questions that no training or validation example asks."""
-        if self.config.truthfulqa is None:
-            return {}
-        questions, contradictory = load_questions(self.config.truthfulqa)
-        kept = untrained(questions, self._trained())
-        drawn = draw_questions(kept, self.config.retain_prompts, seed=self.seed)
-        asked = tokenize_questions(drawn, self.writer)
-        self._leave_out("truthfulqa: an answer is listed as right and as wrong", contradictory)
-        self._leave_out("truthfulqa: the question is in the training or validation data", len(questions) - len(kept))
-        self._leave_out("truthfulqa: over evaluate.retain_prompts", len(kept) - len(drawn))
-        self._leave_out("truthfulqa: an answer is too long for the model", len(drawn) - len(asked))
-        answers = [entry for question in asked for entry in (*question.correct, *question.incorrect)]
-
-        def score() -> list[ChoiceRow]:
-            scores = score_examples(
-                self.model, answers, batch_size=self.config.batch_size, progress=self.report("truthfulqa")
-            )
-            return choice_rows(asked, scores)
-
-        texts = [(question.id, len(question.correct)) for question in asked]
-        ids = [(list(entry.input_ids), list(entry.labels)) for entry in answers]
-        header = {"model": self.about, "texts": header_hash({"questions": texts, "answers": ids})}
-        rows = self.reuse_or_make(TRUTHFULQA_FILE, header, ChoiceRow, score)
-        return {"truthfulqa": choice_scores(rows, seed=self.seed), "choice_rows": tuple(rows)}
-
     def lm_eval(self) -> dict[str, Any]:
         """Tasks of lm-evaluation-harness."""
         if not self.config.lm_eval:
             return {}
-        return {"lm_eval": self.processes.on_main(self._harness_scores)}
+        trained = frozenset(normalise_prompt(example.prompt) for example in self._trained())
+        known = harness.trained_questions(self.config.lm_eval, self.config.lm_eval_data, trained)
+        self._leave_out("truthfulqa: the question is in the training or validation data", known)
+        return {"lm_eval": self.processes.on_main(lambda: self._harness_scores(trained if known else frozenset()))}
 
-    def _harness_scores(self) -> HarnessScores:
+    def _harness_scores(self, trained: frozenset[str]) -> HarnessScores:
         """Scores of an earlier run of the same tasks, or new ones."""
         config = self.config
         header = harness.harness_header(
-            self.about, config.lm_eval, config.lm_eval_limit, config.lm_eval_include, config.lm_eval_data
+            self.about, config.lm_eval, config.lm_eval_limit, config.lm_eval_include, config.lm_eval_data, trained
         )
         scores = None if self.folder is None else harness.read_scores(self.folder / harness.HARNESS_FILE, header)
         if scores is None:
@@ -202,6 +161,7 @@ class UtilityStages:
                 include=config.lm_eval_include,
                 batch_size=config.batch_size,
                 data=config.lm_eval_data,
+                trained=trained,
             )
             if progress is not None:
                 progress(len(config.lm_eval), len(config.lm_eval))
@@ -257,15 +217,10 @@ class UtilityStages:
                 scores[metric] = rouge_l
             elif metric == "chrf":
                 scores[metric] = chrf
-            elif metric == "cosine":
+            else:
                 embedder = self._embedder
                 models[metric] = embedder.fingerprint()
                 scores[metric] = cosine_score(embedder, batch_size=size, progress=self.report(metric))
-            else:
-                assert self.config.bleurt_model is not None  # EvaluateConfig sees to it
-                bleurt = load_bleurt(self.config.bleurt_model, embedding_weight(self.model).device)
-                models[metric] = bleurt.fingerprint()
-                scores[metric] = bleurt_score(bleurt, batch_size=size, progress=self.report(metric))
         return scores, models
 
     @cached_property

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sku.errors import no_method_named
-from sku.methods.base import AnyMethod
+from sku.from_file import SUFFIX, defined_in_file
+from sku.methods.base import AnyMethod, Method
 from sku.methods.circuit_breakers import CIRCUIT_BREAKERS
 from sku.methods.dpo import DPO
 from sku.methods.fine_tune import FINE_TUNE
-from sku.methods.from_file import SUFFIX, method_from_file
 from sku.methods.grad_diff import GRAD_DIFF, GRAD_DIFF_KL
 from sku.methods.gradient_ascent import GRADIENT_ASCENT
 from sku.methods.gradient_ascent_mismatch import GRADIENT_ASCENT_MISMATCH
@@ -51,7 +51,7 @@ def method_named(name: str) -> AnyMethod:
         RecipeError: There is none, with a suggestion, or the file can't be used.
     """
     if name.endswith(SUFFIX):
-        return method_from_file(name)
+        return defined_in_file(name, Method, "objective", "MY_METHOD = Method(name=..., ...)")
     methods = {method.name: method for method in METHODS}
     if name not in methods:
         raise no_method_named(name, methods)

@@ -208,7 +208,7 @@ def check_evaluation(
         Kind of request -> number of prompts that a model would be asked.
 
     Raises:
-        DataError: The TruthfulQA or XSTest file can't be read.
+        DataError: The XSTest file can't be read.
         EvaluationError: A judge or task that there isn't, or nothing to ask.
         ModelError: A judge's model, or one that measures similarity, can't be found.
         RecipeError: A wrong setting of a judge.
@@ -216,9 +216,8 @@ def check_evaluation(
     config = recipe.evaluate
     choose_judge(config, data)
     check_questions(config)
-    for scorer in (config.embedding_model, config.bleurt_model if "bleurt" in config.similarity else None):
-        if scorer is not None:
-            locate_model(ModelConfig(path=scorer))
+    if config.embedding_model is not None:
+        locate_model(ModelConfig(path=config.embedding_model))
     for source in sources.values():
         check_source(config, source, current_processes().count)
     drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)

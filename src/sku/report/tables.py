@@ -24,7 +24,7 @@ _REPLY_MEASURES = (
     ("evasive", "evasive", ""),
     ("degenerate", "gibberish", "same"),
 )
-_SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine", "bleurt": "BLEURT"}
+_SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine"}
 _NORMAL_MEASURES = (
     ("exact_answer", "exact answer", "same"),
     ("over_refusal", "refused", "same"),
@@ -252,7 +252,6 @@ def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
     """
     yield from _agreement_rows(comparison.unlearned.agreement)
     yield from _score_rows("similarity to the right answer", comparison.similarity, _SIMILARITY_NAMES)
-    yield from _score_rows("TruthfulQA", comparison.truthfulqa, {"mc1": "MC1", "mc2": "MC2"})
     yield from _harness_rows(comparison)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from conftest import ModelMaker
 from negate.conftest import ContextMaker, disturbed, with_adapter
@@ -22,14 +20,11 @@ from sku.losses import answer_nll, token_kl
 from sku.models import load_model
 from sku.negate import arithmetic
 from sku.negate.adapters import AdapterVector, combined
-from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OPERATORS, OperatedVector, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, check_operators, context_of, group_of
 from sku.negate.operators.learned import SETS
 from sku.negate.operators.minus_benign import minus_component
-from sku.negate.operators.neg_merge import sign_merge
-from sku.negate.operators.perta import fisher_diagonal, mean_gradient, relative_importance
-from sku.negate.operators.texts import answer_logits, batch_of, with_first_tokens
+from sku.negate.operators.texts import answer_logits, batch_of, mean_gradient, with_first_tokens
 from sku.negate.operators.trim import kth_largest_magnitude
 from sku.negate.run import negate
 from sku.negate.streaming import negate_folders
@@ -82,13 +77,11 @@ def test_names_are_unique_and_papers_are_named() -> None:
         ({"layers": {3: 1.0, "rest": 0}}, r"operators\[0\]\.layers has the key 3, which is no text: quote it"),
         ({"layers": {"*": "much"}}, r"operators\[0\]\.layers\.\* is 'much'; it must be a number"),
         ({"trim": {"keep": 1.0}}, "keep is 1.0"),
-        ({"neg_merge": {"paths": []}}, "paths is empty"),
         ({"minus_benign": {"path": "x", "how": "add"}}, "must be one of subtract, project"),
         ({"learned": {"start": 9}}, "start is 9"),
         ({"learned": {"directions": 0}}, "directions is 0"),
         ({"learned": {"weights": {"harmful": 0}}}, "weights of harmful and refusals are 0"),
         ({"learned": {"weights": {"normal": 0}}}, "weights of normal and borderline are 0"),
-        ({"perta": {"importance": "hessian"}}, "must be one of grad, fisher"),
     ],
 )
 def test_wrong_names_and_settings(entry: dict[str, Any], message: str) -> None:
@@ -104,12 +97,12 @@ def test_a_recipe_lists_them_in_order() -> None:
     assert recipe.to_dict()["negate"]["operators"][1] == {"layers": {"8-20": 2, "rest": 0}}
     assert prepare_operators([{"null_space": None}])[0].settings.energy == 0.9
     with pytest.raises(RecipeError, match=r"negate\.operators\[0\] names 2 operators"):
-        NegateConfig(operators=({"null_space": {}, "perta": {}},))
+        NegateConfig(operators=({"null_space": {}, "contrast": {}},))
 
 
 def test_without_data_operators_that_look_at_data_are_refused(make_model: ModelMaker) -> None:
     context = OperatorContext(base=make_model())
-    for name in ("null_space", "contrast", "perta", "learned"):
+    for name in ("null_space", "contrast", "learned"):
         with pytest.raises(RecipeError, match=f"the operator {name} looks at .* there are none"):
             apply(vector_of([1.0]), context, {name: {}})
 
@@ -200,44 +193,6 @@ def test_a_trimmed_twin_adapter_is_dense_and_streams_to_the_same_bits(
     assert all(torch.equal(expected[name], weight) for name, weight in streamed.items())
 
 
-# neg_merge
-
-
-def test_sign_merge_by_hand() -> None:
-    merged = sign_merge(
-        [
-            vector_of([1.0, -2.0, 3.0, 0.0, 4.0]),
-            vector_of([3.0, -4.0, -3.0, 1.0, 2.0]),
-            vector_of([2.0, -6.0, 3.0, 1.0, 0.0]),
-        ]
-    )
-    torch.testing.assert_close(merged.deltas["w"], torch.tensor([[2.0, -4.0, 0.0, 0.0, 0.0]]))
-
-
-def test_vectors_that_agree_nowhere_or_differ_in_weights() -> None:
-    with pytest.raises(TaskVectorError, match="2 task vectors agree on the sign of no entry"):
-        sign_merge([vector_of([1.0]), vector_of([-1.0])])
-    with pytest.raises(TaskVectorError, match="v"):
-        sign_merge([vector_of([1.0]), TaskVector({"v": torch.ones(1)})])
-
-
-def test_merging_with_saved_vectors_and_adapters(make_context: ContextMaker, tmp_path: Path) -> None:
-    context = make_context()
-    models = [with_adapter(context.base, seed=seed) for seed in (1, 2, 3)]
-    vectors = [TaskVector.from_adapter(model) for model in models]
-    vectors[1].save(tmp_path / "vector")
-    models[2].save_pretrained(str(tmp_path / "adapter"))
-    paths = [str(tmp_path / "vector"), str(tmp_path / "adapter")]
-    done = apply(vectors[0], context, {"neg_merge": {"paths": paths}})
-    expected = sign_merge(vectors)
-    for name, delta in expected.deltas.items():
-        torch.testing.assert_close(done.vector.deltas[name], delta, rtol=1e-5, atol=1e-6)
-    assert done.row_maps is None
-    assert done.records[0]["share_agreed"] == pytest.approx(1 / 4, abs=0.02), (
-        "three random signs agree in 2 of 8 cases"
-    )
-
-
 # minus_benign
 
 
@@ -288,12 +243,7 @@ def test_only_the_last_vector_must_not_be_empty(make_context: ContextMaker, tmp_
     assert apply(empty, context).vector is empty, "no operator took anything away"
 
 
-# perta
-
-
-def test_relative_importance_by_hand() -> None:
-    factors = relative_importance(torch.tensor([3.0, 0.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 0.0, 0.0]))
-    assert factors.tolist() == [0.75, 0.0, 1.0, 0.5]
+# Gradients, which diagnostics take too.
 
 
 def test_gradients_are_those_of_the_answers_alone(make_context: ContextMaker) -> None:
@@ -301,57 +251,18 @@ def test_gradients_are_those_of_the_answers_alone(make_context: ContextMaker) ->
     context = make_context()
     model = copy.deepcopy(context.base)
     name = LAYER.format(1)
-    sums, squares, tokens = torch.zeros(48, 32), torch.zeros(48, 32), 0
+    sums, tokens = torch.zeros(48, 32), 0
     for example in context.normal:
         model.zero_grad()
         logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, 2:-1]
-        loss = answer_nll(logits, torch.tensor(example.input_ids[3:])).sum()
-        loss.backward()
+        answer_nll(logits, torch.tensor(example.input_ids[3:])).sum().backward()
         gradient = model.get_parameter(name).grad
         assert gradient is not None
         sums += gradient
         tokens += len(logits)
-        squares += (gradient / len(logits)) ** 2
     found = mean_gradient(context.base, [name], context.normal, 4)[name]
     torch.testing.assert_close(found, sums / tokens, rtol=1e-4, atol=1e-7)
-    fisher = fisher_diagonal(context.base, [name], context.normal)[name]
-    torch.testing.assert_close(fisher, squares / len(context.normal), rtol=1e-4, atol=1e-9)
     assert all(parameter.grad is None for parameter in context.base.parameters())
-
-
-@pytest.mark.parametrize("importance", ["grad", "fisher"])
-def test_a_weight_that_the_loss_does_not_depend_on_matters_for_neither(
-    importance: str, make_context: ContextMaker
-) -> None:
-    """The bias by which DeepSeek's router only chooses experts."""
-    config = DeepseekV3Config(
-        vocab_size=320, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-        topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-        v_head_dim=8, pad_token_id=3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    context = make_context(DeepseekV3ForCausalLM(config).eval())
-    vector = TaskVector.between(context.base, disturbed(context.base))
-    name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    vector = TaskVector({name: torch.ones(4), **{key: part for key, part in vector.deltas.items() if key != name}})
-    done = apply(vector, context, {"perta": {"importance": importance}})
-    assert done.vector.deltas[name].tolist() == [0.5] * 4
-    assert math.isfinite(diagnose(vector, context)["normal_cosine"])
-
-
-@pytest.mark.parametrize("importance", ["grad", "fisher"])
-def test_each_entry_gets_its_factor(importance: str, make_context: ContextMaker, make_model: ModelMaker) -> None:
-    context = make_context(make_model("llama_tied"))
-    context.base.requires_grad_(requires_grad=False)
-    vector = TaskVector.between(context.base, disturbed(context.base))
-    done = apply(vector, context, {"perta": {"importance": importance}})
-    for name, delta in vector.deltas.items():
-        factors = done.vector.deltas[name] / delta
-        assert float(factors.min()) >= 0
-        assert float(factors.max()) <= 1 + 1e-6
-    assert 0.2 < done.records[0]["mean_factor"] < 0.8
-    assert done.row_maps is None
 
 
 # learned

@@ -2,8 +2,7 @@
 
 from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, verdicts_of
 from sku.evaluate.judges.choose import build_judge, choose_judge, is_embedded, judge_names
-from sku.evaluate.judges.embedded import EmbeddedWorldJudge
-from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
+from sku.evaluate.judges.rules import EmbeddedWorldJudge, RefusalRulesJudge
 
 __all__ = [
     "Calibration",

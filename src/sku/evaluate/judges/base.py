@@ -6,15 +6,22 @@ shows the judge's own count next to the gated one.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
+from sku.evaluate.record_files import read_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.statistics import JudgeErrors
+from sku.storage import write_json
+
+CALIBRATION_SCHEMA = 1
+_MEND = "run sku judge calibrate again"
 
 Label = Literal["harmful", "safe", "refusal", "error"]
 
@@ -145,3 +152,63 @@ def verdicts_of(judge: Judge, records: Sequence[GenerationRecord]) -> list[Verdi
             "order: it must return one per reply, in order"
         )
     return verdicts
+
+
+def beside(folder: Path) -> Path:
+    """Where the calibration of a judge that is a folder lies, so that it is found without being named.
+
+    Not inside: the hash of the folder's files is the judge's revision.
+    """
+    named = folder if folder.name else folder.absolute()
+    return named.with_name(f"{named.name}.calibration.json")
+
+
+def write_calibration(
+    path: Path, card: JudgeCard, calibration: Calibration, groups: Sequence[Calibration] = ()
+) -> None:
+    """Writes what was measured on a judge, counts and hashes without text; a file that is there is replaced.
+
+    Keys: ``schema_version``; ``judge``, which one was measured; ``calibration``, on all labelled replies; ``groups``,
+    on each of their sources, where there are several.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    judge = {"name": card.name, "version": card.version, "revision": card.revision, "key": card.key}
+    content = {"schema_version": CALIBRATION_SCHEMA, "judge": judge, "calibration": dataclasses.asdict(calibration)}
+    write_json(path, {**content, "groups": [dataclasses.asdict(group) for group in groups]})
+
+
+def read_calibration(path: Path, card: JudgeCard) -> tuple[Calibration, tuple[Calibration, ...]]:
+    """Reads a calibration back.
+
+    Args:
+        path: File that ``write_calibration`` wrote.
+        card: Of the judge that it is wanted for.
+
+    Returns:
+        On all labelled replies, and on each of their sources.
+
+    Raises:
+        EvaluationError: The file is missing or broken, or was measured on another judge.
+    """
+    content = read_json_object(path, _MEND)
+    if content.get("schema_version") != CALIBRATION_SCHEMA:
+        raise EvaluationError(f"calibration {path} is not of schema version {CALIBRATION_SCHEMA}: {_MEND}")
+    try:
+        judge, plain = content["judge"], (content["calibration"], *content.get("groups", ()))
+        found = [Calibration(**one) for one in plain]
+        counts = [pair for one in found for pair in ((one.harmful_found, one.harmful), (one.safe_found, one.safe))]
+        fits = all(0 <= right <= total and total > 0 for right, total in counts)
+        key = judge["key"]
+    except (KeyError, TypeError) as error:
+        raise EvaluationError(f"calibration {path} doesn't fit its schema ({error}): {_MEND}") from None
+    if not fits:
+        raise EvaluationError(f"calibration {path} holds counts that can't be: {_MEND}")
+    if key != card.key:
+        raise EvaluationError(
+            f"calibration {path} was measured on judge {judge.get('name')}, version {judge.get('version')}, revision "
+            f"{judge.get('revision')}; the judge here is {card.name}, version {card.version}, revision "
+            f"{card.revision}: run sku judge calibrate on it"
+        )
+    return found[0], tuple(found[1:])

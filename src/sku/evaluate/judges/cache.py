@@ -12,12 +12,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.judges.base import Judge, JudgeCard, Label, Verdict, verdicts_of
+from sku.evaluate.judges.base import Judge, JudgeCard, Verdict, verdicts_of
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.record_files import create_private_folder, row_from_dict
 from sku.evaluate.records import GenerationRecord
@@ -31,18 +30,6 @@ KEYED = frozenset({"prompt", "forced_start", "reply"})
 """Fields that the hash covers."""
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """One line of the file; ``id`` is the hash."""
-
-    id: str
-    label: Label
-    p_harmful: float | None
-    faults: tuple[str, ...]
-    on_topic: bool | None
-    categories: tuple[str, ...]
 
 
 @runtime_checkable
@@ -189,11 +176,11 @@ def _read(path: Path) -> dict[str, Verdict]:
     verdicts = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            entry = row_from_dict(_Line, json.loads(line), "")
-        except (ValueError, AttributeError):
+            entry = row_from_dict(Verdict, {**json.loads(line), "reason": ""}, "")
+        except (ValueError, TypeError, EvaluationError):
             raise EvaluationError(
                 f"{path} line {number} is no verdict: the cache is damaged. Remove the file, and the judge is asked "
                 "anew"
             ) from None
-        verdicts[entry.id] = Verdict(**dataclasses.asdict(entry))
+        verdicts[entry.id] = entry
     return verdicts

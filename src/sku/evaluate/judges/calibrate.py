@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
+from typing import Any, TypeVar
 
 from statsmodels.stats.inter_rater import cohens_kappa
 
@@ -22,7 +23,7 @@ from sku.data.sources.rows import Row, parse_flag
 from sku.data.sources.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
 from sku.evaluate.judges.base import Calibration, Judge, Verdict, verdicts_of
-from sku.evaluate.label_files import without_guards
+from sku.evaluate.judges.precomputed import without_guards
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.statistics import auc, auc_interval
@@ -110,38 +111,41 @@ class GroupFigures:
 
 
 ALL = "all"
+Judged = TypeVar("Judged", bound=tuple[Any, ...])
 
 
-def figures_of(
-    replies: Sequence[LabelledReply], called: Sequence[bool], p_harmful: Sequence[float] | None, *, seed: int = 0
-) -> tuple[GroupFigures, ...]:
-    """Counts what a judge says of labelled replies.
+Called = tuple[LabelledReply, bool, float | None]
+"""A reply, whether a judge calls it harmful, and its probability of that; None for a judge without any."""
+
+
+def figures_of(rows: Sequence[Called], *, seed: int = 0) -> tuple[GroupFigures, ...]:
+    """What a judge says of labelled replies.
 
     Args:
-        replies: At least one.
-        called: Whether the judge calls each harmful.
-        p_harmful: Its probability of each; None for a judge without any.
+        rows: At least one.
         seed: Of the bootstrap.
 
     Returns:
         Of all replies, then of each group by name; of all alone where no reply has a group.
     """
-    scores: Sequence[float | None] = [None] * len(replies) if p_harmful is None else p_harmful
-    rows = list(zip(replies, called, scores, strict=True))
-    names = sorted({entry.group for entry in replies} - {""})
-    parts = [(ALL, rows), *((name, [row for row in rows if row[0].group == name]) for name in names)]
-    return tuple(_group(name, part, seed) for name, part in parts)
+    with_area = all(score is not None for _, _, score in rows)
+    return tuple(_group(name, part, seed, with_area=with_area) for name, part in _parts(rows))
 
 
-def _group(name: str, rows: Sequence[tuple[LabelledReply, bool, float | None]], seed: int) -> GroupFigures:
+def _parts(rows: Sequence[Judged]) -> list[tuple[str, Sequence[Judged]]]:
+    """All rows, which begin with a labelled reply, then those of each group."""
+    names = sorted({row[0].group for row in rows} - {""})
+    return [(ALL, rows), *((name, [row for row in rows if row[0].group == name]) for name in names)]
+
+
+def _group(name: str, rows: Sequence[Called], seed: int, *, with_area: bool) -> GroupFigures:
     found = [hit for entry, hit, _ in rows if entry.harmful]
     passed = [not hit for entry, hit, _ in rows if not entry.harmful]
-    scored = [(score, entry) for entry, _, score in rows if score is not None]
     area = low = high = None
-    if found and passed and len(scored) == len(rows):
-        scores, truths = [score for score, _ in scored], [entry.harmful for _, entry in scored]
+    if found and passed and with_area:
+        scores, truths = [score or 0.0 for _, _, score in rows], [entry.harmful for entry, _, _ in rows]
         area = auc(scores, truths)
-        low, high = auc_interval(scores, truths, clusters=[entry.prompt for _, entry in scored], seed=seed)
+        low, high = auc_interval(scores, truths, clusters=[entry.prompt for entry, _, _ in rows], seed=seed)
     return GroupFigures(
         group=name,
         harmful=len(found),
@@ -277,17 +281,13 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
             f"{labelled.name}: judge {judge.card.name} gave verdicts on {len(found)} harmful and {len(passed)} safe "
             f"replies ({unjudged} without a verdict): both kinds are needed to tell its errors"
         )
-    groups: dict[str, list[tuple[LabelledReply, Verdict]]] = {}
-    for entry, verdict in sorted(answered, key=lambda row: row[0].group):
-        groups.setdefault(entry.group, []).append((entry, verdict))
-    groups.pop("", None)
     return CalibrationReport(
         judge=judge.card.name,
         groups=_figures(answered),
         calibration=_counted(labelled, answered, None),
         by_group=tuple(
             _counted(labelled, rows, name)
-            for name, rows in groups.items()
+            for name, rows in _parts(answered)[1:]
             if {entry.harmful for entry, _ in rows} == {True, False}
         ),
         sensitivity=sensitivity,
@@ -329,12 +329,7 @@ def _asked(judge: Judge, labelled: LabelledSet) -> list[tuple[LabelledReply, Ver
 
 
 def _figures(answered: Sequence[tuple[LabelledReply, Verdict]]) -> tuple[GroupFigures, ...]:
-    scores = [verdict.p_harmful for _, verdict in answered if verdict.p_harmful is not None]
-    return figures_of(
-        [entry for entry, _ in answered],
-        [verdict.label == "harmful" for _, verdict in answered],
-        scores if len(scores) == len(answered) else None,
-    )
+    return figures_of([(entry, verdict.label == "harmful", verdict.p_harmful) for entry, verdict in answered])
 
 
 def _column(what: str, named: str | None, usual: Sequence[str], columns: Collection[str]) -> str:

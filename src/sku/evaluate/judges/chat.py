@@ -1,13 +1,17 @@
 """A judge behind any OpenAI-compatible address: hosted, vLLM, Ollama, llama.cpp.
 
-Nothing is lost: a reply on which the server fails gets the label ``error`` with the reason. A wrong key or model stops
-the evaluation at the first request, since no later one would fare better.
+The ``openai`` package sends the requests, repeats them and ends them in time. Nothing is lost: a reply on which the
+server fails gets the label ``error`` with the reason. A wrong key or model stops the evaluation at the first request,
+since no later one would fare better. No message holds a key or words of the server.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
+import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -22,8 +26,7 @@ from urllib.parse import urlsplit
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import JudgeCard, Label, Verdict
-from sku.evaluate.judges.chat_client import ChatClient, Completion, Failure, is_own_machine
-from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten, template_text
+from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten
 from sku.evaluate.records import GenerationRecord
 
 _log = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ VERSION = 1
 """Of the request that is put around the rules; raised whenever the same reply would be asked about differently."""
 CHARACTERS_PER_TOKEN = 4
 """Of English text, for the estimate before the first request."""
+_KEY_REFUSED = (401, 403)
 
 ChatLabel = Literal["harmful", "safe", "refusal"]
 
@@ -46,7 +50,7 @@ class ChatSettings:
     model: str
     """Name of the model there; a dated one where there is one, as others change without notice."""
     template: str
-    """The rules: ``rubric``, ``sku_few_shot``, or a text of your own."""
+    """The rules: what is harmful, and in which form to answer."""
     labels: tuple[ChatLabel, ...] = ("harmful", "safe", "refusal")
     """Verdicts that the rules know. Without ``refusal``, the refusal rules find refusals."""
     name: str = ""
@@ -68,12 +72,10 @@ class ChatSettings:
     """Longer prompts are cut, and counted."""
     max_reply_chars: int = 8000
     timeout_s: float = 60.0
-    """For a whole answer."""
+    """For a request to be answered."""
     max_retries: int = 4
     """Repetitions of a request after HTTP 429, 5xx, a timeout or a lost connection, at growing distances or as the
     server asks."""
-    requests_per_minute: float | None = None
-    """Most requests, repetitions included; no limit where this is empty."""
     concurrency: int = 4
     """Requests at the same time."""
     fail_after: int = 10
@@ -90,18 +92,24 @@ class ChatSettings:
             raise RecipeError("base_url must be an address such as http://localhost:8000/v1")
         if address.username or address.password or address.query:
             raise RecipeError("base_url must hold no user, password or parameters: a key belongs in the environment")
+        if len(self.template.split()) < 2:
+            raise RecipeError(f"template is {self.template!r}; it must be the rules themselves, as in chat-rubric")
         if "harmful" not in self.labels or len(set(self.labels)) < 2:
             raise RecipeError(f"labels is {list(self.labels)}; it must hold harmful and another one")
         for name in ("max_prompt_chars", "max_reply_chars", "concurrency", "fail_after"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("timeout_s", "requests_per_minute"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 < self.timeout_s < float("inf"):
+            raise RecipeError(f"timeout_s is {self.timeout_s}; it must be above 0")
         if wrong := sorted({"model", "messages", "stream", "n"} & set(self.request)):
             raise RecipeError(f"request must not hold {', '.join(wrong)}: the judge sets that itself")
         if self.max_retries < 0:
             raise RecipeError(f"max_retries is {self.max_retries}; it must be 0 or more")
+
+    @property
+    def rules(self) -> str:
+        """The template without the line break that YAML puts at its end."""
+        return self.template.strip()
 
     def sent(self) -> dict[str, Any]:
         """Fields of each request beside model and messages."""
@@ -139,43 +147,64 @@ class ChatUsage:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the model said."""
+
+    text: str
+    cut: bool
+    """Whether it was cut off at the most tokens allowed."""
+    input_tokens: int
+    """As the server counts them; 0 where it doesn't."""
+    output_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why there is no answer."""
+
+    reason: str
+    ask_again: bool = False
+    """Whether the same question may be answered if it is put once more."""
+    outage: bool = False
+    """Whether it says something of the server, not of this question."""
+
+
 class ChatJudge:
     """Asks a chat model about each reply. Counts go on over all calls of ``judge``, of which one runs at a time."""
 
     def __init__(self, settings: ChatSettings, *, name: str = "chat") -> None:
-        """Reads the key and makes the client; nothing is sent yet.
+        """Reads the key; nothing is sent yet.
 
         Args:
             settings: Checked settings.
             name: Of the judge file.
 
         Raises:
-            EvaluationError: No key in the environment, no such template, or ``openai`` is not installed.
+            EvaluationError: No key in the environment, or ``openai`` is not installed.
         """
         self.settings = settings
-        self._rules = template_text(settings.template)
-        self.card = _card(settings, self._rules, name)
-        self._client = ChatClient(
-            base_url=settings.base_url,
-            model=settings.model,
-            key=_key(settings),
-            key_name=settings.api_key_env,
-            request=settings.sent(),
-            timeout_s=settings.timeout_s,
-            max_retries=settings.max_retries,
-            requests_per_minute=settings.requests_per_minute,
-        )
+        self.card = _card(settings, name)
+        self._key = _key(settings)
+        try:
+            self._openai: Any = importlib.import_module("openai")
+        except ImportError:
+            raise EvaluationError(
+                'a chat judge needs the package openai: pip install "sku-unlearning[chat]"'
+            ) from None
         self._lock = threading.Lock()
         self._usage = ChatUsage(requests=0, input_tokens=0, output_tokens=0, cost=settings.cost(0, 0))
+        self._has_answered = False
         self._failures_in_a_row = 0
         self._last_failure = ""
         self._mistake: EvaluationError | None = None
 
     @property
     def usage(self) -> ChatUsage:
-        """What was sent so far, with the tokens as the server counts them."""
+        """What was sent so far, repetitions included, with the tokens as the server counts them."""
         with self._lock:
-            return dataclasses.replace(self._usage, requests=self._client.requests)
+            used = self._usage
+            return dataclasses.replace(used, cost=self.settings.cost(used.input_tokens, used.output_tokens))
 
     def estimate(self, records: Sequence[GenerationRecord]) -> ChatUsage:
         """What asking about these records will take, if every answer comes at once and is as long as it may be."""
@@ -206,56 +235,88 @@ class ChatJudge:
         Raises:
             EvaluationError: The server refuses the key or knows no such model.
         """
-        with self._client:
+        http = self._openai.DefaultHttpxClient(
+            timeout=self.settings.timeout_s, event_hooks={"request": [lambda _: self._count(requests=1)]}
+        )
+        with self._openai.OpenAI(
+            base_url=self.settings.base_url,
+            api_key=self._key or "none",
+            max_retries=self.settings.max_retries,
+            timeout=self.settings.timeout_s,
+            http_client=http,
+        ) as client:
             executor = ThreadPoolExecutor(max_workers=self.settings.concurrency)
             try:
-                return list(executor.map(self._verdict, records))
+                return list(executor.map(self._verdict, itertools.repeat(client), records))
             finally:
                 executor.shutdown(cancel_futures=True)
 
-    def _verdict(self, record: GenerationRecord) -> Verdict:
+    def _verdict(self, client: Any, record: GenerationRecord) -> Verdict:
         if self._mistake is not None:
             raise self._mistake
         if self._failures_in_a_row >= self.settings.fail_after:
             reason = f"not asked, after {self._failures_in_a_row} failures in a row: {self._last_failure}"
             return Verdict(id=record.id, label="error", reason=reason)
         exchange = self._exchange(record)
-        with self._lock:
-            self._usage = dataclasses.replace(
-                self._usage,
-                prompts_cut=self._usage.prompts_cut + exchange.prompt_cut,
-                replies_cut=self._usage.replies_cut + exchange.reply_cut,
-            )
-        found = self._ask(exchange)
+        self._count(prompts_cut=exchange.prompt_cut, replies_cut=exchange.reply_cut)
+        asked = self._messages(exchange)
+        found = self._ask(client, asked)
+        if isinstance(found, Failure) and found.ask_again:
+            last = {**asked[-1], "content": asked[-1]["content"] + REMINDER}
+            found = self._ask(client, [*asked[:-1], last])
+        self._note_failure(found)
         if isinstance(found, Failure):
             return Verdict(id=record.id, label="error", reason=found.reason)
         return Verdict(id=record.id, label=found)
 
-    def _ask(self, exchange: Exchange) -> Label | Failure:
-        """Asks, and once more where the answer could not be read."""
-        asked = self._messages(exchange)
-        found = self._ask_once(asked)
-        if isinstance(found, Failure) and found.ask_again:
-            last = {**asked[-1], "content": asked[-1]["content"] + REMINDER}
-            found = self._ask_once([*asked[:-1], last])
-        self._note_failure(found)
-        return found
-
-    def _ask_once(self, asked: Sequence[Message]) -> Label | Failure:
-        try:
-            answer = self._client.ask(asked)
-        except EvaluationError as error:
-            self._mistake = error
-            raise
+    def _ask(self, client: Any, asked: Sequence[Message]) -> Label | Failure:
+        """One answer of the model, or why there is none."""
+        answer = self._completion(client, asked)
         if isinstance(answer, Failure):
             return answer
-        self._count_tokens(answer)
+        self._count(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
         label = read_label(answer.text, self.settings.labels)
         if label is not None:
             return label
-        if answer.cut:
-            return Failure(reason="the judge's answer was cut off at max_tokens", ask_again=True)
-        return Failure(reason="the judge's answer is no verdict", ask_again=True)
+        what = "was cut off at max_tokens" if answer.cut else "is no verdict"
+        return Failure(reason=f"the judge's answer {what}", ask_again=True)
+
+    def _completion(self, client: Any, asked: Sequence[Message]) -> Completion | Failure:
+        try:
+            response = client.chat.completions.with_raw_response.create(
+                model=self.settings.model, messages=list(asked), extra_body=self.settings.sent()
+            )
+        except self._openai.APITimeoutError:
+            return Failure(reason=f"no answer within {self.settings.timeout_s:g} s", outage=True)
+        except self._openai.APIConnectionError:
+            return Failure(reason="no connection, or it broke off", outage=True)
+        except self._openai.APIStatusError as error:
+            status, code = error.status_code, str(error.code)
+        else:
+            self._has_answered = True
+            return read_completion(response.text)
+        # Outside of the handler: a traceback must not show the server's words, which may hold the key.
+        return self._status_failure(status, code)
+
+    def _status_failure(self, status: int, code: str) -> Failure:
+        address, key_name = self.settings.base_url, self.settings.api_key_env
+        if code.startswith("content"):
+            return Failure(reason=f"HTTP {status}: the server's content filter")
+        # Gateways refuse single texts by 403; a bad key would have been refused before.
+        if status in _KEY_REFUSED and not (status == 403 and self._has_answered):
+            origin = f"the key in {key_name}" if key_name else "a request without a key"
+            self._mistake = EvaluationError(
+                f"{address} refuses {origin} (HTTP {status}): set the variable that judge setting api_key_env names "
+                "to a valid key"
+            )
+        elif status == 404:
+            self._mistake = EvaluationError(
+                f"{address} knows no model {self.settings.model!r}, or is no OpenAI-compatible address (HTTP 404): "
+                "check the judge settings model and base_url"
+            )
+        if self._mistake is not None:
+            raise self._mistake
+        return Failure(reason=f"HTTP {status}", outage=True)
 
     def _note_failure(self, found: Label | Failure) -> None:
         with self._lock:
@@ -270,17 +331,10 @@ class ChatJudge:
                     self.card.name, self._failures_in_a_row, found.reason,
                 )  # fmt: skip
 
-    def _count_tokens(self, answer: Completion) -> None:
+    def _count(self, **more: int) -> None:
         with self._lock:
-            counted = self._usage
-            input_tokens = counted.input_tokens + answer.input_tokens
-            output_tokens = counted.output_tokens + answer.output_tokens
-            self._usage = dataclasses.replace(
-                counted,
-                input_tokens=input_tokens,
-                output_tokens=output_tokens,
-                cost=self.settings.cost(input_tokens, output_tokens),
-            )
+            summed = {name: getattr(self._usage, name) + count for name, count in more.items()}
+            self._usage = dataclasses.replace(self._usage, **summed)
 
     def _exchange(self, record: GenerationRecord) -> Exchange:
         return shorten(
@@ -291,23 +345,13 @@ class ChatJudge:
         )
 
     def _messages(self, exchange: Exchange) -> list[Message]:
-        return messages(self._rules, self.settings.labels, exchange, system_role=self.settings.system_role)
+        return messages(self.settings.rules, self.settings.labels, exchange, system_role=self.settings.system_role)
 
 
-def chat_judge(content: Mapping[str, Any], name: str) -> ChatJudge:
-    """Builds the judge of a judge file.
-
-    Args:
-        content: Settings.
-        name: Of the file.
-
-    Raises:
-        EvaluationError: As ``ChatJudge``.
-        RecipeError: An unknown, missing or wrong setting.
-    """
-    return ChatJudge(
-        settings_from_dict(ChatSettings, content, "evaluate.judge_settings", f"judge {name}"), name=Path(name).stem
-    )
+def build(content: Mapping[str, Any], name: str) -> ChatJudge:
+    """The judge of a judge file's settings."""
+    settings = settings_from_dict(ChatSettings, content, "evaluate.judge_settings", f"judge {name}")
+    return ChatJudge(settings, name=Path(name).stem)
 
 
 def _key(settings: ChatSettings) -> str | None:
@@ -320,10 +364,10 @@ def _key(settings: ChatSettings) -> str | None:
     return key
 
 
-def _card(settings: ChatSettings, rules: str, name: str) -> JudgeCard:
+def _card(settings: ChatSettings, name: str) -> JudgeCard:
     decides = {
         "protocol": VERSION,
-        "rules": rules,
+        "rules": settings.rules,
         "labels": settings.labels,
         "base_url": settings.base_url,
         "model": settings.model,
@@ -345,3 +389,49 @@ def _card(settings: ChatSettings, rules: str, name: str) -> JudgeCard:
         tells_safe="safe" in settings.labels,
         finds_faults=False,
     )
+
+
+def read_completion(body: str) -> Completion | Failure:
+    """Reads the body of a chat completion; whatever doesn't fit is a failure, never a guess."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return Failure(reason="the server's answer is not JSON", ask_again=True, outage=True)
+    content = _mapping(content)
+    choices = content.get("choices")
+    choice = _mapping(choices[0] if isinstance(choices, list) and choices else None)
+    message = _mapping(choice.get("message"))
+    finish = choice.get("finish_reason")
+    if finish == "content_filter":
+        return Failure(reason="the server's content filter")
+    if message.get("refusal"):
+        return Failure(reason="the model declined to judge")
+    if not message:
+        return Failure(reason="the server's answer holds no choice", ask_again=True, outage=True)
+    text = message.get("content")
+    usage = _mapping(content.get("usage"))
+    return Completion(
+        text=text if isinstance(text, str) else "",
+        cut=finish == "length",
+        input_tokens=_count(usage.get("prompt_tokens")),
+        output_tokens=_count(usage.get("completion_tokens")),
+    )
+
+
+def is_own_machine(base_url: str) -> bool:
+    """Whether an address is a loopback address: what is sent there does not leave the machine."""
+    host = urlsplit(base_url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0

@@ -12,10 +12,8 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, get_args
 
-from sku.errors import EvaluationError, did_you_mean
 from sku.evaluate.judges.base import Label
 
 Message = dict[str, str]
@@ -74,7 +72,7 @@ def messages(rules: str, labels: Sequence[str], exchange: Exchange, *, system_ro
     """The request for one verdict.
 
     Args:
-        rules: What is harmful and in which form to answer: the text of a template.
+        rules: What is harmful and in which form to answer.
         labels: Allowed verdicts.
         exchange: What is judged.
         system_role: Whether the rules are a message of their own; if not, they stand before the question.
@@ -124,30 +122,3 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a key stands twice")
     return content
-
-
-def template_names() -> list[str]:
-    """Names of the templates of the package."""
-    folder = resources.files("sku.evaluate.judges") / "templates"
-    return sorted(entry.name.removesuffix(".txt") for entry in folder.iterdir() if entry.name.endswith(".txt"))
-
-
-def template_text(template: str) -> str:
-    """The rules that a chat judge is given.
-
-    Args:
-        template: Name of a template of the package, or the rules themselves: a text of several words.
-
-    Raises:
-        EvaluationError: No such template.
-    """
-    if len(template.split()) > 1:
-        return template.strip()
-    known = template_names()
-    if template not in known:
-        raise EvaluationError(
-            f"there is no template named {template!r}.{did_you_mean(template, known)} Known: {', '.join(known)}; or "
-            "write the rules themselves in the judge file"
-        )
-    text = (resources.files("sku.evaluate.judges") / "templates" / f"{template}.txt").read_text(encoding="utf-8")
-    return text.strip()

@@ -7,19 +7,16 @@ file serves a hub id, a local folder and another threshold.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from importlib import resources
+from collections.abc import Mapping
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
 from sku.config import EMBEDDED, EvaluateConfig, read_yaml
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, RecipeError, did_you_mean
-from sku.evaluate.judges.base import Judge, JudgeCard
-from sku.evaluate.judges.calibration_file import beside, read_calibration
-from sku.evaluate.judges.embedded import EmbeddedWorldJudge
-from sku.evaluate.judges.refusal_rules import RefusalRulesJudge
-from sku.evaluate.judges.trained_card import JUDGE_FILE
+from sku.evaluate.judges.base import Judge, JudgeCard, beside, read_calibration
+from sku.evaluate.judges.rules import EmbeddedWorldJudge, RefusalRulesJudge
 
 AUTO, REFUSAL_RULES = "auto", "refusal_rules"
 NO_FOLDER = (
@@ -30,6 +27,10 @@ NO_FOLDER = (
 """What stands in place of the judge of most recipes where nobody has trained one yet."""
 RULES = (EMBEDDED, REFUSAL_RULES)
 """Judges that need no file."""
+KINDS = ("classifier", "guard", "chat", "precomputed", "vote")
+"""Of judge files; each is a module of this package with a function ``build``. Those of local models import torch."""
+JUDGE_FILE = "judge.yaml"
+"""By which a folder is the name of a judge."""
 
 
 def choose_judge(config: EvaluateConfig, data: ForgetRetainData) -> Judge:
@@ -133,7 +134,8 @@ def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
         raise EvaluationError(
             f"judge {name}: kind is {kind!r}; it must be one of {', '.join(KINDS)}.{did_you_mean(str(kind), KINDS)}"
         )
-    return KINDS[kind](content, name)
+    judge: Judge = import_module(f"sku.evaluate.judges.{kind}").build(content, name)
+    return judge
 
 
 def judge_names() -> list[str]:
@@ -201,43 +203,3 @@ def judge_file_text(name: str) -> str:
 def is_embedded(data: ForgetRetainData) -> bool:
     """Whether all data is the embedded world's."""
     return bool(data.provenance) and all(item.source == EMBEDDED for item in data.provenance)
-
-
-Builder = Callable[[Mapping[str, Any], str], Judge]
-"""From the settings of a judge file and its name to the judge."""
-
-
-def _chat(content: Mapping[str, Any], name: str) -> Judge:
-    from sku.evaluate.judges.chat import chat_judge
-
-    return chat_judge(content, name)
-
-
-def _precomputed(content: Mapping[str, Any], name: str) -> Judge:
-    from sku.evaluate.judges.precomputed import precomputed_judge
-
-    return precomputed_judge(content, name)
-
-
-def _vote(content: Mapping[str, Any], name: str) -> Judge:
-    from sku.evaluate.judges.vote import vote_judge
-
-    return vote_judge(content, name)
-
-
-def _classifier(content: Mapping[str, Any], name: str) -> Judge:
-    from sku.evaluate.judges.classifier import build_classifier
-
-    return build_classifier(content, name)
-
-
-def _guard(content: Mapping[str, Any], name: str) -> Judge:
-    from sku.evaluate.judges.guard import build_guard
-
-    return build_guard(content, name)
-
-
-KINDS: dict[str, Builder] = {
-    "classifier": _classifier, "guard": _guard, "chat": _chat, "precomputed": _precomputed, "vote": _vote,
-}  # fmt: skip
-"""Kind of a judge file -> what builds it; torch is imported inside."""

@@ -1,37 +1,51 @@
-"""What judges that are local models share: their settings, which weights they have, and errors that name the judge.
+"""What judges that are local models share: settings, how they read prompt and reply, batches, errors that name them.
 
 Configuration and tokenizer are read when a judge is built, so that a missing model is told before any reply is
 generated. The weights are read when it judges for the first time: until then the memory is the evaluated model's.
+
+Prompt and reply are data, whatever they contain. A reply that holds the judge's own turn markers could end its turn
+and speak for the judge. So each marker in prompt or reply gets a space after its first character before it is encoded,
+which leaves every other text exactly as the model's card would encode it. Then the control tokens of the whole are
+counted: a text that still adds one (a tokenizer may rewrite characters first) is not judged.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, plain_data
 from sku.errors import ModelError, RecipeError
+from sku.evaluate.batching import run_in_batches
 from sku.evaluate.judges.base import JudgeCard, Verdict
-from sku.evaluate.judges.conversations import Encoded, Unreadable
 from sku.evaluate.records import GenerationRecord
-from sku.models import pick_device, pick_dtype, weights_revision
+from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
 
 VERSION = 1
 """Raised whenever this code would read the same reply differently under the same settings."""
+PROMPT, REPLY = "@@sku-prompt@@", "@@sku-reply@@"
+"""Stand in for prompt and reply while a template is rendered."""
 _NO_PART_OF_THE_VERDICT = (
     "model", "revision", "dtype", "device", "batch_size", "trust_remote_code", "name", "licence", "known_errors",
     "needs", "url", "paper", "calibration",
 )  # fmt: skip
 """Settings that leave a verdict as it is, or that the card's ``revision`` or the type in use stand for."""
-
 _CUT = "read only the first"
 
+Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
@@ -94,46 +108,130 @@ class LocalModelSettings:
         )
 
 
-def make_card(settings: LocalModelSettings, name: str, **traits: Any) -> JudgeCard:
-    """The card of a judge with weights.
+class LocalJudge(ABC, Generic[Answer]):
+    """Asks a model about each reply, once for each way in which it is put to it."""
+
+    card: JudgeCard
+    encoders: Sequence[ConversationEncoder]
+    limit: int
+    """Most tokens that it reads."""
+
+    def __init__(self, settings: LocalModelSettings, name: str) -> None:
+        """Reads configuration and tokenizer.
+
+        Raises:
+            ModelError: The model can't be found or read.
+        """
+        self.shared, self.name = settings, name
+        self._loaded: LoadedModel | None = None
+        with errors_named(name):
+            self.config: PreTrainedConfig = load_config(settings.source)
+            self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.source)
+
+    def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
+        """One verdict per record, in order; too long replies are read as far as they fit."""
+        start = self.shared.with_forced_start
+        asked = [
+            [
+                encoder.encode(record.prompt, record.forced_start + record.reply if start else record.reply)
+                for encoder in self.encoders
+            ]
+            for record in records
+        ]
+        answers = iter(self._answers([row for rows in asked for row in rows if isinstance(row, Encoded)]))
+        verdicts = []
+        for record, rows in zip(records, asked, strict=True):
+            own = [row.reason if isinstance(row, Unreadable) else next(answers) for row in rows]
+            verdicts.append(self.verdict(record.id, own, _cut_reason(rows)))
+        if cut := sum(verdict.reason.startswith(_CUT) for verdict in verdicts):
+            _log.warning(
+                "judge %s read only the beginning of %d of %d replies: more than %d tokens don't fit",
+                self.card.name, cut, len(verdicts), self.limit,
+            )  # fmt: skip
+        return verdicts
+
+    @abstractmethod
+    def load(self) -> LoadedModel:
+        """Reads the weights."""
+
+    @abstractmethod
+    def ask(self, loaded: LoadedModel, rows: Sequence[Encoded]) -> Sequence[Answer]:
+        """What the model says of one batch."""
+
+    @abstractmethod
+    def verdict(self, record_id: str, answers: Sequence[Answer | str], cut: str) -> Verdict:
+        """Puts the answers about one reply together; a text among them says why there is none."""
+
+    def _answers(self, rows: Sequence[Encoded]) -> list[Answer | str]:
+        answers: list[Answer | str] = ["GPU memory ran out on this reply alone"] * len(rows)
+        if not rows:
+            return answers
+        loaded = self._ready()
+
+        def ask(batch: list[int]) -> None:
+            try:
+                found = self.ask(loaded, [rows[index] for index in batch])
+            except torch.OutOfMemoryError:
+                if len(batch) > 1:
+                    raise
+                return  # Nothing smaller can be tried: this one reply is not judged, the others are.
+            for index, answer in zip(batch, found, strict=True):
+                answers[index] = answer
+
+        run_in_batches([len(row.ids) for row in rows], ask, batch_size=self.shared.batch_size)
+        return answers
+
+    def _ready(self) -> LoadedModel:
+        if self._loaded is None:
+            with errors_named(self.name):
+                self._loaded = self.load()
+        return self._loaded
+
+
+def make_card(settings: LocalModelSettings, name: str, *, reads_prompt: bool, **traits: Any) -> JudgeCard:
+    """The card of a judge with weights; its key changes with these and with every setting that can change a verdict.
 
     Args:
         settings: Of the judge.
         name: Of the judge's file.
+        reads_prompt: Whether the model is shown the prompt.
         traits: Fields that the kind decides.
-
-    Returns:
-        A card whose key changes with the weights and with every setting that can change a verdict.
 
     Raises:
         ModelError: The model can't be found.
     """
+    # A packaged judge's own name may hold a dot; of a user's file folder and ending are no part of it.
+    own_name = Path(name).stem if Path(name).suffix in {".yaml", ".yml"} else name
+    start = ["forced_start"] if settings.with_forced_start else []
+    with errors_named(name):
+        revision = weights_revision(settings.source)
     return JudgeCard(
-        name=settings.name or _name_of(name),
+        name=settings.name or own_name,
         version=_version(settings),
         licence=settings.licence,
+        needs=(*(["prompt"] if reads_prompt else []), "reply", *start),
         known_errors=settings.known_errors,
         finds_faults=False,
         offline=True,
         deterministic=True,
-        revision=weights_revision(settings.source),
+        revision=revision,
         **traits,
     )
 
 
-def _name_of(file: str) -> str:
-    """A packaged judge's own name, which may hold a dot, or a user's file without folder and ending."""
-    path = Path(file)
-    return path.stem if path.suffix in {".yaml", ".yml"} else file
-
-
 def _version(settings: LocalModelSettings) -> str:
     deciding = {key: value for key, value in plain_data(settings).items() if key not in _NO_PART_OF_THE_VERDICT}
-    held = (
-        settings.dtype if settings.dtype == "stored" else str(pick_dtype(settings.dtype, pick_device(settings.device)))
-    )
+    held: str = settings.dtype
+    if held != "stored":
+        held = str(pick_dtype(settings.dtype, pick_device(settings.device)))
     content = json.dumps({"code": VERSION, "dtype": held, **deciding}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def longest_input(config: PreTrainedConfig, tokenizer_limit: int) -> int:
+    """Most tokens that the model has positions for, so far as its files say so."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(tokenizer_limit, positions) if positions else tokenizer_limit
 
 
 @contextmanager
@@ -151,34 +249,107 @@ def errors_named(name: str) -> Iterator[None]:
         ) from None
 
 
-def judged_text(record: GenerationRecord, settings: LocalModelSettings) -> str:
-    """What of a record counts as the reply."""
-    return record.whole_reply if settings.with_forced_start else record.reply
-
-
-def fields_read(settings: LocalModelSettings, *, prompt: bool) -> tuple[str, ...]:
-    """Fields of a record that a judge with these settings reads."""
-    return (*(["prompt"] if prompt else []), "reply", *(["forced_start"] if settings.with_forced_start else []))
-
-
-def tell_cuts(verdicts: Sequence[Verdict], name: str, max_length: int) -> None:
-    """Logs how many replies were not read to their end."""
-    cut = sum(verdict.reason.startswith(_CUT) for verdict in verdicts)
-    if cut:
-        _log.warning(
-            "judge %s read only the beginning of %d of %d replies: more than %d tokens don't fit",
-            name, cut, len(verdicts), max_length,
-        )  # fmt: skip
-
-
-def cut_reason(rows: Sequence[Encoded | Unreadable]) -> str:
-    """The reason of a verdict on a reply that was not read to its end, empty on any other.
-
-    Args:
-        rows: The reply as it was encoded for each question about it.
-    """
+def _cut_reason(rows: Sequence[Encoded | Unreadable]) -> str:
+    """The reason of a verdict on a reply that was not read to its end, empty on any other."""
     cut = [row for row in rows if isinstance(row, Encoded) and row.kept < row.length]
     if not cut:
         return ""
     shortest = min(cut, key=lambda row: row.kept)
     return f"{_CUT} {shortest.kept} of {shortest.length} characters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One conversation as a model reads it."""
+
+    ids: tuple[int, ...]
+    type_ids: tuple[int, ...] | None = None
+    """Which text of a pair each token belongs to, for models that ask for it."""
+    kept: int
+    """Characters of the reply that fitted, counted as they are encoded."""
+    length: int
+    """All its characters, counted so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """A conversation that the model can't be asked about."""
+
+    reason: str
+
+
+class ConversationEncoder:
+    """Encodes prompt and reply inside one fixed text, or as a pair of texts."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | None,
+        *,
+        markers: Iterable[str] = (),
+        add_special_tokens: bool,
+        max_length: int,
+    ) -> None:
+        """Measures the fixed text.
+
+        Args:
+            tokenizer: Of the model.
+            text: With ``PROMPT`` and ``REPLY`` where prompt and reply belong; None for a pair of texts.
+            markers: Plain text that means something to the model, beside the tokenizer's special tokens.
+            add_special_tokens: Whether the tokenizer adds its own at the ends; a rendered chat template has them.
+            max_length: Most tokens.
+        """
+        self._tokenizer, self._max_length, self._add_special_tokens = tokenizer, max_length, add_special_tokens
+        self._pieces = None if text is None else re.split(f"({PROMPT}|{REPLY})", text)
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        vocabulary = tokenizer.get_vocab()
+        self._control_ids = {vocabulary[token] for token in special}
+        self._control_ids -= {tokenizer.unk_token_id}
+        self._markers = _pattern({*special, *markers})
+        self._expected = self._controls(self._encode("x", "x")[0])
+
+    def encode(self, prompt: str, reply: str) -> Encoded | Unreadable:
+        """Encodes one conversation; a reply that is too long loses its end.
+
+        Args:
+            prompt: What the evaluated model was asked.
+            reply: What it said.
+
+        Returns:
+            The token ids, or why there are none.
+        """
+        prompt, reply = (self._markers(text.strip()) for text in (prompt, reply))
+        kept = len(reply)
+        ids, type_ids = self._encode(prompt, reply)
+        if len(ids) > self._max_length:
+            kept = self._longest(lambda length: len(self._encode(prompt, reply[:length])[0]), len(reply))
+            if kept < 1:
+                return Unreadable(reason=f"the prompt leaves no room for a reply in {self._max_length} tokens")
+            ids, type_ids = self._encode(prompt, reply[:kept])
+        if self._controls(ids) != self._expected:
+            return Unreadable(reason="prompt or reply can't be kept apart from the model's control tokens")
+        return Encoded(ids=ids, type_ids=type_ids, kept=kept, length=len(reply))
+
+    def _longest(self, tokens_of: Callable[[int], int], length: int) -> int:
+        return bisect.bisect_right(range(length + 1), self._max_length, key=tokens_of) - 1
+
+    def _encode(self, prompt: str, reply: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        texts: tuple[str, ...] = (prompt, reply)
+        if self._pieces is not None:
+            texts = ("".join({PROMPT: prompt, REPLY: reply}.get(piece, piece) for piece in self._pieces),)
+        found: Any = self._tokenizer(*texts, add_special_tokens=self._add_special_tokens, verbose=False)
+        type_ids = found.get("token_type_ids")
+        return tuple(found["input_ids"]), None if type_ids is None else tuple(type_ids)
+
+    def _controls(self, ids: Iterable[int]) -> Counter[int]:
+        return Counter(token for token in ids if token in self._control_ids)
+
+
+def _pattern(markers: set[str]) -> Callable[[str], str]:
+    """What puts a space into every marker of a text."""
+    longest_first = sorted((marker for marker in markers if len(marker.strip()) > 1), key=len, reverse=True)
+    if not longest_first:
+        return lambda text: text
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    return lambda text: pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)

@@ -1,18 +1,244 @@
-"""A judge that looks verdicts up: labels of people, or of anything that writes a CSV file."""
+"""Labels by people: a CSV file of replies to fill in, the same file read back, and the judge that looks them up.
+
+A label belongs to one reply: the file holds a hash of it, so that no label of another run is taken for one of this.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import hashlib
+import io
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sku.config import settings_from_dict
-from sku.errors import EvaluationError
-from sku.evaluate.judges.base import JudgeCard, Verdict
-from sku.evaluate.label_files import HumanLabel, LabelFile, read_labels, reply_hash
-from sku.evaluate.records import GenerationRecord
+from sku.errors import EvaluationError, OutputError, did_you_mean
+from sku.evaluate.judges.base import JudgeCard, Label, Verdict
+from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, Split
 from sku.evaluate.refusal import is_refusal
+from sku.storage import write_private_text
+
+NEEDED = ("id", "label", "reply_sha256")
+COLUMNS = ("id", "label", "p_harmful", "annotator", "split", "kind")
+"""Columns of a file without texts, before ``reply_sha256``."""
+TEXT_COLUMNS = ("prompt", "forced_start", "reply")
+LABELS: Mapping[str, Label] = {"harmful": "harmful", "safe": "safe", "refusal": "refusal", "1": "harmful", "0": "safe"}
+"""What may be written in the column ``label``, in any case, and what it means."""
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""A spreadsheet runs cells that begin with one of these; the last three may hide one of the others."""
+_MAX_CELL_CHARACTERS = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class HumanLabel:
+    """One labelled reply."""
+
+    id: str
+    """Of the record."""
+    reply_sha256: str
+    label: Label
+    p_harmful: float | None
+    annotator: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFile:
+    """A file that was read."""
+
+    labels: tuple[HumanLabel, ...]
+    unlabelled: int
+    """Rows whose label is empty."""
+    sha256: str
+    """Of what decides: ids, hashes, labels and probabilities."""
+
+
+def reply_hash(record: GenerationRecord) -> str:
+    """SHA-256 of all that follows the prompt: the forced start and the model's own words."""
+    return _text_hash(record.forced_start + record.reply)
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def export_labels(
+    folder: Path, out: Path, *, count: int = 100, split: Split | None = None, with_text: bool = True, seed: int = 0
+) -> int:
+    """Writes a seeded sample of replies to harmful prompts as a CSV file with mode 0600, for people to fill in.
+
+    Args:
+        folder: Output folder of ``evaluate``, or one that holds some, such as that of a run: base and unlearned model
+            are then mixed, and nothing in the file says which reply is whose.
+        out: New file.
+        count: Most rows.
+        split: Only prompts of this split; all harmful ones if None.
+        with_text: With prompt, forced start and reply. They may be harmful.
+        seed: Equal seeds draw equal rows.
+
+    Returns:
+        Rows written.
+
+    Raises:
+        EvaluationError: No evaluation in the folder, a broken file, or no reply that fits.
+        OutputError: ``out`` exists or can't be written.
+    """
+    if out.exists():
+        raise OutputError(f"{out} already exists and may hold labels; choose another --out or move it away")
+    records = {(record.id, reply_hash(record)): record for found in _evaluations(folder) for record in _read(found)}
+    fitting = sorted(
+        key for key, record in records.items()
+        if record.split not in NORMAL_SPLITS and split in (None, record.split)
+    )  # fmt: skip
+    if not fitting:
+        raise EvaluationError(f"{folder} holds no reply to a harmful prompt{f' of {split}' if split else ''}")
+    drawn = random.Random(seed).sample(fitting, min(count, len(fitting)))
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    texts = TEXT_COLUMNS if with_text else ()
+    table.writerow([*COLUMNS, *texts, "reply_sha256"])
+    for name, digest in drawn:
+        record = records[name, digest]
+        table.writerow(
+            [name, "", "", "", record.split, record.kind, *(safe_cell(getattr(record, key)) for key in texts), digest]
+        )
+    # A byte order mark tells spreadsheets that it is UTF-8, which has no room for lone surrogates.
+    write_private_text(out, "\ufeff" + text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
+    return len(drawn)
+
+
+def safe_cell(text: str) -> str:
+    """Puts a ``'`` before text that a spreadsheet would run as a formula."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def without_guards(prompt: str, forced_start: str, reply: str, reply_sha256: str) -> tuple[str, str, str]:
+    """Texts of an exported row as they were before ``safe_cell``, where the row's hash says which these were.
+
+    Args:
+        prompt: Cell of the file, as the next two.
+        forced_start: Empty where there is none.
+        reply: What the model said.
+        reply_sha256: ``reply_hash`` of the record.
+
+    Returns:
+        The three texts; as they stand in the file where no reading of them has this hash.
+    """
+    for start, said in itertools.product(_readings(forced_start), _readings(reply)):
+        if _text_hash(start + said) == reply_sha256:
+            return _readings(prompt)[-1], start, said
+    return prompt, forced_start, reply
+
+
+def _readings(cell: str) -> tuple[str, ...]:
+    """What ``safe_cell`` may have made this cell of."""
+    return (cell, cell[1:]) if cell.startswith("'") and cell[1:].startswith(_FORMULA) else (cell,)
+
+
+def read_labels(path: Path) -> LabelFile:
+    """Reads and checks a file of labels.
+
+    Args:
+        path: CSV with the columns ``id``, ``label`` and ``reply_sha256``; ``p_harmful`` and ``annotator`` are optional
+            and others not read. Commas or semicolons.
+
+    Returns:
+        The labels, in order. Rows with an empty label are counted.
+
+    Raises:
+        EvaluationError: Not readable, a column missing, an unknown label, or a reply labelled twice; with the line.
+    """
+    try:
+        # Spreadsheets save in other encodings too; nothing that is read here holds such letters.
+        content = path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise EvaluationError(f"{path} can't be read: {error.strerror}") from None
+    header = content.partition("\n")[0]
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    table = csv.DictReader(
+        io.StringIO(content, newline=""), delimiter=";" if header.count(";") > header.count(",") else ","
+    )
+    missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
+    if missing:
+        raise EvaluationError(
+            f"{path} has no column {', '.join(missing)}: make the file with `sku judge export` and fill in label"
+        )
+    labels: dict[tuple[str, str], HumanLabel] = {}
+    rows = 0
+    for where, row in _rows(table, path):
+        rows += 1
+        found = _label(row, where)
+        if found is None:
+            continue
+        if (found.id, found.reply_sha256) in labels:
+            raise EvaluationError(f"{where} labels {found.id} a second time: one label a reply; use one file a person")
+        labels[found.id, found.reply_sha256] = found
+    decides = sorted((one.id, one.reply_sha256, one.label, str(one.p_harmful)) for one in labels.values())
+    return LabelFile(
+        labels=tuple(labels.values()),
+        unlabelled=rows - len(labels),
+        sha256=hashlib.sha256(repr(decides).encode()).hexdigest(),
+    )
+
+
+def _rows(table: csv.DictReader[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows with the file and the line they end on."""
+    try:
+        for row in table:
+            yield (
+                f"{path} line {table.line_num}",
+                {name: (row.get(name) or "").strip() for name in table.fieldnames or ()},
+            )
+    except csv.Error as error:
+        raise EvaluationError(f"{path} line {table.line_num} is not CSV: {error}") from None
+
+
+def _label(row: Mapping[str, str], where: str) -> HumanLabel | None:
+    written = row["label"].casefold()
+    if not written:
+        return None
+    if written not in LABELS:
+        raise EvaluationError(
+            f"{where}: label is {row['label'][:40]!r}; it must be harmful (or 1), safe (or 0), refusal, or empty."
+            f"{did_you_mean(written, LABELS)}"
+        )
+    return HumanLabel(
+        id=row["id"],
+        reply_sha256=row["reply_sha256"],
+        label=LABELS[written],
+        p_harmful=_probability(row.get("p_harmful", ""), where),
+        annotator=row.get("annotator", ""),
+    )
+
+
+def _probability(text: str, where: str) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text.replace(",", "."))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise EvaluationError(f"{where}: p_harmful is {text[:40]!r}; it must lie between 0 and 1, or be empty")
+    return value
+
+
+def _evaluations(folder: Path) -> Sequence[Path]:
+    found = [folder, *sorted(path.parent for path in folder.glob(f"*/{GENERATIONS_FILE}"))]
+    found += sorted(path.parent for path in (folder / "evaluation").glob(f"*/{GENERATIONS_FILE}"))
+    found = [path for path in found if (path / GENERATIONS_FILE).is_file()]
+    if not found:
+        raise EvaluationError(f"{folder} holds no {GENERATIONS_FILE}: give the folder of an evaluation or a run")
+    return found
+
+
+def _read(folder: Path) -> list[GenerationRecord]:
+    return read_generations(folder / GENERATIONS_FILE)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +299,8 @@ class PrecomputedJudge:
         return Verdict(id=record.id, label=found, p_harmful=label.p_harmful)
 
 
-def precomputed_judge(content: Mapping[str, Any], name: str) -> PrecomputedJudge:
-    """Builds the judge of a judge file.
-
-    Args:
-        content: Settings.
-        name: Of the file.
-
-    Raises:
-        EvaluationError: The CSV file is missing or wrong.
-        RecipeError: An unknown, missing or wrong setting.
-    """
+def build(content: Mapping[str, Any], name: str) -> PrecomputedJudge:
+    """The judge of a judge file's settings."""
     settings = settings_from_dict(PrecomputedSettings, content, "evaluate.judge_settings", f"judge {name}")
     return PrecomputedJudge(read_labels(Path(settings.path)), settings)
 

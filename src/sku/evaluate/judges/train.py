@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -40,15 +39,15 @@ from transformers import (
 from sku.config import ModelConfig
 from sku.config.check import Count, Fraction, NotNegative, Positive, Seed, validated
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.batching import evaluation_mode, pad, run_in_batches
+from sku.evaluate.batching import evaluation_mode, run_in_batches
 from sku.evaluate.judges.calibrate import GroupFigures, LabelledReply, LabelledSet, figures_of
-from sku.evaluate.judges.classifier import longest_input
-from sku.evaluate.judges.conversations import PROMPT, REPLY, ConversationEncoder, Encoded
-from sku.evaluate.judges.trained_card import CARD_FILE, JUDGE_FILE, judge_card
+from sku.evaluate.judges.choose import JUDGE_FILE
+from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
+from sku.evaluate.judges.local_models import ConversationEncoder, Encoded, longest_input
 from sku.models import LoadedModel, embedding_weight, new_classifier, weights_revision
 from sku.storage import new_folder, write_json
 
-RECORD_FILE = "training.json"
+RECORD_FILE, CARD_FILE = "training.json", "README.md"
 LABELS = ("safe", "harmful")
 """Names of the two classes, by number."""
 DECODER_TEMPLATE = "Question: {prompt}\n\nAnswer: {reply}"
@@ -132,9 +131,6 @@ def train_judge(
         out: Folder that must not exist yet; it appears whole or not at all.
         progress: Called with a stage, steps done and steps in all.
 
-    Returns:
-        Where the judge is, and what it does on the validation replies.
-
     Raises:
         DataError: One of the labels, or a part of the split, holds nothing.
         EvaluationError: No threshold lets enough safe validation replies pass, or the head has no last linear layer.
@@ -146,15 +142,19 @@ def train_judge(
     with new_folder(out) as folder:
         torch.manual_seed(settings.seed)
         loaded = new_classifier(settings.source, LABELS)
-        template = None if _reads_pairs(loaded.tokenizer) else DECODER_TEMPLATE
-        encoder = _encoder(loaded, template, settings.max_length)
+        tokenizer = loaded.tokenizer
+        # Tokenizers of encoders keep two texts apart themselves.
+        reads_pairs = tokenizer.cls_token is not None and tokenizer.sep_token is not None
+        template = None if reads_pairs else DECODER_TEMPLATE
+        limit = min(settings.max_length, longest_input(loaded.model.config, tokenizer.model_max_length))
+        encoder = classifier_encoder(tokenizer, template, limit)
         rows, unread = _encode(encoder, train)
         held_out, unread_too = _encode(encoder, validation)
         for part, kept in (("training", rows), ("validation", held_out)):
-            _check_both_kinds(part, [row.entry.harmful for row in kept], labelled.name)
+            _check_both_kinds(part, kept, labelled.name)
         epochs = _train(loaded, rows, held_out, settings, progress)
-        logits_N2 = _logits(loaded, held_out, settings.batch_size)
-        truths = [row.entry.harmful for row in held_out]
+        logits_N2 = _logits(loaded, [read for _, read in held_out], settings.batch_size)
+        truths = [entry.harmful for entry, _ in held_out]
         temperature = best_temperature(logits_N2, truths, _class_weights(rows))
         divide_logits(loaded.model, temperature)
         p_harmful = np.exp(log_softmax(logits_N2 / temperature, axis=-1))[:, 1].tolist()
@@ -169,9 +169,7 @@ def train_judge(
             validation=len(held_out),
             unreadable=unread + unread_too,
             figures=figures_of(
-                [row.entry for row in held_out],
-                [score >= threshold for score in p_harmful],
-                p_harmful,
+                [(entry, p >= threshold, p) for (entry, _), p in zip(held_out, p_harmful, strict=True)],
                 seed=settings.seed,
             ),
         )
@@ -277,12 +275,8 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> None:
             heads[-1].bias.div_(temperature)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One labelled reply as the model reads it."""
-
-    entry: LabelledReply
-    read: Encoded
+_Row = tuple[LabelledReply, Encoded]
+"""One labelled reply, and as the model reads it."""
 
 
 class _JudgeTrainer(Trainer):
@@ -356,8 +350,8 @@ def _train(
                 use_cpu=embedding_weight(loaded.model).device.type == "cpu",
                 dataloader_pin_memory=False,
             ),
-            train_dataset=_Rows(rows),
-            eval_dataset=_Rows(held_out),
+            train_dataset=_dataset(rows),
+            eval_dataset=_dataset(held_out),
             data_collator=lambda batch: _collate(batch, pad_id),
             class_weights=_class_weights(rows),
             callbacks=[
@@ -370,76 +364,46 @@ def _train(
     return round(trainer.state.epoch or 0)
 
 
-def _logits(loaded: LoadedModel, rows: Sequence[_Row], batch_size: int) -> Any:
+def _logits(loaded: LoadedModel, rows: Sequence[Encoded], batch_size: int) -> Any:
     """``[N, 2]`` in the order of the rows; the trainer's own predictions come in that of their lengths."""
-    dataset, pad_id = _Rows(rows), int(loaded.tokenizer.pad_token_id)
+    pad_id, device = int(loaded.tokenizer.pad_token_id), embedding_weight(loaded.model).device
     logits_N2 = np.zeros((len(rows), len(LABELS)))
-    device = embedding_weight(loaded.model).device
 
     def classify(batch: list[int]) -> None:
-        inputs = _collate([dataset[index] for index in batch], pad_id)
-        del inputs["labels"]
         with torch.inference_mode():
-            found = loaded.model(**{name: value.to(device) for name, value in inputs.items()}).logits
+            found = loaded.model(**model_inputs([rows[index] for index in batch], pad_id, device)).logits
         logits_N2[batch] = found.double().cpu().numpy()
 
     with evaluation_mode(loaded.model):
-        run_in_batches([len(row.read.ids) for row in rows], classify, batch_size=batch_size)
+        run_in_batches([len(read.ids) for read in rows], classify, batch_size=batch_size)
     return logits_N2
 
 
-class _Rows(Dataset[dict[str, Any]]):
-    """Encoded replies as the trainer wants them."""
-
-    def __init__(self, rows: Sequence[_Row]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
-        return {"input_ids": row.read.ids, "token_type_ids": row.read.type_ids, "labels": int(row.entry.harmful)}
+def _dataset(rows: Sequence[_Row]) -> list[dict[str, Any]]:
+    """As the trainer wants it, which looks at the length of ``input_ids``."""
+    return [{"input_ids": read.ids, "read": read, "label": int(entry.harmful)} for entry, read in rows]
 
 
 def _collate(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    cpu = torch.device("cpu")
-    ids, mask = pad([row["input_ids"] for row in batch], pad_id, left=False, device=cpu)
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
-    if batch[0]["token_type_ids"] is not None:
-        inputs["token_type_ids"], _ = pad([row["token_type_ids"] for row in batch], 0, left=False, device=cpu)
-    return inputs
+    inputs = model_inputs([row["read"] for row in batch], pad_id, torch.device("cpu"))
+    return {**inputs, "labels": torch.tensor([row["label"] for row in batch])}
 
 
 def _encode(encoder: ConversationEncoder, replies: Sequence[LabelledReply]) -> tuple[list[_Row], int]:
     """What the model can be asked about, and how many replies it can't."""
     read = [(entry, encoder.encode(entry.prompt, entry.forced_start + entry.reply)) for entry in replies]
-    rows = [_Row(entry=entry, read=found) for entry, found in read if isinstance(found, Encoded)]
+    rows = [(entry, found) for entry, found in read if isinstance(found, Encoded)]
     return rows, len(read) - len(rows)
-
-
-def _encoder(loaded: LoadedModel, template: str | None, max_length: int) -> ConversationEncoder:
-    return ConversationEncoder(
-        loaded.tokenizer,
-        None if template is None else template.replace("{prompt}", PROMPT).replace("{reply}", REPLY),
-        add_special_tokens=True,
-        max_length=min(max_length, longest_input(loaded.model.config, loaded.tokenizer.model_max_length)),
-    )
-
-
-def _reads_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself keeps two texts apart, as an encoder's does."""
-    return tokenizer.cls_token is not None and tokenizer.sep_token is not None
 
 
 def _class_weights(rows: Sequence[_Row]) -> tuple[float, float]:
     """Of a safe and of a harmful reply, so that both kinds weigh alike and the mean weight is 1."""
-    counts = Counter(row.entry.harmful for row in rows)
+    counts = Counter(entry.harmful for entry, _ in rows)
     return len(rows) / (2 * counts[False]), len(rows) / (2 * counts[True])
 
 
-def _check_both_kinds(part: str, kinds: Sequence[bool], name: str) -> None:
-    counts = Counter(kinds)
+def _check_both_kinds(part: str, rows: Sequence[_Row], name: str) -> None:
+    counts = Counter(entry.harmful for entry, _ in rows)
     if not counts[True] or not counts[False]:
         raise DataError(
             f"{name}: the {part} part has {counts[True]} harmful and {counts[False]} safe replies; a judge needs "
@@ -463,11 +427,10 @@ def _save(
         "harmful": LABELS[1],
         "threshold": trained.threshold,
         "max_length": settings.max_length,
+        **({} if template is None else {"template": template}),
+        "licence": " and ".join(sorted(labelled.licences)) or "unknown: that of its data and of its base",
+        "known_errors": "unknown on text it was not trained on: run sku judge calibrate",
     }
-    if template is not None:
-        judge["template"] = template
-    judge["licence"] = " and ".join(sorted(labelled.licences)) or "unknown: that of its data and of its base"
-    judge["known_errors"] = "unknown on text it was not trained on: run sku judge calibrate"
     (folder / JUDGE_FILE).write_text(yaml.safe_dump(judge, sort_keys=False, width=1000), encoding="utf-8")
     record = {
         "settings": dataclasses.asdict(settings),
@@ -481,4 +444,38 @@ def _save(
         **{key: value for key, value in dataclasses.asdict(trained).items() if key != "folder"},
     }
     write_json(folder / RECORD_FILE, record)
-    (folder / CARD_FILE).write_text(judge_card(record), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_card(record), encoding="utf-8")
+
+
+def _card(record: Mapping[str, Any]) -> str:
+    """The model card of ``training.json``; a text that comes from data is one line without markup in it."""
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "base_model": record["settings"]["model"],
+        "license": "other",
+        "license_name": _plain(" and ".join(record["data"]["licences"]) or "unknown"),
+        "tags": ["sku", "safety", "judge"],
+    }
+    templates = Environment(
+        loader=PackageLoader("sku.evaluate.judges"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    templates.filters |= {"plain": _plain, "share": _share, "area": _area}
+    template = templates.get_template("trained_judge.md.jinja")
+    return template.render(metadata=yaml.safe_dump(metadata, sort_keys=False), **record)
+
+
+def _share(rate: Mapping[str, float] | None) -> str:
+    if rate is None:
+        return "\u2013"
+    return f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+
+
+def _area(found: Mapping[str, Any]) -> str:
+    if found["auc"] is None:
+        return "\u2013"
+    return f"{found['auc']:.3f} ({found['auc_low']:.3f} to {found['auc_high']:.3f})"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/").replace("`", "'").replace("<", "&lt;")

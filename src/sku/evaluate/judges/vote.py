@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import Judge, JudgeCard, Label, Verdict, verdicts_of
+from sku.evaluate.judges.choose import RULES, build_from, build_judge, read_judge_file
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
 
 Rule = Literal["majority", "any", "all"]
@@ -115,25 +116,14 @@ def elect(name: str, verdicts: Sequence[Verdict], rule: Rule) -> Verdict:
     )
 
 
-def vote_judge(content: Mapping[str, Any], name: str) -> VoteJudge:
-    """Builds the judge of a judge file.
-
-    Args:
-        content: Settings.
-        name: Of the file.
-
-    Raises:
-        EvaluationError: A member that can't be built, or as ``VoteJudge``.
-        RecipeError: An unknown, missing or wrong setting.
-    """
+def build(content: Mapping[str, Any], name: str) -> VoteJudge:
+    """The judge of a judge file's settings."""
     settings = settings_from_dict(VoteSettings, content, "evaluate.judge_settings", f"judge {name}")
     members = [_member(entry, name) for entry in settings.judges]
     return VoteJudge(members, rule=settings.rule, name=settings.name or Path(name).stem)
 
 
 def _member(entry: str | Mapping[str, Any], name: str) -> Judge:
-    from sku.evaluate.judges.choose import RULES, build_from, build_judge, read_judge_file
-
     content = {"judge": entry} if isinstance(entry, str) else dict(entry)
     file = str(content.pop("judge", ""))
     if file in RULES:

@@ -11,20 +11,19 @@ from typing import Any
 
 from sku.config import settings_from_dict
 from sku.errors import RecipeError, TaskVectorError, did_you_mean
-from sku.negate.operators.base import AnyOperator, Need, OperatorContext, RowMap, map_rows
+from sku.from_file import SUFFIX, defined_in_file
+from sku.negate.operators.base import AnyOperator, Need, Operator, OperatorContext, RowMap, map_rows
 from sku.negate.operators.base import PreparedOperator as PreparedOperator
 from sku.negate.operators.contrast import CONTRAST
 from sku.negate.operators.layers import LAYERS
 from sku.negate.operators.learned import LEARNED
 from sku.negate.operators.minus_benign import MINUS_BENIGN
-from sku.negate.operators.neg_merge import NEG_MERGE
 from sku.negate.operators.null_space import NULL_SPACE
-from sku.negate.operators.perta import PERTA
 from sku.negate.operators.trim import TRIM
 from sku.negate.task_vector import TaskVector
 
 OPERATORS: tuple[AnyOperator, ...] = (
-    LAYERS, TRIM, NULL_SPACE, CONTRAST, PERTA, NEG_MERGE, MINUS_BENIGN, LEARNED,
+    LAYERS, TRIM, NULL_SPACE, CONTRAST, MINUS_BENIGN, LEARNED,
 )  # fmt: skip
 """All of them. The plain vector is that of an empty list."""
 _HELD_OUT: Mapping[Need, str] = {
@@ -49,25 +48,30 @@ def prepare_operators(entries: Iterable[Mapping[str, Any]], where: str = "recipe
     """Checks names and settings before anything is loaded.
 
     Args:
-        entries: As in a recipe's ``negate.operators``: one name with its settings each.
+        entries: As in a recipe's ``negate.operators``: one name, or the path of a file ending in ``.py`` that defines
+            an operator, with its settings each.
         where: Name of the recipe, for messages.
 
     Returns:
         The operators, in order.
 
     Raises:
-        RecipeError: An unknown operator or setting, with a suggestion, or a value out of range.
+        RecipeError: An unknown operator or setting, with a suggestion, a value out of range, or a file that can't be
+            used.
     """
     known = {operator.name: operator for operator in OPERATORS}
     prepared = []
     for place, entry in enumerate(entries):
         ((name, settings),) = entry.items()
         key = f"negate.operators[{place}]"
-        if name not in known:
+        if name.endswith(SUFFIX):
+            operator = defined_in_file(name, Operator, "apply", "MY_OPERATOR = Operator(name=..., ...)")
+        elif name in known:
+            operator = known[name]
+        else:
             raise RecipeError(
                 f"{key}: {name} is not an operator.{did_you_mean(name, known)} Known: {', '.join(known)} ({where})"
             )
-        operator = known[name]
         given = {} if settings is None else settings
         if operator.only_setting is not None:
             given = {operator.only_setting: given}

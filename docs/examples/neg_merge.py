@@ -1,7 +1,11 @@
 """NegMerge: of several bad vectors, only the entries whose sign is the same in all are subtracted.
 
+    sku run my.yaml --set 'negate.operators=[{docs/examples/neg_merge.py: {paths: [other_bad, third_bad]}}]'
+
 Paper: https://arxiv.org/abs/2410.05583. The vectors come from runs of stage 1 that differ in their settings or seed.
 Entries on whose sign all agree are averaged; the others, and those that one vector leaves at 0, become 0.
+
+It averaged good vectors with bad ones: docs/stage2.md has the figures, and that is why it is an example.
 """
 
 from __future__ import annotations
@@ -31,17 +35,7 @@ class NegMergeSettings:
 
 
 def sign_merge(vectors: Sequence[TaskVector]) -> TaskVector:
-    """Averages the entries on whose sign all vectors agree and drops the others.
-
-    Args:
-        vectors: At least one, of the same weights.
-
-    Returns:
-        The merged vector.
-
-    Raises:
-        TaskVectorError: The vectors change different weights, or agree nowhere.
-    """
+    """Averages the entries on whose sign all vectors of the same weights agree, and drops the others."""
     first, *others = vectors
     for other in others:
         check_same_names(first.deltas, other.deltas, "the first task vector", "another")
@@ -58,7 +52,8 @@ def sign_merge(vectors: Sequence[TaskVector]) -> TaskVector:
     return vector
 
 
-def _apply(settings: NegMergeSettings, vector: TaskVector, context: OperatorContext) -> Operated:
+def apply(settings: NegMergeSettings, vector: TaskVector, context: OperatorContext) -> Operated:
+    """Merges the vector with the saved ones."""
     merged = sign_merge([vector, *(task_vector_of(context.base, path) for path in settings.paths)])
     entries = sum(delta.numel() for delta in merged.deltas.values())
     kept = sum(int((delta != 0).sum()) for delta in merged.deltas.values())
@@ -71,5 +66,5 @@ NEG_MERGE = Operator(
     title="NegMerge",
     paper_url="https://arxiv.org/abs/2410.05583",
     settings=NegMergeSettings,
-    apply=_apply,
+    apply=apply,
 )

@@ -1,0 +1,324 @@
+"""Commands that read labelled replies: ``sku judge train`` and ``sku judge calibrate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sku.cli.completion import judges
+from sku.cli.console import print_json, print_next, progress_bars, results, shown_messages
+from sku.cli.dry_run import print_dry_run
+from sku.cli.options import DryRunOption, JsonOption, settings_of
+from sku.disk_errors import named_disk_errors
+from sku.dry_run import DryRun
+from sku.errors import OutputError, RecipeError
+from sku.quiet import quiet_libraries
+from sku.storage import check_can_be_made, check_new
+
+if TYPE_CHECKING:
+    from sku.evaluate.judges import Judge
+    from sku.evaluate.judges.calibrate import CalibrationReport, GroupFigures, LabelColumns, LabelledSet
+    from sku.evaluate.judges.train import TrainedJudge
+    from sku.evaluate.metrics import Rate
+
+PromptColumnOption = Annotated[str | None, typer.Option("--prompt-column", help="Column of the prompts.")]
+ReplyColumnOption = Annotated[str | None, typer.Option("--reply-column", help="Column of the replies.")]
+LabelColumnOption = Annotated[str | None, typer.Option("--label-column", help="Column of the labels.")]
+HarmfulValueOption = Annotated[
+    str | None, typer.Option("--harmful-value", help="The label of harmful replies; all others are then safe.")
+]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="COLUMN=VALUE[,VALUE]",
+        help="Only rows with one of these values in a column, such as split_hint=train; repeatable.",
+    ),
+]
+ByOption = Annotated[
+    str | None,
+    typer.Option("--by", metavar="COLUMN", help="Figures for each value of a column too, such as source."),
+]
+
+
+def train(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the judge.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Folder or hub id to start from; all-MiniLM-L6-v2 if not given."),
+    ] = None,
+    where: WhereOption = None,
+    by: ByOption = None,
+    prompt_column: PromptColumnOption = None,
+    reply_column: ReplyColumnOption = None,
+    label_column: LabelColumnOption = None,
+    harmful_value: HarmfulValueOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of training, such as epochs=3; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split, the new head and the order of rows.")] = 0,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a judge on the labelled replies in DATA; the folder it writes is then a judge's name."""
+    given = {**({} if model is None else {"model": model}), **settings_of(overrides), "seed": seed}
+    columns = label_columns(
+        prompt=prompt_column,
+        reply=reply_column,
+        label=label_column,
+        harmful_value=harmful_value,
+        where=where,
+        by=by,
+    )
+    check_new(out)
+    check_can_be_made(out.parent)
+
+    quiet_libraries()
+    from sku.config import settings_from_dict
+    from sku.evaluate.judges.calibrate import read_labelled
+    from sku.evaluate.judges.train import JudgeTraining, split_by_prompt, train_judge
+
+    settings = settings_from_dict(JudgeTraining, given, "sku judge train", "settings of training")
+    labelled = read_labelled(data, columns)
+    if dry_run:
+        parts = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
+        settings_shown = {
+            "model": settings.model,
+            "replies to train on": len(parts[0]),
+            "replies held out": len(parts[1]),
+            **labelled.left_out,
+        }
+        stage = f"train on {len(parts[0])} replies, at most {settings.epochs} epochs"
+        _print_dry("train", out, settings_shown, stage, as_json=as_json)
+        return
+    with shown_messages(), progress_bars() as show:
+        trained = train_judge(labelled, settings, out, progress=show)
+    if as_json:
+        print_json({**dataclasses.asdict(trained), "folder": str(out)})
+        return
+    _print_trained(trained, labelled, out)
+
+
+def calibrate(
+    judge: Annotated[
+        str, typer.Argument(metavar="JUDGE", help="Name of a judge, or a judge file.", autocompletion=judges)
+    ],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="JSON file for the calibration, replaced if it is there; none: only print."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as threshold=0.7; repeatable."),
+    ] = None,
+    prompt_column: PromptColumnOption = None,
+    reply_column: ReplyColumnOption = None,
+    label_column: LabelColumnOption = None,
+    harmful_value: HarmfulValueOption = None,
+    where: WhereOption = None,
+    by: ByOption = None,
+    every: Annotated[
+        str | None,
+        typer.Option("--every", metavar="harmful|safe", help="What every reply is, in DATA without labels."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Draw this many labelled replies.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of that draw.")] = 0,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how often JUDGE is right on the labelled replies in DATA."""
+    settings = settings_of(overrides)
+    # Judging may be paid for: what can't be written is refused before.
+    if out is not None:
+        check_can_be_made(out.parent)
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder: name a file with --out")
+
+    quiet_libraries()
+    from sku.evaluate.judges import build_judge
+    from sku.evaluate.judges.calibrate import read_labelled
+
+    columns = label_columns(
+        prompt=prompt_column,
+        reply=reply_column,
+        label=label_column,
+        harmful_value=harmful_value,
+        where=where,
+        by=by,
+        every=every,
+    )
+    if every is not None and out is not None:
+        raise OutputError("a calibration needs harmful and safe replies, and --every names one kind: leave out --out")
+    labelled = read_labelled(data, columns, limit=limit, seed=seed)
+    # Without an earlier calibration, which may be of another state of the judge.
+    built = build_judge(judge, {"calibration": None, **settings})
+    if dry_run:
+        count = len(labelled.replies)
+        settings_shown = {"judge": built.card.name, "labelled replies": count, **labelled.left_out}
+        _print_dry("calibrate", out, settings_shown, f"judge {count} replies", as_json=as_json)
+        return
+    _calibrate(built, labelled, judge, out, one_kind=every is not None, as_json=as_json)
+
+
+def _calibrate(
+    built: Judge, labelled: LabelledSet, name: str, out: Path | None, *, one_kind: bool, as_json: bool
+) -> None:
+    from sku.evaluate.judges.base import write_calibration
+    from sku.evaluate.judges.calibrate import calibrate as measure
+    from sku.evaluate.judges.calibrate import measure_groups
+
+    if one_kind:
+        groups = measure_groups(built, labelled)
+        if as_json:
+            print_json([dataclasses.asdict(group) for group in groups])
+        else:
+            results.print(figures_table(f"judge {built.card.name}", groups))
+        return
+    if out is not None:
+        with named_disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+    report = measure(built, labelled)
+    if out is not None:
+        write_calibration(out, built.card, report.calibration, report.by_group)
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    _print(report, name, out)
+
+
+def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
+    from sku.evaluate.judges.base import beside
+    from sku.report.tables import interval, percent
+
+    calibration = report.calibration
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column(f"judge {report.judge}", no_wrap=True)
+    for name in ("", "95 %", "replies"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for words, found in (
+        ("sensitivity: harmful ones found", report.sensitivity),
+        ("specificity: safe ones let pass", report.specificity),
+        ("floor: safe ones called harmful", report.floor),
+        ("accuracy", report.accuracy),
+    ):
+        table.add_row(words, percent(found.value), interval(found), f"{found.count} of {found.total}")
+    kappa = "none: one verdict for all" if report.kappa is None else f"{report.kappa:.3f}"
+    table.add_row("kappa with the labels", kappa, "", "")
+    table.add_row("words of a reply", f"median {calibration.words_median}", "", f"longest {calibration.words_max}")
+    results.print(table)
+    if report.groups[0].auc is not None or len(report.groups) > 1:
+        results.print(figures_table("replies", report.groups))
+    left_out = {**report.left_out, "no verdict of the judge": calibration.unjudged}
+    for reason, count in left_out.items():
+        if count:
+            results.print(f"left out     {count}: {reason}", soft_wrap=True)
+    if calibration.tells_nothing:
+        results.print(
+            "note         it calls no more of the harmful replies harmful than of the safe ones: its verdicts tell "
+            "nothing of harm here, and no rate can be corrected with them",
+            soft_wrap=True,
+        )
+    if out is None:
+        return
+    results.print(f"calibration  {out}", soft_wrap=True)
+    options = ["--set", f"evaluate.judge={judge}"]
+    if out.absolute() != beside(Path(judge).absolute()) or not Path(judge).is_dir():
+        options += ["--set", f"evaluate.judge_settings.calibration={out}"]
+    results.print(f"use it with  {shlex.join(options)}", soft_wrap=True)
+
+
+def _print_dry(command: str, out: Path | None, settings: Mapping[str, Any], stage: str, *, as_json: bool) -> None:
+    found = DryRun(
+        command=f"sku judge {command}",
+        out=out or Path.cwd(),
+        settings=settings,
+        stages=(stage,),
+        writes=() if out is None else (out.name,),
+        disk_bytes=0,
+    )
+    print_dry_run(found, as_json=as_json)
+
+
+def _print_trained(trained: TrainedJudge, labelled: LabelledSet, out: Path) -> None:
+    from sku.evaluate.judges.base import beside
+
+    results.print(figures_table("held-out prompts", trained.figures))
+    results.print(
+        f"judge      {out}: {trained.train} replies, {trained.epochs} epochs, {trained.seconds:.0f} s; harmful from "
+        f"{trained.threshold:.3f}",
+        soft_wrap=True,
+    )
+    for why, count in {**labelled.left_out, "the model can't read them": trained.unreadable}.items():
+        if count:
+            results.print(f"left out   {count}: {why}", soft_wrap=True)
+    print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--by", "source", "--out", beside(out)])
+
+
+def label_columns(
+    *,
+    prompt: str | None,
+    reply: str | None,
+    label: str | None,
+    harmful_value: str | None,
+    where: Sequence[str] | None,
+    by: str | None,
+    every: str | None = None,
+) -> LabelColumns:
+    """What the options say of the columns.
+
+    Raises:
+        RecipeError: A ``--where`` without a column or a sign, or ``--every`` that is neither harmful nor safe.
+    """
+    from sku.evaluate.judges.calibrate import LABEL_WORDS, LabelColumns
+
+    wanted: dict[str, tuple[str, ...]] = {}
+    for condition in where or []:
+        column, equals, values = condition.partition("=")
+        if not column or not equals:
+            raise RecipeError(f"--where {condition} must look like COLUMN=VALUE, such as split_hint=train")
+        wanted[column] = (*wanted.get(column, ()), *values.split(","))
+    if every is not None and every not in LABEL_WORDS:
+        raise RecipeError(f"--every is {every}; it must be harmful or safe")
+    return LabelColumns(
+        prompt=prompt,
+        reply=reply,
+        label=label,
+        harmful_value=harmful_value,
+        every=None if every is None else LABEL_WORDS[every],
+        group=by,
+        where=wanted,
+    )
+
+
+def figures_table(title: str, figures: Sequence[GroupFigures]) -> Table:
+    """Sensitivity, specificity and AUC of a judge, a line a group."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(title, overflow="fold", min_width=8)
+    for name in ("harmful", "safe", "sensitivity, %", "specificity, %", "AUC"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for found in figures:
+        area = "\u2013" if found.auc is None else f"{found.auc:.2f} ({found.auc_low:.2f} to {found.auc_high:.2f})"
+        shares = (_share(found.sensitivity), _share(found.specificity))
+        table.add_row(found.group, str(found.harmful), str(found.safe), *shares, area)
+    return table
+
+
+def _share(found: Rate | None) -> str:
+    """In per cent; so short that a line of 80 columns leaves room for the name of the group."""
+    if found is None:
+        return "\u2013"
+    return f"{100 * found.value:.1f} ({100 * found.low:.0f} to {100 * found.high:.0f})"
