@@ -47,9 +47,6 @@ from sku.pipeline import acquire_recipe
 from sku.storage import mark_hazardous, new_folder, write_json
 
 SPLITS = ("unseen", "benign", "retain_test")
-PERTA, NEG_MERGE = (
-    str(Path(__file__).parents[1] / "docs" / "examples" / name) for name in ("perta.py", "neg_merge.py")
-)
 MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
     **{

@@ -187,7 +187,7 @@ def test_a_failure_leaves_none_either(error: BaseException, tmp_path: Path, monk
         raise error
 
     out = tmp_path / "run"
-    monkeypatch.setattr("sku.pipeline.unlearning.change_of", fail)
+    monkeypatch.setattr("sku.pipeline.unlearning.subtracted_by", fail)
     with pytest.raises(type(error)):
         run_recipe(recipe("keep_for_resume=false"), out)
     assert out.is_dir()
@@ -339,7 +339,8 @@ def test_a_terminated_process_cleans_up_as_an_interrupted_one(
     out = tmp_path / "run"
     settings = [word for change in (*SMALL, "keep_for_resume=false") for word in ("--set", change)]
     monkeypatch.setattr(sys, "argv", ["sku", "run", "--out", str(out), *settings])
-    monkeypatch.setattr("sku.pipeline.unlearning.change_of", lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM))
+    terminate = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731 - a name for a line too long
+    monkeypatch.setattr("sku.pipeline.unlearning.subtracted_by", terminate)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         main()
