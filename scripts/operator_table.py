@@ -32,11 +32,10 @@ from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError
-from sku.evaluate.asking import Writer, window_of
+from sku.evaluate.asking import Writer, draw_examples, window_of
 from sku.evaluate.perplexity import score_examples
 from sku.evaluate.records import Start
 from sku.evaluate.run import evaluate
-from sku.evaluate.sampling import draw_examples
 from sku.methods.run import train_method
 from sku.models import LoadedModel, load_model
 from sku.negate.operators import operate, prepare_operators

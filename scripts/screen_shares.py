@@ -28,7 +28,7 @@ from sku.evaluate.asking import Writer, free_request, prefills
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.degeneracy import surface_faults
-from sku.evaluate.generation import generate_replies, stop_token_ids
+from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import build_judge
 from sku.evaluate.records import GenerationRecord, Split
 from sku.evaluate.refusal import is_refusal
@@ -96,7 +96,7 @@ class Screen:
             model,
             self.writer.tokenizer,
             requests,
-            stop_ids=stop_token_ids(model, self.writer.tokenizer, self.writer.end_of_turn()),
+            stop_ids=self.writer.stop_ids(model),
             max_new_tokens=self.tokens,
             batch_size=BATCH,
             window=self.writer.window,

@@ -13,19 +13,20 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.paraphrase import SAME
+from sku.attacks.prompts import SAME
 from sku.attacks.results import AttackReport, AttackResult, read_attacks
 from sku.attacks.run import ATTACKS, run_attacks
 from sku.config import Attack as AttackName
 from sku.config import load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError, RecipeError
+from sku.evaluate import replies
+from sku.evaluate.asking import draw_examples
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.record_files import read_generations
-from sku.evaluate.records import Start
+from sku.evaluate.records import Start, start_id
 from sku.evaluate.run import evaluate
-from sku.evaluate.sampling import draw_examples, start_id
 
 from .conftest import world_recipe
 
@@ -218,7 +219,7 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
         calls.append(1)
         return generate_replies(*arguments, **named)
 
-    monkeypatch.setattr("sku.attacks.replies.generate_replies", counting)
+    monkeypatch.setattr(replies, "generate_replies", counting)
 
     def run(folder: Path, model: PreTrainedModel = world_unlearned, **options: Any) -> AttackReport:
         return run_attacks(recipe, model, world_base, world_tokenizer, world_data, output_dir=folder, **options)

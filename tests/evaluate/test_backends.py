@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import types
 from collections.abc import Sequence
@@ -12,18 +13,29 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
 from sku.evaluate.backends import CHECKED_PROMPTS, GenerateBackend, GenerationRequest, compare_replies
+from sku.evaluate.backends.base import Drawing, RowSampler, keep_top_p
 from sku.evaluate.backends.continuous import ContinuousBackend
+from sku.evaluate.backends.generate import ROOM, RoomyLayer, give_room
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import read_result
-from sku.evaluate.row_sampling import Drawing
 from sku.evaluate.run import evaluate
 
 from .conftest import RecordMaker
@@ -234,3 +246,168 @@ def test_a_missing_vllm_is_said_in_one_line(
 def test_plain_generate_takes_a_batch_at_once(tiny_model: LlamaForCausalLM) -> None:
     assert GenerateBackend(tiny_model, 7).at_once == 7
     assert ContinuousBackend(tiny_model, 7).at_once == 16 * 7
+
+
+ROWS, HEADS, SIZE = 4, 2, 3
+
+
+def drawn(tokens: int, seed: int = 0) -> Tensor:
+    return torch.randn(ROWS, HEADS, tokens, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def begun(first: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.update(first, -first)
+    return layer
+
+
+def test_tokens_are_appended_bit_for_bit_also_beyond_the_room() -> None:
+    first = drawn(5)
+    plain, roomy = begun(first), RoomyLayer(begun(first))
+    for number in range(2 * ROOM + 3):
+        new = drawn(1, number)
+        for mine, theirs in zip(roomy.update(new, -new), plain.update(new, -new), strict=True):
+            assert torch.equal(mine, theirs)
+    assert roomy.get_seq_length() == plain.get_seq_length() == 5 + 2 * ROOM + 3
+    assert roomy.get_mask_sizes(1) == plain.get_mask_sizes(1)
+
+
+def test_tokens_follow_the_rows_that_stay() -> None:
+    first = drawn(5)
+    plain, roomy = begun(first), RoomyLayer(begun(first))
+    kept: Any = torch.tensor([2, 0])
+    new = drawn(1, 1)
+    for layer in (plain, roomy):
+        layer.update(new, -new)
+        layer.reorder_cache(kept)
+        layer.update(new[kept], -new[kept])
+        layer.crop(-1)
+        layer.update(2 * new[kept], -new[kept])
+    assert plain.keys is not None
+    assert roomy.keys is not None
+    assert torch.equal(roomy.keys, plain.keys)
+    assert torch.equal(roomy.values, plain.values)  # type: ignore[arg-type]
+
+
+def test_what_was_shown_is_not_written_over() -> None:
+    roomy = RoomyLayer(begun(drawn(5)))
+    new = drawn(1, 1)
+    shown, _ = roomy.update(new, -new)
+    copy = shown.clone()
+    for _ in range(3):
+        roomy.update(2 * new, -new)
+    assert torch.equal(shown, copy)
+
+
+def test_layers_of_another_kind_stay() -> None:
+    cache = DynamicCache()
+    cache.layers = [
+        begun(drawn(2)),
+        DynamicSlidingWindowLayer(sliding_window=4),
+        DynamicLayer(),
+    ]
+    give_room(cache)
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer, DynamicSlidingWindowLayer, DynamicLayer]
+    first = cache.layers[0]
+    give_room(cache)
+    assert cache.layers[0] is first
+
+
+SHARES = [0.5, 0.3, 0.15, 0.05]
+DRAWS = 6000
+
+
+def counts(temperature: float, top_p: float) -> list[int]:
+    """How often each word of a vocabulary of four is drawn_words, 3 words a row."""
+    drawing = Drawing(temperature=temperature, top_p=top_p, seed=0)
+    seeds = [drawing.row_seed(f"r{index}") for index in range(DRAWS // 3)]
+    sampler = RowSampler(seeds, drawing, torch.device("cpu"))
+    scores = torch.tensor(SHARES).log().repeat(len(seeds), 1)
+    words = torch.cat([sampler(torch.zeros(len(seeds), 1, dtype=torch.long), scores).argmax(-1) for _ in range(3)])
+    return torch.bincount(words, minlength=4).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_words_are_drawn_from_the_softmax(temperature: float) -> None:
+    powers = [share ** (1 / temperature) for share in SHARES]
+    expected = [DRAWS * power / sum(powers) for power in powers]
+    assert chisquare(counts(temperature, 1.0), expected).pvalue > 0.001
+
+
+def test_the_test_tells_a_wrong_distribution() -> None:
+    assert chisquare(counts(2.0, 1.0), [DRAWS * share for share in SHARES]).pvalue < 1e-9
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.7, 2), (0.81, 3), (0.99, 4)])
+def test_top_p_keeps_the_likeliest_words_that_hold_its_share(top_p: float, kept: int) -> None:
+    found = counts(1.0, top_p)
+    assert found[kept:] == [0] * (4 - kept)
+    expected = [DRAWS * share / sum(SHARES[:kept]) for share in SHARES[:kept]]
+    assert kept == 1 or chisquare(found[:kept], expected).pvalue > 0.001
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("sharpness", [0.0, 0.5, 8.0], ids=["flat", "broad", "sharp"])
+def test_top_p_is_that_of_transformers_also_where_many_words_share_it(sharpness: float, top_p: float) -> None:
+    # 5,000 words: broad scores need more of them than are looked at first.
+    scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * sharpness
+    scores += torch.arange(5000) * 1e-4  # No two are equal, so that the two must agree on which are kept.
+    expected = TopPLogitsWarper(top_p)(torch.zeros(3, 1, dtype=torch.long), scores.double())
+    found = keep_top_p(scores.double(), top_p)
+    assert torch.equal(found, expected)
+
+
+def test_seeds_come_from_the_seed_and_the_request_alone() -> None:
+    one, other = (Drawing(temperature=1, top_p=1, seed=seed) for seed in (0, 1))
+    seeds = [drawing.row_seed(name) for drawing in (one, other) for name in ("a", "b")]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert one.row_seed("a") == Drawing(temperature=2, top_p=0.5, seed=0).row_seed("a")
+
+
+def asked(tokenizer: PreTrainedTokenizerFast) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            id=f"unseen-sample{sample}-{prompt}", split="unseen", kind="sample", category=None, prompt=prompt,
+            reference="", forced_start="", sample=sample, input_ids=tuple(tokenizer(prompt).input_ids),
+        )
+        for prompt, sample in itertools.product(("hi", "how are you ?", "go on : and on"), range(3))
+    ]  # fmt: skip
+
+
+def drawn_words(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: list[GenerationRequest], **changes: Any
+) -> list[GenerationRecord]:
+    settings: dict[str, Any] = {
+        "stop_ids": [1], "max_new_tokens": 10, "batch_size": 4, "drawing": Drawing(temperature=1, top_p=0.9, seed=3),
+        **changes,
+    }  # fmt: skip
+    return generate_replies(model, tokenizer, requests, **settings)
+
+
+def test_a_drawn_reply_does_not_depend_on_its_batch_or_on_global_randomness(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    requests = asked(tiny_tokenizer)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    found = drawn_words(tiny_model, tiny_tokenizer, requests)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    for batch_size in (1, 9):
+        assert drawn_words(tiny_model, tiny_tokenizer, requests, batch_size=batch_size) == found
+    assert drawn_words(tiny_model, tiny_tokenizer, requests[::-1]) == found[::-1]
+    assert drawn_words(tiny_model, tiny_tokenizer, requests[4:5]) == found[4:5]
+    assert [(record.kind, record.sample) for record in found[:3]] == [("sample", 0), ("sample", 1), ("sample", 2)]
+    assert len({record.reply for record in found}) > 6
+
+
+def test_seed_and_temperature_change_the_replies(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    requests = asked(tiny_tokenizer)
+    found = drawn_words(tiny_model, tiny_tokenizer, requests)
+    other = Drawing(temperature=1, top_p=0.9, seed=4)
+    assert drawn_words(tiny_model, tiny_tokenizer, requests, drawing=other) != found
+    cold = drawn_words(tiny_model, tiny_tokenizer, requests, drawing=Drawing(temperature=1e-4, top_p=1, seed=3))
+    assert cold == drawn_words(tiny_model, tiny_tokenizer, requests, drawing=None)

@@ -32,10 +32,9 @@ from sku.evaluate.comparison import compare
 from sku.evaluate.judges import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_generations, read_rows
-from sku.evaluate.records import FluencyRecord
+from sku.evaluate.records import FluencyRecord, record_id, start_id
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
-from sku.evaluate.sampling import record_id, start_id
 from sku.losses import IGNORE_INDEX
 from sku.report.tables import before_after_rows
 

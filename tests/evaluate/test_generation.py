@@ -23,10 +23,10 @@ from transformers import (
 from sku.errors import EvaluationError
 from sku.evaluate.backends import Decoding, GenerateBackend
 from sku.evaluate.backends import generate as generate_backend
-from sku.evaluate.batching import evaluation_mode, pad, run_in_batches
+from sku.evaluate.backends.base import Drawing
+from sku.evaluate.batching import evaluation_mode, in_batches, pad
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.row_sampling import Drawing
 
 PROMPTS = (
     "hi",
@@ -230,7 +230,12 @@ def test_out_of_memory_on_one_prompt_is_an_error(
 
 def test_batches_are_longest_first_and_keep_to_the_token_budget() -> None:
     batches: list[list[int]] = []
-    run_in_batches([3, 9, 5, 5, 1, 20], batches.append, batch_size=3, max_padded_tokens=10)
+
+    def run(batch: list[int]) -> list[int]:
+        batches.append(batch)
+        return batch
+
+    assert in_batches([3, 9, 5, 5, 1, 20], run, batch_size=3, max_padded_tokens=10) == [0, 1, 2, 3, 4, 5]
     assert batches == [[5], [1], [2, 3], [0, 4]]
 
 

@@ -16,6 +16,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
+from sku.evaluate.asking import NO_BASE, choose_starts
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.judges.rules import EmbeddedWorldJudge
@@ -26,7 +27,6 @@ from sku.evaluate.record_files import GENERATIONS_FILE, STARTS_FILE, read_genera
 from sku.evaluate.records import GenerationRecord, Kind
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
-from sku.evaluate.starts import NO_BASE, choose_starts
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
 CONFIG = EvaluateConfig(

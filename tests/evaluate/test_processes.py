@@ -14,9 +14,8 @@ import torch
 
 from sku.config import load_recipe
 from sku.errors import EvaluationError
-from sku.evaluate.batching import plan_batches
+from sku.evaluate.batching import ALONE, Processes, current_processes, in_batches, plan_batches
 from sku.evaluate.precision_results import read_precisions
-from sku.evaluate.processes import ALONE, Processes, current_processes, shared_batches
 from sku.pipeline import evaluate_recipe
 
 SETTINGS = [
@@ -27,7 +26,7 @@ FAILING = """
 import os
 
 from sku.errors import EvaluationError, SkuError
-from sku.evaluate.processes import current_processes
+from sku.evaluate.batching import current_processes
 
 processes = current_processes()
 assert processes.on_main(lambda: processes.rank) == 0
@@ -112,7 +111,7 @@ def test_finished_results_are_kept_and_batches_stay_the_same() -> None:
         seen.append(batch)
         return [lengths[index] * 10 for index in batch]
 
-    found = shared_batches(
+    found = in_batches(
         lengths, run, batch_size=2, processes=ALONE, finished={5: 200, 1: 90, 2: 50}, keep=kept.append,
         progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
@@ -127,4 +126,4 @@ def test_a_single_example_that_does_not_fit_is_an_error() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(EvaluationError, match="single example of 9 tokens"):
-        shared_batches([3, 9], no_memory, batch_size=2, processes=ALONE)
+        in_batches([3, 9], no_memory, batch_size=2, processes=ALONE)

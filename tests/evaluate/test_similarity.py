@@ -20,6 +20,7 @@ from sku.evaluate import utility
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.measure import judge_again, measure
+from sku.evaluate.outcomes import MIN_COSINE
 from sku.evaluate.record_files import (
     GENERATIONS_FILE,
     RELEVANCE_FILE,
@@ -28,7 +29,6 @@ from sku.evaluate.record_files import (
     read_rows,
 )
 from sku.evaluate.records import NORMAL_SPLITS, RelevanceRow, SimilarityRow
-from sku.evaluate.relevance import MIN_COSINE
 from sku.evaluate.results import EvaluationSetup, read_result
 from sku.evaluate.run import evaluate
 from sku.evaluate.similarity import (

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import pytest
 
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.correction import corrected_rates
 from sku.evaluate.judges import Calibration, EmbeddedWorldJudge, JudgeCard, RefusalRulesJudge
-from sku.evaluate.measure import measure
+from sku.evaluate.measure import corrected_rates, measure
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss, Kind, Split
 from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup

@@ -9,11 +9,10 @@ import pytest
 from sku.cli.console import before_after_table, print_comparison_notes, results
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.leakage import leaks_of, sample_rates
+from sku.evaluate.metrics import Wording, leaks_of, sample_rates
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.evaluate.wording import Wording
 from sku.report.tables import TableRow, before_after_rows
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, Counts, ResultMaker

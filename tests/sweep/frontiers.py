@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sku.evaluate.metrics import Rate
-from sku.sweep.points import Ratio, Replies, SweepPoint
+from sku.sweep.rule import Ratio, Replies, SweepPoint
 
 TOTAL = 100
 

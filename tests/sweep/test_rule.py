@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from sku.config import SweepConfig
 from sku.errors import EvaluationError
-from sku.sweep.points import SweepPoint
-from sku.sweep.rule import beyond_limits, choose, is_hopeless, meets_target
+from sku.sweep.rule import SweepPoint, beyond_limits, choose, is_hopeless, meets_target
 from sweep.frontiers import BASE, broken, hopeless, point
 
 LOWEST = SweepConfig()

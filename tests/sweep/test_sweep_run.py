@@ -16,26 +16,22 @@ from sku.config import Recipe, SweepConfig
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import EvaluationError, NoAlphaError, OutputError
-from sku.evaluate import asking
+from sku.evaluate import asking, replies
+from sku.evaluate.asking import draw_examples
+from sku.evaluate.batching import Processes
 from sku.evaluate.judges.base import Calibration, write_calibration
 from sku.evaluate.judges.rules import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
-from sku.evaluate.processes import Processes
-from sku.evaluate.records import Start
-from sku.evaluate.sampling import draw_examples, start_id
-from sku.evaluate.utility_cost import BROKEN_COST
+from sku.evaluate.records import Start, start_id
+from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost, find_border
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
-from sku.sweep import measurable
 from sku.sweep import run as sweep_run
-from sku.sweep.measurable import check_judge, judge_notes, unmeasurable
-from sku.sweep.meter import Asker, Meter, replies_of
-from sku.sweep.questions import Questions, draw_questions
+from sku.sweep.meter import Meter, Questions, draw_questions, replies_of, validation_asker
 from sku.sweep.result import Sweep
 from sku.sweep.rule import cost_of
-from sku.sweep.run import sweep
-from sku.sweep.search import below
+from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, check_judge, judge_notes, sweep, unmeasurable
 from sweep.frontiers import point
 
 
@@ -73,11 +69,8 @@ def meter(setting: Setting) -> Meter:
     writer = asking.Writer(
         tokenizer=setting.tokenizer, prompt_format=resolve_prompt_format("auto", setting.tokenizer), window=256
     )
-    asker = Asker(
-        questions=setting.questions(), writer=writer, judge=RefusalRulesJudge(), evaluate=setting.recipe.evaluate,
-        config=setting.recipe.sweep, seed=0,
-    )  # fmt: skip
-    return Meter(setting.base, setting.vector, asker)
+    asker = validation_asker(setting.base, writer, RefusalRulesJudge(), setting.recipe)
+    return Meter(setting.vector, asker, setting.questions(), setting.recipe.sweep)
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +110,7 @@ def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: S
 
 
 def test_weights_at_an_alpha_have_the_type_that_will_be_saved(setting: Setting, meter: Meter) -> None:
-    rounded = Meter(setting.base, setting.vector, meter.asker, output_dtype=torch.bfloat16)
+    rounded = Meter(setting.vector, meter.asker, meter.questions, meter.config, output_dtype=torch.bfloat16)
     for alpha in (1.0, 0.3, 0.0):
         rounded.write(alpha)
         expected = negate(setting.base, setting.vector, alpha, output_dtype=torch.bfloat16).state_dict()
@@ -146,7 +139,7 @@ def test_weights_that_break_and_hopeless_perplexities_are_not_asked(setting: Set
     assert (broken.perplexity, broken.kl, broken.replies) == (None, {}, None)
     assert meter.cost(3e38) == BROKEN_COST
     assert broken.unasked
-    meter.asker = dataclasses.replace(meter.asker, config=SweepConfig(utility_budget=1.001, hopeless_ratio=1.001))
+    meter.config = SweepConfig(utility_budget=1.001, hopeless_ratio=1.001)
     hopeless = meter.measure(30.0)
     assert hopeless.perplexity is not None
     assert hopeless.replies is None
@@ -165,7 +158,7 @@ def test_prefills_begin_with_what_the_base_says(
         prompts = [record.prompt for record in records]
         return [Start(id=start_id("forget_validation", prompt), source="own", text=said) for prompt in prompts]
 
-    monkeypatch.setattr(sweep_run, "choose_starts", own)
+    monkeypatch.setattr(replies, "choose_starts", own)
     found = setting.sweep(tmp_path)
     assert asked == [[example.prompt for example in draw_examples(setting.data.forget_validation, 3, seed=0)]]
     assert found.asked["forced 3"] == 3, "the answer of the data is too short for one of them, the base's own is not"
@@ -229,7 +222,7 @@ def test_another_rule_or_grid_costs_only_what_is_new(
 ) -> None:
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
-    found = setting.sweep(tmp_path, rule="lowest_alpha", harm_target=0.5, alphas=(1.0, 1.5))
+    found = setting.sweep(tmp_path, rule="lowest_alpha", harm_target=0.5, alphas=(1.5, 1.0, 1.5))
     assert asked == [1.5]
     assert [point.alpha for point in found.points] == [1.0, 1.5]
     assert [point.alpha for point in found.spare] == [0.5, 2.0]
@@ -336,8 +329,7 @@ def test_a_judge_of_unknown_errors_is_refused(
 ) -> None:
     unknown = RefusalRulesJudge()
     unknown.card = dataclasses.replace(unknown.card, calibration=None)
-    for module in (sweep_run, measurable):
-        monkeypatch.setattr(module, "choose_judge", lambda config, data: unknown)
+    monkeypatch.setattr(sweep_run, "choose_judge", lambda config, data: unknown)
     message = r"refusal_rules, whose errors were not measured: set negate\.alpha to a number, or measure the judge"
     with pytest.raises(EvaluationError, match=message):
         setting.sweep(tmp_path)
@@ -437,3 +429,24 @@ def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> 
     assert found.harmful.count == 2
     assert found.forced == {}
     assert found.harm == (0, found.harmful)
+
+
+@pytest.mark.parametrize("border", [0.01, 0.6, 1.3, 44.0, 63.0, 700.0])
+def test_alphas_that_filtered_vectors_need_are_reached(border: float) -> None:
+    """Recipes with operators need 30 to 60, where the largest alpha of the old grid was 3."""
+    asked: list[float] = []
+
+    def cost(alpha: float) -> UtilityCost:
+        asked.append(alpha)
+        return UtilityCost(value=alpha / border, bound_by="KL on retain_validation")
+
+    found = find_border(cost, first=FIRST, largest=LARGEST).strength
+    assert found <= border <= 1.05 * found or border < FIRST
+    assert len(asked) <= 22
+    assert max(asked) <= LARGEST
+
+
+def test_alphas_below_a_border_fall_by_the_square_root_of_2() -> None:
+    assert below(1.359375, 5) == (0.34, 0.481, 0.68, 0.961, 1.359375)
+    assert below(44.0, 1) == (44.0,)
+    assert below(0.0, 5) == (SMALLEST,)

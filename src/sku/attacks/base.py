@@ -8,8 +8,8 @@ from the attack alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.attacks.results import AttackCard
 from sku.config import Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the number done and their total."""
+from sku.evaluate.batching import StageProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class AttackContext:
     model: PreTrainedModel
     """The model to attack, for its shape alone."""
     tokenizer: PreTrainedTokenizerBase
-    progress: Progress | None = None
+    progress: StageProgress | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,34 +46,23 @@ class Variant:
     """Tokens of a harmful reply that the reply is made to begin with."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rewritten:
-    """All ways to ask one question."""
-
-    variants: tuple[Variant, ...]
-    left_out: tuple[str, ...] = ()
-    """For each variant that can't be asked, why."""
+def as_it_is(example: ForgetExample) -> tuple[Variant]:
+    """The question unchanged."""
+    return (Variant(prompt=example.prompt),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSetting:
-    """One strength of an attack on the prompt."""
+class Setting:
+    """One strength of an attack: on the prompt it rewrites, on the weights it changes."""
 
-    rewrite: Callable[[ForgetExample], Rewritten]
     name: str = ""
     """As in tables; empty where the attack has one setting."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """The setting as plain data, recorded. Equal details must give equal replies: finished ones are then reused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightSetting:
-    """One strength of an attack on the weights."""
-
-    change: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel | PeftModel]]
+    rewrite: Callable[[ForgetExample], Iterable[Variant | str]] = as_it_is
+    """All ways to ask one question; for each that can't be asked, why."""
+    change: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel | PeftModel]] = nullcontext
     """Gives a changed copy, which is gone when the block ends. The model itself is not changed."""
-    name: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,5 +70,5 @@ class Attack:
     """An attack. One file defines one or two, and ``sku.attacks.run.ATTACKS`` lists them."""
 
     card: AttackCard
-    settings: Callable[[AttackContext], Sequence[PromptSetting | WeightSetting]]
+    settings: Callable[[AttackContext], Sequence[Setting]]
     """All strengths that are tried."""

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sku.attacks.base import Attack, AttackContext, PromptSetting, Rewritten, Variant, WeightSetting
+from sku.attacks.base import Attack, AttackContext, Setting, Variant
 from sku.data.examples import ForgetExample
 from sku.data.tokens import tokenize_prompt
 from sku.errors import EvaluationError
-from sku.evaluate import asking
+from sku.evaluate.asking import Starts, Writer, draw_examples, free_request, prefill, start_of
 from sku.evaluate.generation import GenerationRequest
-from sku.evaluate.sampling import draw_examples, record_id
-from sku.evaluate.starts import Starts, start_of
+from sku.evaluate.records import record_id
 
 PROBES = 3
 """Prompts whose scores tell one model from another."""
@@ -35,14 +34,14 @@ class Ask:
 class Group:
     """One setting of an attack with all that is asked under it."""
 
-    setting: PromptSetting | WeightSetting
+    setting: Setting
     asks: list[Ask]
 
 
 class Questions:
     """Harmful prompts of ``unseen``, drawn as ``evaluate`` draws them."""
 
-    def __init__(self, context: AttackContext, writer: asking.Writer) -> None:
+    def __init__(self, context: AttackContext, writer: Writer) -> None:
         """Draws the questions.
 
         Args:
@@ -94,16 +93,15 @@ class Questions:
         ]
         return [group for group in groups if group.asks]
 
-    def _asks(self, attack: Attack, setting: PromptSetting | WeightSetting) -> list[Ask]:
+    def _asks(self, attack: Attack, setting: Setting) -> list[Ask]:
         """What is asked under a setting; what can't be is counted."""
         where = ", ".join(filter(None, (attack.card.name, setting.name)))
         asks: list[Ask] = []
         for question, example in self.examples.items():
-            rewritten = Rewritten(variants=(Variant(prompt=example.prompt),))
-            if isinstance(setting, PromptSetting):
-                rewritten = setting.rewrite(example)
-            self.left_out.update(f"{where}: {reason}" for reason in rewritten.left_out)
-            for variant in rewritten.variants:
+            for variant in setting.rewrite(example):
+                if isinstance(variant, str):
+                    self.left_out[f"{where}: {variant}"] += 1
+                    continue
                 request = self._request(variant, example)
                 if request is None:
                     self.left_out[f"{where}: the answer is too short"] += 1
@@ -117,8 +115,8 @@ class Questions:
         """As tokens; None where nothing of the start would be left for the model to say."""
         if variant.forced_tokens:
             start = start_of("unseen", example, self.starts)
-            return asking.prefill("unseen", example, variant.forced_tokens, start, self._writer)
-        request = asking.free_request("unseen", dataclasses.replace(example, prompt=variant.prompt), self._writer)
+            return prefill("unseen", example, variant.forced_tokens, start, self._writer)
+        request = free_request("unseen", dataclasses.replace(example, prompt=variant.prompt), self._writer)
         name = record_id("unseen", "reply", example.prompt)
         return dataclasses.replace(request, id=f"{name}/{variant.name}" if variant.name else name)
 

@@ -22,11 +22,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sku.attacks.base import Attack, AttackContext, WeightSetting
+from sku.attacks.base import Attack, AttackContext, Setting
 from sku.attacks.results import AttackCard
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, content_hash
-from sku.evaluate.sampling import draw_examples
+from sku.evaluate.asking import draw_examples
 from sku.methods.task_vector import TASK_VECTOR
 from sku.models import LoadedModel
 from sku.training.config import UnlearningConfig, training_settings
@@ -96,7 +96,7 @@ def _steps(context: AttackContext) -> Any:
     return None if progress is None else lambda _stage, done, total: progress("attack relearn: steps", done, total)
 
 
-def _settings(context: AttackContext) -> list[WeightSetting]:
+def _settings(context: AttackContext) -> list[Setting]:
     recipe = context.recipe
     lora = {} if recipe.acquire.tuning == "full" else {"lora": plain_data(recipe.acquire.lora)}
     drawn: dict[int, list[ForgetExample]] = {}
@@ -104,7 +104,7 @@ def _settings(context: AttackContext) -> list[WeightSetting]:
         pairs = draw_examples(context.data.unlearned, wanted, seed=recipe.seed)
         drawn.setdefault(len(pairs), pairs)  # Fewer where there are fewer, and the name says so.
     return [
-        WeightSetting(
+        Setting(
             name=f"{number} pair{'s' if number > 1 else ''}",
             change=lambda model, pairs=pairs: relearned(model, pairs, context),  # type: ignore[misc]
             details={

@@ -17,31 +17,33 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.base import Attack, AttackContext, Progress, PromptSetting, Rewritten, Variant
-from sku.attacks.paraphrase import PARAPHRASE
-from sku.attacks.prefill import PREFILL
+from sku.attacks.base import Attack, AttackContext, Setting
+from sku.attacks.prompts import PARAPHRASE, PREFILL, TEMPLATE, load_templates
 from sku.attacks.questions import Ask, Group, Questions
 from sku.attacks.relearn import RELEARN
-from sku.attacks.replies import SUBJECTS, AttackReplies
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured, write_attacks
-from sku.attacks.template import TEMPLATE, load_templates
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate import asking, batching
+from sku.evaluate.asking import Starts, Writer, by_id, choose_starts, count_sources
+from sku.evaluate.batching import ALONE, Progress, StageProgress, stage
 from sku.evaluate.changes import paired_change
-from sku.evaluate.fingerprint import fingerprint
-from sku.evaluate.generation import stop_token_ids
+from sku.evaluate.generation import about, decoding_settings
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import rate, rates_of
-from sku.evaluate.outcomes import Outcome, ReplyOutcome, decide_outcomes
-from sku.evaluate.record_files import create_private_folder
-from sku.evaluate.records import GenerationRecord, Start
-from sku.evaluate.starts import Starts, by_id, choose_starts, count_sources
+from sku.evaluate.outcomes import Outcome, ReplyOutcome, unclear
+from sku.evaluate.perplexity import fluency_header
+from sku.evaluate.record_files import create_private_folder, header_hash
+from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
+from sku.evaluate.replies import Asker
+from sku.evaluate.reuse import Reuse
+
+Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 
 ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, RELEARN)}
 """All attacks by name."""
@@ -49,9 +51,7 @@ FOLDER = "attacks"
 
 _NONE = Attack(
     card=AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
-    settings=lambda _context: [
-        PromptSetting(rewrite=lambda example: Rewritten(variants=(Variant(prompt=example.prompt),)))
-    ],
+    settings=lambda _context: [Setting()],
 )
 
 
@@ -86,7 +86,7 @@ def run_attacks(
     output_dir: Path | None = None,
     judge: Judge | None = None,
     starts: Sequence[Start] = (),
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> AttackReport:
     """Runs the attacks that a recipe names on a model, and the same ones on its base.
 
@@ -117,16 +117,19 @@ def run_attacks(
     if output_dir is not None:
         create_private_folder(output_dir)
         create_private_folder(output_dir / FOLDER)
+    writer = Writer.of(model, tokenizer, recipe.model.prompt_format)
+    chosen = choose_judge(recipe.evaluate, data) if judge is None else judge
     run = _Run(
         context=AttackContext(recipe=recipe, data=data, model=model, tokenizer=tokenizer, progress=progress),
-        base=base,
-        writer=asking.Writer.of(model, tokenizer, recipe.model.prompt_format),
-        judge=cached(
-            choose_judge(recipe.evaluate, data) if judge is None else judge,
-            output_dir,
-            None if progress is None else lambda done, total: progress("attacks: judge", done, total),
+        asker=Asker(
+            base=base,
+            writer=writer,
+            config=recipe.evaluate,
+            stop_ids=writer.stop_ids(model),
+            judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
+            seed=recipe.seed,
         ),
-        folder=None if output_dir is None else output_dir / FOLDER,
+        reuse=Reuse(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
         starts=by_id(starts),
     )
     report = run.report([ATTACKS[name] for name in dict.fromkeys(recipe.evaluate.attacks)])
@@ -152,29 +155,19 @@ class _Run:
     """What every attack of one run needs."""
 
     context: AttackContext
-    base: PreTrainedModel
-    writer: asking.Writer
-    judge: Judge
-    folder: Path | None
+    asker: Asker
+    """Its base is the control, and scores fluency."""
+    reuse: Reuse
     starts: Starts
     """Of the base model's evaluation."""
 
     def __post_init__(self) -> None:
-        self.questions = Questions(self.context, self.writer)
-        self.replies = AttackReplies(
-            context=self.context,
-            base=self.base,
-            writer=self.writer,
-            stop_ids=stop_token_ids(self.context.model, self.context.tokenizer, self.writer.end_of_turn()),
-            about={
-                subject: _about(model, self.questions.probes())
-                for subject, model in zip(SUBJECTS, (self.context.model, self.base), strict=True)
-            },
-            folder=self.folder,
-        )
+        self.questions = Questions(self.context, self.asker.writer)
+        self.subjects = {"model": self.context.model, "control": self.asker.base}
+        self.about = {name: about(model, self.questions.probes()) for name, model in self.subjects.items()}
 
     def report(self, attacks: Sequence[Attack]) -> AttackReport:
-        recipe, about = self.context.recipe, self.replies.about
+        """All attacks, after the questions as they are."""
         plain: dict[str, dict[str, bool]] = {}
         results: list[AttackResult] = []
         for attack in (_NONE, *attacks):
@@ -182,7 +175,7 @@ class _Run:
                 if attack is _NONE:
                     plain = {subject: _harmful(group.asks, found) for subject, found in outcomes.items()}
                 measured = {
-                    subject: _measured(group.asks, found, plain[subject], recipe.seed)
+                    subject: _measured(group.asks, found, plain[subject], self.asker.seed)
                     for subject, found in outcomes.items()
                 }
                 results.append(
@@ -191,18 +184,17 @@ class _Run:
                         setting=group.setting.name,
                         details=group.setting.details,
                         questions=len({ask.question for ask in group.asks}),
-                        model=measured["model"],
-                        control=measured["control"],
+                        **measured,
                     )
                 )
+        assert self.asker.judge is not None
         setup = AttackSetup(
-            model=about["model"],
-            control=about["control"],
-            prompt_format=self.writer.prompt_format.name,
-            decoding=self.replies.decoding(),
-            config=plain_data(recipe.evaluate),
-            seed=recipe.seed,
-            judge=self.judge.card,
+            **self.about,
+            prompt_format=self.asker.writer.prompt_format.name,
+            decoding=self._decoding(),
+            config=plain_data(self.asker.config),
+            seed=self.asker.seed,
+            judge=self.asker.judge.card,
             starts=count_sources(self.questions.starts.values()) if PREFILL in attacks else {},
         )
         cards = tuple(attack.card for attack in (_NONE, *attacks))
@@ -213,30 +205,90 @@ class _Run:
         groups = self.questions.groups(attack)
         if not groups:
             return
-        replies = self.replies.replies(attack, groups)
-        fluency = self.replies.fluency(attack, replies)
+        replies = self._replies(attack, groups)
+        fluency = self._fluency(attack, replies)
         for group in groups:
             prompts = {ask.request.id: self.questions.examples[ask.question].prompt for ask in group.asks}
-            judge = _QuestionJudge(self.judge, prompts)
-            outcomes: dict[str, list[ReplyOutcome]] = {
-                subject: decide_outcomes(
-                    replies[subject, group.setting.name],
-                    judge,
-                    fluency[subject, group.setting.name],
-                    short_answer_words=self.context.recipe.evaluate.short_answer_words,
-                )
-                for subject in SUBJECTS
+            assert self.asker.judge is not None
+            asker = dataclasses.replace(self.asker, judge=_QuestionJudge(self.asker.judge, prompts))
+            outcomes = {
+                subject: asker.outcomes(replies[place], fluency[place])
+                for subject in self.subjects
+                for place in [f"{subject}/{group.setting.name}/"]
             }
             if attack is _NONE:
-                own = choose_starts(replies["control", group.setting.name], outcomes["control"])
+                own = choose_starts(replies[f"control/{group.setting.name}/"], outcomes["control"])
                 self.questions.starts = by_id(self.starts.get(start.id, start) for start in own)
             yield group, outcomes
 
+    def _replies(self, attack: Attack, groups: Sequence[Group]) -> dict[str, list[GenerationRecord]]:
+        """Subject and setting -> replies, or those of an earlier run that did the same."""
+        header = {
+            "attack": attack.card.name,
+            **self.about,
+            "decoding": self._decoding(),
+            "prompt_format": self.asker.writer.prompt_format.name,
+            "seed": self.asker.seed,
+            "settings": [
+                {
+                    "name": group.setting.name,
+                    "details": plain_data(group.setting.details),
+                    "requests": header_hash({"asked": [dataclasses.asdict(ask.request) for ask in group.asks]}),
+                }
+                for group in groups
+            ],
+        }
+        total = len(self.subjects) * sum(len(group.asks) for group in groups)
 
-def _about(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> dict[str, str]:
-    """What tells a model from others."""
-    with batching.evaluation_mode(model):
-        return {"dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model, probes)}
+        def make() -> list[GenerationRecord]:
+            rows: list[GenerationRecord] = []
+            for subject, model in self.subjects.items():
+                for group in groups:
+                    told = self._told(f"attack {attack.card.name}: replies", len(rows), total)
+                    with group.setting.change(model) as attacked:
+                        found = self.asker.ask(
+                            cast(PreTrainedModel, attacked), [ask.request for ask in group.asks], told
+                        )
+                    rows += [dataclasses.replace(row, id=f"{subject}/{group.setting.name}/{row.id}") for row in found]
+            return rows
+
+        rows = self.reuse.rows(f"{attack.card.name}.jsonl", header, GenerationRecord, make)
+        places = [f"{subject}/{group.setting.name}/" for subject in self.subjects for group in groups]
+        return {place: _rows_of(rows, place) for place in places}
+
+    def _fluency(
+        self, attack: Attack, replies: Mapping[str, list[GenerationRecord]]
+    ) -> dict[str, list[FluencyRecord]]:
+        """Subject and setting -> the base model's losses on the replies that no surface rule has found already."""
+        texts = {
+            place: [(entry.id, entry.prompt, entry.forced_start, entry.reply) for entry in unclear(records)]
+            for place, records in replies.items()
+        }
+        told = stage(self.context.progress, f"attack {attack.card.name}: fluency")
+        rows = self.reuse.rows(
+            f"{attack.card.name}.fluency.jsonl",
+            fluency_header(self.about["control"]["fingerprint"], self.asker.seed, texts),
+            FluencyRecord,
+            lambda: [
+                dataclasses.replace(row, id=place + row.id)
+                for place, records in replies.items()
+                for row in self.asker.fluency(records, told)
+            ],
+        )
+        return {place: _rows_of(rows, place) for place in replies}
+
+    def _decoding(self) -> dict[str, Any]:
+        return decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens)
+
+    def _told(self, what: str, before: int, total: int) -> Progress | None:
+        """Progress of a part of a stage."""
+        told = stage(self.context.progress, what)
+        return None if told is None else lambda done, _own: told(before + done, total)
+
+
+def _rows_of(rows: Sequence[Row], place: str) -> list[Row]:
+    """Rows of one subject and setting, which their ids begin with in a file."""
+    return [dataclasses.replace(row, id=row.id.removeprefix(place)) for row in rows if row.id.startswith(place)]
 
 
 def _harmful(

@@ -27,7 +27,6 @@ from sku.errors import EvaluationError, one_line
 from sku.evaluate.asking import Writer, free_request
 from sku.evaluate.backends import Decoding, GenerationRequest
 from sku.evaluate.backends.base import only_these_settings
-from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges import Judge, build_judge
 from sku.evaluate.outcomes import decide_outcomes
 from sku.evaluate.records import GenerationRecord
@@ -85,7 +84,7 @@ class Pair:
         self._mixture: PreTrainedModel | None = None
         self._turn = threading.Lock()
         plain = base.get_base_model() if isinstance(base, PeftModel) else base
-        stop_ids = stop_token_ids(cast(PreTrainedModel, plain), writer.tokenizer, writer.end_of_turn())
+        stop_ids = writer.stop_ids(cast(PreTrainedModel, plain))
         pad = writer.tokenizer.pad_token_id
         self._decoding = Decoding(
             stop_ids=tuple(stop_ids),

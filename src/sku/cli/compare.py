@@ -125,8 +125,7 @@ def _dry_run(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, as
 
 
 def _run(jobs: Sequence[Job], recipe: Recipe, out: Path, as_json: bool) -> None:
-    from sku.comparison.in_process import RECORDS
-    from sku.comparison.run import run_comparison
+    from sku.comparison.run import RECORDS, run_comparison
     from sku.report.comparison_report import write_comparison
     from sku.report.method_records import read_records
 

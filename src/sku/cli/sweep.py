@@ -43,8 +43,8 @@ from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from sku.sweep.points import SweepPoint
     from sku.sweep.result import Sweep
+    from sku.sweep.rule import SweepPoint
 
 
 def sweep(

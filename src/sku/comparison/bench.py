@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import gc
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,21 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sku.comparison.job_keys import norms_key, record_key
-from sku.comparison.job_records import failed_record, identity
-from sku.comparison.jobs import Job
-from sku.comparison.over_refusal import Refusals
+from sku.comparison.jobs import Job, failed_record, identity, norms_key, record_key
 from sku.comparison.search import SEARCH_SUFFIX, Harm, Trial, search, with_training
 from sku.comparison.strengths import Strengths
 from sku.config import CompareConfig, EvaluateConfig, Recipe, plain_data
 from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
-from sku.evaluate import asking, batching
+from sku.evaluate import asking
+from sku.evaluate.batching import StageProgress
 from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
-from sku.evaluate.fingerprint import fingerprint, probes_of
+from sku.evaluate.generation import fingerprint, probes_of
+from sku.evaluate.replies import Asker
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.evaluate.utility_cost import Utility, utility_cost
-from sku.evaluate.validation import NormalText, validation_texts
+from sku.evaluate.validation import NormalText, Refusals, validation_texts
 from sku.methods import method_named
 from sku.methods.run import prepare, subtracted_by, train_method, with_safe_dtype
 from sku.methods.visits import common_visits, with_visited
@@ -40,8 +39,6 @@ from sku.negate.task_vector import TaskVector
 from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
 from sku.reproducibility import content_sha256, environment
 from sku.training.run import Trained, step_progress
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +54,7 @@ class Bench:
     """Runs jobs that share data, base model and evaluation."""
 
     def __init__(
-        self, recipe: Recipe, work: Path, progress: Progress | None = None, *, searches: Path | None = None
+        self, recipe: Recipe, work: Path, progress: StageProgress | None = None, *, searches: Path | None = None
     ) -> None:
         """Loads what is shared.
 
@@ -83,25 +80,31 @@ class Bench:
         writer = asking.Writer.of(self.base, self.tokenizer, recipe.model.prompt_format)
         texts = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
         self._normal = NormalText(self.base, texts, batch_size=recipe.evaluate.batch_size)
-        self._refusals = Refusals(self.base, writer, self.data, recipe.evaluate, seed=recipe.seed)
+        asker = Asker(
+            base=self.base,
+            writer=writer,
+            config=recipe.evaluate,
+            stop_ids=writer.stop_ids(self.base),
+            seed=recipe.seed,
+        )
+        self._refusals = Refusals(asker, self.data)
         self._harm = None if recipe.compare.search is None else Harm(self.base, writer, self.data, recipe)
         config = _recorded(recipe.evaluate)
         requests, _ = asking.requests(asking.draw(self.data, config, recipe.seed), writer, config)
-        with batching.evaluation_mode(self.base):
-            self._inputs = {
-                "base": fingerprint(self.base, probes_of(requests)),
-                "data": [item.sha256 for item in self.data.provenance],
-                # Not in the data's own hash, and trained on by some methods.
-                "safe_answers": content_sha256(
-                    [
-                        example.safe_answer if example.safe_answer_finished else [example.safe_answer, "unfinished"]
-                        for example in self.data.unlearned
-                    ]
-                ),
-                "splits": self.data.counts(),
-                # Which of them are asked depends on the training, which the key of a control doesn't hold.
-                "visited": content_sha256(self.data.visited),
-            }
+        self._inputs = {
+            "base": fingerprint(self.base, probes_of(requests)),
+            "data": [item.sha256 for item in self.data.provenance],
+            # Not in the data's own hash, and trained on by some methods.
+            "safe_answers": content_sha256(
+                [
+                    example.safe_answer if example.safe_answer_finished else [example.safe_answer, "unfinished"]
+                    for example in self.data.unlearned
+                ]
+            ),
+            "splits": self.data.counts(),
+            # Which of them are asked depends on the training, which the key of a control doesn't hold.
+            "visited": content_sha256(self.data.visited),
+        }
 
     def key(self, job: Job) -> str:
         """``record_key`` of a job, with the data and the base model of this bench."""
@@ -280,7 +283,6 @@ class Bench:
     def _strengths_of(self, job: Job, vector: TaskVector, model: PreTrainedModel) -> Strengths:
         """The change of a job at any strength, written into a model."""
         return Strengths(
-            self.base,
             model,
             vector,
             self._strength(job),

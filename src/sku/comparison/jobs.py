@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from sku.config import AcquireConfig, MethodConfig, Recipe, TwinShares, WeightsConfig
+from sku.config import AcquireConfig, MethodConfig, Recipe, TwinShares, WeightsConfig, plain_data
 from sku.errors import RecipeError, did_you_mean
-from sku.from_file import SUFFIX
+from sku.from_file import SUFFIX, file_sha256
 from sku.methods import METHODS, method_named
+from sku.report.method_records import MethodRecord
+from sku.reproducibility import content_sha256, environment
 
 Kind = Literal["method", "base", "always_refuse", "always_gibberish", "random_direction"]
 CONTROLS: dict[str, str] = {
@@ -206,3 +208,99 @@ def _jobs(recipe: Recipe, rows: Iterable[Row], seeds: int) -> list[Job]:
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
     return dataclasses.replace(recipe, acquire=dataclasses.replace(recipe.acquire, seed=seed))
+
+
+RECORD_VERSION = 2
+"""Raised whenever the same job could measure something else, so that cached records are not taken for it."""
+
+
+def record_key(job: Job, inputs: Mapping[str, Any]) -> str:
+    """Hash of all that decides what a job measures: settings, data, what the base model computes, seed.
+
+    Args:
+        job: What is run.
+        inputs: What tells data and base model from others.
+
+    Returns:
+        Its SHA-256, in hexadecimal.
+    """
+    recipe = job.recipe.to_dict()
+    measured = {name: recipe[name] for name in ("seed", "data", "evaluate")}
+    if job.kind in ("method", "random_direction"):
+        measured |= {"training": _training_settings(job), "points": recipe["compare"], "training_seed": job.seed}
+        del measured["points"]["methods"], measured["points"]["seeds"]
+        if job.recipe.compare.search is None:
+            # Not in the keys of recipes without it, whose records stay as good as they were.
+            del measured["points"]["search"]
+        else:
+            measured["asked_by_search"] = recipe["sweep"]
+    return content_sha256(
+        {
+            "version": RECORD_VERSION,
+            "kind": job.kind,
+            "measured": measured,
+            "inputs": dict(inputs),
+            "prompt_format": job.recipe.model.prompt_format,
+        }
+    )
+
+
+def norms_key(job: Job) -> str:
+    """Hash of what decides SKU's change, and so its norms; jobs of equal hash share them."""
+    recipe = job.recipe
+    operators = [_operators(recipe)] if recipe.negate.operators else []
+    return content_sha256([dataclasses.asdict(recipe.acquire), recipe.method, *operators])
+
+
+def _operators(recipe: Recipe) -> Any:
+    """A user's own file goes by its content: it can change under its name."""
+    return plain_data(
+        [
+            {file_sha256(name) if name.endswith(SUFFIX) else name: settings for name, settings in entry.items()}
+            for entry in recipe.negate.operators
+        ]
+    )
+
+
+def _training_settings(job: Job) -> dict[str, Any]:
+    """What decides a method's training and strength; the settings of other methods don't."""
+    acquire = dataclasses.asdict(job.recipe.acquire)
+    if job.recipe.method == "sku":
+        # Not in the keys of recipes without operators, whose records stay as good as they were.
+        operators = {"operators": _operators(job.recipe)} if job.recipe.negate.operators else {}
+        return {"acquire": acquire, "alpha": job.recipe.negate.given_alpha, **operators}
+    own = job.recipe.methods.get(job.name)
+    shared = {name: acquire[name] for name in ("tuning", "lora", "training")}
+    # A user's own file can change under its name.
+    source = file_sha256(job.recipe.method) if job.recipe.method.endswith(SUFFIX) else job.recipe.method
+    return {"method": source, "acquire": shared, "own": None if own is None else dataclasses.asdict(own)}
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """The fields of a record that tell which job it is of."""
+    return {
+        "name": job.name,
+        "title": job.title,
+        "method": method_named(job.recipe.method).name if job.kind == "method" else job.kind,
+        "paper_url": job.paper_url,
+        "control": job.kind != "method",
+        "seed": job.seed,
+        "recipe": job.recipe.to_dict(),
+    }
+
+
+def failed_record(job: Job, key: str, failure: str, data: Mapping[str, Any] | None = None) -> MethodRecord:
+    """The record of a job that did not end well: it stays in the table, with the reason."""
+    return MethodRecord(
+        **identity(job),
+        status="failed",
+        failure=failure,
+        key=key,
+        environment=environment(),
+        data=dict(data or {}),
+        training={},
+        asked={},
+        tokens={},
+        points=(),
+        judge={},
+    )

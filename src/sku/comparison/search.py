@@ -22,16 +22,13 @@ from sku.config import MethodConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer
-from sku.evaluate.generation import GenerationRequest, stop_token_ids
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.metrics import rates_of
-from sku.evaluate.starts import Starts, by_id, choose_starts
 from sku.methods import method_named
 from sku.storage import write_json
-from sku.sweep.measurable import check_calibrated
-from sku.sweep.meter import How, answer
-from sku.sweep.points import FREE
-from sku.sweep.questions import Questions, draw_questions
+from sku.sweep.meter import Questions, draw_questions, validation_asker
+from sku.sweep.rule import FREE
+from sku.sweep.run import check_calibrated
 
 SEARCH_SUFFIX = "--search.json"
 
@@ -163,15 +160,8 @@ class Harm:
             EvaluationError: As ``search_judge``.
             RecipeError: As ``search_judge``.
         """
-        self._base, self._writer, self._data, self._recipe = base, writer, data, recipe
-        self._how = How(
-            writer=writer,
-            judge=search_judge(recipe, data),
-            evaluate=recipe.evaluate,
-            config=recipe.sweep,
-            seed=recipe.seed,
-        )
-        self._stop_ids = stop_token_ids(base, writer.tokenizer, writer.end_of_turn())
+        self._asker = validation_asker(base, writer, search_judge(recipe, data), recipe)
+        self._data, self._config = data, recipe.sweep
 
     def left(self, model: PreTrainedModel) -> dict[str, float]:
         """Share of the replies that are harmful, not judged, or gibberish; as ``Trial.left``.
@@ -180,21 +170,15 @@ class Harm:
             EvaluationError: Judge or generation fails, or there is nothing to ask.
         """
         groups = self._questions.harmful
-        requests = [request for group in groups.values() for request in group]
-        _, outcomes = answer(model, self._base, requests, self._how, self._stop_ids, None)
-        by_request = {outcome.id: outcome for outcome in outcomes}
+        outcomes = self._asker.answer(model, [request for group in groups.values() for request in group])
         shares = {}
         for tokens, group in groups.items():
-            rates = rates_of([by_request[request.id] for request in group])
+            rates = rates_of([outcomes[request.id] for request in group])
             name = "free" if tokens == FREE else str(tokens)
             shares[name] = rates["harmful_at_most"].value + rates["degenerate"].value
         return shares
 
     @cached_property
     def _questions(self) -> Questions:
-        recipe = self._recipe
-        return draw_questions(self._data, self._writer, recipe.sweep, seed=recipe.seed, starts=self._starts)
-
-    def _starts(self, asked: Sequence[GenerationRequest]) -> Starts:
-        """The base model's own harmful replies, which prefills begin with."""
-        return by_id(choose_starts(*answer(self._base, self._base, asked, self._how, self._stop_ids, None)))
+        asker = self._asker
+        return draw_questions(self._data, asker.writer, self._config, seed=asker.seed, starts=asker.starts)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate.batching import Progress, pad, run_in_batches
+from sku.evaluate.batching import Progress, in_batches, pad
 from sku.evaluate.perplexity import MAX_LOGITS, answer_positions
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import AgreementRow, Split, in_order
@@ -71,9 +71,9 @@ def compare_distributions(
         EvaluationError: The vocabularies differ in size, a divergence is NaN or infinite, or GPU memory runs out on a
             single text.
     """
-    rows: dict[int, AgreementRow] = {}
 
-    def compare(batch: list[int]) -> None:
+    def compare(batch: list[int]) -> list[AgreementRow]:
+        rows = []
         found = _per_row(base_model, model, [texts[index].tokens for index in batch])
         for index, kl, matches, tokens in zip(batch, *found, strict=True):
             text = texts[index]
@@ -82,16 +82,16 @@ def compare_distributions(
                     f"the divergence from the base model on example {index + 1} of {len(texts)} is {kl}: the weights "
                     "of one of the models are broken or its dtype too narrow; load it in float32"
                 )
-            rows[index] = AgreementRow(id=text.id, split=text.split, kl=kl, matches=matches, tokens=tokens)
+            rows.append(AgreementRow(id=text.id, split=text.split, kl=kl, matches=matches, tokens=tokens))
+        return rows
 
-    run_in_batches(
+    return in_batches(
         [len(text.tokens.input_ids) for text in texts],
         compare,
         batch_size=batch_size,
         max_padded_tokens=max(1, MAX_LOGITS // (2 * embedding_weight(model).shape[0])),
         progress=progress,
     )
-    return [rows[index] for index in range(len(texts))]
 
 
 def agreement_of(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:

@@ -3,24 +3,111 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName
-from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers
+from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, has_answers, normalise_prompt
 from sku.data.prompts import PromptFormat, resolve_prompt_format
 from sku.data.sources.xstest import load_xstest
 from sku.data.tokens import TokenizedExample, locate_tokens, tokenize_example, tokenize_prefill, tokenize_prompt
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.generation import GenerationRequest, stop_token_ids
 from sku.evaluate.judges import is_embedded
-from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, Split, Start
-from sku.evaluate.sampling import draw_examples, record_id
-from sku.evaluate.starts import Starts, start_of
+from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, GenerationRecord, Split, Start, record_id, start_id
 from sku.losses import IGNORE_INDEX
+
+E = TypeVar("E", ForgetExample, RetainExample)
+
+
+def draw_examples(examples: Sequence[E], count: int, *, seed: int) -> list[E]:
+    """Draws one example for each of ``count`` distinct prompts, with categories in proportion.
+
+    Args:
+        examples: Of one split; several may answer the same prompt, one of them is then drawn.
+        count: Prompts wanted; all of them where there are fewer.
+        seed: Equal seeds draw equal examples from equal splits, and a smaller count draws a part of a larger one.
+
+    Returns:
+        Examples in drawn order.
+    """
+    shuffled = random.Random(seed).sample(list(examples), len(examples))
+    distinct = {normalise_prompt(example.prompt): example for example in reversed(shuffled)}
+    candidates = [example for example in shuffled if distinct[normalise_prompt(example.prompt)] is example]
+    sizes = Counter(example.category for example in candidates)
+    rank: Counter[str | None] = Counter()
+    keyed = []
+    for position, example in enumerate(candidates):
+        # Evenly spread places in 0..1 for each category: any first part holds every category in proportion.
+        place = (rank[example.category] + 0.5) / sizes[example.category]
+        rank[example.category] += 1
+        keyed.append((place, position, example))
+    keyed.sort(key=lambda entry: entry[:2])
+    return [example for _, _, example in keyed[:count]]
+
+
+Starts = Mapping[str, Start]
+"""By id."""
+NO_BASE = (
+    "no base model was given, so every prefill begins with the dataset's harmful answer, which another model may have "
+    "written"
+)
+
+
+def by_id(starts: Iterable[Start]) -> dict[str, Start]:
+    """The form in which starts are looked up."""
+    return {start.id: start for start in starts}
+
+
+def start_of(split: Split, example: Example, starts: Starts) -> Start:
+    """The start of one prompt: the dataset's answer where none is known."""
+    name = start_id(split, example.prompt)
+    return starts.get(name) or Start(id=name, source="data", text=example.answer)
+
+
+def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyOutcome]) -> list[Start]:
+    """One start for each prompt that the base model was asked.
+
+    Args:
+        replies: Of the base model to harmful prompts, greedy and sampled.
+        outcomes: Of these replies: a harmful one has passed the gate. Without any, all starts are the dataset's.
+
+    Returns:
+        The greedy reply where it is harmful, else the first sampled one that is, else the dataset's answer; in the
+        order of the replies.
+    """
+    harmful = {outcome.id for outcome in outcomes if outcome.outcome == "harmful"}
+    asked = {start_id(record.split, record.prompt): record for record in replies}
+    own: dict[str, str] = {}
+    for record in sorted(replies, key=lambda record: (record.kind == "sample", record.sample)):
+        if record.id in harmful:
+            own.setdefault(start_id(record.split, record.prompt), record.reply)
+    return [
+        Start(id=name, source="own", text=own[name])
+        if name in own
+        else Start(id=name, source="data", text=record.reference)
+        for name, record in asked.items()
+    ]
+
+
+def count_sources(starts: Iterable[Start]) -> dict[str, int]:
+    """``own`` and ``data`` -> number of prompts."""
+    sources = [start.source for start in starts]
+    return {"own": sources.count("own"), "data": sources.count("data")}
+
+
+def starts_note(counts: Mapping[str, int]) -> str:
+    """Whose words the prefills of an evaluation begin with."""
+    own, total = counts["own"], sum(counts.values())
+    others = "" if own == total else "; the others begin with the dataset's harmful answer"
+    return f"the prefill of {own} of {total} prompts begins with the base model's own harmful reply{others}"
+
 
 MIN_ROOM = 32
 """A prompt that leaves less room than this, and less than ``max_new_tokens``, is not asked: so short a reply says
@@ -106,10 +193,14 @@ class Writer:
         labels = tuple(IGNORE_INDEX if index < first_own else label for index, label in enumerate(whole.labels))
         return None if set(labels) <= {IGNORE_INDEX} else dataclasses.replace(whole, labels=labels)
 
-    def end_of_turn(self) -> list[int]:
-        """The token that ends an answer in this format, where it is a single one."""
+    def stop_ids(self, model: PreTrainedModel) -> list[int]:
+        """Ids that end a model's reply: its own, and the token that ends an answer in this format, if it is one.
+
+        Raises:
+            EvaluationError: As ``stop_token_ids``.
+        """
         ids = self.tokenizer(self.prompt_format.end_text, add_special_tokens=False).input_ids
-        return list(ids) if len(ids) == 1 else []
+        return stop_token_ids(model, self.tokenizer, ids if len(ids) == 1 else ())
 
 
 def window_of(model: PreTrainedModel) -> int:
@@ -184,17 +275,19 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
         Requests, those for drawn replies last, and what had to be left out with the number of prompts.
     """
     asked: list[GenerationRequest] = []
-    samples: list[GenerationRequest] = []
     left_out = Counter(drawn.left_out)
     for split, examples in drawn.examples.items():
-        for example in () if split.startswith(NORMAL) and has_answers(examples) else examples:
-            request = free_request(split, example, writer)
-            if not writer.has_room(request, config.max_new_tokens):
-                left_out[f"{split}: reply, as the prompt is too long for the model"] += 1
-                continue
-            asked.append(request)
-            if split in HARMFUL_SPLITS:
-                samples += [_sample_of(request, sample) for sample in range(config.samples)]
+        if not (split.startswith(NORMAL) and has_answers(examples)):
+            free = free_requests(split, examples, writer, config.max_new_tokens)
+            asked += free
+            if len(free) < len(examples):
+                left_out[f"{split}: reply, as the prompt is too long for the model"] = len(examples) - len(free)
+    samples = [
+        _sample_of(request, sample)
+        for request in asked
+        if request.split in HARMFUL_SPLITS
+        for sample in range(config.samples)
+    ]
     return [*asked, *samples], dict(left_out)
 
 
@@ -227,6 +320,14 @@ def free_request(split: Split, example: Example, writer: Writer) -> GenerationRe
         forced_start="",
         input_ids=tuple(tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)),
     )
+
+
+def free_requests(
+    split: Split, examples: Iterable[Example], writer: Writer, max_new_tokens: int
+) -> list[GenerationRequest]:
+    """``free_request`` for each prompt that leaves room for a reply."""
+    requests = (free_request(split, example, writer) for example in examples)
+    return [request for request in requests if writer.has_room(request, max_new_tokens)]
 
 
 def prefills(

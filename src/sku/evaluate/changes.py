@@ -9,8 +9,7 @@ import numpy as np
 from scipy.stats import permutation_test
 
 from sku.errors import EvaluationError
-from sku.evaluate.leakage import Leak
-from sku.evaluate.metrics import MAX_EXPONENT, Rate, rate
+from sku.evaluate.metrics import MAX_EXPONENT, Leak, Rate, rate
 from sku.evaluate.records import NORMAL_SPLITS, in_order
 from sku.evaluate.results import EvaluationResult, Interval, MeanScore
 from sku.evaluate.statistics import Floats, change_interval, clustered_bootstrap, mcnemar_exact

@@ -21,15 +21,13 @@ from sku.evaluate.changes import (
     score_change,
 )
 from sku.evaluate.comparison_notes import comparison_notes, detail_notes
-from sku.evaluate.correction import by_nearest
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.leakage import leaks_per_prompt
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, prefill_words
+from sku.evaluate.measure import by_nearest
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, leaks_per_prompt, prefill_words
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import from_plain, to_plain
-from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split
+from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, prompt_hash
 from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, Rates, main_metric
-from sku.evaluate.sampling import prompt_hash
 from sku.evaluate.statistics import (
     NonInferiority,
     change_interval,

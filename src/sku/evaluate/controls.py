@@ -15,15 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import ForgetRetainData
-from sku.evaluate import asking, batching
-from sku.evaluate.generation import GenerationRequest
+from sku.evaluate import asking
+from sku.evaluate.asking import by_id, count_sources, start_of
+from sku.evaluate.generation import GenerationRequest, record_of
 from sku.evaluate.judges import choose_judge, is_embedded
 from sku.evaluate.measure import measure
-from sku.evaluate.outcomes import find_faults
-from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.records import GenerationRecord, Start
+from sku.evaluate.records import Start
+from sku.evaluate.replies import Asker
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
-from sku.evaluate.starts import by_id, count_sources, start_of
 from sku.world.grammar import DEFLECTIONS
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -84,21 +83,18 @@ def evaluate_replies(
         EvaluationError: There is nothing to ask, or the judge does not fit.
     """
     writer = asking.Writer.of(base_model, tokenizer, prompt_format)
-    drawn = asking.draw(data, config, seed)
+    judge = choose_judge(config, data)
+    drawn, known = asking.draw(data, config, seed), by_id(starts)
     requests, left_out = asking.requests(drawn, writer, config)
-    known = by_id(starts)
     begun = [start_of(split, example, known) for split, example in drawn.harmful()] if config.prefill_tokens else []
     forced, too_long = asking.prefills(drawn.harmful(), config.prefill_tokens, known, writer, config.max_new_tokens)
-    requests, left_out = [*requests, *forced], {**left_out, **too_long}
-    records = [_record(request, reply(request), tokenizer) for request in requests]
-    with batching.evaluation_mode(base_model):
-        fluency = score_fluency(
-            base_model,
-            [record for record in records if not find_faults(record, None)],
-            writer.scored_reply,
-            seed=seed,
-            batch_size=config.batch_size,
-        )
+    records = []
+    for request in (*requests, *forced):
+        said = reply(request)
+        text = f" {said}" if request.kind == "prefill" else said
+        tokens = len(tokenizer(said, add_special_tokens=False).input_ids)
+        records.append(record_of(request, text, num_tokens=tokens, finished=True))
+    asker = Asker(base=base_model, writer=writer, config=config, stop_ids=(), judge=judge, seed=seed)
     setup = EvaluationSetup(
         model={"name": name, "dtype": "none", "fingerprint": "none"},
         prompt_format=writer.prompt_format.name,
@@ -106,18 +102,10 @@ def evaluate_replies(
         config=plain_data(config),
         seed=seed,
         fluency_scorer="base",
-        left_out=left_out,
+        left_out={**left_out, **too_long},
         starts=count_sources(begun) if begun else {},
         trained_on=asking.trained_on(data, drawn),
         notes=data.notes(),
     )
-    result = measure(setup, records, fluency, [], choose_judge(config, data))
+    result = measure(setup, records, asker.fluency(records), [], judge)
     return dataclasses.replace(result, starts=tuple(begun))
-
-
-def _record(request: GenerationRequest, reply: str, tokenizer: PreTrainedTokenizerBase) -> GenerationRecord:
-    fields = {field.name for field in dataclasses.fields(GenerationRecord)}
-    known = {name: value for name, value in vars(request).items() if name in fields}
-    text = f" {reply}" if request.kind == "prefill" else reply
-    tokens = len(tokenizer(reply, add_special_tokens=False).input_ids)
-    return GenerationRecord(**known, reply=text, num_tokens=tokens, finished=True)

@@ -6,22 +6,18 @@ model answer under the same rules. It only adds token ids that end a reply.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError
-from sku.evaluate.backends import (
-    Decoding,
-    GenerateBackend,
-    GenerationBackend,
-    GenerationRequest,
-    decoding_settings,
-)
-from sku.evaluate.batching import Progress
-from sku.evaluate.processes import ALONE, Processes, shared_batches
-from sku.evaluate.records import GenerationRecord
-from sku.evaluate.row_sampling import Drawing
+from sku.evaluate.backends import Decoding, GenerateBackend, GenerationBackend, GenerationRequest, decoding_settings
+from sku.evaluate.backends.base import Drawing
+from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode, in_batches
+from sku.evaluate.records import GenerationRecord, Split
+from sku.models import embedding_weight
 
 __all__ = ["GenerationRequest", "decoding_settings", "generate_replies", "stop_token_ids"]
 
@@ -94,7 +90,7 @@ def generate_replies(
         replies = writer.answer(asked, decoding)
         return [_record(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
 
-    return shared_batches(
+    return in_batches(
         [len(request.input_ids) for request in requests],
         answer,
         batch_size=writer.at_once,
@@ -114,21 +110,18 @@ def _record(
 ) -> GenerationRecord:
     end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
     reply = _decode_after(tokenizer, list(request.input_ids), new_ids[:end])
-    return GenerationRecord(
-        id=request.id,
-        split=request.split,
-        kind=request.kind,
-        category=request.category,
-        prompt=request.prompt,
-        reference=request.reference,
-        forced_start=request.forced_start,
-        forced_tokens=request.forced_tokens,
-        start_source=request.start_source,
-        reply=reply if request.kind == "prefill" else reply.strip(),
+    return record_of(
+        request,
+        reply if request.kind == "prefill" else reply.strip(),
         num_tokens=len(new_ids) if end is None else end,
         finished=end is not None,
-        sample=request.sample,
     )
+
+
+def record_of(request: GenerationRequest, reply: str, *, num_tokens: int, finished: bool) -> GenerationRecord:
+    """What was asked, with what was said."""
+    asked = {name: value for name, value in vars(request).items() if name != "input_ids"}
+    return GenerationRecord(**asked, reply=reply, num_tokens=num_tokens, finished=finished)
 
 
 def _decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], new_ids: list[int]) -> str:
@@ -141,3 +134,35 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
+
+
+def fingerprint(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> str:
+    """A hash of what a model computes: the same weights, adapters and dtype on the same device give the same.
+
+    Args:
+        model: Its dropout is off while it is asked.
+        probes: Token ids of a few prompts; the scores after each are hashed.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    device = embedding_weight(model).device
+    with evaluation_mode(model), torch.inference_mode():
+        for ids in probes:
+            scores = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0, -1]
+            digest.update(scores.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def about(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> dict[str, str]:
+    """What tells a model from others in the header of a file."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model, probes)}
+
+
+def probes_of(requests: Sequence[GenerationRequest]) -> list[tuple[int, ...]]:
+    """The first prompt of each split."""
+    first: dict[Split, tuple[int, ...]] = {}
+    for request in requests:
+        first.setdefault(request.split, request.input_ids)
+    return list(first.values())

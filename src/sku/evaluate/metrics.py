@@ -1,14 +1,63 @@
-"""Rates over outcomes, each with its Wilson 95 % interval. Numbers in, numbers out: no model, no text."""
+"""Rates over outcomes, each with its Wilson 95 % interval, and how replies are worded. No model is asked.
+
+leak@k is how likely at least one of k sampled replies to a prompt is harmful, averaged over prompts: a greedy reply is
+one word chain out of many, and what a model still says in one draw of eight is not unlearned. Sources: the estimator
+of pass@k, Chen et al. 2021 (arXiv:2107.03374); for unlearning, arXiv:2511.04934.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median_low
 
+import numpy as np
+
+from sku.evaluate.degeneracy import words_of
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss
-from sku.evaluate.statistics import wilson_interval
+from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, GenerationRecord, prompt_hash
+from sku.evaluate.statistics import clustered_bootstrap, leak_at_k, leak_at_k_interval, wilson_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """Of the replies to one split's prompts."""
+
+    replies: int
+    same_reply: float
+    """Share of the replies that are the commonest one, letter case, spacing and punctuation apart; 1/replies where
+    all differ."""
+    distinct_pairs: float
+    """Different pairs of neighbouring words among all such pairs; 0 where there are none. Low for one phrase said
+    again and again, within a reply or across them."""
+    mean_tokens: float
+    """Generated tokens of a reply, the one that ends it left out."""
+    median_words: int | None = None
+    """Half of the replies are no longer; None in a result of an older version."""
+
+
+def wording_of(records: Sequence[GenerationRecord]) -> Wording | None:
+    """Counts words over replies; None for no replies.
+
+    Args:
+        records: Of one split and kind.
+    """
+    if not records:
+        return None
+    texts = [tuple(words_of(record.reply)) for record in records]
+    pairs = [pair for text in texts for pair in pairwise(text)]
+    return Wording(
+        replies=len(records),
+        same_reply=max(Counter(texts).values()) / len(records),
+        distinct_pairs=len(set(pairs)) / len(pairs) if pairs else 0.0,
+        mean_tokens=sum(record.num_tokens for record in records) / len(records),
+        median_words=median_low(len(record.reply.split()) for record in records),
+    )
+
 
 MAX_EXPONENT = 700.0
 """Perplexities stop at e^700, about 1e304, so that they stay numbers that JSON can hold."""
@@ -139,3 +188,83 @@ def perplexity_of(losses: Sequence[ExampleLoss]) -> Perplexity | None:
     nll, tokens = math.fsum(loss.nll for loss in losses), sum(loss.tokens for loss in losses)
     mean = nll / tokens
     return Perplexity(value=math.exp(min(mean, MAX_EXPONENT)), nll=nll, tokens=tokens, examples=len(losses))
+
+
+_SEED = 0
+"""Of the bootstraps of one model's own rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """leak@k over the prompts of one split, with its 95 % interval.
+
+    The interval is a bootstrap over prompts; where every prompt says the same, nothing or everything, that would have
+    no width, and it is the Wilson interval of as many prompts.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def leaks_of(replies: Sequence[ReplyOutcome]) -> dict[str, Leak]:
+    """leak@k of one split's drawn replies for k = 1, 2, 4, ... and the number drawn.
+
+    Args:
+        replies: Of kind ``sample``.
+
+    Returns:
+        k as a word -> leak; empty for no replies.
+    """
+    if not replies:
+        return {}
+    harmful, drawn = (list(counts.values()) for counts in counts_per_prompt(replies))
+    leaks = {}
+    for k in numbers_of_draws(min(drawn)):
+        low, high = leak_at_k_interval(harmful, drawn, k, seed=_SEED)
+        leaks[str(k)] = Leak(value=leak_at_k(harmful, drawn, k), low=low, high=high)
+    return leaks
+
+
+def sample_rates(replies: Sequence[ReplyOutcome]) -> dict[str, Rate]:
+    """The rates of drawn replies; their intervals are over prompts, as replies to one prompt are not independent.
+
+    Args:
+        replies: Of kind ``sample``, of one split.
+
+    Returns:
+        As ``rates_of``.
+    """
+    prompts = [prompt_hash(reply.id) for reply in replies]
+    rates = {}
+    for name, found in rates_of(replies).items():
+        hits = [HARMFUL_PROMPT_RATES[name](reply) for reply in replies]
+        if found.count in (0, found.total):
+            number = len(set(prompts))
+            low, high = wilson_interval(number if found.count else 0, number)
+        else:
+            low, high = clustered_bootstrap(hits, [1] * len(hits), clusters=prompts, statistic=np.divide, seed=_SEED)
+        rates[name] = dataclasses.replace(found, low=low, high=high)
+    return rates
+
+
+def leaks_per_prompt(replies: Sequence[ReplyOutcome], k: int) -> dict[str, float]:
+    """Hash of the prompt -> its own leak@k."""
+    harmful, drawn = counts_per_prompt(replies)
+    return {prompt: leak_at_k([harmful[prompt]], [drawn[prompt]], k) for prompt in drawn}
+
+
+def counts_per_prompt(replies: Sequence[ReplyOutcome]) -> tuple[dict[str, int], dict[str, int]]:
+    """Harmful and drawn replies of each prompt, by the hash in their ids."""
+    harmful: dict[str, int] = {}
+    drawn: dict[str, int] = {}
+    for reply in replies:
+        prompt = prompt_hash(reply.id)
+        harmful[prompt] = harmful.get(prompt, 0) + (reply.outcome == "harmful")
+        drawn[prompt] = drawn.get(prompt, 0) + 1
+    return harmful, drawn
+
+
+def numbers_of_draws(most: int) -> list[int]:
+    """1, 2, 4, ... below ``most``, and ``most`` itself."""
+    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]

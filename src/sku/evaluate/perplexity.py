@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel
 
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate.batching import Progress, pad
+from sku.evaluate.batching import ALONE, Processes, Progress, in_batches, pad
 from sku.evaluate.degeneracy import MIN_SALAD_WORDS
-from sku.evaluate.processes import ALONE, Processes, shared_batches
+from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.losses import IGNORE_INDEX, answer_nll
 from sku.models import embedding_weight
@@ -73,7 +74,7 @@ def score_examples(
                 )
         return scores
 
-    return shared_batches(
+    return in_batches(
         [len(example.input_ids) for example in examples],
         score,
         batch_size=batch_size,
@@ -177,6 +178,17 @@ def score_fluency(
         for record in records
         if record.id in nlls
     ]
+
+
+def fluency_header(scorer: str, seed: int, texts: Any) -> dict[str, Any]:
+    """What the rows of ``score_fluency`` are made from: the scorer's fingerprint, the orders and the texts."""
+    return {
+        "scorer": scorer,
+        "shuffles": [SHUFFLES, SURE_GAIN],
+        "scored": "reply",
+        "seed": seed,
+        "texts": header_hash({"texts": texts}),
+    }
 
 
 def _own_words(forced_start: str, reply: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -162,3 +163,32 @@ class RelevanceRow:
     """Of the generation record."""
     cosine: float
     """Of the embeddings of prompt and reply, -1 to 1."""
+
+
+def record_id(split: Split, kind: Kind, prompt: str, number: int = 0) -> str:
+    """Name of a prompt in the records: says nothing of its words, and is the same for every model.
+
+    Args:
+        split: Of the prompt.
+        kind: Of the reply.
+        prompt: The user's words.
+        number: Which sample, or the tokens of a prefill; not read for a free reply.
+
+    Returns:
+        Such as ``unseen-prefill3-0123456789abcdef``.
+    """
+    return f"{split}-{kind if kind == 'reply' else f'{kind}{number}'}-{_hash(prompt)}"
+
+
+def start_id(split: Split, prompt: str) -> str:
+    """Name of the start that every prefill of a prompt is cut from."""
+    return f"{split}-start-{_hash(prompt)}"
+
+
+def prompt_hash(identifier: str) -> str:
+    """The part of a record's id that all replies to one prompt share."""
+    return identifier.rpartition("-")[2]
+
+
+def _hash(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,10 +1,12 @@
-"""The replies of one evaluation: greedy, drawn and after a prefill, by any backend, saved batch by batch."""
+"""The one way to ask a model and to judge what it says, and the replies of one evaluation, saved batch by batch."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,23 @@ from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
 from sku.errors import EvaluationError
-from sku.evaluate import batching
-from sku.evaluate.asking import Writer
-from sku.evaluate.backends import CHECKED_PROMPTS, BackendCheck, GenerationBackend, choose_backend, compare_replies
+from sku.evaluate.asking import Writer, choose_starts
+from sku.evaluate.backends import (
+    CHECKED_PROMPTS,
+    BackendCheck,
+    Drawing,
+    GenerationBackend,
+    choose_backend,
+    compare_replies,
+)
+from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies
-from sku.evaluate.partial_files import PartialFile
-from sku.evaluate.record_files import GENERATIONS_FILE, header_hash, read_rows, write_rows
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.judges import Judge
+from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, unclear
+from sku.evaluate.perplexity import score_fluency
+from sku.evaluate.record_files import GENERATIONS_FILE, header_hash, read_rows
+from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
 from sku.evaluate.reuse import Reuse
-from sku.evaluate.row_sampling import Drawing
 
 SAMPLES_BY_GENERATE = (
     "the drawn replies were written by the backend generate, as generate_batch can't give each reply its own seed"
@@ -28,41 +38,145 @@ SAMPLES_BY_GENERATE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplyStages:
-    """What asking a model needs."""
+class Asker:
+    """How models are asked and their replies judged, the same for all that are set side by side."""
 
-    model: PreTrainedModel
+    base: PreTrainedModel
+    """The original model, asked whether replies are word salad."""
     writer: Writer
     config: EvaluateConfig
-    seed: int
+    """For the length of replies, the size of a batch, and which answers are compared word for word."""
+    stop_ids: Sequence[int]
+    """Ids that end a reply."""
+    judge: Judge | None = None
+    """None where nothing is judged here."""
+    seed: int = 0
+    """Of the orders of words that the gate compares a reply with."""
+    processes: Processes = ALONE
+
+    def ask(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[GenerationRequest],
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[GenerationRecord]:
+        """A model's replies, its dropout off; ``options`` as of ``generate_replies``, which raises what this does."""
+        with evaluation_mode(model):
+            return generate_replies(
+                model,
+                self.writer.tokenizer,
+                requests,
+                stop_ids=self.stop_ids,
+                max_new_tokens=self.config.max_new_tokens,
+                batch_size=self.config.batch_size,
+                window=self.writer.window,
+                processes=self.processes,
+                progress=progress,
+                **options,
+            )
+
+    def fluency(self, records: Sequence[GenerationRecord], progress: Progress | None = None) -> list[FluencyRecord]:
+        """The base model's losses on the replies that no surface rule has found degenerate already.
+
+        Raises:
+            EvaluationError: As ``score_fluency``.
+        """
+        with evaluation_mode(self.base):
+            return score_fluency(
+                self.base,
+                unclear(records),
+                self.writer.scored_reply,
+                seed=self.seed,
+                batch_size=self.config.batch_size,
+                processes=self.processes,
+                progress=progress,
+            )
+
+    def outcomes(
+        self, records: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord] | None = None
+    ) -> list[ReplyOutcome]:
+        """What replies come to, by gate and judge.
+
+        Args:
+            records: Replies to harmful and normal prompts.
+            fluency: Of them; asked of the base model here if None.
+
+        Raises:
+            EvaluationError: The judge or the base model fails.
+        """
+        assert self.judge is not None
+        scored = self.fluency(records) if fluency is None else fluency
+        return decide_outcomes(
+            records,
+            self.judge,
+            {record.id: record for record in scored},
+            short_answer_words=self.config.short_answer_words,
+        )
+
+    def answer(
+        self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None
+    ) -> dict[str, ReplyOutcome]:
+        """Asks a model: id of each request -> what its reply comes to.
+
+        Raises:
+            EvaluationError: Generation or judge fails.
+        """
+        return {outcome.id: outcome for outcome in self.outcomes(self.ask(model, requests, progress))}
+
+    def starts(self, requests: Sequence[GenerationRequest], progress: Progress | None = None) -> list[Start]:
+        """What the prefills of harmful prompts begin with: the base model's own harmful replies where it gives any.
+
+        Raises:
+            EvaluationError: As ``answer``.
+        """
+        replies = self.ask(self.base, requests, progress)
+        return choose_starts(replies, self.outcomes(replies))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedReplies:
+    """The replies of one evaluation: greedy, drawn and after a prefill, by any backend."""
+
+    asker: Asker
+    model: PreTrainedModel
     source: str | Path | None
     """Folder or hub id of the same weights, for backends that load them by themselves."""
     reuse: Reuse
-    report: Callable[[str], batching.Progress | None]
+    report: Callable[[str], Progress | None]
     """Name of a stage to its progress."""
 
-    def decoding(self, stop_ids: Sequence[int]) -> dict[str, Any]:
+    @property
+    def config(self) -> EvaluateConfig:
+        """Backend, lengths and numbers."""
+        return self.asker.config
+
+    @cached_property
+    def backend(self) -> GenerationBackend:
+        """What ``evaluate.backend`` names, once it is needed."""
+        processes = self.asker.processes.count
+        return choose_backend(self.config, self.model, source=self.source, seed=self.asker.seed, processes=processes)
+
+    def decoding(self) -> dict[str, Any]:
         """Every setting that decides the replies, drawn ones included."""
-        greedy = decoding_settings(stop_ids, self.config.max_new_tokens)
+        greedy = decoding_settings(self.asker.stop_ids, self.config.max_new_tokens)
         drawn = {**greedy, **self._drawing().settings(), "number": self.config.samples}
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
     def _drawing(self) -> Drawing:
-        return Drawing(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.seed)
+        return Drawing(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
 
     def notes(self, check: BackendCheck | None) -> tuple[str, ...]:
         """Sentences that a reader of the replies needs."""
-        config = self.config
         own = (
-            None if check is None else check.note(config.backend),
-            SAMPLES_BY_GENERATE if config.samples and config.backend == "generate_batch" else None,
+            None if check is None else check.note(self.config.backend),
+            SAMPLES_BY_GENERATE if self.config.samples and self.config.backend == "generate_batch" else None,
         )
         return tuple(note for note in own if note is not None)
 
     def generate(
         self,
         requests: Sequence[GenerationRequest],
-        stop_ids: Sequence[int],
         header: Mapping[str, Any],
         prefills: Callable[[Sequence[GenerationRecord]], Sequence[GenerationRequest]] = lambda _replies: (),
     ) -> tuple[list[GenerationRecord], BackendCheck | None]:
@@ -70,7 +184,6 @@ class ReplyStages:
 
         Args:
             requests: Without a prefill, those for drawn replies last.
-            stop_ids: Ids that end a reply.
             header: What the replies are made from, besides the requests.
             prefills: Called in every process with the replies to ``requests``; what it gives is asked next. It may
                 depend on them, as the base model's prefills begin with its own words.
@@ -80,129 +193,60 @@ class ReplyStages:
         """
         header = {
             **header,
-            "prompt_format": self.writer.prompt_format.name,
-            "seed": self.seed,
-            "requests": _hash_of(requests),
+            "prompt_format": self.asker.writer.prompt_format.name,
+            "seed": self.asker.seed,
+            "requests": requests_hash(requests),
         }
-        files = _Files(self.reuse, header)
-        greedy = [request for request in requests if request.kind != "sample"]
-        backends: list[GenerationBackend] = []
+        greedy, samples = ([row for row in requests if (row.kind == "sample") is part] for part in (False, True))
+        known, asked_before = self.reuse.processes.on_main(lambda: self._known(header))
+        free = None if known is None else [record for record in known if record.kind != "prefill"]
+        check = self._check(greedy, free)
+
+        @functools.cache
+        def saved() -> dict[str, Any]:
+            return self.reuse.saved(GENERATIONS_FILE, header, GenerationRecord)
 
         def ask(asked: Sequence[GenerationRequest], stage: str, **options: Any) -> list[GenerationRecord]:
-            saved = {"finished": files.recovered(), "keep": files.keep} if files.folder is not None else {}
-            return self._ask(asked, stop_ids, progress=self.report(stage), **saved, **options)
+            options = {"backend": self.backend, **saved(), **options}
+            return self.asker.ask(self.model, asked, self.report(stage), **options) if asked else []
 
-        def backend() -> GenerationBackend:
-            if not backends:
-                count = self.reuse.processes.count
-                found = choose_backend(self.config, self.model, source=self.source, seed=self.seed, processes=count)
-                backends.append(found)
-            return backends[0]
-
-        free, found = files.finished()
         if free is None:
-            check = self._check(greedy, stop_ids, lambda some: self._ask(some, stop_ids, backend=backend()))
-            free = ask(greedy, "replies", backend=backend())
-            if len(requests) > len(greedy):
-                drawn_by = None if self.config.backend == "generate_batch" else backend()
-                free += ask(requests[len(greedy) :], "samples", backend=drawn_by, drawing=self._drawing())
-        else:
-            known = free
-            check = self._check(greedy, stop_ids, lambda some: known[: len(some)])
+            by_generate = {"backend": None} if self.config.backend == "generate_batch" else {}
+            free = [*ask(greedy, "replies"), *ask(samples, "samples", drawing=self._drawing(), **by_generate)]
         forced = prefills(free)
-        if found is None or files.prefill != _hash_of(forced):
-            found = [*free, *(ask(forced, "prefill", backend=backend()) if forced else [])]
-            files.write(found, _hash_of(forced))
-        files.close()
-        return found, check
+        if known is None or asked_before != requests_hash(forced):
+            known = [*free, *ask(forced, "prefill")]
+            self.reuse.write(GENERATIONS_FILE, {**header, "prefill": requests_hash(forced)}, known)
+        self.reuse.close(GENERATIONS_FILE, header, GenerationRecord)
+        return known, check
 
-    def _ask(
-        self, requests: Sequence[GenerationRequest], stop_ids: Sequence[int], **options: Any
-    ) -> list[GenerationRecord]:
-        return generate_replies(
-            self.model,
-            self.writer.tokenizer,
-            requests,
-            stop_ids=stop_ids,
-            max_new_tokens=self.config.max_new_tokens,
-            batch_size=self.config.batch_size,
-            window=self.writer.window,
-            processes=self.reuse.processes,
-            **options,
-        )
+    def _known(self, header: Mapping[str, Any]) -> tuple[list[GenerationRecord] | None, str | None]:
+        """All replies of a finished file that asked the same, and the hash of its prefills; twice None without one.
+
+        What is asked with a prefill may be known only when the rest is answered, so the partial file's header does
+        not name it: its rows are taken where their start is the same.
+        """
+        if self.reuse.folder is None:
+            return None, None
+        try:
+            found, rows = read_rows(self.reuse.folder / GENERATIONS_FILE, GenerationRecord)
+        except EvaluationError:
+            return None, None
+        prefill = found.pop("prefill", None)
+        return (rows, prefill) if header_hash(found) == header_hash(header) else (None, None)
 
     def _check(
-        self,
-        greedy: Sequence[GenerationRequest],
-        stop_ids: Sequence[int],
-        answer: Callable[[Sequence[GenerationRequest]], Sequence[GenerationRecord]],
+        self, greedy: Sequence[GenerationRequest], known: Sequence[GenerationRecord] | None
     ) -> BackendCheck | None:
-        """Compares another backend's first replies with those of ``generate``."""
+        """Compares another backend's first replies, which may be known, with those of ``generate``."""
         if self.config.backend == "generate":
             return None
         some = greedy[:CHECKED_PROMPTS]
-        plain = self._ask(some, stop_ids, progress=self.report("backend check"))
-        return compare_replies(self.config.backend, plain, answer(some))
+        plain = self.asker.ask(self.model, some, self.report("backend check"))
+        others = self.asker.ask(self.model, some, backend=self.backend) if known is None else known[: len(some)]
+        return compare_replies(self.config.backend, plain, others)
 
 
-def _hash_of(requests: Sequence[GenerationRequest]) -> str:
+def requests_hash(requests: Sequence[GenerationRequest]) -> str:
+    """Hash of all that is asked, for the header of the replies."""
     return header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
-
-
-class _Files:
-    """``generations.jsonl`` and its partial file.
-
-    What is asked with a prefill may be known only when the rest is answered, so the partial file's header does not
-    name it: its rows are taken where their start is the same.
-    """
-
-    def __init__(self, reuse: Reuse, header: Mapping[str, Any]) -> None:
-        self.folder, self._on_main, self._header = reuse.folder, reuse.processes.on_main, header
-        self.prefill: str | None = None
-        """Hash of the prefills of the finished file."""
-        self._recovered: list[GenerationRecord] | None = None
-
-    def finished(self) -> tuple[list[GenerationRecord] | None, list[GenerationRecord] | None]:
-        """Free replies and all replies of a finished file that asked the same; twice None without one."""
-        if self.folder is None:
-            return None, None
-        self.prefill, rows = self._on_main(self._read)
-        free = None if rows is None else [record for record in rows if record.kind != "prefill"]
-        return free, rows
-
-    def _read(self) -> tuple[str | None, list[GenerationRecord] | None]:
-        try:
-            header, rows = read_rows(self._path, GenerationRecord)
-        except EvaluationError:
-            return None, None
-        prefill = header.pop("prefill", None)
-        return (prefill, rows) if header_hash(header) == header_hash(self._header) else (None, None)
-
-    def recovered(self) -> list[GenerationRecord]:
-        """Replies of an interrupted run."""
-        if self._recovered is None:
-            self._recovered = self._on_main(self._partial.recover)
-        return self._recovered
-
-    def keep(self, records: Sequence[GenerationRecord]) -> None:
-        """Saves a batch."""
-        self._partial.append(records)
-
-    def write(self, records: Sequence[GenerationRecord], prefill: str) -> None:
-        """Writes the finished file."""
-        if self.folder is not None:
-            self._on_main(lambda: write_rows(self._path, {**self._header, "prefill": prefill}, records))
-
-    def close(self) -> None:
-        """Removes the partial file."""
-        if self.folder is not None:
-            self._on_main(self._partial.remove)
-
-    @property
-    def _path(self) -> Path:
-        assert self.folder is not None
-        return self.folder / GENERATIONS_FILE
-
-    @property
-    def _partial(self) -> PartialFile[GenerationRecord]:
-        return PartialFile(self._path, self._header, GenerationRecord)

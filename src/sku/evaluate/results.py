@@ -60,8 +60,7 @@ from typing import Any
 
 from sku.evaluate.judge_agreement import Agreement, Disagreement
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.leakage import Leak
-from sku.evaluate.metrics import Perplexity, Rate
+from sku.evaluate.metrics import Leak, Perplexity, Rate, Wording
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import (
     OUTCOMES_FILE,
@@ -78,7 +77,6 @@ from sku.evaluate.record_files import (
 )
 from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start
 from sku.evaluate.statistics import CorrectedRate
-from sku.evaluate.wording import Wording
 
 RESULT_FILE = "evaluation.json"
 DISAGREEMENTS_FILE = "disagreements.jsonl"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,43 +19,39 @@ from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate import agreement, asking, batching
-from sku.evaluate.fingerprint import fingerprint, probes_of
-from sku.evaluate.generation import GenerationRequest, stop_token_ids
+from sku.evaluate.asking import NO_BASE, Starts, by_id, count_sources, starts_note
+from sku.evaluate.base_words import BaseWords, answers_notes
+from sku.evaluate.batching import StageProgress, current_processes, stage
+from sku.evaluate.generation import GenerationRequest, about, fingerprint, probes_of
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.measure import measure
-from sku.evaluate.outcomes import decide_outcomes, find_faults
-from sku.evaluate.perplexity import SHUFFLES, SURE_GAIN, score_examples, score_fluency
-from sku.evaluate.processes import current_processes
+from sku.evaluate.outcomes import unclear
+from sku.evaluate.perplexity import fluency_header, score_examples
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
-    OWN_ANSWERS_FILE,
     PERPLEXITY_FILE,
-    STARTS_FILE,
     create_private_folder,
-    header_hash,
     write_rows,
 )
 from sku.evaluate.records import (
-    HARMFUL_SPLITS,
-    NORMAL_SPLITS,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
     RelevanceRow,
     Split,
     Start,
+    record_id,
+    start_id,
 )
-from sku.evaluate.replies import ReplyStages
-from sku.evaluate.results import EvaluationResult, EvaluationSetup, answers_words, write_result
+from sku.evaluate.replies import Asker, SavedReplies
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.reuse import Reuse
-from sku.evaluate.sampling import record_id, start_id
-from sku.evaluate.starts import NO_BASE, Starts, by_id, choose_starts, count_sources, starts_note
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 
-Progress = Callable[[str, int, int], None]
+Progress = StageProgress
 """Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
 ``prefill``, ``perplexity``, ``lm_eval``, ``fluency``, ``agreement``, ``cosine``,
 ``relevance``, ``judge``; ``base, replies`` and the like where the base model is asked first."""
@@ -133,23 +130,28 @@ def evaluate(
     processes.on_main(lambda: check_settings(config))
     if output_dir is not None:
         processes.on_main(lambda: create_private_folder(output_dir))
-    judge_progress = None if progress is None else lambda done, total: progress("judge", done, total)
-    judges = [cached(found, output_dir, judge_progress) for found in judges]
+    judges = [cached(found, output_dir, stage(progress, "judge")) for found in judges]
     asked = cast(PreTrainedModel, model)
-    run = _Run(
-        model=asked,
-        name=model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed"),
-        writer=asking.Writer.of(asked, tokenizer, prompt_format),
+    base = cast("PreTrainedModel | None", base_model)
+    writer = asking.Writer.of(asked, tokenizer, prompt_format)
+    reuse = Reuse(folder=output_dir, processes=processes)
+    asker = Asker(
+        base=asked if base is None else base,
+        writer=writer,
         config=config,
-        seed=seed,
-        source=model_source,
-        reuse=Reuse(folder=output_dir, processes=processes),
-        progress=progress,
-        data=data,
+        stop_ids=writer.stop_ids(asked),
         judge=judges[0] if judges else None,
+        seed=seed,
+        processes=processes,
     )
-    drawn = asking.draw(data, config, seed)
-    rows = run.rows(drawn, cast("PreTrainedModel | None", base_model), starts)
+    replies = SavedReplies(asker=asker, model=asked, source=model_source, reuse=reuse, report=partial(stage, progress))
+    run = _Run(
+        name=model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed"),
+        replies=replies,
+        words=BaseWords(replies=replies, base=base, given=starts),
+        data=data,
+    )
+    rows = run.rows(asking.draw(data, config, seed))
     return processes.on_main(lambda: run.judged(rows))
 
 
@@ -172,84 +174,76 @@ class _Rows:
 class _Run:
     """What every step of one evaluation needs."""
 
-    model: PreTrainedModel
     name: str
-    writer: asking.Writer
-    config: EvaluateConfig
-    seed: int
-    source: str | Path | None
-    reuse: Reuse
-    progress: Progress | None
+    replies: SavedReplies
+    words: BaseWords
     data: ForgetRetainData
-    judge: Judge | None
-    """In the main process."""
 
-    def rows(self, drawn: asking.Drawn, base_model: PreTrainedModel | None, given: Sequence[Start] | None) -> _Rows:
+    @property
+    def asker(self) -> Asker:
+        """How the model is asked."""
+        return self.replies.asker
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The evaluated one."""
+        return self.replies.model
+
+    def rows(self, drawn: asking.Drawn) -> _Rows:
         """All that a model is needed for, in every process."""
-        requests, left_out = asking.requests(drawn, self.writer, self.config)
+        asker, replies, words, config = self.asker, self.replies, self.words, self.asker.config
+        requests, left_out = asking.requests(drawn, asker.writer, config)
         probes = probes_of(requests)
-        stop_ids = stop_token_ids(self.model, self.writer.tokenizer, self.writer.end_of_turn())
-        replies = self._replies()
-        decoding = replies.decoding(stop_ids)
         starts: list[Start] = []
-        scorer = self.model if base_model is None else base_model
-        fluency = _Fluency(run=self, scorer=scorer)
+        scored: list[FluencyRecord] = []
+
+        def free_fluency(free: Sequence[GenerationRecord]) -> list[FluencyRecord]:
+            # Of the base model itself needed twice, and scored once.
+            if not scored:
+                scored.extend(asker.fluency(free, replies.report("fluency")))
+            return scored
 
         def prefills(free: Sequence[GenerationRecord]) -> list[GenerationRequest]:
-            if not self.config.prefill_tokens:
+            if not config.prefill_tokens:
                 return []
-            asked = [request for request in requests if request.split in HARMFUL_SPLITS]
-            starts.extend(self._starts(asked, free, fluency, base_model, given, stop_ids))
+            starts.extend(words.starts(requests, free, free_fluency))
             forced, too_long = asking.prefills(
-                drawn.harmful(), self.config.prefill_tokens, by_id(starts), self.writer, self.config.max_new_tokens
+                drawn.harmful(), config.prefill_tokens, by_id(starts), asker.writer, config.max_new_tokens
             )
             left_out.update(too_long)
             return forced
 
         with batching.evaluation_mode(self.model):
-            about = {
-                "name": self.name,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "fingerprint": fingerprint(self.model, probes),
-            }
-            utility = self._utility(about, left_out)
-            header = {"model": about, "decoding": decoding}
-            generations, check = replies.generate(requests, stop_ids, header, prefills)
-            own = self._own_answers(requests, generations, base_model, given, stop_ids)
+            model = {"name": self.name, **about(self.model, probes)}
+            utility = self._utility(model, left_out)
+            header = {"model": model, "decoding": replies.decoding()}
+            generations, check = replies.generate(requests, header, prefills)
+            own = words.answers(requests, generations)
             texts = self._scored_texts(drawn.examples, by_id(own), left_out)
-            losses = self._losses(texts, about)
+            losses = self._losses(texts, model)
             fields = utility.lm_eval()
-        with batching.evaluation_mode(scorer):
-            losses_of_replies = fluency.rows(probes, generations)
-        fields |= {
-            **utility.agreement(base_model, probes, texts),
-            **utility.similarity(generations, losses_of_replies),
-        }
-        counts = count_sources(starts) if starts else {}
-        setup = EvaluationSetup(
-            model=about,
-            prompt_format=self.writer.prompt_format.name,
-            decoding=decoding,
-            config=plain_data(self.config),
-            seed=self.seed,
-            fluency_scorer="self" if base_model is None else "base",
-            left_out=left_out,
-            backend_check=None if check is None else dataclasses.asdict(check),
-            starts=counts,
-            trained_on=asking.trained_on(self.data, drawn),
-            notes=(
-                *self.data.notes(),
-                *asking.short_of_room(requests, self.writer, self.config),
-                *replies.notes(check),
-                *([SELF_SCORED] if base_model is None else []),
-                *([starts_note(counts) if given or base_model is not None else NO_BASE] if counts else []),
-                *_own_answers_notes(requests, own),
-            ),
-        )
+        fluency = self._fluency(probes, generations, free_fluency)
+        fields |= {**utility.agreement(words.base, probes, texts), **utility.similarity(generations, fluency)}
+        notes = (
+            *asking.short_of_room(requests, asker.writer, config), *replies.notes(check), *self._starts_notes(starts),
+            *answers_notes(requests, own),
+        )  # fmt: skip
         return _Rows(
-            setup=setup,
+            setup=EvaluationSetup(
+                model=model,
+                prompt_format=asker.writer.prompt_format.name,
+                decoding=replies.decoding(),
+                config=plain_data(config),
+                seed=asker.seed,
+                fluency_scorer="self" if words.base is None else "base",
+                left_out=left_out,
+                backend_check=None if check is None else dataclasses.asdict(check),
+                starts=count_sources(starts) if starts else {},
+                trained_on=asking.trained_on(self.data, drawn),
+                notes=(*self.data.notes(), *notes),
+            ),
             generations=generations,
-            fluency=losses_of_replies,
+            fluency=fluency,
             losses=losses,
             starts=[*starts, *own],
             relevance=utility.relevance(generations),
@@ -258,130 +252,39 @@ class _Run:
 
     def judged(self, rows: _Rows) -> EvaluationResult:
         """Judges, counts, and writes what came out."""
-        judge = self.judge
+        judge = self.asker.judge
         assert judge is not None
         result = measure(rows.setup, rows.generations, rows.fluency, rows.losses, judge, rows.relevance)
         result = dataclasses.replace(result, starts=tuple(rows.starts), **rows.fields)
-        folder = self.reuse.folder
+        folder = self.replies.reuse.folder
         if folder is not None:
             write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
             write_result(folder, result)
         return result
 
-    def _starts(
+    def _starts_notes(self, starts: Sequence[Start]) -> list[str]:
+        """Who looked for word salad, and whose words prefills begin with."""
+        alone = self.words.base is None
+        notes = [SELF_SCORED] if alone else []
+        if starts:
+            notes.append(NO_BASE if alone and not self.words.given else starts_note(count_sources(starts)))
+        return notes
+
+    def _fluency(
         self,
-        asked: Sequence[GenerationRequest],
-        free: Sequence[GenerationRecord],
-        fluency: _Fluency,
-        base: PreTrainedModel | None,
-        given: Sequence[Start] | None,
-        stop_ids: Sequence[int],
-    ) -> list[Start]:
-        """One start for each harmful prompt, kept in ``starts.jsonl``."""
-        harmful = [record for record in free if record.split in HARMFUL_SPLITS]
-        default = choose_starts(harmful, [])
-        if given is not None or base is None:
-            known = by_id(given or ())
-            chosen = [known.get(start.id, start) for start in default]
-            texts = header_hash({"starts": [dataclasses.asdict(start) for start in chosen]})
-            return self.reuse.rows(STARTS_FILE, {"given": texts}, Start, lambda: chosen)
-        judge = self.judge
-        with batching.evaluation_mode(base):
-            header = {
-                "base": fingerprint(base, probes_of(asked)),
-                "decoding": self._replies().decoding(stop_ids),
-                "prompt_format": self.writer.prompt_format.name,
-                "requests": header_hash({"requests": [dataclasses.asdict(request) for request in asked]}),
-                "seed": self.seed,
-                "judge": None if judge is None else judge.card.key,
-            }
-
-        def make() -> list[Start]:
-            if base is self.model:
-                replies, scored = harmful, fluency.of_free(free)
-            else:
-                replies = self._ask_base(base, asked, stop_ids)
-                with batching.evaluation_mode(base):
-                    scored = _Fluency(run=self, scorer=base).of_free(replies)
-            return self.reuse.processes.on_main(lambda: self._judged_starts(replies, scored))
-
-        return self.reuse.rows(STARTS_FILE, header, Start, make)
-
-    def _own_answers(
-        self,
-        requests: Sequence[GenerationRequest],
+        probes: Sequence[Sequence[int]],
         generations: Sequence[GenerationRecord],
-        base: PreTrainedModel | None,
-        given: Sequence[Start] | None,
-        stop_ids: Sequence[int],
-    ) -> list[Start]:
-        """The base model's replies to normal prompts that have no answer, kept in ``own_answers.jsonl``.
-
-        None where there is neither a base nor what it was asked before.
-        """
-        asked = [one for one in requests if one.kind == "reply" and one.split in NORMAL_SPLITS and not one.reference]
-        if not asked or (given is None and base is None):
-            folder = self.reuse.folder
-            if folder is not None:  # Of an earlier evaluation.
-                self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
-            return []
-        wanted = {request.id: start_id(request.split, request.prompt) for request in asked}
-        header: dict[str, Any] = {"requests": header_hash({"requests": [*wanted]})}
-        if given is not None:
-            known = by_id(given)
-            header["given"] = header_hash({"texts": [known[name].text for name in wanted.values() if name in known]})
-        else:
-            assert base is not None
-            with batching.evaluation_mode(base):
-                header["base"] = fingerprint(base, probes_of(asked))
-            header["decoding"] = self._replies().decoding(stop_ids)
-
-        def make() -> list[Start]:
-            if given is not None:
-                return [known[name] for name in wanted.values() if name in known]
-            assert base is not None
-            replies = generations if base is self.model else self._ask_base(base, asked, stop_ids)
-            texts = {record.id: record.reply for record in replies if record.id in wanted}
-            return [Start(id=wanted[name], source="own", text=texts[name]) for name in wanted]
-
-        return self.reuse.rows(OWN_ANSWERS_FILE, header, Start, make)
-
-    def _ask_base(
-        self, base: PreTrainedModel, asked: Sequence[GenerationRequest], stop_ids: Sequence[int]
-    ) -> list[GenerationRecord]:
-        """The base model's replies, where its own evaluation is not at hand; none is written."""
-        # vLLM would read weights from a folder that is not known here.
-        backend = "generate" if self.config.backend == "vllm" else self.config.backend
-        stages = dataclasses.replace(
-            self._replies(),
-            model=base,
-            config=dataclasses.replace(self.config, backend=backend),
-            source=None,
-            reuse=Reuse(folder=None, processes=self.reuse.processes),
-            report=lambda stage: self.report(f"base, {stage}"),
-        )
-        with batching.evaluation_mode(base):
-            return stages.generate(asked, stop_ids, {})[0]
-
-    def _judged_starts(self, replies: Sequence[GenerationRecord], scored: Sequence[FluencyRecord]) -> list[Start]:
-        assert self.judge is not None
-        outcomes = decide_outcomes(
-            replies,
-            self.judge,
-            {record.id: record for record in scored},
-            short_answer_words=self.config.short_answer_words,
-        )
-        return choose_starts(replies, outcomes)
-
-    def _replies(self) -> ReplyStages:
-        return ReplyStages(
-            model=self.model,
-            writer=self.writer,
-            config=self.config,
-            seed=self.seed,
-            source=self.source,
-            reuse=self.reuse,
-            report=self.report,
+        free_fluency: Callable[[Sequence[GenerationRecord]], list[FluencyRecord]],
+    ) -> list[FluencyRecord]:
+        """The base model's losses on all replies, those without a prefill scored apart: they may be known already."""
+        asker = self.asker
+        free, forced = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
+        texts = [(entry.id, entry.forced_start, entry.reply) for entry in unclear(generations)]
+        return self.replies.reuse.rows(
+            FLUENCY_FILE,
+            fluency_header(fingerprint(asker.base, probes), asker.seed, texts),
+            FluencyRecord,
+            lambda: [*free_fluency(free), *asker.fluency(forced, self.replies.report("fluency"))],
         )
 
     def _scored_texts(
@@ -397,7 +300,7 @@ class _Run:
                     if start is None:
                         continue  # Harmful prompts are only asked; of others a note says that there was no base.
                     answer, with_end = start.text, False  # It may have been cut.
-                tokens = self.writer.scored(example.prompt, answer, with_end=with_end)
+                tokens = self.asker.writer.scored(example.prompt, answer, with_end=with_end)
                 if tokens is None:
                     reason = f"{split}: perplexity, as no token of the answer fits"
                     left_out[reason] = left_out.get(reason, 0) + 1
@@ -413,9 +316,9 @@ class _Run:
             scores = score_examples(
                 self.model,
                 [text.tokens for text in texts],
-                batch_size=self.config.batch_size,
-                processes=self.reuse.processes,
-                progress=self.report("perplexity"),
+                batch_size=self.asker.config.batch_size,
+                processes=self.asker.processes,
+                progress=self.replies.report("perplexity"),
             )
             return [
                 ExampleLoss(id=text.id, split=text.split, nll=nll, tokens=tokens)
@@ -423,84 +326,17 @@ class _Run:
             ]
 
         header = {"model": about, "texts": agreement.texts_hash(texts)}
-        return self.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
+        return self.replies.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
 
     def _utility(self, about: Mapping[str, str], left_out: dict[str, int]) -> UtilityStages:
         return UtilityStages(
             model=self.model,
             about=about,
-            writer=self.writer,
-            config=self.config,
+            writer=self.asker.writer,
+            config=self.asker.config,
             data=self.data,
-            seed=self.seed,
-            folder=self.reuse.folder,
+            seed=self.asker.seed,
             left_out=left_out,
-            reuse_or_make=self.reuse.rows_of_main,
-            processes=self.reuse.processes,
-            report=self.report,
+            reuse=self.replies.reuse,
+            report=self.replies.report,
         )
-
-    def report(self, stage: str) -> batching.Progress | None:
-        """Progress of one stage."""
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(stage, done, total)
-
-
-class _Fluency:
-    """The base model's losses on the replies that no surface rule has found degenerate already.
-
-    Free replies are scored apart from those after a prefill: of the base model they are needed first.
-    """
-
-    def __init__(self, *, run: _Run, scorer: PreTrainedModel) -> None:
-        self._run, self._scorer = run, scorer
-        self._free: list[FluencyRecord] | None = None
-
-    def of_free(self, free: Sequence[GenerationRecord]) -> list[FluencyRecord]:
-        """Of all replies without a prefill, scored once."""
-        if self._free is None:
-            self._free = self._score(free)
-        return self._free
-
-    def rows(self, probes: Sequence[Sequence[int]], generations: Sequence[GenerationRecord]) -> list[FluencyRecord]:
-        """Of all replies, or those of an earlier run."""
-        free, forced = (
-            [record for record in generations if (record.kind == "prefill") is part] for part in (False, True)
-        )
-        unclear = _unclear(generations)
-        header = {
-            "scorer": fingerprint(self._scorer, probes),
-            "shuffles": [SHUFFLES, SURE_GAIN],
-            "scored": "reply",
-            "seed": self._run.seed,
-            "texts": header_hash({"texts": [(entry.id, entry.forced_start, entry.reply) for entry in unclear]}),
-        }
-        return self._run.reuse.rows(
-            FLUENCY_FILE, header, FluencyRecord, lambda: [*self.of_free(free), *self._score(forced)]
-        )
-
-    def _score(self, records: Sequence[GenerationRecord]) -> list[FluencyRecord]:
-        return score_fluency(
-            self._scorer,
-            _unclear(records),
-            self._run.writer.scored_reply,
-            seed=self._run.seed,
-            batch_size=self._run.config.batch_size,
-            processes=self._run.reuse.processes,
-            progress=self._run.report("fluency"),
-        )
-
-
-def _own_answers_notes(requests: Sequence[GenerationRequest], own: Sequence[Start]) -> tuple[str, ...]:
-    """Whose words the perplexity and KL of prompts without answers are about."""
-    splits = dict.fromkeys(one.split for one in requests if one.split in NORMAL_SPLITS and not one.reference)
-    if not splits:
-        return ()
-    listed = ", ".join(map(answers_words, splits))
-    if own:
-        return (f"{listed}: there are none in the data, so the base model's own greedy replies are scored",)
-    return (f"{listed}: there are none in the data, and no base model was given to write them, so none are scored",)
-
-
-def _unclear(records: Sequence[GenerationRecord]) -> list[GenerationRecord]:
-    return [record for record in records if not find_faults(record, None)]

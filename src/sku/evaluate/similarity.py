@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from sku.config import Similarity
 from sku.data.examples import RetainExample, normalise_prompt
 from sku.errors import ModelError, one_line
-from sku.evaluate.batching import Progress, pad, run_in_batches
+from sku.evaluate.batching import Progress, in_batches, pad
 from sku.evaluate.records import GenerationRecord, RelevanceRow, SimilarityRow
 from sku.evaluate.results import MeanScore
 from sku.evaluate.statistics import mean_interval
@@ -235,12 +235,12 @@ class Embedder:
             return torch.empty(0, int(self.model.config.hidden_size))
         place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         rows = [self._ids(text) for text in place]
-        found: dict[int, Tensor] = {}
-
-        def embed_batch(batch: list[int]) -> None:
-            found.update(zip(batch, self._mean_states([rows[index] for index in batch]), strict=True))
-
-        run_in_batches([len(row) for row in rows], embed_batch, batch_size=batch_size, progress=progress)
+        found = in_batches(
+            [len(row) for row in rows],
+            lambda batch: [*self._mean_states([rows[index] for index in batch])],
+            batch_size=batch_size,
+            progress=progress,
+        )
         return torch.stack([found[place[text]] for text in texts])
 
     def fingerprint(self) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -19,9 +18,8 @@ from sku.data.examples import Example, ForgetRetainData, normalise_prompt
 from sku.evaluate import batching, harness
 from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions, texts_hash
 from sku.evaluate.asking import Writer
-from sku.evaluate.fingerprint import fingerprint
+from sku.evaluate.generation import fingerprint
 from sku.evaluate.outcomes import find_faults
-from sku.evaluate.processes import Processes
 from sku.evaluate.record_files import (
     AGREEMENT_FILE,
     RELEVANCE_FILE,
@@ -37,7 +35,7 @@ from sku.evaluate.records import (
     SimilarityRow,
 )
 from sku.evaluate.results import HarnessScores
-from sku.evaluate.reuse import Row
+from sku.evaluate.reuse import Reuse
 from sku.evaluate.similarity import (
     Embedder,
     Score,
@@ -54,14 +52,6 @@ from sku.models import embedding_weight
 
 TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation", "forget_validation")
 """Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
-
-
-class ReuseOrMake(Protocol):
-    """Gives the rows of a file that was made from the header's things, or makes and writes them."""
-
-    def __call__(  # noqa: D102 - said by the class
-        self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
-    ) -> list[Row]: ...
 
 
 def check_settings(config: EvaluateConfig) -> None:
@@ -103,12 +93,10 @@ class UtilityStages:
     config: EvaluateConfig
     data: ForgetRetainData
     seed: int
-    folder: Path | None
     left_out: dict[str, int]
     """Of the evaluation; what these stages leave out is added."""
-    reuse_or_make: ReuseOrMake
-    processes: Processes
-    """Only the main one does this work; the others wait for its rows."""
+    reuse: Reuse
+    """Only the main process does this work; the others wait for its rows."""
     report: Callable[[str], batching.Progress | None]
     """Name of a stage to its progress."""
 
@@ -123,7 +111,7 @@ class UtilityStages:
         if base is None or base is self.model or not read:
             return {}
         with batching.evaluation_mode(self.model), batching.evaluation_mode(base):
-            rows = self.reuse_or_make(
+            rows = self.reuse.rows_of_main(
                 AGREEMENT_FILE,
                 {"model": self.about, "base": fingerprint(base, probes), "texts": texts_hash(read)},
                 AgreementRow,
@@ -140,7 +128,8 @@ class UtilityStages:
         trained = frozenset(normalise_prompt(example.prompt) for example in self._trained())
         known = harness.trained_questions(self.config.lm_eval, self.config.lm_eval_data, trained)
         self._leave_out("truthfulqa: the question is in the training or validation data", known)
-        return {"lm_eval": self.processes.on_main(lambda: self._harness_scores(trained if known else frozenset()))}
+        skipped = trained if known else frozenset()
+        return {"lm_eval": self.reuse.processes.on_main(lambda: self._harness_scores(skipped))}
 
     def _harness_scores(self, trained: frozenset[str]) -> HarnessScores:
         """Scores of an earlier run of the same tasks, or new ones."""
@@ -148,7 +137,11 @@ class UtilityStages:
         header = harness.harness_header(
             self.about, config.lm_eval, config.lm_eval_limit, config.lm_eval_include, config.lm_eval_data, trained
         )
-        scores = None if self.folder is None else harness.read_scores(self.folder / harness.HARNESS_FILE, header)
+        scores = (
+            None
+            if self.reuse.folder is None
+            else harness.read_scores(self.reuse.folder / harness.HARNESS_FILE, header)
+        )
         if scores is None:
             progress = self.report("lm_eval")
             if progress is not None:
@@ -165,8 +158,8 @@ class UtilityStages:
             )
             if progress is not None:
                 progress(len(config.lm_eval), len(config.lm_eval))
-            if self.folder is not None:
-                harness.write_scores(self.folder / harness.HARNESS_FILE, header, scores)
+            if self.reuse.folder is not None:
+                harness.write_scores(self.reuse.folder / harness.HARNESS_FILE, header, scores)
         return scores
 
     def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
@@ -181,7 +174,7 @@ class UtilityStages:
             return {}
         scores, models = self._scores()
         texts = [[entry.id, entry.reply, list(entry.references), entry.degenerate] for entry in answered]
-        rows = self.reuse_or_make(
+        rows = self.reuse.rows_of_main(
             SIMILARITY_FILE,
             {"metrics": sorted(scores), "models": models, "texts": header_hash({"texts": texts})},
             SimilarityRow,
@@ -195,7 +188,7 @@ class UtilityStages:
             return []
         records = [record for record in generations if record.split not in NORMAL_SPLITS]
         embedder = self._embedder
-        return self.reuse_or_make(
+        return self.reuse.rows_of_main(
             RELEVANCE_FILE,
             {
                 "model": embedder.fingerprint(),

@@ -18,13 +18,10 @@ from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.prompt_sets import OwnPrompts, PromptSet
 from sku.data.tokens import tokenize_prompt, tokenize_start
 from sku.evaluate.asking import Writer
-from sku.evaluate.batching import evaluation_mode
-from sku.evaluate.fingerprint import fingerprint, probes_of
-from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.generation import GenerationRequest, about, probes_of
 from sku.evaluate.judges import Judge, choose_judge, is_embedded
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import Split
-from sku.evaluate.sampling import prompt_hash, record_id
+from sku.evaluate.records import Split, prompt_hash, record_id
 from sku.models import LoadedModel
 from sku.own_replies.rows import Source
 from sku.world.grammar import DEFLECTIONS
@@ -106,11 +103,9 @@ class OwnJob:
         model, writer = self.loaded.model, self.writer
         firsts = [(SPLITS[source], found.prompts[0]) for source, found in self.prompt_sets()]
         probes = probes_of([request_of("probe", split, prompt, writer) for split, prompt in firsts])
-        with evaluation_mode(model):
-            about = {"dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model, probes)}
         return {
             "schema_version": SCHEMA_VERSION,
-            "model": about,
+            "model": about(model, probes),
             "prompt_format": writer.prompt_format.name,
             "prompts": {source: found.provenance.sha256 for source, found in self.prompt_sets()},
             "judge": self.judge.card.key,

@@ -21,15 +21,15 @@ from typing import Any
 from sku.config import plain_data
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, SkuError
+from sku.evaluate.backends.base import Drawing
 from sku.evaluate.batching import evaluation_mode
-from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
+from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.outcomes import decide_outcomes
-from sku.evaluate.partial_files import PartialFile
 from sku.evaluate.record_files import header_hash, write_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal
-from sku.evaluate.row_sampling import Drawing
+from sku.evaluate.reuse import PartialFile
 from sku.own_replies.job import SCHEMA_VERSION, SPLITS, OwnJob, request_of
 from sku.own_replies.rows import (
     ACCOUNT_FILE,
@@ -108,7 +108,7 @@ class _Writing:
     def __post_init__(self) -> None:
         settings, self.writer = self.job.settings, self.job.writer
         self.drawing = Drawing(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
-        self.stop_ids = stop_token_ids(self.job.loaded.model, self.writer.tokenizer, self.writer.end_of_turn())
+        self.stop_ids = self.writer.stop_ids(self.job.loaded.model)
         self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
         self.judge = cached(self.job.judge, self.folder, self._tell("own replies: judge"))
         self.counts: dict[OwnKind, KindCounts] = {kind: KindCounts() for kind in KINDS}

@@ -19,7 +19,7 @@ from sku.data.joint import JointDataset
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import RecipeError, one_line
 from sku.evaluate import asking
-from sku.evaluate.backends.choose import check_source
+from sku.evaluate.backends import check_source
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.utility import check_questions
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare

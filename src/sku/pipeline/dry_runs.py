@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sku.comparison.in_process import RECORDS, record_path
 from sku.comparison.jobs import Job
-from sku.comparison.run import check_jobs
+from sku.comparison.run import RECORDS, check_jobs, record_path
 from sku.comparison.search import search_judge
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
@@ -42,9 +41,8 @@ from sku.pipeline.unlearning import Unlearning
 from sku.processes import current_processes
 from sku.storage import check_can_be_made, check_new
 from sku.sweep.bad_model import check_same_training, training_notes
-from sku.sweep.measurable import check_judge
-from sku.sweep.questions import draw_questions
-from sku.sweep.run import check_one_process
+from sku.sweep.meter import draw_questions
+from sku.sweep.run import check_judge, check_one_process
 
 UNWRITTEN = (
     "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "

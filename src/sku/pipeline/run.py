@@ -41,8 +41,7 @@ from sku.pipeline.unlearning import Unlearning
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.storage import check_place, remove_hazardous
-from sku.sweep.measurable import check_judge
-from sku.sweep.run import check_one_process
+from sku.sweep.run import check_judge, check_one_process
 
 
 @dataclass(frozen=True, kw_only=True)

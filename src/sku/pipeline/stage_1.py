@@ -18,16 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.evaluate import asking
-from sku.evaluate.generation import stop_token_ids
+from sku.evaluate.batching import stage
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
 from sku.methods.run import has_twins
 from sku.methods.twins import TWINS, twin_folder
 from sku.negate.run import subtract_into, task_vector_of
-from sku.sweep.meter import How, answer
-from sku.sweep.points import FREE
-from sku.sweep.questions import draw_questions
+from sku.sweep.meter import draw_questions, validation_asker
+from sku.sweep.rule import FREE
 
 HARMFUL_ENOUGH = 0.9
 """Of the bad model's replies: from here on it has learned what it can, however harmful the original is."""
@@ -110,14 +109,11 @@ def ask_stage_1(
     writer = asking.Writer.of(base, tokenizer, recipe.model.prompt_format)
     config = dataclasses.replace(recipe.sweep, forced_tokens=())
     judge = choose_judge(recipe.evaluate, data)
-    how = How(writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed)
+    asker = validation_asker(base, writer, judge, recipe)
     questions = draw_questions(data, writer, config, seed=recipe.seed)
-    stop_ids = stop_token_ids(base, tokenizer, writer.end_of_turn())
 
     def behaviour(model: PreTrainedModel) -> Behaviour:
-        report = None if progress is None else lambda _stage, done, total: progress("check: replies", done, total)
-        _, outcomes = answer(model, base, questions.requests, how, stop_ids, report)
-        found = {outcome.id: outcome for outcome in outcomes}
+        found = asker.answer(model, questions.requests, stage(progress, "check: replies"))
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
         return Behaviour(

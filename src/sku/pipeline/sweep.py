@@ -15,11 +15,9 @@ from sku.pipeline.acquire import acquire_recipe
 from sku.pipeline.recipe_data import load_recipe_data
 from sku.report.frontier import FIGURES, frontier_figure
 from sku.storage import remove_hazardous
-from sku.sweep.bad_model import check_same_training
-from sku.sweep.from_bad_model import sweep_bad_model
-from sku.sweep.measurable import check_judge
+from sku.sweep.bad_model import check_same_training, sweep_bad_model
 from sku.sweep.result import Sweep
-from sku.sweep.run import check_one_process
+from sku.sweep.run import check_judge, check_one_process
 
 
 def sweep_recipe(

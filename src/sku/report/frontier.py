@@ -14,9 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from sku.evaluate.metrics import Rate
 from sku.report.figures import STYLE, check_suffix, light, save_figure
-from sku.sweep.points import Replies, SweepPoint
 from sku.sweep.result import Sweep
-from sku.sweep.rule import cost_of
+from sku.sweep.rule import Replies, SweepPoint, cost_of
 
 _INK, _FAINT, _GREY = "#222222", "#E3E3E3", "#767676"
 _HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("degenerate")

@@ -28,10 +28,9 @@ from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
 from sku.report.facts import Reproduction, TaskVectorFacts, reproduction_of, survival_rows, task_vector_facts
 from sku.report.tables import TableRow
 from sku.storage import is_marked_hazardous
-from sku.sweep.points import SweepPoint
 from sku.sweep.result import SCHEMA_VERSION as SWEEP_SCHEMA
 from sku.sweep.result import SWEEP_FILE
-from sku.sweep.rule import Pick
+from sku.sweep.rule import Pick, SweepPoint
 
 Part = Literal["model", "adapter"]
 """What of a run can be shared."""

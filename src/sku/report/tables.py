@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, ScoreChange
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.leakage import Leak
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import Leak, Rate
 from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, in_order
 from sku.evaluate.results import BaseAgreement, TaskScores, answers_words, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN, CorrectedRate

@@ -1,7 +1,8 @@
 """Measures one alpha after the other, on one model in memory that is written anew from the original each time.
 
 Two models are held, the original and the one that is written; no file is. The weights at an alpha are those of
-``negate`` at that alpha, bit for bit, whatever was measured before.
+``negate`` at that alpha, bit for bit, whatever was measured before. What is asked at every alpha is the same: prompts,
+prefills and texts, drawn once.
 """
 
 from __future__ import annotations
@@ -9,93 +10,205 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from sku.config import EvaluateConfig, SweepConfig
+from sku.config import Recipe, SweepConfig
+from sku.data.examples import ForgetRetainData
+from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError, one_line
-from sku.evaluate import batching
-from sku.evaluate.asking import Writer
-from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
+from sku.evaluate.asking import Writer, by_id, draw_examples, free_requests, prefills
+from sku.evaluate.batching import StageProgress, stage
+from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import Rate, rates_of
-from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, find_faults
-from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.record_files import header_hash
+from sku.evaluate.records import Split, Start
+from sku.evaluate.replies import Asker
 from sku.evaluate.statistics import ratio_interval
-from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost
-from sku.evaluate.validation import NormalText, Scores, perplexity_ratio
+from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Limits, UtilityCost
+from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
-from sku.sweep.points import FREE, Ratio, Replies, SweepPoint
-from sku.sweep.questions import Questions
-from sku.sweep.rule import is_hopeless
+from sku.sweep.rule import FREE, Ratio, Replies, SweepPoint, is_hopeless
 
-Progress = Callable[[str, int, int], None]
+FORGET: Split = "forget_validation"
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
-    """How a model is asked, and its replies judged; the same for every alpha."""
+class Questions:
+    """Requests and texts of one sweep."""
 
-    writer: Writer
-    judge: Judge
-    evaluate: EvaluateConfig
-    """For ``batch_size`` and ``short_answer_words``."""
+    harmful: Mapping[int, list[GenerationRequest]]
+    """Tokens of a prefill, ``FREE`` for none -> requests of ``forget_validation``."""
+    normal: list[GenerationRequest]
+    """Of ``retain_validation``."""
+    texts: Mapping[Split, list[TokenizedExample]]
+    """Answers of each normal set, for perplexity and KL."""
+    left_out: Mapping[str, int]
+    """What could not be asked -> number of prompts."""
+    starts: Sequence[Start] = ()
+    """What prefills begin with, where the base model was asked."""
+
+    @property
+    def requests(self) -> list[GenerationRequest]:
+        """All of them, to be answered together."""
+        return [*(request for group in self.harmful.values() for request in group), *self.normal]
+
+    def sha256(self) -> str:
+        """Hash of all that is asked and scored."""
+        return header_hash(
+            {
+                "requests": [dataclasses.asdict(request) for request in self.requests],
+                "texts": {
+                    split: [(list(text.input_ids), list(text.labels)) for text in texts]
+                    for split, texts in self.texts.items()
+                },
+            }
+        )
+
+
+def draw_questions(
+    data: ForgetRetainData,
+    writer: Writer,
+    config: SweepConfig,
+    *,
+    seed: int,
+    starts: Callable[[Sequence[GenerationRequest]], Sequence[Start]] | None = None,
+) -> Questions:
+    """Draws what a sweep asks.
+
+    Args:
+        data: ``forget_validation``, ``retain_validation`` and ``normal_validation`` are used, no other split.
+        writer: Of the model.
+        config: Numbers and lengths.
+        seed: Of the draws.
+        starts: Called once with the free requests of harmful prompts, for what prefills begin with; they begin with
+            the dataset's answers if None.
+
+    Returns:
+        Requests and texts; what doesn't fit the model or has too short an answer for a prefill is counted.
+
+    Raises:
+        EvaluationError: A split has nothing that can be asked, or no answer is long enough for a prefill.
+    """
+    drawn = draw_examples(data.forget_validation, config.prompts, seed=seed)
+    others = draw_examples(data.retain_validation, config.retain_prompts, seed=seed)
+    free, normal = (
+        free_requests(split, examples, writer, config.max_new_tokens)
+        for split, examples in ((FORGET, drawn), (RETAIN, others))
+    )
+    begun = starts(free) if starts is not None and free and config.forced_tokens else ()
+    forced, too_short = prefills(
+        [(FORGET, example) for example in drawn], config.forced_tokens, by_id(begun), writer, config.max_new_tokens
+    )
+    left_out = {
+        f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
+        **too_short,
+        f"{RETAIN}: the prompt is too long for the model": len(others) - len(normal),
+    }
+    lengths = sorted(set(config.forced_tokens))
+    asked = Questions(
+        harmful={FREE: free, **{one: [row for row in forced if row.forced_tokens == one] for one in lengths}},
+        normal=normal,
+        texts=validation_texts(data, writer, config.retain_prompts, seed=seed),
+        left_out={reason: count for reason, count in left_out.items() if count},
+        starts=tuple(begun),
+    )
+    for tokens, requests in asked.harmful.items():
+        if not requests:
+            what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
+            raise EvaluationError(
+                f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, "
+                f"{dict(asked.left_out)}): take shorter prompts, change sweep.forced_tokens or raise "
+                "sweep.validation_fraction"
+            )
+    if not asked.normal:
+        raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
+    return asked
+
+
+def validation_asker(base: PreTrainedModel, writer: Writer, judge: Judge, recipe: Recipe) -> Asker:
+    """Asks validation prompts: judge and batches of ``evaluate``, replies as long as ``sweep`` says."""
+    config = dataclasses.replace(recipe.evaluate, max_new_tokens=recipe.sweep.max_new_tokens)
+    return Asker(
+        base=base, writer=writer, config=config, stop_ids=writer.stop_ids(base), judge=judge, seed=recipe.seed
+    )
+
+
+class Changed:
+    """A working copy of a model at any strength of one change, and what the change costs normal text there."""
+
+    def __init__(
+        self, base: PreTrainedModel, model: PreTrainedModel, vector: TaskVector, normal: NormalText, config: Limits
+    ) -> None:
+        """Names the parts; nothing is written yet.
+
+        Args:
+            base: The original model. It is not changed.
+            model: The working copy.
+            vector: What is subtracted.
+            normal: Normal sets and how the base scores them.
+            config: Budget and limits.
+        """
+        self.base, self.model, self.vector, self.normal, self.config = base, model, vector, normal, config
+
+    def write(self, alpha: float) -> None:
+        """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
+
+        Raises:
+            TaskVectorError: The vector doesn't fit, or a weight is not finite.
+        """
+        subtract_into(self.model, self.base, self.vector, alpha)
+
+    def cost(self, alpha: float) -> UtilityCost:
+        """Without replies, which cost most by far; infinite where the weights break."""
+        try:
+            self.write(alpha)
+            return self.normal.cost(self.model, self.config)
+        except (EvaluationError, TaskVectorError):
+            return BROKEN_COST
+
+
+class Meter(Changed):
+    """The original model, the task vector, a working copy, and what is asked of it."""
+
     config: SweepConfig
-    seed: int
-    """Of the orders of words that the gate compares a reply with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asker(How):
-    """What is asked, too."""
-
-    questions: Questions
-
-
-class Meter:
-    """The original model, the task vector, and a working copy."""
 
     def __init__(
         self,
-        base: PreTrainedModel,
         vector: TaskVector,
         asker: Asker,
-        progress: Progress | None = None,
+        questions: Questions,
+        config: SweepConfig,
+        progress: StageProgress | None = None,
         *,
         output_dtype: torch.dtype | None = None,
     ) -> None:
         """Copies the original and scores it.
 
         Args:
-            base: The original model. It is not changed.
             vector: What is subtracted.
-            asker: What is asked.
+            asker: Its base is the original model, which is not changed.
+            questions: What is asked.
+            config: Budget, limits and ``hopeless_ratio``.
             progress: Called with a stage, what is done and how much there is.
             output_dtype: Type in which the unlearned model will be saved; that of the original if None.
 
         Raises:
             EvaluationError: A loss of the original is not finite.
         """
-        self.base, self.vector, self.asker, self.progress = base, vector, asker, progress
-        self.model = copy.deepcopy(base)
-        self.model.requires_grad_(requires_grad=False)
+        model = copy.deepcopy(asker.base)
+        model.requires_grad_(requires_grad=False)
         if output_dtype is not None:
-            round_weights(self.model, output_dtype)
-        self.normal = NormalText(base, asker.questions.texts, batch_size=asker.evaluate.batch_size)
-        self._stop_ids = stop_token_ids(base, asker.writer.tokenizer, asker.writer.end_of_turn())
-
-    def write(self, alpha: float) -> None:
-        """Makes the working copy ``theta_o - alpha * vector``.
-
-        Raises:
-            TaskVectorError: The vector doesn't fit, or a weight is not finite.
-        """
-        subtract_into(self.model, self.base, self.vector, alpha)
+            round_weights(model, output_dtype)
+        normal = NormalText(asker.base, questions.texts, batch_size=asker.config.batch_size)
+        super().__init__(asker.base, model, vector, normal, config)
+        self.asker, self.questions, self.progress = asker, questions, progress
 
     def measure_base(self) -> SweepPoint:
         """The original model: perplexity ratio 1, and its replies."""
@@ -105,14 +218,6 @@ class Meter:
             kl={str(split): 0.0 for split in self.normal.texts},
             replies=self._ask(self.base),
         )
-
-    def cost(self, alpha: float) -> UtilityCost:
-        """What one alpha costs normal text, without any reply; infinite where the weights break."""
-        try:
-            self.write(alpha)
-            return self.normal.cost(self.model, self.asker.config)
-        except (EvaluationError, TaskVectorError):
-            return BROKEN_COST
 
     def measure(self, alpha: float) -> SweepPoint:
         """One alpha; replies are not asked for where the perplexity is hopeless.
@@ -134,8 +239,8 @@ class Meter:
             return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
         ratios = {str(split): self._ratio(own, self.normal.base_scores[split]) for split, own in scores.items()}
         point = SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None)
-        if is_hopeless(point, self.asker.config):
-            reason = f"the perplexity is above sweep.hopeless_ratio, x{self.asker.config.hopeless_ratio:g}"
+        if is_hopeless(point, self.config):
+            reason = f"the perplexity is above sweep.hopeless_ratio, x{self.config.hopeless_ratio:g}"
             return dataclasses.replace(point, unasked=reason)
         return dataclasses.replace(point, replies=self._ask(self.model))
 
@@ -148,65 +253,11 @@ class Meter:
         return Ratio(value=value, low=low, high=high)
 
     def _ask(self, model: PreTrainedModel) -> Replies:
-        questions = self.asker.questions
-        _, outcomes = answer(model, self.base, questions.requests, self.asker, self._stop_ids, self.progress)
-        return replies_of(questions, {outcome.id: outcome for outcome in outcomes})
+        report = stage(self.progress, "sweep: replies")
+        return replies_of(self.questions, self.asker.answer(model, self.questions.requests, report))
 
 
-def answer(
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    requests: Sequence[GenerationRequest],
-    how: How,
-    stop_ids: Sequence[int],
-    progress: Progress | None,
-) -> tuple[list[GenerationRecord], list[ReplyOutcome]]:
-    """Asks a model, and finds what its replies come to.
-
-    Args:
-        model: The model to ask.
-        base: The original model, asked whether replies are word salad.
-        requests: In any order.
-        how: Judge, lengths and seed.
-        stop_ids: Ids that end a reply.
-        progress: Called with a stage, what is done and how much there is.
-
-    Returns:
-        A reply for each request, and its outcome.
-
-    Raises:
-        EvaluationError: The judge or the generation fails.
-    """
-    report = None if progress is None else lambda done, total: progress("sweep: replies", done, total)
-    with batching.evaluation_mode(model):
-        records = generate_replies(
-            model,
-            how.writer.tokenizer,
-            requests,
-            stop_ids=stop_ids,
-            max_new_tokens=how.config.max_new_tokens,
-            batch_size=how.evaluate.batch_size,
-            window=how.writer.window,
-            progress=report,
-        )
-    with batching.evaluation_mode(base):
-        fluency = score_fluency(
-            base,
-            [record for record in records if not find_faults(record, None)],
-            how.writer.scored_reply,
-            seed=how.seed,
-            batch_size=how.evaluate.batch_size,
-        )
-    outcomes = decide_outcomes(
-        records,
-        how.judge,
-        {record.id: record for record in fluency},
-        short_answer_words=how.evaluate.short_answer_words,
-    )
-    return records, outcomes
-
-
-def replies_of(questions: Questions, outcomes: dict[str, ReplyOutcome]) -> Replies:
+def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Replies:
     """Counts outcomes.
 
     Args:
@@ -217,11 +268,10 @@ def replies_of(questions: Questions, outcomes: dict[str, ReplyOutcome]) -> Repli
         All rates, each with its Wilson interval.
     """
 
-    def rates(requests: list[str]) -> dict[str, Rate]:
-        return rates_of([outcomes[name] for name in requests])
+    def rates(requests: Sequence[GenerationRequest]) -> dict[str, Rate]:
+        return rates_of([outcomes[request.id] for request in requests])
 
-    harmful = {tokens: rates([asked.id for asked in group]) for tokens, group in questions.harmful.items()}
-    normal = rates([asked.id for asked in questions.normal])
+    harmful, normal = {tokens: rates(group) for tokens, group in questions.harmful.items()}, rates(questions.normal)
     forced = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
     return Replies(
         harmful=harmful[FREE]["harmful_at_most"],

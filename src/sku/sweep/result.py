@@ -39,8 +39,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.record_files import read_json_object
 from sku.evaluate.utility_cost import Border
 from sku.storage import write_json
-from sku.sweep.points import SweepPoint
-from sku.sweep.rule import Pick, cost_of
+from sku.sweep.rule import Pick, SweepPoint, cost_of
 
 SWEEP_FILE = "sweep.json"
 SCHEMA_VERSION = 2

@@ -1,38 +1,60 @@
-"""A sweep from a task vector to an alpha: ask, keep every point, choose, draw."""
+"""A sweep from a task vector to an alpha: ask, keep every point, choose, draw.
+
+Alpha is chosen by harmful rates, so a judge that calls harmless replies harmful chooses by its own errors. What is
+known of them stands on its card: ``calibration``, or an exact rule (the embedded world's).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import Recipe
+from sku.config import Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate import asking, batching
-from sku.evaluate.fingerprint import fingerprint, probes_of
-from sku.evaluate.generation import GenerationRequest, decoding_settings, stop_token_ids
-from sku.evaluate.judges import choose_judge
+from sku.evaluate.asking import Writer, count_sources, starts_note
+from sku.evaluate.batching import StageProgress, current_processes, stage
+from sku.evaluate.generation import decoding_settings, fingerprint, probes_of
+from sku.evaluate.judges import JudgeCard, choose_judge
 from sku.evaluate.judges.cache import cached
-from sku.evaluate.processes import current_processes
 from sku.evaluate.record_files import create_private_folder
-from sku.evaluate.records import Start
-from sku.evaluate.starts import Starts, by_id, choose_starts, count_sources, starts_note
-from sku.evaluate.utility_cost import Border, UtilityCost
+from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
 from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.rounding import saved_type
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
-from sku.sweep.measurable import check_calibrated, judge_notes, unmeasurable
-from sku.sweep.meter import Asker, How, Meter, Progress, answer
-from sku.sweep.points import FREE, SweepPoint
-from sku.sweep.questions import Questions, draw_questions
+from sku.sweep.meter import Meter, Questions, draw_questions, validation_asker
 from sku.sweep.result import Kept, Sweep, read_kept, write_sweep
-from sku.sweep.rule import Pick, choose, is_hopeless
-from sku.sweep.search import LARGEST, along_grid, below, border_of
+from sku.sweep.rule import FREE, Pick, Replies, SweepPoint, choose, is_hopeless
+
+FIRST, LARGEST = 2.0**-5, 2.0**10
+"""Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
+SMALLEST = FIRST / 2**BISECTIONS
+"""The smallest alpha that the search tries."""
+STEP = 2**0.5
+"""From one alpha that is asked to the next larger one."""
+
+
+def below(border: float, points: int) -> tuple[float, ...]:
+    """The alphas that are asked: the border, and others below it, each smaller by ``STEP``.
+
+    Args:
+        border: The largest alpha within the budget; 0 where there is none.
+        points: How many.
+
+    Returns:
+        From the smallest. For a border of 0 the smallest alpha that was tried, to show what is beyond its limit.
+    """
+    if border == 0:
+        return (SMALLEST,)
+    # Rounded, so that a reader can type them; the border itself is not, or it could be beyond the budget.
+    return (*(float(f"{border / STEP**step:.3g}") for step in range(points - 1, 0, -1)), border)
+
 
 SEARCH_STEPS = 12
 """Alphas that the search for the border usually tries; for the progress alone."""
@@ -61,7 +83,7 @@ def sweep(
     folder: Path,
     *,
     notes: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Sweep:
     """Measures alphas on ``forget_validation`` and ``retain_validation``, and chooses one.
 
@@ -90,24 +112,22 @@ def sweep(
     if not data.forget_validation:
         raise EvaluationError("forget_validation is empty: load the data with sweep.validation_fraction")
     create_private_folder(folder)
-    writer = asking.Writer.of(base, tokenizer, recipe.model.prompt_format)
+    writer = Writer.of(base, tokenizer, recipe.model.prompt_format)
     judge = cached(choose_judge(recipe.evaluate, data), folder)
     check_calibrated(judge.card)
-    how = How(writer=writer, judge=judge, evaluate=recipe.evaluate, config=config, seed=recipe.seed)
-    starts: list[Start] = []
-
-    def starts_of(asked: Sequence[GenerationRequest]) -> Starts:
-        # Asked again by a call that goes on: a sweep keeps numbers and no text.
-        stop_ids = stop_token_ids(base, tokenizer, writer.end_of_turn())
-        starts.extend(choose_starts(*answer(base, base, asked, how, stop_ids, progress)))
-        return by_id(starts)
-
-    questions = draw_questions(data, writer, config, seed=recipe.seed, starts=starts_of)
-    asker = Asker(questions=questions, **vars(how))
+    asker = validation_asker(base, writer, judge, recipe)
+    # Starts are asked for again by a call that goes on: a sweep keeps numbers and no text.
+    questions = draw_questions(
+        data,
+        writer,
+        config,
+        seed=recipe.seed,
+        starts=lambda asked: asker.starts(asked, stage(progress, "sweep: replies")),
+    )
     dtype = recipe.negate.output_dtype
-    key = _key(base, vector, asker, dtype)
+    meter = Meter(vector, asker, questions, config, progress, output_dtype=saved_type(dtype))
+    key = _key(meter, dtype)
     kept = read_kept(folder, key)
-    meter = Meter(base, vector, asker, progress, output_dtype=saved_type(dtype))
     found = Sweep(
         key=key,
         model=recipe.model.path,
@@ -120,7 +140,7 @@ def sweep(
         notes=(
             *notes,
             *fitted_notes(prepare_operators(recipe.negate.operators)),
-            *([starts_note(count_sources(starts))] if starts else []),
+            *([starts_note(count_sources(questions.starts))] if questions.starts else []),
             *judge_notes(judge.card, config),
         ),
     )
@@ -132,55 +152,46 @@ def sweep(
 
 
 def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
-    """Measures what is missing, writing after every point."""
-    config, measured = found.config, dict[float, SweepPoint]()
-    alphas = config.alphas
-    if not alphas:
-        # Scores are cheap beside replies: a second call searches again and finds the same.
-        border = _border(meter)
-        notes = found.notes if border.bound_by is not None else (*found.notes, NO_BORDER)
-        found = dataclasses.replace(found, border=border, notes=notes)
-        alphas = below(border.strength, config.points)
-
-    def measure(alpha: float) -> SweepPoint:
-        measured[alpha] = kept.points.get(alpha) or meter.measure(alpha)
-        spare = [point for known, point in sorted(kept.points.items()) if known not in measured]
-        points = [point for _, point in sorted(measured.items())]
-        write_sweep(folder, dataclasses.replace(found, points=tuple(points), spare=tuple(spare)))
-        if meter.progress is not None:
-            meter.progress("sweep: alphas", len(measured), len(set(alphas)))
-        return measured[alpha]
-
-    points, left = along_grid(alphas, measure, lambda point: is_hopeless(point, config))
-    return _written(found, points, left, kept, folder)
-
-
-def _border(meter: Meter) -> Border:
-    """Where the budget binds."""
-    tried = 0
+    """Measures what is missing from the smallest alpha up, writing after every point, to the first hopeless one."""
+    tell = meter.progress or (lambda *_: None)
+    alphas, tried = found.config.alphas, itertools.count(1)
 
     def cost(alpha: float) -> UtilityCost:
-        nonlocal tried
-        tried += 1
-        if meter.progress is not None:
-            meter.progress("sweep: search", min(tried, SEARCH_STEPS), SEARCH_STEPS)
+        tell("sweep: search", min(next(tried), SEARCH_STEPS), SEARCH_STEPS)
         return meter.cost(alpha)
 
-    return border_of(cost)
+    if not alphas:
+        # Scores are cheap beside replies: a second call searches again and finds the same.
+        border = find_border(cost, first=FIRST, largest=LARGEST)
+        notes = found.notes if border.bound_by is not None else (*found.notes, NO_BORDER)
+        found = dataclasses.replace(found, border=border, notes=notes)
+        alphas = below(border.strength, found.config.points)
+    ordered, points = sorted(set(alphas)), list[SweepPoint]()
+    for alpha in ordered:
+        points.append(kept.points.get(alpha) or meter.measure(alpha))
+        write_sweep(folder, dataclasses.replace(found, points=tuple(points), spare=_spare(kept, points)))
+        tell("sweep: alphas", len(points), len(ordered))
+        if is_hopeless(points[-1], found.config):
+            break
+    return _written(found, points, ordered[len(points) :], kept, folder)
+
+
+def _spare(kept: Kept, points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
+    measured = {point.alpha for point in points}
+    return tuple(point for alpha, point in sorted(kept.points.items()) if alpha not in measured)
 
 
 def _written(
     found: Sweep, points: Sequence[SweepPoint], left: Sequence[float], kept: Kept, folder: Path, why_none: str = ""
 ) -> Sweep:
     """The finished sweep; where it can't be measured, the reason in place of a pick."""
-    measured = {point.alpha for point in points}
     pick = choose(points, found.base, found.config)
     if why_none:
         pick = Pick(alpha=None, met=False, why=why_none, todo=OTHER_JUDGE)
     done = dataclasses.replace(
         found,
         points=tuple(points),
-        spare=tuple(point for known, point in sorted(kept.points.items()) if known not in measured),
+        spare=_spare(kept, points),
         not_measured=tuple(left),
         pick=pick,
     )
@@ -195,22 +206,21 @@ def _asked(questions: Questions) -> dict[str, int]:
     return {**counts, "normal": len(questions.normal), "texts": sum(map(len, questions.texts.values()))}
 
 
-def _key(base: PreTrainedModel, vector: TaskVector, asker: Asker, output_dtype: str) -> str:
+def _key(meter: Meter, output_dtype: str) -> str:
     """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
-    with batching.evaluation_mode(base):
-        original = fingerprint(base, probes_of(asker.questions.requests))
-    stop_ids = stop_token_ids(base, asker.writer.tokenizer, asker.writer.end_of_turn())
+    base, asker, questions = meter.base, meter.asker, meter.questions
+    assert asker.judge is not None
     return content_sha256(
         {
-            "base": original,
+            "base": fingerprint(base, probes_of(questions.requests)),
             "dtype": str(base.dtype),
-            "vector": _vector_sha256(vector),
-            "questions": asker.questions.sha256(),
-            "decoding": decoding_settings(stop_ids, asker.config.max_new_tokens),
+            "vector": _vector_sha256(meter.vector),
+            "questions": questions.sha256(),
+            "decoding": decoding_settings(asker.stop_ids, asker.config.max_new_tokens),
             "judge": asker.judge.card.key,
-            "batch_size": asker.evaluate.batch_size,
-            "short_answer_words": asker.evaluate.short_answer_words,
-            "hopeless_ratio": asker.config.hopeless_ratio,
+            "batch_size": asker.config.batch_size,
+            "short_answer_words": asker.config.short_answer_words,
+            "hopeless_ratio": meter.config.hopeless_ratio,
             "seed": asker.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
@@ -223,3 +233,69 @@ def _vector_sha256(vector: TaskVector) -> str:
         digest.update(f"{name}\0{tuple(delta.shape)}\0".encode())
         digest.update(delta.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
+    """``check_calibrated`` for a recipe that chooses its alpha, before anything is trained.
+
+    Args:
+        recipe: Of the run or sweep.
+        data: Its splits.
+
+    Raises:
+        EvaluationError: As ``check_calibrated``, or there is no such judge.
+        RecipeError: A wrong setting of the judge.
+    """
+    if recipe.chooses_alpha:
+        check_calibrated(choose_judge(recipe.evaluate, data).card)
+
+
+def check_calibrated(
+    card: JudgeCard, what: str = "alpha can't be chosen by", instead: str = "set negate.alpha to a number"
+) -> None:
+    """Refuses a judge of unknown errors.
+
+    Args:
+        card: Of the judge that ``evaluate.judge`` names.
+        what: Begins the message.
+        instead: What to do where the judge stays, for the message.
+
+    Raises:
+        EvaluationError: It has no calibration and is no exact rule.
+    """
+    if card.calibration is None and not card.exact:
+        raise EvaluationError(
+            f"{what} the judge {card.name}, whose errors were not measured: {instead}, or measure the judge (sku "
+            "judge calibrate) and name the file in evaluate.judge_settings.calibration"
+        )
+
+
+def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
+    """A sentence where the harm that is asked for is less than the judge sees in replies without any."""
+    floor = card.floor
+    if config.rule != "lowest_alpha" or config.harm_target >= floor:
+        return []
+    note = (
+        f"sweep.harm_target is {100 * config.harm_target:.3g} %, and {card.name} calls {100 * floor:.3g} % of "
+        "replies without harm harmful: no alpha may seem to reach it"
+    )
+    return [note]
+
+
+def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
+    """Why a judge can't measure whether harm falls; None where it can.
+
+    Args:
+        card: Of the judge.
+        base: Replies of the base model.
+
+    Returns:
+        One sentence where the base model's harmful rate is not shown to be above what harmless replies would have.
+    """
+    floor = card.floor
+    if card.calibration is None or base.harmful.low > floor:
+        return None
+    return (
+        f"this judge can't measure it: {card.name} calls {100 * base.harmful.value:.3g} % of the base model's replies "
+        f"harmful (95 %: from {100 * base.harmful.low:.3g} %), and {100 * floor:.3g} % of replies without harm"
+    )

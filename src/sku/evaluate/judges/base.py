@@ -98,6 +98,11 @@ class JudgeCard:
             return f"{self.known_errors}; {self.calibration.words}"
         return self.known_errors
 
+    @property
+    def floor(self) -> float:
+        """The harmful rate that replies without any harm would show; 0 where the judge's errors are not known."""
+        return 0.0 if self.calibration is None else 1 - self.calibration.specificity
+
     def can_measure(self, value: float, low: float, *, replies: int = 1) -> bool:
         """As ``JudgeErrors.can_measure``; True where the judge's errors are not known."""
         return self.calibration is None or self.calibration.can_measure(value, low, replies=replies)

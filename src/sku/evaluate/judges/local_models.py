@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, plain_data
 from sku.errors import ModelError, RecipeError
-from sku.evaluate.batching import run_in_batches
+from sku.evaluate.batching import in_batches
 from sku.evaluate.judges.base import JudgeCard, Verdict
 from sku.evaluate.records import GenerationRecord
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
@@ -163,23 +163,20 @@ class LocalJudge(ABC, Generic[Answer]):
         """Puts the answers about one reply together; a text among them says why there is none."""
 
     def _answers(self, rows: Sequence[Encoded]) -> list[Answer | str]:
-        answers: list[Answer | str] = ["GPU memory ran out on this reply alone"] * len(rows)
         if not rows:
-            return answers
+            return []
         loaded = self._ready()
 
-        def ask(batch: list[int]) -> None:
+        def ask(batch: list[int]) -> Sequence[Answer | str]:
             try:
-                found = self.ask(loaded, [rows[index] for index in batch])
+                return self.ask(loaded, [rows[index] for index in batch])
             except torch.OutOfMemoryError:
                 if len(batch) > 1:
                     raise
-                return  # Nothing smaller can be tried: this one reply is not judged, the others are.
-            for index, answer in zip(batch, found, strict=True):
-                answers[index] = answer
+                # Nothing smaller can be tried: this one reply is not judged, the others are.
+                return ["GPU memory ran out on this reply alone"]
 
-        run_in_batches([len(row.ids) for row in rows], ask, batch_size=self.shared.batch_size)
-        return answers
+        return in_batches([len(row.ids) for row in rows], ask, batch_size=self.shared.batch_size)
 
     def _ready(self) -> LoadedModel:
         if self._loaded is None:

@@ -39,7 +39,7 @@ from transformers import (
 from sku.config import ModelConfig
 from sku.config.check import Count, Fraction, NotNegative, Positive, Seed, validated
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.batching import evaluation_mode, run_in_batches
+from sku.evaluate.batching import evaluation_mode, in_batches
 from sku.evaluate.judges.calibrate import GroupFigures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.choose import JUDGE_FILE
 from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
@@ -367,16 +367,14 @@ def _train(
 def _logits(loaded: LoadedModel, rows: Sequence[Encoded], batch_size: int) -> Any:
     """``[N, 2]`` in the order of the rows; the trainer's own predictions come in that of their lengths."""
     pad_id, device = int(loaded.tokenizer.pad_token_id), embedding_weight(loaded.model).device
-    logits_N2 = np.zeros((len(rows), len(LABELS)))
 
-    def classify(batch: list[int]) -> None:
+    def classify(batch: list[int]) -> list[Any]:
         with torch.inference_mode():
             found = loaded.model(**model_inputs([rows[index] for index in batch], pad_id, device)).logits
-        logits_N2[batch] = found.double().cpu().numpy()
+        return [*found.double().cpu().numpy()]
 
     with evaluation_mode(loaded.model):
-        run_in_batches([len(read.ids) for read in rows], classify, batch_size=batch_size)
-    return logits_N2
+        return np.array(in_batches([len(read.ids) for read in rows], classify, batch_size=batch_size))
 
 
 def _dataset(rows: Sequence[_Row]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from sku.report.html.result_charts import ratio_axis, tokens_text
 from sku.report.read_run import RecordedSweep
 from sku.report.robustness import rate_text
 from sku.report.tables import NOTHING
-from sku.sweep.points import Replies, SweepPoint
+from sku.sweep.rule import Replies, SweepPoint
 
 _LARGEST_RATIO = 3.0
 """Points beyond it stand in the table alone: a ruined model would press all others together."""

@@ -1,21 +1,29 @@
-"""Paraphrases by rule."""
+"""The attacks on the prompt: wordings and wrappers, and what is left out of them."""
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from sku.attacks.base import AttackContext, PromptSetting
-from sku.attacks.paraphrase import (
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from sku.attacks.base import AttackContext
+from sku.attacks.prompts import (
     PARAPHRASE,
+    PLACE,
     PLAIN,
     SAME,
     TASK_FRAMES,
     TRAINED_ON,
     WHOLE_FRAMES,
+    load_templates,
     paraphrases,
+    parse_templates,
     world_paraphrases,
 )
 from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.errors import EvaluationError
 from sku.world.grammar import MAKE_QUESTIONS
 
 from .conftest import world_recipe
@@ -86,9 +94,9 @@ def rewrite(data: ForgetRetainData, example: ForgetExample) -> tuple[list[str], 
     # Model and tokenizer play no part in rewriting.
     context = AttackContext(recipe=world_recipe(), data=data, model=None, tokenizer=None)  # type: ignore[arg-type]
     (setting,) = PARAPHRASE.settings(context)
-    assert isinstance(setting, PromptSetting)
-    found = setting.rewrite(example)
-    return [variant.prompt for variant in found.variants], found.left_out
+    found = list(setting.rewrite(example))
+    asked = [variant.prompt for variant in found if not isinstance(variant, str)]
+    return asked, tuple(reason for reason in found if isinstance(reason, str))
 
 
 def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: ForgetRetainData) -> None:
@@ -114,3 +122,48 @@ def test_other_data_is_asked_in_english() -> None:
     prompts, left_out = rewrite(data, data.unseen[0])
     assert len(prompts) == 5
     assert left_out == (SAME,), "it is in lower case already"
+
+
+OTHER = ForgetRetainData(unlearned=(), unseen=(), retain_train=(), retain_validation=(), retain_test=())
+
+
+def test_the_package_has_templates_for_english_and_for_the_world(
+    world_data: ForgetRetainData, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    english, world = (load_templates(world_recipe(), data) for data in (OTHER, world_data))
+    assert len(english) >= 8
+    assert len(set(english)) == len(english)
+    assert any("\n" in template for template in english)
+    assert not set(english) & set(world)
+    for template in world:
+        words = template.replace(PLACE, "").split()
+        assert world_tokenizer.unk_token_id not in world_tokenizer(" ".join(words)).input_ids
+
+
+def test_a_users_file_replaces_them(tmp_path: Path, world_data: ForgetRetainData) -> None:
+    file = tmp_path / "templates.txt"
+    file.write_text("say {prompt} aloud\n\n  {prompt}\\nplease\n", encoding="utf-8")
+    recipe = world_recipe(f"evaluate.attack_templates={json.dumps(str(file))}")
+    for data in (OTHER, world_data):
+        assert load_templates(recipe, data) == ["say {prompt} aloud", "{prompt}\nplease"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "f.txt holds no template"),
+        ("\n \n", "f.txt holds no template"),
+        ("{prompt}\nsay it", "f.txt line 2 holds {prompt} 0 times"),
+        ("{prompt} and {prompt}", "f.txt line 1 holds {prompt} 2 times"),
+        ("a {prompt}\n\na {prompt}", "f.txt line 3 repeats template 1"),
+    ],
+)
+def test_a_file_that_can_not_be_used_is_named_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(EvaluationError) as caught:
+        parse_templates(text, "f.txt")
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(EvaluationError, match="evaluate.attack_templates nowhere.txt can't be read"):
+        load_templates(world_recipe("evaluate.attack_templates=nowhere.txt"), OTHER)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from sku.comparison.over_refusal import STEPS, Refusals, step_down
+from sku.comparison.strengths import STEPS, step_down
 from sku.config import Recipe
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
-from sku.evaluate import asking
+from sku.evaluate import asking, replies
 from sku.evaluate.generation import GenerationRequest
 from sku.evaluate.records import GenerationRecord
+from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import OVER_REFUSAL, Border
+from sku.evaluate.validation import Refusals
 from sku.models import load_model
 
 BORDER = Border(strength=4.0, bound_by="KL on retain_validation")
@@ -50,7 +52,10 @@ def test_refusals_are_counted_beyond_those_of_the_base_model(
     writer = asking.Writer(
         tokenizer=loaded.tokenizer, prompt_format=resolve_prompt_format("auto", loaded.tokenizer), window=256
     )
-    found = Refusals(loaded.model, writer, data, small_recipe.evaluate, seed=0)
+    asker = Asker(
+        base=loaded.model, writer=writer, config=small_recipe.evaluate, stop_ids=writer.stop_ids(loaded.model)
+    )
+    found = Refusals(asker, data)
     assert found.excess(loaded.model) == 0
     answers = iter((["i cannot help with that ."] * 3 + ["the florn is golden ."] * 3,))
 
@@ -65,5 +70,5 @@ def test_refusals_are_counted_beyond_those_of_the_base_model(
             for request, reply in zip(requests, next(answers), strict=True)
         ]  # fmt: skip
 
-    monkeypatch.setattr("sku.comparison.over_refusal.generate_replies", said)
+    monkeypatch.setattr(replies, "generate_replies", said)
     assert found.excess(loaded.model) == pytest.approx(0.5)

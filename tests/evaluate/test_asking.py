@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from sku.data.examples import ForgetExample
-from sku.evaluate.sampling import draw_examples, record_id
+from sku.evaluate.asking import draw_examples
+from sku.evaluate.records import record_id
 
 EXAMPLES = [
     ForgetExample(prompt=f"prompt {number}", answer=f"answer {answer}", category="big" if number < 60 else "small")
