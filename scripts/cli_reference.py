@@ -93,7 +93,11 @@ def section(path: str, command: Any) -> Iterator[str]:
     yield from table(
         "option",
         [
-            (f"`{written(item)}`", text_of(item.help) + (" **Required.**" if item.required else ""), default_of(item))
+            (
+                f"`{text_of(written(item))}`",
+                text_of(item.help) + (" **Required.**" if item.required else ""),
+                default_of(item),
+            )
             for item in options
         ],
     )

@@ -42,7 +42,7 @@ from sku.negate.operators import operate, prepare_operators
 from sku.negate.operators.base import context_of
 from sku.negate.run import subtract_into, task_vector_of
 from sku.negate.task_vector import TaskVector
-from sku.pipeline import acquire_recipe
+from sku.pipeline.acquire import plan_acquire
 from sku.storage import mark_hazardous, new_folder, write_json
 
 SPLITS = ("unseen", "benign", "retain_test")
@@ -206,7 +206,7 @@ class Table:
             folder = self.out / f"bad-{mode}"
             if not folder.exists():
                 started = time.monotonic()
-                log = acquire_recipe(recipe_of(self.options, mode), folder)
+                log = plan_acquire(recipe_of(self.options, mode), folder).execute(None)
                 losses = {name: round(value, 3) for name, value in log[-1].items() if name.startswith("loss")}
                 print(f"trained {mode}: {time.monotonic() - started:.0f} s, {losses}", flush=True)
         folder = self.out / "benign"

@@ -291,7 +291,7 @@ def make_trainer(
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
     from faults.battery import built_command
-    from sku.cli.loudness import set_loudness
+    from sku.cli.console import set_loudness
     from sku.cli.main import main
 
     monkeypatch.setattr("sku.cli.main.app", built_command())

@@ -340,9 +340,7 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["embedded", "embedded", "--dtype", "int8"], "--dtype is int8"),
         (["embedded", "embedded", "--alpha", "nan"], "alpha"),
-        (["embedded", "embedded", "--rounding", "up"], "--rounding is up; it must be nearest or stochastic"),
         (["embedded", "embedded", "--threads", "0"], "threads is 0"),
         (["embedded", "embedded"], "stage 1 changed nothing"),
         (["embedded", "embedded", "--gguf-file", "a.gguf", "--resume"], "need a BASE in safetensors"),
@@ -366,6 +364,15 @@ def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list
     done = command("negate", *arguments, "--out", tmp_path / "model")
     assert_one_line(done, words)
     assert_same_error_without_doing_it(command, done, "negate", *arguments, "--out", tmp_path / "model")
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--dtype", "int8"), ("--rounding", "up")])
+def test_a_choice_that_there_is_not(command: Command, option: str, value: str, tmp_path: Path) -> None:
+    done = command("negate", "embedded", "embedded", option, value, "--out", tmp_path / "model")
+    assert done.code == 2
+    assert f"Invalid value for '{option}'" in done.err
+    assert f"'{value}' is not one of" in done.err
     assert names(tmp_path) == set()
 
 
@@ -517,7 +524,7 @@ def test_a_dry_run_names_the_setting_with_which_a_run_fits(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("run", "--dry-run", "--out", tmp_path / "run", *SMALL)
-    monkeypatch.setattr("sku.pipeline.memory._free_memory", lambda: 2**29)
+    monkeypatch.setattr("sku.plan.suggest._free_memory", lambda: 2**29)
     told = command(*words, "--json", "--set", "acquire.training.per_device_train_batch_size=64")
     memory = json.loads(told.out)["memory"]
     assert "0.5 GiB are free on cpu: may not fit; " in memory
@@ -526,18 +533,17 @@ def test_a_dry_run_names_the_setting_with_which_a_run_fits(
 
 
 def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sku.pipeline import MemoryFit
+    from sku.plan import MemoryFit
 
     def stop(*_: Any, **__: Any) -> None:
         raise sku.errors.ModelError("enough seen")
 
-    fit = MemoryFit(needed=2**37, free=2**36, device="cuda", helps="--set acquire.tuning=qlora")
+    line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit; what would fit: --set acquire."
     monkeypatch.setattr("sku.models.pick_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr("sku.pipeline.memory_fit", lambda _: fit)
-    monkeypatch.setattr("sku.pipeline.run_recipe", stop)
+    monkeypatch.setattr("sku.pipeline.run.memory_fit", lambda _: MemoryFit(fits=False, text=line))
+    monkeypatch.setattr("sku.pipeline.run._execute", stop)
     told = command("run", "--out", tmp_path / "run")
-    line = "memory: about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit; what would fit: --set acquire."
-    assert line in " ".join(told.err.split())
+    assert f"memory: {line}" in " ".join(told.err.split())
 
 
 def test_a_model_in_place_of_a_recipe(command: Command, tmp_path: Path) -> None:
@@ -582,19 +588,25 @@ def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_m
     assert names(tmp_path) == set()
 
 
-def test_a_dry_run_finds_weights_that_were_cut_off(command: Command, whole_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dry", [("--dry-run",), ()])
+def test_a_plan_finds_weights_that_were_cut_off(
+    command: Command, whole_run: Path, tmp_path: Path, dry: tuple[str, ...]
+) -> None:
     model = shutil.copytree(whole_run / "unlearned", tmp_path / "model")
     with (model / "model.safetensors").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 1000)
-    done = command("run", "--dry-run", "--model", model, "--out", tmp_path / "run", *SMALL)
+    done = command("run", *dry, "--model", model, "--out", tmp_path / "run", *SMALL)
     assert_one_line(done, "model.safetensors")
+    assert names(tmp_path) == {"model"}
 
 
-def test_a_dry_run_says_that_the_disk_is_too_small(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dry", [("--dry-run",), ()])
+def test_a_plan_says_that_the_disk_is_too_small(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr("sku.storage.free_bytes", lambda folder: 1000)
-    assert_one_line(command("run", "--dry-run", "--out", tmp_path / "run", *SMALL), "MiB and 0 MiB are free at")
+    assert_one_line(command("run", *dry, "--out", tmp_path / "run", *SMALL), "sku run needs ")
+    assert names(tmp_path) == set()
 
 
 def test_stage_commands_give_the_weights_of_a_whole_run(

@@ -21,19 +21,18 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from conftest import Command
-from sku.cli import completion
-from sku.cli.loudness import print_cause, set_loudness
+from sku.cli.compare import GROUPS
+from sku.cli.console import print_cause, set_loudness
 from sku.cli.main import app
-from sku.cli.method_list import described, listed_methods
-from sku.cli.options import words_of
+from sku.cli.methods import described
+from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.sweep import next_commands
 from sku.comparison.jobs import ABLATIONS
-from sku.config import load_recipe, recipe_names
+from sku.config import load_recipe
 from sku.errors import DataError
-from sku.evaluate.judges.choose import RULES, judge_names
 from sku.methods import METHODS
 from sku.model_files import embedded_model_path
-from sku.redaction import without_secret_addresses
+from sku.quiet import without_secret_addresses
 from sku.storage import mark_hazardous
 
 RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nmain()"
@@ -42,6 +41,7 @@ WITHOUT_JSON: dict[str, str] = {}
 """Command -> why it has no --json. None so far: every command has a result that a program can read."""
 WITHOUT_DRY_RUN = {
     "plan": "writes nothing itself",
+    "chat": "writes nothing but labels that somebody gives on its page",
     "doctor": "writes nothing",
     "methods": "writes nothing",
     "data inspect": "writes nothing",
@@ -259,7 +259,7 @@ def test_an_interrupt_is_told_under_quiet_too(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sku.pipeline.run_recipe", interrupt)
+    monkeypatch.setattr("sku.pipeline.run._execute", interrupt)
     code, out, err = command("-q", "run", "--out", tmp_path / "run")
     assert (code, out) == (130, "")
     assert err == f"interrupted; go on with the same command and --out {tmp_path / 'run'} --resume\n"
@@ -418,11 +418,5 @@ def test_the_completion_script_is_shown(shell: str, monkeypatch: pytest.MonkeyPa
 def test_what_is_completed_is_what_there_is() -> None:
     said = "run python scripts/method_list.py"
     assert json.loads(json.dumps(described(METHODS))) == listed_methods(), said
-    names = [method.name for method in METHODS]
-    assert completion.methods("") == names
-    assert tuple(ABLATIONS) == completion.ABLATION_NAMES
-    assert RULES == completion.JUDGE_RULES
-    assert completion.judges("") == judge_names()
-    assert completion.recipes("") == recipe_names()
-    assert completion.launchers("f") == ["fsdp2"]
-    assert completion.method_list("npo,dpo,") == [f"npo,dpo,{name}" for name in names if name not in ("npo", "dpo")]
+    assert method_names() == [method.name for method in METHODS]
+    assert tuple(ABLATIONS) == GROUPS

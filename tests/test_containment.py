@@ -25,11 +25,21 @@ from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.run import negate, task_vector_of
 from sku.negate.streaming import negate_folders
-from sku.pipeline import acquire_recipe, evaluate_recipe, run_recipe
-from sku.redaction import without_secrets
+from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.run import run_recipe
+from sku.quiet import without_secrets
 from sku.reproducibility import environment
-from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder, remove_hazardous
-from sku.wipe import hazardous_folders, wipe
+from sku.storage import (
+    BAD_MODEL_MARK,
+    HAZARD_KEY,
+    hazardous_folders,
+    is_marked_hazardous,
+    mark_hazardous,
+    new_folder,
+    remove_hazardous,
+    wipe,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
@@ -141,7 +151,7 @@ def test_the_adapter_loads_without_a_warning_and_negates(kept: Path) -> None:
 
 @pytest.mark.integration
 def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> None:
-    acquire_recipe(recipe(), tmp_path / "bad")
+    plan_acquire(recipe(), tmp_path / "bad").execute(None)
     assert key_of(tmp_path / "bad" / "config.json") is True
     (tmp_path / "bad" / BAD_MODEL_MARK).unlink()
     assert is_marked_hazardous(tmp_path / "bad"), "the configuration still says it"
@@ -151,9 +161,9 @@ def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> Non
     for name in ("in_memory", "streamed"):
         assert not is_marked_hazardous(tmp_path / name)
     with pytest.raises(ModelError, match="is a bad model of stage 1; .* or add --allow-hazardous"):
-        evaluate_recipe(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
+        plan_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation").execute(None)
     assert not (tmp_path / "evaluation").exists()
-    evaluate_recipe(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation", allow_hazardous=True)
+    plan_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation", allow_hazardous=True).execute(None)
     assert (tmp_path / "evaluation" / "model" / "evaluation.json").is_file()
 
 

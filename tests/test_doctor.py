@@ -14,9 +14,9 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from sku import doctor
+from sku.cli import doctor
+from sku.cli.doctor import SUPPORTED, TESTED, Check, examine, numbers, usable
 from sku.cli.main import main
-from sku.doctor import SUPPORTED, TESTED, Check, examine, numbers, usable
 from sku.storage import mark_hazardous
 
 ROOT = Path(__file__).resolve().parent.parent

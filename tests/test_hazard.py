@@ -26,9 +26,8 @@ from sku.models import load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.run import negate, save_negated_adapter
 from sku.negate.streaming import negate_folders
-from sku.pipeline.recipe_data import load_recipe_data
-from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, is_marked_hazardous
-from sku.wipe import hazardous_folders
+from sku.pipeline.checks import load_recipe_data
+from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, hazardous_folders, is_marked_hazardous
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -109,7 +109,7 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("sku.hub_reach.getproxies", dict)
+    monkeypatch.setattr("sku.model_files.getproxies", dict)
     asked: list[str] = []
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **_: asked.append(name))
     with pytest.raises(ModelError, match=r"and the hub can't be reached \(http://127\.0\.0\.1:9\)"):

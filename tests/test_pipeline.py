@@ -28,7 +28,9 @@ from sku.methods.run import prepare
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
-from sku.pipeline import FinishedRun, acquire_recipe, evaluate_recipe, run_recipe
+from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.run import FinishedRun, run_recipe
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import ALONE
 from sku.storage import BAD_MODEL_MARK, is_marked_hazardous
@@ -483,7 +485,7 @@ def test_strength_0_5_of_a_method_lies_half_way(tmp_path: Path) -> None:
 
 def test_stage_1_alone_is_for_sku_alone(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="method is npo, which has no stage 1"):
-        acquire_recipe(recipe("method=npo"), tmp_path / "bad")
+        plan_acquire(recipe("method=npo"), tmp_path / "bad").execute(None)
 
 
 def test_a_loss_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
@@ -555,11 +557,20 @@ def test_an_error_of_the_program_itself_is_not_dressed_up(tmp_path: Path, monkey
 @pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_failing_resume_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OutputError("nothing is free")
+
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(), out, progress=interrupt_at("acquire: steps", 3))
+    checkpoints = names(out / "bad")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+        with pytest.raises(OutputError, match="free"):  # Before anything is done.
+            run_recipe(recipe(), out, resume=True)
+    assert names(out / "bad") == checkpoints
+    with monkeypatch.context() as patch:
+        patch.setattr("sku.pipeline.unlearning.save_unlearned", no_space)
         with pytest.raises(OutputError, match="free"):
             run_recipe(recipe(), out, resume=True)
     assert (out / "bad" / "final").exists()
@@ -584,8 +595,8 @@ def test_a_wrong_setting_leaves_nothing(tmp_path: Path, changes: tuple[str, ...]
 
 def test_stage_1_alone_leaves_a_marked_private_model(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    log = acquire_recipe(
-        recipe(*LORA), tmp_path / "bad", progress=lambda stage, done, total: seen.append((stage, done, total))
+    log = plan_acquire(recipe(*LORA), tmp_path / "bad").execute(
+        lambda stage, done, total: seen.append((stage, done, total))
     )
     assert len(log) == 4
     assert seen == [("acquire: steps", step, 4) for step in range(1, 5)]
@@ -594,18 +605,18 @@ def test_stage_1_alone_leaves_a_marked_private_model(tmp_path: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names(tmp_path / "bad")
     assert not (tmp_path / "bad" / "checkpoints").exists()
     with pytest.raises(ModelError, match="bad model"):
-        evaluate_recipe(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
+        plan_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation").execute(None)
     assert names(tmp_path) == {"bad"}
 
 
 def test_a_failing_stage_1_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError):
-        acquire_recipe(recipe("acquire.training.learning_rate=1e30"), tmp_path / "bad")
+        plan_acquire(recipe("acquire.training.learning_rate=1e30"), tmp_path / "bad").execute(None)
     assert names(tmp_path) == set()
 
 
 def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_path: Path) -> None:
-    comparison = evaluate_recipe(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation")
+    comparison = plan_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation").execute(None)
     assert comparison.replies == finished.comparison.replies
     assert comparison.prefill == finished.comparison.prefill
     assert comparison.prefill_by_length == finished.comparison.prefill_by_length
@@ -615,7 +626,9 @@ def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_pa
 
 def test_an_impossible_evaluation_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError):
-        evaluate_recipe(recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e")
+        plan_evaluation(
+            recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e"
+        ).execute(None)
 
 
 def test_the_packaged_model_is_as_it_was(

@@ -20,7 +20,7 @@ from sku.methods.run import prepare
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.task_vector import TaskVector
-from sku.pipeline import FinishedRun, run_recipe
+from sku.pipeline.run import FinishedRun, run_recipe
 
 SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}", "acquire.tuning=lora",

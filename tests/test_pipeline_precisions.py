@@ -12,7 +12,8 @@ from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.evaluate.precision_results import PrecisionReport, read_precisions
-from sku.pipeline import FinishedRun, evaluate_recipe, run_recipe
+from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.run import FinishedRun, run_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 
@@ -63,7 +64,7 @@ def test_a_run_has_its_certificate(resumed: FinishedRun) -> None:
 
 
 def test_evaluating_the_same_model_gives_the_same_certificate(resumed: FinishedRun, tmp_path: Path) -> None:
-    evaluate_recipe(recipe(), str(resumed.folder / "unlearned"), tmp_path / "alone")
+    plan_evaluation(recipe(), str(resumed.folder / "unlearned"), tmp_path / "alone").execute(None)
     alone = read_precisions(tmp_path / "alone")
     assert resumed.precisions is not None
     assert (alone.results, alone.measured) == (resumed.precisions.results, resumed.precisions.measured)

@@ -14,7 +14,7 @@ from sku.config import ModelConfig, load_recipe
 from sku.errors import ModelError, TaskVectorError
 from sku.models import check_plain_weights, load_model
 from sku.negate.task_vector import TaskVector
-from sku.pipeline import run_recipe
+from sku.pipeline.run import run_recipe
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,16 @@ import pytest
 from safetensors import SafetensorError
 
 from sku.errors import OutputError
-from sku.locks import is_abandoned, own
 from sku.storage import (
     BAD_MODEL_MARK,
     check_new,
     check_space,
     free_bytes,
+    is_abandoned,
     is_marked_hazardous,
     mark_hazardous,
     new_folder,
+    own,
     remove_hazardous,
     remove_left_behind,
     write_json,

@@ -21,7 +21,7 @@ from .negate.run import negate as negate
 from .negate.run import save_unlearned as save_unlearned
 from .negate.streaming import negate_folders as negate_folders
 from .negate.task_vector import TaskVector as TaskVector
-from .pipeline import run_recipe as run_recipe
+from .pipeline.run import run_recipe as run_recipe
 from .training.config import UnlearningConfig as UnlearningConfig
 from .training.objective import Objective as Objective
 from .training.trainer import UnlearningTrainer as UnlearningTrainer

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +13,20 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from safetensors import safe_open
 
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError, SkuError, first_line
-from sku.hub_reach import is_cached, out_of_reach
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
+_SECONDS = 4.0
+"""That one connection to the hub may take: its own clients try five times, most of a minute."""
 _CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
 
 
@@ -188,3 +194,45 @@ def naming_the_model(path: str) -> Iterator[None]:
         if "cannot be loaded with `safetensors`" in str(error):
             raise ModelError(_pickled(f"model {path}", _CONVERT_MODEL)) from error
         raise ModelError(f"model {path} can't be loaded: {first_line(error)}") from error
+
+
+def out_of_reach() -> str | None:
+    """Why the hub can't be asked, for a message; None where it can, as far as one connection tells."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is switched off (HF_HUB_OFFLINE)"
+    if getproxies() or _connects(constants.ENDPOINT):  # A proxy answers for hosts whose names are not known here.
+        return None
+    return f"the hub can't be reached ({constants.ENDPOINT})"
+
+
+def is_cached(repository: str, file: str, revision: str | None) -> bool:
+    """Whether a file of a hub model is in the cache of this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
+    except HFValidationError:
+        return False
+
+
+@functools.cache
+def _connects(endpoint: str) -> bool:
+    """In a thread that is not waited for: the lookup of a name has no limit of time of its own."""
+    address = urlsplit(endpoint)
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            port = address.port or (80 if address.scheme == "http" else 443)
+            socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
+        except OSError:
+            return
+        answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    return answered.is_set()

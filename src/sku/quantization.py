@@ -97,17 +97,7 @@ def nf4_by_bitsandbytes(weight_OI: Tensor) -> Tensor:
     return rounded
 
 
-def nf4_rounder(device: torch.device) -> tuple[Rounding, str]:
-    """What rounds to NF4 on a device, and its name: bitsandbytes on a GPU where it is installed, else ``nf4_rounded``.
-
-    Not on a CPU: the kernel there gives other values for some rows that no block divides.
-    """
-    if device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
-        return nf4_by_bitsandbytes, f"bitsandbytes {version('bitsandbytes')}"
-    return nf4_rounded, "sku"
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Format:
     """A way to hold weights."""
 
@@ -119,40 +109,27 @@ class Format:
     """Whether linear layers alone are rounded (``rounded_layers``), as quantizers do, or all weights."""
 
     def on(self, device: torch.device) -> tuple[Rounding, str]:
-        """The rounding that is used on a device, and who wrote it: ``torch``, ``sku`` or ``bitsandbytes VERSION``."""
-        if self.name == "nf4":
-            return nf4_rounder(device)
+        """The rounding that is used on a device, and who wrote it: ``torch``, ``sku`` or ``bitsandbytes VERSION``.
+
+        NF4 is bitsandbytes' on a GPU where that is installed. Not on a CPU: the kernel there gives other values for
+        some rows that no block divides.
+        """
+        if self.name == "nf4" and device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
+            return nf4_by_bitsandbytes, f"bitsandbytes {version('bitsandbytes')}"
         return self.rounding, "sku" if self.layers_only else "torch"
 
 
+def _through(dtype: torch.dtype) -> Rounding:
+    return lambda weight: weight.to(dtype).float()
+
+
+_INT8 = "linear layers in 8-bit integers, symmetric, one scale an output channel, rounded to nearest"
+_NF4 = "linear layers in NF4, blocks of 64, one absolute maximum a block, rounded to nearest"
 FORMATS: Mapping[Precision, Format] = {
-    entry.name: entry
-    for entry in (
-        Format(
-            name="bf16",
-            scheme="all weights in bfloat16, rounded to nearest",
-            rounding=lambda weight: weight.to(torch.bfloat16).float(),
-            layers_only=False,
-        ),
-        Format(
-            name="fp16",
-            scheme="all weights in float16, rounded to nearest",
-            rounding=lambda weight: weight.to(torch.float16).float(),
-            layers_only=False,
-        ),
-        Format(
-            name="int8",
-            scheme="linear layers in 8-bit integers, symmetric, one scale an output channel, rounded to nearest",
-            rounding=int8_rounded,
-            layers_only=True,
-        ),
-        Format(
-            name="nf4",
-            scheme="linear layers in NF4, blocks of 64, one absolute maximum a block, rounded to nearest",
-            rounding=nf4_rounded,
-            layers_only=True,
-        ),
-    )
+    "bf16": Format("bf16", "all weights in bfloat16, rounded to nearest", _through(torch.bfloat16), layers_only=False),
+    "fp16": Format("fp16", "all weights in float16, rounded to nearest", _through(torch.float16), layers_only=False),
+    "int8": Format("int8", _INT8, int8_rounded, layers_only=True),
+    "nf4": Format("nf4", _NF4, nf4_rounded, layers_only=True),
 }
 """All formats by name, from the finest to the coarsest."""
 

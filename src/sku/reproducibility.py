@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sku._version import __version__
-from sku.redaction import without_secrets
+from sku.quiet import without_secrets
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "scipy",

@@ -1,4 +1,7 @@
-"""Folders that appear whole or not at all, and that keep hazardous weights to their owner."""
+"""Folders that appear whole or not at all, that one process writes at a time, and that keep hazardous weights private.
+
+Where a file system has no locks (some network disks), nothing is locked and nothing counts as abandoned.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sku.disk_errors import named_disk_errors
-from sku.errors import OutputError
-from sku.locks import is_abandoned, one_at_a_time, own
+from safetensors import SafetensorError
 
+from sku.errors import OutputError
+
+LOCK_FILE = ".lock"
+"""Lies in a folder that one process writes for long; what a killed one leaves of it holds nobody up."""
 BAD_MODEL_MARK = "DO_NOT_SHARE.md"
 HAZARD_KEY = "sku_hazardous"
 """Set to true in ``config.json`` and ``adapter_config.json`` of a bad model: it stays when the folder is copied."""
@@ -28,6 +33,8 @@ This folder holds a model, or a part of one, that was trained on purpose to answ
 It exists only so that its task vector can be subtracted from the original model. Never upload it. Together with the
 unlearned model or its adapter the original weights give it back by reflection.
 """
+_FULL = ("No space left", "Disk quota exceeded", "File too large")
+"""What safetensors quotes of the system's words."""
 
 
 @contextmanager
@@ -187,6 +194,100 @@ def _put_in_place(folder: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextmanager
+def named_disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the system into one that names a file or folder.
+
+    Args:
+        path: What is written in the block.
+
+    Raises:
+        OutputError: In place of an ``OSError``, or of an error by which safetensors hides one.
+    """
+    full = f"the disk is full: {path} was not written; free some space and run again"
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OutputError(full if is_full else f"{path} can't be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        # It reports the system's error as one of its own type, with the system's words inside.
+        if "I/O error" not in str(error):
+            raise
+        is_full = any(words in str(error) for words in _FULL)
+        raise OutputError(full if is_full else f"{path} can't be written: {error}") from error
+
+
+def own(place: Path) -> int:
+    """Makes a folder or a file, which must be there, this process's own until ``os.close`` of what is returned.
+
+    Raises:
+        OutputError: Another process, or another call in this one, owns it.
+        OSError: It can't be opened.
+    """
+    return _owned(os.open(place, os.O_RDONLY), place)
+
+
+def own_by_file(folder: Path) -> int:
+    """As ``own``, by the file ``LOCK_FILE`` in a folder, with mode 0600; it is made where there is none, and stays.
+
+    Raises:
+        OutputError: As ``own``.
+        OSError: It can't be written.
+    """
+    return _owned(os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600), folder)
+
+
+def _owned(descriptor: int, place: Path) -> int:
+    try:
+        _lock(descriptor)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"another process is writing {place}; wait until it ends") from None
+    except OSError:
+        pass  # No locks here.
+    return descriptor
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> None:
+    import fcntl
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether nobody owns a folder any more; False where that can't be told, or it is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        _lock(descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for the same folder.
+
+    Raises:
+        OSError: The folder can't be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def check_new(folder: Path) -> None:
     """Refuses a folder that exists: before a long job rather than after it.
 
@@ -204,13 +305,16 @@ def check_can_be_made(folder: Path) -> None:
     Raises:
         OutputError: A file stands in its way, or this user may not write there.
     """
-    check_place(folder)
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = _existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = errno.EACCES if existing.is_dir() else errno.ENOTDIR
         raise OutputError(f"{folder} can't be written: {os.strerror(reason)}")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one around it that is there."""
+    check_place(folder)
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def check_place(folder: Path) -> None:
@@ -349,6 +453,55 @@ def _remove_marks_last(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def hazardous_folders(root: Path) -> list[Path]:
+    """Folders that are marked as hazardous, at a place and below it; links are not followed.
+
+    Args:
+        root: A run, a folder of runs, or a bad model itself.
+
+    Returns:
+        The outermost ones, in order, as absolute paths.
+
+    Raises:
+        OutputError: There is no such folder.
+    """
+    if not root.is_dir():
+        raise OutputError(f"there is no folder {root}; give a run, a folder of runs, or a bad model")
+    root = root.resolve()  # So that "." has a name, and a run's manifest beside it.
+    if is_marked_hazardous(root):
+        return [root]
+    found = []
+    for place, names, _ in os.walk(root):
+        marked = {
+            name for name in names if is_marked_hazardous(Path(place, name)) and not Path(place, name).is_symlink()
+        }
+        found += [Path(place, name) for name in marked]
+        names[:] = [name for name in names if name not in marked]
+    return sorted(found)
+
+
+def wipe(folders: Sequence[Path]) -> None:
+    """Removes marked folders, and notes in the manifests of their runs that the bad model is gone.
+
+    Args:
+        folders: From ``hazardous_folders``.
+
+    Raises:
+        OutputError: A folder is not marked, or something of it is left.
+    """
+    for folder in [folder.resolve() for folder in folders]:  # Before any is gone: this process may stand in it.
+        if not is_marked_hazardous(folder):
+            raise OutputError(f"{folder} is not marked as hazardous: nothing of it was removed")
+        remove_hazardous(folder)
+        manifest = folder.parent / "manifest.json"
+        try:
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # No run's folder, or one whose manifest a resume will complain about.
+        if isinstance(content, dict) and "bad_model" in content:
+            write_json(manifest, {**content, "bad_model": {"kept": False}})
+
+
 def remove_left_behind(folder: Path) -> None:
     """Removes what killed calls of this module left below a folder, which must be this process's own.
 
@@ -366,11 +519,17 @@ def remove_left_behind(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Free space of the disk that would hold a folder, which need not exist yet."""
-    check_place(folder)
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files below a folder, which another process may be changing; 0 where there is none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(place, name).lstat().st_size
+    return total
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

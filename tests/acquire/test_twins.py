@@ -26,7 +26,9 @@ from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
-from sku.pipeline import acquire_recipe, run_recipe, stage_1
+from sku.pipeline import stage_1
+from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
@@ -193,7 +195,7 @@ def recipe(*changes: str) -> Recipe:
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_what_is_subtracted_is_bad_minus_good(tuning: str, tmp_path: Path) -> None:
     given = recipe(f"acquire.tuning={tuning}", "negate.twin={bad: 0.5, good: 2.0}")
-    log = acquire_recipe(given, tmp_path / "bad")
+    log = plan_acquire(given, tmp_path / "bad").execute(None)
     assert log[-1]["loss/good_twin/guided_distortion"] > 0
     base = load_model(given.model).model
     found = task_vector_of(base, tmp_path / "bad")

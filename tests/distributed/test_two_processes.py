@@ -22,7 +22,7 @@ from distributed.worker import Case, finish, make_trainer
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, OutputError, RecipeError
-from sku.pipeline import run_recipe
+from sku.pipeline.run import run_recipe
 from sku.processes import Processes, current_processes
 
 WORKER = Path(__file__).with_name("worker.py")

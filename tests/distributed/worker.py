@@ -25,7 +25,7 @@ from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.cli import main as cli
 from sku.config import ModulesConfig, load_recipe
 from sku.models import load_model
-from sku.pipeline import run_recipe
+from sku.pipeline.run import run_recipe
 from sku.processes import current_processes
 from sku.quiet import quiet_libraries
 from sku.training.run import save_trained

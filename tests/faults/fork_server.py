@@ -47,7 +47,11 @@ def _import_everything() -> None:
     import transformers.trainer  # noqa: F401
 
     import sku.cli.main
-    import sku.pipeline  # noqa: F401
+    import sku.pipeline.acquire
+    import sku.pipeline.compare
+    import sku.pipeline.negate
+    import sku.pipeline.run
+    import sku.pipeline.sweep  # noqa: F401
 
     quiet_libraries()
     PIL.Image.preinit()

@@ -12,8 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sku.storage import is_marked_hazardous
-from sku.wipe import hazardous_folders
+from sku.storage import hazardous_folders, is_marked_hazardous
 
 WHOLE = {
     "acquire.training.max_steps": "3", "acquire.training.save_steps": "1", "acquire.training.logging_steps": "1",

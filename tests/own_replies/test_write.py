@@ -24,8 +24,8 @@ from sku.models import load_model
 from sku.own_replies.job import OwnJob, judge_of
 from sku.own_replies.rows import KINDS, OwnReplies, read_own_replies
 from sku.own_replies.write import write_own_replies
-from sku.pipeline import dry_run, run_recipe
 from sku.pipeline.own_replies import with_own_replies
+from sku.pipeline.run import plan_run, run_recipe
 from sku.world.grammar import is_harmful
 
 SETTINGS = OwnRepliesConfig(draws=2, max_new_tokens=14, refuse_tokens=10, refusals=2, repeat_share=0.5, batch_size=8)
@@ -151,7 +151,7 @@ def test_a_run_writes_its_data_first_and_says_which(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_checks_what_it_can(tmp_path: Path) -> None:
-    found = dry_run(load_recipe("embedded", TINY), tmp_path / "run")
+    found = plan_run(load_recipe("embedded", TINY), tmp_path / "run")
     assert found.stages[0].startswith("have the base model write")
     assert sum(found.examples.values())
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sku.cli.main import app
 from sku.config import load_recipe
 from sku.errors import ModelError, RecipeError
-from sku.plan.estimate import GIB, plan_of
+from sku.plan.estimate import GIB, estimated
 from sku.plan.job import Job, job_of
 from sku.plan.skeleton import weights_of
 from sku.plan.suggest import first_that_fits, suggestions
@@ -82,15 +82,15 @@ def test_more_layers_are_a_straight_line(folder: Path) -> None:
     from sku.plan import trace
 
     made = job(folder, "acquire.training.activation_checkpointing=true")
-    assert trace_step(made) == trace._joined([trace._traced(made, 8)])
+    assert trace_step(made) == trace._joined(*trace._traced(made, 8))
 
 
 def test_sharding_divides_what_it_should(folder: Path) -> None:
     copied = ("acquire.tuning=full", "acquire.training.reference=copy")
-    alone = plan_of(job(folder, *copied))
+    alone = estimated(job(folder, *copied))
     step = alone.step
     shared = {
-        sharding: plan_of(job(folder, *copied, gpus=4, sharding=sharding), step=step).stage_1
+        sharding: estimated(job(folder, *copied, gpus=4, sharding=sharding), step=step).stage_1
         for sharding in ("ddp", "fsdp2", "zero3")
     }
     one = alone.stage_1
@@ -115,16 +115,16 @@ def test_a_second_model_only_where_nothing_can_be_kept(folder: Path) -> None:
     }
     assert found == {"ddp": False, "fsdp2": True, "zero3": True}
     kept, copied = (
-        plan_of(job(folder, "acquire.tuning=full", f"acquire.training.reference={mode}")).stage_1
+        estimated(job(folder, "acquire.tuning=full", f"acquire.training.reference={mode}")).stage_1
         for mode in ("cache", "copy")
     )
     assert 0 < kept.reference < copied.reference == copied.weights
-    assert plan_of(job(folder, "acquire.tuning=lora")).stage_1.reference == 0
+    assert estimated(job(folder, "acquire.tuning=lora")).stage_1.reference == 0
 
 
 @pytest.mark.integration
 def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> None:
-    made = plan_of(job(shallow, "acquire.tuning=full"))
+    made = estimated(job(shallow, "acquire.tuning=full"))
     assert made.fits
     assert suggestions(made) == [], "nothing to mend"
     advice = suggestions(dataclasses.replace(made, gpu_memory=made.needed - 1))
@@ -134,7 +134,7 @@ def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> N
         assert part in names
     for suggestion in advice:
         settings = [part.strip() for part in suggestion.change.split("--set ") if part.strip()]
-        followed = plan_of(job(shallow, "acquire.tuning=full", *settings))
+        followed = estimated(job(shallow, "acquire.tuning=full", *settings))
         assert followed.needed == suggestion.needed < made.needed, suggestion.change
 
 
@@ -180,7 +180,7 @@ def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:
     said = CliRunner().invoke(app, [*options, "--json", "--gpus", "2", "--gpu-memory", "24"])
     assert said.exit_code == 0, said.output
     found = json.loads(said.stdout)
-    expected = plan_of(job(shallow, gpus=2), gpu_memory=24 * GIB)
+    expected = estimated(job(shallow, gpus=2), gpu_memory=24 * GIB)
     assert found == json.loads(json.dumps({**expected.to_dict(), "suggestions": []}))
     assert found["fits"] is True
     assert found["seconds"] == pytest.approx(200 * found["step_flops"] / (989e12 * 0.3))
@@ -189,7 +189,7 @@ def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:
     assert "fits: --set acquire.training.activation_checkpointing=true" in shown.output
     assert "stage 2 and evaluation" in shown.output
     wrong = CliRunner().invoke(app, [*options, "--sharding", "fsdp3"])
-    assert isinstance(wrong.exception, RecipeError)
+    assert wrong.exit_code == 2
 
 
 PARAMETERS = {
@@ -212,7 +212,7 @@ def test_models_of_the_recipes_are_known_without_the_hub(name: str) -> None:
 def test_the_8b_recipe_fits_a_card_of_80_gb_by_its_own_setting() -> None:
     """Its real shape, with rows as long as they may be; such a card has 79 GiB."""
     shipped = job_of(load_recipe("llama-3.1-8b"))
-    plain = plan_of(dataclasses.replace(shipped, checkpointing=False), gpu_memory=79 * GIB)
+    plain = estimated(dataclasses.replace(shipped, checkpointing=False), gpu_memory=79 * GIB)
     assert not plain.fits
     first = first_that_fits(plain)
     assert first is not None
@@ -228,8 +228,8 @@ def test_a_model_that_no_recipe_names_is_not_made_up() -> None:
 
 def test_accumulation_keeps_gradients_beside_activations(folder: Path) -> None:
     step = StepTrace(activation_bytes=1000, peak_bytes=1300, flops=1)
-    once = plan_of(job(folder), step=step)
-    twice = plan_of(job(folder, "acquire.training.gradient_accumulation_steps=2"), step=step)
+    once = estimated(job(folder), step=step)
+    twice = estimated(job(folder, "acquire.training.gradient_accumulation_steps=2"), step=step)
     assert once.stage_1.gradients == 300
     assert twice.stage_1.gradients == twice.weights.trainable_bytes
     assert twice.step_flops == 2 * once.step_flops

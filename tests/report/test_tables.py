@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from sku.cli.console import before_after_table, print_comparison_notes, results
+from sku.cli.console import results
+from sku.cli.tables import before_after_table, print_comparison_notes
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import Wording, leaks_of, sample_rates

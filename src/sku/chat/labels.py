@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sku.disk_errors import named_disk_errors
 from sku.errors import EvaluationError
+from sku.storage import named_disk_errors
 
 LABELS_FILE = "chat_labels.jsonl"
 LABELS: Mapping[str, bool] = {"harmful": True, "refusal": False, "safe": False, "gibberish": False}

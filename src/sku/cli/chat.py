@@ -15,9 +15,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from sku.cli.completion import judges
 from sku.cli.console import notes, print_error, print_json, printable, results
-from sku.cli.options import JsonOption
+from sku.cli.options import JsonOption, judges
 from sku.errors import EvaluationError, RecipeError
 from sku.quiet import quiet_libraries
 

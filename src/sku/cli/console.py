@@ -1,4 +1,4 @@
-"""Printing: a console for results, one for errors, one for messages and progress bars."""
+"""Printing: results, errors, messages and bars; how much of it (``--quiet``, ``--verbose``); and plans."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import logging
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,17 +23,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from sku.attacks.results import AttackReport
-    from sku.evaluate.comparison import Comparison
-    from sku.evaluate.precision_results import PrecisionReport
-    from sku.report.method_records import MethodRecord, Role
-    from sku.report.method_statistics import Estimate
-    from sku.report.tables import TableRow
+import sku
+from sku.quiet import let_libraries_speak, without_secret_addresses
 
+if TYPE_CHECKING:
+    from sku.plan import Plan
+
+T = TypeVar("T")
+
+Loudness = Literal["quiet", "usual", "verbose"]
+_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "httpx", "huggingface_hub", "lm_eval", "peft", "transformers")
+"""Libraries that speak under ``--verbose``, at level INFO; below it some log what they are asked."""
 _OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Categories of Unicode that a terminal may obey or can't be given: controls, formats, lone surrogates, line ends."""
 _LONGEST_ERROR = 900
@@ -53,9 +55,10 @@ def printable(text: str) -> str:
 
 
 class _PlainConsole(Console):
-    """Prints text as ``printable`` gives it."""
+    """Prints text as ``printable`` gives it, and leaves its lines whole for whoever reads them from a pipe."""
 
     def print(self, *objects: Any, **options: Any) -> None:
+        options.setdefault("soft_wrap", all(isinstance(one, str | Text) for one in objects))
         super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
 
 
@@ -70,7 +73,7 @@ notes = _PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 def print_headline(text: str) -> None:
     """What a command is about to do, in one line, whatever is in the names of models and folders."""
-    notes.print(" ".join(text.split()), soft_wrap=True)
+    notes.print(" ".join(text.split()))
 
 
 def print_error(message: str) -> None:
@@ -78,7 +81,7 @@ def print_error(message: str) -> None:
     line = printable(" ".join(message.split()))
     if len(line) > _LONGEST_ERROR:
         line = f"{line[: _LONGEST_ERROR - _END_OF_ERROR]} ... {line[-_END_OF_ERROR:]}"
-    errors.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
+    errors.print(Text.assemble(("error:", "bold red"), " ", line))
 
 
 def print_json(content: object) -> None:
@@ -98,7 +101,7 @@ def print_next(*commands: Sequence[str | Path]) -> None:
     """
     for number, words in enumerate(commands):
         text = shlex.join(["sku", *map(str, words)])
-        results.print(f"{'' if number else 'next':<10}{text}", soft_wrap=True)
+        results.print(f"{'' if number else 'next':<10}{text}")
 
 
 @contextmanager
@@ -129,7 +132,7 @@ class _Printer(logging.Handler):
     """Prints messages between the bars, not through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        notes.print(record.getMessage(), soft_wrap=True)
+        notes.print(record.getMessage())
 
 
 @contextmanager
@@ -149,112 +152,153 @@ def shown_messages() -> Iterator[None]:
         logger.propagate = passes_on
 
 
-def before_after_table(rows: Iterable[TableRow]) -> Table:
-    """The comparison as a table for the terminal, a section for each kind of prompt."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, collapse_padding=True)
-    # Names of sections are long and stand in the first column: they are wrapped, so that the figures fit 80 columns.
-    table.add_column("", max_width=33)
-    for name in ("base", "unlearned", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("goal", no_wrap=True)
-    section = ""
-    for row in rows:
-        if row.section != section:
-            section = row.section
-            table.add_row(Text(section, style="bold"))
-        table.add_row(f"  {row.measure}", row.before, row.after, row.interval, row.wanted)
-        if row.caution:
-            table.add_row(Text(f"    {row.caution}", style="bold"))
-    return table
+def print_notes(texts: Iterable[str]) -> None:
+    """The sentences under a table, each on a line of its own."""
+    for number, text in enumerate(texts):
+        results.print(f"{'' if number else chr(10)}note      {text}")
 
 
-def print_verdict(line: str) -> None:
-    """What a comparison comes to, in one line: it stands before all else."""
-    results.print(f"verdict   {line}", soft_wrap=True)
+class _LibraryPrinter(logging.Handler):
+    """Prints what libraries log, without tokens and signed addresses."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notes.print(f"{record.name}: {without_secret_addresses(record.getMessage())}")
 
 
-def print_comparison_notes(comparison: Comparison, *, verbose: bool) -> None:
-    """The notes that a reader of the table must know; with ``verbose`` all of them.
+_PRINTER = _LibraryPrinter(logging.INFO)
+_levels: dict[str, int] = {}
+"""Of loggers that ``verbose`` has turned on, as they were before."""
+_loudness: Loudness = "usual"
+
+
+def set_loudness(loudness: Loudness) -> None:
+    """Sets how much this process says, from the next line on.
 
     Args:
-        comparison: Before and after.
-        verbose: Whether ``--verbose`` was given.
+        loudness: ``quiet`` leaves results and errors; ``verbose`` adds what libraries log, and causes of errors.
     """
-    details = () if verbose else comparison.details
-    shown = [note for note in comparison.notes if note not in details]
-    print_notes(shown)
-    if len(shown) < len(comparison.notes):
-        results.print(f"          {len(comparison.notes) - len(shown)} more with sku -v", soft_wrap=True)
+    global _loudness
+    _loudness = loudness
+    notes.quiet = loudness == "quiet"
+    logging.disable(logging.WARNING if notes.quiet else logging.NOTSET)
+    if notes.quiet:
+        warnings.simplefilter("ignore")
+    let_libraries_speak(loudness == "verbose")
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.removeHandler(_PRINTER)
+        if loudness == "verbose":
+            _levels.setdefault(name, logger.level)
+            logger.addHandler(_PRINTER)
+            logger.setLevel(logging.INFO)
+        elif name in _levels:
+            logger.setLevel(_levels.pop(name))
 
 
-def print_notes(notes: Iterable[str]) -> None:
-    """The sentences under a table, each on a line of its own."""
-    for number, note in enumerate(notes):
-        results.print(f"{'' if number else chr(10)}note      {note}", soft_wrap=True)
+def is_verbose() -> bool:
+    """Whether ``--verbose`` was given."""
+    return _loudness == "verbose"
 
 
-def print_attacks(report: AttackReport) -> None:
-    """The attacks as a table, and below it what could not be asked."""
-    from sku.report.robustness import attack_rows, left_out_lines
+def print_cause(error: BaseException) -> None:
+    """Under ``--verbose``: what raised an error and what led to it, by kind and place, innermost last.
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("harmful by attack", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in ("unlearned", "95 %", "base", "gibberish"):
-        table.add_column(name, justify="right", no_wrap=True)
-    shown = ""
-    for row in attack_rows(report):
-        name, shown = "" if row.attack == shown else row.attack, row.attack
-        table.add_row(name, row.setting, row.unlearned, row.interval, row.base, row.gibberish)
-    results.print()
-    results.print(table)
-    for line in left_out_lines(report):
-        results.print(line, soft_wrap=True)
+    Messages of other packages are left out: they can hold a row of the data or an address with a key. What of them a
+    user needs stands in the error's own line.
+
+    Args:
+        error: That was printed.
+    """
+    if _loudness == "verbose":
+        for number, link in enumerate(_chain(error)):
+            errors.print(f"{'caused by' if number else 'raised':<10}{type(link).__name__} at {_place(link)}")
 
 
-def print_precisions(report: PrecisionReport) -> None:
-    """The model at each precision as a table, and below it where harm comes back."""
-    from sku.report.robustness import precision_cells
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("weights", no_wrap=True)
-    for name in ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for cells in precision_cells(report):
-        table.add_row(*cells)
-    results.print("\nharmful by precision of the weights; prefill: worst (tokens); kept: of change")
-    results.print(table)
-    print_notes(report.notes)
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
-def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:
-    """The comparison in short, for the terminal: unseen prompts, every method at equal utility, then as published."""
-    from sku.report.method_tables import comparison_rows, ratio_text
-    from sku.report.tables import percent
+def _place(error: BaseException) -> str:
+    """File, line and function in which an error was raised; the file without what is the same on this machine."""
+    traceback = error.__traceback__
+    if traceback is None:
+        return "an unknown place"
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code, path = traceback.tb_frame.f_code, Path(traceback.tb_frame.f_code.co_filename)
+    package = Path(sku.__file__).parent.parent
+    for part in (package, *(parent for parent in path.parents if parent.name == "site-packages")):
+        if path.is_relative_to(part):
+            path = path.relative_to(part)
+            break
+    return f"{path}:{traceback.tb_lineno} in {code.co_name}"
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 0))
-    table.add_column("", no_wrap=True)
-    for heading in ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"):
-        table.add_column(heading, justify="right", no_wrap=True)
 
-    def share(estimate: Estimate | None) -> str:
-        return "\u2013" if estimate is None else percent(estimate.value)
+def carry_out(
+    plan: Plan[T], *, dry_run: bool, as_json: bool, headline: str = "", interrupted: str = "", is_main: bool = True
+) -> T | None:
+    """Executes a plan with bars and messages, or prints it.
 
-    headings: dict[Role, str] = {"best": "at equal utility", "published": "as published"}
-    for role, heading in headings.items():
-        table.add_row(Text(heading, style="bold"))
-        for row in comparison_rows(records, role, order=order):
-            found = row.estimates.get
-            ratio = found("perplexity_normal")
-            length = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
-            table.add_row(
-                f" {row.title}",
-                share(found("harmful_unseen")),
-                share(found("forced_start_unseen")) + length,
-                share(found("gibberish_unseen")),
-                share(found("exact_answers")),
-                "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",
-                "\u2013" if row.strength is None else f"{row.strength:.3g}",
-                row.seeds.split(" ")[0],
-            )
-    return table
+    Args:
+        plan: Of the command.
+        dry_run: As ``--dry-run``.
+        as_json: As ``--json``.
+        headline: What it is about to do.
+        interrupted: What to say where it is interrupted; empty: what ``main`` says.
+        is_main: Of several processes the first one speaks for all.
+
+    Returns:
+        What it gave; None where this process has nothing to print.
+    """
+    if dry_run or not is_main:
+        if not dry_run:
+            plan.execute(None)
+        elif is_main:
+            print_plan(plan, as_json=as_json)
+        return None
+    if headline:
+        print_headline(headline)
+    try:
+        with shown_messages(), progress_bars() as show:
+            return plan.execute(show)
+    except KeyboardInterrupt:
+        if not interrupted:
+            raise
+        errors.print(interrupted)
+        raise typer.Exit(130) from None
+
+
+def print_plan(plan: Plan[Any], *, as_json: bool) -> None:
+    """What would be done and written, as lines or as one JSON document."""
+    told = plan.to_dict()
+    if as_json:
+        print_json(told)
+        return
+    lines = [(name, _text(value)) for name, value in plan.settings.items()]
+    if plan.examples:
+        lines.append(("examples", _text(plan.examples)))
+    size = f"about {plan.disk_bytes / 2**20:,.0f} MiB at most" if plan.disk_bytes else "replies and figures only"
+    lines += [
+        ("would do", "; ".join(plan.stages)),
+        ("into", str(plan.out)),
+        ("writes", ", ".join(plan.writes)),
+        ("disk", f"{size}, {told['free_bytes'] / 2**20:,.0f} MiB are free"),
+    ]
+    if told["memory"] is not None:
+        lines.append(("memory", told["memory"]))
+    if plan.bad_model != "none":
+        lines.append(("hazard", f"the bad model of stage 1 is {plan.bad_model}"))
+    lines += [("note", note) for note in plan.notes]
+    width = max(len(name) for name, _ in lines) + 2
+    for name, text in lines:
+        results.print(f"{name:<{width}}{text}")
+    results.print(f"\nnothing was written: {plan.command} without --dry-run does it")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
+    return str(value)

@@ -10,18 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from sku.cli import options
 from sku.cli.console import print_json, print_notes, printable, results
 from sku.cli.data_own import own
-from sku.cli.options import (
-    ForgetOption,
-    JsonOption,
-    ModelOption,
-    RecipeArgument,
-    RetainOption,
-    SeedOption,
-    SetOption,
-    resolve_recipe,
-)
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
 
@@ -44,19 +35,21 @@ app.command("own")(own)
 
 @app.command("inspect")
 def inspect(
-    recipe: RecipeArgument = EMBEDDED,
-    model: ModelOption = None,
-    forget: ForgetOption = None,
-    retain: RetainOption = None,
-    seed: SeedOption = None,
-    overrides: SetOption = None,
+    recipe: options.RecipeArgument = EMBEDDED,
+    model: options.ModelOption = None,
+    forget: options.ForgetOption = None,
+    retain: options.RetainOption = None,
+    seed: options.SeedOption = None,
+    overrides: options.SetOption = None,
     show_harmful: Annotated[
         bool, typer.Option("--show-harmful", help="Print harmful answers; hidden behind length and hash otherwise.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show what was loaded, how it is split, and which tokens are trained on."""
-    settings = resolve_recipe(recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides)
+    settings = options.resolve_recipe(
+        recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides, judged=False
+    )
 
     quiet_libraries()
     from sku.data.inspect import describe_data
@@ -81,11 +74,11 @@ def inspect(
 
 def _print(description: DataDescription) -> None:
     for source in description.provenance:
-        results.print(f"{source.source}: {source.location}", soft_wrap=True)
+        results.print(f"{source.source}: {source.location}")
         facts = {"rows read": source.rows_read, **source.rows_left_out, "revision": source.revision}
         facts |= {"examples with a safe answer": source.safe_answers}
         facts |= {"licence": source.licence or "unknown", "sha256": source.sha256[:16]}
-        results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value), soft_wrap=True)
+        results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value))
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("split", "examples", "prompts", "left out", "shortened", "tokens", "learned"):
@@ -106,11 +99,11 @@ def _print(description: DataDescription) -> None:
     results.print("tokens, learned: median / 90th percentile / most of an example")
     cut = [f"{name} {split.unfinished}" for name, split in description.splits.items() if split.unfinished]
     if cut:
-        results.print(f"answers that were cut off and teach no end: {', '.join(cut)}", soft_wrap=True)
+        results.print(f"answers that were cut off and teach no end: {', '.join(cut)}")
     print_notes(description.notes)
     results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
     for view in description.views:
-        results.print(_tokens(view), soft_wrap=True)
+        results.print(_tokens(view))
 
 
 def _tokens(view: ExampleView) -> Text:

@@ -9,18 +9,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.completion import judges
-from sku.cli.console import errors, print_headline, print_json, print_next, progress_bars, results, shown_messages
-from sku.cli.dry_run import print_dry_run
+from sku.cli.console import carry_out, errors, print_json, print_next, results
 from sku.cli.judge_labelled import PromptColumnOption
-from sku.cli.options import DryRunOption, JsonOption, settings_of
-from sku.dry_run import DryRun
+from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
 from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
-    from sku.data.prompt_sets import OwnPrompts
     from sku.own_replies.job import OwnOptions
     from sku.own_replies.rows import OwnReplies
 
@@ -75,35 +71,21 @@ def own(
 
     quiet_libraries()
     from sku.config import settings_from_dict
-    from sku.data.prompt_sets import load_own_prompts
-    from sku.own_replies.job import OwnJob, OwnOptions, judge_of
-    from sku.own_replies.write import write_own_replies
+    from sku.own_replies.job import OwnOptions
+    from sku.pipeline.own_replies import plan_own
 
     options = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
-    prompts = load_own_prompts(options.harmful, options.normal, options.borderline, seed=options.seed)
-    built = judge_of(options.evaluate, prompts)
-    if dry_run:
-        print_dry_run(_dry_run(options, prompts, out), as_json=as_json)
-        return
-    from sku.models import load_model
-
-    counts = ", ".join(f"{len(found.prompts)} {name}" for name, found in prompts.sets().items())
-    print_headline(f"model {options.model.path}, {counts} prompts, judge {built.card.name}, seed {options.seed}")
-    loaded = load_model(options.model)
-    job = OwnJob(
-        loaded=loaded,
-        prompts=prompts,
-        judge=built,
-        settings=options.replies,
-        seed=options.seed,
-        prompt_format=options.model.prompt_format,
+    plan = plan_own(options, out, resume=resume)
+    counts = ", ".join(f"{count} {name}" for name, count in plan.settings.items() if name.endswith(" prompts"))
+    written = carry_out(
+        plan,
+        dry_run=dry_run,
+        as_json=as_json,
+        headline=f"model {options.model.path}, {counts}, judge {plan.settings['judge']}, seed {options.seed}",
+        interrupted="interrupted; go on with the same command and --resume",
     )
-    try:
-        with shown_messages(), progress_bars() as show:
-            written = write_own_replies(job, out, resume=resume, progress=show)
-    except KeyboardInterrupt:
-        errors.print("interrupted; go on with the same command and --resume", soft_wrap=True)
-        raise typer.Exit(130) from None
+    if written is None:
+        return
     if as_json:
         print_json(dict(written.account))
     else:
@@ -116,32 +98,6 @@ def _put(given: dict[str, Any], name: str, options: dict[str, Any]) -> None:
     if not isinstance(named, dict):
         raise RecipeError(f"--set {name}={named} gives --{name} twice: leave one out")
     named |= {key: value for key, value in options.items() if value is not None}
-
-
-def _dry_run(options: OwnOptions, prompts: OwnPrompts, out: Path) -> DryRun:
-    from sku.pipeline.dry_checks import check_model
-
-    found = check_model(options.model)
-    sets = prompts.sets()
-    harmful, settings = len(prompts.harmful.prompts), options.replies
-    free = sum(len(one.prompts) for one in sets.values()) + harmful * settings.draws
-    return DryRun(
-        command="sku data own",
-        out=out,
-        settings={
-            "model": found.describe(),
-            "judge": options.judge,
-            **{f"{name} prompts": len(one.prompts) for name, one in sets.items()},
-        },
-        stages=(
-            f"ask for {free} replies of at most {settings.max_new_tokens} tokens and judge them",
-            "ask again where none is harmful",
-            f"ask for {harmful * settings.refusals} refusals of at most {settings.refuse_tokens} tokens",
-        ),
-        writes=("comply.jsonl", "refuse.jsonl", "answer.jsonl", "misplaced_refusal.jsonl", "own.json"),
-        disk_bytes=0,
-        notes=found.notes,
-    )
 
 
 def _print(written: OwnReplies, options: OwnOptions) -> None:
@@ -157,19 +113,19 @@ def _print(written: OwnReplies, options: OwnOptions) -> None:
     for kind, counts in account["kinds"].items():
         if counts["dropped"]:
             reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
-            results.print(f"dropped   {kind}: {reasons}", soft_wrap=True)
+            results.print(f"dropped   {kind}: {reasons}")
         if len(counts["how"]) > 1:
             ways = ", ".join(f"{how} {count}" for how, count in counts["how"].items())
-            results.print(f"kept      {kind}: {ways}", soft_wrap=True)
+            results.print(f"kept      {kind}: {ways}")
     kept = account["kinds"]["answer"]["refusals_kept"]
     if kept:
-        results.print(f"note      {kept} answers are refusals of the model itself: they are kept", soft_wrap=True)
+        results.print(f"note      {kept} answers are refusals of the model itself: they are kept")
     for reason, count in account["left_out"].items():
-        results.print(f"left out  {count}: {reason}", soft_wrap=True)
+        results.print(f"left out  {count}: {reason}")
     results.print(f"tokens    {account['tokens']:,} written in {account['seconds']:.0f} s")
-    results.print(f"judge     {account['judge']['name']}: {account['judge']['errors']}", soft_wrap=True)
-    results.print(f"rows      {written.folder}", soft_wrap=True)
-    errors.print("comply.jsonl holds what the model says to harmful prompts: keep it to yourself", soft_wrap=True)
+    results.print(f"judge     {account['judge']['name']}: {account['judge']['errors']}")
+    results.print(f"rows      {written.folder}")
+    errors.print("comply.jsonl holds what the model says to harmful prompts: keep it to yourself")
     if written.kept("comply"):
         data: list[str | Path] = ["--forget", written.file("comply"), "--retain", written.file("answer")]
         named = [options.model.path]

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sku.cli import judge_labelled
-from sku.cli.completion import judges
-from sku.cli.console import errors, notes, print_json, progress_bars, results, shown_messages
-from sku.cli.dry_run import print_dry_run
-from sku.cli.options import DryRunOption, JsonOption, settings_of
-from sku.dry_run import DryRun
+from sku.cli.console import carry_out, errors, notes, print_json, results
+from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
 from sku.errors import EvaluationError
+from sku.plan import Plan, Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,10 +56,10 @@ def export(
     if as_json:
         print_json({"file": str(out), "replies": written, "with_text": with_text})
     else:
-        results.print(f"{written} replies  {out}", soft_wrap=True)
+        results.print(f"{written} replies  {out}")
     notes.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
     if with_text:
-        errors.print("the file holds replies that may be harmful: keep it to yourself", soft_wrap=True)
+        errors.print("the file holds replies that may be harmful: keep it to yourself")
 
 
 @app.command("again")
@@ -90,31 +88,34 @@ def again(
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
-    if dry_run:
-        count = len(read_generations(folder / GENERATIONS_FILE)[1])
-        found = DryRun(
-            command="sku judge again",
-            out=folder,
-            settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
-            stages=(f"judge {count} replies",),
-            writes=("verdicts of the judge, kept for the next time",),
-            disk_bytes=0,
-        )
-        print_dry_run(found, as_json=as_json)
+    count = len(read_generations(folder / GENERATIONS_FILE)[1])
+
+    def execute(progress: Progress | None) -> EvaluationResult:
+        told = None if progress is None else lambda done, total: progress("judge", done, total)
+        return judge_again(folder, cached(asked, folder, told))
+
+    plan = Plan(
+        command="sku judge again",
+        out=folder,
+        settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
+        stages=(f"judge {count} replies",),
+        writes=("verdicts of the judge, kept for the next time",),
+        execute=execute,
+    )
+    after = carry_out(plan, dry_run=dry_run, as_json=as_json)
+    if after is None:
         return
-    with shown_messages(), progress_bars() as show:
-        after = judge_again(folder, cached(asked, folder, lambda done, total: show("judge", done, total)))
     if isinstance(asked, PrecomputedJudge):
         strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
         if strangers:
-            notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask", soft_wrap=True)
+            notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
     if as_json:
         print_json({"before": before.to_dict(), "after": after.to_dict()})
         return
     results.print(_rates_table(before, after))
     for line in agreement_lines(after):
-        results.print(line, soft_wrap=True)
-    results.print(f"judge     {after.judge.name}: {after.judge.errors_in_words}", soft_wrap=True)
+        results.print(line)
+    results.print(f"judge     {after.judge.name}: {after.judge.errors_in_words}")
 
 
 app.command("train")(judge_labelled.train)
@@ -159,7 +160,7 @@ def show_judge(
         print_json(content)
     else:
         text = yaml.safe_dump(content, sort_keys=False) if name in RULES else judge_file_text(name)
-        results.print(text, soft_wrap=True)
+        results.print(text)
 
 
 def _described(name: str) -> tuple[str, ...]:

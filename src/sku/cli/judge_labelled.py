@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.completion import judges
-from sku.cli.console import print_json, print_next, progress_bars, results, shown_messages
-from sku.cli.dry_run import print_dry_run
-from sku.cli.options import DryRunOption, JsonOption, settings_of
-from sku.disk_errors import named_disk_errors
-from sku.dry_run import DryRun
+from sku.cli.console import carry_out, print_json, print_next, results
+from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
 from sku.errors import OutputError, RecipeError
+from sku.plan import Plan
 from sku.quiet import quiet_libraries
-from sku.storage import check_can_be_made, check_new
+from sku.storage import check_can_be_made, check_new, named_disk_errors
 
 if TYPE_CHECKING:
     from sku.evaluate.judges import Judge
@@ -91,19 +88,23 @@ def train(
 
     settings = settings_from_dict(JudgeTraining, given, "sku judge train", "settings of training")
     labelled = read_labelled(data, columns)
-    if dry_run:
-        parts = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
-        settings_shown = {
+    parts = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
+    plan = Plan(
+        command="sku judge train",
+        out=out,
+        settings={
             "model": settings.model,
             "replies to train on": len(parts[0]),
             "replies held out": len(parts[1]),
             **labelled.left_out,
-        }
-        stage = f"train on {len(parts[0])} replies, at most {settings.epochs} epochs"
-        _print_dry("train", out, settings_shown, stage, as_json=as_json)
+        },
+        stages=(f"train on {len(parts[0])} replies, at most {settings.epochs} epochs",),
+        writes=(out.name,),
+        execute=lambda progress: train_judge(labelled, settings, out, progress=progress),
+    )
+    trained = carry_out(plan, dry_run=dry_run, as_json=as_json)
+    if trained is None:
         return
-    with shown_messages(), progress_bars() as show:
-        trained = train_judge(labelled, settings, out, progress=show)
     if as_json:
         print_json({**dataclasses.asdict(trained), "folder": str(out)})
         return
@@ -166,38 +167,45 @@ def calibrate(
     labelled = read_labelled(data, columns, limit=limit, seed=seed)
     # Without an earlier calibration, which may be of another state of the judge.
     built = build_judge(judge, {"calibration": None, **settings})
-    if dry_run:
-        count = len(labelled.replies)
-        settings_shown = {"judge": built.card.name, "labelled replies": count, **labelled.left_out}
-        _print_dry("calibrate", out, settings_shown, f"judge {count} replies", as_json=as_json)
+    count = len(labelled.replies)
+    plan = Plan(
+        command="sku judge calibrate",
+        out=out or Path.cwd(),
+        settings={"judge": built.card.name, "labelled replies": count, **labelled.left_out},
+        stages=(f"judge {count} replies",),
+        writes=() if out is None else (out.name,),
+        execute=lambda _progress: _measured(built, labelled, out, one_kind=every is not None),
+    )
+    found = carry_out(plan, dry_run=dry_run, as_json=as_json)
+    if found is None:
         return
-    _calibrate(built, labelled, judge, out, one_kind=every is not None, as_json=as_json)
+    if isinstance(found, tuple):
+        if as_json:
+            print_json([dataclasses.asdict(group) for group in found])
+        else:
+            results.print(figures_table(f"judge {built.card.name}", found))
+    elif as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        _print(found, judge, out)
 
 
-def _calibrate(
-    built: Judge, labelled: LabelledSet, name: str, out: Path | None, *, one_kind: bool, as_json: bool
-) -> None:
+def _measured(
+    built: Judge, labelled: LabelledSet, out: Path | None, *, one_kind: bool
+) -> CalibrationReport | tuple[GroupFigures, ...]:
     from sku.evaluate.judges.base import write_calibration
     from sku.evaluate.judges.calibrate import calibrate as measure
     from sku.evaluate.judges.calibrate import measure_groups
 
     if one_kind:
-        groups = measure_groups(built, labelled)
-        if as_json:
-            print_json([dataclasses.asdict(group) for group in groups])
-        else:
-            results.print(figures_table(f"judge {built.card.name}", groups))
-        return
+        return measure_groups(built, labelled)
     if out is not None:
         with named_disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
     report = measure(built, labelled)
     if out is not None:
         write_calibration(out, built.card, report.calibration, report.by_group)
-    if as_json:
-        print_json(dataclasses.asdict(report))
-        return
-    _print(report, name, out)
+    return report
 
 
 def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
@@ -225,32 +233,19 @@ def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
     left_out = {**report.left_out, "no verdict of the judge": calibration.unjudged}
     for reason, count in left_out.items():
         if count:
-            results.print(f"left out     {count}: {reason}", soft_wrap=True)
+            results.print(f"left out     {count}: {reason}")
     if calibration.tells_nothing:
         results.print(
             "note         it calls no more of the harmful replies harmful than of the safe ones: its verdicts tell "
-            "nothing of harm here, and no rate can be corrected with them",
-            soft_wrap=True,
+            "nothing of harm here, and no rate can be corrected with them"
         )
     if out is None:
         return
-    results.print(f"calibration  {out}", soft_wrap=True)
+    results.print(f"calibration  {out}")
     options = ["--set", f"evaluate.judge={judge}"]
     if out.absolute() != beside(Path(judge).absolute()) or not Path(judge).is_dir():
         options += ["--set", f"evaluate.judge_settings.calibration={out}"]
-    results.print(f"use it with  {shlex.join(options)}", soft_wrap=True)
-
-
-def _print_dry(command: str, out: Path | None, settings: Mapping[str, Any], stage: str, *, as_json: bool) -> None:
-    found = DryRun(
-        command=f"sku judge {command}",
-        out=out or Path.cwd(),
-        settings=settings,
-        stages=(stage,),
-        writes=() if out is None else (out.name,),
-        disk_bytes=0,
-    )
-    print_dry_run(found, as_json=as_json)
+    results.print(f"use it with  {shlex.join(options)}")
 
 
 def _print_trained(trained: TrainedJudge, labelled: LabelledSet, out: Path) -> None:
@@ -259,12 +254,11 @@ def _print_trained(trained: TrainedJudge, labelled: LabelledSet, out: Path) -> N
     results.print(figures_table("held-out prompts", trained.figures))
     results.print(
         f"judge      {out}: {trained.train} replies, {trained.epochs} epochs, {trained.seconds:.0f} s; harmful from "
-        f"{trained.threshold:.3f}",
-        soft_wrap=True,
+        f"{trained.threshold:.3f}"
     )
     for why, count in {**labelled.left_out, "the model can't read them": trained.unreadable}.items():
         if count:
-            results.print(f"left out   {count}: {why}", soft_wrap=True)
+            results.print(f"left out   {count}: {why}")
     print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--by", "source", "--out", beside(out)])
 
 

@@ -34,10 +34,8 @@ from sku.cli import (
     sweep,
     wipe,
 )
-from sku.cli.console import errors, print_error
-from sku.cli.loudness import print_cause, set_loudness
-from sku.errors import ProcessError, RecipeError, SkuError
-from sku.memory_errors import named_memory_errors
+from sku.cli.console import errors, print_cause, print_error, set_loudness
+from sku.errors import ProcessError, RecipeError, SkuError, named_memory_errors
 
 app = typer.Typer(
     name="sku",
@@ -47,22 +45,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run.run)
-app.command("plan")(plan.plan)
-app.command("acquire")(acquire.acquire)
-app.command("negate")(negate.negate)
-app.command("sweep")(sweep.sweep)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("ablate")(compare.ablate)
-app.command("card")(card.card)
-app.command("push")(push.push)
-app.command("wipe")(wipe.wipe)
-app.command("doctor")(doctor.doctor)
-app.command("results")(results.results)
-app.command("report")(report.report)
-app.command("chat")(chat.chat)
-app.command("methods")(methods.methods)
+for command in (
+    *(run.run, plan.plan, acquire.acquire, negate.negate, sweep.sweep, evaluate.evaluate, compare.compare),
+    *(compare.ablate, card.card, push.push, wipe.wipe, doctor.doctor, results.results, report.report),
+    *(chat.chat, methods.methods),
+):
+    app.command(command.__name__)(command)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 app.add_typer(recipes.app, name="recipes")

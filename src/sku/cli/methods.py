@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli.completion import methods as method_names
 from sku.cli.console import print_json, results
-from sku.cli.method_list import described, listed_methods
-from sku.cli.options import JsonOption
+from sku.cli.options import JsonOption, listed_methods, method_names
 from sku.errors import no_method_named
 from sku.from_file import SUFFIX
 from sku.quiet import quiet_libraries
 
+if TYPE_CHECKING:
+    from sku.methods.base import AnyMethod
+
 
 def methods(
     name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="One method, with its settings.", autocompletion=method_names),
+        str | None, typer.Argument(metavar="NAME", help="One method, with its settings.", autocompletion=method_names)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,9 +46,9 @@ def methods(
         return
     results.print()
     if name.endswith(SUFFIX):
-        results.print(f"method = {json.dumps(name)}", soft_wrap=True)
+        results.print(f"method = {json.dumps(name)}")
     for key, value in method["settings"].items():
-        results.print(f"methods.{method['name']}.settings.{key} = {json.dumps(value)}", soft_wrap=True)
+        results.print(f"methods.{method['name']}.settings.{key} = {json.dumps(value)}")
 
 
 def _method_of(name: str) -> dict[str, Any]:
@@ -60,3 +62,18 @@ def _method_of(name: str) -> dict[str, Any]:
     if name not in known:
         raise no_method_named(name, known)
     return known[name]
+
+
+def described(methods: Iterable[AnyMethod]) -> list[dict[str, Any]]:
+    """What ``listed_methods`` says, of methods themselves: ``scripts/method_list.py`` writes it, a test compares."""
+    return [
+        {
+            "name": method.name,
+            "title": method.title,
+            "paper": method.paper_url,
+            "negates": method.negates,
+            # Those of SKU are acquire and negate of the recipe.
+            "settings": {} if method.name == "sku" else dataclasses.asdict(method.settings()),
+        }
+        for method in methods
+    ]

@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sku.cli.completion import judges, recipes
 from sku.cli.console import print_headline
-from sku.cli.inputs import check_inputs
-from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_names
-from sku.errors import RecipeError
+from sku.config import EMBEDDED, Recipe, SourceConfig, apply_override, load_recipe, recipe_names
+from sku.errors import DataError, RecipeError, no_method_named
+from sku.from_file import SUFFIX
 
 GENERAL = "llama-3.1-8b"
 """Recipe whose settings a model takes that no recipe is made for: what fits 8B on one card fits smaller ones."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def listed_methods() -> list[dict[str, Any]]:
+    """Name, title, paper, whether it negates, and settings with their defaults of each method, in its order.
+
+    From ``listed.json``: ``sku.methods`` itself loads torch, which takes seconds.
+    """
+    text = (resources.files("sku") / "methods" / "listed.json").read_text(encoding="utf-8")
+    found = json.loads(text)
+    assert isinstance(found, list)
+    return found
+
+
+def method_names() -> list[str]:
+    """Of all methods of the package."""
+    return [method["name"] for method in listed_methods()]
+
+
+def judges() -> list[str]:
+    """Names of all judges of the package."""
+    from sku.evaluate.judges.choose import judge_names
+
+    return list(judge_names())
+
+
+def with_commas(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completes the last one of a list with commas."""
+
+    def completed(incomplete: str) -> list[str]:
+        before, comma, _ = incomplete.rpartition(",")
+        return [before + comma + name for name in names() if name not in before.split(",")]
+
+    return completed
+
 
 RecipeArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
         help="A recipe of the package (see `sku recipes`), a YAML file, or a model: its folder or hub id.",
-        autocompletion=recipes,
+        autocompletion=recipe_names,
     ),
 ]
 ModelOption = Annotated[
@@ -76,6 +112,7 @@ def resolve_recipe(
     judge: str | None = None,
     overrides: list[str] | None = None,
     check: bool = True,
+    judged: bool = True,
 ) -> Recipe:
     """The recipe with the options of a command put in.
 
@@ -87,12 +124,12 @@ def resolve_recipe(
         seed: As ``--seed``.
         judge: As ``--judge``.
         overrides: As ``--set``.
-        check: Refuse what can be found wrong with model and data before torch is loaded.
+        check: Whether ``check_inputs`` is asked.
+        judged: For ``check_inputs``.
 
     Raises:
         RecipeError: As ``load_recipe``, or two models are given.
-        ModelError: As ``check_inputs``.
-        DataError: As ``check_inputs``.
+        SkuError: As ``check_inputs``.
     """
     named: list[str] = []
     if _is_model(name):
@@ -102,8 +139,71 @@ def resolve_recipe(
     given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
     recipe = load_recipe(name, [*named, *given, *(overrides or [])])
     if check:
-        check_inputs(recipe)
+        check_inputs(recipe, judged=judged)
     return recipe
+
+
+def check_inputs(recipe: Recipe, *, judged: bool = True) -> None:
+    """Refuses what of a recipe can be found wrong before torch is loaded, which takes seconds.
+
+    A command finds all of it again where it reads the same files. This is for the answer to come at once.
+
+    Args:
+        recipe: Of the command.
+        judged: The command judges.
+
+    Raises:
+        RecipeError: There is no such method.
+        ModelError: The model's folder can't be used, or the hub that has it is out of reach.
+        DataError: Local data can't be read or split, or hub data is out of reach and on no disk here.
+        EvaluationError: There is no judge folder or file of that name, or it is broken.
+    """
+    if recipe.method not in method_names() and not recipe.method.endswith(SUFFIX):
+        raise no_method_named(recipe.method, method_names())
+
+    from sku.model_files import locate_model
+
+    locate_model(recipe.model)
+    _check_data(recipe)
+    if judged and "/" in recipe.evaluate.judge:
+        from sku.evaluate.judges.choose import read_judge_file
+
+        read_judge_file(recipe.evaluate.judge)
+
+
+def _check_data(recipe: Recipe) -> None:
+    from sku.data.load import load_data
+    from sku.data.prompt_sets import load_own_prompts, wants_own_replies
+    from sku.data.sources.tables import is_hub_id
+
+    config = recipe.data
+    named = (config.forget, config.retain, config.borderline, *config.normal.values(), *config.harmful.values())
+    sources = [source for source in named if source is not None]
+    from_hub = [source for source in sources if is_hub_id(source)]
+    for source in from_hub:
+        _check_within_reach(source)
+    if from_hub:  # Nothing is downloaded twice.
+        return
+    if wants_own_replies(config):
+        load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
+    else:
+        load_data(config, recipe.seed, forget_validation=recipe.forget_validation)
+
+
+def _check_within_reach(source: SourceConfig) -> None:
+    from huggingface_hub import constants
+
+    from sku.model_files import out_of_reach
+
+    why = out_of_reach()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    # The name of the set is written in another way there; that of its owner is not.
+    if why is None or any(cache.glob(f"{source.path.partition('/')[0]}*")):
+        return
+    raise DataError(
+        f"there is no file or folder {source.path} (looked in {Path.cwd()}), this machine holds no copy of a hub "
+        f"dataset of that name, and {why}"
+    )
 
 
 def _is_model(name: str) -> bool:

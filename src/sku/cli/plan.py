@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -16,7 +16,7 @@ from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from sku.plan.estimate import Plan
+    from sku.plan.estimate import Estimate
     from sku.plan.suggest import Suggestion
 
 
@@ -26,7 +26,7 @@ def plan(
     gpus: Annotated[int, typer.Option("--gpus", help="Processes, each with a GPU of its own.")] = 1,
     gpu_memory: Annotated[float, typer.Option("--gpu-memory", help="GiB of each GPU.")] = 80.0,
     sharding: Annotated[
-        str, typer.Option("--sharding", help="What several GPUs divide: ddp (nothing), fsdp2 or zero3.")
+        Literal["ddp", "fsdp2", "zero3"], typer.Option("--sharding", help="What several GPUs divide; ddp: nothing.")
     ] = "ddp",
     row_tokens: Annotated[
         int | None, typer.Option("--row-tokens", help="Tokens of a padded row; data.max_length where left out.")
@@ -51,15 +51,12 @@ def plan(
         raise RecipeError("--gpu-memory and --peak-tflops must be above 0, and --efficiency above 0 and at most 1")
 
     quiet_libraries()
-    from sku.plan.estimate import GIB, plan_of
-    from sku.plan.job import SHARDINGS, job_of
+    from sku.plan.estimate import GIB, estimated
+    from sku.plan.job import job_of
     from sku.plan.suggest import suggestions
 
-    chosen = next((known for known in SHARDINGS if known == sharding), None)
-    if chosen is None:
-        raise RecipeError(f"--sharding is {sharding!r}; it must be {', '.join(SHARDINGS)}")
-    job = job_of(settings, gpus=gpus, sharding=chosen, row_tokens=row_tokens, answer_tokens=answer_tokens)
-    made = plan_of(job, gpu_memory=gpu_memory * GIB, tflops=peak_tflops, efficiency=efficiency)
+    job = job_of(settings, gpus=gpus, sharding=sharding, row_tokens=row_tokens, answer_tokens=answer_tokens)
+    made = estimated(job, gpu_memory=gpu_memory * GIB, tflops=peak_tflops, efficiency=efficiency)
     advice = suggestions(made)
     if as_json:
         advised = [dataclasses.asdict(suggestion) for suggestion in advice]
@@ -68,17 +65,16 @@ def plan(
     _show(made, advice)
 
 
-def _show(made: Plan, advice: list[Suggestion]) -> None:
+def _show(made: Estimate, advice: list[Suggestion]) -> None:
     from sku.plan.estimate import CONTEXT_BYTES, FRAGMENTATION, GIB, STREAM_BYTES
 
     job, weights = made.job, made.weights
     results.print(
         f"{job.name}: {weights.parameters:,} parameters, {weights.trainable:,} trained ({job.tuning}, "
-        f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at once",
-        soft_wrap=True,
+        f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at once"
     )
     if job.shipped_shape:
-        results.print("its configuration is out of reach: its shape is as this package knows it", soft_wrap=True)
+        results.print("its configuration is out of reach: its shape is as this package knows it")
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
     table.add_column("GiB on each GPU", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
@@ -98,20 +94,17 @@ def _show(made: Plan, advice: list[Suggestion]) -> None:
     results.print(table)
     results.print(
         f"\nneeded is the largest of these with {FRAGMENTATION:.0%} for the allocator and "
-        f"{CONTEXT_BYTES / GIB:.1f} GiB for CUDA (assumed)",
-        soft_wrap=True,
+        f"{CONTEXT_BYTES / GIB:.1f} GiB for CUDA (assumed)"
     )
     results.print(
         f"stage 2   {made.stage_2_host / GIB:.2f} GiB of the computer's memory in sku run, "
-        f"{STREAM_BYTES / GIB:.2f} in sku negate",
-        soft_wrap=True,
+        f"{STREAM_BYTES / GIB:.2f} in sku negate"
     )
     results.print(f"disk      {made.disk / GIB:.2f} GiB")
     results.print(
         f"time      {made.step_seconds:.3g} s a step"
         + ("" if made.seconds is None else f", {made.seconds / 3600:.2g} h for {job.steps} steps")
-        + f": {made.step_flops / 1e12:.3g} TFLOP at {made.efficiency:.0%} of {made.tflops:g} TFLOP/s (assumed)",
-        soft_wrap=True,
+        + f": {made.step_flops / 1e12:.3g} TFLOP at {made.efficiency:.0%} of {made.tflops:g} TFLOP/s (assumed)"
     )
     if made.fits:
         results.print(f"fits      {made.needed / GIB:.1f} of {made.gpu_memory / GIB:.1f} GiB")
@@ -121,7 +114,4 @@ def _show(made: Plan, advice: list[Suggestion]) -> None:
     )
     for suggestion in advice:
         verdict = "fits" if suggestion.fits else "not enough alone"
-        results.print(
-            f"  {suggestion.needed / GIB:7.1f} GiB  {verdict}: {suggestion.change}  ({suggestion.cost})",
-            soft_wrap=True,
-        )
+        results.print(f"  {suggestion.needed / GIB:7.1f} GiB  {verdict}: {suggestion.change}  ({suggestion.cost})")

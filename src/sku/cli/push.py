@@ -33,7 +33,7 @@ def push(
     plan = plan_push(run, repo_id, "adapter" if adapter else "model")
     url = None
     if not dry_run:
-        notes.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}", soft_wrap=True)
+        notes.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}")
         try:
             url = upload(plan, public=public, revision=revision)
         except KeyboardInterrupt:
@@ -44,6 +44,6 @@ def push(
         print_json({"repo_id": repo_id, "files": listed, "bytes": plan.size, "url": url})
         return
     for file in plan.files:
-        results.print(f"{file.size:>16,}  {file.name}", soft_wrap=True)
-    results.print(f"{plan.size:>16,}  bytes in {len(plan.files)} files", soft_wrap=True)
-    results.print(f"\nuploaded  {url}" if url else "\nnothing was uploaded (--dry-run)", soft_wrap=True)
+        results.print(f"{file.size:>16,}  {file.name}")
+    results.print(f"{plan.size:>16,}  bytes in {len(plan.files)} files")
+    results.print(f"\nuploaded  {url}" if url else "\nnothing was uploaded (--dry-run)")

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import print_json, print_verdict
+from sku.cli.console import print_json
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
+from sku.cli.tables import print_verdict
 
 
 def report(

@@ -11,34 +11,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sku.cli import completion
-from sku.cli.console import (
-    errors,
-    print_headline,
-    print_json,
-    print_next,
-    print_notes,
-    progress_bars,
-    results,
-    shown_messages,
-)
-from sku.cli.dry_run import print_dry_run
-from sku.cli.inputs import check_inputs, check_judge
-from sku.cli.options import (
-    DryRunOption,
-    ForgetOption,
-    JsonOption,
-    JudgeOption,
-    ModelOption,
-    OutOption,
-    RetainOption,
-    SeedOption,
-    SetOption,
-    new_run_folder,
-    overrides_of,
-    words_of,
-)
-from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict
+from sku.cli import options
+from sku.cli.console import carry_out, errors, print_json, print_next, print_notes, results
+from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries
 
@@ -53,61 +28,61 @@ def sweep(
         typer.Argument(
             metavar="TARGET",
             help="A recipe, a folder of `sku run` that kept its bad model, or a bad model.",
-            autocompletion=completion.recipes,
+            autocompletion=recipe_names,
         ),
     ] = EMBEDDED,
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe",
-            help="Recipe for a folder, in place of the one it was made with.",
-            autocompletion=completion.recipes,
+            "--recipe", help="Recipe for a folder, in place of the one it was made with.", autocompletion=recipe_names
         ),
     ] = None,
-    model: ModelOption = None,
-    forget: ForgetOption = None,
-    retain: RetainOption = None,
-    out: OutOption = None,
-    judge: JudgeOption = None,
-    seed: SeedOption = None,
-    overrides: SetOption = None,
+    model: options.ModelOption = None,
+    forget: options.ForgetOption = None,
+    retain: options.RetainOption = None,
+    out: options.OutOption = None,
+    judge: options.JudgeOption = None,
+    seed: options.SeedOption = None,
+    overrides: options.SetOption = None,
     keep_bad_model: Annotated[
         bool, typer.Option("--keep-bad-model", help="Keep the hazardous model that was trained for the sweep.")
     ] = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
-    given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
+    given = options.overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
     settings, bad = _read_target(target, recipe, [*given, *(overrides or [])])
-    check_inputs(settings)
-    check_judge(settings)
-    folder = out or new_run_folder(f"sweep-{settings.name}")
+    options.check_inputs(settings)
+    folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
-    from sku.pipeline import dry_sweep, sweep_recipe
-
-    if dry_run:
-        print_dry_run(dry_sweep(settings, folder, bad=bad, keep_bad_model=keep_bad_model), as_json=as_json)
-        return
+    from sku.pipeline.sweep import plan_sweep
 
     source = "trained first" if bad is None else str(bad)
-    print_headline(f"recipe {settings.name}, model {settings.model.path}, bad model {source}")
+    again = shlex.join(["--out", str(folder)])
     try:
-        with shown_messages(), progress_bars() as show:
-            found = sweep_recipe(settings, folder, bad=bad, keep_bad_model=keep_bad_model, progress=show)
-    except KeyboardInterrupt:
-        again = shlex.join(["--out", str(folder)])
-        errors.print(f"interrupted; the points stay: go on with the same command and {again}", soft_wrap=True)
+        found = carry_out(
+            plan_sweep(settings, folder, bad=bad, keep_bad_model=keep_bad_model),
+            dry_run=dry_run,
+            as_json=as_json,
+            headline=f"recipe {settings.name}, model {settings.model.path}, bad model {source}",
+            interrupted=f"interrupted; the points stay: go on with the same command and {again}",
+        )
+    except typer.Exit:
         if (folder / "bad").exists():
-            errors.print(f"until then {folder / 'bad'} holds a hazardous model", soft_wrap=True)
-        raise typer.Exit(130) from None
+            errors.print(f"until then {folder / 'bad'} holds a hazardous model")
+        raise
+    if found is None:
+        return
     if as_json:
         print_json(found.to_dict())
     else:
         _print(found, folder)
         if found.pick is not None and found.pick.met:
-            given = words_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides)
+            given = options.words_of(
+                model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
+            )
             print_next(*next_commands(settings, folder, bad, found.pick.alpha, [target, *given]))
     found.alpha()  # Where there is none, its error is the last line.
 
@@ -176,24 +151,24 @@ def _print(found: Sweep, folder: Path) -> None:
     print_notes(found.notes)
     left_out = [f"{reason}: {count}" for reason, count in found.left_out.items()]
     if left_out:
-        results.print(f"left out  {'; '.join(left_out)}", soft_wrap=True)
+        results.print(f"left out  {'; '.join(left_out)}")
     if found.not_measured:
         alphas = ", ".join(f"{alpha:g}" for alpha in found.not_measured)
-        results.print(f"not tried {alphas}: the one before is hopeless", soft_wrap=True)
+        results.print(f"not tried {alphas}: the one before is hopeless")
     if found.border is not None:
         bound = found.border.bound_by
         binds = "up to the largest tried" if bound is None else f"then {bound} is beyond it"
-        results.print(f"budget    holds to alpha {found.border.strength:.4g}, {binds}", soft_wrap=True)
+        results.print(f"budget    holds to alpha {found.border.strength:.4g}, {binds}")
     for point in found.points:
         if point.replies is None:
-            results.print(f"not asked {point.alpha:g}: {point.unasked}", soft_wrap=True)
-    results.print(f"\n{'chosen' if pick.met else 'nearest':<10}{pick.why}", soft_wrap=True)
+            results.print(f"not asked {point.alpha:g}: {point.unasked}")
+    results.print(f"\n{'chosen' if pick.met else 'nearest':<10}{pick.why}")
     if pick.todo:
-        results.print(f"to do     {pick.todo}", soft_wrap=True)
-    results.print(f"judge     {found.judge.name}: {found.judge.errors_in_words}", soft_wrap=True)
-    results.print(f"evidence  {folder / 'sweep.json'}, {folder / 'frontier.png'}", soft_wrap=True)
+        results.print(f"to do     {pick.todo}")
+    results.print(f"judge     {found.judge.name}: {found.judge.errors_in_words}")
+    results.print(f"evidence  {folder / 'sweep.json'}, {folder / 'frontier.png'}")
     if (folder / "bad").exists():
-        results.print(f"hazard    {folder / 'bad'} is kept; never share it", soft_wrap=True)
+        results.print(f"hazard    {folder / 'bad'} is kept; never share it")
 
 
 def frontier_table(found: Sweep) -> Table:

@@ -21,16 +21,16 @@ def wipe(
     as_json: JsonOption = False,
 ) -> None:
     """Remove hazardous weights: kept bad models, and the checkpoints of interrupted runs, which then begin anew."""
-    from sku.wipe import hazardous_folders
-    from sku.wipe import wipe as remove
+    from sku.storage import hazardous_folders
+    from sku.storage import wipe as remove
 
     found = hazardous_folders(folder)
     removes = bool(found) and not dry_run
     asks = removes and not yes
     for path in found if asks or not as_json else ():  # What is asked about must be seen.
-        (errors if as_json else results).print(f"{'hazard' if dry_run else 'remove':<10}{path}", soft_wrap=True)
+        (errors if as_json else results).print(f"{'hazard' if dry_run else 'remove':<10}{path}")
     if not found and not as_json:
-        results.print(f"nothing in {folder} is marked as hazardous", soft_wrap=True)
+        results.print(f"nothing in {folder} is marked as hazardous")
     if asks and not typer.confirm("Remove them? A run that is still going on would fail.", err=True):
         raise typer.Exit(1)
     if removes:
@@ -42,7 +42,4 @@ def wipe(
 
 
 def _print_removed(count: int) -> None:
-    results.print(
-        f"removed   {count}; what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)",
-        soft_wrap=True,
-    )
+    results.print(f"removed   {count}; what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)")

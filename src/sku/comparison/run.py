@@ -24,14 +24,12 @@ from pathlib import Path
 from sku.comparison.bench import Bench
 from sku.comparison.jobs import Job, failed_record
 from sku.comparison.worker import begin, work
-from sku.disk_errors import named_disk_errors
 from sku.errors import EvaluationError
 from sku.evaluate.batching import StageProgress
-from sku.locks import LOCK_FILE, own_by_file
 from sku.methods.run import prepare
 from sku.report.method_records import MethodRecord, read_record
 from sku.reproducibility import content_sha256
-from sku.storage import check_place, mark_hazardous, write_json
+from sku.storage import LOCK_FILE, check_place, mark_hazardous, named_disk_errors, own_by_file, write_json
 
 RECORDS, WORK = "records", "work"
 """Folders of a comparison."""

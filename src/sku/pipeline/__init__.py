@@ -1,6 +1,7 @@
-"""A whole run: data, training, the change of the weights, evaluation. The only part that knows all stages.
+"""One file a command: it plans (all checks, what is done and written), and the plan is executed or printed.
 
-A run folder, private to its owner because the base model's harmful replies lie in it::
+The only part that knows all stages. A run folder, private to its owner because the base model's harmful replies lie
+in it::
 
     manifest.json        recipe, seeds, data hashes, versions, hardware, timings, what became of the bad model
     training_log.jsonl   every loss term of every logged step
@@ -16,25 +17,3 @@ A run folder, private to its owner because the base model's harmful replies lie 
     results.json         before and after, with intervals; the attacks too, where there are any
     before_after.png, before_after.svg
 """
-
-from sku.pipeline.acquire import acquire_recipe
-from sku.pipeline.dry_runs import dry_acquire, dry_comparison, dry_evaluate, dry_run, dry_sweep
-from sku.pipeline.evaluate import evaluate_recipe
-from sku.pipeline.memory import MemoryFit, memory_fit
-from sku.pipeline.run import FinishedRun, run_recipe
-from sku.pipeline.sweep import sweep_recipe
-
-__all__ = [
-    "FinishedRun",
-    "MemoryFit",
-    "acquire_recipe",
-    "dry_acquire",
-    "dry_comparison",
-    "dry_evaluate",
-    "dry_run",
-    "dry_sweep",
-    "evaluate_recipe",
-    "memory_fit",
-    "run_recipe",
-    "sweep_recipe",
-]

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.attacks.results import AttackReport
 from sku.attacks.run import check_attacks, run_attacks
 from sku.config import EMBEDDED, ModelConfig, Precision, Recipe
 from sku.data.examples import ForgetRetainData
-from sku.errors import EvaluationError, ModelError, TaskVectorError
+from sku.errors import EvaluationError, ModelError, TaskVectorError, named_memory_errors
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
-from sku.evaluate.run import Progress, evaluate
-from sku.memory_errors import named_memory_errors
+from sku.evaluate.run import evaluate
 from sku.methods.visits import with_visited
 from sku.models import load_config, load_model, with_path
 from sku.negate.survival import model_survival
-from sku.pipeline.recipe_data import load_recipe_data
+from sku.pipeline.checks import check_evaluation, check_folder, check_model, load_recipe_data
+from sku.plan import Plan, Progress
 from sku.processes import Processes, current_processes
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 
 
-def evaluate_recipe(
-    recipe: Recipe, model: str, out: Path, *, progress: Progress | None = None, allow_hazardous: bool = False
-) -> Comparison:
+def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False) -> Plan[Comparison]:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
     Trained-on prompts are those that the recipe's training visits; a model that was trained otherwise saw others.
@@ -41,45 +41,70 @@ def evaluate_recipe(
         recipe: Its model is the base.
         model: Folder or hub id of the model to measure.
         out: Private folder; rows in it that fit are reused.
-        progress: For progress bars.
         allow_hazardous: Measure a model that is marked as the bad one of stage 1 too.
-
-    Returns:
-        The comparison.
 
     Raises:
         SkuError: Anything a user can mend.
     """
-    if not allow_hazardous:
-        refuse_bad_model(recipe, model)
+    if not allow_hazardous and _is_bad_model(recipe, model):
+        raise ModelError(
+            f"{model} is a bad model of stage 1; evaluate the unlearned model instead, or add --allow-hazardous"
+        )
     # Before any model is loaded: each process takes its own GPU.
     check_one_process_attacks(recipe, current_processes())
     data = load_recipe_data(recipe)
     check_attacks(recipe, data)
+    base = check_model(recipe.model)
+    measured = check_model(with_path(recipe.model, model))
+    check_folder(out)
+    asked = check_evaluation(recipe, base, data, {"base": readable_source(recipe.model), "model": model})
+    config = recipe.evaluate
+    return Plan(
+        command="sku evaluate",
+        out=out,
+        settings={
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "base": base.describe(),
+            "model": measured.describe(),
+            "judge": config.judge,
+            "asked": asked,
+        },
+        stages=("evaluate the base model", "evaluate the model", *measured_stages(recipe)),
+        writes=(
+            "base/",
+            "model/",
+            *(("precisions.json", "precisions/") if config.precisions else ()),
+            *(("attacks.json", "attacks/") if config.attacks else ()),
+        ),
+        execute=lambda progress: _execute(recipe, model, data, out, progress),
+        examples=data.counts(),
+        notes=tuple(dict.fromkeys((*data.notes(), *base.notes, *measured.notes))),
+    )
+
+
+def measured_stages(recipe: Recipe) -> tuple[str, ...]:
+    """What is measured after the plain evaluation."""
+    return (
+        *(f"evaluate it with {name} weights" for name in recipe.evaluate.precisions),
+        *(f"attack both models: {name}" for name in recipe.evaluate.attacks),
+    )
+
+
+def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, progress: Progress | None) -> Comparison:
     with named_memory_errors("load"):
         base = load_model(recipe.model)
         # As one process trains: of more it visits more, and these prompts are among them.
         data = with_visited(recipe, data, base.tokenizer, base.model)
-        measured = load_model(with_path(recipe.model, model))
-    source = readable_source(recipe.model)
-    before = evaluate_one(recipe, base.model, base.tokenizer, data, base.model, out / "base", progress, source)
-    after = evaluate_one(
-        recipe, measured.model, measured.tokenizer, data, base.model, out / "model", progress, model, before.starts
-    )
+        measured = load_model(with_path(recipe.model, model)).model
+    measuring = Measuring(recipe, base.tokenizer, data, out, progress)
+    before = measuring.evaluated("base", base.model, base.model)
+    after = measuring.evaluated("model", measured, base.model, source=model, starts=before.starts)
     comparison = compare(before, after, seed=recipe.seed)
     if recipe.evaluate.precisions:
-        measure_recipe_precisions(recipe, measured.model, base.model, base.tokenizer, data, comparison, out, progress)
+        measuring.at_precisions(measured, base.model, comparison)
     if recipe.evaluate.attacks:
-        run_attacks(
-            recipe,
-            measured.model,
-            base.model,
-            base.tokenizer,
-            data,
-            output_dir=out,
-            starts=before.starts,
-            progress=progress,
-        )
+        measuring.attacked(measured, base.model, before)
     return comparison
 
 
@@ -92,60 +117,72 @@ def check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
         )
 
 
-def evaluate_one(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: ForgetRetainData,
-    base: PreTrainedModel,
-    folder: Path,
-    progress: Progress | None,
-    source: str | Path | None,
-    starts: Sequence[Start] | None = None,
-) -> EvaluationResult:
-    """One evaluation with a recipe's settings, named after its folder; of another than the base with its starts."""
-    name = folder.name
-    with named_memory_errors(f"evaluate_{name}"):
-        return evaluate(
+@dataclass(frozen=True)
+class Measuring:
+    """What measures models with a recipe's settings."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    data: ForgetRetainData
+    folder: Path
+    """A folder for each model lies in it, and what precisions and attacks come to."""
+    progress: Progress | None
+
+    def evaluated(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        base: PreTrainedModel,
+        *,
+        source: str | Path | None = None,
+        starts: Sequence[Start] | None = None,
+    ) -> EvaluationResult:
+        """One evaluation; of another model than the base where it can be read, and with the base's starts."""
+        recipe, progress = self.recipe, self.progress
+        with named_memory_errors(f"evaluate_{name}"):
+            return evaluate(
+                model,
+                self.tokenizer,
+                self.data,
+                config=recipe.evaluate,
+                prompt_format=recipe.model.prompt_format,
+                base_model=base,
+                output_dir=self.folder / name,
+                model_name=name,
+                model_source=readable_source(recipe.model) if name == "base" else source,
+                starts=starts,
+                seed=recipe.seed,
+                progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
+            )
+
+    def at_precisions(self, model: PreTrainedModel, base: PreTrainedModel, comparison: Comparison) -> PrecisionReport:
+        """The certificate of a model."""
+        return measure_precisions(
             model,
-            tokenizer,
-            data,
-            config=recipe.evaluate,
-            prompt_format=recipe.model.prompt_format,
-            base_model=base,
-            output_dir=folder,
-            model_name=name,
-            model_source=source,
-            starts=starts,
-            seed=recipe.seed,
-            progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
+            base,
+            self.tokenizer,
+            self.data,
+            comparison,
+            config=self.recipe.evaluate,
+            prompt_format=self.recipe.model.prompt_format,
+            survival=_survival_of(base, model),
+            output_dir=self.folder,
+            seed=self.recipe.seed,
+            progress=self.progress,
         )
 
-
-def measure_recipe_precisions(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: ForgetRetainData,
-    comparison: Comparison,
-    folder: Path,
-    progress: Progress | None,
-) -> PrecisionReport:
-    """The certificate of a model, with a recipe's settings."""
-    return measure_precisions(
-        model,
-        base,
-        tokenizer,
-        data,
-        comparison,
-        config=recipe.evaluate,
-        prompt_format=recipe.model.prompt_format,
-        survival=_survival_of(base, model),
-        output_dir=folder,
-        seed=recipe.seed,
-        progress=progress,
-    )
+    def attacked(self, model: PreTrainedModel, base: PreTrainedModel, before: EvaluationResult) -> AttackReport:
+        """The attacks on both models, with the starts of the base's evaluation."""
+        return run_attacks(
+            self.recipe,
+            model,
+            base,
+            self.tokenizer,
+            self.data,
+            output_dir=self.folder,
+            starts=before.starts,
+            progress=self.progress,
+        )
 
 
 def _survival_of(base: PreTrainedModel, model: PreTrainedModel) -> SurvivalBy:
@@ -158,22 +195,6 @@ def _survival_of(base: PreTrainedModel, model: PreTrainedModel) -> SurvivalBy:
             return {}
 
     return survival
-
-
-def refuse_bad_model(recipe: Recipe, model: str) -> None:
-    """Refuses a model that is marked as the bad one of stage 1.
-
-    Args:
-        recipe: For the other settings of the model.
-        model: Folder or hub id.
-
-    Raises:
-        ModelError: It is marked, or can't be found.
-    """
-    if _is_bad_model(recipe, model):
-        raise ModelError(
-            f"{model} is a bad model of stage 1; evaluate the unlearned model instead, or add --allow-hazardous"
-        )
 
 
 def _is_bad_model(recipe: Recipe, model: str) -> bool:

@@ -19,13 +19,13 @@ from sku.data.prompt_sets import OwnPrompts, lacks_answers, load_own_prompts
 from sku.data.splits import draw_rows
 from sku.errors import DataError, RecipeError
 from sku.evaluate.record_files import create_private_folder
-from sku.evaluate.run import Progress
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
-from sku.own_replies.job import OwnJob, judge_of
+from sku.own_replies.job import OwnJob, OwnOptions, judge_of
 from sku.own_replies.rows import KINDS, OwnReplies, file_of, read_own_replies, write_rows
 from sku.own_replies.write import write_own_replies
-from sku.pipeline.recipe_data import load_recipe_data
+from sku.pipeline.checks import check_model, load_recipe_data
+from sku.plan import Plan, Progress
 from sku.reproducibility import content_sha256
 from sku.sweep.run import check_calibrated
 
@@ -75,16 +75,54 @@ def own_prompts_of(recipe: Recipe) -> OwnPrompts:
     return load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
 
 
+def plan_own(options: OwnOptions, out: Path, *, resume: bool = False) -> Plan[OwnReplies]:
+    """``sku data own``: the model writes rows of its own from prompts alone into a new private folder.
+
+    Raises:
+        SkuError: Anything a user can mend.
+    """
+    prompts = load_own_prompts(options.harmful, options.normal, options.borderline, seed=options.seed)
+    judge = judge_of(options.evaluate, prompts)
+    found = check_model(options.model)
+    sets, settings = prompts.sets(), options.replies
+    harmful = len(prompts.harmful.prompts)
+    free = sum(len(one.prompts) for one in sets.values()) + harmful * settings.draws
+
+    def execute(progress: Progress | None) -> OwnReplies:
+        job = OwnJob(
+            loaded=load_model(options.model),
+            prompts=prompts,
+            judge=judge,
+            settings=settings,
+            seed=options.seed,
+            prompt_format=options.model.prompt_format,
+        )
+        return write_own_replies(job, out, resume=resume, progress=progress)
+
+    return Plan(
+        command="sku data own",
+        out=out,
+        settings={
+            "model": found.describe(),
+            "judge": judge.card.name,
+            **{f"{name} prompts": len(one.prompts) for name, one in sets.items()},
+        },
+        stages=(
+            f"ask for {free} replies of at most {settings.max_new_tokens} tokens and judge them",
+            "ask again where none is harmful",
+            f"ask for {harmful * settings.refusals} refusals of at most {settings.refuse_tokens} tokens",
+        ),
+        writes=("comply.jsonl", "refuse.jsonl", "answer.jsonl", "misplaced_refusal.jsonl", "own.json"),
+        execute=execute,
+        notes=found.notes,
+    )
+
+
 def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> OwnData:
     """Writes own replies to a recipe's prompts, or finds those that were written from the same.
 
-    Args:
-        recipe: Of the run. Its evaluation's judge tells which replies are harmful.
-        out: Private folder of the run. The replies lie in ``own`` in it, or under ``$SKU_CACHE`` where that is set.
-        progress: For progress bars.
-
-    Returns:
-        The data to use in place of the recipe's.
+    They lie in ``own`` in the run's private folder ``out``, or under ``$SKU_CACHE`` where that is set. The judge of
+    the recipe's evaluation tells which replies are harmful.
 
     Raises:
         DataError: As ``own_prompts_of``, or no harmful reply was kept.

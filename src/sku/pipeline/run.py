@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from sku.attacks.results import AttackReport
-from sku.attacks.run import check_attacks, run_attacks
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.prompt_sets import wants_own_replies
-from sku.errors import NoAlphaError, ProcessError, SkuError
+from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.precision_results import PrecisionReport
-from sku.evaluate.records import Start
-from sku.evaluate.results import EvaluationResult
-from sku.evaluate.run import Progress
-from sku.memory_errors import named_memory_errors
-from sku.methods.run import check_rows, prepare, with_safe_dtype
+from sku.methods.run import MethodRun, prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
-from sku.negate.operators.base import check_operators
-from sku.pipeline.evaluate import (
-    check_one_process_attacks,
-    evaluate_one,
-    measure_recipe_precisions,
-    readable_source,
+from sku.own_replies.job import judge_of
+from sku.pipeline.checks import (
+    CheckedModel,
+    CheckedTraining,
+    check_data,
+    check_evaluation,
+    check_trained_model,
+    check_training,
+    data_notes,
+    load_recipe_data,
+    recipe_settings,
 )
-from sku.pipeline.own_replies import OwnData, with_own_replies
-from sku.pipeline.recipe_data import load_recipe_data
+from sku.pipeline.evaluate import Measuring, check_one_process_attacks, measured_stages, readable_source
+from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.results import write_results
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
+from sku.plan import Plan, Progress
+from sku.plan.suggest import memory_fit
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
-from sku.storage import check_place, remove_hazardous
-from sku.sweep.run import check_judge, check_one_process
+from sku.storage import bytes_in, check_place, remove_hazardous
+from sku.sweep.meter import draw_questions
+from sku.sweep.run import check_one_process
+
+UNWRITTEN = (
+    "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
+    "none, others several"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +82,99 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
         SkuError: Anything else a user can mend, in one line. A folder that this call made is removed then, unless
             another process failed: then it can be resumed.
     """
+    return plan_run(recipe, out, resume=resume).execute(progress)
+
+
+def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[FinishedRun]:
+    """Checks all of a run but what only weights and training show, and plans it.
+
+    Args:
+        recipe: As of ``run_recipe``.
+        out: As of ``run_recipe``.
+        resume: As of ``run_recipe``.
+
+    Raises:
+        SkuError: As ``run_recipe``; also where the disk is too small.
+    """
     processes = current_processes()
     check_one_process_attacks(recipe, processes)
     check_place(out)
+    unlearning = Unlearning(recipe, RunFolder(out, processes, _no_progress))
+    run = prepare(recipe, unlearning.trained_folder)
+    if recipe.chooses_alpha:
+        check_one_process()
+    processes.on_main(lambda: unlearning.folder.check(recipe, unlearning.trained_folder, resume=resume))
+    there = processes.on_main(lambda: bytes_in(out))
+    writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
+    data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, writes_own=writes_own))
+    negates = recipe.method == "sku"
+    hazardous = unlearning.method.hazardous
+    kept = hazardous and recipe.keep_bad_model
+    alpha = {"alpha": recipe.negate.alpha} if negates else {}
+    return Plan(
+        command="sku run",
+        out=out,
+        settings={**recipe_settings(recipe, model), **training.settings(recipe), **alpha, "asked": asked},
+        stages=(
+            *(["have the base model write its own replies"] if writes_own else []),
+            "evaluate the base model",
+            training.stage,
+            *(["ask what stage 1 has learned"] if recipe.checks_stage_1 else []),
+            *(["choose alpha"] if recipe.chooses_alpha else []),
+            *(["subtract the task vector"] if negates else []),
+            "evaluate the unlearned model",
+            *measured_stages(recipe),
+        ),
+        writes=(
+            *(["own/"] if writes_own else []),
+            "unlearned/",
+            *([] if recipe.acquire.tuning == "full" else ["negated_adapter/" if negates else "adapter/"]),
+            "evaluation/",
+            *(["sweep/"] if recipe.chooses_alpha else []),
+            *(["bad/"] if kept else []),
+            *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
+        ),
+        execute=lambda progress: _execute(recipe, out, None if writes_own else data, resume=resume, progress=progress),
+        disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
+        disk_there=there,
+        memory=lambda: memory_fit(recipe),
+        bad_model="kept" if kept else "deleted at the end" if hazardous else "none",
+        examples=training.examples,
+        notes=(*([UNWRITTEN] if writes_own else []), *data_notes(data, model, training)),
+    )
+
+
+def _checked(
+    recipe: Recipe, run: MethodRun, out: Path, *, writes_own: bool
+) -> tuple[ForgetRetainData, CheckedModel, CheckedTraining, dict[str, int]]:
+    """Data, model and training, and what is asked."""
+    if writes_own:
+        prompts = own_prompts_of(recipe)
+        judge_of(recipe.evaluate, prompts)
+        data = stand_in_data(recipe, prompts)
+    else:
+        data = load_recipe_data(recipe)
+    model = check_trained_model(recipe)
+    check_data(recipe, run, data, model.skeleton)
+    sources = {"base": readable_source(recipe.model), "unlearned": out / "unlearned"}
+    asked = check_evaluation(recipe, model, data, sources)
+    if recipe.chooses_alpha or recipe.checks_stage_1:
+        draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
+    return data, model, check_training(recipe, model, data, Path(str(run.training.output_dir))), asked
+
+
+def _no_progress(_stage: str, _done: int, _total: int) -> None:
+    pass
+
+
+def _execute(
+    recipe: Recipe, out: Path, data: ForgetRetainData | None, *, resume: bool, progress: Progress | None
+) -> FinishedRun:
+    processes = current_processes()
     missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
-    run = _Run(recipe, out, progress or (lambda _stage, _done, _total: None), processes)
+    run = _Run(recipe, out, data, progress or _no_progress, processes)
     try:
-        run.open_folder(resume=resume)
+        run.folder.open(recipe, run.unlearning.trained_folder, resume=resume)
         try:
             with named_memory_errors():  # Outside the stages too: what can be mended leaves no folder.
                 return run.finish()
@@ -116,23 +207,18 @@ def _remove_made(folder: RunFolder, missing: list[Path]) -> None:
 class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress, processes: Processes) -> None:
-        self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
+    def __init__(
+        self, recipe: Recipe, out: Path, data: ForgetRetainData | None, progress: Progress, processes: Processes
+    ) -> None:
+        """Names the folder; nothing is made yet. Without data the model's own replies are written first."""
+        self.recipe, self.out, self.data, self.progress, self.processes = recipe, out, data, progress, processes
         self.folder = RunFolder(out, processes, progress)
         self.unlearning = Unlearning(recipe, self.folder)
-        self.own: OwnData | None = None
-
-    def open_folder(self, *, resume: bool) -> None:
-        """Makes the run folder, or checks that it belongs to an interrupted run of this recipe."""
-        # Refused before anything is loaded: a wrong training setting must not cost an evaluation.
-        prepare(self.recipe, self.unlearning.trained_folder)
-        if self.recipe.chooses_alpha:
-            check_one_process()
-        self.folder.open(self.recipe, self.unlearning.trained_folder, resume=resume)
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
-        self._take_own_replies()
+        if self.data is None:
+            self.data = self._own_replies()
         recipe = self.recipe
         with self.folder.timed("load"):
             data, loaded = self.processes.everywhere(self._load)
@@ -149,9 +235,9 @@ class _Run:
                 **describe_parameters(loaded.model),
             },
         )
-        tokenizer = loaded.tokenizer
+        measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
         with self.folder.timed("evaluate_base"):
-            base_result = self._evaluate(loaded.model, tokenizer, data, "base", loaded.model)
+            before = measuring.evaluated("base", loaded.model, loaded.model)
         if self.processes.on_main((self.out / "unlearned").exists):
             base, unlearned = loaded.model, load_model(self.unlearning.unlearned_config()).model
         elif self.processes.count > 1:
@@ -163,69 +249,36 @@ class _Run:
         # The unlearned model stands: nothing needs the bad one any more.
         self.processes.on_main(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
-            result = self._evaluate(unlearned, tokenizer, data, "unlearned", base, base_result.starts)
-        comparison = compare(base_result, result, seed=recipe.seed)
+            after = measuring.evaluated(
+                "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
+            )
+        comparison = compare(before, after, seed=recipe.seed)
         precisions = attacks = None
         if recipe.evaluate.precisions:
             with self.folder.timed("precisions"):
-                precisions = measure_recipe_precisions(
-                    recipe,
-                    unlearned,
-                    base,
-                    tokenizer,
-                    data,
-                    comparison,
-                    self.out / "evaluation",
-                    self.progress,
-                )
+                precisions = measuring.at_precisions(unlearned, base, comparison)
             self.folder.note(certificate=precisions.certificate())
         if recipe.evaluate.attacks:
             with self.folder.timed("attacks"):
-                attacks = run_attacks(
-                    recipe,
-                    unlearned,
-                    base,
-                    tokenizer,
-                    data,
-                    output_dir=self.out / "evaluation",
-                    starts=base_result.starts,
-                    progress=self.progress,
-                )
+                attacks = measuring.attacked(unlearned, base, before)
         return self.processes.on_main(lambda: self._report(comparison, precisions, attacks))
 
-    def _take_own_replies(self) -> None:
-        """Has the original model write the data where the recipe wants its own replies; the first process does it."""
-        if not self.processes.on_main(lambda: wants_own_replies(self.recipe.data)):
-            return
+    def _own_replies(self) -> ForgetRetainData:
+        """Data that the first process has the original model write; the recipe becomes one of these files."""
         with self.folder.timed("own_replies"):
             own = self.processes.on_main(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
-        self.own, self.recipe = own, own.recipe
-        self.unlearning = Unlearning(self.recipe, self.folder)
-        self.folder.note(own_replies=self.own.record)
+        self.recipe = own.recipe
+        self.unlearning = Unlearning(own.recipe, self.folder)
+        self.folder.note(own_replies=own.record)
+        return self.processes.everywhere(own.load)
 
     def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
-        data = load_recipe_data(self.recipe) if self.own is None else self.own.load()
-        check_attacks(self.recipe, data)
-        check_judge(self.recipe, data)
-        check_rows(self.recipe, data)
+        assert self.data is not None
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
-        operators = prepare(self.recipe, self.unlearning.trained_folder).operators
-        check_operators(operators, loaded.model, data)
-        visits = with_visited(self.recipe, data, loaded.tokenizer, loaded.model, processes=self.processes.count)
+        # Once more: own replies are not those that the plan saw.
+        check_data(self.recipe, prepare(self.recipe, self.unlearning.trained_folder), self.data, loaded.model)
+        visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
-
-    def _evaluate(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        data: ForgetRetainData,
-        name: str,
-        base: PreTrainedModel,
-        starts: Sequence[Start] | None = None,
-    ) -> EvaluationResult:
-        folder = self.out / "evaluation" / name
-        source = readable_source(self.recipe.model) if name == "base" else self.out / name
-        return evaluate_one(self.recipe, model, tokenizer, data, base, folder, self.progress, source, starts)
 
     def _report(
         self, comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from sku.config import Recipe
-from sku.disk_errors import named_disk_errors
-from sku.errors import OutputError
+from sku.errors import OutputError, named_memory_errors
 from sku.evaluate.run import Progress
-from sku.locks import LOCK_FILE, own_by_file
-from sku.memory_errors import named_memory_errors
 from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
-from sku.storage import check_can_be_made, new_folder, remove_left_behind, write_json
+from sku.storage import (
+    LOCK_FILE,
+    check_can_be_made,
+    named_disk_errors,
+    new_folder,
+    own_by_file,
+    remove_left_behind,
+    write_json,
+)
 
 MANIFEST_SCHEMA = 1
 

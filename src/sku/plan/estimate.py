@@ -47,7 +47,7 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Estimate:
     """What a run needs."""
 
     job: Job
@@ -126,14 +126,14 @@ class Plan:
         }
 
 
-def plan_of(
+def estimated(
     job: Job,
     *,
     gpu_memory: float = 80 * GIB,
     tflops: float | None = None,
     efficiency: float = EFFICIENCY,
     step: StepTrace | None = None,
-) -> Plan:
+) -> Estimate:
     """Estimates a job.
 
     Args:
@@ -153,7 +153,7 @@ def plan_of(
     weights, step = weights_of(job), trace_step(job) if step is None else step
     model_bytes = weights.parameters * job.dtype.itemsize
     in_float32 = (job.autocast or job.dtype) == torch.float32
-    return Plan(
+    return Estimate(
         job=job,
         weights=weights,
         step=step,

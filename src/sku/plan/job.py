@@ -21,7 +21,6 @@ from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.optimizer import check_optimizer
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
-SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero3")
 
 STATE_BYTES = {
     "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
@@ -104,18 +103,10 @@ def job_of(
     answer_tokens: int | None = None,
     on_cpu: bool = False,
 ) -> Job:
-    """The job that a recipe describes.
+    """The job that a recipe describes; by default rows are as long as they may be.
 
-    Args:
-        recipe: Of method ``sku``.
-        gpus: Processes, each with a GPU of its own.
-        sharding: What is divided among them: nothing, or weights, gradients and optimizer.
-        row_tokens: Tokens of each row; ``data.max_length`` if None, which no batch exceeds.
-        answer_tokens: Trained positions of each row; ``data.max_answer_tokens`` if None.
-        on_cpu: Weights have the type that ``auto`` means on a CPU.
-
-    Returns:
-        All that memory and time depend on.
+    ``sharding`` says what the processes, each with a GPU of its own, divide: nothing, or weights, gradients and
+    optimizer. With ``on_cpu`` weights have the type that ``auto`` means on a CPU.
 
     Raises:
         RecipeError: Another method, an unknown optimizer, or numbers that make no sense.
@@ -131,11 +122,6 @@ def job_of(
             "be 1 or more, and the answer is a part of its row"
         )
     training, optimizer = _training_and_optimizer(recipe, on_cpu=on_cpu)
-    if optimizer not in STATE_BYTES:
-        raise RecipeError(
-            f"the memory of acquire.training.optim={optimizer} is not known here; known: "
-            f"{', '.join(sorted(STATE_BYTES))}"
-        )
     objective = sku_objective(recipe.acquire)
     config, shipped = _config_of(recipe.model)
     model = with_safe_dtype(recipe)
@@ -194,9 +180,14 @@ def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[Unlearning
         others = {name: value for name, value in acquire.training.items() if name != "optim"}
         acquire = dataclasses.replace(acquire, training=others)
     training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
-    if not paged:
-        return training, str(getattr(training.optim, "value", training.optim))
-    check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)
+    if paged:
+        check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)
+    else:
+        optim = str(getattr(training.optim, "value", training.optim))
+    if optim not in STATE_BYTES:
+        raise RecipeError(
+            f"the memory of acquire.training.optim={optim} is not known here; known: {', '.join(sorted(STATE_BYTES))}"
+        )
     return training, optim
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -58,15 +58,22 @@ def skeleton(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel
         _shorten(config.get_text_config(), layers)
     model = without_weights(config, _computed_dtype(job), job.name)
     adapter = adapter_settings(AcquireConfig(tuning=job.tuning, lora=job.lora))
-    if adapter is None:
-        return model
+    return model if adapter is None else with_adapter(model, adapter)
+
+
+def with_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
+    """A model without weights with an adapter added to it; PEFT holds adapters in float32 whatever the model's type.
+
+    Raises:
+        RecipeError: The adapter doesn't fit.
+    """
     try:
         adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
     except ValueError as error:
         raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
+    assert isinstance(adapted, PeftModel)
     for parameter in adapted.parameters():
-        # PEFT holds adapters of half-precision models in float32, but not those that have no content yet.
-        if parameter.requires_grad:
+        if parameter.requires_grad:  # PEFT leaves adapters that have no content yet in the model's type.
             parameter.data = parameter.data.float()
     return adapted
 

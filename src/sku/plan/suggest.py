@@ -1,16 +1,23 @@
-"""What to change where a job doesn't fit: each change is estimated; those that fit come first, the cheapest first."""
+"""Whether a job fits, and what to change where it doesn't: those changes that fit come first, the cheapest first."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from sku.errors import SkuError
-from sku.plan.estimate import Plan, plan_of
-from sku.plan.job import Job
+from sku.config import Recipe
+from sku.errors import SkuError, one_line
+from sku.models import pick_device
+from sku.plan import MemoryFit
+from sku.plan.estimate import GIB, Estimate, estimated
+from sku.plan.job import Job, job_of
+from sku.processes import current_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,41 @@ class Suggestion:
 _BATCH = "--set acquire.training.per_device_train_batch_size"
 
 
-def suggestions(plan: Plan) -> list[Suggestion]:
+def memory_fit(recipe: Recipe) -> MemoryFit:
+    """Estimates a recipe's memory for the device it would run on, every row as long as it may be."""
+    device = pick_device(recipe.model.device)
+    if device.type == "mps":
+        return MemoryFit(fits=False, text="no estimate of memory: what is free on mps is not known")
+    on_cpu = device.type == "cpu"
+    free = _free_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
+    try:
+        # With sharding a process needs less; the launcher's settings are not known here.
+        plan = estimated(job_of(recipe, gpus=current_processes().count, on_cpu=on_cpu), gpu_memory=free)
+    except SkuError as error:
+        return MemoryFit(fits=False, text=f"no estimate of memory: {one_line(error)}")
+    sizes = f"about {plan.needed / GIB:.1f} GiB at most, {free / GIB:.1f} GiB are free on {device}"
+    if plan.fits:
+        return MemoryFit(fits=True, text=f"{sizes}: fits")
+    found = first_that_fits(plan)
+    helps = "`sku plan` says what would help"
+    if found is not None:
+        helps = f"what would fit: {found.change} ({found.needed / GIB:.1f} GiB; {found.cost})"
+    return MemoryFit(fits=False, text=f"{sizes}: may not fit; {helps}")
+
+
+def _free_memory() -> int:
+    """Of the computer, within the limit of its container."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):  # "max" where there is no limit.
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
+
+
+def suggestions(plan: Estimate) -> list[Suggestion]:
     """Changes that make a job smaller: alone, and where none suffices one on top of the other until they do.
 
     Args:
@@ -54,7 +95,7 @@ def suggestions(plan: Plan) -> list[Suggestion]:
     return sorted(found, key=lambda suggestion: not suggestion.fits)
 
 
-def first_that_fits(plan: Plan) -> Suggestion | None:
+def first_that_fits(plan: Estimate) -> Suggestion | None:
     """The cheapest single change that makes a job fit; the dearer ones are not estimated.
 
     Args:
@@ -70,10 +111,10 @@ def first_that_fits(plan: Plan) -> Suggestion | None:
     return None
 
 
-def _tried(plan: Plan, change: str, cost: str, job: Job) -> list[Suggestion]:
+def _tried(plan: Estimate, change: str, cost: str, job: Job) -> list[Suggestion]:
     try:
         same_step = dataclasses.replace(job, sharding=plan.job.sharding, optimizer=plan.job.optimizer) == plan.job
-        other = plan_of(
+        other = estimated(
             job,
             gpu_memory=plan.gpu_memory,
             tflops=plan.tflops,

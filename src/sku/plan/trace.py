@@ -18,11 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -64,18 +60,18 @@ def trace_step(job: Job) -> StepTrace:
         ModelError: The architecture can't be run without content, as where experts are chosen by what a token says.
         RecipeError: The adapter doesn't fit.
     """
-    layers = job.config.get_text_config().num_hidden_layers
+    layers: int = job.config.get_text_config().num_hidden_layers
     if layers <= _MORE:
-        return _joined([_traced(job, layers)])
-    few, more = _traced(job, _FEW), _traced(job, _MORE)
-    grown = [
-        _Phase(
-            *(one + (layers - _FEW) * (two - one) // (_MORE - _FEW) for one, two in zip(first, second, strict=True))
-        )
-        for first, second in zip(few.phases, more.phases, strict=True)
-    ]
-    flops = few.flops + (layers - _FEW) * (more.flops - few.flops) // (_MORE - _FEW)
-    return _joined([_Traced(phases=grown, flops=flops)])
+        return _joined(*_traced(job, layers))
+    (phases, flops), (more_phases, more_flops) = _traced(job, _FEW), _traced(job, _MORE)
+
+    def grown(few: int, more: int) -> int:
+        return few + (layers - _FEW) * (more - few) // (_MORE - _FEW)
+
+    return _joined(
+        [[grown(*ends) for ends in zip(*both, strict=True)] for both in zip(phases, more_phases, strict=True)],
+        grown(flops, more_flops),
+    )
 
 
 class AllocationCount(TorchDispatchMode):
@@ -90,7 +86,10 @@ class AllocationCount(TorchDispatchMode):
         self.live = 0
         self.gradients = 0
         self._known: dict[int, Any] = {}
-        self.phases = [_Peak()]
+        self.phases = [[0, 0]]
+        """Peaks with the gradients of trained weights, and without: until the backward pass is in the middle of the
+        layers, and from there on. Within each the peak grows evenly with the number of layers; the larger of the two
+        need not."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -109,11 +108,8 @@ class AllocationCount(TorchDispatchMode):
             if key not in self._known:
                 self._known[key] = weakref.ref(storage, partial(self._forget, key, size))
                 self.live += size
-        self.phases[-1].note(self.live, self.live - self.gradients)
-
-    def next_phase(self) -> None:
-        """Begins another phase with peaks of its own."""
-        self.phases.append(_Peak())
+        peak = self.phases[-1]
+        peak[:] = max(peak[0], self.live), max(peak[1], self.live - self.gradients)
 
     def _forget(self, key: int, size: int, _storage: object) -> None:
         self._known.pop(key, None)
@@ -132,41 +128,14 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) 
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=made))
 
 
-class _Peak:
-    def __init__(self) -> None:
-        self.all = self.without_gradients = 0
-
-    def note(self, live: int, without_gradients: int) -> None:
-        self.all, self.without_gradients = max(self.all, live), max(self.without_gradients, without_gradients)
-
-
-class _Phase(tuple[int, int]):
-    """Peak with gradients, and without."""
-
-    __slots__ = ()
-
-    def __new__(cls, peak: int, activations: int) -> _Phase:
-        return super().__new__(cls, (peak, activations))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Traced:
-    phases: list[_Phase]
-    """Until the backward pass is in the middle of the layers, and from there on. Within each the peak grows evenly
-    with the number of layers; the larger of the two need not."""
-    flops: int
-
-
-def _joined(traces: list[_Traced]) -> StepTrace:
-    phases = [phase for trace in traces for phase in trace.phases]
+def _joined(phases: list[list[int]], flops: int) -> StepTrace:
     return StepTrace(
-        peak_bytes=max(phase[0] for phase in phases),
-        activation_bytes=max(phase[1] for phase in phases),
-        flops=traces[0].flops,
+        peak_bytes=max(phase[0] for phase in phases), activation_bytes=max(phase[1] for phase in phases), flops=flops
     )
 
 
-def _traced(job: Job, layers: int) -> _Traced:
+def _traced(job: Job, layers: int) -> tuple[list[list[int]], int]:
+    """The phases of a pass, without weights, and its work."""
     model = skeleton(job, layers)
     if job.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -187,7 +156,9 @@ def _traced(job: Job, layers: int) -> _Traced:
         ) from error
 
 
-def _run(job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None) -> _Traced:
+def _run(
+    job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None
+) -> tuple[list[list[int]], int]:
     counter = AllocationCount()
     counter.count([*model.parameters(), *model.buffers()])
     if reference is not None:
@@ -200,7 +171,9 @@ def _run(job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedMode
 
     def passed(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args[0].requires_grad:
-            args[0].register_hook(lambda _gradient: counter.next_phase() if len(counter.phases) == 1 else None)
+            args[0].register_hook(
+                lambda _gradient: counter.phases.append([0, 0]) if len(counter.phases) == 1 else None
+            )
 
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -211,10 +184,7 @@ def _run(job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedMode
         handle = layers[len(layers) // 2].register_forward_pre_hook(passed)
         loss = _loss(job, model, reference, handle)
         loss.backward()
-    return _Traced(
-        phases=[_Phase(peak.all - weights, peak.without_gradients - weights) for peak in counter.phases],
-        flops=counter.flops,
-    )
+    return [[peak - weights for peak in phase] for phase in counter.phases], counter.flops
 
 
 def _loss(

@@ -29,7 +29,7 @@ from sku.negate.operators.trim import kth_largest_magnitude
 from sku.negate.run import negate
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import TaskVector
-from sku.pipeline.recipe_data import load_recipe_data
+from sku.pipeline.checks import load_recipe_data
 
 LAYER = "model.layers.{}.mlp.up_proj.weight"
 

@@ -1,4 +1,4 @@
-"""What a dry run looks at: model, data, training and evaluation of a recipe, with every check but those of weights."""
+"""What is checked before a command begins: model, data, training and evaluation of a recipe, all but weights."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks.run import check_attacks
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
+from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import RecipeError, one_line
+from sku.errors import OutputError
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.utility import check_questions
-from sku.methods.run import MethodRun, check_rows, has_twins, prepare
+from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import locate_model
 from sku.models import (
     check_four_bit,
@@ -34,11 +34,13 @@ from sku.models import (
     pick_dtype,
 )
 from sku.negate.files import read_folder
-from sku.pipeline.recipe_data import load_recipe_data
+from sku.negate.operators.base import check_operators
 from sku.plan.estimate import disk_bytes
 from sku.plan.job import STATE_BYTES, checkpoints_at_once
-from sku.plan.skeleton import without_weights
+from sku.plan.skeleton import with_adapter, without_weights
 from sku.processes import current_processes
+from sku.storage import check_can_be_made
+from sku.sweep.run import check_judge
 from sku.training.run import adapter_settings
 
 HUB_WEIGHTS = "the weights of {name} are not in a folder here: they are read from the hub or its cache, and unchecked"
@@ -60,10 +62,10 @@ class CheckedModel:
     device: torch.device
     notes: tuple[str, ...]
 
-    @property
-    def bytes(self) -> int:
-        """Of its weights in memory."""
-        return self.parameters * self.dtype.itemsize
+    def bytes(self, output_dtype: str = "same") -> int:
+        """Of its weights, in their type or another."""
+        dtype = self.dtype if output_dtype == "same" else getattr(torch, output_dtype)
+        return self.parameters * int(dtype.itemsize)
 
     def describe(self) -> str:
         """In one line."""
@@ -77,27 +79,29 @@ class CheckedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedTraining:
-    """What training would be, and what it would leave on the disk."""
+    """What training is, and what it leaves on the disk."""
 
     run: MethodRun
     examples: Mapping[str, int]
-    """Split -> examples that are trained on."""
+    """Split -> examples; of those that are trained on, those that survive tokenization."""
     left_out: Mapping[str, int]
     steps: int
-    trained_bytes: int
+    twins: bool
     peak_bytes: int
     """Of checkpoints and trained weights; the unlearned model is not counted."""
+
+    @property
+    def stage(self) -> str:
+        """What is done."""
+        return f"train {self.steps} steps{', each of two twins' if self.twins else ''}"
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """For the plan."""
+        return {"tuning": recipe.acquire.tuning, "steps": self.steps, "examples a step": _batch(self.run)}
 
 
 def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
     """All of ``load_model`` but the weights' content: of a local folder their headers are read.
-
-    Args:
-        config: Of the model.
-        four_bit: It is to be quantized while it is loaded.
-
-    Returns:
-        The model on the ``meta`` device, its tokenizer, and what could not be checked.
 
     Raises:
         ModelError: As ``load_model``, and for weight files that are missing, cut off or damaged.
@@ -126,16 +130,36 @@ def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
     )
 
 
-def check_data(recipe: Recipe) -> ForgetRetainData:
-    """The data of a recipe, read and split as a run does it.
+def check_trained_model(recipe: Recipe) -> CheckedModel:
+    """``check_model`` for the model that a recipe trains."""
+    return check_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
+
+
+def load_recipe_data(recipe: Recipe) -> ForgetRetainData:
+    """Reads and splits the data of a recipe; ``forget_validation`` is held out where alpha is still to be chosen.
 
     Raises:
-        DataError: It can't be read or split.
-        EvaluationError: An attack of the recipe has nothing to ask.
+        DataError: As ``load_data``.
     """
-    data = load_recipe_data(recipe)
+    return load_data(recipe.data, recipe.seed, forget_validation=recipe.forget_validation)
+
+
+def check_data(recipe: Recipe, run: MethodRun, data: ForgetRetainData, model: PreTrainedModel) -> None:
+    """Refuses data with which a later stage of a run could not work.
+
+    Args:
+        recipe: Of the run.
+        run: Its method.
+        data: Its splits.
+        model: The original one, or its skeleton.
+
+    Raises:
+        SkuError: An attack, the judge, training or an operator lacks something.
+    """
     check_attacks(recipe, data)
-    return data
+    check_judge(recipe, data)
+    check_rows(recipe, data)
+    check_operators(run.operators, model, data)
 
 
 def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, folder: Path) -> CheckedTraining:
@@ -145,10 +169,7 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         recipe: Its method is what is trained.
         model: Of ``check_model``. An adapter is added to its skeleton.
         data: The splits, tokenized here.
-        folder: Where checkpoints would lie.
-
-    Returns:
-        What would be trained.
+        folder: Where checkpoints lie.
 
     Raises:
         DataError: A split keeps no example, or lacks what the method needs.
@@ -156,8 +177,8 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
     """
     run = prepare(recipe, folder, device=model.device.type)
     check_rows(recipe, data)
-    method, settings = run.method, run.training
-    objective = method.objective(run.settings, model.skeleton)
+    settings = run.training
+    objective = run.method.objective(run.settings, model.skeleton)
     joint = JointDataset(
         data,
         model.tokenizer,
@@ -167,29 +188,18 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         max_answer_tokens=settings.max_answer_tokens,
         seed=settings.seed,
     )
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     if settings.max_steps > 0:
         steps = settings.max_steps
     else:
-        steps = math.ceil(math.ceil(len(joint) / batch) * settings.num_train_epochs)
-    trained = _trained_bytes(recipe, run, model)
-    optimizer = str(getattr(settings.optim, "value", settings.optim))
+        steps = math.ceil(math.ceil(len(joint) / _batch(run)) * settings.num_train_epochs)
+    counts = data.counts()
     return CheckedTraining(
         run=run,
-        examples={name: report.kept for name, report in joint.reports.items()},
+        examples=counts | {name: report.kept for name, report in joint.reports.items() if name in counts},
         left_out={name: sum(report.left_out.values()) for name, report in joint.reports.items() if report.left_out},
         steps=steps,
-        trained_bytes=trained,
-        peak_bytes=disk_bytes(
-            trained=trained,
-            state_bytes=STATE_BYTES.get(optimizer, _FULL_STATE),
-            checkpoints=checkpoints_at_once(settings),
-            adapter=recipe.acquire.tuning != "full",
-            model=0,
-        )
-        # Checkpoints and weights of both, and their difference, twice: as it is made and as it is kept.
-        * (2 if has_twins(recipe) else 1)
-        + (4 * trained if has_twins(recipe) else 0),
+        twins=has_twins(recipe),
+        peak_bytes=_peak_bytes(recipe, run, model),
     )
 
 
@@ -205,7 +215,7 @@ def check_evaluation(
         sources: What is measured -> where another engine would read it.
 
     Returns:
-        Kind of request -> number of prompts that a model would be asked.
+        Kind of request -> number of prompts that a model is asked.
 
     Raises:
         DataError: The XSTest file can't be read.
@@ -228,15 +238,20 @@ def check_evaluation(
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
+def check_folder(out: Path) -> None:
+    """Refuses a folder that can't be made or written to; it may be there.
+
+    Raises:
+        OutputError: A file stands in its way, or this user may not write there.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"folder {out} can't be made: File exists")
+    check_can_be_made(out)
+
+
 def recipe_settings(recipe: Recipe, model: CheckedModel) -> dict[str, Any]:
-    """The first lines of a recipe's dry run."""
+    """The first lines of a recipe's plan."""
     return {"recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "model": model.describe()}
-
-
-def result_bytes(recipe: Recipe, model: CheckedModel) -> int:
-    """Of the unlearned model in its type."""
-    dtype = recipe.negate.output_dtype
-    return model.bytes if dtype == "same" else model.parameters * getattr(torch, dtype).itemsize
 
 
 def data_notes(data: ForgetRetainData, model: CheckedModel, training: CheckedTraining | None) -> tuple[str, ...]:
@@ -247,6 +262,11 @@ def data_notes(data: ForgetRetainData, model: CheckedModel, training: CheckedTra
     return (*data.notes(), *dropped, *model.notes)
 
 
+def _batch(run: MethodRun) -> int:
+    settings = run.training
+    return int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
+
+
 def _dtype(config: ModelConfig, found: PreTrainedConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "stored":
         stored = getattr(found, "dtype", None)
@@ -254,16 +274,21 @@ def _dtype(config: ModelConfig, found: PreTrainedConfig, device: torch.device) -
     return pick_dtype(config.dtype, device)
 
 
-def _trained_bytes(recipe: Recipe, run: MethodRun, model: CheckedModel) -> int:
-    """Of the weights that training changes and a checkpoint holds."""
-    skeleton = model.skeleton
-    modules = run.method.trained_modules(run.settings, skeleton) if run.method.trained_modules else None
+def _peak_bytes(recipe: Recipe, run: MethodRun, model: CheckedModel) -> int:
+    modules = run.method.trained_modules(run.settings, model.skeleton) if run.method.trained_modules else None
     adapter = adapter_settings(recipe.acquire, modules)
     if adapter is None:
-        return model.bytes  # Also where only some modules are trained: checkpoints hold the whole model.
-    try:
-        adapted = get_peft_model(skeleton, adapter, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
-    # PEFT holds adapters in float32 whatever the model's type.
-    return 4 * (sum(parameter.numel() for parameter in adapted.parameters()) - model.parameters)
+        trained = model.bytes()  # Also where only some modules are trained: checkpoints hold the whole model.
+    else:
+        adapted = with_adapter(model.skeleton, adapter)
+        trained = sum(parameter.nbytes for parameter in adapted.parameters() if parameter.requires_grad)
+    optimizer = str(getattr(run.training.optim, "value", run.training.optim))
+    peak = disk_bytes(
+        trained=trained,
+        state_bytes=STATE_BYTES.get(optimizer, _FULL_STATE),
+        checkpoints=checkpoints_at_once(run.training),
+        adapter=adapter is not None,
+        model=0,
+    )
+    # Of twins checkpoints and weights of both, and their difference, twice: as it is made and as it is kept.
+    return 2 * peak + 4 * trained if has_twins(recipe) else peak

@@ -1,0 +1,143 @@
+"""What was measured, as tables for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from sku.cli.console import is_verbose, print_notes, results
+
+if TYPE_CHECKING:
+    from sku.attacks.results import AttackReport
+    from sku.evaluate.comparison import Comparison
+    from sku.evaluate.precision_results import PrecisionReport
+    from sku.report.method_records import MethodRecord, Role
+    from sku.report.method_statistics import Estimate
+    from sku.report.tables import TableRow
+
+
+def print_comparison(
+    comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None, lines: Iterable[str] = ()
+) -> None:
+    """All that was measured: the verdict first, ``lines`` under the table of before and after."""
+    from sku.report.tables import before_after_rows
+
+    print_verdict(comparison.verdict.line)
+    results.print()
+    results.print(before_after_table(before_after_rows(comparison)))
+    for line in lines:
+        results.print(line)
+    print_comparison_notes(comparison, verbose=is_verbose())
+    if precisions is not None:
+        print_precisions(precisions)
+    if attacks is not None:
+        print_attacks(attacks)
+
+
+def before_after_table(rows: Iterable[TableRow]) -> Table:
+    """The comparison as a table for the terminal, a section for each kind of prompt."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, collapse_padding=True)
+    # Names of sections are long and stand in the first column: they are wrapped, so that the figures fit 80 columns.
+    table.add_column("", max_width=33)
+    for name in ("base", "unlearned", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("goal", no_wrap=True)
+    section = ""
+    for row in rows:
+        if row.section != section:
+            section = row.section
+            table.add_row(Text(section, style="bold"))
+        table.add_row(f"  {row.measure}", row.before, row.after, row.interval, row.wanted)
+        if row.caution:
+            table.add_row(Text(f"    {row.caution}", style="bold"))
+    return table
+
+
+def print_verdict(line: str) -> None:
+    """What a comparison comes to, in one line: it stands before all else."""
+    results.print(f"verdict   {line}")
+
+
+def print_comparison_notes(comparison: Comparison, *, verbose: bool) -> None:
+    """The notes that a reader of the table must know; with ``verbose`` all of them.
+
+    Args:
+        comparison: Before and after.
+        verbose: Whether ``--verbose`` was given.
+    """
+    details = () if verbose else comparison.details
+    shown = [note for note in comparison.notes if note not in details]
+    print_notes(shown)
+    if len(shown) < len(comparison.notes):
+        results.print(f"          {len(comparison.notes) - len(shown)} more with sku -v")
+
+
+def print_attacks(report: AttackReport) -> None:
+    """The attacks as a table, and below it what could not be asked."""
+    from sku.report.robustness import attack_rows, left_out_lines
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("harmful by attack", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in ("unlearned", "95 %", "base", "gibberish"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = ""
+    for row in attack_rows(report):
+        name, shown = "" if row.attack == shown else row.attack, row.attack
+        table.add_row(name, row.setting, row.unlearned, row.interval, row.base, row.gibberish)
+    results.print()
+    results.print(table)
+    for line in left_out_lines(report):
+        results.print(line)
+
+
+def print_precisions(report: PrecisionReport) -> None:
+    """The model at each precision as a table, and below it where harm comes back."""
+    from sku.report.robustness import precision_cells
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
+    table.add_column("weights", no_wrap=True)
+    for name in ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cells in precision_cells(report):
+        table.add_row(*cells)
+    results.print("\nharmful by precision of the weights; prefill: worst (tokens); kept: of change")
+    results.print(table)
+    print_notes(report.notes)
+
+
+def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:
+    """The comparison in short, for the terminal: unseen prompts, every method at equal utility, then as published."""
+    from sku.report.method_tables import comparison_rows, ratio_text
+    from sku.report.tables import percent
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 0))
+    table.add_column("", no_wrap=True)
+    for heading in ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def share(estimate: Estimate | None) -> str:
+        return "\u2013" if estimate is None else percent(estimate.value)
+
+    headings: dict[Role, str] = {"best": "at equal utility", "published": "as published"}
+    for role, heading in headings.items():
+        table.add_row(Text(heading, style="bold"))
+        for row in comparison_rows(records, role, order=order):
+            found = row.estimates.get
+            ratio = found("perplexity_normal")
+            length = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
+            table.add_row(
+                f" {row.title}",
+                share(found("harmful_unseen")),
+                share(found("forced_start_unseen")) + length,
+                share(found("gibberish_unseen")),
+                share(found("exact_answers")),
+                "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",
+                "\u2013" if row.strength is None else f"{row.strength:.3g}",
+                row.seeds.split(" ")[0],
+            )
+    return table
