@@ -91,7 +91,7 @@ def test_a_vote_shows_each_judge(command: Command, finished: Path, tmp_path: Pat
         (["again", "{folder}", "--judge", "nobody"], "there is no judge named nobody"),
         (["again", "{folder}", "--judge", "chat-rubric"], "evaluate.judge_settings.base_url is missing"),
         (["again", "{folder}", "--judge", "refusal_rules", "--set", "x"], "--set x must look like key"),
-        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x=["], "is not a YAML value"),
+        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x=["], "not YAML"),
         (["again", "{folder}/none", "--judge", "refusal_rules"], "can't be read"),
         (["export", "{folder}", "--out", "x.csv", "--split", "retain_test"], "--split is retain_test; it must be one"),
         (["export", "{folder}/none", "--out", "x.csv"], "holds no generations.jsonl"),

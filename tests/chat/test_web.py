@@ -51,7 +51,7 @@ def test_the_page_runs_only_its_own_script_and_holds_names_as_text(server: ChatS
     status, headers, body = asked(server, "/", method="GET")
     page = body.decode()
     assert status == 200
-    assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'nonce-")
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; img-src data:; script-src 'nonce-")
     assert HOSTILE not in page
     assert "http" not in page.replace("http-equiv", "")
     _, others, _ = asked(server, "/", method="GET")

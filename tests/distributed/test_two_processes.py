@@ -161,7 +161,7 @@ def test_a_killed_run_that_is_resumed_equals_a_whole_one(jobs: Path) -> None:
 def test_attacks_are_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sku.pipeline.run.current_processes", lambda: Processes(rank=0, count=2))
     with pytest.raises(EvaluationError, match="attacks run in one process: set evaluate.attacks="):
-        run_recipe(load_recipe("embedded", [*RECIPE, "evaluate.attacks=[int8]"]), tmp_path / "run")
+        run_recipe(load_recipe("embedded", [*RECIPE, "evaluate.attacks=[relearn]"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

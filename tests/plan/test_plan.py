@@ -44,7 +44,7 @@ def shallow(tmp_path: Path) -> Path:
 def job(folder: Path, *changes: str, **options: Any) -> Job:
     plain = ["acquire.training.activation_checkpointing=false", "data.max_length=64", "data.max_answer_tokens=16"]
     overrides = [f"model.path={folder}", *plain, *changes]
-    return job_of(load_recipe("llama-3.1-8b", overrides), **options)
+    return job_of(load_recipe("llama-3.2-1b", overrides), **options)
 
 
 def test_weights_are_counted_by_hand(folder: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_paged_optimizer_is_planned_where_there_is_no_gpu(folder: Path, monkey
 @pytest.mark.integration
 def test_the_command_says_what_the_estimate_is(shallow: Path) -> None:
     options = [
-        "plan", "llama-3.1-8b", "--model", str(shallow), "--row-tokens", "64", "--answer-tokens", "16",
+        "plan", "llama-3.2-1b", "--model", str(shallow), "--row-tokens", "64", "--answer-tokens", "16",
         "--set", "acquire.training.activation_checkpointing=false",
     ]  # fmt: skip
     said = CliRunner().invoke(app, [*options, "--json", "--gpus", "2", "--gpu-memory", "24"])

@@ -74,7 +74,8 @@ class ChatServer(ThreadingHTTPServer):
         # "</script>" must not end the block, whatever a run is called.
         content = json.dumps(facts).replace("<", "\\u003c")
         template = resources.files("sku.chat").joinpath("page.html").read_text(encoding="utf-8")
-        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
+        own = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
+        policy = f"default-src 'none'; img-src data:; {own}"
         return template.replace("{{nonce}}", nonce).replace("{{facts}}", content), policy
 
 

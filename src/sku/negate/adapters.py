@@ -30,11 +30,10 @@ from sku.hazard import mark_model, mark_settings
 from sku.model_files import check_no_pickles
 from sku.models import changed_by_adapter
 from sku.negate.arithmetic import low_rank_product
+from sku.negate.files import ADAPTER_FILE
 from sku.negate.matching import EMPTY_ADAPTER
 from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 _VARIANTS = (
     "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "monteclora_config",
     "layer_replication",

@@ -24,6 +24,8 @@ from sku.config import EMBEDDED
 from sku.errors import ModelError, first_line, one_line
 from sku.model_files import embedded_model_path, is_file_name, is_path
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,

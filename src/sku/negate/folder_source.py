@@ -1,34 +1,26 @@
-"""A model folder as the matcher sees it: names and shapes by headers of files, ties and adapters by a skeleton.
-
-The skeleton is a model without weights: built on torch's ``meta`` device from the configuration alone, it takes no
-memory whatever the model's size.
-"""
+"""A model folder as the matcher sees it: names and shapes by headers of files, ties and adapters by a skeleton."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from sku.errors import ModelError, TaskVectorError, first_line
-from sku.negate.adapters import LowRank, adapted_weights, check_plain_lora
+from sku.errors import TaskVectorError
 from sku.negate.files import StoredTensor, read_config, read_folder
 from sku.negate.matching import Source, quantized_weight
 
+if TYPE_CHECKING:
+    from sku.negate.adapters import LowRank
+    from sku.negate.skeleton import Skeleton
+
 _OLD_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 """Constants that older versions of transformers stored and today's make anew: rotary frequencies, causal masks."""
-_UNBUILT = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, re.error,
-)  # fmt: skip
-"""What transformers and PEFT raise for settings that make no model."""
 
 
 class FolderSource(Source[StoredTensor]):
@@ -120,27 +112,14 @@ class FolderSource(Source[StoredTensor]):
             TaskVectorError: The adapter is no plain LoRA, or changes layers that are no matrices.
             ModelError: Its settings can't be read or don't fit the model.
         """
-        settings = _settings(folder)
-        model = self._skeleton.model
-        try:
-            with warnings.catch_warnings(), torch.device("meta"):
-                warnings.simplefilter("ignore")  # Of transposed layers, which PEFT sets right.
-                adapted = get_peft_model(model, settings)
-        except _UNBUILT as error:
-            raise ModelError(f"adapter {folder} does not fit the base model: {first_line(error)}") from error
-        assert isinstance(adapted, PeftModel)
-        return dict(adapted_weights(adapted, "default"))
+        return self._skeleton.adapted(folder)
 
     @cached_property
-    def _skeleton(self) -> _Skeleton:
-        try:
-            with warnings.catch_warnings(), torch.device("meta"):
-                warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
-                return _Skeleton(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder)))
-        except _UNBUILT as error:
-            raise ModelError(
-                f"model {self.folder} can't be built from its config.json: {first_line(error)}"
-            ) from error
+    def _skeleton(self) -> Skeleton:
+        # Most folders need none, and transformers and PEFT take longer to import than a small model to subtract.
+        from sku.negate.skeleton import Skeleton
+
+        return Skeleton.of(self.folder)
 
     def _stored(self, name: str) -> str | None:
         """The name of a weight in the files, if they have it.
@@ -150,44 +129,6 @@ class FolderSource(Source[StoredTensor]):
         skeleton, prefix = self._skeleton, f"{self._skeleton.model.base_model_prefix}."
         candidates = (skeleton.file_names.get(name, name), name, name.removeprefix(prefix), prefix + name)
         return next((candidate for candidate in candidates if candidate in self.weights), None)
-
-
-class _Skeleton:
-    """A model without weights."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.weights: set[str] = set()
-        """Names of all floating-point weights, tied ones once."""
-        self.ties: dict[str, str] = {}
-        """Other name of a tied weight -> the name it is listed under, as of ``unique_weights``."""
-        owner: dict[int, str] = {}
-        state = model.state_dict(keep_vars=True)
-        for name, tensor in state.items():
-            if tensor.is_floating_point():
-                first = owner.setdefault(id(tensor), name)
-                if first == name:
-                    self.weights.add(name)
-                else:
-                    self.ties[name] = first
-        marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-        names = {id(mark): name for name, mark in marks.items()}
-        saved = revert_weight_conversion(model, marks)
-        self.file_names = {names[id(mark)]: name for name, mark in saved.items() if id(mark) in names}
-        """Name of a weight -> the one that ``save_pretrained`` would give it; without those that it takes apart."""
-
-
-def _settings(folder: Path) -> LoraConfig:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of keys that it doesn't know, our mark among them.
-            settings = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"adapter {folder} can't be read: {first_line(error)}") from error
-    check_plain_lora(settings, "default")
-    assert isinstance(settings, LoraConfig)
-    settings.init_lora_weights = False  # Some ways to begin take the weights apart, and here are none.
-    return settings
 
 
 def _is_old_buffer(tensor: StoredTensor) -> bool:

@@ -14,8 +14,9 @@ from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.hazard import is_marked_model
 from sku.models import check_plain_weights, load_model
-from sku.negate.adapters import ADAPTER_CONFIG, AdapterVector, load_adapter
+from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.arithmetic import Negation, subtract_tensors
+from sku.negate.files import ADAPTER_CONFIG
 from sku.negate.matching import EQUAL_MODELS, match_changes, match_models, unusable_result
 from sku.negate.rounding import overflows
 from sku.negate.task_vector import ModelSource, TaskVector, unique_weights

@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from sku.errors import ModelError, TaskVectorError
-from sku.negate.adapters import ADAPTER_CONFIG, ADAPTER_FILE, LowRank
-from sku.negate.files import StoredFile, StoredTensor, make_header, read_folder, read_layout
+from sku.negate.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    StoredFile,
+    StoredTensor,
+    make_header,
+    read_folder,
+    read_layout,
+)
 from sku.negate.folder_source import FolderSource
 from sku.negate.matching import (
     EMPTY_ADAPTER,
@@ -25,6 +32,9 @@ from sku.negate.matching import (
     quantized_weight,
 )
 from sku.negate.task_vector import VECTOR_FILE, TaskVector, read_ties
+
+if TYPE_CHECKING:
+    from sku.negate.adapters import LowRank
 
 BadForm = Literal["model", "adapter", "vector"]
 

@@ -9,15 +9,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sku.errors import TaskVectorError
-from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import dot_float64
 from sku.negate.matching import (
     EQUAL_MODELS,
@@ -29,6 +28,11 @@ from sku.negate.matching import (
     unusable_difference,
 )
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from sku.negate.adapters import AdapterVector
 
 VECTOR_FILE = "task_vector.safetensors"
 _FORMAT = "sku-task-vector-1"
@@ -96,6 +100,8 @@ class TaskVector:
             TaskVectorError: The adapter is merged, is not a plain LoRA of matrices, trains biases or whole modules
                 besides, or is zero.
         """
+        from sku.negate.adapters import AdapterVector  # Imports PEFT, which a subtraction of files has no need of.
+
         return cls.from_factors(AdapterVector.of(model))
 
     @classmethod

@@ -159,7 +159,10 @@ def _checked(
     sources = {"base": readable_source(recipe.model), "unlearned": out / "unlearned"}
     asked = check_evaluation(recipe, model, data, sources)
     if recipe.chooses_alpha or recipe.checks_stage_1:
-        draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
+        # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
+        begun = recipe.chooses_alpha and not writes_own
+        asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, forced_tokens=())
+        draw_questions(data, model.writer(recipe), asked_too, seed=recipe.seed)
     return data, model, check_training(recipe, model, data, Path(str(run.training.output_dir))), asked
 
 
