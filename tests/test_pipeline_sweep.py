@@ -26,7 +26,6 @@ from sku.pipeline.acquire import plan_acquire
 from sku.pipeline.run import run_recipe
 from sku.pipeline.sweep import plan_sweep
 from sku.storage import is_marked_hazardous
-from sku.sweep import run as sweep_run
 from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
@@ -71,7 +70,8 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_run, "FIGURES", ())
+    for place in ("sweep", "unlearning"):
+        monkeypatch.setattr(f"sku.pipeline.{place}.FIGURES", ())
 
 
 @pytest.fixture(scope="module")

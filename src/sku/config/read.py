@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from sku.config.acquire import TRAINING_KEYS
@@ -43,6 +43,9 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text)
     except RecursionError:
         raise RecipeError("not YAML: it is nested too deep") from None
+    except DuplicateKeyError as error:
+        where = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise RecipeError(f"not YAML: a key stands twice{where} ({one_line(error.problem)})") from None
     except (YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         # Beside its own errors the loader lets some through: for ``2020-13-45``, say.
         raise RecipeError(f"not YAML: {one_line(error)}") from None

@@ -34,7 +34,6 @@ from sku.models import (
     pick_dtype,
 )
 from sku.negate.files import read_folder
-from sku.negate.operators.base import check_operators
 from sku.plan.estimate import disk_bytes
 from sku.plan.job import STATE_BYTES, checkpoints_at_once
 from sku.plan.skeleton import with_adapter, without_weights
@@ -144,22 +143,19 @@ def load_recipe_data(recipe: Recipe) -> ForgetRetainData:
     return load_data(recipe.data, recipe.seed, forget_validation=recipe.forget_validation)
 
 
-def check_data(recipe: Recipe, run: MethodRun, data: ForgetRetainData, model: PreTrainedModel) -> None:
-    """Refuses data with which a later stage of a run could not work.
+def check_data(recipe: Recipe, data: ForgetRetainData) -> None:
+    """Refuses data with which a later stage of a run could not work, before any model is looked at.
 
     Args:
         recipe: Of the run.
-        run: Its method.
         data: Its splits.
-        model: The original one, or its skeleton.
 
     Raises:
-        SkuError: An attack, the judge, training or an operator lacks something.
+        SkuError: An attack, the judge or training lacks something.
     """
     check_attacks(recipe, data)
     check_judge(recipe, data)
     check_rows(recipe, data)
-    check_operators(run.operators, model, data)
 
 
 def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, folder: Path) -> CheckedTraining:

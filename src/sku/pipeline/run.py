@@ -18,6 +18,7 @@ from sku.evaluate.precision_results import PrecisionReport
 from sku.methods.run import MethodRun, prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
+from sku.negate.operators.base import check_operators
 from sku.own_replies.job import judge_of
 from sku.pipeline.checks import (
     CheckedModel,
@@ -154,8 +155,9 @@ def _checked(
         data = stand_in_data(recipe, prompts)
     else:
         data = load_recipe_data(recipe)
+    check_data(recipe, data)
     model = check_trained_model(recipe)
-    check_data(recipe, run, data, model.skeleton)
+    check_operators(run.operators, model.skeleton, data)
     sources = {"base": readable_source(recipe.model), "unlearned": out / "unlearned"}
     asked = check_evaluation(recipe, model, data, sources)
     if recipe.chooses_alpha or recipe.checks_stage_1:
@@ -279,7 +281,8 @@ class _Run:
         assert self.data is not None
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         # Once more: own replies are not those that the plan saw.
-        check_data(self.recipe, prepare(self.recipe, self.unlearning.trained_folder), self.data, loaded.model)
+        check_data(self.recipe, self.data)
+        check_operators(prepare(self.recipe, self.unlearning.trained_folder).operators, loaded.model, self.data)
         visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.config import AcquireConfig
-from sku.errors import ModelError, RecipeError, one_line
+from sku.errors import ModelError, RecipeError, first_line, one_line
 from sku.models import plain_model
 from sku.plan.job import Job
 from sku.training.run import adapter_settings
@@ -90,10 +91,14 @@ def without_weights(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> 
         ModelError: transformers has no such architecture.
     """
     try:
-        with torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # Refused below.
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"model {name} can't be built from its configuration: {error}") from error
+    except (ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(f"model {name} can't be built from its configuration: {first_line(error)}") from error
+    empty = next((own for own, weight in model.named_parameters() if not weight.numel()), None)
+    if empty is not None:
+        raise ModelError(f"model {name} can't be built from its configuration: its weight {empty} is empty")
     assert isinstance(model, PreTrainedModel)
     return model
 
