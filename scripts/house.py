@@ -14,9 +14,10 @@ import io
 import statistics
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
+
+import networkx  # torch brings it.
 
 _BLANK = (
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
@@ -55,46 +56,6 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def circles(arrows: Mapping[str, set[str]]) -> list[set[str]]:
-    """Groups of files that import each other, one after the other or straight (Tarjan's components)."""
-    order: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    path: list[str] = []
-    found: list[set[str]] = []
-
-    def visit(name: str) -> None:
-        order[name] = lowest[name] = len(order)
-        path.append(name)
-        for other in arrows[name]:
-            if other not in order:
-                visit(other)
-                lowest[name] = min(lowest[name], lowest[other])
-            elif other in path:
-                lowest[name] = min(lowest[name], order[other])
-        if lowest[name] == order[name]:
-            place = path.index(name)
-            found.append(set(path[place:]))
-            del path[place:]
-
-    for name in arrows:
-        if name not in order:
-            visit(name)
-    return found
-
-
-def depth(arrows: Mapping[str, set[str]]) -> int:
-    """Files in the longest chain of imports; a circle is one."""
-    groups = circles(arrows)
-    group_of = {name: number for number, group in enumerate(groups) for name in group}
-
-    @cache
-    def below(number: int) -> int:
-        targets = {group_of[other] for name in groups[number] for other in arrows[name]} - {number}
-        return 1 + max(map(below, targets), default=0)
-
-    return max(below(number) for number in range(len(groups)))
-
-
 def complexity(function: ast.AST) -> int:
     """One, and one for each branch and each further part of a condition."""
     nodes = list(ast.walk(function))
@@ -112,7 +73,8 @@ def main() -> None:
         path: ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__") for path in texts
     }
     modules = set(names.values())
-    arrows = {names[path]: ({*imported(trees[path])} & modules) - {names[path]} for path in texts}
+    arrows = networkx.DiGraph({names[path]: ({*imported(trees[path])} & modules) - {names[path]} for path in texts})
+    circles = list(networkx.strongly_connected_components(arrows))
     functions = [
         (path, node) for path in texts for node in ast.walk(trees[path])
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -129,8 +91,8 @@ def main() -> None:
         f"files above {LONGEST_FILE} lines": sum(size > LONGEST_FILE for size in sizes),
         f"functions above {LONGEST_FUNCTION} lines": len(long),
         f"functions above complexity {MOST_COMPLEX}": sum(complexity(node) > MOST_COMPLEX for _, node in functions),
-        "import depth": depth(arrows),
-        "circles of imports": sum(len(group) > 1 for group in circles(arrows)),
+        "import depth": networkx.dag_longest_path_length(networkx.condensation(arrows, circles)) + 1,
+        "circles of imports": sum(len(group) > 1 for group in circles),
     }
     for what, value in measures.items():
         print(f"{what:<32}{value:>8,}")

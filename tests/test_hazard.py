@@ -23,8 +23,8 @@ from sku.hazard import is_marked_model, mark_model
 from sku.methods import method_named
 from sku.methods.run import train_method
 from sku.models import load_model
-from sku.negate.adapters import load_adapter
-from sku.negate.run import negate, save_negated_adapter
+from sku.negate.adapters import AdapterVector, load_adapter
+from sku.negate.run import negate
 from sku.negate.streaming import negate_folders
 from sku.pipeline.checks import load_recipe_data
 from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, hazardous_folders, is_marked_hazardous
@@ -209,7 +209,7 @@ def test_a_negated_adapter_carries_no_mark_and_one_that_adds_does(make_trainer: 
     trainer: Any = make_trainer(max_steps=1)
     trainer.train()
     for alpha, marked in ((1.0, False), (-1.0, True)):
-        save_negated_adapter(trainer.model, alpha, tmp_path / str(alpha))
+        (-alpha * AdapterVector.of(trainer.model)).save(tmp_path / str(alpha), hazardous=marked)
         assert is_marked_hazardous(tmp_path / str(alpha)) is marked
         assert says_it(tmp_path / str(alpha)) is marked
     trainer.save_model(str(tmp_path / "bad"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import Command
-from sku.chat import Pair
+from sku.chat import Pair, Side
 from sku.chat.labels import save_label
 from sku.errors import EvaluationError
 from sku.evaluate.judges.calibrate import read_labelled
@@ -69,18 +69,21 @@ def test_an_alpha_changes_the_scores_as_stage_2_would(adapter_pair: Pair, whole_
     ids = torch.tensor([[5, 9, 12]])
     for pair in (adapter_pair, whole_pair):
         with torch.inference_mode():
-            base = pair._models["base"]
-            plain = base.disable_adapter() if pair is adapter_pair else torch.no_grad()  # type: ignore[operator]
-            with plain:
-                weights = {name: value.clone() for name, value in base.named_parameters() if "lora" not in name}
-                at_base = base(ids).logits
-            at_half, at_own = (pair._at(factor)(ids).logits for factor in (0.5, 1.0))
+            base = pair._base
+            weights = {name: value.clone() for name, value in base.named_parameters() if "lora" not in name}
+
+            def scores(factor: float, side: Side = "unlearned", pair: Pair = pair) -> torch.Tensor:
+                with pair._at(side, factor) as model:
+                    found: torch.Tensor = model(ids).logits
+                return found
+
+            at_base = scores(1.0, "base")
+            at_half, at_own = (scores(factor) for factor in (0.5, 1.0))
             assert not torch.equal(at_half, at_own)
             # A small change of the weights moves the scores in proportion, nearly.
-            small = (pair._at(1e-3)(ids).logits - at_base) * 1e3
-            smaller = (pair._at(5e-4)(ids).logits - at_base) * 2e3
+            small = (scores(1e-3) - at_base) * 1e3
+            smaller = (scores(5e-4) - at_base) * 2e3
             assert torch.nn.functional.cosine_similarity(small.flatten(), smaller.flatten(), dim=0) > 0.99
-            pair._at(1.0)
             assert all(torch.equal(value, weights[name]) for name, value in base.named_parameters() if name in weights)
 
 

@@ -19,7 +19,8 @@ from negate.conftest import assert_same_bits, disturbed, logits_of, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.model_files import embedded_model_path
 from sku.negate import adapters
-from sku.negate.run import negate, negate_with_record, save_negated_adapter, save_unlearned, task_vector_of
+from sku.negate.adapters import AdapterVector
+from sku.negate.run import negate, negate_with_record, save_unlearned, task_vector_of
 from sku.negate.task_vector import TaskVector
 
 
@@ -108,7 +109,7 @@ def test_the_saved_adapter_gives_the_unlearned_model_without_merging(
     base = make_model("llama_tied")
     bad = with_adapter(base)
     before, bad_logits = bits_of(bad), logits_of(bad)
-    save_negated_adapter(bad, alpha, tmp_path / "adapter")
+    (-alpha * AdapterVector.of(bad)).save(tmp_path / "adapter")
     assert_same_bits(before, bits_of(bad))
     assert torch.equal(bad_logits, logits_of(bad))
     loaded = PeftModel.from_pretrained(make_model("llama_tied"), str(tmp_path / "adapter"))
@@ -116,12 +117,12 @@ def test_the_saved_adapter_gives_the_unlearned_model_without_merging(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4
     with pytest.raises(OutputError, match="already exists"):
-        save_negated_adapter(bad, alpha, tmp_path / "adapter")
+        (-alpha * AdapterVector.of(bad)).save(tmp_path / "adapter")
 
 
 def test_at_alpha_1_the_saved_factors_are_the_negated_ones_bit_for_bit(make_model: ModelMaker, tmp_path: Path) -> None:
     bad = with_adapter(make_model())
-    save_negated_adapter(bad, 1.0, tmp_path / "adapter")
+    (-1.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter"))
     theirs = dict(loaded.named_parameters())
     for name, weight in bad.named_parameters():
@@ -140,7 +141,7 @@ def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
 
     monkeypatch.setattr(adapters, "save_file", fail)
     with pytest.raises(OutputError, match="the disk is full"):
-        save_negated_adapter(bad, 1.0, tmp_path / "adapter")
+        (-1.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
     assert_same_bits(before, bits_of(bad))
     assert list(tmp_path.iterdir()) == []
 
@@ -148,7 +149,7 @@ def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
 def test_a_negated_adapter_needs_a_plain_lora(make_model: ModelMaker, tmp_path: Path) -> None:
     bad = with_adapter(make_model(), modules_to_save=["lm_head"])
     with pytest.raises(TaskVectorError, match="modules_to_save"):
-        save_negated_adapter(bad, 1.0, tmp_path / "adapter")
+        (-1.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
     with pytest.raises(TaskVectorError, match="modules_to_save"):
         negate(make_model(), bad)
     assert list(tmp_path.iterdir()) == []

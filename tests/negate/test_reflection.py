@@ -12,8 +12,9 @@ from peft import PeftModel
 
 from conftest import ModelMaker
 from negate.conftest import ContextMaker, disturbed, logits_of, with_adapter
+from sku.negate.adapters import AdapterVector
 from sku.negate.operators import operate, prepare_operators
-from sku.negate.run import negate, negate_with_record, save_negated_adapter
+from sku.negate.run import negate, negate_with_record
 from sku.negate.task_vector import TaskVector
 
 
@@ -41,7 +42,7 @@ def test_reflection_is_the_bad_model_up_to_rounding(alpha: float, make_model: Mo
 
 def test_the_negated_adapter_with_its_sign_turned_is_the_bad_one(make_model: ModelMaker, tmp_path: Path) -> None:
     bad = with_adapter(make_model())
-    save_negated_adapter(bad, 1.0, tmp_path / "negated")
+    (-1.0 * AdapterVector.of(bad)).save(tmp_path / "negated")
     turned = PeftModel.from_pretrained(make_model(), str(tmp_path / "negated"))
     with torch.no_grad():
         for name, factor in turned.named_parameters():

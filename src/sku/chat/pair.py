@@ -11,25 +11,26 @@ import dataclasses
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from sku.config import EMBEDDED, Recipe, recipe_from_dict
+from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, one_line
 from sku.evaluate.asking import Writer, free_request
 from sku.evaluate.backends import Decoding, GenerationRequest
 from sku.evaluate.backends.base import only_these_settings
+from sku.evaluate.generation import record_of_ids
 from sku.evaluate.judges import Judge, build_judge
+from sku.evaluate.judges.choose import AUTO
 from sku.evaluate.outcomes import decide_outcomes
-from sku.evaluate.records import GenerationRecord
 from sku.models import embedding_weight, load_model
 from sku.negate.adapters import load_adapter
 from sku.report.read_run import RecordedRun, read_run
@@ -77,21 +78,13 @@ class Pair:
             max_new_tokens: Longest reply.
         """
         self.judge, self.strength, self.max_new_tokens = judge, strength, max_new_tokens
-        self._models: dict[Side, PreTrainedModel | PeftModel] = {"base": base, "unlearned": unlearned}
+        self._base, self._unlearned = base, unlearned
         self._writer, self._short_answer_words = writer, short_answer_words
-        self._layers = [layer for layer in unlearned.modules() if isinstance(layer, LoraLayer)]
-        self._own_scalings = [dict(layer.scaling) for layer in self._layers]
         self._mixture: PreTrainedModel | None = None
         self._turn = threading.Lock()
-        plain = base.get_base_model() if isinstance(base, PeftModel) else base
-        stop_ids = writer.stop_ids(cast(PreTrainedModel, plain))
-        pad = writer.tokenizer.pad_token_id
-        self._decoding = Decoding(
-            stop_ids=tuple(stop_ids),
-            max_new_tokens=max_new_tokens,
-            pad_id=int(stop_ids[0] if pad is None else pad),
-            window=writer.window,
-        )
+        plain = cast(PreTrainedModel, base.get_base_model() if isinstance(base, PeftModel) else base)
+        self._device = embedding_weight(plain).device
+        self._decoding = Decoding.of(writer.tokenizer, writer.stop_ids(plain), max_new_tokens, writer.window)
 
     @classmethod
     def of_run(cls, folder: Path, *, judge: str | None = None, max_new_tokens: int | None = None) -> Pair:
@@ -111,7 +104,7 @@ class Pair:
         """
         run = read_run(folder, replies=False)
         recipe = recipe_from_dict(run.recipe, str(folder / "manifest.json"))
-        chosen = _judge_of(recipe, judge)  # Before the models, which take longest.
+        chosen = _judge_of(run, recipe, judge)  # Before the models, which take longest.
         loaded = load_model(recipe.model)
         base, unlearned = _models_of(run, recipe, loaded.model)
         return cls(
@@ -166,56 +159,41 @@ class Pair:
         request = free_request("unseen", RetainExample(prompt=prompt, answer=""), self._writer)
         if not self._writer.has_room(request, self.max_new_tokens):
             raise EvaluationError("the prompt is too long: it leaves no room for a reply in the model's window")
-        model = self._at(factor) if side == "unlearned" else self._models["base"]
-        said: list[str] = []
         watch = _Watch(len(request.input_ids), stop)
-        with ExitStack() as state:
-            if side == "base" and isinstance(model, PeftModel):
-                state.enter_context(model.disable_adapter())
+        with self._at(side, factor) as model:
             for text in self._written(model, request, watch):
-                said.append(text)
                 yield Piece(side=side, text=text)
-        reply = "".join(said).strip()
-        finished = bool(watch.ids) and watch.ids[-1] in self._decoding.stop_ids
-        record = GenerationRecord(
-            id=request.id,
-            split=request.split,
-            kind=request.kind,
-            category=None,
-            prompt=prompt,
-            reference="",
-            forced_start="",
-            reply=reply,
-            num_tokens=len(watch.ids) - finished,
-            finished=finished,
-        )
+        record = record_of_ids(request, watch.ids, self._decoding, self._writer.tokenizer)
         [found] = decide_outcomes([record], self.judge, {}, short_answer_words=self._short_answer_words)
         # A judge of refusals alone calls all else harmful, a recipe for bread too.
         untold = found.outcome == "harmful" and not self.judge.card.tells_safe
-        yield Piece(side=side, outcome="not refused" if untold else found.outcome, reply=reply)
+        yield Piece(side=side, outcome="not refused" if untold else found.outcome, reply=record.reply)
 
-    def _at(self, factor: float) -> PreTrainedModel | PeftModel:
-        """The unlearned model with its change multiplied."""
-        unlearned, base = self._models["unlearned"], self._models["base"]
-        if isinstance(unlearned, PeftModel):
-            for layer, own in zip(self._layers, self._own_scalings, strict=True):
-                layer.scaling.update({name: scaling * factor for name, scaling in own.items()})
-            return unlearned
-        if factor == 1:
-            return unlearned
+    @contextmanager
+    def _at(self, side: Side, factor: float) -> Iterator[PreTrainedModel | PeftModel]:
+        """One of the two models, the unlearned one with its change multiplied."""
+        if isinstance(self._unlearned, PeftModel):
+            adapted = self._unlearned
+            with adapted.disable_adapter() if side == "base" else rescale_adapter_scale(adapted, factor):
+                yield adapted
+        elif side == "base":
+            yield self._base
+        else:
+            yield self._unlearned if factor == 1 else self._mixed(factor)
+
+    def _mixed(self, factor: float) -> PreTrainedModel:
+        """A third model, ``base + factor * (unlearned - base)``: the base itself at 0."""
         if self._mixture is None:
-            self._mixture = copy.deepcopy(unlearned)
+            self._mixture = copy.deepcopy(cast(PreTrainedModel, self._unlearned))
+        parameters = (model.parameters() for model in (self._mixture, self._base, self._unlearned))
         with torch.no_grad():
-            for mixed, start, end in zip(
-                self._mixture.parameters(), base.parameters(), unlearned.parameters(), strict=True
-            ):
-                mixed.copy_(torch.lerp(start, end, factor))  # The base itself at 0.
+            for mixed, start, end in zip(*parameters, strict=True):
+                mixed.copy_(torch.lerp(start, end, factor))
         return self._mixture
 
     def _written(self, model: PreTrainedModel | PeftModel, request: GenerationRequest, watch: _Watch) -> Iterator[str]:
         """Text as it is written by a thread of its own."""
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
-        ids = torch.tensor([request.input_ids], device=embedding_weight(cast(PreTrainedModel, plain)).device)
+        ids = torch.tensor([request.input_ids], device=self._device)
         streamer = TextIteratorStreamer(self._writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
         settings = self._decoding.generation_config(self._decoding.room_of(request))
 
@@ -260,13 +238,12 @@ class _Watch(StoppingCriteria):
         return cast(torch.BoolTensor, torch.full((1,), self._stop.is_set(), device=input_ids.device))
 
 
-def _judge_of(recipe: Recipe, name: str | None) -> Judge:
+def _judge_of(run: RecordedRun, recipe: Recipe, name: str | None) -> Judge:
+    """Of a name, else the run's: its recipe may leave the choice to its data, and its result says what that was."""
     if name is not None:
         return build_judge(name)
     own = recipe.evaluate.judge
-    if own == "auto":
-        return build_judge(EMBEDDED if recipe.model.path == EMBEDDED else "refusal_rules")
-    return build_judge(own, recipe.evaluate.judge_settings)
+    return build_judge(run.comparison.unlearned.judge.name if own == AUTO else own, recipe.evaluate.judge_settings)
 
 
 def _models_of(

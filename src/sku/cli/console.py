@@ -253,11 +253,12 @@ def carry_out(
     Returns:
         What it gave; None where this process has nothing to print.
     """
-    if dry_run or not is_main:
-        if not dry_run:
-            plan.execute(None)
-        elif is_main:
+    if dry_run:
+        if is_main:
             print_plan(plan, as_json=as_json)
+        return None
+    if not is_main:
+        plan.execute(None)
         return None
     if headline:
         print_headline(headline)

@@ -78,17 +78,14 @@ def generate_replies(
     Raises:
         EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
     """
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    decoding = Decoding(
-        stop_ids=tuple(stop_ids), max_new_tokens=max_new_tokens, pad_id=int(pad_id), drawing=drawing, window=window
-    )
+    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens, window, drawing)
     writer = GenerateBackend(model, batch_size) if backend is None else backend
     found = {record.id: record for record in finished}
 
     def answer(batch: list[int]) -> list[GenerationRecord]:
         asked = [requests[index] for index in batch]
         replies = writer.answer(asked, decoding)
-        return [_record(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
+        return [record_of_ids(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
 
     return in_batches(
         [len(request.input_ids) for request in requests],
@@ -105,9 +102,10 @@ def generate_replies(
     )
 
 
-def _record(
+def record_of_ids(
     request: GenerationRequest, new_ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationRecord:
+    """What was asked, with the reply that a backend wrote."""
     end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
     reply = _decode_after(tokenizer, list(request.input_ids), new_ids[:end])
     return record_of(

@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
-from sku.hazard import is_marked_model
 from sku.models import check_plain_weights, load_model
-from sku.negate.adapters import AdapterVector, load_adapter
+from sku.negate.adapters import load_adapter
 from sku.negate.arithmetic import Negation, subtract_tensors
 from sku.negate.files import ADAPTER_CONFIG
 from sku.negate.matching import EQUAL_MODELS, match_changes, match_models, unusable_result
@@ -124,23 +123,6 @@ def save_unlearned(
     with new_folder(folder, overwrite=overwrite) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def save_negated_adapter(bad: PeftModel, alpha: float, folder: Path) -> None:
-    """Saves the adapter that, loaded on the original model, gives the unlearned one without merging.
-
-    ``scaling * B A`` becomes ``-alpha * scaling * B A`` by scaling B. In float32 the result is exact for ``alpha`` 1.
-
-    Args:
-        bad: Model with the adapter of stage 1. It is left as it was.
-        alpha: As in ``negate``. Below 0 what a bad model learned is added, and the adapter is marked as it is.
-        folder: New folder.
-
-    Raises:
-        TaskVectorError: The adapter is not a plain LoRA of matrices.
-        OutputError: The folder can't be written.
-    """
-    (-alpha * AdapterVector.of(bad)).save(folder, hazardous=alpha < 0 and is_marked_model(bad))
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

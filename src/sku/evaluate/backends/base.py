@@ -16,7 +16,13 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+)
 
 from sku.errors import EvaluationError
 from sku.evaluate.records import GenerationRecord, Kind, Split, StartSource
@@ -135,6 +141,25 @@ class Decoding:
     """How words are drawn; None takes the likeliest."""
     window: int = 2**30
     """Most tokens that the model can read: a reply ends at the latest where its prompt leaves no more room."""
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        window: int,
+        drawing: Drawing | None = None,
+    ) -> Decoding:
+        """Of a model. Without a padding token the first stop id pads: what is masked is never read."""
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+        return cls(
+            stop_ids=tuple(stop_ids),
+            max_new_tokens=max_new_tokens,
+            pad_id=int(pad_id),
+            drawing=drawing,
+            window=window,
+        )
 
     def room_of(self, request: GenerationRequest) -> int:
         """Longest reply to a request: ``max_new_tokens``, or what the window leaves where that is less."""

@@ -117,11 +117,6 @@ def operate(vector: TaskVector, operators: Sequence[PreparedOperator], context: 
     return OperatedVector(vector=vector, row_maps=None if maps is None else tuple(maps), records=tuple(records))
 
 
-def needs_data(operators: Sequence[PreparedOperator]) -> list[str]:
-    """Names of the operators that look at data."""
-    return [prepared.operator.name for prepared in operators if prepared.needs]
-
-
 def fitted_notes(operators: Sequence[PreparedOperator]) -> list[str]:
     """A sentence for each operator that was fitted on splits by which strengths are then chosen; none for others."""
     found = []
