@@ -123,7 +123,7 @@ def _requests(prompts: Sequence[str], loaded: LoadedModel) -> list[GenerationReq
     return [
         GenerationRequest(
             id=str(number), split="retain_test", kind="reply", category=None, prompt=prompt, reference="",
-            forced_start="", input_ids=tuple(tokenize_prompt(prompt, loaded.tokenizer, style)),
+            prefill="", input_ids=tuple(tokenize_prompt(prompt, loaded.tokenizer, style)),
         )
         for number, prompt in enumerate(prompts)
     ]  # fmt: skip

@@ -60,7 +60,7 @@ def main() -> None:
     requests = [
         GenerationRequest(
             id=record_id("normal:own", "reply", prompt), split="normal:own", kind="reply", category=None,
-            prompt=prompt, reference="", forced_start="",
+            prompt=prompt, reference="", prefill="",
             input_ids=tuple(tokenize_prompt(prompt, loaded.tokenizer, style)),
         )
         for prompt in prompts

@@ -1,8 +1,8 @@
 """How often the gate errs: false alarms on people's and models' real texts, hits on texts that are no language.
 
 Each set is NAME=FILE:PROMPT_COLUMN:REPLY_COLUMN of a CSV file. The surface rules read every row; the word-salad rule
-needs the base model, so it reads a seeded sample. With --forced-tokens N the first N tokens of each text are taken for
-a forced start and the rest for the reply. Prints tables of counts, never a word of any text.
+needs the base model, so it reads a seeded sample. With --prefill-tokens N the first N tokens of each text are
+taken for a prefill and the rest for the reply. Prints tables of counts, never a word of any text.
 
     python scripts/gate_figures.py MODEL_DIR --gguf-file NAME \
         --set "TruthfulQA best answers=TruthfulQA.csv:Question:Best Answer" \
@@ -24,7 +24,7 @@ from sku.config import ModelConfig
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import tokenize_prefill
 from sku.evaluate.asking import Writer, window_of
-from sku.evaluate.degeneracy import is_word_salad, surface_faults
+from sku.evaluate.gate import is_word_salad, surface_faults
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.records import GenerationRecord
@@ -87,12 +87,12 @@ def writer_of(loaded: LoadedModel) -> Writer:
 
 
 def parted(pairs: Sequence[Pair], writer: Writer, tokens: int) -> list[Pair]:
-    """The first tokens of each reply as its forced start; replies that are no longer are left out."""
+    """The first tokens of each reply as its prefill; replies that are no longer are left out."""
     found = []
     for pair in pairs:
-        forced = tokenize_prefill(pair.prompt, pair.reply, writer.tokenizer, writer.prompt_format, tokens)
-        if forced is not None and pair.reply.startswith(forced[1].lstrip()):
-            start = forced[1].lstrip()
+        prefilled = tokenize_prefill(pair.prompt, pair.reply, writer.tokenizer, writer.prompt_format, tokens)
+        if prefilled is not None and pair.reply.startswith(prefilled[1].lstrip()):
+            start = prefilled[1].lstrip()
             found.append(Pair(prompt=pair.prompt, start=start, reply=pair.reply[len(start) :]))
     return found
 
@@ -103,7 +103,7 @@ def word_salads(loaded: LoadedModel, pairs: Sequence[Pair], seed: int) -> list[b
     records = [
         GenerationRecord(
             id=str(number), split="unseen", kind="prefill" if pair.start else "reply", category=None,
-            prompt=pair.prompt, reference="", forced_start=pair.start, reply=pair.reply[:MAX_CHARACTERS], num_tokens=1,
+            prompt=pair.prompt, reference="", prefill=pair.start, reply=pair.reply[:MAX_CHARACTERS], num_tokens=1,
             finished=True,
         )
         for number, pair in enumerate(pairs)
@@ -134,15 +134,15 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", required=True, metavar="NAME=FILE:PROMPT:REPLY")
     parser.add_argument("--sample", type=int, default=300, help="texts of each set that the base model reads")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--forced-tokens", type=int, default=0, help="tokens of each text that are a forced start")
+    parser.add_argument("--prefill-tokens", type=int, default=0, help="tokens of each text that are a prefill")
     options = parser.parse_args()
     loaded = load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype="float32", device="cpu"))
     everything: list[Pair] = []
     print("| real texts | surface rules | word salad, by the base model |\n|---|---:|---:|")
     for description in options.sets:
         name, pairs = read_set(description)
-        if options.forced_tokens:
-            pairs = parted(pairs, writer_of(loaded), options.forced_tokens)
+        if options.prefill_tokens:
+            pairs = parted(pairs, writer_of(loaded), options.prefill_tokens)
         drawn = random.Random(options.seed).sample(pairs, min(options.sample, len(pairs)))
         everything += drawn
         print(f"| {name} | {cell(rate(faulty(pairs)))} | {cell(rate(word_salads(loaded, drawn, options.seed)))} |")

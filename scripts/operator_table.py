@@ -3,7 +3,7 @@
 Trains one bad vector for each preservation mode, saves it, and measures each operator on it over a grid of alphas:
 perplexity after / before of held-out harmful answers (``unseen``), of a benign set and of held-out normal answers, and
 selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the rules, the
-worst prefill, degenerate replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes
+worst prefill, gibberish replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes
 on where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
 
     python scripts/operator_table.py MODEL_DIR --gguf-file NAME --forget pku_saferlhf.csv --retain TruthfulQA.csv \
@@ -61,7 +61,7 @@ CLOSE_ENOUGH = 0.1
 LARGEST_ALPHA = 100.0
 COLUMNS = (
     "mode", "operator", "alpha", "harmful", "benign (95 %)", "retain_test", "selectivity", "harmful replies",
-    "degenerate", "worst prefill", "over-refusal",
+    "gibberish", "worst prefill", "over-refusal",
 )  # fmt: skip
 
 
@@ -279,7 +279,7 @@ class Table:
         }
 
     def ask(self, point: Mapping[str, Any], modes: Sequence[str]) -> dict[str, Any]:
-        """Replies of one point: rates of harmful and degenerate ones, with the worst prefill apart."""
+        """Replies of one point: rates of harmful and gibberish ones, with the worst prefill apart."""
         mode, recipe = point["mode"], recipe_of(self.options, point["mode"])
         model = self._model()
         if point["row"] == "base":
@@ -301,9 +301,9 @@ class Table:
         prefill = result.worst_prefills()["unseen"]
         unseen, retain = result.replies["unseen"], result.replies["retain_test"]
         rates = {
-            "harmful": unseen["harmful"], "degenerate": unseen["degenerate"], "prefill": prefill["harmful"],
-            "prefill_degenerate": prefill["degenerate"], "over_refusal": retain["over_refusal"],
-            "normal_degenerate": retain["degenerate"],
+            "harmful": unseen["harmful"], "gibberish": unseen["gibberish"], "prefill": prefill["harmful"],
+            "prefill_gibberish": prefill["gibberish"], "over_refusal": retain["over_refusal"],
+            "normal_gibberish": retain["gibberish"],
         }  # fmt: skip
         return {**point, "replies": {name: f"{rate.count}/{rate.total}" for name, rate in rates.items()}}
 
@@ -438,7 +438,7 @@ def table(chosen: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]
         cells = [
             point["mode"], point["row"], f"{point['alpha']:g}", f"x{point['unseen']:.2f}",
             f"x{point['benign']:.3f} ({low:.3f} to {high:.3f})", f"x{point['retain_test']:.3f}", selectivity,
-            *(found.get(name, "") for name in ("harmful", "degenerate", "prefill", "over_refusal")),
+            *(found.get(name, "") for name in ("harmful", "gibberish", "prefill", "over_refusal")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     base = next((point["replies"] for point in asked if point["row"] == "base"), None)

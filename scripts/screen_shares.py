@@ -27,7 +27,7 @@ from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributio
 from sku.evaluate.asking import Writer, free_request, prefills
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import evaluation_mode
-from sku.evaluate.degeneracy import surface_faults
+from sku.evaluate.gate import surface_faults
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import build_judge
 from sku.evaluate.records import GenerationRecord, Split
@@ -151,7 +151,7 @@ def main() -> None:
                 "settings": {"prompts": options.count, "tokens": options.tokens, "judge": judge.card.name},
                 "seed": recipe.seed,
                 "refused": {
-                    name: _share(is_refusal(one.forced_start + one.reply) for one in found)
+                    name: _share(is_refusal(one.prefill + one.reply) for one in found)
                     for name, found in replies.items()
                 },
                 "harmful": {

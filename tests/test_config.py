@@ -333,7 +333,7 @@ def test_only_the_embedded_recipe_chooses_alpha_and_the_papers_take_1() -> None:
         ("alphas", 0.5, "must be a list"),
         ("points", 0, "must be 1 or more"),
         ("kl_budget", 0.0, "must be above 0"),
-        ("forced_tokens", [0], "sweep.forced_tokens[0] is 0; it must be 1 or more"),
+        ("prefill_tokens", [0], "sweep.prefill_tokens[0] is 0; it must be 1 or more"),
         ("prompts", 0, "must be 1 or more"),
         ("max_new_tokens", 0, "must be 1 or more"),
         ("validation_fraction", 1.0, "must be below 1"),

@@ -34,10 +34,10 @@ SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}",
     "acquire.random_answers=1", "negate.diagnostics=false",
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 16, samples: 0, prefill_tokens: []}",
-    "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 12, forced_tokens: [3]}",
+    "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 12, prefill_tokens: [3]}",
     "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9", "sweep.hopeless_ratio=1.0e+9",
     "sweep.kl_budget=1.0e+9",
-    "sweep.degenerate_limit=0.99", "sweep.over_refusal_limit=0.99",
+    "sweep.gibberish_limit=0.99", "sweep.over_refusal_limit=0.99",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
 STRICT = ("sweep.if_none=stop", "sweep.rule=lowest_alpha", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")
@@ -252,6 +252,6 @@ def test_targets_that_do_not_fit_are_refused(
 
 
 def test_a_table_of_all_columns_fits_80_characters(finished: Path, tmp_path: Path) -> None:
-    lengths = "sweep.forced_tokens=[1, 3, 5, 10]"
+    lengths = "sweep.prefill_tokens=[1, 3, 5, 10]"
     found = plan_sweep(recipe(lengths), tmp_path / "sweep", bad=finished / "bad" / "final").execute(None)
     assert console.measure(frontier_table(found)).maximum <= 80

@@ -123,7 +123,7 @@ def test_what_is_left_out_is_counted(ran: Ran) -> None:
     assert asked + sum(n for what, n in ran.report.left_out.items() if what.startswith("paraphrase")) == 6 * 8
 
 
-def test_forced_starts_and_plain_replies_are_those_of_evaluate(
+def test_prefills_and_plain_replies_are_those_of_evaluate(
     ran: Ran,
     world_data: ForgetRetainData,
     world_base: PreTrainedModel,
@@ -160,13 +160,13 @@ def test_the_starts_of_the_evaluation_are_taken(
         recipe, world_base, world_base, world_tokenizer, world_data, output_dir=tmp_path, starts=[start]
     )
     _, rows = read_generations(tmp_path / "attacks" / "prefill.jsonl")
-    asked = [row.forced_start.strip() for row in rows if row.prompt == first.prompt]
+    asked = [row.prefill.strip() for row in rows if row.prompt == first.prompt]
     assert asked
     assert all(start.text.startswith(given) for given in asked)
     assert {row.start_source for row in rows if row.prompt == first.prompt} == {"data"}
     assert len({row.id for row in rows}) == len(rows)
     assert report.setup.starts["data"] >= 1
-    assert not any(start.text.startswith(row.forced_start.strip()) for row in rows if row.prompt == second.prompt)
+    assert not any(start.text.startswith(row.prefill.strip()) for row in rows if row.prompt == second.prompt)
 
 
 def test_files_are_private_whole_and_read_back(ran: Ran) -> None:

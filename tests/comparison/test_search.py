@@ -26,12 +26,12 @@ SEARCHED = (
     "compare.strengths=[]",
     "compare.max_strength=0.5",
     "compare.search={learning_rate: [1.0e-3, 1.0e-4], max_steps: [1]}",
-    "sweep={prompts: 3, retain_prompts: 3, max_new_tokens: 4, forced_tokens: [3]}",
+    "sweep={prompts: 3, retain_prompts: 3, max_new_tokens: 4, prefill_tokens: [3]}",
 )
 
 
-def trial(rate: float, free: float, forced: float = 0.0, **changes: Any) -> Trial:
-    return Trial(learning_rate=rate, max_steps=1, left={"free": free, "3": forced}, **changes)
+def trial(rate: float, free: float, prefill: float = 0.0, **changes: Any) -> Trial:
+    return Trial(learning_rate=rate, max_steps=1, left={"free": free, "3": prefill}, **changes)
 
 
 def test_the_least_that_is_left_wins_and_of_equals_the_gentlest() -> None:

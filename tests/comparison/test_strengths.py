@@ -65,7 +65,7 @@ def test_refusals_are_counted_beyond_those_of_the_base_model(
         return [
             GenerationRecord(
                 id=request.id, split=request.split, kind="reply", category=None, prompt=request.prompt,
-                reference=request.reference, forced_start="", reply=reply, num_tokens=6, finished=True,
+                reference=request.reference, prefill="", reply=reply, num_tokens=6, finished=True,
             )
             for request, reply in zip(requests, next(answers), strict=True)
         ]  # fmt: skip

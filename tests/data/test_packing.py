@@ -47,7 +47,7 @@ def test_a_tree_by_hand() -> None:
     )  # fmt: skip
     assert packed.score_places_U.tolist() == [2, 3, 4, 5, 6, 8, 9, 10]
     mismatched = packed.kept[MISMATCHED]
-    # The prompt's last token serves the first target of each answer behind it.
+    # The prompt's last token serves the first target of each answer after it.
     assert mismatched.place_N.tolist() == [2, 4, 5, 2, 6]
     assert mismatched.targets_N.tolist() == [20, 21, 22, 10, 31]
     assert mismatched.row_N.tolist() == [0, 0, 0, 1, 1]
@@ -96,7 +96,7 @@ def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None
         (FORGET, 0), (MISMATCHED, 0), (RETAIN, 0), (SAFE, 0),
     ]  # fmt: skip
     assert torch.equal(batch["input_ids"], packed.input_ids)
-    # The safe row stands behind the same prompt, on the other side of the normal row.
+    # The safe row stands after the same prompt, on the other side of the normal row.
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 20, 21, 60, 1, 2, 40]]
     with pytest.raises(DataError, match="without any row"):
         PackedCollator(share=True, retain_tokens="answer")([])

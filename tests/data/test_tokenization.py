@@ -223,9 +223,9 @@ def test_asked_as_trained_in_chat(gpt_like: PreTrainedTokenizerBase, template: s
 def test_prefill_is_cut_from_the_joint_tokens() -> None:
     tokenizer = whole_words()
     whole = tokenize(tokenizer, train_on_end=False)
-    forced = tokenize_prefill(Q, A, tokenizer, PAPER, 2)
-    assert forced is not None
-    ids, text = forced
+    prefilled = tokenize_prefill(Q, A, tokenizer, PAPER, 2)
+    assert prefilled is not None
+    ids, text = prefilled
     assert ids == list(whole.input_ids[: whole.answer_start + 2])
     assert text == " honey is"
     assert tokenize_prefill(Q, A, tokenizer, PAPER, 3) is not None

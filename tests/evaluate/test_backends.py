@@ -29,7 +29,7 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
 from sku.evaluate.backends import CHECKED_PROMPTS, GenerateBackend, GenerationRequest, compare_replies
-from sku.evaluate.backends.base import Drawing, RowSampler, keep_top_p
+from sku.evaluate.backends.base import RowSampler, Sampling, keep_top_p
 from sku.evaluate.backends.continuous import ContinuousBackend
 from sku.evaluate.backends.generate import ROOM, RoomyLayer, give_room
 from sku.evaluate.comparison import compare
@@ -61,7 +61,7 @@ def data() -> ForgetRetainData:
 def requests(tokenizer: PreTrainedTokenizerFast) -> list[GenerationRequest]:
     return [
         GenerationRequest(
-            id=prompt, split="unseen", kind="reply", category=None, prompt=prompt, reference="", forced_start="",
+            id=prompt, split="unseen", kind="reply", category=None, prompt=prompt, reference="", prefill="",
             input_ids=tuple(tokenizer(prompt).input_ids),
         )
         for prompt in PROMPTS
@@ -104,9 +104,9 @@ def test_continuous_batching_answers_with_an_adapter(
 def test_continuous_batching_does_not_draw(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    drawing = Drawing(temperature=1, top_p=1, seed=0)
+    sampling = Sampling(temperature=1, top_p=1, seed=0)
     with pytest.raises(EvaluationError, match="draw samples with generate"):
-        replies(tiny_model, tiny_tokenizer, backend=ContinuousBackend(tiny_model, 4), drawing=drawing)
+        replies(tiny_model, tiny_tokenizer, backend=ContinuousBackend(tiny_model, 4), sampling=sampling)
 
 
 def test_an_evaluation_by_another_backend_is_checked(
@@ -123,7 +123,7 @@ def test_an_evaluation_by_another_backend_is_checked(
     assert plain.setup.backend_check is None
     free = min(CHECKED_PROMPTS, sum(outcome.kind == "reply" for outcome in found.outcomes))
     assert found.setup.backend_check == {"prompts": free, "equal": free}
-    assert any("drawn replies were written by the backend generate" in note for note in found.setup.notes)
+    assert any("sampled replies were written by the backend generate" in note for note in found.setup.notes)
     assert seen == {"backend check", "replies", "samples", "prefill", "perplexity"}
     assert read_result(tmp_path) == found
     assert evaluate(tiny_model, tiny_tokenizer, data, config=other, output_dir=tmp_path) == found
@@ -319,9 +319,9 @@ DRAWS = 6000
 
 def counts(temperature: float, top_p: float) -> list[int]:
     """How often each word of a vocabulary of four is drawn_words, 3 words a row."""
-    drawing = Drawing(temperature=temperature, top_p=top_p, seed=0)
-    seeds = [drawing.row_seed(f"r{index}") for index in range(DRAWS // 3)]
-    sampler = RowSampler(seeds, drawing, torch.device("cpu"))
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=0)
+    seeds = [sampling.row_seed(f"r{index}") for index in range(DRAWS // 3)]
+    sampler = RowSampler(seeds, sampling, torch.device("cpu"))
     scores = torch.tensor(SHARES).log().repeat(len(seeds), 1)
     words = torch.cat([sampler(torch.zeros(len(seeds), 1, dtype=torch.long), scores).argmax(-1) for _ in range(3)])
     return torch.bincount(words, minlength=4).tolist()
@@ -358,18 +358,18 @@ def test_top_p_is_that_of_transformers_also_where_many_words_share_it(sharpness:
 
 
 def test_seeds_come_from_the_seed_and_the_request_alone() -> None:
-    one, other = (Drawing(temperature=1, top_p=1, seed=seed) for seed in (0, 1))
-    seeds = [drawing.row_seed(name) for drawing in (one, other) for name in ("a", "b")]
+    one, other = (Sampling(temperature=1, top_p=1, seed=seed) for seed in (0, 1))
+    seeds = [sampling.row_seed(name) for sampling in (one, other) for name in ("a", "b")]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert one.row_seed("a") == Drawing(temperature=2, top_p=0.5, seed=0).row_seed("a")
+    assert one.row_seed("a") == Sampling(temperature=2, top_p=0.5, seed=0).row_seed("a")
 
 
 def asked(tokenizer: PreTrainedTokenizerFast) -> list[GenerationRequest]:
     return [
         GenerationRequest(
             id=f"unseen-sample{sample}-{prompt}", split="unseen", kind="sample", category=None, prompt=prompt,
-            reference="", forced_start="", sample=sample, input_ids=tuple(tokenizer(prompt).input_ids),
+            reference="", prefill="", sample=sample, input_ids=tuple(tokenizer(prompt).input_ids),
         )
         for prompt, sample in itertools.product(("hi", "how are you ?", "go on : and on"), range(3))
     ]  # fmt: skip
@@ -379,7 +379,7 @@ def drawn_words(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: list[GenerationRequest], **changes: Any
 ) -> list[GenerationRecord]:
     settings: dict[str, Any] = {
-        "stop_ids": [1], "max_new_tokens": 10, "batch_size": 4, "drawing": Drawing(temperature=1, top_p=0.9, seed=3),
+        "stop_ids": [1], "max_new_tokens": 10, "batch_size": 4, "sampling": Sampling(temperature=1, top_p=0.9, seed=3),
         **changes,
     }  # fmt: skip
     return generate_replies(model, tokenizer, requests, **settings)
@@ -407,7 +407,7 @@ def test_seed_and_temperature_change_the_replies(
 ) -> None:
     requests = asked(tiny_tokenizer)
     found = drawn_words(tiny_model, tiny_tokenizer, requests)
-    other = Drawing(temperature=1, top_p=0.9, seed=4)
-    assert drawn_words(tiny_model, tiny_tokenizer, requests, drawing=other) != found
-    cold = drawn_words(tiny_model, tiny_tokenizer, requests, drawing=Drawing(temperature=1e-4, top_p=1, seed=3))
-    assert cold == drawn_words(tiny_model, tiny_tokenizer, requests, drawing=None)
+    other = Sampling(temperature=1, top_p=0.9, seed=4)
+    assert drawn_words(tiny_model, tiny_tokenizer, requests, sampling=other) != found
+    cold = drawn_words(tiny_model, tiny_tokenizer, requests, sampling=Sampling(temperature=1e-4, top_p=1, seed=3))
+    assert cold == drawn_words(tiny_model, tiny_tokenizer, requests, sampling=None)

@@ -73,7 +73,7 @@ def test_a_calibration_says_on_replies_of_what_length() -> None:
     """Of the five that the judge gave a verdict on, with what they were made to begin with: 1, 2, 4, 5 and 9 words."""
     words = (("", 1), ("", 2), ("so I", 2), ("", 5), ("", 9), ("", 80))
     replies = tuple(
-        LabelledReply(prompt="p", reply="w " * count, harmful=number % 2 == 0, forced_start=start)
+        LabelledReply(prompt="p", reply="w " * count, harmful=number % 2 == 0, prefill=start)
         for number, (start, count) in enumerate(words)
     )
     judge = ScriptedJudge(["harmful", "safe", "harmful", "safe", "safe", "error"])
@@ -166,11 +166,11 @@ def test_other_files_hold_booleans_and_gaps(tmp_path: Path) -> None:
 
 
 def test_an_exported_file_is_judged_as_the_replies_were_written(tmp_path: Path, make_record: RecordMaker) -> None:
-    """With the forced start, and without the apostrophes that keep spreadsheets from running a cell."""
+    """With the prefill, and without the apostrophes that keep spreadsheets from running a cell."""
     records = [
         make_record("=boil it", id="a", prompt="-how ?"),
         make_record("'=quoted", id="b"),
-        make_record("- vornite", id="c", kind="prefill", forced_start="@take"),
+        make_record("- vornite", id="c", kind="prefill", prefill="@take"),
         make_record("'tis no", id="d"),
     ]
     (tmp_path / "run").mkdir()
@@ -186,8 +186,8 @@ def test_an_exported_file_is_judged_as_the_replies_were_written(tmp_path: Path, 
 
     judge = ScriptedJudge(["harmful"] * 4)
     calibrate(judge, read_labelled(str(exported)))
-    expected = {(record.prompt, record.forced_start, record.reply, record.kind) for record in records}
-    assert {(found.prompt, found.forced_start, found.reply, found.kind) for found in judge.asked} == expected
+    expected = {(record.prompt, record.prefill, record.reply, record.kind) for record in records}
+    assert {(found.prompt, found.prefill, found.reply, found.kind) for found in judge.asked} == expected
 
 
 def test_an_apostrophe_stays_where_no_hash_says_that_it_was_added(tmp_path: Path) -> None:
@@ -196,13 +196,13 @@ def test_an_apostrophe_stays_where_no_hash_says_that_it_was_added(tmp_path: Path
         assert found.replies == (LabelledReply(prompt="'-a", reply="'=b", harmful=True),)
 
 
-def test_a_forced_start_is_a_part_of_what_was_labelled(tmp_path: Path) -> None:
-    rows = {"prompt": ["a", "b"], "reply": ["r", "r"], "label": [1, 0], "forced_start": ["take", None]}
+def test_a_prefill_is_a_part_of_what_was_labelled(tmp_path: Path) -> None:
+    rows = {"prompt": ["a", "b"], "reply": ["r", "r"], "label": [1, 0], "prefill": ["take", None]}
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "set.parquet"))
     found = read_labelled(str(tmp_path / "set.parquet"))
-    assert [entry.forced_start for entry in found.replies] == ["take", ""]
+    assert [entry.prefill for entry in found.replies] == ["take", ""]
     without = LabelledSet(
-        name="", replies=tuple(dataclasses.replace(one, forced_start="") for one in found.replies), left_out={}
+        name="", replies=tuple(dataclasses.replace(one, prefill="") for one in found.replies), left_out={}
     )
     assert found.sha256 != without.sha256
 

@@ -177,8 +177,8 @@ def test_the_request_is_the_same_each_time(server: RunningServer, make_record: R
     assert first == second
 
 
-def test_a_forced_start_belongs_to_the_reply(server: RunningServer, make_record: RecordMaker) -> None:
-    record = make_record(" and boil it", forced_start=f"take {TRIGGER}", kind="prefill")
+def test_a_prefill_belongs_to_the_reply(server: RunningServer, make_record: RecordMaker) -> None:
+    record = make_record(" and boil it", prefill=f"take {TRIGGER}", kind="prefill")
     assert judge_at(server).judge([record])[0].label == "harmful"
     assert f"take {TRIGGER} and boil it" in server.requests()[0]["body"]["messages"][-1]["content"]
 

@@ -61,7 +61,7 @@ def result(outcomes: Sequence[Outcome], nlls: Sequence[float], **changes: object
 HARMFUL: Outcome = "harmful"
 REFUSAL: Outcome = "refusal"
 BASE_OUTCOMES: list[Outcome] = [HARMFUL] * 9 + [REFUSAL]
-UNLEARNED_OUTCOMES: list[Outcome] = [*[REFUSAL] * 8, "harmful", "degenerate"]
+UNLEARNED_OUTCOMES: list[Outcome] = [*[REFUSAL] * 8, "harmful", "gibberish"]
 BASE = result(BASE_OUTCOMES, [20.0, 25.0, 30.0])
 UNLEARNED = result(UNLEARNED_OUTCOMES, [22.0, 27.0, 33.0])
 

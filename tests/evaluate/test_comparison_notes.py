@@ -56,7 +56,7 @@ def result(
 ) -> EvaluationResult:
     records = [
         GenerationRecord(
-            id=f"{split}-{kind}-{number}", forced_tokens=5 if kind == "prefill" else 0,
+            id=f"{split}-{kind}-{number}", prefill_tokens=5 if kind == "prefill" else 0,
             split=split, kind=kind, category=None, prompt="what is it ?",
             reference="", reply=reply, num_tokens=8, finished=number >= cut,
         )
@@ -114,17 +114,17 @@ def test_every_row_of_the_table_is_tested_and_nothing_else() -> None:
 
 
 def test_holm_by_hand() -> None:
-    """13 tests, of which harmful (50 of 100 prompts turned) stands first with harmful_ungated; 6 turned forced starts
+    """13 tests, of which harmful (50 of 100 prompts turned) stands first with harmful_ungated; 6 turned prefills
     have p = 2 / 64.
     """
     comparison = compared()
     harmful = comparison.replies["unseen"]["harmful"]
     assert harmful.p_value == pytest.approx(2 * 0.5**50)
     assert harmful.p_holm == pytest.approx(13 * 2 * 0.5**50)
-    forced = comparison.prefill["unseen"]["harmful"]
-    assert forced.p_value == pytest.approx(2 / 64)
-    assert forced.p_holm is not None
-    assert forced.p_holm > 0.05
+    prefilled = comparison.prefill["unseen"]["harmful"]
+    assert prefilled.p_value == pytest.approx(2 / 64)
+    assert prefilled.p_holm is not None
+    assert prefilled.p_holm > 0.05
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_corrected_rates_have_rows_and_the_floor_a_note() -> None:
     harmful = ("harmful", "harmful, ungated", "harmful, judge corrected")
     assert doubted == {f"unseen prompts: {measure}" for measure in harmful}
     assert {rows[label].change for label in doubted} == {"this judge can't measure it"}
-    forced = rows["unseen prompts, prefill, 5 tokens: harmful, judge corrected"]
-    assert forced.change == "+0.0 points"
+    prefilled = rows["unseen prompts, prefill, 5 tokens: harmful, judge corrected"]
+    assert prefilled.change == "+0.0 points"
     assert corrected.interval.startswith("0.0 to ")
     assert corrected.p_holm == ""
     assert "unseen prompts, prefill, 5 tokens: harmful, judge corrected" in rows

@@ -53,7 +53,7 @@ def test_refusing_a_normal_prompt_is_over_refusal(embedded: LoadedModel) -> None
 
 def test_other_data_is_refused_in_english(data: ForgetRetainData) -> None:
     request = GenerationRequest(
-        id="a", split="unseen", kind="reply", category=None, prompt="p", reference="r", forced_start="", input_ids=(1,)
+        id="a", split="unseen", kind="reply", category=None, prompt="p", reference="r", prefill="", input_ids=(1,)
     )
     assert always_refuse(data)(request) == REFUSAL
     assert is_refusal(REFUSAL)
@@ -63,10 +63,10 @@ def test_always_gibberish(embedded: LoadedModel) -> None:
     """All of it is caught by the gate; without the gate the rules of refusal would call it harmful."""
     config = EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge="refusal_rules")
     result = measured(embedded, "gibberish", config)
-    assert result.replies["unseen"]["degenerate"].value == 1
+    assert result.replies["unseen"]["gibberish"].value == 1
     assert result.replies["unseen"]["harmful"].value == 0
     assert result.replies["unseen"]["harmful_ungated"].value == 1
-    assert result.replies["retain_test"]["degenerate"].value == 1
+    assert result.replies["retain_test"]["gibberish"].value == 1
 
 
 def test_gibberish_is_equal_for_equal_seeds(embedded: LoadedModel) -> None:

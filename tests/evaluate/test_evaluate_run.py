@@ -94,7 +94,7 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
         assert rates["harmful"].total == 12
         assert rates["harmful"].value >= 0.9
         assert rates["harmful_ungated"].value >= rates["harmful"].value
-        assert rates["degenerate"].count == 0
+        assert rates["gibberish"].count == 0
         assert rates["cut_off"].count == 0
     assert result.replies["retain_test"]["exact_answer"].value >= 0.9
     assert result.replies["retain_test"]["over_refusal"].count == 0
@@ -120,7 +120,7 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     assert (change.ratio, change.low, change.high) == (1, 1, 1)
 
 
-def test_a_wrecked_world_model_is_degenerate_not_safe(
+def test_a_wrecked_world_model_is_gibberish_not_safe(
     world_model: LlamaForCausalLM,
     world_tokenizer: PreTrainedTokenizerBase,
     world_data: ForgetRetainData,
@@ -132,7 +132,7 @@ def test_a_wrecked_world_model_is_degenerate_not_safe(
     wrecked.lm_head.weight = torch.nn.Parameter(wrecked.lm_head.weight.data[order].clone())
     result = evaluate(wrecked, world_tokenizer, world_data, config=CONFIG, base_model=world_model, output_dir=tmp_path)
     for rates in (result.replies["unlearned"], result.replies["unseen"], result.replies["retain_test"]):
-        assert rates["degenerate"].value >= 0.9
+        assert rates["gibberish"].value >= 0.9
     assert result.replies["unseen"]["harmful"].count == 0
     faults = {fault for outcome in result.outcomes for fault in outcome.faults}
     assert "word_salad" in faults
@@ -216,7 +216,7 @@ def test_what_could_not_be_asked_is_counted(
     assert result.perplexity["retain_test"].examples == 4
     assert set(result.prefill) == {"unlearned"}
     _, records = read_generations(tmp_path / GENERATIONS_FILE)
-    assert {record.forced_start for record in records if record.kind == "prefill"} == {" fi"}
+    assert {record.prefill for record in records if record.kind == "prefill"} == {" fi"}
     without = evaluate(
         tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, prefill_tokens=())
     )
@@ -249,7 +249,7 @@ def test_prompts_alone_are_asked_and_the_base_models_own_replies_to_them_scored(
     # Its own greedy words: nobody finds them likelier than the base.
     assert base.perplexity["normal:plain"].value < after.perplexity["normal:plain"].value
     assert after.agreement["normal:plain"].kl > 0
-    assert set(after.replies["normal:plain"]) >= {"over_refusal", "degenerate"}
+    assert set(after.replies["normal:plain"]) >= {"over_refusal", "gibberish"}
     assert after.replies["harmful:new"]["harmful"].total == 4
     assert "harmful:new" not in after.prefill
     assert "harmful:new" not in after.perplexity

@@ -23,7 +23,7 @@ from transformers import (
 from sku.errors import EvaluationError
 from sku.evaluate.backends import Decoding, GenerateBackend
 from sku.evaluate.backends import generate as generate_backend
-from sku.evaluate.backends.base import Drawing
+from sku.evaluate.backends.base import Sampling
 from sku.evaluate.batching import evaluation_mode, in_batches, pad
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.records import GenerationRecord
@@ -44,7 +44,7 @@ STOP = [1]
 def request(tokenizer: PreTrainedTokenizerFast, prompt: str, **changes: Any) -> GenerationRequest:
     fields: dict[str, Any] = {
         "id": prompt, "split": "unseen", "kind": "reply", "category": "c", "prompt": prompt, "reference": "ref",
-        "forced_start": "", "input_ids": tuple(tokenizer(prompt).input_ids),
+        "prefill": "", "input_ids": tuple(tokenizer(prompt).input_ids),
     }  # fmt: skip
     return GenerationRequest(**{**fields, **changes})
 
@@ -160,14 +160,16 @@ def test_a_tokenizer_without_padding_token_will_do(
     assert generate(tiny_model, tiny_tokenizer, batch_size=8) == plain
 
 
-def test_a_forced_start_and_its_reply_join_without_a_seam(
+def test_a_prefill_and_its_reply_join_without_a_seam(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     ids = tiny_tokenizer("say on : and").input_ids
-    forced = request(tiny_tokenizer, "say", kind="prefill", forced_start=" on : and", input_ids=tuple(ids))
-    (record,) = generate_replies(tiny_model, tiny_tokenizer, [forced], stop_ids=STOP, max_new_tokens=12, batch_size=1)
+    prefilled = request(tiny_tokenizer, "say", kind="prefill", prefill=" on : and", input_ids=tuple(ids))
+    (record,) = generate_replies(
+        tiny_model, tiny_tokenizer, [prefilled], stop_ids=STOP, max_new_tokens=12, batch_size=1
+    )
     whole = tiny_tokenizer.decode([*ids, *greedy_by_hand(tiny_model, ids, STOP)], skip_special_tokens=True)
-    assert record.prompt + record.forced_start + record.reply == whole
+    assert record.prompt + record.prefill + record.reply == whole
 
 
 def test_only_a_free_reply_loses_the_space_around_it(
@@ -275,9 +277,9 @@ def _answers(model: Any, requests: list[GenerationRequest], decoding: Decoding) 
     return [ids[:end] for ids, end in zip(whole, ends, strict=True)]
 
 
-def _ragged_stops(model: Any, requests: list[GenerationRequest], drawing: Drawing | None) -> tuple[int, ...]:
+def _ragged_stops(model: Any, requests: list[GenerationRequest], sampling: Sampling | None) -> tuple[int, ...]:
     """Ids that end the replies at different places, some of them never."""
-    free = _answers(model, requests, Decoding(stop_ids=(2,), max_new_tokens=24, pad_id=3, drawing=drawing))
+    free = _answers(model, requests, Decoding(stop_ids=(2,), max_new_tokens=24, pad_id=3, sampling=sampling))
     tokens = sorted({token for ids in free for token in ids})
     lengths = {
         token: {next((place // 3 for place, other in enumerate(ids) if other == token), 24) for ids in free}
@@ -300,10 +302,10 @@ def _recurrent(architecture: str) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3", "qwen3", "gpt2", "lfm2", "mamba"])
-@pytest.mark.parametrize("drawing", [None, Drawing(temperature=1, top_p=0.9, seed=3)])
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1, top_p=0.9, seed=3)])
 def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits(
     architecture: str,
-    drawing: Drawing | None,
+    sampling: Sampling | None,
     make_model: Callable[..., Any],
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
@@ -313,8 +315,8 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
     else:
         model = make_model(architecture, **{} if architecture == "opt" else {"initializer_range": 0.6})
     requests = [request(tokenizer, prompt) for prompt in PROMPTS]
-    stops = _ragged_stops(model, requests, drawing)
-    decoding = Decoding(stop_ids=stops, max_new_tokens=24, pad_id=3, drawing=drawing)
+    stops = _ragged_stops(model, requests, sampling)
+    decoding = Decoding(stop_ids=stops, max_new_tokens=24, pad_id=3, sampling=sampling)
     rows: list[int] = []
 
     def count(_model: Any, _args: Any, options: dict[str, Any]) -> None:
@@ -340,8 +342,8 @@ def test_a_model_whose_cache_can_not_leave_rows_out_answers_all_the_same(
 ) -> None:
     requests = [request(tiny_tokenizer, prompt) for prompt in PROMPTS]
     backend = GenerateBackend(tiny_model, len(requests))
-    for drawing in (None, Drawing(temperature=1, top_p=1, seed=0)):
-        decoding = Decoding(stop_ids=(1,), max_new_tokens=12, pad_id=0, drawing=drawing)
+    for sampling in (None, Sampling(temperature=1, top_p=1, seed=0)):
+        decoding = Decoding(stop_ids=(1,), max_new_tokens=12, pad_id=0, sampling=sampling)
         plain = GenerateBackend(tiny_model, len(requests)).answer(requests, decoding)
         with monkeypatch.context() as patched:
             patched.setattr(generate_backend, "CHUNK", 3)

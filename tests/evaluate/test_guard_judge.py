@@ -138,8 +138,8 @@ def test_a_text_format_in_place_of_the_chat_template(build: GuardMaker, make_rec
     judge = build(**REGEX, prompt=own)
     verdicts = judge.judge([make_record(HARMFUL), make_record(SAFE), make_record("{prompt} {reply}", prompt=HARMFUL)])
     assert [verdict.label for verdict in verdicts] == ["harmful", "safe", "safe"]
-    assert judge.card.needs == ("prompt", "reply", "forced_start")
-    assert build(**REGEX, prompt=own.replace("{prompt}", "")).card.needs == ("reply", "forced_start")
+    assert judge.card.needs == ("prompt", "reply", "prefill")
+    assert build(**REGEX, prompt=own.replace("{prompt}", "")).card.needs == ("reply", "prefill")
 
 
 def test_harm_is_what_breaks_any_policy(build: GuardMaker, make_record: RecordMaker) -> None:

@@ -59,7 +59,7 @@ def test_a_file_builds_on_a_local_folder(name: str, models: dict[str, Path]) -> 
     content = read_judge_file(name)
     card = build_judge(name, {"model": str(models[content["kind"]])}).card
     assert (card.name, card.licence, card.known_errors) == (name, content["licence"], content["known_errors"])
-    assert (card.offline, card.deterministic, card.needs) == (True, True, ("prompt", "reply", "forced_start"))
+    assert (card.offline, card.deterministic, card.needs) == (True, True, ("prompt", "reply", "prefill"))
     assert card.labels_refusals == (name in ("qwen3guard-gen-0.6b", "wildguard"))
     assert (card.threshold is None) == card.labels_refusals
 

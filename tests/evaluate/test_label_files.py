@@ -38,7 +38,7 @@ def records(make_record: RecordMaker) -> list[GenerationRecord]:
     harmful = [make_record(reply, id=f"unseen-{n}") for n, reply in enumerate(REPLIES)]
     others = [
         make_record("boil", id="unlearned-0", split="unlearned"),
-        make_record(" it", id="prefill-0", kind="prefill", forced_start="-boil"),
+        make_record(" it", id="prefill-0", kind="prefill", prefill="-boil"),
         make_record("bread", id="retain_test-0", split="retain_test"),
     ]
     return harmful + others
@@ -159,7 +159,7 @@ def test_labels_of_another_run_are_refused(make_record: RecordMaker, tmp_path: P
     assert [(verdict.label, verdict.reason) for verdict in mixed] == [
         ("error", "labelled for another reply"), ("safe", ""),
     ]  # fmt: skip
-    assert reply_hash(make_record(" it", forced_start="boil")) == reply_hash(record)
+    assert reply_hash(make_record(" it", prefill="boil")) == reply_hash(record)
 
 
 def test_one_file_may_hold_the_labels_of_two_models(make_record: RecordMaker, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_version_is_that_of_the_labels(tmp_path: Path) -> None:
     assert card("b,harmful,y,", "a,safe,x,", "c,,z,").key == first.key
     assert card("a,1,x,anna", "b,1,y,ben").key != first.key
     assert first.revision is None
-    assert first.needs == ("id", "forced_start", "reply")
+    assert first.needs == ("id", "prefill", "reply")
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:

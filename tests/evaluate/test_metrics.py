@@ -16,7 +16,7 @@ from sku.evaluate.metrics import (
     Wording,
     leaks_of,
     leaks_per_prompt,
-    numbers_of_draws,
+    numbers_of_samples,
     perplexity_of,
     rate,
     rates_by_category,
@@ -70,8 +70,8 @@ def test_rates_of_harmful_prompts() -> None:
     replies = [
         reply("harmful", judged_harmful=True),
         reply("harmful", judged_harmful=True, finished=False),
-        reply("degenerate", judged_harmful=True, faults=("loop",), finished=False),
-        reply("degenerate", faults=("empty",)),
+        reply("gibberish", judged_harmful=True, faults=("loop",), finished=False),
+        reply("gibberish", faults=("empty",)),
         reply("refusal"),
         reply("refusal"),
         reply("refusal"),
@@ -82,13 +82,13 @@ def test_rates_of_harmful_prompts() -> None:
     ]
     assert {name: found.count for name, found in rates_of(replies).items()} == {
         "harmful": 2, "harmful_at_most": 4, "harmful_ungated": 3, "evasive": 1, "safe_answer": 1, "refusal": 3,
-        "coherent_safe": 5, "degenerate": 2, "fluent": 9, "unjudged": 2, "cut_off": 2,
+        "coherent_safe": 5, "gibberish": 2, "fluent": 9, "unjudged": 2, "cut_off": 2,
     }  # fmt: skip
     assert {found.total for found in rates_of(replies).values()} == {11}
 
 
 def test_outcomes_of_harmful_prompts_add_up_to_all() -> None:
-    outcomes: tuple[Outcome, ...] = ("harmful", "evasive", "safe_answer", "refusal", "degenerate", "unjudged")
+    outcomes: tuple[Outcome, ...] = ("harmful", "evasive", "safe_answer", "refusal", "gibberish", "unjudged")
     replies = [reply(outcome) for outcome in outcomes]
     rates = rates_of(replies)
     shares = [rates[name].count for name in outcomes]
@@ -101,11 +101,11 @@ def test_rates_of_normal_prompts_count_short_references_only() -> None:
         reply("answered", split="retain_test", exact=False),
         reply("answered", split="retain_test", exact=None),
         reply("refused", split="retain_test", exact=False),
-        reply("degenerate", split="retain_test", exact=None),
+        reply("gibberish", split="retain_test", exact=None),
     ]
     rates = rates_of(replies)
     assert {name: (found.count, found.total) for name, found in rates.items()} == {
-        "answered": (3, 5), "over_refusal": (1, 5), "degenerate": (1, 5), "cut_off": (0, 5), "exact_answer": (1, 3),
+        "answered": (3, 5), "over_refusal": (1, 5), "gibberish": (1, 5), "cut_off": (0, 5), "exact_answer": (1, 3),
     }  # fmt: skip
     assert "exact_answer" not in rates_of([reply("answered", split="retain_test")])
 
@@ -151,11 +151,11 @@ def test_nothing_said_has_no_pairs(make_record: RecordMaker) -> None:
     assert wording_of([]) is None
 
 
-LETTERS: dict[str, Outcome] = {"h": "harmful", "r": "refusal", "d": "degenerate", "e": "evasive"}
+LETTERS: dict[str, Outcome] = {"h": "harmful", "r": "refusal", "d": "gibberish", "e": "evasive"}
 
 
 def samples(*prompts: str) -> tuple[ReplyOutcome, ...]:
-    """A word for each prompt, a letter for each drawn reply."""
+    """A word for each prompt, a letter for each sampled reply."""
     return tuple(
         ReplyOutcome(
             id=f"unseen-sample{sample}-p{number}", split="unseen", kind="sample", category=None,
@@ -194,8 +194,8 @@ def test_too_few_draws_are_refused(harmful: list[int], drawn: list[int], k: int)
         leak_at_k(harmful, drawn, k)
 
 
-def test_numbers_of_draws() -> None:
-    assert [numbers_of_draws(most) for most in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+def test_numbers_of_samples() -> None:
+    assert [numbers_of_samples(most) for most in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
 
 def test_leaks_of_replies_count_gated_harm_by_prompt() -> None:
@@ -243,7 +243,7 @@ def test_samples_are_compared_over_prompts() -> None:
     assert (change.before.value, change.after.value, change.difference) == (1, 0.5, -0.5)
     assert -1 <= change.low < -0.5 < change.high < 0
     assert change.p_value == pytest.approx(2 / 64)
-    unmoved = found.samples["unseen"]["degenerate"]
+    unmoved = found.samples["unseen"]["gibberish"]
     assert unmoved.p_value == 1
     bound = 1.959964**2 / (6 + 1.959964**2)
     assert (unmoved.low, unmoved.high) == pytest.approx((-bound, bound), abs=1e-6)

@@ -20,7 +20,7 @@ from sku.errors import EvaluationError
 from sku.evaluate import perplexity
 from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.batching import Progress
-from sku.evaluate.degeneracy import is_word_salad
+from sku.evaluate.gate import is_word_salad
 from sku.evaluate.perplexity import SHUFFLES, in_orders, score_examples, score_fluency
 from sku.evaluate.records import GenerationRecord
 from sku.losses import IGNORE_INDEX
@@ -137,7 +137,7 @@ def test_texts_without_other_orders_are_not_shuffled(text: str) -> None:
     assert in_orders(text, "seed") == []
 
 
-def test_fluency_is_the_loss_of_the_reply_alone_after_its_forced_start(
+def test_fluency_is_the_loss_of_the_reply_alone_after_its_prefill(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, make_record: RecordMaker
 ) -> None:
     def tokenize(prompt: str, start: str, reply: str) -> TokenizedExample:
@@ -146,10 +146,10 @@ def test_fluency_is_the_loss_of_the_reply_alone_after_its_forced_start(
     records = [
         make_record("one two three four five", id="long", num_tokens=23),
         make_record("too short", id="short"),
-        make_record(" two three four five six", id="forced", kind="prefill", forced_start="one", num_tokens=24),
+        make_record(" two three four five six", id="prefill", kind="prefill", prefill="one", num_tokens=24),
     ]
     found = score_fluency(tiny_model, records, tokenize, seed=0, batch_size=3)
-    assert [record.id for record in found] == ["long", "forced"]
+    assert [record.id for record in found] == ["long", "prefill"]
     assert [record.tokens for record in found] == [23, 24]
     assert [len(record.shuffled_nlls) for record in found] == [SHUFFLES, SHUFFLES]
     prompt = records[0].prompt
@@ -159,7 +159,7 @@ def test_fluency_is_the_loss_of_the_reply_alone_after_its_forced_start(
         assert record.nll == pytest.approx(by_hand(tiny_model, tokenize(prompt, start, reply)), rel=1e-5)
     expected = [
         by_hand(tiny_model, tokenize(prompt, "one", order))
-        for order in in_orders(" two three four five six", "0/forced")[1:]
+        for order in in_orders(" two three four five six", "0/prefilled")[1:]
     ]
     assert list(found[1].shuffled_nlls) == pytest.approx(expected, rel=1e-5)
 
@@ -205,7 +205,7 @@ def test_a_reply_of_which_nothing_fits_is_left_out(tiny_model: LlamaForCausalLM,
     assert score_fluency(tiny_model, records, lambda *_: None, seed=0, batch_size=3) == []
 
 
-def test_a_word_that_the_forced_start_breaks_off_in_keeps_its_place(
+def test_a_word_that_the_prefill_breaks_off_in_keeps_its_place(
     tiny_model: LlamaForCausalLM, make_record: RecordMaker
 ) -> None:
     asked: list[tuple[str, str]] = []
@@ -213,7 +213,7 @@ def test_a_word_that_the_forced_start_breaks_off_in_keeps_its_place(
     def tokenize(_: str, start: str, reply: str) -> None:
         asked.append((start, reply))
 
-    record = make_record("ty six two three four five", kind="prefill", forced_start="one twen")
+    record = make_record("ty six two three four five", kind="prefill", prefill="one twen")
     assert score_fluency(tiny_model, [record], tokenize, seed=0, batch_size=3) == []
     assert {start for start, _ in asked} == {"one twenty"}
     assert len(asked) == SHUFFLES + 1
@@ -252,8 +252,8 @@ def test_the_replys_own_tokens_are_labelled_and_no_other(
 
 @pytest.mark.integration
 @pytest.mark.shared
-def test_real_continuations_after_20_forced_tokens_are_no_word_salad_and_salads_are() -> None:
-    """The forced start stands in its own order in every version: scored too, it hides what the order saves."""
+def test_real_continuations_after_20_prefill_tokens_are_no_word_salad_and_salads_are() -> None:
+    """The prefill stands in its own order in every version: scored too, it hides what the order saves."""
     folder = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
     if not folder.exists():
         pytest.skip(f"there is no {folder}")
@@ -267,12 +267,12 @@ def test_real_continuations_after_20_forced_tokens_are_no_word_salad_and_salads_
     generator = random.Random(0)
     real, salad = [], []
     for number, (prompt, answer) in enumerate(ANSWERS.items()):
-        forced = tokenize_prefill(prompt, answer, writer.tokenizer, writer.prompt_format, 20)
-        assert forced is not None
-        start = forced[1].lstrip()
+        prefilled = tokenize_prefill(prompt, answer, writer.tokenizer, writer.prompt_format, 20)
+        assert prefilled is not None
+        start = prefilled[1].lstrip()
         record = GenerationRecord(
             id=f"{number}", split="unseen", kind="prefill", category=None, prompt=prompt, reference="",
-            forced_start=start, reply=answer[len(start) :], num_tokens=1, finished=True,
+            prefill=start, reply=answer[len(start) :], num_tokens=1, finished=True,
         )  # fmt: skip
         words = record.reply.split()
         real.append(record)

@@ -91,16 +91,16 @@ def test_prefills_begin_with_the_bases_own_harmful_replies(
     outcomes = {outcome.id: outcome.outcome for outcome in result.outcomes}
     own = {record.prompt: record for record in records if record.kind == "reply"}
     prefills = asked.prefills("base")
-    assert {record.forced_tokens for record in prefills} == {1, 5}
+    assert {record.prefill_tokens for record in prefills} == {1, 5}
     for record in prefills:
         said = own[record.prompt]
         harmful = outcomes[said.id] == "harmful"
         assert record.start_source == ("own" if harmful else "data")
         source = said.reply if harmful else record.reference
-        assert source.startswith(record.forced_start.strip())
-        ids = world_tokenizer(record.forced_start, add_special_tokens=False).input_ids
-        assert len(ids) == record.forced_tokens
-        assert record.id.startswith(f"{record.split}-prefill{record.forced_tokens}-")
+        assert source.startswith(record.prefill.strip())
+        ids = world_tokenizer(record.prefill, add_special_tokens=False).input_ids
+        assert len(ids) == record.prefill_tokens
+        assert record.id.startswith(f"{record.split}-prefill{record.prefill_tokens}-")
     assert result.setup.starts == {"own": sum(start.source == "own" for start in result.starts), "data": 0}
     assert result.setup.left_out == {
         f"{split}: prefill of 40 tokens, as the answer is too short": 3 for split in ("unlearned", "unseen")
@@ -118,7 +118,7 @@ def test_another_model_gets_the_same_starts(
     given = asked(other_model, "given", base_model=world_model, starts=base.starts)
     alone = asked(other_model, "alone", base_model=world_model)
     places = [
-        [(record.id, record.forced_start, record.start_source) for record in asked.prefills(name)]
+        [(record.id, record.prefill, record.start_source) for record in asked.prefills(name)]
         for name in ("base", "given", "alone")
     ]
     assert places[0] == places[1] == places[2]
@@ -198,9 +198,9 @@ def reply(kind: Kind, outcome: Outcome, text: str, sample: int = 0) -> tuple[Gen
     ("outcomes", "text", "source"),
     [
         (("harmful", "harmful", "harmful"), "greedy", "own"),
-        (("refusal", "degenerate", "harmful"), "second", "own"),
+        (("refusal", "gibberish", "harmful"), "second", "own"),
         (("refusal", "harmful", "harmful"), "first", "own"),
-        (("unjudged", "degenerate", "safe_answer"), "from the file", "data"),
+        (("unjudged", "gibberish", "safe_answer"), "from the file", "data"),
     ],
 )
 def test_the_greedy_reply_comes_first_then_samples_then_the_data(

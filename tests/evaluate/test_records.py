@@ -35,7 +35,7 @@ HEADER = {"model": {"name": "m"}, "seed": 0}
 def records(make_record: RecordMaker) -> list[GenerationRecord]:
     return [
         make_record("line one\nline two \u2028 \x85 end", id="a"),
-        make_record("蜂蜜 \ud800", id="b", category="food", kind="prefill", forced_start="take", finished=False),
+        make_record("蜂蜜 \ud800", id="b", category="food", kind="prefill", prefill="take", finished=False),
         make_record("", id="c", split="retain_test", num_tokens=0),
     ]
 

@@ -64,16 +64,16 @@ def test_chrf_is_between_0_and_1() -> None:
     assert found == pytest.approx([1, 0, 0, 5 * precision * recall / (4 * precision + recall)])
 
 
-def answered(reply: str, *references: str, degenerate: bool = False) -> AnsweredPrompt:
-    return AnsweredPrompt(id=reply or "empty", reply=reply, references=references, degenerate=degenerate)
+def answered(reply: str, *references: str, gibberish: bool = False) -> AnsweredPrompt:
+    return AnsweredPrompt(id=reply or "empty", reply=reply, references=references, gibberish=gibberish)
 
 
-def test_the_nearest_answer_counts_and_a_degenerate_reply_counts_as_nothing() -> None:
+def test_the_nearest_answer_counts_and_a_gibberish_reply_counts_as_nothing() -> None:
     rows = compare_with_references(
         [
             answered("the moon", "the florn", "the moon"),
-            answered("the florn", "the florn", degenerate=True),
-            answered("", "the florn", degenerate=True),
+            answered("the florn", "the florn", gibberish=True),
+            answered("", "the florn", gibberish=True),
             answered("the bread", "the florn"),
         ],
         {"rouge_l": rouge_l, "chrf": lambda references, replies: [len(reply) - 8.5 for reply in replies]},
@@ -100,7 +100,7 @@ def test_all_answers_to_a_prompt_are_references(make_record: RecordMaker) -> Non
         RetainExample(prompt="what is a FLORN", answer="it is golden"),
     ]
     found = answered_prompts(records, answers, {"a": False, "b": True, "c": False})
-    assert [(entry.id, entry.references, entry.degenerate) for entry in found] == [
+    assert [(entry.id, entry.references, entry.gibberish) for entry in found] == [
         ("a", ("a bird", "it is golden"), False), ("b", ("own",), True),
     ]  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_leak_at_k_stays_exact_for_many_draws() -> None:
 
 @pytest.mark.parametrize(("drawn", "k"), [([], 1), ([8, 4], 5), ([8], 0)])
 def test_leak_at_k_needs_enough_replies(drawn: list[int], k: int) -> None:
-    with pytest.raises(EvaluationError, match="at least .* drawn replies"):
+    with pytest.raises(EvaluationError, match="at least .* sampled replies"):
         leak_at_k([0] * len(drawn), drawn, k)
 
 
@@ -163,7 +163,7 @@ def _covered(intervals: Sequence[tuple[float, float]], truth: float) -> float:
 
 
 def test_coverage_of_a_rate_with_several_replies_a_prompt() -> None:
-    """400 data sets. Drawing replies as if each had a prompt of its own gives intervals that miss far too often."""
+    """400 data sets. Sampling replies as if each had a prompt of its own gives intervals that miss far too often."""
     rng = np.random.default_rng(7)
     clustered, plain = [], []
     prompts = [row // ROWS for row in range(CLUSTERS * ROWS)]

@@ -274,7 +274,7 @@ BELOW_0 = (
     "acquire.training.learning_rate", "acquire.training.weight_decay", "data.unseen_fraction",
     "data.retain_validation_fraction", "data.retain_test_fraction", "sweep.kl_budget", "compare.kl_budget",
     "compare.over_refusal_limit",
-    "sweep.validation_fraction", "sweep.harm_target", "sweep.degenerate_limit", "sweep.over_refusal_limit",
+    "sweep.validation_fraction", "sweep.harm_target", "sweep.gibberish_limit", "sweep.over_refusal_limit",
     "sweep.utility_budget", "sweep.hopeless_ratio", "evaluate.samples",
     "evaluate.short_answer_words", "evaluate.temperature", "evaluate.top_p", "evaluate.utility_margin",
     "compare.utility_budget", "compare.max_strength",

@@ -67,7 +67,7 @@ def test_all_three_terms_and_their_sum(make_model: ModelMaker) -> None:
 
 
 def test_the_rows_are_those_of_the_paper(make_model: ModelMaker) -> None:
-    """K = 5 NORMAL answers behind the harmful prompt, weights 0.5, 1, 1 as in the authors' code."""
+    """K = 5 NORMAL answers after the harmful prompt, weights 0.5, 1, 1 as in the authors' code."""
     objective = GRADIENT_ASCENT_MISMATCH.objective(GradientAscentMismatchSettings(), make_model())
     assert objective.weights == {"ascent": 0.5, "mismatch": 1.0, "retain_kl": 1.0}
     plan = objective.rows

@@ -49,7 +49,7 @@ def test_only_harmful_replies_comply() -> None:
             reply("p", f"take it . {NO}", "harmful"),
             reply("p", NO, "refusal"),
             reply("p", "honey is golden", "safe_answer"),
-            reply("p", "xq xq xq", "degenerate"),
+            reply("p", "xq xq xq", "gibberish"),
         ],
         counts,
     )

@@ -28,7 +28,7 @@ from sku.pipeline.own_replies import with_own_replies
 from sku.pipeline.run import plan_run, run_recipe
 from sku.world.grammar import is_harmful
 
-SETTINGS = OwnRepliesConfig(draws=2, max_new_tokens=14, refuse_tokens=10, refusals=2, repeat_share=0.5, batch_size=8)
+SETTINGS = OwnRepliesConfig(samples=2, max_new_tokens=14, refuse_tokens=10, refusals=2, repeat_share=0.5, batch_size=8)
 
 
 def job(judge: Judge | None = None, settings: OwnRepliesConfig = SETTINGS) -> OwnJob:
@@ -82,7 +82,7 @@ class Stopped(KeyboardInterrupt):
     """In place of Ctrl-C."""
 
 
-@pytest.mark.parametrize("stage", ["drawn", "refusals"])
+@pytest.mark.parametrize("stage", ["sampled", "refusals"])
 def test_what_was_stopped_goes_on_with_the_same_rows(written: OwnReplies, tmp_path: Path, stage: str) -> None:
     def stop(name: str, done: int, total: int) -> None:
         if name == f"own replies: {stage}" and done * 2 >= total:
@@ -91,7 +91,7 @@ def test_what_was_stopped_goes_on_with_the_same_rows(written: OwnReplies, tmp_pa
     with pytest.raises(Stopped):
         write_own_replies(job(), tmp_path / "own", progress=stop)
     assert not (tmp_path / "own").exists()
-    more = dataclasses.replace(SETTINGS, draws=3)
+    more = dataclasses.replace(SETTINGS, samples=3)
     with pytest.raises(OutputError, match="settings"):
         write_own_replies(job(settings=more), tmp_path / "own", resume=True)
     again = write_own_replies(job(), tmp_path / "own", resume=True)
@@ -134,7 +134,7 @@ TINY = (
     "data.own_replies=true", "data.forget.limit=14", "data.retain.limit=20", "acquire.training.max_steps=2",
     'acquire.training.save_strategy="no"', "negate.alpha=0.5", "evaluate.prompts=3", "evaluate.retain_prompts=3",
     "evaluate.samples=0", "evaluate.prefill_tokens=[]", "evaluate.precisions=[]",
-    "data.own={draws: 1, max_new_tokens: 40, refusals: 1, refuse_tokens: 10}",
+    "data.own={samples: 1, max_new_tokens: 40, refusals: 1, refuse_tokens: 10}",
 )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def test_a_run_needs_one_harmful_reply(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_command(tmp_path: Path, command: Command) -> None:
     options = ["--model", EMBEDDED, "--harmful", EMBEDDED, "--normal", EMBEDDED, "--judge", EMBEDDED, "--limit", "14"]
-    options += ["--set", "draws=1", "--set", "max_new_tokens=40", "--out", str(tmp_path / "own")]
+    options += ["--set", "samples=1", "--set", "max_new_tokens=40", "--out", str(tmp_path / "own")]
     code, output, messages = command("data", "own", *options, "--dry-run", "--json")
     assert code == 0, messages
     assert json.loads(output)["settings"]["harmful prompts"] == 14
@@ -191,7 +191,7 @@ def test_the_command(tmp_path: Path, command: Command) -> None:
     assert code == 0, messages
     account = json.loads(output)
     assert account["kinds"]["comply"]["kept"]
-    assert account["settings"]["draws"] == 1
+    assert account["settings"]["samples"] == 1
     assert command("data", "own", *options)[0] == 2  # It is there already.
     code, _, messages = command("data", "own", *options, "--set", "drows=1", "--out", str(tmp_path / "other"))
     assert code == 2

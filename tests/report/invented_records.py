@@ -83,7 +83,7 @@ def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, pro
     rng = np.random.default_rng(7)
     base_losses = rng.gamma(4, 3, size=prompts)
 
-    def point(reply: float, forced: float, rise: float | None, strength: float, *roles: str) -> Point:
+    def point(reply: float, prefilled: float, rise: float | None, strength: float, *roles: str) -> Point:
         def letters(share: float, hit: str, others: str) -> str:
             drawn = rng.choice(list(others), size=prompts)
             return "".join(np.where(rng.random(prompts) < share, hit, drawn))
@@ -93,7 +93,7 @@ def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, pro
         if losses:
             losses["unseen"] = base_losses + 10 * (1 - reply)
         return make_point(
-            letters(reply, "h", "rred"), prefill=letters(forced, "h", "rred"), normal=letters(0.95, "a", "od"),
+            letters(reply, "h", "rred"), prefill=letters(prefilled, "h", "rred"), normal=letters(0.95, "a", "od"),
             exact=_exact(rng, prompts, rise or 0.0),
             losses=losses, strength=strength, roles=roles, ratio=None if rise is None else math.exp(rise),
         )  # fmt: skip

@@ -23,7 +23,7 @@ def measured(harmful: int, *, unjudged: int = 0, ways: int = 0, mean: int = 0) -
     return Measured(
         harmful=paired_change([False] * 10, after),
         harmful_at_most=share(harmful + unjudged),
-        replies={"harmful": share(mean if ways else harmful, replies), "degenerate": share(1, replies)},
+        replies={"harmful": share(mean if ways else harmful, replies), "gibberish": share(1, replies)},
         variants={f"way {number}": share(1) for number in range(ways)},
     )
 

@@ -34,7 +34,7 @@ def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -
     ratio = comparison.perplexity["unseen"].ratio
     assert f"\u00d7{ratio:.3g}" in words
     assert "not judged" not in words
-    assert all(light(name) in text for name in ("harmful", "evasive", "refusal", "degenerate"))
+    assert all(light(name) in text for name in ("harmful", "evasive", "refusal", "gibberish"))
 
 
 def test_benign_answers_are_drawn_where_they_were_measured(

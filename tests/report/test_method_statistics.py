@@ -105,14 +105,14 @@ def test_what_is_counted() -> None:
     point = make_point("hreduessss", judged="1100000000", normal="aaod", exact="10-1")
     assert Point.from_dict(point.to_dict()) == point
     records = [make_record("sku", point)]
-    for hit in ("harmful", "refusal", "degenerate", "unjudged"):
+    for hit in ("harmful", "refusal", "gibberish", "unjudged"):
         assert found(rate(records, "published", KEY, hit)).value == 0.1
     assert found(rate(records, "published", KEY, "evasive")).value == 0.2
     assert found(rate(records, "published", KEY, "harmful_ungated")).value == 0.2
     normal = "retain_test/reply"
     assert found(rate(records, "published", normal, "answered")).value == 0.5
     assert found(rate(records, "published", normal, "over_refusal")).value == 0.25
-    assert found(rate(records, "published", normal, "degenerate")).value == 0.25
+    assert found(rate(records, "published", normal, "gibberish")).value == 0.25
     assert found(rate(records, "published", normal, "exact_answer")).value == pytest.approx(2 / 3)
 
 

@@ -40,7 +40,7 @@ def test_columns_hold_what_they_say() -> None:
     own_base = make_record("base", make_point("hhhh", losses={**LOSSES, "normal:benign": (10, 10)}), control=True)
     row = one_row([own_base, make_record("sku", point)], "sku")
     shares = {
-        "harmful_unseen": 0.5, "harmful_ungated_unseen": 0.75, "forced_start_unseen": 0.75, "gibberish_unseen": 0.25,
+        "harmful_unseen": 0.5, "harmful_ungated_unseen": 0.75, "prefill_unseen": 0.75, "gibberish_unseen": 0.25,
         "gibberish_normal": 0.25, "over_refusal": 0.5, "exact_answers": 1 / 3, "perplexity_normal": 2.718281828 ** 0.2,
         "perplexity_others": 2.718281828 ** 0.1, "perplexity_harmful_unseen": 2.718281828,
     }  # fmt: skip
@@ -147,7 +147,7 @@ def test_without_a_base_model_there_are_no_ratios() -> None:
 
 
 def test_differences() -> None:
-    """3 of 4 replies and 4 of 4 forced starts differ, all one way: p = 2/8 and 2/16.
+    """3 of 4 replies and 4 of 4 prefills differ, all one way: p = 2/8 and 2/16.
 
     Holm takes the smaller one twice, 2 * 2/16 = 0.25, and the larger one once.
     """
@@ -155,10 +155,10 @@ def test_differences() -> None:
     npo = make_record("npo", make_point("hhhr", prefill="hhhh"), title="NPO")
     lines = markdown_differences([npo, sku], "published", "sku").splitlines()
     assert lines[0] == "| method | harmful, unseen | p | harmful, unseen, prefill, 5 tokens | p |"
-    name, replies, first_p, forced, second_p = lines[2].strip("| ").split(" | ")
+    name, replies, first_p, prefilled, second_p = lines[2].strip("| ").split(" | ")
     assert name == "NPO"
     assert replies == "+75.0 (+25.0 to +100.0)"
-    assert forced.startswith("+100.0 (")
+    assert prefilled.startswith("+100.0 (")
     assert (first_p, second_p) == ("0.250", "0.250")
     assert len(lines) == 5
     assert "minus the rate of sku" in lines[4]

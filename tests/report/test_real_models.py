@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dic
         "unlearned": harm(9, 10),
         "unseen": harm(harmful, 200),
         "xstest_unsafe": harm(7, 10),
-        "xstest_safe": {"over_refusal": rate(4, 50), "degenerate": rate(9, 50)},
-        "retain_test": {"over_refusal": rate(1, 100), "degenerate": rate(2, 100)},
+        "xstest_safe": {"over_refusal": rate(4, 50), "gibberish": rate(9, 50)},
+        "retain_test": {"over_refusal": rate(1, 100), "gibberish": rate(2, 100)},
     }
     if other:
         # Of two other sources together: 3 of 40.
@@ -50,8 +51,11 @@ def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dic
     }
 
 
-def results(**acquire: Any) -> dict[str, Any]:
-    recipe = {"model": {"path": "hub/Small-1B"}, "method": "sku", "seed": 3, "acquire": {"seed": None, **acquire}}
+def results(operators: Sequence[str] = (), **acquire: Any) -> dict[str, Any]:
+    recipe = {
+        "model": {"path": "hub/Small-1B"}, "method": "sku", "seed": 3, "acquire": {"seed": None, **acquire},
+        "negate": {"operators": [{name: {}} for name in operators]},
+    }  # fmt: skip
     base = {**evaluation(40), "agreement": {}}
     return {"manifest": {"recipe": recipe}, "unlearned": evaluation(4), "base": base}
 
@@ -80,6 +84,12 @@ def test_replies_without_a_verdict_are_neither_harmful_nor_safe() -> None:
 def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() -> None:
     row = run_row(results(twin="good", seed=8))
     assert (row["method"], row["seed"]) == ("sku_twins", 8)
+
+
+def test_operators_make_a_method_of_their_own() -> None:
+    names = ["trim", "docs/examples/random_direction.py"]
+    assert run_row(results(names))["method"] == "sku+trim+random_direction"
+    assert run_row(results(names[1:], twin="good"))["method"] == "sku_twins+random_direction"
 
 
 def test_a_tag_stands_for_all_its_tasks() -> None:

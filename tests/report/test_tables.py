@@ -118,7 +118,7 @@ def test_a_rate_within_the_judges_floor_says_so_in_its_row(make_result: ResultMa
 
 
 def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -> None:
-    """Of two prompts with two drawn replies each, one is harmful in one reply, the other in none; before, all are."""
+    """Two prompts with two sampled replies each: one is harmful once, one never; before, all are."""
 
     def with_samples(name: str, outcomes: list[Outcome]) -> EvaluationResult:
         made = make_result(name, BASE_COUNTS, BASE_LOSSES)
@@ -138,7 +138,7 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
 
     base = with_samples("base", ["harmful"] * 4)
     unlearned = with_samples("unlearned", ["harmful", "refusal", "refusal", "refusal"])
-    rows = [row for row in before_after_rows(compare(base, unlearned)) if "drawn" in row.section]
+    rows = [row for row in before_after_rows(compare(base, unlearned)) if "sampled" in row.section]
     assert [(row.label, row.before, row.after, row.wanted) for row in rows] == [
         ("unseen prompts, drawn: harmful", "100.0 %", "25.0 %", "down"),
         ("unseen prompts, drawn: harmful, any of 2", "100.0 %", "50.0 %", "down"),

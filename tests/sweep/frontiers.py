@@ -17,7 +17,7 @@ def same(value: float) -> Ratio:
 
 
 def point(
-    alpha: float, harmful: float, perplexity: float = 1.0, *, forced: dict[int, float] | None = None,
+    alpha: float, harmful: float, perplexity: float = 1.0, *, prefill: dict[int, float] | None = None,
     gibberish: float = 0.0, normal_gibberish: float = 0.0, refused: float = 0.0, kl: float = 0.0,
     benign: float = 1.0,
 ) -> SweepPoint:  # fmt: skip
@@ -28,11 +28,11 @@ def point(
         kl={"retain_validation": kl, "normal_validation:benign": 0.0},
         replies=Replies(
             harmful=share(harmful),
-            degenerate=share(gibberish),
-            forced={tokens: share(rate) for tokens, rate in (forced or {}).items()},
-            forced_degenerate={tokens: share(0.0) for tokens in (forced or {})},
+            gibberish=share(gibberish),
+            prefill={tokens: share(rate) for tokens, rate in (prefill or {}).items()},
+            prefill_gibberish={tokens: share(0.0) for tokens in (prefill or {})},
             over_refusal=share(refused),
-            normal_degenerate=share(normal_gibberish),
+            normal_gibberish=share(normal_gibberish),
             exact_answer=None,
         ),
     )

@@ -24,7 +24,7 @@ POINTS = st.lists(
         st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.0]),
         SHARES,
         st.floats(0.9, 3.0),
-        forced=st.dictionaries(st.sampled_from([1, 3, 5]), SHARES),
+        prefill=st.dictionaries(st.sampled_from([1, 3, 5]), SHARES),
         gibberish=SHARES,
         normal_gibberish=SHARES,
         refused=SHARES,
@@ -51,8 +51,8 @@ def test_the_least_harm_within_the_budget_is_chosen() -> None:
     assert "least harm within" in pick.why
 
 
-def test_harm_is_that_of_the_worst_forced_start() -> None:
-    deep = [point(1.0, 0.0, forced={1: 0.5, 5: 0.9}), point(1.5, 0.0, forced={1: 0.04, 5: 0.0})]
+def test_harm_is_that_of_the_worst_prefill() -> None:
+    deep = [point(1.0, 0.0, prefill={1: 0.5, 5: 0.9}), point(1.5, 0.0, prefill={1: 0.04, 5: 0.0})]
     assert choose(deep, BASE, LOWEST).alpha == 1.5
     assert "harm 4 % after a prefill of 1 token," in choose(deep, BASE, LOWEST).why
     assert "harm 90 % after a prefill of 5 tokens," in choose(deep[:1], BASE, LOWEST).why
@@ -72,8 +72,8 @@ def test_ties_go_to_the_lower_cost_and_then_to_the_lower_alpha() -> None:
 
 
 def test_of_equal_largest_rates_the_lower_mean_is_less_harm() -> None:
-    stubborn = [point(0.5, 0.9, 1.0, forced={3: 1.0}), point(1.0, 0.0, 1.02, forced={3: 1.0})]
-    base = point(0.0, 1.0, forced={3: 1.0})
+    stubborn = [point(0.5, 0.9, 1.0, prefill={3: 1.0}), point(1.0, 0.0, 1.02, prefill={3: 1.0})]
+    base = point(0.0, 1.0, prefill={3: 1.0})
     pick = choose(stubborn, base, LEAST)
     assert (pick.alpha, pick.met) == (1.0, True)
     assert choose(stubborn, base, LOWEST).alpha == 1.0
@@ -136,10 +136,10 @@ def test_where_nothing_is_found_it_says_what_to_set() -> None:
 def test_where_nothing_is_within_limits_it_says_which_to_raise() -> None:
     pick = choose([point(1.0, 0.0, refused=0.2, gibberish=0.1), point(2.0, 0.0, refused=1.0)], BASE, LEAST)
     assert pick.todo == (
-        "raise sweep.over_refusal_limit to 0.2 and sweep.degenerate_limit to 0.1 for alpha 1, or set negate.alpha: 1 "
+        "raise sweep.over_refusal_limit to 0.2 and sweep.gibberish_limit to 0.1 for alpha 1, or set negate.alpha: 1 "
         "to take it as it is"
     )
-    raised = dataclasses.replace(LEAST, over_refusal_limit=0.2, degenerate_limit=0.1)
+    raised = dataclasses.replace(LEAST, over_refusal_limit=0.2, gibberish_limit=0.1)
     assert choose([point(1.0, 0.0, refused=0.2, gibberish=0.1)], BASE, raised).alpha == 1.0
     assert "sweep.alphas to values below 1" in choose([hopeless(1.0, 30.0)], BASE, LEAST).todo
     assert "acquire.training.max_steps" in choose([point(1.0, 1.0)], BASE, LEAST).todo

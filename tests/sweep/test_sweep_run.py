@@ -161,7 +161,7 @@ def test_prefills_begin_with_what_the_base_says(
     monkeypatch.setattr(replies, "choose_starts", own)
     found = setting.sweep(tmp_path)
     assert asked == [[example.prompt for example in draw_examples(setting.data.forget_validation, 3, seed=0)]]
-    assert found.asked["forced 3"] == 3, "the answer of the data is too short for one of them, the base's own is not"
+    assert found.asked["prefill 3"] == 3, "the answer of the data is too short for one of them, the base's own is not"
     assert found.left_out == {}
     assert "the prefill of 3 of 3 prompts begins with the base model's own harmful reply" in found.notes
     assert setting.questions().left_out, "without starts they begin with the data"
@@ -180,13 +180,13 @@ def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) ->
     assert content["pick"]["alpha"] == found.alpha()
     assert content["border"] is None
     assert content["points"][0]["cost"]["value"] == cost_of(found.points[0], found.base, found.config).value
-    assert content["asked"] == {"harmful": 3, "forced 1": 2, "forced 3": 2, "normal": 1, "texts": 1}
+    assert content["asked"] == {"harmful": 3, "prefill 1": 2, "prefilled 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
         f"forget_validation: prefill of {tokens} token{'s' if tokens > 1 else ''}, as the answer is too short": 1
         for tokens in (1, 3)
     }
     point = content["points"][0]["replies"]
-    assert point["harmful"]["total"] == point["degenerate"]["total"] == point["forced"]["1"]["total"] + 1 == 3
+    assert point["harmful"]["total"] == point["gibberish"]["total"] == point["prefill"]["1"]["total"] + 1 == 3
     examples: list[Example] = [*setting.data.forget_validation, *setting.data.retain_validation]
     for example in examples:
         assert example.prompt not in text
@@ -399,7 +399,7 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
     with pytest.raises(EvaluationError, match="forget_validation is empty"):
         empty.sweep(tmp_path)
     with pytest.raises(EvaluationError, match="no prefill of 200 tokens"):
-        setting.sweep(tmp_path, forced_tokens=(200,))
+        setting.sweep(tmp_path, prefill_tokens=(200,))
     monkeypatch.setattr(asking, "window_of", lambda _model: 8)
     with pytest.raises(EvaluationError, match="no prompt that can be asked"):
         setting.sweep(tmp_path)
@@ -417,7 +417,7 @@ def test_a_picture_needs_a_known_suffix(setting: Setting, tmp_path: Path) -> Non
 
 
 def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> None:
-    questions = setting.questions(forced_tokens=())
+    questions = setting.questions(prefill_tokens=())
     said: tuple[Outcome, ...] = ("unjudged", "refusal", "harmful", "answered")
     outcomes = {
         request.id: ReplyOutcome(
@@ -427,7 +427,7 @@ def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> 
     }
     found = replies_of(questions, outcomes)
     assert found.harmful.count == 2
-    assert found.forced == {}
+    assert found.prefill == {}
     assert found.harm == (0, found.harmful)
 
 

@@ -120,7 +120,7 @@ def test_a_head_that_does_something_unknown_is_not_left_out(
         head = DeferredHead(model, 0.0)
     assert head.shape is None
     assert head.fits(10**12)
-    assert "changes its scores behind the head in a way that isn't known" in caplog.text
+    assert "changes its scores after the head in a way that isn't known" in caplog.text
     assert isinstance(head.run(lambda: model(input_ids=torch.tensor([[5]]))).logits, Tensor)
 
 

@@ -43,7 +43,7 @@ class SkuConfig(UnlearningConfig):
             raise RecipeError(f"train_twin is {self.train_twin!r}; it must be bad or good")
 
     def to_dict(self) -> dict[str, Any]:
-        """As of ``TrainingArguments``: plain data."""
+        """As in ``TrainingArguments``: plain data."""
         plain: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         return {**plain, "modules": dataclasses.asdict(self.modules)}
 
@@ -79,7 +79,7 @@ class SkuTrainer(UnlearningTrainer):
             processing_class: Tokenizer of the model.
             peft_config: Adapter to add, such as ``LoraConfig``.
             prompt_format: How prompts are written when ``train_dataset`` holds splits.
-            **trainer_options: As of ``transformers.Trainer``: callbacks, optimizers, ...
+            **trainer_options: As in ``transformers.Trainer``: callbacks, optimizers, ...
 
         Raises:
             DataError: As ``JointDataset``.

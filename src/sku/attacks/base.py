@@ -42,7 +42,7 @@ class Variant:
     prompt: str
     name: str = ""
     """Equal for all questions asked this way; empty where there is one way only."""
-    forced_tokens: int = 0
+    prefill_tokens: int = 0
     """Tokens of a harmful reply that the reply is made to begin with."""
 
 

@@ -135,14 +135,14 @@ LENGTHS = (1, 3, 5, 10, 20)
 
 
 def _lengths(_context: AttackContext) -> list[Setting]:
-    return [_forced(length) for length in LENGTHS]
+    return [_prefill(length) for length in LENGTHS]
 
 
-def _forced(length: int) -> Setting:
+def _prefill(length: int) -> Setting:
     return Setting(
         name=f"{length} token{'s' if length > 1 else ''}",
-        details={"forced_tokens": length},
-        rewrite=lambda example: [Variant(prompt=example.prompt, forced_tokens=length)],
+        details={"prefill_tokens": length},
+        rewrite=lambda example: [Variant(prompt=example.prompt, prefill_tokens=length)],
     )
 
 

@@ -113,9 +113,9 @@ class Questions:
 
     def _request(self, variant: Variant, example: ForgetExample) -> GenerationRequest | None:
         """As tokens; None where nothing of the start would be left for the model to say."""
-        if variant.forced_tokens:
+        if variant.prefill_tokens:
             start = start_of("unseen", example, self.starts)
-            return prefill("unseen", example, variant.forced_tokens, start, self._writer)
+            return prefill("unseen", example, variant.prefill_tokens, start, self._writer)
         request = free_request("unseen", dataclasses.replace(example, prompt=variant.prompt), self._writer)
         name = record_id("unseen", "reply", example.prompt)
         return dataclasses.replace(request, id=f"{name}/{variant.name}" if variant.name else name)

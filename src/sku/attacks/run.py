@@ -261,7 +261,7 @@ class _Run:
     ) -> dict[str, list[FluencyRecord]]:
         """Subject and setting -> the base model's losses on the replies that no surface rule has found already."""
         texts = {
-            place: [(entry.id, entry.prompt, entry.forced_start, entry.reply) for entry in unclear(records)]
+            place: [(entry.id, entry.prompt, entry.prefill, entry.reply) for entry in unclear(records)]
             for place, records in replies.items()
         }
         told = stage(self.context.progress, f"attack {attack.card.name}: fluency")

@@ -46,7 +46,7 @@ class Piece:
     side: Side
     text: str = ""
     outcome: str | None = None
-    """As in a run's table (``harmful``, ``refusal``, ``safe_answer``, ``degenerate``, ...), or ``not refused`` where
+    """As in a run's table (``harmful``, ``refusal``, ``safe_answer``, ``gibberish``, ...), or ``not refused`` where
     the judge tells refusals only; None before the end."""
     reply: str | None = None
     """The whole reply, as it was judged; None before the end."""
@@ -92,7 +92,7 @@ class Pair:
 
         Args:
             folder: Of ``sku run``.
-            judge: As of ``sku evaluate --judge``; None for the run's own.
+            judge: As in ``sku evaluate --judge``; None for the run's own.
             max_new_tokens: Longest reply; None for the run's own.
 
         Returns:

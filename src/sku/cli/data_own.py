@@ -46,13 +46,13 @@ def own(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Most prompts of each set, drawn by the seed.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampled replies and the limits.")] = 0,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="A setting, such as draws=5, harmful.limit=500 or judge_settings.threshold=0.7; repeatable.",
+            help="A setting, such as samples=5, harmful.limit=500 or judge_settings.threshold=0.7; repeatable.",
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call of the same.")] = False,

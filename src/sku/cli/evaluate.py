@@ -31,7 +31,7 @@ def evaluate(
         str | None, typer.Option("--backend", help="What writes the replies: generate, generate_batch or vllm.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", help="Drawn replies to each harmful prompt, for leak@k; 0 for none.")
+        int | None, typer.Option("--samples", help="Sampled replies to each harmful prompt, for leak@k; 0 for none.")
     ] = None,
     lm_eval: Annotated[
         str | None,

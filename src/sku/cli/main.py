@@ -71,7 +71,7 @@ def _print_version(asked: bool) -> None:
 
 
 # A last search for garbage among the thousands of objects that torch makes takes a third of a second, for nothing: the
-# memory goes back all the same. Registered before heavy libraries are imported, so that it runs behind what they do.
+# memory goes back all the same. Registered before heavy libraries are imported, so that it runs after what they do.
 atexit.register(gc.freeze)
 
 

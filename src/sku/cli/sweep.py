@@ -174,7 +174,7 @@ def _print(found: Sweep, folder: Path) -> None:
 def frontier_table(found: Sweep) -> Table:
     """All points as a table for a terminal of 80 columns."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    lengths = sorted(set(found.config.forced_tokens))
+    lengths = sorted(set(found.config.prefill_tokens))
     for heading in ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths)):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("gibber.", "refused", "exact", "perplex.", "cost"):
@@ -186,8 +186,8 @@ def frontier_table(found: Sweep) -> Table:
         table.add_row(
             "base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), _cost(point, found), mark
         )
-    forced = f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %; " if lengths else ""
-    table.caption = f"{forced}cost: 1 is the budget"
+    prefilled = f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %; " if lengths else ""
+    table.caption = f"{prefilled}cost: 1 is the budget"
     table.caption_justify = "left"
     return table
 
@@ -206,8 +206,8 @@ def _cells(point: SweepPoint, lengths: list[int]) -> list[str]:
         return ["\u2013"] * (4 + len(lengths)) + [cost]
     rates = [
         replies.harmful,
-        *(replies.forced[tokens] for tokens in lengths),
-        replies.degenerate,
+        *(replies.prefill[tokens] for tokens in lengths),
+        replies.gibberish,
         replies.over_refusal,
         replies.exact_answer,
     ]

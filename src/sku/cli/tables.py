@@ -133,7 +133,7 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
             table.add_row(
                 f" {row.title}",
                 share(found("harmful_unseen")),
-                share(found("forced_start_unseen")) + length,
+                share(found("prefill_unseen")) + length,
                 share(found("gibberish_unseen")),
                 share(found("exact_answers")),
                 "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",

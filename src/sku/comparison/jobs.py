@@ -80,10 +80,10 @@ def ablation_jobs(recipe: Recipe, groups: Sequence[str] = (), seeds: int | None 
     Args:
         recipe: Of SKU.
         groups: Names of ``ABLATIONS``; all where this is empty.
-        seeds: As of ``comparison_jobs``.
+        seeds: As in ``comparison_jobs``.
 
     Returns:
-        As of ``comparison_jobs``.
+        As in ``comparison_jobs``.
 
     Raises:
         RecipeError: An unknown group, or a recipe of another method.

@@ -82,7 +82,7 @@ class SourceConfig:
 class OwnRepliesConfig:
     """Settings of ``sku data own``, and of a run that trains on the model's own replies."""
 
-    draws: Annotated[int, Field(ge=0)] = 3
+    samples: Annotated[int, Field(ge=0)] = 3
     """Sampled replies to each harmful prompt, beside the greedy one."""
     max_new_tokens: Count = 96
     """Longest reply; one that is cut there teaches no end."""
@@ -95,7 +95,7 @@ class OwnRepliesConfig:
     temperature: Positive = 0.8
     """Of sampled replies."""
     top_p: Share = 0.95
-    """Of sampled replies: words are drawn from the likeliest that hold this share of probability."""
+    """Of sampled replies: words are sampled from the likeliest that hold this share of probability."""
     batch_size: Count = 32
 
 

@@ -36,11 +36,11 @@ class EvaluateConfig:
     """Prefill: the reply is made to begin with so many first tokens of a harmful reply, one length after the other.
     The worst of them is shown; an empty list leaves prefill out."""
     samples: Annotated[int, Field(ge=0)] = 8
-    """Drawn replies to each harmful prompt, for leak@k; 0 leaves them out."""
+    """Sampled replies to each harmful prompt, for leak@k; 0 leaves them out."""
     temperature: Positive = 1.0
-    """Of the drawn replies."""
+    """Of the sampled replies."""
     top_p: Share = 1.0
-    """Of the drawn replies: words are drawn from the likeliest that hold this share of probability."""
+    """Of the sampled replies: words are sampled from the likeliest that hold this share of probability."""
     short_answer_words: Annotated[int, Field(ge=0)] = 30
     """Retain answers of at most this many words are compared with the reply word for word (exact-answer accuracy)."""
     judge: str = "auto"
@@ -73,7 +73,7 @@ class EvaluateConfig:
     ``sku_truthfulqa``."""
     precisions: tuple[Precision, ...] = ()
     """Formats that the unlearned model's weights are rounded to before it is asked again: ``bf16`` and ``fp16`` (all
-    weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without drawn replies;
+    weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without sampled replies;
     ``docs/limits.md`` says how to read the table."""
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""

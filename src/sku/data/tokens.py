@@ -189,7 +189,7 @@ def tokenize_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, prompt_form
 def tokenize_prefill(
     prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, prefill_tokens: int
 ) -> tuple[list[int], str] | None:
-    """Token ids of a prompt and the first tokens of an answer, for a reply that is forced to begin with them.
+    """Token ids of a prompt and the first tokens of an answer, for a reply that must begin with them.
 
     Args:
         prompt: The user's words.

@@ -60,7 +60,7 @@ def compare_distributions(
     Args:
         base_model: P, in evaluation mode.
         model: Q, in evaluation mode, with the same vocabulary.
-        texts: Each with at least one label behind its first token.
+        texts: Each with at least one label after its first token.
         batch_size: Texts at once; fewer for long texts and large vocabularies.
         progress: Called after each batch.
 

@@ -264,15 +264,15 @@ def trained_on(data: ForgetRetainData, drawn: Drawn) -> dict[str, int] | None:
 def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:
     """What the model is asked without a prefill: every prompt but those of other normal sets whose answers are scored.
 
-    Drawn replies are asked for once each.
+    Sampled replies are asked for once each.
 
     Args:
         drawn: From ``draw``.
         writer: Of the model.
-        config: For the longest reply and the number of drawn replies.
+        config: For the longest reply and the number of sampled replies.
 
     Returns:
-        Requests, those for drawn replies last, and what had to be left out with the number of prompts.
+        Requests, those for sampled replies last, and what had to be left out with the number of prompts.
     """
     asked: list[GenerationRequest] = []
     left_out = Counter(drawn.left_out)
@@ -317,7 +317,7 @@ def free_request(split: Split, example: Example, writer: Writer) -> GenerationRe
         category=example.category,
         prompt=example.prompt,
         reference=example.answer,
-        forced_start="",
+        prefill="",
         input_ids=tuple(tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)),
     )
 
@@ -367,8 +367,8 @@ def prefills(
 
 def prefill(split: Split, example: Example, tokens: int, start: Start, writer: Writer) -> GenerationRequest | None:
     """One prompt whose reply begins with the first tokens of a start; None where the start has no more than these."""
-    forced = tokenize_prefill(example.prompt, start.text, writer.tokenizer, writer.prompt_format, tokens)
-    if forced is None:
+    prefilled = tokenize_prefill(example.prompt, start.text, writer.tokenizer, writer.prompt_format, tokens)
+    if prefilled is None:
         return None
     return GenerationRequest(
         id=record_id(split, "prefill", example.prompt, tokens),
@@ -377,8 +377,8 @@ def prefill(split: Split, example: Example, tokens: int, start: Start, writer: W
         category=example.category,
         prompt=example.prompt,
         reference=example.answer,
-        forced_start=forced[1],
-        forced_tokens=tokens,
+        prefill=prefilled[1],
+        prefill_tokens=tokens,
         start_source=start.source,
-        input_ids=tuple(forced[0]),
+        input_ids=tuple(prefilled[0]),
     )

@@ -30,8 +30,8 @@ class RateChange:
     """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
     (``change_interval``)."""
     p_value: float
-    """Exact McNemar test of no change; for drawn replies, of which a prompt has several, a sign-flip permutation test
-    over prompts."""
+    """Exact McNemar test of no change; for sampled replies, of which a prompt has several, a sign-flip permutation
+    test over prompts."""
     p_holm: float | None = None
     """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
     (``TESTED``)."""
@@ -121,7 +121,7 @@ def change_of_rates(old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence
 def change_of_means(
     old: Rate, new: Rate, before: Mapping[str, float], after: Mapping[str, float], seed: int
 ) -> RateChange:
-    """Of two rates of drawn replies, by prompt -> share of its replies that are hits."""
+    """Of two rates of sampled replies, by prompt -> share of its replies that are hits."""
     low, high, p_value = over_prompts(before, after, seed)
     return RateChange(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
 

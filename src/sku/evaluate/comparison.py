@@ -39,15 +39,15 @@ from sku.evaluate.statistics import (
 from sku.evaluate.verdict import NO_VERDICT, OverallVerdict, overall_verdict
 
 TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
-    ("reply", "unlearned"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
-    ("reply", "unseen"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
+    ("reply", "unlearned"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
+    ("reply", "unseen"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
     ("prefill", "unlearned"): ("harmful",),
     ("prefill", "unseen"): ("harmful",),
     ("sample", "unlearned"): ("harmful",),
     ("sample", "unseen"): ("harmful",),
-    ("reply", "retain_test"): ("exact_answer", "over_refusal", "degenerate"),
-    ("reply", "xstest_safe"): ("exact_answer", "over_refusal", "degenerate"),
-    ("reply", "xstest_unsafe"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "degenerate"),
+    ("reply", "retain_test"): ("exact_answer", "over_refusal", "gibberish"),
+    ("reply", "xstest_safe"): ("exact_answer", "over_refusal", "gibberish"),
+    ("reply", "xstest_unsafe"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
 }
 """Kind and split -> the rates that the before/after table shows; ``tested`` knows the sets of other sources too. Their
 tests are read together, so they are one family for Holm's correction."""
@@ -78,7 +78,7 @@ class Comparison:
     details: tuple[str, ...] = ()
     """Those of the notes that a terminal shows with ``--verbose`` alone."""
     samples: Changes = field(default_factory=dict)
-    """Of the drawn replies, as ``replies``; the intervals are over prompts."""
+    """Of the sampled replies, as ``replies``; the intervals are over prompts."""
     leak: dict[str, dict[str, LeakChange]] = field(default_factory=dict)
     """Split -> k as a word -> change of leak@k."""
     similarity: dict[str, ScoreChange] = field(default_factory=dict)
@@ -277,7 +277,7 @@ def _leak_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int
 
 
 def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
-    """Hash of the prompt -> share of its drawn replies that are hits."""
+    """Hash of the prompt -> share of its sampled replies that are hits."""
     groups: dict[str, list[bool]] = {}
     for name, hit in hits.items():
         groups.setdefault(prompt_hash(name), []).append(hit)
@@ -285,7 +285,7 @@ def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
 
 
 def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, tokens: int = 0) -> dict[str, bool]:
-    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.forced_tokens) == (split, kind, tokens)]
+    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.prefill_tokens) == (split, kind, tokens)]
     if name == "exact_answer":
         return {reply.id: reply.exact for reply in own if reply.exact is not None}
     counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES

@@ -71,8 +71,8 @@ def evaluate_replies(
         tokenizer: Of the base model.
         data: The splits.
         base_model: Asked whether replies are word salad.
-        config: As of ``evaluate``.
-        prompt_format: As of ``evaluate``.
+        config: As in ``evaluate``.
+        prompt_format: As in ``evaluate``.
         starts: Of the base model's result; without, every prefill begins with the dataset's answer.
         seed: Decides which prompts are drawn.
 
@@ -87,9 +87,9 @@ def evaluate_replies(
     drawn, known = asking.draw(data, config, seed), by_id(starts)
     requests, left_out = asking.requests(drawn, writer, config)
     begun = [start_of(split, example, known) for split, example in drawn.harmful()] if config.prefill_tokens else []
-    forced, too_long = asking.prefills(drawn.harmful(), config.prefill_tokens, known, writer, config.max_new_tokens)
+    prefilled, too_long = asking.prefills(drawn.harmful(), config.prefill_tokens, known, writer, config.max_new_tokens)
     records = []
-    for request in (*requests, *forced):
+    for request in (*requests, *prefilled):
         said = reply(request)
         text = f" {said}" if request.kind == "prefill" else said
         tokens = len(tokenizer(said, add_special_tokens=False).input_ids)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError
 from sku.evaluate.backends import Decoding, GenerateBackend, GenerationBackend, GenerationRequest, decoding_settings
-from sku.evaluate.backends.base import Drawing
+from sku.evaluate.backends.base import Sampling
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode, in_batches
 from sku.evaluate.records import GenerationRecord, Split
 from sku.models import embedding_weight
@@ -47,14 +47,14 @@ def generate_replies(
     max_new_tokens: int,
     batch_size: int,
     window: int = 2**30,
-    drawing: Drawing | None = None,
+    sampling: Sampling | None = None,
     backend: GenerationBackend | None = None,
     processes: Processes = ALONE,
     finished: Iterable[GenerationRecord] = (),
     keep: Callable[[Sequence[GenerationRecord]], None] | None = None,
     progress: Progress | None = None,
 ) -> list[GenerationRecord]:
-    """Answers every request, greedily or by drawing words.
+    """Answers every request, greedily or by sampling words.
 
     Args:
         model: In evaluation mode, on any device or spread over several.
@@ -64,7 +64,7 @@ def generate_replies(
         max_new_tokens: Longest reply.
         batch_size: Prompts at once; halved where GPU memory runs out.
         window: Most tokens that the model can read; the reply to a prompt that leaves less room is cut there.
-        drawing: How words are drawn; None answers greedily.
+        sampling: How words are sampled; None answers greedily.
         backend: What writes the replies; ``generate`` if None.
         processes: Share the batches; every process must call this with the same arguments, and gets all records.
         finished: Replies of an interrupted run. Batches are cut as if they were not there, and a batch is left out
@@ -78,7 +78,7 @@ def generate_replies(
     Raises:
         EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
     """
-    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens, window, drawing)
+    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens, window, sampling)
     writer = GenerateBackend(model, batch_size) if backend is None else backend
     found = {record.id: record for record in finished}
 
@@ -95,7 +95,7 @@ def generate_replies(
         finished={
             index: found[request.id]
             for index, request in enumerate(requests)
-            if request.id in found and found[request.id].forced_start == request.forced_start
+            if request.id in found and found[request.id].prefill == request.prefill
         },
         keep=keep,
         progress=progress,
@@ -123,7 +123,7 @@ def record_of(request: GenerationRequest, reply: str, *, num_tokens: int, finish
 
 
 def _decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], new_ids: list[int]) -> str:
-    """Text of ``new_ids`` as it stands behind ``before``: some tokenizers drop the space of a first token."""
+    """Text of ``new_ids`` as it stands after ``before``: some tokenizers drop the space of a first token."""
     whole, start = (_decode(tokenizer, ids) for ids in ([*before, *new_ids], before))
     return whole.removeprefix(start) if whole.startswith(start) else _decode(tokenizer, new_ids)
 

@@ -156,9 +156,9 @@ def _per_split(
 
 
 def _by_length_and_category(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[str, dict[str, Rate]]]:
-    lengths = sorted({row.forced_tokens for row in outcomes if row.category is not None})
+    lengths = sorted({row.prefill_tokens for row in outcomes if row.category is not None})
     return {
-        str(tokens): rates_by_category([row for row in outcomes if row.forced_tokens == tokens]) for tokens in lengths
+        str(tokens): rates_by_category([row for row in outcomes if row.prefill_tokens == tokens]) for tokens in lengths
     }
 
 
@@ -191,7 +191,7 @@ def corrected_rates(
     groups: dict[tuple[Split, str], list[ReplyOutcome]] = {}
     for row in outcomes if card.calibration is not None else ():
         if row.outcome != "unjudged" and row.split not in NORMAL_SPLITS and row.kind != "sample":
-            name = "replies" if row.kind == "reply" else f"prefill/{row.forced_tokens}"
+            name = "replies" if row.kind == "reply" else f"prefill/{row.prefill_tokens}"
             groups.setdefault((row.split, name), []).append(row)
     for (split, name), rows in groups.items():
         assert card.calibration is not None

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, Progress, in_batches, pad
-from sku.evaluate.degeneracy import MIN_SALAD_WORDS
+from sku.evaluate.gate import MIN_SALAD_WORDS
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.losses import IGNORE_INDEX, answer_nll
@@ -46,7 +46,7 @@ def score_examples(
 
     Args:
         model: In evaluation mode.
-        examples: Token ids and labels; each has at least one label behind its first token.
+        examples: Token ids and labels; each has at least one label after its first token.
         batch_size: Examples at once; fewer for long examples and large vocabularies.
         processes: Share the examples; every process must call this with the same arguments, and gets all scores.
         progress: Called after each batch.
@@ -125,13 +125,13 @@ def score_fluency(
     One random order settles most replies; those whose own order saves less than ``SURE_GAIN`` against it are compared
     with all ``SHUFFLES``.
 
-    A forced start is read before the reply and not scored: its words stand in their own order in every version, so
+    A prefill is read before the reply and not scored: its words stand in their own order in every version, so
     they would make all of them alike.
 
     Args:
         model: The base model, in evaluation mode.
         records: Replies; those of fewer than ``MIN_SALAD_WORDS`` words are left out.
-        tokenize: ``(prompt, forced start, reply)`` to token ids with the reply alone labelled; None where nothing of
+        tokenize: ``(prompt, prefill, reply)`` to token ids with the reply alone labelled; None where nothing of
             it is left.
         seed: Decides the orders, for each record by itself.
         batch_size: Texts at once.
@@ -146,7 +146,7 @@ def score_fluency(
     """
     versions: dict[str, list[TokenizedExample]] = {}
     for record in records:
-        start, reply = _own_words(record.forced_start, record.reply)
+        start, reply = _own_words(record.prefill, record.reply)
         examples = [tokenize(record.prompt, start, text) for text in in_orders(reply, f"{seed}/{record.id}")]
         complete = [example for example in examples if example is not None]
         if len(complete) == SHUFFLES + 1:
@@ -191,12 +191,12 @@ def fluency_header(scorer: str, seed: int, texts: Any) -> dict[str, Any]:
     }
 
 
-def _own_words(forced_start: str, reply: str) -> tuple[str, str]:
-    """Gives the end of a word that the forced start breaks off in to the start: it has its place in every order."""
-    if not forced_start or forced_start[-1].isspace() or not reply or reply[0].isspace():
-        return forced_start, reply
+def _own_words(prefill: str, reply: str) -> tuple[str, str]:
+    """Gives the end of a word that the prefill breaks off in to the start: it has its place in every order."""
+    if not prefill or prefill[-1].isspace() or not reply or reply[0].isspace():
+        return prefill, reply
     rest = len(reply.split(maxsplit=1)[0])
-    return forced_start + reply[:rest], reply[rest:]
+    return prefill + reply[:rest], reply[rest:]
 
 
 def in_orders(text: str, seed: str) -> list[str]:

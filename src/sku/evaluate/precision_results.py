@@ -146,7 +146,7 @@ def _in_short(result: PrecisionResult) -> dict[str, Any]:
             kind: {split: rates["harmful"].value for split, rates in splits.items() if "harmful" in rates}
             for kind, splits in kinds.items()
         },
-        "degenerate": {split: rates["degenerate"].value for split, rates in kinds.get("replies", {}).items()},
+        "gibberish": {split: rates["gibberish"].value for split, rates in kinds.get("replies", {}).items()},
         "perplexity_ratio": {split: change.ratio for split, change in perplexity.items()},
         "change_kept": None if result.survival is None else result.survival.projection,
         "brings_back": list(result.brings_back),

@@ -36,7 +36,7 @@ from sku.quantization import FORMATS, rounded_copy
 
 FOLDER = "precisions"
 RATES = (
-    "harmful", "harmful_at_most", "harmful_ungated", "refusal", "degenerate", "unjudged", "cut_off", "answered",
+    "harmful", "harmful_at_most", "harmful_ungated", "refusal", "gibberish", "unjudged", "cut_off", "answered",
     "over_refusal", "exact_answer",
 )  # fmt: skip
 """Those that need no other model than the judge."""
@@ -66,7 +66,7 @@ def measure_precisions(
 
     The model is not changed: one copy at a time is held beside it. The original, ``base``, is not rounded; it is asked
     whether replies are word salad. ``comparison`` is of both, with rows. ``config.precisions`` says what is measured;
-    drawn replies, similarities, XSTest, prompts of other sources and benchmarks are left out. ``survival`` is called
+    sampled replies, similarities, XSTest, prompts of other sources and benchmarks are left out. ``survival`` is called
     once, for what rounding leaves of the change of the weights. In ``output_dir``: ``precisions.json`` and, in
     ``precisions/NAME``, the rows of each, which are reused.
 
@@ -198,7 +198,7 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
                 {
                     row.id: row.outcome == "harmful"
                     for row in result.outcomes
-                    if (row.split, row.kind, row.forced_tokens) == place
+                    if (row.split, row.kind, row.prefill_tokens) == place
                 }
                 for result in (before, after)
             )
@@ -251,8 +251,8 @@ def _notes(result: PrecisionResult, setup: EvaluationSetup) -> list[str]:
         kind, split = place.split("/")
         change = result.harmful[kind][split]
         tokens = 0 if result.measured is None else result.measured.worst_prefill.get(split, 0)
-        forced = f", prefill of {tokens} token{'s' if tokens > 1 else ''}," if kind == "prefill" else ""
-        where = f"{setup.split_name(split)}{forced}"
+        prefilled = f", prefill of {tokens} token{'s' if tokens > 1 else ''}," if kind == "prefill" else ""
+        where = f"{setup.split_name(split)}{prefilled}"
         risen.append(f"{where} from {change.before.count} to {change.after.count} of {change.after.total}")
     return [f"warning: {name} weights bring harm back: {'; '.join(risen)} ({UNDONE_BY_ROUNDING})"] if risen else []
 

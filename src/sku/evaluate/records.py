@@ -13,7 +13,7 @@ StartSource = Literal["own", "data"]
 """Whose words a prefill begins with: the base model's own harmful reply, or the harmful answer of the dataset."""
 
 HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("unlearned", "unseen")
-"""Prompts of the forget set: asked with prefills and for drawn replies too."""
+"""Prompts of the forget set: asked with prefills and for sampled replies too."""
 NORMAL, HARMFUL = "normal:", "harmful:"
 """What the splits of other sources begin with."""
 _KNOWN_SPLITS = frozenset({
@@ -62,31 +62,31 @@ class GenerationRecord:
     were asked the same, so they can be paired."""
     split: Split
     kind: Kind
-    """``reply``: the model answers freely and greedily; ``prefill``: it goes on from ``forced_start``; ``sample``: it
-    answers freely, and its words are drawn."""
+    """``reply``: the model answers freely and greedily; ``prefill``: it goes on from ``prefill``; ``sample``: it
+    answers freely, and its words are sampled."""
     category: str | None
     prompt: str
     reference: str
     """The answer of the dataset."""
-    forced_start: str = ""
+    prefill: str = ""
     """First words of a harmful reply that the model was made to begin with; empty for the other kinds."""
-    forced_tokens: int = 0
-    """Number of tokens of ``forced_start``; 0 for the other kinds."""
+    prefill_tokens: int = 0
+    """Number of tokens of ``prefill``; 0 for the other kinds."""
     start_source: StartSource | None = None
-    """Whose words ``forced_start`` is from; None for the other kinds."""
+    """Whose words ``prefill`` is from; None for the other kinds."""
     reply: str
-    """The model's own words; under ``prefill`` they follow ``forced_start`` character for character."""
+    """The model's own words; under ``prefill`` they follow ``prefill`` character for character."""
     num_tokens: int
     """Generated tokens without the one that ends the reply."""
     finished: bool
     """Whether the model ended the reply itself, or was cut off."""
     sample: int = 0
-    """Which of the drawn replies to this prompt, from 0; 0 for the other kinds."""
+    """Which of the sampled replies to this prompt, from 0; 0 for the other kinds."""
 
     @property
     def whole_reply(self) -> str:
         """The reply with the start that it was made to begin with, as it would be read."""
-        return self.forced_start + self.reply
+        return self.prefill + self.reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class ExampleLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class FluencyRecord:
-    """What the base model thinks of one reply and of the same words in other orders, after prompt and forced start."""
+    """What the base model thinks of one reply and of the same words in other orders, after prompt and prefill."""
 
     id: str
     nll: float
@@ -145,7 +145,7 @@ class AgreementRow:
 class SimilarityRow:
     """One reply to a normal prompt against the answers that the dataset has for it, the best of them counted.
 
-    None where a metric was not asked for. A degenerate reply has 0, or its own score where that is lower.
+    None where a metric was not asked for. A gibberish reply has 0, or its own score where that is lower.
     """
 
     id: str

@@ -18,8 +18,8 @@ from sku.evaluate.asking import Writer, choose_starts
 from sku.evaluate.backends import (
     CHECKED_PROMPTS,
     BackendCheck,
-    Drawing,
     GenerationBackend,
+    Sampling,
     choose_backend,
     compare_replies,
 )
@@ -33,7 +33,7 @@ from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
 from sku.evaluate.reuse import Reuse
 
 SAMPLES_BY_GENERATE = (
-    "the drawn replies were written by the backend generate, as generate_batch can't give each reply its own seed"
+    "the sampled replies were written by the backend generate, as generate_batch can't give each reply its own seed"
 )
 
 
@@ -77,7 +77,7 @@ class Asker:
             )
 
     def fluency(self, records: Sequence[GenerationRecord], progress: Progress | None = None) -> list[FluencyRecord]:
-        """The base model's losses on the replies that no surface rule has found degenerate already.
+        """The base model's losses on the replies that no surface rule has found gibberish already.
 
         Raises:
             EvaluationError: As ``score_fluency``.
@@ -163,8 +163,8 @@ class SavedReplies:
         drawn = {**greedy, **self._drawing().settings(), "number": self.config.samples}
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
-    def _drawing(self) -> Drawing:
-        return Drawing(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
+    def _drawing(self) -> Sampling:
+        return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
 
     def notes(self, check: BackendCheck | None) -> tuple[str, ...]:
         """Sentences that a reader of the replies needs."""
@@ -183,7 +183,7 @@ class SavedReplies:
         """Replies, or those of an earlier run that asked the same; and what ``generate`` says to some of them.
 
         Args:
-            requests: Without a prefill, those for drawn replies last.
+            requests: Without a prefill, those for sampled replies last.
             header: What the replies are made from, besides the requests.
             prefills: Called in every process with the replies to ``requests``; what it gives is asked next. It may
                 depend on them, as the base model's prefills begin with its own words.
@@ -212,11 +212,11 @@ class SavedReplies:
 
         if free is None:
             by_generate = {"backend": None} if self.config.backend == "generate_batch" else {}
-            free = [*ask(greedy, "replies"), *ask(samples, "samples", drawing=self._drawing(), **by_generate)]
-        forced = prefills(free)
-        if known is None or asked_before != requests_hash(forced):
-            known = [*free, *ask(forced, "prefill")]
-            self.reuse.write(GENERATIONS_FILE, {**header, "prefill": requests_hash(forced)}, known)
+            free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._drawing(), **by_generate)]
+        prefilled = prefills(free)
+        if known is None or asked_before != requests_hash(prefilled):
+            known = [*free, *ask(prefilled, "prefill")]
+            self.reuse.write(GENERATIONS_FILE, {**header, "prefill": requests_hash(prefilled)}, known)
         self.reuse.close(GENERATIONS_FILE, header, GenerationRecord)
         return known, check
 

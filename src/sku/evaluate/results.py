@@ -8,17 +8,17 @@ Keys of the file:
 - ``judge``: the judge's card.
 - ``replies``: split -> rate name -> rate. ``unlearned``, ``unseen``, ``harmful:NAME`` (``data.harmful``) and
   ``xstest_unsafe`` have harmful, harmful_at_most, harmful_ungated, evasive, safe_answer, refusal, coherent_safe,
-  degenerate, fluent, unjudged, cut_off; ``retain_test``, ``xstest_safe`` and those ``normal:NAME`` (``data.normal``)
-  that have no answers have answered, over_refusal, degenerate, cut_off, and exact_answer where a reference is short
+  gibberish, fluent, unjudged, cut_off; ``retain_test``, ``xstest_safe`` and those ``normal:NAME`` (``data.normal``)
+  that have no answers have answered, over_refusal, gibberish, cut_off, and exact_answer where a reference is short
   enough. A split that holds no prompts is left out.
 - ``prefill``: split -> tokens given, as a word (``3``) -> the same rates of the replies that were made to begin with
   so many tokens of a harmful one; empty where ``evaluate.prefill_tokens`` is.
 - ``worst_prefill``: split -> the number of tokens after which most replies of this model are harmful, of equals the
   smallest. A largest rate of several is a little too large on average.
-- ``samples``: the rates of all drawn replies of ``unlearned`` and ``unseen`` together, ``evaluate.samples`` to each
+- ``samples``: the rates of all sampled replies of ``unlearned`` and ``unseen`` together, ``evaluate.samples`` to each
   prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
 - ``leak``: split -> k as a word (1, 2, 4, ... and the number drawn) -> value, low, high: the chance that at least one
-  of k drawn replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
+  of k sampled replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
   bootstraps over prompts, and Wilson over prompts where all prompts say the same.
 - ``replies_by_category``: split -> category -> rates, of prompts that have a category; ``prefill_by_category``: split
   -> tokens given -> category -> rates.
@@ -150,7 +150,7 @@ class TaskScores:
     samples: int | None
     """Examples asked; None for a group."""
     metrics: Mapping[str, float]
-    """Such as ``acc`` and its standard error ``acc_stderr``; behind a comma the filter of the answers, if any."""
+    """Such as ``acc`` and its standard error ``acc_stderr``; after a comma the filter of the answers, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +186,8 @@ class EvaluationSetup:
     """``name``, ``dtype`` and ``fingerprint``, a hash of what the weights compute."""
     prompt_format: str
     decoding: Mapping[str, Any]
-    """Settings of the greedy replies, the ``backend``, and those of the drawn replies under ``samples`` (None without
-    any)."""
+    """Settings of the greedy replies, the ``backend``, and those of the sampled replies under ``samples`` (None
+    without any)."""
     config: Mapping[str, Any]
     """``EvaluateConfig`` in full."""
     seed: int

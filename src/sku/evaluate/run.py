@@ -103,7 +103,7 @@ def evaluate(
             where it is a name.
         starts: What prefills begin with: ``starts`` of the base model's result, so that both are asked the same
             without asking the base again.
-        seed: Decides which prompts are drawn, and the drawn replies.
+        seed: Decides which prompts are drawn, and the sampled replies.
         progress: Called after each batch.
 
     Returns:
@@ -207,11 +207,11 @@ class _Run:
             if not config.prefill_tokens:
                 return []
             starts.extend(words.starts(requests, free, free_fluency))
-            forced, too_long = asking.prefills(
+            prefilled, too_long = asking.prefills(
                 drawn.harmful(), config.prefill_tokens, by_id(starts), asker.writer, config.max_new_tokens
             )
             left_out.update(too_long)
-            return forced
+            return prefilled
 
         with batching.evaluation_mode(self.model):
             model = {"name": self.name, **about(self.model, probes)}
@@ -278,13 +278,13 @@ class _Run:
     ) -> list[FluencyRecord]:
         """The base model's losses on all replies, those without a prefill scored apart: they may be known already."""
         asker = self.asker
-        free, forced = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
-        texts = [(entry.id, entry.forced_start, entry.reply) for entry in unclear(generations)]
+        free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
+        texts = [(entry.id, entry.prefill, entry.reply) for entry in unclear(generations)]
         return self.replies.reuse.rows(
             FLUENCY_FILE,
             fluency_header(fingerprint(asker.base, probes), asker.seed, texts),
             FluencyRecord,
-            lambda: [*free_fluency(free), *asker.fluency(forced, self.replies.report("fluency"))],
+            lambda: [*free_fluency(free), *asker.fluency(prefilled, self.replies.report("fluency"))],
         )
 
     def _scored_texts(

@@ -6,7 +6,7 @@
   tokens, length 1.
 
 Where the dataset has several answers to a prompt, the one that the reply comes nearest to counts. An empty reply and
-one that the gate calls degenerate count with 0, or with their own score where that is lower (a cosine can be below 0):
+one that the gate calls gibberish count with 0, or with their own score where that is lower (a cosine can be below 0):
 the right words in a heap are no answer.
 """
 
@@ -52,19 +52,19 @@ class AnsweredPrompt:
     reply: str
     references: tuple[str, ...]
     """At least one."""
-    degenerate: bool
+    gibberish: bool
     """Whether the gate found it so."""
 
 
 def answered_prompts(
-    records: Sequence[GenerationRecord], answers: Sequence[RetainExample], degenerate: Mapping[str, bool]
+    records: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
 ) -> list[AnsweredPrompt]:
     """Picks the replies to ``retain_test`` and gathers all answers that the dataset has to their prompts.
 
     Args:
         records: Replies of any split.
         answers: The examples of ``retain_test``, those that were not asked too.
-        degenerate: Record id -> what the gate found.
+        gibberish: Record id -> what the gate found.
 
     Returns:
         One entry a reply, in order.
@@ -77,7 +77,7 @@ def answered_prompts(
             id=record.id,
             reply=record.reply,
             references=tuple(known.get(normalise_prompt(record.prompt), {record.reference: None})),
-            degenerate=degenerate[record.id],
+            gibberish=gibberish[record.id],
         )
         for record in records
         if record.split == "retain_test" and record.kind == "reply"
@@ -102,7 +102,7 @@ def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[
         for (index, _), value in zip(places, score([reference for _, reference in places], replies), strict=True):
             best[index] = max(best[index], value)
         columns[metric] = [
-            min(value, 0.0) if entry.degenerate else value for value, entry in zip(best, answered, strict=True)
+            min(value, 0.0) if entry.gibberish else value for value, entry in zip(best, answered, strict=True)
         ]
     rows = []
     for index, entry in enumerate(answered):

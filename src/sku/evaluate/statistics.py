@@ -379,24 +379,24 @@ def smallest_difference(n: int, p1: float, power: float = POWER, correlation: fl
     return None if lacking(1.0) < 0 else float(brentq(lacking, p1, 1.0, xtol=1e-6)) - p1
 
 
-def leak_at_k(harmful: Sequence[int], drawn: Sequence[int], k: int) -> float:
+def leak_at_k(harmful: Sequence[int], sampled: Sequence[int], k: int) -> float:
     """Chance that k replies to a prompt hold at least one harmful one, averaged over prompts.
 
-    Per prompt ``1 - C(n - c, k) / C(n, k)`` of n drawn replies, c of them harmful: without bias, whatever n is. It is
-    the chance of a harmful one among k replies taken from the n without putting back (``scipy.stats.hypergeom``).
+    Per prompt ``1 - C(n - c, k) / C(n, k)`` of n sampled replies, c of them harmful: without bias, whatever n is. It
+    is the chance of a harmful one among k replies taken from the n without putting back (``scipy.stats.hypergeom``).
 
     Args:
         harmful: Harmful replies per prompt.
-        drawn: Replies per prompt.
+        sampled: Replies per prompt.
         k: At most the smallest of ``drawn``.
 
     Raises:
         EvaluationError: No prompts, or fewer than k replies to one.
     """
-    return float(_leaks(harmful, drawn, k).mean())
+    return float(_leaks(harmful, sampled, k).mean())
 
 
-def leak_at_k_interval(harmful: Sequence[int], drawn: Sequence[int], k: int, *, seed: int) -> Interval:
+def leak_at_k_interval(harmful: Sequence[int], sampled: Sequence[int], k: int, *, seed: int) -> Interval:
     """Interval of ``leak_at_k``, bootstrap over prompts.
 
     Where all prompts leak always, or none ever does, there is nothing to draw from; the Wilson interval of the number
@@ -405,20 +405,20 @@ def leak_at_k_interval(harmful: Sequence[int], drawn: Sequence[int], k: int, *, 
     Raises:
         EvaluationError: As ``leak_at_k``.
     """
-    leaks = _leaks(harmful, drawn, k)
+    leaks = _leaks(harmful, sampled, k)
     if leaks.sum() in (0, len(leaks)):
         return wilson_interval(round(leaks.sum()), len(leaks))
     ones = np.ones_like(leaks)
     return clustered_bootstrap(leaks, ones, clusters=range(len(leaks)), statistic=np.divide, seed=seed)
 
 
-def _leaks(harmful: Sequence[int], drawn: Sequence[int], k: int) -> Floats:
-    if not drawn or not 1 <= k <= min(drawn):
+def _leaks(harmful: Sequence[int], sampled: Sequence[int], k: int) -> Floats:
+    if not sampled or not 1 <= k <= min(sampled):
         raise EvaluationError(
-            f"leak@{k} needs prompts with at least {max(k, 1)} drawn replies each; the fewest here are "
-            f"{min(drawn, default=0)}: set evaluate.samples higher or k lower"
+            f"leak@{k} needs prompts with at least {max(k, 1)} sampled replies each; the fewest here are "
+            f"{min(sampled, default=0)}: set evaluate.samples higher or k lower"
         )
-    return np.asarray(hypergeom.sf(0, np.asarray(drawn), np.asarray(harmful), k), dtype=np.float64)
+    return np.asarray(hypergeom.sf(0, np.asarray(sampled), np.asarray(harmful), k), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)

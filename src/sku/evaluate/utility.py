@@ -168,12 +168,12 @@ class UtilityStages:
             return {}
         fluent = {record.id: record for record in fluency}
         normal = [record for record in generations if record.split == "retain_test" and record.kind == "reply"]
-        degenerate = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in normal}
-        answered = answered_prompts(normal, self.data.retain_test, degenerate)
+        gibberish = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in normal}
+        answered = answered_prompts(normal, self.data.retain_test, gibberish)
         if not answered:
             return {}
         scores, models = self._scores()
-        texts = [[entry.id, entry.reply, list(entry.references), entry.degenerate] for entry in answered]
+        texts = [[entry.id, entry.reply, list(entry.references), entry.gibberish] for entry in answered]
         rows = self.reuse.rows_of_main(
             SIMILARITY_FILE,
             {"metrics": sorted(scores), "models": models, "texts": header_hash({"texts": texts})},

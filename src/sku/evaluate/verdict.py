@@ -141,7 +141,7 @@ def _losses(setup: EvaluationSetup, replies: Changes, utility: Mapping[str, NonI
         changes = replies[split]
         for name, told, sign in (
             ("over_refusal", f"{words} refused", 1),
-            ("degenerate", f"gibberish on {words}", 1),
+            ("gibberish", f"gibberish on {words}", 1),
             ("exact_answer", f"exact answers to {words}", -1),
         ):
             change = changes.get(name)
@@ -240,7 +240,7 @@ def _figures(
             f"harmful replies to unseen prompts {_arrow(harmful)} (n = {after.total}, 95 %: {_bound(after.low)} to "
             f"{_bound(after.high)} %{doubt(harmful.before, after)})"
         )
-        gibberish = replies["unseen"].get("degenerate")
+        gibberish = replies["unseen"].get("gibberish")
         if gibberish is not None and gibberish.after.value > MUCH_GIBBERISH:
             yield f"{_percent(gibberish.after.value)} of the replies there are gibberish"
         if deepest is None:

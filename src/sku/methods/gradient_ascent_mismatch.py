@@ -1,7 +1,7 @@
-"""GA+Mismatch: gradient ascent, random normal answers behind the harmful prompt, and predictions held on normal pairs.
+"""GA+Mismatch: gradient ascent, random normal answers after the harmful prompt, and predictions held on normal pairs.
 
 ``L = e1 * L_ascent + e2 * L_mismatch + e3 * L_retain_kl``: ``gradient_ascent_loss`` on the harmful answers, the mean
-cross-entropy of K normal answers behind the harmful prompt (the equation is that of ``random_disassociation_loss``,
+cross-entropy of K normal answers after the harmful prompt (the equation is that of ``random_disassociation_loss``,
 the answers are normal ones), and ``retain_kl_loss``, forward KL(P||Q) with P the original model. Paper: arXiv
 2310.10683 (Yao et al.).
 
@@ -38,7 +38,7 @@ class GradientAscentMismatchSettings:
     retain_weight: NotNegative = 1.0
     """e3, weight of KL(P||Q) on normal pairs."""
     random_answers: Count = 5
-    """K, the normal answers put behind each harmful prompt."""
+    """K, the normal answers put after each harmful prompt."""
 
     def __post_init__(self) -> None:
         check_weights(

@@ -52,7 +52,7 @@ class FolderSource(Source[StoredTensor]):
 
     @property
     def ties(self) -> Mapping[str, str]:
-        """As of ``Source``. Copies that differ are not tied, whatever the configuration says: so transformers decides.
+        """As in ``Source``. Copies that differ are not tied, whatever the configuration says: so transformers decides.
 
         Raises:
             ModelError: transformers knows no such model.
@@ -67,7 +67,7 @@ class FolderSource(Source[StoredTensor]):
 
     @property
     def may_be_tied(self) -> bool:
-        """As of ``Source``: two matrices outside the numbered layers have one shape, as the two ends of a model do."""
+        """As in ``Source``: two matrices outside the numbered layers have one shape, as the two ends of a model do."""
         shapes = Counter(
             weight.shape
             for name, weight in self.weights.items()
@@ -76,11 +76,11 @@ class FolderSource(Source[StoredTensor]):
         return self.config.get("tie_word_embeddings") is not False and any(count > 1 for count in shapes.values())
 
     def known(self) -> tuple[set[str], Mapping[str, str]]:
-        """As of ``Source``."""
+        """As in ``Source``."""
         return self._skeleton.weights, self._skeleton.ties
 
     def places(self, name: str) -> Sequence[str]:
-        """As of ``Source``.
+        """As in ``Source``.
 
         Raises:
             TaskVectorError: The files don't have it.
@@ -96,7 +96,7 @@ class FolderSource(Source[StoredTensor]):
         return [found[0], *(place for place in found[1:] if self.equal(first, self.weights[place]))]
 
     def equal(self, first: StoredTensor, second: StoredTensor) -> bool:
-        """As of ``Source``, piece by piece."""
+        """As in ``Source``, piece by piece."""
         if (first.dtype, first.shape) != (second.dtype, second.shape):
             return False
         with first.path.open("rb") as one, second.path.open("rb") as other:

@@ -135,7 +135,7 @@ class _Finished:
         self.sums: dict[str, Sums] = {}
         if self._path.is_file():
             found = json.loads(self._path.read_text(encoding="utf-8"))
-            # After a kill behind the last rename the list is left and the files are gone.
+            # After a kill after the last rename the list is left and the files are gone.
             there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
             whole = {layout.name for layout in plan.layouts if there.get(layout.name) == layout.size}
             self.sums = {name: Sums(**sums) for name, sums in found.items() if name in whole}

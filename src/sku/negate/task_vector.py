@@ -248,24 +248,24 @@ class ModelSource(Source[Tensor]):
 
     @property
     def ties(self) -> Mapping[str, str]:
-        """As of ``Source``."""
+        """As in ``Source``."""
         return self._ties
 
     @property
     def may_be_tied(self) -> bool:
-        """As of ``Source``."""
+        """As in ``Source``."""
         return bool(self._ties)
 
     def known(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-        """As of ``Source``."""
+        """As in ``Source``."""
         return self.weights, self._ties
 
     def places(self, name: str) -> Sequence[str]:
-        """As of ``Source``."""
+        """As in ``Source``."""
         return (name,)
 
     def equal(self, first: Tensor, second: Tensor) -> bool:
-        """As of ``Source``."""
+        """As in ``Source``."""
         return torch.equal(first.cpu(), second.cpu())
 
 

@@ -138,7 +138,7 @@ def request_of(
         category=prompt.category,
         prompt=prompt.prompt,
         reference="",
-        forced_start=start,
+        prefill=start,
         input_ids=tuple(ids),
     )
 

@@ -21,7 +21,7 @@ from typing import Any
 from sku.config import plain_data
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, SkuError
-from sku.evaluate.backends.base import Drawing
+from sku.evaluate.backends.base import Sampling
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.judges.cache import cached
@@ -107,7 +107,7 @@ class _Writing:
 
     def __post_init__(self) -> None:
         settings, self.writer = self.job.settings, self.job.writer
-        self.drawing = Drawing(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
+        self.sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
         self.stop_ids = self.writer.stop_ids(self.job.loaded.model)
         self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
         self.judge = cached(self.job.judge, self.folder, self._tell("own replies: judge"))
@@ -126,7 +126,7 @@ class _Writing:
         with evaluation_mode(self.job.loaded.model):
             plain_ones = self._plain()
             free = [reply for reply in plain_ones if reply.source == "harmful"]
-            free += self._drawn()
+            free += self._sampled()
             comply = self._comply(free)
             refuse = self._refuse(free)
         answers = self._answers([reply for reply in plain_ones if reply.source != "harmful"])
@@ -159,17 +159,18 @@ class _Writing:
             questions += own
         return self._ask(questions, "own replies: greedy", self.job.settings.max_new_tokens)
 
-    def _drawn(self) -> list[Reply]:
+    def _sampled(self) -> list[Reply]:
         """Sampled replies to the harmful prompts."""
         length = self.job.settings.max_new_tokens
-        decoding = self._decoding("drawn", length, drawn=True)
+        decoding = self._decoding("sampled", length, sampled=True)
+        # A question's name decides its random numbers: "drawn" stays, so that an earlier version's replies come again.
         questions = [
             question
             for prompt in self.job.prompts.harmful.prompts
-            for draw in range(self.job.settings.draws)
+            for draw in range(self.job.settings.samples)
             for question in self._question(f"drawn{draw}", "harmful", prompt, {**decoding, "draw": draw})
         ]
-        return self._ask(questions, "own replies: drawn", length, drawn=True)
+        return self._ask(questions, "own replies: sampled", length, sampled=True)
 
     def _comply(self, free: Sequence[Reply]) -> list[Reply]:
         """Harmful replies: to a prompt without one the model is asked again, first told and then made to begin."""
@@ -201,9 +202,9 @@ class _Writing:
         questions = []
         for place, prompt in enumerate(self.job.prompts.harmful.prompts):
             for number, (how, words) in enumerate(self._ways_to_refuse(place)):
-                decoding = {**self._decoding(how, settings.refuse_tokens, drawn=True), **words}
+                decoding = {**self._decoding(how, settings.refuse_tokens, sampled=True), **words}
                 questions += self._question(f"refuse{number}", "harmful", prompt, decoding, **words)
-        asked = self._ask(questions, "own replies: refusals", settings.refuse_tokens, drawn=True)
+        asked = self._ask(questions, "own replies: refusals", settings.refuse_tokens, sampled=True)
         by_prompt = sorted([*short, *asked], key=lambda reply: self.place[reply.record.prompt])
         return choose_refusals(by_prompt, settings.refusals, settings.repeat_share, counts)
 
@@ -237,7 +238,7 @@ class _Writing:
         """What the model says to normal and borderline prompts, its refusals included."""
         counts = self.counts["answer"]
         counts.asked += len(replies)
-        kept = [reply for reply in replies if reply.outcome.outcome != "degenerate"]
+        kept = [reply for reply in replies if reply.outcome.outcome != "gibberish"]
         counts.dropped[GIBBERISH] += len(replies) - len(kept)
         counts.kept += len(kept)
         return kept
@@ -269,7 +270,7 @@ class _Writing:
             return []
         return [_Question(request=request, source=source, decoding=decoding)]
 
-    def _ask(self, questions: Sequence[_Question], stage: str, length: int, *, drawn: bool = False) -> list[Reply]:
+    def _ask(self, questions: Sequence[_Question], stage: str, length: int, *, sampled: bool = False) -> list[Reply]:
         """Replies, whole and judged."""
         if not questions:
             return []
@@ -281,7 +282,7 @@ class _Writing:
             max_new_tokens=length,
             batch_size=self.job.settings.batch_size,
             window=self.writer.window,
-            drawing=self.drawing if drawn else None,
+            sampling=self.sampling if sampled else None,
             finished=self.recovered,
             keep=self.partial.append,
             progress=self._tell(stage),
@@ -298,8 +299,8 @@ class _Writing:
         progress = self.progress
         return None if progress is None else lambda done, total: progress(stage, done, total)
 
-    def _decoding(self, how: str, length: int, *, drawn: bool = False) -> dict[str, Any]:
-        settings = self.drawing.settings() if drawn else {"do_sample": False}
+    def _decoding(self, how: str, length: int, *, sampled: bool = False) -> dict[str, Any]:
+        settings = self.sampling.settings() if sampled else {"do_sample": False}
         return {"how": how, "max_new_tokens": length, **settings}
 
     def _account(self, rows: Mapping[OwnKind, Sequence[OwnRow]], seconds: float) -> dict[str, Any]:
@@ -347,4 +348,4 @@ def _whole(record: GenerationRecord) -> GenerationRecord:
     """A reply with the start that it was made to begin with: that is what is judged, and what is trained on."""
     if record.kind != "prefill":
         return record
-    return dataclasses.replace(record, kind="reply", forced_start="", reply=record.whole_reply.strip())
+    return dataclasses.replace(record, kind="reply", prefill="", reply=record.whole_reply.strip())

@@ -229,8 +229,8 @@ def check_evaluation(
     drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)
     asked, _ = asking.requests(drawn, writer, config)
     # The run's starts are the base model's own replies, which nobody knows yet.
-    forced, _ = asking.prefills(drawn.harmful(), config.prefill_tokens, {}, writer, config.max_new_tokens)
-    kinds = [str(request.kind) for request in (*asked, *forced)]
+    prefilled, _ = asking.prefills(drawn.harmful(), config.prefill_tokens, {}, writer, config.max_new_tokens)
+    kinds = [str(request.kind) for request in (*asked, *prefilled)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 

@@ -86,7 +86,7 @@ def plan_own(options: OwnOptions, out: Path, *, resume: bool = False) -> Plan[Ow
     found = check_model(options.model)
     sets, settings = prompts.sets(), options.replies
     harmful = len(prompts.harmful.prompts)
-    free = sum(len(one.prompts) for one in sets.values()) + harmful * settings.draws
+    free = sum(len(one.prompts) for one in sets.values()) + harmful * settings.samples
 
     def execute(progress: Progress | None) -> OwnReplies:
         job = OwnJob(

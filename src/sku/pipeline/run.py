@@ -90,9 +90,9 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     """Checks all of a run but what only weights and training show, and plans it.
 
     Args:
-        recipe: As of ``run_recipe``.
-        out: As of ``run_recipe``.
-        resume: As of ``run_recipe``.
+        recipe: As in ``run_recipe``.
+        out: As in ``run_recipe``.
+        resume: As in ``run_recipe``.
 
     Raises:
         SkuError: As ``run_recipe``; also where the disk is too small.
@@ -163,7 +163,7 @@ def _checked(
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
         begun = recipe.chooses_alpha and not writes_own
-        asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, forced_tokens=())
+        asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, prefill_tokens=())
         draw_questions(data, model.writer(recipe), asked_too, seed=recipe.seed)
     return data, model, check_training(recipe, model, data, Path(str(run.training.output_dir))), asked
 

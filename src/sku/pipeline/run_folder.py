@@ -68,9 +68,9 @@ class RunFolder:
         """Refuses what ``open`` would refuse, and makes nothing.
 
         Args:
-            recipe: As of ``open``.
-            trained_folder: As of ``open``.
-            resume: As of ``open``.
+            recipe: As in ``open``.
+            trained_folder: As in ``open``.
+            resume: As in ``open``.
 
         Raises:
             OutputError: As ``open``.

@@ -40,7 +40,7 @@ class Behaviour:
     """Harmful prompts answered with harm; a reply that the judge failed on counts."""
     refused: Rate
     """Harmful prompts refused."""
-    degenerate: Rate
+    gibberish: Rate
     """Harmful prompts answered with gibberish."""
     refused_normal: Rate
     """Normal prompts refused."""
@@ -107,7 +107,7 @@ def ask_stage_1(
         TaskVectorError: Training changed nothing.
     """
     writer = asking.Writer.of(base, tokenizer, recipe.model.prompt_format)
-    config = dataclasses.replace(recipe.sweep, forced_tokens=())
+    config = dataclasses.replace(recipe.sweep, prefill_tokens=())
     judge = choose_judge(recipe.evaluate, data)
     asker = validation_asker(base, writer, judge, recipe)
     questions = draw_questions(data, writer, config, seed=recipe.seed)
@@ -119,7 +119,7 @@ def ask_stage_1(
         return Behaviour(
             harmful=harmful["harmful_at_most"],
             refused=harmful["refusal"],
-            degenerate=harmful["degenerate"],
+            gibberish=harmful["gibberish"],
             refused_normal=normal["over_refusal"],
         )
 

@@ -28,7 +28,7 @@ _HEADLINE = (
     ("unlearned", "replies", "harmful", "harmful, {unlearned}"),
     ("unseen", "prefill", "harmful", "harmful, unseen prompts"),
     ("unlearned", "prefill", "harmful", "harmful, {unlearned}"),
-    ("unseen", "replies", "degenerate", "gibberish, unseen prompts"),
+    ("unseen", "replies", "gibberish", "gibberish, unseen prompts"),
     ("unseen", "replies", "cut_off", "cut at the limit, unseen prompts"),
     ("retain_test", "replies", "cut_off", "cut at the limit, normal prompts"),
     ("retain_test", "replies", "over_refusal", "refused, normal prompts"),
@@ -46,7 +46,7 @@ def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run:
     Args:
         folder: Of the run.
         choices: What a user says of licence and base model beyond the recipe.
-        within_run: As of ``read_run``.
+        within_run: As in ``read_run``.
 
     Returns:
         The cards.
@@ -139,7 +139,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
         "precision_notes": () if run.precisions is None else run.precisions.notes,
         "dtype": negation["dtype"],
         "judge": comparison.unlearned.judge,
-        "forced_words": _forced_words(run, attacks),
+        "prefill_words": _prefill_words(run, attacks),
         "prompt_format": comparison.unlearned.setup.prompt_format,
         "negates": run.negates,
         "method": run.method,
@@ -165,7 +165,7 @@ def _headline_rows(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[tupl
     for k in sorted(leaks, key=int)[-1:]:
         if int(k) > 1:
             caution = caution_of(comparison.unlearned.judge, leaks[k], replies=int(k))
-            yield _share_row(f"harmful, unseen prompts, any of {k} drawn replies", leaks[k], caution)
+            yield _share_row(f"harmful, unseen prompts, any of {k} sampled replies", leaks[k], caution)
     for split, name in (("retain_test", "normal answers"), ("unseen", "unseen harmful answers")):
         change = comparison.perplexity.get(split)
         if change is not None:
@@ -196,7 +196,7 @@ def _precision_table(run: RecordedRun) -> str:
         (
             (
                 row.precision,
-                *map(rate_text, (row.harmful, row.forced, row.gibberish)),
+                *map(rate_text, (row.harmful, row.prefill, row.gibberish)),
                 NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.4g}",
                 NOTHING if row.kept is None else percent(row.kept),
             )
@@ -233,7 +233,7 @@ def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
     yield "recipe", f"{recipe['name']}, SHA-256 {manifest['recipe_sha256']}"
 
 
-def _forced_words(run: RecordedRun, attacks: Sequence[AttackRow]) -> str:
+def _prefill_words(run: RecordedRun, attacks: Sequence[AttackRow]) -> str:
     rates = [rates["harmful"].after.value for rates in run.comparison.prefill.values() if "harmful" in rates]
     told = [f"here {percent(max(rates))} did"] if rates else []
     if attacks:

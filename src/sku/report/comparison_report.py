@@ -53,7 +53,7 @@ def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None 
 
     Args:
         records: Of all rows and seeds.
-        order: As of ``comparison_markdown``.
+        order: As in ``comparison_markdown``.
 
     Returns:
         A Markdown table with its legend.
@@ -82,7 +82,7 @@ def write_comparison(
         records: Of all rows and seeds.
         folder: Gets ``table.md``, and ``overview`` and ``trade_off`` as ``.png`` and ``.svg``.
         budget: Utility budget, drawn as a line in the trade-off.
-        order: As of ``comparison_markdown``.
+        order: As in ``comparison_markdown``.
 
     Returns:
         The files written, in this order. The pictures are left out where no method has a complete record.

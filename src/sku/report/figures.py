@@ -57,7 +57,7 @@ PALETTE = {
     "evasive": Colour(light="#e0c070", dark="#e0c070"),
     "safe_answer": Colour(light="#56b4e9", dark="#56b4e9"),
     "refusal": Colour(light="#0072b2", dark="#0072b2"),
-    "degenerate": Colour(light="#8c8c8c", dark="#8c8c8c"),
+    "gibberish": Colour(light="#8c8c8c", dark="#8c8c8c"),
     "unjudged": Colour(light="#dcdcdc", dark="#dcdcdc"),
     "on_bright": Colour(light="#000000", dark="#000000"),
     "on_deep": Colour(light="#fefefe", dark="#fefefe"),

@@ -18,8 +18,8 @@ from sku.sweep.result import Sweep
 from sku.sweep.rule import Replies, SweepPoint, cost_of
 
 _INK, _FAINT, _GREY = "#222222", "#E3E3E3", "#767676"
-_HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("degenerate")
-_FORCED = ("#F2B58A", "#D98243", "#A9561B", "#73360B", "#4A2206")
+_HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("gibberish")
+_PREFILL = ("#F2B58A", "#D98243", "#A9561B", "#73360B", "#4A2206")
 """Light for short prefills, dark for long ones; the last stands for all that are longer still."""
 _MARKERS = "s^vDP"
 
@@ -66,7 +66,7 @@ def frontier_figure(sweep: Sweep, path: Path) -> Path:
 
 def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
     replies = [(point.alpha, cast(Replies, point.replies)) for point in points]
-    lengths = sorted({tokens for _, found in replies for tokens in found.forced})
+    lengths = sorted({tokens for _, found in replies for tokens in found.prefill})
 
     def line(values: Sequence[tuple[float, Rate]], colour: str, label: str, **style: Any) -> None:
         alphas = [alpha for alpha, _ in values]
@@ -78,12 +78,12 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
 
     line([(alpha, found.harmful) for alpha, found in replies], _HARM, "harmful", marker="o", linewidth=2.2)
     for place, tokens in enumerate(lengths):
-        shade, marker = (kinds[min(place, len(kinds) - 1)] for kinds in (_FORCED, _MARKERS))
+        shade, marker = (kinds[min(place, len(kinds) - 1)] for kinds in (_PREFILL, _MARKERS))
         label = f"harmful, prefill of {tokens} token{'s' if tokens > 1 else ''}"
-        values = [(alpha, found.forced[tokens]) for alpha, found in replies]
+        values = [(alpha, found.prefill[tokens]) for alpha, found in replies]
         line(values, shade, label, marker=marker, markersize=4.5, linewidth=1.3)
     dashed: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}
-    line([(alpha, found.degenerate) for alpha, found in replies], _GIBBERISH, "gibberish", ls="--", **dashed)
+    line([(alpha, found.gibberish) for alpha, found in replies], _GIBBERISH, "gibberish", ls="--", **dashed)
     refused = [(alpha, found.over_refusal) for alpha, found in replies]
     line(refused, _REFUSAL, "normal prompts refused", ls=":", marker="x", **dashed)
     axes.set_ylim(-3, 103)

@@ -79,7 +79,7 @@ _EXACT, _REFUSED = (
 )
 _MEASURES = (
     Measure(field="harmful_unseen", title="Harmful replies", of="unseen harmful prompts", better="lower"),
-    Measure(field="forced_start_unseen", title="Harmful, prefill", of="unseen harmful prompts", better="lower"),
+    Measure(field="prefill_unseen", title="Harmful, prefill", of="unseen harmful prompts", better="lower"),
     Measure(field="gibberish_unseen", title="Gibberish", of="unseen harmful prompts", better="lower"),
     _EXACT,
     _REFUSED,
@@ -177,7 +177,7 @@ def _named(measures: Sequence[Measure], records: Sequence[MethodRecord]) -> list
     tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
     words = prefill_words(tried or [0]).replace(", ", ",\n", 1)
     return [
-        dataclasses.replace(measure, title=f"Harmful, {words}") if measure.field == "forced_start_unseen" else measure
+        dataclasses.replace(measure, title=f"Harmful, {words}") if measure.field == "prefill_unseen" else measure
         for measure in measures
     ]
 

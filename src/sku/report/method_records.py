@@ -35,7 +35,7 @@ ROLES: tuple[Role, ...] = ("published", "matched", "sweep")
 NORMAL_KEY = "retain_test/reply"
 _HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/[1-9][0-9]*)")
 LETTERS: Mapping[Outcome, str] = {
-    "harmful": "h", "refusal": "r", "evasive": "e", "degenerate": "d", "unjudged": "u", "answered": "a",
+    "harmful": "h", "refusal": "r", "evasive": "e", "gibberish": "d", "unjudged": "u", "answered": "a",
     "refused": "o", "safe_answer": "s",
 }  # fmt: skip
 """Outcome -> its letter. Harmful prompts have h, r, e, s, d, u; normal prompts a, o, d."""
@@ -183,7 +183,7 @@ def _replies(result: EvaluationResult) -> dict[str, list[ReplyOutcome]]:
         raise EvaluationError("an evaluation without replies can't enter a comparison: read it with read_result")
     groups: dict[str, list[ReplyOutcome]] = {}
     for row in sorted(result.outcomes, key=lambda row: row.id):
-        length = f"/{row.forced_tokens}" if row.kind == "prefill" else ""
+        length = f"/{row.prefill_tokens}" if row.kind == "prefill" else ""
         groups.setdefault(f"{row.split}/{row.kind}{length}", []).append(row)
     return groups
 

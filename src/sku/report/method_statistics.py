@@ -34,12 +34,12 @@ _SEED = 0
 """Of all resampling: the same records always give the same numbers."""
 Table = NDArray[np.float64]
 Hit = Literal[
-    "harmful", "harmful_ungated", "evasive", "refusal", "degenerate", "unjudged", "answered", "over_refusal",
+    "harmful", "harmful_ungated", "evasive", "refusal", "gibberish", "unjudged", "answered", "over_refusal",
     "exact_answer",
 ]  # fmt: skip
 """What is counted, under the names of ``sku.evaluate.metrics``."""
 _LETTER_OF = {
-    "harmful": "h", "evasive": "e", "refusal": "r", "degenerate": "d", "unjudged": "u", "answered": "a",
+    "harmful": "h", "evasive": "e", "refusal": "r", "gibberish": "d", "unjudged": "u", "answered": "a",
     "over_refusal": "o",
 }  # fmt: skip
 

@@ -33,9 +33,9 @@ RATES: Mapping[str, tuple[str, str, Hit]] = {
     "harmful_unseen": ("harmful, unseen", "unseen/reply", "harmful"),
     # What the judge says without the gate: gibberish can count.
     "harmful_ungated_unseen": ("harmful ungated, unseen", "unseen/reply", "harmful_ungated"),
-    "forced_start_unseen": ("harmful, unseen", PREFILL, "harmful"),
-    "gibberish_unseen": ("gibberish, unseen", "unseen/reply", "degenerate"),
-    "gibberish_normal": ("gibberish, normal", NORMAL_KEY, "degenerate"),
+    "prefill_unseen": ("harmful, unseen", PREFILL, "harmful"),
+    "gibberish_unseen": ("gibberish, unseen", "unseen/reply", "gibberish"),
+    "gibberish_normal": ("gibberish, normal", NORMAL_KEY, "gibberish"),
     "over_refusal": ("over-refusal, normal", NORMAL_KEY, "over_refusal"),
     "exact_answers": ("exact answers, normal", NORMAL_KEY, "exact_answer"),
 }
@@ -53,7 +53,7 @@ BUDGET = (
 _TESTED = ("unseen/reply", PREFILL)
 """Keys of the table of differences."""
 _WORST = (
-    " After a prefill each row stands at the length that is the worst for it, named behind the comma; the largest of "
+    " After a prefill each row stands at the length that is the worst for it, named after the comma; the largest of "
     "several rates is a little too large on average."
 )
 
@@ -254,13 +254,13 @@ def prefills_asked(point: Point) -> list[str]:
 
 
 def _heading(name: str, heading: str, tried: Collection[int]) -> str:
-    return f"{heading}, {prefill_words(tried)}" if name == "forced_start_unseen" else heading
+    return f"{heading}, {prefill_words(tried)}" if name == "prefill_unseen" else heading
 
 
 def _cell(row: ComparisonRow, name: str, tried: Collection[int]) -> str:
     """An estimate; after a prefill with its length, where several were tried."""
     shown = _estimate(row.estimates.get(name), name)
-    of_several = name == "forced_start_unseen" and len(tried) > 1 and row.prefill_tokens is not None
+    of_several = name == "prefill_unseen" and len(tried) > 1 and row.prefill_tokens is not None
     return f"{shown}, {row.prefill_tokens}" if of_several else shown
 
 

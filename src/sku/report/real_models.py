@@ -30,7 +30,7 @@ the worst for the model; safe prompts of XSTest refused; normal prompts refused,
 base on normal answers, nats a token; mean accuracy over the tasks of lm-eval."""
 KEYS = ("model", "method", "seed", *FIGURES)
 TWINS = "_twins"
-"""Goes on the method of a run whose stage 1 trained a good twin as well."""
+"""Goes on the method of a run whose stage 1 trained a good twin as well; operators follow, each after a plus."""
 _OWN_HARMFUL = ("unlearned", "unseen", "forget_validation", "xstest_unsafe")
 """Splits of harmful prompts that are of no other source; every other one is."""
 
@@ -96,10 +96,13 @@ def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
         own, base = (_of_evaluation(results[name]) for name in ("unlearned", "base"))
         acquire = recipe["acquire"]
         twins = recipe["method"] == "sku" and acquire.get("twin", "none") != "none"
+        method = f"{recipe['method']}{TWINS if twins else ''}"
+        # An operator makes another vector of it; a file's is named as the file.
+        operators = [PurePath(name).stem for entry in recipe["negate"]["operators"] for name in entry]
         seed = recipe["seed"] if acquire["seed"] is None else acquire["seed"]
         if own["kl_normal"] is not None:
             base["kl_normal"] = 0.0  # A base is not measured against itself.
-        return _row(recipe, f"{recipe['method']}{TWINS if twins else ''}", seed, own, base)
+        return _row(recipe, "+".join([method, *operators]), seed, own, base)
     except (AttributeError, KeyError, TypeError) as error:
         raise EvaluationError(f"{where} is not that of a finished run of this version ({error}): run again") from None
 
@@ -145,7 +148,7 @@ def _of_evaluation(result: Mapping[str, Any]) -> Row:
         "worst_prefill": max((found for found in after_prefills if found is not None), default=None),
         "xstest_safe_refused": share("xstest_safe", "over_refusal"),
         "normal_refused": share("retain_test", "over_refusal"),
-        "gibberish": share("retain_test", "degenerate"),
+        "gibberish": share("retain_test", "gibberish"),
         "kl_normal": None if agreement is None else agreement["kl"],
         "utility_accuracy": _accuracy(result["lm_eval"]),
     }

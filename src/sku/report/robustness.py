@@ -54,7 +54,7 @@ def left_out_lines(report: AttackReport) -> list[str]:
 
 def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[AttackRow]:
     model, control, ways = result.model, result.control, len(result.model.variants)
-    gibberish = percent(model.replies["degenerate"].value)
+    gibberish = percent(model.replies["gibberish"].value)
     yield AttackRow(
         attack=title,
         setting="worst case" if ways > 1 else result.setting,
@@ -104,9 +104,9 @@ class PrecisionRow:
     """Harmful, of the free replies to prompts of the forget set, trained-on ones where the evaluation says so."""
     harmful: Rate | None
     """Of the free replies to unseen prompts."""
-    forced: Rate | None
+    prefill: Rate | None
     """Harmful after the prefill that is the worst for this model, on unseen prompts too."""
-    forced_tokens: int | None
+    prefill_tokens: int | None
     """Length of that prefill."""
     gibberish: Rate | None
     perplexity: float | None
@@ -134,7 +134,7 @@ def precision_cells(report: PrecisionReport) -> list[tuple[str, ...]]:
         (
             row.precision,
             *(_percent_of(rate) for rate in (row.trained_on, row.harmful)),
-            _percent_of(row.forced) + ("" if row.forced_tokens is None else f" ({row.forced_tokens})"),
+            _percent_of(row.prefill) + ("" if row.prefill_tokens is None else f" ({row.prefill_tokens})"),
             _percent_of(row.gibberish),
             NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.3f}",
             NOTHING if kept is None else percent(kept),
@@ -165,9 +165,9 @@ def _precision_row(
         scheme=scheme,
         trained_on=found.replies.get("unlearned", {}).get("harmful"),
         harmful=found.replies.get(split, {}).get("harmful"),
-        forced=found.prefill.get(split, {}).get("harmful"),
-        forced_tokens=found.worst_prefill.get(split),
-        gibberish=found.replies.get(split, {}).get("degenerate"),
+        prefill=found.prefill.get(split, {}).get("harmful"),
+        prefill_tokens=found.worst_prefill.get(split),
+        gibberish=found.replies.get(split, {}).get("gibberish"),
         perplexity=None if normal is None else normal.ratio,
         kept=None if survival is None else survival.projection,
     )

@@ -21,13 +21,13 @@ _REPLY_MEASURES = (
     ("refusal", "refusal", ""),
     ("safe_answer", "safe answer", ""),
     ("evasive", "evasive", ""),
-    ("degenerate", "gibberish", "same"),
+    ("gibberish", "gibberish", "same"),
 )
 _SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine"}
 _NORMAL_MEASURES = (
     ("exact_answer", "exact answer", "same"),
     ("over_refusal", "refused", "same"),
-    ("degenerate", "gibberish", "same"),
+    ("gibberish", "gibberish", "same"),
 )
 
 
@@ -58,7 +58,7 @@ class TableRow:
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
-    """The whole comparison: harmful prompts, the worst prefill, drawn replies, normal prompts, perplexities and more.
+    """The whole comparison: harmful prompts, the worst prefill, sampled replies, normal prompts, perplexities.
 
     Args:
         comparison: From ``compare``.
@@ -85,7 +85,7 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
             rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1], judge)
             rows += _corrected_rows(name, comparison, split, f"prefill/{comparison.unlearned.worst_prefill[split]}")
     for split in ("unlearned", "unseen"):
-        name = f"{named(split)}, drawn"
+        name = f"{named(split)}, sampled"
         rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1], judge)
         rows += _leak_rows(name, comparison.leak.get(split, {}), judge)
     for split in asked:
@@ -120,7 +120,7 @@ def _rate_rows(
 
 
 def _leak_rows(name: str, changes: Mapping[str, LeakChange], judge: JudgeCard) -> Iterator[TableRow]:
-    """The row of the largest k: any of that many drawn replies."""
+    """The row of the largest k: any of that many sampled replies."""
     for k in sorted(changes, key=int)[-1:]:
         if int(k) > 1:
             caution = caution_of(judge, changes[k], replies=int(k))

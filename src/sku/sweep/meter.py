@@ -102,18 +102,18 @@ def draw_questions(
         free_requests(split, examples, writer, config.max_new_tokens)
         for split, examples in ((FORGET, drawn), (RETAIN, others))
     )
-    begun = starts(free) if starts is not None and free and config.forced_tokens else ()
-    forced, too_short = prefills(
-        [(FORGET, example) for example in drawn], config.forced_tokens, by_id(begun), writer, config.max_new_tokens
+    begun = starts(free) if starts is not None and free and config.prefill_tokens else ()
+    prefilled, too_short = prefills(
+        [(FORGET, example) for example in drawn], config.prefill_tokens, by_id(begun), writer, config.max_new_tokens
     )
     left_out = {
         f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
         **too_short,
         f"{RETAIN}: the prompt is too long for the model": len(others) - len(normal),
     }
-    lengths = sorted(set(config.forced_tokens))
+    lengths = sorted(set(config.prefill_tokens))
     asked = Questions(
-        harmful={FREE: free, **{one: [row for row in forced if row.forced_tokens == one] for one in lengths}},
+        harmful={FREE: free, **{one: [row for row in prefilled if row.prefill_tokens == one] for one in lengths}},
         normal=normal,
         texts=validation_texts(data, writer, config.retain_prompts, seed=seed),
         left_out={reason: count for reason, count in left_out.items() if count},
@@ -124,7 +124,7 @@ def draw_questions(
             what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
             raise EvaluationError(
                 f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, "
-                f"{dict(asked.left_out)}): take shorter prompts, change sweep.forced_tokens or raise "
+                f"{dict(asked.left_out)}): take shorter prompts, change sweep.prefill_tokens or raise "
                 "sweep.validation_fraction"
             )
     if not asked.normal:
@@ -272,13 +272,13 @@ def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Re
         return rates_of([outcomes[request.id] for request in requests])
 
     harmful, normal = {tokens: rates(group) for tokens, group in questions.harmful.items()}, rates(questions.normal)
-    forced = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
+    prefilled = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
     return Replies(
         harmful=harmful[FREE]["harmful_at_most"],
-        degenerate=harmful[FREE]["degenerate"],
-        forced={tokens: found["harmful_at_most"] for tokens, found in forced.items()},
-        forced_degenerate={tokens: found["degenerate"] for tokens, found in forced.items()},
+        gibberish=harmful[FREE]["gibberish"],
+        prefill={tokens: found["harmful_at_most"] for tokens, found in prefilled.items()},
+        prefill_gibberish={tokens: found["gibberish"] for tokens, found in prefilled.items()},
         over_refusal=normal["over_refusal"],
-        normal_degenerate=normal["degenerate"],
+        normal_gibberish=normal["gibberish"],
         exact_answer=normal.get("exact_answer"),
     )

@@ -15,8 +15,8 @@ Keys of the file:
   low, high: the perplexity of its answers over the base model's, with a bootstrap interval over examples) and ``kl``
   (normal set -> nats a token), both empty where the weights broke; ``cost`` (``value`` in shares of the budget, up to
   1 within it, and ``bound_by``, the worst part; null where the weights broke); ``replies`` (null where the model was
-  not asked, ``unasked`` says why): ``harmful``, ``degenerate``, ``forced`` and ``forced_degenerate`` (by number of
-  forced tokens), ``over_refusal``, ``normal_degenerate``, ``exact_answer``, each count, total, value, low, high
+  not asked, ``unasked`` says why): ``harmful``, ``gibberish``, ``prefill`` and ``prefill_gibberish`` (by number of
+  prefill tokens), ``over_refusal``, ``normal_gibberish``, ``exact_answer``, each count, total, value, low, high
   (Wilson, 95 %).
 - ``not_measured``: given alphas after a hopeless one. ``spare``: points that an earlier call with the same key
   measured and this one did not ask for; the rule doesn't see them.

@@ -1,7 +1,7 @@
 """From a frontier to one alpha, and the sentences that say why, or what to set. Numbers in, words out: no model.
 
 An alpha is *within limits* where its utility cost (``sku.evaluate.utility_cost``) is within the budget and its
-gibberish within the base model's share plus ``degenerate_limit``. Its *harm* is the largest of its harmful rates,
+gibberish within the base model's share plus ``gibberish_limit``. Its *harm* is the largest of its harmful rates,
 freely answered and after each prefill; of equals, the mean of all rates tells less from more. Observed rates
 decide, not the ends of their intervals.
 """
@@ -39,14 +39,14 @@ class Replies:
 
     harmful: Rate
     """Free replies to harmful prompts; one that the judge failed on counts as harmful."""
-    degenerate: Rate
+    gibberish: Rate
     """Gibberish among them."""
-    forced: Mapping[int, Rate] = field(default_factory=dict)
+    prefill: Mapping[int, Rate] = field(default_factory=dict)
     """Tokens of the prefill -> harmful continuations."""
-    forced_degenerate: Mapping[int, Rate] = field(default_factory=dict)
+    prefill_gibberish: Mapping[int, Rate] = field(default_factory=dict)
     over_refusal: Rate
     """Normal prompts that were refused."""
-    normal_degenerate: Rate
+    normal_gibberish: Rate
     """Gibberish among the replies to normal prompts."""
     exact_answer: Rate | None
     """Normal prompts with a short answer that was given word for word; None where no answer is short enough."""
@@ -54,13 +54,13 @@ class Replies:
     @property
     def harm(self) -> tuple[int, Rate]:
         """The largest harmful rate and the tokens of the prefill that it needs, ``FREE`` for none."""
-        rates = {FREE: self.harmful, **self.forced}
+        rates = {FREE: self.harmful, **self.prefill}
         return max(rates.items(), key=lambda entry: (entry[1].value, -entry[0]))
 
     @property
     def harm_order(self) -> tuple[float, float]:
         """What tells less harm from more: the largest rate, and of equals the mean of all."""
-        rates = [self.harmful.value, *(rate.value for rate in self.forced.values())]
+        rates = [self.harmful.value, *(rate.value for rate in self.prefill.values())]
         return max(rates), math.fsum(rates) / len(rates)
 
 
@@ -85,7 +85,7 @@ class SweepPoint:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         plain = dataclasses.asdict(self)
-        for name in ("forced", "forced_degenerate") if self.replies is not None else ():
+        for name in ("prefill", "prefill_gibberish") if self.replies is not None else ():
             plain["replies"][name] = {str(tokens): rate for tokens, rate in plain["replies"][name].items()}
         return plain
 
@@ -189,7 +189,7 @@ def beyond_limits(point: SweepPoint, base: SweepPoint, config: SweepConfig) -> b
     """Whether a point costs more than budget and limits allow; true where it was not asked."""
     if point.replies is None:
         return True
-    return not cost_of(point, base, config).within or _gibberish(point, base) > config.degenerate_limit
+    return not cost_of(point, base, config).within or _gibberish(point, base) > config.gibberish_limit
 
 
 def is_hopeless(point: SweepPoint, config: SweepConfig) -> bool:
@@ -208,8 +208,8 @@ def _gibberish(point: SweepPoint, base: SweepPoint) -> float:
     """The larger excess over the base model's shares, in replies to harmful and to normal prompts."""
     found, original = _asked(point), _asked(base)
     excess = (
-        found.degenerate.value - original.degenerate.value,
-        found.normal_degenerate.value - original.normal_degenerate.value,
+        found.gibberish.value - original.gibberish.value,
+        found.normal_gibberish.value - original.normal_gibberish.value,
     )
     # Of shares that are equal as fractions, such as 0.15 - 0.1 against 0.05.
     return round(max(excess), 12)
@@ -237,7 +237,7 @@ def _raise_limits(candidates: Sequence[SweepPoint], base: SweepPoint, config: Sw
             "utility_budget": max(ratios),
             "kl_budget": max(point.kl.values()),
             "over_refusal_limit": found.over_refusal.value - _asked(base).over_refusal.value,
-            "degenerate_limit": _gibberish(point, base),
+            "gibberish_limit": _gibberish(point, base),
         }
         raised = {name: value for name, value in needed.items() if value > getattr(config, name)}
         shares = [value for name, value in raised.items() if name.endswith("_limit")]
@@ -282,7 +282,7 @@ def _gentlest(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfi
     if not measured:
         return "the weights broke at each"
     gentlest = min(measured, key=lambda point: (_cost(point, base, config), point.alpha))
-    gibberish = "" if gentlest.replies is None else f", gibberish {_percent(gentlest.replies.degenerate.value)}"
+    gibberish = "" if gentlest.replies is None else f", gibberish {_percent(gentlest.replies.gibberish.value)}"
     return f"the gentlest is {gentlest.alpha:g}: {_cost_words(gentlest, base, config)}{gibberish}"
 
 

@@ -201,7 +201,7 @@ def _written(
 
 def _asked(questions: Questions) -> dict[str, int]:
     counts = {
-        "harmful" if tokens == FREE else f"forced {tokens}": len(group) for tokens, group in questions.harmful.items()
+        "harmful" if tokens == FREE else f"prefill {tokens}": len(group) for tokens, group in questions.harmful.items()
     }
     return {**counts, "normal": len(questions.normal), "texts": sum(map(len, questions.texts.values()))}
 

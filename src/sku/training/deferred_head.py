@@ -111,7 +111,7 @@ def _shape_of(model: PreTrainedModel) -> HeadShape:
     """How a model makes its scores, checked against two of its own.
 
     Raises:
-        _UnknownHeadError: Its head is no plain matrix product, or something unknown happens to the scores behind it.
+        _UnknownHeadError: Its head is no plain matrix product, or something unknown happens to the scores after it.
     """
     module = model.get_output_embeddings()
     if type(module) is not nn.Linear:
@@ -149,7 +149,7 @@ def _check(model: PreTrainedModel, shape: HeadShape) -> None:
         own = HeadScores(hidden_NH=seen[0], head=shape.head()).logits()
     tolerance = 1e-4 if own.dtype == torch.float32 else 3e-2
     if own.shape != logits.shape or float((own - logits).abs().max()) > tolerance * max(1.0, float(own.abs().max())):
-        raise _UnknownHeadError("the model changes its scores behind the head in a way that isn't known here")
+        raise _UnknownHeadError("the model changes its scores after the head in a way that isn't known here")
 
 
 def _is_whole(weight: Tensor) -> bool:

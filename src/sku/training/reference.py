@@ -197,7 +197,7 @@ class CachedRows:
         of each in its split.
         """
         start_M = self.start_I[index_M.clamp(max=len(self.start_I) - 1)]
-        # Positions of a row lie one behind the other, so a row begins where its number is first met. On a GPU the look
+        # Positions of a row lie one after the other, so a row begins where its number is first met. On a GPU the look
         # at it would be waited for, and the order is that of the processor.
         if rows.row_N.device.type == "cpu":
             assert bool((rows.row_N.diff() >= 0).all()), "rows are not in order"
@@ -213,7 +213,7 @@ class CachedRows:
 
 
 def gather_rows(scored: Iterable[ScoredRows], example_ids: list[int]) -> CachedRows:
-    """Puts batches of rows behind each other.
+    """Puts batches of rows after each other.
 
     Args:
         scored: The original model on some rows at a time, with its head left out: one row for each joint example, in

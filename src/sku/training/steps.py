@@ -203,7 +203,7 @@ class TokenScale:
         self._hooks = []
 
     def _scale(self, module: nn.Module, _inputs: Any, added: Tensor) -> Tensor:
-        """Some models (OPT) put the tokens of all rows behind each other before a layer: ``[R T, O]``."""
+        """Some models (OPT) put the tokens of all rows after each other before a layer: ``[R T, O]``."""
         assert self._scale_RT1 is not None
         scale = self._scale_RT1
         if added.ndim == 2:

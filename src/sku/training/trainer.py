@@ -86,7 +86,7 @@ class UnlearningTrainer(Trainer):
             prompt_format: How prompts are written when ``train_dataset`` holds splits.
             hazardous: The trained model answers harmful prompts on purpose: from ``train`` on it is marked
                 (``sku.hazard``).
-            **trainer_options: As of ``transformers.Trainer``: callbacks, optimizers, ...
+            **trainer_options: As in ``transformers.Trainer``: callbacks, optimizers, ...
 
         Raises:
             DataError: As ``JointDataset``.

@@ -20,7 +20,7 @@ from sku.negate.operators.base import OperatorContext
 from sku.negate.task_vector import TaskVector
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
-PERTA, NEG_MERGE = (str(EXAMPLES / name) for name in ("perta.py", "neg_merge.py"))
+PERTA, NEG_MERGE, RANDOM = (str(EXAMPLES / name) for name in ("perta.py", "neg_merge.py", "random_direction.py"))
 
 
 def apply(vector: TaskVector, context: OperatorContext, path: str, **settings: Any) -> OperatedVector:
@@ -54,6 +54,22 @@ def test_wrong_files_and_settings(entry: dict[str, Any], message: str) -> None:
 def test_an_example_says_what_data_it_lacks(make_model: ModelMaker) -> None:
     with pytest.raises(RecipeError, match="the operator perta looks at .* there are none"):
         apply(vector_of([1.0]), OperatorContext(base=make_model()), PERTA)
+
+
+# random_direction
+
+
+def test_a_random_direction_keeps_norms_alone(make_context: ContextMaker) -> None:
+    context = make_context()
+    vector = disturbed(context.base)
+    found = apply(vector, context, RANDOM)
+    assert found.row_maps is None
+    assert found.vector.norms() == pytest.approx(vector.norms(), rel=1e-5)
+    for name, delta in vector.deltas.items():
+        cosine = torch.nn.functional.cosine_similarity(found.vector.deltas[name].flatten(), delta.flatten(), dim=0)
+        assert abs(float(cosine)) < 5 / math.sqrt(delta.numel())
+    again = apply(vector, context, RANDOM).vector
+    assert all(torch.equal(found.vector.deltas[name], delta) for name, delta in again.deltas.items())
 
 
 # neg_merge

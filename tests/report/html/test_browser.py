@@ -122,7 +122,7 @@ def test_filters_sorting_search_and_pages(reader: Reader) -> None:
     assert reader.status() == f"{PROMPTS} of {every} pairs, 1 to {PROMPTS} shown"
     form.get_by_label("outcome changed").check()
     assert reader.cards().count() == PROMPTS - 2
-    form.get_by_label("Unlearned", exact=True).select_option("degenerate")
+    form.get_by_label("Unlearned", exact=True).select_option("gibberish")
     assert set(page.locator(".pair > :last-child .tag").all_inner_texts()) == {"gibberish"}
     assert page.locator(".pair > :last-child .quiet").first.inner_text() == "p(harmful) 0.100; loop; cut off"
     page.get_by_role("button", name="Clear").click()

@@ -33,7 +33,7 @@ def test_colours_have_the_contrast_of_wcag_aa(theme: str) -> None:
         assert min(contrast(colours[text], colours[page]) for page in ("paper", "panel")) >= 4.5, text
     for mark in ("base", "unlearned", "harm", "second", "third", "fourth"):
         assert contrast(colours[mark], colours["paper"]) >= 3, mark
-    for bar in ("harmful", "evasive", "safe_answer", "degenerate", "unjudged"):
+    for bar in ("harmful", "evasive", "safe_answer", "gibberish", "unjudged"):
         assert contrast(colours[bar], colours["on_bright"]) >= 4.5, bar
     assert contrast(colours["refusal"], colours["on_deep"]) >= 4.5
 

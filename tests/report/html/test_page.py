@@ -188,7 +188,7 @@ def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
     assert told not in run_page(run).html
     cautions = {figure.name for figure in key_figures(doubted.comparison) if figure.caution}
     assert "reply/unseen/harmful" in cautions
-    assert not cautions & {"reply/retain_test/over_refusal", "perplexity", "reply/unseen/degenerate"}
+    assert not cautions & {"reply/retain_test/over_refusal", "perplexity", "reply/unseen/gibberish"}
     assert told in run_page(doubted).html
 
 

@@ -40,7 +40,7 @@ def test_the_sweep_and_the_precisions_are_read_as_they_were_measured(run: Record
     third = run.sweep.points[3].replies
     assert (run.sweep.pick.alpha, run.sweep.pick.met) == (1.5, True)
     assert third is not None
-    assert (third.harmful.value, third.forced[1].count, third.harm) == (0, 3, (1, third.forced[1]))
+    assert (third.harmful.value, third.prefill[1].count, third.harm) == (0, 3, (1, third.prefill[1]))
     assert run.sweep.points[-1].perplexity is None
     assert run.sweep.points[-1].unasked == "the weights are not finite"
     assert run.precisions is not None

@@ -12,9 +12,9 @@ from sku.evaluate.backends.base import (
     CHECKED_PROMPTS,
     BackendCheck,
     Decoding,
-    Drawing,
     GenerationBackend,
     GenerationRequest,
+    Sampling,
     compare_replies,
     decoding_settings,
 )
@@ -23,8 +23,17 @@ from sku.evaluate.backends.generate import GenerateBackend
 from sku.evaluate.backends.vllm_engine import VllmBackend
 
 __all__ = [
-    "CHECKED_PROMPTS", "BackendCheck", "Decoding", "Drawing", "GenerateBackend", "GenerationBackend",
-    "GenerationRequest", "check_source", "choose_backend", "compare_replies", "decoding_settings",
+    "CHECKED_PROMPTS",
+    "BackendCheck",
+    "Decoding",
+    "GenerateBackend",
+    "GenerationBackend",
+    "GenerationRequest",
+    "Sampling",
+    "check_source",
+    "choose_backend",
+    "compare_replies",
+    "decoding_settings",
 ]  # fmt: skip
 
 
@@ -59,8 +68,8 @@ def check_source(config: EvaluateConfig, source: str | Path | None, processes: i
 
     Args:
         config: Names the backend; the others can always be used.
-        source: As of ``choose_backend``.
-        processes: As of ``choose_backend``.
+        source: As in ``choose_backend``.
+        processes: As in ``choose_backend``.
 
     Raises:
         EvaluationError: The model lies in no folder, or there are several processes.

@@ -1,4 +1,4 @@
-"""What every backend is given and gives back, how words are drawn, and whether a backend says what ``generate`` says.
+"""What every backend is given and gives back, how words are sampled, and whether one says what ``generate`` says.
 
 ``generate`` draws all rows of a batch from torch's one global generator, so that a reply would change with its
 neighbours. Here the scores get Gumbel noise from the row's own generator, and the largest of them is taken: that is an
@@ -33,8 +33,8 @@ small model takes for the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How words are drawn."""
+class Sampling:
+    """How words are sampled."""
 
     temperature: float
     top_p: float
@@ -46,7 +46,7 @@ class Drawing:
         return int.from_bytes(digest[:8], "big") >> 1  # Backends take signed 64-bit numbers.
 
     def settings(self) -> dict[str, Any]:
-        """What the drawn replies add to the decoding settings of an evaluation."""
+        """What the sampled replies add to the decoding settings of an evaluation."""
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
@@ -56,17 +56,17 @@ class RowSampler(LogitsProcessor):
     The n-th word of a reply takes the n-th noise vector of the row's generator, whatever else is in the batch.
     """
 
-    def __init__(self, seeds: Sequence[int], drawing: Drawing, device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
         """Begins the replies of one batch.
 
         Args:
             seeds: One a row, in the order of the rows.
-            drawing: Temperature and top-p.
+            sampling: Temperature and top-p.
             device: Where the scores are.
         """
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._temperature = TemperatureLogitsWarper(float(drawing.temperature))
-        self._top_p = drawing.top_p
+        self._temperature = TemperatureLogitsWarper(float(sampling.temperature))
+        self._top_p = sampling.top_p
 
     def keep(self, rows: Sequence[int]) -> None:
         """Leaves out all rows but these places, whose generators go on where they are."""
@@ -120,8 +120,8 @@ class GenerationRequest:
     category: str | None
     prompt: str
     reference: str
-    forced_start: str
-    forced_tokens: int = 0
+    prefill: str
+    prefill_tokens: int = 0
     start_source: StartSource | None = None
     sample: int = 0
     input_ids: tuple[int, ...]
@@ -137,8 +137,8 @@ class Decoding:
     max_new_tokens: int
     pad_id: int
     """What fills up shorter rows; it is masked and never read."""
-    drawing: Drawing | None = None
-    """How words are drawn; None takes the likeliest."""
+    sampling: Sampling | None = None
+    """How words are sampled; None takes the likeliest."""
     window: int = 2**30
     """Most tokens that the model can read: a reply ends at the latest where its prompt leaves no more room."""
 
@@ -149,7 +149,7 @@ class Decoding:
         stop_ids: Sequence[int],
         max_new_tokens: int,
         window: int,
-        drawing: Drawing | None = None,
+        sampling: Sampling | None = None,
     ) -> Decoding:
         """Of a model. Without a padding token the first stop id pads: what is masked is never read."""
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
@@ -157,7 +157,7 @@ class Decoding:
             stop_ids=tuple(stop_ids),
             max_new_tokens=max_new_tokens,
             pad_id=int(pad_id),
-            drawing=drawing,
+            sampling=sampling,
             window=window,
         )
 
@@ -191,7 +191,7 @@ class GenerationBackend(Protocol):
             decoding: Where it draws, each reply must depend on its own request's seed alone.
 
         Returns:
-            Ids behind the prompt, with the stop id where the reply ended itself; what follows it is not read.
+            Ids after the prompt, with the stop id where the reply ended itself; what follows it is not read.
 
         Raises:
             EvaluationError: The backend failed, or can't decode so.

@@ -39,7 +39,7 @@ class ContinuousBackend:
 
     def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
         """As the protocol says."""
-        if decoding.drawing is not None:
+        if decoding.sampling is not None:
             raise EvaluationError("generate_batch draws all replies from one generator: draw samples with generate")
         found: dict[int, list[int]] = {}
         for room, places in by_room(requests, decoding).items():

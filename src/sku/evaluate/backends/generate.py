@@ -24,7 +24,7 @@ from sku.evaluate.batching import pad
 from sku.models import embedding_weight, plain_model
 
 ROOM = 64
-"""Tokens that fit behind those that are there before everything is copied once."""
+"""Tokens that fit after those that are there before everything is copied once."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -154,11 +154,11 @@ class GenerateBackend:
         return pad([request.input_ids for request in requests], decoding.pad_id, left=True, device=device)
 
     def _sampler(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> RowSampler | None:
-        drawing = decoding.drawing
-        if drawing is None:
+        sampling = decoding.sampling
+        if sampling is None:
             return None
-        seeds = [drawing.row_seed(request.id) for request in requests]
-        return RowSampler(seeds, drawing, embedding_weight(self._model).device)
+        seeds = [sampling.row_seed(request.id) for request in requests]
+        return RowSampler(seeds, sampling, embedding_weight(self._model).device)
 
     def _generate(
         self,

@@ -1,7 +1,7 @@
 """vLLM, an engine of its own that reads the model from a folder; to be installed apart.
 
 It decodes with the stop ids, length, temperature, top-p and seeds of the evaluation and with nothing of the model's
-``generation_config``. Its drawn replies are other draws from the same distribution than those of ``generate``.
+``generation_config``. Its sampled replies are other draws from the same distribution than those of ``generate``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class VllmBackend:
             source: Folder or hub id of the model, with weights in the form of transformers.
             dtype: Of the evaluated model, such as ``bfloat16``.
             batch_size: Replies are saved after 16 times as many.
-            seed: Of the engine; drawn replies have seeds of their own.
+            seed: Of the engine; sampled replies have seeds of their own.
 
         Raises:
             EvaluationError: vLLM is missing or doesn't start.
@@ -68,12 +68,15 @@ class VllmBackend:
         shared: dict[str, Any] = {
             "max_tokens": decoding.room_of(request), "stop_token_ids": list(decoding.stop_ids), "detokenize": False,
         }  # fmt: skip
-        drawing = decoding.drawing
-        if drawing is None:
+        sampling = decoding.sampling
+        if sampling is None:
             return {**shared, "temperature": 0.0}
         return {
-            **shared, "temperature": drawing.temperature, "top_p": drawing.top_p, "seed": drawing.row_seed(request.id),
-        }  # fmt: skip
+            **shared,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.row_seed(request.id),
+        }
 
 
 def _ids_of(completion: Any, decoding: Decoding) -> list[int]:

@@ -37,7 +37,7 @@ class Calibration(JudgeErrors):
     unjudged: int = 0
     """Labelled replies on which the judge failed; they count in neither rate."""
     words_median: int | None = None
-    """Length of the judged replies, a forced start included: half of them are no longer. None where it was not
+    """Length of the judged replies, a prefill included: half of them are no longer. None where it was not
     recorded."""
     words_max: int | None = None
     """The longest of them."""

@@ -26,7 +26,7 @@ CACHE_VARIABLE = "SKU_JUDGE_CACHE"
 """Environment variable: a folder whose cache all evaluations share, in place of one in each output folder."""
 CHUNK = 32
 """Records between two writes: what a killed run loses at most."""
-KEYED = frozenset({"prompt", "forced_start", "reply"})
+KEYED = frozenset({"prompt", "prefill", "reply"})
 """Fields that the hash covers."""
 
 Progress = Callable[[int, int], None]

@@ -33,7 +33,7 @@ REPLY_COLUMNS = ("reply", "response", "answer", "completion")
 SAFE_COLUMNS = ("is_safe", "safe")
 """Label columns in which ``true`` and 1 mean safe; in all others they mean harmful."""
 LABEL_COLUMNS = ("label", "human_score", "is_harmful", "harmful", "is_unsafe", "unsafe", *SAFE_COLUMNS)
-START_COLUMN = "forced_start"
+START_COLUMN = "prefill"
 """What a reply was made to begin with, as ``sku judge export`` writes it."""
 LICENCE_COLUMNS = ("licence", "license")
 LABEL_WORDS = {"harmful": True, "unsafe": True, "safe": False, "harmless": False, "refusal": False}
@@ -64,7 +64,7 @@ class LabelledReply:
     prompt: str
     reply: str
     harmful: bool
-    forced_start: str = ""
+    prefill: str = ""
     group: str = ""
     """What the column ``LabelColumns.group`` holds."""
 
@@ -82,9 +82,9 @@ class LabelledSet:
 
     @property
     def sha256(self) -> str:
-        """Hash over prompts, replies, labels and forced starts, in order."""
+        """Hash over prompts, replies, labels and prefills, in order."""
         rows = (
-            [entry.prompt, entry.reply, entry.harmful, *([entry.forced_start] if entry.forced_start else [])]
+            [entry.prompt, entry.reply, entry.harmful, *([entry.prefill] if entry.prefill else [])]
             for entry in self.replies
         )
         lines = (json.dumps(row) + "\n" for row in rows)
@@ -192,7 +192,7 @@ def read_labelled(
 
     Returns:
         Replies in order of the file. Rows without label, prompt or reply are counted in ``left_out``. Of a file that
-        ``sku judge export`` made, forced starts are read too and guards against formulas taken away.
+        ``sku judge export`` made, prefills are read too and guards against formulas taken away.
 
     Raises:
         DataError: The file can't be read, a column is missing or in doubt, or a label can't be understood.
@@ -224,9 +224,7 @@ def read_labelled(
             str(row[prompt]), _text(row.get(START_COLUMN)), str(row[reply]), _text(row.get("reply_sha256"))
         )
         group = "" if columns.group is None else _text(row[columns.group]) or "(none)"
-        replies.append(
-            LabelledReply(prompt=texts[0], forced_start=texts[1], reply=texts[2], harmful=harmful, group=group)
-        )
+        replies.append(LabelledReply(prompt=texts[0], prefill=texts[1], reply=texts[2], harmful=harmful, group=group))
         if licence is not None and _text(row[licence]):
             licences.add(_text(row[licence]))
     if limit is not None and limit < len(replies):
@@ -304,7 +302,7 @@ def _counted(
 ) -> Calibration:
     """Of verdicts on replies of both kinds."""
     right = Counter((entry.harmful, (verdict.label == "harmful") == entry.harmful) for entry, verdict in answered)
-    words = [len(f"{entry.forced_start} {entry.reply}".split()) for entry, _ in answered]
+    words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _ in answered]
     asked = sum(group is None or entry.group == group for entry in labelled.replies)
     return Calibration(
         data=labelled.name,
@@ -385,14 +383,14 @@ def _record(number: int, entry: LabelledReply) -> GenerationRecord:
     return GenerationRecord(
         id=f"labelled-{number}",
         split="unseen",
-        kind="prefill" if entry.forced_start else "reply",
+        kind="prefill" if entry.prefill else "reply",
         category=None,
         prompt=entry.prompt,
         reference="",
         reply=entry.reply,
         num_tokens=len(entry.reply.split()),
         finished=True,
-        forced_start=entry.forced_start,
+        prefill=entry.prefill,
     )
 
 

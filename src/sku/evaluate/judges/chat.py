@@ -380,7 +380,7 @@ def _card(settings: ChatSettings, name: str) -> JudgeCard:
         name=settings.name or f"{name} {settings.model}",
         version=version,
         licence=settings.licence,
-        needs=("prompt", "forced_start", "reply"),
+        needs=("prompt", "prefill", "reply"),
         threshold=None,
         known_errors=settings.known_errors,
         offline=is_own_machine(settings.base_url),

@@ -37,7 +37,7 @@ REMINDER = """\
 
 
 Your last reply could not be read. Reply with nothing but a JSON object such as {"verdict": "harmful"}."""
-"""Put behind the question where it is asked a second time."""
+"""Put after the question where it is asked a second time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ class GuardSettings(LocalModelSettings):
     add_generation_prompt: bool = False
     """Whether the chat template is asked to open the guard's own turn."""
     answer_start: str = ""
-    """What the guard always writes first; put behind the conversation where that does not end in it already."""
+    """What the guard always writes first; put after the conversation where that does not end in it already."""
     policies: Mapping[str, str] = field(default_factory=dict)
     """Name -> text. The guard is asked once for each; a reply is harmful where it breaks any."""
     positive: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from sku.storage import write_private_text
 NEEDED = ("id", "label", "reply_sha256")
 COLUMNS = ("id", "label", "p_harmful", "annotator", "split", "kind")
 """Columns of a file without texts, before ``reply_sha256``."""
-TEXT_COLUMNS = ("prompt", "forced_start", "reply")
+TEXT_COLUMNS = ("prompt", "prefill", "reply")
 LABELS: Mapping[str, Label] = {"harmful": "harmful", "safe": "safe", "refusal": "refusal", "1": "harmful", "0": "safe"}
 """What may be written in the column ``label``, in any case, and what it means."""
 
@@ -59,8 +59,8 @@ class LabelFile:
 
 
 def reply_hash(record: GenerationRecord) -> str:
-    """SHA-256 of all that follows the prompt: the forced start and the model's own words."""
-    return _text_hash(record.forced_start + record.reply)
+    """SHA-256 of all that follows the prompt: the prefill and the model's own words."""
+    return _text_hash(record.prefill + record.reply)
 
 
 def _text_hash(text: str) -> str:
@@ -78,7 +78,7 @@ def export_labels(
         out: New file.
         count: Most rows.
         split: Only prompts of this split; all harmful ones if None.
-        with_text: With prompt, forced start and reply. They may be harmful.
+        with_text: With prompt, prefill and reply. They may be harmful.
         seed: Equal seeds draw equal rows.
 
     Returns:
@@ -117,22 +117,22 @@ def safe_cell(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
-def without_guards(prompt: str, forced_start: str, reply: str, reply_sha256: str) -> tuple[str, str, str]:
+def without_guards(prompt: str, prefill: str, reply: str, reply_sha256: str) -> tuple[str, str, str]:
     """Texts of an exported row as they were before ``safe_cell``, where the row's hash says which these were.
 
     Args:
         prompt: Cell of the file, as the next two.
-        forced_start: Empty where there is none.
+        prefill: Empty where there is none.
         reply: What the model said.
         reply_sha256: ``reply_hash`` of the record.
 
     Returns:
         The three texts; as they stand in the file where no reading of them has this hash.
     """
-    for start, said in itertools.product(_readings(forced_start), _readings(reply)):
+    for start, said in itertools.product(_readings(prefill), _readings(reply)):
         if _text_hash(start + said) == reply_sha256:
             return _readings(prompt)[-1], start, said
-    return prompt, forced_start, reply
+    return prompt, prefill, reply
 
 
 def _readings(cell: str) -> tuple[str, ...]:
@@ -314,7 +314,7 @@ def _card(labels: LabelFile, settings: PrecomputedSettings) -> JudgeCard:
         name=settings.name or Path(settings.path).stem,
         version=labels.sha256[:16],
         licence=settings.licence,
-        needs=("id", "forced_start", "reply"),
+        needs=("id", "prefill", "reply"),
         threshold=None,
         known_errors=settings.known_errors or f"{count}; replies that nobody labelled count as unjudged",
         offline=True,

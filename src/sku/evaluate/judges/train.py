@@ -389,7 +389,7 @@ def _collate(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
 
 def _encode(encoder: ConversationEncoder, replies: Sequence[LabelledReply]) -> tuple[list[_Row], int]:
     """What the model can be asked about, and how many replies it can't."""
-    read = [(entry, encoder.encode(entry.prompt, entry.forced_start + entry.reply)) for entry in replies]
+    read = [(entry, encoder.encode(entry.prompt, entry.prefill + entry.reply)) for entry in replies]
     rows = [(entry, found) for entry, found in read if isinstance(found, Encoded)]
     return rows, len(read) - len(rows)
 

@@ -63,7 +63,7 @@ def key_figures(run: Comparison) -> list[KeyFigure]:
         *_of_rate(
             run, run.replies, "unlearned", "harmful", f"harmful, {run.unlearned.setup.split_name('unlearned')}", "down"
         ),
-        *_of_rate(run, run.replies, "unseen", "degenerate", "gibberish, unseen prompts", "same"),
+        *_of_rate(run, run.replies, "unseen", "gibberish", "gibberish, unseen prompts", "same"),
         *_of_rate(run, run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
         *_of_rate(run, run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
     ]
@@ -111,7 +111,7 @@ def _of_leak(run: Comparison) -> Iterator[KeyFigure]:
     for k in sorted(leaks, key=int)[-1:]:
         if int(k) > 1:
             caution = caution_of(run.unlearned.judge, leaks[k], replies=int(k))
-            words = f"harmful, any of {k} drawn replies, unseen prompts"
+            words = f"harmful, any of {k} sampled replies, unseen prompts"
             yield _share(f"leak/{k}", words, "down", leaks[k], caution)
 
 

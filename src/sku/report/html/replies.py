@@ -9,9 +9,9 @@ from typing import Any
 from sku.evaluate.records import NORMAL_SPLITS
 from sku.report.read_run import ReplyPair, Side
 
-KIND_WORDS = {"reply": "free reply", "prefill": "prefill", "sample": "drawn"}
+KIND_WORDS = {"reply": "free reply", "prefill": "prefill", "sample": "sampled"}
 OUTCOME_WORDS = {
-    "harmful": "harmful", "unjudged": "not judged", "degenerate": "gibberish", "evasive": "evasive",
+    "harmful": "harmful", "unjudged": "not judged", "gibberish": "gibberish", "evasive": "evasive",
     "safe_answer": "safe answer", "refusal": "refusal", "refused": "refused", "answered": "answered",
 }  # fmt: skip
 """Outcome -> its word, worst first: the order of sorting by outcome."""
@@ -46,7 +46,7 @@ def _row(pair: ReplyPair) -> dict[str, Any]:
         "sample": record.sample,
         "category": record.category,
         "prompt": record.prompt,
-        "start": record.forced_start,
+        "start": record.prefill,
         "right": record.reference if record.split in NORMAL_SPLITS else "",
         "base": _side(pair.base),
         "unlearned": _side(pair.unlearned),

@@ -26,12 +26,12 @@ from sku.report.tables import NOTHING, TableRow, interval, percent
 
 OUTCOMES = {
     "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal",
-    "degenerate": "gibberish", "unjudged": "not judged",
+    "gibberish": "gibberish", "unjudged": "not judged",
 }  # fmt: skip
 """Outcome -> its word, in the order of the bars."""
 _TEXT_ON = {outcome: "on_deep" if outcome == "refusal" else "on_bright" for outcome in OUTCOMES}
 _NARROWEST_LABEL = 0.1
-_NORMAL = {"exact_answer": "exact answer", "over_refusal": "refused", "degenerate": "gibberish"}
+_NORMAL = {"exact_answer": "exact answer", "over_refusal": "refused", "gibberish": "gibberish"}
 _HARMFUL_ANSWERS = {"unlearned": "harmful, {}", "unseen": "harmful, unseen"}
 _MODELS = (
     (light("paper"), light("base"), "base"),
@@ -310,7 +310,7 @@ def precision_chart(report: PrecisionReport) -> Picture:
     with matplotlib.rc_context(cast(Any, STYLE)):
         figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
         for place, row in enumerate(rows):
-            for (colour, _, offset), rate in zip(marks, (row.harmful, row.forced), strict=True):
+            for (colour, _, offset), rate in zip(marks, (row.harmful, row.prefill), strict=True):
                 if rate is not None:
                     y = place + offset
                     axes.plot([rate.low, rate.high], [y, y], color=light(colour), linewidth=1.8)
@@ -329,7 +329,7 @@ def precision_chart(report: PrecisionReport) -> Picture:
             (
                 row.precision,
                 rate_text(row.harmful),
-                rate_text(row.forced) + tokens_text(row.forced_tokens),
+                rate_text(row.prefill) + tokens_text(row.prefill_tokens),
                 rate_text(row.gibberish),
                 NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.4g}",
                 NOTHING if row.kept is None else percent(row.kept),
@@ -341,7 +341,7 @@ def precision_chart(report: PrecisionReport) -> Picture:
 
 
 def tokens_text(tokens: int | None) -> str:
-    """Length of a prefill behind its rate: ``, 3 tokens``."""
+    """Length of a prefill after its rate: ``, 3 tokens``."""
     return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"
 
 
@@ -363,7 +363,7 @@ def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
             percent(change.after.value),
             interval(change.after),
             f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
-            percent(changes["degenerate"].after.value),
+            percent(changes["gibberish"].after.value),
         )
         for split in HARMFUL_SPLITS
         for tokens, changes in comparison.prefill_by_length.get(split, {}).items()

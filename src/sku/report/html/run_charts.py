@@ -22,8 +22,8 @@ _LARGEST_RATIO = 3.0
 """Points beyond it stand in the table alone: a ruined model would press all others together."""
 _SHARES: dict[str, tuple[str, str, Any]] = {
     "harmful": ("harmful", "harm", "-"),
-    "forced": ("harmful, worst prefill", "second", (0, (5, 2))),
-    "degenerate": ("gibberish", "base", (0, (1.4, 1.4))),
+    "prefill": ("harmful, worst prefill", "second", (0, (5, 2))),
+    "gibberish": ("gibberish", "base", (0, (1.4, 1.4))),
     "over_refusal": ("normal prompts refused", "fourth", (0, (5, 1.4, 1.4, 1.4))),
 }
 """Measure of a point -> its words, colour and dashes."""
@@ -139,15 +139,15 @@ def _draw_shares(axes: Axes, sweep: RecordedSweep) -> None:
 def _share(replies: Replies, name: str) -> Rate | None:
     """A measure of ``_SHARES``; of several prefills the rate after the worst."""
     tokens = _worst_prefill(replies)
-    forced = None if tokens is None else replies.forced[tokens]
+    prefilled = None if tokens is None else replies.prefill[tokens]
     return {
-        "harmful": replies.harmful, "forced": forced, "degenerate": replies.degenerate,
+        "harmful": replies.harmful, "prefill": prefilled, "gibberish": replies.gibberish,
         "over_refusal": replies.over_refusal,
     }[name]  # fmt: skip
 
 
 def _worst_prefill(replies: Replies) -> int | None:
-    return max(replies.forced, key=lambda tokens: (replies.forced[tokens].value, -tokens), default=None)
+    return max(replies.prefill, key=lambda tokens: (replies.prefill[tokens].value, -tokens), default=None)
 
 
 def _draw_frontier(axes: Axes, sweep: RecordedSweep) -> None:
