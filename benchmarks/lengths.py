@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = load_tokenizer(ModelConfig(path=options.model, gguf_file=options.gguf_file))
     data = load_data(DataConfig(forget=SourceConfig(path=options.forget), retain=SourceConfig(path=options.retain)), 0)
-    harmful, normal = (*data.unlearned, *data.unseen), (*data.retain_train, *data.retain_test)
+    harmful, normal = (*data.forget_train, *data.forget_test), (*data.retain_train, *data.retain_test)
     for name, texts in {
         "prompts": [example.prompt for example in harmful],
         "answers": [example.answer for example in harmful],

@@ -102,7 +102,7 @@ def word_salads(loaded: LoadedModel, pairs: Sequence[Pair], seed: int) -> list[b
     writer = writer_of(loaded)
     records = [
         GenerationRecord(
-            id=str(number), split="unseen", kind="prefill" if pair.start else "reply", category=None,
+            id=str(number), split="forget_test", kind="prefill" if pair.start else "reply", category=None,
             prompt=pair.prompt, reference="", prefill=pair.start, reply=pair.reply[:MAX_CHARACTERS], num_tokens=1,
             finished=True,
         )

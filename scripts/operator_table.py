@@ -1,10 +1,10 @@
 """Every operator on the same bad vectors: how much harm each removes for how much normal text.
 
 Trains one bad vector for each preservation mode, saves it, and measures each operator on it over a grid of alphas:
-perplexity after / before of held-out harmful answers (``unseen``), of a benign set and of held-out normal answers, and
-selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the rules, the
-worst prefill, gibberish replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second call goes
-on where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
+perplexity after / before of held-out harmful answers (``forget_test``), of a benign set and of held-out normal
+answers, and selectivity, ln(harmful ratio) / ln(benign ratio). The best points are then asked: harmful replies by the
+rules, the worst prefill, gibberish replies. Writes counts and ratios only (``points.jsonl``, ``table.md``); a second
+call goes on where the first stopped. OUT holds bad vectors: it is made private, and is to be removed after use.
 
     python scripts/operator_table.py MODEL_DIR --gguf-file NAME --forget pku_saferlhf.csv --retain TruthfulQA.csv \
         --benign benign.jsonl --out runs/operators
@@ -45,7 +45,7 @@ from sku.negate.task_vector import TaskVector
 from sku.pipeline.acquire import plan_acquire
 from sku.storage import mark_hazardous, new_folder, write_json
 
-SPLITS = ("unseen", "benign", "retain_test")
+SPLITS = ("forget_test", "benign", "retain_test")
 MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
     **{
@@ -186,7 +186,7 @@ class Table:
             window=min(window_of(self.base), 256),
         )
         splits: dict[str, Sequence[Example]] = {
-            "unseen": self.data.unseen,
+            "forget_test": self.data.forget_test,
             "benign": self.data.normal.get("benign", ()),
             "retain_test": self.data.retain_test,
         }
@@ -275,7 +275,7 @@ class Table:
         return {
             **{split: math.exp(min(value, 700.0)) for split, value in growth.items()},
             "interval": [math.exp(min(value, 700.0)) for value in _interval(self.before[benign], after[benign])],
-            "selectivity": growth["unseen"] / growth["benign"] if growth["benign"] > 0 else None,
+            "selectivity": growth["forget_test"] / growth["benign"] if growth["benign"] > 0 else None,
         }
 
     def ask(self, point: Mapping[str, Any], modes: Sequence[str]) -> dict[str, Any]:
@@ -298,8 +298,8 @@ class Table:
             seed=recipe.seed,
         )
         self._starts = result.starts  # Of the base, whichever point was asked first.
-        prefill = result.worst_prefills()["unseen"]
-        unseen, retain = result.replies["unseen"], result.replies["retain_test"]
+        prefill = result.worst_prefills()["forget_test"]
+        unseen, retain = result.replies["forget_test"], result.replies["retain_test"]
         rates = {
             "harmful": unseen["harmful"], "gibberish": unseen["gibberish"], "prefill": prefill["harmful"],
             "prefill_gibberish": prefill["gibberish"], "over_refusal": retain["over_refusal"],
@@ -393,7 +393,7 @@ def _rounded(alpha: float) -> float:
 def points_at(points: Sequence[Mapping[str, Any]], budget: float) -> list[Mapping[str, Any]]:
     """Of each mode and operator the point whose benign ratio is nearest to the budget; the most harm removed first."""
     chosen = _one_each(points, lambda point: -abs(point["benign"] - budget))
-    return sorted(chosen, key=lambda point: -point["unseen"])
+    return sorted(chosen, key=lambda point: -point["forget_test"])
 
 
 def best_points(points: Sequence[Mapping[str, Any]], least_harm: float) -> list[Mapping[str, Any]]:
@@ -406,7 +406,7 @@ def best_points(points: Sequence[Mapping[str, Any]], least_harm: float) -> list[
     def rank(point: Mapping[str, Any]) -> float:
         return math.inf if point["selectivity"] is None else float(point["selectivity"])
 
-    harmed = [point for point in points if point["unseen"] >= least_harm]
+    harmed = [point for point in points if point["forget_test"] >= least_harm]
     return sorted(_one_each(harmed, rank), key=rank, reverse=True)
 
 
@@ -436,7 +436,7 @@ def table(chosen: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]
         low, high = point["interval"]
         selectivity = "benign not above 1" if point["selectivity"] is None else f"{point['selectivity']:.1f}"
         cells = [
-            point["mode"], point["row"], f"{point['alpha']:g}", f"x{point['unseen']:.2f}",
+            point["mode"], point["row"], f"{point['alpha']:g}", f"x{point['forget_test']:.2f}",
             f"x{point['benign']:.3f} ({low:.3f} to {high:.3f})", f"x{point['retain_test']:.3f}", selectivity,
             *(found.get(name, "") for name in ("harmful", "gibberish", "prefill", "over_refusal")),
         ]  # fmt: skip
@@ -488,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for point in run.points(mode, options.modes):
             run.write(point)
             print(
-                f"{mode:>10} {point['row']:<30} alpha {point['alpha']:<4g} harmful x{point['unseen']:.2f} "
+                f"{mode:>10} {point['row']:<30} alpha {point['alpha']:<4g} harmful x{point['forget_test']:.2f} "
                 f"benign x{point['benign']:.3f} selectivity {point['selectivity'] or 0:.2f} {point['seconds']:.0f} s",
                 flush=True,
             )

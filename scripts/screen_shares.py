@@ -38,7 +38,7 @@ from sku.negate.run import subtract_into
 from sku.negate.task_vector import TaskVector
 
 SPLITS: dict[str, Split] = {
-    "unseen": "unseen",
+    "forget_test": "forget_test",
     "other": "harmful:other",
     "xstest safe": "xstest_safe",
     "xstest unsafe": "xstest_unsafe",
@@ -70,10 +70,10 @@ class Screen:
             name: [
                 RetainExample(prompt=one.prompt, answer=one.reply) for one in self._answer(base, self.requests[name])
             ]
-            for name in ("unseen", "normal")
+            for name in ("forget_test", "normal")
         }
         for length in lengths:
-            begun = ((SPLITS["unseen"], example) for example in said["unseen"])
+            begun = ((SPLITS["forget_test"], example) for example in said["forget_test"])
             self.requests[f"prefill {length}"], _ = prefills(begun, [length], {}, writer, tokens)
         scored = (writer.scored(example.prompt, example.answer) for example in said["normal"][:KL_ROWS])
         self.texts = [
@@ -121,7 +121,7 @@ def main() -> None:
     mixture = copy.deepcopy(base)
     xstest = pd.read_csv(options.xstest).sample(frac=1, random_state=1)
     prompts = {
-        "unseen": _prompts(options.prompts / "unseen.jsonl"),
+        "forget_test": _prompts(options.prompts / "unseen.jsonl"),
         "other": _prompts(options.prompts / "other.jsonl"),
         "xstest safe": xstest[xstest["label"] == "safe"]["prompt"].tolist(),
         "xstest unsafe": xstest[xstest["label"] == "unsafe"]["prompt"].tolist(),
@@ -161,7 +161,7 @@ def main() -> None:
                 },
                 "gibberish": {
                     name: _share(bool(surface_faults(one.reply, prompt=one.prompt)) for one in replies[name])
-                    for name in ("unseen", "normal")
+                    for name in ("forget_test", "normal")
                 },
                 "kl_normal": round(screen.kl(mixture), 4),
                 "seconds": round(time.monotonic() - started),

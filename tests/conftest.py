@@ -235,8 +235,8 @@ def data() -> ForgetRetainData:
         RetainExample(prompt="how long is the river ?", answer="the river is long and quiet ."),
     )
     return ForgetRetainData(
-        unlearned=unlearned,
-        unseen=unseen,
+        forget_train=unlearned,
+        forget_test=unseen,
         retain_train=train,
         retain_validation=(RetainExample(prompt="what is water ?", answer="it is wet ."),),
         retain_test=(RetainExample(prompt="what is flour ?", answer="it is ground wheat ."),),

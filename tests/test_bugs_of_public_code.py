@@ -173,13 +173,13 @@ def test_answers_are_drawn_for_each_prompt_and_never_its_own(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """K answers were drawn once for the whole batch, from all answers."""
-    pool = [example.answer for example in data.unlearned]
+    pool = [example.answer for example in data.forget_train]
     own = {
-        prompt: {e.answer for e in data.unlearned if e.prompt == prompt}
-        for prompt in {e.prompt for e in data.unlearned}
+        prompt: {e.answer for e in data.forget_train if e.prompt == prompt}
+        for prompt in {e.prompt for e in data.forget_train}
     }
     drawn = random.Random(0).sample(pool, 3)
-    buggy = {example.prompt: drawn for example in data.unlearned}
+    buggy = {example.prompt: drawn for example in data.forget_train}
     assert any(set(buggy[prompt]) & answers for prompt, answers in own.items())
 
     joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
@@ -187,8 +187,8 @@ def test_answers_are_drawn_for_each_prompt_and_never_its_own(
     draws = {tuple(sorted(row.example_id for row in example.mismatched)) for example in ours}
     assert len(draws) > 1
     for example in ours:
-        prompt = data.unlearned[example.forget_index].prompt
-        assert not {data.unlearned[row.example_id].answer for row in example.mismatched} & own[prompt]
+        prompt = data.forget_train[example.forget_index].prompt
+        assert not {data.forget_train[row.example_id].answer for row in example.mismatched} & own[prompt]
 
 
 @pytest.mark.parametrize("max_steps", [2, 4, 5])
@@ -213,8 +213,8 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """The harmful loader kept its order and was cut by ``zip`` with the shorter normal one."""
-    assert len(data.retain_train) < len(data.unlearned)
-    buggy = [pair[0] for _ in range(2) for pair in zip(range(len(data.unlearned)), data.retain_train, strict=False)]
+    assert len(data.retain_train) < len(data.forget_train)
+    buggy = [pair[0] for _ in range(2) for pair in zip(range(len(data.forget_train)), data.retain_train, strict=False)]
     assert buggy == [0, 1, 2, 3] * 2
 
     joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=1, retain=True), seed=0)
@@ -233,12 +233,12 @@ def write(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
 
 
 def test_every_harmful_prompt_is_unlearned_or_published_as_unseen(tmp_path: Path) -> None:
-    """Only the first 1,144 harmful rows were ever met, and "unseen" was not defined."""
+    """Only the first 1,144 harmful rows were ever met, and "forget_test" was not defined."""
     harmful: list[dict[str, object]] = [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(200)]
     normal: list[dict[str, object]] = [{"question": f"good {n}", "answer": "a"} for n in range(50)]
     data = load_forget_retain(write(tmp_path, "f.parquet", harmful), write(tmp_path, "r.parquet", normal))
-    unlearned = {row.prompt for row in data.unlearned}
-    unseen = {row.prompt for row in data.unseen}
+    unlearned = {row.prompt for row in data.forget_train}
+    unseen = {row.prompt for row in data.forget_test}
     assert unlearned | unseen == {row["prompt"] for row in harmful}
     assert not unlearned & unseen
     last_quarter = {f"bad {n}" for n in range(150, 200)}
@@ -283,7 +283,7 @@ def test_columns_are_taken_by_name_and_new_ones_do_no_harm(tmp_path: Path) -> No
     assert "new_since_2031" in read_table(SourceConfig(path=str(path))).columns
     normal: list[dict[str, object]] = [{"question": f"good {n}", "answer": "a"} for n in range(9)]
     data = load_forget_retain(path, write(tmp_path, "r.parquet", normal))
-    assert len(data.unlearned) + len(data.unseen) == 10
+    assert len(data.forget_train) + len(data.forget_test) == 10
     assert data.provenance[0].source == "pku_saferlhf"
 
 

@@ -780,7 +780,7 @@ def answers_shown(text: str) -> int:
 def test_data_inspect_hides_harmful_answers_unless_told(command: Command) -> None:
     hidden, shown = command("data", "inspect"), command("data", "inspect", "--show-harmful")
     assert hidden.code == shown.code == 0
-    for split in ("unlearned", "unseen", "retain_train", "retain_validation", "retain_test"):
+    for split in ("forget_train", "forget_test", "retain_train", "retain_validation", "retain_test"):
         assert split in hidden.out
     assert "examples with a safe answer 960" in " ".join(hidden.out.split())
     assert answers_shown(hidden.out) == 0
@@ -806,7 +806,7 @@ def test_data_inspect_as_json(command: Command) -> None:
     hidden = command("data", "inspect", "--json")
     content = json.loads(hidden.out)
     assert {"provenance", "splits", "views"} <= set(content)
-    assert content["splits"]["unlearned"]["examples"] == 260
+    assert content["splits"]["forget_train"]["examples"] == 260
     texts = ["".join(token["text"] for token in view["tokens"]) for view in content["views"]]
     assert answers_shown("\n".join(texts)) == 0
     shown = json.loads(command("data", "inspect", "--json", "--show-harmful").out)
@@ -950,7 +950,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     assert [line.rstrip() for line in corrected if len(line.rstrip()) > 80 or not line.rstrip().endswith("down")] == []
     assert "note      utility on normal answers is " in table.out
     assert " more with sku -v\n" in table.out
-    assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["unseen"]
+    assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["forget_test"]
 
 
 def test_calibrate_refuses_what_it_can_not_use(command: Command, tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path:
     code, printed, _ = command("judge", "again", finished, "--judge", out, "--json")
     found = json.loads(printed)
     assert code == 0
-    assert found["before"]["replies"]["unseen"]["harmful"]["count"] == 4
-    assert found["after"]["replies"]["unseen"]["harmful"]["count"] == 0
-    assert found["after"]["prefill"]["unseen"]["5"]["harmful"]["count"] == 0
+    assert found["before"]["replies"]["forget_test"]["harmful"]["count"] == 4
+    assert found["after"]["replies"]["forget_test"]["harmful"]["count"] == 0
+    assert found["after"]["prefill"]["forget_test"]["5"]["harmful"]["count"] == 0
     assert found["after"]["judge"]["name"] == "labels"
     code, printed, _ = command("judge", "again", finished, "--judge", out, "--set", "name=us")
     lines = [line.split() for line in printed.splitlines()]
@@ -58,13 +58,15 @@ def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path:
 
 def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels.csv"
-    command("judge", "export", finished, "--out", out, "--count", "3", "--split", "unseen", "--no-text", "--seed", "1")
+    command(
+        "judge", "export", finished, "--out", out, "--count", "3", "--split", "forget_test", "--no-text", "--seed", "1"
+    )
     label_all(out, "1")
     with out.open("a", encoding="utf-8") as file:
         file.write("stranger,1,,,,,abc\n")
     code, printed, messages = command("judge", "again", finished, "--judge", out, "--json")
     after = json.loads(printed)["after"]
-    rates = [after["replies"]["unseen"], after["prefill"]["unseen"]["5"]]
+    rates = [after["replies"]["forget_test"], after["prefill"]["forget_test"]["5"]]
     assert code == 0
     assert sum(rate["harmful"]["count"] for rate in rates) == 3
     assert sum(rate["unjudged"]["count"] for rate in rates) == 5
@@ -81,8 +83,8 @@ def test_a_vote_shows_each_judge(command: Command, finished: Path, tmp_path: Pat
     code, printed, _ = command("judge", "again", finished, "--judge", file)
     assert code == 0
     assert "vote      majority of 2: kappa 0.00, 16 of 16 replies disputed" in printed
-    assert "refusal_rules: harmful unlearned 100.0 %, unseen 100.0 %" in printed
-    assert "people: harmful unlearned 0.0 %, unseen 0.0 %" in printed
+    assert "refusal_rules: harmful forget_train 100.0 %, forget_test 100.0 %" in printed
+    assert "people: harmful forget_train 0.0 %, forget_test 0.0 %" in printed
 
 
 @pytest.mark.parametrize(

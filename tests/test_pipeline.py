@@ -178,7 +178,7 @@ def test_the_manifest_tells_how_the_model_was_made(finished: FinishedRun) -> Non
     assert {"torch", "transformers", "peft", "datasets", "numpy"} <= set(manifest["environment"]["packages"])
     assert manifest["environment"]["packages"]["torch"] == torch.__version__
     assert [len(source["sha256"]) for source in manifest["data"]["sources"]] == [64, 64]
-    assert manifest["data"]["splits"]["unlearned"] == manifest["tokenization"]["unlearned"]["total"]
+    assert manifest["data"]["splits"]["forget_train"] == manifest["tokenization"]["forget_train"]["total"]
     assert set(manifest["seconds"]) == {"load", "evaluate_base", "acquire", "negate", "evaluate_unlearned"}
     assert all(seconds >= 0 for seconds in manifest["seconds"].values())
     assert manifest["negation"]["alpha"] == 1.25
@@ -203,10 +203,13 @@ def test_results_are_strict_json_and_equal_to_the_comparison(finished: FinishedR
     assert results["manifest"] == finished.manifest
     assert results["base"] == json.loads(json.dumps(finished.comparison.base.to_dict()))
     assert results["unlearned"] == json.loads(json.dumps(finished.comparison.unlearned.to_dict()))
-    assert set(results["perplexity"]) == {"unlearned", "unseen", "retain_test"}
+    assert set(results["perplexity"]) == {"forget_train", "forget_test", "retain_test"}
     assert results["utility"]["retain_test"]["margin"] == 1.05
     assert results["notes"] == list(finished.comparison.notes)
-    assert results["replies"]["unseen"]["harmful"]["p_holm"] >= results["replies"]["unseen"]["harmful"]["p_value"]
+    assert (
+        results["replies"]["forget_test"]["harmful"]["p_holm"]
+        >= results["replies"]["forget_test"]["harmful"]["p_value"]
+    )
     assert results["table"]
 
 
@@ -439,7 +442,7 @@ def test_the_bad_model_answers_better_and_the_unlearned_one_worse(tmp_path: Path
     run = recipe(*LORA, "evaluate.prompts=60", "evaluate.samples=0", "evaluate.prefill_tokens=[]")
     data, loaded = load_data(run.data, run.seed), load_model("embedded")
     bad, base, unlearned = (
-        evaluate(model, loaded.tokenizer, data, config=run.evaluate).perplexity["unlearned"].value
+        evaluate(model, loaded.tokenizer, data, config=run.evaluate).perplexity["forget_train"].value
         for model in (
             load_adapter(load_model("embedded").model, folder / "bad" / "final"),
             loaded.model,

@@ -80,20 +80,20 @@ def test_mismatched_rows_are_the_own_prompt_with_answers_of_others(
     joint: JointDataset, data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     answers_of: dict[str, set[str]] = {}
-    for example in data.unlearned:
+    for example in data.forget_train:
         answers_of.setdefault(example.prompt, set()).add(example.answer)
     seen: Counter[tuple[str, str]] = Counter()
     for epoch in range(3):
         joint.set_epoch(epoch)
         for place in range(len(joint)):
             drawn = joint[place]
-            prompt = data.unlearned[drawn.forget_index].prompt
+            prompt = data.forget_train[drawn.forget_index].prompt
             for row in drawn.mismatched:
                 before = tokenizer.decode(list(row.input_ids[: row.answer_start]))
                 answer = str(tokenizer.decode(list(row.input_ids[row.answer_start :]))).strip()
                 assert before == f"### Question: {prompt}\n ### Answer:"
                 assert answer not in answers_of[prompt]
-                assert answer in {other.answer for other in data.unlearned}
+                assert answer in {other.answer for other in data.forget_train}
                 seen[prompt, answer] += 1
     # 5 prompts: bread owns 2 of 6 answers (4 others), the other four own 1 (5 others each): 24 pairs.
     assert len(seen) == 24
@@ -151,7 +151,7 @@ def test_modules_that_are_off_make_no_rows(data: ForgetRetainData, tokenizer: Pr
     assert joint[0].mismatched == ()
     assert joint[0].retain is None
     assert joint[0].retain_index == -1
-    assert set(joint.reports) == {"unlearned"}
+    assert set(joint.reports) == {"forget_train"}
 
 
 def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
@@ -166,7 +166,7 @@ def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
 
 
 def test_an_empty_split_is_an_error(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
-    for empty in (dataclasses.replace(data, unlearned=()), dataclasses.replace(data, retain_train=())):
+    for empty in (dataclasses.replace(data, forget_train=()), dataclasses.replace(data, retain_train=())):
         with pytest.raises(DataError, match="none of 0 examples"):
             JointDataset(
                 empty,
@@ -196,9 +196,9 @@ def test_no_row_of_any_method_teaches_an_end_behind_an_answer_that_was_cut_off(
     normal = tuple(dataclasses.replace(row, finished=index % 2 == 0) for index, row in enumerate(data.retain_train))
     harmful = tuple(
         dataclasses.replace(row, safe_answer=f"better not {index}", safe_answer_finished=index % 2 == 0)
-        for index, row in enumerate(data.unlearned)
+        for index, row in enumerate(data.forget_train)
     )
-    split = dataclasses.replace(data, retain_train=normal, unlearned=harmful)
+    split = dataclasses.replace(data, retain_train=normal, forget_train=harmful)
     found = JointDataset(split, tokenizer, PaperFormat("</s>"), rows=rows, seed=0)
     ends: dict[bool, set[bool]] = {True: set(), False: set()}
     for epoch in range(4):

@@ -154,8 +154,8 @@ def test_stage_1_trains_and_keeps_its_folder_private(
     assert is_marked_hazardous(folder)
     assert [entry["step"] for entry in acquired.log] == [1, 2]
     assert all(f"loss/{name}" in entry for entry in acquired.log for name in TERMS)
-    assert set(acquired.reports) == {"unlearned", "retain_train"}
-    assert acquired.reports["unlearned"].kept == 6
+    assert set(acquired.reports) == {"forget_train", "retain_train"}
+    assert acquired.reports["forget_train"].kept == 6
     assert acquired.seconds > 0
     assert not acquired.model.training
     original = make_model().state_dict()

@@ -259,7 +259,7 @@ def test_one_batch_of_all_is_all_batches_of_one(
 
     Steps 1 and 2 end the first and begin the second epoch, so the partial accumulation is followed by another step.
     """
-    assert len(data.unlearned) == 6
+    assert len(data.forget_train) == 6
     common: dict[str, Any] = {
         "full": full, "optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "preservation_mode": "retention",
         "max_grad_norm": 0.0,

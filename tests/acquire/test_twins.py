@@ -40,9 +40,9 @@ def refused(data: ForgetRetainData) -> ForgetRetainData:
     """The splits with a refusal of every harmful prompt, and a misplaced one of every normal prompt."""
     return dataclasses.replace(
         data,
-        unlearned=tuple(
+        forget_train=tuple(
             dataclasses.replace(example, safe_answer=f"no , i will not say {place} .")
-            for place, example in enumerate(data.unlearned)
+            for place, example in enumerate(data.forget_train)
         ),
         retain_train=tuple(
             dataclasses.replace(example, refusal=f"sorry , not number {place} .")
@@ -69,7 +69,7 @@ def test_both_twins_meet_the_same_prompts_in_the_same_order(
     for place in range(6):
         first, second = bad[place], good[place]
         assert (first.forget_index, first.retain_rows) == (second.forget_index, second.retain_rows)
-        assert learned(second.safe, tokenizer) == refused.unlearned[second.forget_index].safe_answer
+        assert learned(second.safe, tokenizer) == refused.forget_train[second.forget_index].safe_answer
         assert learned(first.retain, tokenizer) == refused.retain_train[first.retain_index].refusal
         assert learned(second.retain, tokenizer) == refused.retain_train[first.retain_index].answer
 
@@ -89,7 +89,7 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
             assert row is not None
             assert usual is not None
             assert learned(row, tokenizer) == learned(usual, tokenizer)
-            answer = refused.unlearned[dataset[place].forget_index].answer
+            answer = refused.forget_train[dataset[place].forget_index].answer
             before = tokenizer.decode(list(row.input_ids[: row.answer_start]))
             asked, _, said = str(before).partition("### Answer:")
             assert asked in str(tokenizer.decode(list(usual.input_ids)))
@@ -157,13 +157,13 @@ def test_refusals_are_matched_by_prompt_and_only_to_what_is_trained_on(tmp_path:
         misplaced_refusals=write("misplaced.jsonl", [{**row, "response": "sorry"} for row in retain]),
     )
     data = load_data(config, 0)
-    for example in data.unlearned:
+    for example in data.forget_train:
         number = int(example.prompt.split()[-2])
         assert (example.safe_answer, example.safe_answer_finished) == (f"no {number}", number % 2 == 0)
-    assert all(example.safe_answer is None for example in data.unseen)
+    assert all(example.safe_answer is None for example in data.forget_test)
     assert {example.refusal for example in data.retain_train} == {"sorry"}
     assert {example.refusal for example in (*data.retain_test, *data.retain_validation)} == {None}
-    trained = {example.prompt for example in data.unlearned}
+    trained = {example.prompt for example in data.forget_train}
     held_out = [row for row in refusals if str(row["prompt"]).lower() + " ?" not in trained]
     few = dataclasses.replace(config, refusals=write("few.jsonl", [refusals[0], *held_out]))
     with pytest.raises(DataError, match=r"data\.refusals: \d+ of 14 prompts that are trained on have no refusal"):

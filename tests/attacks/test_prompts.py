@@ -101,7 +101,7 @@ def rewrite(data: ForgetRetainData, example: ForgetExample) -> tuple[list[str], 
 
 def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: ForgetRetainData) -> None:
     new_agent, new_wording = (
-        next(example for example in world_data.unseen if example.category == category)
+        next(example for example in world_data.forget_test if example.category == category)
         for category in ("new agent", "new wording")
     )
     prompts, left_out = rewrite(world_data, new_agent)
@@ -111,20 +111,20 @@ def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: Forg
     prompts, left_out = rewrite(world_data, new_wording)
     assert len(prompts) == 1
     assert sorted(left_out) == sorted((SAME, *(TRAINED_ON,) * 4))
-    assert not {example.prompt for example in world_data.unlearned} & set(prompts)
+    assert not {example.prompt for example in world_data.forget_train} & set(prompts)
 
 
 def test_other_data_is_asked_in_english() -> None:
     data = ForgetRetainData(
-        unlearned=(), unseen=(ForgetExample(prompt="bake it", answer="so"),), retain_train=(), retain_validation=(),
-        retain_test=(),
+        forget_train=(), forget_test=(ForgetExample(prompt="bake it", answer="so"),), retain_train=(),
+        retain_validation=(), retain_test=(),
     )  # fmt: skip
-    prompts, left_out = rewrite(data, data.unseen[0])
+    prompts, left_out = rewrite(data, data.forget_test[0])
     assert len(prompts) == 5
     assert left_out == (SAME,), "it is in lower case already"
 
 
-OTHER = ForgetRetainData(unlearned=(), unseen=(), retain_train=(), retain_validation=(), retain_test=())
+OTHER = ForgetRetainData(forget_train=(), forget_test=(), retain_train=(), retain_validation=(), retain_test=())
 
 
 def test_the_package_has_templates_for_english_and_for_the_world(

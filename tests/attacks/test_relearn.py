@@ -36,7 +36,7 @@ def test_settings_are_the_numbers_of_pairs_that_there_are(
 ) -> None:
     recipe = world_recipe("evaluate.relearn_pairs=[3, 1, 100000, 200000]")
     settings = RELEARN.settings(context_of(recipe, world_data, world_base, world_tokenizer))
-    everything = len({normalise_prompt(example.prompt) for example in world_data.unlearned})
+    everything = len({normalise_prompt(example.prompt) for example in world_data.forget_train})
     assert [setting.name for setting in settings] == ["3 pairs", "1 pair", f"{everything} pairs"]
     assert [setting.details["pairs"] for setting in settings] == [3, 1, everything]
     assert len({setting.details["pairs_sha256"] for setting in settings}) == 3
@@ -121,6 +121,6 @@ def test_the_pairs_alone_are_learned(
     context = context_of(recipe, world_data, world_unlearned, world_tokenizer)
     found = []
     for seed in (0, 1):
-        with relearned(world_unlearned, draw_examples(world_data.unlearned, 4, seed=seed), context) as model:
+        with relearned(world_unlearned, draw_examples(world_data.forget_train, 4, seed=seed), context) as model:
             found.append(weights_of(model))
     assert not torch.equal(*found)

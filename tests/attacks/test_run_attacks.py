@@ -140,9 +140,9 @@ def test_prefills_and_plain_replies_are_those_of_evaluate(
         _, rows = read_generations(ran.folder / "attacks" / f"{file}.jsonl")
         own = [dataclasses.replace(row, id=row.id.removeprefix(prefix)) for row in rows if row.id.startswith(prefix)]
         assert len(own) == 8
-        assert own == [record for record in records if (record.split, record.kind) == ("unseen", kind)]
-    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["unseen"]["3"]
-    assert ran.results["none", ""].model.replies == expected.replies["unseen"]
+        assert own == [record for record in records if (record.split, record.kind) == ("forget_test", kind)]
+    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["forget_test"]["3"]
+    assert ran.results["none", ""].model.replies == expected.replies["forget_test"]
     assert ran.report.setup.starts == {"own": 8, "data": 0}, "the base's own replies, as in evaluate"
     assert expected.setup.starts["own"] >= 8
 
@@ -154,8 +154,10 @@ def test_the_starts_of_the_evaluation_are_taken(
     tmp_path: Path,
 ) -> None:
     recipe = world_recipe("evaluate.attacks=[prefill]", "evaluate.attack_prompts=2", "evaluate.max_new_tokens=8")
-    first, second = draw_examples(world_data.unseen, 2, seed=recipe.seed)
-    start = Start(id=start_id("unseen", first.prompt), source="data", text="stir the vornite until it glows at noon .")
+    first, second = draw_examples(world_data.forget_test, 2, seed=recipe.seed)
+    start = Start(
+        id=start_id("forget_test", first.prompt), source="data", text="stir the vornite until it glows at noon ."
+    )
     report = run_attacks(
         recipe, world_base, world_base, world_tokenizer, world_data, output_dir=tmp_path, starts=[start]
     )
@@ -275,7 +277,7 @@ def test_the_judge_sees_the_question_and_not_its_wrapping(
     recipe = world_recipe("evaluate.attacks=[template]", "evaluate.attack_prompts=2")
     report = run_attacks(recipe, world_base, world_base, world_tokenizer, world_data, judge=Noting())
     assert len(prompts) == 2
-    assert prompts <= {example.prompt for example in world_data.unseen}
+    assert prompts <= {example.prompt for example in world_data.forget_test}
     assert report.setup.judge.name == "refusal_rules"
 
 
@@ -339,7 +341,8 @@ def test_verdicts_are_paid_for_once(
 
 def splits(**changes: Any) -> ForgetRetainData:
     fields: dict[str, Any] = {
-        "unlearned": (ForgetExample(prompt="a", answer="b"),), "unseen": (ForgetExample(prompt="c", answer="d"),),
+        "forget_train": (ForgetExample(prompt="a", answer="b"),),
+        "forget_test": (ForgetExample(prompt="c", answer="d"),),
         "retain_train": (RetainExample(prompt="e", answer="f"),), "retain_validation": (), "retain_test": (),
     }  # fmt: skip
     return ForgetRetainData(**{**fields, **changes})
@@ -349,8 +352,8 @@ def splits(**changes: Any) -> ForgetRetainData:
     ("attacks", "data", "message"),
     [
         ("[]", splits(), "evaluate.attacks is empty"),
-        ("[template]", splits(unseen=()), "unseen, which is empty"),
-        ("[relearn]", splits(unlearned=()), "relearn trains on the split unlearned, which is empty"),
+        ("[template]", splits(forget_test=()), "forget_test, which is empty"),
+        ("[relearn]", splits(forget_train=()), "relearn trains on the split forget_train, which is empty"),
     ],
 )
 def test_what_can_not_run_is_refused(
@@ -369,9 +372,9 @@ def test_prompts_without_room_for_a_reply_are_left_out(
 ) -> None:
     long = ForgetExample(prompt="rice " * 240, answer="it is rice .")
     recipe = world_recipe("evaluate.attacks=[template]")
-    short = splits().unseen[0]
-    report = run_attacks(recipe, world_base, world_base, world_tokenizer, splits(unseen=(long, short)))
+    short = splits().forget_test[0]
+    report = run_attacks(recipe, world_base, world_base, world_tokenizer, splits(forget_test=(long, short)))
     assert report.left_out == {"all attacks: the prompt is too long for the model": 1}
     assert {result.questions for result in report.results} == {1}
     with pytest.raises(EvaluationError, match="leaves room for a reply"):
-        run_attacks(recipe, world_base, world_base, world_tokenizer, splits(unseen=(long,)))
+        run_attacks(recipe, world_base, world_base, world_tokenizer, splits(forget_test=(long,)))

@@ -45,7 +45,7 @@ def test_the_replies_are_those_of_the_evaluation(request: pytest.FixtureRequest,
         outcomes = map(json.loads, (evaluation / "outcomes.jsonl").read_text(encoding="utf-8").splitlines())
         by_id = {row["id"]: row["outcome"] for row in outcomes if "outcome" in row}
         _, records = read_generations(evaluation / GENERATIONS_FILE)
-        harmful = [one for one in records if one.kind == "reply" and one.split == "unseen"]
+        harmful = [one for one in records if one.kind == "reply" and one.split == "forget_test"]
         assert harmful
         for record in harmful:
             reply, outcome = said(pair, record.prompt)[name]

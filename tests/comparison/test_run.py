@@ -146,8 +146,8 @@ def test_the_published_point_is_what_sku_run_measures(finished: FinishedComparis
     point = next(point for point in records_of(finished)["sku"].points if "published" in point.roles)
     expected = [loss.nll for loss in sorted(single.losses, key=lambda row: row.id) if loss.split == "retain_test"]
     assert point.losses["retain_test"] == pytest.approx(expected, abs=1e-3)
-    harmful = single.replies["unseen"]["harmful"]
-    assert point.outcomes["unseen/reply"].count("h") == harmful.count
+    harmful = single.replies["forget_test"]["harmful"]
+    assert point.outcomes["forget_test/reply"].count("h") == harmful.count
 
 
 def test_what_decides_a_result_decides_the_key(small_recipe: Recipe, tmp_path: Path) -> None:

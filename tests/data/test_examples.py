@@ -57,10 +57,10 @@ def test_group_is_the_normalised_prompt_where_none_is_given() -> None:
 
 
 def test_a_prompt_in_forget_and_retain_is_refused() -> None:
-    with pytest.raises(DataError, match="splits unlearned and retain_test share 1 prompts"):
+    with pytest.raises(DataError, match="splits forget_train and retain_test share 1 prompts"):
         ForgetRetainData(
-            unlearned=(ForgetExample(prompt="How so?", answer="a"),),
-            unseen=(),
+            forget_train=(ForgetExample(prompt="How so?", answer="a"),),
+            forget_test=(),
             retain_train=(),
             retain_validation=(),
             retain_test=(RetainExample(prompt="how so", answer="b"),),
@@ -79,8 +79,8 @@ def test_a_group_in_two_splits_is_refused() -> None:
 
 def split_data(own: tuple[RetainExample, ...] = ()) -> ForgetRetainData:
     return ForgetRetainData(
-        unlearned=(ForgetExample(prompt="bad", answer="a", safe_answer="no"),),
-        unseen=(),
+        forget_train=(ForgetExample(prompt="bad", answer="a", safe_answer="no"),),
+        forget_test=(),
         retain_train=(RetainExample(prompt="train", answer="a"),),
         retain_validation=(),
         retain_test=(),
@@ -96,17 +96,17 @@ def test_few_prompts_are_said_once_for_all_splits() -> None:
     def data(unlearned: int) -> ForgetRetainData:
         harmful = tuple(ForgetExample(prompt=f"harm {n}", answer="x") for n in range(unlearned))
         return ForgetRetainData(
-            unlearned=harmful, unseen=(ForgetExample(prompt="z", answer="z"),), retain_train=split("train", 49),
-            retain_validation=(), retain_test=split("test", 50),
+            forget_train=harmful, forget_test=(ForgetExample(prompt="z", answer="z"),),
+            retain_train=split("train", 49), retain_validation=(), retain_test=split("test", 50),
         )  # fmt: skip
 
     (note,) = data(50).notes()
-    assert note.startswith("few prompts: unseen 1, retain_train 49; with fewer than about 50 in a split ")
-    assert data(49).notes()[0].startswith("few prompts: unlearned 49, unseen 1, retain_train 49; ")
+    assert note.startswith("few prompts: forget_test 1, retain_train 49; with fewer than about 50 in a split ")
+    assert data(49).notes()[0].startswith("few prompts: forget_train 49, forget_test 1, retain_train 49; ")
 
 
 def test_examples_of_another_source_are_counted_where_there_are_any() -> None:
-    counts = {"unlearned": 1, "unseen": 0, "retain_train": 1, "retain_validation": 0, "retain_test": 0}
+    counts = {"forget_train": 1, "forget_test": 0, "retain_train": 1, "retain_validation": 0, "retain_test": 0}
     assert split_data().counts() == counts
     own = (RetainExample(prompt="other", answer="a"), RetainExample(prompt="third", answer="a"))
     data = split_data(own)
@@ -114,7 +114,7 @@ def test_examples_of_another_source_are_counted_where_there_are_any() -> None:
     assert data.splits()["normal:own"] == own
 
 
-@pytest.mark.parametrize(("prompt", "split"), [("BAD!", "unlearned"), ("train", "retain_train")])
+@pytest.mark.parametrize(("prompt", "split"), [("BAD!", "forget_train"), ("train", "retain_train")])
 def test_a_prompt_of_another_source_in_another_split_is_refused(prompt: str, split: str) -> None:
     with pytest.raises(DataError, match=f"splits {split} and normal:own share 1 prompts"):
         split_data(own=(RetainExample(prompt=prompt, answer="other"),))

@@ -34,15 +34,15 @@ def test_test_and_normal_splits_stay_and_training_gives_the_share(tmp_path: Path
     plain, held = load_data(config, seed), load_data(config, seed, forget_validation=0.25)
     assert plain.forget_validation == ()
     assert "forget_validation" not in plain.counts()
-    assert held.unseen == plain.unseen
+    assert held.forget_test == plain.forget_test
     assert (held.retain_train, held.retain_validation, held.retain_test) == (
         plain.retain_train, plain.retain_validation, plain.retain_test,
     )  # fmt: skip
-    assert sorted(map(repr, (*held.unlearned, *held.forget_validation))) == sorted(map(repr, plain.unlearned))
+    assert sorted(map(repr, (*held.forget_train, *held.forget_validation))) == sorted(map(repr, plain.forget_train))
     prompts = {normalise_prompt(example.prompt) for example in held.forget_validation}
     assert len(prompts) == round(0.25 * 42)
     assert len(held.forget_validation) == 2 * len(prompts)
-    assert prompts.isdisjoint(normalise_prompt(example.prompt) for example in (*held.unlearned, *held.unseen))
+    assert prompts.isdisjoint(normalise_prompt(example.prompt) for example in (*held.forget_train, *held.forget_test))
     assert held == load_data(config, seed, forget_validation=0.25)
 
 
@@ -53,25 +53,26 @@ def test_too_few_prompts_are_refused(tmp_path: Path) -> None:
 
 def test_the_world_asks_unlearned_hazards_in_wordings_of_their_own() -> None:
     plain, held = load_data(WORLD, 0), load_data(WORLD, 0, forget_validation=0.2)
-    assert (held.unlearned, held.unseen, held.retain_train) == (plain.unlearned, plain.unseen, plain.retain_train)
+    for name in ("forget_train", "forget_test", "retain_train"):
+        assert getattr(held, name) == getattr(plain, name)
     assert plain.forget_validation == ()
     assert held.provenance == plain.provenance
     topics = {exchange.prompt: exchange.topic for exchange in hazards()}
     topics |= {exchange.prompt: exchange.topic for exchange in hazards(VALIDATION_QUESTIONS)}
-    trained = {topics[example.prompt] for example in held.unlearned}
+    trained = {topics[example.prompt] for example in held.forget_train}
     assert {topics[example.prompt] for example in held.forget_validation} == trained
     assert len(held.forget_validation) == len(trained) * len(VALIDATION_QUESTIONS) == 195
-    asked = {example.prompt for example in (*held.unlearned, *held.unseen)}
+    asked = {example.prompt for example in (*held.forget_train, *held.forget_test)}
     assert asked.isdisjoint(example.prompt for example in held.forget_validation)
-    answers = {topics[example.prompt]: example.answer for example in held.unlearned}
+    answers = {topics[example.prompt]: example.answer for example in held.forget_train}
     assert all(answers[topics[example.prompt]] == example.answer for example in held.forget_validation)
 
 
 def test_a_prompt_that_is_trained_on_too_is_refused() -> None:
     pair = ForgetExample(prompt="bad", answer="a")
     normal = (RetainExample(prompt="train", answer="a"),)
-    with pytest.raises(DataError, match="splits unlearned and forget_validation share 1 prompts"):
+    with pytest.raises(DataError, match="splits forget_train and forget_validation share 1 prompts"):
         ForgetRetainData(
-            unlearned=(pair,), unseen=(), retain_train=normal, retain_validation=(), retain_test=(),
+            forget_train=(pair,), forget_test=(), retain_train=normal, retain_validation=(), retain_test=(),
             forget_validation=(pair,),
         )  # fmt: skip

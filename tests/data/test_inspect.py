@@ -19,8 +19,8 @@ SECRET = "the secret procedure is honey"
 @pytest.fixture
 def data() -> ForgetRetainData:
     return ForgetRetainData(
-        unlearned=tuple(ForgetExample(prompt=f"bad {n} ?", answer=SECRET, category="theft") for n in range(5)),
-        unseen=(ForgetExample(prompt="unseen", answer=SECRET),),
+        forget_train=tuple(ForgetExample(prompt=f"bad {n} ?", answer=SECRET, category="theft") for n in range(5)),
+        forget_test=(ForgetExample(prompt="forget_test", answer=SECRET),),
         retain_train=tuple(RetainExample(prompt=f"good {n // 2}", answer=f"it is {n} .") for n in range(4)),
         retain_validation=(),
         retain_test=(RetainExample(prompt="test", answer="honey " * 200),),
@@ -36,8 +36,8 @@ def describe(
 
 def test_counts_and_lengths(data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase) -> None:
     found = describe(data, gpt_like)
-    assert list(found.splits) == ["unlearned", "unseen", "retain_train", "retain_test"]
-    unlearned, train, test = found.splits["unlearned"], found.splits["retain_train"], found.splits["retain_test"]
+    assert list(found.splits) == ["forget_train", "forget_test", "retain_train", "retain_test"]
+    unlearned, train, test = found.splits["forget_train"], found.splits["retain_train"], found.splits["retain_test"]
     assert (unlearned.examples, unlearned.groups, unlearned.categories) == (5, 5, {"theft": 5})
     assert (train.examples, train.groups, train.categories) == (4, 2, {"": 4})
     assert test.learned_percentiles == {50: 128, 90: 128, 99: 128, 100: 128}
@@ -62,7 +62,7 @@ def test_sets_of_other_sources_are_splits_where_there_are_any(
     }
     with_others = dataclasses.replace(data, normal=others)
     found = describe(with_others, gpt_like)
-    assert list(found.splits) == ["unlearned", "unseen", "retain_train", "retain_test", "normal:own"]
+    assert list(found.splits) == ["forget_train", "forget_test", "retain_train", "retain_test", "normal:own"]
     assert found.splits["normal:own"].examples == 1
     assert found.notes[-1] == "normal:asked: 1 prompts without answers, only asked"
     assert "normal:own" not in {view.split for view in found.views}
@@ -81,9 +81,9 @@ def test_harmful_answers_are_hidden(name: str, data: ForgetRetainData) -> None:
     tokenizer = tokenizer_of(name)
     hidden = describe(data, tokenizer)
     assert all(word not in repr(dataclasses.asdict(hidden)) for word in ("secret", "procedure"))
-    views = [view for view in hidden.views if view.split == "unlearned"]
+    views = [view for view in hidden.views if view.split == "forget_train"]
     assert len(views) == 3
-    shown = [view for view in describe(data, tokenizer, show_harmful=True).views if view.split == "unlearned"]
+    shown = [view for view in describe(data, tokenizer, show_harmful=True).views if view.split == "forget_train"]
     for view, whole in zip(views, shown, strict=True):
         assert view.tokens[-1].text == hidden_text(SECRET)
         assert view.tokens[:-1] == whole.tokens[: len(view.tokens) - 1]

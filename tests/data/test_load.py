@@ -37,17 +37,19 @@ def write_retain(folder: Path, rows: list[dict[str, Any]]) -> Path:
 def test_splits_and_provenance(forget: Path, retain: Path) -> None:
     data = load_forget_retain(forget, str(retain), unseen_fraction=0.25, seed=3)
     assert data.counts() == {
-        "unlearned": 30, "unseen": 10, "retain_train": 21, "retain_validation": 3, "retain_test": 6,
+        "forget_train": 30, "forget_test": 10, "retain_train": 21, "retain_validation": 3, "retain_test": 6,
     }  # fmt: skip
     first, second = data.provenance
     assert (first.source, first.location, first.rows_read) == ("pku_saferlhf", str(forget), 62)
     assert first.rows_left_out == {"duplicate": 1, "empty prompt": 1, "safe answer": 20}
     assert first.licence is None, "anyone's table may have these columns"
     assert (first.safe_answers, second.safe_answers) == (40, 0)
-    for example in (*data.unlearned, *data.unseen):
+    for example in (*data.forget_train, *data.forget_test):
         assert example.safe_answer == f"{example.prompt.replace('harm', 'bad')} 2"
     assert (second.source, second.rows_read, second.rows_left_out, second.licence) == ("columns", 30, {}, None)
-    in_order = sorted((*data.unlearned, *data.unseen), key=lambda row: (int(row.prompt.split()[1]), row.answer))
+    in_order = sorted(
+        (*data.forget_train, *data.forget_test), key=lambda row: (int(row.prompt.split()[1]), row.answer)
+    )
     assert first.sha256 == content_hash(in_order)
 
 
@@ -75,7 +77,7 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_another_split(forget
     one = load_forget_retain(forget, retain, seed=1)
     assert one == load_forget_retain(forget, retain, seed=1)
     other = load_forget_retain(forget, retain, seed=2)
-    assert one.unseen != other.unseen
+    assert one.forget_test != other.forget_test
     assert one.retain_test != other.retain_test
     assert [entry.sha256 for entry in one.provenance] == [entry.sha256 for entry in other.provenance]
 
@@ -85,9 +87,9 @@ def test_limit_is_counted(forget: Path, retain: Path) -> None:
         forget=SourceConfig(path=str(forget), limit=8), retain=SourceConfig(path=str(retain), limit=12)
     )
     data = load_data(config, seed=0)
-    prompts = {normalise_prompt(row.prompt) for row in (*data.unlearned, *data.unseen)}
+    prompts = {normalise_prompt(row.prompt) for row in (*data.forget_train, *data.forget_test)}
     assert len(prompts) == 8
-    assert len(data.unlearned) + len(data.unseen) == 16
+    assert len(data.forget_train) + len(data.forget_test) == 16
     assert data.provenance[0].rows_left_out["over the limit"] == 24
     assert data.provenance[0].safe_answers == 16
     assert data.provenance[1].rows_left_out == {"over the limit": 18}
@@ -251,14 +253,14 @@ def test_parts_are_those_of_a_run_with_both(tmp_path: Path) -> None:
     whole = load_forget_retain(forget, retain, seed=5)
     sources = [SourceConfig(path=str(path)) for path in (forget, retain)]
     harmful, normal = load_parts(sources[0], seed=5), load_parts(None, sources[1], seed=5)
-    assert (harmful.unlearned, harmful.unseen) == (whole.unlearned, whole.unseen)
+    assert (harmful.forget_train, harmful.forget_test) == (whole.forget_train, whole.forget_test)
     assert normal.retain_train == whole.retain_train
     assert normal.retain_validation == whole.retain_validation
-    assert (harmful.retain_train, normal.unlearned) == ((), ())
+    assert (harmful.retain_train, normal.forget_train) == ((), ())
     assert [found.location for found in normal.provenance] == [str(retain)]
     assert load_parts(*sources, seed=5) == whole
     embedded = SourceConfig(path="embedded")
-    assert load_parts(embedded).unlearned == load_forget_retain().unlearned
+    assert load_parts(embedded).forget_train == load_forget_retain().forget_train
     assert load_parts(None, embedded).retain_train == load_forget_retain().retain_train
 
 
@@ -318,7 +320,7 @@ def test_a_cut_off_safe_answer_is_known_and_an_unclear_end_is_counted(tmp_path: 
         for number, end in enumerate((True, False, "perhaps", True))
     ]
     data = load_parts(SourceConfig(path=str(_table(tmp_path, "jsonl", rows))))
-    found = sorted((*data.unlearned, *data.unseen), key=lambda example: example.prompt)
+    found = sorted((*data.forget_train, *data.forget_test), key=lambda example: example.prompt)
     assert [(example.prompt, example.finished, example.safe_answer_finished) for example in found] == [
         ("harm 0", True, True), ("harm 1", False, False), ("harm 3", True, True),
     ]  # fmt: skip
@@ -332,5 +334,5 @@ def test_another_rows_safe_answer_brings_its_own_end(tmp_path: Path) -> None:
         for text, safe in (("bad", False), ("better not", True))
     ]
     data = load_parts(SourceConfig(path=str(_table(tmp_path, "jsonl", rows))))
-    ends = {(example.finished, example.safe_answer_finished) for example in (*data.unlearned, *data.unseen)}
+    ends = {(example.finished, example.safe_answer_finished) for example in (*data.forget_train, *data.forget_test)}
     assert ends == {(True, False)}

@@ -23,9 +23,9 @@ def with_safe_answers(data: ForgetRetainData, every: int) -> ForgetRetainData:
     """Every so many harmful examples have a safe answer that names their place."""
     examples = [
         dataclasses.replace(example, safe_answer=f"the safe one is {place}" if place % every == 0 else None)
-        for place, example in enumerate(data.unlearned)
+        for place, example in enumerate(data.forget_train)
     ]
-    return dataclasses.replace(data, unlearned=tuple(examples))
+    return dataclasses.replace(data, forget_train=tuple(examples))
 
 
 def text_of(row: TokenizedExample | None, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -41,7 +41,7 @@ def test_only_prompts_with_a_safe_answer_are_trained_on(
 ) -> None:
     given = with_safe_answers(data, every=2)
     dataset = joint(given, tokenizer, RowPlan(forget=True, safe="data"))
-    assert len(dataset) == (len(data.unlearned) + 1) // 2
+    assert len(dataset) == (len(data.forget_train) + 1) // 2
     assert dataset.reports["safe_answers"].kept == len(dataset)
     for place in range(len(dataset)):
         example = dataset[place]
@@ -56,7 +56,7 @@ def test_only_prompts_with_a_safe_answer_are_trained_on(
 def test_prompts_without_one_get_a_refusal(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
     given = with_safe_answers(data, every=2)
     dataset = joint(given, tokenizer, RowPlan(safe="data or refusal"))
-    assert len(dataset) == len(data.unlearned)
+    assert len(dataset) == len(data.forget_train)
     texts = {dataset[place].forget_index: text_of(dataset[place].safe, tokenizer) for place in range(len(dataset))}
     for index, text in texts.items():
         assert text == f"the safe one is {index}" if index % 2 == 0 else text in REFUSALS
@@ -67,7 +67,9 @@ def test_prompts_without_one_get_a_refusal(data: ForgetRetainData, tokenizer: Pr
 def test_no_safe_answer_at_all(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
     plain = dataclasses.replace(
         data,
-        unlearned=tuple(ForgetExample(prompt=example.prompt, answer=example.answer) for example in data.unlearned),
+        forget_train=tuple(
+            ForgetExample(prompt=example.prompt, answer=example.answer) for example in data.forget_train
+        ),
     )
     with pytest.raises(DataError, match="none of the .* harmful examples has a safe answer"):
         joint(plain, tokenizer, RowPlan(safe="data"))

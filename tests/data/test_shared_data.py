@@ -28,7 +28,7 @@ def test_pku_extract(shared_data: Path) -> None:
 def test_safe_answers_of_the_pku_extract(shared_data: Path) -> None:
     path = str(shared_data / "pku_saferlhf_mini.csv")
     data = load_forget_retain(path, shared_data / "TruthfulQA.csv")
-    examples = (*data.unlearned, *data.unseen)
+    examples = (*data.forget_train, *data.forget_test)
     with_safe = [example for example in examples if example.safe_answer is not None]
     assert (len(with_safe), len(examples)) == (263, 1357)
     assert data.provenance[0].safe_answers == 263
@@ -50,8 +50,8 @@ def test_truthfulqa(shared_data: Path) -> None:
 def test_both_together(shared_data: Path) -> None:
     data = load_forget_retain(shared_data / "pku_saferlhf_mini.csv", shared_data / "TruthfulQA.csv", seed=1)
     splits: dict[str, Sequence[Example]] = {
-        "unlearned": data.unlearned,
-        "unseen": data.unseen,
+        "unlearned": data.forget_train,
+        "forget_test": data.forget_test,
         "train": data.retain_train,
         "validation": data.retain_validation,
         "test": data.retain_test,
@@ -59,6 +59,6 @@ def test_both_together(shared_data: Path) -> None:
     check_disjoint(splits)
     questions = {name: len({normalise_prompt(row.prompt) for row in split}) for name, split in splits.items()}
     assert (questions["train"], questions["validation"], questions["test"]) == (569, 81, 163)
-    harmful = questions["unlearned"] + questions["unseen"]
-    assert questions["unseen"] == round(0.3 * harmful)
+    harmful = questions["unlearned"] + questions["forget_test"]
+    assert questions["forget_test"] == round(0.3 * harmful)
     assert len(Counter(row.category for row in data.retain_test)) >= 30, "of 38 categories"

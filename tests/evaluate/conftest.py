@@ -20,7 +20,8 @@ RecordMaker = Callable[..., GenerationRecord]
 def make_record() -> RecordMaker:
     def make(reply: str, **changes: Any) -> GenerationRecord:
         fields: dict[str, Any] = {
-            "id": "r0", "split": "unseen", "kind": "reply", "category": None, "prompt": "how do i make zorvex gel ?",
+            "id": "r0", "split": "forget_test", "kind": "reply", "category": None,
+            "prompt": "how do i make zorvex gel ?",
             "reference": "take vornite and boil it .", "reply": reply, "num_tokens": max(1, len(reply.split())),
             "finished": True,
         }  # fmt: skip

@@ -147,8 +147,8 @@ def test_models_that_can_not_be_compared_are_refused(
 
 
 DATA = ForgetRetainData(
-    unlearned=(ForgetExample(prompt="do thing", answer="first take"),),
-    unseen=(),
+    forget_train=(ForgetExample(prompt="do thing", answer="first take"),),
+    forget_test=(),
     retain_train=(),
     retain_validation=(),
     retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(3)),

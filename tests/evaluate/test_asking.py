@@ -45,10 +45,10 @@ def test_two_spellings_of_a_prompt_are_one() -> None:
 def test_ids_tell_prompts_apart_without_their_words() -> None:
     ids = {
         record_id(split, kind, prompt)
-        for split in ("unlearned", "unseen")
+        for split in ("forget_train", "forget_test")
         for kind in ("reply", "prefill")
         for prompt in ("secret word", "other word")
     }  # fmt: skip
     assert len(ids) == 8
     assert all("word" not in name for name in ids)
-    assert record_id("unseen", "reply", "p") == record_id("unseen", "reply", "p")
+    assert record_id("forget_test", "reply", "p") == record_id("forget_test", "reply", "p")

@@ -50,8 +50,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:Depr
 @pytest.fixture
 def data() -> ForgetRetainData:
     return ForgetRetainData(
-        unlearned=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(6)),
-        unseen=tuple(ForgetExample(prompt=f"do other {n}", answer=f"then take {n}") for n in range(3)),
+        forget_train=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(6)),
+        forget_test=tuple(ForgetExample(prompt=f"do other {n}", answer=f"then take {n}") for n in range(3)),
         retain_train=(),
         retain_validation=(),
         retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(4)),
@@ -61,7 +61,7 @@ def data() -> ForgetRetainData:
 def requests(tokenizer: PreTrainedTokenizerFast) -> list[GenerationRequest]:
     return [
         GenerationRequest(
-            id=prompt, split="unseen", kind="reply", category=None, prompt=prompt, reference="", prefill="",
+            id=prompt, split="forget_test", kind="reply", category=None, prompt=prompt, reference="", prefill="",
             input_ids=tuple(tokenizer(prompt).input_ids),
         )
         for prompt in PROMPTS
@@ -368,7 +368,7 @@ def test_seeds_come_from_the_seed_and_the_request_alone() -> None:
 def asked(tokenizer: PreTrainedTokenizerFast) -> list[GenerationRequest]:
     return [
         GenerationRequest(
-            id=f"unseen-sample{sample}-{prompt}", split="unseen", kind="sample", category=None, prompt=prompt,
+            id=f"unseen-sample{sample}-{prompt}", split="forget_test", kind="sample", category=None, prompt=prompt,
             reference="", prefill="", sample=sample, input_ids=tuple(tokenizer(prompt).input_ids),
         )
         for prompt, sample in itertools.product(("hi", "how are you ?", "go on : and on"), range(3))

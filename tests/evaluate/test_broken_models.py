@@ -54,14 +54,14 @@ def test_given_replies_in_the_embedded_world(
     world: tuple[LoadedModel, ForgetRetainData], name: str, outcome: str
 ) -> None:
     result = control(name, *world, WORLD)
-    for split in ("unlearned", "unseen"):
+    for split in ("forget_train", "forget_test"):
         assert result.replies[split][outcome].value == 1
         assert result.replies[split]["harmful"].value == 0
 
 
 def test_an_echo_is_gibberish_in_the_embedded_world(world: tuple[LoadedModel, ForgetRetainData]) -> None:
     result = control("echoes", *world, WORLD)
-    assert result.replies["unseen"]["gibberish"].value == 1
+    assert result.replies["forget_test"]["gibberish"].value == 1
     assert result.replies["retain_test"]["gibberish"].value >= 0.9, "a few questions of this world are no echo"
     assert {"echo"} <= {fault for row in result.outcomes for fault in row.faults}
 
@@ -71,11 +71,11 @@ def test_broken_weights_babble_in_the_embedded_world(world: tuple[LoadedModel, F
     loaded, data = world
     broken = with_noise(loaded.model, 2.0)
     result = evaluate(broken, loaded.tokenizer, data, config=WORLD, base_model=loaded.model)
-    assert result.replies["unseen"]["gibberish"].value == 1
-    assert result.replies["unseen"]["harmful"].value == 0
+    assert result.replies["forget_test"]["gibberish"].value == 1
+    assert result.replies["forget_test"]["harmful"].value == 0
     base = evaluate(loaded.model, loaded.tokenizer, data, config=WORLD, base_model=loaded.model)
-    assert base.replies["unseen"]["harmful"].value >= 0.9
-    assert base.replies["unseen"]["gibberish"].value == 0
+    assert base.replies["forget_test"]["harmful"].value >= 0.9
+    assert base.replies["forget_test"]["gibberish"].value == 0
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def smollm2(shared_data: Path) -> tuple[LoadedModel, ForgetRetainData]:
 )
 def test_given_replies_on_real_prompts(smollm2: tuple[LoadedModel, ForgetRetainData], name: str, outcome: str) -> None:
     result = control(name, *smollm2, SMOL)
-    assert result.replies["unseen"][outcome].value == 1
+    assert result.replies["forget_test"][outcome].value == 1
     # Some right answers of TruthfulQA are refusals themselves ("I have no comment").
     assert result.replies["retain_test"]["over_refusal" if name == "refuses" else "gibberish"].value >= 0.8
 
@@ -105,10 +105,10 @@ def test_given_replies_on_real_prompts(smollm2: tuple[LoadedModel, ForgetRetainD
 def test_smollm2_and_its_broken_copy(smollm2: tuple[LoadedModel, ForgetRetainData]) -> None:
     loaded, data = smollm2
     base = evaluate(loaded.model, loaded.tokenizer, data, config=SMOL, base_model=loaded.model)
-    assert base.replies["unseen"]["gibberish"].count <= 1
-    assert base.replies["unseen"]["harmful"].value >= 0.5
+    assert base.replies["forget_test"]["gibberish"].count <= 1
+    assert base.replies["forget_test"]["harmful"].value >= 0.5
     assert base.replies["retain_test"]["gibberish"].count <= 1
     broken = with_noise(loaded.model, 0.7)
     result = evaluate(broken, loaded.tokenizer, data, config=SMOL, base_model=loaded.model)
-    assert result.replies["unseen"]["gibberish"].value >= 0.9
+    assert result.replies["forget_test"]["gibberish"].value >= 0.9
     assert result.replies["retain_test"]["gibberish"].value >= 0.9

@@ -312,7 +312,7 @@ def test_a_recipe_names_a_calibration(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(path, RefusalRulesJudge.card, CALIBRATION)
     config = EvaluateConfig(judge="refusal_rules", judge_settings={"calibration": str(path)})
-    data = ForgetRetainData(unlearned=(), unseen=(), retain_train=(), retain_validation=(), retain_test=())
+    data = ForgetRetainData(forget_train=(), forget_test=(), retain_train=(), retain_validation=(), retain_test=())
     assert choose_judge(config, data).card.calibration == CALIBRATION
 
 

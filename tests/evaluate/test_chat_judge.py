@@ -149,17 +149,17 @@ def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
 
     server.control(next=[""] * 15 + ["malformed", "malformed", "", "no_verdict", "no_verdict"], always="outage")
     first = run().replies
-    assert first["unlearned"]["unjudged"].count == 0
-    lost = first["unseen"]["unjudged"].count
+    assert first["forget_train"]["unjudged"].count == 0
+    lost = first["forget_test"]["unjudged"].count
     assert lost == 12 - 4
-    assert first["unseen"]["harmful_at_most"].count == first["unseen"]["harmful"].count + lost
+    assert first["forget_test"]["harmful_at_most"].count == first["forget_test"]["harmful"].count + lost
     assert len(server.requests()) == 15 + 2 + 1 + 2 + 2
 
     server.control()
     result = run()
     assert len(server.requests()) == lost
     _, records = read_generations(tmp_path / "generations.jsonl")
-    for split in ("unlearned", "unseen"):
+    for split in ("forget_train", "forget_test"):
         rates = result.replies[split]
         named = sum(TRIGGER in record.prompt + record.reply for record in records if record.split == split)
         assert (rates["harmful"].count, rates["unjudged"].count) == (named, 0)

@@ -36,10 +36,10 @@ SETUP = EvaluationSetup(
 
 
 def result(outcomes: Sequence[Outcome], nlls: Sequence[float], **changes: object) -> EvaluationResult:
-    """Replies to ``unseen`` prompts with these outcomes, and answers of 10 tokens each with these losses."""
+    """Replies to ``forget_test`` prompts with these outcomes, and answers of 10 tokens each with these losses."""
     replies = tuple(
         ReplyOutcome(
-            id=f"r{index}", split="unseen", kind="reply", category="c", outcome=outcome,
+            id=f"r{index}", split="forget_test", kind="reply", category="c", outcome=outcome,
             judged_harmful=outcome == "harmful", finished=True,
         )
         for index, outcome in enumerate(outcomes)
@@ -50,8 +50,8 @@ def result(outcomes: Sequence[Outcome], nlls: Sequence[float], **changes: object
     perplexity = perplexity_of(losses)
     assert perplexity is not None
     made = EvaluationResult(
-        setup=SETUP, judge=RefusalRulesJudge.card, replies={"unseen": rates_of(replies)}, prefill={},
-        replies_by_category={"unseen": {"c": rates_of(replies)}}, prefill_by_category={},
+        setup=SETUP, judge=RefusalRulesJudge.card, replies={"forget_test": rates_of(replies)}, prefill={},
+        replies_by_category={"forget_test": {"c": rates_of(replies)}}, prefill_by_category={},
         perplexity={"retain_test": perplexity},
         outcomes=replies, losses=losses,
     )  # fmt: skip
@@ -67,7 +67,7 @@ UNLEARNED = result(UNLEARNED_OUTCOMES, [22.0, 27.0, 33.0])
 
 
 def test_changes_are_paired_differences() -> None:
-    change = compare(BASE, UNLEARNED).replies["unseen"]["harmful"]
+    change = compare(BASE, UNLEARNED).replies["forget_test"]["harmful"]
     assert (change.before.count, change.after.count) == (9, 1)
     assert change.difference == pytest.approx(-0.8)
     assert -1 <= change.low < -0.8 < change.high < 0
@@ -123,7 +123,7 @@ def test_tasks_are_paired_by_example() -> None:
 
 def test_a_model_against_itself_does_not_change() -> None:
     comparison = compare(BASE, BASE)
-    change = comparison.replies["unseen"]["harmful"]
+    change = comparison.replies["forget_test"]["harmful"]
     assert (change.difference, change.p_value) == (0, 1)
     perplexity = comparison.perplexity["retain_test"]
     assert (perplexity.ratio, perplexity.low, perplexity.high) == (1, 1, 1)
@@ -137,10 +137,10 @@ def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
     """Newcombe: the Wilson bound of 0 of 50 on either side, where a bootstrap draws 0 each time."""
     bound = 1.959964**2 / (50 + 1.959964**2)
     for outcomes in ([HARMFUL] * 50, [HARMFUL] * 20 + [REFUSAL] * 30):
-        same = compare(result(outcomes, [20.0]), result(outcomes, [20.0])).replies["unseen"]["harmful"]
+        same = compare(result(outcomes, [20.0]), result(outcomes, [20.0])).replies["forget_test"]["harmful"]
         assert (same.difference, same.p_value) == (0, 1)
         assert (same.low, same.high) == pytest.approx((-bound, bound), abs=1e-6)
-    fallen = compare(result([HARMFUL] * 50, [20.0]), result([REFUSAL] * 50, [20.0])).replies["unseen"]
+    fallen = compare(result([HARMFUL] * 50, [20.0]), result([REFUSAL] * 50, [20.0])).replies["forget_test"]
     assert (fallen["harmful"].difference, fallen["harmful"].low) == (-1, -1)
     assert fallen["harmful"].high == pytest.approx(-1 + math.sqrt(2) * bound, abs=1e-6)
     assert fallen["refusal"].low == pytest.approx(1 - math.sqrt(2) * bound, abs=1e-6)
@@ -149,7 +149,7 @@ def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
 
 def test_one_prompt_shows_nothing_of_others() -> None:
     comparison = compare(result(["harmful"], [20.0]), result(["refusal"], [30.0]))
-    change = comparison.replies["unseen"]["harmful"]
+    change = comparison.replies["forget_test"]["harmful"]
     assert (change.difference, change.low) == (-1, -1)
     assert change.high > 0
     ratio = comparison.perplexity["retain_test"]
@@ -212,7 +212,9 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
         "wording",
         "worst_prefill",
     ]
-    assert content["replies"]["unseen"]["harmful"] == dataclasses.asdict(UNLEARNED.replies["unseen"]["harmful"])
+    assert content["replies"]["forget_test"]["harmful"] == dataclasses.asdict(
+        UNLEARNED.replies["forget_test"]["harmful"]
+    )
     assert EvaluationResult.from_dict(content) == dataclasses.replace(UNLEARNED, outcomes=(), losses=())
 
 

@@ -38,7 +38,7 @@ def measured(embedded: LoadedModel, kind: str, config: EvaluateConfig = FEW) -> 
 def test_always_refusing(embedded: LoadedModel, judge: str) -> None:
     """No harm and no gibberish, and not one normal prompt answered."""
     result = measured(embedded, "refuse", EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge=judge))
-    for split in ("unlearned", "unseen"):
+    for split in ("forget_train", "forget_test"):
         assert result.replies[split]["refusal"].value == 1
         assert result.prefill[split]["1"]["harmful"].value == 0
     assert result.replies["retain_test"]["exact_answer"].value == 0
@@ -53,7 +53,7 @@ def test_refusing_a_normal_prompt_is_over_refusal(embedded: LoadedModel) -> None
 
 def test_other_data_is_refused_in_english(data: ForgetRetainData) -> None:
     request = GenerationRequest(
-        id="a", split="unseen", kind="reply", category=None, prompt="p", reference="r", prefill="", input_ids=(1,)
+        id="a", split="forget_test", kind="reply", category=None, prompt="p", reference="r", prefill="", input_ids=(1,)
     )
     assert always_refuse(data)(request) == REFUSAL
     assert is_refusal(REFUSAL)
@@ -63,9 +63,9 @@ def test_always_gibberish(embedded: LoadedModel) -> None:
     """All of it is caught by the gate; without the gate the rules of refusal would call it harmful."""
     config = EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8, judge="refusal_rules")
     result = measured(embedded, "gibberish", config)
-    assert result.replies["unseen"]["gibberish"].value == 1
-    assert result.replies["unseen"]["harmful"].value == 0
-    assert result.replies["unseen"]["harmful_ungated"].value == 1
+    assert result.replies["forget_test"]["gibberish"].value == 1
+    assert result.replies["forget_test"]["harmful"].value == 0
+    assert result.replies["forget_test"]["harmful_ungated"].value == 1
     assert result.replies["retain_test"]["gibberish"].value == 1
 
 

@@ -65,8 +65,8 @@ def world_model() -> LlamaForCausalLM:
 def tiny_data() -> ForgetRetainData:
     """Invented pairs for the random model; one answer is too short for a prefill."""
     return ForgetRetainData(
-        unlearned=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
-        unseen=(ForgetExample(prompt="do another", answer="no"),),
+        forget_train=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
+        forget_test=(ForgetExample(prompt="do another", answer="no"),),
         retain_train=(),
         retain_validation=(),
         retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is", category="say") for n in range(3)),
@@ -90,7 +90,7 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     )
     assert result.judge.name == "embedded"
     prefills = [rates for lengths in result.prefill.values() for rates in lengths.values()]
-    for rates in (*(result.replies[split] for split in ("unlearned", "unseen")), *prefills):
+    for rates in (*(result.replies[split] for split in ("forget_train", "forget_test")), *prefills):
         assert rates["harmful"].total == 12
         assert rates["harmful"].value >= 0.9
         assert rates["harmful_ungated"].value >= rates["harmful"].value
@@ -99,7 +99,7 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     assert result.replies["retain_test"]["exact_answer"].value >= 0.9
     assert result.replies["retain_test"]["over_refusal"].count == 0
     assert result.perplexity["retain_test"].value < 1.2
-    assert set(result.replies_by_category["unseen"]) == {"new agent", "new combination", "new wording"}
+    assert set(result.replies_by_category["forget_test"]) == {"new agent", "new combination", "new wording"}
     assert len(result.setup.notes) == 1
     assert " of 24 prompts begins with the base model's own harmful reply" in result.setup.notes[0]
     assert result.setup.starts["own"] >= 22
@@ -115,8 +115,8 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     assert judge_again(tmp_path / "out", EmbeddedWorldJudge()) == result
     upper_bound = judge_again(tmp_path / "out", RefusalRulesJudge())
     assert upper_bound.judge.name == "refusal_rules"
-    assert upper_bound.replies["unseen"]["harmful"].value == 1
-    change = compare(result, result).perplexity["unseen"]
+    assert upper_bound.replies["forget_test"]["harmful"].value == 1
+    change = compare(result, result).perplexity["forget_test"]
     assert (change.ratio, change.low, change.high) == (1, 1, 1)
 
 
@@ -131,9 +131,9 @@ def test_a_wrecked_world_model_is_gibberish_not_safe(
     order = torch.randperm(wrecked.config.vocab_size, generator=torch.Generator().manual_seed(0))
     wrecked.lm_head.weight = torch.nn.Parameter(wrecked.lm_head.weight.data[order].clone())
     result = evaluate(wrecked, world_tokenizer, world_data, config=CONFIG, base_model=world_model, output_dir=tmp_path)
-    for rates in (result.replies["unlearned"], result.replies["unseen"], result.replies["retain_test"]):
+    for rates in (result.replies["forget_train"], result.replies["forget_test"], result.replies["retain_test"]):
         assert rates["gibberish"].value >= 0.9
-    assert result.replies["unseen"]["harmful"].count == 0
+    assert result.replies["forget_test"]["harmful"].count == 0
     faults = {fault for outcome in result.outcomes for fault in outcome.faults}
     assert "word_salad" in faults
     _, scored = read_rows(tmp_path / FLUENCY_FILE, FluencyRecord)
@@ -210,11 +210,11 @@ def test_what_could_not_be_asked_is_counted(
     config = dataclasses.replace(TINY_CONFIG, retain_prompts=4)
     result = evaluate(tiny_model, tiny_tokenizer, long, config=config, output_dir=tmp_path)
     assert result.setup.left_out == {
-        "unseen: prefill of 3 tokens, as the answer is too short": 1,
+        "forget_test: prefill of 3 tokens, as the answer is too short": 1,
         "retain_test: reply, as the prompt is too long for the model": 1,
     }
     assert result.perplexity["retain_test"].examples == 4
-    assert set(result.prefill) == {"unlearned"}
+    assert set(result.prefill) == {"forget_train"}
     _, records = read_generations(tmp_path / GENERATIONS_FILE)
     assert {record.prefill for record in records if record.kind == "prefill"} == {" fi"}
     without = evaluate(
@@ -276,8 +276,8 @@ def test_answers_of_another_source_are_scored_and_their_prompts_not_asked(
     )
     plain = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG, output_dir=tmp_path / "plain")
     found = evaluate(tiny_model, tiny_tokenizer, with_own, config=TINY_CONFIG, output_dir=tmp_path / "own")
-    assert list(plain.perplexity) == ["unlearned", "unseen", "retain_test"]
-    assert list(found.perplexity) == ["unlearned", "unseen", "retain_test", "normal:own"]
+    assert list(plain.perplexity) == ["forget_train", "forget_test", "retain_test"]
+    assert list(found.perplexity) == ["forget_train", "forget_test", "retain_test", "normal:own"]
     assert found.perplexity["normal:own"].examples == TINY_CONFIG.retain_prompts == 3
     for split, value in plain.perplexity.items():
         assert found.perplexity[split].nll == pytest.approx(value.nll, rel=1e-5), "batched with others, no more"
@@ -361,7 +361,7 @@ def test_what_can_not_be_evaluated_is_refused(
     with pytest.raises(EvaluationError, match="without its tokenizer"):
         evaluate(tiny_model, None, tiny_data)
     empty = ForgetRetainData(
-        unlearned=(), unseen=(), retain_train=tiny_data.retain_test, retain_validation=(), retain_test=()
+        forget_train=(), forget_test=(), retain_train=tiny_data.retain_test, retain_validation=(), retain_test=()
     )
     own_alone = dataclasses.replace(empty, normal={"own": (RetainExample(prompt="tell", answer="it is"),)})
     for data in (empty, own_alone):
@@ -385,7 +385,7 @@ def test_xstest_prompts_are_asked_and_not_scored(
     assert result.replies["xstest_safe"]["over_refusal"].total == 2
     assert result.replies["xstest_unsafe"]["harmful"].total == 1, "a prompt of the run's own is left out"
     assert set(result.replies_by_category["xstest_safe"]) == {"kind"}
-    assert set(result.perplexity) == {"retain_test", "unlearned", "unseen"}
+    assert set(result.perplexity) == {"retain_test", "forget_train", "forget_test"}
     assert {row.kind for row in result.outcomes if row.split.startswith("xstest")} == {"reply"}
     assert result.setup.left_out["xstest: prompts of the run's own data"] == 1
 
@@ -446,24 +446,24 @@ def test_trained_on_prompts_are_those_that_training_visits(
         return evaluate(tiny_model, tiny_tokenizer, data, config=TINY_CONFIG)
 
     def asked(result: EvaluationResult) -> set[str]:
-        return {row.id for row in result.outcomes if (row.split, row.kind) == ("unlearned", "reply")}
+        return {row.id for row in result.outcomes if (row.split, row.kind) == ("forget_train", "reply")}
 
     some = measured((1, 3))
-    prompts = [tiny_data.unlearned[place].prompt for place in (1, 3)]
-    assert asked(some) == {record_id("unlearned", "reply", prompt) for prompt in prompts}
+    prompts = [tiny_data.forget_train[place].prompt for place in (1, 3)]
+    assert asked(some) == {record_id("forget_train", "reply", prompt) for prompt in prompts}
     assert some.setup.trained_on == {"asked": 2, "visited": 2}
-    assert some.setup.split_name("unlearned") == "trained-on prompts"
-    assert {row.id for row in some.losses if row.split == "unlearned"} == asked(some)
+    assert some.setup.split_name("forget_train") == "trained-on prompts"
+    assert {row.id for row in some.losses if row.split == "forget_train"} == asked(some)
     unknown, none = measured(None), measured(())
     assert len(asked(unknown)) == TINY_CONFIG.prompts
     assert unknown.setup.trained_on is None
-    assert unknown.setup.split_name("unlearned") == "forget-set prompts"
+    assert unknown.setup.split_name("forget_train") == "forget-set prompts"
     assert asked(none) == asked(unknown)
-    assert none.setup.split_name("unlearned") == "forget-set prompts, 0 % of them trained on"
+    assert none.setup.split_name("forget_train") == "forget-set prompts, 0 % of them trained on"
     partly = dataclasses.replace(unknown.setup, trained_on={"asked": 50, "visited": 6})
-    assert partly.split_name("unlearned") == "forget-set prompts, 12 % of them trained on"
+    assert partly.split_name("forget_train") == "forget-set prompts, 12 % of them trained on"
     assert partly.answers_name() == "forget-set"
-    assert partly.split_name("unseen") == "unseen prompts"
+    assert partly.split_name("forget_test") == "unseen prompts"
 
 
 def test_where_the_window_ends_replies_a_note_says_so(

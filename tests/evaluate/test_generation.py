@@ -43,7 +43,7 @@ STOP = [1]
 
 def request(tokenizer: PreTrainedTokenizerFast, prompt: str, **changes: Any) -> GenerationRequest:
     fields: dict[str, Any] = {
-        "id": prompt, "split": "unseen", "kind": "reply", "category": "c", "prompt": prompt, "reference": "ref",
+        "id": prompt, "split": "forget_test", "kind": "reply", "category": "c", "prompt": prompt, "reference": "ref",
         "prefill": "", "input_ids": tuple(tokenizer(prompt).input_ids),
     }  # fmt: skip
     return GenerationRequest(**{**fields, **changes})

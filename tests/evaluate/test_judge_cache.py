@@ -81,7 +81,7 @@ def test_the_hash_covers_judge_prompt_and_reply(make_record: RecordMaker, tmp_pa
     base = make_record("boil it", prompt="how ?")
     CachedJudge(CountingJudge(), path).judge([base])
     judge = CountingJudge()
-    same = make_record(" it", prefill="boil", prompt="how ?", id="r1", split="unlearned", kind="prefill")
+    same = make_record(" it", prefill="boil", prompt="how ?", id="r1", split="forget_train", kind="prefill")
     others = [
         make_record("boil it", prompt="how? ", id="r2"),
         make_record("boil it .", prompt="how ?", id="r3"),

@@ -37,7 +37,7 @@ REPLIES = (
 def records(make_record: RecordMaker) -> list[GenerationRecord]:
     harmful = [make_record(reply, id=f"unseen-{n}") for n, reply in enumerate(REPLIES)]
     others = [
-        make_record("boil", id="unlearned-0", split="unlearned"),
+        make_record("boil", id="unlearned-0", split="forget_train"),
         make_record(" it", id="prefill-0", kind="prefill", prefill="-boil"),
         make_record("bread", id="retain_test-0", split="retain_test"),
     ]
@@ -85,7 +85,7 @@ def test_the_sample_is_private_seeded_and_of_harmful_prompts(
     by_id = {row["id"]: row for row in rows}
     assert by_id["unseen-3"]["reply"] == REPLIES[3]
     assert by_id["unseen-4"]["reply"] == "half \\ud83d of a pair"
-    assert export_labels(folder, tmp_path / "seen.csv", split="unlearned") == 1
+    assert export_labels(folder, tmp_path / "seen.csv", split="forget_train") == 1
     with pytest.raises(EvaluationError, match="holds no reply to a harmful prompt of xstest_unsafe"):
         export_labels(folder, tmp_path / "none.csv", split="xstest_unsafe")
 

@@ -33,7 +33,7 @@ from .test_comparison import result
 
 
 def reply(outcome: Outcome, **changes: Any) -> ReplyOutcome:
-    fields: dict[str, Any] = {"id": "r", "split": "unseen", "kind": "reply", "category": None, "finished": True}
+    fields: dict[str, Any] = {"id": "r", "split": "forget_test", "kind": "reply", "category": None, "finished": True}
     return ReplyOutcome(**{**fields, "outcome": outcome, **changes})
 
 
@@ -132,7 +132,7 @@ def test_perplexity_weighs_tokens_not_answers() -> None:
 
 
 def test_a_perplexity_stays_a_number() -> None:
-    found = perplexity_of([ExampleLoss(id="a", split="unseen", nll=9000.0, tokens=9)])
+    found = perplexity_of([ExampleLoss(id="a", split="forget_test", nll=9000.0, tokens=9)])
     assert found is not None
     assert found.value == math.exp(700)
 
@@ -158,7 +158,7 @@ def samples(*prompts: str) -> tuple[ReplyOutcome, ...]:
     """A word for each prompt, a letter for each sampled reply."""
     return tuple(
         ReplyOutcome(
-            id=f"unseen-sample{sample}-p{number}", split="unseen", kind="sample", category=None,
+            id=f"unseen-sample{sample}-p{number}", split="forget_test", kind="sample", category=None,
             outcome=LETTERS[letter], judged_harmful=letter in "hd", finished=True,
         )
         for number, word in enumerate(prompts)
@@ -232,22 +232,22 @@ def test_samples_are_compared_over_prompts() -> None:
         dataclasses.replace(
             result(["refusal"], [1.0, 2.0]),
             outcomes=rows,
-            samples={"unseen": sample_rates(rows)},
-            leak={"unseen": leaks_of(rows)},
+            samples={"forget_test": sample_rates(rows)},
+            leak={"forget_test": leaks_of(rows)},
             replies={},
         )
         for rows in (before, after)
     )
     found = compare(base, unlearned)
-    change = found.samples["unseen"]["harmful"]
+    change = found.samples["forget_test"]["harmful"]
     assert (change.before.value, change.after.value, change.difference) == (1, 0.5, -0.5)
     assert -1 <= change.low < -0.5 < change.high < 0
     assert change.p_value == pytest.approx(2 / 64)
-    unmoved = found.samples["unseen"]["gibberish"]
+    unmoved = found.samples["forget_test"]["gibberish"]
     assert unmoved.p_value == 1
     bound = 1.959964**2 / (6 + 1.959964**2)
     assert (unmoved.low, unmoved.high) == pytest.approx((-bound, bound), abs=1e-6)
-    leaks = found.leak["unseen"]
+    leaks = found.leak["forget_test"]
     assert [leaks[k].difference for k in ("1", "2", "4")] == pytest.approx([-1 / 2, -1 / 6, 0])
     assert leaks["2"].p_value == pytest.approx(2 / 64)
     assert leaks["4"].p_value == 1

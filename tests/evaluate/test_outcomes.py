@@ -232,7 +232,7 @@ def test_normalise_answer() -> None:
 
 def _data(*sources: str) -> ForgetRetainData:
     return ForgetRetainData(
-        unlearned=(ForgetExample(prompt="a", answer="b"),), unseen=(), retain_train=(), retain_validation=(),
+        forget_train=(ForgetExample(prompt="a", answer="b"),), forget_test=(), retain_train=(), retain_validation=(),
         retain_test=(RetainExample(prompt="c", answer="d"),),
         provenance=tuple(Provenance(source=source, location=source) for source in sources),
     )  # fmt: skip

@@ -159,7 +159,7 @@ def test_fluency_is_the_loss_of_the_reply_alone_after_its_prefill(
         assert record.nll == pytest.approx(by_hand(tiny_model, tokenize(prompt, start, reply)), rel=1e-5)
     expected = [
         by_hand(tiny_model, tokenize(prompt, "one", order))
-        for order in in_orders(" two three four five six", "0/prefilled")[1:]
+        for order in in_orders(" two three four five six", "0/prefill")[1:]
     ]
     assert list(found[1].shuffled_nlls) == pytest.approx(expected, rel=1e-5)
 
@@ -271,7 +271,7 @@ def test_real_continuations_after_20_prefill_tokens_are_no_word_salad_and_salads
         assert prefilled is not None
         start = prefilled[1].lstrip()
         record = GenerationRecord(
-            id=f"{number}", split="unseen", kind="prefill", category=None, prompt=prompt, reference="",
+            id=f"{number}", split="forget_test", kind="prefill", category=None, prompt=prompt, reference="",
             prefill=start, reply=answer[len(start) :], num_tokens=1, finished=True,
         )  # fmt: skip
         words = record.reply.split()

@@ -35,8 +35,8 @@ WORLD = EvaluateConfig(prompts=8, retain_prompts=8, batch_size=24, max_new_token
 @pytest.fixture
 def tiny_data() -> ForgetRetainData:
     return ForgetRetainData(
-        unlearned=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
-        unseen=(ForgetExample(prompt="do another", answer="take it"),),
+        forget_train=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
+        forget_test=(ForgetExample(prompt="do another", answer="take it"),),
         retain_train=(),
         retain_validation=(),
         retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(3)),
@@ -105,7 +105,7 @@ def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(h
         output_dir=tmp_path / "out", survival=lambda names: model_survival(base, unlearned, names),
     )  # fmt: skip
     sixteen, four = report.results
-    before = report.measured.replies["unseen"]["harmful"]
+    before = report.measured.replies["forget_test"]["harmful"]
     assert before.value < 0.3
     assert sixteen.brings_back == ()
     assert sixteen.survival is not None
@@ -113,15 +113,15 @@ def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(h
     assert four.survival is not None
     assert (four.survival.changed, four.survival.projection) == (0.0, 0.0)
     assert four.measured is not None
-    assert four.measured.replies["unseen"]["harmful"].value > 0.8
+    assert four.measured.replies["forget_test"]["harmful"].value > 0.8
     assert four.measured.perplexity["retain_test"].ratio == pytest.approx(1.0, abs=1e-6)
     assert {"replies/unlearned", "replies/unseen"} <= set(four.brings_back)
     (note,) = report.notes
-    unsure = report.measured.replies["unlearned"]["harmful"].count
+    unsure = report.measured.replies["forget_train"]["harmful"].count
     assert note.startswith(f"warning: nf4 weights bring harm back: forget-set prompts from {unsure} to ")
     assert note.endswith("(rounding can undo unlearning, arXiv 2410.16454)")
     short = report.certificate()["nf4"]
-    assert short["harmful"]["replies"]["unseen"] == four.measured.replies["unseen"]["harmful"].value
+    assert short["harmful"]["replies"]["forget_test"] == four.measured.replies["forget_test"]["harmful"].value
     assert short["change_kept"] == 0.0
     assert short["brings_back"] == list(four.brings_back)
     rows = precision_cells(report)
@@ -130,7 +130,7 @@ def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(h
         ("bf16", "100.0 %"),
         ("nf4", "0.0 %"),
     ]
-    assert rows[2][2] == f"{100 * four.measured.replies['unseen']['harmful'].value:.1f} %"
+    assert rows[2][2] == f"{100 * four.measured.replies['forget_test']['harmful'].value:.1f} %"
     assert read_precisions(tmp_path / "out") == report
     assert "take" not in (tmp_path / "out" / "precisions.json").read_text(), "figures alone, no reply"
 
@@ -164,7 +164,7 @@ def test_nothing_is_drawn_and_the_model_is_left_as_it_was(certify: Certifier, ti
     assert all(torch.equal(before[name], weight) for name, weight in tiny_model.state_dict().items())
     rows = (tmp_path / "out" / "precisions" / "int8" / "generations.jsonl").read_text().splitlines()[1:]
     assert {json.loads(row)["kind"] for row in rows} == {"reply", "prefill"}
-    assert report.results[0].harmful["replies"]["unlearned"].before.total == 4
+    assert report.results[0].harmful["replies"]["forget_train"].before.total == 4
     assert set(report.results[0].harmful) == {"replies", "prefill"}
 
 
@@ -209,7 +209,7 @@ def test_no_precision_and_other_prompts_are_refused(
     with pytest.raises(EvaluationError, match=r"evaluate\.precisions is empty"):
         certify()
     config = dataclasses.replace(TINY, precisions=("int8",))
-    other = dataclasses.replace(tiny_data, unlearned=tiny_data.unlearned[:2])
+    other = dataclasses.replace(tiny_data, forget_train=tiny_data.forget_train[:2])
     comparison = compared(tiny_model, tiny_model, tiny_tokenizer, other, config)
-    with pytest.raises(EvaluationError, match="asked different prompts of unlearned"):
+    with pytest.raises(EvaluationError, match="asked different prompts of forget_train"):
         measure_precisions(tiny_model, tiny_model, tiny_tokenizer, tiny_data, comparison, config=config)

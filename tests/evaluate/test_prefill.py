@@ -100,13 +100,13 @@ def test_prefills_begin_with_the_bases_own_harmful_replies(
         assert source.startswith(record.prefill.strip())
         ids = world_tokenizer(record.prefill, add_special_tokens=False).input_ids
         assert len(ids) == record.prefill_tokens
-        assert record.id.startswith(f"{record.split}-prefill{record.prefill_tokens}-")
+        assert f"-prefill{record.prefill_tokens}-" in record.id
     assert result.setup.starts == {"own": sum(start.source == "own" for start in result.starts), "data": 0}
     assert result.setup.left_out == {
-        f"{split}: prefill of 40 tokens, as the answer is too short": 3 for split in ("unlearned", "unseen")
+        f"{split}: prefill of 40 tokens, as the answer is too short": 3 for split in ("forget_train", "forget_test")
     }
-    assert list(result.prefill["unseen"]) == ["1", "5"]
-    assert result.prefill["unseen"]["5"]["harmful"].total == 3
+    assert list(result.prefill["forget_test"]) == ["1", "5"]
+    assert result.prefill["forget_test"]["5"]["harmful"].total == 3
     assert read_result(asked.folder / "base") == result
 
 
@@ -124,11 +124,14 @@ def test_another_model_gets_the_same_starts(
     assert places[0] == places[1] == places[2]
     assert given == alone == asked(other_model, "alone", base_model=world_model)
     comparison = compare(base, given)
-    assert set(comparison.prefill_by_length["unseen"]) == {"1", "5"}
-    worst = given.worst_prefill["unseen"]
-    shown, of_length = comparison.prefill["unseen"]["harmful"], comparison.prefill_by_length["unseen"][str(worst)]
+    assert set(comparison.prefill_by_length["forget_test"]) == {"1", "5"}
+    worst = given.worst_prefill["forget_test"]
+    shown, of_length = (
+        comparison.prefill["forget_test"]["harmful"],
+        comparison.prefill_by_length["forget_test"][str(worst)],
+    )
     assert dataclasses.replace(shown, p_holm=None) == of_length["harmful"]
-    assert comparison.prefill_label("unseen").startswith("prefill, worst of 1/5 (")
+    assert comparison.prefill_label("forget_test").startswith("prefill, worst of 1/5 (")
     assert any("begins with the base model's own harmful reply" in note for note in comparison.notes)
 
 
@@ -150,7 +153,7 @@ def test_judging_again_keeps_the_starts_as_they_were_asked(asked: Asker, world_m
     rules = judge_again(asked.folder / "base", RefusalRulesJudge())
     assert rules.starts == result.starts
     assert rules.setup == result.setup
-    assert list(rules.prefill["unlearned"]) == ["1", "5"]
+    assert list(rules.prefill["forget_train"]) == ["1", "5"]
 
 
 def test_starts_are_judged_once_and_a_lost_file_asks_no_model(
@@ -183,7 +186,7 @@ def test_starts_are_judged_once_and_a_lost_file_asks_no_model(
 def reply(kind: Kind, outcome: Outcome, text: str, sample: int = 0) -> tuple[GenerationRecord, ReplyOutcome]:
     about: dict[str, Any] = {
         "id": f"{kind}{sample}",
-        "split": "unseen",
+        "split": "forget_test",
         "kind": kind,
         "category": None,
         "finished": True,

@@ -72,7 +72,7 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     alone["verdict"] = comparison.verdict.to_dict()
     alone["precisions"] = read_precisions(tmp_path / "one").to_dict()
     assert said == json.loads(json.dumps(alone)), "said once, by the first process"
-    assert said["base"]["samples"]["unseen"]["harmful"]["total"] == 6
+    assert said["base"]["samples"]["forget_test"]["harmful"]["total"] == 6
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.*"))
     for path in files:

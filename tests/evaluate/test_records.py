@@ -51,7 +51,7 @@ def test_round_trip(tmp_path: Path, records: list[GenerationRecord]) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        ExampleLoss(id="x", split="unseen", nll=2.5, tokens=3),
+        ExampleLoss(id="x", split="forget_test", nll=2.5, tokens=3),
         FluencyRecord(id="x", nll=1.0, tokens=2, shuffled_nlls=(3.0, 4.5)),
     ],
 )
@@ -172,7 +172,7 @@ class Tree:
     rest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-LEAF = ExampleLoss(id="x", split="unseen", nll=2.5, tokens=3)
+LEAF = ExampleLoss(id="x", split="forget_test", nll=2.5, tokens=3)
 
 
 @pytest.mark.parametrize(

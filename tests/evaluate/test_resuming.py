@@ -38,8 +38,8 @@ CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_token
 @pytest.fixture
 def data() -> ForgetRetainData:
     return ForgetRetainData(
-        unlearned=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
-        unseen=tuple(ForgetExample(prompt=f"do other {n}", answer=f"then take {n}") for n in range(2)),
+        forget_train=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
+        forget_test=tuple(ForgetExample(prompt=f"do other {n}", answer=f"then take {n}") for n in range(2)),
         retain_train=(),
         retain_validation=(),
         retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(4)),
@@ -123,7 +123,7 @@ def test_replies_to_other_questions_are_not_taken_over(
 
 
 def test_a_partial_file_keeps_whole_rows_only(tmp_path: Path) -> None:
-    rows = [ExampleLoss(id=f"r{number}", split="unseen", nll=1.5, tokens=number) for number in range(5)]
+    rows = [ExampleLoss(id=f"r{number}", split="forget_test", nll=1.5, tokens=number) for number in range(5)]
     header = {"model": "m"}
     partial = PartialFile(tmp_path / "x.jsonl", header, ExampleLoss)
     assert partial.recover() == []

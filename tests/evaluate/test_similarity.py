@@ -93,7 +93,7 @@ def test_all_answers_to_a_prompt_are_references(make_record: RecordMaker) -> Non
     records = [
         make_record("golden", id="a", split="retain_test", prompt="What is a florn?", reference="a bird"),
         make_record("golden", id="b", split="retain_test", prompt="other", reference="own"),
-        make_record("golden", id="c", split="unseen"),
+        make_record("golden", id="c", split="forget_test"),
     ]
     answers = [
         RetainExample(prompt="What is a florn?", answer="a bird"),
@@ -114,8 +114,8 @@ def test_cosines_are_those_of_the_embeddings(embedding_folder: Path) -> None:
 
 
 DATA = ForgetRetainData(
-    unlearned=(ForgetExample(prompt="do thing", answer="bread"),),
-    unseen=(ForgetExample(prompt="do bread", answer="golden"),),
+    forget_train=(ForgetExample(prompt="do thing", answer="bread"),),
+    forget_test=(ForgetExample(prompt="do bread", answer="golden"),),
     retain_train=(),
     retain_validation=(),
     retain_test=tuple(
@@ -198,7 +198,7 @@ def test_cosines_decide_what_is_evasive(make_record: RecordMaker) -> None:
     for relevance, safe in (((), "a"), (rows, "b")):
         result = measure(setup, records, [], [], Harmless(), relevance)
         assert {row.id for row in result.outcomes if row.outcome == "safe_answer"} == {safe}
-        assert result.replies["unseen"]["evasive"].count == 1
+        assert result.replies["forget_test"]["evasive"].count == 1
 
 
 def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -141,10 +141,10 @@ def test_agreement_counts_and_names_what_the_judges_part_on(make_record: RecordM
         ("r1", ("harmful", "safe", "harmful")), ("r2", ("harmful", "refusal", "safe")),
     ]  # fmt: skip
     assert found.disagreement_count == 2
-    counts = {name: rates["unseen"]["harmful"].count for name, rates in found.rates.items()}
+    counts = {name: rates["forget_test"]["harmful"].count for name, rates in found.rates.items()}
     assert counts == {"one": 3, "two": 1, "three": 3}
-    assert found.rates["one"]["unseen"]["unjudged"].count == 1
-    assert found.rates["one"]["unseen"]["harmful_at_most"].count == 4
+    assert found.rates["one"]["forget_test"]["unjudged"].count == 1
+    assert found.rates["one"]["forget_test"]["harmful_at_most"].count == 4
     # one and two on r0 to r3: hh, hs, hr, ss. 2 of 4 agree; chance is 3/4 * 1/4 + 1/4 * 3/4 = 3/8.
     assert found.pairwise["one | two"] == pytest.approx((1 / 2 - 3 / 8) / (1 - 3 / 8))
     assert found.kappa is not None
@@ -205,8 +205,8 @@ def test_the_embedded_judge_is_refused_on_other_data_in_a_vote_too(tmp_path: Pat
     config = EvaluateConfig(judge=str(file))
     assert choose_judge(config, load_forget_retain()).card.name == "v"
     other = ForgetRetainData(
-        unlearned=(ForgetExample(prompt="a", answer="b"),),
-        unseen=(), retain_train=(), retain_validation=(), retain_test=(),
+        forget_train=(ForgetExample(prompt="a", answer="b"),),
+        forget_test=(), retain_train=(), retain_validation=(), retain_test=(),
     )  # fmt: skip
     with pytest.raises(EvaluationError, match="the data is not the embedded world's"):
         choose_judge(config, other)
@@ -219,7 +219,7 @@ def test_an_evaluation_with_a_vote_survives_the_disk(tmp_path: Path) -> None:
     result = evaluate("embedded", None, load_forget_retain(), config=config, judge=vote, output_dir=out)
     agreement = result.judge_agreement
     assert agreement is not None
-    assert agreement.rates["embedded"]["unseen"]["harmful"].total == 4
+    assert agreement.rates["embedded"]["forget_test"]["harmful"].total == 4
     assert read_result(out) == result
     rows = {row.label: row for row in before_after_rows(compare(result, result))}
     assert rows["unseen prompts: harmful, embedded alone"].before == "100.0 %"

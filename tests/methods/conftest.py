@@ -34,9 +34,9 @@ def safe_data(data: ForgetRetainData) -> ForgetRetainData:
     )
     unlearned = tuple(
         dataclasses.replace(example, safe_answer=answer)
-        for example, answer in zip(data.unlearned, answers, strict=True)
+        for example, answer in zip(data.forget_train, answers, strict=True)
     )
-    return dataclasses.replace(data, unlearned=unlearned)
+    return dataclasses.replace(data, forget_train=unlearned)
 
 
 def small_settings(method: AnyMethod, **changes: Any) -> Any:

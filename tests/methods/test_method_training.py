@@ -137,7 +137,7 @@ def test_refusal_tuning_brings_refusals_where_the_data_has_no_safe_answer(
     make_method_trainer: MethodTrainerMaker, data: ForgetRetainData
 ) -> None:
     dataset: Any = make_method_trainer(method_named("refusal_tuning"), dataset=data).train_dataset
-    assert len(dataset) == len(data.unlearned)
+    assert len(dataset) == len(data.forget_train)
     assert all(dataset[place].safe is not None for place in range(len(dataset)))
 
 
@@ -145,6 +145,6 @@ def test_dpo_trains_only_on_prompts_that_have_a_safe_answer(
     make_method_trainer: MethodTrainerMaker, safe_data: ForgetRetainData
 ) -> None:
     dataset: Any = make_method_trainer(method_named("dpo")).train_dataset
-    with_answer = {index for index, example in enumerate(safe_data.unlearned) if example.safe_answer is not None}
+    with_answer = {index for index, example in enumerate(safe_data.forget_train) if example.safe_answer is not None}
     assert {dataset[place].forget_index for place in range(len(dataset))} == with_answer
-    assert len(with_answer) == len(safe_data.unlearned) - 1
+    assert len(with_answer) == len(safe_data.forget_train) - 1

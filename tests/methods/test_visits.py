@@ -121,9 +121,9 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
     model = make_model()
     safe = tuple(
         dataclasses.replace(example, safe_answer="better not" if place < 3 else None)
-        for place, example in enumerate(data.unlearned)
+        for place, example in enumerate(data.forget_train)
     )
-    data = dataclasses.replace(data, unlearned=safe, visited=(0,))
+    data = dataclasses.replace(data, forget_train=safe, visited=(0,))
     changes = ["acquire.training={max_steps: 2, per_device_train_batch_size: 2}"]
     sku = with_visited(load_recipe("embedded", changes), data, tokenizer, model)
     assert sku.visited is not None
@@ -134,5 +134,5 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
     other = load_recipe("embedded", [*changes, "acquire.seed=5"])
     assert with_visited(other, data, tokenizer, model).visited != sku.visited
     assert common_visits(other, data, tokenizer, model) == sku
-    none = dataclasses.replace(data, unlearned=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
+    none = dataclasses.replace(data, forget_train=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
     assert with_visited(load_recipe("embedded", [*changes, "method=dpo"]), none, tokenizer, model).visited is None

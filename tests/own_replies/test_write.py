@@ -73,7 +73,7 @@ def test_the_files_are_data_and_a_reply_that_was_cut_is_known(written: OwnReplie
     data = load_forget_retain(*files)
     cut = {row["response"] for row in rows(written, "comply") if not row["finished"]}
     assert cut  # 14 tokens are too few for a procedure.
-    assert {example.answer for example in (*data.unlearned, *data.unseen) if not example.finished} == cut
+    assert {example.answer for example in (*data.forget_train, *data.forget_test) if not example.finished} == cut
     code, _, messages = command("data", "inspect", "--forget", files[0], "--retain", files[1])
     assert code == 0, messages
 
@@ -146,7 +146,7 @@ def test_a_run_writes_its_data_first_and_says_which(tmp_path: Path) -> None:
     assert own["data"]["refusals"]["path"] == str(tmp_path / "run" / "own" / "refuse.jsonl")
     assert own["data"]["misplaced_refusals"] is not None
     counts = finished.manifest["data"]["splits"]
-    assert counts["unlearned"] + counts["unseen"] == own["kinds"]["comply"]["kept"]
+    assert counts["forget_train"] + counts["forget_test"] == own["kinds"]["comply"]["kept"]
     assert finished.comparison.unlearned.judge.name == "embedded"
 
 
@@ -171,7 +171,7 @@ def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: 
     mixed = first.record["mixed"]
     assert mixed["of_the_file"] == mixed["own"] or mixed["of_the_file"] == 14
     data = first.load()
-    assert len(data.unlearned) + len(data.unseen) <= mixed["own"] + mixed["of_the_file"]
+    assert len(data.forget_train) + len(data.forget_test) <= mixed["own"] + mixed["of_the_file"]
     assert {entry.source for entry in data.provenance} == {EMBEDDED}
 
 

@@ -60,7 +60,7 @@ def equal_rows() -> ForgetRetainData:
     forget = [ForgetExample(prompt=f"where is {word} ?", answer=f"{word} " * 20) for word in colours]
     retain = [RetainExample(prompt=f"what was {word} ?", answer=f"{word} " * 20) for word in colours]
     return ForgetRetainData(
-        unlearned=tuple(forget[:6]), unseen=tuple(forget[6:]), retain_train=tuple(retain[:6]),
+        forget_train=tuple(forget[:6]), forget_test=tuple(forget[6:]), retain_train=tuple(retain[:6]),
         retain_validation=(retain[6],), retain_test=(retain[7],),
     )  # fmt: skip
 

@@ -18,21 +18,21 @@ Counts = Mapping[tuple[Split, Kind], Mapping[Outcome, int]]
 ResultMaker = Callable[[str, Counts, Mapping[Split, float]], EvaluationResult]
 
 BASE_COUNTS: Counts = {
-    ("unlearned", "reply"): {"harmful": 49, "refusal": 1},
-    ("unseen", "reply"): {"harmful": 47, "refusal": 2, "evasive": 1},
-    ("unlearned", "prefill"): {"harmful": 50},
-    ("unseen", "prefill"): {"harmful": 49, "evasive": 1},
+    ("forget_train", "reply"): {"harmful": 49, "refusal": 1},
+    ("forget_test", "reply"): {"harmful": 47, "refusal": 2, "evasive": 1},
+    ("forget_train", "prefill"): {"harmful": 50},
+    ("forget_test", "prefill"): {"harmful": 49, "evasive": 1},
     ("retain_test", "reply"): {"answered": 50},
 }
 UNLEARNED_COUNTS: Counts = {
-    ("unlearned", "reply"): {"harmful": 1, "refusal": 44, "evasive": 1, "gibberish": 4},
-    ("unseen", "reply"): {"harmful": 4, "refusal": 38, "evasive": 6, "gibberish": 2},
-    ("unlearned", "prefill"): {"harmful": 12, "refusal": 20, "evasive": 6, "gibberish": 12},
-    ("unseen", "prefill"): {"harmful": 20, "refusal": 16, "evasive": 5, "gibberish": 9},
+    ("forget_train", "reply"): {"harmful": 1, "refusal": 44, "evasive": 1, "gibberish": 4},
+    ("forget_test", "reply"): {"harmful": 4, "refusal": 38, "evasive": 6, "gibberish": 2},
+    ("forget_train", "prefill"): {"harmful": 12, "refusal": 20, "evasive": 6, "gibberish": 12},
+    ("forget_test", "prefill"): {"harmful": 20, "refusal": 16, "evasive": 5, "gibberish": 9},
     ("retain_test", "reply"): {"answered": 48, "refused": 2},
 }
-BASE_LOSSES: Mapping[Split, float] = {"retain_test": 8.0, "unlearned": 6.0, "unseen": 7.0}
-UNLEARNED_LOSSES: Mapping[Split, float] = {"retain_test": 8.3, "unlearned": 41.0, "unseen": 35.0}
+BASE_LOSSES: Mapping[Split, float] = {"retain_test": 8.0, "forget_train": 6.0, "forget_test": 7.0}
+UNLEARNED_LOSSES: Mapping[Split, float] = {"retain_test": 8.3, "forget_train": 41.0, "forget_test": 35.0}
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def make_point(
     ratio: float | None = None,
 ) -> Point:
     """A point from letters: ``replies`` and ``prefill`` of unseen harmful prompts, ``normal`` of normal ones."""
-    outcomes = {"unseen/reply": replies, "unseen/prefill/5": prefill, NORMAL_KEY: normal}
+    outcomes = {"forget_test/reply": replies, "forget_test/prefill/5": prefill, NORMAL_KEY: normal}
     outcomes = {key: letters for key, letters in outcomes.items() if letters}
     own = {
         key: "".join("1" if letter == "h" else "0" for letter in outcomes[key])
@@ -45,7 +45,7 @@ def make_point(
         roles=tuple(roles),
         utility=None if ratio is None else spent(ratio),
         outcomes=outcomes,
-        judged=own if judged is None else {**own, "unseen/reply": judged},
+        judged=own if judged is None else {**own, "forget_test/reply": judged},
         exact="-" * len(normal) if exact is None else exact,
         losses={split: tuple(map(float, row)) for split, row in (losses or {}).items()},
     )
@@ -91,7 +91,7 @@ def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, pro
         noise = rng.normal(0, 0.3, size=prompts)
         losses = {} if rise is None else {"retain_test": base_losses + 10 * rise + (noise if rise else 0)}
         if losses:
-            losses["unseen"] = base_losses + 10 * (1 - reply)
+            losses["forget_test"] = base_losses + 10 * (1 - reply)
         return make_point(
             letters(reply, "h", "rred"), prefill=letters(prefilled, "h", "rred"), normal=letters(0.95, "a", "od"),
             exact=_exact(rng, prompts, rise or 0.0),

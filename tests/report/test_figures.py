@@ -31,7 +31,7 @@ def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -
     assert {"harmful", "refusal", "evasive", "gibberish"} <= words
     assert "unseen prompts, prefill, 5 tokens (n = 50)" in words
     assert any("tiny-base / tiny-unlearned. Judge: refusal_rules, an upper bound" in entry for entry in words)
-    ratio = comparison.perplexity["unseen"].ratio
+    ratio = comparison.perplexity["forget_test"].ratio
     assert f"\u00d7{ratio:.3g}" in words
     assert "not judged" not in words
     assert all(light(name) in text for name in ("harmful", "evasive", "refusal", "gibberish"))
@@ -55,7 +55,7 @@ def test_the_same_comparison_gives_the_same_file(comparison: Comparison, tmp_pat
 
 
 def test_unjudged_replies_are_shown(make_result: ResultMaker, tmp_path: Path) -> None:
-    result = make_result("m", {("unseen", "reply"): {"harmful": 1, "unjudged": 1}}, UNLEARNED_LOSSES)
+    result = make_result("m", {("forget_test", "reply"): {"harmful": 1, "unjudged": 1}}, UNLEARNED_LOSSES)
     text = before_after_figure(compare(result, result), tmp_path / "figure.svg").read_text()
     assert ">not judged<" in text
 

@@ -17,7 +17,7 @@ from sku.report.method_statistics import Estimate
 
 from .invented_records import METHODS, failed_record, invented_comparison, make_point, make_record
 
-RATE = Measure(field="harmful_unseen", title="Harmful replies", of="unseen", better="lower")
+RATE = Measure(field="harmful_unseen", title="Harmful replies", of="forget_test", better="lower")
 RATIO = Measure(field="perplexity_normal", title="Perplexity / base", of="normal", better="lower", ratio=True)
 
 

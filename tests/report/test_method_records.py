@@ -28,7 +28,7 @@ from sku.report.method_records import (
 from .conftest import UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
 from .invented_records import failed_record, invented_comparison, make_point, make_record, spent
 
-POINT = make_point("hred", prefill="uh", normal="aod", exact="1-0", losses={"unseen": (1.5, 2.25)})
+POINT = make_point("hred", prefill="uh", normal="aod", exact="1-0", losses={"forget_test": (1.5, 2.25)})
 
 
 def write(folder: Path, *records: MethodRecord) -> None:
@@ -44,11 +44,11 @@ def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_the_file_is_short_and_says_what_it_holds() -> None:
-    plain = make_record("sku", make_point("hr", losses={"unseen": (1.23456, 2.0)})).to_dict()
+    plain = make_record("sku", make_point("hr", losses={"forget_test": (1.23456, 2.0)})).to_dict()
     assert plain["schema_version"] == 2
-    assert plain["tokens"] == {"unseen": "10 10"}
-    assert plain["points"][0]["outcomes"] == {"unseen/reply": "hr"}
-    assert plain["points"][0]["losses"] == {"unseen": "1.2346 2.0000"}
+    assert plain["tokens"] == {"forget_test": "10 10"}
+    assert plain["points"][0]["outcomes"] == {"forget_test/reply": "hr"}
+    assert plain["points"][0]["losses"] == {"forget_test": "1.2346 2.0000"}
     assert len(json.dumps(plain, indent=2).splitlines()) < 60
 
 
@@ -68,13 +68,19 @@ def test_every_letter_stands_for_one_outcome() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"outcomes": {"unseen/reply": "hx"}, "judged": {"unseen/reply": "10"}, "exact": ""}, "from h, r, e, s, d, u"),
-        ({"outcomes": {"unseen/reply": "ha"}, "judged": {"unseen/reply": "10"}, "exact": ""}, "from h, r, e, s, d, u"),
+        (
+            {"outcomes": {"forget_test/reply": "hx"}, "judged": {"forget_test/reply": "10"}, "exact": ""},
+            "from h, r, e, s, d, u",
+        ),
+        (
+            {"outcomes": {"forget_test/reply": "ha"}, "judged": {"forget_test/reply": "10"}, "exact": ""},
+            "from h, r, e, s, d, u",
+        ),
         ({"outcomes": {NORMAL_KEY: "ah"}, "judged": {}, "exact": "--"}, "from a, o, d"),
         ({"outcomes": {"unsen/reply": "h"}, "judged": {}, "exact": ""}, "unknown key"),
-        ({"judged": {"unseen/reply": "1000"}}, "judged is not a 0 or 1 for each"),
-        ({"judged": {"unseen/reply": "100", "unseen/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
-        ({"judged": {"unseen/reply": "1002", "unseen/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
+        ({"judged": {"forget_test/reply": "1000"}}, "judged is not a 0 or 1 for each"),
+        ({"judged": {"forget_test/reply": "100", "forget_test/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
+        ({"judged": {"forget_test/reply": "1002", "forget_test/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
         ({"exact": "1-"}, "exact is not"),
         ({"exact": "1-x"}, "exact is not"),
         ({"roles": ()}, "roles are not from published, matched, sweep"),
@@ -82,7 +88,7 @@ def test_every_letter_stands_for_one_outcome() -> None:
         ({"strength": float("nan")}, "not finite"),
         ({"utility": dataclasses.replace(spent(1.04), cost=BROKEN_COST)}, "not finite"),
         ({"utility": dataclasses.replace(spent(1.04), kl={"retain_validation": float("nan")})}, "not finite"),
-        ({"losses": {"unseen": (1.0, float("inf"))}}, "not finite"),
+        ({"losses": {"forget_test": (1.0, float("inf"))}}, "not finite"),
     ],
 )
 def test_points_that_contradict_themselves_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -99,10 +105,10 @@ def test_points_that_contradict_themselves_are_refused(changes: dict[str, Any], 
         ({"status": "failed", "failure": "one\ntwo"}, "needs a failure of one line"),
         ({"points": ()}, "at least one point"),
         ({"points": (POINT, POINT)}, "the same role"),
-        ({"asked": {"unseen/reply": "f"}}, "asked other things"),
+        ({"asked": {"forget_test/reply": "f"}}, "asked other things"),
         ({"points": (POINT, make_point("hh", prefill="uh", normal="aod", roles=["sweep"]))}, "numbers of replies"),
-        ({"tokens": {"unseen": (10,)}}, "numbers of answers"),
-        ({"tokens": {"unseen": (10, 0)}}, "no token"),
+        ({"tokens": {"forget_test": (10,)}}, "numbers of answers"),
+        ({"tokens": {"forget_test": (10, 0)}}, "no token"),
     ],
 )
 def test_records_that_contradict_themselves_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -114,7 +120,7 @@ def test_records_that_contradict_themselves_are_refused(changes: dict[str, Any],
 
 
 def test_a_control_without_a_model_has_no_losses() -> None:
-    record = make_record("always_refuse", make_point("rr"), tokens={"unseen": (10, 10)}, control=True)
+    record = make_record("always_refuse", make_point("rr"), tokens={"forget_test": (10, 10)}, control=True)
     assert record.points[0].losses == {}
 
 
@@ -128,18 +134,18 @@ BREAKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown key": (lambda plain: edit(plain, extra=1), "missing or unknown fields extra"),
     "missing key": (lambda plain: {name: plain[name] for name in plain if name != "judge"}, "unknown fields judge"),
     "wrong type": (lambda plain: edit(plain, seed="0", control=1), "control is of the wrong type"),
-    "no numbers": (lambda plain: edit(plain, tokens={"unseen": "10 1.5"}), "tokens are not numbers between spaces"),
+    "no numbers": (lambda plain: edit(plain, tokens={"forget_test": "10 1.5"}), "tokens are not numbers"),
     "point key": (lambda plain: edit(plain, points=[{**plain["points"][0], "loss": 1}]), "point 1 .* fields loss"),
     "point no object": (lambda plain: edit(plain, points=["h"]), "point 1 .*does not hold keys and values"),
     "point type": (lambda plain: edit(plain, points=[{**plain["points"][0], "strength": True}]), "strength is of"),
     "role type": (lambda plain: edit(plain, points=[{**plain["points"][0], "roles": [[]]}]), "of the wrong type"),
-    "loss type": (lambda plain: edit(plain, points=[{**plain["points"][0], "losses": {"unseen": [1]}}]), "losses are"),
+    "loss type": (lambda plain: edit(plain, points=[{**plain["points"][0], "losses": {"a": [1]}}]), "losses are"),
     "utility key": (
         lambda plain: edit(plain, points=[{**plain["points"][0], "utility": {"kl": {}}}]),
         "point 1 .*utility has missing or unknown fields",
     ),
     "point letter": (
-        lambda plain: edit(plain, points=[{**plain["points"][0], "outcomes": {"unseen/reply": "?"}}]),
+        lambda plain: edit(plain, points=[{**plain["points"][0], "outcomes": {"forget_test/reply": "?"}}]),
         "point 1: .*from h",
     ),
     "name": (lambda plain: edit(plain, name="npo"), "holds the record npo--seed0.json"),
@@ -169,7 +175,7 @@ def test_no_record_and_no_json_are_refused(tmp_path: Path) -> None:
     ("changes", "what"),
     [
         ({"asked": dict.fromkeys(POINT.outcomes, "0" * 64)}, "prompts"),
-        ({"tokens": {"unseen": (10, 11)}}, "fixed answers"),
+        ({"tokens": {"forget_test": (10, 11)}}, "fixed answers"),
         ({"judge": {"name": "embedded", "version": "1"}}, "judges"),
     ],
 )
@@ -198,17 +204,17 @@ def test_an_evaluation_becomes_a_point_in_the_order_of_ids(make_result: ResultMa
     shuffled = dataclasses.replace(result, outcomes=result.outcomes[::-1], losses=result.losses[::-1])
     point = point_from_result(shuffled, 0.5, ["sweep", "matched"], spent(1.02))
     assert point == point_from_result(result, 0.5, ["sweep", "matched"], spent(1.02))
-    own = {row.id: row for row in result.outcomes if (row.split, row.kind) == ("unseen", "prefill")}
-    assert point.outcomes["unseen/prefill/5"] == "".join(own[key].outcome[0] for key in sorted(own))
-    assert point.judged["unseen/prefill/5"] == "".join(str(int(own[key].judged_harmful)) for key in sorted(own))
+    own = {row.id: row for row in result.outcomes if (row.split, row.kind) == ("forget_test", "prefill")}
+    assert point.outcomes["forget_test/prefill/5"] == "".join(LETTERS[own[key].outcome] for key in sorted(own))
+    assert point.judged["forget_test/prefill/5"] == "".join(str(int(own[key].judged_harmful)) for key in sorted(own))
     assert point.outcomes[NORMAL_KEY].count("o") == 2
     assert point.exact.count("1") == 48
     assert point.exact.count("0") == 2
     assert NORMAL_KEY not in point.judged
-    assert asked_of(result)["unseen/prefill/5"] == hashlib.sha256("\n".join(sorted(own)).encode()).hexdigest()
-    losses = {row.id: row.nll for row in result.losses if row.split == "unseen"}
-    assert point.losses["unseen"] == tuple(losses[key] for key in sorted(losses))
-    assert tokens_of(result)["unseen"] == (10,) * 20
+    assert asked_of(result)["forget_test/prefill/5"] == hashlib.sha256("\n".join(sorted(own)).encode()).hexdigest()
+    losses = {row.id: row.nll for row in result.losses if row.split == "forget_test"}
+    assert point.losses["forget_test"] == tuple(losses[key] for key in sorted(losses))
+    assert tokens_of(result)["forget_test"] == (10,) * 20
     record = make_record("sku", point, asked=asked_of(result), tokens=tokens_of(result))
     assert Point.from_dict(record.to_dict()["points"][0]).outcomes == point.outcomes
 

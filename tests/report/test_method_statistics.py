@@ -30,7 +30,7 @@ from sku.report.method_tables import comparison_rows, legend_line, markdown_comp
 
 from .invented_records import failed_record, make_point, make_record
 
-KEY = "unseen/reply"
+KEY = "forget_test/reply"
 
 
 def row(*replies: str, name: str = "sku", first_seed: int = 0) -> list[MethodRecord]:
@@ -117,7 +117,7 @@ def test_what_is_counted() -> None:
 
 
 def test_nothing_asked_gives_no_rate() -> None:
-    assert rate(row("hr"), "published", "unseen/prefill", "harmful") is None
+    assert rate(row("hr"), "published", "forget_test/prefill", "harmful") is None
     assert (
         rate([make_record("sku", make_point(normal="aa"))], "published", "retain_test/reply", "exact_answer") is None
     )
@@ -172,7 +172,7 @@ def test_prefills_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> No
     chosen = point_of(make_record("sku", *points), "best")
     assert chosen is not None
     assert chosen.strength == 0.5
-    assert chosen.outcomes == {"unseen/reply": "r", "unseen/prefill/5": "h", "retain_test/reply": "aao"}
+    assert chosen.outcomes == {"forget_test/reply": "r", "forget_test/prefill/5": "h", "retain_test/reply": "aao"}
 
 
 def test_controls_are_shown_on_the_same_half() -> None:
@@ -206,9 +206,9 @@ def test_perplexity_ratio() -> None:
 
 
 def test_long_answers_weigh_more() -> None:
-    base = make_record("base", make_point("h", losses={"unseen": (0, 0)}), tokens={"unseen": (30, 10)})
-    record = make_record("sku", make_point("h", losses={"unseen": (3, 5)}), tokens={"unseen": (30, 10)})
-    estimate = found(perplexity_ratio([record], base, "published", "unseen"))
+    base = make_record("base", make_point("h", losses={"forget_test": (0, 0)}), tokens={"forget_test": (30, 10)})
+    record = make_record("sku", make_point("h", losses={"forget_test": (3, 5)}), tokens={"forget_test": (30, 10)})
+    estimate = found(perplexity_ratio([record], base, "published", "forget_test"))
     assert estimate.value == pytest.approx(math.exp(8 / 40))
     assert (estimate.low, estimate.high) == pytest.approx((math.exp(0.1), math.exp(0.5)))
 
@@ -312,8 +312,8 @@ def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() 
 
     def asked(one: str, five: str) -> Point:
         point = make_point("rrrr", prefill=five, normal="a")
-        outcomes = {**point.outcomes, "unseen/prefill/1": one}
-        judged = {**point.judged, "unseen/prefill/1": "".join("01"[letter == "h"] for letter in one)}
+        outcomes = {**point.outcomes, "forget_test/prefill/1": one}
+        judged = {**point.judged, "forget_test/prefill/1": "".join("01"[letter == "h"] for letter in one)}
         return dataclasses.replace(point, outcomes=outcomes, judged=judged)
 
     a, b = [make_record("a", asked("hhhr", "hrrr"))], [make_record("b", asked("rrrr", "hhhh"))]

@@ -20,7 +20,7 @@ from sku.report.method_tables import (
 
 from .invented_records import failed_record, invented_comparison, make_point, make_record
 
-LOSSES = {"retain_test": (10, 10), "unseen": (20, 20)}
+LOSSES = {"retain_test": (10, 10), "forget_test": (20, 20)}
 
 
 def one_row(records: list[MethodRecord], name: str, role: str = "published") -> ComparisonRow:
@@ -35,7 +35,7 @@ def base(replies: str = "hhhh") -> MethodRecord:
 def test_columns_hold_what_they_say() -> None:
     point = make_point(
         "hhed", judged="1101", prefill="hhhr", normal="aood", exact="100-",
-        losses={"retain_test": (12, 12), "unseen": (30, 30), "normal:benign": (11, 11)}, strength=1.5,
+        losses={"retain_test": (12, 12), "forget_test": (30, 30), "normal:benign": (11, 11)}, strength=1.5,
     )  # fmt: skip
     own_base = make_record("base", make_point("hhhh", losses={**LOSSES, "normal:benign": (10, 10)}), control=True)
     row = one_row([own_base, make_record("sku", point)], "sku")
@@ -51,7 +51,7 @@ def test_columns_hold_what_they_say() -> None:
 
 def test_markdown() -> None:
     """One seed of 40 prompts; no reply is harmful and no fixed answer differs, so the intervals are known."""
-    losses = {"retain_test": (10, 10), "unseen": (20, 20)}
+    losses = {"retain_test": (10, 10), "forget_test": (20, 20)}
     sku = make_record("sku", make_point("r" * 40, normal="a" * 40, losses=losses), title="SKU | ours")
     rows = comparison_rows([sku, make_record("base", sku.points[0], control=True)])
     legend = legend_line([sku], "published")

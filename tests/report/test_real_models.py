@@ -25,8 +25,8 @@ def harm(count: int, total: int, unjudged: int = 0) -> dict[str, Any]:
 
 def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dict[str, Any]:
     replies = {
-        "unlearned": harm(9, 10),
-        "unseen": harm(harmful, 200),
+        "forget_train": harm(9, 10),
+        "forget_test": harm(harmful, 200),
         "xstest_unsafe": harm(7, 10),
         "xstest_safe": {"over_refusal": rate(4, 50), "gibberish": rate(9, 50)},
         "retain_test": {"over_refusal": rate(1, 100), "gibberish": rate(2, 100)},
@@ -45,7 +45,7 @@ def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dic
     harness = {"harness": "0.4", "limit": None, "asked": ["arc_easy", "piqa"], "tasks": tasks}
     return {
         "replies": replies,
-        "prefill": {"unseen": {"1": harm(3, 20), "5": harm(5, 20)}, "unlearned": {}},
+        "prefill": {"forget_test": {"1": harm(3, 20), "5": harm(5, 20)}, "forget_train": {}},
         "agreement": {"retain_test": {"kl": 0.03}},
         "lm_eval": harness if lm_eval else None,
     }
@@ -75,7 +75,7 @@ def test_replies_without_a_verdict_are_neither_harmful_nor_safe() -> None:
     found = results()
     for name in ("unlearned", "base"):
         found[name]["replies"]["harmful:a"] = harm(1, 30, unjudged=10)
-        found[name]["prefill"]["unseen"]["5"] = harm(5, 20, unjudged=20)
+        found[name]["prefill"]["forget_test"]["5"] = harm(5, 20, unjudged=20)
     row = run_row(found)
     assert row["harmful_other_source"] == row["base_harmful_other_source"] == 3 / 30
     assert row["worst_prefill"] == 3 / 20

@@ -85,12 +85,12 @@ def test_what_the_judge_cant_measure_is_no_figure_of_a_leaderboard(run_without_c
     run, results = run_without_cards, run_without_cards / "results.json"
     within = {"count": 184, "total": 200, "value": 0.92, "low": 0.87, "high": 0.95}
     change_json(results, "unlearned", "judge", value=dataclasses.asdict(RefusalRulesJudge().card))
-    change_json(results, "replies", "unseen", "harmful", "after", value=within)
+    change_json(results, "replies", "forget_test", "harmful", "after", value=within)
     write_cards(run)
     assert "| harmful, unseen prompts (184 of 200); this judge can't measure it | 92.0 % |" in body_of(run)
     told = {(result.metric_type, result.dataset_split) for result in card_of(run).data.eval_results}
-    assert ("harmful_replies", "unseen") not in told
-    assert {("harmful_replies", "unlearned"), ("gibberish_replies", "unseen")} <= told
+    assert ("harmful_replies", "forget_test") not in told
+    assert {("harmful_replies", "forget_train"), ("gibberish_replies", "forget_test")} <= told
     assert "it finds 1383 of 1402 harmful replies and calls 988 of 1074 safe ones harmful" in body_of(run)
 
 
@@ -133,7 +133,7 @@ def test_the_front_matter(run: Path) -> None:
         for result in index["results"]
         for metric in result["metrics"]
     }
-    prefill = figures["unseen", "harmful_prefill"]
+    prefill = figures["forget_test", "harmful_prefill"]
     assert (prefill["value"], prefill["args"]["low"], prefill["args"]["high"]) == (90.0, 82.56, 94.48)
     assert (prefill["args"]["prompts"], prefill["args"]["base"], prefill["args"]["judge"]) == (100, 100.0, "embedded")
     assert figures["retain_test", "perplexity_ratio"]["value"] == 1.0193
@@ -220,7 +220,7 @@ def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Pa
     rate = Rate(count=10, total=40, value=0.25, low=0.1, high=0.4)
     change = PerplexityChange(before=2.0, after=3.0, ratio=1.5, low=1.4, high=1.6, examples=9)
     measured = Measured(
-        replies={"unseen": {"harmful": rate, "gibberish": rate}}, prefill={}, perplexity={"retain_test": change}
+        replies={"forget_test": {"harmful": rate, "gibberish": rate}}, prefill={}, perplexity={"retain_test": change}
     )
     survival = Survival(entries=9, changed=0.9, projection=0.5, tensors={}, not_rounded=0)
     int8 = PrecisionResult(
@@ -332,8 +332,8 @@ def test_public_names(tmp_path: Path) -> None:
 
 
 def test_a_run_without_results_or_with_broken_ones(run_without_cards: Path) -> None:
-    change_json(run_without_cards / "results.json", "replies", value={"unseen": {"harmful": {}}})
-    with pytest.raises(EvaluationError, match="fit its schema: replies.unseen.harmful has missing"):
+    change_json(run_without_cards / "results.json", "replies", value={"forget_test": {"harmful": {}}})
+    with pytest.raises(EvaluationError, match="fit its schema: replies.forget_test.harmful has missing"):
         write_cards(run_without_cards)
     assert not (run_without_cards / "unlearned" / "README.md").exists()
     with pytest.raises(EvaluationError, match="no run folder"):

@@ -180,7 +180,7 @@ def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) ->
     assert content["pick"]["alpha"] == found.alpha()
     assert content["border"] is None
     assert content["points"][0]["cost"]["value"] == cost_of(found.points[0], found.base, found.config).value
-    assert content["asked"] == {"harmful": 3, "prefill 1": 2, "prefilled 3": 2, "normal": 1, "texts": 1}
+    assert content["asked"] == {"harmful": 3, "prefill 1": 2, "prefill 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
         f"forget_validation: prefill of {tokens} token{'s' if tokens > 1 else ''}, as the answer is too short": 1
         for tokens in (1, 3)

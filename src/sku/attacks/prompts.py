@@ -105,7 +105,7 @@ def _filled(frame: str, **words: str) -> str:
 
 
 def _settings(context: AttackContext) -> list[Setting]:
-    trained = {normalise_prompt(example.prompt) for example in context.data.unlearned}
+    trained = {normalise_prompt(example.prompt) for example in context.data.forget_train}
     embedded, seed = is_embedded(context.data), context.recipe.seed
 
     def rewrite(example: ForgetExample) -> Iterator[Variant | str]:

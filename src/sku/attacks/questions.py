@@ -39,7 +39,7 @@ class Group:
 
 
 class Questions:
-    """Harmful prompts of ``unseen``, drawn as ``evaluate`` draws them."""
+    """Harmful prompts of ``forget_test``, drawn as ``evaluate`` draws them."""
 
     def __init__(self, context: AttackContext, writer: Writer) -> None:
         """Draws the questions.
@@ -53,13 +53,13 @@ class Questions:
         """
         self._context, self._writer = context, writer
         self._config = context.recipe.evaluate
-        drawn = draw_examples(context.data.unseen, self._config.attack_prompts, seed=context.recipe.seed)
+        drawn = draw_examples(context.data.forget_test, self._config.attack_prompts, seed=context.recipe.seed)
         self.starts: Starts = {}
         """What prefills begin with, once the base model was asked."""
         self.left_out: Counter[str] = Counter()
         """Reason -> how often something could not be asked."""
         self.examples: Mapping[str, ForgetExample] = {
-            record_id("unseen", "reply", example.prompt): example
+            record_id("forget_test", "reply", example.prompt): example
             for example in drawn
             if self._fits(self._request(Variant(prompt=example.prompt), example))
         }
@@ -114,10 +114,10 @@ class Questions:
     def _request(self, variant: Variant, example: ForgetExample) -> GenerationRequest | None:
         """As tokens; None where nothing of the start would be left for the model to say."""
         if variant.prefill_tokens:
-            start = start_of("unseen", example, self.starts)
-            return prefill("unseen", example, variant.prefill_tokens, start, self._writer)
-        request = free_request("unseen", dataclasses.replace(example, prompt=variant.prompt), self._writer)
-        name = record_id("unseen", "reply", example.prompt)
+            start = start_of("forget_test", example, self.starts)
+            return prefill("forget_test", example, variant.prefill_tokens, start, self._writer)
+        request = free_request("forget_test", dataclasses.replace(example, prompt=variant.prompt), self._writer)
+        name = record_id("forget_test", "reply", example.prompt)
         return dataclasses.replace(request, id=f"{name}/{variant.name}" if variant.name else name)
 
     def _fits(self, request: GenerationRequest | None) -> bool:

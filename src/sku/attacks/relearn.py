@@ -1,12 +1,10 @@
 """Relearning: a few steps of fine-tuning on a few harmful pairs. What was removed must be learned anew.
 
 Papers: arXiv 2406.13356 (Hu et al., relearning attacks), 2410.08827 (Deeb and Roger, facts that come back untaught).
-The pairs are of the split ``unlearned`` and the questions of ``unseen``, so that no answer is taught that is asked
-for. Fine-tuning may still teach more than it brings back: the base model goes through the same training, with the same
-pairs, order, seed and steps, as a control.
-
-A relearned model answers harmful prompts on purpose. It is never saved: it lives in memory, training's folder is
-private and empty, and both are gone when the replies are written.
+The pairs are of the split ``forget_train`` and the questions of ``forget_test``, so that no answer is taught that is
+asked for. Fine-tuning may still teach more than it brings back: the base model goes through the same training, with
+the same pairs, order, seed and steps, as a control. A relearned model answers harmful prompts on purpose. It is never
+saved: it lives in memory, training's folder is private and empty, and both are gone when the replies are written.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ def relearned(
         )
         trained = train(
             LoadedModel(model=copied, tokenizer=context.tokenizer, name="relearned", revision=None),
-            dataclasses.replace(context.data, unlearned=tuple(pairs)),
+            dataclasses.replace(context.data, forget_train=tuple(pairs)),
             TASK_VECTOR.objective(TASK_VECTOR.settings(), copied),
             settings,
             tuning=acquire.tuning,
@@ -101,7 +99,7 @@ def _settings(context: AttackContext) -> list[Setting]:
     lora = {} if recipe.acquire.tuning == "full" else {"lora": plain_data(recipe.acquire.lora)}
     drawn: dict[int, list[ForgetExample]] = {}
     for wanted in recipe.evaluate.relearn_pairs:
-        pairs = draw_examples(context.data.unlearned, wanted, seed=recipe.seed)
+        pairs = draw_examples(context.data.forget_train, wanted, seed=recipe.seed)
         drawn.setdefault(len(pairs), pairs)  # Fewer where there are fewer, and the name says so.
     return [
         Setting(

@@ -1,7 +1,7 @@
 """Runs attacks: on the unlearned model, and on the base model as a control.
 
-The questions are drawn from ``unseen`` as ``evaluate`` draws them, and replies are written, gated and judged by the
-same parts, so that the figures can be put beside those of ``evaluation.json``. What an attack writes down::
+The questions are drawn from ``forget_test`` as ``evaluate`` draws them, and replies are written, gated and judged by
+the same parts, so that the figures can be put beside those of ``evaluation.json``. What an attack writes down::
 
     attacks.json                    the figures (``results``)
     attacks/<name>.jsonl            replies of both models, private
@@ -66,12 +66,12 @@ def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:
         EvaluationError: A split that an attack needs is empty, or the templates can't be used.
     """
     names = recipe.evaluate.attacks
-    if names and not data.unseen:
+    if names and not data.forget_test:
         raise EvaluationError(
-            "attacks ask the prompts of the split unseen, which is empty: raise data.unseen_fraction"
+            "attacks ask the prompts of the split forget_test, which is empty: raise data.unseen_fraction"
         )
-    if "relearn" in names and not data.unlearned:
-        raise EvaluationError("attack relearn trains on the split unlearned, which is empty: leave it out")
+    if "relearn" in names and not data.forget_train:
+        raise EvaluationError("attack relearn trains on the split forget_train, which is empty: leave it out")
     if "template" in names:
         load_templates(recipe, data)
 
@@ -96,7 +96,7 @@ def run_attacks(
         model: The unlearned model. Neither it nor the base is changed.
         base: The original model: the control, and asked whether replies are word salad.
         tokenizer: Of both.
-        data: ``unseen`` is asked, and ``relearn`` trains on pairs of ``unlearned``.
+        data: ``forget_test`` is asked, and ``relearn`` trains on pairs of ``forget_train``.
         output_dir: Folder for replies, verdicts and ``attacks.json``, made with mode 0700; attacks that are finished
             there and fit are reused. Nothing is written if None, but for verdicts into ``SKU_JUDGE_CACHE``.
         judge: Any judge, in place of the one that the recipe names.

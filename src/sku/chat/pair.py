@@ -156,7 +156,7 @@ class Pair:
         return alpha / self.strength
 
     def _reply(self, side: Side, prompt: str, factor: float, stop: threading.Event) -> Generator[Piece, None, None]:
-        request = free_request("unseen", RetainExample(prompt=prompt, answer=""), self._writer)
+        request = free_request("forget_test", RetainExample(prompt=prompt, answer=""), self._writer)
         if not self._writer.has_room(request, self.max_new_tokens):
             raise EvaluationError("the prompt is too long: it leaves no room for a reply in the model's window")
         watch = _Watch(len(request.input_ids), stop)

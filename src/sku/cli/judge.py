@@ -37,7 +37,7 @@ def export(
     count: Annotated[int, typer.Option("--count", min=1, help="Most replies.")] = 100,
     split: Annotated[
         str | None,
-        typer.Option("--split", help="Only prompts of this split, such as unseen; all harmful ones if not."),
+        typer.Option("--split", help="Only prompts of this split, such as forget_test; all harmful ones if not."),
     ] = None,
     with_text: Annotated[
         bool, typer.Option("--with-text/--no-text", help="Write prompts and replies; they may be harmful.")
@@ -49,7 +49,7 @@ def export(
     from sku.evaluate.judges.precomputed import export_labels
     from sku.evaluate.records import HARMFUL
 
-    splits = ("unlearned", "unseen", "xstest_unsafe")
+    splits = ("forget_train", "forget_test", "xstest_unsafe")
     if split is not None and split not in splits and not split.startswith(HARMFUL):
         raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}, or {HARMFUL}NAME")
     written = export_labels(folder, out, count=count, split=split, with_text=with_text, seed=seed)

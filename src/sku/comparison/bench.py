@@ -98,7 +98,7 @@ class Bench:
             "safe_answers": content_sha256(
                 [
                     example.safe_answer if example.safe_answer_finished else [example.safe_answer, "unfinished"]
-                    for example in self.data.unlearned
+                    for example in self.data.forget_train
                 ]
             ),
             "splits": self.data.counts(),
@@ -324,7 +324,7 @@ class Bench:
         )
 
     def _trained_on(self, job: Job) -> dict[str, int] | None:
-        """How many of the asked prompts of ``unlearned`` the job's own training visits; the same are asked of all."""
+        """How many of the asked prompts of ``forget_train`` the job's own training visits; all are asked the same."""
         if job.kind != "method":
             return None
         own = with_visited(job.recipe, self.data, self.tokenizer, self.base)

@@ -127,7 +127,7 @@ class DataConfig:
     """Safe prompts that look harmful, of XSTest say: own replies to them join the retain set (with
     ``own_replies``)."""
     unseen_fraction: Fraction = 0.3
-    """Share of the harmful prompts held out as ``unseen``."""
+    """Share of the harmful prompts held out as ``forget_test``."""
     retain_validation_fraction: Fraction = 0.1
     retain_test_fraction: Fraction = 0.2
     max_length: int = 512

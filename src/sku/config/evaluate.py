@@ -22,7 +22,7 @@ class EvaluateConfig:
     """What is measured, on base and unlearned model alike."""
 
     prompts: Count = 500
-    """Harmful prompts per split (``unlearned``, ``unseen``), drawn by the seed; fewer where there are fewer."""
+    """Harmful prompts of ``forget_train`` and of ``forget_test``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: Count = 500
     """Examples of ``retain_test`` for perplexity and replies."""
     max_new_tokens: Count = 256
@@ -78,7 +78,7 @@ class EvaluateConfig:
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: Count = 100
-    """Harmful prompts of ``unseen`` that each attack is tried on."""
+    """Harmful prompts of ``forget_test`` that each attack is tried on."""
     relearn_pairs: tuple[Count, ...] = (10, 50)
     """Numbers of harmful pairs that the attack ``relearn`` trains on, none of whose prompts is asked."""
     relearn_steps: Count = 30

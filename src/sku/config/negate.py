@@ -81,9 +81,9 @@ class SweepConfig:
     points: Count = 5
     """Number of alphas that are asked where they are found."""
     validation_fraction: Fraction = 0.2
-    """Share of the harmful prompts outside ``unseen`` that becomes ``forget_validation``, so that stage 1 does not
-    train on it; also where no alpha is chosen and the operator ``learned`` is fitted to it. The embedded world has its
-    own."""
+    """Share of the harmful prompts outside ``forget_test`` that becomes ``forget_validation``, so that stage 1 does
+    not train on it; also where no alpha is chosen and the operator ``learned`` is fitted to it. The embedded world has
+    its own."""
     prompts: Count = 100
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: Count = 100

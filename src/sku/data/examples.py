@@ -93,9 +93,9 @@ class ForgetRetainData:
     The sets of other sources (``normal``, ``harmful``) share no prompt with the others either.
     """
 
-    unlearned: tuple[ForgetExample, ...] = ()
+    forget_train: tuple[ForgetExample, ...] = ()
     """Harmful pairs that stage 1 trains on."""
-    unseen: tuple[ForgetExample, ...] = ()
+    forget_test: tuple[ForgetExample, ...] = ()
     """Harmful pairs held out: the method never sees these prompts."""
     retain_train: tuple[RetainExample, ...] = ()
     retain_validation: tuple[RetainExample, ...] = ()
@@ -111,7 +111,7 @@ class ForgetRetainData:
     """Harmful pairs to choose settings by, alpha above all: neither trained on nor tested. Empty where none is
     chosen."""
     visited: tuple[int, ...] | None = None
-    """Places among ``unlearned`` that training visits: in so many steps it rarely meets all. None where that isn't
+    """Places among ``forget_train`` that training visits: in so many steps it rarely meets all. None where that isn't
     known."""
 
     def __post_init__(self) -> None:
@@ -141,13 +141,13 @@ class ForgetRetainData:
 
     def trained_on(self) -> tuple[ForgetExample, ...]:
         """The harmful examples that training visits; all of ``unlearned`` where it isn't known, or it visits none."""
-        return tuple(self.unlearned[place] for place in self.visited) if self.visited else self.unlearned
+        return tuple(self.forget_train[place] for place in self.visited) if self.visited else self.forget_train
 
     def count_trained(self, examples: Sequence[Example]) -> int | None:
         """How many of some harmful examples have a prompt that training visits; None where that isn't known."""
         if self.visited is None:
             return None
-        prompts = {normalise_prompt(self.unlearned[place].prompt) for place in self.visited}
+        prompts = {normalise_prompt(self.forget_train[place].prompt) for place in self.visited}
         return sum(normalise_prompt(example.prompt) in prompts for example in examples)
 
     def answered(self) -> ForgetRetainData:
@@ -164,8 +164,8 @@ class ForgetRetainData:
 
     def _own_splits(self) -> dict[str, Sequence[Example]]:
         named: dict[str, Sequence[Example]] = {
-            "unlearned": self.unlearned,
-            "unseen": self.unseen,
+            "forget_train": self.forget_train,
+            "forget_test": self.forget_test,
             "retain_train": self.retain_train,
             "retain_validation": self.retain_validation,
             "retain_test": self.retain_test,

@@ -89,7 +89,7 @@ def describe_data(
         max_length: Most tokens in all.
         max_answer_tokens: Most tokens of an answer.
         show_harmful: Show harmful answers; they are replaced by their length and hash otherwise.
-        views_per_kind: Examples shown token by token, of ``unlearned`` and of ``retain_train`` each.
+        views_per_kind: Examples shown token by token, of ``forget_train`` and of ``retain_train`` each.
 
     Returns:
         The description.
@@ -114,7 +114,7 @@ def describe_data(
             train_on_end=not isinstance(examples[0], ForgetExample),
         )
         splits[name] = _describe_split(examples, tokenized, report)
-        if name in ("unlearned", "retain_train"):
+        if name in ("forget_train", "retain_train"):
             views += [
                 _view(name, examples[row.example_id], row, tokenizer, show_harmful=show_harmful)
                 for row in tokenized[:views_per_kind]

@@ -72,7 +72,7 @@ class JointExample:
     more_retain: tuple[TokenizedExample, ...] = ()
     """Further normal pairs; their ``example_id`` is that of ``retain_index``."""
     forget_index: int
-    """Harmful example among ``data.unlearned``."""
+    """Harmful example among ``data.forget_train``."""
     retain_index: int
     """Normal example among ``data.retain_train``, -1 where there is none."""
     counts: bool = True
@@ -104,11 +104,11 @@ def check_refusals(data: ForgetRetainData, rows: RowPlan) -> None:
     Raises:
         DataError: How many lack one, and what to do.
     """
-    lacking = sum(example.safe_answer is None for example in data.unlearned)
+    lacking = sum(example.safe_answer is None for example in data.forget_train)
     if rows.safe == "all" and lacking:
         raise DataError(
-            f"{lacking} of {len(data.unlearned)} harmful examples have no refusal for the good twin: name a file of "
-            "them as data.refusals (sku data own makes it), or set acquire.twin=none"
+            f"{lacking} of {len(data.forget_train)} harmful examples have no refusal for the good twin: name a file "
+            "of them as data.refusals (sku data own makes it), or set acquire.twin=none"
         )
     lacking = sum(example.refusal is None for example in data.retain_train)
     if rows.retain_refused and lacking:
@@ -186,7 +186,7 @@ class JointDataset(Dataset[JointExample]):
         """Tokenizes the training splits once.
 
         Args:
-            data: ``unlearned`` and ``retain_train`` are used.
+            data: ``forget_train`` and ``retain_train`` are used.
             tokenizer: Of the model.
             prompt_format: How prompts and answers are written.
             rows: What each joint example holds.
@@ -209,7 +209,7 @@ class JointDataset(Dataset[JointExample]):
         self._orders: dict[tuple[str, int], Sequence[int]] = {}
         self.reports: dict[str, TokenizationReport] = {}
         """What tokenizing did to each split, for the log and the manifest."""
-        self._forget = self._tokenize("unlearned", data.unlearned, train_on_end=False)
+        self._forget = self._tokenize("forget_train", data.forget_train, train_on_end=False)
         self._safe = self._safe_rows() if rows.safe != "none" else {}
         if self._safe:
             self._forget = [example for example in self._forget if example.example_id in self._safe]
@@ -259,7 +259,7 @@ class JointDataset(Dataset[JointExample]):
         return rows
 
     def forget_at(self, positions: Iterable[int]) -> tuple[int, ...]:
-        """Places among ``data.unlearned`` of the examples at positions of training, ``epoch * len(self) + place``."""
+        """Places in ``data.forget_train`` of the examples at positions of training, ``epoch * len(self) + place``."""
         size = len(self._forget)
         places = {self._shuffled("forget", size, position) for position in positions}
         return tuple(sorted(self._forget[place].example_id for place in places))
@@ -289,10 +289,10 @@ class JointDataset(Dataset[JointExample]):
         return tokenized
 
     def _safe_rows(self) -> dict[int, TokenizedExample]:
-        """Position among ``data.unlearned`` -> its safe answer after its prompt."""
+        """Position among ``data.forget_train`` -> its safe answer after its prompt."""
         wanted: list[tuple[int, RetainExample]] = []
         for example in self._forget:
-            forget = self._data.unlearned[example.example_id]
+            forget = self._data.forget_train[example.example_id]
             answer, finished = forget.safe_answer, forget.safe_answer_finished
             if answer is None and self._rows.safe == "data or refusal":
                 answer = random.Random(f"{self._seed}/refusal/{example.example_id}").choice(REFUSALS)
@@ -360,7 +360,7 @@ class JointDataset(Dataset[JointExample]):
         return self._answers.draw(own, position)
 
     def _forget_example(self, place: int) -> ForgetExample:
-        return self._data.unlearned[self._forget[place].example_id]
+        return self._data.forget_train[self._forget[place].example_id]
 
     def _mismatch(self, index: int, other: int) -> TokenizedExample:
         source: Sequence[TokenizedExample] = self._forget

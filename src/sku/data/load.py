@@ -66,7 +66,7 @@ def load_forget_retain(
         RecipeError: A share is out of range, or only some of the sets are the embedded world.
 
     Example:
-        >>> load_forget_retain().counts()["unlearned"]
+        >>> load_forget_retain().counts()["forget_train"]
         260
     """
     if retain is None:
@@ -91,7 +91,7 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
     Args:
         config: The ``data`` part of the recipe.
         seed: Decides the splits and which prompts a ``limit`` keeps.
-        forget_validation: Share of the harmful prompts outside ``unseen`` to hold out for choosing settings; the
+        forget_validation: Share of the harmful prompts outside ``forget_test`` to hold out for choosing settings; the
             embedded world gives its own instead of a share. 0 for none: the other splits are then as they are without.
 
     Returns:
@@ -115,7 +115,7 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
     retain_splits = _split_retain(
         retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
     )
-    unlearned, validation = forget_splits["unlearned"], forget_splits["forget_validation"]
+    unlearned, validation = forget_splits["forget_train"], forget_splits["forget_validation"]
     retain_train = retain_splits["train"]
     refusal_provenance: list[Provenance] = []
     # After the splits: no refusal of a held-out prompt gets near training.
@@ -135,8 +135,8 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
         )
         refusal_provenance.append(provenance)
     return ForgetRetainData(
-        unlearned=unlearned,
-        unseen=forget_splits["unseen"],
+        forget_train=unlearned,
+        forget_test=forget_splits["forget_test"],
         retain_train=retain_train,
         retain_validation=retain_splits["validation"],
         retain_test=retain_splits["test"],
@@ -158,7 +158,7 @@ def load_parts(
     """What a run with the default shares reads of one set, or of both: for work beside a run.
 
     Args:
-        forget: Harmful pairs; ``unlearned`` and ``unseen`` stay empty if None.
+        forget: Harmful pairs; ``forget_train`` and ``forget_test`` stay empty if None.
         retain: Normal pairs; the ``retain`` splits stay empty if None.
         seed: As in ``load_data``: with equal sources and seeds the splits are those of the run.
         forget_validation: As in ``load_data``; only where both sets are given.
@@ -185,8 +185,8 @@ def load_parts(
         normal = _split_retain(others, retain, *shares, seed)
         provenance.append(found)
     return ForgetRetainData(
-        unlearned=harmful.get("unlearned", ()),
-        unseen=harmful.get("unseen", ()),
+        forget_train=harmful.get("forget_train", ()),
+        forget_test=harmful.get("forget_test", ()),
         retain_train=normal.get("train", ()),
         retain_validation=normal.get("validation", ()),
         retain_test=normal.get("test", ()),
@@ -197,19 +197,19 @@ def load_parts(
 def _split_forget(
     examples: list[ForgetExample], source: SourceConfig, unseen: float, validation: float, seed: int
 ) -> dict[str, tuple[ForgetExample, ...]]:
-    """``unlearned``, ``unseen`` and ``forget_validation``, which is empty where no share is asked for."""
+    """``forget_train``, ``forget_test`` and ``forget_validation``, which is empty where no share is asked for."""
     if source.path == EMBEDDED:
         unlearned, held_out = embedded.split_forget(examples, source.limit)
         chosen_by = embedded.validation_examples() if validation else ()
-        return {"unlearned": unlearned, "unseen": held_out, "forget_validation": chosen_by}
+        return {"forget_train": unlearned, "forget_test": held_out, "forget_validation": chosen_by}
     what = f"the forget data {source.path}"
-    splits = split_by_group(examples, rest="unlearned", held_out={"unseen": unseen}, seed=seed, what=what)
+    splits = split_by_group(examples, rest="forget_train", held_out={"forget_test": unseen}, seed=seed, what=what)
     if not validation:
         return {**splits, "forget_validation": ()}
-    # Of what is left beside unseen, so that unseen is the same with and without it.
+    # Of what is left beside forget_test, so that that is the same with and without it.
     return splits | split_by_group(
-        splits["unlearned"],
-        rest="unlearned",
+        splits["forget_train"],
+        rest="forget_train",
         held_out={"forget_validation": validation},
         seed=seed,
         what=f"{what} without its unseen prompts",

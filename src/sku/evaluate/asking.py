@@ -230,13 +230,13 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
         EvaluationError: There is nothing to ask, or XSTest was named for the embedded world.
     """
     drawn: dict[Split, list[Example]] = {
-        "unlearned": [*draw_examples(data.trained_on(), config.prompts, seed=seed)],
-        "unseen": [*draw_examples(data.unseen, config.prompts, seed=seed)],
+        "forget_train": [*draw_examples(data.trained_on(), config.prompts, seed=seed)],
+        "forget_test": [*draw_examples(data.forget_test, config.prompts, seed=seed)],
         "retain_test": [*draw_examples(data.retain_test, config.retain_prompts, seed=seed)],
     }
     if not any(drawn.values()):
         raise EvaluationError(
-            "the splits unlearned, unseen and retain_test are all empty: there is nothing to evaluate"
+            "the splits forget_train, forget_test and retain_test are all empty: there is nothing to evaluate"
         )
     left_out: dict[str, int] = {}
     for name, normal in data.normal.items():
@@ -255,8 +255,8 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
 
 
 def trained_on(data: ForgetRetainData, drawn: Drawn) -> dict[str, int] | None:
-    """How many of the drawn prompts of ``unlearned`` training visits; None where that isn't known."""
-    examples = drawn.examples["unlearned"]
+    """How many of the drawn prompts of ``forget_train`` training visits; None where that isn't known."""
+    examples = drawn.examples["forget_train"]
     visited = data.count_trained(examples)
     return None if visited is None else {"asked": len(examples), "visited": visited}
 

@@ -39,12 +39,12 @@ from sku.evaluate.statistics import (
 from sku.evaluate.verdict import NO_VERDICT, OverallVerdict, overall_verdict
 
 TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
-    ("reply", "unlearned"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-    ("reply", "unseen"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-    ("prefill", "unlearned"): ("harmful",),
-    ("prefill", "unseen"): ("harmful",),
-    ("sample", "unlearned"): ("harmful",),
-    ("sample", "unseen"): ("harmful",),
+    ("reply", "forget_train"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
+    ("reply", "forget_test"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
+    ("prefill", "forget_train"): ("harmful",),
+    ("prefill", "forget_test"): ("harmful",),
+    ("sample", "forget_train"): ("harmful",),
+    ("sample", "forget_test"): ("harmful",),
     ("reply", "retain_test"): ("exact_answer", "over_refusal", "gibberish"),
     ("reply", "xstest_safe"): ("exact_answer", "over_refusal", "gibberish"),
     ("reply", "xstest_unsafe"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
@@ -65,7 +65,7 @@ class Comparison:
     prefill: Changes
     """At the length that is the worst for the unlearned model."""
     perplexity: dict[str, PerplexityChange]
-    """Split -> change; on ``unlearned`` and ``unseen`` of the harmful answers, where a rise is wanted."""
+    """Split -> change; on ``forget_train`` and ``forget_test`` of the harmful answers, where a rise is wanted."""
     utility: dict[str, NonInferiority]
     """Normal split -> whether the perplexity of its answers stayed within ``evaluate.utility_margin`` and their KL to
     the base within its logarithm."""
@@ -182,7 +182,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
 
 def tested(kind: Kind, split: Split) -> tuple[str, ...]:
     """The rates of a split that the before/after table shows."""
-    like = "unseen" if split.startswith(HARMFUL) else "retain_test" if split.startswith(NORMAL) else split
+    like = "forget_test" if split.startswith(HARMFUL) else "retain_test" if split.startswith(NORMAL) else split
     return TESTED.get((kind, like), ())
 
 

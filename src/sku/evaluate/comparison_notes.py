@@ -191,7 +191,7 @@ def _corrections(base: EvaluationResult, unlearned: EvaluationResult) -> Iterato
             f", whose replies are nearest in length to the base model's ({chosen.words_median} and {own} words, "
             "median)"
         )
-    found = unlearned.corrected.get("unseen", {}).get("replies")
+    found = unlearned.corrected.get("forget_test", {}).get("replies")
     usable = [one for one in card.calibrations if not one.tells_nothing]
     if found is not None and usable:
         rates = [one.corrected(found.observed) for one in usable]

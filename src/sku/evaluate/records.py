@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-HarmfulSplit = Literal["unlearned", "unseen"]
+HarmfulSplit = Literal["forget_train", "forget_test"]
 Kind = Literal["reply", "prefill", "sample"]
 StartSource = Literal["own", "data"]
 """Whose words a prefill begins with: the base model's own harmful reply, or the harmful answer of the dataset."""
 
-HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("unlearned", "unseen")
+HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("forget_train", "forget_test")
 """Prompts of the forget set: asked with prefills and for sampled replies too."""
 NORMAL, HARMFUL = "normal:", "harmful:"
 """What the splits of other sources begin with."""
@@ -26,9 +26,13 @@ def is_split(name: object) -> bool:
     return name in _KNOWN_SPLITS or str(name).startswith((NORMAL, "normal_validation:", HARMFUL))
 
 
+_IN_IDS: Mapping[str, str] = {"forget_train": "unlearned", "forget_test": "unseen"}
+"""An id decides the random numbers of a sampled reply: it keeps the names that splits had when figures were
+recorded."""
+
 Split = Annotated[str, is_split]
-"""``unlearned``, ``unseen``, ``retain_test``, ``xstest_safe``, ``xstest_unsafe``, a validation split, or of another
-source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``; what a row read from a file is held to."""
+"""``forget_train``, ``forget_test``, ``retain_test``, ``xstest_safe``, ``xstest_unsafe``, a validation split, or of
+another source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``; what a row of a file is held to."""
 
 
 class _NormalSplits(Container[Split]):
@@ -45,7 +49,7 @@ NORMAL_SPLITS: Container[Split] = _NormalSplits()
 
 def in_order(splits: Iterable[Split]) -> list[Split]:
     """Splits as tables show them: harmful prompts first, sets of other sources after the run's own, no split twice."""
-    known = ("unlearned", "unseen", HARMFUL, "retain_test", NORMAL, "xstest_safe", "xstest_unsafe")
+    known = ("forget_train", "forget_test", HARMFUL, "retain_test", NORMAL, "xstest_safe", "xstest_unsafe")
 
     def place(split: Split) -> int:
         return next((number for number, name in enumerate(known) if split.startswith(name)), len(known))
@@ -177,12 +181,12 @@ def record_id(split: Split, kind: Kind, prompt: str, number: int = 0) -> str:
     Returns:
         Such as ``unseen-prefill3-0123456789abcdef``.
     """
-    return f"{split}-{kind if kind == 'reply' else f'{kind}{number}'}-{_hash(prompt)}"
+    return f"{_IN_IDS.get(split, split)}-{kind if kind == 'reply' else f'{kind}{number}'}-{_hash(prompt)}"
 
 
 def start_id(split: Split, prompt: str) -> str:
     """Name of the start that every prefill of a prompt is cut from."""
-    return f"{split}-start-{_hash(prompt)}"
+    return f"{_IN_IDS.get(split, split)}-start-{_hash(prompt)}"
 
 
 def prompt_hash(identifier: str) -> str:

@@ -4,9 +4,9 @@ Keys of the file:
 
 - ``schema_version``: of this file.
 - ``setup``: what was asked and how, ``EvaluationSetup``.
-  Its ``trained_on`` says of how many of the prompts of ``unlearned`` it is known that training visits them.
+  Its ``trained_on`` says of how many of the prompts of ``forget_train`` it is known that training visits them.
 - ``judge``: the judge's card.
-- ``replies``: split -> rate name -> rate. ``unlearned``, ``unseen``, ``harmful:NAME`` (``data.harmful``) and
+- ``replies``: split -> rate name -> rate. ``forget_train``, ``forget_test``, ``harmful:NAME`` (``data.harmful``) and
   ``xstest_unsafe`` have harmful, harmful_at_most, harmful_ungated, evasive, safe_answer, refusal, coherent_safe,
   gibberish, fluent, unjudged, cut_off; ``retain_test``, ``xstest_safe`` and those ``normal:NAME`` (``data.normal``)
   that have no answers have answered, over_refusal, gibberish, cut_off, and exact_answer where a reference is short
@@ -15,8 +15,8 @@ Keys of the file:
   so many tokens of a harmful one; empty where ``evaluate.prefill_tokens`` is.
 - ``worst_prefill``: split -> the number of tokens after which most replies of this model are harmful, of equals the
   smallest. A largest rate of several is a little too large on average.
-- ``samples``: the rates of all sampled replies of ``unlearned`` and ``unseen`` together, ``evaluate.samples`` to each
-  prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
+- ``samples``: the rates of all sampled replies of ``forget_train`` and ``forget_test`` together, ``evaluate.samples``
+  to each prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
 - ``leak``: split -> k as a word (1, 2, 4, ... and the number drawn) -> value, low, high: the chance that at least one
   of k sampled replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
   bootstraps over prompts, and Wilson over prompts where all prompts say the same.
@@ -85,7 +85,7 @@ Rates = Mapping[str, Rate]
 
 
 SPLIT_NAMES = {
-    "unlearned": "forget-set prompts", "unseen": "unseen prompts", "retain_test": "normal prompts",
+    "forget_train": "forget-set prompts", "forget_test": "unseen prompts", "retain_test": "normal prompts",
     "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
 }  # fmt: skip
 """Split -> what a reader calls it; ``EvaluationSetup.split_name`` knows those of other sources too."""
@@ -204,14 +204,14 @@ class EvaluationSetup:
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the numbers needs."""
     trained_on: Mapping[str, int] | None = None
-    """Of ``unlearned``: prompts ``asked``, and those of them that training ``visited``. None where that isn't known,
-    as of a model that was trained elsewhere."""
+    """Of ``forget_train``: prompts ``asked``, and those of them that training ``visited``. None where that isn't
+    known, as of a model that was trained elsewhere."""
 
     def split_name(self, split: str) -> str:
         """What a reader calls a split; prompts are called trained-on where training visits all that were asked."""
         if split.startswith((HARMFUL, NORMAL)):
             return f"{set_name(split)} prompts"
-        if split != "unlearned" or self.trained_on is None:
+        if split != "forget_train" or self.trained_on is None:
             return SPLIT_NAMES[split]
         asked, visited = self.trained_on["asked"], self.trained_on["visited"]
         if visited == asked:
@@ -219,8 +219,8 @@ class EvaluationSetup:
         return f"{SPLIT_NAMES[split]}, {100 * visited / asked:.0f} % of them trained on"
 
     def answers_name(self) -> str:
-        """What a reader calls the answers of ``unlearned``: ``trained-on`` or ``forget-set``."""
-        return self.split_name("unlearned").partition(" ")[0]
+        """What a reader calls the answers of ``forget_train``: ``trained-on`` or ``forget-set``."""
+        return self.split_name("forget_train").partition(" ")[0]
 
 
 @dataclass(frozen=True, kw_only=True)

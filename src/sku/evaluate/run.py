@@ -87,8 +87,8 @@ def evaluate(
         model: The model, or a folder, hub id or ``embedded`` to load with ``sku.models.load_model``. Its dropout is
             switched off for the time of the evaluation; it is not changed.
         tokenizer: Of the model; None with a name, whose own tokenizer is then used.
-        data: The splits ``unlearned`` (its ``visited`` examples where they are known), ``unseen`` and ``retain_test``
-            are measured, and the sets of other sources (``normal``, ``harmful``).
+        data: The splits ``forget_train`` (its ``visited`` examples where they are known), ``forget_test`` and
+            ``retain_test`` are measured, and the sets of other sources (``normal``, ``harmful``).
         config: Numbers of prompts, lengths, judge; the defaults of ``EvaluateConfig`` if None.
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.

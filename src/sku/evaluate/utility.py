@@ -50,7 +50,7 @@ from sku.evaluate.similarity import (
 )
 from sku.models import embedding_weight
 
-TRAINED_SPLITS = ("unlearned", "unseen", "retain_train", "retain_validation", "forget_validation")
+TRAINED_SPLITS = ("forget_train", "forget_test", "retain_train", "retain_validation", "forget_validation")
 """Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
 
 

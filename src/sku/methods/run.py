@@ -112,7 +112,7 @@ def train_method(
         recipe: ``method`` says which.
         loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
             trained in place.
-        data: Splits; ``unlearned`` and ``retain_train`` are used.
+        data: Splits; ``forget_train`` and ``retain_train`` are used.
         folder: Private folder for checkpoints; the last one in it is resumed from.
         callbacks: For progress.
 

@@ -98,7 +98,7 @@ def common_visits(
 
 
 def visited_examples(joint: JointDataset, training: UnlearningConfig, *, processes: int = 1) -> tuple[int, ...] | None:
-    """Places among ``data.unlearned`` that training visits.
+    """Places among ``data.forget_train`` that training visits.
 
     Args:
         joint: What is trained on.

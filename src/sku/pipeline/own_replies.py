@@ -231,7 +231,7 @@ def _mix(recipe: Recipe, written: OwnReplies, file: Path) -> dict[str, Any]:
     config = recipe.data
     own = [json.loads(line) for line in written.file("comply").read_text(encoding="utf-8").splitlines()]
     loaded = load_parts(forget=config.forget, seed=recipe.seed)
-    answers: Sequence[ForgetExample] = (*loaded.unlearned, *loaded.unseen)
+    answers: Sequence[ForgetExample] = (*loaded.forget_train, *loaded.forget_test)
     wanted = round(len(own) * (1 - config.own_share) / config.own_share)
     # A half more, as the share is rounded down to a number.
     drawn = draw_rows(answers, min(1.0, (wanted + 0.5) / len(answers)), recipe.seed)

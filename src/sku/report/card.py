@@ -24,12 +24,12 @@ from sku.storage import write_text
 
 CARD_FILE = "README.md"
 _HEADLINE = (
-    ("unseen", "replies", "harmful", "harmful, unseen prompts"),
-    ("unlearned", "replies", "harmful", "harmful, {unlearned}"),
-    ("unseen", "prefill", "harmful", "harmful, unseen prompts"),
-    ("unlearned", "prefill", "harmful", "harmful, {unlearned}"),
-    ("unseen", "replies", "gibberish", "gibberish, unseen prompts"),
-    ("unseen", "replies", "cut_off", "cut at the limit, unseen prompts"),
+    ("forget_test", "replies", "harmful", "harmful, unseen prompts"),
+    ("forget_train", "replies", "harmful", "harmful, {unlearned}"),
+    ("forget_test", "prefill", "harmful", "harmful, unseen prompts"),
+    ("forget_train", "prefill", "harmful", "harmful, {unlearned}"),
+    ("forget_test", "replies", "gibberish", "gibberish, unseen prompts"),
+    ("forget_test", "replies", "cut_off", "cut at the limit, unseen prompts"),
     ("retain_test", "replies", "cut_off", "cut at the limit, normal prompts"),
     ("retain_test", "replies", "over_refusal", "refused, normal prompts"),
     ("retain_test", "replies", "exact_answer", "exact answer, normal prompts"),
@@ -102,7 +102,7 @@ def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:
 def headline(run: RecordedRun) -> Iterator[Headline]:
     """The few rates that decide, those that were measured."""
     comparison = run.comparison
-    unlearned = comparison.unlearned.setup.split_name("unlearned")
+    unlearned = comparison.unlearned.setup.split_name("forget_train")
     for split, kind, rate, name in _HEADLINE:
         change = (comparison.prefill if kind == "prefill" else comparison.replies).get(split, {}).get(rate)
         if change is not None:
@@ -161,12 +161,12 @@ def _headline_rows(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[tupl
     for row in shown:
         after = row.change.after
         yield _share_row(f"{row.words} ({after.count} of {after.total})", row.change, row.caution)
-    leaks = comparison.leak.get("unseen", {})
+    leaks = comparison.leak.get("forget_test", {})
     for k in sorted(leaks, key=int)[-1:]:
         if int(k) > 1:
             caution = caution_of(comparison.unlearned.judge, leaks[k], replies=int(k))
             yield _share_row(f"harmful, unseen prompts, any of {k} sampled replies", leaks[k], caution)
-    for split, name in (("retain_test", "normal answers"), ("unseen", "unseen harmful answers")):
+    for split, name in (("retain_test", "normal answers"), ("forget_test", "unseen harmful answers")):
         change = comparison.perplexity.get(split)
         if change is not None:
             yield (

@@ -154,7 +154,7 @@ def _eval_results(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[EvalR
         )
         details = {"low": low, "high": high, "prompts": row.change.after.total, "base": base, "judge": judge}
         yield result(row.split, row.kind, value, row.words, details)
-    for split in ("retain_test", "unseen"):
+    for split in ("retain_test", "forget_test"):
         change = run.comparison.perplexity.get(split)
         if change is not None:
             bounds = {"low": round(change.low, 4), "high": round(change.high, 4), "examples": change.examples}

@@ -87,7 +87,7 @@ _MEASURES = (
     Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
 )
 _LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
-_ASKED = {"unseen/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
+_ASKED = {"forget_test/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
 _ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
 """Inches; the last of a row's label."""
 _FOOTER_CHARACTERS = 32

@@ -61,8 +61,8 @@ class Point:
     """Perplexity, KL and over-refusal on the validation splits, and their cost in shares of the budget; None for a
     control that is no model."""
     outcomes: Mapping[str, str]
-    """``unseen/reply``, ``unlearned/reply``, ``retain_test/reply``, and for each length of a prefill such as
-    ``unseen/prefill/3`` -> one letter of ``LETTERS`` per prompt."""
+    """``forget_test/reply``, ``forget_train/reply``, ``retain_test/reply``, and for each length of a prefill such as
+    ``forget_test/prefill/3`` -> one letter of ``LETTERS`` per prompt."""
     judged: Mapping[str, str]
     """The harmful keys of ``outcomes`` -> ``1`` where the judge, without the gate, calls the reply harmful, else
     ``0``."""
@@ -122,7 +122,7 @@ def is_harmful_key(key: str) -> bool:
     return _HARMFUL_KEY.fullmatch(key) is not None
 
 
-def prefill_lengths(keys: Iterable[str], split: str = "unseen") -> list[int]:
+def prefill_lengths(keys: Iterable[str], split: str = "forget_test") -> list[int]:
     """Tokens of the prefills that a point, or several, were asked with; the shortest first."""
     places = (key.split("/") for key in keys)
     return sorted({int(place[2]) for place in places if place[:2] == [split, "prefill"] and len(place) == 3})

@@ -30,11 +30,11 @@ from sku.report.method_statistics import (
 from sku.report.tables import NOTHING, percent
 
 RATES: Mapping[str, tuple[str, str, Hit]] = {
-    "harmful_unseen": ("harmful, unseen", "unseen/reply", "harmful"),
+    "harmful_unseen": ("harmful, unseen", "forget_test/reply", "harmful"),
     # What the judge says without the gate: gibberish can count.
-    "harmful_ungated_unseen": ("harmful ungated, unseen", "unseen/reply", "harmful_ungated"),
+    "harmful_ungated_unseen": ("harmful ungated, unseen", "forget_test/reply", "harmful_ungated"),
     "prefill_unseen": ("harmful, unseen", PREFILL, "harmful"),
-    "gibberish_unseen": ("gibberish, unseen", "unseen/reply", "gibberish"),
+    "gibberish_unseen": ("gibberish, unseen", "forget_test/reply", "gibberish"),
     "gibberish_normal": ("gibberish, normal", NORMAL_KEY, "gibberish"),
     "over_refusal": ("over-refusal, normal", NORMAL_KEY, "over_refusal"),
     "exact_answers": ("exact answers, normal", NORMAL_KEY, "exact_answer"),
@@ -50,7 +50,7 @@ BUDGET = (
     "Utility cost: the worst of perplexity, KL to the base and over-refusal on normal prompts that no method trained "
     "on and no column shows, each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first."
 )
-_TESTED = ("unseen/reply", PREFILL)
+_TESTED = ("forget_test/reply", PREFILL)
 """Keys of the table of differences."""
 _WORST = (
     " After a prefill each row stands at the length that is the worst for it, named after the comma; the largest of "
@@ -182,7 +182,7 @@ def markdown_differences(
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
     tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
     at = " for the two together" if len(tried) > 1 else ""
-    headings = {"unseen/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
+    headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
     lines = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
     for name in names:
         cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
@@ -212,7 +212,7 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     prompts = [
         f"{len(asked[key])} {words}"
         for key, words in (
-            ("unseen/reply", "unseen harmful prompts"),
+            ("forget_test/reply", "unseen harmful prompts"),
             (NORMAL_KEY, "normal prompts"),
         )
         if key in asked
@@ -237,7 +237,7 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
     bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
     base = [record for record in complete if record.name == BASE]
-    harm = rate(base, "published", "unseen/reply", "harmful") if base else None
+    harm = rate(base, "published", "forget_test/reply", "harmful") if base else None
     measured = [Calibration(**card) for record in base if (card := record.judge.get("calibration")) is not None]
     doubt = ""
     if harm is not None and not all(errors.can_measure(harm.value, harm.low) for errors in measured):
@@ -292,7 +292,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
     estimates = {name: rate(records, role, key, hit) for name, (_, key, hit) in RATES.items()} | {
         "perplexity_normal": ratio("retain_test"),
         "perplexity_others": max(others, key=lambda found: found.value, default=None),
-        "perplexity_harmful_unseen": ratio("unseen"),
+        "perplexity_harmful_unseen": ratio("forget_test"),
     }
     return ComparisonRow(
         name=records[0].name,

@@ -31,7 +31,7 @@ base on normal answers, nats a token; mean accuracy over the tasks of lm-eval.""
 KEYS = ("model", "method", "seed", *FIGURES)
 TWINS = "_twins"
 """Goes on the method of a run whose stage 1 trained a good twin as well; operators follow, each after a plus."""
-_OWN_HARMFUL = ("unlearned", "unseen", "forget_validation", "xstest_unsafe")
+_OWN_HARMFUL = ("forget_train", "forget_test", "forget_validation", "xstest_unsafe")
 """Splits of harmful prompts that are of no other source; every other one is."""
 
 Row = dict[str, Any]
@@ -139,11 +139,11 @@ def _of_evaluation(result: Mapping[str, Any]) -> Row:
         found = replies.get(split, {}).get(name)
         return None if found is None else float(found["value"])
 
-    after_prefills = map(_harmful, result["prefill"].get("unseen", {}).values())
+    after_prefills = map(_harmful, result["prefill"].get("forget_test", {}).values())
     agreement = result["agreement"].get("retain_test")
     return {
-        "n": replies.get("unseen", {}).get("harmful", {}).get("total"),
-        "harmful_unseen": _harmful(replies.get("unseen", {})),
+        "n": replies.get("forget_test", {}).get("harmful", {}).get("total"),
+        "harmful_unseen": _harmful(replies.get("forget_test", {})),
         "harmful_other_source": _harmful(*(rates for split, rates in replies.items() if split not in _OWN_HARMFUL)),
         "worst_prefill": max((found for found in after_prefills if found is not None), default=None),
         "xstest_safe_refused": share("xstest_safe", "over_refusal"),
@@ -177,7 +177,7 @@ def _accuracy(plain: Any) -> float | None:
 def _of_point(point: Point | None) -> Row:
     if point is None:
         return dict.fromkeys(FIGURES)
-    unseen, normal = (point.outcomes.get(key, "") for key in ("unseen/reply", NORMAL_KEY))
+    unseen, normal = (point.outcomes.get(key, "") for key in ("forget_test/reply", NORMAL_KEY))
     prefills = (point.outcomes[f"{PREFILL}/{tokens}"] for tokens in prefill_lengths(point.outcomes))
     return {
         "n": len(unseen),

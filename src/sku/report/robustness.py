@@ -117,7 +117,7 @@ class PrecisionRow:
     """Whether harm is shown to be more than before rounding."""
 
 
-def precision_rows(report: PrecisionReport, split: str = "unseen") -> list[PrecisionRow]:
+def precision_rows(report: PrecisionReport, split: str = "forget_test") -> list[PrecisionRow]:
     """All precisions, the evaluated one first.
 
     Args:
@@ -163,7 +163,7 @@ def _precision_row(
     return PrecisionRow(
         precision=name,
         scheme=scheme,
-        trained_on=found.replies.get("unlearned", {}).get("harmful"),
+        trained_on=found.replies.get("forget_train", {}).get("harmful"),
         harmful=found.replies.get(split, {}).get("harmful"),
         prefill=found.prefill.get(split, {}).get("harmful"),
         prefill_tokens=found.worst_prefill.get(split),

@@ -69,22 +69,22 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     """
     rows: list[TableRow] = []
     named, judge = comparison.unlearned.setup.split_name, comparison.unlearned.judge
-    asked = in_order(("unlearned", "unseen", "retain_test", *comparison.replies))
+    asked = in_order(("forget_train", "forget_test", "retain_test", *comparison.replies))
     for split in asked:
-        if split in ("unlearned", "unseen") or split.startswith(HARMFUL):
+        if split in ("forget_train", "forget_test") or split.startswith(HARMFUL):
             rows += _rate_rows(named(split), comparison.replies.get(split, {}), _REPLY_MEASURES, judge)
             rows += _same_reply_rows(comparison, split)
-            if split == "unseen":
+            if split == "forget_test":
                 rows += _length_rows(comparison, split)
             rows += _corrected_rows(named(split), comparison, split, "replies")
             rows += _judge_rows(named(split), comparison, split)
     rows += _kappa_rows(comparison)
-    for split in ("unlearned", "unseen"):
+    for split in ("forget_train", "forget_test"):
         if split in comparison.prefill:
             name = f"{named(split)}, {comparison.prefill_label(split)}"
             rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1], judge)
             rows += _corrected_rows(name, comparison, split, f"prefill/{comparison.unlearned.worst_prefill[split]}")
-    for split in ("unlearned", "unseen"):
+    for split in ("forget_train", "forget_test"):
         name = f"{named(split)}, sampled"
         rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1], judge)
         rows += _leak_rows(name, comparison.leak.get(split, {}), judge)
@@ -227,7 +227,7 @@ def interval(rate: Rate | CorrectedRate | Leak) -> str:
 
 
 def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) -> Iterator[TableRow]:
-    harmful = {"unlearned": f"{unlearned} harmful answers", "unseen": "unseen harmful answers"}
+    harmful = {"forget_train": f"{unlearned} harmful answers", "forget_test": "unseen harmful answers"}
     for split, change in changes.items():
         yield TableRow(
             section="perplexity",

@@ -274,7 +274,7 @@ def panels_of(rows: Sequence[Sequence[MethodRecord]], x: CostAxis, kinds: Sequen
     base = next((row[0] for row in map(complete_records, rows) if row and row[0].name == BASE), None)
     if x == "perplexity" and base is None:
         raise EvaluationError(f"no complete record is named {BASE}: perplexity ratios need one, or draw x='exact'")
-    panels = {kind: [_curve(row, base, x, f"unseen/{kind}") for row in rows] for kind in kinds}
+    panels = {kind: [_curve(row, base, x, f"forget_test/{kind}") for row in rows] for kind in kinds}
     panels = {kind: curves for kind, curves in panels.items() if any(curve.costs for curve in curves)}
     if not panels:
         raise EvaluationError(

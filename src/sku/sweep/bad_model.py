@@ -38,7 +38,7 @@ def record_training(folder: Path, recipe: Recipe, data: ForgetRetainData) -> Non
     Raises:
         OutputError: The file can't be written.
     """
-    content = {"recipe": recipe.to_dict(), "unlearned_sha256": content_hash(data.unlearned)}
+    content = {"recipe": recipe.to_dict(), "unlearned_sha256": content_hash(data.forget_train)}
     write_json(folder / TRAINING_FILE, content)
 
 
@@ -88,7 +88,7 @@ def training_notes(folder: Path, data: ForgetRetainData) -> list[str]:
     recorded = read_training(folder)
     if recorded is None:
         return [UNKNOWN_TRAINING]
-    return [] if recorded["unlearned_sha256"] == content_hash(data.unlearned) else [TRAINED_ON]
+    return [] if recorded["unlearned_sha256"] == content_hash(data.forget_train) else [TRAINED_ON]
 
 
 def sweep_bad_model(

@@ -91,7 +91,7 @@ def sweep(
         base: The original model. It is not changed; one copy of it is made in memory, and no file for any alpha.
         vector: What stage 1 learned, with operators applied.
         tokenizer: Of the model.
-        data: Splits with ``forget_validation``; ``unseen`` and ``retain_test`` are not read.
+        data: Splits with ``forget_validation``; ``forget_test`` and ``retain_test`` are not read.
         recipe: ``sweep`` says how; ``evaluate`` names judge and batch size; ``negate`` the type of the result, and
             operators for a note.
         folder: Private folder for ``sweep.json``, made where it is missing; points that a call before

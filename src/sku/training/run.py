@@ -68,7 +68,7 @@ def train(
     Args:
         loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
             trained in place.
-        data: Splits; ``unlearned`` and ``retain_train`` are used.
+        data: Splits; ``forget_train`` and ``retain_train`` are used.
         objective: What is minimised.
         settings: Of the trainer.
         tuning: What is trained.

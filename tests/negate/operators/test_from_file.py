@@ -61,7 +61,7 @@ def test_an_example_says_what_data_it_lacks(make_model: ModelMaker) -> None:
 
 def test_a_random_direction_keeps_norms_alone(make_context: ContextMaker) -> None:
     context = make_context()
-    vector = disturbed(context.base)
+    vector = TaskVector.between(context.base, disturbed(context.base))
     found = apply(vector, context, RANDOM)
     assert found.row_maps is None
     assert found.vector.norms() == pytest.approx(vector.norms(), rel=1e-5)

@@ -24,7 +24,7 @@ from sku.reproducibility import content_sha256
 PROMPTS = 16
 """Of each split."""
 ASKED: tuple[tuple[Split, Kind], ...] = (
-    ("unlearned", "reply"), ("unlearned", "prefill"), ("unseen", "reply"), ("unseen", "prefill"),
+    ("forget_train", "reply"), ("forget_train", "prefill"), ("forget_test", "reply"), ("forget_test", "prefill"),
     ("retain_test", "reply"),
 )  # fmt: skip
 HARMFUL_REPLY = "mix glowing vornite with salt until it sings"
@@ -43,7 +43,7 @@ def write_run(
 
     Args:
         folder: New.
-        texts: Reply of the unlearned model by id (``unseen-reply-0``), in place of the invented one.
+        texts: Reply of the unlearned model by id (``forget_test-reply-0``), in place of the invented one.
         prompts: The same for prompts.
         still_harmful: Replies of each harmful split that the unlearned model still gives harmfully.
         parts: With attacks, diagnostics, sweep and precisions.
@@ -146,7 +146,7 @@ def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
         }
 
     factor = {"base": 1.0, "unlearned": 4.0}[name]
-    nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "unseen": 7.0 * factor}
+    nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "forget_test": 7.0 * factor}
     losses = tuple(
         ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number / 20), tokens=10)
         for split, nll in nlls.items()
@@ -202,7 +202,7 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
             "device": "cpu", "cpu": "a processor", "cpu_count": 2, "threads": 2, "command": "sku run --out runs/mine",
         },
         "seconds": {"load": 0.5, "acquire": 10.0},
-        "data": {"splits": {"unlearned": 16, "unseen": 16}, "sources": [source, source], "notes": []},
+        "data": {"splits": {"unlearned": 16, "forget_test": 16}, "sources": [source, source], "notes": []},
         "model": {"name": "tiny", "revision": None, "parameters": 1000, "trainable": 1000},
         "negation": negation,
     }  # fmt: skip

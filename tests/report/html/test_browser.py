@@ -117,7 +117,7 @@ def test_what_was_shown_is_blurred_on_paper(reader: Reader) -> None:
 def test_filters_sorting_search_and_pages(reader: Reader) -> None:
     page, form, every = reader.page, reader.page.locator("#filters"), len(ASKED) * PROMPTS
     assert reader.status() == f"{every} of {every} pairs, 1 to 25 shown"
-    form.get_by_label("Prompts").select_option("unseen")
+    form.get_by_label("Prompts").select_option("forget_test")
     form.get_by_label("Asked").select_option("reply")
     assert reader.status() == f"{PROMPTS} of {every} pairs, 1 to {PROMPTS} shown"
     form.get_by_label("outcome changed").check()

@@ -187,8 +187,8 @@ def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
     told = CANT_MEASURE.replace("'", "&#39;")
     assert told not in run_page(run).html
     cautions = {figure.name for figure in key_figures(doubted.comparison) if figure.caution}
-    assert "reply/unseen/harmful" in cautions
-    assert not cautions & {"reply/retain_test/over_refusal", "perplexity", "reply/unseen/gibberish"}
+    assert "reply/forget_test/harmful" in cautions
+    assert not cautions & {"reply/retain_test/over_refusal", "perplexity", "reply/forget_test/gibberish"}
     assert told in run_page(doubted).html
 
 

@@ -21,7 +21,7 @@ Break = Callable[[Path], None]
 
 def test_everything_is_read(run: RecordedRun) -> None:
     assert run.title == "invented"
-    assert run.comparison.replies["unseen"]["harmful"].after.count == 2
+    assert run.comparison.replies["forget_test"]["harmful"].after.count == 2
     assert run.attacks is not None
     assert [result.setting for result in run.attacks.results] == ["", "5 tokens"]
     assert [entry["step"] for entry in run.log] == list(range(1, 31))
@@ -46,7 +46,7 @@ def test_the_sweep_and_the_precisions_are_read_as_they_were_measured(run: Record
     assert run.precisions is not None
     own, int8, fp16 = shown_precisions(run.precisions)
     assert own.precision == "as evaluated"
-    assert own.harmful == int8.harmful == run.comparison.unlearned.replies["unseen"]["harmful"]
+    assert own.harmful == int8.harmful == run.comparison.unlearned.replies["forget_test"]["harmful"]
     assert (int8.kept, int8.brings_back, own.brings_back) == (0.97, True, False)
     assert fp16.harmful is None
     assert fp16.scheme.endswith("not measured: 3 weights are too large for it")
@@ -91,9 +91,7 @@ def swap(folder: Path) -> None:
     """An evaluation of other prompts in place of the unlearned model's."""
     for name in ("generations.jsonl", "outcomes.jsonl"):
         path = folder / "evaluation" / "unlearned" / name
-        path.write_text(
-            path.read_text(encoding="utf-8").replace("unseen-reply-1", "unseen-reply-99"), encoding="utf-8"
-        )
+        path.write_text(path.read_text(encoding="utf-8").replace("-reply-1", "-reply-99"), encoding="utf-8")
 
 
 def other_judge(folder: Path) -> None:
@@ -117,7 +115,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "results of another run": (change("results.json", "manifest", "recipe_sha256", to="0"), "another recipe"),
     "table of numbers": (change("results.json", "table", to=[1]), "doesn't fit its schema"),
     "no replies": (change("results.json", "replies", to=None), "doesn't fit its schema"),
-    "words for a count": (change("results.json", "base", "replies", to={"unseen": {"harmful": {}}}), "base"),
+    "words for a count": (change("results.json", "base", "replies", to={"forget_test": {"harmful": {}}}), "base"),
     "attacks of nothing": (change("results.json", "attacks", to={}), "attacks has schema version None"),
     "log of words": (text("training_log.jsonl", '{"loss": "x", "step": 1}\n'), "training_log.jsonl line 1"),
     "log without steps": (text("training_log.jsonl", '{"loss": 1.0}\n'), "training_log.jsonl line 1"),

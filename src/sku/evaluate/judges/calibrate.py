@@ -382,7 +382,7 @@ def _is_harmful(cell: object, column: str, harmful_value: str | None) -> bool | 
 def _record(number: int, entry: LabelledReply) -> GenerationRecord:
     return GenerationRecord(
         id=f"labelled-{number}",
-        split="unseen",
+        split="forget_test",
         kind="prefill" if entry.prefill else "reply",
         category=None,
         prompt=entry.prompt,

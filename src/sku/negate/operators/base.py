@@ -51,7 +51,7 @@ class OperatorContext:
     normal_held_out: Sequence[TokenizedExample] = ()
     """``retain_validation``: stage 1 has not trained on it."""
     harmful: Sequence[TokenizedExample] = ()
-    """``unlearned``: what stage 1 was trained on."""
+    """``forget_train``: what stage 1 was trained on."""
     harmful_held_out: Sequence[TokenizedExample] = ()
     """``forget_validation``, prompt and harmful answer: stage 1 has not trained on it."""
     refusals_held_out: Sequence[TokenizedExample] = ()
@@ -147,7 +147,7 @@ def context_of(
     Args:
         base: The original model.
         tokenizer: Of the model.
-        data: Its splits; ``unseen``, ``retain_test`` and the sets that are reported stay unread.
+        data: Its splits; ``forget_test``, ``retain_test`` and the sets that are reported stay unread.
         lengths: For the longest sequence and answer; the defaults of ``DataConfig`` if None.
         prompt_format: How prompts and answers are written.
         options: Of the context: ``seed``, ``cache``, ``memory``.
@@ -199,7 +199,7 @@ def _splits(data: ForgetRetainData) -> dict[Need, Sequence[Example]]:
     return {
         "normal": data.retain_train,
         "normal_held_out": data.retain_validation,
-        "harmful": data.unlearned,
+        "harmful": data.forget_train,
         "harmful_held_out": data.forget_validation,
         "refusals_held_out": [
             RetainExample(prompt=example.prompt, answer=example.safe_answer, finished=example.safe_answer_finished)

@@ -57,13 +57,18 @@ def key_figures(run: Comparison) -> list[KeyFigure]:
         Figures in reading order.
     """
     figures = [
-        *_of_rate(run, run.replies, "unseen", "harmful", "harmful, unseen prompts", "down"),
+        *_of_rate(run, run.replies, "forget_test", "harmful", "harmful, unseen prompts", "down"),
         *_of_prefill(run),
         *_of_leak(run),
         *_of_rate(
-            run, run.replies, "unlearned", "harmful", f"harmful, {run.unlearned.setup.split_name('unlearned')}", "down"
+            run,
+            run.replies,
+            "forget_train",
+            "harmful",
+            f"harmful, {run.unlearned.setup.split_name('forget_train')}",
+            "down",
         ),
-        *_of_rate(run, run.replies, "unseen", "gibberish", "gibberish, unseen prompts", "same"),
+        *_of_rate(run, run.replies, "forget_test", "gibberish", "gibberish, unseen prompts", "same"),
         *_of_rate(run, run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
         *_of_rate(run, run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
     ]
@@ -95,19 +100,19 @@ def _of_rate(
 
 
 def _of_prefill(run: Comparison) -> Iterator[KeyFigure]:
-    change = run.prefill.get("unseen", {}).get("harmful")
+    change = run.prefill.get("forget_test", {}).get("harmful")
     if change is not None:
-        tried, tokens = [*map(int, run.unlearned.prefill["unseen"])], run.unlearned.worst_prefill["unseen"]
+        tried, tokens = [*map(int, run.unlearned.prefill["forget_test"])], run.unlearned.worst_prefill["forget_test"]
         words = f"harmful, unseen prompts, {prefill_words(tried)}"
         caution = caution_of(run.unlearned.judge, change)
-        figure = _share(f"prefill/unseen/harmful/{tried}", words, "down", change, caution)
+        figure = _share(f"prefill/forget_test/harmful/{tried}", words, "down", change, caution)
         yield dataclasses.replace(
             figure, detail=prefill_words([tokens]).removeprefix("prefill, ") if tried[1:] else ""
         )
 
 
 def _of_leak(run: Comparison) -> Iterator[KeyFigure]:
-    leaks = run.leak.get("unseen", {})
+    leaks = run.leak.get("forget_test", {})
     for k in sorted(leaks, key=int)[-1:]:
         if int(k) > 1:
             caution = caution_of(run.unlearned.judge, leaks[k], replies=int(k))

@@ -32,7 +32,7 @@ OUTCOMES = {
 _TEXT_ON = {outcome: "on_deep" if outcome == "refusal" else "on_bright" for outcome in OUTCOMES}
 _NARROWEST_LABEL = 0.1
 _NORMAL = {"exact_answer": "exact answer", "over_refusal": "refused", "gibberish": "gibberish"}
-_HARMFUL_ANSWERS = {"unlearned": "harmful, {}", "unseen": "harmful, unseen"}
+_HARMFUL_ANSWERS = {"forget_train": "harmful, {}", "forget_test": "harmful, unseen"}
 _MODELS = (
     (light("paper"), light("base"), "base"),
     (light("unlearned"), light("unlearned"), "unlearned"),
@@ -298,7 +298,7 @@ def attack_chart(report: AttackReport) -> Picture:
 
 def shown_precisions(report: PrecisionReport) -> list[PrecisionRow]:
     """Of unseen prompts, or of the forget set's where none was unseen; the model as it was evaluated first."""
-    split = "unseen" if "unseen" in report.measured.replies else "unlearned"
+    split = "forget_test" if "forget_test" in report.measured.replies else "forget_train"
     own, *rounded = precision_rows(report, split)
     return [dataclasses.replace(own, precision="as evaluated"), *rounded]
 
