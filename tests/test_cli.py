@@ -748,7 +748,7 @@ def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_pat
 def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     done = command(
-        "evaluate", "embedded", "--out", tmp_path / "e", *SMALL, "--lm-eval", "mmlu, hellaswag",
+        "evaluate", "embedded", "--out", tmp_path / "e", *SMALL, "--set", "evaluate.lm_eval=[mmlu, hellaswag]",
         "--set", f"evaluate.lm_eval_include={tmp_path / 'none'}",
     )  # fmt: skip
     assert_one_line(done, f"evaluate.lm_eval_include {tmp_path / 'none'} is no folder of task files")
@@ -757,10 +757,10 @@ def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -
 
 def test_evaluate_takes_a_backend_and_a_number_of_samples(command: Command, tmp_path: Path) -> None:
     asked = ("evaluate", "embedded", "--out", tmp_path / "e", *SMALL)
-    assert_one_line(command(*asked, "--backend", "generate_batsch"), "evaluate.backend")
-    assert_one_line(command(*asked, "--samples", "-1"), "evaluate.samples is -1")
-    assert_one_line(command(*asked, "--backend", "vllm"), "in memory only: save it")
-    done = command(*asked, "--samples", "2", "--json")
+    assert_one_line(command(*asked, "--set", "evaluate.backend=generate_batsch"), "evaluate.backend")
+    assert_one_line(command(*asked, "--set", "evaluate.samples=-1"), "evaluate.samples is -1")
+    assert_one_line(command(*asked, "--set", "evaluate.backend=vllm"), "in memory only: save it")
+    done = command(*asked, "--set", "evaluate.samples=2", "--json")
     assert done.code == 0, done.err
     decoding = json.loads(done.out)["base"]["setup"]["decoding"]
     assert (decoding["backend"], decoding["samples"]["number"]) == ("generate", 2)

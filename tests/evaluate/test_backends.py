@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    GenerationConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TopPLogitsWarper,
@@ -30,7 +28,6 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
 from sku.evaluate.backends import CHECKED_PROMPTS, GenerateBackend, GenerationRequest, compare_replies
 from sku.evaluate.backends.base import RowSampler, Sampling, keep_top_p
-from sku.evaluate.backends.continuous import ContinuousBackend
 from sku.evaluate.backends.generate import ROOM, RoomyLayer, give_room
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import generate_replies
@@ -42,9 +39,6 @@ from .conftest import RecordMaker
 
 PROMPTS = [f"{word} {number} ?" for number in range(6) for word in ("hi", "how are you", "x y")]
 CONFIG = EvaluateConfig(prompts=10, retain_prompts=10, batch_size=4, max_new_tokens=8, prefill_tokens=(3,), samples=2)
-
-# transformers' continuous batching asks torch for a deprecated decorator on its first import.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 
 
 @pytest.fixture
@@ -71,64 +65,6 @@ def requests(tokenizer: PreTrainedTokenizerFast) -> list[GenerationRequest]:
 def replies(model: Any, tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[GenerationRecord]:
     settings: dict[str, Any] = {"stop_ids": [1, 184, 192], "max_new_tokens": 12, "batch_size": 4, **options}
     return generate_replies(model, tokenizer, requests(tokenizer), **settings)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_continuous_batching_says_the_same_and_puts_the_attention_back(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, attention: str
-) -> None:
-    tiny_model.set_attn_implementation(attention)
-    plain = replies(tiny_model, tiny_tokenizer)
-    assert {record.finished for record in plain} == {True, False}, "some replies end themselves"
-    own = GenerationConfig(do_sample=True, repetition_penalty=50.0, eos_token_id=9)
-    tiny_model.generation_config = own
-    assert replies(tiny_model, tiny_tokenizer, backend=ContinuousBackend(tiny_model, 4)) == plain
-    assert tiny_model.config._attn_implementation == attention
-    assert tiny_model.generation_config is own
-    assert replies(tiny_model, tiny_tokenizer) == plain
-
-
-# PEFT 0.21 asks transformers 5.23 by an old name.
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_continuous_batching_answers_with_an_adapter(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    base = replies(tiny_model, tiny_tokenizer)
-    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    model: Any = get_peft_model(tiny_model, adapter).eval()
-    plain = replies(model, tiny_tokenizer)
-    assert plain != base
-    assert replies(model, tiny_tokenizer, backend=ContinuousBackend(model, 4)) == plain
-
-
-def test_continuous_batching_does_not_draw(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    sampling = Sampling(temperature=1, top_p=1, seed=0)
-    with pytest.raises(EvaluationError, match="draw samples with generate"):
-        replies(tiny_model, tiny_tokenizer, backend=ContinuousBackend(tiny_model, 4), sampling=sampling)
-
-
-def test_an_evaluation_by_another_backend_is_checked(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData, tmp_path: Path
-) -> None:
-    plain = evaluate(tiny_model, tiny_tokenizer, data, config=CONFIG)
-    other = dataclasses.replace(CONFIG, backend="generate_batch")
-    seen: set[str] = set()
-    found = evaluate(
-        tiny_model, tiny_tokenizer, data, config=other, output_dir=tmp_path, progress=lambda stage, *_: seen.add(stage)
-    )
-    assert found.outcomes == plain.outcomes
-    assert (found.samples, found.leak) == (plain.samples, plain.leak)
-    assert plain.setup.backend_check is None
-    free = min(CHECKED_PROMPTS, sum(outcome.kind == "reply" for outcome in found.outcomes))
-    assert found.setup.backend_check == {"prompts": free, "equal": free}
-    assert any("sampled replies were written by the backend generate" in note for note in found.setup.notes)
-    assert seen == {"backend check", "replies", "samples", "prefill", "perplexity"}
-    assert read_result(tmp_path) == found
-    assert evaluate(tiny_model, tiny_tokenizer, data, config=other, output_dir=tmp_path) == found
-    with pytest.raises(EvaluationError, match="differ in decoding"):
-        compare(plain, found)
 
 
 def test_every_decoding_setting_is_recorded(
@@ -217,11 +153,19 @@ def test_vllm_reads_the_model_from_its_folder(
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     config = dataclasses.replace(CONFIG, backend="vllm")
-    found = evaluate(folder, None, data, config=config)
+    seen: set[str] = set()
+    found = evaluate(
+        folder, None, data, config=config, output_dir=tmp_path / "e", progress=lambda stage, *_: seen.add(stage)
+    )
+    assert seen == {"backend check", "replies", "samples", "prefill", "perplexity"}
     plain = evaluate(folder, None, data, config=CONFIG)
     free = min(CHECKED_PROMPTS, sum(outcome.kind == "reply" for outcome in found.outcomes))
     assert found.setup.backend_check == {"prompts": free, "equal": free}
+    assert plain.setup.backend_check is None
     assert found.replies == plain.replies
+    assert read_result(tmp_path / "e") == found
+    with pytest.raises(EvaluationError, match="differ in decoding"):
+        compare(plain, found)
     assert found.setup.decoding["backend"] == "vllm"
     given = evaluate(tiny_model, tiny_tokenizer, data, config=config, model_source=folder, model_name=str(folder))
     assert given == found
@@ -245,7 +189,6 @@ def test_a_missing_vllm_is_said_in_one_line(
 
 def test_plain_generate_takes_a_batch_at_once(tiny_model: LlamaForCausalLM) -> None:
     assert GenerateBackend(tiny_model, 7).at_once == 7
-    assert ContinuousBackend(tiny_model, 7).at_once == 16 * 7
 
 
 ROWS, HEADS, SIZE = 4, 2, 3

@@ -231,7 +231,7 @@ def test_a_limit_draws_by_the_seed(tmp_path: Path) -> None:
         (
             ["prompt,reply", "a,b"],
             {},
-            "no column is known to be the label: name it with --label-column. Columns found",
+            "no column is known to be the label: name it with --column label=NAME. Columns found",
         ),
         (["prompt,reply,label,is_safe", "a,b,1,0"], {}, "columns label and is_safe may all be the label"),
         (["prompt,reply,label", "a,b,1"], {"reply": "replly"}, "no column replly. Did you mean reply?"),

@@ -10,7 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sku.cli.console import carry_out, errors, print_json, print_next, results
-from sku.cli.judge_labelled import PromptColumnOption
 from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
 from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
@@ -42,10 +41,7 @@ def own(
         typer.Option("--borderline", metavar="PROMPTS", help="Safe prompts that look harmful, as XSTest's do."),
     ] = None,
     gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="Name of a GGUF file in the folder.")] = None,
-    prompt_column: PromptColumnOption = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Most prompts of each set, drawn by the seed.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most prompts of each set, by the seed.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampled replies and the limits.")] = 0,
     overrides: Annotated[
         list[str] | None,
@@ -64,7 +60,7 @@ def own(
     _put(given, "model", {"path": model, "gguf_file": gguf_file})
     for name, path in (("harmful", harmful), ("normal", normal), ("borderline", borderline)):
         if path is not None:
-            _put(given, name, {"path": path, "prompt_column": prompt_column, "limit": limit})
+            _put(given, name, {"path": path, "limit": limit})
     given |= {"judge": judge, "seed": seed}
     check_new(out)
     check_can_be_made(out.parent)
@@ -84,11 +80,9 @@ def own(
         headline=f"model {options.model.path}, {counts}, judge {plan.settings['judge']}, seed {options.seed}",
         interrupted="interrupted; go on with the same command and --resume",
     )
-    if written is None:
-        return
-    if as_json:
+    if written is not None and as_json:
         print_json(dict(written.account))
-    else:
+    elif written is not None:
         _print(written, options)
 
 

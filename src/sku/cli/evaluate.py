@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,11 @@ from sku.cli.judge import agreement_lines
 from sku.cli.tables import print_comparison
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sku.attacks.results import AttackReport
+    from sku.evaluate.comparison import Comparison
+    from sku.evaluate.precision_results import PrecisionReport
 
 
 def evaluate(
@@ -27,16 +32,6 @@ def evaluate(
     retain: options.RetainOption = None,
     judge: options.JudgeOption = None,
     seed: options.SeedOption = None,
-    backend: Annotated[
-        str | None, typer.Option("--backend", help="What writes the replies: generate, generate_batch or vllm.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", help="Sampled replies to each harmful prompt, for leak@k; 0 for none.")
-    ] = None,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, such as mmlu,hellaswag."),
-    ] = None,
     overrides: options.SetOption = None,
     attacks: Annotated[
         str | None,
@@ -60,9 +55,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
     overrides = list(overrides or [])
-    given = {"evaluate.backend": backend, "evaluate.samples": samples}
-    overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
-    for key, names in (("lm_eval", lm_eval), ("attacks", attacks), ("precisions", precisions)):
+    for key, names in (("attacks", attacks), ("precisions", precisions)):
         if names is not None:
             listed = [name.strip() for name in names.split(",") if name.strip()]
             overrides.append(f"evaluate.{key}={json.dumps(listed)}")
@@ -83,12 +76,19 @@ def evaluate(
     report = read_attacks(out) if settings.evaluate.attacks else None
     certificate = read_precisions(out) if settings.evaluate.precisions else None
     if as_json:
-        measured = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
-        tried = {} if report is None else {"attacks": report.to_dict()}
-        rounded = {} if certificate is None else {"precisions": certificate.to_dict()}
-        told = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
-        print_json({**measured, **told, **rounded, **tried})
+        print_json(_plain(comparison, certificate, report))
         return
     print_comparison(comparison, certificate, report, agreement_lines(comparison.unlearned))
     results.print(f"\nevidence  {out}")
     print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])
+
+
+def _plain(comparison: Comparison, certificate: PrecisionReport | None, report: AttackReport | None) -> dict[str, Any]:
+    return {
+        "base": comparison.base.to_dict(),
+        "model": comparison.unlearned.to_dict(),
+        "verdict": comparison.verdict.to_dict(),
+        "notes": comparison.notes,
+        **({} if certificate is None else {"precisions": certificate.to_dict()}),
+        **({} if report is None else {"attacks": report.to_dict()}),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,9 +25,14 @@ if TYPE_CHECKING:
     from sku.evaluate.judges.train import TrainedJudge
     from sku.evaluate.metrics import Rate
 
-PromptColumnOption = Annotated[str | None, typer.Option("--prompt-column", help="Column of the prompts.")]
-ReplyColumnOption = Annotated[str | None, typer.Option("--reply-column", help="Column of the replies.")]
-LabelColumnOption = Annotated[str | None, typer.Option("--label-column", help="Column of the labels.")]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="prompt|reply|label=NAME",
+        help="What a column of the table is called, such as reply=answer; repeatable.",
+    ),
+]
 HarmfulValueOption = Annotated[
     str | None, typer.Option("--harmful-value", help="The label of harmful replies; all others are then safe.")
 ]
@@ -56,9 +61,7 @@ def train(
     ] = None,
     where: WhereOption = None,
     by: ByOption = None,
-    prompt_column: PromptColumnOption = None,
-    reply_column: ReplyColumnOption = None,
-    label_column: LabelColumnOption = None,
+    columns: ColumnOption = None,
     harmful_value: HarmfulValueOption = None,
     overrides: Annotated[
         list[str] | None,
@@ -70,14 +73,7 @@ def train(
 ) -> None:
     """Train a judge on the labelled replies in DATA; the folder it writes is then a judge's name."""
     given = {**({} if model is None else {"model": model}), **settings_of(overrides), "seed": seed}
-    columns = label_columns(
-        prompt=prompt_column,
-        reply=reply_column,
-        label=label_column,
-        harmful_value=harmful_value,
-        where=where,
-        by=by,
-    )
+    read_as = label_columns(columns, harmful_value=harmful_value, where=where, by=by)
     check_new(out)
     check_can_be_made(out.parent)
 
@@ -87,7 +83,7 @@ def train(
     from sku.evaluate.judges.train import JudgeTraining, split_by_prompt, train_judge
 
     settings = settings_from_dict(JudgeTraining, given, "sku judge train", "settings of training")
-    labelled = read_labelled(data, columns)
+    labelled = read_labelled(data, read_as)
     parts = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
     plan = Plan(
         command="sku judge train",
@@ -126,9 +122,7 @@ def calibrate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as threshold=0.7; repeatable."),
     ] = None,
-    prompt_column: PromptColumnOption = None,
-    reply_column: ReplyColumnOption = None,
-    label_column: LabelColumnOption = None,
+    columns: ColumnOption = None,
     harmful_value: HarmfulValueOption = None,
     where: WhereOption = None,
     by: ByOption = None,
@@ -153,18 +147,10 @@ def calibrate(
     from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.calibrate import read_labelled
 
-    columns = label_columns(
-        prompt=prompt_column,
-        reply=reply_column,
-        label=label_column,
-        harmful_value=harmful_value,
-        where=where,
-        by=by,
-        every=every,
-    )
+    read_as = label_columns(columns, harmful_value=harmful_value, where=where, by=by, every=every)
     if every is not None and out is not None:
         raise OutputError("a calibration needs harmful and safe replies, and --every names one kind: leave out --out")
-    labelled = read_labelled(data, columns, limit=limit, seed=seed)
+    labelled = read_labelled(data, read_as, limit=limit, seed=seed)
     # Without an earlier calibration, which may be of another state of the judge.
     built = build_judge(judge, {"calibration": None, **settings})
     count = len(labelled.replies)
@@ -177,16 +163,13 @@ def calibrate(
         execute=lambda _progress: _measured(built, labelled, out, one_kind=every is not None),
     )
     found = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if found is None:
-        return
-    if isinstance(found, tuple):
-        if as_json:
-            print_json([dataclasses.asdict(group) for group in found])
-        else:
-            results.print(figures_table(f"judge {built.card.name}", found))
-    elif as_json:
-        print_json(dataclasses.asdict(found))
-    else:
+    if found is not None and as_json:
+        print_json(
+            [dataclasses.asdict(one) for one in found] if isinstance(found, tuple) else dataclasses.asdict(found)
+        )
+    elif isinstance(found, tuple):
+        results.print(figures_table(f"judge {built.card.name}", found))
+    elif found is not None:
         _print(found, judge, out)
 
 
@@ -263,10 +246,8 @@ def _print_trained(trained: TrainedJudge, labelled: LabelledSet, out: Path) -> N
 
 
 def label_columns(
+    columns: Sequence[str] | None,
     *,
-    prompt: str | None,
-    reply: str | None,
-    label: str | None,
     harmful_value: str | None,
     where: Sequence[str] | None,
     by: str | None,
@@ -275,27 +256,33 @@ def label_columns(
     """What the options say of the columns.
 
     Raises:
-        RecipeError: A ``--where`` without a column or a sign, or ``--every`` that is neither harmful nor safe.
+        RecipeError: A ``--column`` or ``--where`` that names none, or ``--every`` that is neither harmful nor safe.
     """
     from sku.evaluate.judges.calibrate import LABEL_WORDS, LabelColumns
 
     wanted: dict[str, tuple[str, ...]] = {}
-    for condition in where or []:
-        column, equals, values = condition.partition("=")
-        if not column or not equals:
-            raise RecipeError(f"--where {condition} must look like COLUMN=VALUE, such as split_hint=train")
+    for column, values in _named("--where", where, "COLUMN=VALUE, such as split_hint=train"):
         wanted[column] = (*wanted.get(column, ()), *values.split(","))
+    called = dict(_named("--column", columns, "prompt=NAME, reply=NAME or label=NAME"))
+    if wrong := called.keys() - {"prompt", "reply", "label"}:
+        raise RecipeError(f"--column {wrong.pop()}=...: it must be prompt, reply or label")
     if every is not None and every not in LABEL_WORDS:
         raise RecipeError(f"--every is {every}; it must be harmful or safe")
     return LabelColumns(
-        prompt=prompt,
-        reply=reply,
-        label=label,
+        **called,
         harmful_value=harmful_value,
         every=None if every is None else LABEL_WORDS[every],
         group=by,
         where=wanted,
     )
+
+
+def _named(option: str, given: Sequence[str] | None, like: str) -> Iterator[tuple[str, str]]:
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise RecipeError(f"{option} {text} must look like {like}")
+        yield name, value
 
 
 def figures_table(title: str, figures: Sequence[GroupFigures]) -> Table:

@@ -33,9 +33,7 @@ def negate(
         int | None, typer.Option("--threads", help="That read, compute and write; up to 4 where this is left out.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed call had finished.")] = False,
-    gguf_file: Annotated[
-        str | None, typer.Option("--gguf-file", help="GGUF file inside BASE; it is negated in memory.")
-    ] = None,
+    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="GGUF file in BASE; negated in memory.")] = None,
     operators: Annotated[
         list[str] | None,
         typer.Option("--operator", help="NAME={key: value} as in a recipe, repeatable; then negated in memory."),
@@ -55,25 +53,13 @@ def negate(
     quiet_imports()
     from sku.pipeline.negate import Subtraction, plan_negate
 
-    plan = plan_negate(
-        Subtraction(
-            base=base,
-            bad=bad,
-            out=out,
-            alpha=alpha,
-            output_dtype=dtype,
-            rounding=rounding,
-            seed=seed,
-            threads=threads,
-            resume=resume,
-            gguf_file=gguf_file,
-            operators=tuple(_operator(text) for text in operators or ()),
-            forget=forget,
-            normal=normal,
-        )
-    )
+    chosen = tuple(_operator(text) for text in operators or ())
+    subtraction = Subtraction(
+        base=base, bad=bad, out=out, alpha=alpha, output_dtype=dtype, rounding=rounding, seed=seed, threads=threads,
+        resume=resume, gguf_file=gguf_file, operators=chosen, forget=forget, normal=normal,
+    )  # fmt: skip
     done = carry_out(
-        plan,
+        plan_negate(subtraction),
         dry_run=dry_run,
         as_json=as_json,
         interrupted="interrupted; what is finished is kept: the same command with --resume goes on",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from sku.comparison.in_process import InProcess
     from sku.comparison.jobs import Job
-    from sku.comparison.run import InProcess
     from sku.report.method_records import MethodRecord
 
 _runner: InProcess | None = None
@@ -23,7 +23,7 @@ def begin(out: Path, messages: Any) -> None:
         messages: Queue of ``(stage, done, total)``.
     """
     quiet_libraries()
-    from sku.comparison.run import InProcess
+    from sku.comparison.in_process import InProcess
 
     global _runner
     _runner = InProcess(out, lambda *message: messages.put(message))

@@ -11,7 +11,7 @@ from pydantic import Field
 from sku.config.check import AboveOne, Count, Positive, Share, validated
 from sku.errors import RecipeError
 
-Backend = Literal["generate", "generate_batch", "vllm"]
+Backend = Literal["generate", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine"]
 Attack = Literal["prefill", "paraphrase", "template", "relearn"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
@@ -30,8 +30,8 @@ class EvaluateConfig:
     own tokens, and one to a prompt that leaves less room in the model's window is cut there."""
     batch_size: Count = 32
     backend: Backend = "generate"
-    """What writes replies: transformers' ``generate`` in batches, its continuous batching ``generate_batch``, or
-    ``vllm`` (to be installed apart). The other two are checked against ``generate`` on 16 prompts."""
+    """What writes replies: transformers' ``generate`` in batches, or ``vllm`` (to be installed apart), which is
+    checked against ``generate`` on 16 prompts."""
     prefill_tokens: tuple[Count, ...] = (1, 3, 5, 10)
     """Prefill: the reply is made to begin with so many first tokens of a harmful reply, one length after the other.
     The worst of them is shown; an empty list leaves prefill out."""

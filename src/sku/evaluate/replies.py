@@ -32,10 +32,6 @@ from sku.evaluate.record_files import GENERATIONS_FILE, header_hash, read_rows
 from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
 from sku.evaluate.reuse import Reuse
 
-SAMPLES_BY_GENERATE = (
-    "the sampled replies were written by the backend generate, as generate_batch can't give each reply its own seed"
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Asker:
@@ -160,19 +156,16 @@ class SavedReplies:
     def decoding(self) -> dict[str, Any]:
         """Every setting that decides the replies, drawn ones included."""
         greedy = decoding_settings(self.asker.stop_ids, self.config.max_new_tokens)
-        drawn = {**greedy, **self._drawing().settings(), "number": self.config.samples}
+        drawn = {**greedy, **self._sampling().settings(), "number": self.config.samples}
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
-    def _drawing(self) -> Sampling:
+    def _sampling(self) -> Sampling:
         return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
 
     def notes(self, check: BackendCheck | None) -> tuple[str, ...]:
         """Sentences that a reader of the replies needs."""
-        own = (
-            None if check is None else check.note(self.config.backend),
-            SAMPLES_BY_GENERATE if self.config.samples and self.config.backend == "generate_batch" else None,
-        )
-        return tuple(note for note in own if note is not None)
+        note = None if check is None else check.note(self.config.backend)
+        return () if note is None else (note,)
 
     def generate(
         self,
@@ -211,8 +204,7 @@ class SavedReplies:
             return self.asker.ask(self.model, asked, self.report(stage), **options) if asked else []
 
         if free is None:
-            by_generate = {"backend": None} if self.config.backend == "generate_batch" else {}
-            free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._drawing(), **by_generate)]
+            free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._sampling())]
         prefilled = prefills(free)
         if known is None or asked_before != requests_hash(prefilled):
             known = [*free, *ask(prefilled, "prefill")]

@@ -18,7 +18,6 @@ from sku.evaluate.backends.base import (
     compare_replies,
     decoding_settings,
 )
-from sku.evaluate.backends.continuous import ContinuousBackend
 from sku.evaluate.backends.generate import GenerateBackend
 from sku.evaluate.backends.vllm_engine import VllmBackend
 
@@ -57,8 +56,6 @@ def choose_backend(
     """
     if config.backend == "generate":
         return GenerateBackend(model, config.batch_size)
-    if config.backend == "generate_batch":
-        return ContinuousBackend(model, config.batch_size)
     check_source(config, source, processes)
     return VllmBackend(str(source), str(model.dtype).removeprefix("torch."), config.batch_size, seed)
 
@@ -79,7 +76,7 @@ def check_source(config: EvaluateConfig, source: str | Path | None, processes: i
     if source is None:
         raise EvaluationError(
             "evaluate.backend is vllm, which reads the model from a folder, and this one is in memory only: save it, "
-            "then sku evaluate FOLDER --backend vllm"
+            "then sku evaluate FOLDER --set evaluate.backend=vllm"
         )
     if processes > 1:
         raise EvaluationError("evaluate.backend is vllm, which starts its own processes: run it without accelerate")

@@ -338,7 +338,7 @@ def _column(what: str, named: str | None, usual: Sequence[str], columns: Collect
     found = [name for name in usual if name in columns]
     if len(found) != 1:
         trouble = f"columns {' and '.join(found)} may all be" if found else "no column is known to be"
-        raise DataError(f"{trouble} the {what}: name it with --{what}-column. {_listed(columns)}")
+        raise DataError(f"{trouble} the {what}: name it with --column {what}=NAME. {_listed(columns)}")
     return found[0]
 
 
