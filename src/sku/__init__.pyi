@@ -5,6 +5,7 @@ from .comparison.run import run_comparison as run_comparison
 from .config import ModulesConfig as ModulesConfig
 from .config import Recipe as Recipe
 from .config import SourceConfig as SourceConfig
+from .config import SweepConfig as SweepConfig
 from .config import WeightsConfig as WeightsConfig
 from .config import load_recipe as load_recipe
 from .data.examples import ForgetExample as ForgetExample
@@ -22,6 +23,7 @@ from .negate.run import save_unlearned as save_unlearned
 from .negate.streaming import negate_folders as negate_folders
 from .negate.task_vector import TaskVector as TaskVector
 from .pipeline.run import run_recipe as run_recipe
+from .sweep.choose import choose_alpha as choose_alpha
 from .training.config import UnlearningConfig as UnlearningConfig
 from .training.objective import Objective as Objective
 from .training.trainer import UnlearningTrainer as UnlearningTrainer

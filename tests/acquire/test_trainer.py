@@ -18,7 +18,9 @@ from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.data.collation import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, RETAIN
+from sku.data.load import load_training_pairs
 from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
+from sku.models import load_model
 from sku.training import trainer as training_module
 from sku.training.steps import kept_positions
 
@@ -431,7 +433,7 @@ def test_an_adapter_that_is_there_already_is_trained_on(
     again = SkuTrainer(
         model,
         first.args,  # type: ignore[arg-type]
-        first.train_dataset,  # type: ignore[arg-type]
+        first.train_dataset,
         processing_class=tokenizer,
     )
     assert again._reference is None
@@ -500,3 +502,44 @@ def test_chat_and_bos_tokenizers_train_as_well(
     row = trainer.data_collator([dataset[0]])["input_ids"][0].tolist()
     assert str(tokenizer.decode(row)).startswith("<|im_start|>user\n")
     trainer.train()
+
+
+PAIRS = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(8)]
+NORMAL = [{"prompt": f"how do i bake bread {n} ?", "response": f"mix flour {n} ."} for n in range(8)]
+
+
+def test_a_name_and_rows_are_enough_as_in_trl(
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Model, tokenizer and examples loaded by hand train to the same bits."""
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = sku_config(output_dir=str(tmp_path / "bad"), max_steps=2)
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    short = SkuTrainer(str(folder), config, PAIRS, retain_dataset=NORMAL, peft_config=adapter)
+    loaded = load_model(folder)
+    long = SkuTrainer(
+        loaded.model, config, load_training_pairs(PAIRS, NORMAL), processing_class=loaded.tokenizer,
+        peft_config=adapter,
+    )  # fmt: skip
+    own_tokenizer = SkuTrainer(load_model(folder).model, config, load_training_pairs(PAIRS, NORMAL))
+    own: Any = own_tokenizer.processing_class
+    assert own.get_vocab() == tokenizer.get_vocab()
+    for trainer in (short, long):
+        trainer.train()
+    assert_same_bits(weights_of(short), weights_of(long))
+
+
+def test_what_is_missing_is_said_at_construction(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model()
+    with pytest.raises(RecipeError, match="train_dataset is missing: give harmful pairs"):
+        SkuTrainer(model)
+    with pytest.raises(RecipeError, match="retain_dataset is missing"):
+        SkuTrainer(model, sku_config(), PAIRS, processing_class=tokenizer)
+    with pytest.raises(RecipeError, match="holds normal examples already"):
+        SkuTrainer(
+            model, sku_config(), load_training_pairs(PAIRS, NORMAL), retain_dataset=NORMAL, processing_class=tokenizer
+        )
+    with pytest.raises(ModelError, match="nowhere"):
+        SkuTrainer("nowhere", sku_config(), PAIRS, retain_dataset=NORMAL)

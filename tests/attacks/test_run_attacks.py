@@ -185,7 +185,7 @@ def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 9}, "has schema version 9, this SKU reads 1"),
+        ({"schema_version": 9}, "has schema version 9, this SKU reads 2"),
         ({"cards": [{"name": "none"}]}, "doesn't fit its schema"),
         ({"results": None}, "doesn't fit its schema"),
     ],

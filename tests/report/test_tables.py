@@ -207,3 +207,28 @@ def test_the_terminal_puts_what_a_judge_cant_measure_under_its_row(capsys: pytes
     assert lines[-2:] == [CANT_MEASURE, lines[-1]]
     assert lines.count(CANT_MEASURE) == 1
     assert lines[-1].startswith("refusal")
+
+
+def test_a_comparison_is_a_table_for_people_and_for_pandas(comparison: Comparison) -> None:
+    frame = comparison.to_pandas()
+    assert list(frame) == ["split", "kind", "measure", "base", "unlearned", "change", "low", "high", "n"]
+    (row,) = frame[(frame.split == "forget_test") & (frame.kind == "reply") & (frame.measure == "harmful")].to_dict(
+        "records"
+    )
+    change = comparison.replies["forget_test"]["harmful"]
+    assert (row["base"], row["unlearned"], row["change"]) == (
+        change.before.value, change.after.value, change.difference,
+    )  # fmt: skip
+    assert (row["low"], row["high"], row["n"]) == (change.low, change.high, 50)
+    assert len(str(comparison).splitlines()) == len(frame) + 1
+    assert comparison._repr_html_().count("<tr") == len(frame) + 1
+
+
+def test_a_result_shows_main_rates_and_numbers(comparison: Comparison) -> None:
+    frame = comparison.unlearned.to_pandas()
+    assert list(frame) == ["split", "kind", "measure", "value", "low", "high", "n"]
+    assert set(frame[frame.kind == "prefill 5"].measure) == {"harmful"}
+    harmful = frame[(frame.split == "forget_test") & (frame.kind == "reply")].set_index("measure").value["harmful"]
+    assert harmful == comparison.unlearned.replies["forget_test"]["harmful"].value
+    perplexity = frame[frame.measure == "perplexity"].set_index("split").value
+    assert perplexity["retain_test"] == comparison.unlearned.perplexity["retain_test"].value

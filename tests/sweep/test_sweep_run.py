@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from sku.config import Recipe, SweepConfig
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import EvaluationError, NoAlphaError, OutputError
+from sku.errors import EvaluationError, NoAlphaError, OutputError, RecipeError
 from sku.evaluate import asking, replies
 from sku.evaluate.asking import draw_examples
 from sku.evaluate.batching import Processes
@@ -28,6 +28,7 @@ from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
 from sku.sweep import run as sweep_run
+from sku.sweep.choose import choose_alpha
 from sku.sweep.meter import Meter, Questions, draw_questions, replies_of, validation_asker
 from sku.sweep.result import Sweep
 from sku.sweep.rule import cost_of
@@ -450,3 +451,19 @@ def test_alphas_below_a_border_fall_by_the_square_root_of_2() -> None:
     assert below(1.359375, 5) == (0.34, 0.481, 0.68, 0.961, 1.359375)
     assert below(44.0, 1) == (44.0,)
     assert below(0.0, 5) == (SMALLEST,)
+
+
+def test_alpha_chosen_in_python_is_that_of_a_sweep(setting: Setting, tmp_path: Path) -> None:
+    config = dataclasses.replace(setting.recipe.sweep, alphas=(0.25, 0.5), if_none="nearest")
+    expected = setting.sweep(tmp_path / "one", alphas=(0.25, 0.5), if_none="nearest")
+    evaluate = setting.recipe.evaluate
+    found = choose_alpha(
+        setting.base, setting.vector, setting.tokenizer, setting.data,
+        judge=evaluate.judge, judge_settings=evaluate.judge_settings, config=config,
+    )  # fmt: skip
+    assert (found.points, found.pick) == (expected.points, expected.pick)
+    frame = found.to_pandas()
+    assert list(frame.alpha) == [0.0, 0.25, 0.5]
+    assert frame[frame.chosen].alpha.item() == found.alpha()
+    with pytest.raises(RecipeError, match=r"choose_alpha\(\.\.\.\)\.alpha\(\)"):
+        negate(setting.base, setting.vector, "auto")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from peft import PeftConfig, PeftModel
@@ -13,6 +14,7 @@ from sku.acquire.objective import sku_objective
 from sku.config import ModulesConfig, PromptFormatName, Twin
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
+from sku.data.load import Source
 from sku.errors import RecipeError
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
@@ -60,11 +62,12 @@ class SkuTrainer(UnlearningTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
-        args: SkuConfig,
-        train_dataset: ForgetRetainData | JointDataset,
+        model: PreTrainedModel | PeftModel | str | Path,
+        args: SkuConfig | None = None,
+        train_dataset: ForgetRetainData | JointDataset | Source | None = None,
         *,
-        processing_class: PreTrainedTokenizerBase,
+        retain_dataset: Source | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         prompt_format: PromptFormatName = "auto",
         **trainer_options: Any,
@@ -72,11 +75,13 @@ class SkuTrainer(UnlearningTrainer):
         """Prepares the model and the joint examples.
 
         Args:
-            model: The original model. With ``peft_config`` its weights stay as they are; without one and without an
-                adapter of its own all weights are trained in place.
-            args: Settings of training and of the three modules.
-            train_dataset: Splits, tokenized here with the settings of ``args``; or joint examples made before.
-            processing_class: Tokenizer of the model.
+            model: The original model, or its folder or hub id. With ``peft_config`` its weights stay as they are;
+                without one and without an adapter of its own all weights are trained in place.
+            args: Settings of training and of the three modules; the defaults, in the folder ``bad``, if None.
+            train_dataset: Splits, tokenized here with the settings of ``args``; joint examples made before; or harmful
+                pairs (a ``datasets.Dataset``, a list of dicts, a file, a hub id), of which all are trained on.
+            retain_dataset: Normal pairs in the same forms, with harmful pairs.
+            processing_class: Tokenizer of the model; loaded from where the model came from if None.
             peft_config: Adapter to add, such as ``LoraConfig``.
             prompt_format: How prompts are written when ``train_dataset`` holds splits.
             **trainer_options: As in ``transformers.Trainer``: callbacks, optimizers, ...
@@ -84,13 +89,18 @@ class SkuTrainer(UnlearningTrainer):
         Raises:
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, or a model without trainable weights.
-            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model.
+            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model, or no harmful
+                or no normal pairs.
         """
+        if train_dataset is None:
+            raise RecipeError("train_dataset is missing: give harmful pairs, and normal ones as retain_dataset")
+        args = SkuConfig(output_dir="bad") if args is None else args
         super().__init__(
             model,
             args,
             train_dataset,
             objective=sku_objective(args.modules, twin=args.train_twin),
+            retain_dataset=retain_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
             prompt_format=prompt_format,

@@ -28,7 +28,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import from_plain, read_json_object, write_json_object
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of ``attacks.json``."""
 RESULT_FILE = "attacks.json"
 

@@ -210,7 +210,7 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
     return dataclasses.replace(recipe, acquire=dataclasses.replace(recipe.acquire, seed=seed))
 
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 """Raised whenever the same job could measure something else, so that cached records are not taken for it."""
 
 

@@ -132,14 +132,14 @@ class MismatchedAnswers:
             DataError: K is negative, or some prompt has fewer than K answers of other prompts to draw from.
         """
         if num_answers < 0:
-            raise DataError(f"num_random_answers is {num_answers}; it must be 0 or more")
+            raise DataError(f"random_answers is {num_answers}; it must be 0 or more")
         self._num_answers = num_answers
         self._seed = seed
         self._group_of = list(groups)
         fewest = len(groups) - max(Counter(groups).values(), default=0)
         if num_answers > fewest:
             raise DataError(
-                f"num_random_answers is {num_answers}, but some prompts have only {fewest} answers of other prompts "
+                f"random_answers is {num_answers}, but some prompts have only {fewest} answers of other prompts "
                 "to draw from; lower it or add harmful prompts"
             )
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data.examples import (
@@ -22,15 +22,22 @@ from sku.data.prompt_sets import lacks_answers, load_prompts
 from sku.data.sources import embedded
 from sku.data.sources.read import read_examples
 from sku.data.sources.rows import Kind
+from sku.data.sources.tables import held_rows
 from sku.data.splits import limited, split_by_group
 from sku.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 E = TypeVar("E", ForgetExample, RetainExample)
 NORMAL_VALIDATION_SHARE = 0.5
 """Of a normal set of another source that has answers: strengths are chosen by these, and the others are reported."""
 IN_ANOTHER_SET = "a prompt of another set of the run"
 """Reason counted for prompts of other sources that are in the run's own data."""
-Source = str | Path | SourceConfig
+Source: TypeAlias = (
+    "str | Path | SourceConfig | Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, str]]] | Dataset"
+)
+"""What examples may be given as: a path or hub id, one with settings, or rows in memory (``held_rows``)."""
 
 
 def load_forget_retain(
@@ -40,6 +47,7 @@ def load_forget_retain(
     normal: Mapping[str, Source] | None = None,
     harmful: Mapping[str, Source] | None = None,
     unseen_fraction: float = DataConfig.unseen_fraction,
+    forget_validation_fraction: float = 0.0,
     retain_validation_fraction: float = DataConfig.retain_validation_fraction,
     retain_test_fraction: float = DataConfig.retain_test_fraction,
     seed: int = 0,
@@ -47,13 +55,16 @@ def load_forget_retain(
     """Loads what is to be forgotten and what is to be kept, split by prompt.
 
     Args:
-        forget: File, folder or hub id of harmful pairs, a ``SourceConfig`` for more settings, or ``"embedded"`` for
-            the invented world that ships with SKU.
+        forget: File, folder or hub id of harmful pairs, a ``SourceConfig`` for more settings, ``"embedded"`` for the
+            invented world that ships with SKU, or rows in memory: a ``datasets.Dataset``, a list of dicts, or a list
+            of conversations, each a list of messages.
         retain: The same for normal pairs. May be left out with the embedded world, which goes as a whole.
         normal: Name -> normal prompts of another source, with answers or without, for measuring alone; not with the
             embedded world.
         harmful: Name -> harmful prompts of another source, for measuring alone; not with the embedded world.
         unseen_fraction: Share of the harmful prompts held out. The embedded world has its own unseen hazards.
+        forget_validation_fraction: Share of the other harmful prompts to hold out for ``choose_alpha``; 0 for none.
+            The embedded world gives its own instead of a share.
         retain_validation_fraction: Share of the normal prompts.
         retain_test_fraction: Share of the normal prompts.
         seed: Decides the splits and which prompts a ``limit`` keeps.
@@ -82,7 +93,7 @@ def load_forget_retain(
         retain_validation_fraction=retain_validation_fraction,
         retain_test_fraction=retain_test_fraction,
     )
-    return load_data(config, seed)
+    return load_data(config, seed, forget_validation=forget_validation_fraction)
 
 
 def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) -> ForgetRetainData:
@@ -251,8 +262,34 @@ def _check(config: DataConfig) -> None:
         raise RecipeError("the embedded world has its own unseen hazards: leave data.unseen_fraction out")
 
 
+def load_training_pairs(forget: Source, retain: Source) -> ForgetRetainData:
+    """Two sets as a trainer is given them: all of both is trained on; the embedded world keeps its own splits.
+
+    Args:
+        forget: As in ``load_forget_retain``.
+        retain: As in ``load_forget_retain``.
+
+    Returns:
+        The splits ``forget_train`` and ``retain_train``, and where each example came from.
+
+    Raises:
+        DataError: As ``load_forget_retain``.
+        RecipeError: As ``load_forget_retain``.
+    """
+    config = DataConfig(forget=_source(forget), retain=_source(retain))
+    if config.forget.path == EMBEDDED:
+        return load_data(config, 0)
+    _check(config)
+    harmful, first = limited(*read_examples(config.forget, "forget", ForgetExample), config.forget.limit, 0)
+    normal, second = limited(*read_examples(config.retain, "retain", RetainExample), config.retain.limit, 0)
+    _check_overlap(harmful, normal, config)
+    return ForgetRetainData(forget_train=tuple(harmful), retain_train=tuple(normal), provenance=(first, second))
+
+
 def _source(source: Source) -> SourceConfig:
-    return source if isinstance(source, SourceConfig) else SourceConfig(path=str(source))
+    if isinstance(source, SourceConfig):
+        return source
+    return SourceConfig(path=str(source)) if isinstance(source, str | Path) else held_rows(source)
 
 
 def _read_refusals(source: SourceConfig, seed: int) -> tuple[dict[str, list[RetainExample]], Provenance]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from sku.evaluate.changes import (
     Changes,
     LeakChange,
     PerplexityChange,
+    RateChange,
     ScoreChange,
     change_of_means,
     change_of_rates,
@@ -21,6 +22,7 @@ from sku.evaluate.changes import (
     score_change,
 )
 from sku.evaluate.comparison_notes import comparison_notes, detail_notes
+from sku.evaluate.frames import Line, Tabular, is_shown
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, leaks_per_prompt, prefill_words
@@ -56,7 +58,7 @@ _RECORDED = ("replies", "prefill", "prefill_by_length", "samples", "leak", "perp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Tabular):
     """What unlearning changed."""
 
     base: EvaluationResult
@@ -87,6 +89,24 @@ class Comparison:
     """Task of lm-evaluation-harness -> change of its main metric, paired by example; of tasks whose answers are right
     or wrong."""
 
+    def lines(self) -> Iterator[Line]:
+        """The main rates of both models with their change and its 95 % interval; perplexities with their ratio."""
+        kinds = [("reply", split, changes) for split, changes in self.replies.items()]
+        for split, by_length in self.prefill_by_length.items():
+            kinds += [(f"prefill {tokens}", split, changes) for tokens, changes in by_length.items()]
+        kinds += [("sample", split, changes) for split, changes in self.samples.items()]
+        for kind, split, changes in kinds:
+            for name, change in changes.items():
+                both = change.before.value, change.after.value
+                if is_shown(kind, name):
+                    yield _line(split, kind, name, both, change.difference, change, change.before.total)
+        for split, found in self.perplexity.items():
+            both = found.before, found.after
+            yield _line(split, "answer", "perplexity (change: ratio)", both, found.ratio, found, found.examples)
+        for split, close in self.unlearned.agreement.items():
+            between = Interval(value=close.kl, low=close.kl_low, high=close.kl_high)
+            yield _line(split, "answer", "KL to the base", (0.0, close.kl), close.kl, between, close.examples)
+
     def prefill_label(self, split: str) -> str:
         """``prefill, worst of 1/3/5/10 (3 tokens)``: what was tried, and what is shown of it."""
         return prefill_words(map(int, self.unlearned.prefill[split]), self.unlearned.worst_prefill[split])
@@ -110,6 +130,21 @@ class Comparison:
         told = content.get("verdict")
         plain["verdict"] = NO_VERDICT if told is None else OverallVerdict.from_dict(told, where)
         return from_plain(cls, plain, where, remedy)
+
+
+def _line(
+    split: Split,
+    kind: str,
+    measure: str,
+    both: tuple[float, float],
+    change: float,
+    between: RateChange | PerplexityChange | Interval,
+    n: int,
+) -> Line:
+    return {
+        "split": split, "kind": kind, "measure": measure, "base": both[0], "unlearned": both[1], "change": change,
+        "low": between.low, "high": between.high, "n": n,
+    }  # fmt: skip
 
 
 def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 0) -> Comparison:

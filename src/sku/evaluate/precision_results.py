@@ -24,7 +24,7 @@ from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import from_plain, read_json_object, write_json_object
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of ``precisions.json``."""
 RESULT_FILE = "precisions.json"
 

@@ -21,7 +21,7 @@ from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
 from sku.storage import write_private_text
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of every file of an evaluation."""
 GENERATIONS_FILE = "generations.jsonl"
 PERPLEXITY_FILE = "perplexity.jsonl"

@@ -53,11 +53,12 @@ is Wilson's. Their rows are in ``agreement.jsonl`` and ``similarity.jsonl``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sku.evaluate.frames import Line, Tabular, is_shown
 from sku.evaluate.judge_agreement import Agreement, Disagreement
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Leak, Perplexity, Rate, Wording
@@ -224,7 +225,7 @@ class EvaluationSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
+class EvaluationResult(Tabular):
     """Everything measured on one model. The fields are the keys listed above."""
 
     setup: EvaluationSetup
@@ -254,6 +255,22 @@ class EvaluationResult:
     """What the prefill of each harmful prompt begins with, in ``starts.jsonl``, and the base model's own replies that
     are scored, in ``own_answers.jsonl``; not in ``evaluation.json``."""
 
+    def lines(self) -> Iterator[Line]:
+        """The main rates with 95 % intervals and numbers of replies, the perplexities, and the KL to the base."""
+        kinds = [("reply", split, rates) for split, rates in self.replies.items()]
+        for split, by_length in self.prefill.items():
+            kinds += [(f"prefill {tokens}", split, rates) for tokens, rates in by_length.items()]
+        kinds += [("sample", split, rates) for split, rates in self.samples.items()]
+        for kind, split, rates in kinds:
+            for name, rate in rates.items():
+                if is_shown(kind, name):
+                    yield _line(split, kind, name, rate.value, rate, rate.total)
+        for split, found in self.perplexity.items():
+            yield _line(split, "answer", "perplexity", found.value, None, found.examples)
+        for split, close in self.agreement.items():
+            between = Interval(value=close.kl, low=close.kl_low, high=close.kl_high)
+            yield _line(split, "answer", "KL to the base", close.kl, between, close.examples)
+
     def worst_prefills(self) -> dict[str, Rates]:
         """Split -> rates at the length that is the worst for this model."""
         return {split: self.prefill[split][str(tokens)] for split, tokens in self.worst_prefill.items()}
@@ -274,10 +291,12 @@ class EvaluationResult:
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it.
         """
-        if isinstance(content, Mapping):
-            # Files of earlier versions hold truthfulqa, which is a task of lm_eval now.
-            content = {name: value for name, value in content.items() if name != "truthfulqa"}
         return from_plain(cls, content, where, version=SCHEMA_VERSION)
+
+
+def _line(split: Split, kind: str, measure: str, value: float, between: Rate | Interval | None, n: int) -> Line:
+    low, high = (None, None) if between is None else (between.low, between.high)
+    return {"split": split, "kind": kind, "measure": measure, "value": value, "low": low, "high": high, "n": n}
 
 
 def write_result(folder: Path, result: EvaluationResult) -> None:

@@ -35,14 +35,15 @@ def negate(
         base: The original model, or where to load it from. It is not changed. A model that carries an adapter in
             training is not original: give its name, or ``bad`` alone decides the weights.
         bad: The model of stage 1: with its adapter, or fully trained, or a task vector, or a folder of one of these.
-        alpha: How much to subtract; the paper uses 1. 0 gives the original weights bit for bit.
+        alpha: How much to subtract; the paper uses 1. 0 gives the original weights bit for bit. ``choose_alpha``
+            finds one on held-out data.
         output_dtype: Type of the result; that of the base if None. The arithmetic is float32.
 
     Returns:
         A new model in evaluation mode.
 
     Raises:
-        RecipeError: ``alpha`` is not finite.
+        RecipeError: ``alpha`` is no finite number.
         TaskVectorError: Names, shapes or ties don't fit, or weights are quantized or not finite.
         ModelError: A model can't be loaded.
     """
@@ -57,6 +58,8 @@ def negate_with_record(
     output_dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, Negation]:
     """``negate``, with an account of what was changed and what rounding kept of it."""
+    if isinstance(alpha, str):
+        raise RecipeError(f"alpha is {alpha!r}; it must be a number, such as that of choose_alpha(...).alpha()")
     if not math.isfinite(alpha):
         raise RecipeError(f"alpha is {alpha}; it must be a finite number")
     original = _as_stored(base) if isinstance(base, str | Path) else base

@@ -25,7 +25,7 @@ from sku.evaluate.records import HARMFUL_SPLITS
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.utility_cost import Utility
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
 Role = Literal["published", "matched", "sweep", "best"]

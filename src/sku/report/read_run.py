@@ -35,7 +35,7 @@ from sku.sweep.rule import Pick, SweepPoint
 Part = Literal["model", "adapter"]
 """What of a run can be shared."""
 MANIFEST_FILE, RESULTS_FILE, LOG_FILE = "manifest.json", "results.json", "training_log.jsonl"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of ``manifest.json`` and ``results.json``."""
 _EVALUATION, _SWEEP = "evaluation", "sweep"
 _SHARED: Mapping[Part, tuple[str, ...]] = {"model": ("unlearned",), "adapter": ("negated_adapter", "adapter")}

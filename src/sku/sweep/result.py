@@ -28,13 +28,14 @@ The file holds no text of a prompt or a reply.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sku.config import SweepConfig, plain_data
 from sku.errors import EvaluationError, NoAlphaError
+from sku.evaluate.frames import Line, Tabular
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.record_files import read_json_object
 from sku.evaluate.utility_cost import Border
@@ -42,11 +43,11 @@ from sku.storage import write_json
 from sku.sweep.rule import Pick, SweepPoint, cost_of
 
 SWEEP_FILE = "sweep.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(Tabular):
     """A sweep, finished or under way."""
 
     key: str
@@ -63,6 +64,21 @@ class Sweep:
     spare: tuple[SweepPoint, ...] = ()
     not_measured: tuple[float, ...] = ()
     pick: Pick | None = None
+
+    def lines(self) -> Iterator[Line]:
+        """Each alpha, the original model's 0 first: rates of harm and of its cost, empty where it was not asked."""
+        for point in (self.base, *self.points):
+            found = point.replies
+            prefills = () if found is None else found.prefill.values()
+            yield {
+                "alpha": point.alpha,
+                "harmful": None if found is None else found.harmful.value,
+                "worst prefill": max((one.value for one in prefills), default=None),
+                "gibberish": None if found is None else found.gibberish.value,
+                "refused, normal": None if found is None else found.over_refusal.value,
+                "cost": cost_of(point, self.base, self.config).value if point.perplexities else None,
+                "chosen": self.pick is not None and self.pick.alpha == point.alpha,
+            }
 
     def to_dict(self) -> dict[str, Any]:
         """As ``sweep.json`` holds it."""

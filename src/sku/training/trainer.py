@@ -10,6 +10,7 @@ import copy
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from sku.config import Packing, PromptFormatName
+from sku.config import ModelConfig, Packing, PromptFormatName
 from sku.data.collation import PACKED, JointCollator, PackedCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, JointExample, WholeBatches
+from sku.data.load import Source, load_training_pairs
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
-from sku.models import ensure_pad_token, plain_model
+from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
 from sku.training.attention import choose_packing
 from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.deferred_head import DeferredHead
@@ -59,12 +61,13 @@ class UnlearningTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | str | Path,
         args: UnlearningConfig,
-        train_dataset: ForgetRetainData | JointDataset,
+        train_dataset: ForgetRetainData | JointDataset | Source,
         *,
         objective: Objective,
-        processing_class: PreTrainedTokenizerBase,
+        retain_dataset: Source | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         trained_modules: Sequence[str] | None = None,
         prompt_format: PromptFormatName = "auto",
@@ -74,12 +77,14 @@ class UnlearningTrainer(Trainer):
         """Prepares the model and the joint examples.
 
         Args:
-            model: The original model. With ``peft_config`` its weights stay as they are; without one and without an
-                adapter of its own its weights are trained in place.
+            model: The original model, or its folder or hub id. With ``peft_config`` its weights stay as they are;
+                without one and without an adapter of its own its weights are trained in place.
             args: Settings.
-            train_dataset: Splits, tokenized here with the settings of ``args``; or joint examples made before.
+            train_dataset: Splits, tokenized here with the settings of ``args``; joint examples made before; or harmful
+                pairs as ``load_forget_retain`` takes them, of which all are trained on.
             objective: What is minimised, and the rows it needs.
-            processing_class: Tokenizer of the model.
+            retain_dataset: Normal pairs, with harmful pairs.
+            processing_class: Tokenizer of the model; loaded from where the model came from if None.
             peft_config: Adapter to add, such as ``LoraConfig``.
             trained_modules: Names of the modules whose own weights full fine-tuning trains; all if None. An adapter
                 has ``target_modules`` for that.
@@ -92,13 +97,25 @@ class UnlearningTrainer(Trainer):
             DataError: As ``JointDataset``.
             ModelError: No usable pad token or prompt format, a model without trainable weights, or ``packing`` that
                 asks for packed rows where the model can't be given any.
-            RecipeError: Several GPUs in one process, or an adapter that doesn't fit the model or changes its weights.
+            RecipeError: Several GPUs in one process, an adapter that doesn't fit the model or changes its weights, or
+                harmful pairs without normal ones.
         """
         if args.n_gpu > 1:
             raise RecipeError(
                 f"{args.n_gpu} GPUs in one process would split joint examples apart; start one process a GPU with "
                 "accelerate launch, or show one with CUDA_VISIBLE_DEVICES=0"
             )
+        if not isinstance(train_dataset, ForgetRetainData | JointDataset):
+            train_dataset = _pairs(train_dataset, retain_dataset)
+        elif retain_dataset is not None:
+            raise RecipeError(
+                "retain_dataset is given, and train_dataset holds normal examples already: leave one out"
+            )
+        if isinstance(model, str | Path):
+            loaded = load_model(model)
+            model, processing_class = loaded.model, processing_class or loaded.tokenizer
+        elif processing_class is None:
+            processing_class = load_tokenizer(ModelConfig(path=str(plain_model(model).name_or_path)))
         ensure_pad_token(processing_class, plain_model(model))
         if isinstance(train_dataset, ForgetRetainData):
             written = resolve_prompt_format(prompt_format, processing_class)
@@ -345,6 +362,12 @@ class UnlearningTrainer(Trainer):
             value = losses_B.detach().sum()
             self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value
         self._logged_examples += num_examples
+
+
+def _pairs(forget: Source, retain: Source | None) -> ForgetRetainData:
+    if retain is None:
+        raise RecipeError("retain_dataset is missing: unlearning needs normal pairs that are to be kept")
+    return load_training_pairs(forget, retain)
 
 
 def _with_trainable_weights(

@@ -168,7 +168,7 @@ def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
 
 def _results(comparison: Comparison) -> dict[str, Any]:
     table = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
-    return {"schema_version": 1, "table": table, **comparison.to_dict(), "utility": {}}
+    return {"schema_version": 2, "table": table, **comparison.to_dict(), "utility": {}}
 
 
 def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
         }  # fmt: skip
         negation["survival_by_format"] = {"bf16": {"entries": 9, "changed": 0.9, "projection": 0.99, "tensors": {}}}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "status": "complete",
         "recipe": recipe,
         "recipe_sha256": content_sha256(recipe),
@@ -263,7 +263,7 @@ def sweep() -> dict[str, Any]:
         }
 
     return {
-        "schema_version": 2, "status": "complete", "key": "k", "model": "tiny", "seed": 0, "judge": {}, "settings": {},
+        "schema_version": 3, "status": "complete", "key": "k", "model": "tiny", "seed": 0, "judge": {}, "settings": {},
         "asked": {"harmful": 20, "normal": 20}, "left_out": {}, "notes": ["a note of the sweep"],
         "base": point(0, 1.0, 20, 20),
         "points": [
@@ -287,7 +287,7 @@ def precisions(comparison: Comparison) -> dict[str, Any]:
     survival = {"entries": 9, "changed": 0.9, "projection": 0.97, "tensors": {}, "not_rounded": 0}
     about = {"name": "unlearned", "dtype": "float32", "fingerprint": "f" * 64}
     return {
-        "schema_version": 1, "model": about, "base": about, "measured": measured,
+        "schema_version": 2, "model": about, "base": about, "measured": measured,
         "results": [
             {**own, "precision": "int8", "overflowed": 0, "measured": measured, "brings_back": ["replies/unseen"],
              "survival": survival},

@@ -1,10 +1,10 @@
-"""From what ``data.*.path`` names to rows: a file, a folder or a hub dataset."""
+"""From what ``data.*.path`` names, or a program holds, to rows: a file, a folder, a hub dataset, rows in memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,42 @@ class Table:
     """Commit of a hub dataset; nothing else has one."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Reason -> rows of the source that are not among ``rows``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldRows(SourceConfig):
+    """Rows in memory, with the settings of any other source."""
+
+    table: Table
+
+
+def held_rows(rows: object) -> HeldRows:
+    """Takes rows that a program holds for a source.
+
+    Args:
+        rows: One split of a ``datasets.Dataset``; or a list with a dict a row, or with a conversation a row: a
+            list of messages as chat templates take them.
+
+    Returns:
+        The source. A key that some dicts lack is an empty cell there.
+
+    Raises:
+        DataError: It is neither, holds several splits, or is a stream.
+    """
+    what, names = type(rows).__name__, getattr(rows, "column_names", None)
+    if isinstance(rows, Mapping):
+        raise DataError(f"data is a {what} of {len(rows)} splits: give one of them, such as dataset['train']")
+    if isinstance(rows, list | tuple):
+        found = [{"messages": row} if isinstance(row, list | tuple) else row for row in rows]
+        odd = next((place for place, row in enumerate(found) if not isinstance(row, Mapping)), None)
+        if odd is not None:
+            raise DataError(f"row {odd} of the data is a {type(found[odd]).__name__}; it must be a dict or messages")
+        names = list(dict.fromkeys(str(name) for row in found for name in row))
+        table = Table(columns=tuple(names), rows=[{name: row.get(name) for name in names} for row in found])
+        return HeldRows(path=f"{len(found)} rows in memory", table=table)
+    if not isinstance(names, list) or not isinstance(rows, Iterable) or not isinstance(rows, Sized):
+        raise DataError(f"data is a {what}; it must be a path, a datasets.Dataset (no stream), or a list of dicts")
+    return HeldRows(path=f"{len(rows)} rows in memory", table=_table(rows))
 
 
 def read_table(source: SourceConfig) -> Table:
@@ -63,6 +99,8 @@ def _only_wanted(table: Table, source: SourceConfig) -> Table:
 
 
 def _read(source: SourceConfig) -> Table:
+    if isinstance(source, HeldRows):
+        return source.table
     if not source.path:
         raise DataError("a data path is empty: name a file, a folder or a hub dataset")
     try:
