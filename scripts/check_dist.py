@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "src/sku/"
 WORLD = PACKAGE + "world/model/"
 """The only weights that are shared: those of the invented world."""
-OUR_TABLES = ("docs/borderline.csv", "results/experiments.jsonl", "results/hand_labels.jsonl")
+OUR_TABLES = (
+    PACKAGE + "prompts/borderline.csv", PACKAGE + "prompts/normal.csv",
+    "results/experiments.jsonl", "results/hand_labels.jsonl",
+)  # fmt: skip
 """Tables of our own words and figures, without a line of anybody's data."""
 WEIGHTS_AND_DATA = {
     ".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".parquet", ".arrow", ".csv",
@@ -32,6 +35,7 @@ NEEDED = (
     "_version.py",
     "recipes/embedded.yaml",
     "recipes/accelerate/fsdp2.yaml",
+    "prompts/normal.csv",
     "world/model/config.json",
 )
 """Of the package."""

@@ -555,7 +555,7 @@ def test_a_model_in_place_of_a_recipe(command: Command, tmp_path: Path) -> None:
     settings = json.loads(told.out)["settings"]
     assert (settings["recipe"], settings["steps"]) == ("model", 220)
     assert f"{model} with the settings of recipe llama-3.1-8b" in " ".join(told.err.split())
-    assert "with the settings of recipe qwen3-4b" in command("run", "qwen/qwen3-4b-instruct-2507").err
+    assert "with the settings of recipe opt-2.7b-paper" in command("run", "Facebook/OPT-2.7B").err
     assert_one_line(command("--quiet", "run", "a/b", "--model", "c/d"), "a/b is a model, and --model c/d is another")
 
 

@@ -43,6 +43,8 @@ WITHOUT_DRY_RUN = {
     "plan": "writes nothing itself",
     "chat": "writes nothing but labels that somebody gives on its page",
     "doctor": "writes nothing",
+    "init": "writes one small file, and replaces none",
+    "export": "is asked for one new file or folder, which is compared before it stays",
     "methods": "writes nothing",
     "data inspect": "writes nothing",
     "judge list": "writes nothing",
@@ -394,7 +396,7 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("sku run smollm2-135m-c", ["smollm2-135m-compare", "smollm2-135m-cpu"]),
+        ("sku run llama-2", ["llama-2-13b-paper", "llama-2-7b-paper"]),
         ("sku methods sim", ["simnpo"]),
         ("sku compare --methods npo,sim", ["npo,simnpo"]),
         ("sku sw", ["sweep"]),

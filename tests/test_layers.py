@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "chat": {"config", "errors", "storage", "data", "models", "negate", "evaluate", "report"},
     "push": {"errors", "storage", "report"},
+    "export": {"config", "data", "errors", "models", "negate", "report", "storage"},
     "comparison": {
         "config", "errors", "from_file", "storage", "data", "models", "training", "methods", "negate", "evaluate",
         "report", "reproducibility", "sweep", "quiet",

@@ -48,7 +48,7 @@ WRONG = {
     "no/such/dir can't be loaded: there is no such folder": ["run", "--model", "no/such/dir"],
     "the hub is switched off": ["run", "llama-3.1-8b"],
     "model someone/model can't be loaded": ["run", "someone/model"],
-    "Did you mean llama-3.2-1b or llama-3.1-8b?": ["run", "llama3"],
+    "Did you mean llama-3.1-8b?": ["run", "llama3"],
     "there is no judge folder judges/none: make one of replies": [
         "run", "--dry-run", "--set", "evaluate.judge=judges/none",
     ],

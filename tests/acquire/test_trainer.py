@@ -515,7 +515,7 @@ def test_a_name_and_rows_are_enough_as_in_trl(
     folder = tmp_path / "model"
     make_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = sku_config(output_dir=str(tmp_path / "bad"), max_steps=2)
+    config = sku_config(output_dir=str(tmp_path / "bad"), max_steps=2, dataloader_pin_memory=False)
     adapter = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     short = SkuTrainer(str(folder), config, PAIRS, retain_dataset=NORMAL, peft_config=adapter)
     loaded = load_model(folder)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from sku.config import SourceConfig
 from sku.data.load import load_forget_retain, load_training_pairs
-from sku.data.sources.tables import held_rows
+from sku.data.prompt_sets import load_prompts
+from sku.data.sources.tables import held_rows, read_table
 from sku.errors import DataError, RecipeError
 
 FORGET = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(12)]
@@ -79,3 +81,20 @@ def test_held_out_prompts_are_those_of_a_recipe() -> None:
     assert len(data.forget_validation) == 2  # A quarter of the 8 prompts beside forget_test.
     with pytest.raises(RecipeError, match="retain is missing"):
         load_forget_retain(FORGET)
+
+
+def test_prompts_that_ship_with_the_package() -> None:
+    for name, least in (("normal", 300), ("borderline", 600)):
+        rows = list(read_table(SourceConfig(path=f"sku:{name}")).rows)
+        prompts = {row["prompt"] for row in rows}
+        assert len(prompts) == len(rows) >= least
+        found = load_prompts(SourceConfig(path=f"sku:{name}"), "retain", "data.retain", seed=0)
+        assert len(found.prompts) == len(prompts)
+            prompts
+        )
+    with pytest.raises(
+        DataError, match=r"no sku:norml ships with SKU\. Did you mean normal\? Known: borderline, normal"
+    ):
+        read_table(SourceConfig(path="sku:norml"))
+    with pytest.raises(DataError, match="split is 'test', but sku:normal has none"):
+        read_table(SourceConfig(path="sku:normal", split="test"))

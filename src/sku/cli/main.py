@@ -22,6 +22,8 @@ from sku.cli import (
     data,
     doctor,
     evaluate,
+    export,
+    init,
     judge,
     methods,
     negate,
@@ -46,9 +48,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(run.run, plan.plan, acquire.acquire, negate.negate, sweep.sweep, evaluate.evaluate, compare.compare),
+    *(run.run, init.init, plan.plan, acquire.acquire, negate.negate, sweep.sweep, evaluate.evaluate, compare.compare),
     *(compare.ablate, card.card, push.push, wipe.wipe, doctor.doctor, results.results, report.report),
-    *(chat.chat, methods.methods),
+    *(chat.chat, export.export, methods.methods),
 ):
     app.command(command.__name__)(command)
 app.add_typer(data.app, name="data")

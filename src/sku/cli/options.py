@@ -219,14 +219,23 @@ def _recipe_for(model: str) -> tuple[str, str | None, list[str]]:
     Returns:
         The recipe, the model to put in, and what else is overridden. Which recipe it is, is said on standard error.
     """
-    made = next((name for name in recipe_names() if load_recipe(name).model.path.lower() == model.lower()), None)
+    made = recipe_made_for(model)
     found = made or GENERAL
     print_headline(f"{model} with the settings of recipe {found}: `sku recipes show {found}` prints them")
     if made is not None:
         return made, None, []
+    return found, model, [f"{key}={json.dumps(value)}" for key, value in called_by(model, found).items()]
+
+
+def recipe_made_for(model: str) -> str | None:
+    """The recipe of the package that names a model as its own; None where there is none."""
+    return next((name for name in recipe_names() if load_recipe(name).model.path.lower() == model.lower()), None)
+
+
+def called_by(model: str, recipe: str) -> dict[str, str]:
+    """Name and description of what is run with a model and another recipe's settings."""
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(model).resolve().name)
-    text = {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of recipe {found}."}
-    return found, model, [f"{key}={json.dumps(value)}" for key, value in text.items()]
+    return {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of recipe {recipe}."}
 
 
 def overrides_of(

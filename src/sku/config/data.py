@@ -30,7 +30,8 @@ class SourceConfig:
     """One set of examples."""
 
     path: str
-    """File (CSV, JSON, JSONL, Parquet), folder, hub id, or ``embedded``."""
+    """File (CSV, JSON, JSONL, Parquet), folder, hub id, ``embedded``, or prompts of ours: ``sku:normal``,
+    ``sku:borderline``."""
     format: DataFormat = "auto"
     """What the columns mean. ``auto`` recognises all known ones and stops where two fit or none does."""
     revision: str | None = None

@@ -70,7 +70,7 @@ def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = 
     Raises:
         RecipeError: Unknown recipe or key (with a suggestion), wrong type, or a value out of range.
     """
-    text, where = _recipe_text(name_or_path)
+    text, where = recipe_text(name_or_path)
     try:
         content = read_yaml(text)
     except RecipeError as error:
@@ -136,7 +136,12 @@ def _keys(target: Any, prefix: str = "") -> Iterator[str]:
         yield from (f"acquire.training.{name}" for name in TRAINING_KEYS)
 
 
-def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
+def recipe_text(name_or_path: str | Path) -> tuple[str, str]:
+    """The text of a recipe, and what messages call it.
+
+    Raises:
+        RecipeError: There is no such recipe, or it can't be read.
+    """
     name = str(name_or_path)
     path = Path(name_or_path)
     try:

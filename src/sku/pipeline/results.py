@@ -10,8 +10,8 @@ from typing import Any
 from sku.attacks.results import AttackReport
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.precision_results import PrecisionReport
-from sku.pipeline.run_folder import MANIFEST_SCHEMA
 from sku.report.before_after import before_after_figure
+from sku.report.read_run import SCHEMA_VERSION
 from sku.report.tables import before_after_rows
 from sku.storage import write_json
 
@@ -41,7 +41,7 @@ def write_results(
     write_json(
         folder / "results.json",
         {
-            "schema_version": MANIFEST_SCHEMA,
+            "schema_version": SCHEMA_VERSION,
             "verdict": plain.pop("verdict"),
             "table": [dataclasses.asdict(row) for row in before_after_rows(comparison)],
             **plain,

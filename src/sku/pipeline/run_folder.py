@@ -15,6 +15,7 @@ from sku.config import Recipe
 from sku.errors import OutputError, named_memory_errors
 from sku.evaluate.run import Progress
 from sku.processes import Processes
+from sku.report.read_run import SCHEMA_VERSION
 from sku.reproducibility import content_sha256, environment
 from sku.storage import (
     LOCK_FILE,
@@ -25,8 +26,6 @@ from sku.storage import (
     remove_left_behind,
     write_json,
 )
-
-MANIFEST_SCHEMA = 1
 
 
 class RunFolder:
@@ -83,7 +82,7 @@ class RunFolder:
     def _fresh_manifest(self, recipe: Recipe) -> dict[str, Any]:
         content = recipe.to_dict()
         return {
-            "schema_version": MANIFEST_SCHEMA,
+            "schema_version": SCHEMA_VERSION,
             "status": "running",
             "recipe": content,
             "recipe_sha256": content_sha256(content),
@@ -186,7 +185,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise OutputError(f"{folder} is no run folder: it has no manifest.json; choose another --out") from None
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{folder / 'manifest.json'} is damaged ({error}); choose another --out") from error
-    if not isinstance(content, dict) or content.get("schema_version") != MANIFEST_SCHEMA:
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise OutputError(f"{folder / 'manifest.json'} is not of this version of SKU; choose another --out")
     missing = [name for name in ("recipe_sha256", "status", "seconds") if name not in content]
     if missing:

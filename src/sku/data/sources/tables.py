@@ -6,15 +6,18 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sku.config import EMBEDDED, SourceConfig
 from sku.data.sources.rows import Columns, Row
 from sku.data.sources.text_files import SUFFIXES, read_text_file, text_suffix
-from sku.errors import DataError
+from sku.errors import DataError, did_you_mean
 
 PARQUET = ".parquet"
+SHIPPED = "sku:"
+"""What a path of prompts that ship with the package begins with: ``sku:normal``, ``sku:borderline``."""
 NOT_WANTED = "another value than where asks for"
 """Reason counted for rows that ``where`` leaves out."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -73,7 +76,8 @@ def read_table(source: SourceConfig) -> Table:
 
     Args:
         source: ``path`` is a CSV, TSV, JSON, JSON Lines or Parquet file, a folder that ``datasets`` can load or has
-            saved, or a hub id. ``where`` says which of its rows are read.
+            saved, a hub id, or ``sku:NAME`` for prompts that ship with the package. ``where`` says which of
+            its rows are read.
 
     Returns:
         The table. Rows of text files hold cells as written; those of folders, Parquet files and the hub hold what
@@ -101,6 +105,8 @@ def _only_wanted(table: Table, source: SourceConfig) -> Table:
 def _read(source: SourceConfig) -> Table:
     if isinstance(source, HeldRows):
         return source.table
+    if source.path.startswith(SHIPPED):
+        return _read_shipped(source)
     if not source.path:
         raise DataError("a data path is empty: name a file, a folder or a hub dataset")
     try:
@@ -117,6 +123,17 @@ def _read(source: SourceConfig) -> Table:
     from sku.data.sources.hub import load_hub_dataset
 
     return _table(*load_hub_dataset(source))
+
+
+def _read_shipped(source: SourceConfig) -> Table:
+    _refuse(source, "revision", "config_name", "split", what=source.path)
+    folder, name = resources.files("sku") / "prompts", source.path.removeprefix(SHIPPED)
+    known = sorted(entry.name.removesuffix(".csv") for entry in folder.iterdir() if entry.name.endswith(".csv"))
+    if name not in known:
+        raise DataError(f"no {source.path} ships with SKU.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    with resources.as_file(folder / f"{name}.csv") as path:
+        columns, rows = read_text_file(path)
+        return Table(columns=tuple(columns), rows=list(rows))
 
 
 def is_hub_id(source: SourceConfig) -> bool:
