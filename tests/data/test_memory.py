@@ -90,11 +90,7 @@ def test_prompts_that_ship_with_the_package() -> None:
         assert len(prompts) == len(rows) >= least
         found = load_prompts(SourceConfig(path=f"sku:{name}"), "retain", "data.retain", seed=0)
         assert len(found.prompts) == len(prompts)
-            prompts
-        )
-    with pytest.raises(
-        DataError, match=r"no sku:norml ships with SKU\. Did you mean normal\? Known: borderline, normal"
-    ):
+    with pytest.raises(DataError, match=r"no sku:norml ships with SKU\. Did you mean normal\? Known: borderline"):
         read_table(SourceConfig(path="sku:norml"))
     with pytest.raises(DataError, match="split is 'test', but sku:normal has none"):
         read_table(SourceConfig(path="sku:normal", split="test"))
