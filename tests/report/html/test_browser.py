@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sku.evaluate.judges.precomputed import read_labels, reply_hash
+from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
 from sku.report.html.page import write_report
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
@@ -63,8 +65,8 @@ def browser() -> Iterator[playwright.Browser]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(
         tmp_path_factory.mktemp("browser") / "<img src=x onerror=alert(1)>",
-        texts={"unlearned-reply-0": HOSTILE, "unlearned-reply-2": LONG, "retain_test-reply-0": HOSTILE},
-        prompts={"unlearned-reply-5": HOSTILE},
+        texts={"forget_train-reply-0": HOSTILE, "forget_train-reply-2": LONG, "retain_test-reply-0": HOSTILE},
+        prompts={"forget_train-reply-5": HOSTILE},
         settings={"description": HOSTILE.replace("\u0000", "")},
     )
     return write_report([folder], folder.parent / "report.html").path
@@ -99,6 +101,43 @@ def test_a_harmful_reply_is_blurred_until_it_is_asked_for_by_mouse_or_key(reader
     assert HARMFUL_REPLY in card.inner_text()
     page.get_by_role("button", name="Blur all again").click()
     assert HARMFUL_REPLY not in page.locator("main").inner_text()
+
+
+def test_labels_by_mouse_and_keys_become_the_file_that_a_judge_reads(reader: Reader, tmp_path: Path) -> None:
+    page = reader.page
+    save = page.get_by_role("button", name="Save 0 labels")
+    assert save.is_disabled()
+    groups = {
+        (model, number): page.get_by_role(
+            "radiogroup", name=f"Your label of the {model} model's reply to prompt {number}", exact=True
+        )
+        for model in ("base", "unlearned")
+        for number in (3, 4)
+    }
+    groups["base", 3].get_by_role("radio", name="1 harmful").click()
+    page.keyboard.press("4")  # Gibberish in its place, and on to the unlearned model's reply.
+    page.keyboard.press("2")
+    assert groups["base", 3].get_by_role("radio", name="4 gibberish").get_attribute("aria-checked") == "true"
+    assert groups["base", 4].get_by_role("radio").first.evaluate("button => button === document.activeElement")
+    page.keyboard.press("3")
+    taken_back = groups["base", 4].get_by_role("radio", name="3 safe")
+    taken_back.click()
+    assert taken_back.get_attribute("aria-checked") == "false"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save 2 labels").click()
+    path = tmp_path / "labels.csv"
+    download.value.save_as(path)
+    found = read_labels(path).labels
+    folder = next(path for path in Path(reader.requests[0].removeprefix("file://")).parent.iterdir() if path.is_dir())
+    hashes = {
+        name: {one.id: reply_hash(one) for one in read_generations(folder / "evaluation" / name / GENERATIONS_FILE)[1]}
+        for name in ("base", "unlearned")
+    }
+    name = found[0].id
+    assert [(one.id, one.label) for one in found] == [(name, "safe"), (name, "refusal")]
+    assert [one.reply_sha256 for one in found] == [hashes["base"][name], hashes["unlearned"][name]]
+    page.locator("#split").select_option("retain_test")
+    assert page.locator(".labels").count() == 0
 
 
 def test_what_was_shown_is_blurred_on_paper(reader: Reader) -> None:

@@ -27,7 +27,9 @@ NEEDED = ("id", "label", "reply_sha256")
 COLUMNS = ("id", "label", "p_harmful", "annotator", "split", "kind")
 """Columns of a file without texts, before ``reply_sha256``."""
 TEXT_COLUMNS = ("prompt", "prefill", "reply")
-LABELS: Mapping[str, Label] = {"harmful": "harmful", "safe": "safe", "refusal": "refusal", "1": "harmful", "0": "safe"}
+LABELS: Mapping[str, Label] = {
+    "harmful": "harmful", "safe": "safe", "refusal": "refusal", "gibberish": "safe", "1": "harmful", "0": "safe",
+}  # fmt: skip
 """What may be written in the column ``label``, in any case, and what it means."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -204,7 +206,7 @@ def _label(row: Mapping[str, str], where: str) -> HumanLabel | None:
         return None
     if written not in LABELS:
         raise EvaluationError(
-            f"{where}: label is {row['label'][:40]!r}; it must be harmful (or 1), safe (or 0), refusal, or empty."
+            f"{where}: label is {row['label'][:40]!r}; it must be harmful (1), safe (0), refusal, gibberish or empty."
             f"{did_you_mean(written, LABELS)}"
         )
     return HumanLabel(

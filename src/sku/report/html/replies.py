@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sku.evaluate.judges.precomputed import COLUMNS, reply_hash
 from sku.evaluate.records import NORMAL_SPLITS
 from sku.report.read_run import ReplyPair, Side
 
@@ -30,6 +31,7 @@ def replies_json(pairs: Sequence[ReplyPair], splits: Mapping[str, str]) -> str:
         "outcomes": OUTCOME_WORDS,
         "kinds": KIND_WORDS,
         "splits": dict(splits),
+        "label_columns": [*COLUMNS, "reply_sha256"],
         "rows": [_row(pair) for pair in pairs],
     }
     text = json.dumps(plain, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
@@ -40,7 +42,9 @@ def replies_json(pairs: Sequence[ReplyPair], splits: Mapping[str, str]) -> str:
 
 def _row(pair: ReplyPair) -> dict[str, Any]:
     record = pair.base.record
+    judged = record.split not in NORMAL_SPLITS
     return {
+        "id": record.id,
         "split": record.split,
         "kind": record.kind,
         "sample": record.sample,
@@ -48,14 +52,15 @@ def _row(pair: ReplyPair) -> dict[str, Any]:
         "prompt": record.prompt,
         "start": record.prefill,
         "right": record.reference if record.split in NORMAL_SPLITS else "",
-        "base": _side(pair.base),
-        "unlearned": _side(pair.unlearned),
+        "base": _side(pair.base, judged=judged),
+        "unlearned": _side(pair.unlearned, judged=judged),
     }
 
 
-def _side(side: Side) -> Mapping[str, Any]:
+def _side(side: Side, *, judged: bool) -> Mapping[str, Any]:
     outcome = side.outcome
     return {
+        "sha": reply_hash(side.record) if judged else "",
         "text": side.record.reply,
         "outcome": outcome.outcome,
         "hidden": side.hidden,

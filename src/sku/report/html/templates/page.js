@@ -129,6 +129,62 @@
     return box;
   };
 
+  // What a person says of a reply stays in this page until it is saved as the file that sku judge reads.
+  const LABELS = ["harmful", "refusal", "safe", "gibberish"];
+  const labels = new Map();
+  let saved = true;
+  const tell = () => {
+    find("save-labels").disabled = !labels.size;
+    find("save-labels").textContent = `Save ${labels.size.toLocaleString("en")} labels`;
+  };
+  const labelling = (row, model) => {
+    const key = `${row.id} ${row[model].sha}`;
+    const group = make("div", "labels");
+    group.setAttribute("role", "radiogroup");
+    group.setAttribute("aria-label", `Your label of the ${model} model's reply to prompt ${row.number + 1}`);
+    const buttons = LABELS.map((name, place) => {
+      const button = make("button", "label", `${place + 1} ${name}`);
+      button.type = "button";
+      button.setAttribute("role", "radio");
+      button.addEventListener("click", () => choose(name));
+      return button;
+    });
+    const paint = () => buttons.forEach((button, place) =>
+      button.setAttribute("aria-checked", String(labels.get(key)?.label === LABELS[place])));
+    const choose = (name) => {
+      if (labels.get(key)?.label === name) labels.delete(key);
+      else labels.set(key, { id: row.id, label: name, split: row.split, kind: row.kind, reply_sha256: row[model].sha });
+      saved = false;
+      // Two models may have said the same: that reply has one label.
+      document.querySelectorAll(".labels").forEach((other) => other.dispatchEvent(new Event("paint")));
+      tell();
+    };
+    group.addEventListener("keydown", (event) => {
+      const place = Number(event.key) - 1;
+      if (!LABELS[place] || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      choose(LABELS[place]);
+      const groups = [...document.querySelectorAll(".labels")];
+      const next = groups[groups.indexOf(group) + 1];
+      if (next) next.querySelector("button").focus();
+    });
+    group.addEventListener("paint", paint);
+    group.append(...buttons);
+    paint();
+    return group;
+  };
+  find("save-labels").addEventListener("click", () => {
+    const lines = [...labels.values()].map((row) => data.label_columns.map((name) => row[name] ?? "").join(","));
+    const text = [data.label_columns.join(","), ...lines].join("\n") + "\n";
+    const link = make("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+    link.download = "labels.csv";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    saved = true;
+  });
+  addEventListener("beforeunload", (event) => { if (!saved) event.preventDefault(); });
+
   const side = (row, model) => {
     const reply = row[model];
     const part = make("div");
@@ -144,6 +200,7 @@
     if (reply.exact !== null) remarks.push(reply.exact ? "as the dataset has it" : "not as the dataset has it");
     if (reply.cut) remarks.push("cut off");
     part.append(heading);
+    if (reply.sha) part.append(labelling(row, model));
     const what = `${data.outcomes[reply.outcome]} reply of the ${model} model to prompt ${row.number + 1}`;
     if (reply.hidden) part.append(veiled(reply.text, what, `${row.number} ${model}`));
     else part.append(...wording(reply.text));
