@@ -112,7 +112,7 @@ def classified_pythons() -> list[str]:
 
 def test_pythons_that_are_promised_are_those_that_ci_tests() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    (tested,) = re.findall(r"^tested=([\d. ]+?)\s", script, flags=re.MULTILINE)
+    (tested,) = re.findall(r'^tested="([\d. ]+)"', script, flags=re.MULTILINE)
     assert classified_pythons() == tested.split()
     assert METADATA["requires-python"] == f">={classified_pythons()[0]}"
     assert PROJECT["tool"]["mypy"]["python_version"] == classified_pythons()[0]

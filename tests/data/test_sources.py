@@ -25,7 +25,7 @@ from sku.errors import DataError
 Rows = Sequence[Mapping[str, Any]]
 
 
-PKU, BEAVERTAILS, TRUTHFULQA, COMPLETION, MESSAGES, PREFERENCE = FORMATS
+PKU, BEAVERTAILS, TRUTHFULQA, COMPLETION, MESSAGES, PREFERENCE = FORMATS[:6]
 
 
 def forget(rows: Rows, parser: RowParser) -> ParsedRows[ForgetExample]:

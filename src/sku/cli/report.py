@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ from sku.cli.console import print_json
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
 from sku.cli.tables import print_verdict
+from sku.errors import RecipeError
 
 
 def report(
@@ -32,9 +35,15 @@ def report(
             "--replies/--no-replies", help="With the replies of both models, the harmful ones blurred, or without any."
         ),
     ] = True,
+    live: Annotated[
+        bool, typer.Option("--live", help="Follow one run in progress: RUN/live.html, which reloads itself.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network, to read, search and print."""
+    if live:
+        _follow(runs, as_json=as_json)
+        return
     from sku.report.html.page import write_report  # Imports matplotlib and scipy.
 
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -54,3 +63,24 @@ def report(
         console.print(f"plots     {plots}: {len(written.plots)} files", soft_wrap=True)
     if private:
         console.print("private   it holds harmful replies; --no-replies leaves them out", soft_wrap=True)
+
+
+def _follow(runs: list[Path], *, as_json: bool) -> None:
+    """Writes the page anew until the run is finished, or once for ``--json``."""
+    from sku.report.live import LIVE_FILE, RELOAD, read_live, write_live
+
+    if len(runs) > 1:
+        raise RecipeError("--live follows one run: name one folder")
+    folder = runs[0]
+    if as_json:
+        print_json(dataclasses.asdict(read_live(folder)))
+        return
+    console.print(f"live      {folder / LIVE_FILE}", soft_wrap=True)
+    try:
+        while not write_live(folder).finished:
+            time.sleep(RELOAD)
+        console.print(f"finished  sku report {folder} draws it", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("the run goes on", soft_wrap=True)
+    finally:
+        (folder / LIVE_FILE).unlink(missing_ok=True)

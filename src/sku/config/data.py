@@ -21,6 +21,7 @@ DataFormat = Literal[
     "prompt_completion",
     "messages",
     "preference",
+    "passages",
     "columns",
 ]
 

@@ -7,14 +7,14 @@ from typing import TypeVar
 
 from sku.config import EMBEDDED, SourceConfig
 from sku.data.examples import ForgetExample, Provenance, RetainExample, content_hash, count_safe_answers
-from sku.data.sources import beavertails, columns, embedded, pku_saferlhf, trl, truthfulqa, xstest
+from sku.data.sources import beavertails, columns, embedded, passages, pku_saferlhf, trl, truthfulqa, xstest
 from sku.data.sources.rows import SAFE, UNMARKED, Cells, Columns, Kind, LeftOut, Pair, RowParser, parse_rows
 from sku.data.sources.tables import read_table
 from sku.errors import DataError
 
 E = TypeVar("E", ForgetExample, RetainExample)
 
-FORMATS = (pku_saferlhf.FORMAT, beavertails.FORMAT, truthfulqa.FORMAT, *trl.FORMATS)
+FORMATS = (pku_saferlhf.FORMAT, beavertails.FORMAT, truthfulqa.FORMAT, *trl.FORMATS, passages.FORMAT)
 """All formats with columns of their own; ``columns`` takes the rest."""
 HUB_LICENCES = {
     "pku-alignment/pku-saferlhf": pku_saferlhf.LICENCE,

@@ -93,6 +93,8 @@ class Pair:
     group: str | None = None
     safe_answer: object = None
     """A good answer to the same prompt, of the same row."""
+    finished: bool = True
+    """Whether the answer came to its end, as far as the format knows; a cell of the row may say no as well."""
     marked_safe: bool = False
     """There is ``safe_answer`` alone: no forget example, counted as left out, but of use to others of its prompt."""
 
@@ -127,10 +129,12 @@ class Format:
     """What its rows can be used for."""
     reads_marks: bool = True
     """Whether it has a column of its own for what is safe."""
+    named_only: bool = False
+    """Whether it is never recognised: a source must name it."""
 
     def recognises(self, columns: Columns) -> bool:
         """Whether a table with these columns has one of the forms."""
-        return any(
+        return not self.named_only and any(
             all(name in columns for name in form.columns) and (form.unless is None or form.unless not in columns)
             for form in self.forms
         )
@@ -221,7 +225,13 @@ def _example(found: Pair | LeftOut, finished: bool | None, example_type: type[E]
         return prompt
     if isinstance(answer, LeftOut):
         return answer
-    example = example_type(prompt=prompt, answer=answer, category=found.category, group=found.group, finished=finished)
+    example = example_type(
+        prompt=prompt,
+        answer=answer,
+        category=found.category,
+        group=found.group,
+        finished=finished and found.finished,
+    )
     safe_answer = _text("safe answer", found.safe_answer)
     if isinstance(example, ForgetExample) and isinstance(safe_answer, str):
         return replace(example, safe_answer=safe_answer, safe_answer_finished=finished)
