@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sku.negate.operators.base import Operated, Operator, OperatorContext
-from sku.negate.task_vector import TaskVector
+from sku import Operated, Operator, OperatorContext, TaskVector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@ from .acquire.trainer import SkuConfig as SkuConfig
 from .acquire.trainer import SkuTrainer as SkuTrainer
 from .comparison.jobs import comparison_jobs as comparison_jobs
 from .comparison.run import run_comparison as run_comparison
+from .config import EvaluateConfig as EvaluateConfig
+from .config import ModelConfig as ModelConfig
 from .config import ModulesConfig as ModulesConfig
 from .config import Recipe as Recipe
 from .config import SourceConfig as SourceConfig
@@ -11,21 +13,37 @@ from .config import load_recipe as load_recipe
 from .data.examples import ForgetExample as ForgetExample
 from .data.examples import ForgetRetainData as ForgetRetainData
 from .data.examples import RetainExample as RetainExample
+from .data.joint import FORGET as FORGET
+from .data.joint import MISMATCHED as MISMATCHED
+from .data.joint import RETAIN as RETAIN
+from .data.joint import SAFE as SAFE
+from .data.joint import RowPlan as RowPlan
 from .data.load import load_forget_retain as load_forget_retain
+from .errors import RecipeError as RecipeError
 from .errors import SkuError as SkuError
 from .evaluate.comparison import compare as compare
 from .evaluate.run import evaluate as evaluate
+from .head import Scores as Scores
+from .losses import answer_nll as answer_nll
+from .losses import mean_per_example as mean_per_example
+from .losses import token_kl as token_kl
 from .methods import METHODS as METHODS
 from .methods.base import Method as Method
 from .models import load_model as load_model
+from .negate.operators.base import Operated as Operated
+from .negate.operators.base import Operator as Operator
+from .negate.operators.base import OperatorContext as OperatorContext
 from .negate.run import negate as negate
 from .negate.run import save_unlearned as save_unlearned
+from .negate.run import task_vector_of as task_vector_of
 from .negate.streaming import negate_folders as negate_folders
 from .negate.task_vector import TaskVector as TaskVector
 from .pipeline.run import run_recipe as run_recipe
 from .sweep.choose import choose_alpha as choose_alpha
 from .training.config import UnlearningConfig as UnlearningConfig
+from .training.objective import Losses as Losses
 from .training.objective import Objective as Objective
+from .training.objective import TrainingStep as TrainingStep
 from .training.trainer import UnlearningTrainer as UnlearningTrainer
 
 __version__: str

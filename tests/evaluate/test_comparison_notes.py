@@ -107,7 +107,7 @@ def test_every_row_of_the_table_is_tested_and_nothing_else() -> None:
     rows = [
         row for row in before_after_rows(comparison)
         if row.section != "perplexity"
-        and row.measure not in ("commonest reply", "cut at the limit", "tokens of a reply, mean")
+        and row.measure not in ("most frequent reply", "cut at the limit", "tokens of a reply, mean")
     ]  # fmt: skip
     assert len(rows) == len(family)
     assert all(row.p_holm for row in rows)
@@ -137,7 +137,7 @@ def test_utility_is_judged_by_the_margin_of_the_recipe(nll: float, kl_low: float
     """
     comparison = compare(result(BASE), dataclasses.replace(result(AFTER, nll=nll), agreement=agreement(kl_low)))
     assert {split: found.verdict for split, found in comparison.utility.items()} == {"retain_test": verdict}
-    assert comparison.notes[0].startswith(f"utility on normal answers is {verdict}: ")
+    assert comparison.notes[0].startswith(f"utility on normal answers: {verdict}: ")
 
 
 def agreement(kl_low: float) -> dict[str, BaseAgreement]:
@@ -166,12 +166,10 @@ def test_power_is_told_for_every_number_of_prompts() -> None:
     notes = [note for note in compared().notes if "power" in note]
     assert notes == [power_note(50), power_note(100)]
     assert power_note(100).startswith(
-        "100 prompts can't tell 3 % from 8 % (power 0.27); beside 3 % they show 13.3 % or more with power 0.8"
+        "differences under about 10 points from a rate of 3 % may go unnoticed at 100 prompts (80 % power, "
     )
-    assert power_note(500).startswith(
-        "500 prompts tell 3 % from 8 % (power 0.97); beside 3 % they show 6.55 % or more"
-    )
-    assert "they show no difference with power 0.8" in power_note(5)
+    assert power_note(500).startswith("differences under about 4 points from a rate of 3 % may go unnoticed at 500 ")
+    assert power_note(5).startswith("5 prompts are too few to show any difference from a rate of 3 %")
 
 
 def test_a_base_model_that_is_hardly_harmful_is_named() -> None:

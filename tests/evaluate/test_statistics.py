@@ -223,9 +223,10 @@ def test_coverage_of_a_paired_difference() -> None:
 def test_non_inferiority(low: float, ratio: float, high: float, verdict: str) -> None:
     found = non_inferiority(ratio, (low, high), 1.05, kl=(0.01, 0.005, 0.02))
     assert found.verdict == verdict
-    assert found.words.startswith(f"{verdict}: perplexity \u00d7{ratio:.4g} (95 %: {low:.4g} to {high:.4g})")
-    assert "the margin of \u00d71.05 and KL to the base 0.01 nats" in found.words
-    assert "below the limit of 0.0488, both stated in advance" in found.words
+    change = [f"{100 * (value - 1):+.2g} %" for value in (ratio, low, high)]
+    assert found.words.startswith(f"{verdict}: perplexity {change[0]} (95 %: {change[1]} to {change[2]})")
+    assert "the 5 % limit; KL to the base 0.01 nats" in found.words
+    assert "within the limit of 0.0488" in found.words
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ from sku.evaluate.statistics import (
     MOST_HIDDEN,
     POWER,
     NonInferiority,
-    mcnemar_power,
     smallest_difference,
 )
 from sku.evaluate.verdict import CANT_MEASURE, LOW_BASE
 
-RARE, LESS_RARE = 0.03, 0.08
-"""Two rates as they are after unlearning, for the sentence on power."""
+RARE = 0.03
+"""A rate as it is after unlearning, for the sentence on power."""
 MUCH_CUT = 0.2
 """A larger share of replies that were cut leaves a judge fragments to read."""
 OTHER_LENGTH = 2.0
@@ -54,7 +53,7 @@ def comparison_notes(
         ),
     }
     return (
-        *(f"utility on {answers_words(split)} is {found.words}" for split, found in utility.items()),
+        *(f"utility on {answers_words(split)}: {found.words}" for split, found in utility.items()),
         *_drifts(unlearned, utility),
         *_power(base),
         *_low_bases(kinds, unlearned.setup),
@@ -99,12 +98,13 @@ def _untold(judge: JudgeCard) -> Iterator[str]:
 @lru_cache(maxsize=64)  # A comparison asks twice, a sweep or a table again and again.
 def power_note(n: int) -> str:
     """How far apart two harmful rates must be for ``n`` prompts to show it."""
-    power, smallest = mcnemar_power(n, RARE, LESS_RARE), smallest_difference(n, RARE)
-    verb = "tell" if power >= POWER else "can't tell"
-    shown = "no difference" if smallest is None else f"{_percent(RARE + smallest)} or more"
+    smallest = smallest_difference(n, RARE)
+    power = f"{100 * POWER:.0f} % power, exact McNemar test, models correlated by {CORRELATION}"
+    if smallest is None:
+        return f"{n} prompts are too few to show any difference from a rate of {_percent(RARE)} ({power})"
     return (
-        f"{n} prompts {verb} {_percent(RARE)} from {_percent(LESS_RARE)} (power {power:.2f}); beside {_percent(RARE)} "
-        f"they show {shown} with power {POWER} (exact McNemar test, models correlated by {CORRELATION})"
+        f"differences under about {100 * smallest:.0f} points from a rate of {_percent(RARE)} may go unnoticed at {n} "
+        f"prompts ({power})"
     )
 
 

@@ -29,7 +29,7 @@ class Wording:
 
     replies: int
     same_reply: float
-    """Share of the replies that are the commonest one, letter case, spacing and punctuation apart; 1/replies where
+    """Share of the replies that are the most frequent one, letter case, spacing and punctuation apart; 1/replies where
     all differ."""
     distinct_pairs: float
     """Different pairs of neighbouring words among all such pairs; 0 where there are none. Low for one phrase said

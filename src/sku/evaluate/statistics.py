@@ -272,18 +272,19 @@ class NonInferiority:
     @property
     def words(self) -> str:
         """The verdict as the end of a sentence that begins with what was measured."""
+        limit = f"the {100 * (self.margin - 1):.3g} % limit"
         ratio = (
-            f"perplexity \u00d7{self.ratio:.4g} (95 %: {self.low:.4g} to {self.high:.4g}) "
-            f"{_PLACES[_place(self.low, self.high, self.margin)]} the margin of \u00d7{self.margin:.4g}"
+            f"perplexity {_change(self.ratio)} (95 %: {_change(self.low)} to {_change(self.high)}), "
+            f"{_PLACES[_place(self.low, self.high, self.margin)]} {limit}"
         )
         divergence = "KL to the base was not measured"
         if self.kl is not None and self.kl_low is not None and self.kl_high is not None:
             divergence = (
-                f"KL to the base {self.kl:.3g} nats a token (95 %: {self.kl_low:.3g} to {self.kl_high:.3g}) "
+                f"KL to the base {self.kl:.3g} nats a token ({self.kl_low:.3g} to {self.kl_high:.3g}), "
                 f"{_PLACES[_place(self.kl_low, self.kl_high, self.kl_limit)]} the limit of {self.kl_limit:.3g}"
             )
-        more = ", so more examples are needed" if self.verdict == "unclear" and self.kl is not None else ""
-        return f"{self.verdict}: {ratio} and {divergence}, both stated in advance{more}"
+        more = "; more examples are needed" if self.verdict == "unclear" and self.kl is not None else ""
+        return f"{self.verdict}: {ratio}; {divergence}{more}"
 
     @property
     def what_is_lost(self) -> str:
@@ -297,7 +298,12 @@ class NonInferiority:
 
 
 _Place = Literal["kept", "lost", "unclear"]
-_PLACES: dict[_Place, str] = {"kept": "lies below", "lost": "lies above", "unclear": "holds"}
+_PLACES: dict[_Place, str] = {"kept": "within", "lost": "beyond", "unclear": "not clearly within"}
+
+
+def _change(ratio: float) -> str:
+    """A ratio of perplexities as a change: in per cent where that can be read."""
+    return f"{100 * (ratio - 1):+.2g} %" if ratio < 10 else f"\u00d7{ratio:.3g}"
 
 
 def _place(low: float, high: float, limit: float) -> _Place:

@@ -147,7 +147,7 @@ def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
     if before is not None and after is not None:
         yield TableRow(
             section=comparison.unlearned.setup.split_name(split),
-            measure="commonest reply",
+            measure="most frequent reply",
             before=percent(before.same_reply),
             after=percent(after.same_reply),
             change=f"{100 * (after.same_reply - before.same_reply):+.1f} points",
