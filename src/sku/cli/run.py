@@ -116,12 +116,13 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
 
 
 def _next_commands(folder: Path) -> list[list[str | Path]]:
-    """The report, a talk, labels by people, and what can be done with a bad model that was kept."""
+    """The report, a talk, labels by people, other engines, and what can be done with a bad model that was kept."""
     labels = folder.with_name(f"{folder.name}-labels.csv")
     commands: list[list[str | Path]] = [
         ["report", folder],
         ["chat", folder, "--web"],
         ["judge", "export", folder, "--out", labels],
+        ["export", folder, "--to", "gguf"],
     ]
     if (folder / "bad").exists():
         commands += [["sweep", folder], ["wipe", folder]]

@@ -80,8 +80,42 @@ def negate_folders(
         OutputError: ``out`` exists or can't be written, or what is to be resumed had other inputs.
     """
     base, bad, out = Path(base), Path(bad), Path(out)
+    plan = check_negation(base, bad, out, alpha, output_dtype, rounding, 1 if threads is None else threads)
+    return negate_planned(
+        plan,
+        base,
+        bad,
+        out,
+        alpha,
+        output_dtype=output_dtype,
+        rounding=rounding,
+        seed=seed,
+        threads=threads,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def negate_planned(
+    plan: Plan,
+    base: Path,
+    bad: Path,
+    out: Path,
+    alpha: float,
+    *,
+    output_dtype: torch.dtype | None,
+    rounding: Rounding,
+    seed: int,
+    threads: int | None,
+    resume: bool,
+    progress: Progress | None,
+) -> NegatedFolder:
+    """``negate_folders`` by the plan that ``check_negation`` made of the same arguments: no header is read again.
+
+    Raises:
+        SkuError: As ``negate_folders``; an input that has changed since the plan was made is refused.
+    """
     threads = min(MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
-    plan = check_negation(base, bad, out, alpha, output_dtype, rounding, threads)
     inputs = identities(base, bad, plan) | {
         "alpha": alpha, "dtype": str(output_dtype), "rounding": rounding, "seed": seed,
         "block": arithmetic.BLOCK_ELEMENTS,

@@ -13,7 +13,7 @@ from sku.negate import stream_plan
 from sku.negate.arithmetic import Negation
 from sku.negate.files import model_folder
 from sku.negate.rounding import Rounding, saved_type
-from sku.negate.streaming import check_negation, negate_folders
+from sku.negate.streaming import check_negation, negate_planned
 from sku.plan import Plan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new, is_marked_hazardous
@@ -139,12 +139,13 @@ def _files(found: stream_plan.Plan) -> tuple[str, ...]:
 
 
 def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
-    found = _checked(wanted, base)
+    found, bad = _checked(wanted, base), model_folder(str(wanted.bad))
 
     def execute(progress: Progress | None) -> Subtracted:
-        negated = negate_folders(
+        negated = negate_planned(
+            found,
             base,
-            model_folder(str(wanted.bad)),
+            bad,
             wanted.out,
             wanted.alpha,
             output_dtype=saved_type(wanted.output_dtype),

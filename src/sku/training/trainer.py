@@ -105,17 +105,8 @@ class UnlearningTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would split joint examples apart; start one process a GPU with "
                 "accelerate launch, or show one with CUDA_VISIBLE_DEVICES=0"
             )
-        if not isinstance(train_dataset, ForgetRetainData | JointDataset):
-            train_dataset = _pairs(train_dataset, retain_dataset)
-        elif retain_dataset is not None:
-            raise RecipeError(
-                "retain_dataset is given, and train_dataset holds normal examples already: leave one out"
-            )
-        if isinstance(model, str | Path):
-            loaded = load_model(model)
-            model, processing_class = loaded.model, processing_class or loaded.tokenizer
-        elif processing_class is None:
-            processing_class = load_tokenizer(ModelConfig(path=str(plain_model(model).name_or_path)))
+        train_dataset = _examples(train_dataset, retain_dataset)
+        model, processing_class = _with_tokenizer(model, processing_class)
         ensure_pad_token(processing_class, plain_model(model))
         if isinstance(train_dataset, ForgetRetainData):
             written = resolve_prompt_format(prompt_format, processing_class)
@@ -364,10 +355,27 @@ class UnlearningTrainer(Trainer):
         self._logged_examples += num_examples
 
 
-def _pairs(forget: Source, retain: Source | None) -> ForgetRetainData:
+def _examples(
+    given: ForgetRetainData | JointDataset | Source, retain: Source | None
+) -> ForgetRetainData | JointDataset:
+    if isinstance(given, ForgetRetainData | JointDataset):
+        if retain is not None:
+            raise RecipeError(
+                "retain_dataset is given, and train_dataset holds normal examples already: leave one out"
+            )
+        return given
     if retain is None:
         raise RecipeError("retain_dataset is missing: unlearning needs normal pairs that are to be kept")
-    return load_training_pairs(forget, retain)
+    return load_training_pairs(given, retain)
+
+
+def _with_tokenizer(
+    model: PreTrainedModel | PeftModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    if isinstance(model, str | Path):
+        loaded = load_model(model)
+        return loaded.model, tokenizer or loaded.tokenizer
+    return model, tokenizer or load_tokenizer(ModelConfig(path=str(plain_model(model).name_or_path)))
 
 
 def _with_trainable_weights(
