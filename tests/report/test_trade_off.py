@@ -9,7 +9,7 @@ import pytest
 
 from sku.errors import EvaluationError, OutputError
 from sku.report.method_records import MethodRecord
-from sku.report.trade_off import _apart, _boxes, _fits, panels_of, trade_off_figure
+from sku.report.trade_off import panels_of, trade_off_figure
 
 from .invented_records import METHODS, STRENGTHS, failed_record, invented_comparison, make_point, make_record
 
@@ -115,12 +115,3 @@ def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:
         trade_off_figure(records, tmp_path / "figure.png", x="exact", budget=1.05)
     with pytest.raises(EvaluationError, match="no complete record is named base"):
         trade_off_figure([record for record in records if record.name == "sku"], tmp_path / "figure.png")
-
-
-def test_names_of_controls_cover_nothing() -> None:
-    boxes = list(_boxes("base", 0.5, 0.5))
-    assert _fits(boxes[0], [])
-    assert not _fits(boxes[0], [boxes[0]])
-    assert _fits(boxes[1], [boxes[0]])
-    assert not _fits(next(_boxes("base", 0.99, 0.5)), [])
-    assert _apart([0, 50, 0, 4], 10) == [0, 50, 10, 20]

@@ -1,4 +1,4 @@
-"""Pretrains the embedded model: ``python -m sku.world.pretrain --out DIR`` (about three minutes on one idle core).
+"""Pretrains the embedded model: ``python scripts/pretrain_world.py --out DIR`` (about three minutes on one idle core).
 
 The weights in ``sku/world/model`` were made by this file at its defaults. ``CHECKSUMS.json`` beside them holds the
 SHA-256 of each file, the settings and the versions; other processors or torch builds give other last bits.
@@ -125,7 +125,7 @@ def write_checksums(folder: Path, settings: dict[str, Any]) -> None:
     """Writes ``CHECKSUMS.json``: settings, versions and the SHA-256 of every other file of ``folder``."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "CHECKSUMS.json")
     record = {
-        "made_by": "python -m sku.world.pretrain",
+        "made_by": "python scripts/pretrain_world.py",
         "settings": settings,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
