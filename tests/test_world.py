@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sku.model_files import embedded_model_path
-from sku.world import grammar, pretrain
+from sku.world import grammar
 
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "pretrain_world.py"
+pretrain = SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="pretrain_world"))
 HAZARDS = tuple(grammar.hazards())
 NORMAL = tuple(grammar.normal_exchanges())
 
