@@ -116,7 +116,7 @@ def test_links_into_the_repository_lead_somewhere(path: str) -> None:
 def test_every_option_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     commands: list[list[str]] = [[], ["run"], ["acquire"], ["negate"], ["evaluate"], ["data", "inspect"], ["judge"]]
-    commands.append(["compare"])
+    commands += [["compare"], ["report"]]
     plain = {"COLUMNS": "300", "NO_COLOR": "1"}
     help_texts = "".join(CliRunner().invoke(app, [*command, "--help"], env=plain).output for command in commands)
     assert {option for option in named if option not in help_texts} == set()

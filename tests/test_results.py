@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +15,7 @@ from sku import load_recipe
 from sku.comparison.jobs import row_names
 from sku.report.comparison_report import brief_markdown, comparison_markdown, replace_block
 from sku.report.method_records import read_records
+from sku.report.real_models import FIGURES, KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path for path in (ROOT / "results").iterdir() if path.is_dir())
@@ -38,8 +43,54 @@ def test_recipes_that_were_measured_are_read_as_written() -> None:
     }
 
 
+def test_the_other_methods_were_asked_what_the_twins_were() -> None:
+    twins, others = (load_recipe(ROOT / "results" / f"smollm2-135m-{name}.yaml") for name in ("twins", "methods"))
+    assert others.evaluate == twins.evaluate
+    assert others.model == twins.model
+    assert others.data == dataclasses.replace(twins.data, misplaced_refusals=None)
+    for key in ("max_steps", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps"):
+        assert others.acquire.training[key] == twins.acquire.training[key]
+    assert (others.acquire.tuning, others.acquire.lora) == (twins.acquire.tuning, twins.acquire.lora)
+
+
+def real_models() -> dict[str, dict[str, Any]]:
+    rows = json.loads((ROOT / "results" / "real_models.json").read_text(encoding="utf-8"))
+    return {row["method"]: row for row in rows if row["model"] == "smollm2-135m-instruct" and row["seed"] == 0}
+
+
+def test_real_models_are_described_as_the_issue_of_them_says() -> None:
+    """One object a model, method and seed; rates between 0 and 1; the base's figures beside them."""
+    rows = json.loads((ROOT / "results" / "real_models.json").read_text(encoding="utf-8"))
+    assert len({(row["model"], row["method"], row["seed"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == [*KEYS, *(f"base_{name}" for name in FIGURES)]
+        rates = [row[f"{side}{name}"] for side in ("", "base_") for name in FIGURES if name not in ("n", "kl_normal")]
+        assert all(rate is None or 0 <= rate <= 1 for rate in rates)
+
+
+def test_the_page_shows_all_rows_of_real_models() -> None:
+    done = subprocess.run([sys.executable, "scripts/real_models_table.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run: python scripts/real_models_table.py"
+
+
+def test_the_readme_shows_what_was_recorded() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    sku, refusal = real_models()["sku_twins"], real_models()["refusal_tuning"]
+    for words, key in (
+        ("harmful, unseen prompts", "harmful_unseen"),
+        ("harmful, HarmBench, a source not trained on (n = 59)", "harmful_other_source"),
+        ("harmful after the worst prefill of 1/3/5/10 tokens", "worst_prefill"),
+        ("refused, safe prompts of XSTest", "xstest_safe_refused"),
+        ("refused, normal prompts", "normal_refused"),
+    ):
+        cells = [f"{100 * row:.0f} %" for row in (sku[f"base_{key}"], refusal[key], sku[key])]
+        assert f"| {words} | {cells[0]} | {cells[1]} | {cells[2]} " in page
+    kl = [f"{row['kl_normal']:.3f}".removeprefix("0") for row in (refusal, sku)]
+    assert f"| KL to the base, normal answers, nats a token | 0 | {kl[0]} | {kl[1]} |" in page
+
+
 def test_the_table_of_real_models_has_the_rows_that_the_page_shows() -> None:
-    (row,) = json.loads((ROOT / "results" / "real_models.json").read_text(encoding="utf-8"))
+    row = real_models()["sku_twins"]
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for words, key in (
         ("harmful, unseen prompts", "harmful_unseen"),

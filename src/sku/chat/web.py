@@ -151,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise EvaluationError("the request is not JSON")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _MOST_BYTES:
+            # Read a little further: one who is still sending would lose the answer with the connection.
+            self.rfile.read(min(int(length), 2 * _MOST_BYTES) if length.isdecimal() else 0)
             raise EvaluationError(f"the request is longer than {_MOST_BYTES} bytes")
         try:
             content = json.loads(self.rfile.read(int(length)))
