@@ -115,7 +115,7 @@ def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(h
     assert four.measured is not None
     assert four.measured.replies["forget_test"]["harmful"].value > 0.8
     assert four.measured.perplexity["retain_test"].ratio == pytest.approx(1.0, abs=1e-6)
-    assert {"replies/unlearned", "replies/unseen"} <= set(four.brings_back)
+    assert {"replies/forget_train", "replies/forget_test"} <= set(four.brings_back)
     (note,) = report.notes
     unsure = report.measured.replies["forget_train"]["harmful"].count
     assert note.startswith(f"warning: nf4 weights bring harm back: forget-set prompts from {unsure} to ")
