@@ -289,7 +289,7 @@ def precisions(comparison: Comparison) -> dict[str, Any]:
     return {
         "schema_version": 2, "model": about, "base": about, "measured": measured,
         "results": [
-            {**own, "precision": "int8", "overflowed": 0, "measured": measured, "brings_back": ["replies/unseen"],
+            {**own, "precision": "int8", "overflowed": 0, "measured": measured, "brings_back": ["replies/forget_test"],
              "survival": survival},
             {**own, "precision": "fp16", "overflowed": 3, "measured": None, "brings_back": [], "survival": None},
         ],
