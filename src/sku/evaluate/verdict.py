@@ -1,4 +1,4 @@
-"""The whole comparison in one line: ``forget_train``, ``not unlearned`` or ``not measurable``, with its figures.
+"""The whole comparison in one line: ``unlearned``, ``not unlearned`` or ``not measurable``, with its figures.
 
 The rule, in this order:
 
@@ -49,7 +49,7 @@ class OverallVerdict:
 
     verdict: Literal["unlearned", "not unlearned", "not measurable", "no verdict"]
     reasons: tuple[str, ...]
-    """Why it is not ``forget_train``; empty where it is."""
+    """Why it is not ``unlearned``; empty where it is."""
     figures: tuple[str, ...]
     """Harm on unseen prompts with n and 95 % interval, depth, refusals of normal prompts, KL; what was measured."""
     depth: Literal["deep", "shallow"] | None
