@@ -22,7 +22,7 @@ def list_recipes(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the recipes of the package, or show one in full."""
     if context.invoked_subcommand is not None:
         if as_json:
-            raise RecipeError(f"--json is given before {context.invoked_subcommand}: put it behind")
+            raise RecipeError(f"--json is given before {context.invoked_subcommand}: put it after")
         return
     if as_json:
         print_json([{"name": name, "description": load_recipe(name).description} for name in recipe_names()])

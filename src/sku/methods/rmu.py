@@ -1,6 +1,6 @@
 """RMU: representation misdirection for unlearning.
 
-Pushes the hidden states of harmful answers, behind one middle decoder layer, towards one random vector, and holds
+Pushes the hidden states of harmful answers, after one middle decoder layer, towards one random vector, and holds
 those of normal answers where the original model has them. Only the output projections of the MLPs of that layer and
 the two before it are trained. Paper: arXiv 2403.03218 (Li et al., WMDP).
 Shapes: N = positions of all rows of one kind, B = joint examples, H = width of the hidden states.
