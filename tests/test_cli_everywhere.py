@@ -156,7 +156,7 @@ def test_wipe_asks_on_standard_error(command: Command, bad: Path, monkeypatch: p
 
 def test_json_before_a_command_of_a_group_is_refused(command: Command) -> None:
     told = command("recipes", "--json", "show", "embedded")
-    assert told == (2, "", "error: --json is given before show: put it behind\n")
+    assert told == (2, "", "error: --json is given before show: put it after\n")
 
 
 @pytest.mark.parametrize("name", DRY_RUNS)
