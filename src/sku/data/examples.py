@@ -7,6 +7,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import final
 
 from sku.errors import DataError
@@ -183,6 +184,7 @@ class ForgetRetainData:
         return {name: len(examples) for name, examples in self.splits().items()}
 
 
+@lru_cache(maxsize=65_536)  # Loading, splitting and asking each want it of the same prompts.
 def normalise_prompt(prompt: str) -> str:
     """The form in which two prompts are compared: Unicode NFKC, case folded, punctuation and spacing collapsed.
 
