@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,13 +11,14 @@ from sku.comparison.in_process import RECORDS, record_path
 from sku.comparison.jobs import Job
 from sku.comparison.run import FinishedComparison, check_jobs, run_comparison
 from sku.comparison.search import search_judge
-from sku.config import Recipe
+from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.errors import SkuError
 from sku.methods import method_named
 from sku.methods.run import with_safe_dtype
 from sku.pipeline.checks import (
+    CheckedModel,
     CheckedTraining,
     check_evaluation,
     check_folder,
@@ -47,7 +50,7 @@ def plan_comparison(
     data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
     model = check_trained_model(recipe)
     asked = check_evaluation(recipe, model, data, {"base": readable_source(recipe.model)})
-    trained, failing = _checked_rows(jobs, data, out)
+    trained, failing = _checked_rows(jobs, data, out, {with_safe_dtype(recipe): model})
     notes = [*data_notes(data, model, None), *failing]
     if recipe.compare.search is not None:
         search_judge(recipe, data)
@@ -88,15 +91,18 @@ def plan_comparison(
 
 
 def _checked_rows(
-    jobs: Sequence[Job], data: ForgetRetainData, out: Path
+    jobs: Sequence[Job], data: ForgetRetainData, out: Path, models: dict[ModelConfig, CheckedModel]
 ) -> tuple[dict[str, CheckedTraining], list[str]]:
     """Training of each row, and what of the others would fail: the rest is made all the same."""
     trained: dict[str, CheckedTraining] = {}
     failing: dict[str, str] = {}
     for job in jobs:
         if job.kind == "method" and job.name not in {*trained, *failing}:
-            # Each with a model of its own: an adapter is added to it.
-            own = check_model(with_safe_dtype(job.recipe))
+            config = with_safe_dtype(job.recipe)
+            if config not in models:
+                models[config] = check_model(config)
+            # Each with a skeleton of its own: an adapter is added to it.
+            own = dataclasses.replace(models[config], skeleton=copy.deepcopy(models[config].skeleton))
             try:
                 trained[job.name] = check_training(job.recipe, own, data, out)
             except SkuError as error:
