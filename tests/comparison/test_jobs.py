@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import patch
+
 import pytest
 
 from sku.comparison.jobs import ABLATIONS, CONTROLS, ablation_jobs, comparison_jobs
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods import METHODS
+from sku.models import load_tokenizer
+from sku.pipeline.compare import plan_comparison
 
 
 def test_every_method_and_control_with_every_seed() -> None:
@@ -85,3 +90,13 @@ def test_impossible_ablations() -> None:
         ablation_jobs(load_recipe("embedded"), ["modes"])
     with pytest.raises(RecipeError, match="method is npo; sku ablate takes SKU apart"):
         ablation_jobs(load_recipe("embedded", ["method=npo"]))
+
+
+def test_rows_share_what_is_read_of_the_model(tmp_path: Path) -> None:
+    """Each gets an adapter of its own all the same, or the second could not be added."""
+    recipe = load_recipe("embedded", ["acquire.tuning=lora", "negate.alpha=1"])
+    jobs = comparison_jobs(recipe, ["sku", "npo", "grad_diff"], seeds=1)
+    with patch("sku.pipeline.checks.load_tokenizer", wraps=load_tokenizer) as read:
+        plan = plan_comparison(jobs, recipe, tmp_path / "out", command="sku compare")
+    assert read.call_count == 1
+    assert plan.settings["steps"].keys() == {"sku", "npo", "grad_diff"}
