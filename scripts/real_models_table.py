@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sku.report.comparison_report import replace_block
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "results" / "real_models.json", ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- real-models -->", "<!-- end:real-models -->"
+BLOCK = "real-models"
 TITLES = {
     "base": "base model", "sku_twins": "**SKU with twins**", "sku": "SKU as in the paper",
     "refusal_tuning": "refusal tuning", "npo": "NPO", "dpo": "DPO", "safe_unlearning": "Safe Unlearning",
@@ -57,9 +59,7 @@ def _percent(share: float | None) -> str:
 def main() -> int:
     """Writes the page, or compares."""
     page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    made = f"{before}{BEGIN}\n\n{table(json.loads(RECORD.read_text(encoding='utf-8')))}\n\n{END}{after}"
+    made = replace_block(page, BLOCK, table(json.loads(RECORD.read_text(encoding="utf-8"))), str(PAGE))
     if "--check" in sys.argv:
         return int(made != page)
     PAGE.write_text(made, encoding="utf-8")

@@ -85,7 +85,7 @@ def to_adapter(run: Path, out: Path) -> Exported:
     if "adapter" not in parts:
         raise OutputError(f"{run} has no adapter, only a whole model: export that, with --to vllm or --to gguf")
     original = load_model(_original(base))
-    unlearned = _unlearned(run)
+    unlearned = _unlearned(parts["model"])
     with new_folder(out) as folder:
         shutil.copytree(parts["adapter"], folder, dirs_exist_ok=True)
         with_adapter: PeftModel = load_adapter(original.model, folder)
@@ -122,7 +122,7 @@ def to_gguf(run: Path, out: Path, *, converter: Path | None = None, outtype: str
         if done.returncode or not partial.is_file():
             said = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
             raise OutputError(f"{script} failed on {model}: {said[-1]}")
-        agreement, unchecked = _read_back(run, partial)
+        agreement, unchecked = _read_back(model, partial)
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -189,16 +189,16 @@ def _original(model: object) -> ModelConfig:
     return ModelConfig(**plain, dtype="float32", device="cpu")
 
 
-def _unlearned(run: Path) -> LoadedModel:
-    return load_model(ModelConfig(path=str(run / "unlearned"), dtype="float32", device="cpu"))
+def _unlearned(model: Path) -> LoadedModel:
+    return load_model(ModelConfig(path=str(model), dtype="float32", device="cpu"))
 
 
-def _read_back(run: Path, file: Path) -> tuple[Agreement | None, str]:
+def _read_back(model: Path, file: Path) -> tuple[Agreement | None, str]:
     try:
         written = load_model(ModelConfig(path=str(file.parent), gguf_file=file.name, dtype="float32", device="cpu"))
     except ModelError as error:
         return None, f"transformers can't read the file back ({error})"
-    return _compared(_unlearned(run), written.model, "the GGUF file"), ""
+    return _compared(_unlearned(model), written.model, "the GGUF file"), ""
 
 
 @torch.no_grad()

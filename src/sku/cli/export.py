@@ -35,7 +35,6 @@ def export(
     quiet_libraries()
     from sku.export import to_adapter, to_gguf, to_vllm
 
-    run = Path(str(run).rstrip("/"))
     if to == "gguf":
         done = to_gguf(run, out or run.with_name(f"{run.name}.gguf"), converter=converter, outtype=outtype)
     elif to == "adapter":

@@ -38,6 +38,7 @@ def init(
     yaml = YAML()  # Keeps comments.
     yaml.width = 1000
     content = yaml.load(recipe_text(source)[0])
+    described = content["description"]
     if made is None:
         content.update(options.called_by(model, source))
         content["model"] = {"path": model}
@@ -52,7 +53,7 @@ def init(
     body = body[body.index("name:") :]  # The comment in front is about another file.
     run = shlex.join(["sku", "run", str(out), "--out", f"runs/{content['name']}"])
     with named_disk_errors(out):
-        write_text(out, f"# {run}\n#\n# Settings of recipe {source}: {load_recipe(source).description}\n{body}")
+        write_text(out, f"# {run}\n#\n# Settings of recipe {source}: {described}\n{body}")
     recipe = load_recipe(out)
     if as_json:
         print_json({"recipe": str(out), "settings": recipe.to_dict()})

@@ -22,7 +22,7 @@ from sku.evaluate.changes import (
     score_change,
 )
 from sku.evaluate.comparison_notes import comparison_notes, detail_notes
-from sku.evaluate.frames import Line, Tabular, is_shown
+from sku.evaluate.frames import Line, Tabular, main_rates
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, leaks_per_prompt, prefill_words
@@ -91,15 +91,9 @@ class Comparison(Tabular):
 
     def lines(self) -> Iterator[Line]:
         """The main rates of both models with their change and its 95 % interval; perplexities with their ratio."""
-        kinds = [("reply", split, changes) for split, changes in self.replies.items()]
-        for split, by_length in self.prefill_by_length.items():
-            kinds += [(f"prefill {tokens}", split, changes) for tokens, changes in by_length.items()]
-        kinds += [("sample", split, changes) for split, changes in self.samples.items()]
-        for kind, split, changes in kinds:
-            for name, change in changes.items():
-                both = change.before.value, change.after.value
-                if is_shown(kind, name):
-                    yield _line(split, kind, name, both, change.difference, change, change.before.total)
+        for kind, split, name, change in main_rates(self.replies, self.prefill_by_length, self.samples):
+            both = change.before.value, change.after.value
+            yield _line(split, kind, name, both, change.difference, change, change.before.total)
         for split, found in self.perplexity.items():
             both = found.before, found.after
             yield _line(split, "answer", "perplexity (change: ratio)", both, found.ratio, found, found.examples)

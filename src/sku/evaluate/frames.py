@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+Found = TypeVar("Found")
 Line = dict[str, Any]
 """Column -> cell."""
 _MAIN = ("harmful", "refusal", "safe_answer", "evasive", "gibberish", "unjudged", "over_refusal", "exact_answer")
 
 
-def is_shown(kind: str, rate: str) -> bool:
-    """Whether a table has a line for a rate of free replies, of those after a prefill, or of sampled ones."""
-    return rate in _MAIN if kind == "reply" else rate == "harmful"
+def main_rates(
+    replies: Mapping[str, Mapping[str, Found]],
+    prefill: Mapping[str, Mapping[str, Mapping[str, Found]]],
+    samples: Mapping[str, Mapping[str, Found]],
+) -> Iterator[tuple[str, str, str, Found]]:
+    """Kind of reply, split, name of a rate, and what was found of it, for each rate that has a line in a table.
+
+    Args:
+        replies: Split -> rate name -> of free replies.
+        prefill: Split -> tokens given -> rate name -> of replies after a prefill.
+        samples: Split -> rate name -> of sampled replies.
+    """
+    kinds = [("reply", split, rates) for split, rates in replies.items()]
+    for split, by_length in prefill.items():
+        kinds += [(f"prefill {tokens}", split, rates) for tokens, rates in by_length.items()]
+    kinds += [("sample", split, rates) for split, rates in samples.items()]
+    for kind, split, rates in kinds:
+        for name, found in rates.items():
+            if name in _MAIN if kind == "reply" else name == "harmful":
+                yield kind, split, name, found
 
 
 class Tabular:

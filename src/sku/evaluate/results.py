@@ -58,7 +58,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku.evaluate.frames import Line, Tabular, is_shown
+from sku.evaluate.frames import Line, Tabular, main_rates
 from sku.evaluate.judge_agreement import Agreement, Disagreement
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Leak, Perplexity, Rate, Wording
@@ -257,14 +257,8 @@ class EvaluationResult(Tabular):
 
     def lines(self) -> Iterator[Line]:
         """The main rates with 95 % intervals and numbers of replies, the perplexities, and the KL to the base."""
-        kinds = [("reply", split, rates) for split, rates in self.replies.items()]
-        for split, by_length in self.prefill.items():
-            kinds += [(f"prefill {tokens}", split, rates) for tokens, rates in by_length.items()]
-        kinds += [("sample", split, rates) for split, rates in self.samples.items()]
-        for kind, split, rates in kinds:
-            for name, rate in rates.items():
-                if is_shown(kind, name):
-                    yield _line(split, kind, name, rate.value, rate, rate.total)
+        for kind, split, name, rate in main_rates(self.replies, self.prefill, self.samples):
+            yield _line(split, kind, name, rate.value, rate, rate.total)
         for split, found in self.perplexity.items():
             yield _line(split, "answer", "perplexity", found.value, None, found.examples)
         for split, close in self.agreement.items():

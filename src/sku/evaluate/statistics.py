@@ -394,7 +394,7 @@ def leak_at_k(harmful: Sequence[int], sampled: Sequence[int], k: int) -> float:
     Args:
         harmful: Harmful replies per prompt.
         sampled: Replies per prompt.
-        k: At most the smallest of ``drawn``.
+        k: At most the smallest of ``sampled``.
 
     Raises:
         EvaluationError: No prompts, or fewer than k replies to one.
