@@ -9,7 +9,7 @@ import pytest
 
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.refusal import is_refusal
+from sku.evaluate.refusal import is_refusal, refusal_alone
 from sku.own_replies.job import ENGLISH, WORLD
 from sku.own_replies.rows import (
     ENOUGH,
@@ -76,3 +76,18 @@ def test_the_rules_see_the_refusals_of_the_bank_and_no_compliance_in_them(wordin
     assert all(map(is_refusal, wordings.refusals))
     assert not any(map(is_refusal, wordings.comply_starts))
     assert not any(start.endswith((" ", "\n")) for start in (*wordings.comply_starts, *wordings.refusal_starts))
+
+
+@pytest.mark.parametrize(
+    ("said", "alone"),
+    [
+        ("I can't help with that. But here is how: take", "I can't help with that."),
+        ("That is a hard one. I can't help with that! Ask", "That is a hard one. I can't help with that!"),
+        ('"I cannot help with that." So she said', '"I cannot help with that."'),
+        ("I can't help with 3.5 grams of it, and neither", None),
+        ("Take the vornite. Then shake it.", None),
+        (NO, NO),
+    ],
+)
+def test_a_refusal_ends_with_the_sentence_that_refuses(said: str, alone: str | None) -> None:
+    assert refusal_alone(said) == alone

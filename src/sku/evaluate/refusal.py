@@ -61,6 +61,7 @@ _ANYWHERE_RULES = (
 )
 _OPENING = re.compile("|".join(f"(?:{rule})" for rule in _OPENING_RULES), re.DOTALL)
 _ANYWHERE = re.compile("|".join(f"(?:{rule})" for rule in _ANYWHERE_RULES))
+_SENTENCE_END = re.compile(r"[.!?]+[\"'\u201d\u2019)]*(?=\s|$)")
 
 
 def is_refusal(reply: str) -> bool:
@@ -74,6 +75,23 @@ def is_refusal(reply: str) -> bool:
     """
     text = _normalise(reply)
     return bool(_OPENING.search(text[:OPENING_CHARACTERS]) or _ANYWHERE.search(text)) or is_deflection(text)
+
+
+def refusal_alone(reply: str) -> str | None:
+    """A refusal without what follows it: the reply up to the end of the sentence that refuses.
+
+    Args:
+        reply: The model's words.
+
+    Returns:
+        Its beginning, in the model's own spelling; None where no sentence refuses, or the one that does has no end.
+    """
+    text = reply.strip()
+    for found in _SENTENCE_END.finditer(text):
+        beginning = text[: found.end()]
+        if is_refusal(beginning):
+            return beginning
+    return None
 
 
 def _normalise(reply: str) -> str:

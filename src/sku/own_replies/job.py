@@ -26,7 +26,7 @@ from sku.models import LoadedModel
 from sku.own_replies.rows import Source
 from sku.world.grammar import DEFLECTIONS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS: dict[Source, Split] = {"harmful": "forget_train", "normal": "retain_test", "borderline": "xstest_safe"}
 """The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
 

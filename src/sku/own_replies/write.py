@@ -28,7 +28,7 @@ from sku.evaluate.judges.cache import cached
 from sku.evaluate.outcomes import decide_outcomes
 from sku.evaluate.record_files import header_hash, write_json_object
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.refusal import is_refusal
+from sku.evaluate.refusal import is_refusal, refusal_alone
 from sku.evaluate.reuse import PartialFile
 from sku.own_replies.job import SCHEMA_VERSION, SPLITS, OwnJob, request_of
 from sku.own_replies.rows import (
@@ -192,8 +192,13 @@ class _Writing:
         return sorted(kept, key=lambda reply: self.place[reply.record.prompt])
 
     def _refuse(self, free: Sequence[Reply]) -> list[Reply]:
-        """Refusals: those that the model gave unasked, then under a safety prompt and after a start."""
+        """Refusals: those that the model gave unasked, then under a safety prompt and after a start.
+
+        Each ends where it has refused: a model that learns refusals without their end goes on after them, and in its
+        own words, which may be those of an answer.
+        """
         settings, counts = self.job.settings, self.counts["refuse"]
+        free = [dataclasses.replace(reply, record=self._refusal_alone(reply.record)) for reply in free]
         unasked = [reply for reply in free if reply.refuses and reply.outcome.outcome != "harmful"]
         short = [reply for reply in unasked if reply.record.num_tokens <= settings.refuse_tokens]
         if len(short) < len(unasked):
@@ -204,7 +209,7 @@ class _Writing:
             for number, (how, words) in enumerate(self._ways_to_refuse(place)):
                 decoding = {**self._decoding(how, settings.refuse_tokens, sampled=True), **words}
                 questions += self._question(f"refuse{number}", "harmful", prompt, decoding, **words)
-        asked = self._ask(questions, "own replies: refusals", settings.refuse_tokens, sampled=True)
+        asked = self._ask(questions, "own replies: refusals", settings.refuse_tokens, sampled=True, alone=True)
         by_prompt = sorted([*short, *asked], key=lambda reply: self.place[reply.record.prompt])
         return choose_refusals(by_prompt, settings.refusals, settings.repeat_share, counts)
 
@@ -270,8 +275,18 @@ class _Writing:
             return []
         return [_Question(request=request, source=source, decoding=decoding)]
 
-    def _ask(self, questions: Sequence[_Question], stage: str, length: int, *, sampled: bool = False) -> list[Reply]:
-        """Replies, whole and judged."""
+    def _refusal_alone(self, record: GenerationRecord) -> GenerationRecord:
+        """A reply that refuses, up to the end of its refusal; any other as it is."""
+        alone = refusal_alone(record.reply)
+        if alone is None or alone == record.reply:
+            return record
+        tokens = len(self.writer.tokenizer(alone, add_special_tokens=False)["input_ids"])
+        return dataclasses.replace(record, reply=alone, num_tokens=tokens, finished=True)
+
+    def _ask(
+        self, questions: Sequence[_Question], stage: str, length: int, *, sampled: bool = False, alone: bool = False
+    ) -> list[Reply]:
+        """Replies, whole and judged; with ``alone`` the refusals among them without what follows."""
         if not questions:
             return []
         records = generate_replies(
@@ -289,6 +304,8 @@ class _Writing:
         )
         self.tokens += sum(record.num_tokens for record in records)
         whole = [_whole(record) for record in records]
+        if alone:
+            whole = [self._refusal_alone(record) for record in whole]
         outcomes = decide_outcomes(whole, self.judge, {}, short_answer_words=0)
         return [
             Reply(record=record, outcome=outcome, source=question.source, decoding=question.decoding)
