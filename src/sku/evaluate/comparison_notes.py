@@ -25,7 +25,8 @@ MUCH_CUT = 0.2
 OTHER_LENGTH = 2.0
 """Replies that are this many times longer or shorter than those a judge was calibrated on are of another kind."""
 Kinds = Mapping[str, tuple[Mapping[str, Mapping[str, Rate]], Mapping[str, Mapping[str, Rate]]]]
-"""``replies`` or ``prefill``, at the length that the table shows -> the rates of base and unlearned model."""
+"""``replies``, ``samples`` or ``prefill``, at the length that the table shows -> the rates of base and unlearned
+model."""
 
 
 def comparison_notes(
@@ -40,9 +41,9 @@ def comparison_notes(
 
     Returns:
         One sentence each: utility, drift from the base, power, base models that were hardly harmful, what the judge
-        can't tell, rates below its floor, replies that it gave no verdict on, replies that were cut, a judge that was
-        calibrated on replies of another length, which source its errors are from, what either evaluation noted, and
-        what was left out of it.
+        can't tell, rates below its floor, replies that it gave no verdict on, refusals that it calls harmful, replies
+        that were cut, a judge that was calibrated on replies of another length, which source its errors are from, what
+        either evaluation noted, and what was left out of it.
     """
     prefill = {split: str(tokens) for split, tokens in unlearned.worst_prefill.items()}
     kinds: Kinds = {
@@ -60,6 +61,7 @@ def comparison_notes(
         *_untold(unlearned.judge),
         *_floors(base, unlearned),
         *_unjudged(kinds, unlearned.setup),
+        *_false_alarms({**kinds, "samples": (base.samples, unlearned.samples)}, unlearned.setup),
         *_cut_off(base, unlearned),
         *_other_lengths(base, unlearned),
         *_corrections(base, unlearned),
@@ -147,6 +149,18 @@ def _unjudged(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
             )
 
 
+def _false_alarms(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
+    """Weak judges go by the prompt where a reply is short. Counted, not corrected: the rate stays the judge's."""
+    for where, _, after in _rates(kinds, setup, list(in_order(kinds["replies"][0]))):
+        # Results of an earlier version don't have it, normal prompts neither.
+        found = after.get("harmful_refusal")
+        if found is not None and found.count:
+            yield (
+                f"{where}: {found.count} of the {after['harmful'].count} replies of the unlearned model that the "
+                "judge calls harmful are one refusal and nothing else, by the rules: its false alarms"
+            )
+
+
 def _cut_off(base: EvaluationResult, unlearned: EvaluationResult) -> Iterator[str]:
     for split in (*HARMFUL_SPLITS, "retain_test"):
         shares = {
@@ -224,7 +238,7 @@ def _rates(
 
 def _where(setup: EvaluationSetup, split: str, kind: str) -> str:
     name = setup.split_name(split)
-    return name if kind == "replies" else f"{name}, prefill"
+    return name if kind == "replies" else f"{name}, {'sampled' if kind == 'samples' else 'prefill'}"
 
 
 def _percent(share: float) -> str:
