@@ -28,13 +28,14 @@ ALLOWED: dict[str, set[str]] = {
     "from_file": {"errors"},
     "model_files": {"config", "errors"},
     "models": {"config", "errors", "storage", "hazard", "model_files"},
+    "meta_model": {"errors"},
     "quiet": set(),
     "processes": {"errors", "storage"},
     "training": {"config", "errors", "storage", "hazard", "head", "losses", "data", "models", "processes"},
     "acquire": {"config", "errors", "storage", "head", "losses", "data", "models", "training"},
     "quantization": {"config"},
     "negate": {
-        "config", "errors", "from_file", "storage", "hazard", "losses", "data", "model_files", "models",
+        "config", "errors", "from_file", "storage", "hazard", "losses", "data", "meta_model", "model_files", "models",
         "quantization",
     },
     "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world", "quantization", "processes"},
@@ -47,8 +48,8 @@ ALLOWED: dict[str, set[str]] = {
         "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
     },
     "plan": {
-        "config", "errors", "storage", "losses", "model_files", "models", "processes", "training", "acquire",
-        "methods",
+        "config", "errors", "storage", "losses", "meta_model", "model_files", "models", "processes", "training",
+        "acquire", "methods",
     },
     "report": {"_version", "errors", "storage", "evaluate", "attacks", "sweep"},
     "sweep": {

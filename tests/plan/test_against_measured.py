@@ -15,8 +15,8 @@ from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.plan.estimate import memory_of
 from sku.plan.job import job_of
-from sku.plan.skeleton import weights_of
 from sku.plan.trace import trace_step
+from sku.plan.weights import weights_of
 from sku.training.steps import kept_positions
 
 EXAMPLES, ANSWERS = 4, 2

@@ -1,23 +1,18 @@
-"""A model without weights: built on torch's ``meta`` device from the configuration alone, of any size in no memory."""
+"""Which weights a model folder holds, under which names: read off the model without its weights."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sku.errors import ModelError, first_line
+from sku.meta_model import UNBUILT, without_weights
 from sku.negate.adapters import LowRank, adapted_weights, check_plain_lora
-
-_UNBUILT = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, re.error,
-)  # fmt: skip
-"""What transformers and PEFT raise for settings that make no model."""
 
 
 class Skeleton:
@@ -52,11 +47,10 @@ class Skeleton:
             ModelError: Its configuration makes no model.
         """
         try:
-            with warnings.catch_warnings(), torch.device("meta"):
-                warnings.simplefilter("ignore")  # Loaders of single architectures warn of their own internals.
-                return cls(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
-        except _UNBUILT as error:
-            raise ModelError(f"model {folder} can't be built from its config.json: {first_line(error)}") from error
+            config = AutoConfig.from_pretrained(folder)
+        except UNBUILT as error:
+            raise ModelError(f"model {folder} has a config.json that can't be read: {first_line(error)}") from error
+        return cls(without_weights(config, torch.float32, str(folder)))
 
     def adapted(self, folder: Path) -> dict[str, LowRank]:
         """What an adapter changes; the factors are without memory.
@@ -70,7 +64,7 @@ class Skeleton:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")  # Of transposed layers, which PEFT sets right.
                 adapted = get_peft_model(self.model, settings)
-        except _UNBUILT as error:
+        except UNBUILT as error:
             raise ModelError(f"adapter {folder} does not fit the base model: {first_line(error)}") from error
         assert isinstance(adapted, PeftModel)
         return dict(adapted_weights(adapted, "default"))

@@ -22,6 +22,7 @@ from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.utility import check_questions
+from sku.meta_model import with_adapter, without_weights
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import locate_model
 from sku.models import (
@@ -36,7 +37,6 @@ from sku.models import (
 from sku.negate.files import read_folder
 from sku.plan.estimate import disk_bytes
 from sku.plan.job import STATE_BYTES, checkpoints_at_once
-from sku.plan.skeleton import with_adapter, without_weights
 from sku.processes import current_processes
 from sku.storage import check_can_be_made
 from sku.sweep.run import check_judge

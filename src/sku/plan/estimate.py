@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from sku.plan.job import Job
-from sku.plan.skeleton import Weights, weights_of
 from sku.plan.trace import StepTrace, trace_step
+from sku.plan.weights import Weights, weights_of
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)

@@ -28,7 +28,7 @@ from sku.errors import ModelError
 from sku.losses import answer_nll, token_kl
 from sku.models import plain_model
 from sku.plan.job import Job
-from sku.plan.skeleton import skeleton
+from sku.plan.weights import model_of
 from sku.training.layers import decoder_layers
 
 _FEW, _MORE = 2, 4
@@ -136,12 +136,12 @@ def _joined(phases: list[list[int]], flops: int) -> StepTrace:
 
 def _traced(job: Job, layers: int) -> tuple[list[list[int]], int]:
     """The phases of a pass, without weights, and its work."""
-    model = skeleton(job, layers)
+    model = model_of(job, layers)
     if job.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
-    reference = skeleton(job, layers) if job.copies_reference else None
+    reference = model_of(job, layers) if job.copies_reference else None
     model.train()
     try:
         with FakeTensorMode():

@@ -1,20 +1,19 @@
-"""A model without weights: the real architecture, whose tensors have shapes and types but no content."""
+"""The weights of a job, counted on its model without any content."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.config import AcquireConfig
-from sku.errors import ModelError, RecipeError, first_line, one_line
+from sku.meta_model import with_adapter, without_weights
 from sku.models import plain_model
 from sku.plan.job import Job
 from sku.training.run import adapter_settings
@@ -40,7 +39,7 @@ class Weights:
     """Weights that the adapter changes, or all."""
 
 
-def skeleton(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel:
+def model_of(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel:
     """The model of a job on the ``meta`` device, as it is trained.
 
     Args:
@@ -62,55 +61,14 @@ def skeleton(job: Job, layers: int | None = None) -> PreTrainedModel | PeftModel
     return model if adapter is None else with_adapter(model, adapter)
 
 
-def with_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
-    """A model without weights with an adapter added to it; PEFT holds adapters in float32 whatever the model's type.
-
-    Raises:
-        RecipeError: The adapter doesn't fit.
-    """
-    try:
-        adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
-    assert isinstance(adapted, PeftModel)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # PEFT leaves adapters that have no content yet in the model's type.
-            parameter.data = parameter.data.float()
-    return adapted
-
-
-def without_weights(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
-    """The model of a configuration on the ``meta`` device: shapes and types, no content.
-
-    Args:
-        config: Of the model.
-        dtype: Of its weights.
-        name: For messages.
-
-    Raises:
-        ModelError: transformers has no such architecture.
-    """
-    try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # Refused below.
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelError(f"model {name} can't be built from its configuration: {first_line(error)}") from error
-    empty = next((own for own, weight in model.named_parameters() if not weight.numel()), None)
-    if empty is not None:
-        raise ModelError(f"model {name} can't be built from its configuration: its weight {empty} is empty")
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
 def weights_of(job: Job) -> Weights:
     """Counts a job's weights.
 
     Raises:
-        ModelError: As ``skeleton``.
-        RecipeError: As ``skeleton``.
+        ModelError: As ``model_of``.
+        RecipeError: As ``model_of``.
     """
-    model = skeleton(job)
+    model = model_of(job)
     original = {id(parameter): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     four_bit = _four_bit_bytes(job, model)
