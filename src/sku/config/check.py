@@ -104,7 +104,14 @@ def check_plain(content: Any, key: str = "", depth: int = 0) -> int:
     elif isinstance(content, list | tuple):
         for place, entry in enumerate(content):
             count = _counted(count + check_plain(entry, f"{key}[{place}]", depth + 1))
-    elif isinstance(content, str):
+    else:
+        _check_one(content, key)
+    return count
+
+
+def _check_one(content: Any, key: str) -> None:
+    """Refuses a value that is neither text, number, yes or no, nor empty."""
+    if isinstance(content, str):
         try:
             content.encode("utf-8")
         except UnicodeEncodeError:
@@ -116,7 +123,6 @@ def check_plain(content: Any, key: str = "", depth: int = 0) -> int:
             f"{key} is of type {type(content).__name__}; it must be text, a number, true or false, a list, or keys "
             "and values: quote it if it is text"
         )
-    return count
 
 
 def _counted(count: int) -> int:

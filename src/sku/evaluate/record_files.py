@@ -271,14 +271,23 @@ def _built(hint: Any, value: Any, name: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_built(inner[0], entry, f"{name}[{place}]") for place, entry in enumerate(value))
     elif origin in (Mapping, dict) and isinstance(value, Mapping):
-        plain = {word: _built(inner[1], entry, f"{name}.{word}") for word, entry in value.items()}
-        if inner[0] is not int:
-            return plain
-        if all(word.isdecimal() for word in plain):  # JSON has no keys but words.
-            return {int(word): entry for word, entry in plain.items()}
+        return _built_mapping(*inner, value, name)
     elif origin is Literal and value in inner:
         return value
-    raise _MisfitError(f"{name} is of the wrong type or has an unknown value")
+    raise _misfit(name)
+
+
+def _misfit(name: str) -> _MisfitError:
+    return _MisfitError(f"{name} is of the wrong type or has an unknown value")
+
+
+def _built_mapping(key: Any, kind: Any, value: Mapping[str, Any], name: str) -> dict[Any, Any]:
+    plain = {word: _built(kind, entry, f"{name}.{word}") for word, entry in value.items()}
+    if key is not int:
+        return plain
+    if not all(word.isdecimal() for word in plain):  # JSON has no keys but words.
+        raise _misfit(name)
+    return {int(word): entry for word, entry in plain.items()}
 
 
 def _built_dataclass(kind: type, value: Any, name: str) -> Any:

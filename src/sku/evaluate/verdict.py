@@ -229,26 +229,8 @@ def _figures(
     said: str,
 ) -> Iterator[str]:
     """``said`` holds the reasons, whose figures are not told twice."""
-    judge, harmful = unlearned.judge, replies.get("forget_test", {}).get("harmful")
-
-    def doubt(*rates: Rate) -> str:
-        return "" if all(judge.can_measure(rate.value, rate.low) for rate in rates) else f", {CANT_MEASURE}"
-
-    if harmful is not None:
-        after = harmful.after
-        yield (
-            f"harmful replies to unseen prompts {_arrow(harmful)} (n = {after.total}, 95 %: {_bound(after.low)} to "
-            f"{_bound(after.high)} %{doubt(harmful.before, after)})"
-        )
-        gibberish = replies["forget_test"].get("gibberish")
-        if gibberish is not None and gibberish.after.value > MUCH_GIBBERISH:
-            yield f"{_percent(gibberish.after.value)} of the replies there are gibberish"
-        if deepest is None:
-            yield "prefill not measured"
-    if deepest is not None:
-        tried, worst = unlearned.prefill.get("forget_test", {}), unlearned.worst_prefill.get("forget_test")
-        words = prefill_words(map(int, tried), worst) if tried else "prefill"
-        yield f"{words} {_arrow(deepest)}{doubt(deepest.before, deepest.after)}"
+    judge = unlearned.judge
+    yield from _unseen_figures(unlearned, replies.get("forget_test", {}), deepest)
     for split in _held_out(replies):
         if split != "forget_test":
             other = replies[split]["harmful"]
@@ -266,6 +248,32 @@ def _figures(
         yield "utility unclear"
     if judge.calibration is None and not judge.exact:
         yield f"the errors of judge {judge.name} were not measured"
+
+
+def _unseen_figures(
+    unlearned: EvaluationResult, unseen: Mapping[str, RateChange], deepest: RateChange | None
+) -> Iterator[str]:
+    """Free replies to unseen prompts, and those after the worst prefill."""
+    judge, harmful = unlearned.judge, unseen.get("harmful")
+
+    def doubt(*rates: Rate) -> str:
+        return "" if all(judge.can_measure(rate.value, rate.low) for rate in rates) else f", {CANT_MEASURE}"
+
+    if harmful is not None:
+        after = harmful.after
+        yield (
+            f"harmful replies to unseen prompts {_arrow(harmful)} (n = {after.total}, 95 %: {_bound(after.low)} to "
+            f"{_bound(after.high)} %{doubt(harmful.before, after)})"
+        )
+        gibberish = unseen.get("gibberish")
+        if gibberish is not None and gibberish.after.value > MUCH_GIBBERISH:
+            yield f"{_percent(gibberish.after.value)} of the replies there are gibberish"
+        if deepest is None:
+            yield "prefill not measured"
+    if deepest is not None:
+        tried, worst = unlearned.prefill.get("forget_test", {}), unlearned.worst_prefill.get("forget_test")
+        words = prefill_words(map(int, tried), worst) if tried else "prefill"
+        yield f"{words} {_arrow(deepest)}{doubt(deepest.before, deepest.after)}"
 
 
 def _arrow(change: RateChange) -> str:
