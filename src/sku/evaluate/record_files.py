@@ -271,7 +271,7 @@ def _built(hint: Any, value: Any, name: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_built(inner[0], entry, f"{name}[{place}]") for place, entry in enumerate(value))
     elif origin in (Mapping, dict) and isinstance(value, Mapping):
-        return _built_mapping(*inner, value, name)
+        return _built_mapping(inner[0], inner[1], value, name)
     elif origin is Literal and value in inner:
         return value
     raise _misfit(name)
