@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import permutation_test
+import scipy
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import MAX_EXPONENT, Leak, Rate, rate
@@ -132,7 +132,7 @@ def over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed: 
     low, high = change_interval(steps.tolist(), seed=seed)
     if len(steps) < 2 or not steps.any():
         return low, high, 1.0
-    test = permutation_test(
+    test = scipy.stats.permutation_test(
         (steps,),
         lambda drawn, axis: np.mean(drawn, axis=axis),
         permutation_type="samples",

@@ -15,9 +15,8 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import scipy  # Loads stats and optimize when they are first used: a plan uses neither.
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.stats import binom, binomtest, hypergeom, multivariate_normal, norm, rankdata
 
 from sku.errors import EvaluationError
 
@@ -45,7 +44,7 @@ def wilson_interval(count: int, total: int) -> Interval:
         count: Hits.
         total: Trials, at least 1.
     """
-    found = binomtest(count, total).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    found = scipy.stats.binomtest(count, total).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
 
 
@@ -75,7 +74,7 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
     """
     pairs = list(zip(before, after, strict=True))
     won, lost = sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
-    return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+    return float(scipy.stats.binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -241,7 +240,7 @@ def auc_interval(
 
 def _auc(score_N: Floats, truth_N: NDArray[np.bool_]) -> float:
     hits = int(truth_N.sum())
-    rank_sum = rankdata(score_N)[truth_N].sum()
+    rank_sum = scipy.stats.rankdata(score_N)[truth_N].sum()
     return float((rank_sum - hits * (hits + 1) / 2) / (hits * (len(truth_N) - hits)))
 
 
@@ -353,17 +352,21 @@ def mcnemar_power(n: int, p1: float, p2: float, correlation: float = CORRELATION
         Power at a significance of 5 %.
     """
     covariance = [[1.0, correlation], [correlation, 1.0]]
-    both = float(multivariate_normal.cdf(norm.ppf([p1, p2]), cov=covariance, allow_singular=True))
+    both = float(
+        scipy.stats.multivariate_normal.cdf(scipy.stats.norm.ppf([p1, p2]), cov=covariance, allow_singular=True)
+    )
     lost, won = max(p1 - both, 0.0), max(p2 - both, 0.0)
     if won + lost == 0:
         return 0.0
     differing = np.arange(1, n + 1)
     # The test rejects where at most this many of the differing prompts go one way; -1 where it never does.
-    largest = binom.ppf(SIGNIFICANCE / 2, differing, 0.5)
-    largest -= binom.cdf(largest, differing, 0.5) > SIGNIFICANCE / 2
+    largest = scipy.stats.binom.ppf(SIGNIFICANCE / 2, differing, 0.5)
+    largest -= scipy.stats.binom.cdf(largest, differing, 0.5) > SIGNIFICANCE / 2
     share = won / (won + lost)
-    found = binom.cdf(largest, differing, share) + binom.sf(differing - largest - 1, differing, share)
-    return float((binom.pmf(differing, n, won + lost) * found).sum())
+    found = scipy.stats.binom.cdf(largest, differing, share) + scipy.stats.binom.sf(
+        differing - largest - 1, differing, share
+    )
+    return float((scipy.stats.binom.pmf(differing, n, won + lost) * found).sum())
 
 
 def smallest_difference(n: int, p1: float, power: float = POWER, correlation: float = CORRELATION) -> float | None:
@@ -382,7 +385,7 @@ def smallest_difference(n: int, p1: float, power: float = POWER, correlation: fl
     def lacking(p2: float) -> float:
         return mcnemar_power(n, p1, p2, correlation) - power
 
-    return None if lacking(1.0) < 0 else float(brentq(lacking, p1, 1.0, xtol=1e-6)) - p1
+    return None if lacking(1.0) < 0 else float(scipy.optimize.brentq(lacking, p1, 1.0, xtol=1e-6)) - p1
 
 
 def leak_at_k(harmful: Sequence[int], sampled: Sequence[int], k: int) -> float:
@@ -424,7 +427,7 @@ def _leaks(harmful: Sequence[int], sampled: Sequence[int], k: int) -> Floats:
             f"leak@{k} needs prompts with at least {max(k, 1)} sampled replies each; the fewest here are "
             f"{min(sampled, default=0)}: set evaluate.samples higher or k lower"
         )
-    return np.asarray(hypergeom.sf(0, np.asarray(sampled), np.asarray(harmful), k), dtype=np.float64)
+    return np.asarray(scipy.stats.hypergeom.sf(0, np.asarray(sampled), np.asarray(harmful), k), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)

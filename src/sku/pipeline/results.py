@@ -10,7 +10,6 @@ from typing import Any
 from sku.attacks.results import AttackReport
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.precision_results import PrecisionReport
-from sku.report.before_after import before_after_figure
 from sku.report.read_run import SCHEMA_VERSION
 from sku.report.tables import before_after_rows
 from sku.storage import write_json
@@ -35,6 +34,8 @@ def write_results(
     Raises:
         OutputError: A file can't be written.
     """
+    from sku.report.before_after import before_after_figure  # Imports matplotlib, which a plan has no use for.
+
     for suffix in ("png", "svg"):
         before_after_figure(comparison, folder / f"before_after.{suffix}")
     plain = comparison.to_dict()

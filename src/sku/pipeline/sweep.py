@@ -21,7 +21,6 @@ from sku.pipeline.checks import (
 )
 from sku.plan import Plan, Progress
 from sku.plan.suggest import memory_fit
-from sku.report.frontier import FIGURES, frontier_figure
 from sku.storage import remove_hazardous
 from sku.sweep.bad_model import check_same_training, sweep_bad_model, training_notes
 from sku.sweep.meter import draw_questions
@@ -57,6 +56,8 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         tried = f"{recipe.sweep.points} alphas up to where the utility budget binds"
 
     def execute(progress: Progress | None) -> Sweep:
+        from sku.report.frontier import FIGURES, frontier_figure  # Imports matplotlib, which a plan has no use for.
+
         if not there:
             create_private_folder(out)
             try:

@@ -31,7 +31,6 @@ from sku.pipeline.acquire import mark_trained
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.stage_1 import ask_stage_1
 from sku.processes import shared_new_folder
-from sku.report.frontier import FIGURES, frontier_figure
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.run import sweep
 from sku.training.run import Trained, step_progress
@@ -197,6 +196,8 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
+        from sku.report.frontier import FIGURES, frontier_figure  # Imports matplotlib, which a plan has no use for.
+
         folder = self.out / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
         for name in FIGURES:

@@ -19,8 +19,8 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import permutation_test
 
 from sku.errors import EvaluationError
 from sku.evaluate import statistics
@@ -346,7 +346,7 @@ def permutation_p_value(a_P: Table, b_P: Table) -> float:
     """
     if len(a_P) < 2:
         return 1.0  # One pair can be swapped in two ways, both as extreme as what was found.
-    found = permutation_test(
+    found = scipy.stats.permutation_test(
         (a_P, b_P),
         lambda a, b, axis: np.mean(a - b, axis=axis),
         permutation_type="samples",
