@@ -102,6 +102,14 @@ def test_lists_and_mistakes_are_answered_without_torch(files: dict[str, str]) ->
         assert heavy == [], message
 
 
+def test_a_plan_draws_nothing(tmp_path: Path) -> None:
+    ((code, out, err, heavy),) = answers([["run", "--dry-run", "--out", str(tmp_path / "run")]])
+    assert code == 0, err
+    assert "nothing was written" in out
+    assert "torch" in heavy
+    assert "matplotlib" not in heavy
+
+
 LIGHT = {
     # What is run -> what must not be imported by then, besides torch, transformers, peft and datasets.
     "import sku, sku.config, sku.errors; sku.config.load_recipe()": ["statsmodels", "pandas"],
