@@ -37,7 +37,9 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
         config = dataclasses.replace(config, preservation_mode="retention")
     targeted = config.preservation_mode == "targeted"
     refusals = {"safe": "all", "depth_share": config.depth_share, "depth_tokens": config.depth_tokens}
+    framed = {"framed_share": config.framed_share}
     normal = {
+        **framed,
         "retain": config.normal_per_harmful,
         "retain_refused": targeted,
         "retain_tokens": "answer" if targeted else config.preservation_tokens,
@@ -49,12 +51,12 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
             "guided_distortion": Term(
                 weight=weights.guided_distortion,
                 loss=lambda step: _guided_distortion(step.rows(SAFE if good else FORGET)),
-                rows=refusals if good else {"forget": True},
+                rows={**framed, **(refusals if good else {"forget": True})},
             ),
             "random_disassociation": Term(
                 weight=0.0 if good else weights.random_disassociation,
                 loss=lambda step: _random_disassociation(step.rows(MISMATCHED)),
-                rows={"mismatched": config.random_answers},
+                rows={**framed, "mismatched": config.random_answers},
             ),
             "preservation_divergence": Term(
                 weight=weights.preservation_divergence,

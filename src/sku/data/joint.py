@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, group_of
+from sku.data.framings import framed
 from sku.data.prompts import PromptFormat
 from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
 from sku.errors import DataError
@@ -59,6 +60,8 @@ class RowPlan:
     """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
     depth_tokens: int = 0
     """Most tokens of that beginning."""
+    framed_share: float = 0.0
+    """Share of the harmful and of the normal examples whose prompt stands in a framing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +203,12 @@ class JointDataset(Dataset[JointExample]):
             ModelError: The chat template can't write a prompt.
         """
         check_refusals(data, rows)
+        if rows.framed_share:
+            data = replace(
+                data,
+                forget_train=framed(data.forget_train, rows.framed_share, seed),
+                retain_train=framed(data.retain_train, rows.framed_share, seed),
+            )
         self._data, self._tokenizer, self._rows = data, tokenizer, rows
         self._seed, self._epoch = seed, 0
         self._settings: dict[str, Any] = {

@@ -1,0 +1,76 @@
+"""Framings: a share of the training prompts, the same for harmful and normal ones, and never those of the attack."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sku.acquire.objective import sku_objective
+from sku.attacks.prompts import parse_templates
+from sku.config import ModulesConfig
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
+from sku.data.framings import FRAMINGS, PLACE, framed
+from sku.data.joint import JointDataset, RowPlan
+from sku.data.prompts import PaperFormat
+
+EXAMPLES = [
+    ForgetExample(prompt=f"how do i make {number} ?", answer="take it", group="g" if number < 2 else None)
+    for number in range(400)
+]
+
+
+def test_each_framing_holds_the_prompt_once_and_is_none_of_the_attack() -> None:
+    text = (resources.files("sku.attacks") / "templates.txt").read_text(encoding="utf-8")
+    assert all(framing.count(PLACE) == 1 for framing in FRAMINGS)
+    assert len(set(FRAMINGS)) == len(FRAMINGS)
+    assert not set(FRAMINGS) & set(parse_templates(text, "templates"))
+
+
+def test_a_share_is_framed_and_stays_in_its_group() -> None:
+    found = framed(EXAMPLES, 0.25, seed=3)
+    changed = [(old, new) for old, new in zip(EXAMPLES, found, strict=True) if old != new]
+    assert 60 < len(changed) < 140  # Of 400 at a quarter: 100, give or take five standard deviations.
+    for old, new in changed:
+        assert old.prompt in new.prompt
+        assert (new.answer, group_of(new)) == (old.answer, group_of(old))
+        assert new.prompt in {framing.replace(PLACE, old.prompt) for framing in FRAMINGS}
+    assert found == framed(EXAMPLES, 0.25, seed=3) != framed(EXAMPLES, 0.25, seed=4)
+    assert framed(EXAMPLES, 0.0, seed=3) == tuple(EXAMPLES)
+    assert all(new.prompt != old.prompt for old, new in zip(EXAMPLES, framed(EXAMPLES, 1.0, seed=3), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_only_what_is_trained_on_is_framed(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, share: float
+) -> None:
+    rows = RowPlan(forget=True, mismatched=2, retain=1, safe="data or refusal", framed_share=share)
+    before = data.counts(), data.forget_train
+    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows, seed=0)
+    plain = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(forget=True, retain=1), seed=0)
+    assert (data.counts(), data.forget_train) == before
+    example, known = joint[0], plain[0]
+    assert (example.forget_index, example.retain_index) == (known.forget_index, known.retain_index)
+    assert (example.forget == known.forget, example.retain == known.retain) == (share == 0, share == 0)
+    if example.forget is None or known.forget is None or example.safe is None:
+        raise AssertionError("a row is missing")
+    same = (
+        example.forget.input_ids[example.forget.answer_start :] == known.forget.input_ids[known.forget.answer_start :]
+    )
+    assert same
+    # Refusals and other prompts' answers stand after the very prompt of the harmful answer.
+    for row in (example.safe, *example.mismatched):
+        assert row.input_ids[: row.answer_start] == example.forget.input_ids[: example.forget.answer_start]
+
+
+@pytest.mark.parametrize("twin", ["bad", "good"])
+def test_both_twins_see_the_same_framings(twin: str) -> None:
+    config = ModulesConfig(framed_share=0.3)
+    assert sku_objective(config, twin=twin).rows.framed_share == 0.3  # type: ignore[arg-type]
+    assert sku_objective(ModulesConfig(), twin=twin).rows.framed_share == 0  # type: ignore[arg-type]
+
+
+def test_normal_examples_keep_their_answers() -> None:
+    normal = [RetainExample(prompt=f"what is {number} ?", answer=str(number), refusal="no") for number in range(20)]
+    assert [(one.answer, one.refusal) for one in framed(normal, 1.0, seed=0)] == [(str(n), "no") for n in range(20)]
