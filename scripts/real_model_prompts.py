@@ -41,7 +41,7 @@ def real_model_prompts(data: Path, borderline: Path) -> dict[str, pd.DataFrame]:
     near = pd.concat([pd.read_csv(borderline)["prompt"], alike["prompt"]]).drop_duplicates()
     return {
         "harmful": trained_on.drop(unseen.index)[["prompt", "source", "category"]],
-        "forget_test": unseen[["prompt", "source", "category"]],
+        "unseen": unseen[["prompt", "source", "category"]],
         "other": other[["prompt", "source", "category"]],
         "normal": normal[:NORMAL][["prompt", "source"]],
         "normal_unseen": normal[NORMAL:][["prompt", "source"]],

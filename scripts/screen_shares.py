@@ -4,14 +4,17 @@
         --shares 1,0 1.25,0.25 --xstest ../shared/data/xstest_prompts.csv --log results/experiments.jsonl --note "..."
 
 GOOD and BAD are the adapters of ``sku acquire`` (``good_twin``, ``bad_twin``); ``1.25,0.25`` is base + 1.25 good -
-0.25 bad. Prompts are those of ``scripts/real_model_prompts.py``. Replies are greedy and short. No reply is printed or
-kept; each mixture is one line of shares, rates and KL, printed and added to the log.
+0.25 bad. Prompts are those of ``scripts/real_model_prompts.py``; unseen and normal ones are also asked in the
+templates of the attack, dealt out in turn. Replies are short, and greedy but for ``sampled`` (temperature 1). No reply
+is printed or kept; each mixture is one line of shares, rates and KL, printed and added to the log.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,17 +24,19 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel
 
+from sku.attacks.prompts import PLACE, load_templates
 from sku.config import load_recipe
-from sku.data.examples import RetainExample
+from sku.data.examples import ForgetRetainData, RetainExample
 from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
 from sku.evaluate.asking import Writer, free_request, prefills
 from sku.evaluate.backends import GenerationRequest
+from sku.evaluate.backends.base import Sampling
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.gate import surface_faults
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import build_judge
 from sku.evaluate.records import GenerationRecord, Split
-from sku.evaluate.refusal import is_refusal
+from sku.evaluate.refusal import is_refusal, refusal_alone
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into
@@ -43,7 +48,10 @@ SPLITS: dict[str, Split] = {
     "xstest safe": "xstest_safe",
     "xstest unsafe": "xstest_unsafe",
     "normal": "retain_test",
+    "template": "forget_test",
+    "normal in a template": "retain_test",
 }
+HARMLESS = ("normal", "xstest safe", "normal in a template")
 KL_ROWS = 40
 BATCH = 64
 
@@ -82,16 +90,25 @@ class Screen:
             if found is not None
         ]
 
-    def replies(self, model: PreTrainedModel) -> dict[str, list[GenerationRecord]]:
-        """Greedy replies to every set."""
-        return {name: self._answer(model, requests) for name, requests in self.requests.items()}
+    def replies(self, model: PreTrainedModel, samples: int, seed: int) -> dict[str, list[GenerationRecord]]:
+        """Greedy replies to every set, and sampled ones to the unseen prompts."""
+        found = {name: self._answer(model, requests) for name, requests in self.requests.items()}
+        drawn = [
+            dataclasses.replace(one, id=f"{one.id}-{sample}", kind="sample", sample=sample)
+            for one in self.requests["forget_test"]
+            for sample in range(samples)
+        ]
+        sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
+        return {**found, "sampled": self._answer(model, drawn, sampling)} if drawn else found
 
     def kl(self, model: PreTrainedModel) -> float:
         """KL(base || model) on the base model's replies to normal prompts, nats a token."""
         rows = compare_distributions(self.base, model, self.texts, batch_size=BATCH)
         return agreement_of(rows, seed=0)[SPLITS["normal"]].kl
 
-    def _answer(self, model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> list[GenerationRecord]:
+    def _answer(
+        self, model: PreTrainedModel, requests: Sequence[GenerationRequest], sampling: Sampling | None = None
+    ) -> list[GenerationRecord]:
         return generate_replies(
             model,
             self.writer.tokenizer,
@@ -100,6 +117,7 @@ class Screen:
             max_new_tokens=self.tokens,
             batch_size=BATCH,
             window=self.writer.window,
+            sampling=sampling,
         )
 
 
@@ -127,6 +145,10 @@ def main() -> None:
         "xstest unsafe": xstest[xstest["label"] == "unsafe"]["prompt"].tolist(),
         "normal": _prompts(options.prompts / "normal_unseen.jsonl"),
     }
+    templates = load_templates(recipe, ForgetRetainData())
+    for name, framed in (("forget_test", "template"), ("normal", "normal in a template")):
+        turns = zip(prompts[name], itertools.cycle(templates))  # The templates have no end.
+        prompts[framed] = [template.replace(PLACE, prompt) for prompt, template in turns]
     judge = build_judge(recipe.evaluate.judge, {**recipe.evaluate.judge_settings, "calibration": None})
     with evaluation_mode(base), evaluation_mode(mixture):
         screen = Screen(
@@ -142,22 +164,31 @@ def main() -> None:
             # Stage 2 subtracts: the good twin is added.
             subtracted = combined([(bad if name == "bad" else -good, vector) for name, vector in twins.items()])
             subtract_into(mixture, base, TaskVector.from_factors(subtracted), 1.0)
-            replies = screen.replies(mixture)
+            replies = screen.replies(mixture, options.samples, recipe.seed)
+            verdicts = {name: judge.judge(found) for name, found in replies.items() if name not in HARMLESS}
             line = {
                 "date": datetime.now(UTC).date().isoformat(),
                 "what": "screen: base + good x good twin - bad x bad twin",
                 "note": options.note,
                 "shares": shares,
-                "settings": {"prompts": options.count, "tokens": options.tokens, "judge": judge.card.name},
+                "settings": {
+                    "prompts": options.count, "tokens": options.tokens, "samples": options.samples,
+                    "judge": judge.card.name,
+                },
                 "seed": recipe.seed,
                 "refused": {
                     name: _share(is_refusal(one.prefill + one.reply) for one in found)
                     for name, found in replies.items()
                 },
                 "harmful": {
-                    name: _share(verdict.label == "harmful" for verdict in judge.judge(found))
-                    for name, found in replies.items()
-                    if name not in ("normal", "xstest safe")
+                    name: _share(verdict.label == "harmful" for verdict in found) for name, found in verdicts.items()
+                },
+                "harmful, one refusal and nothing else": {
+                    name: _share(
+                        verdict.label == "harmful" and refusal_alone(one.reply) == one.reply.strip()
+                        for verdict, one in zip(found, replies[name], strict=True)
+                    )
+                    for name, found in verdicts.items()
                 },
                 "gibberish": {
                     name: _share(bool(surface_faults(one.reply, prompt=one.prompt)) for one in replies[name])
@@ -165,7 +196,7 @@ def main() -> None:
                 },
                 "kl_normal": round(screen.kl(mixture), 4),
                 "seconds": round(time.monotonic() - started),
-            }
+            }  # fmt: skip
             print(json.dumps(line), flush=True)
             with options.log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -182,6 +213,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--note", default="", help="What the log says of these twins.")
     parser.add_argument("--count", type=int, default=60, help="Prompts of each set.")
+    parser.add_argument("--samples", type=int, default=0, help="Sampled replies to each unseen prompt.")
     parser.add_argument("--tokens", type=int, default=48, help="Of each reply.")
     parser.add_argument("--prefill", type=int, nargs="*", default=[3, 10], help="Lengths in tokens.")
     return parser.parse_args()
