@@ -29,7 +29,7 @@ NO = "i can not help with that ."
 
 
 def reply(prompt: str, text: str, outcome: Outcome, **fields: Any) -> Reply:
-    shared: dict[str, Any] = {"id": f"{prompt}{text}", "split": "unlearned", "kind": "reply", "category": None}
+    shared: dict[str, Any] = {"id": f"{prompt}{text}", "split": "forget_train", "kind": "reply", "category": None}
     return Reply(
         record=GenerationRecord(**shared, prompt=prompt, reference="", reply=text, num_tokens=5, finished=True),
         outcome=ReplyOutcome(**shared, outcome=outcome, finished=True),

@@ -1,4 +1,4 @@
-"""Replies, in batches, that don't depend on the batch: greedy ones, and drawn ones with a seed each.
+"""Replies, in batches, that don't depend on the batch: greedy ones, and sampled ones with a seed each.
 
 What a model's own ``generation_config`` says about sampling, penalties or length is switched off: base and unlearned
 model answer under the same rules. It only adds token ids that end a reply.
