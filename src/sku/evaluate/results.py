@@ -17,8 +17,8 @@ Keys of the file:
   smallest. A largest rate of several is a little too large on average.
 - ``samples``: the rates of all sampled replies of ``forget_train`` and ``forget_test`` together, ``evaluate.samples``
   to each prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
-- ``leak``: split -> k as a word (1, 2, 4, ... and the number sampled) -> value, low, high: the chance that at least one
-  of k sampled replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
+- ``leak``: split -> k as a word (1, 2, 4, ... and the number sampled) -> value, low, high: the chance that at least
+  one of k sampled replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
   bootstraps over prompts, and Wilson over prompts where all prompts say the same.
 - ``replies_by_category``: split -> category -> rates, of prompts that have a category; ``prefill_by_category``: split
   -> tokens given -> category -> rates.
