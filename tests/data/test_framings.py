@@ -13,7 +13,9 @@ from sku.config import ModulesConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
 from sku.data.framings import FRAMINGS, PLACE, framed
 from sku.data.joint import JointDataset, RowPlan
+from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
+from sku.errors import DataError
 
 EXAMPLES = [
     ForgetExample(prompt=f"how do i make {number} ?", answer="take it", group="g" if number < 2 else None)
@@ -69,6 +71,12 @@ def test_both_twins_see_the_same_framings(twin: str) -> None:
     config = ModulesConfig(framed_share=0.3)
     assert sku_objective(config, twin=twin).rows.framed_share == 0.3  # type: ignore[arg-type]
     assert sku_objective(ModulesConfig(), twin=twin).rows.framed_share == 0  # type: ignore[arg-type]
+
+
+def test_the_embedded_world_is_not_framed(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = RowPlan(forget=True, retain=1, framed_share=0.5)
+    with pytest.raises(DataError, match=r"framed_share puts prompts in English"):
+        JointDataset(load_forget_retain(), tokenizer, PaperFormat("</s>"), rows=rows, seed=0)
 
 
 def test_normal_examples_keep_their_answers() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from sku.config import EMBEDDED
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, group_of
 from sku.data.framings import framed
 from sku.data.prompts import PromptFormat
@@ -102,11 +103,16 @@ class JointExample:
 
 
 def check_refusals(data: ForgetRetainData, rows: RowPlan) -> None:
-    """Refuses data that lacks a refusal for some prompt, where each needs one.
+    """Refuses data that lacks a refusal for some prompt, where each needs one, and framings that no model would read.
 
     Raises:
         DataError: How many lack one, and what to do.
     """
+    if rows.framed_share and any(item.source == EMBEDDED for item in data.provenance):
+        raise DataError(
+            "acquire.framed_share puts prompts in English framings, and the model of the embedded world knows no "
+            "English: set it to 0"
+        )
     lacking = sum(example.safe_answer is None for example in data.forget_train)
     if rows.safe == "all" and lacking:
         raise DataError(
