@@ -70,8 +70,7 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("sweep", "unlearning"):
-        monkeypatch.setattr(f"sku.pipeline.{place}.FIGURES", ())
+    monkeypatch.setattr("sku.report.frontier.FIGURES", ())
 
 
 @pytest.fixture(scope="module")
