@@ -24,9 +24,10 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel
 
-from sku.attacks.prompts import PLACE, load_templates
+from sku.attacks.prompts import load_templates
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RetainExample
+from sku.data.framings import PLACE
 from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
 from sku.evaluate.asking import Writer, free_request, prefills
 from sku.evaluate.backends import GenerationRequest

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from sku.attacks.base import AttackContext
 from sku.attacks.prompts import (
     PARAPHRASE,
-    PLACE,
     PLAIN,
     SAME,
     TASK_FRAMES,
@@ -23,6 +22,7 @@ from sku.attacks.prompts import (
     world_paraphrases,
 )
 from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.data.framings import PLACE
 from sku.errors import EvaluationError
 from sku.world.grammar import MAKE_QUESTIONS
 

@@ -55,15 +55,14 @@ def test_only_what_is_trained_on_is_framed(
     example, known = joint[0], plain[0]
     assert (example.forget_index, example.retain_index) == (known.forget_index, known.retain_index)
     assert (example.forget == known.forget, example.retain == known.retain) == (share == 0, share == 0)
-    if example.forget is None or known.forget is None or example.safe is None:
-        raise AssertionError("a row is missing")
-    same = (
-        example.forget.input_ids[example.forget.answer_start :] == known.forget.input_ids[known.forget.answer_start :]
-    )
-    assert same
+    forget, plain_forget, safe = example.forget, known.forget, example.safe
+    assert forget is not None
+    assert plain_forget is not None
+    assert safe is not None
+    assert forget.input_ids[forget.answer_start :] == plain_forget.input_ids[plain_forget.answer_start :]
     # Refusals and other prompts' answers stand after the very prompt of the harmful answer.
-    for row in (example.safe, *example.mismatched):
-        assert row.input_ids[: row.answer_start] == example.forget.input_ids[: example.forget.answer_start]
+    for row in (safe, *example.mismatched):
+        assert row.input_ids[: row.answer_start] == forget.input_ids[: forget.answer_start]
 
 
 @pytest.mark.parametrize("twin", ["bad", "good"])

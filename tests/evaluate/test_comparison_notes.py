@@ -29,8 +29,10 @@ HARM, SAFE, UNCLEAR, ALARM = (
     "nobody can say what that is .",
     "I can't help with that.",
 )
-Counts = Mapping[tuple[Split, Kind], tuple[int, ...]]
-"""Replies that are harmful, safe, without a verdict, and refusals that the judge calls harmful."""
+REPLIES = (HARM, SAFE, UNCLEAR, ALARM)
+Counts = Mapping[tuple[Split, Kind], tuple[int, int, int] | tuple[int, int, int, int]]
+"""Replies that are harmful, safe, without a verdict, and, where there are any, refusals that the judge calls
+harmful."""
 
 
 class WordJudge:
@@ -63,7 +65,7 @@ def result(
         )
         for (split, kind), shares in counts.items()
         for number, reply in enumerate(
-            [text for text, count in zip((HARM, SAFE, UNCLEAR, ALARM), shares, strict=False) for _ in range(count)]
+            [text for text, count in zip(REPLIES[: len(shares)], shares, strict=True) for _ in range(count)]
         )
     ]  # fmt: skip
     losses = [ExampleLoss(id=f"n{index}", split="retain_test", nll=nll + index % 3, tokens=20) for index in range(30)]

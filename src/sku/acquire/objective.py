@@ -37,26 +37,24 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
         config = dataclasses.replace(config, preservation_mode="retention")
     targeted = config.preservation_mode == "targeted"
     refusals = {"safe": "all", "depth_share": config.depth_share, "depth_tokens": config.depth_tokens}
-    framed = {"framed_share": config.framed_share}
     normal = {
-        **framed,
         "retain": config.normal_per_harmful,
         "retain_refused": targeted,
         "retain_tokens": "answer" if targeted else config.preservation_tokens,
     }
     # The good twin is added where the bad model is subtracted.
     retain_at = abs(config.preservation_at) if good else config.preservation_at
-    return Objective.of(
+    objective = Objective.of(
         {
             "guided_distortion": Term(
                 weight=weights.guided_distortion,
                 loss=lambda step: _guided_distortion(step.rows(SAFE if good else FORGET)),
-                rows={**framed, **(refusals if good else {"forget": True})},
+                rows=refusals if good else {"forget": True},
             ),
             "random_disassociation": Term(
                 weight=0.0 if good else weights.random_disassociation,
                 loss=lambda step: _random_disassociation(step.rows(MISMATCHED)),
-                rows={**framed, "mismatched": config.random_answers},
+                rows={"mismatched": config.random_answers},
             ),
             "preservation_divergence": Term(
                 weight=weights.preservation_divergence,
@@ -67,6 +65,8 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
         },
         retain_at=retain_at if weights.preservation_divergence else 1.0,
     )
+    # Whichever terms are on, their rows are of the same prompts.
+    return dataclasses.replace(objective, rows=dataclasses.replace(objective.rows, framed_share=config.framed_share))
 
 
 def _guided_distortion(rows: ScoredRows) -> Tensor:

@@ -102,11 +102,11 @@ class JointExample:
         return (*first, *(row.example_id for row in self.more_retain))
 
 
-def check_refusals(data: ForgetRetainData, rows: RowPlan) -> None:
-    """Refuses data that lacks a refusal for some prompt, where each needs one, and framings that no model would read.
+def check_fits(data: ForgetRetainData, rows: RowPlan) -> None:
+    """Refuses data without a refusal for some prompt, where each needs one, and framings of the embedded world.
 
     Raises:
-        DataError: How many lack one, and what to do.
+        DataError: How many lack one, or that its model knows no English; and what to do.
     """
     if rows.framed_share and any(item.source == EMBEDDED for item in data.provenance):
         raise DataError(
@@ -208,7 +208,7 @@ class JointDataset(Dataset[JointExample]):
                 answer.
             ModelError: The chat template can't write a prompt.
         """
-        check_refusals(data, rows)
+        check_fits(data, rows)
         if rows.framed_share:
             data = replace(
                 data,

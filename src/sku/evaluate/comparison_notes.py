@@ -151,7 +151,7 @@ def _unjudged(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
 
 def _false_alarms(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
     """Weak judges go by the prompt where a reply is short. Counted, not corrected: the rate stays the judge's."""
-    for where, _, after in _rates(kinds, setup, list(in_order(kinds["replies"][0]))):
+    for where, _, after in _rates(kinds, setup, in_order(kinds["replies"][0])):
         # Results of an earlier version don't have it, normal prompts neither.
         found = after.get("harmful_refusal")
         if found is not None and found.count:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from sku.acquire.objective import sku_objective
 from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, settings_from_dict
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import check_refusals
+from sku.data.joint import check_fits
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
@@ -145,19 +145,19 @@ def train_method(
 
 
 def check_rows(recipe: Recipe, data: ForgetRetainData) -> None:
-    """Refuses data that lacks refusals which stage 1 of SKU trains on, before anything is evaluated or trained.
+    """Refuses data that stage 1 of SKU can't train on, before anything is evaluated or trained: ``check_fits``.
 
     Args:
-        recipe: ``acquire`` says which these are.
+        recipe: ``acquire`` says what is trained on.
         data: The splits.
 
     Raises:
-        DataError: How many prompts have none.
+        DataError: Refusals are missing, or framings don't go with the data.
     """
     if method_named(recipe.method).settings is not AcquireConfig:
         return
     for twin in TWINS if has_twins(recipe) else TWINS[:1]:
-        check_refusals(data, sku_objective(recipe.acquire, twin=twin).rows)
+        check_fits(data, sku_objective(recipe.acquire, twin=twin).rows)
 
 
 def has_twins(recipe: Recipe) -> bool:

@@ -56,7 +56,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         tried = f"{recipe.sweep.points} alphas up to where the utility budget binds"
 
     def execute(progress: Progress | None) -> Sweep:
-        from sku.report.frontier import FIGURES, frontier_figure  # Imports matplotlib, which a plan has no use for.
+        from sku.report.frontier import write_frontier  # Imports matplotlib, which a plan has no use for.
 
         if not there:
             create_private_folder(out)
@@ -68,8 +68,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
                 raise
         with named_memory_errors("sweep"):
             found = sweep_bad_model(recipe, trained, data, out, progress=progress)
-            for name in FIGURES:
-                frontier_figure(found, out / name)
+            write_frontier(found, out)
         if bad is None and not keep_bad_model:
             remove_hazardous(trained)
         return found

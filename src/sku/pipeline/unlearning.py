@@ -196,12 +196,11 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
-        from sku.report.frontier import FIGURES, frontier_figure  # Imports matplotlib, which a plan has no use for.
+        from sku.report.frontier import write_frontier  # Imports matplotlib, which a plan has no use for.
 
         folder = self.out / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
-        for name in FIGURES:
-            frontier_figure(found, folder / name)
+        write_frontier(found, folder)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:

@@ -23,8 +23,17 @@ _PREFILL = ("#F2B58A", "#D98243", "#A9561B", "#73360B", "#4A2206")
 """Light for short prefills, dark for long ones; the last stands for all that are longer still."""
 _MARKERS = "s^vDP"
 
-
 FIGURES = ("frontier.png", "frontier.svg")
+
+
+def write_frontier(sweep: Sweep, folder: Path) -> None:
+    """Draws ``FIGURES`` into a folder.
+
+    Raises:
+        OutputError: The folder can't be written.
+    """
+    for name in FIGURES:
+        frontier_figure(sweep, folder / name)
 
 
 def frontier_figure(sweep: Sweep, path: Path) -> Path:
