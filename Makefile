@@ -8,6 +8,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+# The packages are compiled when they are first imported. Where that may not be kept, as some images say, it is done anew
+# by every process: 10 seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 # A worker that has nothing left takes tests from another, so that no long file is waited for at the end.
 SHARED_OUT = -n auto --dist worksteal
 

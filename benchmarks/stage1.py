@@ -5,7 +5,8 @@
 A step is the forward pass and the backward of the three modules on the same token ids, weights 2.5, 2.5 and 1; the
 optimizer, equal on all sides, is left out. ``naive`` is written from the paper's description: one padded batch and one
 forward pass a module, scores at every position, a second model beside the first. The other ways are those of the
-setting ``packing``, through the trainer. ``+bf16`` runs a way under bfloat16 autocast.
+setting ``packing``, through the trainer. ``+bf16`` runs a way under bfloat16 autocast, ``+bf16+casts`` with what PEFT
+casts there and the trainer does not (``adapter_inputs_as_they_are``).
 
 Loss and gradient of every way are compared with those of the first one before anything is timed; where they differ,
 the run ends with exit code 1 and no figure. Tokens are random: nothing harmful is read or written.
@@ -23,8 +24,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModelConfig, ModulesConfig, WeightsConfig
 from sku.data.collation import JointCollator, PackedCollator
-from sku.data.joint import RETAIN, JointExample
+from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.tokens import TokenizedExample
 from sku.losses import IGNORE_INDEX
 from sku.model_files import embedded_model_path
 from sku.models import LoadedModel, load_model, plain_model
+from sku.training.layers import adapter_inputs_as_they_are
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
@@ -67,13 +69,19 @@ class Way:
     step: Callable[[Sequence[JointExample]], Tensor]
     """Loss of a batch, ready for its backward."""
     autocast: bool
+    casts: bool = False
+    """Whether the inputs of an adapter are cast under autocast, as PEFT does by itself."""
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
-    def context(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Autocast, or nothing."""
-        return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
+    def pass_of(self, model: nn.Module, batch: Sequence[JointExample], device: torch.device) -> Tensor:
+        """One forward and backward pass; gives the loss."""
+        with adapter_inputs_as_they_are(model, autocast=self.autocast and not self.casts):
+            with torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext():
+                loss = self.step(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
 
 def main() -> None:
@@ -110,8 +118,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gguf-file", help="GGUF file in that folder")
     parser.add_argument("--shape", choices=SHAPES, help="a Llama of this shape, random weights, in place of a model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
-    parser.add_argument("--tuning", choices=("full", "lora"), default="full", help="lora: rank 32 on q_proj, v_proj")
-    parser.add_argument("--ways", nargs="+", help="of naive, padded, flat, tree, each also with +bf16")
+    parser.add_argument(
+        "--tuning",
+        choices=("full", "lora", "lora-all"),
+        default="full",
+        help="lora: rank 32 on q_proj, v_proj; lora-all: rank 16 on all linear layers",
+    )
+    parser.add_argument("--ways", nargs="+", help="of naive, padded, flat, tree, also with +bf16 or +bf16+casts")
     parser.add_argument("--batch", type=int, default=2, help="joint examples of a step")
     parser.add_argument("--k", type=int, default=5, help="answers of other prompts for each prompt")
     parser.add_argument("--prompt", type=int, default=30, help="mean tokens of a prompt")
@@ -135,13 +148,26 @@ def _options() -> argparse.Namespace:
         if options.dtype == "bfloat16":
             options.ways = ["naive", "padded", "flat", "tree"]
     for name in options.ways:
-        if name.removesuffix("+bf16") not in ("naive", "padded", "flat", "tree"):
-            parser.error(f"{name} is no way; there are naive, padded, flat and tree, each also with +bf16")
+        kind, _, extra = name.partition("+")
+        if kind not in ("naive", "padded", "flat", "tree") or extra not in ("", "bf16", "bf16+casts"):
+            parser.error(f"{name} is no way: naive, padded, flat or tree, alone or with +bf16 or +bf16+casts")
     return options
 
 
-class Examples(list[JointExample]):
-    """Joint examples that stand in for a dataset."""
+class Examples(JointDataset):
+    """Joint examples that were made elsewhere."""
+
+    def __init__(self, examples: Iterable[JointExample]) -> None:
+        """Holds them; nothing is tokenized."""
+        self._made = list(examples)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._made)
+
+    def __getitem__(self, index: int) -> JointExample:
+        """One of them."""
+        return self._made[index]
 
     def fixed_rows(self, kind: int, _examples: int) -> list[TokenizedExample] | None:
         """As of ``JointDataset``: the normal rows, each once."""
@@ -149,7 +175,7 @@ class Examples(list[JointExample]):
             return None
         return [
             dataclasses.replace(example.retain, example_id=example.retain_index)
-            for example in self
+            for example in self._made
             if example.retain is not None
         ]
 
@@ -211,13 +237,16 @@ def _trainer(
         packing="tree",
         activation_checkpointing=options.checkpointing,
     )  # fmt: skip
-    adapter = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    targets: dict[str, Any] = {"r": 32, "target_modules": ["q_proj", "v_proj"]}
+    if options.tuning == "lora-all":
+        targets = {"r": 16, "target_modules": "all-linear"}
+    adapter = LoraConfig(lora_alpha=32, task_type="CAUSAL_LM", **targets)
     trainer = SkuTrainer(
         copy.deepcopy(loaded.model) if options.tuning == "full" else loaded.model,
         settings,
-        Examples(example for batch in batches for example in batch),  # type: ignore[arg-type]
+        Examples(example for batch in batches for example in batch),
         processing_class=loaded.tokenizer,
-        peft_config=adapter if options.tuning == "lora" else None,
+        peft_config=None if options.tuning == "full" else adapter,
     )
     assert isinstance(trainer.model, nn.Module)
     if options.checkpointing:
@@ -238,7 +267,8 @@ def _trainer(
 
 
 def _way(name: str, trainer: SkuTrainer, loaded: LoadedModel) -> Way:
-    kind = name.removesuffix("+bf16")
+    kind, _, extra = name.partition("+")
+    precision: dict[str, Any] = {"autocast": extra != "", "casts": extra == "bf16+casts"}
     model = trainer.model
     assert isinstance(model, nn.Module)
     if kind == "naive":
@@ -253,7 +283,7 @@ def _way(name: str, trainer: SkuTrainer, loaded: LoadedModel) -> Way:
             batch = NaiveBatch.of(examples, int(loaded.tokenizer.pad_token_id), loaded.model.device)
             return naive_loss(model, teacher, batch, WEIGHTS)
 
-        return Way(name=name, step=naive, autocast=name.endswith("+bf16"))
+        return Way(name=name, step=naive, **precision)
     collator: Any = PackedCollator(share=kind == "tree", retain_tokens="answer")
     if kind == "padded":
         collator = JointCollator(int(loaded.tokenizer.pad_token_id))
@@ -262,7 +292,7 @@ def _way(name: str, trainer: SkuTrainer, loaded: LoadedModel) -> Way:
         loss: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(collator(list(examples))))
         return loss
 
-    return Way(name=name, step=ours, autocast=name.endswith("+bf16"))
+    return Way(name=name, step=ours, **precision)
 
 
 def _without_adapter(model: PeftModel) -> nn.Module:
@@ -273,12 +303,10 @@ def _without_adapter(model: PeftModel) -> nn.Module:
 
 def _gradient(way: Way, model: nn.Module, batch: Sequence[JointExample], device: torch.device) -> tuple[float, Tensor]:
     model.zero_grad()
-    with way.context(device):
-        loss = way.step(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = way.pass_of(model, batch, device)
     gradients = [weight.grad.float().flatten().cpu() for weight in model.parameters() if weight.grad is not None]
     model.zero_grad()
-    return float(loss.detach()), torch.cat(gradients)
+    return float(loss), torch.cat(gradients)
 
 
 def _check_equal(ways: Sequence[Way], model: nn.Module, batch: Sequence[JointExample], loaded: LoadedModel) -> None:
@@ -308,9 +336,7 @@ def _timed(way: Way, model: nn.Module, batch: Sequence[JointExample], device: to
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started, worked = time.perf_counter(), time.process_time()
-    with way.context(device):
-        loss = way.step(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    way.pass_of(model, batch, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     way.seconds.append(time.perf_counter() - started)
@@ -415,12 +441,12 @@ def _print_results(
         mfu = useful / seconds / peaks[torch.bfloat16 if narrow else torch.float32]
         extra = f" + {second / 2**30:.2f} for the second model" if way.name.startswith("naive") else ""
         print(
-            f"{way.name:<10} {seconds:.3f} s ({statistics.fmean(way.processor):.3f} s of processor time), "
+            f"{way.name:<15} {seconds:.3f} s ({statistics.fmean(way.processor):.3f} s of processor time), "
             f"{raw / seconds:,.0f} tokens/s, MFU {100 * mfu:.1f} %, {way.peak_bytes / 2**30:.2f} GiB{extra}"
         )
-    for base in (way for way in ways if way.name.startswith("naive")):
+    for base in (way for way in ways if way.name.startswith("naive") or way.casts):
         for way in ways:
-            if not way.name.startswith("naive"):
+            if not way.name.startswith("naive") and not way.casts:
                 wall = sum(base.seconds) / sum(way.seconds)
                 work = sum(base.processor) / sum(way.processor)
                 print(f"ratio      {base.name} / {way.name}: {wall:.2f} x ({work:.2f} x of processor time)")

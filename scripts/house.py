@@ -60,6 +60,8 @@ def complex_functions(root: Path) -> int:
     found = subprocess.run(
         [*ruff, "--config", f"lint.mccabe.max-complexity={MOST_COMPLEX}", str(root)], capture_output=True, check=False
     )
+    if not found.stdout:
+        raise SystemExit(f"ruff gave no answer ({found.stderr.decode().strip()}): run this by .venv/bin/python")
     return len(json.loads(found.stdout))
 
 

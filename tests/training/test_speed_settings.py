@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
-from conftest import TrainerMaker
+from conftest import ModelMaker, TrainerMaker
 from sku.acquire.trainer import SkuTrainer
 from sku.errors import RecipeError
 from sku.training import config as config_module
 from sku.training import optimizer
+from sku.training import trainer as trainer_module
 from sku.training.config import UnlearningConfig
+from sku.training.layers import adapter_inputs_as_they_are
 
 
 def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
@@ -72,3 +78,53 @@ def test_impossible_settings_are_refused(
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets it for torch_compile.
     with pytest.raises(RecipeError, match=message):
         UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+@contextmanager
+def as_peft_casts(_model: nn.Module, *, autocast: bool) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_autocast_an_adapter_learns_the_same_from_inputs_that_are_not_cast(
+    checkpointing: bool, make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained() -> tuple[dict[str, Tensor], set[torch.dtype]]:
+        trainer = make_trainer(
+            make_model().to(torch.bfloat16), bf16=True, max_steps=3, activation_checkpointing=checkpointing
+        )
+        model: Any = trainer.model
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        seen: set[torch.dtype] = set()
+
+        def look(_module: nn.Module, args: tuple[Tensor]) -> None:
+            if torch.is_grad_enabled():  # The first look at the reference is no step.
+                seen.add(args[0].dtype)
+
+        for layer in layers:
+            layer.lora_A["default"].register_forward_pre_hook(look)
+        trainer.train()
+        assert all(layer.cast_input_dtype_enabled for layer in layers)
+        return weights_of(trainer), seen
+
+    weights, types = trained()
+    monkeypatch.setattr(trainer_module, "adapter_inputs_as_they_are", as_peft_casts)
+    with_casts, cast_types = trained()
+    assert (types, cast_types) == ({torch.bfloat16}, {torch.float32})
+    assert any("lora_B" in name and weight.any() for name, weight in weights.items())
+    for name, weight in weights.items():
+        assert torch.equal(weight, with_casts[name]), name
+
+
+@pytest.mark.parametrize(
+    ("autocast", "dora", "left_alone"), [(True, False, False), (False, False, True), (True, True, True)]
+)
+def test_only_inputs_of_plain_lora_under_autocast_are_left_as_they_are(
+    autocast: bool, dora: bool, left_alone: bool, make_model: ModelMaker
+) -> None:
+    adapter = LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
+    model = get_peft_model(make_model(), adapter)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with adapter_inputs_as_they_are(model, autocast=autocast):
+        assert all(layer.cast_input_dtype_enabled is left_alone for layer in layers)
+    assert all(layer.cast_input_dtype_enabled for layer in layers)

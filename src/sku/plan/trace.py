@@ -29,7 +29,7 @@ from sku.losses import answer_nll, token_kl
 from sku.models import plain_model
 from sku.plan.job import Job
 from sku.plan.weights import model_of
-from sku.training.layers import decoder_layers
+from sku.training.layers import adapter_inputs_as_they_are, decoder_layers
 
 _FEW, _MORE = 2, 4
 """Numbers of decoder layers that are traced; memory and work grow by the same amount with every further one."""
@@ -180,7 +180,7 @@ def _run(
             parameter.register_post_accumulate_grad_hook(grown)
     layers = decoder_layers(plain_model(model))[1]
     cast = nullcontext() if job.autocast is None else torch.autocast("cpu", job.autocast)
-    with counter, cast:
+    with counter, cast, adapter_inputs_as_they_are(model, autocast=job.autocast is not None):
         handle = layers[len(layers) // 2].register_forward_pre_hook(passed)
         loss = _loss(job, model, reference, handle)
         loss.backward()

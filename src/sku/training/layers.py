@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -103,6 +104,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = not module.training
+
+
+@contextmanager
+def adapter_inputs_as_they_are(model: nn.Module, *, autocast: bool) -> Iterator[None]:
+    """What goes into plain LoRA layers keeps its type for a while, where autocast chooses that of the products.
+
+    PEFT turns it into the adapter's float32 first, and autocast back again: the values are the same, and what each
+    layer keeps for its backward pass is a copy of its own, where layers side by side could share one. PEFT's layers of
+    four bits leave it alone under autocast too.
+
+    Args:
+        model: With or without an adapter; another than plain LoRA is left as it is.
+        autocast: Whether it is on where the model is run meanwhile, backward passes with checkpoints included.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)] if autocast else []
+    if any(layer.lora_variant for layer in layers):
+        layers = []
+    try:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
 
 
 def is_four_bit(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ from sku.training.attention import choose_packing
 from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.deferred_head import DeferredHead
 from sku.training.finite import FiniteGuard
-from sku.training.layers import train_only
+from sku.training.layers import adapter_inputs_as_they_are, train_only
 from sku.training.objective import Objective, ScoredRows, TrainingStep
 from sku.training.optimizer import stochastic_optimizer
 from sku.training.reference import (
@@ -221,6 +221,11 @@ class UnlearningTrainer(Trainer):
             return batches, None
         count = torch.stack([batch["counts"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(count).sum()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass, as Trainer's, without casts that autocast undoes."""
+        with adapter_inputs_as_they_are(self._trained, autocast=self.args.bf16 or self.args.fp16):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
