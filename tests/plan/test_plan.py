@@ -125,6 +125,17 @@ def test_a_second_model_only_where_nothing_can_be_kept(folder: Path) -> None:
 
 
 @pytest.mark.integration
+def test_an_adapter_on_bfloat16_weights_needs_less_under_autocast(shallow: Path) -> None:
+    settings = ("acquire.tuning=lora", "model.dtype=bfloat16")
+    made = estimated(job(shallow, *settings))
+    advice = {entry.change: entry for entry in suggestions(dataclasses.replace(made, gpu_memory=made.needed - 1))}
+    followed = estimated(job(shallow, *settings, "acquire.training.bf16=true"))
+    assert followed.stage_1.activations < made.stage_1.activations
+    assert advice["--set acquire.training.bf16=true"].needed == followed.needed < made.needed
+    assert followed.stage_1 == estimated(job(shallow, *settings, "acquire.training.bf16=auto")).stage_1
+
+
+@pytest.mark.integration
 def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> None:
     made = estimated(job(shallow, "acquire.tuning=full"))
     assert made.fits

@@ -179,6 +179,8 @@ def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[Unlearning
     if paged:  # Refused without a GPU.
         others = {name: value for name, value in acquire.training.items() if name != "optim"}
         acquire = dataclasses.replace(acquire, training=others)
+    if acquire.training.get("bf16") == "auto" and not on_cpu:  # Of a GPU that may be another machine's.
+        acquire = dataclasses.replace(acquire, training={**acquire.training, "bf16": True})
     training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
     if paged:
         check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)

@@ -153,10 +153,10 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
             "the same steps in smaller pieces, slower on a large GPU",
             dataclasses.replace(job, examples=1, accumulation=job.examples * job.accumulation),
         )
-    if job.dtype == torch.float32 and job.autocast is None:
+    if job.autocast is None and (job.dtype == torch.float32 or job.tuning == "lora"):
         yield (
             "--set acquire.training.bf16=true",
-            "products in bfloat16, weights in float32",
+            f"products in bfloat16, {'weights' if job.dtype == torch.float32 else 'the adapter'} in float32",
             dataclasses.replace(job, autocast=torch.bfloat16),
         )
     if job.state_bytes > 2 and job.tuning == "full":
