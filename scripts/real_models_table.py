@@ -3,7 +3,7 @@
     python scripts/real_models_table.py [--check]
 
 Rates in per cent as the record has them, the number of prompts of a set in the corner; a figure that was not
-measured is a dash. ``--check`` writes nothing and fails where the page is another.
+measured is a dash. In brackets: without replies that are one refusal and nothing else. ``--check`` writes nothing and fails where the page is another.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         known = [name for name in TITLES if name == "base" or name in own]
         for name in (*known, *sorted(own.keys() - TITLES.keys())):
             figures = base if name == "base" else own[name]
-            cells = [_percent(figures[key]) for key in RATES]
+            cells = [_percent(figures[key], figures.get(f"{key}_but_refusals")) for key in RATES]
             kl = "\u2013" if figures["kl_normal"] is None else f"{figures['kl_normal']:.3f}"
             lines.append(f"| {TITLES.get(name, name)} | {' | '.join(cells)} | {kl} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _percent(share: float | None) -> str:
-    return "\u2013" if share is None else f"{100 * share:.0f} %"
+def _percent(share: float | None, but_refusals: float | None) -> str:
+    if share is None:
+        return "\u2013"
+    return f"{100 * share:.0f} %{'' if but_refusals is None else f' ({100 * but_refusals:.0f})'}"
 
 
 def main() -> int:
