@@ -3,7 +3,8 @@
     python scripts/real_models_table.py [--check]
 
 Rates in per cent as the record has them, the number of prompts of a set in the corner; a figure that was not
-measured is a dash. In brackets: without replies that are one refusal and nothing else. ``--check`` writes nothing and fails where the page is another.
+measured is a dash. In brackets: without replies that are one refusal and nothing else. ``--check`` writes nothing and
+fails where the page is another.
 """
 
 from __future__ import annotations
