@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ class Way:
     def pass_of(self, model: nn.Module, batch: Sequence[JointExample], device: torch.device) -> Tensor:
         """One forward and backward pass; gives the loss."""
         with adapter_inputs_as_they_are(model, autocast=self.autocast and not self.casts):
-            with torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 loss = self.step(batch)
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

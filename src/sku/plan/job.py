@@ -174,13 +174,14 @@ def _config_of(model: ModelConfig) -> tuple[PreTrainedConfig, bool]:
 
 def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[UnlearningConfig, str]:
     """The trainer's settings, made as on a CPU: the GPU that is planned for may be another machine's."""
-    acquire, optim = recipe.acquire, str(recipe.acquire.training.get("optim"))
+    settings = dict(recipe.acquire.training)
+    optim = str(settings.get("optim"))
     paged = optim.startswith("paged_") and not on_cpu
     if paged:  # Refused without a GPU.
-        others = {name: value for name, value in acquire.training.items() if name != "optim"}
-        acquire = dataclasses.replace(acquire, training=others)
-    if acquire.training.get("bf16") == "auto" and not on_cpu:  # Of a GPU that may be another machine's.
-        acquire = dataclasses.replace(acquire, training={**acquire.training, "bf16": True})
+        del settings["optim"]
+    if settings.get("bf16") == "auto" and not on_cpu:
+        settings["bf16"] = True
+    acquire = dataclasses.replace(recipe.acquire, training=settings)
     training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
     if paged:
         check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -118,16 +119,15 @@ def adapter_inputs_as_they_are(model: nn.Module, *, autocast: bool) -> Iterator[
         model: With or without an adapter; another than plain LoRA is left as it is.
         autocast: Whether it is on where the model is run meanwhile, backward passes with checkpoints included.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)] if autocast else []
-    if any(layer.lora_variant for layer in layers):
-        layers = []
-    try:
-        for layer in layers:
-            layer.cast_input_dtype_enabled = False
+    layers = lora_layers(model) if autocast else []
+    plain = bool(layers) and not any(layer.lora_variant for layer in layers)
+    with disable_input_dtype_casting(model, active=plain):
         yield
-    finally:
-        for layer in layers:
-            layer.cast_input_dtype_enabled = True
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """PEFT's LoRA layers of a model; none where it has no adapter or another."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def is_four_bit(module: nn.Module) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ from sku.errors import ModelError, RecipeError
 from sku.head import HeadScores, Scores
 from sku.losses import IGNORE_INDEX
 from sku.training.attention import packed_forward_pass, use_packed_attention
+from sku.training.layers import lora_layers
 from sku.training.objective import ScoredRows
 
 _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
@@ -235,7 +235,7 @@ def token_scale(model: nn.Module, retain_at: float) -> TokenScale | None:
 def _why_not(model: nn.Module) -> str | None:
     if not isinstance(model, PeftModel):
         return "all weights are trained"
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = lora_layers(model)
     if not layers:
         return "the adapter is another"
     if any(layer.lora_embedding_B for layer in layers):
@@ -250,4 +250,4 @@ def _why_not(model: nn.Module) -> str | None:
 
 
 def _upper_halves(model: PeftModel) -> list[nn.Module]:
-    return [half for module in model.modules() if isinstance(module, LoraLayer) for half in module.lora_B.values()]
+    return [half for layer in lora_layers(model) for half in layer.lora_B.values()]
