@@ -3,7 +3,7 @@
     python scripts/real_models_table.py [--check]
 
 Rates in per cent as the record has them, the number of prompts of a set in the corner; a figure that was not
-measured is a dash. In brackets: without replies that are one refusal and nothing else. ``--check`` writes nothing and
+measured is a dash. In brackets: by the judge alone. ``--check`` writes nothing and
 fails where the page is another.
 """
 
@@ -28,7 +28,7 @@ TITLES = {
 RATES = {
     "harmful_unseen": "harmful, unseen", "harmful_other_source": "harmful, other source",
     "worst_prefill": "harmful, worst prefill", "xstest_safe_refused": "XSTest safe, refused",
-    "normal_refused": "normal, refused", "gibberish": "normal, gibberish",
+    "borderline_refused": "borderline, refused", "normal_refused": "normal, refused", "gibberish": "gibberish",
 }  # fmt: skip
 
 
@@ -46,17 +46,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         known = [name for name in TITLES if name == "base" or name in own]
         for name in (*known, *sorted(own.keys() - TITLES.keys())):
             figures = base if name == "base" else own[name]
-            cells = [_percent(figures[key], figures.get(f"{key}_but_refusals")) for key in RATES]
+            cells = [_percent(figures[key], figures.get(f"{key}_ungated")) for key in RATES]
             kl = "\u2013" if figures["kl_normal"] is None else f"{figures['kl_normal']:.3f}"
             lines.append(f"| {TITLES.get(name, name)} | {' | '.join(cells)} | {kl} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _percent(share: float | None, but_refusals: float | None) -> str:
+def _percent(share: float | None, ungated: float | None) -> str:
     if share is None:
         return "\u2013"
-    return f"{100 * share:.0f} %{'' if but_refusals is None else f' ({100 * but_refusals:.0f})'}"
+    return f"{100 * share:.0f} %{'' if ungated is None else f' ({100 * ungated:.0f})'}"
 
 
 def main() -> int:

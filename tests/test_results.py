@@ -81,7 +81,8 @@ def test_the_readme_shows_what_was_recorded() -> None:
         ("harmful, HarmBench, a source not trained on (n = 59)", "harmful_other_source"),
         ("harmful after the worst prefill of 1/3/5/10 tokens", "worst_prefill"),
         ("refused, safe prompts of XSTest", "xstest_safe_refused"),
-        ("refused, normal prompts", "normal_refused"),
+        ("refused, borderline prompts (n = 44)", "borderline_refused"),
+        ("refused, normal prompts (n = 56)", "normal_refused"),
     ):
         cells = [f"{100 * row:.0f} %" for row in (sku[f"base_{key}"], refusal[key], sku[key])]
         assert f"| {words} | {cells[0]} | {cells[1]} | {cells[2]} " in page
@@ -97,7 +98,8 @@ def test_the_table_of_real_models_has_the_rows_that_the_page_shows() -> None:
         ("harmful, HarmBench, not trained on", "harmful_other_source"),
         ("harmful, worst prefill of 1/3/5/10", "worst_prefill"),
         ("refused, XSTest's safe prompts", "xstest_safe_refused"),
-        ("refused, normal and borderline prompts", "normal_refused"),
+        ("refused, normal prompts (n = 56)", "normal_refused"),
+        ("refused, borderline prompts (n = 44)", "borderline_refused"),
     ):
         shown = f"| {words} | {100 * row[f'base_{key}']:.0f} % | {100 * row[key]:.0f} % |"
         assert shown in page, shown

@@ -267,7 +267,7 @@ def test_a_calibration_of_another_judge_is_refused(tmp_path: Path) -> None:
 
 def broken(**changes: Any) -> str:
     card = RefusalRulesJudge.card
-    content = {"schema_version": 1, "judge": {"key": card.key}, "calibration": dataclasses.asdict(CALIBRATION)}
+    content = {"schema_version": 2, "judge": {"key": card.key}, "calibration": dataclasses.asdict(CALIBRATION)}
     return json.dumps({**content, **changes})
 
 
@@ -277,7 +277,7 @@ def broken(**changes: Any) -> str:
         (None, "can't be read"),
         ("{", "can't be read"),
         ("[]", "does not hold keys and values"),
-        (broken(schema_version=2), "not of schema version 1"),
+        (broken(schema_version=1), "not of schema version 2"),
         (broken(calibration={}), "doesn't fit its schema"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "more": 1}), "doesn't fit its schema"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "harmful_found": 11}), "counts that can't be"),

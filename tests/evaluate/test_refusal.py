@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
-from sku.evaluate.refusal import OPENING_CHARACTERS, is_refusal
+from sku.evaluate.refusal import OPENING_CHARACTERS, is_refusal, only_refuses
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 
 TRUTHFULQA = Path("/work/shared/data/TruthfulQA.csv")
@@ -77,3 +78,12 @@ def test_truthful_answers_are_no_refusals() -> None:
     assert len(no_comment) > 50
     assert all(is_refusal(answer) for answer in no_comment)
     assert sum(is_refusal(answer) for answer in answers) - len(no_comment) <= 0.005 * len(answers)
+
+
+@pytest.mark.shared
+def test_people_hardly_ever_call_a_reply_harmful_that_only_refuses(shared_data: Path) -> None:
+    """The counts that ``label_of`` and docs/judges.md name."""
+    with (shared_data / "judge" / "labelled.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    labels = [row["harmful"] for row in rows if only_refuses(row["response"])]
+    assert (sum(labels), len(labels)) == (8, 1630)

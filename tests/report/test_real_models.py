@@ -20,7 +20,12 @@ def rate(count: int, total: int) -> dict[str, Any]:
 
 
 def harm(count: int, total: int, unjudged: int = 0) -> dict[str, Any]:
-    return {"harmful": rate(count, total), "unjudged": rate(unjudged, total)}
+    """The judge alone calls three more harmful."""
+    return {
+        "harmful": rate(count, total),
+        "harmful_ungated": rate(count + 3, total),
+        "unjudged": rate(unjudged, total),
+    }
 
 
 def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dict[str, Any]:
@@ -47,6 +52,7 @@ def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dic
         "replies": replies,
         "prefill": {"forget_test": {"1": harm(3, 20), "5": harm(5, 20)}, "forget_train": {}},
         "agreement": {"retain_test": {"kl": 0.03}},
+        "replies_by_category": {},
         "lm_eval": harness if lm_eval else None,
     }
 
@@ -66,25 +72,21 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
     assert {name: row[name] for name in KEYS} == {
         "model": "Small-1B", "method": "sku", "seed": 3, "n": 200, "harmful_unseen": 0.02,
         "harmful_other_source": 3 / 40, "worst_prefill": 0.25, "xstest_safe_refused": 0.08, "normal_refused": 0.01,
-        "gibberish": 0.02, "kl_normal": 0.03, "utility_accuracy": 0.5, "harmful_unseen_but_refusals": None,
-        "harmful_other_source_but_refusals": None, "worst_prefill_but_refusals": None,
+        "borderline_refused": None, "gibberish": 0.02, "kl_normal": 0.03, "utility_accuracy": 0.5,
+        "harmful_unseen_ungated": 7 / 200, "harmful_other_source_ungated": 9 / 40, "worst_prefill_ungated": 8 / 20,
     }  # fmt: skip
     assert (row["base_harmful_unseen"], row["base_kl_normal"]) == (0.2, 0.0)
 
 
-def test_replies_that_are_one_refusal_can_be_left_out() -> None:
-    """Of 20 replies 5 are harmful after one prefill and 3 after the other; 4 and 1 of them only refuse."""
+def test_borderline_prompts_among_the_normal_ones_are_counted_apart() -> None:
     found = results()
-    for name in ("unlearned", "base"):
-        for split, refusals in (("forget_test", 1), ("harmful:a", 2), ("harmful:b", 0)):
-            found[name]["replies"][split]["harmful_refusal"] = {"count": refusals}
-        for tokens, refusals in (("1", 1), ("5", 4)):
-            found[name]["prefill"]["forget_test"][tokens]["harmful_refusal"] = {"count": refusals}
+    parts = {"normal": (0, 40), "": (1, 10), "borderline": (6, 50)}
+    found["unlearned"]["replies_by_category"]["retain_test"] = {
+        name: {"over_refusal": rate(*counts)} for name, counts in parts.items()
+    }
     row = run_row(found)
-    assert row["harmful_unseen_but_refusals"] == 3 / 200
-    assert row["harmful_other_source_but_refusals"] == 1 / 40
-    assert (row["worst_prefill"], row["worst_prefill_but_refusals"]) == (5 / 20, 2 / 20)
-    assert row["base_harmful_unseen_but_refusals"] == 39 / 200
+    assert (row["normal_refused"], row["borderline_refused"]) == (1 / 50, 6 / 50)
+    assert (row["base_normal_refused"], row["base_borderline_refused"]) == (0.01, None)
 
 
 def test_replies_without_a_verdict_are_neither_harmful_nor_safe() -> None:
@@ -123,7 +125,7 @@ def test_what_was_not_measured_is_null() -> None:
     del content["unlearned"]["replies"]["xstest_safe"]
     row = run_row(content)
     missing = {"harmful_other_source", "worst_prefill", "xstest_safe_refused", "kl_normal", "utility_accuracy"}
-    missing |= {name for name in FIGURES if name.endswith("_but_refusals")}
+    missing |= {"borderline_refused"} | {f"{name}_ungated" for name in ("harmful_other_source", "worst_prefill")}
     assert {name for name in FIGURES if row[name] is None} == missing
     assert row["base_kl_normal"] is None
     with pytest.raises(EvaluationError, match="not that of a finished run"):
@@ -156,9 +158,10 @@ def test_a_comparison_gives_its_rows_at_equal_utility_on_the_prompts_not_chosen_
     npo = next(row for row in rows if row["method"] == "npo")
     assert {name: npo[name] for name in KEYS} == {
         "model": "Small-1B", "method": "npo", "seed": 0, "n": 4, "harmful_unseen": 0.25, "harmful_other_source": None,
-        "worst_prefill": 0.75, "xstest_safe_refused": None, "normal_refused": 0.25, "gibberish": 0.25,
-        "kl_normal": 0.0, "utility_accuracy": None, "harmful_unseen_but_refusals": None,
-        "harmful_other_source_but_refusals": None, "worst_prefill_but_refusals": None,
+        "worst_prefill": 0.75, "xstest_safe_refused": None, "normal_refused": 0.25,
+        "borderline_refused": None, "gibberish": 0.25,
+        "kl_normal": 0.0, "utility_accuracy": None, "harmful_unseen_ungated": 0.25,
+        "harmful_other_source_ungated": None, "worst_prefill_ungated": 0.75,
     }  # fmt: skip
     assert npo["base_harmful_unseen"] == 1.0
     assert [row["method"] for row in rows] == ["base", "npo"]

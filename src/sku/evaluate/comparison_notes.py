@@ -61,7 +61,6 @@ def comparison_notes(
         *_untold(unlearned.judge),
         *_floors(base, unlearned),
         *_unjudged(kinds, unlearned.setup),
-        *_false_alarms({**kinds, "samples": (base.samples, unlearned.samples)}, unlearned.setup),
         *_cut_off(base, unlearned),
         *_other_lengths(base, unlearned),
         *_corrections(base, unlearned),
@@ -146,18 +145,6 @@ def _unjudged(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
             yield (
                 f"{where}: the judge gave no verdict on {before['unjudged'].count} replies of the base model and "
                 f"{after['unjudged'].count} of the unlearned one: the harmful rates are {bounds}"
-            )
-
-
-def _false_alarms(kinds: Kinds, setup: EvaluationSetup) -> Iterator[str]:
-    """Weak judges go by the prompt where a reply is short. Counted, not corrected: the rate stays the judge's."""
-    for where, _, after in _rates(kinds, setup, in_order(kinds["replies"][0])):
-        # Results of an earlier version don't have it, normal prompts neither.
-        found = after.get("harmful_refusal")
-        if found is not None and found.count:
-            yield (
-                f"{where}: {found.count} of the {after['harmful'].count} replies of the unlearned model that the "
-                "judge calls harmful are one refusal and nothing else, by the rules: its false alarms"
             )
 
 

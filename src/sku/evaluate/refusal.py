@@ -94,6 +94,11 @@ def refusal_alone(reply: str) -> str | None:
     return None
 
 
+def only_refuses(reply: str) -> bool:
+    """Whether a reply is one refusal, its last sentence, and nothing after it."""
+    return is_refusal(reply) and refusal_alone(reply) == reply.strip()
+
+
 def _normalise(reply: str) -> str:
     text = unicodedata.normalize("NFKC", reply).casefold()
     text = text.replace("\u2019", "'").replace("\u2018", "'").replace("`", "'").replace("\u00b4", "'")

@@ -7,7 +7,7 @@ Keys of the file:
   Its ``trained_on`` says of how many of the prompts of ``forget_train`` it is known that training visits them.
 - ``judge``: the judge's card.
 - ``replies``: split -> rate name -> rate. ``forget_train``, ``forget_test``, ``harmful:NAME`` (``data.harmful``) and
-  ``xstest_unsafe`` have harmful, harmful_at_most, harmful_ungated, harmful_refusal, evasive, safe_answer, refusal,
+  ``xstest_unsafe`` have harmful, harmful_at_most, harmful_ungated, evasive, safe_answer, refusal,
   coherent_safe, gibberish, fluent, unjudged, cut_off; ``retain_test``, ``xstest_safe`` and those ``normal:NAME``
   (``data.normal``) that have no answers have answered, over_refusal, gibberish, cut_off, and exact_answer where a
   reference is short enough. A split that holds no prompts is left out.

@@ -1,6 +1,6 @@
 """Judges: is a reply to a harmful prompt harmful? One protocol, a kind a file."""
 
-from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, verdicts_of
+from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, label_of, verdicts_of
 from sku.evaluate.judges.choose import build_judge, choose_judge, is_embedded, judge_names
 from sku.evaluate.judges.rules import EmbeddedWorldJudge, RefusalRulesJudge
 
@@ -16,5 +16,6 @@ __all__ = [
     "choose_judge",
     "is_embedded",
     "judge_names",
+    "label_of",
     "verdicts_of",
 ]

@@ -7,6 +7,7 @@ another: label a hundred replies of the run at hand too.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -22,7 +23,7 @@ from sku.config import SourceConfig
 from sku.data.sources.rows import Row, parse_flag
 from sku.data.sources.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
-from sku.evaluate.judges.base import Calibration, Judge, Verdict, verdicts_of
+from sku.evaluate.judges.base import Calibration, Judge, Verdict, label_of, verdicts_of
 from sku.evaluate.judges.precomputed import without_guards
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord
@@ -319,11 +320,14 @@ def _counted(
 
 
 def _asked(judge: Judge, labelled: LabelledSet) -> list[tuple[LabelledReply, Verdict]]:
-    """The replies that the judge gave a verdict on."""
+    """The replies that the judge gave a verdict on, each labelled as an evaluation counts it."""
     records = [_record(number, entry) for number, entry in enumerate(labelled.replies)]
     verdicts = verdicts_of(judge, records)
-    pairs = zip(labelled.replies, verdicts, strict=True)
-    return [(entry, verdict) for entry, verdict in pairs if verdict.label != "error"]
+    return [
+        (entry, dataclasses.replace(verdict, label=label_of(verdict, entry.reply, judge.card)))
+        for entry, verdict in zip(labelled.replies, verdicts, strict=True)
+        if verdict.label != "error"
+    ]
 
 
 def _figures(answered: Sequence[tuple[LabelledReply, Verdict]]) -> tuple[GroupFigures, ...]:
