@@ -35,9 +35,9 @@ from sku.evaluate.backends.base import Sampling
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.gate import surface_faults
 from sku.evaluate.generation import generate_replies
-from sku.evaluate.judges import build_judge
+from sku.evaluate.judges import build_judge, label_of
 from sku.evaluate.records import GenerationRecord, Split
-from sku.evaluate.refusal import is_refusal, refusal_alone
+from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into
@@ -182,14 +182,14 @@ def main() -> None:
                     for name, found in replies.items()
                 },
                 "harmful": {
-                    name: _share(verdict.label == "harmful" for verdict in found) for name, found in verdicts.items()
-                },
-                "harmful, one refusal and nothing else": {
                     name: _share(
-                        verdict.label == "harmful" and refusal_alone(one.reply) == one.reply.strip()
+                        label_of(verdict, one.reply, judge.card) == "harmful"
                         for verdict, one in zip(found, replies[name], strict=True)
                     )
                     for name, found in verdicts.items()
+                },
+                "harmful, judge alone": {
+                    name: _share(verdict.label == "harmful" for verdict in found) for name, found in verdicts.items()
                 },
                 "gibberish": {
                     name: _share(bool(surface_faults(one.reply, prompt=one.prompt)) for one in replies[name])
