@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,25 +130,29 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Printer(logging.Handler):
-    """Prints messages between the bars, not through them."""
+    """Prints messages between the bars, not through them; those of libraries without tokens and signed addresses."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        notes.print(record.getMessage())
+        text = record.getMessage()
+        notes.print(text if record.name.startswith("sku") else f"{record.name}: {without_secret_addresses(text)}")
+
+
+_PRINTER = _Printer(logging.INFO)
 
 
 @contextmanager
 def shown_messages() -> Iterator[None]:
     """Prints what the package logs on standard error: what a judge costs, and where something gives up."""
-    logger, handler = logging.getLogger("sku"), _Printer()
+    logger = logging.getLogger("sku")
     level, passes_on = logger.level, logger.propagate
-    logger.addHandler(handler)
+    logger.addHandler(_PRINTER)
     logger.setLevel(logging.INFO)
     # A library that logs through the root logger gives it a handler, which would print every message once more.
     logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        logger.removeHandler(_PRINTER)
         logger.setLevel(level)
         logger.propagate = passes_on
 
@@ -158,14 +163,6 @@ def print_notes(texts: Iterable[str]) -> None:
         results.print(f"{'' if number else chr(10)}note      {text}")
 
 
-class _LibraryPrinter(logging.Handler):
-    """Prints what libraries log, without tokens and signed addresses."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        notes.print(f"{record.name}: {without_secret_addresses(record.getMessage())}")
-
-
-_PRINTER = _LibraryPrinter(logging.INFO)
 _levels: dict[str, int] = {}
 """Of loggers that ``verbose`` has turned on, as they were before."""
 _loudness: Loudness = "usual"
@@ -223,18 +220,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _place(error: BaseException) -> str:
     """File, line and function in which an error was raised; the file without what is the same on this machine."""
-    traceback = error.__traceback__
-    if traceback is None:
+    if error.__traceback__ is None:
         return "an unknown place"
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code, path = traceback.tb_frame.f_code, Path(traceback.tb_frame.f_code.co_filename)
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(innermost.filename)
     package = Path(sku.__file__).parent.parent
-    for part in (package, *(parent for parent in path.parents if parent.name == "site-packages")):
-        if path.is_relative_to(part):
-            path = path.relative_to(part)
-            break
-    return f"{path}:{traceback.tb_lineno} in {code.co_name}"
+    roots = (package, *(parent for parent in path.parents if parent.name == "site-packages"))
+    inside = next((path.relative_to(root) for root in roots if path.is_relative_to(root)), path)
+    return f"{inside}:{innermost.lineno} in {innermost.name}"
 
 
 def carry_out(

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Column
+from rich.text import Text
 
 from sku.cli import judge_labelled
 from sku.cli.console import carry_out, errors, notes, print_json, results
 from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
+from sku.cli.tables import plain_table
 from sku.errors import EvaluationError
 from sku.plan import Plan, Progress
 
@@ -125,9 +128,6 @@ app.command("calibrate")(judge_labelled.calibrate)
 @app.command("list")
 def list_judges(as_json: JsonOption = False) -> None:
     """List the judges of the package: kind, licence, model, and what it needs."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from sku.evaluate.judges.choose import judge_names
 
     headings = ("name", "kind", "licence", "model", "needs")
@@ -135,11 +135,7 @@ def list_judges(as_json: JsonOption = False) -> None:
     if as_json:
         print_json([dict(zip(headings, row, strict=True)) for row in rows])
         return
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    for heading in headings[:2]:
-        table.add_column(heading, no_wrap=True)
-    for heading in headings[2:]:
-        table.add_column(heading, overflow="fold")
+    table = plain_table((*headings[:2], *(Column(heading, overflow="fold") for heading in headings[2:])))
     for row in rows:
         table.add_row(*row)
     results.print(table)
@@ -199,16 +195,9 @@ def agreement_lines(result: EvaluationResult) -> list[str]:
 
 
 def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     from sku.evaluate.metrics import HARMFUL_PROMPT_RATES
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column(before.judge.name, justify="right")
-    table.add_column(after.judge.name, justify="right")
+    table = plain_table(("", *(Column(one.judge.name, justify="right") for one in (before, after))))
     kinds: dict[str, tuple[Any, ...]] = {
         "": (before.replies, after.replies),
     }

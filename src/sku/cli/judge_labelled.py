@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 
 from sku.cli.console import carry_out, print_json, print_next, results
 from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
+from sku.cli.tables import plain_table
 from sku.errors import OutputError, RecipeError
 from sku.plan import Plan
 from sku.quiet import quiet_libraries
@@ -196,10 +196,7 @@ def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
     from sku.report.tables import interval, percent
 
     calibration = report.calibration
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column(f"judge {report.judge}", no_wrap=True)
-    for name in ("", "95 %", "replies"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table((f"judge {report.judge}",), ("", "95 %", "replies"))
     for words, found in (
         ("sensitivity: harmful ones found", report.sensitivity),
         ("specificity: safe ones let pass", report.specificity),
@@ -287,10 +284,9 @@ def _named(option: str, given: Sequence[str] | None, like: str) -> Iterator[tupl
 
 def figures_table(title: str, figures: Sequence[GroupFigures]) -> Table:
     """Sensitivity, specificity and AUC of a judge, a line a group."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(title, overflow="fold", min_width=8)
-    for name in ("harmful", "safe", "sensitivity, %", "specificity, %", "AUC"):
-        table.add_column(name, justify="right", no_wrap=True)
+    first = Column(title, overflow="fold", min_width=8)
+    figures_of = ("harmful", "safe", "sensitivity, %", "specificity, %", "AUC")
+    table = plain_table((first,), figures_of, padding=(0, 1, 0, 0))
     for found in figures:
         area = "\u2013" if found.auc is None else f"{found.auc:.2f} ({found.auc_low:.2f} to {found.auc_high:.2f})"
         shares = (_share(found.sensitivity), _share(found.specificity))

@@ -6,11 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from sku.cli.console import print_json, results
 from sku.cli.options import JsonOption, ModelOption, RecipeArgument, SetOption, resolve_recipe
+from sku.cli.tables import plain_table
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
@@ -75,9 +74,7 @@ def _show(made: Estimate, advice: list[Suggestion]) -> None:
     )
     if job.shipped_shape:
         results.print("its configuration is out of reach: its shape is as this package knows it")
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("GiB on each GPU", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
+    table = plain_table(("GiB on each GPU",), ("",))
     stage_1 = dataclasses.asdict(made.stage_1)
     logits = stage_1.pop("logits")
     for name, size in stage_1.items():

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from sku.cli import options
 from sku.cli.console import carry_out, errors, print_json, print_next, print_notes, results
+from sku.cli.tables import plain_table
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sku.sweep.result import Sweep
     from sku.sweep.rule import SweepPoint
 
@@ -51,8 +52,8 @@ def sweep(
     as_json: options.JsonOption = False,
 ) -> None:
     """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
-    given = options.overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
-    settings, bad = _read_target(target, recipe, [*given, *(overrides or [])])
+    changes = options.Changes(model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides)
+    settings, bad = _read_target(target, recipe, options.overrides_of(**changes))
     options.check_inputs(settings)
     folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
@@ -80,10 +81,8 @@ def sweep(
     else:
         _print(found, folder)
         if found.pick is not None and found.pick.met:
-            given = options.words_of(
-                model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
-            )
-            print_next(*next_commands(settings, folder, bad, found.pick.alpha, [target, *given]))
+            given = [target, *options.words_of(**changes)]
+            print_next(*next_commands(settings, folder, bad, found.pick.alpha, given))
     found.alpha()  # Where there is none, its error is the last line.
 
 
@@ -173,12 +172,9 @@ def _print(found: Sweep, folder: Path) -> None:
 
 def frontier_table(found: Sweep) -> Table:
     """All points as a table for a terminal of 80 columns."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     lengths = sorted(set(found.config.prefill_tokens))
-    for heading in ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("gibber.", "refused", "exact", "perplex.", "cost"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    asked = ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths))
+    table = plain_table((), (*asked, "gibber.", "refused", "exact", "perplex.", "cost"), padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     pick = found.pick
     for point in (found.base, *found.points):

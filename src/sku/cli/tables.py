@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sku.cli.console import is_verbose, print_notes, results
@@ -18,6 +18,23 @@ if TYPE_CHECKING:
     from sku.report.method_records import MethodRecord, Role
     from sku.report.method_statistics import Estimate
     from sku.report.tables import TableRow
+
+
+def plain_table(
+    words: Iterable[str | Column],
+    figures: Iterable[str] = (),
+    padding: tuple[int, int] | tuple[int, int, int, int] = (0, 1),
+) -> Table:
+    """A table without lines: columns of words, then columns of figures; none is wrapped that has only a name."""
+    return Table(
+        *(Column(name, no_wrap=True) if isinstance(name, str) else name for name in words),
+        *(Column(name, justify="right", no_wrap=True) for name in figures),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        header_style="bold",
+        pad_edge=False,
+        padding=padding,
+    )
 
 
 def print_comparison(
@@ -40,11 +57,9 @@ def print_comparison(
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:
     """The comparison as a table for the terminal, a section for each kind of prompt."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, collapse_padding=True)
     # Names of sections are long and stand in the first column: they are wrapped, so that the figures fit 80 columns.
-    table.add_column("", max_width=33)
-    for name in ("base", "unlearned", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table((Column("", max_width=33),), ("base", "unlearned", "95 %"))
+    table.collapse_padding = True
     table.add_column("goal", no_wrap=True)
     section = ""
     for row in rows:
@@ -80,11 +95,7 @@ def print_attacks(report: AttackReport) -> None:
     """The attacks as a table, and below it what could not be asked."""
     from sku.report.robustness import attack_rows, left_out_lines
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("harmful by attack", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in ("unlearned", "95 %", "base", "gibberish"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table(("harmful by attack", ""), ("unlearned", "95 %", "base", "gibberish"))
     shown = ""
     for row in attack_rows(report):
         name, shown = "" if row.attack == shown else row.attack, row.attack
@@ -99,10 +110,7 @@ def print_precisions(report: PrecisionReport) -> None:
     """The model at each precision as a table, and below it where harm comes back."""
     from sku.report.robustness import precision_cells
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("weights", no_wrap=True)
-    for name in ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table(("weights",), ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"))
     for cells in precision_cells(report):
         table.add_row(*cells)
     results.print("\nharmful by precision of the weights; prefill: worst (tokens); kept: of change")
@@ -115,10 +123,7 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
     from sku.report.method_tables import comparison_rows, ratio_text
     from sku.report.tables import percent
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 0))
-    table.add_column("", no_wrap=True)
-    for heading in ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table(("",), ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"), padding=(0, 0))
 
     def share(estimate: Estimate | None) -> str:
         return "\u2013" if estimate is None else percent(estimate.value)

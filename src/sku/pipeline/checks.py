@@ -35,8 +35,7 @@ from sku.models import (
     pick_dtype,
 )
 from sku.negate.files import read_folder
-from sku.plan.estimate import disk_bytes
-from sku.plan.job import STATE_BYTES, checkpoints_at_once
+from sku.plan.disk import STATE_BYTES, checkpoints_at_once, disk_bytes
 from sku.processes import current_processes
 from sku.storage import check_can_be_made
 from sku.sweep.run import check_judge
@@ -278,10 +277,9 @@ def _peak_bytes(recipe: Recipe, run: MethodRun, model: CheckedModel) -> int:
     else:
         adapted = with_adapter(model.skeleton, adapter)
         trained = sum(parameter.nbytes for parameter in adapted.parameters() if parameter.requires_grad)
-    optimizer = str(getattr(run.training.optim, "value", run.training.optim))
     peak = disk_bytes(
         trained=trained,
-        state_bytes=STATE_BYTES.get(optimizer, _FULL_STATE),
+        state_bytes=STATE_BYTES.get(run.training.optim, _FULL_STATE),
         checkpoints=checkpoints_at_once(run.training),
         adapter=adapter is not None,
         model=0,

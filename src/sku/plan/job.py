@@ -1,97 +1,24 @@
-"""What is planned: the step of stage 1 that decides memory and time, in numbers."""
+"""From a recipe to the job that is planned: the step of stage 1 that decides memory and time."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from sku.acquire.objective import sku_objective
-from sku.config import LoraSettings, ModelConfig, Recipe, Tuning
+from sku.config import ModelConfig, Recipe
 from sku.errors import ModelError, RecipeError
 from sku.methods.run import prepare, with_safe_dtype
 from sku.models import load_config
-from sku.training.config import ReferenceMode, UnlearningConfig
+from sku.plan.disk import STATE_BYTES, checkpoints_at_once
+from sku.plan.weights import Job, Sharding
+from sku.training.config import UnlearningConfig
 from sku.training.optimizer import check_optimizer
-
-Sharding = Literal["ddp", "fsdp2", "zero3"]
-
-STATE_BYTES = {
-    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
-    "adamw_torch_8bit": 2.0, "adamw_torch_4bit": 1.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
-    "lion_32bit": 4.0, "lion_8bit": 1.0, "rmsprop": 4.0, "adagrad": 4.0, "sgd": 0.0, "adafactor": 0.1,
-}  # fmt: skip
-"""Optimizer of transformers -> bytes of state for each trained weight that is held in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One process of stage 1."""
-
-    name: str
-    """Of the model."""
-    config: PreTrainedConfig
-    tuning: Tuning
-    lora: LoraSettings
-    dtype: torch.dtype
-    """The weights are held in it; those of a QLoRA base before they are quantized."""
-    autocast: torch.dtype | None
-    """Type of matrix products where ``acquire.training.bf16`` or ``fp16`` is on."""
-    checkpointing: bool
-    optimizer: str
-    examples: int
-    """Joint examples of one forward pass."""
-    accumulation: int
-    steps: int | None
-    """Of both twins together, where there are two. None where the recipe counts epochs, whose length only the data
-    tells."""
-    forget: bool
-    mismatched: int
-    retain: int
-    """Normal rows, with their frozen reference."""
-    reference: ReferenceMode
-    """How it is asked, as ``acquire.training.reference`` says."""
-    row_tokens: int
-    """Of each padded row."""
-    answer_tokens: int
-    """Positions of each row whose next token counts."""
-    checkpoints: int
-    """Kept on disk at once."""
-    gpus: int
-    sharding: Sharding
-    shipped_shape: bool = False
-    """The model's configuration was out of reach; that of ``shapes.json`` stands in for it."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of one forward pass."""
-        return self.examples * (int(self.forget) + self.mismatched + self.retain)
-
-    @property
-    def state_bytes(self) -> float:
-        """Bytes of optimizer state for each trained weight in float32."""
-        return STATE_BYTES[self.optimizer]
-
-    @property
-    def keeps_reference(self) -> bool:
-        """Whether the reference is what one pass before training left, so that no step asks it."""
-        return self.retain > 0 and (self.reference == "cache" or (self.reference == "auto" and self.sharding == "ddp"))
-
-    @property
-    def copies_reference(self) -> bool:
-        """Whether the reference is a second model and not the same one without its adapter."""
-        return self.retain > 0 and self.tuning == "full" and not self.keeps_reference
-
-    @property
-    def copies_head(self) -> bool:
-        """Whether the reference's head is kept, since that of the model is trained."""
-        return self.tuning == "full" and self.keeps_reference
 
 
 def job_of(
@@ -192,9 +119,3 @@ def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[Unlearning
             f"the memory of acquire.training.optim={optim} is not known here; known: {', '.join(sorted(STATE_BYTES))}"
         )
     return training, optim
-
-
-def checkpoints_at_once(training: UnlearningConfig) -> int:
-    """Most checkpoints that lie on the disk together: the next one is written before the oldest is deleted."""
-    saves = str(getattr(training.save_strategy, "value", training.save_strategy)) != "no"
-    return (training.save_total_limit or 0) + 1 if saves else 0

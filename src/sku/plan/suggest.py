@@ -16,7 +16,8 @@ from sku.errors import SkuError, one_line
 from sku.models import pick_device
 from sku.plan import MemoryFit
 from sku.plan.estimate import GIB, Estimate, estimated
-from sku.plan.job import Job, job_of
+from sku.plan.job import job_of
+from sku.plan.weights import Job
 from sku.processes import current_processes
 
 
@@ -104,11 +105,8 @@ def first_that_fits(plan: Estimate) -> Suggestion | None:
     Returns:
         The change; None where no single one suffices.
     """
-    for change, cost, job in _changes(plan.job):
-        found = next((suggestion for suggestion in _tried(plan, change, cost, job) if suggestion.fits), None)
-        if found is not None:
-            return found
-    return None
+    tried = (found for change, cost, job in _changes(plan.job) for found in _tried(plan, change, cost, job))
+    return next((found for found in tried if found.fits), None)
 
 
 def _tried(plan: Estimate, change: str, cost: str, job: Job) -> list[Suggestion]:

@@ -1,10 +1,10 @@
-"""The weights of a job, counted on its model without any content."""
+"""The job that is planned, in numbers, and its weights, counted on its model without any content."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -12,14 +12,80 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sku.config import AcquireConfig
+from sku.config import AcquireConfig, LoraSettings, Tuning
 from sku.meta_model import with_adapter, without_weights
 from sku.models import plain_model
-from sku.plan.job import Job
+from sku.plan.disk import STATE_BYTES
+from sku.training.config import ReferenceMode
 from sku.training.run import adapter_settings
 
+Sharding = Literal["ddp", "fsdp2", "zero3"]
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of each weight: four, an eight-bit scale for 64 weights, and a float for 256 scales (double quantization)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One process of stage 1."""
+
+    name: str
+    """Of the model."""
+    config: PreTrainedConfig
+    tuning: Tuning
+    lora: LoraSettings
+    dtype: torch.dtype
+    """The weights are held in it; those of a QLoRA base before they are quantized."""
+    autocast: torch.dtype | None
+    """Type of matrix products where ``acquire.training.bf16`` or ``fp16`` is on."""
+    checkpointing: bool
+    optimizer: str
+    examples: int
+    """Joint examples of one forward pass."""
+    accumulation: int
+    steps: int | None
+    """Of both twins together, where there are two. None where the recipe counts epochs, whose length only the data
+    tells."""
+    forget: bool
+    mismatched: int
+    retain: int
+    """Normal rows, with their frozen reference."""
+    reference: ReferenceMode
+    """How it is asked, as ``acquire.training.reference`` says."""
+    row_tokens: int
+    """Of each padded row."""
+    answer_tokens: int
+    """Positions of each row whose next token counts."""
+    checkpoints: int
+    """Kept on disk at once."""
+    gpus: int
+    sharding: Sharding
+    shipped_shape: bool = False
+    """The model's configuration was out of reach; that of ``shapes.json`` stands in for it."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of one forward pass."""
+        return self.examples * (int(self.forget) + self.mismatched + self.retain)
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of optimizer state for each trained weight in float32."""
+        return STATE_BYTES[self.optimizer]
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the reference is what one pass before training left, so that no step asks it."""
+        return self.retain > 0 and (self.reference == "cache" or (self.reference == "auto" and self.sharding == "ddp"))
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference is a second model and not the same one without its adapter."""
+        return self.retain > 0 and self.tuning == "full" and not self.keeps_reference
+
+    @property
+    def copies_head(self) -> bool:
+        """Whether the reference's head is kept, since that of the model is trained."""
+        return self.tuning == "full" and self.keeps_reference
 
 
 @dataclass(frozen=True, kw_only=True)
