@@ -27,7 +27,7 @@ from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.pipeline import stage_1
-from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.bad_model import plan_acquire
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
 

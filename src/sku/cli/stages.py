@@ -31,7 +31,7 @@ def acquire(
     )
 
     quiet_libraries()
-    from sku.pipeline.acquire import plan_acquire
+    from sku.pipeline.bad_model import plan_acquire
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()

@@ -58,7 +58,7 @@ def sweep(
     folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
-    from sku.pipeline.sweep import plan_sweep
+    from sku.pipeline.bad_model import plan_sweep
 
     source = "trained first" if bad is None else str(bad)
     again = shlex.join(["--out", str(folder)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,15 @@ from sku.pipeline.checks import (
 )
 from sku.pipeline.evaluate import Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
-from sku.pipeline.results import write_results
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.plan import Plan, Progress
 from sku.plan.suggest import memory_fit
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
-from sku.storage import bytes_in, check_place, remove_hazardous
+from sku.report.read_run import SCHEMA_VERSION
+from sku.report.tables import before_after_rows
+from sku.storage import bytes_in, check_place, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -104,7 +106,7 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     run = prepare(recipe, unlearning.trained_folder)
     if recipe.chooses_alpha:
         check_one_process()
-    processes.on_main(lambda: unlearning.folder.check(recipe, unlearning.trained_folder, resume=resume))
+    processes.on_main(lambda: unlearning.folder.check(recipe, resume=resume))
     there = processes.on_main(lambda: bytes_in(out))
     writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
     data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, writes_own=writes_own))
@@ -179,7 +181,7 @@ def _execute(
     missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
     run = _Run(recipe, out, data, progress or _no_progress, processes)
     try:
-        run.folder.open(recipe, run.unlearning.trained_folder, resume=resume)
+        run.folder.open(recipe, resume=resume)
         try:
             with named_memory_errors():  # Outside the stages too: what can be mended leaves no folder.
                 return run.finish()
@@ -290,7 +292,7 @@ class _Run:
         self, comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None
     ) -> FinishedRun:
         self.folder.note(bad_model={"kept": (self.out / "bad").exists()})
-        write_results(self.out, comparison, precisions, attacks, {**self.folder.manifest, "status": "complete"})
+        _write_results(self.out, comparison, precisions, attacks, {**self.folder.manifest, "status": "complete"})
         write_cards(self.out, within_run=True)
         self.folder.note(status="complete")
         return FinishedRun(
@@ -310,3 +312,30 @@ class _Run:
         """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
         if not self.recipe.keep_for_resume:
             self.unlearning.remove_trained()
+
+
+def _write_results(
+    folder: Path,
+    comparison: Comparison,
+    precisions: PrecisionReport | None,
+    attacks: AttackReport | None,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
+    from sku.report.before_after import before_after_figure  # Imports matplotlib, which a plan has no use for.
+
+    for suffix in ("png", "svg"):
+        before_after_figure(comparison, folder / f"before_after.{suffix}")
+    plain = comparison.to_dict()
+    write_json(
+        folder / "results.json",
+        {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": plain.pop("verdict"),
+            "table": [dataclasses.asdict(row) for row in before_after_rows(comparison)],
+            **plain,
+            **({} if precisions is None else {"precisions": precisions.to_dict()}),
+            **({} if attacks is None else {"attacks": attacks.to_dict()}),
+            "manifest": dict(manifest),
+        },
+    )

@@ -49,33 +49,31 @@ class RunFolder:
         """Whether the folder that stands there is one that ``open`` made, not another call's; in the first process."""
         return self._made and self._holds_the_lock()
 
-    def open(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
+    def open(self, recipe: Recipe, *, resume: bool) -> None:
         """Makes the folder, or checks that it belongs to an interrupted run of this recipe.
 
         Args:
             recipe: What is run.
-            trained_folder: Where its checkpoints lie, which fit one number of processes only.
             resume: The folder may be there.
 
         Raises:
             OutputError: It is there without ``resume``, or belongs to another run, a complete one, one that is still
                 running, or one of another number of processes; or it can't be read or written.
         """
-        self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, trained_folder, resume=resume))
+        self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, resume=resume))
 
-    def check(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
+    def check(self, recipe: Recipe, *, resume: bool) -> None:
         """Refuses what ``open`` would refuse, and makes nothing.
 
         Args:
             recipe: As in ``open``.
-            trained_folder: As in ``open``.
             resume: As in ``open``.
 
         Raises:
             OutputError: As ``open``.
         """
         if self.path.exists():
-            self._found_manifest(self._fresh_manifest(recipe), trained_folder, resume=resume)
+            self._found_manifest(self._fresh_manifest(recipe), resume=resume)
         else:
             check_can_be_made(self.path)
 
@@ -91,7 +89,7 @@ class RunFolder:
             "seconds": {},
         }
 
-    def _opened_manifest(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> dict[str, Any]:
+    def _opened_manifest(self, recipe: Recipe, *, resume: bool) -> dict[str, Any]:
         fresh = self._fresh_manifest(recipe)
         if not self.path.exists():
             with new_folder(self.path, private=True) as temporary:
@@ -99,13 +97,11 @@ class RunFolder:
                 self._lock = own_by_file(temporary)  # Before others can find it.
                 self._made = True
             return _read_manifest(self.path)
-        manifest = self._found_manifest(fresh, trained_folder, resume=resume, is_ours=True)
+        manifest = self._found_manifest(fresh, resume=resume, is_ours=True)
         remove_left_behind(self.path)
         return manifest
 
-    def _found_manifest(
-        self, fresh: dict[str, Any], trained_folder: Path, *, resume: bool, is_ours: bool = False
-    ) -> dict[str, Any]:
+    def _found_manifest(self, fresh: dict[str, Any], *, resume: bool, is_ours: bool = False) -> dict[str, Any]:
         """The manifest of a folder that is there, where it may be gone on with; from now on ours if asked for."""
         if not resume:
             raise OutputError(f"{self.path} already exists; choose another --out, or add --resume to go on with it")
@@ -116,7 +112,7 @@ class RunFolder:
                 self._lock = own_by_file(self.path)
             manifest = self._manifest_of(fresh["recipe_sha256"])
         begun_with = manifest.setdefault("processes", 1)
-        if begun_with != self.processes.count and list(trained_folder.rglob("checkpoint-*")):
+        if begun_with != self.processes.count and any(self.path.rglob("checkpoint-*")):
             raise OutputError(
                 f"the run in {self.path} was begun with {begun_with} processes, and checkpoints fit no other number: "
                 f"start {begun_with} here too, not {self.processes.count}, or choose another --out"

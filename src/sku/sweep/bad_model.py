@@ -16,7 +16,7 @@ from sku.models import load_model
 from sku.negate.operators import operate
 from sku.negate.operators.base import context_of
 from sku.negate.run import task_vector_of
-from sku.storage import write_json
+from sku.storage import mark_hazardous, write_json
 from sku.sweep.result import Sweep
 from sku.sweep.run import sweep
 
@@ -33,11 +33,14 @@ TRAINED_ON = (
 
 
 def record_training(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:
-    """Writes beside a bad model what it was trained on: the recipe, and a hash in place of prompts.
+    """Marks the folder of a bad model, before there is one to find, and writes what it is trained on.
+
+    That is the recipe, and a hash in place of prompts.
 
     Raises:
         OutputError: The file can't be written.
     """
+    mark_hazardous(folder)
     content = {"recipe": recipe.to_dict(), "unlearned_sha256": content_hash(data.forget_train)}
     write_json(folder / TRAINING_FILE, content)
 
