@@ -619,7 +619,8 @@ def test_a_failing_stage_1_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_path: Path) -> None:
-    comparison = plan_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation").execute(None)
+    plan = plan_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation")
+    comparison = plan.execute(None).comparison
     assert comparison.replies == finished.comparison.replies
     assert comparison.prefill == finished.comparison.prefill
     assert comparison.prefill_by_length == finished.comparison.prefill_by_length

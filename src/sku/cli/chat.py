@@ -124,7 +124,7 @@ def _print_replies(pair: Pair, prompt: str, alpha: float | None) -> None:
                 live.update(panels())
     if live is None:
         for side, text in said.items():
-            results.print(f"{title(side)}\n{text}\n", soft_wrap=True)
+            results.print(f"{title(side)}\n{text}\n")
 
 
 def _print_replies_json(pair: Pair, prompt: str, alpha: float | None) -> None:
@@ -138,7 +138,7 @@ def _serve(pair: Pair, run: Path, port: int) -> None:
     from sku.chat.web import ChatServer
 
     with ChatServer(pair, run / LABELS_FILE, title=run.resolve().name, port=port) as server:
-        results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)", soft_wrap=True)
+        results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

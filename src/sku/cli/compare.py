@@ -55,7 +55,10 @@ def compare(
     quiet_libraries()
     from sku.comparison.jobs import comparison_jobs
 
-    jobs, folder = comparison_jobs(settings, _names(methods), seeds), out or options.new_run_folder("compare")
+    jobs, folder = (
+        comparison_jobs(settings, options.names_in(methods), seeds),
+        out or options.new_run_folder("compare"),
+    )
     _carry_out(jobs, settings, folder, "sku compare", dry_run=dry_run, as_json=as_json)
 
 
@@ -86,12 +89,8 @@ def ablate(
     quiet_libraries()
     from sku.comparison.jobs import ablation_jobs
 
-    jobs, folder = ablation_jobs(settings, _names(groups), seeds), out or options.new_run_folder("ablate")
+    jobs, folder = ablation_jobs(settings, options.names_in(groups), seeds), out or options.new_run_folder("ablate")
     _carry_out(jobs, settings, folder, "sku ablate", dry_run=dry_run, as_json=as_json)
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, dry_run: bool, as_json: bool) -> None:

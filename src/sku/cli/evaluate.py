@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sku.cli import options
 from sku.cli.console import carry_out, print_json, print_next, results
 from sku.cli.judge import agreement_lines
-from sku.cli.tables import print_comparison
+from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
-
-if TYPE_CHECKING:
-    from sku.attacks.results import AttackReport
-    from sku.evaluate.comparison import Comparison
-    from sku.evaluate.precision_results import PrecisionReport
 
 
 def evaluate(
@@ -57,38 +52,25 @@ def evaluate(
     overrides = list(overrides or [])
     for key, names in (("attacks", attacks), ("precisions", precisions)):
         if names is not None:
-            listed = [name.strip() for name in names.split(",") if name.strip()]
-            overrides.append(f"evaluate.{key}={json.dumps(listed)}")
+            overrides.append(f"evaluate.{key}={json.dumps(options.names_in(names))}")
     settings = options.resolve_recipe(
         recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
     )
 
     quiet_libraries()
-    from sku.attacks.results import read_attacks
-    from sku.evaluate.precision_results import read_precisions
     from sku.pipeline.evaluate import plan_evaluation
     from sku.processes import current_processes
 
     plan = plan_evaluation(settings, model, out, allow_hazardous=allow_hazardous)
-    comparison = carry_out(plan, dry_run=dry_run, as_json=as_json, is_main=current_processes().is_main)
-    if comparison is None:
+    measured = carry_out(plan, dry_run=dry_run, as_json=as_json, is_main=current_processes().is_main)
+    if measured is None:
         return
-    report = read_attacks(out) if settings.evaluate.attacks else None
-    certificate = read_precisions(out) if settings.evaluate.precisions else None
+    comparison = measured.comparison
     if as_json:
-        print_json(_plain(comparison, certificate, report))
+        sides = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
+        verdict = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
+        print_json(sides | verdict | measured.reports())
         return
-    print_comparison(comparison, certificate, report, agreement_lines(comparison.unlearned))
+    print_measured(measured, agreement_lines(comparison.unlearned))
     results.print(f"\nevidence  {out}")
     print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])
-
-
-def _plain(comparison: Comparison, certificate: PrecisionReport | None, report: AttackReport | None) -> dict[str, Any]:
-    return {
-        "base": comparison.base.to_dict(),
-        "model": comparison.unlearned.to_dict(),
-        "verdict": comparison.verdict.to_dict(),
-        "notes": comparison.notes,
-        **({} if certificate is None else {"precisions": certificate.to_dict()}),
-        **({} if report is None else {"attacks": report.to_dict()}),
-    }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +13,7 @@ from sku.cli import judge_labelled
 from sku.cli.console import carry_out, errors, notes, print_json, results
 from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
 from sku.cli.tables import plain_table
+from sku.config import plain_data
 from sku.errors import EvaluationError
 from sku.plan import Plan, Progress
 
@@ -149,31 +148,24 @@ def show_judge(
     """Print a judge's file, or the card of one that needs none."""
     import yaml
 
+    from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.choose import RULES, judge_file_text, read_judge_file
 
-    content = _card(name) if name in RULES else read_judge_file(name)
+    content = plain_data(build_judge(name).card) if name in RULES else read_judge_file(name)
     if as_json:
         print_json(content)
     else:
-        text = yaml.safe_dump(content, sort_keys=False) if name in RULES else judge_file_text(name)
-        results.print(text)
+        results.print(yaml.safe_dump(content, sort_keys=False) if name in RULES else judge_file_text(name))
 
 
 def _described(name: str) -> tuple[str, ...]:
+    from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.choose import RULES, read_judge_file
 
     if name in RULES:
-        return "rules", _card(name)["licence"], _DASH, "nothing"
+        return "rules", build_judge(name).card.licence, _DASH, "nothing"
     content = read_judge_file(name)
     return tuple(str(content.get(key, _DASH)) for key in ("kind", "licence", "model", "needs"))
-
-
-def _card(name: str) -> dict[str, Any]:
-    """Of a judge of rules, as plain data."""
-    from sku.evaluate.judges import build_judge
-
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(build_judge(name).card)))
-    return plain
 
 
 def agreement_lines(result: EvaluationResult) -> list[str]:
@@ -182,9 +174,7 @@ def agreement_lines(result: EvaluationResult) -> list[str]:
     if agreement is None:
         return []
     disputed = f"{agreement.disagreement_count} of {agreement.judged_by_all} replies disputed"
-    lines = [
-        f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}",
-    ]
+    lines = [f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}"]
     for name in agreement.judges:
         shares = [f"{split} {_share(rates.get('harmful'))}" for split, rates in agreement.rates[name].items()]
         failed = agreement.errors[name]
@@ -198,9 +188,7 @@ def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
     from sku.evaluate.metrics import HARMFUL_PROMPT_RATES
 
     table = plain_table(("", *(Column(one.judge.name, justify="right") for one in (before, after))))
-    kinds: dict[str, tuple[Any, ...]] = {
-        "": (before.replies, after.replies),
-    }
+    kinds: dict[str, tuple[Any, ...]] = {"": (before.replies, after.replies)}
     for tokens in sorted({int(length) for lengths in after.prefill.values() for length in lengths}):
         kinds[f", prefill of {tokens} token{'' if tokens == 1 else 's'}"] = tuple(
             {split: of[str(tokens)] for split, of in result.prefill.items() if str(tokens) in of}

@@ -46,6 +46,11 @@ def judges() -> list[str]:
     return list(judge_names())
 
 
+def names_in(text: str | None) -> list[str]:
+    """Those of a list with commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def with_commas(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Completes the last one of a list with commas."""
 

@@ -59,11 +59,11 @@ def report(
         return
     for run, verdict in zip(runs, written.verdicts, strict=True):
         print_verdict(verdict if len(runs) == 1 else f"{run}: {verdict}")
-    console.print(f"report    {written.path}", soft_wrap=True)
+    console.print(f"report    {written.path}")
     if written.plots:
-        console.print(f"plots     {plots}: {len(written.plots)} files", soft_wrap=True)
+        console.print(f"plots     {plots}: {len(written.plots)} files")
     if private:
-        console.print("private   it holds harmful replies; --no-replies leaves them out", soft_wrap=True)
+        console.print("private   it holds harmful replies; --no-replies leaves them out")
 
 
 def _follow(runs: list[Path], *, as_json: bool) -> None:
@@ -76,13 +76,13 @@ def _follow(runs: list[Path], *, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(read_live(folder)))
         return
-    console.print(f"live      {folder / LIVE_FILE}", soft_wrap=True)
+    console.print(f"live      {folder / LIVE_FILE}")
     try:
         while not write_live(folder).finished:
             time.sleep(RELOAD)
-        console.print(f"finished  sku report {folder} draws it", soft_wrap=True)
+        console.print(f"finished  sku report {folder} draws it")
     except KeyboardInterrupt:
-        console.print("the run goes on", soft_wrap=True)
+        console.print("the run goes on")
     finally:
         (folder / LIVE_FILE).unlink(missing_ok=True)
 
@@ -166,9 +166,9 @@ def _comparison(
         written = [str(path) for path in (update, figure, overview) if path is not None]
         print_json({"records": [record.to_dict() for record in records], "markdown": text, "written": written})
     elif update is None:
-        console.print(text, soft_wrap=True)
+        console.print(text)
     else:
-        console.print(f"updated   {update}", soft_wrap=True)
+        console.print(f"updated   {update}")
 
 
 def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
@@ -177,12 +177,12 @@ def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
 
     rows, left_out = table_rows(folders)
     for sentence in left_out:
-        notes.print(f"note: {sentence}", soft_wrap=True)
+        notes.print(f"note: {sentence}")
     write_json(table, rows)
     if as_json:
         print_json(rows)
     else:
-        console.print(f"table     {table}, {len(rows)} rows", soft_wrap=True)
+        console.print(f"table     {table}, {len(rows)} rows")
 
 
 def _update(page: Path, mark: str, text: str) -> None:

@@ -12,7 +12,7 @@ import typer
 from sku.cli import options
 from sku.cli.console import carry_out, errors, print_headline, print_json, print_next, results
 from sku.cli.judge import agreement_lines
-from sku.cli.tables import print_comparison
+from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
 
@@ -94,7 +94,7 @@ def _warn_of_memory(plan: Plan[FinishedRun], device: str) -> None:
 
 def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
-    print_comparison(finished.comparison, finished.precisions, finished.attacks)
+    print_measured(finished)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     if "stage_1" in finished.manifest:

@@ -40,7 +40,7 @@ def card(
         print_json({part: str(path) for part, path in cards.items()})
         return
     for part, path in cards.items():
-        results.print(f"{part:<10}{path}", soft_wrap=True)
+        results.print(f"{part:<10}{path}")
 
 
 def export(

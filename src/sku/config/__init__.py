@@ -9,7 +9,6 @@ from sku.config.acquire import (
     ModulesConfig,
     Packing,
     PreservationMode,
-    PreservationTokens,
     Tuning,
     Twin,
     WeightsConfig,
@@ -17,8 +16,8 @@ from sku.config.acquire import (
 from sku.config.check import plain_data
 from sku.config.compare import CompareConfig, MethodConfig, SearchConfig
 from sku.config.data import DataConfig, DataFormat, OwnRepliesConfig, SourceConfig
-from sku.config.evaluate import Attack, Backend, EvaluateConfig, Precision, Similarity
-from sku.config.negate import NegateConfig, Rule, SweepConfig, TwinShares
+from sku.config.evaluate import Attack, EvaluateConfig, Precision, Similarity
+from sku.config.negate import NegateConfig, SweepConfig, TwinShares
 from sku.config.read import apply_override, load_recipe, read_yaml, recipe_from_dict, recipe_names, settings_from_dict
 from sku.config.recipe import EMBEDDED, ModelConfig, PromptFormatName, Recipe
 
@@ -26,7 +25,6 @@ __all__ = [
     "EMBEDDED",
     "AcquireConfig",
     "Attack",
-    "Backend",
     "CompareConfig",
     "DataConfig",
     "DataFormat",
@@ -40,10 +38,8 @@ __all__ = [
     "Packing",
     "Precision",
     "PreservationMode",
-    "PreservationTokens",
     "PromptFormatName",
     "Recipe",
-    "Rule",
     "SearchConfig",
     "Similarity",
     "SourceConfig",

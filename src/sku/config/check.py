@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
 from sku.errors import RecipeError, SkuError, did_you_mean, one_line
 
@@ -68,13 +69,7 @@ def validated(cls: type[T]) -> type[T]:
 
 def plain_data(value: Any) -> Any:
     """Settings as JSON holds them: dataclasses and mappings as dicts, tuples as lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain_data(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: plain_data(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_data(entry) for entry in value]
-    return value
+    return to_jsonable_python(value)
 
 
 def check_plain(content: Any, key: str = "", depth: int = 0) -> int:

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sku.attacks.results import AttackReport
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.prompt_sets import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
-from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.precision_results import PrecisionReport
 from sku.methods.run import MethodRun, prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
@@ -32,7 +29,7 @@ from sku.pipeline.checks import (
     load_recipe_data,
     recipe_settings,
 )
-from sku.pipeline.evaluate import Measuring, check_one_process_attacks, measured_stages, readable_source
+from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
@@ -53,16 +50,11 @@ UNWRITTEN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishedRun:
+class FinishedRun(Measured):
     """What a run gives back."""
 
     folder: Path
-    comparison: Comparison
     manifest: dict[str, Any]
-    attacks: AttackReport | None = None
-    """Where ``evaluate.attacks`` names some."""
-    precisions: PrecisionReport | None = None
-    """Where ``evaluate.precisions`` names some."""
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
@@ -259,16 +251,10 @@ class _Run:
             after = measuring.evaluated(
                 "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
             )
-        comparison = compare(before, after, seed=recipe.seed)
-        precisions = attacks = None
-        if recipe.evaluate.precisions:
-            with self.folder.timed("precisions"):
-                precisions = measuring.at_precisions(unlearned, base, comparison)
-            self.folder.note(certificate=precisions.certificate())
-        if recipe.evaluate.attacks:
-            with self.folder.timed("attacks"):
-                attacks = measuring.attacked(unlearned, base, before)
-        return self.processes.on_main(lambda: self._report(comparison, precisions, attacks))
+        measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
+        if measured.precisions is not None:
+            self.folder.note(certificate=measured.precisions.certificate())
+        return self.processes.on_main(lambda: self._report(measured))
 
     def _own_replies(self) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
@@ -288,20 +274,12 @@ class _Run:
         visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 
-    def _report(
-        self, comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None
-    ) -> FinishedRun:
+    def _report(self, measured: Measured) -> FinishedRun:
         self.folder.note(bad_model={"kept": (self.out / "bad").exists()})
-        _write_results(self.out, comparison, precisions, attacks, {**self.folder.manifest, "status": "complete"})
+        _write_results(self.out, measured, {**self.folder.manifest, "status": "complete"})
         write_cards(self.out, within_run=True)
         self.folder.note(status="complete")
-        return FinishedRun(
-            folder=self.out,
-            comparison=comparison,
-            manifest=self.folder.manifest,
-            attacks=attacks,
-            precisions=precisions,
-        )
+        return FinishedRun(folder=self.out, manifest=self.folder.manifest, **vars(measured))
 
     def give_up(self) -> None:
         """Where no alpha will do: the sweep stays for the user to look at, the bad model as after any run."""
@@ -314,28 +292,21 @@ class _Run:
             self.unlearning.remove_trained()
 
 
-def _write_results(
-    folder: Path,
-    comparison: Comparison,
-    precisions: PrecisionReport | None,
-    attacks: AttackReport | None,
-    manifest: Mapping[str, Any],
-) -> None:
+def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]) -> None:
     """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
     from sku.report.before_after import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
     for suffix in ("png", "svg"):
-        before_after_figure(comparison, folder / f"before_after.{suffix}")
-    plain = comparison.to_dict()
+        before_after_figure(measured.comparison, folder / f"before_after.{suffix}")
+    plain = measured.comparison.to_dict()
     write_json(
         folder / "results.json",
         {
             "schema_version": SCHEMA_VERSION,
             "verdict": plain.pop("verdict"),
-            "table": [dataclasses.asdict(row) for row in before_after_rows(comparison)],
+            "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
             **plain,
-            **({} if precisions is None else {"precisions": precisions.to_dict()}),
-            **({} if attacks is None else {"attacks": attacks.to_dict()}),
+            **measured.reports(),
             "manifest": dict(manifest),
         },
     )
