@@ -16,7 +16,6 @@ from sku.methods.run import has_twins, prepare, train_method, with_safe_dtype
 from sku.methods.twins import TWINS, twin_folder
 from sku.models import load_model
 from sku.pipeline.checks import (
-    check_folder,
     check_trained_model,
     check_training,
     data_notes,
@@ -103,7 +102,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         raise ModelError(f"there is no folder {bad}: give that of a bad model, or leave it out to train one")
     if bad is None and there:
         check_same_training(trained, recipe)
-    check_folder(out)
+    check_can_be_made(out)
     prepare(recipe, trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)

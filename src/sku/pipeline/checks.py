@@ -17,7 +17,6 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import OutputError
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.judges import choose_judge
@@ -37,7 +36,6 @@ from sku.models import (
 from sku.negate.files import read_folder
 from sku.plan.disk import STATE_BYTES, checkpoints_at_once, disk_bytes
 from sku.processes import current_processes
-from sku.storage import check_can_be_made
 from sku.sweep.run import check_judge
 from sku.training.run import adapter_settings
 
@@ -79,7 +77,8 @@ class CheckedModel:
 class CheckedTraining:
     """What training is, and what it leaves on the disk."""
 
-    run: MethodRun
+    batch: int
+    """Examples of one optimizer step, of all processes together."""
     examples: Mapping[str, int]
     """Split -> examples; of those that are trained on, those that survive tokenization."""
     left_out: Mapping[str, int]
@@ -95,7 +94,7 @@ class CheckedTraining:
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """For the plan."""
-        return {"tuning": recipe.acquire.tuning, "steps": self.steps, "examples a step": _batch(self.run)}
+        return {"tuning": recipe.acquire.tuning, "steps": self.steps, "examples a step": self.batch}
 
 
 def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
@@ -183,13 +182,13 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         max_answer_tokens=settings.max_answer_tokens,
         seed=settings.seed,
     )
-    if settings.max_steps > 0:
-        steps = settings.max_steps
-    else:
-        steps = math.ceil(math.ceil(len(joint) / _batch(run)) * settings.num_train_epochs)
+    batch = int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
+    steps = settings.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(len(joint) / batch) * settings.num_train_epochs)
     counts = data.counts()
     return CheckedTraining(
-        run=run,
+        batch=batch,
         examples=counts | {name: report.kept for name, report in joint.reports.items() if name in counts},
         left_out={name: sum(report.left_out.values()) for name, report in joint.reports.items() if report.left_out},
         steps=steps,
@@ -233,17 +232,6 @@ def check_evaluation(
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
-def check_folder(out: Path) -> None:
-    """Refuses a folder that can't be made or written to; it may be there.
-
-    Raises:
-        OutputError: A file stands in its way, or this user may not write there.
-    """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"folder {out} can't be made: File exists")
-    check_can_be_made(out)
-
-
 def recipe_settings(recipe: Recipe, model: CheckedModel) -> dict[str, Any]:
     """The first lines of a recipe's plan."""
     return {"recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "model": model.describe()}
@@ -255,11 +243,6 @@ def data_notes(data: ForgetRetainData, model: CheckedModel, training: CheckedTra
     dropped = [f"{count} examples of {name} are left out: no token of their answer is left" for name, count in
                left.items()]  # fmt: skip
     return (*data.notes(), *dropped, *model.notes)
-
-
-def _batch(run: MethodRun) -> int:
-    settings = run.training
-    return int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
 
 
 def _dtype(config: ModelConfig, found: PreTrainedConfig, device: torch.device) -> torch.dtype:

@@ -21,7 +21,6 @@ from sku.pipeline.checks import (
     CheckedModel,
     CheckedTraining,
     check_evaluation,
-    check_folder,
     check_model,
     check_trained_model,
     check_training,
@@ -30,6 +29,7 @@ from sku.pipeline.checks import (
 from sku.pipeline.evaluate import readable_source
 from sku.plan import Plan
 from sku.report.method_records import MethodRecord
+from sku.storage import check_can_be_made
 
 
 def plan_comparison(
@@ -45,7 +45,7 @@ def plan_comparison(
     Raises:
         SkuError: Anything a user can mend.
     """
-    check_folder(out)
+    check_can_be_made(out)
     check_jobs(jobs, out)
     data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
     model = check_trained_model(recipe)

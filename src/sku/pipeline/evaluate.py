@@ -24,10 +24,10 @@ from sku.evaluate.run import evaluate
 from sku.methods.visits import with_visited
 from sku.models import load_config, load_model, with_path
 from sku.negate.survival import model_survival
-from sku.pipeline.checks import check_evaluation, check_folder, check_model, load_recipe_data
+from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
 from sku.plan import Plan, Progress
 from sku.processes import Processes, current_processes
-from sku.storage import HAZARD_KEY, is_marked_hazardous
+from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 
 
 def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False) -> Plan[Measured]:
@@ -57,7 +57,7 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
     check_attacks(recipe, data)
     base = check_model(recipe.model)
     measured = check_model(with_path(recipe.model, model))
-    check_folder(out)
+    check_can_be_made(out)
     asked = check_evaluation(recipe, base, data, {"base": readable_source(recipe.model), "model": model})
     config = recipe.evaluate
     return Plan(
