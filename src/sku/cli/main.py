@@ -19,8 +19,6 @@ from sku.cli import (
     compare,
     data,
     doctor,
-    evaluate,
-    init,
     judge,
     plan,
     report,
@@ -42,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(run.run, init.init, plan.plan, stages.acquire, stages.negate, sweep.sweep, evaluate.evaluate, compare.compare),
+    *(run.run, shipped.init, plan.plan, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
     *(compare.ablate, sharing.card, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
     *(chat.chat, sharing.export, shipped.methods),
 ):

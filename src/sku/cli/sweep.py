@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,7 +106,7 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
     recorded = read_training(bad)
     if recorded is None:
         raise RecipeError(f"{bad} does not say which recipe it was made with: add --recipe")
-    content: dict[str, Any] = copy.deepcopy(recorded["recipe"])
+    content: dict[str, Any] = recorded["recipe"]
     content.pop("compat", None)  # Of earlier versions; it changed how stage 1 trained, not what is asked.
     for override in overrides:
         apply_override(content, override)

@@ -1,25 +1,34 @@
-"""What a recipe holds, a section a file. One YAML file is one whole run; each key is a field of a dataclass here.
+"""What a recipe holds. One YAML file is one whole run; each key is a field of a dataclass here.
 
 Nothing here imports torch or transformers, so that ``sku --help`` and a wrong key are answered at once.
 """
 
-from sku.config.acquire import (
+from sku.config.check import plain_data
+from sku.config.data import DataConfig, DataFormat, OwnRepliesConfig, SourceConfig
+from sku.config.evaluate import (
+    Attack,
+    CompareConfig,
+    EvaluateConfig,
+    MethodConfig,
+    Precision,
+    SearchConfig,
+    Similarity,
+)
+from sku.config.read import apply_override, load_recipe, read_yaml, recipe_from_dict, recipe_names, settings_from_dict
+from sku.config.recipe import EMBEDDED, ModelConfig, PromptFormatName, Recipe
+from sku.config.stages import (
     AcquireConfig,
     LoraSettings,
     ModulesConfig,
+    NegateConfig,
     Packing,
     PreservationMode,
+    SweepConfig,
     Tuning,
     Twin,
+    TwinShares,
     WeightsConfig,
 )
-from sku.config.check import plain_data
-from sku.config.compare import CompareConfig, MethodConfig, SearchConfig
-from sku.config.data import DataConfig, DataFormat, OwnRepliesConfig, SourceConfig
-from sku.config.evaluate import Attack, EvaluateConfig, Precision, Similarity
-from sku.config.negate import NegateConfig, SweepConfig, TwinShares
-from sku.config.read import apply_override, load_recipe, read_yaml, recipe_from_dict, recipe_names, settings_from_dict
-from sku.config.recipe import EMBEDDED, ModelConfig, PromptFormatName, Recipe
 
 __all__ = [
     "EMBEDDED",

@@ -16,9 +16,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import YAMLError
 
-from sku.config.acquire import TRAINING_KEYS
 from sku.config.check import STRICT, check_plain, explain, plain_data
 from sku.config.recipe import EMBEDDED, Recipe
+from sku.config.stages import TRAINING_KEYS
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")

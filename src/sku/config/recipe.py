@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
-from sku.config.acquire import AcquireConfig
 from sku.config.check import Seed, plain_data, validated
-from sku.config.compare import CompareConfig, MethodConfig
 from sku.config.data import DataConfig
-from sku.config.evaluate import EvaluateConfig
-from sku.config.negate import NegateConfig, SweepConfig, TwinShares
+from sku.config.evaluate import CompareConfig, EvaluateConfig, MethodConfig
+from sku.config.stages import AcquireConfig, NegateConfig, SweepConfig, TwinShares
 from sku.errors import RecipeError
 
 _LONGEST_NAME = 200

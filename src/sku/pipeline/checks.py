@@ -198,7 +198,7 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
 
 
 def check_evaluation(
-    recipe: Recipe, model: CheckedModel, data: ForgetRetainData, sources: Mapping[str, str | Path | None]
+    recipe: Recipe, model: CheckedModel, data: ForgetRetainData, *sources: str | Path | None
 ) -> dict[str, int]:
     """Judge, files and prompts of a recipe's evaluation.
 
@@ -206,7 +206,7 @@ def check_evaluation(
         recipe: ``evaluate`` is used.
         model: Of ``check_model``.
         data: The splits.
-        sources: What is measured -> where another engine would read it.
+        *sources: Where another engine would read what is measured.
 
     Returns:
         Kind of request -> number of prompts that a model is asked.
@@ -222,7 +222,7 @@ def check_evaluation(
     check_questions(config)
     if config.embedding_model is not None:
         locate_model(ModelConfig(path=config.embedding_model))
-    for source in sources.values():
+    for source in sources:
         check_source(config, source, current_processes().count)
     drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)
     asked, _ = asking.requests(drawn, writer, config)

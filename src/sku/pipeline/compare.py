@@ -49,7 +49,7 @@ def plan_comparison(
     check_jobs(jobs, out)
     data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
     model = check_trained_model(recipe)
-    asked = check_evaluation(recipe, model, data, {"base": readable_source(recipe.model)})
+    asked = check_evaluation(recipe, model, data, readable_source(recipe.model))
     trained, failing = _checked_rows(jobs, data, out, {with_safe_dtype(recipe): model})
     notes = [*data_notes(data, model, None), *failing]
     if recipe.compare.search is not None:

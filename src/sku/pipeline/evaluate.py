@@ -58,7 +58,7 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
     base = check_model(recipe.model)
     measured = check_model(with_path(recipe.model, model))
     check_can_be_made(out)
-    asked = check_evaluation(recipe, base, data, {"base": readable_source(recipe.model), "model": model})
+    asked = check_evaluation(recipe, base, data, readable_source(recipe.model), model)
     config = recipe.evaluate
     return Plan(
         command="sku evaluate",

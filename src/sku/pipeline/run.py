@@ -152,8 +152,7 @@ def _checked(
     check_data(recipe, data)
     model = check_trained_model(recipe)
     check_operators(run.operators, model.skeleton, data)
-    sources = {"base": readable_source(recipe.model), "unlearned": out / "unlearned"}
-    asked = check_evaluation(recipe, model, data, sources)
+    asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
         begun = recipe.chooses_alpha and not writes_own
