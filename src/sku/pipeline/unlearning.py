@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import NoAlphaError
 from sku.methods import method_named
-from sku.methods.run import MethodRun, prepare, subtracted_by, train_method, with_safe_dtype
+from sku.methods.run import MethodRun, operator_context, prepare, subtracted_by, train_method, with_safe_dtype
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OperatedVector, operate
-from sku.negate.operators.base import OperatorContext, context_of
+from sku.negate.operators.base import OperatorContext
 from sku.negate.rounding import saved_type
 from sku.negate.run import negate_with_record, save_unlearned
 from sku.negate.survival import delta_survival
@@ -113,7 +112,10 @@ class Unlearning:
             else:
                 base = load_model(self.config).model
                 vector, factors = subtracted_by(self.method, trained, base), None
-            operated, context = self._operated(vector, run, base, loaded.tokenizer, data)
+            operated, context = OperatedVector(vector=vector, row_maps=(), records=()), None
+            if self.method.negates and (run.operators or recipe.negate.diagnostics):
+                context = operator_context(recipe, base, loaded.tokenizer, data)
+                operated = operate(vector, run.operators, context)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
         if recipe.chooses_alpha:
@@ -144,30 +146,6 @@ class Unlearning:
                 "(acquire.training.max_steps), at a higher learning_rate, or on the model's own harmful answers (sku "
                 "data own); acquire.check=false goes on all the same"
             )
-
-    def _operated(
-        self,
-        vector: TaskVector,
-        run: MethodRun,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        data: ForgetRetainData,
-    ) -> tuple[OperatedVector, OperatorContext | None]:
-        """What is subtracted, and what operators and diagnostics look at, where there are any."""
-        recipe = self.recipe
-        if not self.method.negates or not (run.operators or recipe.negate.diagnostics):
-            return OperatedVector(vector=vector, row_maps=(), records=()), None
-        cache = recipe.negate.operator_cache
-        context = context_of(
-            base,
-            tokenizer,
-            data,
-            recipe.data,
-            prompt_format=recipe.model.prompt_format,
-            seed=recipe.seed,
-            cache=None if cache is None else Path(cache),
-        )
-        return operate(vector, run.operators, context), context
 
     def _chosen(
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
