@@ -52,8 +52,7 @@ def run(
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()
-    if processes.count > 1:
-        end_when_the_launcher_says_so()
+    end_when_the_launcher_says_so(processes)
     folder = processes.on_main(lambda: out or options.new_run_folder(settings.name))
     plan = plan_run(settings, folder, resume=resume)
     method = "" if settings.method == "sku" else f", method {settings.method}"

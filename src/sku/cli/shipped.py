@@ -18,7 +18,7 @@ from sku.cli import options
 from sku.cli.console import print_json, print_next, results
 from sku.cli.tables import plain_table
 from sku.config import load_recipe, recipe_names
-from sku.config.read import recipe_text
+from sku.config.recipe import recipe_text
 from sku.errors import OutputError, RecipeError, did_you_mean, no_method_named
 from sku.from_file import SUFFIX
 from sku.quiet import quiet_libraries

@@ -35,8 +35,7 @@ def acquire(
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()
-    if processes.count > 1:
-        end_when_the_launcher_says_so()
+    end_when_the_launcher_says_so(processes)
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}"
     plan = plan_acquire(settings, out)
     log = carry_out(plan, dry_run=dry_run, as_json=as_json, headline=headline, is_main=processes.is_main)

@@ -14,8 +14,18 @@ from sku.config.evaluate import (
     SearchConfig,
     Similarity,
 )
-from sku.config.read import apply_override, load_recipe, read_yaml, recipe_from_dict, recipe_names, settings_from_dict
-from sku.config.recipe import EMBEDDED, ModelConfig, PromptFormatName, Recipe
+from sku.config.recipe import (
+    EMBEDDED,
+    ModelConfig,
+    PromptFormatName,
+    Recipe,
+    apply_override,
+    load_recipe,
+    read_yaml,
+    recipe_from_dict,
+    recipe_names,
+    settings_from_dict,
+)
 from sku.config.stages import (
     AcquireConfig,
     LoraSettings,

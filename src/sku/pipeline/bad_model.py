@@ -72,7 +72,7 @@ def train_bad_model(
 ) -> list[dict[str, Any]]:
     """Trains and saves the bad model; gives the training log."""
     processes = current_processes()
-    with shared_new_folder(processes, out, private=True) as temporary:
+    with shared_new_folder(processes, out) as temporary:
         checkpoints = temporary / "checkpoints"
         with named_memory_errors("load"):
             loaded = load_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")

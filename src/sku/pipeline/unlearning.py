@@ -211,7 +211,7 @@ class Unlearning:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
         trained = train_method(self.recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
         self.processes.on_main(lambda: self._write_log(trained))
-        with shared_new_folder(self.processes, self.trained_folder / "final", private=True) as temporary:
+        with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
             if self.method.hazardous:
                 self.processes.on_main(lambda: record_training(temporary, self.recipe, data))
             trained.save(temporary)
