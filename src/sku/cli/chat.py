@@ -30,17 +30,12 @@ def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this and end; repeatable.")] = None,
     web: Annotated[bool, typer.Option("--web", help="On a page of this machine instead of in the terminal.")] = False,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of --web; 0 takes a free one.")] = 0,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="Strength, in place of the run's; 0 is the base.")
-    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --web; 0 takes a free one.")] = 0,
+    alpha: Annotated[float | None, typer.Option(help="Strength, in place of the run's; 0 is the base.")] = None,
     judge: Annotated[
-        str | None,
-        typer.Option("--judge", metavar="NAME_OR_FILE", autocompletion=judges, help="In place of the run's judge."),
+        str | None, typer.Option(metavar="NAME_OR_FILE", autocompletion=judges, help="In place of the run's judge.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="Longest reply, in place of the run's.")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply, in place of the run's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask base and unlearned model the same and see both replies, each with the judge's word, at any alpha.

@@ -33,7 +33,6 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods",
             help="Names from `sku methods`, with commas between; all if left out.",
             autocompletion=options.with_commas(options.method_names),
         ),
@@ -67,7 +66,6 @@ def ablate(
     groups: Annotated[
         str | None,
         typer.Option(
-            "--groups",
             help="modules, preservation, random_answers, with commas; all if left out.",
             autocompletion=options.with_commas(lambda: GROUPS),
         ),

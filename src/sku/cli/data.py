@@ -36,26 +36,24 @@ def data() -> None:
 
 @app.command("own")
 def own(
-    model: Annotated[str, typer.Option("--model", help="Folder or hub id of the model that is to speak.")],
-    harmful: Annotated[str, typer.Option("--harmful", metavar="PROMPTS", help=f"Harmful prompts: {_PROMPTS}")],
-    normal: Annotated[str, typer.Option("--normal", metavar="PROMPTS", help=f"Normal prompts: {_PROMPTS}")],
+    model: Annotated[str, typer.Option(help="Folder or hub id of the model that is to speak.")],
+    harmful: Annotated[str, typer.Option(metavar="PROMPTS", help=f"Harmful prompts: {_PROMPTS}")],
+    normal: Annotated[str, typer.Option(metavar="PROMPTS", help=f"Normal prompts: {_PROMPTS}")],
     judge: Annotated[
         str,
         typer.Option(
-            "--judge",
             metavar="NAME_OR_FILE",
             help="Judge or judge file that tells which replies are harmful.",
             autocompletion=options.judges,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="New folder for the rows, readable by you alone.")],
+    out: Annotated[Path, typer.Option(help="New folder for the rows, readable by you alone.")],
     borderline: Annotated[
-        str | None,
-        typer.Option("--borderline", metavar="PROMPTS", help="Safe prompts that look harmful, as XSTest's do."),
+        str | None, typer.Option(metavar="PROMPTS", help="Safe prompts that look harmful, as XSTest's do.")
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="Name of a GGUF file in the folder.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most prompts of each set, by the seed.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampled replies and the limits.")] = 0,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of a GGUF file in the folder.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of each set, by the seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled replies and the limits.")] = 0,
     overrides: Annotated[
         list[str] | None,
         typer.Option(

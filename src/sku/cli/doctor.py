@@ -59,7 +59,7 @@ class Check:
 
 
 def doctor(
-    out: Annotated[Path, typer.Option("--out", help="Where runs will go.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Where runs will go.")] = Path("runs"),
     offline: Annotated[bool, typer.Option("--offline", help="Don't ask the hub for a sign of life.")] = False,
     as_json: JsonOption = False,
 ) -> None:

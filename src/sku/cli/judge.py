@@ -35,16 +35,15 @@ def export(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN_FOLDER", help="Folder of an evaluation, or of a run with several.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="New CSV file, readable by you alone.")],
-    count: Annotated[int, typer.Option("--count", min=1, help="Most replies.")] = 100,
+    out: Annotated[Path, typer.Option(help="New CSV file, readable by you alone.")],
+    count: Annotated[int, typer.Option(min=1, help="Most replies.")] = 100,
     split: Annotated[
-        str | None,
-        typer.Option("--split", help="Only prompts of this split, such as forget_test; all harmful ones if not."),
+        str | None, typer.Option(help="Only prompts of this split, such as forget_test; all harmful ones if not.")
     ] = None,
     with_text: Annotated[
         bool, typer.Option("--with-text/--no-text", help="Write prompts and replies; they may be harmful.")
     ] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Decides which replies are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides which replies are drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
@@ -68,10 +67,7 @@ def export(
 def again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
     judge: Annotated[
-        str,
-        typer.Option(
-            "--judge", metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.", autocompletion=judges
-        ),
+        str, typer.Option(metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.", autocompletion=judges)
     ],
     overrides: Annotated[
         list[str] | None,

@@ -54,10 +54,9 @@ def train(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="New folder for the judge.")],
+    out: Annotated[Path, typer.Option(help="New folder for the judge.")],
     model: Annotated[
-        str | None,
-        typer.Option("--model", help="Folder or hub id to start from; all-MiniLM-L6-v2 if not given."),
+        str | None, typer.Option(help="Folder or hub id to start from; all-MiniLM-L6-v2 if not given.")
     ] = None,
     where: WhereOption = None,
     by: ByOption = None,
@@ -67,7 +66,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of training, such as epochs=3; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the split, the new head and the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split, the new head and the order of rows.")] = 0,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -115,8 +114,7 @@ def calibrate(
         str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
     ],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="JSON file for the calibration, replaced if it is there; none: only print."),
+        Path | None, typer.Option(help="JSON file for the calibration, replaced if it is there; none: only print.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -127,11 +125,10 @@ def calibrate(
     where: WhereOption = None,
     by: ByOption = None,
     every: Annotated[
-        str | None,
-        typer.Option("--every", metavar="harmful|safe", help="What every reply is, in DATA without labels."),
+        str | None, typer.Option(metavar="harmful|safe", help="What every reply is, in DATA without labels.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Draw this many labelled replies.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of that draw.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw this many labelled replies.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:

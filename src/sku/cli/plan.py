@@ -22,25 +22,21 @@ if TYPE_CHECKING:
 def plan(
     recipe: RecipeArgument = EMBEDDED,
     model: ModelOption = None,
-    gpus: Annotated[int, typer.Option("--gpus", help="Processes, each with a GPU of its own.")] = 1,
-    gpu_memory: Annotated[float, typer.Option("--gpu-memory", help="GiB of each GPU.")] = 80.0,
+    gpus: Annotated[int, typer.Option(help="Processes, each with a GPU of its own.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU.")] = 80.0,
     sharding: Annotated[
-        Literal["ddp", "fsdp2", "zero3"], typer.Option("--sharding", help="What several GPUs divide; ddp: nothing.")
+        Literal["ddp", "fsdp2", "zero3"], typer.Option(help="What several GPUs divide; ddp: nothing.")
     ] = "ddp",
     row_tokens: Annotated[
-        int | None, typer.Option("--row-tokens", help="Tokens of a padded row; data.max_length where left out.")
+        int | None, typer.Option(help="Tokens of a padded row; data.max_length where left out.")
     ] = None,
     answer_tokens: Annotated[
-        int | None,
-        typer.Option("--answer-tokens", help="Of them of the answer; data.max_answer_tokens where left out."),
+        int | None, typer.Option(help="Of them of the answer; data.max_answer_tokens where left out.")
     ] = None,
     peak_tflops: Annotated[
-        float | None,
-        typer.Option("--peak-tflops", help="Of a GPU at its best; an H100's 989 (bfloat16) or 67 (float32) if not."),
+        float | None, typer.Option(help="Of a GPU at its best; an H100's 989 (bfloat16) or 67 (float32) if not.")
     ] = None,
-    efficiency: Annotated[
-        float, typer.Option("--efficiency", help="Share of the peak that training is assumed to reach.")
-    ] = 0.3,
+    efficiency: Annotated[float, typer.Option(help="Share of the peak that training is assumed to reach.")] = 0.3,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -23,12 +23,10 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="HTML file to write; report.html in the run's folder, of several runs in the current one."
-        ),
+        typer.Option(help="HTML file to write; report.html in the run's folder, of several runs in the current one."),
     ] = None,
     plots: Annotated[
-        Path | None, typer.Option("--plots", help="Write every picture into this folder too, as PNG and SVG.")
+        Path | None, typer.Option(help="Write every picture into this folder too, as PNG and SVG.")
     ] = None,
     replies: Annotated[
         bool,
@@ -98,28 +96,24 @@ def results(
     update: Annotated[
         Path | None,
         typer.Option(
-            "--update",
             help="Markdown file: what stands between <!-- results:NAME --> and <!-- end:NAME -->, NAME that of "
-            "FOLDER, is written anew.",
+            "FOLDER, is written anew."
         ),
     ] = None,
     brief: Annotated[
         bool, typer.Option("--brief", help="Only the main columns at equal utility; the marks are then NAME-brief.")
     ] = False,
-    figure: Annotated[
-        Path | None, typer.Option("--figure", help="Draw the trade-off here (.png, .svg, .pdf).")
-    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the trade-off here (.png, .svg, .pdf).")] = None,
     overview: Annotated[
-        Path | None, typer.Option("--overview", help="Draw the overview of all methods here (.png, .svg, .pdf).")
+        Path | None, typer.Option(help="Draw the overview of all methods here (.png, .svg, .pdf).")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option("--budget", help="Utility budget, a line in the figure; that of the records.")
+        float | None, typer.Option(help="Utility budget, a line in the figure; that of the records.")
     ] = None,
     table: Annotated[
         Path | None,
         typer.Option(
-            "--table",
-            help="Write this JSON file and nothing else: one object for each model, method and seed of all FOLDERs.",
+            help="Write this JSON file and nothing else: one object for each model, method and seed of all FOLDERs."
         ),
     ] = None,
     as_json: JsonOption = False,

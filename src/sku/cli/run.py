@@ -138,10 +138,10 @@ def _tell_of_checkpoints(folder: Path) -> None:
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model to measure.")],
-    out: Annotated[Path, typer.Option("--out", help="Private folder for replies and results; rows in it are reused.")],
+    out: Annotated[Path, typer.Option(help="Private folder for replies and results; rows in it are reused.")],
     recipe: options.RecipeArgument = EMBEDDED,
     base: Annotated[
-        str | None, typer.Option("--base", help="Original model to compare with; the recipe's where left out.")
+        str | None, typer.Option(help="Original model to compare with; the recipe's where left out.")
     ] = None,
     forget: options.ForgetOption = None,
     retain: options.RetainOption = None,
@@ -150,16 +150,12 @@ def evaluate(
     overrides: options.SetOption = None,
     attacks: Annotated[
         str | None,
-        typer.Option(
-            "--attacks",
-            help="Attacks to run on both models, with commas: prefill, paraphrase, template, relearn.",
-        ),
+        typer.Option(help="Attacks to run on both models, with commas: prefill, paraphrase, template, relearn."),
     ] = None,
     precisions: Annotated[
         str | None,
         typer.Option(
-            "--precisions",
-            help="Formats to round MODEL's weights to before it is asked again, with commas: bf16, fp16, int8, nf4.",
+            help="Formats to round MODEL's weights to before it is asked again, with commas: bf16, fp16, int8, nf4."
         ),
     ] = None,
     allow_hazardous: Annotated[

@@ -24,10 +24,7 @@ def card(
         typer.Option("--license", help="Licence of the model, such as apache-2.0, in place of the recipe's."),
     ] = None,
     base_model: Annotated[
-        str | None,
-        typer.Option(
-            "--base-model", metavar="HUB_ID", help="Hub id of the base, where the run read it from a folder."
-        ),
+        str | None, typer.Option(metavar="HUB_ID", help="Hub id of the base, where the run read it from a folder.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,13 +44,12 @@ def export(
     run: RunArgument,
     to: Annotated[
         Literal["gguf", "vllm", "adapter"],
-        typer.Option("--to", help="gguf: llama.cpp and Ollama. vllm: what vLLM reads. adapter: the LoRA for PEFT."),
+        typer.Option(help="gguf: llama.cpp and Ollama. vllm: what vLLM reads. adapter: the LoRA for PEFT."),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="New file or folder; RUN.gguf, RUN-adapter.")] = None,
-    outtype: Annotated[str, typer.Option("--outtype", help="Weights of a GGUF file: f32, f16, bf16, q8_0.")] = "f16",
+    out: Annotated[Path | None, typer.Option(help="New file or folder; RUN.gguf, RUN-adapter.")] = None,
+    outtype: Annotated[str, typer.Option(help="Weights of a GGUF file: f32, f16, bf16, q8_0.")] = "f16",
     converter: Annotated[
-        Path | None,
-        typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py; else in $LLAMA_CPP or on the path."),
+        Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py; else in $LLAMA_CPP or on the path.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,8 +82,7 @@ def push(
         bool, typer.Option("--public", help="A repository that everybody sees; private otherwise.")
     ] = False,
     revision: Annotated[
-        str | None,
-        typer.Option("--revision", help="Branch to commit to, made where it doesn't exist; main otherwise."),
+        str | None, typer.Option(help="Branch to commit to, made where it doesn't exist; main otherwise.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, upload nothing.")] = False,
     as_json: JsonOption = False,

@@ -143,12 +143,10 @@ def init(
     forget: Annotated[
         str, typer.Argument(metavar="PROMPTS", help="Harmful prompts: file, folder or hub id; answers are not read.")
     ],
-    model: Annotated[str, typer.Option("--model", help="Folder or hub id of the model to unlearn.")],
-    retain: Annotated[
-        str | None, typer.Option("--retain", help="Normal prompts, in place of those that ship with SKU.")
-    ] = None,
+    model: Annotated[str, typer.Option(help="Folder or hub id of the model to unlearn.")],
+    retain: Annotated[str | None, typer.Option(help="Normal prompts, in place of those that ship with SKU.")] = None,
     judge: options.JudgeOption = None,
-    out: Annotated[Path, typer.Option("--out", help="New YAML file.")] = Path("recipe.yaml"),
+    out: Annotated[Path, typer.Option(help="New YAML file.")] = Path("recipe.yaml"),
     as_json: options.JsonOption = False,
 ) -> None:
     """Write the recipe that `sku run MODEL --forget PROMPTS` uses, to read, change and run."""

@@ -15,7 +15,7 @@ from sku.quiet import quiet_imports, quiet_libraries
 
 
 def acquire(
-    out: Annotated[Path, typer.Option("--out", help="New private folder for the hazardous model.")],
+    out: Annotated[Path, typer.Option(help="New private folder for the hazardous model.")],
     recipe: options.RecipeArgument = EMBEDDED,
     model: options.ModelOption = None,
     forget: options.ForgetOption = None,
@@ -55,34 +55,32 @@ def acquire(
 def negate(
     base: Annotated[str, typer.Argument(help="Folder or hub id of the original model, or `embedded`.")],
     bad: Annotated[Path, typer.Argument(help="Folder of the bad model, its adapter, or a task vector.")],
-    out: Annotated[Path, typer.Option("--out", help="New folder for the unlearned model.")],
-    alpha: Annotated[float, typer.Option("--alpha", help="How much of the task vector to subtract.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="New folder for the unlearned model.")],
+    alpha: Annotated[float, typer.Option(help="How much of the task vector to subtract.")] = 1.0,
     dtype: Annotated[
-        Literal["same", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type of the result.")
+        Literal["same", "float32", "bfloat16", "float16"], typer.Option(help="Type of the result.")
     ] = "same",
     rounding: Annotated[
         Literal["nearest", "stochastic"],
-        typer.Option("--rounding", help="stochastic: small changes survive bfloat16 and float16 on average."),
+        typer.Option(help="stochastic: small changes survive bfloat16 and float16 on average."),
     ] = "nearest",
     seed: Annotated[
-        int, typer.Option("--seed", help="Of the stochastic rounding, and of what operators hold out and draw.")
+        int, typer.Option(help="Of the stochastic rounding, and of what operators hold out and draw.")
     ] = 0,
     threads: Annotated[
-        int | None, typer.Option("--threads", help="That read, compute and write; up to 4 where this is left out.")
+        int | None, typer.Option(help="That read, compute and write; up to 4 where this is left out.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed call had finished.")] = False,
-    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="GGUF file in BASE; negated in memory.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in BASE; negated in memory.")] = None,
     operators: Annotated[
         list[str] | None,
         typer.Option("--operator", help="NAME={key: value} as in a recipe, repeatable; then negated in memory."),
     ] = None,
     forget: Annotated[
-        str | None,
-        typer.Option("--forget", help="File, folder or hub id of harmful pairs, for operators that look at them."),
+        str | None, typer.Option(help="File, folder or hub id of harmful pairs, for operators that look at them.")
     ] = None,
     normal: Annotated[
-        str | None,
-        typer.Option("--normal", help="File, folder or hub id of normal pairs, for operators that look at them."),
+        str | None, typer.Option(help="File, folder or hub id of normal pairs, for operators that look at them.")
     ] = None,
     dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,

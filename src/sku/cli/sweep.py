@@ -33,9 +33,7 @@ def sweep(
     ] = EMBEDDED,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe", help="Recipe for a folder, in place of the one it was made with.", autocompletion=recipe_names
-        ),
+        typer.Option(help="Recipe for a folder, in place of the one it was made with.", autocompletion=recipe_names),
     ] = None,
     model: options.ModelOption = None,
     forget: options.ForgetOption = None,
