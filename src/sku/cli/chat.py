@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from sku.cli.console import notes, print_error, print_json, printable, results
-from sku.cli.options import JsonOption, judges
+from sku.cli.options import JsonOption, judge_option
 from sku.errors import EvaluationError, RecipeError
 from sku.quiet import quiet_libraries
 
@@ -32,9 +32,7 @@ def chat(
     web: Annotated[bool, typer.Option("--web", help="On a page of this machine instead of in the terminal.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of --web; 0 takes a free one.")] = 0,
     alpha: Annotated[float | None, typer.Option(help="Strength, in place of the run's; 0 is the base.")] = None,
-    judge: Annotated[
-        str | None, typer.Option(metavar="NAME_OR_FILE", autocompletion=judges, help="In place of the run's judge.")
-    ] = None,
+    judge: Annotated[str | None, judge_option("In place of the run's judge.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply, in place of the run's.")] = None,
     as_json: JsonOption = False,
 ) -> None:

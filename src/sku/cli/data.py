@@ -39,14 +39,7 @@ def own(
     model: Annotated[str, typer.Option(help="Folder or hub id of the model that is to speak.")],
     harmful: Annotated[str, typer.Option(metavar="PROMPTS", help=f"Harmful prompts: {_PROMPTS}")],
     normal: Annotated[str, typer.Option(metavar="PROMPTS", help=f"Normal prompts: {_PROMPTS}")],
-    judge: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME_OR_FILE",
-            help="Judge or judge file that tells which replies are harmful.",
-            autocompletion=options.judges,
-        ),
-    ],
+    judge: Annotated[str, options.judge_option("Judge or judge file that tells which replies are harmful.")],
     out: Annotated[Path, typer.Option(help="New folder for the rows, readable by you alone.")],
     borderline: Annotated[
         str | None, typer.Option(metavar="PROMPTS", help="Safe prompts that look harmful, as XSTest's do.")
@@ -56,11 +49,7 @@ def own(
     seed: Annotated[int, typer.Option(help="Of the sampled replies and the limits.")] = 0,
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A setting, such as samples=5, harmful.limit=500 or judge_settings.threshold=0.7; repeatable.",
-        ),
+        options.set_option("A setting, such as samples=5, harmful.limit=500 or judge_settings.threshold=0.7"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call of the same.")] = False,
     dry_run: options.DryRunOption = False,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sku.cli import judge_labelled
 from sku.cli.console import carry_out, errors, notes, print_json, results
-from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
+from sku.cli.options import DryRunOption, JsonOption, judge_option, judges, set_option, settings_of
 from sku.cli.tables import plain_table
 from sku.config import plain_data
 from sku.errors import EvaluationError
@@ -66,13 +66,8 @@ def export(
 @app.command("again")
 def again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
-    judge: Annotated[
-        str, typer.Option(metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.", autocompletion=judges)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as model=...; repeatable."),
-    ] = None,
+    judge: Annotated[str, judge_option("Judge, judge file or CSV of labels.")],
+    overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as model=...")] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.table import Column, Table
 
 from sku.cli.console import carry_out, print_json, print_next, results
-from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
+from sku.cli.options import DryRunOption, JsonOption, judges, set_option, settings_of
 from sku.cli.tables import plain_table
 from sku.errors import OutputError, RecipeError
 from sku.plan import Plan
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sku.evaluate.judges.train import TrainedJudge
     from sku.evaluate.metrics import Rate
 
+DataArgument = Annotated[
+    str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
+]
 ColumnOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,9 +54,7 @@ ByOption = Annotated[
 
 
 def train(
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
-    ],
+    data: DataArgument,
     out: Annotated[Path, typer.Option(help="New folder for the judge.")],
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id to start from; all-MiniLM-L6-v2 if not given.")
@@ -62,10 +63,7 @@ def train(
     by: ByOption = None,
     columns: ColumnOption = None,
     harmful_value: HarmfulValueOption = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of training, such as epochs=3; repeatable."),
-    ] = None,
+    overrides: Annotated[list[str] | None, set_option("A setting of training, such as epochs=3")] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the new head and the order of rows.")] = 0,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -110,16 +108,11 @@ def calibrate(
     judge: Annotated[
         str, typer.Argument(metavar="JUDGE", help="Name of a judge, or a judge file.", autocompletion=judges)
     ],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
-    ],
+    data: DataArgument,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the calibration, replaced if it is there; none: only print.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as threshold=0.7; repeatable."),
-    ] = None,
+    overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as threshold=0.7")] = None,
     columns: ColumnOption = None,
     harmful_value: HarmfulValueOption = None,
     where: WhereOption = None,

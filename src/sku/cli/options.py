@@ -61,6 +61,16 @@ def with_commas(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]
     return completed
 
 
+def set_option(text: str) -> Any:
+    """``--set``, repeatable, of a command whose settings it changes."""
+    return typer.Option("--set", metavar="KEY=VALUE", help=f"{text}; repeatable.")
+
+
+def judge_option(text: str) -> Any:
+    """``--judge`` of a command."""
+    return typer.Option("--judge", metavar="NAME_OR_FILE", autocompletion=judges, help=text)
+
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(
@@ -78,12 +88,7 @@ ForgetOption = Annotated[
 RetainOption = Annotated[
     str | None, typer.Option("--retain", help="File, folder or hub id of the normal data, in place of the recipe's.")
 ]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any recipe key, such as acquire.training.max_steps=20; repeatable."
-    ),
-]
+SetOption = Annotated[list[str] | None, set_option("Any recipe key, such as acquire.training.max_steps=20")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run, in place of the recipe's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[
@@ -94,12 +99,9 @@ DryRunOption = Annotated[
 ]
 JudgeOption = Annotated[
     str | None,
-    typer.Option(
-        "--judge",
-        metavar="NAME_OR_FILE",
-        autocompletion=judges,
-        help="Judge, judge file or CSV of labels, in place of the recipe's; its settings: --set "
-        "evaluate.judge_settings.model=...",
+    judge_option(
+        "Judge, judge file or CSV of labels, in place of the recipe's; its settings: --set "
+        "evaluate.judge_settings.model=..."
     ),
 ]
 OutOption = Annotated[
