@@ -113,8 +113,6 @@ def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, 
         headline=f"recipe {recipe.name}, model {model}, {len(jobs)} jobs, one after the other, in {out}",
         interrupted=f"interrupted; what is finished stays: go on with the same command and {again}",
     )
-    if finished is None:
-        return
     if finished.reused:
         notes.print(f"{finished.reused} of {len(jobs)} records were there already and still fit")
     # Records of other rows in the folder, from an earlier call with other methods, stay in the tables.

@@ -232,8 +232,8 @@ def _place(error: BaseException) -> str:
 
 def carry_out(
     plan: Plan[T], *, dry_run: bool, as_json: bool, headline: str = "", interrupted: str = "", is_main: bool = True
-) -> T | None:
-    """Executes a plan with bars and messages, or prints it.
+) -> T:
+    """Executes a plan with bars and messages; where it is only to be printed, the command ends here.
 
     Args:
         plan: Of the command.
@@ -241,18 +241,20 @@ def carry_out(
         as_json: As ``--json``.
         headline: What it is about to do.
         interrupted: What to say where it is interrupted; empty: what ``main`` says.
-        is_main: Of several processes the first one speaks for all.
+        is_main: Of several processes the first one speaks for all: the others end here too.
 
     Returns:
-        What it gave; None where this process has nothing to print.
+        What it gave.
+
+    Raises:
+        SystemExit: With code 0, where there is nothing more to print; no command takes it for an error.
     """
-    if dry_run:
-        if is_main:
-            print_plan(plan, as_json=as_json)
-        return None
-    if not is_main:
+    if dry_run and is_main:
+        print_plan(plan, as_json=as_json)
+    elif not dry_run and not is_main:
         plan.execute(None)
-        return None
+    if dry_run or not is_main:
+        raise SystemExit(0)
     if headline:
         print_headline(headline)
     try:

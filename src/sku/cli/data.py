@@ -80,9 +80,9 @@ def own(
         headline=f"model {asked.model.path}, {counts}, judge {plan.settings['judge']}, seed {asked.seed}",
         interrupted="interrupted; go on with the same command and --resume",
     )
-    if written is not None and as_json:
+    if as_json:
         print_json(dict(written.account))
-    elif written is not None:
+    else:
         _print_written(written, asked)
 
 

@@ -96,8 +96,6 @@ def again(
         execute=execute,
     )
     after = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if after is None:
-        return
     if isinstance(asked, PrecomputedJudge):
         strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
         if strangers:

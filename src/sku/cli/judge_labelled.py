@@ -96,8 +96,6 @@ def train(
         execute=lambda progress: train_judge(labelled, settings, out, progress=progress),
     )
     trained = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if trained is None:
-        return
     if as_json:
         print_json({**dataclasses.asdict(trained), "folder": str(out)})
         return
@@ -153,13 +151,13 @@ def calibrate(
         execute=lambda _progress: _measured(built, labelled, out, one_kind=every is not None),
     )
     found = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if found is not None and as_json:
+    if as_json:
         print_json(
             [dataclasses.asdict(one) for one in found] if isinstance(found, tuple) else dataclasses.asdict(found)
         )
     elif isinstance(found, tuple):
         results.print(figures_table(f"judge {built.card.name}", found))
-    elif found is not None:
+    else:
         _print(found, judge, out)
 
 

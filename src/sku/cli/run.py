@@ -73,8 +73,6 @@ def run(
         if processes.is_main:
             _tell_of_checkpoints(folder)
         raise
-    if finished is None:
-        return
     if as_json:
         print_json(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     else:
@@ -179,8 +177,6 @@ def evaluate(
 
     plan = plan_evaluation(settings, model, out, allow_hazardous=allow_hazardous)
     measured = carry_out(plan, dry_run=dry_run, as_json=as_json, is_main=current_processes().is_main)
-    if measured is None:
-        return
     comparison = measured.comparison
     if as_json:
         sides = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}

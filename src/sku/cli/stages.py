@@ -39,8 +39,6 @@ def acquire(
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}"
     plan = plan_acquire(settings, out)
     log = carry_out(plan, dry_run=dry_run, as_json=as_json, headline=headline, is_main=processes.is_main)
-    if log is None:
-        return
     if as_json:
         print_json({"bad_model": str(out), "hazardous": True, "log": log})
         return
@@ -100,8 +98,6 @@ def negate(
         as_json=as_json,
         interrupted="interrupted; what is finished is kept: the same command with --resume goes on",
     )
-    if done is None:
-        return
     if done.left_out:
         notes.print(f"not copied from the base: {', '.join(done.left_out)}")
     if as_json:

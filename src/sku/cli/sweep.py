@@ -71,8 +71,6 @@ def sweep(
         if (folder / "bad").exists():
             errors.print(f"until then {folder / 'bad'} holds a hazardous model")
         raise
-    if found is None:
-        return
     if as_json:
         print_json(found.to_dict())
     else:
