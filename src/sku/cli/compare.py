@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,13 +98,11 @@ def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, 
     from sku.report.comparison_report import write_comparison
     from sku.report.method_records import read_records
 
-    count = 0
+    numbers = itertools.count(1)
 
     def tell(record: MethodRecord, was_there: bool) -> None:
-        nonlocal count
-        count += 1
         state = "kept" if was_there else record.status
-        notes.print(f"{count}/{len(jobs)} {record.name}, seed {record.seed}: {state}")
+        notes.print(f"{next(numbers)}/{len(jobs)} {record.name}, seed {record.seed}: {state}")
 
     model, again = recipe.model.path, shlex.join(["--out", str(out)])
     finished = carry_out(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from sku._version import __version__
 from sku.cli.console import print_json, results
 from sku.cli.options import JsonOption
 from sku.errors import OutputError
+from sku.from_file import file_sha256
 from sku.quiet import quiet_imports
 from sku.storage import check_can_be_made, free_bytes, hazardous_folders
 
@@ -93,6 +93,8 @@ def examine(folder: Path, *, ask_hub: bool = True) -> list[Check]:
     Returns:
         Checks in reading order.
     """
+    from huggingface_hub import constants
+
     return [
         _python(),
         *(_package(name) for name in TESTED),
@@ -101,7 +103,7 @@ def examine(folder: Path, *, ask_hub: bool = True) -> list[Check]:
         _threads(),
         _space(folder),
         _writable("run folder", folder),
-        _writable("hub cache", _hub_cache()),
+        _writable("hub cache", Path(constants.HF_HUB_CACHE)),
         _left_behind(folder),
         _hub(ask_hub=ask_hub),
         _token(),
@@ -227,12 +229,6 @@ def _left_behind(folder: Path) -> Check:
     return Check("bad models", "ok", f"none left in {folder}")
 
 
-def _hub_cache() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
 def _hub(*, ask_hub: bool) -> Check:
     from huggingface_hub import constants, get_session
 
@@ -264,11 +260,7 @@ def _embedded_model() -> Check:
     advice = "install the package again"
     try:
         wanted = json.loads((folder / "CHECKSUMS.json").read_text(encoding="utf-8"))["sha256"]
-        wrong = [
-            name
-            for name, digest in wanted.items()
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest
-        ]
+        wrong = [name for name, digest in wanted.items() if file_sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         return Check("embedded model", "problem", f"can't be read: {error}", advice)
     if wrong:

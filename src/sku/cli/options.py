@@ -28,10 +28,8 @@ def listed_methods() -> list[dict[str, Any]]:
 
     From ``listed.json``: ``sku.methods`` itself loads torch, which takes seconds.
     """
-    text = (resources.files("sku") / "methods" / "listed.json").read_text(encoding="utf-8")
-    found = json.loads(text)
-    assert isinstance(found, list)
-    return found
+    listed = resources.files("sku") / "methods" / "listed.json"
+    return list(json.loads(listed.read_text(encoding="utf-8")))
 
 
 def method_names() -> list[str]:

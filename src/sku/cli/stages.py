@@ -146,8 +146,5 @@ def wipe(
     if as_json:
         print_json({"hazardous": [str(path) for path in found], "removed": len(found) if removes else 0})
     elif removes:
-        _print_removed(len(found))
-
-
-def _print_removed(count: int) -> None:
-    results.print(f"removed   {count}; what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)")
+        left = "what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)"
+        results.print(f"removed   {len(found)}; {left}")

@@ -167,6 +167,8 @@ def _print(found: Sweep, folder: Path) -> None:
 
 def frontier_table(found: Sweep) -> Table:
     """All points as a table for a terminal of 80 columns."""
+    from sku.sweep.rule import cost_of
+
     lengths = sorted(set(found.config.prefill_tokens))
     asked = ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths))
     table = plain_table((), (*asked, "gibber.", "refused", "exact", "perplex.", "cost"), padding=(0, 1, 0, 0))
@@ -174,20 +176,13 @@ def frontier_table(found: Sweep) -> Table:
     pick = found.pick
     for point in (found.base, *found.points):
         mark = "*" if pick is not None and point.alpha == pick.alpha else ""
-        table.add_row(
-            "base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), _cost(point, found), mark
-        )
+        value = cost_of(point, found.base, found.config).value
+        cost = f"{value:.2f}" if value < 100 else ">99"
+        table.add_row("base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), cost, mark)
     prefilled = f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %; " if lengths else ""
     table.caption = f"{prefilled}cost: 1 is the budget"
     table.caption_justify = "left"
     return table
-
-
-def _cost(point: SweepPoint, found: Sweep) -> str:
-    from sku.sweep.rule import cost_of
-
-    value = cost_of(point, found.base, found.config).value
-    return f"{value:.2f}" if value < 100 else ">99"
 
 
 def _cells(point: SweepPoint, lengths: list[int]) -> list[str]:

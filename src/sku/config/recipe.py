@@ -118,8 +118,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""
-        plain: dict[str, Any] = plain_data(self)
-        return plain
+        return dict(plain_data(self))
 
 
 class _Constructor(SafeConstructor):

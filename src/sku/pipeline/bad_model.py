@@ -94,7 +94,10 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     Raises:
         SkuError: Anything a user can mend.
     """
-    recipe = _with_alpha_to_choose(recipe)
+    # So that stage 1 holds out what alpha is then chosen by.
+    recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
+    if not recipe.chooses_alpha:
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
     check_one_process()
     trained = out / "bad" if bad is None else bad
     there = trained.is_dir()
@@ -149,11 +152,3 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         examples=data.counts() if training is None else training.examples,
         notes=(*data_notes(data, model, training), *(training_notes(trained, data) if there else ())),
     )
-
-
-def _with_alpha_to_choose(recipe: Recipe) -> Recipe:
-    """A recipe whose stage 1 holds out what alpha is then chosen by."""
-    recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
-    if not recipe.chooses_alpha:
-        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
-    return recipe

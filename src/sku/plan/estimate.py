@@ -93,11 +93,8 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; bytes and seconds."""
-        job = {
-            item.name: getattr(self.job, item.name)
-            for item in dataclasses.fields(self.job)
-            if item.name not in ("config", "lora", "dtype", "autocast")
-        }
+        apart = ("config", "lora", "dtype", "autocast")
+        job = {name: value for name, value in vars(self.job).items() if name not in apart}
         return {
             "job": job
             | {
