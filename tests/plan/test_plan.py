@@ -16,8 +16,7 @@ from sku.cli.main import app
 from sku.config import load_recipe
 from sku.errors import ModelError, RecipeError
 from sku.plan.estimate import GIB, estimated
-from sku.plan.job import job_of
-from sku.plan.suggest import first_that_fits, suggestions
+from sku.plan.fit import first_that_fits, job_of, suggestions
 from sku.plan.trace import StepTrace, trace_step
 from sku.plan.weights import Job, weights_of
 from sku.training import optimizer

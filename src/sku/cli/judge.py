@@ -15,7 +15,7 @@ from sku.cli.options import DryRunOption, JsonOption, judge_option, judges, set_
 from sku.cli.tables import plain_table
 from sku.config import plain_data
 from sku.errors import EvaluationError
-from sku.plan import Plan, Progress
+from sku.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,6 +72,7 @@ def again(
     as_json: JsonOption = False,
 ) -> None:
     """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
+    from sku.evaluate.batching import stage
     from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.cache import cached
     from sku.evaluate.judges.precomputed import PrecomputedJudge
@@ -82,18 +83,13 @@ def again(
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
     count = len(read_generations(folder / GENERATIONS_FILE)[1])
-
-    def execute(progress: Progress | None) -> EvaluationResult:
-        told = None if progress is None else lambda done, total: progress("judge", done, total)
-        return judge_again(folder, cached(asked, folder, told))
-
     plan = Plan(
         command="sku judge again",
         out=folder,
         settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
         stages=(f"judge {count} replies",),
         writes=("verdicts of the judge, kept for the next time",),
-        execute=execute,
+        execute=lambda progress: judge_again(folder, cached(asked, folder, stage(progress, "judge"))),
     )
     after = carry_out(plan, dry_run=dry_run, as_json=as_json)
     if isinstance(asked, PrecomputedJudge):
