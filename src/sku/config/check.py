@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sku.errors import RecipeError, SkuError, did_you_mean, one_line
 
@@ -48,6 +47,7 @@ _WORDS = {
 """Type of pydantic's error -> what a value must be, in the words of a recipe."""
 
 T = TypeVar("T")
+_ANY: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -69,7 +69,7 @@ def validated(cls: type[T]) -> type[T]:
 
 def plain_data(value: Any) -> Any:
     """Settings as JSON holds them: dataclasses and mappings as dicts, tuples as lists."""
-    return to_jsonable_python(value)
+    return _ANY.dump_python(value, mode="json")
 
 
 def check_plain(content: Any, key: str = "", depth: int = 0) -> int:
