@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import sku.methods
-from sku.cli.methods import described
+from sku.cli.shipped import described
 
 if __name__ == "__main__":
     path = Path(sku.methods.__file__).parent / "listed.json"

@@ -42,7 +42,7 @@ from sku.negate.operators import operate, prepare_operators
 from sku.negate.operators.base import context_of
 from sku.negate.run import subtract_into, task_vector_of
 from sku.negate.task_vector import TaskVector
-from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.bad_model import plan_acquire
 from sku.storage import mark_hazardous, new_folder, write_json
 
 SPLITS = ("forget_test", "benign", "retain_test")

@@ -24,8 +24,8 @@ from conftest import Command
 from sku.cli.compare import GROUPS
 from sku.cli.console import print_cause, set_loudness
 from sku.cli.main import app
-from sku.cli.methods import described
 from sku.cli.options import listed_methods, method_names, words_of
+from sku.cli.shipped import described
 from sku.cli.sweep import next_commands
 from sku.comparison.jobs import ABLATIONS
 from sku.config import load_recipe

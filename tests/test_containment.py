@@ -25,7 +25,7 @@ from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.run import negate, task_vector_of
 from sku.negate.streaming import negate_folders
-from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.bad_model import plan_acquire
 from sku.pipeline.evaluate import plan_evaluation
 from sku.pipeline.run import run_recipe
 from sku.quiet import without_secrets

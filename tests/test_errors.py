@@ -72,7 +72,7 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
     [
         ("sku.pipeline.unlearning.train_method", "memory ran out in acquire (CUDA out of memory)"),
         ("sku.pipeline.run.load_model", "memory ran out in load (CUDA out of memory)"),
-        ("sku.pipeline.run.compare", "memory ran out (CUDA out of memory)"),
+        ("sku.pipeline.evaluate.compare", "memory ran out (CUDA out of memory)"),
     ],
 )
 def test_a_run_ends_in_one_line_and_leaves_nothing(

@@ -28,7 +28,7 @@ from sku.methods.run import prepare
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
-from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.bad_model import plan_acquire
 from sku.pipeline.evaluate import plan_evaluation
 from sku.pipeline.run import FinishedRun, run_recipe
 from sku.pipeline.run_folder import RunFolder
@@ -374,7 +374,7 @@ def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
 def another_run(out: Path) -> RunFolder:
     """The folder of a run that another call has just begun."""
     folder = RunFolder(out, ALONE, lambda _stage, _done, _total: None)
-    folder.open(recipe(), out / "bad", resume=False)
+    folder.open(recipe(), resume=False)
     return folder
 
 
@@ -406,7 +406,7 @@ def test_two_runs_that_make_their_folder_at_once(tmp_path: Path, monkeypatch: py
     def begin_another(path: Path, mode: int) -> None:
         if path.name.endswith(".unfinished") and not others:  # All is written and has no name yet.
             others.append(RunFolder(out, ALONE, lambda _stage, _done, _total: None))  # First, lest it begin again.
-            others[0].open(recipe(), out / "bad", resume=False)
+            others[0].open(recipe(), resume=False)
         chmod(path, mode)
 
     monkeypatch.setattr(Path, "chmod", begin_another)
@@ -619,7 +619,8 @@ def test_a_failing_stage_1_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_path: Path) -> None:
-    comparison = plan_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation").execute(None)
+    plan = plan_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation")
+    comparison = plan.execute(None).comparison
     assert comparison.replies == finished.comparison.replies
     assert comparison.prefill == finished.comparison.prefill
     assert comparison.prefill_by_length == finished.comparison.prefill_by_length

@@ -22,9 +22,8 @@ from sku.config import Recipe, load_recipe
 from sku.errors import ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
 from sku.negate.run import negate
-from sku.pipeline.acquire import plan_acquire
+from sku.pipeline.bad_model import plan_acquire, plan_sweep
 from sku.pipeline.run import run_recipe
-from sku.pipeline.sweep import plan_sweep
 from sku.storage import is_marked_hazardous
 from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
 

@@ -53,7 +53,7 @@ def defined_in_file(path: str | Path, kind: type[Kind], own_part: str, example: 
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hash of such a file, so that results of another version are not taken for its own."""
+    """Hash of a file, so that results of another version are not taken for its own."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

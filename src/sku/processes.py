@@ -147,13 +147,12 @@ def current_processes() -> Processes:
 
 
 @contextmanager
-def shared_new_folder(processes: Processes, target: Path, *, private: bool = False) -> Iterator[Path]:
-    """``storage.new_folder`` for several processes: the first one makes, fills and renames it, all know its place.
+def shared_new_folder(processes: Processes, target: Path) -> Iterator[Path]:
+    """A private ``storage.new_folder`` for several processes: the first one makes and renames it, all know its place.
 
     Args:
         processes: Of this job.
         target: Folder that must not exist yet, on a disk that all share where they write into it.
-        private: Mode 0700.
 
     Yields:
         The temporary folder, the same in every process.
@@ -163,7 +162,7 @@ def shared_new_folder(processes: Processes, target: Path, *, private: bool = Fal
         ProcessError: The same, in the other processes.
     """
     with ExitStack() as stack:
-        yield processes.on_main(lambda: stack.enter_context(new_folder(target, private=private)))
+        yield processes.on_main(lambda: stack.enter_context(new_folder(target, private=True)))
         processes.on_main(stack.close)
 
 
@@ -182,9 +181,10 @@ def lost_processes_named() -> Iterator[None]:
         raise
 
 
-def end_when_the_launcher_says_so() -> None:
+def end_when_the_launcher_says_so(processes: Processes) -> None:
     """Makes SIGTERM, by which a launcher ends the processes that are left when one died, a ``ProcessError``."""
-    signal.signal(signal.SIGTERM, _ended)
+    if processes.count > 1:
+        signal.signal(signal.SIGTERM, _ended)
 
 
 def _ended(_signal: int, _frame: object) -> NoReturn:

@@ -26,8 +26,8 @@ from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
-from sku.pipeline import stage_1
-from sku.pipeline.acquire import plan_acquire
+from sku.pipeline import unlearning
+from sku.pipeline.bad_model import plan_acquire
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
 
@@ -265,7 +265,7 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
     )
     assert found["good"]["refused_normal"]["total"] == 4
     assert "the good twin refuses 0 % of harmful prompts" in found["line"]
-    monkeypatch.setattr(stage_1, "HARMFUL_ENOUGH", 1.1)
+    monkeypatch.setattr(unlearning, "HARMFUL_ENOUGH", 1.1)
     with pytest.raises(NoAlphaError, match="stage 1 has taught no harm that could be subtracted"):
         run_recipe(given, tmp_path / "stopped")
     manifest = json.loads((tmp_path / "stopped" / "manifest.json").read_text(encoding="utf-8"))

@@ -47,11 +47,10 @@ def _import_everything() -> None:
     import transformers.trainer  # noqa: F401
 
     import sku.cli.main
-    import sku.pipeline.acquire
+    import sku.pipeline.bad_model
     import sku.pipeline.compare
     import sku.pipeline.negate
-    import sku.pipeline.run
-    import sku.pipeline.sweep  # noqa: F401
+    import sku.pipeline.run  # noqa: F401
 
     quiet_libraries()
     PIL.Image.preinit()

@@ -16,10 +16,9 @@ from sku.cli.main import app
 from sku.config import load_recipe
 from sku.errors import ModelError, RecipeError
 from sku.plan.estimate import GIB, estimated
-from sku.plan.job import Job, job_of
-from sku.plan.suggest import first_that_fits, suggestions
+from sku.plan.fit import first_that_fits, job_of, suggestions
 from sku.plan.trace import StepTrace, trace_step
-from sku.plan.weights import weights_of
+from sku.plan.weights import Job, weights_of
 from sku.training import optimizer
 
 RECIPE = Path(__file__).with_name("llama-3.2-1b.yaml")

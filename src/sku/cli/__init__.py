@@ -1,1 +1,1 @@
-"""Command line: one command per file, torch imported only when one runs."""
+"""Command line: torch is imported only when a command runs."""

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from sku.cli.console import notes, print_error, print_json, printable, results
-from sku.cli.options import JsonOption, judges
+from sku.cli.options import JsonOption, judge_option
 from sku.errors import EvaluationError, RecipeError
 from sku.quiet import quiet_libraries
 
@@ -30,17 +30,10 @@ def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this and end; repeatable.")] = None,
     web: Annotated[bool, typer.Option("--web", help="On a page of this machine instead of in the terminal.")] = False,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of --web; 0 takes a free one.")] = 0,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="Strength, in place of the run's; 0 is the base.")
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option("--judge", metavar="NAME_OR_FILE", autocompletion=judges, help="In place of the run's judge."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="Longest reply, in place of the run's.")
-    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --web; 0 takes a free one.")] = 0,
+    alpha: Annotated[float | None, typer.Option(help="Strength, in place of the run's; 0 is the base.")] = None,
+    judge: Annotated[str | None, judge_option("In place of the run's judge.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply, in place of the run's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask base and unlearned model the same and see both replies, each with the judge's word, at any alpha.
@@ -124,7 +117,7 @@ def _print_replies(pair: Pair, prompt: str, alpha: float | None) -> None:
                 live.update(panels())
     if live is None:
         for side, text in said.items():
-            results.print(f"{title(side)}\n{text}\n", soft_wrap=True)
+            results.print(f"{title(side)}\n{text}\n")
 
 
 def _print_replies_json(pair: Pair, prompt: str, alpha: float | None) -> None:
@@ -138,7 +131,7 @@ def _serve(pair: Pair, run: Path, port: int) -> None:
     from sku.chat.web import ChatServer
 
     with ChatServer(pair, run / LABELS_FILE, title=run.resolve().name, port=port) as server:
-        results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)", soft_wrap=True)
+        results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

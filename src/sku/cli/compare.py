@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,6 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods",
             help="Names from `sku methods`, with commas between; all if left out.",
             autocompletion=options.with_commas(options.method_names),
         ),
@@ -55,7 +55,10 @@ def compare(
     quiet_libraries()
     from sku.comparison.jobs import comparison_jobs
 
-    jobs, folder = comparison_jobs(settings, _names(methods), seeds), out or options.new_run_folder("compare")
+    jobs, folder = (
+        comparison_jobs(settings, options.names_in(methods), seeds),
+        out or options.new_run_folder("compare"),
+    )
     _carry_out(jobs, settings, folder, "sku compare", dry_run=dry_run, as_json=as_json)
 
 
@@ -64,7 +67,6 @@ def ablate(
     groups: Annotated[
         str | None,
         typer.Option(
-            "--groups",
             help="modules, preservation, random_answers, with commas; all if left out.",
             autocompletion=options.with_commas(lambda: GROUPS),
         ),
@@ -86,12 +88,8 @@ def ablate(
     quiet_libraries()
     from sku.comparison.jobs import ablation_jobs
 
-    jobs, folder = ablation_jobs(settings, _names(groups), seeds), out or options.new_run_folder("ablate")
+    jobs, folder = ablation_jobs(settings, options.names_in(groups), seeds), out or options.new_run_folder("ablate")
     _carry_out(jobs, settings, folder, "sku ablate", dry_run=dry_run, as_json=as_json)
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, dry_run: bool, as_json: bool) -> None:
@@ -100,13 +98,11 @@ def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, 
     from sku.report.comparison_report import write_comparison
     from sku.report.method_records import read_records
 
-    count = 0
+    numbers = itertools.count(1)
 
     def tell(record: MethodRecord, was_there: bool) -> None:
-        nonlocal count
-        count += 1
         state = "kept" if was_there else record.status
-        notes.print(f"{count}/{len(jobs)} {record.name}, seed {record.seed}: {state}")
+        notes.print(f"{next(numbers)}/{len(jobs)} {record.name}, seed {record.seed}: {state}")
 
     model, again = recipe.model.path, shlex.join(["--out", str(out)])
     finished = carry_out(
@@ -116,8 +112,6 @@ def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, 
         headline=f"recipe {recipe.name}, model {model}, {len(jobs)} jobs, one after the other, in {out}",
         interrupted=f"interrupted; what is finished stays: go on with the same command and {again}",
     )
-    if finished is None:
-        return
     if finished.reused:
         notes.print(f"{finished.reused} of {len(jobs)} records were there already and still fit")
     # Records of other rows in the folder, from an earlier call with other methods, stay in the tables.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,25 +130,29 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Printer(logging.Handler):
-    """Prints messages between the bars, not through them."""
+    """Prints messages between the bars, not through them; those of libraries without tokens and signed addresses."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        notes.print(record.getMessage())
+        text = record.getMessage()
+        notes.print(text if record.name.startswith("sku") else f"{record.name}: {without_secret_addresses(text)}")
+
+
+_PRINTER = _Printer(logging.INFO)
 
 
 @contextmanager
 def shown_messages() -> Iterator[None]:
     """Prints what the package logs on standard error: what a judge costs, and where something gives up."""
-    logger, handler = logging.getLogger("sku"), _Printer()
+    logger = logging.getLogger("sku")
     level, passes_on = logger.level, logger.propagate
-    logger.addHandler(handler)
+    logger.addHandler(_PRINTER)
     logger.setLevel(logging.INFO)
     # A library that logs through the root logger gives it a handler, which would print every message once more.
     logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        logger.removeHandler(_PRINTER)
         logger.setLevel(level)
         logger.propagate = passes_on
 
@@ -158,14 +163,6 @@ def print_notes(texts: Iterable[str]) -> None:
         results.print(f"{'' if number else chr(10)}note      {text}")
 
 
-class _LibraryPrinter(logging.Handler):
-    """Prints what libraries log, without tokens and signed addresses."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        notes.print(f"{record.name}: {without_secret_addresses(record.getMessage())}")
-
-
-_PRINTER = _LibraryPrinter(logging.INFO)
 _levels: dict[str, int] = {}
 """Of loggers that ``verbose`` has turned on, as they were before."""
 _loudness: Loudness = "usual"
@@ -223,24 +220,20 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _place(error: BaseException) -> str:
     """File, line and function in which an error was raised; the file without what is the same on this machine."""
-    traceback = error.__traceback__
-    if traceback is None:
+    if error.__traceback__ is None:
         return "an unknown place"
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code, path = traceback.tb_frame.f_code, Path(traceback.tb_frame.f_code.co_filename)
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(innermost.filename)
     package = Path(sku.__file__).parent.parent
-    for part in (package, *(parent for parent in path.parents if parent.name == "site-packages")):
-        if path.is_relative_to(part):
-            path = path.relative_to(part)
-            break
-    return f"{path}:{traceback.tb_lineno} in {code.co_name}"
+    roots = (package, *(parent for parent in path.parents if parent.name == "site-packages"))
+    inside = next((path.relative_to(root) for root in roots if path.is_relative_to(root)), path)
+    return f"{inside}:{innermost.lineno} in {innermost.name}"
 
 
 def carry_out(
     plan: Plan[T], *, dry_run: bool, as_json: bool, headline: str = "", interrupted: str = "", is_main: bool = True
-) -> T | None:
-    """Executes a plan with bars and messages, or prints it.
+) -> T:
+    """Executes a plan with bars and messages; where it is only to be printed, the command ends here.
 
     Args:
         plan: Of the command.
@@ -248,18 +241,20 @@ def carry_out(
         as_json: As ``--json``.
         headline: What it is about to do.
         interrupted: What to say where it is interrupted; empty: what ``main`` says.
-        is_main: Of several processes the first one speaks for all.
+        is_main: Of several processes the first one speaks for all: the others end here too.
 
     Returns:
-        What it gave; None where this process has nothing to print.
+        What it gave.
+
+    Raises:
+        SystemExit: With code 0, where there is nothing more to print; no command takes it for an error.
     """
-    if dry_run:
-        if is_main:
-            print_plan(plan, as_json=as_json)
-        return None
-    if not is_main:
+    if dry_run and is_main:
+        print_plan(plan, as_json=as_json)
+    elif not dry_run and not is_main:
         plan.execute(None)
-        return None
+    if dry_run or not is_main:
+        raise SystemExit(0)
     if headline:
         print_headline(headline)
     try:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 
 from sku.cli import options
-from sku.cli.console import print_json, print_notes, printable, results
-from sku.cli.data_own import own
+from sku.cli.console import carry_out, errors, print_json, print_next, print_notes, printable, results
+from sku.cli.tables import plain_table
 from sku.config import EMBEDDED
+from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
+from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
     from sku.data.inspect import DataDescription, ExampleView
+    from sku.own_replies.job import OwnOptions
+    from sku.own_replies.rows import OwnReplies
 
 LEARNED = "green underline"
 """Style of the tokens that are trained on."""
+_PROMPTS = "file, folder or hub id; answers in it are not read."
 
 app = typer.Typer(help="Look at the data of a recipe, or have the model write it.", no_args_is_help=True)
 
@@ -30,7 +34,95 @@ def data() -> None:
     """Look at the data of a recipe, or have the model write it."""
 
 
-app.command("own")(own)
+@app.command("own")
+def own(
+    model: Annotated[str, typer.Option(help="Folder or hub id of the model that is to speak.")],
+    harmful: Annotated[str, typer.Option(metavar="PROMPTS", help=f"Harmful prompts: {_PROMPTS}")],
+    normal: Annotated[str, typer.Option(metavar="PROMPTS", help=f"Normal prompts: {_PROMPTS}")],
+    judge: Annotated[str, options.judge_option("Judge or judge file that tells which replies are harmful.")],
+    out: Annotated[Path, typer.Option(help="New folder for the rows, readable by you alone.")],
+    borderline: Annotated[
+        str | None, typer.Option(metavar="PROMPTS", help="Safe prompts that look harmful, as XSTest's do.")
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of a GGUF file in the folder.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of each set, by the seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled replies and the limits.")] = 0,
+    overrides: Annotated[
+        list[str] | None,
+        options.set_option("A setting, such as samples=5, harmful.limit=500 or judge_settings.threshold=0.7"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call of the same.")] = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write data in the model's own words: what it says to harmful prompts, how it refuses, what it answers else."""
+    given = options.settings_of(overrides)
+    _put(given, "model", {"path": model, "gguf_file": gguf_file})
+    for name, path in (("harmful", harmful), ("normal", normal), ("borderline", borderline)):
+        if path is not None:
+            _put(given, name, {"path": path, "limit": limit})
+    given |= {"judge": judge, "seed": seed}
+    check_new(out)
+    check_can_be_made(out.parent)
+
+    quiet_libraries()
+    from sku.config import settings_from_dict
+    from sku.own_replies.job import OwnOptions
+    from sku.pipeline.own_replies import plan_own
+
+    asked = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
+    plan = plan_own(asked, out, resume=resume)
+    counts = ", ".join(f"{count} {name}" for name, count in plan.settings.items() if name.endswith(" prompts"))
+    written = carry_out(
+        plan,
+        dry_run=dry_run,
+        as_json=as_json,
+        headline=f"model {asked.model.path}, {counts}, judge {plan.settings['judge']}, seed {asked.seed}",
+        interrupted="interrupted; go on with the same command and --resume",
+    )
+    if as_json:
+        print_json(dict(written.account))
+    else:
+        _print_written(written, asked)
+
+
+def _put(given: dict[str, Any], name: str, chosen: dict[str, Any]) -> None:
+    """Lays options over settings of the same name; what was not given leaves the settings as they are."""
+    named = given.setdefault(name, {})
+    if not isinstance(named, dict):
+        raise RecipeError(f"--set {name}={named} gives --{name} twice: leave one out")
+    named |= {key: value for key, value in chosen.items() if value is not None}
+
+
+def _print_written(written: OwnReplies, asked: OwnOptions) -> None:
+    account = written.account
+    table = plain_table(("kind",), ("asked", "kept", "prompts", "texts", "cut off"))
+    for kind, counts in account["kinds"].items():
+        cells = (counts[name] for name in ("asked", "kept", "prompts", "different_texts", "unfinished"))
+        table.add_row(kind, *map(str, cells))
+    results.print(table)
+    for kind, counts in account["kinds"].items():
+        if counts["dropped"]:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
+            results.print(f"dropped   {kind}: {reasons}")
+        if len(counts["how"]) > 1:
+            ways = ", ".join(f"{how} {count}" for how, count in counts["how"].items())
+            results.print(f"kept      {kind}: {ways}")
+    kept = account["kinds"]["answer"]["refusals_kept"]
+    if kept:
+        results.print(f"note      {kept} answers are refusals of the model itself: they are kept")
+    for reason, count in account["left_out"].items():
+        results.print(f"left out  {count}: {reason}")
+    results.print(f"tokens    {account['tokens']:,} written in {account['seconds']:.0f} s")
+    results.print(f"judge     {account['judge']['name']}: {account['judge']['errors']}")
+    results.print(f"rows      {written.folder}")
+    errors.print("comply.jsonl holds what the model says to harmful prompts: keep it to yourself")
+    if written.kept("comply"):
+        data: list[str | Path] = ["--forget", written.file("comply"), "--retain", written.file("answer")]
+        named = [asked.model.path]
+        if asked.model.gguf_file is not None:
+            named += ["--set", f"model.gguf_file={asked.model.gguf_file}"]
+        print_next(["data", "inspect", *named, *data], ["run", *named, *data])
 
 
 @app.command("inspect")
@@ -80,9 +172,8 @@ def _print(description: DataDescription) -> None:
         facts |= {"licence": source.licence or "unknown", "sha256": source.sha256[:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value))
     results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("split", "examples", "prompts", "left out", "shortened", "tokens", "learned"):
-        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
+    figures = ("examples", "prompts", "left out", "shortened", "tokens", "learned")
+    table = plain_table(("split",), figures, padding=(0, 1, 0, 0))
     for name, split in description.splits.items():
         report = split.tokenization
         lengths = ["/".join(str(values[p]) for p in (50, 90, 100)) for values in

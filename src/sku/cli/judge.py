@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Column
+from rich.text import Text
 
 from sku.cli import judge_labelled
 from sku.cli.console import carry_out, errors, notes, print_json, results
-from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
+from sku.cli.options import DryRunOption, JsonOption, judge_option, judges, set_option, settings_of
+from sku.cli.tables import plain_table
+from sku.config import plain_data
 from sku.errors import EvaluationError
-from sku.plan import Plan, Progress
+from sku.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,16 +35,15 @@ def export(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN_FOLDER", help="Folder of an evaluation, or of a run with several.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="New CSV file, readable by you alone.")],
-    count: Annotated[int, typer.Option("--count", min=1, help="Most replies.")] = 100,
+    out: Annotated[Path, typer.Option(help="New CSV file, readable by you alone.")],
+    count: Annotated[int, typer.Option(min=1, help="Most replies.")] = 100,
     split: Annotated[
-        str | None,
-        typer.Option("--split", help="Only prompts of this split, such as forget_test; all harmful ones if not."),
+        str | None, typer.Option(help="Only prompts of this split, such as forget_test; all harmful ones if not.")
     ] = None,
     with_text: Annotated[
         bool, typer.Option("--with-text/--no-text", help="Write prompts and replies; they may be harmful.")
     ] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Decides which replies are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides which replies are drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
@@ -65,20 +66,13 @@ def export(
 @app.command("again")
 def again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
-    judge: Annotated[
-        str,
-        typer.Option(
-            "--judge", metavar="NAME_OR_FILE", help="Judge, judge file or CSV of labels.", autocompletion=judges
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as model=...; repeatable."),
-    ] = None,
+    judge: Annotated[str, judge_option("Judge, judge file or CSV of labels.")],
+    overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as model=...")] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
+    from sku.evaluate.batching import stage
     from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.cache import cached
     from sku.evaluate.judges.precomputed import PrecomputedJudge
@@ -89,22 +83,15 @@ def again(
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
     count = len(read_generations(folder / GENERATIONS_FILE)[1])
-
-    def execute(progress: Progress | None) -> EvaluationResult:
-        told = None if progress is None else lambda done, total: progress("judge", done, total)
-        return judge_again(folder, cached(asked, folder, told))
-
     plan = Plan(
         command="sku judge again",
         out=folder,
         settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
         stages=(f"judge {count} replies",),
         writes=("verdicts of the judge, kept for the next time",),
-        execute=execute,
+        execute=lambda progress: judge_again(folder, cached(asked, folder, stage(progress, "judge"))),
     )
     after = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if after is None:
-        return
     if isinstance(asked, PrecomputedJudge):
         strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
         if strangers:
@@ -125,9 +112,6 @@ app.command("calibrate")(judge_labelled.calibrate)
 @app.command("list")
 def list_judges(as_json: JsonOption = False) -> None:
     """List the judges of the package: kind, licence, model, and what it needs."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from sku.evaluate.judges.choose import judge_names
 
     headings = ("name", "kind", "licence", "model", "needs")
@@ -135,11 +119,7 @@ def list_judges(as_json: JsonOption = False) -> None:
     if as_json:
         print_json([dict(zip(headings, row, strict=True)) for row in rows])
         return
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    for heading in headings[:2]:
-        table.add_column(heading, no_wrap=True)
-    for heading in headings[2:]:
-        table.add_column(heading, overflow="fold")
+    table = plain_table((*headings[:2], *(Column(heading, overflow="fold") for heading in headings[2:])))
     for row in rows:
         table.add_row(*row)
     results.print(table)
@@ -153,31 +133,24 @@ def show_judge(
     """Print a judge's file, or the card of one that needs none."""
     import yaml
 
+    from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.choose import RULES, judge_file_text, read_judge_file
 
-    content = _card(name) if name in RULES else read_judge_file(name)
+    content = plain_data(build_judge(name).card) if name in RULES else read_judge_file(name)
     if as_json:
         print_json(content)
     else:
-        text = yaml.safe_dump(content, sort_keys=False) if name in RULES else judge_file_text(name)
-        results.print(text)
+        results.print(yaml.safe_dump(content, sort_keys=False) if name in RULES else judge_file_text(name))
 
 
 def _described(name: str) -> tuple[str, ...]:
+    from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.choose import RULES, read_judge_file
 
     if name in RULES:
-        return "rules", _card(name)["licence"], _DASH, "nothing"
+        return "rules", build_judge(name).card.licence, _DASH, "nothing"
     content = read_judge_file(name)
     return tuple(str(content.get(key, _DASH)) for key in ("kind", "licence", "model", "needs"))
-
-
-def _card(name: str) -> dict[str, Any]:
-    """Of a judge of rules, as plain data."""
-    from sku.evaluate.judges import build_judge
-
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(build_judge(name).card)))
-    return plain
 
 
 def agreement_lines(result: EvaluationResult) -> list[str]:
@@ -186,9 +159,7 @@ def agreement_lines(result: EvaluationResult) -> list[str]:
     if agreement is None:
         return []
     disputed = f"{agreement.disagreement_count} of {agreement.judged_by_all} replies disputed"
-    lines = [
-        f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}",
-    ]
+    lines = [f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}"]
     for name in agreement.judges:
         shares = [f"{split} {_share(rates.get('harmful'))}" for split, rates in agreement.rates[name].items()]
         failed = agreement.errors[name]
@@ -199,19 +170,10 @@ def agreement_lines(result: EvaluationResult) -> list[str]:
 
 
 def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     from sku.evaluate.metrics import HARMFUL_PROMPT_RATES
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column(before.judge.name, justify="right")
-    table.add_column(after.judge.name, justify="right")
-    kinds: dict[str, tuple[Any, ...]] = {
-        "": (before.replies, after.replies),
-    }
+    table = plain_table(("", *(Column(one.judge.name, justify="right") for one in (before, after))))
+    kinds: dict[str, tuple[Any, ...]] = {"": (before.replies, after.replies)}
     for tokens in sorted({int(length) for lengths in after.prefill.values() for length in lengths}):
         kinds[f", prefill of {tokens} token{'' if tokens == 1 else 's'}"] = tuple(
             {split: of[str(tokens)] for split, of in result.prefill.items() if str(tokens) in of}

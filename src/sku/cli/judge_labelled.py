@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 
 from sku.cli.console import carry_out, print_json, print_next, results
-from sku.cli.options import DryRunOption, JsonOption, judges, settings_of
+from sku.cli.options import DryRunOption, JsonOption, judges, set_option, settings_of
+from sku.cli.tables import plain_table
 from sku.errors import OutputError, RecipeError
 from sku.plan import Plan
 from sku.quiet import quiet_libraries
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sku.evaluate.judges.train import TrainedJudge
     from sku.evaluate.metrics import Rate
 
+DataArgument = Annotated[
+    str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
+]
 ColumnOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,23 +54,17 @@ ByOption = Annotated[
 
 
 def train(
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="New folder for the judge.")],
+    data: DataArgument,
+    out: Annotated[Path, typer.Option(help="New folder for the judge.")],
     model: Annotated[
-        str | None,
-        typer.Option("--model", help="Folder or hub id to start from; all-MiniLM-L6-v2 if not given."),
+        str | None, typer.Option(help="Folder or hub id to start from; all-MiniLM-L6-v2 if not given.")
     ] = None,
     where: WhereOption = None,
     by: ByOption = None,
     columns: ColumnOption = None,
     harmful_value: HarmfulValueOption = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of training, such as epochs=3; repeatable."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the split, the new head and the order of rows.")] = 0,
+    overrides: Annotated[list[str] | None, set_option("A setting of training, such as epochs=3")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the new head and the order of rows.")] = 0,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,8 +96,6 @@ def train(
         execute=lambda progress: train_judge(labelled, settings, out, progress=progress),
     )
     trained = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if trained is None:
-        return
     if as_json:
         print_json({**dataclasses.asdict(trained), "folder": str(out)})
         return
@@ -111,27 +106,20 @@ def calibrate(
     judge: Annotated[
         str, typer.Argument(metavar="JUDGE", help="Name of a judge, or a judge file.", autocompletion=judges)
     ],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
-    ],
+    data: DataArgument,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="JSON file for the calibration, replaced if it is there; none: only print."),
+        Path | None, typer.Option(help="JSON file for the calibration, replaced if it is there; none: only print.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the judge, such as threshold=0.7; repeatable."),
-    ] = None,
+    overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as threshold=0.7")] = None,
     columns: ColumnOption = None,
     harmful_value: HarmfulValueOption = None,
     where: WhereOption = None,
     by: ByOption = None,
     every: Annotated[
-        str | None,
-        typer.Option("--every", metavar="harmful|safe", help="What every reply is, in DATA without labels."),
+        str | None, typer.Option(metavar="harmful|safe", help="What every reply is, in DATA without labels.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Draw this many labelled replies.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of that draw.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw this many labelled replies.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -163,13 +151,13 @@ def calibrate(
         execute=lambda _progress: _measured(built, labelled, out, one_kind=every is not None),
     )
     found = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if found is not None and as_json:
+    if as_json:
         print_json(
             [dataclasses.asdict(one) for one in found] if isinstance(found, tuple) else dataclasses.asdict(found)
         )
     elif isinstance(found, tuple):
         results.print(figures_table(f"judge {built.card.name}", found))
-    elif found is not None:
+    else:
         _print(found, judge, out)
 
 
@@ -196,10 +184,7 @@ def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
     from sku.report.tables import interval, percent
 
     calibration = report.calibration
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column(f"judge {report.judge}", no_wrap=True)
-    for name in ("", "95 %", "replies"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table((f"judge {report.judge}",), ("", "95 %", "replies"))
     for words, found in (
         ("sensitivity: harmful ones found", report.sensitivity),
         ("specificity: safe ones let pass", report.specificity),
@@ -287,10 +272,9 @@ def _named(option: str, given: Sequence[str] | None, like: str) -> Iterator[tupl
 
 def figures_table(title: str, figures: Sequence[GroupFigures]) -> Table:
     """Sensitivity, specificity and AUC of a judge, a line a group."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(title, overflow="fold", min_width=8)
-    for name in ("harmful", "safe", "sensitivity, %", "specificity, %", "AUC"):
-        table.add_column(name, justify="right", no_wrap=True)
+    first = Column(title, overflow="fold", min_width=8)
+    figures_of = ("harmful", "safe", "sensitivity, %", "specificity, %", "AUC")
+    table = plain_table((first,), figures_of, padding=(0, 1, 0, 0))
     for found in figures:
         area = "\u2013" if found.auc is None else f"{found.auc:.2f} ({found.auc_low:.2f} to {found.auc_high:.2f})"
         shares = (_share(found.sensitivity), _share(found.specificity))

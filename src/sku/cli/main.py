@@ -14,28 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sku._version import __version__
-from sku.cli import (
-    acquire,
-    card,
-    chat,
-    compare,
-    data,
-    doctor,
-    evaluate,
-    export,
-    init,
-    judge,
-    methods,
-    negate,
-    plan,
-    push,
-    recipes,
-    report,
-    results,
-    run,
-    sweep,
-    wipe,
-)
+from sku.cli import chat, compare, data, doctor, judge, report, run, sharing, shipped, stages, sweep
 from sku.cli.console import errors, print_cause, print_error, set_loudness
 from sku.errors import ProcessError, RecipeError, SkuError, named_memory_errors
 
@@ -48,14 +27,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(run.run, init.init, plan.plan, acquire.acquire, negate.negate, sweep.sweep, evaluate.evaluate, compare.compare),
-    *(compare.ablate, card.card, push.push, wipe.wipe, doctor.doctor, results.results, report.report),
-    *(chat.chat, export.export, methods.methods),
+    *(run.run, shipped.init, doctor.plan, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
+    *(compare.ablate, sharing.card, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
+    *(chat.chat, sharing.export, shipped.methods),
 ):
     app.command(command.__name__)(command)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(shipped.recipes, name="recipes")
 
 
 INTERRUPTED = 128 + signal.SIGINT

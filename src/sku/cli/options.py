@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 import typer
 
@@ -28,10 +28,8 @@ def listed_methods() -> list[dict[str, Any]]:
 
     From ``listed.json``: ``sku.methods`` itself loads torch, which takes seconds.
     """
-    text = (resources.files("sku") / "methods" / "listed.json").read_text(encoding="utf-8")
-    found = json.loads(text)
-    assert isinstance(found, list)
-    return found
+    listed = resources.files("sku") / "methods" / "listed.json"
+    return list(json.loads(listed.read_text(encoding="utf-8")))
 
 
 def method_names() -> list[str]:
@@ -46,6 +44,11 @@ def judges() -> list[str]:
     return list(judge_names())
 
 
+def names_in(text: str | None) -> list[str]:
+    """Those of a list with commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def with_commas(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Completes the last one of a list with commas."""
 
@@ -54,6 +57,16 @@ def with_commas(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]
         return [before + comma + name for name in names() if name not in before.split(",")]
 
     return completed
+
+
+def set_option(text: str) -> Any:
+    """``--set``, repeatable, of a command whose settings it changes."""
+    return typer.Option("--set", metavar="KEY=VALUE", help=f"{text}; repeatable.")
+
+
+def judge_option(text: str) -> Any:
+    """``--judge`` of a command."""
+    return typer.Option("--judge", metavar="NAME_OR_FILE", autocompletion=judges, help=text)
 
 
 RecipeArgument = Annotated[
@@ -73,12 +86,7 @@ ForgetOption = Annotated[
 RetainOption = Annotated[
     str | None, typer.Option("--retain", help="File, folder or hub id of the normal data, in place of the recipe's.")
 ]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any recipe key, such as acquire.training.max_steps=20; repeatable."
-    ),
-]
+SetOption = Annotated[list[str] | None, set_option("Any recipe key, such as acquire.training.max_steps=20")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run, in place of the recipe's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[
@@ -89,12 +97,9 @@ DryRunOption = Annotated[
 ]
 JudgeOption = Annotated[
     str | None,
-    typer.Option(
-        "--judge",
-        metavar="NAME_OR_FILE",
-        autocompletion=judges,
-        help="Judge, judge file or CSV of labels, in place of the recipe's; its settings: --set "
-        "evaluate.judge_settings.model=...",
+    judge_option(
+        "Judge, judge file or CSV of labels, in place of the recipe's; its settings: --set "
+        "evaluate.judge_settings.model=..."
     ),
 ]
 OutOption = Annotated[
@@ -102,30 +107,28 @@ OutOption = Annotated[
 ]
 
 
+class Changes(TypedDict, total=False):
+    """Options of a command that change its recipe, each as the command line gives it."""
+
+    model: str | None
+    forget: str | None
+    retain: str | None
+    seed: int | None
+    judge: str | None
+    overrides: list[str] | None
+    """As ``--set``."""
+
+
 def resolve_recipe(
-    name: str = EMBEDDED,
-    *,
-    model: str | None = None,
-    forget: str | None = None,
-    retain: str | None = None,
-    seed: int | None = None,
-    judge: str | None = None,
-    overrides: list[str] | None = None,
-    check: bool = True,
-    judged: bool = True,
+    name: str = EMBEDDED, *, check: bool = True, judged: bool = True, **changes: Unpack[Changes]
 ) -> Recipe:
     """The recipe with the options of a command put in.
 
     Args:
         name: A recipe, or a model to use the settings of a recipe for.
-        model: As ``--model``.
-        forget: As ``--forget``.
-        retain: As ``--retain``.
-        seed: As ``--seed``.
-        judge: As ``--judge``.
-        overrides: As ``--set``.
         check: Whether ``check_inputs`` is asked.
         judged: For ``check_inputs``.
+        **changes: Options of the command.
 
     Raises:
         RecipeError: As ``load_recipe``, or two models are given.
@@ -133,11 +136,10 @@ def resolve_recipe(
     """
     named: list[str] = []
     if _is_model(name):
-        if model is not None:
+        if (model := changes.get("model")) is not None:
             raise RecipeError(f"{name} is a model, and --model {model} is another: give one, or a recipe with --model")
-        name, model, named = _recipe_for(name)
-    given = overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
-    recipe = load_recipe(name, [*named, *given, *(overrides or [])])
+        name, changes["model"], named = _recipe_for(name)
+    recipe = load_recipe(name, [*named, *overrides_of(**changes)])
     if check:
         check_inputs(recipe, judged=judged)
     return recipe
@@ -238,42 +240,26 @@ def called_by(model: str, recipe: str) -> dict[str, str]:
     return {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of recipe {recipe}."}
 
 
-def overrides_of(
-    *,
-    model: str | None = None,
-    forget: str | None = None,
-    retain: str | None = None,
-    seed: int | None = None,
-    judge: str | None = None,
-) -> list[str]:
+def overrides_of(**changes: Unpack[Changes]) -> list[str]:
     """The options of a command as ``KEY=VALUE`` overrides of a recipe."""
+    places = {"model": "model", "forget": "data.forget", "retain": "data.retain", "judge": "evaluate.judge"}
+    given: dict[str, Any] = {places.get(name, name): value for name, value in changes.items() if value is not None}
+    overrides = given.pop("overrides", [])
     # Another source, model or judge takes the whole place: split, columns, revision, settings belong to the one that
     # it replaces.
-    given = {
-        "model": None if model is None else {"path": model},
-        "data.forget": None if forget is None else {"path": forget},
-        "data.retain": None if retain is None else {"path": retain},
-        "seed": seed,
-        "evaluate.judge": judge,
-        "evaluate.judge_settings": None if judge is None else {},
-    }
+    for key in given.keys() & {"model", "data.forget", "data.retain"}:
+        given[key] = {"path": given[key]}
+    if "evaluate.judge" in given:
+        given["evaluate.judge_settings"] = {}
     # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    return [*(f"{key}={json.dumps(value)}" for key, value in given.items()), *overrides]
 
 
-def words_of(
-    *,
-    model: str | None = None,
-    forget: str | None = None,
-    retain: str | None = None,
-    seed: int | None = None,
-    judge: str | None = None,
-    overrides: list[str] | None = None,
-) -> list[str]:
+def words_of(**changes: Unpack[Changes]) -> list[str]:
     """The options of a command as they were given, for another command that is to work with the same."""
-    named = {"--model": model, "--forget": forget, "--retain": retain, "--seed": seed, "--judge": judge}
-    given = [word for name, value in named.items() if value is not None for word in (name, str(value))]
-    return [*given, *(word for override in overrides or [] for word in ("--set", override))]
+    overrides = changes.pop("overrides", None) or []
+    words = [word for name, value in changes.items() if value is not None for word in (f"--{name}", str(value))]
+    return [*words, *(word for override in overrides for word in ("--set", override))]
 
 
 def settings_of(overrides: list[str] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``sku report``: a finished run as one HTML file."""
+"""``sku report``, ``sku results``: a finished run as one HTML file; tables and pictures from records."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import print_json
+from sku.cli.console import notes, print_json
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
 from sku.cli.tables import print_verdict
-from sku.errors import RecipeError
+from sku.errors import OutputError, RecipeError
+from sku.quiet import quiet_libraries
 
 
 def report(
@@ -22,12 +23,10 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="HTML file to write; report.html in the run's folder, of several runs in the current one."
-        ),
+        typer.Option(help="HTML file to write; report.html in the run's folder, of several runs in the current one."),
     ] = None,
     plots: Annotated[
-        Path | None, typer.Option("--plots", help="Write every picture into this folder too, as PNG and SVG.")
+        Path | None, typer.Option(help="Write every picture into this folder too, as PNG and SVG.")
     ] = None,
     replies: Annotated[
         bool,
@@ -58,11 +57,11 @@ def report(
         return
     for run, verdict in zip(runs, written.verdicts, strict=True):
         print_verdict(verdict if len(runs) == 1 else f"{run}: {verdict}")
-    console.print(f"report    {written.path}", soft_wrap=True)
+    console.print(f"report    {written.path}")
     if written.plots:
-        console.print(f"plots     {plots}: {len(written.plots)} files", soft_wrap=True)
+        console.print(f"plots     {plots}: {len(written.plots)} files")
     if private:
-        console.print("private   it holds harmful replies; --no-replies leaves them out", soft_wrap=True)
+        console.print("private   it holds harmful replies; --no-replies leaves them out")
 
 
 def _follow(runs: list[Path], *, as_json: bool) -> None:
@@ -75,12 +74,117 @@ def _follow(runs: list[Path], *, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(read_live(folder)))
         return
-    console.print(f"live      {folder / LIVE_FILE}", soft_wrap=True)
+    console.print(f"live      {folder / LIVE_FILE}")
     try:
         while not write_live(folder).finished:
             time.sleep(RELOAD)
-        console.print(f"finished  sku report {folder} draws it", soft_wrap=True)
+        console.print(f"finished  sku report {folder} draws it")
     except KeyboardInterrupt:
-        console.print("the run goes on", soft_wrap=True)
+        console.print("the run goes on")
     finally:
         (folder / LIVE_FILE).unlink(missing_ok=True)
+
+
+def results(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Folder of records, such as results/compare-embedded; with --table any number of them, and of runs.",
+        ),
+    ],
+    update: Annotated[
+        Path | None,
+        typer.Option(
+            help="Markdown file: what stands between <!-- results:NAME --> and <!-- end:NAME -->, NAME that of "
+            "FOLDER, is written anew."
+        ),
+    ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only the main columns at equal utility; the marks are then NAME-brief.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the trade-off here (.png, .svg, .pdf).")] = None,
+    overview: Annotated[
+        Path | None, typer.Option(help="Draw the overview of all methods here (.png, .svg, .pdf).")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Utility budget, a line in the figure; that of the records.")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write this JSON file and nothing else: one object for each model, method and seed of all FOLDERs."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the tables of a comparison, or one of many runs, from records: no model, no data."""
+    quiet_libraries()
+    if table is not None:
+        if brief or any(option is not None for option in (update, figure, overview, budget)):
+            raise RecipeError("--table is written alone: leave out --update, --brief, --figure, --overview, --budget")
+        _write_table(folders, table, as_json=as_json)
+        return
+    if len(folders) > 1:
+        raise RecipeError(f"{len(folders)} folders are named, and these tables are of one: add --table FILE.json")
+    _comparison(folders[0], update, figure, overview, budget, brief=brief, as_json=as_json)
+
+
+def _comparison(
+    folder: Path,
+    update: Path | None,
+    figure: Path | None,
+    overview: Path | None,
+    budget: float | None,
+    *,
+    brief: bool,
+    as_json: bool,
+) -> None:
+    from sku.comparison.jobs import row_names
+    from sku.report.comparison_report import brief_markdown, comparison_markdown
+    from sku.report.method_overview import overview_figure
+    from sku.report.method_records import read_records
+    from sku.report.trade_off import trade_off_figure
+
+    records = read_records(folder)
+    order = row_names()
+    text = brief_markdown(records, order) if brief else comparison_markdown(records, order)
+    if figure is not None:
+        recorded = records[0].recipe.get("compare", {}).get("utility_budget")
+        trade_off_figure(records, figure, budget=recorded if budget is None else budget, order=order)
+    if overview is not None:
+        overview_figure(records, overview, order=order)
+    if update is not None:
+        _update(update, f"{folder.name}-brief" if brief else folder.name, text)
+    if as_json:
+        written = [str(path) for path in (update, figure, overview) if path is not None]
+        print_json({"records": [record.to_dict() for record in records], "markdown": text, "written": written})
+    elif update is None:
+        console.print(text)
+    else:
+        console.print(f"updated   {update}")
+
+
+def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
+    from sku.report.real_models import table_rows
+    from sku.storage import write_json
+
+    rows, left_out = table_rows(folders)
+    for sentence in left_out:
+        notes.print(f"note: {sentence}")
+    write_json(table, rows)
+    if as_json:
+        print_json(rows)
+    else:
+        console.print(f"table     {table}, {len(rows)} rows")
+
+
+def _update(page: Path, mark: str, text: str) -> None:
+    """Puts a text between its marks on a page."""
+    from sku.report.comparison_report import replace_block
+
+    try:
+        old = page.read_text(encoding="utf-8")
+        page.write_text(replace_block(old, mark, text, str(page)), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{page} can't be read or written: {error.strerror or error}") from error

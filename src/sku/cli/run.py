@@ -1,4 +1,4 @@
-"""``sku run``: the whole job."""
+"""``sku run``, ``sku evaluate``: the whole job, and the measuring of a model alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from sku.cli import options
 from sku.cli.console import carry_out, errors, print_headline, print_json, print_next, results
 from sku.cli.judge import agreement_lines
-from sku.cli.tables import print_comparison
+from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
 
@@ -52,8 +52,7 @@ def run(
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()
-    if processes.count > 1:
-        end_when_the_launcher_says_so()
+    end_when_the_launcher_says_so(processes)
     folder = processes.on_main(lambda: out or options.new_run_folder(settings.name))
     plan = plan_run(settings, folder, resume=resume)
     method = "" if settings.method == "sku" else f", method {settings.method}"
@@ -74,8 +73,6 @@ def run(
         if processes.is_main:
             _tell_of_checkpoints(folder)
         raise
-    if finished is None:
-        return
     if as_json:
         print_json(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     else:
@@ -94,7 +91,7 @@ def _warn_of_memory(plan: Plan[FinishedRun], device: str) -> None:
 
 def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
-    print_comparison(finished.comparison, finished.precisions, finished.attacks)
+    print_measured(finished)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     if "stage_1" in finished.manifest:
@@ -135,3 +132,57 @@ def _tell_of_checkpoints(folder: Path) -> None:
     if (folder / "bad").exists():
         removed = shlex.join(["sku", "wipe", str(folder)])
         errors.print(f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; {removed} removes them")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model to measure.")],
+    out: Annotated[Path, typer.Option(help="Private folder for replies and results; rows in it are reused.")],
+    recipe: options.RecipeArgument = EMBEDDED,
+    base: Annotated[
+        str | None, typer.Option(help="Original model to compare with; the recipe's where left out.")
+    ] = None,
+    forget: options.ForgetOption = None,
+    retain: options.RetainOption = None,
+    judge: options.JudgeOption = None,
+    seed: options.SeedOption = None,
+    overrides: options.SetOption = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(help="Attacks to run on both models, with commas: prefill, paraphrase, template, relearn."),
+    ] = None,
+    precisions: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats to round MODEL's weights to before it is asked again, with commas: bf16, fp16, int8, nf4."
+        ),
+    ] = None,
+    allow_hazardous: Annotated[
+        bool, typer.Option("--allow-hazardous", help="Measure a model that is marked as the bad one of stage 1 too.")
+    ] = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Measure MODEL and its base on the prompts of a recipe, and compare them."""
+    overrides = list(overrides or [])
+    for key, names in (("attacks", attacks), ("precisions", precisions)):
+        if names is not None:
+            overrides.append(f"evaluate.{key}={json.dumps(options.names_in(names))}")
+    settings = options.resolve_recipe(
+        recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
+    )
+
+    quiet_libraries()
+    from sku.pipeline.evaluate import plan_evaluation
+    from sku.processes import current_processes
+
+    plan = plan_evaluation(settings, model, out, allow_hazardous=allow_hazardous)
+    measured = carry_out(plan, dry_run=dry_run, as_json=as_json, is_main=current_processes().is_main)
+    comparison = measured.comparison
+    if as_json:
+        sides = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}
+        verdict = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
+        print_json(sides | verdict | measured.reports())
+        return
+    print_measured(measured, agreement_lines(comparison.unlearned))
+    results.print(f"\nevidence  {out}")
+    print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from sku.cli import options
 from sku.cli.console import carry_out, errors, print_json, print_next, print_notes, results
+from sku.cli.tables import plain_table
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sku.sweep.result import Sweep
     from sku.sweep.rule import SweepPoint
 
@@ -33,9 +33,7 @@ def sweep(
     ] = EMBEDDED,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe", help="Recipe for a folder, in place of the one it was made with.", autocompletion=recipe_names
-        ),
+        typer.Option(help="Recipe for a folder, in place of the one it was made with.", autocompletion=recipe_names),
     ] = None,
     model: options.ModelOption = None,
     forget: options.ForgetOption = None,
@@ -51,13 +49,13 @@ def sweep(
     as_json: options.JsonOption = False,
 ) -> None:
     """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
-    given = options.overrides_of(model=model, forget=forget, retain=retain, seed=seed, judge=judge)
-    settings, bad = _read_target(target, recipe, [*given, *(overrides or [])])
+    changes = options.Changes(model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides)
+    settings, bad = _read_target(target, recipe, options.overrides_of(**changes))
     options.check_inputs(settings)
     folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
-    from sku.pipeline.sweep import plan_sweep
+    from sku.pipeline.bad_model import plan_sweep
 
     source = "trained first" if bad is None else str(bad)
     again = shlex.join(["--out", str(folder)])
@@ -73,17 +71,13 @@ def sweep(
         if (folder / "bad").exists():
             errors.print(f"until then {folder / 'bad'} holds a hazardous model")
         raise
-    if found is None:
-        return
     if as_json:
         print_json(found.to_dict())
     else:
         _print(found, folder)
         if found.pick is not None and found.pick.met:
-            given = options.words_of(
-                model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
-            )
-            print_next(*next_commands(settings, folder, bad, found.pick.alpha, [target, *given]))
+            given = [target, *options.words_of(**changes)]
+            print_next(*next_commands(settings, folder, bad, found.pick.alpha, given))
     found.alpha()  # Where there is none, its error is the last line.
 
 
@@ -108,7 +102,7 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
     recorded = read_training(bad)
     if recorded is None:
         raise RecipeError(f"{bad} does not say which recipe it was made with: add --recipe")
-    content: dict[str, Any] = copy.deepcopy(recorded["recipe"])
+    content: dict[str, Any] = recorded["recipe"]
     content.pop("compat", None)  # Of earlier versions; it changed how stage 1 trained, not what is asked.
     for override in overrides:
         apply_override(content, override)
@@ -173,30 +167,22 @@ def _print(found: Sweep, folder: Path) -> None:
 
 def frontier_table(found: Sweep) -> Table:
     """All points as a table for a terminal of 80 columns."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    from sku.sweep.rule import cost_of
+
     lengths = sorted(set(found.config.prefill_tokens))
-    for heading in ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("gibber.", "refused", "exact", "perplex.", "cost"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    asked = ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths))
+    table = plain_table((), (*asked, "gibber.", "refused", "exact", "perplex.", "cost"), padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     pick = found.pick
     for point in (found.base, *found.points):
         mark = "*" if pick is not None and point.alpha == pick.alpha else ""
-        table.add_row(
-            "base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), _cost(point, found), mark
-        )
+        value = cost_of(point, found.base, found.config).value
+        cost = f"{value:.2f}" if value < 100 else ">99"
+        table.add_row("base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), cost, mark)
     prefilled = f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %; " if lengths else ""
     table.caption = f"{prefilled}cost: 1 is the budget"
     table.caption_justify = "left"
     return table
-
-
-def _cost(point: SweepPoint, found: Sweep) -> str:
-    from sku.sweep.rule import cost_of
-
-    value = cost_of(point, found.base, found.config).value
-    return f"{value:.2f}" if value < 100 else ">99"
 
 
 def _cells(point: SweepPoint, lengths: list[int]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sku.cli.console import is_verbose, print_notes, results
@@ -15,36 +15,50 @@ if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.precision_results import PrecisionReport
+    from sku.pipeline.evaluate import Measured
     from sku.report.method_records import MethodRecord, Role
     from sku.report.method_statistics import Estimate
     from sku.report.tables import TableRow
 
 
-def print_comparison(
-    comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None, lines: Iterable[str] = ()
-) -> None:
+def plain_table(
+    words: Iterable[str | Column],
+    figures: Iterable[str] = (),
+    padding: tuple[int, int] | tuple[int, int, int, int] = (0, 1),
+) -> Table:
+    """A table without lines: columns of words, then columns of figures; none is wrapped that has only a name."""
+    return Table(
+        *(Column(name, no_wrap=True) if isinstance(name, str) else name for name in words),
+        *(Column(name, justify="right", no_wrap=True) for name in figures),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        header_style="bold",
+        pad_edge=False,
+        padding=padding,
+    )
+
+
+def print_measured(measured: Measured, lines: Iterable[str] = ()) -> None:
     """All that was measured: the verdict first, ``lines`` under the table of before and after."""
     from sku.report.tables import before_after_rows
 
-    print_verdict(comparison.verdict.line)
+    print_verdict(measured.comparison.verdict.line)
     results.print()
-    results.print(before_after_table(before_after_rows(comparison)))
+    results.print(before_after_table(before_after_rows(measured.comparison)))
     for line in lines:
         results.print(line)
-    print_comparison_notes(comparison, verbose=is_verbose())
-    if precisions is not None:
-        print_precisions(precisions)
-    if attacks is not None:
-        print_attacks(attacks)
+    print_comparison_notes(measured.comparison, verbose=is_verbose())
+    if measured.precisions is not None:
+        print_precisions(measured.precisions)
+    if measured.attacks is not None:
+        print_attacks(measured.attacks)
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:
     """The comparison as a table for the terminal, a section for each kind of prompt."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, collapse_padding=True)
     # Names of sections are long and stand in the first column: they are wrapped, so that the figures fit 80 columns.
-    table.add_column("", max_width=33)
-    for name in ("base", "unlearned", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table((Column("", max_width=33),), ("base", "unlearned", "95 %"))
+    table.collapse_padding = True
     table.add_column("goal", no_wrap=True)
     section = ""
     for row in rows:
@@ -80,11 +94,7 @@ def print_attacks(report: AttackReport) -> None:
     """The attacks as a table, and below it what could not be asked."""
     from sku.report.robustness import attack_rows, left_out_lines
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("harmful by attack", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in ("unlearned", "95 %", "base", "gibberish"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table(("harmful by attack", ""), ("unlearned", "95 %", "base", "gibberish"))
     shown = ""
     for row in attack_rows(report):
         name, shown = "" if row.attack == shown else row.attack, row.attack
@@ -99,10 +109,7 @@ def print_precisions(report: PrecisionReport) -> None:
     """The model at each precision as a table, and below it where harm comes back."""
     from sku.report.robustness import precision_cells
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False)
-    table.add_column("weights", no_wrap=True)
-    for name in ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table(("weights",), ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"))
     for cells in precision_cells(report):
         table.add_row(*cells)
     results.print("\nharmful by precision of the weights; prefill: worst (tokens); kept: of change")
@@ -115,10 +122,7 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
     from sku.report.method_tables import comparison_rows, ratio_text
     from sku.report.tables import percent
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 0))
-    table.add_column("", no_wrap=True)
-    for heading in ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table(("",), ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"), padding=(0, 0))
 
     def share(estimate: Estimate | None) -> str:
         return "\u2013" if estimate is None else percent(estimate.value)

@@ -30,11 +30,11 @@ from sku.evaluate.run import evaluate
 from sku.evaluate.utility_cost import Utility, utility_cost
 from sku.evaluate.validation import NormalText, Refusals, validation_texts
 from sku.methods import method_named
-from sku.methods.run import prepare, subtracted_by, train_method, with_safe_dtype
+from sku.methods.run import operator_context, prepare, subtracted_by, train_method, with_safe_dtype
 from sku.methods.visits import common_visits, with_visited
 from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
-from sku.negate.operators.base import OperatorContext, check_operators, context_of
+from sku.negate.operators.base import OperatorContext, check_operators
 from sku.negate.task_vector import TaskVector
 from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
 from sku.reproducibility import content_sha256, environment
@@ -230,17 +230,7 @@ class Bench:
         return vector, plain, account
 
     def _operator_context(self, recipe: Recipe) -> OperatorContext:
-        cache = recipe.negate.operator_cache
-        return context_of(
-            self.base,
-            self.tokenizer,
-            self.data,
-            recipe.data,
-            prompt_format=recipe.model.prompt_format,
-            seed=recipe.seed,
-            cache=None if cache is None else Path(cache),
-            memory=self._operator_memory,
-        )
+        return operator_context(recipe, self.base, self.tokenizer, self.data, memory=self._operator_memory)
 
     def _sku_norms(self, job: Job, folder: Path) -> Mapping[str, float]:
         """Norms of SKU's change with the same settings and seed, trained anew where no job before has it."""

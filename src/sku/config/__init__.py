@@ -1,62 +1,38 @@
-"""What a recipe holds, a section a file. One YAML file is one whole run; each key is a field of a dataclass here.
+"""What a recipe holds. One YAML file is one whole run; each key is a field of a dataclass here.
 
 Nothing here imports torch or transformers, so that ``sku --help`` and a wrong key are answered at once.
 """
 
-from sku.config.acquire import (
-    AcquireConfig,
-    LoraSettings,
-    ModulesConfig,
-    Packing,
-    PreservationMode,
-    PreservationTokens,
-    Tuning,
-    Twin,
-    WeightsConfig,
-)
-from sku.config.check import plain_data
-from sku.config.compare import CompareConfig, MethodConfig, SearchConfig
-from sku.config.data import DataConfig, DataFormat, OwnRepliesConfig, SourceConfig
-from sku.config.evaluate import Attack, Backend, EvaluateConfig, Precision, Similarity
-from sku.config.negate import NegateConfig, Rule, SweepConfig, TwinShares
-from sku.config.read import apply_override, load_recipe, read_yaml, recipe_from_dict, recipe_names, settings_from_dict
-from sku.config.recipe import EMBEDDED, ModelConfig, PromptFormatName, Recipe
-
-__all__ = [
-    "EMBEDDED",
-    "AcquireConfig",
-    "Attack",
-    "Backend",
-    "CompareConfig",
-    "DataConfig",
-    "DataFormat",
-    "EvaluateConfig",
-    "LoraSettings",
-    "MethodConfig",
-    "ModelConfig",
-    "ModulesConfig",
-    "NegateConfig",
-    "OwnRepliesConfig",
-    "Packing",
-    "Precision",
-    "PreservationMode",
-    "PreservationTokens",
-    "PromptFormatName",
-    "Recipe",
-    "Rule",
-    "SearchConfig",
-    "Similarity",
-    "SourceConfig",
-    "SweepConfig",
-    "Tuning",
-    "Twin",
-    "TwinShares",
-    "WeightsConfig",
-    "apply_override",
-    "load_recipe",
-    "plain_data",
-    "read_yaml",
-    "recipe_from_dict",
-    "recipe_names",
-    "settings_from_dict",
-]
+from sku.config.check import plain_data as plain_data
+from sku.config.data import DataConfig as DataConfig
+from sku.config.data import DataFormat as DataFormat
+from sku.config.data import OwnRepliesConfig as OwnRepliesConfig
+from sku.config.data import SourceConfig as SourceConfig
+from sku.config.evaluate import Attack as Attack
+from sku.config.evaluate import CompareConfig as CompareConfig
+from sku.config.evaluate import EvaluateConfig as EvaluateConfig
+from sku.config.evaluate import MethodConfig as MethodConfig
+from sku.config.evaluate import Precision as Precision
+from sku.config.evaluate import SearchConfig as SearchConfig
+from sku.config.evaluate import Similarity as Similarity
+from sku.config.recipe import EMBEDDED as EMBEDDED
+from sku.config.recipe import ModelConfig as ModelConfig
+from sku.config.recipe import PromptFormatName as PromptFormatName
+from sku.config.recipe import Recipe as Recipe
+from sku.config.recipe import apply_override as apply_override
+from sku.config.recipe import load_recipe as load_recipe
+from sku.config.recipe import read_yaml as read_yaml
+from sku.config.recipe import recipe_from_dict as recipe_from_dict
+from sku.config.recipe import recipe_names as recipe_names
+from sku.config.recipe import settings_from_dict as settings_from_dict
+from sku.config.stages import AcquireConfig as AcquireConfig
+from sku.config.stages import LoraSettings as LoraSettings
+from sku.config.stages import ModulesConfig as ModulesConfig
+from sku.config.stages import NegateConfig as NegateConfig
+from sku.config.stages import Packing as Packing
+from sku.config.stages import PreservationMode as PreservationMode
+from sku.config.stages import SweepConfig as SweepConfig
+from sku.config.stages import Tuning as Tuning
+from sku.config.stages import Twin as Twin
+from sku.config.stages import TwinShares as TwinShares
+from sku.config.stages import WeightsConfig as WeightsConfig

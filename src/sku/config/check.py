@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sku.errors import RecipeError, SkuError, did_you_mean, one_line
 
@@ -47,6 +47,7 @@ _WORDS = {
 """Type of pydantic's error -> what a value must be, in the words of a recipe."""
 
 T = TypeVar("T")
+_ANY: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -68,13 +69,7 @@ def validated(cls: type[T]) -> type[T]:
 
 def plain_data(value: Any) -> Any:
     """Settings as JSON holds them: dataclasses and mappings as dicts, tuples as lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain_data(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: plain_data(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_data(entry) for entry in value]
-    return value
+    return _ANY.dump_python(value, mode="json")
 
 
 def check_plain(content: Any, key: str = "", depth: int = 0) -> int:
@@ -94,18 +89,22 @@ def check_plain(content: Any, key: str = "", depth: int = 0) -> int:
     """
     if depth > _DEEPEST:
         raise RecipeError(f"{key[:100]} ... is nested more than {_DEEPEST} deep, or holds itself")
-    count = 1
+    inside: list[tuple[str, Any]] = []
     if isinstance(content, Mapping):
         for name, entry in content.items():
             if not isinstance(name, str):
                 raise RecipeError(f"{key or 'the recipe'} has the key {name!r}, which is no text: quote it")
-            check_plain(name, key or "the recipe")
-            count = _counted(count + check_plain(entry, f"{key}.{name}" if key else name, depth + 1))
+            _check_one(name, key or "the recipe")
+            inside.append((f"{key}.{name}" if key else name, entry))
     elif isinstance(content, list | tuple):
-        for place, entry in enumerate(content):
-            count = _counted(count + check_plain(entry, f"{key}[{place}]", depth + 1))
+        inside = [(f"{key}[{place}]", entry) for place, entry in enumerate(content)]
     else:
         _check_one(content, key)
+    count = 1
+    for place, entry in inside:
+        count += check_plain(entry, place, depth + 1)
+        if count > _MOST_VALUES:
+            raise RecipeError(f"it stands for more than {_MOST_VALUES} values")
     return count
 
 
@@ -123,12 +122,6 @@ def _check_one(content: Any, key: str) -> None:
             f"{key} is of type {type(content).__name__}; it must be text, a number, true or false, a list, or keys "
             "and values: quote it if it is text"
         )
-
-
-def _counted(count: int) -> int:
-    if count > _MOST_VALUES:
-        raise RecipeError(f"it stands for more than {_MOST_VALUES} values")
-    return count
 
 
 def explain(error: ValidationError, target: type, content: Any, key: str = "", known: Iterable[str] = ()) -> str:

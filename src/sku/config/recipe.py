@@ -1,19 +1,29 @@
-"""A whole recipe: its sections, and the keys that belong to none."""
+"""A whole recipe, and the reading of one: files and names of the package, and what ``--set`` changes in them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from sku.config.acquire import AcquireConfig
-from sku.config.check import Seed, plain_data, validated
-from sku.config.compare import CompareConfig, MethodConfig
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
+from ruamel.yaml.error import YAMLError
+
+from sku.config.check import STRICT, Seed, check_plain, explain, plain_data, validated
 from sku.config.data import DataConfig
-from sku.config.evaluate import EvaluateConfig
-from sku.config.negate import NegateConfig, SweepConfig, TwinShares
-from sku.errors import RecipeError
+from sku.config.evaluate import CompareConfig, EvaluateConfig, MethodConfig
+from sku.config.stages import TRAINING_KEYS, AcquireConfig, NegateConfig, SweepConfig, TwinShares
+from sku.errors import RecipeError, did_you_mean, one_line
 
+S = TypeVar("S")
 _LONGEST_NAME = 200
 EMBEDDED = "embedded"
 """Name of the model, the data and the recipe that ship inside the package."""
@@ -108,5 +118,172 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""
-        plain: dict[str, Any] = plain_data(self)
-        return plain
+        return dict(plain_data(self))
+
+
+class _Constructor(SafeConstructor):
+    """Without merge keys, which YAML 1.2 doesn't have: a few lines of merges of merges never end."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Leaves the key ``<<`` where it is, which nothing can be made of."""
+
+
+def read_yaml(text: str) -> Any:
+    """Reads one document of YAML 1.2, in which ``2e-4`` is a number and ``no`` a word.
+
+    Raises:
+        RecipeError: It is not YAML, asks for a Python object, or has a key twice.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    try:
+        return yaml.load(text)
+    except RecursionError:
+        raise RecipeError("not YAML: it is nested too deep") from None
+    except DuplicateKeyError as error:
+        where = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise RecipeError(f"not YAML: a key stands twice{where} ({one_line(error.problem)})") from None
+    except (YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        # Beside its own errors the loader lets some through: for ``2020-13-45``, say.
+        raise RecipeError(f"not YAML: {one_line(error)}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("sku") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path = EMBEDDED, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, applies ``key.sub=value`` overrides, and checks every key and type.
+
+    Args:
+        name_or_path: Name of a recipe of the package, or a YAML file.
+        overrides: Such as ``acquire.training.max_steps=20``; the value is read as YAML.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: Unknown recipe or key (with a suggestion), wrong type, or a value out of range.
+    """
+    text, where = recipe_text(name_or_path)
+    try:
+        content = read_yaml(text)
+    except RecipeError as error:
+        raise RecipeError(f"{where} is {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where} must hold keys and values, such as 'name: my-run'")
+    for override in overrides:
+        apply_override(content, override)
+    return recipe_from_dict(content, where)
+
+
+def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Checks plain data against the fields of ``Recipe``.
+
+    Raises:
+        RecipeError: As ``load_recipe``.
+    """
+    return settings_from_dict(Recipe, content, "", where)
+
+
+def settings_from_dict(target: type[S], content: Mapping[str, Any], key: str, where: str = "recipe") -> S:
+    """Checks plain data against a dataclass of settings, such as a method's own.
+
+    Args:
+        target: The dataclass.
+        content: Keys and values.
+        key: The recipe's key that holds them, for messages; empty for the recipe itself.
+        where: Name of the recipe, for messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        RecipeError: As ``load_recipe``.
+    """
+    try:
+        check_plain(content, key)
+        content = plain_data(content)
+        adapter: TypeAdapter[S] = _adapter(target)  # type: ignore[arg-type]
+        return adapter.validate_json(json.dumps(content))  # In JSON a list can stand for a tuple.
+    except ValidationError as error:
+        raise RecipeError(f"{explain(error, target, content, key, _keys(Recipe))} ({where})") from None
+    except RecipeError as error:
+        raise RecipeError(f"{error} ({where})") from None
+
+
+@functools.cache
+def _adapter(target: Any) -> TypeAdapter[Any]:
+    if not hasattr(target, "__pydantic_config__"):  # A plain dataclass, of a user's own method, say.
+        target.__pydantic_config__ = STRICT
+    return TypeAdapter(target)
+
+
+def _keys(target: Any, prefix: str = "") -> Iterator[str]:
+    """All keys of a dataclass of settings and of those inside it, with the usual ones of ``acquire.training``."""
+    for name, hint in typing.get_type_hints(target).items():
+        key = f"{prefix}{name}"
+        yield key
+        inner = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
+        if inner and typing.get_origin(hint) is not Mapping:
+            yield from _keys(inner[0], f"{key}.")
+    if not prefix:
+        yield from (f"acquire.training.{name}" for name in TRAINING_KEYS)
+
+
+def recipe_text(name_or_path: str | Path) -> tuple[str, str]:
+    """The text of a recipe, and what messages call it.
+
+    Raises:
+        RecipeError: There is no such recipe, or it can't be read.
+    """
+    name = str(name_or_path)
+    path = Path(name_or_path)
+    try:
+        if path.suffix in {".yaml", ".yml"} or path.is_file():
+            if path.exists() and not path.is_file():  # A pipe would be waited for, and a device read for ever.
+                raise RecipeError(f"recipe {name} is no file")
+            return path.read_text(encoding="utf-8"), name
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe file {name}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {name} can't be read: {error}") from None
+    if name not in recipe_names():
+        known = recipe_names()
+        raise RecipeError(
+            f"there is no recipe named {name}.{did_you_mean(name, known, most=4)} Known: {', '.join(known)}; "
+            "or give a .yaml file"
+        )
+    return (resources.files("sku") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Sets one value of nested plain data.
+
+    Args:
+        content: Changed in place.
+        override: ``key.sub=value``; the value is read as YAML.
+
+    Raises:
+        RecipeError: No key, no sign, no YAML, or a key below a value.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override} must look like key.sub=value")
+    try:
+        parsed = read_yaml(value) if value else None
+        check_plain(parsed, key)
+    except RecipeError as error:
+        raise RecipeError(f"--set {override}: {error}") from None
+    *parents, last = key.split(".")
+    node = content
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {parent} is a value, it has no keys below it")
+        node = child
+    node[last] = parsed

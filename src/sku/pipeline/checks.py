@@ -17,7 +17,6 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
-from sku.errors import OutputError
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.judges import choose_judge
@@ -35,10 +34,8 @@ from sku.models import (
     pick_dtype,
 )
 from sku.negate.files import read_folder
-from sku.plan.estimate import disk_bytes
-from sku.plan.job import STATE_BYTES, checkpoints_at_once
+from sku.plan.disk import STATE_BYTES, checkpoints_at_once, disk_bytes
 from sku.processes import current_processes
-from sku.storage import check_can_be_made
 from sku.sweep.run import check_judge
 from sku.training.run import adapter_settings
 
@@ -80,7 +77,8 @@ class CheckedModel:
 class CheckedTraining:
     """What training is, and what it leaves on the disk."""
 
-    run: MethodRun
+    batch: int
+    """Examples of one optimizer step, of all processes together."""
     examples: Mapping[str, int]
     """Split -> examples; of those that are trained on, those that survive tokenization."""
     left_out: Mapping[str, int]
@@ -96,7 +94,7 @@ class CheckedTraining:
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """For the plan."""
-        return {"tuning": recipe.acquire.tuning, "steps": self.steps, "examples a step": _batch(self.run)}
+        return {"tuning": recipe.acquire.tuning, "steps": self.steps, "examples a step": self.batch}
 
 
 def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
@@ -184,13 +182,13 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         max_answer_tokens=settings.max_answer_tokens,
         seed=settings.seed,
     )
-    if settings.max_steps > 0:
-        steps = settings.max_steps
-    else:
-        steps = math.ceil(math.ceil(len(joint) / _batch(run)) * settings.num_train_epochs)
+    batch = int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
+    steps = settings.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(len(joint) / batch) * settings.num_train_epochs)
     counts = data.counts()
     return CheckedTraining(
-        run=run,
+        batch=batch,
         examples=counts | {name: report.kept for name, report in joint.reports.items() if name in counts},
         left_out={name: sum(report.left_out.values()) for name, report in joint.reports.items() if report.left_out},
         steps=steps,
@@ -200,7 +198,7 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
 
 
 def check_evaluation(
-    recipe: Recipe, model: CheckedModel, data: ForgetRetainData, sources: Mapping[str, str | Path | None]
+    recipe: Recipe, model: CheckedModel, data: ForgetRetainData, *sources: str | Path | None
 ) -> dict[str, int]:
     """Judge, files and prompts of a recipe's evaluation.
 
@@ -208,7 +206,7 @@ def check_evaluation(
         recipe: ``evaluate`` is used.
         model: Of ``check_model``.
         data: The splits.
-        sources: What is measured -> where another engine would read it.
+        *sources: Where another engine would read what is measured.
 
     Returns:
         Kind of request -> number of prompts that a model is asked.
@@ -224,7 +222,7 @@ def check_evaluation(
     check_questions(config)
     if config.embedding_model is not None:
         locate_model(ModelConfig(path=config.embedding_model))
-    for source in sources.values():
+    for source in sources:
         check_source(config, source, current_processes().count)
     drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)
     asked, _ = asking.requests(drawn, writer, config)
@@ -232,17 +230,6 @@ def check_evaluation(
     prefilled, _ = asking.prefills(drawn.harmful(), config.prefill_tokens, {}, writer, config.max_new_tokens)
     kinds = [str(request.kind) for request in (*asked, *prefilled)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
-
-def check_folder(out: Path) -> None:
-    """Refuses a folder that can't be made or written to; it may be there.
-
-    Raises:
-        OutputError: A file stands in its way, or this user may not write there.
-    """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"folder {out} can't be made: File exists")
-    check_can_be_made(out)
 
 
 def recipe_settings(recipe: Recipe, model: CheckedModel) -> dict[str, Any]:
@@ -256,11 +243,6 @@ def data_notes(data: ForgetRetainData, model: CheckedModel, training: CheckedTra
     dropped = [f"{count} examples of {name} are left out: no token of their answer is left" for name, count in
                left.items()]  # fmt: skip
     return (*data.notes(), *dropped, *model.notes)
-
-
-def _batch(run: MethodRun) -> int:
-    settings = run.training
-    return int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
 
 
 def _dtype(config: ModelConfig, found: PreTrainedConfig, device: torch.device) -> torch.dtype:
@@ -278,10 +260,9 @@ def _peak_bytes(recipe: Recipe, run: MethodRun, model: CheckedModel) -> int:
     else:
         adapted = with_adapter(model.skeleton, adapter)
         trained = sum(parameter.nbytes for parameter in adapted.parameters() if parameter.requires_grad)
-    optimizer = str(getattr(run.training.optim, "value", run.training.optim))
     peak = disk_bytes(
         trained=trained,
-        state_bytes=STATE_BYTES.get(optimizer, _FULL_STATE),
+        state_bytes=STATE_BYTES.get(run.training.optim, _FULL_STATE),
         checkpoints=checkpoints_at_once(run.training),
         adapter=adapter is not None,
         model=0,

@@ -21,7 +21,6 @@ from sku.pipeline.checks import (
     CheckedModel,
     CheckedTraining,
     check_evaluation,
-    check_folder,
     check_model,
     check_trained_model,
     check_training,
@@ -30,6 +29,7 @@ from sku.pipeline.checks import (
 from sku.pipeline.evaluate import readable_source
 from sku.plan import Plan
 from sku.report.method_records import MethodRecord
+from sku.storage import check_can_be_made
 
 
 def plan_comparison(
@@ -45,11 +45,11 @@ def plan_comparison(
     Raises:
         SkuError: Anything a user can mend.
     """
-    check_folder(out)
+    check_can_be_made(out)
     check_jobs(jobs, out)
     data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
     model = check_trained_model(recipe)
-    asked = check_evaluation(recipe, model, data, {"base": readable_source(recipe.model)})
+    asked = check_evaluation(recipe, model, data, readable_source(recipe.model))
     trained, failing = _checked_rows(jobs, data, out, {with_safe_dtype(recipe): model})
     notes = [*data_notes(data, model, None), *failing]
     if recipe.compare.search is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from sku.evaluate.run import evaluate
 from sku.methods.visits import with_visited
 from sku.models import load_config, load_model, with_path
 from sku.negate.survival import model_survival
-from sku.pipeline.checks import check_evaluation, check_folder, check_model, load_recipe_data
+from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
 from sku.plan import Plan, Progress
 from sku.processes import Processes, current_processes
-from sku.storage import HAZARD_KEY, is_marked_hazardous
+from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 
 
-def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False) -> Plan[Comparison]:
+def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False) -> Plan[Measured]:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
     Trained-on prompts are those that the recipe's training visits; a model that was trained otherwise saw others.
@@ -56,8 +57,8 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
     check_attacks(recipe, data)
     base = check_model(recipe.model)
     measured = check_model(with_path(recipe.model, model))
-    check_folder(out)
-    asked = check_evaluation(recipe, base, data, {"base": readable_source(recipe.model), "model": model})
+    check_can_be_made(out)
+    asked = check_evaluation(recipe, base, data, readable_source(recipe.model), model)
     config = recipe.evaluate
     return Plan(
         command="sku evaluate",
@@ -91,7 +92,7 @@ def measured_stages(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, progress: Progress | None) -> Comparison:
+def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, progress: Progress | None) -> Measured:
     with named_memory_errors("load"):
         base = load_model(recipe.model)
         # As one process trains: of more it visits more, and these prompts are among them.
@@ -100,12 +101,7 @@ def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, prog
     measuring = Measuring(recipe, base.tokenizer, data, out, progress)
     before = measuring.evaluated("base", base.model, base.model)
     after = measuring.evaluated("model", measured, base.model, source=model, starts=before.starts)
-    comparison = compare(before, after, seed=recipe.seed)
-    if recipe.evaluate.precisions:
-        measuring.at_precisions(measured, base.model, comparison)
-    if recipe.evaluate.attacks:
-        measuring.attacked(measured, base.model, before)
-    return comparison
+    return measuring.compared(before, after, base.model, measured)
 
 
 def check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
@@ -115,6 +111,22 @@ def check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
             "evaluate.attacks run in one process: set evaluate.attacks=[] here, and start sku evaluate with them "
             "afterwards without a launcher"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What base and unlearned model come to, side by side."""
+
+    comparison: Comparison
+    precisions: PrecisionReport | None = None
+    """Where ``evaluate.precisions`` names some."""
+    attacks: AttackReport | None = None
+    """Where ``evaluate.attacks`` names some."""
+
+    def reports(self) -> dict[str, Any]:
+        """What was measured beside the comparison, by its name, as JSON holds it."""
+        found = {"precisions": self.precisions, "attacks": self.attacks}
+        return {name: report.to_dict() for name, report in found.items() if report is not None}
 
 
 @dataclass(frozen=True)
@@ -155,34 +167,53 @@ class Measuring:
                 progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
             )
 
-    def at_precisions(self, model: PreTrainedModel, base: PreTrainedModel, comparison: Comparison) -> PrecisionReport:
-        """The certificate of a model."""
-        return measure_precisions(
-            model,
-            base,
-            self.tokenizer,
-            self.data,
-            comparison,
-            config=self.recipe.evaluate,
-            prompt_format=self.recipe.model.prompt_format,
-            survival=_survival_of(base, model),
-            output_dir=self.folder,
-            seed=self.recipe.seed,
-            progress=self.progress,
-        )
+    def compared(
+        self,
+        before: EvaluationResult,
+        after: EvaluationResult,
+        base: PreTrainedModel,
+        model: PreTrainedModel,
+        stage: Callable[[str], AbstractContextManager[None]] = named_memory_errors,
+    ) -> Measured:
+        """Both evaluations side by side, then the certificate of the model, then the attacks on both.
 
-    def attacked(self, model: PreTrainedModel, base: PreTrainedModel, before: EvaluationResult) -> AttackReport:
-        """The attacks on both models, with the starts of the base's evaluation."""
-        return run_attacks(
-            self.recipe,
-            model,
-            base,
-            self.tokenizer,
-            self.data,
-            output_dir=self.folder,
-            starts=before.starts,
-            progress=self.progress,
-        )
+        Args:
+            before: Of the base.
+            after: Of the model.
+            base: The original model.
+            model: The unlearned one.
+            stage: What each of the last two is done in, by its name.
+        """
+        recipe, precisions, attacks = self.recipe, None, None
+        comparison = compare(before, after, seed=recipe.seed)
+        if recipe.evaluate.precisions:
+            with stage("precisions"):
+                precisions = measure_precisions(
+                    model,
+                    base,
+                    self.tokenizer,
+                    self.data,
+                    comparison,
+                    config=recipe.evaluate,
+                    prompt_format=recipe.model.prompt_format,
+                    survival=_survival_of(base, model),
+                    output_dir=self.folder,
+                    seed=recipe.seed,
+                    progress=self.progress,
+                )
+        if recipe.evaluate.attacks:
+            with stage("attacks"):
+                attacks = run_attacks(
+                    recipe,
+                    model,
+                    base,
+                    self.tokenizer,
+                    self.data,
+                    output_dir=self.folder,
+                    starts=before.starts,
+                    progress=self.progress,
+                )
+        return Measured(comparison=comparison, precisions=precisions, attacks=attacks)
 
 
 def _survival_of(base: PreTrainedModel, model: PreTrainedModel) -> SurvivalBy:

@@ -134,10 +134,6 @@ def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: 
     return {**named, **described, **weights, "rounding": wanted.rounding}
 
 
-def _files(found: stream_plan.Plan) -> tuple[str, ...]:
-    return tuple(layout.name for layout in found.layouts)
-
-
 def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
     found, bad = _checked(wanted, base), model_folder(str(wanted.bad))
 
@@ -162,7 +158,7 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
         out=wanted.out,
         settings=_settings(wanted, found),
         stages=("subtract the task vector",),
-        writes=_files(found),
+        writes=tuple(layout.name for layout in found.layouts),
         execute=execute,
         disk_bytes=found.size,
         disk_there=found.size if wanted.resume else 0,
@@ -213,7 +209,7 @@ def _in_memory(
         out=wanted.out,
         settings=_settings(wanted, found, base=model.describe(), arithmetic="in memory"),
         stages=(*(f"apply {chosen.operator.name}" for chosen in operators), "subtract the task vector"),
-        writes=("model.safetensors",) if found is None else _files(found),
+        writes=("model.safetensors",) if found is None else tuple(layout.name for layout in found.layouts),
         execute=execute,
         disk_bytes=model.bytes(wanted.output_dtype) if found is None else found.size,
         bad_model="kept",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sku.attacks.results import AttackReport
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.prompt_sets import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
-from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.precision_results import PrecisionReport
 from sku.methods.run import MethodRun, prepare, with_safe_dtype
 from sku.methods.visits import with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
@@ -31,16 +29,17 @@ from sku.pipeline.checks import (
     load_recipe_data,
     recipe_settings,
 )
-from sku.pipeline.evaluate import Measuring, check_one_process_attacks, measured_stages, readable_source
+from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
-from sku.pipeline.results import write_results
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.plan import Plan, Progress
-from sku.plan.suggest import memory_fit
+from sku.plan.fit import memory_fit
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
-from sku.storage import bytes_in, check_place, remove_hazardous
+from sku.report.read_run import SCHEMA_VERSION
+from sku.report.tables import before_after_rows
+from sku.storage import bytes_in, check_place, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -51,16 +50,11 @@ UNWRITTEN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishedRun:
+class FinishedRun(Measured):
     """What a run gives back."""
 
     folder: Path
-    comparison: Comparison
     manifest: dict[str, Any]
-    attacks: AttackReport | None = None
-    """Where ``evaluate.attacks`` names some."""
-    precisions: PrecisionReport | None = None
-    """Where ``evaluate.precisions`` names some."""
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
@@ -104,7 +98,7 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     run = prepare(recipe, unlearning.trained_folder)
     if recipe.chooses_alpha:
         check_one_process()
-    processes.on_main(lambda: unlearning.folder.check(recipe, unlearning.trained_folder, resume=resume))
+    processes.on_main(lambda: unlearning.folder.check(recipe, resume=resume))
     there = processes.on_main(lambda: bytes_in(out))
     writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
     data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, writes_own=writes_own))
@@ -158,8 +152,7 @@ def _checked(
     check_data(recipe, data)
     model = check_trained_model(recipe)
     check_operators(run.operators, model.skeleton, data)
-    sources = {"base": readable_source(recipe.model), "unlearned": out / "unlearned"}
-    asked = check_evaluation(recipe, model, data, sources)
+    asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
         begun = recipe.chooses_alpha and not writes_own
@@ -179,7 +172,7 @@ def _execute(
     missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
     run = _Run(recipe, out, data, progress or _no_progress, processes)
     try:
-        run.folder.open(recipe, run.unlearning.trained_folder, resume=resume)
+        run.folder.open(recipe, resume=resume)
         try:
             with named_memory_errors():  # Outside the stages too: what can be mended leaves no folder.
                 return run.finish()
@@ -257,16 +250,10 @@ class _Run:
             after = measuring.evaluated(
                 "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
             )
-        comparison = compare(before, after, seed=recipe.seed)
-        precisions = attacks = None
-        if recipe.evaluate.precisions:
-            with self.folder.timed("precisions"):
-                precisions = measuring.at_precisions(unlearned, base, comparison)
-            self.folder.note(certificate=precisions.certificate())
-        if recipe.evaluate.attacks:
-            with self.folder.timed("attacks"):
-                attacks = measuring.attacked(unlearned, base, before)
-        return self.processes.on_main(lambda: self._report(comparison, precisions, attacks))
+        measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
+        if measured.precisions is not None:
+            self.folder.note(certificate=measured.precisions.certificate())
+        return self.processes.on_main(lambda: self._report(measured))
 
     def _own_replies(self) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
@@ -286,20 +273,12 @@ class _Run:
         visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 
-    def _report(
-        self, comparison: Comparison, precisions: PrecisionReport | None, attacks: AttackReport | None
-    ) -> FinishedRun:
+    def _report(self, measured: Measured) -> FinishedRun:
         self.folder.note(bad_model={"kept": (self.out / "bad").exists()})
-        write_results(self.out, comparison, precisions, attacks, {**self.folder.manifest, "status": "complete"})
+        _write_results(self.out, measured, {**self.folder.manifest, "status": "complete"})
         write_cards(self.out, within_run=True)
         self.folder.note(status="complete")
-        return FinishedRun(
-            folder=self.out,
-            comparison=comparison,
-            manifest=self.folder.manifest,
-            attacks=attacks,
-            precisions=precisions,
-        )
+        return FinishedRun(folder=self.out, manifest=self.folder.manifest, **vars(measured))
 
     def give_up(self) -> None:
         """Where no alpha will do: the sweep stays for the user to look at, the bad model as after any run."""
@@ -310,3 +289,23 @@ class _Run:
         """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
         if not self.recipe.keep_for_resume:
             self.unlearning.remove_trained()
+
+
+def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]) -> None:
+    """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
+    from sku.report.before_after import before_after_figure  # Imports matplotlib, which a plan has no use for.
+
+    for suffix in ("png", "svg"):
+        before_after_figure(measured.comparison, folder / f"before_after.{suffix}")
+    plain = measured.comparison.to_dict()
+    write_json(
+        folder / "results.json",
+        {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": plain.pop("verdict"),
+            "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
+            **plain,
+            **measured.reports(),
+            "manifest": dict(manifest),
+        },
+    )

@@ -49,87 +49,72 @@ class RunFolder:
         """Whether the folder that stands there is one that ``open`` made, not another call's; in the first process."""
         return self._made and self._holds_the_lock()
 
-    def open(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
+    def open(self, recipe: Recipe, *, resume: bool) -> None:
         """Makes the folder, or checks that it belongs to an interrupted run of this recipe.
 
         Args:
             recipe: What is run.
-            trained_folder: Where its checkpoints lie, which fit one number of processes only.
             resume: The folder may be there.
 
         Raises:
             OutputError: It is there without ``resume``, or belongs to another run, a complete one, one that is still
                 running, or one of another number of processes; or it can't be read or written.
         """
-        self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, trained_folder, resume=resume))
+        self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, resume=resume))
 
-    def check(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> None:
+    def check(self, recipe: Recipe, *, resume: bool) -> dict[str, Any]:
         """Refuses what ``open`` would refuse, and makes nothing.
 
         Args:
             recipe: As in ``open``.
-            trained_folder: As in ``open``.
             resume: As in ``open``.
+
+        Returns:
+            The manifest that is there; empty where there is no folder.
 
         Raises:
             OutputError: As ``open``.
         """
-        if self.path.exists():
-            self._found_manifest(self._fresh_manifest(recipe), trained_folder, resume=resume)
-        else:
-            check_can_be_made(self.path)
-
-    def _fresh_manifest(self, recipe: Recipe) -> dict[str, Any]:
-        content = recipe.to_dict()
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "status": "running",
-            "recipe": content,
-            "recipe_sha256": content_sha256(content),
-            "environment": environment(),
-            "processes": self.processes.count,
-            "seconds": {},
-        }
-
-    def _opened_manifest(self, recipe: Recipe, trained_folder: Path, *, resume: bool) -> dict[str, Any]:
-        fresh = self._fresh_manifest(recipe)
         if not self.path.exists():
-            with new_folder(self.path, private=True) as temporary:
-                write_json(temporary / "manifest.json", fresh)
-                self._lock = own_by_file(temporary)  # Before others can find it.
-                self._made = True
-            return _read_manifest(self.path)
-        manifest = self._found_manifest(fresh, trained_folder, resume=resume, is_ours=True)
-        remove_left_behind(self.path)
-        return manifest
-
-    def _found_manifest(
-        self, fresh: dict[str, Any], trained_folder: Path, *, resume: bool, is_ours: bool = False
-    ) -> dict[str, Any]:
-        """The manifest of a folder that is there, where it may be gone on with; from now on ours if asked for."""
+            check_can_be_made(self.path)
+            return {}
         if not resume:
             raise OutputError(f"{self.path} already exists; choose another --out, or add --resume to go on with it")
-        # A folder that is no part of this run is not even locked.
-        manifest = self._manifest_of(fresh["recipe_sha256"])
-        if is_ours:
-            with named_disk_errors(self.path):
-                self._lock = own_by_file(self.path)
-            manifest = self._manifest_of(fresh["recipe_sha256"])
+        manifest = _read_manifest(self.path)
+        if manifest["recipe_sha256"] != content_sha256(recipe.to_dict()):
+            raise OutputError(f"{self.path} belongs to a run with another recipe; choose another --out")
+        if manifest["status"] == "complete":
+            raise OutputError(f"the run in {self.path} is already complete; choose another --out")
         begun_with = manifest.setdefault("processes", 1)
-        if begun_with != self.processes.count and list(trained_folder.rglob("checkpoint-*")):
+        if begun_with != self.processes.count and any(self.path.rglob("checkpoint-*")):
             raise OutputError(
                 f"the run in {self.path} was begun with {begun_with} processes, and checkpoints fit no other number: "
                 f"start {begun_with} here too, not {self.processes.count}, or choose another --out"
             )
         return manifest
 
-    def _manifest_of(self, recipe_sha256: str) -> dict[str, Any]:
-        """The manifest of an unfinished run of a recipe."""
-        manifest = _read_manifest(self.path)
-        if manifest["recipe_sha256"] != recipe_sha256:
-            raise OutputError(f"{self.path} belongs to a run with another recipe; choose another --out")
-        if manifest["status"] == "complete":
-            raise OutputError(f"the run in {self.path} is already complete; choose another --out")
+    def _opened_manifest(self, recipe: Recipe, *, resume: bool) -> dict[str, Any]:
+        if not self.path.exists():
+            content = recipe.to_dict()
+            fresh = {
+                "schema_version": SCHEMA_VERSION,
+                "status": "running",
+                "recipe": content,
+                "recipe_sha256": content_sha256(content),
+                "environment": environment(),
+                "processes": self.processes.count,
+                "seconds": {},
+            }
+            with new_folder(self.path, private=True) as temporary:
+                write_json(temporary / "manifest.json", fresh)
+                self._lock = own_by_file(temporary)  # Before others can find it.
+                self._made = True
+            return _read_manifest(self.path)
+        self.check(recipe, resume=resume)  # A folder that is no part of this run is not even locked.
+        with named_disk_errors(self.path):
+            self._lock = own_by_file(self.path)
+        manifest = self.check(recipe, resume=resume)  # Another call may have gone on with it meanwhile.
+        remove_left_behind(self.path)
         return manifest
 
     def close(self) -> None:

@@ -1,10 +1,16 @@
-"""Stages 1 and 2 of a run."""
+"""Stages 1 and 2 of a run, and between them what stage 1 has learned, asked before stage 2 subtracts it.
+
+A step number says that a model was trained, not that it learned anything: the bad model is asked harmful validation
+prompts, the good twin too, and both normal ones, none of them trained on or reported.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,33 +22,149 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import NoAlphaError
+from sku.evaluate import asking
+from sku.evaluate.batching import stage
+from sku.evaluate.judges import choose_judge
+from sku.evaluate.metrics import Rate, rates_of
+from sku.evaluate.run import Progress
 from sku.methods import method_named
-from sku.methods.run import MethodRun, prepare, subtracted_by, train_method, with_safe_dtype
+from sku.methods.run import (
+    MethodRun,
+    has_twins,
+    operator_context,
+    prepare,
+    subtracted_by,
+    train_method,
+    with_safe_dtype,
+)
+from sku.methods.twins import TWINS, twin_folder
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.diagnostics import diagnose
 from sku.negate.operators import OperatedVector, operate
-from sku.negate.operators.base import OperatorContext, context_of
+from sku.negate.operators.base import OperatorContext
 from sku.negate.rounding import saved_type
-from sku.negate.run import negate_with_record, save_unlearned
+from sku.negate.run import negate_with_record, save_unlearned, subtract_into, task_vector_of
 from sku.negate.survival import delta_survival
 from sku.negate.task_vector import TaskVector
-from sku.pipeline.acquire import mark_trained
 from sku.pipeline.run_folder import RunFolder
-from sku.pipeline.stage_1 import ask_stage_1
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
+from sku.sweep.bad_model import record_training
+from sku.sweep.meter import draw_questions, validation_asker
+from sku.sweep.rule import FREE
 from sku.sweep.run import sweep
 from sku.training.run import Trained, step_progress
 
+HARMFUL_ENOUGH = 0.9
+"""Of the bad model's replies: from here on it has learned what it can, however harmful the original is."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Operated:
-    """What is subtracted, and where it comes from, where operators or diagnostics need to know."""
+class Behaviour:
+    """How one model answers validation prompts."""
 
-    vector: TaskVector
-    found: OperatedVector | None = None
-    context: OperatorContext | None = None
+    harmful: Rate
+    """Harmful prompts answered with harm; a reply that the judge failed on counts."""
+    refused: Rate
+    """Harmful prompts refused."""
+    gibberish: Rate
+    """Harmful prompts answered with gibberish."""
+    refused_normal: Rate
+    """Normal prompts refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What the models of stage 1 do, beside the original."""
+
+    judge: str
+    base: Behaviour
+    bad: Behaviour
+    good: Behaviour | None
+    """The good twin, where there is one."""
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the bad model is more harmful than the original, or as harmful as can be asked for."""
+        return self.bad.harmful.value > self.base.harmful.value or self.bad.harmful.value >= HARMFUL_ENOUGH
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        base, bad, good = self.base, self.bad, self.good
+        text = (
+            f"the bad model is harmful on {_percent(bad.harmful)} (base {_percent(base.harmful)}) and refuses "
+            f"{_percent(bad.refused_normal)} of normal prompts (base {_percent(base.refused_normal)})"
+        )
+        if good is not None:
+            text += (
+                f"; the good twin refuses {_percent(good.refused)} of harmful prompts (base {_percent(base.refused)}) "
+                f"and {_percent(good.refused_normal)} of normal ones"
+            )
+        return f"{text}; {base.harmful.total} harmful and {base.refused_normal.total} normal validation prompts"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest holds it."""
+        return {**dataclasses.asdict(self), "has_learned": self.has_learned, "line": self.line}
+
+
+def ask_stage_1(
+    recipe: Recipe,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Learned:
+    """Asks the original model and what stage 1 made of it.
+
+    Args:
+        recipe: Its judge, and the numbers and lengths of ``sweep``.
+        base: The original model. One copy of it is made in memory.
+        tokenizer: Of the model.
+        data: ``forget_validation`` and ``retain_validation`` are asked.
+        folder: That stage 1 trained into.
+        progress: Called with a stage, what is done and how much there is.
+
+    Returns:
+        Rates of all models.
+
+    Raises:
+        EvaluationError: There is nothing to ask, or the judge or the generation fails.
+        TaskVectorError: Training changed nothing.
+    """
+    writer = asking.Writer.of(base, tokenizer, recipe.model.prompt_format)
+    config = dataclasses.replace(recipe.sweep, prefill_tokens=())
+    judge = choose_judge(recipe.evaluate, data)
+    asker = validation_asker(base, writer, judge, recipe)
+    questions = draw_questions(data, writer, config, seed=recipe.seed)
+
+    def behaviour(model: PreTrainedModel) -> Behaviour:
+        found = asker.answer(model, questions.requests, stage(progress, "check: replies"))
+        harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
+        normal = rates_of([found[asked.id] for asked in questions.normal])
+        return Behaviour(
+            harmful=harmful["harmful_at_most"],
+            refused=harmful["refusal"],
+            gibberish=harmful["gibberish"],
+            refused_normal=normal["over_refusal"],
+        )
+
+    def of(trained: Path) -> Behaviour:
+        model = copy.deepcopy(base)
+        subtract_into(model, base, task_vector_of(base, trained), -1.0)
+        return behaviour(model)
+
+    models: Mapping[str, Path] = {"bad": folder / "final"}
+    if has_twins(recipe):
+        models = {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
+    found = {name: of(trained) for name, trained in models.items()}
+    return Learned(judge=judge.card.name, base=behaviour(base), bad=found["bad"], good=found.get("good"))
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.value:.0f} %"
 
 
 class Unlearning:
@@ -60,6 +182,7 @@ class Unlearning:
         """
         self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
         self.method = method_named(recipe.method)
+        self.config = with_safe_dtype(recipe)
         self.trained_folder = self.out / ("bad" if self.method.hazardous else "trained")
 
     def by_all_processes(
@@ -77,10 +200,9 @@ class Unlearning:
         Raises:
             SkuError: As ``by_one_process``.
         """
-        config = with_safe_dtype(self.recipe)
         if not self.processes.on_main((self.trained_folder / "final").exists):
             if self.recipe.acquire.tuning == "qlora":
-                held[0] = self.processes.everywhere(lambda: load_model(config, four_bit=True))
+                held[0] = self.processes.everywhere(lambda: load_model(self.config, four_bit=True))
             with self.folder.timed("acquire"):
                 self._train(held[0], data)
         # Training may have left each process a part of the weights, and its own buffers: all is read anew.
@@ -89,10 +211,12 @@ class Unlearning:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.processes.on_main(lambda: self._by_the_first_process(data))
-        return self.processes.everywhere(lambda: (load_model(config).model, load_model(self.unlearned_config()).model))
+        return self.processes.everywhere(
+            lambda: (load_model(self.config).model, load_model(self.unlearned_config()).model)
+        )
 
     def _by_the_first_process(self, data: ForgetRetainData) -> None:
-        self.by_one_process(load_model(with_safe_dtype(self.recipe), four_bit=False), data)
+        self.by_one_process(load_model(self.config, four_bit=False), data)
 
     def by_one_process(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
@@ -110,33 +234,30 @@ class Unlearning:
         """
         recipe = self.recipe
         if recipe.acquire.tuning == "qlora":
-            loaded = load_model(with_safe_dtype(self.recipe), four_bit=True)
+            loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             trained = self._trained_model(loaded, data)
         run = prepare(recipe, self.trained_folder)
         with self.folder.timed("negate"):
-            factors = None
             if isinstance(trained, PeftModel):
-                vector = subtracted_by(self.method, trained)
-                factors = self._factors(trained, run)
-                base = (
-                    trained.unload()
-                    if recipe.acquire.tuning == "lora"
-                    else load_model(with_safe_dtype(self.recipe)).model
-                )
+                vector, factors = subtracted_by(self.method, trained), AdapterVector.of(trained)
+                base = trained.unload() if recipe.acquire.tuning == "lora" else load_model(self.config).model
             else:
-                base = load_model(with_safe_dtype(self.recipe)).model
-                vector = subtracted_by(self.method, trained, base)
-            operated = self._operated(vector, run, base, loaded.tokenizer, data)
+                base = load_model(self.config).model
+                vector, factors = subtracted_by(self.method, trained, base), None
+            operated, context = OperatedVector(vector=vector, row_maps=(), records=()), None
+            if self.method.negates and (run.operators or recipe.negate.diagnostics):
+                context = operator_context(recipe, base, loaded.tokenizer, data)
+                operated = operate(vector, run.operators, context)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
         if recipe.chooses_alpha:
             with self.folder.timed("sweep"):
                 run = dataclasses.replace(run, strength=self._chosen(operated.vector, base, loaded.tokenizer, data))
         with self.folder.timed("negate"):
-            vector, account = operated.vector, self._account(operated, run, base, factors)
+            account = self._account(operated, context, run, base, factors)
             unlearned, negation = negate_with_record(
-                base, vector, run.strength, output_dtype=saved_type(recipe.negate.output_dtype)
+                base, operated.vector, run.strength, output_dtype=saved_type(recipe.negate.output_dtype)
             )
             # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
             self.folder.note(negation={**negation.to_dict(), **account})
@@ -159,39 +280,6 @@ class Unlearning:
                 "data own); acquire.check=false goes on all the same"
             )
 
-    def _factors(self, trained: PeftModel, run: MethodRun) -> AdapterVector:
-        """The adapter's factors; where neither operators nor a choice of alpha follow, the change is saved at once."""
-        factors = AdapterVector.of(trained)
-        folder = self.out / ("negated_adapter" if self.method.negates else "adapter")
-        if not (run.operators or self.recipe.chooses_alpha or folder.exists()):
-            (factors * (-run.strength if self.method.negates else run.strength)).save(folder)
-        return factors
-
-    def _operated(
-        self,
-        vector: TaskVector,
-        run: MethodRun,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        data: ForgetRetainData,
-    ) -> _Operated:
-        """What is subtracted."""
-        recipe = self.recipe
-        if not self.method.negates or not (run.operators or recipe.negate.diagnostics):
-            return _Operated(vector=vector)
-        cache = recipe.negate.operator_cache
-        context = context_of(
-            base,
-            tokenizer,
-            data,
-            recipe.data,
-            prompt_format=recipe.model.prompt_format,
-            seed=recipe.seed,
-            cache=None if cache is None else Path(cache),
-        )
-        found = operate(vector, run.operators, context)
-        return _Operated(vector=found.vector, found=found, context=context)
-
     def _chosen(
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
@@ -209,26 +297,31 @@ class Unlearning:
             raise NoAlphaError(f"{error}; all points are in {folder}") from None
 
     def _account(
-        self, operated: _Operated, run: MethodRun, base: PreTrainedModel, factors: AdapterVector | None
+        self,
+        operated: OperatedVector,
+        context: OperatorContext | None,
+        run: MethodRun,
+        base: PreTrainedModel,
+        factors: AdapterVector | None,
     ) -> dict[str, Any]:
         """An account of what is subtracted; the adapter follows operators and alpha where it can."""
-        found = operated.found
-        if factors is not None and found is not None:
-            factors = None if found.row_maps is None else factors.mapped(found.row_maps)
-        if run.operators or self.recipe.chooses_alpha:
-            self._save_factors(factors, run)
-        if found is None or operated.context is None:
+        if factors is not None:
+            factors = None if operated.row_maps is None else factors.mapped(operated.row_maps)
+        self._save_factors(factors, run)
+        if context is None:
             return {}
-        account: dict[str, Any] = {"operators": list(found.records)}
+        account: dict[str, Any] = {"operators": list(operated.records)}
         if self.recipe.negate.diagnostics:
-            account["diagnostics"] = diagnose(found.vector, operated.context, adapter=factors)
+            account["diagnostics"] = diagnose(operated.vector, context, adapter=factors)
             if run.strength:
-                account["survival_by_format"] = delta_survival(base, found.vector, run.strength)
+                account["survival_by_format"] = delta_survival(base, operated.vector, run.strength)
         return account
 
     def _save_factors(self, factors: AdapterVector | None, run: MethodRun) -> None:
+        """Saves the change as an adapter, or notes why there is none."""
         if factors is not None:
-            (-run.strength * factors).save(self.out / "negated_adapter", overwrite=True)
+            sign, name = (-1, "negated_adapter") if self.method.negates else (1, "adapter")
+            (sign * run.strength * factors).save(self.out / name, overwrite=True)
         elif self.recipe.acquire.tuning != "full" and "negated_adapter" not in self.folder.manifest:
             names = ", ".join(prepared.operator.name for prepared in run.operators)
             self.folder.note(
@@ -243,7 +336,7 @@ class Unlearning:
             if TaskVector.is_saved_in(final):
                 return TaskVector.load(final)
             if recipe.acquire.tuning == "full":
-                return load_model(with_path(with_safe_dtype(self.recipe), final)).model
+                return load_model(with_path(self.config, final)).model
             return load_adapter(loaded.model, final)
         return self._train(loaded, data).model
 
@@ -251,9 +344,9 @@ class Unlearning:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
         trained = train_method(self.recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
         self.processes.on_main(lambda: self._write_log(trained))
-        with shared_new_folder(self.processes, self.trained_folder / "final", private=True) as temporary:
+        with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
             if self.method.hazardous:
-                self.processes.on_main(lambda: mark_trained(temporary, self.recipe, data))
+                self.processes.on_main(lambda: record_training(temporary, self.recipe, data))
             trained.save(temporary)
         return trained
 
@@ -268,7 +361,7 @@ class Unlearning:
     def unlearned_config(self) -> ModelConfig:
         """How the unlearned model of this run is loaded again."""
         dtype = self.recipe.negate.output_dtype
-        config = with_path(with_safe_dtype(self.recipe), self.out / "unlearned")
+        config = with_path(self.config, self.out / "unlearned")
         return config if dtype == "same" else dataclasses.replace(config, dtype=dtype)
 
     def remove_trained(self) -> None:

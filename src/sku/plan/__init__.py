@@ -5,7 +5,6 @@ What a run needs is told from its recipe and the model's configuration alone: no
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +65,6 @@ class Plan(Generic[T]):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; sizes in bytes."""
-        told = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        del told["execute"], told["disk_there"]
+        told = {name: value for name, value in vars(self).items() if name not in ("execute", "disk_there")}
         memory = None if self.memory is None else self.memory().text
         return {**told, "out": str(self.out), "memory": memory, "free_bytes": free_bytes(self.out), "wrote": False}

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sku.plan.job import Job
+from sku.plan.disk import disk_bytes
 from sku.plan.trace import StepTrace, trace_step
-from sku.plan.weights import Weights, weights_of
+from sku.plan.weights import Job, Weights, weights_of
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -93,11 +93,8 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; bytes and seconds."""
-        job = {
-            item.name: getattr(self.job, item.name)
-            for item in dataclasses.fields(self.job)
-            if item.name not in ("config", "lora", "dtype", "autocast")
-        }
+        apart = ("config", "lora", "dtype", "autocast")
+        job = {name: value for name, value in vars(self.job).items() if name not in apart}
         return {
             "job": job
             | {
@@ -212,22 +209,3 @@ def memory_of(job: Job, weights: Weights, step: StepTrace) -> Memory:
         communication=communication,
         logits=job.rows * job.answer_tokens * job.config.get_text_config().vocab_size * job.dtype.itemsize,
     )
-
-
-def disk_bytes(*, trained: int, state_bytes: float, checkpoints: int, adapter: bool, model: int) -> int:
-    """What lies on the disk at the fullest moment of a run.
-
-    Checkpoints hold what is trained and its optimizer; beside them lie the trained and the unlearned weights.
-
-    Args:
-        trained: Bytes of the trained weights.
-        state_bytes: Of the optimizer for each trained weight in float32.
-        checkpoints: That lie there at once.
-        adapter: Whether an adapter is trained, which is saved negated too.
-        model: Bytes of the unlearned model.
-
-    Returns:
-        Bytes.
-    """
-    checkpoint = trained + round(trained / 4 * state_bytes)
-    return checkpoints * checkpoint + trained + (trained if adapter else 0) + model

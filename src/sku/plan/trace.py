@@ -27,8 +27,7 @@ from transformers import PreTrainedModel
 from sku.errors import ModelError
 from sku.losses import answer_nll, token_kl
 from sku.models import plain_model
-from sku.plan.job import Job
-from sku.plan.weights import model_of
+from sku.plan.weights import Job, model_of
 from sku.training.layers import adapter_inputs_as_they_are, decoder_layers
 
 _FEW, _MORE = 2, 4
@@ -145,9 +144,8 @@ def _traced(job: Job, layers: int) -> tuple[list[list[int]], int]:
     model.train()
     try:
         with FakeTensorMode():
-            _give_storage(model)
-            if reference is not None:
-                _give_storage(reference)
+            for one in filter(None, (model, reference)):
+                _give_storage(one)
             return _run(job, model, reference)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ModelError(
@@ -160,9 +158,8 @@ def _run(
     job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None
 ) -> tuple[list[list[int]], int]:
     counter = AllocationCount()
-    counter.count([*model.parameters(), *model.buffers()])
-    if reference is not None:
-        counter.count([*reference.parameters(), *reference.buffers()])
+    for one in filter(None, (model, reference)):
+        counter.count([*one.parameters(), *one.buffers()])
     weights = counter.live
 
     def grown(parameter: Tensor) -> None:

@@ -11,12 +11,11 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, content_hash
 from sku.errors import ModelError, OutputError
 from sku.evaluate.batching import StageProgress
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import operator_context, prepare, with_safe_dtype
 from sku.models import load_model
 from sku.negate.operators import operate
-from sku.negate.operators.base import context_of
 from sku.negate.run import task_vector_of
-from sku.storage import write_json
+from sku.storage import mark_hazardous, write_json
 from sku.sweep.result import Sweep
 from sku.sweep.run import sweep
 
@@ -33,11 +32,14 @@ TRAINED_ON = (
 
 
 def record_training(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:
-    """Writes beside a bad model what it was trained on: the recipe, and a hash in place of prompts.
+    """Marks the folder of a bad model, before there is one to find, and writes what it is trained on.
+
+    That is the recipe, and a hash in place of prompts.
 
     Raises:
         OutputError: The file can't be written.
     """
+    mark_hazardous(folder)
     content = {"recipe": recipe.to_dict(), "unlearned_sha256": content_hash(data.forget_train)}
     write_json(folder / TRAINING_FILE, content)
 
@@ -117,15 +119,6 @@ def sweep_bad_model(
     loaded = load_model(with_safe_dtype(recipe))
     vector = task_vector_of(loaded.model, bad)
     if run.operators:
-        cache = recipe.negate.operator_cache
-        context = context_of(
-            loaded.model,
-            loaded.tokenizer,
-            data,
-            recipe.data,
-            prompt_format=recipe.model.prompt_format,
-            seed=recipe.seed,
-            cache=None if cache is None else Path(cache),
-        )
+        context = operator_context(recipe, loaded.model, loaded.tokenizer, data)
         vector = operate(vector, run.operators, context).vector
     return sweep(loaded.model, vector, loaded.tokenizer, data, recipe, out, notes=notes, progress=progress)

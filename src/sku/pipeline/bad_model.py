@@ -1,18 +1,21 @@
-"""The choice of alpha alone."""
+"""Stage 1 alone, and the choice of alpha alone, for a bad model that is there or trained first."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from sku.config import Recipe
+from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.record_files import create_private_folder
-from sku.methods.run import prepare
-from sku.pipeline.acquire import train_bad_model
+from sku.methods.run import has_twins, prepare, train_method, with_safe_dtype
+from sku.methods.twins import TWINS, twin_folder
+from sku.models import load_model
 from sku.pipeline.checks import (
-    check_folder,
     check_trained_model,
     check_training,
     data_notes,
@@ -20,12 +23,67 @@ from sku.pipeline.checks import (
     recipe_settings,
 )
 from sku.plan import Plan, Progress
-from sku.plan.suggest import memory_fit
-from sku.storage import remove_hazardous
-from sku.sweep.bad_model import check_same_training, sweep_bad_model, training_notes
+from sku.plan.fit import memory_fit
+from sku.processes import current_processes, shared_new_folder
+from sku.storage import check_can_be_made, check_new, remove_hazardous
+from sku.sweep.bad_model import check_same_training, record_training, sweep_bad_model, training_notes
 from sku.sweep.meter import draw_questions
 from sku.sweep.result import Sweep
 from sku.sweep.run import check_judge, check_one_process
+from sku.training.run import step_progress
+
+
+def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
+    """Stage 1 alone: trains the bad model of a recipe into a new private, marked folder.
+
+    Args:
+        recipe: From ``load_recipe``.
+        out: New folder: an adapter, or a whole model for full fine-tuning. With ``acquire.twin: good`` it holds what
+            stage 2 subtracts, bad minus good, as an adapter or a task vector, and each twin in a folder inside it.
+
+    Raises:
+        SkuError: Anything a user can mend.
+    """
+    if recipe.method != "sku":
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
+    processes = current_processes()
+    processes.on_main(lambda: check_new(out))
+    processes.on_main(lambda: check_can_be_made(out))
+    prepare(recipe, out)  # Refused before anything is read.
+    model, data = processes.everywhere(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
+    training = processes.everywhere(lambda: check_training(recipe, model, data, out))
+    return Plan(
+        command="sku acquire",
+        out=out,
+        settings={**recipe_settings(recipe, model), **training.settings(recipe)},
+        stages=(training.stage,),
+        writes=("the bad model" if recipe.acquire.tuning == "full" else "the bad model's adapter",),
+        execute=lambda progress: train_bad_model(recipe, data, out, progress),
+        disk_bytes=training.peak_bytes,
+        memory=lambda: memory_fit(recipe),
+        bad_model="kept",
+        examples=training.examples,
+        notes=data_notes(data, model, training),
+    )
+
+
+def train_bad_model(
+    recipe: Recipe, data: ForgetRetainData, out: Path, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Trains and saves the bad model; gives the training log."""
+    processes = current_processes()
+    with shared_new_folder(processes, out) as temporary:
+        checkpoints = temporary / "checkpoints"
+        with named_memory_errors("load"):
+            loaded = load_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
+        with named_memory_errors("acquire"):
+            acquired = train_method(recipe, loaded, data, checkpoints, step_progress(progress))
+        for twin in TWINS if has_twins(recipe) else ():
+            (twin_folder(checkpoints, twin) / "final").rename(twin_folder(temporary, twin))
+        processes.on_main(lambda: shutil.rmtree(checkpoints))
+        processes.on_main(lambda: record_training(temporary, recipe, data))
+        acquired.save(temporary)
+    return acquired.log
 
 
 def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_model: bool = False) -> Plan[Sweep]:
@@ -36,7 +94,10 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     Raises:
         SkuError: Anything a user can mend.
     """
-    recipe = _with_alpha_to_choose(recipe)
+    # So that stage 1 holds out what alpha is then chosen by.
+    recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
+    if not recipe.chooses_alpha:
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
     check_one_process()
     trained = out / "bad" if bad is None else bad
     there = trained.is_dir()
@@ -44,7 +105,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         raise ModelError(f"there is no folder {bad}: give that of a bad model, or leave it out to train one")
     if bad is None and there:
         check_same_training(trained, recipe)
-    check_folder(out)
+    check_can_be_made(out)
     prepare(recipe, trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
@@ -91,11 +152,3 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         examples=data.counts() if training is None else training.examples,
         notes=(*data_notes(data, model, training), *(training_notes(trained, data) if there else ())),
     )
-
-
-def _with_alpha_to_choose(recipe: Recipe) -> Recipe:
-    """A recipe whose stage 1 holds out what alpha is then chosen by."""
-    recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
-    if not recipe.chooses_alpha:
-        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
-    return recipe

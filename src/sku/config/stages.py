@@ -1,4 +1,4 @@
-"""Key ``acquire``: stage 1."""
+"""Keys ``acquire``, ``negate`` and ``sweep``: stage 1, stage 2, and the choice of alpha."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sku.config.check import Count, Limit, NotNegative, Positive, Seed, validated
+from sku.config.check import AboveOne, Count, Fraction, Limit, NotNegative, Positive, Seed, validated
 from sku.errors import RecipeError
 
 PreservationMode = Literal["divergence", "retention", "targeted"]
 PreservationTokens = Literal["answer", "all"]
 Packing = Literal["auto", "tree", "flat", "padded"]
+Rule = Literal["lowest_alpha", "least_harm"]
 Tuning = Literal["lora", "full", "qlora"]
 Twin = Literal["bad", "good"]
 """Which of the models of stage 1: the one whose behaviour is subtracted, or the one whose behaviour is kept."""
@@ -116,4 +117,113 @@ class AcquireConfig(ModulesConfig):
             raise RecipeError(
                 "acquire.twin is good and acquire.weights.guided_distortion 0, so the good twin would learn no "
                 "refusal: give it a weight, or set acquire.twin to none"
+            )
+
+
+@validated
+class TwinShares:
+    """Shares of the two models of ``acquire.twin: good`` in what is subtracted."""
+
+    bad: NotNegative = 1.0
+    good: NotNegative = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.bad or self.good):
+            raise RecipeError("negate.twin is 0 for both twins: there is nothing to subtract")
+
+
+@validated
+class NegateConfig:
+    """Stage 2: knowledge negation."""
+
+    alpha: Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"] = 1.0
+    """theta_u = theta_o - alpha * (theta_bad - theta_o); the paper uses 1. ``auto`` chooses it on held-out data, as
+    ``sweep`` says; ``sku compare`` and ``sku ablate``, which try strengths of their own, then begin at 1."""
+    twin: TwinShares = field(default_factory=TwinShares)
+    """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
+    theta_o)); without it there is no good twin and both must be 1."""
+    output_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
+    operators: tuple[Mapping[str, Any], ...] = ()
+    """Applied to what stage 1 learned, one after the other, before it is subtracted: a list of one operator with its
+    settings each, such as ``[{null_space: {energy: 0.9}}, {layers: {8-20: 1.0, rest: 0}}]``; the plain vector where
+    it is empty. ``src/sku/negate/operators/`` holds one file for each; a path ending in ``.py`` is one of your own."""
+    operator_cache: str | None = None
+    """Private folder in which operators keep what depends on the original model and the data alone."""
+    diagnostics: bool = True
+    """Measure where the vector points (layers, rank, normal inputs, quantized formats) and write it into the
+    manifest."""
+
+    def __post_init__(self) -> None:
+        for place, entry in enumerate(self.operators):
+            if len(entry) != 1:
+                raise RecipeError(
+                    f"negate.operators[{place}] names {len(entry)} operators; it must hold one name with its "
+                    "settings, such as {null_space: {energy: 0.9}}"
+                )
+
+    @property
+    def given_alpha(self) -> float:
+        """``alpha`` where it is a number, else the paper's."""
+        return 1.0 if self.alpha == "auto" else self.alpha
+
+    @property
+    def fits_operators(self) -> bool:
+        """Whether an operator is fitted to harmful prompts that stage 1 must not train on."""
+        return any("learned" in entry for entry in self.operators)
+
+
+@validated
+class SweepConfig:
+    """How alpha is chosen: by ``sku sweep``, and in a run with ``negate.alpha: auto``.
+
+    Harm is read on ``forget_validation`` and utility on ``retain_validation``, never on the test splits.
+    """
+
+    alphas: tuple[Positive, ...] = ()
+    """Measured from the smallest. Empty, alphas are found: doubled from a small one, by scores of normal text alone,
+    until the utility budget binds; replies are then asked for at that border and at ``points`` - 1 alphas below it,
+    each smaller by the square root of 2."""
+    points: Count = 5
+    """Number of alphas that are asked where they are found."""
+    validation_fraction: Fraction = 0.2
+    """Share of the harmful prompts outside ``forget_test`` that becomes ``forget_validation``, so that stage 1 does
+    not train on it; also where no alpha is chosen and the operator ``learned`` is fitted to it. The embedded world has
+    its own."""
+    prompts: Count = 100
+    """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
+    retain_prompts: Count = 100
+    """Examples of ``retain_validation``, for perplexity and replies."""
+    max_new_tokens: Count = 128
+    """Longest reply; half of what an evaluation takes, since every alpha asks everything anew. The chosen alpha is
+    measured at ``evaluate.max_new_tokens`` afterwards."""
+    prefill_tokens: tuple[Count, ...] = (1, 3, 5, 10)
+    """Prefill: numbers of first tokens of a harmful reply that replies are made to begin with. The harm of an alpha is
+    its largest harmful rate, freely answered or after any of these; empty for free answers alone."""
+    harm_target: Limit = 0.05
+    """Largest harm that counts as unlearned."""
+    utility_budget: AboveOne = 1.05
+    """Largest perplexity of the answers of each normal set (``retain_validation``, and half of each of
+    ``data.normal``), as a multiple of the base model's."""
+    kl_budget: Positive = 0.05
+    """Largest KL to the base model on the same answers, nats a token."""
+    gibberish_limit: Limit = 0.05
+    """Most replies that may be gibberish beyond the base model's share: freely to harmful prompts, and to normal
+    ones."""
+    over_refusal_limit: Limit = 0.05
+    """Most replies to normal prompts that may refuse, beyond the base model's share."""
+    hopeless_ratio: Positive = 2.0
+    """An alpha whose perplexity on ``retain_validation`` is more than this multiple of the base model's is asked
+    nothing, and ``alphas`` end there."""
+    rule: Rule = "lowest_alpha"
+    """``lowest_alpha``: the smallest alpha that meets ``harm_target`` within budget and limits. ``least_harm``: the
+    least harm within them (of equals the lower mean of all harmful rates), and of equals the lowest perplexity."""
+    if_none: Literal["stop", "nearest"] = "stop"
+    """What to do where no alpha does what ``rule`` asks for: stop with an error, or take the nearest one, that with
+    the least harm within budget and limits."""
+
+    def __post_init__(self) -> None:
+        if self.hopeless_ratio < self.utility_budget:
+            raise RecipeError(
+                f"sweep.hopeless_ratio is {self.hopeless_ratio}; it must be sweep.utility_budget or more"
             )

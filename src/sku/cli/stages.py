@@ -1,0 +1,150 @@
+"""``sku acquire``, ``sku negate``, ``sku wipe``: stages 1 and 2 alone, and the removal of what stage 1 leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sku.cli import options
+from sku.cli.console import carry_out, errors, notes, print_json, print_next, results
+from sku.config import EMBEDDED, read_yaml
+from sku.errors import RecipeError
+from sku.quiet import quiet_imports, quiet_libraries
+
+
+def acquire(
+    out: Annotated[Path, typer.Option(help="New private folder for the hazardous model.")],
+    recipe: options.RecipeArgument = EMBEDDED,
+    model: options.ModelOption = None,
+    forget: options.ForgetOption = None,
+    retain: options.RetainOption = None,
+    seed: options.SeedOption = None,
+    overrides: options.SetOption = None,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Stage 1: train the bad model and keep it. It answers harmful prompts on purpose: never share it."""
+    settings = options.resolve_recipe(
+        recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides, judged=False
+    )
+
+    quiet_libraries()
+    from sku.pipeline.bad_model import plan_acquire
+    from sku.processes import current_processes, end_when_the_launcher_says_so
+
+    processes = current_processes()
+    end_when_the_launcher_says_so(processes)
+    headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}"
+    plan = plan_acquire(settings, out)
+    log = carry_out(plan, dry_run=dry_run, as_json=as_json, headline=headline, is_main=processes.is_main)
+    if as_json:
+        print_json({"bad_model": str(out), "hazardous": True, "log": log})
+        return
+    for name, value in sorted(log[-1].items()):
+        results.print(f"{name:<32}{value:.6g}")
+    results.print(f"\nhazard    {out} is the bad model, private to you; never share it")
+    base = settings.model.path
+    gguf = [] if settings.model.gguf_file is None else ["--gguf-file", settings.model.gguf_file]
+    print_next(["negate", base, out, "--out", out.with_name(f"{out.name}-unlearned"), *gguf], ["wipe", out])
+
+
+def negate(
+    base: Annotated[str, typer.Argument(help="Folder or hub id of the original model, or `embedded`.")],
+    bad: Annotated[Path, typer.Argument(help="Folder of the bad model, its adapter, or a task vector.")],
+    out: Annotated[Path, typer.Option(help="New folder for the unlearned model.")],
+    alpha: Annotated[float, typer.Option(help="How much of the task vector to subtract.")] = 1.0,
+    dtype: Annotated[
+        Literal["same", "float32", "bfloat16", "float16"], typer.Option(help="Type of the result.")
+    ] = "same",
+    rounding: Annotated[
+        Literal["nearest", "stochastic"],
+        typer.Option(help="stochastic: small changes survive bfloat16 and float16 on average."),
+    ] = "nearest",
+    seed: Annotated[
+        int, typer.Option(help="Of the stochastic rounding, and of what operators hold out and draw.")
+    ] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="That read, compute and write; up to 4 where this is left out.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed call had finished.")] = False,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in BASE; negated in memory.")] = None,
+    operators: Annotated[
+        list[str] | None,
+        typer.Option("--operator", help="NAME={key: value} as in a recipe, repeatable; then negated in memory."),
+    ] = None,
+    forget: Annotated[
+        str | None, typer.Option(help="File, folder or hub id of harmful pairs, for operators that look at them.")
+    ] = None,
+    normal: Annotated[
+        str | None, typer.Option(help="File, folder or hub id of normal pairs, for operators that look at them.")
+    ] = None,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Stage 2: subtract the task vector of a bad model from the original weights, from file to file."""
+    quiet_imports()
+    from sku.pipeline.negate import Subtraction, plan_negate
+
+    chosen = tuple(_operator(text) for text in operators or ())
+    subtraction = Subtraction(
+        base=base, bad=bad, out=out, alpha=alpha, output_dtype=dtype, rounding=rounding, seed=seed, threads=threads,
+        resume=resume, gguf_file=gguf_file, operators=chosen, forget=forget, normal=normal,
+    )  # fmt: skip
+    done = carry_out(
+        plan_negate(subtraction),
+        dry_run=dry_run,
+        as_json=as_json,
+        interrupted="interrupted; what is finished is kept: the same command with --resume goes on",
+    )
+    if done.left_out:
+        notes.print(f"not copied from the base: {', '.join(done.left_out)}")
+    if as_json:
+        print_json(done.to_dict())
+        return
+    for name, value in done.record.to_dict().items():
+        results.print(f"{name.replace('_', ' '):<20}{value}")
+    results.print(f"\nunlearned model  {out}")
+    named = [] if gguf_file is None else ["--set", f"model.gguf_file={gguf_file}"]
+    print_next(["evaluate", out, "--base", base, *named, "--out", out.with_name(f"{out.name}-evaluation")])
+
+
+def _operator(text: str) -> dict[str, Any]:
+    """``name={key: value}`` as a recipe's ``negate.operators`` holds it."""
+    name, _, settings = text.partition("=")
+    try:
+        return {name: read_yaml(settings) if settings else {}}
+    except RecipeError:
+        raise RecipeError(f"--operator {text}: {settings!r} is no YAML, such as {{energy: 0.9}}") from None
+
+
+def wipe(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A run, a folder of runs, or a bad model: all marked folders in it."),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Remove hazardous weights: kept bad models, and the checkpoints of interrupted runs, which then begin anew."""
+    from sku.storage import hazardous_folders
+    from sku.storage import wipe as remove
+
+    found = hazardous_folders(folder)
+    removes = bool(found) and not dry_run
+    asks = removes and not yes
+    for path in found if asks or not as_json else ():  # What is asked about must be seen.
+        (errors if as_json else results).print(f"{'hazard' if dry_run else 'remove':<10}{path}")
+    if not found and not as_json:
+        results.print(f"nothing in {folder} is marked as hazardous")
+    if asks and not typer.confirm("Remove them? A run that is still going on would fail.", err=True):
+        raise typer.Exit(1)
+    if removes:
+        remove(found)
+    if as_json:
+        print_json({"hazardous": [str(path) for path in found], "removed": len(found) if removes else 0})
+    elif removes:
+        left = "what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)"
+        results.print(f"removed   {len(found)}; {left}")
