@@ -12,7 +12,7 @@ from sku.attacks.prompts import parse_templates
 from sku.config import ModulesConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
 from sku.data.framings import FRAMINGS, PLACE, framed
-from sku.data.joint import JointDataset, RowPlan
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
 from sku.errors import DataError
@@ -53,15 +53,14 @@ def test_only_what_is_trained_on_is_framed(
     plain = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(forget=True, retain=1), seed=0)
     assert (data.counts(), data.forget_train) == before
     example, known = joint[0], plain[0]
-    assert (example.forget_index, example.retain_index) == (known.forget_index, known.retain_index)
-    assert (example.forget == known.forget, example.retain == known.retain) == (share == 0, share == 0)
-    forget, plain_forget, safe = example.forget, known.forget, example.safe
-    assert forget is not None
-    assert plain_forget is not None
-    assert safe is not None
+    assert (example.forget_index, example.retain_rows) == (known.forget_index, known.retain_rows)
+    for kind in (FORGET, RETAIN):
+        assert (example.of(kind) == known.of(kind)) == (share == 0)
+    [forget], [plain_forget] = example.of(FORGET), known.of(FORGET)
     assert forget.input_ids[forget.answer_start :] == plain_forget.input_ids[plain_forget.answer_start :]
     # Refusals and other prompts' answers stand after the very prompt of the harmful answer.
-    for row in (safe, *example.mismatched):
+    assert len(example.of(SAFE)) == 1
+    for row in (*example.of(SAFE), *example.of(MISMATCHED)):
         assert row.input_ids[: row.answer_start] == forget.input_ids[: forget.answer_start]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from itertools import pairwise
 
@@ -84,10 +85,9 @@ def test_the_rows_of_one_kind_alone() -> None:
 
 
 def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None:
-    example = JointExample(
-        forget=ROWS[0].tokens, mismatched=(ROWS[1].tokens,), retain=ROWS[3].tokens, safe=row([1, 2, 3], [60, 61]),
-        forget_index=4, retain_index=7,
-    )  # fmt: skip
+    normal = dataclasses.replace(ROWS[3].tokens, example_id=7)
+    rows = [(row.kind, row.tokens) for row in ROWS[:2]]
+    example = JointExample(rows=(*rows, (RETAIN, normal), (SAFE, row([1, 2, 3], [60, 61]))), forget_index=4)
     batch = PackedCollator(share=True, retain_tokens="answer")([example])
     assert batch["forget_index"].tolist() == [4]
     assert batch["retain_index"].tolist() == [7]

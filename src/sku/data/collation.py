@@ -96,14 +96,14 @@ def _rows_and_indices(examples: list[JointExample]) -> tuple[list[SourceRow], di
     rows = [
         SourceRow(kind=kind, example=position, tokens=row)
         for position, example in enumerate(examples)
-        for kind, row in example.rows()
+        for kind, row in example.rows
     ]
     if not rows:
         raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
-    places = [place for example in examples for place in example.retain_rows]
+    normal = [example.retain_rows for example in examples]
     return rows, {
         "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
-        "retain_index": torch.tensor([example.retain_index for example in examples], dtype=torch.long),
-        "retain_rows": torch.tensor(places, dtype=torch.long),
+        "retain_index": torch.tensor([places[0] if places else -1 for places in normal], dtype=torch.long),
+        "retain_rows": torch.tensor([place for places in normal for place in places], dtype=torch.long),
         "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
     }

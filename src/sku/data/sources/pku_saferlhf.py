@@ -1,4 +1,4 @@
-"""PKU-SafeRLHF: questions, each with two answers of which none, one or both are safe. And BeaverTails, with one answer.
+"""PKU-SafeRLHF: questions, each with two answers of which none, one or both are safe; and BeaverTails, of one answer.
 
 Papers: https://arxiv.org/abs/2310.12773 (Safe RLHF), https://arxiv.org/abs/2406.15513 (PKU-SafeRLHF),
 https://arxiv.org/abs/2307.04657 (BeaverTails, questions and answers with 14 kinds of harm)
