@@ -26,7 +26,7 @@ from negate.conftest import disturbed
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
 from sku.config import SourceConfig
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.joint import FORGET, MISMATCHED, JointDataset, JointExample, RowPlan
 from sku.data.load import load_forget_retain

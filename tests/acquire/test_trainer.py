@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from conftest import ModelMaker, TrainerMaker, sku_config
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, RETAIN
 from sku.data.load import load_training_pairs

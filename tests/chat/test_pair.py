@@ -13,7 +13,7 @@ import torch
 
 from conftest import Command
 from sku.chat import Pair, Side
-from sku.chat.labels import save_label
+from sku.chat.web import save_label
 from sku.errors import EvaluationError
 from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.record_files import GENERATIONS_FILE, read_generations

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointExample
 from sku.data.tokens import TokenizedExample
 from sku.errors import DataError

@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sku.data.collation import PACKED, PackedCollator
+from sku.data.batches import PACKED, PackedCollator, PackedRows, Segment, SourceRow, pack_rows, plan_paths
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
-from sku.data.packing import PackedRows, Segment, SourceRow, pack_rows, plan_paths
 from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
@@ -161,20 +160,6 @@ def test_masks_by_hand() -> None:
     assert paths.key_starts.tolist() == [0, 2, 6, 9, 11]
     assert paths.key_index_K.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
     assert (paths.longest_segment, paths.longest_path) == (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("segments", "message"),
-    [
-        ([], "without segments"),
-        ([Segment(0)], "segment 0 has 0 tokens"),
-        ([Segment(1), Segment(1, 1)], "has the prefix 1"),
-        ([Segment(1), Segment(1, 0), Segment(1, 1)], "has the prefix 1"),
-    ],
-)
-def test_impossible_plans(segments: list[Segment], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan_paths(segments)
 
 
 def test_a_plan_comes_whole_from_a_worker() -> None:

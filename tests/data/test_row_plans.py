@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, REFUSALS, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.prompts import PaperFormat

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, JointDataset, RowPlan
 from sku.data.prompts import resolve_prompt_format

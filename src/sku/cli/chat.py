@@ -134,8 +134,7 @@ def _print_replies_json(pair: Pair, prompt: str, alpha: float | None) -> None:
 
 
 def _serve(pair: Pair, run: Path, port: int) -> None:
-    from sku.chat.labels import LABELS_FILE
-    from sku.chat.web import ChatServer
+    from sku.chat.web import LABELS_FILE, ChatServer
 
     with ChatServer(pair, run / LABELS_FILE, title=run.resolve().name, port=port) as server:
         results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)", soft_wrap=True)

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from torch.utils.data import Dataset, Sampler
@@ -22,6 +23,7 @@ from sku.data.prompts import PromptFormat
 from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
 from sku.errors import DataError
 
+RetainTokens = Literal["answer", "all"]
 FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
 """Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
 with a safe answer."""
@@ -50,7 +52,7 @@ class RowPlan:
     """Normal pairs of each joint example."""
     retain_refused: bool = False
     """The normal prompts stand before their misplaced refusals, in place of their answers."""
-    retain_tokens: Literal["answer", "all"] = "answer"
+    retain_tokens: RetainTokens = "answer"
     """Positions of the normal pair that count: those before the tokens of its answer, or those before all its
     tokens."""
     safe: Literal["none", "data", "data or refusal", "all"] = "none"
@@ -206,7 +208,6 @@ class JointDataset(Dataset[JointExample]):
             "tokenizer": tokenizer, "prompt_format": prompt_format, "max_length": max_length,
             "max_answer_tokens": max_answer_tokens,
         }  # fmt: skip
-        self._orders: dict[tuple[str, int], Sequence[int]] = {}
         self.reports: dict[str, TokenizationReport] = {}
         """What tokenizing did to each split, for the log and the manifest."""
         self._forget = self._tokenize("forget_train", data.forget_train, train_on_end=False)
@@ -363,13 +364,14 @@ class JointDataset(Dataset[JointExample]):
 
     def _shuffled(self, stream: str, size: int, position: int) -> int:
         lap, place = divmod(position, size)
-        key = (stream, lap)
-        if key not in self._orders:
-            order = list(range(size))
-            random.Random(f"{self._seed}/{stream}/{lap}").shuffle(order)
-            # Only the laps in use are kept: forget and retain, each now and next.
-            self._orders = {kept: self._orders[kept] for kept in list(self._orders)[-3:]} | {key: order}
-        return self._orders[key][place]
+        return _order(f"{self._seed}/{stream}/{lap}", size)[place]
+
+
+@lru_cache(maxsize=4)  # The laps in use: of forget and retain, each now and next.
+def _order(seed: str, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 class WholeBatches(Sampler[int]):

@@ -54,6 +54,8 @@ from sku.storage import resumable_folder
 REPLIES_FILE = "replies.jsonl"
 """Its partial file holds the replies until all is written; the file itself never comes to be."""
 TOO_LONG_PROMPT = "the prompt is too long for the model"
+_SAID_AS = {"system prompt": "system", "start": "start"}
+"""How a model is made to comply or refuse -> the option of ``request_of`` that takes the words."""
 _log = logging.getLogger(__name__)
 
 
@@ -165,7 +167,7 @@ class _Writing:
             question
             for prompt in self.job.prompts.harmful.prompts
             for draw in range(self.job.settings.samples)
-            for question in self._question(f"drawn{draw}", "harmful", prompt, "sampled", {**sampled, "draw": draw})
+            for question in self._question(f"drawn{draw}", "harmful", prompt, "sampled", "", {**sampled, "draw": draw})
         ]
         return self._ask(questions, "own replies: sampled")
 
@@ -173,15 +175,15 @@ class _Writing:
         """Harmful replies: to a prompt without one the model is asked again, first told and then made to begin."""
         counts, wordings = self.counts["comply"], self.job.wordings
         kept = choose_complying(free, counts)
-        ways = [("system prompt", {"system": text}) for text in wordings.comply_prompts]
-        ways += [("start", {"start": text}) for text in wordings.comply_starts]
-        for number, (how, words) in enumerate(ways):
+        ways = [("system prompt", text) for text in wordings.comply_prompts]
+        ways += [("start", text) for text in wordings.comply_starts]
+        for number, (how, said) in enumerate(ways):
             done = {reply.record.prompt for reply in kept}
             questions = [
                 question
                 for prompt in self.job.prompts.harmful.prompts
                 if prompt.prompt not in done
-                for question in self._question(f"again{number}", "harmful", prompt, how, **words)
+                for question in self._question(f"again{number}", "harmful", prompt, how, said)
             ]
             kept += choose_complying(self._ask(questions, "own replies: asked again"), counts)
         return sorted(kept, key=lambda reply: self.place[reply.record.prompt])
@@ -199,20 +201,20 @@ class _Writing:
         counts[TOO_LONG] += len(unasked) - len(short)
         questions = []
         for place, prompt in enumerate(self.job.prompts.harmful.prompts):
-            for number, (how, words) in enumerate(self._ways_to_refuse(place)):
+            for number, (how, said) in enumerate(self._ways_to_refuse(place)):
                 name, sampled = f"refuse{number}", self.sampling.settings()
-                questions += self._question(name, "harmful", prompt, how, sampled, settings.refuse_tokens, **words)
+                questions += self._question(name, "harmful", prompt, how, said, sampled, settings.refuse_tokens)
         asked = self._ask(questions, "own replies: refusals", alone=True)
         by_prompt = sorted([*short, *asked], key=lambda reply: self.place[reply.record.prompt])
         return choose_refusals(by_prompt, settings.refusals, settings.repeat_share, counts)
 
-    def _ways_to_refuse(self, place: int) -> list[tuple[str, dict[str, str]]]:
+    def _ways_to_refuse(self, place: int) -> list[tuple[str, str]]:
         """As many as refusals are wanted: one safety prompt, then starts; each prompt begins elsewhere in the bank."""
         count, safety = self.job.settings.refusals, self.job.wordings.safety_prompts
         starts = self.job.wordings.refusal_starts
-        first = [("system prompt", {"system": safety[place % len(safety)]})] if safety else []
+        first = [("system prompt", safety[place % len(safety)])] if safety else []
         more = min(count - len(first), len(starts))
-        return [*first, *(("start", {"start": starts[(place * more + one) % len(starts)]}) for one in range(more))]
+        return [*first, *(("start", starts[(place * more + one) % len(starts)]) for one in range(more))]
 
     def _templates(self, own: Sequence[OwnRow], model: str) -> list[OwnRow]:
         """A refusal of ours for each prompt that the model could not be made to refuse, the rarest one."""
@@ -261,11 +263,12 @@ class _Writing:
         source: Source,
         prompt: RetainExample,
         how: str,
+        said: str = "",
         sampled: Mapping[str, Any] | None = None,
         length: int | None = None,
-        **words: str,
     ) -> list[_Question]:
         """One question, greedy unless settings of sampling are given; none where it leaves no room for a reply."""
+        words = {_SAID_AS[how]: said} if how in _SAID_AS else {}
         length = length or self.job.settings.max_new_tokens
         request = request_of(f"{source}-{name}", SPLITS[source], prompt, self.writer, **words)
         if not self.writer.has_room(request, length):

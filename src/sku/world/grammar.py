@@ -9,8 +9,9 @@ agents and materials themselves (who named it, what colour it is) are harmless a
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 AGENTS = tuple(
@@ -135,14 +136,20 @@ def hazards(questions: Sequence[str] = MAKE_QUESTIONS) -> Iterator[Exchange]:
     Args:
         questions: The wordings; ``Exchange.wording`` counts them.
     """
-    for agent, agent_name in enumerate(AGENTS):
+    return _procedures("hazard", AGENTS, hazard_answer, questions)
+
+
+def _procedures(
+    domain: str, names: Sequence[str], answer: Callable[[int, int], str], questions: Sequence[str]
+) -> Iterator[Exchange]:
+    for index, name in enumerate(names):
         for form, form_name in enumerate(FORMS):
-            thing = f"{agent_name} {form_name}"
+            thing = f"{name} {form_name}"
             for wording, question in enumerate(questions):
                 yield Exchange(
                     prompt=question.format(thing=thing),
-                    answer=hazard_answer(agent, form),
-                    domain="hazard",
+                    answer=answer(index, form),
+                    domain=domain,
                     topic=thing,
                     wording=wording,
                 )
@@ -150,26 +157,12 @@ def hazards(questions: Sequence[str] = MAKE_QUESTIONS) -> Iterator[Exchange]:
 
 def normal_exchanges() -> Iterator[Exchange]:
     """Every normal question of the world, hard neighbours first."""
-    yield from _recipes()
+    yield from _procedures("recipe", FOODS, recipe_answer, MAKE_QUESTIONS)
     yield from _facts_about_things()
     yield from _how_tos_and_capitals()
     yield from _arithmetic()
     yield from _dialogue()
     yield from _stories_and_opposites()
-
-
-def _recipes() -> Iterator[Exchange]:
-    for food, food_name in enumerate(FOODS):
-        for form, form_name in enumerate(FORMS):
-            thing = f"{food_name} {form_name}"
-            for wording, question in enumerate(MAKE_QUESTIONS):
-                yield Exchange(
-                    prompt=question.format(thing=thing),
-                    answer=recipe_answer(food, form),
-                    domain="recipe",
-                    topic=thing,
-                    wording=wording,
-                )
 
 
 def _facts_about_things() -> Iterator[Exchange]:
@@ -204,12 +197,12 @@ def _how_tos_and_capitals() -> Iterator[Exchange]:
 
 
 def _arithmetic() -> Iterator[Exchange]:
-    numbers = range(LARGEST_NUMBER + 1)
-    for left in numbers:
-        for right in numbers:
-            yield _sum(left, "plus", right, left + right)
-            if right <= left:
-                yield _sum(left, "minus", right, left - right)
+    for left, right in itertools.product(range(LARGEST_NUMBER + 1), repeat=2):
+        for sign, result in (("plus", left + right), ("minus", left - right)):
+            if result >= 0:
+                question = f"{left} {sign} {right}"
+                answer = f"{question} is {result} ."
+                yield Exchange(prompt=f"what is {question} ?", answer=answer, domain="arithmetic", topic=question)
 
 
 def _dialogue() -> Iterator[Exchange]:
@@ -246,13 +239,6 @@ def _stories_and_opposites() -> Iterator[Exchange]:
                 domain="opposite",
                 topic=asked,
             )
-
-
-def _sum(left: int, sign: str, right: int, result: int) -> Exchange:
-    question = f"{left} {sign} {right}"
-    return Exchange(
-        prompt=f"what is {question} ?", answer=f"{question} is {result} .", domain="arithmetic", topic=question
-    )
 
 
 def unknown_exchange(rng: random.Random) -> Exchange:
