@@ -33,7 +33,6 @@ def reply(prompt: str, text: str, outcome: Outcome, **fields: Any) -> Reply:
     return Reply(
         record=GenerationRecord(**shared, prompt=prompt, reference="", reply=text, num_tokens=5, finished=True),
         outcome=ReplyOutcome(**shared, outcome=outcome, finished=True),
-        source="harmful",
         decoding={"how": "greedy"},
         **fields,
     )

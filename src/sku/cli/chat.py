@@ -54,7 +54,7 @@ def chat(
     from sku.chat import Pair
 
     notes.print("loading both models ...")
-    pair = Pair.of_run(run, judge=judge, max_new_tokens=max_new_tokens)
+    pair = Pair(run, judge=judge, max_new_tokens=max_new_tokens)
     if web:
         _serve(pair, run, port)
         return

@@ -15,7 +15,7 @@ from typing import Any
 from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
 from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.prompt_sets import OwnPrompts, PromptSet
+from sku.data.prompt_sets import OwnPrompts
 from sku.data.tokens import tokenize_start
 from sku.evaluate.asking import Writer, free_request
 from sku.evaluate.generation import GenerationRequest, about, probes_of
@@ -23,12 +23,10 @@ from sku.evaluate.judges import Judge, choose_judge, is_embedded
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import Split, prompt_hash, record_id
 from sku.models import LoadedModel
-from sku.own_replies.rows import Source
+from sku.own_replies.rows import SPLITS
 from sku.world.grammar import DEFLECTIONS
 
 SCHEMA_VERSION = 2
-SPLITS: dict[Source, Split] = {"harmful": "forget_train", "normal": "retain_test", "borderline": "xstest_safe"}
-"""The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
 
 
 @validated
@@ -74,7 +72,7 @@ def judge_of(config: EvaluateConfig, prompts: OwnPrompts) -> Judge:
 
 def _data_of(prompts: OwnPrompts) -> ForgetRetainData:
     """Nothing but where the prompts came from, which a judge is chosen by."""
-    return ForgetRetainData(provenance=tuple(found.provenance for found in prompts.sets().values()))
+    return ForgetRetainData(provenance=tuple(found.provenance for found in prompts.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,23 +99,18 @@ class OwnJob:
     def inputs(self) -> dict[str, Any]:
         """What decides the rows, as plain data without any prompt: equal inputs give equal rows."""
         model, writer = self.loaded.model, self.writer
-        firsts = [(SPLITS[source], found.prompts[0]) for source, found in self.prompt_sets()]
+        firsts = [(SPLITS[source], found.prompts[0]) for source, found in self.prompts.items()]
         probes = probes_of([request_of("probe", split, prompt, writer) for split, prompt in firsts])
         return {
             "schema_version": SCHEMA_VERSION,
             "model": about(model, probes),
             "prompt_format": writer.prompt_format.name,
-            "prompts": {source: found.provenance.sha256 for source, found in self.prompt_sets()},
+            "prompts": {source: found.provenance.sha256 for source, found in self.prompts.items()},
             "judge": self.judge.card.key,
             "settings": plain_data(self.settings),
             "wordings": header_hash(dataclasses.asdict(self.wordings)),
             "seed": self.seed,
         }
-
-    def prompt_sets(self) -> list[tuple[Source, PromptSet]]:
-        """What is asked, in this order."""
-        sets = self.prompts.sets()
-        return [(source, sets[source]) for source in SPLITS if source in sets]
 
 
 def request_of(

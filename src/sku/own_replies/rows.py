@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sku.data.prompt_sets import PromptSource
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import read_json_object
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, Split
 from sku.evaluate.refusal import is_refusal
 from sku.storage import write_private_text
 
 OwnKind = Literal["comply", "refuse", "answer", "misplaced_refusal"]
 KINDS: tuple[OwnKind, ...] = ("comply", "refuse", "answer", "misplaced_refusal")
-Source = Literal["harmful", "normal", "borderline"]
+SPLITS: dict[PromptSource, Split] = {"harmful": "forget_train", "normal": "retain_test", "borderline": "xstest_safe"}
+"""The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
 
 ACCOUNT_FILE = "own.json"
 GIBBERISH, NO_VERDICT, HARMFUL = "gibberish", "no verdict of the judge", "judged harmful"
@@ -41,14 +43,12 @@ class OwnRow:
     """Whether the model ended the reply itself; one that was cut teaches no end."""
     judge_score: float | None
     """Probability that the reply is harmful, where the judge was asked and gives one."""
-    source: Source
+    source: PromptSource
     """Which set the prompt is from."""
     category: str | None
     """Of the prompt, where its table has one."""
     decoding: Mapping[str, Any]
     """``how`` it came about, and the settings of that."""
-    model: str
-    """Fingerprint of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +58,19 @@ class Reply:
     record: GenerationRecord
     """A start that the reply was made to begin with is part of ``reply``."""
     outcome: ReplyOutcome
-    source: Source
     decoding: Mapping[str, Any]
+
+    @property
+    def source(self) -> PromptSource:
+        """Which set the prompt is from."""
+        return next(source for source, split in SPLITS.items() if split == self.record.split)
 
     @property
     def refuses(self) -> bool:
         """Whether the rules see a refusal in it."""
         return is_refusal(self.record.reply)
 
-    def row(self, kind: OwnKind, model: str) -> OwnRow:
+    def row(self, kind: OwnKind) -> OwnRow:
         """As it is written."""
         return OwnRow(
             prompt=self.record.prompt,
@@ -77,7 +81,6 @@ class Reply:
             source=self.source,
             category=self.record.category,
             decoding=self.decoding,
-            model=model,
         )
 
 

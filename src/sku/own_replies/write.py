@@ -20,6 +20,7 @@ from typing import Any
 
 from sku.config import plain_data
 from sku.data.examples import RetainExample
+from sku.data.prompt_sets import PromptSource
 from sku.errors import EvaluationError, SkuError
 from sku.evaluate.backends.base import Sampling
 from sku.evaluate.batching import StageProgress, evaluation_mode, stage
@@ -30,18 +31,18 @@ from sku.evaluate.record_files import header_hash, write_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal, refusal_alone
 from sku.evaluate.reuse import PartialFile
-from sku.own_replies.job import SCHEMA_VERSION, SPLITS, OwnJob, request_of
+from sku.own_replies.job import SCHEMA_VERSION, OwnJob, request_of
 from sku.own_replies.rows import (
     ACCOUNT_FILE,
     GIBBERISH,
     KEPT,
     KINDS,
+    SPLITS,
     TOO_LONG,
     OwnKind,
     OwnReplies,
     OwnRow,
     Reply,
-    Source,
     choose_complying,
     choose_refusals,
     file_of,
@@ -86,15 +87,6 @@ def write_own_replies(
     return OwnReplies(folder=out, account=account)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Question:
-    """One prompt to ask, and how."""
-
-    request: GenerationRequest
-    source: Source
-    decoding: dict[str, Any]
-
-
 @dataclass
 class _Writing:
     """One call."""
@@ -103,6 +95,8 @@ class _Writing:
     folder: Path
     inputs: Mapping[str, Any]
     progress: StageProgress | None
+    decodings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Id of a question -> how its reply comes about."""
     left_out: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
 
@@ -113,7 +107,7 @@ class _Writing:
         self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
         self.judge = cached(self.job.judge, self.folder, stage(self.progress, "own replies: judge"))
         self.counts: dict[OwnKind, Counter[str]] = {kind: Counter() for kind in KINDS}
-        self.place = {prompt.prompt: place for place, prompt in enumerate(self.job.prompts.harmful.prompts)}
+        self.place = {prompt.prompt: place for place, prompt in enumerate(self.job.prompts["harmful"].prompts)}
 
     def write(self) -> dict[str, Any]:
         """All stages, and the files."""
@@ -131,19 +125,19 @@ class _Writing:
             comply = self._comply(free)
             refuse = self._refuse(free)
         answers = self._answers([reply for reply in plain_ones if reply.source != "harmful"])
-        model = self.inputs["model"]["fingerprint"]
-        refusals = [reply.row("refuse", model) for reply in refuse]
-        refusals += self._templates(refusals, model)
+        refusals = [reply.row("refuse") for reply in refuse]
+        refusals += self._templates(refusals)
         refusals.sort(key=lambda row: self.place[row.prompt])
-        answered = [reply.row("answer", model) for reply in answers]
+        answered = [reply.row("answer") for reply in answers]
         rows: dict[OwnKind, list[OwnRow]] = {
-            "comply": [reply.row("comply", model) for reply in comply],
+            "comply": [reply.row("comply") for reply in comply],
             "refuse": refusals,
             "answer": answered,
             "misplaced_refusal": self._misplaced(refusals, answered),
         }
         for kind, found in rows.items():
-            write_rows(file_of(self.folder, kind), [dataclasses.asdict(row) for row in found])
+            own = [{**dataclasses.asdict(row), "model": self.inputs["model"]["fingerprint"]} for row in found]
+            write_rows(file_of(self.folder, kind), own)
         account = self._account(rows, round(time.monotonic() - started, 1))
         write_json_object(self.folder / ACCOUNT_FILE, account)
         self.partial.remove()
@@ -151,8 +145,8 @@ class _Writing:
 
     def _plain(self) -> list[Reply]:
         """Greedy replies to all prompts, as they are."""
-        questions: list[_Question] = []
-        for source, found in self.job.prompt_sets():
+        questions: list[GenerationRequest] = []
+        for source, found in self.job.prompts.items():
             own = [one for prompt in found.prompts for one in self._question("greedy", source, prompt, "greedy")]
             if not own and source != "borderline":
                 raise EvaluationError(f"none of the {source} prompts leaves the model room for a reply")
@@ -165,7 +159,7 @@ class _Writing:
         # A question's name decides its random numbers: "drawn" stays, so that an earlier version's replies come again.
         questions = [
             question
-            for prompt in self.job.prompts.harmful.prompts
+            for prompt in self.job.prompts["harmful"].prompts
             for draw in range(self.job.settings.samples)
             for question in self._question(f"drawn{draw}", "harmful", prompt, "sampled", "", {**sampled, "draw": draw})
         ]
@@ -181,7 +175,7 @@ class _Writing:
             done = {reply.record.prompt for reply in kept}
             questions = [
                 question
-                for prompt in self.job.prompts.harmful.prompts
+                for prompt in self.job.prompts["harmful"].prompts
                 if prompt.prompt not in done
                 for question in self._question(f"again{number}", "harmful", prompt, how, said)
             ]
@@ -200,7 +194,7 @@ class _Writing:
         short = [reply for reply in unasked if reply.record.num_tokens <= settings.refuse_tokens]
         counts[TOO_LONG] += len(unasked) - len(short)
         questions = []
-        for place, prompt in enumerate(self.job.prompts.harmful.prompts):
+        for place, prompt in enumerate(self.job.prompts["harmful"].prompts):
             for number, (how, said) in enumerate(self._ways_to_refuse(place)):
                 name, sampled = f"refuse{number}", self.sampling.settings()
                 questions += self._question(name, "harmful", prompt, how, said, sampled, settings.refuse_tokens)
@@ -216,12 +210,12 @@ class _Writing:
         more = min(count - len(first), len(starts))
         return [*first, *(("start", starts[(place * more + one) % len(starts)]) for one in range(more))]
 
-    def _templates(self, own: Sequence[OwnRow], model: str) -> list[OwnRow]:
+    def _templates(self, own: Sequence[OwnRow]) -> list[OwnRow]:
         """A refusal of ours for each prompt that the model could not be made to refuse, the rarest one."""
         refused = {row.prompt for row in own}
         used = Counter(plain(row.response) for row in own)
         found = []
-        for place, prompt in enumerate(self.job.prompts.harmful.prompts):
+        for place, prompt in enumerate(self.job.prompts["harmful"].prompts):
             if prompt.prompt in refused:
                 continue
             bank = self.job.wordings.refusals
@@ -230,7 +224,7 @@ class _Writing:
             used[plain(text)] += 1
             found.append(OwnRow(
                 prompt=prompt.prompt, response=text, kind="refuse", finished=True, judge_score=None, source="harmful",
-                category=prompt.category, decoding={"how": "template"}, model=model,
+                category=prompt.category, decoding={"how": "template"},
             ))  # fmt: skip
         return found
 
@@ -260,13 +254,13 @@ class _Writing:
     def _question(
         self,
         name: str,
-        source: Source,
+        source: PromptSource,
         prompt: RetainExample,
         how: str,
         said: str = "",
         sampled: Mapping[str, Any] | None = None,
         length: int | None = None,
-    ) -> list[_Question]:
+    ) -> list[GenerationRequest]:
         """One question, greedy unless settings of sampling are given; none where it leaves no room for a reply."""
         words = {_SAID_AS[how]: said} if how in _SAID_AS else {}
         length = length or self.job.settings.max_new_tokens
@@ -274,8 +268,9 @@ class _Writing:
         if not self.writer.has_room(request, length):
             self.left_out[f"{source}, {how}: {TOO_LONG_PROMPT}"] += 1
             return []
-        decoding = {"how": how, "max_new_tokens": length, **(sampled or {"do_sample": False}), **words}
-        return [_Question(request=request, source=source, decoding=decoding)]
+        settings = sampled or {"do_sample": False}
+        self.decodings[request.id] = {"how": how, "max_new_tokens": length, **settings, **words}
+        return [request]
 
     def _refusal_alone(self, record: GenerationRecord) -> GenerationRecord:
         """A reply that refuses, up to the end of its refusal; any other as it is."""
@@ -285,15 +280,15 @@ class _Writing:
         tokens = len(self.writer.tokenizer(alone, add_special_tokens=False)["input_ids"])
         return dataclasses.replace(record, reply=alone, num_tokens=tokens, finished=True)
 
-    def _ask(self, questions: Sequence[_Question], told: str, *, alone: bool = False) -> list[Reply]:
+    def _ask(self, questions: Sequence[GenerationRequest], told: str, *, alone: bool = False) -> list[Reply]:
         """Replies to questions of one decoding, whole and judged; ``alone``: refusals without what follows them."""
         if not questions:
             return []
-        decoding = questions[0].decoding
+        decoding = self.decodings[questions[0].id]
         records = generate_replies(
             self.job.loaded.model,
             self.writer.tokenizer,
-            [question.request for question in questions],
+            questions,
             stop_ids=self.stop_ids,
             max_new_tokens=decoding["max_new_tokens"],
             batch_size=self.job.settings.batch_size,
@@ -309,8 +304,8 @@ class _Writing:
             whole = [self._refusal_alone(record) for record in whole]
         outcomes = decide_outcomes(whole, self.judge, {}, short_answer_words=0)
         return [
-            Reply(record=record, outcome=outcome, source=question.source, decoding=question.decoding)
-            for record, outcome, question in zip(whole, outcomes, questions, strict=True)
+            Reply(record=record, outcome=outcome, decoding=self.decodings[record.id])
+            for record, outcome in zip(whole, outcomes, strict=True)
         ]
 
     def _account(self, rows: Mapping[OwnKind, Sequence[OwnRow]], seconds: float) -> dict[str, Any]:
@@ -340,7 +335,7 @@ class _Writing:
             },
             "prompts": {
                 source: {**dataclasses.asdict(found.provenance), "prompts": len(found.prompts)}
-                for source, found in self.job.prompts.sets().items()
+                for source, found in self.job.prompts.items()
             },
             "left_out": dict(sorted(self.left_out.items())),
             "kinds": kinds,
