@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -41,7 +41,9 @@ def wants_own_replies(config: DataConfig) -> bool:
         DataError: A table can't be read.
         RecipeError: What goes with own replies alone is set without them.
     """
-    wanted = config.own_replies or any(_is_list_of_prompts(source) for source in (config.forget, config.retain))
+    wanted = config.own_replies or any(
+        _asks_only(source, columns.is_list_of_prompts) for source in (config.forget, config.retain)
+    )
     if not wanted and (config.borderline is not None or config.own_share < 1):
         name = "own_share" if config.borderline is None else "borderline"
         raise RecipeError(f"data.{name} goes with own replies: set data.own_replies=true, or leave it out")
@@ -54,21 +56,15 @@ def lacks_answers(source: SourceConfig) -> bool:
     Raises:
         DataError: It can't be read.
     """
-    found = _unknown_columns(source)
-    return found is not None and columns.has_only_prompts(found, source)
+    return _asks_only(source, columns.has_only_prompts)
 
 
-def _is_list_of_prompts(source: SourceConfig) -> bool:
-    found = _unknown_columns(source)
-    return found is not None and columns.is_list_of_prompts(found, source)
-
-
-def _unknown_columns(source: SourceConfig) -> Columns | None:
-    """The columns of a table of no known format."""
+def _asks_only(source: SourceConfig, looks_so: Callable[[Columns, SourceConfig], bool]) -> bool:
+    """Whether the columns of a table of no known format look as if it had prompts alone."""
     if source.path == EMBEDDED or source.format not in ("auto", columns.NAME):
-        return None
+        return False
     found = Columns(read_table(source).columns)
-    return None if is_known(found) else found
+    return not is_known(found) and looks_so(found, source)
 
 
 def load_own_prompts(

@@ -46,8 +46,8 @@ def _two_answers(row: Row) -> Iterator[Pair | LeftOut]:
             yield answer
 
 
-def _one_answer(category: str, row: Row) -> Iterator[Pair | LeftOut]:
-    yield _marked(row, "response", "is_safe", category)
+def _one_answer(row: Row, category: str = "harm_category") -> list[Pair | LeftOut]:
+    return [_marked(row, "response", "is_safe", category)]
 
 
 def _marked(row: Row, answer: str, is_safe: str, category: str) -> Pair | LeftOut:
@@ -64,13 +64,13 @@ PKU_SAFERLHF = Format(
     "pku_saferlhf",
     (
         Form(("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"), _two_answers),
-        Form(("prompt", "response", "is_safe"), partial(_one_answer, "harm_category"), unless="category"),
+        Form(("prompt", "response", "is_safe"), _one_answer, unless="category"),
     ),
     kinds=("forget",),
 )
 """With ``category`` beside one answer it is BeaverTails."""
 BEAVERTAILS = Format(
     "beavertails",
-    (Form(("prompt", "response", "category", "is_safe"), partial(_one_answer, "category")),),
+    (Form(("prompt", "response", "category", "is_safe"), partial(_one_answer, category="category")),),
     kinds=("forget",),
 )
