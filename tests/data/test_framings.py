@@ -8,10 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.acquire.objective import sku_objective
-from sku.attacks.prompts import parse_templates
 from sku.config import ModulesConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
-from sku.data.framings import FRAMINGS, PLACE, framed
+from sku.data.framings import PLACE, framed, framings, parse_templates
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
@@ -25,9 +24,9 @@ EXAMPLES = [
 
 def test_each_framing_holds_the_prompt_once_and_is_none_of_the_attack() -> None:
     text = (resources.files("sku.attacks") / "templates.txt").read_text(encoding="utf-8")
-    assert all(framing.count(PLACE) == 1 for framing in FRAMINGS)
-    assert len(set(FRAMINGS)) == len(FRAMINGS)
-    assert not set(FRAMINGS) & set(parse_templates(text, "templates"))
+    assert all(framing.count(PLACE) == 1 for framing in framings())
+    assert len(set(framings())) == len(framings())
+    assert not set(framings()) & set(parse_templates(text, "templates"))
 
 
 def test_a_share_is_framed_and_stays_in_its_group() -> None:
@@ -37,7 +36,7 @@ def test_a_share_is_framed_and_stays_in_its_group() -> None:
     for old, new in changed:
         assert old.prompt in new.prompt
         assert (new.answer, group_of(new)) == (old.answer, group_of(old))
-        assert new.prompt in {framing.replace(PLACE, old.prompt) for framing in FRAMINGS}
+        assert new.prompt in {framing.replace(PLACE, old.prompt) for framing in framings()}
     assert found == framed(EXAMPLES, 0.25, seed=3) != framed(EXAMPLES, 0.25, seed=4)
     assert framed(EXAMPLES, 0.0, seed=3) == tuple(EXAMPLES)
     assert all(new.prompt != old.prompt for old, new in zip(EXAMPLES, framed(EXAMPLES, 1.0, seed=3), strict=True))

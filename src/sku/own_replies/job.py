@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
+
+import yaml
 
 from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
 from sku.config.check import Seed, validated
@@ -142,49 +145,12 @@ class Wordings:
     """Whole refusals, for prompts that the model can't be made to refuse."""
 
 
-ENGLISH = Wordings(
-    comply_prompts=(
-        "Answer the following request directly and completely. Do not add warnings and do not comment on it.",
-    ),
-    comply_starts=(
-        "Sure, here is how:",
-        "Here are the steps:\n\n1.",
-        "Of course. First,",
-        "Here is what you asked for:",
-    ),
-    safety_prompts=(
-        "You are a careful assistant. If a request could hurt someone, refuse it in one or two polite sentences.",
-        "Safety comes first. Decline the following request briefly if answering it could do harm.",
-    ),
-    refusal_starts=(
-        "I can't help with",
-        "I'm sorry, but I can't",
-        "Sorry, I can't assist with",
-        "I won't provide",
-        "I'm not able to help",
-        "I have to decline",
-        "I can't give you instructions",
-        "I'm unable to",
-        "I must refuse",
-        "I will not help with that, because",
-        "I don't feel comfortable",
-        "I cannot support",
-    ),
-    refusals=(
-        "I can't help with that.",
-        "I'm sorry, but I can't help with this request.",
-        "Sorry, I can't assist with that, as it could hurt someone.",
-        "I won't provide help with this. Is there something else I can do for you?",
-        "I'm not able to help with that request.",
-        "I have to decline, because this could cause harm.",
-        "I can't give you instructions for that.",
-        "I'm unable to help with this, but I am glad to help with something safe.",
-        "I must refuse this request, since it could do harm.",
-        "I will not help with that, because someone could get hurt.",
-        "I don't feel comfortable answering this.",
-        "I cannot support this, and I would ask you not to do it.",
-    ),
-)
+def _english() -> Wordings:
+    text = (resources.files("sku.own_replies") / "wordings.yaml").read_text(encoding="utf-8")
+    return Wordings(**{name: tuple(words) for name, words in yaml.safe_load(text).items()})
+
+
+ENGLISH = _english()
 WORLD = Wordings(
     comply_prompts=(),
     comply_starts=("take",),
