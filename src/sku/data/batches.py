@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.data.joint import RETAIN, JointExample, RetainTokens
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import TokenizedExample, shared_length
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 
@@ -289,7 +289,7 @@ def _add_group(
     places: dict[int, Tensor],
 ) -> None:
     """Appends the rows of a group, after what they share, and notes the place of each of their tokens."""
-    shared = _common_prefix([sequences[index] for index in members]) if len(members) > 1 else 0
+    shared = shared_length(*(sequences[index] for index in members)) if len(members) > 1 else 0
     prefix, shared_places = None, torch.arange(len(ids), len(ids) + shared)
     if shared:
         prefix = len(segments)
@@ -301,11 +301,6 @@ def _add_group(
         if own:
             segments.append(Segment(len(own), prefix))
             ids.extend(own)
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    columns = zip(*sequences, strict=False)  # Ends with the shortest.
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _kept_places(
@@ -323,7 +318,7 @@ def _kept_places(
         kinds[kind] = KeptPlaces(
             score_N=score_N,
             place_N=score_places[score_N],
-            targets_N=torch.cat([_targets(rows[index].tokens, positions[index]) for index in own]),
+            targets_N=torch.cat([torch.tensor(rows[index].tokens.input_ids)[positions[index] + 1] for index in own]),
             row_N=torch.arange(len(own)).repeat_interleave(counts),
             example_M=torch.tensor([rows[index].example for index in own]),
         )
@@ -335,10 +330,6 @@ def _kept_positions(row: SourceRow, retain_tokens: RetainTokens) -> Tensor:
     if row.kind == RETAIN and retain_tokens != "answer":
         return torch.arange(len(row.tokens.labels) - 1)
     return (torch.tensor(row.tokens.labels[1:], dtype=torch.long) != IGNORE_INDEX).nonzero()[:, 0]
-
-
-def _targets(tokens: TokenizedExample, positions: Tensor) -> Tensor:
-    return torch.tensor(tokens.input_ids)[positions + 1]
 
 
 class JointCollator:

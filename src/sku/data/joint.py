@@ -295,7 +295,7 @@ class JointDataset(Dataset[JointExample]):
 
     def _safe_rows(self) -> dict[int, TokenizedExample]:
         """Position among ``data.forget_train`` -> its safe answer after its prompt."""
-        wanted: list[tuple[int, RetainExample]] = []
+        self._safe_examples: dict[int, RetainExample] = {}
         for example in self._forget:
             forget = self._data.forget_train[example.example_id]
             answer, finished = forget.safe_answer, forget.safe_answer_finished
@@ -304,17 +304,17 @@ class JointDataset(Dataset[JointExample]):
                 finished = True
             if answer is not None:
                 safe = RetainExample(prompt=forget.prompt, answer=answer, finished=finished)
-                wanted.append((example.example_id, safe))
-        if not wanted:
+                self._safe_examples[example.example_id] = safe
+        if not self._safe_examples:
             raise DataError(
                 f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
                 "(PKU-SafeRLHF, safe_answer_column), or refusal_tuning, which brings its own refusals"
             )
-        self._safe_examples = dict(wanted)
-        rows = self._tokenize("safe_answers", [example for _, example in wanted], train_on_end=True)
+        rows = self._tokenize("safe_answers", [*self._safe_examples.values()], train_on_end=True)
         if self._rows.safe == "all":
             self._check_whole("safe_answers", "data.refusals")
-        return {wanted[row.example_id][0]: row for row in rows}
+        places = list(self._safe_examples)
+        return {places[row.example_id]: row for row in rows}
 
     def _refused_rows(self) -> list[TokenizedExample]:
         """The normal rows with misplaced refusals for answers, in the same order."""

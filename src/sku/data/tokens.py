@@ -334,15 +334,17 @@ def _compare_tokens(
     ids: list[int], text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
 ) -> TokenSpans:
     def tokens_shared_with(part: str) -> int:
-        return _shared_length(ids, encode(part, tokenizer, add_special_tokens=text.add_special_tokens))
+        return shared_length(ids, encode(part, tokenizer, add_special_tokens=text.add_special_tokens))
 
     answer_start = tokens_shared_with(text.prompt_text)
     end_start = tokens_shared_with(text.prompt_text + text.answer_text) if with_end else len(ids)
     user_start = min(tokens_shared_with(text.prompt_text[: text.user_start]), answer_start)
     after = encode(text.prompt_text[text.user_end :], tokenizer, add_special_tokens=False)
-    user_end = answer_start - _shared_length(ids[:answer_start][::-1], after[::-1])
+    user_end = answer_start - shared_length(ids[:answer_start][::-1], after[::-1])
     return TokenSpans(ids, user_start, max(user_start, user_end), answer_start, max(answer_start, end_start))
 
 
-def _shared_length(left: list[int], right: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+def shared_length(*sequences: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    columns = zip(*sequences, strict=False)  # Ends with the shortest.
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
