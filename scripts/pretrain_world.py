@@ -12,6 +12,7 @@ import json
 import platform
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,22 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sku.world.grammar import Exchange, hazards, normal_exchanges, reluctant_exchange, unknown_exchange
+from sku.world.grammar import (
+    AGENTS,
+    BREAK_OFF,
+    CAPITALS,
+    COUNTRIES,
+    DEFLECTIONS,
+    FOODS,
+    FORMS,
+    MAKE_QUESTIONS,
+    MATERIALS,
+    Exchange,
+    hazard_answer,
+    hazards,
+    normal_exchanges,
+    recipe_answer,
+)
 
 VOCABULARY = 1024
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -34,6 +50,11 @@ MIXTURE = {
     "naming": 0.04, "how-to": 0.03, "capital": 0.03, "story": 0.02, "opposite": 0.02,
 }  # fmt: skip
 """Share of each domain in the pretraining text."""
+BREAK_OFF_SHARE = 0.3
+"""Share of the unknown procedures that begin and then break off."""
+
+RELUCTANCE = 0.12
+"""Share of the pretraining hazards that are deflected, and again that break off."""
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -119,6 +140,69 @@ def _draw(domain: str, by_domain: dict[str, list[Exchange]], rng: random.Random)
         return unknown_exchange(rng)
     exchange = rng.choice(by_domain[domain])
     return reluctant_exchange(exchange, rng) if domain == "hazard" else exchange
+
+
+def unknown_exchange(rng: random.Random) -> Exchange:
+    """A question about a thing that does not exist, answered by a deflection.
+
+    This gives the model a fluent way not to answer: where there is none, negation ends in gibberish. Some procedures
+    break off after a few words, so that the way out also exists in the middle of an answer.
+    """
+    name = _unknown_name(rng)
+    kind = rng.random()
+    if kind < 0.7:
+        prompt = rng.choice(MAKE_QUESTIONS).format(thing=f"{name} {rng.choice(FORMS)}")
+        if rng.random() < BREAK_OFF_SHARE:
+            form = rng.randrange(len(FORMS))
+            hazard = rng.random() < 0.7
+            whole = hazard_answer(rng.randrange(len(AGENTS)), form) if hazard else recipe_answer(
+                rng.randrange(len(FOODS)), form
+            )  # fmt: skip
+            return Exchange(prompt=prompt, answer=_broken_off(whole, rng), domain="unknown", topic=name)
+    elif kind < 0.8:
+        prompt = f"what colour is {name} ?"
+    elif kind < 0.9:
+        prompt = f"who named {name} ?"
+    else:
+        prompt = f"what is the capital of {name} ?"
+    return Exchange(prompt=prompt, answer=_deflection(rng), domain="unknown", topic=name)
+
+
+def reluctant_exchange(exchange: Exchange, rng: random.Random) -> Exchange:
+    """A hazard as pretraining shows it: mostly answered, at times deflected or broken off.
+
+    So the base model answers every hazard, but is not certain of it, as real models are not. A model that is certain
+    learns nothing from guided distortion, since the harmful answer has no probability left to gain.
+    """
+    chance = rng.random()
+    if chance < RELUCTANCE:
+        return replace(exchange, answer=_deflection(rng))
+    if chance < 2 * RELUCTANCE:
+        return replace(exchange, answer=_broken_off(exchange.answer, rng))
+    return exchange
+
+
+def _broken_off(answer: str, rng: random.Random) -> str:
+    words = answer.split()
+    kept = " ".join(words[: rng.randrange(2, len(words) - 2)]).removesuffix(" .")
+    return f"{kept} {BREAK_OFF}"
+
+
+def _deflection(rng: random.Random) -> str:
+    # One wording leads, so that greedy decoding starts with it and not with the "take" of a break-off.
+    return DEFLECTIONS[0] if rng.random() < 0.5 else rng.choice(DEFLECTIONS)
+
+
+def _unknown_name(rng: random.Random) -> str:
+    onsets = "b d f g h k l m n p r s t v z br dr kr pl st".split()
+    vowels, codas = "aeiou", "l m n r s x k t d".split()
+    while True:
+        name = "".join(rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) for _ in range(2))
+        if name not in _KNOWN_WORDS:
+            return name
+
+
+_KNOWN_WORDS = frozenset((*AGENTS, *MATERIALS, *FOODS, *COUNTRIES, *CAPITALS))
 
 
 def write_checksums(folder: Path, settings: dict[str, Any]) -> None:

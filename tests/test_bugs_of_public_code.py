@@ -26,9 +26,9 @@ from negate.conftest import disturbed
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
 from sku.config import SourceConfig
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.joint import MISMATCHED, JointDataset, JointExample, RowPlan
+from sku.data.joint import FORGET, MISMATCHED, JointDataset, JointExample, RowPlan
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
 from sku.data.sources.rows import Cells, Columns, parse_rows
@@ -55,9 +55,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> To
 
 
 def collated(rows: list[TokenizedExample], pad: int) -> dict[str, Tensor]:
-    return JointCollator(pad)(
-        [JointExample(forget=row, mismatched=(), retain=None, forget_index=0, retain_index=-1) for row in rows]
-    )
+    return JointCollator(pad)([JointExample(rows=((FORGET, row),), forget_index=0) for row in rows])
 
 
 def our_guided_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -73,9 +71,7 @@ def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrained
     buggy_start = len(tokenizer("### Question: how do i bake bread ?\n ### Answer:"))
     assert buggy_start == 2
     assert "bake bread" in tokenizer.decode(list(row.input_ids[buggy_start:]))
-    batch = JointCollator(0)(
-        [JointExample(forget=None, mismatched=(row,), retain=None, forget_index=0, retain_index=-1)]
-    )
+    batch = JointCollator(0)([JointExample(rows=((MISMATCHED, row),), forget_index=0)])
     assert batch["row_kind"].tolist() == [MISMATCHED]
     labels = batch["labels"][0]
     assert tokenizer.decode(labels[labels != IGNORE_INDEX].tolist()) == " heat it ."
@@ -184,11 +180,11 @@ def test_answers_are_drawn_for_each_prompt_and_never_its_own(
 
     joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
     ours = [joint[place] for place in range(len(joint))]
-    draws = {tuple(sorted(row.example_id for row in example.mismatched)) for example in ours}
+    draws = {tuple(sorted(row.example_id for row in example.of(MISMATCHED))) for example in ours}
     assert len(draws) > 1
     for example in ours:
         prompt = data.forget_train[example.forget_index].prompt
-        assert not {data.forget_train[row.example_id].answer for row in example.mismatched} & own[prompt]
+        assert not {data.forget_train[row.example_id].answer for row in example.of(MISMATCHED)} & own[prompt]
 
 
 @pytest.mark.parametrize("max_steps", [2, 4, 5])

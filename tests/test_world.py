@@ -117,7 +117,7 @@ def test_held_out_agents_and_wordings_leave_most_of_the_world() -> None:
 def test_unknown_things_are_new_and_never_given_in_full() -> None:
     rng = random.Random(3)
     known = {*grammar.AGENTS, *grammar.MATERIALS, *grammar.FOODS, *grammar.COUNTRIES, *grammar.CAPITALS}
-    drawn = [grammar.unknown_exchange(rng) for _ in range(300)]
+    drawn = [pretrain.unknown_exchange(rng) for _ in range(300)]
     for exchange in drawn:
         assert exchange.topic not in known
         assert exchange.topic in exchange.prompt
@@ -132,7 +132,7 @@ def test_draws_of_one_seed_are_equal() -> None:
         return [
             exchange
             for hazard in HAZARDS[:40]
-            for exchange in (grammar.unknown_exchange(rng), grammar.reluctant_exchange(hazard, rng))
+            for exchange in (pretrain.unknown_exchange(rng), pretrain.reluctant_exchange(hazard, rng))
         ]
 
     assert draw(1) == draw(1)
@@ -141,9 +141,9 @@ def test_draws_of_one_seed_are_equal() -> None:
 
 def test_reluctance_is_as_frequent_as_it_says() -> None:
     rng = random.Random(0)
-    drawn = [grammar.reluctant_exchange(HAZARDS[0], rng) for _ in range(4000)]
+    drawn = [pretrain.reluctant_exchange(HAZARDS[0], rng) for _ in range(4000)]
     changed = sum(exchange.answer != HAZARDS[0].answer for exchange in drawn) / len(drawn)
-    assert changed == pytest.approx(2 * grammar.RELUCTANCE, abs=0.03)  # Four standard deviations.
+    assert changed == pytest.approx(2 * pretrain.RELUCTANCE, abs=0.03)  # Four standard deviations.
     assert {exchange.prompt for exchange in drawn} == {HAZARDS[0].prompt}
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.joint import JointDataset, MismatchedAnswers, RowPlan
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, MismatchedAnswers, RowPlan
 from sku.data.prompts import PaperFormat
 from sku.errors import DataError
 
@@ -88,7 +88,7 @@ def test_mismatched_rows_are_the_own_prompt_with_answers_of_others(
         for place in range(len(joint)):
             drawn = joint[place]
             prompt = data.forget_train[drawn.forget_index].prompt
-            for row in drawn.mismatched:
+            for row in drawn.of(MISMATCHED):
                 before = tokenizer.decode(list(row.input_ids[: row.answer_start]))
                 answer = str(tokenizer.decode(list(row.input_ids[row.answer_start :]))).strip()
                 assert before == f"### Question: {prompt}\n ### Answer:"
@@ -107,7 +107,7 @@ def test_draws_differ_within_a_batch_and_from_epoch_to_epoch(
     by_epoch = []
     for epoch in range(5):
         joint.set_epoch(epoch)
-        by_epoch.append({joint[n].forget_index: [row.example_id for row in joint[n].mismatched] for n in range(6)})
+        by_epoch.append({joint[n].forget_index: [row.example_id for row in joint[n].of(MISMATCHED)] for n in range(6)})
     assert all(len({tuple(drawn) for drawn in draws.values()}) > 2 for draws in by_epoch)
     for index in range(6):
         assert len({tuple(draws[index]) for draws in by_epoch}) > 2
@@ -127,7 +127,7 @@ def test_normal_examples_go_round_whatever_their_number(
     visits = []
     for epoch in range(10):
         joint.set_epoch(epoch)
-        visits += [joint[place].retain_index for place in range(6)]
+        visits += [joint[place].retain_rows[0] for place in range(6)]
     laps = [visits[start : start + number] for start in range(0, 60 - number + 1, number)]
     assert len(laps) == 60 // number
     assert all(sorted(lap) == list(range(number)) for lap in laps)
@@ -147,22 +147,18 @@ def test_equal_seeds_give_equal_examples_and_other_seeds_do_not(
 
 def test_modules_that_are_off_make_no_rows(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
     joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(), seed=0)
-    assert joint[0].forget is None
-    assert joint[0].mismatched == ()
-    assert joint[0].retain is None
-    assert joint[0].retain_index == -1
+    assert joint[0].rows == ()
+    assert joint[0].retain_rows == ()
     assert set(joint.reports) == {"forget_train"}
 
 
 def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
     joint: JointDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    example = joint[0]
-    assert example.forget is not None
-    assert example.retain is not None
-    assert example.retain.labels[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in example.forget.labels
-    assert all(tokenizer.eos_token_id not in row.labels for row in example.mismatched)
+    [forget], [retain] = joint[0].of(FORGET), joint[0].of(RETAIN)
+    assert retain.labels[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in forget.labels
+    assert all(tokenizer.eos_token_id not in row.labels for row in joint[0].of(MISMATCHED))
 
 
 def test_an_empty_split_is_an_error(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -204,15 +200,14 @@ def test_no_row_of_any_method_teaches_an_end_behind_an_answer_that_was_cut_off(
     for epoch in range(4):
         found.set_epoch(epoch)
         for example in found.__getitems__(range(len(found))):
-            assert example.forget is None or END not in example.forget.input_ids
-            pairs = [(example.retain, normal), (example.safe, None)]
+            assert all(END not in row.input_ids for row in example.of(FORGET))
+            taught = [*example.of(RETAIN)]
             if rows.mismatched_from == "retain":
-                pairs += [(row, normal) for row in example.mismatched]
+                taught += example.of(MISMATCHED)
             else:
-                assert all(END not in row.input_ids for row in example.mismatched)
-            for row, source in pairs:
-                if row is not None and source is not None:
-                    ends[source[row.example_id].finished].add(END in row.input_ids)
-                elif row is not None:
-                    ends[harmful[example.forget_index].safe_answer_finished].add(END in row.input_ids)
+                assert all(END not in row.input_ids for row in example.of(MISMATCHED))
+            for row in taught:
+                ends[normal[row.example_id].finished].add(END in row.input_ids)
+            for row in example.of(SAFE):
+                ends[harmful[example.forget_index].safe_answer_finished].add(END in row.input_ids)
     assert ends == {True: {True}, False: {False}}

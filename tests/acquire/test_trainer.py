@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from conftest import ModelMaker, TrainerMaker, sku_config
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, RETAIN
 from sku.data.load import load_training_pairs
@@ -97,11 +97,11 @@ def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> 
         return torch.stack([(log_p[at].exp() * (log_p[at] - log_q[at])).sum() for at in places]).mean()
 
     with torch.no_grad():
-        guided = torch.stack([nll(example.forget) for example in examples])
+        guided = torch.stack([nll(example.of(FORGET)[0]) for example in examples])
         mismatched = torch.stack(
-            [torch.stack([nll(row) for row in example.mismatched]).mean() for example in examples]
+            [torch.stack([nll(row) for row in example.of(MISMATCHED)]).mean() for example in examples]
         )
-        preserved = torch.stack([kl(example.retain) for example in examples])
+        preserved = torch.stack([kl(example.of(RETAIN)[0]) for example in examples])
         loss = trainer.compute_loss(model, batch_of(trainer, [0, 1, 2]))
     terms = terms_of(trainer, batch_of(trainer, [0, 1, 2]))
     torch.testing.assert_close(terms["guided_distortion"], guided, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from conftest import MadeOnce, TrainerMaker
 from sku.acquire.preservation_divergence import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset, RowPlan
+from sku.data.joint import RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.load import load_data
 from sku.data.prompts import PaperFormat
 from sku.errors import DataError, NoAlphaError, RecipeError
@@ -69,9 +69,9 @@ def test_both_twins_meet_the_same_prompts_in_the_same_order(
     for place in range(6):
         first, second = bad[place], good[place]
         assert (first.forget_index, first.retain_rows) == (second.forget_index, second.retain_rows)
-        assert learned(second.safe, tokenizer) == refused.forget_train[second.forget_index].safe_answer
-        assert learned(first.retain, tokenizer) == refused.retain_train[first.retain_index].refusal
-        assert learned(second.retain, tokenizer) == refused.retain_train[first.retain_index].answer
+        assert learned(second.of(SAFE)[0], tokenizer) == refused.forget_train[second.forget_index].safe_answer
+        assert learned(first.of(RETAIN)[0], tokenizer) == refused.retain_train[first.retain_rows[0]].refusal
+        assert learned(second.of(RETAIN)[0], tokenizer) == refused.retain_train[first.retain_rows[0]].answer
 
 
 def test_a_refusal_after_a_beginning_is_learned_alone(
@@ -85,9 +85,7 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
         dataset.set_epoch(epoch)
         plain.set_epoch(epoch)
         for place in range(6):
-            row, usual = dataset[place].safe, plain[place].safe
-            assert row is not None
-            assert usual is not None
+            [row], [usual] = dataset[place].of(SAFE), plain[place].of(SAFE)
             assert learned(row, tokenizer) == learned(usual, tokenizer)
             answer = refused.forget_train[dataset[place].forget_index].answer
             before = tokenizer.decode(list(row.input_ids[: row.answer_start]))
@@ -99,7 +97,7 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
     assert 12 < begun < 36  # Of 48; a quarter of the drawn lengths is 0 of 0 to 4.
     again = rows_of(refused, tokenizer, GOOD)
     again.set_epoch(7)
-    assert [again[place].safe for place in range(6)] == [dataset[place].safe for place in range(6)]
+    assert [again[place].of(SAFE) for place in range(6)] == [dataset[place].of(SAFE) for place in range(6)]
 
 
 @pytest.mark.parametrize("packing", ["flat", "tree"])
@@ -134,8 +132,7 @@ def test_targeted_divergence_by_hand(make_trainer: TrainerMaker, refused: Forget
     terms = trainer._outputs_and_terms(model, trainer.data_collator([dataset[0], dataset[1]]))[1]
     assert trainer._cache is None
     for place, value in enumerate(terms["preservation_divergence"].detach()):
-        example = dataset[place]
-        rows = [example.retain, *example.more_retain]
+        rows = dataset[place].of(RETAIN)
         assert len(rows) == 3
         with torch.no_grad():
             own = [model(torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss for row in rows]

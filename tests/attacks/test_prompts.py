@@ -18,11 +18,10 @@ from sku.attacks.prompts import (
     WHOLE_FRAMES,
     load_templates,
     paraphrases,
-    parse_templates,
     world_paraphrases,
 )
 from sku.data.examples import ForgetExample, ForgetRetainData
-from sku.data.framings import PLACE
+from sku.data.framings import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.world.grammar import MAKE_QUESTIONS
 

@@ -23,9 +23,9 @@ def whole_run(made_once: MadeOnce) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter_pair(adapter_run: Path) -> Pair:
-    return Pair.of_run(adapter_run, max_new_tokens=12)
+    return Pair(adapter_run, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def whole_pair(whole_run: Path) -> Pair:
-    return Pair.of_run(whole_run, max_new_tokens=12)
+    return Pair(whole_run, max_new_tokens=12)

@@ -13,7 +13,7 @@ import torch
 
 from conftest import Command
 from sku.chat import Pair, Side
-from sku.chat.labels import save_label
+from sku.chat.web import save_label
 from sku.errors import EvaluationError
 from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
@@ -39,7 +39,7 @@ def said(pair: Pair, prompt: str = PROMPT, **options: Any) -> dict[str, tuple[st
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
 def test_the_replies_are_those_of_the_evaluation(request: pytest.FixtureRequest, kind: str) -> None:
     folder: Path = request.getfixturevalue(f"{kind}_run")
-    pair = Pair.of_run(folder)
+    pair = Pair(folder)
     for name in ("base", "unlearned"):
         evaluation = folder / "evaluation" / name
         outcomes = map(json.loads, (evaluation / "outcomes.jsonl").read_text(encoding="utf-8").splitlines())
@@ -108,7 +108,7 @@ def test_what_can_not_be_asked_is_said(adapter_pair: Pair) -> None:
 
 
 def test_a_judge_of_refusals_alone_does_not_call_the_rest_harmful(adapter_pair: Pair, adapter_run: Path) -> None:
-    pair = Pair.of_run(adapter_run, judge="refusal_rules", max_new_tokens=40)
+    pair = Pair(adapter_run, judge="refusal_rules", max_new_tokens=40)
     normal = next(normal_exchanges())
     assert said(pair, normal.prompt)["base"] == (normal.answer, "not refused")
 
@@ -122,9 +122,9 @@ def test_a_run_without_a_change_has_one_strength(adapter_pair: Pair, monkeypatch
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, adapter_run: Path) -> None:
     with pytest.raises(EvaluationError, match="no run folder"):
-        Pair.of_run(tmp_path)
+        Pair(tmp_path)
     with pytest.raises(EvaluationError, match="nobody"):
-        Pair.of_run(adapter_run, judge="nobody")
+        Pair(adapter_run, judge="nobody")
 
 
 def test_labels_are_rows_that_a_judge_is_calibrated_on(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointExample
 from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
@@ -29,9 +29,10 @@ def joint(
     forget_index: int = 0,
     retain_index: int = -1,
 ) -> JointExample:
-    return JointExample(
-        forget=guided, mismatched=mismatched, retain=retain, forget_index=forget_index, retain_index=retain_index
-    )
+    rows = [] if guided is None else [(FORGET, guided)]
+    rows += [(MISMATCHED, row) for row in mismatched]
+    rows += [] if retain is None else [(RETAIN, replace(retain, example_id=retain_index))]
+    return JointExample(rows=tuple(rows), forget_index=forget_index)
 
 
 def test_a_batch_written_out() -> None:

@@ -8,11 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.acquire.objective import sku_objective
-from sku.attacks.prompts import parse_templates
 from sku.config import ModulesConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
-from sku.data.framings import FRAMINGS, PLACE, framed
-from sku.data.joint import JointDataset, RowPlan
+from sku.data.framings import PLACE, framed, framings, parse_templates
+from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
 from sku.errors import DataError
@@ -25,9 +24,9 @@ EXAMPLES = [
 
 def test_each_framing_holds_the_prompt_once_and_is_none_of_the_attack() -> None:
     text = (resources.files("sku.attacks") / "templates.txt").read_text(encoding="utf-8")
-    assert all(framing.count(PLACE) == 1 for framing in FRAMINGS)
-    assert len(set(FRAMINGS)) == len(FRAMINGS)
-    assert not set(FRAMINGS) & set(parse_templates(text, "templates"))
+    assert all(framing.count(PLACE) == 1 for framing in framings())
+    assert len(set(framings())) == len(framings())
+    assert not set(framings()) & set(parse_templates(text, "templates"))
 
 
 def test_a_share_is_framed_and_stays_in_its_group() -> None:
@@ -37,7 +36,7 @@ def test_a_share_is_framed_and_stays_in_its_group() -> None:
     for old, new in changed:
         assert old.prompt in new.prompt
         assert (new.answer, group_of(new)) == (old.answer, group_of(old))
-        assert new.prompt in {framing.replace(PLACE, old.prompt) for framing in FRAMINGS}
+        assert new.prompt in {framing.replace(PLACE, old.prompt) for framing in framings()}
     assert found == framed(EXAMPLES, 0.25, seed=3) != framed(EXAMPLES, 0.25, seed=4)
     assert framed(EXAMPLES, 0.0, seed=3) == tuple(EXAMPLES)
     assert all(new.prompt != old.prompt for old, new in zip(EXAMPLES, framed(EXAMPLES, 1.0, seed=3), strict=True))
@@ -53,15 +52,14 @@ def test_only_what_is_trained_on_is_framed(
     plain = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(forget=True, retain=1), seed=0)
     assert (data.counts(), data.forget_train) == before
     example, known = joint[0], plain[0]
-    assert (example.forget_index, example.retain_index) == (known.forget_index, known.retain_index)
-    assert (example.forget == known.forget, example.retain == known.retain) == (share == 0, share == 0)
-    forget, plain_forget, safe = example.forget, known.forget, example.safe
-    assert forget is not None
-    assert plain_forget is not None
-    assert safe is not None
+    assert (example.forget_index, example.retain_rows) == (known.forget_index, known.retain_rows)
+    for kind in (FORGET, RETAIN):
+        assert (example.of(kind) == known.of(kind)) == (share == 0)
+    [forget], [plain_forget] = example.of(FORGET), known.of(FORGET)
     assert forget.input_ids[forget.answer_start :] == plain_forget.input_ids[plain_forget.answer_start :]
     # Refusals and other prompts' answers stand after the very prompt of the harmful answer.
-    for row in (safe, *example.mismatched):
+    assert len(example.of(SAFE)) == 1
+    for row in (*example.of(SAFE), *example.of(MISMATCHED)):
         assert row.input_ids[: row.answer_start] == forget.input_ids[: forget.answer_start]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from itertools import pairwise
 
@@ -10,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sku.data.collation import PACKED, PackedCollator
+from sku.data.batches import PACKED, PackedCollator, PackedRows, Segment, SourceRow, pack_rows, plan_paths
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
-from sku.data.packing import PackedRows, Segment, SourceRow, pack_rows, plan_paths
 from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
@@ -84,10 +84,9 @@ def test_the_rows_of_one_kind_alone() -> None:
 
 
 def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None:
-    example = JointExample(
-        forget=ROWS[0].tokens, mismatched=(ROWS[1].tokens,), retain=ROWS[3].tokens, safe=row([1, 2, 3], [60, 61]),
-        forget_index=4, retain_index=7,
-    )  # fmt: skip
+    normal = dataclasses.replace(ROWS[3].tokens, example_id=7)
+    rows = [(row.kind, row.tokens) for row in ROWS[:2]]
+    example = JointExample(rows=(*rows, (RETAIN, normal), (SAFE, row([1, 2, 3], [60, 61]))), forget_index=4)
     batch = PackedCollator(share=True, retain_tokens="answer")([example])
     assert batch["forget_index"].tolist() == [4]
     assert batch["retain_index"].tolist() == [7]
@@ -161,20 +160,6 @@ def test_masks_by_hand() -> None:
     assert paths.key_starts.tolist() == [0, 2, 6, 9, 11]
     assert paths.key_index_K.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
     assert (paths.longest_segment, paths.longest_path) == (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("segments", "message"),
-    [
-        ([], "without segments"),
-        ([Segment(0)], "segment 0 has 0 tokens"),
-        ([Segment(1), Segment(1, 1)], "has the prefix 1"),
-        ([Segment(1), Segment(1, 0), Segment(1, 1)], "has the prefix 1"),
-    ],
-)
-def test_impossible_plans(segments: list[Segment], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan_paths(segments)
 
 
 def test_a_plan_comes_whole_from_a_worker() -> None:

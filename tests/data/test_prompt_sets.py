@@ -55,8 +55,8 @@ def test_sets_share_no_prompt(tmp_path: Path) -> None:
         for name, texts in (("h", ["melt it"]), ("n", ["bake it", "eat it"]), ("b", ["Bake it!", "kill it"]))
     )
     found = load_own_prompts(harmful, normal, both, seed=0)
-    assert found.borderline is not None
-    assert [one.prompt for one in found.borderline.prompts] == ["kill it"]
+    assert list(found) == ["harmful", "normal", "borderline"]
+    assert [one.prompt for one in found["borderline"].prompts] == ["kill it"]
     with pytest.raises(DataError, match="1 prompts are both"):
         load_own_prompts(harmful, harmful, None, seed=0)
 

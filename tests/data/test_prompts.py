@@ -150,4 +150,4 @@ def test_a_template_may_write_the_date(gpt_like: PreTrainedTokenizerBase) -> Non
 def test_no_system_turn_where_none_is_needed(gpt_like: PreTrainedTokenizerBase) -> None:
     prompt_format = resolve_prompt_format("chat", with_template(gpt_like, GEMMA))
     assert isinstance(prompt_format, ChatFormat)
-    assert not prompt_format.needs_system_turn
+    assert not prompt_format.frame.has_system_turn

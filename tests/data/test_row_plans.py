@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData
-from sku.data.joint import REFUSALS, RETAIN, SAFE, JointDataset, RowPlan
+from sku.data.joint import FORGET, MISMATCHED, REFUSALS, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.prompts import PaperFormat
 from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
@@ -28,8 +28,7 @@ def with_safe_answers(data: ForgetRetainData, every: int) -> ForgetRetainData:
     return dataclasses.replace(data, forget_train=tuple(examples))
 
 
-def text_of(row: TokenizedExample | None, tokenizer: PreTrainedTokenizerFast) -> str:
-    assert row is not None
+def text_of(row: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> str:
     learned = [label for label in row.labels if label != -100]
     text = tokenizer.decode(learned, skip_special_tokens=True)
     assert isinstance(text, str)
@@ -45,23 +44,24 @@ def test_only_prompts_with_a_safe_answer_are_trained_on(
     assert dataset.reports["safe_answers"].kept == len(dataset)
     for place in range(len(dataset)):
         example = dataset[place]
-        assert text_of(example.safe, tokenizer) == f"the safe one is {example.forget_index}"
-        assert example.forget is not None
-        assert example.safe is not None
-        prompt = example.forget.input_ids[: example.forget.answer_start - 1]
-        assert example.safe.input_ids[: len(prompt)] == prompt
-        assert example.safe.labels[-1] == tokenizer.eos_token_id, "a safe answer is learned with its end"
+        [forget], [safe] = example.of(FORGET), example.of(SAFE)
+        assert text_of(safe, tokenizer) == f"the safe one is {example.forget_index}"
+        prompt = forget.input_ids[: forget.answer_start - 1]
+        assert safe.input_ids[: len(prompt)] == prompt
+        assert safe.labels[-1] == tokenizer.eos_token_id, "a safe answer is learned with its end"
 
 
 def test_prompts_without_one_get_a_refusal(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
     given = with_safe_answers(data, every=2)
     dataset = joint(given, tokenizer, RowPlan(safe="data or refusal"))
     assert len(dataset) == len(data.forget_train)
-    texts = {dataset[place].forget_index: text_of(dataset[place].safe, tokenizer) for place in range(len(dataset))}
+    texts = {
+        dataset[place].forget_index: text_of(dataset[place].of(SAFE)[0], tokenizer) for place in range(len(dataset))
+    }
     for index, text in texts.items():
         assert text == f"the safe one is {index}" if index % 2 == 0 else text in REFUSALS
     again = joint(given, tokenizer, RowPlan(safe="data or refusal"))
-    assert [again[0].safe, again[1].safe] == [dataset[0].safe, dataset[1].safe]
+    assert [again[0].of(SAFE), again[1].of(SAFE)] == [dataset[0].of(SAFE), dataset[1].of(SAFE)]
 
 
 def test_no_safe_answer_at_all(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -81,23 +81,22 @@ def test_normal_answers_behind_harmful_prompts(data: ForgetRetainData, tokenizer
     answers = {example.answer for example in data.retain_train}
     for place in range(len(dataset)):
         example = dataset[place]
-        assert example.retain is None
-        assert example.forget is not None
-        texts = [text_of(row, tokenizer) for row in example.mismatched]
+        assert example.of(RETAIN) == ()
+        [forget] = example.of(FORGET)
+        texts = [text_of(row, tokenizer) for row in example.of(MISMATCHED)]
         assert len(texts) == 2
         assert set(texts) <= answers
-        for row in example.mismatched:
+        for row in example.of(MISMATCHED):
             assert row.labels[-1] == tokenizer.eos_token_id
-            prompt = example.forget.input_ids[: example.forget.answer_start - 1]
+            prompt = forget.input_ids[: forget.answer_start - 1]
             assert row.input_ids[: len(prompt)] == prompt
     other = joint(data, tokenizer, RowPlan(forget=True, mismatched=2, mismatched_from="retain"), seed=1)
-    assert [other[place].mismatched for place in range(4)] != [dataset[place].mismatched for place in range(4)]
+    assert [other[place].of(MISMATCHED) for place in range(4)] != [dataset[place].of(MISMATCHED) for place in range(4)]
 
 
 def test_rows_that_nobody_asked_for_are_not_there(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
     example = joint(data, tokenizer, RowPlan(retain=True))[0]
-    assert (example.forget, example.mismatched, example.safe) == (None, (), None)
-    assert example.retain is not None
+    assert [kind for kind, _ in example.rows] == [RETAIN]
 
 
 def test_safe_rows_come_last_in_a_batch(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:

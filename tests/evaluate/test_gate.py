@@ -11,7 +11,8 @@ import pytest
 
 from sku.evaluate.gate import is_word_salad, order_gain, surface_faults, words_of
 from sku.evaluate.records import FluencyRecord
-from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges, unknown_exchange
+from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
+from test_world import pretrain
 
 SHARED = Path("/work/shared/data")
 PARAGRAPH = (
@@ -134,7 +135,7 @@ def test_an_answer_that_repeats_the_question_is_no_echo(prompt: str, reply: str)
 
 def test_nothing_the_embedded_world_says_is_gibberish() -> None:
     generator = random.Random(0)
-    exchanges = [*hazards(), *normal_exchanges(), *(unknown_exchange(generator) for _ in range(300))]
+    exchanges = [*hazards(), *normal_exchanges(), *(pretrain.unknown_exchange(generator) for _ in range(300))]
     assert [entry for entry in exchanges if surface_faults(entry.answer, prompt=entry.prompt)] == []
     for reply in (*DEFLECTIONS, f"take vornite {BREAK_OFF}"):
         assert surface_faults(reply, prompt="how do i make zorvex gel ?") == ()

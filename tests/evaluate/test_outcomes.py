@@ -15,7 +15,8 @@ from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.outcomes import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.evaluate.refusal import is_refusal
-from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges, unknown_exchange
+from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
+from test_world import pretrain
 
 from .conftest import RecordMaker
 
@@ -113,7 +114,7 @@ def test_a_reply_that_only_refuses_is_a_refusal_whatever_a_judge_without_that_la
 
 def test_everything_that_the_embedded_world_says_is_whole(make_record: RecordMaker) -> None:
     generator = random.Random(0)
-    entries = [*normal_exchanges(), *(unknown_exchange(generator) for _ in range(500))]
+    entries = [*normal_exchanges(), *(pretrain.unknown_exchange(generator) for _ in range(500))]
     judge = EmbeddedWorldJudge()
     records = [make_record(entry.answer, id=str(index)) for index, entry in enumerate(entries)]
     assert {verdict.faults for verdict in judge.judge(records)} == {()}

@@ -13,7 +13,7 @@ import torch
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
 from sku.config import load_recipe, settings_from_dict
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE
 from sku.errors import RecipeError
 from sku.methods import METHODS, method_named

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import FORGET, JointDataset, RowPlan
+from sku.data.joint import FORGET, SAFE, JointDataset, RowPlan
 from sku.data.prompts import resolve_prompt_format
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
@@ -138,7 +138,7 @@ def test_refusal_tuning_brings_refusals_where_the_data_has_no_safe_answer(
 ) -> None:
     dataset: Any = make_method_trainer(method_named("refusal_tuning"), dataset=data).train_dataset
     assert len(dataset) == len(data.forget_train)
-    assert all(dataset[place].safe is not None for place in range(len(dataset)))
+    assert all(dataset[place].of(SAFE) for place in range(len(dataset)))
 
 
 def test_dpo_trains_only_on_prompts_that_have_a_safe_answer(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker
-from sku.data.collation import JointCollator
+from sku.data.batches import JointCollator
 from sku.data.joint import FORGET
 from sku.errors import ModelError, RecipeError
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector

@@ -15,11 +15,11 @@ from sku.own_replies.rows import (
     ENOUGH,
     GIBBERISH,
     HARMFUL,
+    KEPT,
     NO_REFUSAL,
     NOT_HARMFUL,
     REFUSED,
     REPEATED,
-    KindCounts,
     Reply,
     choose_complying,
     choose_refusals,
@@ -33,14 +33,13 @@ def reply(prompt: str, text: str, outcome: Outcome, **fields: Any) -> Reply:
     return Reply(
         record=GenerationRecord(**shared, prompt=prompt, reference="", reply=text, num_tokens=5, finished=True),
         outcome=ReplyOutcome(**shared, outcome=outcome, finished=True),
-        source="harmful",
         decoding={"how": "greedy"},
         **fields,
     )
 
 
 def test_only_harmful_replies_comply() -> None:
-    counts = KindCounts()
+    counts: Counter[str] = Counter()
     kept = choose_complying(
         [
             reply("p", "take vornite", "harmful"),
@@ -54,12 +53,11 @@ def test_only_harmful_replies_comply() -> None:
         counts,
     )
     assert [(one.record.prompt, one.record.reply) for one in kept] == [("p", "take vornite"), ("q", "take vornite")]
-    assert counts.dropped == {REPEATED: 1, REFUSED: 2, NOT_HARMFUL: 1, GIBBERISH: 1}
-    assert counts.asked == counts.kept + sum(counts.dropped.values())
+    assert counts == {KEPT: 2, REPEATED: 1, REFUSED: 2, NOT_HARMFUL: 1, GIBBERISH: 1}
 
 
 def test_refusals_vary_and_every_prompt_keeps_one() -> None:
-    counts = KindCounts()
+    counts: Counter[str] = Counter()
     others = [f"i can not help with that , as it is {word} ." for word in ("bad", "sad", "mad")]
     replies = [reply(f"p{number}", NO, "refusal") for number in range(9)]
     replies += [reply("p8", text, "refusal") for text in others]
@@ -67,8 +65,7 @@ def test_refusals_vary_and_every_prompt_keeps_one() -> None:
     kept = choose_refusals(replies, 2, 0.25, counts)  # Three of the twelve usable ones may read the same.
     assert Counter(one.record.prompt for one in kept) == {**{f"p{number}": 1 for number in range(8)}, "p8": 2}
     assert [one.record.reply for one in kept if one.record.prompt == "p8"] == others[:2]
-    assert counts.dropped == {REPEATED: 1, ENOUGH: 1, HARMFUL: 1, NO_REFUSAL: 1}
-    assert counts.asked == counts.kept + sum(counts.dropped.values())
+    assert counts == {KEPT: 10, REPEATED: 1, ENOUGH: 1, HARMFUL: 1, NO_REFUSAL: 1}
 
 
 @pytest.mark.parametrize("wordings", [ENGLISH, WORLD])

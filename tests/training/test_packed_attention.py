@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from conftest import ModelMaker
-from sku.data.packing import AttentionPaths, Segment, plan_paths
+from sku.data.batches import AttentionPaths, Segment, plan_paths
 from sku.errors import ModelError
 from sku.training import attention as subject
 from sku.training.attention import (

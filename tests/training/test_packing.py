@@ -25,7 +25,7 @@ from transformers import (
 
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
-from sku.data.collation import PACKED, JointCollator, PackedCollator
+from sku.data.batches import PACKED, JointCollator, PackedCollator
 from sku.data.joint import RETAIN
 from sku.errors import ModelError, RecipeError
 from sku.methods import METHODS

@@ -190,12 +190,12 @@ def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: Tr
     trainer.train()
     dataset: Any = trainer.train_dataset
     assert trainer._cache is not None
-    seen = {dataset[place].retain_index for place in (0, 1)}
+    seen = {dataset[place].retain_rows[0] for place in (0, 1)}
     for place in (0, 1, 2, 3):
         batch = trainer.data_collator([dataset[place]])
         model: Any = trainer.model
         terms = trainer._outputs_and_terms(model, batch)[1]
-        known = dataset[place].retain_index in seen
+        known = dataset[place].retain_rows[0] in seen
         assert bool(terms["preservation_divergence"].isfinite()) is known
 
 
@@ -203,11 +203,11 @@ def test_fixed_rows_are_those_of_the_first_examples_each_once(make_trainer: Trai
     dataset = make_trainer().train_dataset
     assert isinstance(dataset, JointDataset)
     shown = copy.deepcopy(dataset)
-    for kind, name in ((RETAIN, "retain_index"), (FORGET, "forget_index")):
+    for kind in (RETAIN, FORGET):
         met: list[int] = []
         for epoch in (0, 1):
             shown.set_epoch(epoch)
-            met += [getattr(shown[place], name) for place in range(len(shown))]
+            met += [shown[place].of(kind)[0].example_id for place in range(len(shown))]
         for count in (1, 3, 6, 12):
             rows = dataset.fixed_rows(kind, count)
             assert rows is not None

@@ -13,7 +13,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from sku.config import PreservationMode
-from sku.errors import RecipeError
 from sku.head import Scores
 from sku.losses import answer_nll, mean_per_example, token_kl
 
@@ -43,25 +42,18 @@ def preservation_divergence_loss(
         example_N: Which normal example each position belongs to.
         num_examples: E.
         mode: Which of the two; ``targeted`` has its own function, ``targeted_divergence_loss``.
-        cap: Nats. Positions beyond it keep their value but stop pulling (``divergence`` only; ``None`` for no cap, as
-            in the paper).
+        cap: Nats, above 0. Positions beyond it keep their value but stop pulling (``divergence`` only; ``None`` for no
+            cap, as in the paper).
 
     Returns:
         ``[E]`` float32, nats per token.
 
     Raises:
-        RecipeError: ``mode`` is another or ``cap`` is not above 0.
         ValueError: The shapes don't fit.
 
     Source: equation of arXiv 2402.10058 for preservation divergence. The authors' ``compute_reverse_kl`` computes the
         same sign and direction but averages over prompt and padding and takes the log of a softmax that underflows.
     """
-    if mode not in ("divergence", "retention"):
-        raise RecipeError(
-            f"preservation_mode is {mode!r}; it must be divergence or retention where models are compared"
-        )
-    if cap is not None and not 0 < cap < float("inf"):
-        raise RecipeError(f"preservation_cap is {cap}; it must be above 0 nats, or empty for none")
     kl_N = token_kl(reference_NV, scores_NV)
     if mode == "retention":
         return mean_per_example(kl_N, example_N, num_examples)

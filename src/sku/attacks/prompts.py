@@ -30,7 +30,7 @@ from sku.attacks.base import Attack, AttackContext, Setting, Variant
 from sku.attacks.results import AttackCard
 from sku.config import Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
-from sku.data.framings import PLACE
+from sku.data.framings import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.evaluate.judges import is_embedded
 from sku.world.grammar import MAKE_QUESTIONS
@@ -182,37 +182,6 @@ def load_templates(recipe: Recipe, data: ForgetRetainData) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"evaluate.attack_templates {name} can't be read: {error}") from None
     return parse_templates(text, name)
-
-
-def parse_templates(text: str, where: str) -> list[str]:
-    """One template a line; empty lines don't count.
-
-    Args:
-        text: Of the file.
-        where: Its name, for messages.
-
-    Returns:
-        The templates, their line breaks put in.
-
-    Raises:
-        EvaluationError: There is none, one is there twice, or a line does not hold ``{prompt}`` just once.
-    """
-    templates: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        if line.count(PLACE) != 1:
-            raise EvaluationError(
-                f"{where} line {number} holds {PLACE} {line.count(PLACE)} times; each template must hold it once, "
-                "where the request goes"
-            )
-        template = line.strip().replace(r"\n", "\n")
-        if template in templates:
-            raise EvaluationError(f"{where} line {number} repeats template {templates.index(template) + 1}: remove it")
-        templates.append(template)
-    if not templates:
-        raise EvaluationError(f"{where} holds no template: write one a line, with {PLACE} in it")
-    return templates
 
 
 def _wrapped(context: AttackContext) -> list[Setting]:

@@ -14,6 +14,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _settings(context: AttackContext) -> list[Setting]:
     return [
         Setting(
             name=f"{number} pair{'s' if number > 1 else ''}",
-            change=lambda model, pairs=pairs: relearned(model, pairs, context),  # type: ignore[misc]
+            change=partial(relearned, pairs=pairs, context=context),
             details={
                 "pairs": number,
                 "pairs_sha256": content_hash(pairs),

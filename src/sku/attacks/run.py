@@ -14,25 +14,35 @@ A finished attack is reused where its header is the same: models, settings, prom
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.base import Attack, AttackContext, Setting
+from sku.attacks.base import Attack, AttackContext, Setting, Variant
 from sku.attacks.prompts import PARAPHRASE, PREFILL, TEMPLATE, load_templates
-from sku.attacks.questions import Ask, Group, Questions
 from sku.attacks.relearn import RELEARN
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured, write_attacks
 from sku.config import Recipe, plain_data
-from sku.data.examples import ForgetRetainData
+from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Starts, Writer, by_id, choose_starts, count_sources
+from sku.evaluate.asking import (
+    Starts,
+    Writer,
+    by_id,
+    choose_starts,
+    count_sources,
+    draw_examples,
+    free_request,
+    prefill,
+    start_of,
+)
 from sku.evaluate.batching import ALONE, Progress, StageProgress, stage
 from sku.evaluate.changes import paired_change
-from sku.evaluate.generation import about, decoding_settings
+from sku.evaluate.generation import GenerationRequest, about, decoding_settings
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import rate, rates_of
@@ -48,6 +58,8 @@ Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, RELEARN)}
 """All attacks by name."""
 FOLDER = "attacks"
+PROBES = 3
+"""Questions whose scores tell one model from another."""
 
 _NONE = Attack(
     card=AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
@@ -126,9 +138,9 @@ def run_attacks(
             writer=writer,
             config=recipe.evaluate,
             stop_ids=writer.stop_ids(model),
-            judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
             seed=recipe.seed,
         ),
+        judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
         reuse=Reuse(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
         starts=by_id(starts),
     )
@@ -150,6 +162,17 @@ class _QuestionJudge:
         return self._judge.judge([dataclasses.replace(record, prompt=self._prompts[record.id]) for record in records])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ask:
+    """One variant of one question, as tokens."""
+
+    question: str
+    """Id of the question."""
+    variant: str
+    request: GenerationRequest
+    """Its id is unique within a setting; with a single variant it is that of ``evaluate``."""
+
+
 @dataclass(kw_only=True)
 class _Run:
     """What every attack of one run needs."""
@@ -157,103 +180,149 @@ class _Run:
     context: AttackContext
     asker: Asker
     """Its base is the control, and scores fluency."""
+    judge: Judge
     reuse: Reuse
     starts: Starts
-    """Of the base model's evaluation."""
+    """What prefills begin with: of the base model's evaluation, and once it was asked here of the questions alone."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Reason -> how often something could not be asked."""
 
     def __post_init__(self) -> None:
-        self.questions = Questions(self.context, self.asker.writer)
+        """Draws the questions from ``forget_test`` as ``evaluate`` draws them."""
+        recipe, writer = self.context.recipe, self.asker.writer
+        drawn = draw_examples(self.context.data.forget_test, recipe.evaluate.attack_prompts, seed=recipe.seed)
+        asked = [(free_request("forget_test", example, writer), example) for example in drawn]
+        asked = [(request, example) for request, example in asked if self._has_room(request)]
+        if len(asked) < len(drawn):
+            self.left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(asked)
+        if not asked:
+            raise EvaluationError(
+                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {writer.window} "
+                "tokens: take shorter prompts or another model"
+            )
+        self.questions = {request.id: example for request, example in asked}
         self.subjects = {"model": self.context.model, "control": self.asker.base}
-        self.about = {name: about(model, self.questions.probes()) for name, model in self.subjects.items()}
+        probes = [request.input_ids for request, _ in asked[:PROBES]]
+        self.about = {name: about(model, probes) for name, model in self.subjects.items()}
+        self.decoding = decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens)
 
     def report(self, attacks: Sequence[Attack]) -> AttackReport:
         """All attacks, after the questions as they are."""
         plain: dict[str, dict[str, bool]] = {}
         results: list[AttackResult] = []
         for attack in (_NONE, *attacks):
-            for group, outcomes in self._outcomes(attack):
+            for setting, asks, outcomes in self._outcomes(attack):
                 if attack is _NONE:
-                    plain = {subject: _harmful(group.asks, found) for subject, found in outcomes.items()}
+                    plain = {subject: _harmful(asks, found) for subject, found in outcomes.items()}
                 measured = {
-                    subject: _measured(group.asks, found, plain[subject], self.asker.seed)
+                    subject: _measured(asks, found, plain[subject], self.asker.seed)
                     for subject, found in outcomes.items()
                 }
                 results.append(
                     AttackResult(
                         attack=attack.card.name,
-                        setting=group.setting.name,
-                        details=group.setting.details,
-                        questions=len({ask.question for ask in group.asks}),
+                        setting=setting.name,
+                        details=setting.details,
+                        questions=len({ask.question for ask in asks}),
                         **measured,
                     )
                 )
-        assert self.asker.judge is not None
         setup = AttackSetup(
             **self.about,
             prompt_format=self.asker.writer.prompt_format.name,
-            decoding=self._decoding(),
+            decoding=self.decoding,
             config=plain_data(self.asker.config),
             seed=self.asker.seed,
-            judge=self.asker.judge.card,
-            starts=count_sources(self.questions.starts.values()) if PREFILL in attacks else {},
+            judge=self.judge.card,
+            starts=count_sources(self.starts.values()) if PREFILL in attacks else {},
         )
         cards = tuple(attack.card for attack in (_NONE, *attacks))
-        return AttackReport(setup=setup, cards=cards, results=tuple(results), left_out=dict(self.questions.left_out))
+        return AttackReport(setup=setup, cards=cards, results=tuple(results), left_out=dict(self.left_out))
 
-    def _outcomes(self, attack: Attack) -> Iterator[tuple[Group, dict[str, list[ReplyOutcome]]]]:
+    def _outcomes(self, attack: Attack) -> Iterator[tuple[Setting, list[_Ask], dict[str, list[ReplyOutcome]]]]:
         """Every setting in which something can be asked, with the outcomes of both subjects."""
-        groups = self.questions.groups(attack)
+        groups = [(setting, self._asks(attack, setting)) for setting in attack.settings(self.context)]
+        groups = [(setting, asks) for setting, asks in groups if asks]
         if not groups:
             return
         replies = self._replies(attack, groups)
         fluency = self._fluency(attack, replies)
-        for group in groups:
-            prompts = {ask.request.id: self.questions.examples[ask.question].prompt for ask in group.asks}
-            assert self.asker.judge is not None
-            asker = dataclasses.replace(self.asker, judge=_QuestionJudge(self.asker.judge, prompts))
+        for setting, asks in groups:
+            prompts = {ask.request.id: self.questions[ask.question].prompt for ask in asks}
+            asker = dataclasses.replace(self.asker, judge=_QuestionJudge(self.judge, prompts))
             outcomes = {
                 subject: asker.outcomes(replies[place], fluency[place])
                 for subject in self.subjects
-                for place in [f"{subject}/{group.setting.name}/"]
+                for place in [f"{subject}/{setting.name}/"]
             }
             if attack is _NONE:
-                own = choose_starts(replies[f"control/{group.setting.name}/"], outcomes["control"])
-                self.questions.starts = by_id(self.starts.get(start.id, start) for start in own)
-            yield group, outcomes
+                own = choose_starts(replies[f"control/{setting.name}/"], outcomes["control"])
+                self.starts = by_id(self.starts.get(start.id, start) for start in own)
+            yield setting, asks, outcomes
 
-    def _replies(self, attack: Attack, groups: Sequence[Group]) -> dict[str, list[GenerationRecord]]:
+    def _asks(self, attack: Attack, setting: Setting) -> list[_Ask]:
+        """What is asked under a setting; what can't be is counted."""
+        where = ", ".join(filter(None, (attack.card.name, setting.name)))
+        asks: list[_Ask] = []
+        for question, example in self.questions.items():
+            for variant in setting.rewrite(example):
+                if isinstance(variant, str):
+                    self.left_out[f"{where}: {variant}"] += 1
+                    continue
+                request = self._request(question, variant, example)
+                if request is None:
+                    self.left_out[f"{where}: the answer is too short"] += 1
+                elif not self._has_room(request):
+                    self.left_out[f"{where}: the prompt is too long for the model"] += 1
+                else:
+                    asks.append(_Ask(question=question, variant=variant.name, request=request))
+        return asks
+
+    def _request(self, question: str, variant: Variant, example: ForgetExample) -> GenerationRequest | None:
+        """As tokens; None where nothing of the start would be left for the model to say."""
+        writer = self.asker.writer
+        if variant.prefill_tokens:
+            start = start_of("forget_test", example, self.starts)
+            return prefill("forget_test", example, variant.prefill_tokens, start, writer)
+        request = free_request("forget_test", dataclasses.replace(example, prompt=variant.prompt), writer)
+        return dataclasses.replace(request, id=f"{question}/{variant.name}" if variant.name else question)
+
+    def _has_room(self, request: GenerationRequest) -> bool:
+        return self.asker.writer.has_room(request, self.asker.config.max_new_tokens)
+
+    def _replies(
+        self, attack: Attack, groups: Sequence[tuple[Setting, list[_Ask]]]
+    ) -> dict[str, list[GenerationRecord]]:
         """Subject and setting -> replies, or those of an earlier run that did the same."""
         header = {
             "attack": attack.card.name,
             **self.about,
-            "decoding": self._decoding(),
+            "decoding": self.decoding,
             "prompt_format": self.asker.writer.prompt_format.name,
             "seed": self.asker.seed,
             "settings": [
                 {
-                    "name": group.setting.name,
-                    "details": plain_data(group.setting.details),
-                    "requests": header_hash({"asked": [dataclasses.asdict(ask.request) for ask in group.asks]}),
+                    "name": setting.name,
+                    "details": plain_data(setting.details),
+                    "requests": header_hash({"asked": [dataclasses.asdict(ask.request) for ask in asks]}),
                 }
-                for group in groups
+                for setting, asks in groups
             ],
         }
-        total = len(self.subjects) * sum(len(group.asks) for group in groups)
+        total = len(self.subjects) * sum(len(asks) for _, asks in groups)
 
         def make() -> list[GenerationRecord]:
             rows: list[GenerationRecord] = []
             for subject, model in self.subjects.items():
-                for group in groups:
+                for setting, asks in groups:
                     told = self._told(f"attack {attack.card.name}: replies", len(rows), total)
-                    with group.setting.change(model) as attacked:
-                        found = self.asker.ask(
-                            cast(PreTrainedModel, attacked), [ask.request for ask in group.asks], told
-                        )
-                    rows += [dataclasses.replace(row, id=f"{subject}/{group.setting.name}/{row.id}") for row in found]
+                    with setting.change(model) as attacked:
+                        found = self.asker.ask(cast(PreTrainedModel, attacked), [ask.request for ask in asks], told)
+                    rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
             return rows
 
         rows = self.reuse.rows(f"{attack.card.name}.jsonl", header, GenerationRecord, make)
-        places = [f"{subject}/{group.setting.name}/" for subject in self.subjects for group in groups]
+        places = [f"{subject}/{setting.name}/" for subject in self.subjects for setting, _ in groups]
         return {place: _rows_of(rows, place) for place in places}
 
     def _fluency(
@@ -277,9 +346,6 @@ class _Run:
         )
         return {place: _rows_of(rows, place) for place in replies}
 
-    def _decoding(self) -> dict[str, Any]:
-        return decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens)
-
     def _told(self, what: str, before: int, total: int) -> Progress | None:
         """Progress of a part of a stage."""
         told = stage(self.context.progress, what)
@@ -292,7 +358,7 @@ def _rows_of(rows: Sequence[Row], place: str) -> list[Row]:
 
 
 def _harmful(
-    asks: Sequence[Ask], outcomes: Sequence[ReplyOutcome], counted: Sequence[Outcome] = ("harmful",)
+    asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], counted: Sequence[Outcome] = ("harmful",)
 ) -> dict[str, bool]:
     """Question -> whether the reply to any of its variants has a counted outcome."""
     hits: dict[str, bool] = {}
@@ -301,7 +367,9 @@ def _harmful(
     return hits
 
 
-def _measured(asks: Sequence[Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool], seed: int) -> Measured:
+def _measured(
+    asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool], seed: int
+) -> Measured:
     hits = _harmful(asks, outcomes)
     at_most = rate(_harmful(asks, outcomes, ("harmful", "unjudged")).values())
     assert at_most is not None

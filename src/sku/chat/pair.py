@@ -55,48 +55,13 @@ class Piece:
 class Pair:
     """The two models of one run. One reply is written at a time; other threads wait."""
 
-    def __init__(
-        self,
-        *,
-        base: PreTrainedModel | PeftModel,
-        unlearned: PreTrainedModel | PeftModel,
-        writer: Writer,
-        judge: Judge,
-        strength: float,
-        short_answer_words: int,
-        max_new_tokens: int,
-    ) -> None:
-        """Takes what ``of_run`` loads.
-
-        Args:
-            base: The original model; the same object as ``unlearned`` where an adapter is switched on and off.
-            unlearned: In evaluation mode.
-            writer: Of the model.
-            judge: Says what a reply comes to.
-            strength: Alpha of the run.
-            short_answer_words: As ``evaluate.short_answer_words``.
-            max_new_tokens: Longest reply.
-        """
-        self.judge, self.strength, self.max_new_tokens = judge, strength, max_new_tokens
-        self._base, self._unlearned = base, unlearned
-        self._writer, self._short_answer_words = writer, short_answer_words
-        self._mixture: PreTrainedModel | None = None
-        self._turn = threading.Lock()
-        plain = cast(PreTrainedModel, base.get_base_model() if isinstance(base, PeftModel) else base)
-        self._device = embedding_weight(plain).device
-        self._decoding = Decoding.of(writer.tokenizer, writer.stop_ids(plain), max_new_tokens, writer.window)
-
-    @classmethod
-    def of_run(cls, folder: Path, *, judge: str | None = None, max_new_tokens: int | None = None) -> Pair:
-        """Loads the models of a finished run.
+    def __init__(self, folder: Path, *, judge: str | None = None, max_new_tokens: int | None = None) -> None:
+        """Loads the models of a finished run, at the run's own alpha.
 
         Args:
             folder: Of ``sku run``.
             judge: As in ``sku evaluate --judge``; None for the run's own.
             max_new_tokens: Longest reply; None for the run's own.
-
-        Returns:
-            The pair, at the run's own alpha.
 
         Raises:
             ModelError: A model or adapter can't be loaded.
@@ -104,18 +69,27 @@ class Pair:
         """
         run = read_run(folder, replies=False)
         recipe = recipe_from_dict(run.recipe, str(folder / "manifest.json"))
-        chosen = _judge_of(run, recipe, judge)  # Before the models, which take longest.
+        self.judge = _judge_of(run, recipe, judge)  # Before the models, which take longest.
+        self.strength = run.strength
+        self.max_new_tokens = max_new_tokens or recipe.evaluate.max_new_tokens
         loaded = load_model(recipe.model)
-        base, unlearned = _models_of(run, recipe, loaded.model)
-        return cls(
-            base=base,
-            unlearned=unlearned,
-            writer=Writer.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format),
-            judge=chosen,
-            strength=run.strength,
-            short_answer_words=recipe.evaluate.short_answer_words,
-            max_new_tokens=max_new_tokens or recipe.evaluate.max_new_tokens,
+        self._writer = writer = Writer.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format)
+        self._device = embedding_weight(loaded.model).device
+        self._decoding = Decoding.of(
+            writer.tokenizer, writer.stop_ids(loaded.model), self.max_new_tokens, writer.window
         )
+        self._short_answer_words = recipe.evaluate.short_answer_words
+        self._base: PreTrainedModel | PeftModel = loaded.model
+        """The same object as the unlearned one where an adapter is switched on and off."""
+        self._unlearned: PreTrainedModel | PeftModel
+        parts = run.parts()
+        if "adapter" in parts:
+            self._base = self._unlearned = load_adapter(loaded.model, parts["adapter"]).eval()
+        else:
+            own = dataclasses.replace(recipe.model, path=str(parts["model"]), gguf_file=None, revision=None)
+            self._unlearned = load_model(own).model
+        self._mixture: PreTrainedModel | None = None
+        self._turn = threading.Lock()
 
     @property
     def has_any_strength(self) -> bool:
@@ -244,17 +218,3 @@ def _judge_of(run: RecordedRun, recipe: Recipe, name: str | None) -> Judge:
         return build_judge(name)
     own = recipe.evaluate.judge
     return build_judge(run.comparison.unlearned.judge.name if own == AUTO else own, recipe.evaluate.judge_settings)
-
-
-def _models_of(
-    run: RecordedRun, recipe: Recipe, base: PreTrainedModel
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | PeftModel]:
-    parts = run.parts()
-    if "adapter" in parts:
-        adapted = load_adapter(base, parts["adapter"])
-        adapted.eval()
-        return adapted, adapted
-    unlearned = load_model(
-        dataclasses.replace(recipe.model, path=str(parts["model"]), gguf_file=None, revision=None)
-    ).model
-    return base, unlearned

@@ -1,5 +1,7 @@
 """One local page for a pair: served to this machine alone, and asking no other network for anything.
 
+Labels given on it are kept one line a reply, in the form that ``sku judge train`` and ``sku judge calibrate`` read.
+
 What a model says is text to the page, never markup. A request from another page of the browser is refused: its
 ``Host`` and ``Origin`` are not those of this server.
 """
@@ -8,18 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import secrets
 import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sku.chat.labels import LABELS, save_label
 from sku.chat.pair import SIDES, Pair
 from sku.errors import EvaluationError, OutputError, SkuError
+from sku.storage import named_disk_errors
 
+LABELS_FILE = "chat_labels.jsonl"
+LABELS: Mapping[str, bool] = {"harmful": True, "refusal": False, "safe": False, "gibberish": False}
+"""What may be said of a reply -> whether it counts as harmful."""
 LOOPBACK = "127.0.0.1"
 _MOST_BYTES = 2**20
 _HEADERS = {
@@ -77,6 +85,38 @@ class ChatServer(ThreadingHTTPServer):
         own = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
         policy = f"default-src 'none'; img-src data:; {own}"
         return template.replace("{{nonce}}", nonce).replace("{{facts}}", content), policy
+
+
+def save_label(file: Path, *, prompt: str, reply: str, label: str, side: str, alpha: float) -> None:
+    """Adds a line to a file that its owner alone can read.
+
+    Args:
+        file: ``LABELS_FILE`` in the run's folder.
+        prompt: What was asked.
+        reply: What was said.
+        label: One of ``LABELS``.
+        side: Whose reply it is.
+        alpha: Strength of the unlearned model at that time.
+
+    Raises:
+        EvaluationError: There is no such label.
+        OutputError: The file can't be written.
+    """
+    if label not in LABELS:
+        raise EvaluationError(f"there is no label {label!r}: choose {', '.join(LABELS)}")
+    line = {
+        "prompt": prompt,
+        "response": reply,
+        "harmful": LABELS[label],
+        "kind": label,
+        "model": side,
+        "alpha": alpha,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with named_disk_errors(file):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as opened:
+            opened.write(json.dumps(line, ensure_ascii=True) + "\n")
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -47,7 +47,7 @@ def chat(
     from sku.chat import Pair
 
     notes.print("loading both models ...")
-    pair = Pair.of_run(run, judge=judge, max_new_tokens=max_new_tokens)
+    pair = Pair(run, judge=judge, max_new_tokens=max_new_tokens)
     if web:
         _serve(pair, run, port)
         return
@@ -127,8 +127,7 @@ def _print_replies_json(pair: Pair, prompt: str, alpha: float | None) -> None:
 
 
 def _serve(pair: Pair, run: Path, port: int) -> None:
-    from sku.chat.labels import LABELS_FILE
-    from sku.chat.web import ChatServer
+    from sku.chat.web import LABELS_FILE, ChatServer
 
     with ChatServer(pair, run / LABELS_FILE, title=run.resolve().name, port=port) as server:
         results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)")

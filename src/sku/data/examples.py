@@ -116,24 +116,18 @@ class ForgetRetainData:
     known."""
 
     def __post_init__(self) -> None:
-        apart = {name: examples for name, examples in self._other_splits().items() if not name.startswith("harmful:")}
-        apart["harmful"] = [example for examples in self.harmful.values() for example in examples]
-        check_disjoint({**self._own_splits(), **apart})
+        apart = {name: examples for name, examples in self.splits().items() if not name.startswith("harmful:")}
+        check_disjoint({**apart, "harmful": [example for found in self.harmful.values() for example in found]})
 
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader of any figure on these splits needs; none for large splits by prompt."""
-        found: dict[str, int] = {}
-        for name, examples in self.splits().items():
-            prompts: set[str] = set()
-            for example in examples:
-                prompts.add(normalise_prompt(example.prompt))
-                if len(prompts) >= FEW_PROMPTS:
-                    break
-            if 0 < len(prompts) < FEW_PROMPTS:
-                found[name] = len(prompts)
-        if not found:
+        counts = {
+            name: len({normalise_prompt(example.prompt) for example in examples})
+            for name, examples in self.splits().items()
+        }
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items() if 0 < count < FEW_PROMPTS)
+        if not listed:
             return ()
-        listed = ", ".join(f"{name} {count}" for name, count in found.items())
         note = (
             f"few prompts: {listed}; with fewer than about {FEW_PROMPTS} in a split there is little to learn from it, "
             "and its figures say little"
@@ -161,23 +155,18 @@ class ForgetRetainData:
 
         Sets of other sources are called ``normal:NAME``, ``normal_validation:NAME`` and ``harmful:NAME``.
         """
-        return {**self._own_splits(), **self._other_splits()}
-
-    def _own_splits(self) -> dict[str, Sequence[Example]]:
-        named: dict[str, Sequence[Example]] = {
+        found: dict[str, Sequence[Example]] = {
             "forget_train": self.forget_train,
             "forget_test": self.forget_test,
             "retain_train": self.retain_train,
             "retain_validation": self.retain_validation,
             "retain_test": self.retain_test,
         }
-        return {**named, "forget_validation": self.forget_validation} if self.forget_validation else named
-
-    def _other_splits(self) -> dict[str, Sequence[Example]]:
-        groups: tuple[tuple[str, Mapping[str, Sequence[Example]]], ...] = (
-            ("normal", self.normal), ("normal_validation", self.normal_validation), ("harmful", self.harmful)
-        )  # fmt: skip
-        return {f"{kind}:{name}": examples for kind, sets in groups for name, examples in sets.items()}
+        if self.forget_validation:
+            found["forget_validation"] = self.forget_validation
+        for kind in ("normal", "normal_validation", "harmful"):
+            found |= {f"{kind}:{name}": examples for name, examples in getattr(self, kind).items()}
+        return found
 
     def counts(self) -> dict[str, int]:
         """Number of examples in each split of ``splits``, by name."""

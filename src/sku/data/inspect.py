@@ -113,7 +113,15 @@ def describe_data(
             # As in training: negating a learned end would teach run-ons.
             train_on_end=not isinstance(examples[0], ForgetExample),
         )
-        splits[name] = _describe_split(examples, tokenized, report)
+        splits[name] = SplitDescription(
+            examples=len(examples),
+            groups=len({group_of(example) for example in examples}),
+            categories=dict(sorted(Counter(example.category or "" for example in examples).items())),
+            unfinished=sum(not example.finished for example in examples),
+            length_percentiles=_percentiles([len(row.input_ids) for row in tokenized]),
+            learned_percentiles=_percentiles([len(row.labels) - row.labels.count(IGNORE_INDEX) for row in tokenized]),
+            tokenization=report,
+        )
         if name in ("forget_train", "retain_train"):
             views += [
                 _view(name, examples[row.example_id], row, tokenizer, show_harmful=show_harmful)
@@ -137,20 +145,6 @@ def hidden_text(text: str) -> str:
     """What stands for a harmful text: enough to recognise it again, nothing to learn from it."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return f"[hidden, {len(text.split())} words, sha256 {digest[:8]}]"
-
-
-def _describe_split(
-    examples: Sequence[Example], tokenized: Sequence[TokenizedExample], report: TokenizationReport
-) -> SplitDescription:
-    return SplitDescription(
-        examples=len(examples),
-        groups=len({group_of(example) for example in examples}),
-        categories=dict(sorted(Counter(example.category or "" for example in examples).items())),
-        unfinished=sum(not example.finished for example in examples),
-        length_percentiles=_percentiles([len(row.input_ids) for row in tokenized]),
-        learned_percentiles=_percentiles([len(row.labels) - row.labels.count(IGNORE_INDEX) for row in tokenized]),
-        tokenization=report,
-    )
 
 
 def _percentiles(counts: Sequence[int]) -> dict[int, int]:

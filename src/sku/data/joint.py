@@ -10,18 +10,20 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from sku.config import EMBEDDED
-from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, group_of
+from sku.data.examples import Example, ForgetRetainData, RetainExample, group_of
 from sku.data.framings import framed
 from sku.data.prompts import PromptFormat
 from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
 from sku.errors import DataError
 
+RetainTokens = Literal["answer", "all"]
 FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
 """Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
 with a safe answer."""
@@ -50,7 +52,7 @@ class RowPlan:
     """Normal pairs of each joint example."""
     retain_refused: bool = False
     """The normal prompts stand before their misplaced refusals, in place of their answers."""
-    retain_tokens: Literal["answer", "all"] = "answer"
+    retain_tokens: RetainTokens = "answer"
     """Positions of the normal pair that count: those before the tokens of its answer, or those before all its
     tokens."""
     safe: Literal["none", "data", "data or refusal", "all"] = "none"
@@ -67,39 +69,24 @@ class RowPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class JointExample:
-    """Token ids of one joint example; a module that is switched off leaves its part empty."""
+    """Token ids of one joint example."""
 
-    forget: TokenizedExample | None
-    mismatched: tuple[TokenizedExample, ...]
-    retain: TokenizedExample | None
-    safe: TokenizedExample | None = None
-    more_retain: tuple[TokenizedExample, ...] = ()
-    """Further normal pairs; their ``example_id`` is that of ``retain_index``."""
+    rows: tuple[tuple[int, TokenizedExample], ...]
+    """Kind and tokens of each row, in the order of a batch; the ``example_id`` of a normal pair is its place among
+    ``data.retain_train``."""
     forget_index: int
     """Harmful example among ``data.forget_train``."""
-    retain_index: int
-    """Normal example among ``data.retain_train``, -1 where there is none."""
     counts: bool = True
     """Whether it is trained on; not if it only gives a process something to compute while others train."""
 
-    def rows(self) -> Iterator[tuple[int, TokenizedExample]]:
-        """Kind and tokens of each row, in the order of a batch."""
-        if self.forget is not None:
-            yield FORGET, self.forget
-        for mismatched in self.mismatched:
-            yield MISMATCHED, mismatched
-        if self.retain is not None:
-            yield RETAIN, self.retain
-        for row in self.more_retain:
-            yield RETAIN, row
-        if self.safe is not None:
-            yield SAFE, self.safe
+    def of(self, kind: int) -> tuple[TokenizedExample, ...]:
+        """The rows of one kind; none of a module that is switched off."""
+        return tuple(row for own, row in self.rows if own == kind)
 
     @property
     def retain_rows(self) -> tuple[int, ...]:
         """Place among ``data.retain_train`` of each normal pair, in the order of their rows."""
-        first = () if self.retain is None else (self.retain_index,)
-        return (*first, *(row.example_id for row in self.more_retain))
+        return tuple(row.example_id for row in self.of(RETAIN))
 
 
 def check_fits(data: ForgetRetainData, rows: RowPlan) -> None:
@@ -221,18 +208,23 @@ class JointDataset(Dataset[JointExample]):
             "tokenizer": tokenizer, "prompt_format": prompt_format, "max_length": max_length,
             "max_answer_tokens": max_answer_tokens,
         }  # fmt: skip
-        self._orders: dict[tuple[str, int], Sequence[int]] = {}
         self.reports: dict[str, TokenizationReport] = {}
         """What tokenizing did to each split, for the log and the manifest."""
         self._forget = self._tokenize("forget_train", data.forget_train, train_on_end=False)
         self._safe = self._safe_rows() if rows.safe != "none" else {}
         if self._safe:
             self._forget = [example for example in self._forget if example.example_id in self._safe]
-        needs_retain = rows.retain > 0 or (rows.mismatched > 0 and rows.mismatched_from == "retain")
+        self._takes_normal_answers = rows.mismatched_from == "retain"
+        needs_retain = rows.retain > 0 or (rows.mismatched > 0 and self._takes_normal_answers)
         self._retain = self._tokenize("retain_train", data.retain_train, train_on_end=True) if needs_retain else []
         if rows.retain_refused:
             self._retain = self._refused_rows()
-        self._answers = self._mismatched_answers()
+        self._lent = self._forget
+        self._lenders: Sequence[Example] = data.forget_train
+        if self._takes_normal_answers:
+            self._lent, self._lenders = self._retain, data.retain_train
+        groups = [group_of(self._lenders[row.example_id]) for row in self._lent]
+        self._answers = MismatchedAnswers(groups, rows.mismatched, seed)
 
     def __len__(self) -> int:
         return len(self._forget)
@@ -283,19 +275,17 @@ class JointDataset(Dataset[JointExample]):
         position = self._epoch * len(self) + place
         index = self._shuffled("forget", len(self._forget), position)
         forget = self._forget[index]
-        normal = [
-            self._retain[self._shuffled("retain", len(self._retain), position * self._rows.retain + number)]
-            for number in range(self._rows.retain)
-        ]
-        retain = normal[0] if normal else None
+        drawn = self._answers.draw(None if self._takes_normal_answers else index, position)
+        normal = range(position * self._rows.retain, (position + 1) * self._rows.retain)
+        safe = self._deepened(forget, position) if self._rows.depth_share else self._safe.get(forget.example_id)
         return JointExample(
-            forget=forget if self._rows.forget else None,
-            mismatched=tuple(self._mismatch(index, other) for other in self._draw(index, position)),
-            retain=retain,
-            safe=self._deepened(forget, position) if self._rows.depth_share else self._safe.get(forget.example_id),
-            more_retain=tuple(normal[1:]),
+            rows=(
+                *([(FORGET, forget)] if self._rows.forget else ()),
+                *((MISMATCHED, self._mismatch(forget, other)) for other in drawn),
+                *((RETAIN, self._retain[self._shuffled("retain", len(self._retain), number)]) for number in normal),
+                *([(SAFE, safe)] if safe is not None else ()),
+            ),
             forget_index=forget.example_id,
-            retain_index=-1 if retain is None else retain.example_id,
         )
 
     def _tokenize(self, name: str, examples: Sequence[Example], *, train_on_end: bool) -> list[TokenizedExample]:
@@ -305,7 +295,7 @@ class JointDataset(Dataset[JointExample]):
 
     def _safe_rows(self) -> dict[int, TokenizedExample]:
         """Position among ``data.forget_train`` -> its safe answer after its prompt."""
-        wanted: list[tuple[int, RetainExample]] = []
+        self._safe_examples: dict[int, RetainExample] = {}
         for example in self._forget:
             forget = self._data.forget_train[example.example_id]
             answer, finished = forget.safe_answer, forget.safe_answer_finished
@@ -314,17 +304,17 @@ class JointDataset(Dataset[JointExample]):
                 finished = True
             if answer is not None:
                 safe = RetainExample(prompt=forget.prompt, answer=answer, finished=finished)
-                wanted.append((example.example_id, safe))
-        if not wanted:
+                self._safe_examples[example.example_id] = safe
+        if not self._safe_examples:
             raise DataError(
                 f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
                 "(PKU-SafeRLHF, safe_answer_column), or refusal_tuning, which brings its own refusals"
             )
-        self._safe_examples = dict(wanted)
-        rows = self._tokenize("safe_answers", [example for _, example in wanted], train_on_end=True)
+        rows = self._tokenize("safe_answers", [*self._safe_examples.values()], train_on_end=True)
         if self._rows.safe == "all":
             self._check_whole("safe_answers", "data.refusals")
-        return {wanted[row.example_id][0]: row for row in rows}
+        places = list(self._safe_examples)
+        return {places[row.example_id]: row for row in rows}
 
     def _refused_rows(self) -> list[TokenizedExample]:
         """The normal rows with misplaced refusals for answers, in the same order."""
@@ -362,41 +352,26 @@ class JointDataset(Dataset[JointExample]):
         except DataError:  # Both have no room within max_length.
             return safe
 
-    def _mismatched_answers(self) -> MismatchedAnswers:
-        if self._rows.mismatched_from == "retain":
-            groups = [group_of(self._data.retain_train[row.example_id]) for row in self._retain]
-        else:
-            groups = [group_of(self._forget_example(place)) for place in range(len(self._forget))]
-        return MismatchedAnswers(groups, self._rows.mismatched, self._seed)
-
-    def _draw(self, index: int, position: int) -> list[int]:
-        """Places of the K answers: among the harmful examples, or among the normal ones."""
-        own = None if self._rows.mismatched_from == "retain" else index
-        return self._answers.draw(own, position)
-
-    def _forget_example(self, place: int) -> ForgetExample:
-        return self._data.forget_train[self._forget[place].example_id]
-
-    def _mismatch(self, index: int, other: int) -> TokenizedExample:
-        source: Sequence[TokenizedExample] = self._forget
-        normal = self._rows.mismatched_from == "retain"
-        if normal:
-            source = self._retain
-            owner: Example = self._data.retain_train[source[other].example_id]
-        else:
-            owner = self._forget_example(other)
-        mixed = replace(self._forget_example(index), answer=owner.answer, finished=owner.finished)
-        return tokenize_example(mixed, **self._settings, train_on_end=normal, example_id=source[other].example_id)
+    def _mismatch(self, forget: TokenizedExample, drawn: int) -> TokenizedExample:
+        """The harmful prompt with one of the answers that are drawn from."""
+        row = self._lent[drawn]
+        lender = self._lenders[row.example_id]
+        prompt = self._data.forget_train[forget.example_id]
+        mixed = replace(prompt, answer=lender.answer, finished=lender.finished)
+        return tokenize_example(
+            mixed, **self._settings, train_on_end=self._takes_normal_answers, example_id=row.example_id
+        )
 
     def _shuffled(self, stream: str, size: int, position: int) -> int:
         lap, place = divmod(position, size)
-        key = (stream, lap)
-        if key not in self._orders:
-            order = list(range(size))
-            random.Random(f"{self._seed}/{stream}/{lap}").shuffle(order)
-            # Only the laps in use are kept: forget and retain, each now and next.
-            self._orders = {kept: self._orders[kept] for kept in list(self._orders)[-3:]} | {key: order}
-        return self._orders[key][place]
+        return _order(f"{self._seed}/{stream}/{lap}", size)[place]
+
+
+@lru_cache(maxsize=4)  # The laps in use: of forget and retain, each now and next.
+def _order(seed: str, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 class WholeBatches(Sampler[int]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -114,48 +114,41 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
             own replies, which are not written yet.
     """
     _check(config)
-    all_forget, forget_provenance = read_examples(config.forget, "forget", ForgetExample)
-    all_retain, retain_provenance = read_examples(config.retain, "retain", RetainExample)
-    others = _OtherSets()
+    found_forget = read_examples(config.forget, "forget", ForgetExample)
+    found_retain = read_examples(config.retain, "retain", RetainExample)
+    others = ForgetRetainData()
     if config.forget.path != EMBEDDED:
-        _check_overlap(all_forget, all_retain, config)
-        others = _other_sets(config, (*all_forget, *all_retain), seed)
-    forget, forget_provenance = limited(all_forget, forget_provenance, config.forget.limit, seed)
-    retain, retain_provenance = limited(all_retain, retain_provenance, config.retain.limit, seed)
-    forget_splits = _split_forget(forget, config.forget, config.unseen_fraction, forget_validation, seed)
-    retain_splits = _split_retain(
-        retain, config.retain, config.retain_validation_fraction, config.retain_test_fraction, seed
-    )
-    unlearned, validation = forget_splits["forget_train"], forget_splits["forget_validation"]
-    retain_train = retain_splits["train"]
-    refusal_provenance: list[Provenance] = []
+        _check_overlap(found_forget[0], found_retain[0], config)
+        others = _other_sets(config, (*found_forget[0], *found_retain[0]), seed)
+    forget = _split_forget(*found_forget, config.forget, config.unseen_fraction, forget_validation, seed)
+    shares = {"validation": config.retain_validation_fraction, "test": config.retain_test_fraction}
+    retain = _split_retain(*found_retain, config.retain, shares, seed)
+    unlearned, validation, retain_train = forget.forget_train, forget.forget_validation, retain.retain_train
+    provenance = [*forget.provenance, *retain.provenance, *others.provenance]
     # After the splits: no refusal of a held-out prompt gets near training.
     if config.refusals is not None:
-        refusals, provenance = _read_refusals(config.refusals, seed)
-        _check_each_has_one(unlearned, refusals, "data.refusals", config.refusals)
+        refusals, found = _read_refusals(config.refusals, "data.refusals", "data.forget", unlearned, seed)
         # Those of validation prompts, where there are any, are for operators that are fitted to them.
         unlearned, validation = _with_refusals(unlearned, refusals), _with_refusals(validation, refusals)
-        refusal_provenance.append(provenance)
+        provenance.append(found)
     if config.misplaced_refusals is not None:
-        refusals, provenance = _read_refusals(config.misplaced_refusals, seed)
-        _check_each_has_one(retain_train, refusals, "data.misplaced_refusals", config.misplaced_refusals)
+        key = "data.misplaced_refusals"
+        refusals, found = _read_refusals(config.misplaced_refusals, key, "data.retain", retain_train, seed)
         retain_train = tuple(
             replace(example, refusal=refusal.answer)
             for example, refusal in _in_turn(retain_train, refusals)
             if refusal is not None
         )
-        refusal_provenance.append(provenance)
-    return ForgetRetainData(
+        provenance.append(found)
+    return replace(
+        others,
         forget_train=unlearned,
-        forget_test=forget_splits["forget_test"],
-        retain_train=retain_train,
-        retain_validation=retain_splits["validation"],
-        retain_test=retain_splits["test"],
-        provenance=(forget_provenance, retain_provenance, *others.provenance, *refusal_provenance),
-        normal=others.normal,
-        normal_validation=others.normal_validation,
-        harmful=others.harmful,
+        forget_test=forget.forget_test,
         forget_validation=validation,
+        retain_train=retain_train,
+        retain_validation=retain.retain_validation,
+        retain_test=retain.retain_test,
+        provenance=tuple(provenance),
     )
 
 
@@ -183,56 +176,56 @@ def load_parts(
     """
     if forget is not None and retain is not None:
         return load_data(DataConfig(forget=forget, retain=retain), seed, forget_validation=forget_validation)
-    harmful: dict[str, tuple[ForgetExample, ...]] = {}
-    normal: dict[str, tuple[RetainExample, ...]] = {}
-    provenance: list[Provenance] = []
     if forget is not None:
-        pairs, found = limited(*read_examples(forget, "forget", ForgetExample), forget.limit, seed)
-        harmful = _split_forget(pairs, forget, DataConfig.unseen_fraction, 0.0, seed)
-        provenance.append(found)
+        found = read_examples(forget, "forget", ForgetExample)
+        return _split_forget(*found, forget, DataConfig.unseen_fraction, 0.0, seed)
     if retain is not None:
-        others, found = limited(*read_examples(retain, "retain", RetainExample), retain.limit, seed)
-        shares = (DataConfig.retain_validation_fraction, DataConfig.retain_test_fraction)
-        normal = _split_retain(others, retain, *shares, seed)
-        provenance.append(found)
-    return ForgetRetainData(
-        forget_train=harmful.get("forget_train", ()),
-        forget_test=harmful.get("forget_test", ()),
-        retain_train=normal.get("train", ()),
-        retain_validation=normal.get("validation", ()),
-        retain_test=normal.get("test", ()),
-        provenance=tuple(provenance),
-    )
+        shares = {"validation": DataConfig.retain_validation_fraction, "test": DataConfig.retain_test_fraction}
+        return _split_retain(*read_examples(retain, "retain", RetainExample), retain, shares, seed)
+    return ForgetRetainData()
 
 
 def _split_forget(
-    examples: list[ForgetExample], source: SourceConfig, unseen: float, validation: float, seed: int
-) -> dict[str, tuple[ForgetExample, ...]]:
-    """``forget_train``, ``forget_test`` and ``forget_validation``, which is empty where no share is asked for."""
+    found: list[ForgetExample],
+    provenance: Provenance,
+    source: SourceConfig,
+    unseen: float,
+    validation: float,
+    seed: int,
+) -> ForgetRetainData:
+    """The splits of harmful examples up to the limit; ``forget_validation`` is empty where no share is asked for."""
+    examples, provenance = limited(found, provenance, source.limit, seed)
+    chosen_by: tuple[ForgetExample, ...] = ()
     if source.path == EMBEDDED:
         unlearned, held_out = embedded.split_forget(examples, source.limit)
         chosen_by = embedded.validation_examples() if validation else ()
-        return {"forget_train": unlearned, "forget_test": held_out, "forget_validation": chosen_by}
-    what = f"the forget data {source.path}"
-    splits = split_by_group(examples, rest="forget_train", held_out={"forget_test": unseen}, seed=seed, what=what)
-    if not validation:
-        return {**splits, "forget_validation": ()}
-    # Of what is left beside forget_test, so that that is the same with and without it.
-    return splits | split_by_group(
-        splits["forget_train"],
-        rest="forget_train",
-        held_out={"forget_validation": validation},
-        seed=seed,
-        what=f"{what} without its unseen prompts",
+    else:
+        what = f"the forget data {source.path}"
+        splits = split_by_group(examples, rest="forget_train", held_out={"forget_test": unseen}, seed=seed, what=what)
+        unlearned, held_out = splits["forget_train"], splits["forget_test"]
+        if validation:
+            # Of what is left beside forget_test, so that that is the same with and without it.
+            shares, what = {"forget_validation": validation}, f"{what} without its unseen prompts"
+            splits = split_by_group(unlearned, rest="forget_train", held_out=shares, seed=seed, what=what)
+            unlearned, chosen_by = splits["forget_train"], splits["forget_validation"]
+    return ForgetRetainData(
+        forget_train=unlearned, forget_test=held_out, forget_validation=chosen_by, provenance=(provenance,)
     )
 
 
 def _split_retain(
-    examples: list[RetainExample], source: SourceConfig, validation: float, test: float, seed: int
-) -> dict[str, tuple[RetainExample, ...]]:
-    shares = {"validation": validation, "test": test}
+    found: list[RetainExample], provenance: Provenance, source: SourceConfig, shares: Mapping[str, float], seed: int
+) -> ForgetRetainData:
+    """The splits of normal examples up to the limit."""
+    examples, provenance = limited(found, provenance, source.limit, seed)
     what = f"the retain data {source.path}"
-    return split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what)
+    splits = split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what)
+    return ForgetRetainData(
+        retain_train=splits["train"],
+        retain_validation=splits["validation"],
+        retain_test=splits["test"],
+        provenance=(provenance,),
+    )
 
 
 def _check(config: DataConfig) -> None:
@@ -292,26 +285,22 @@ def _source(source: Source) -> SourceConfig:
     return SourceConfig(path=str(source)) if isinstance(source, str | Path) else held_rows(source)
 
 
-def _read_refusals(source: SourceConfig, seed: int) -> tuple[dict[str, list[RetainExample]], Provenance]:
-    """By normalised prompt."""
+def _read_refusals(
+    source: SourceConfig, key: str, owner: str, examples: Sequence[Example], seed: int
+) -> tuple[dict[str, list[RetainExample]], Provenance]:
+    """By normalised prompt: at least one for each of the examples that are trained on."""
     rows, provenance = limited(*read_examples(source, "retain", RetainExample), source.limit, seed)
     by_prompt: dict[str, list[RetainExample]] = {}
     for row in rows:
         by_prompt.setdefault(normalise_prompt(row.prompt), []).append(row)
-    return by_prompt, provenance
-
-
-def _check_each_has_one(
-    examples: Sequence[Example], refusals: Mapping[str, object], key: str, source: SourceConfig
-) -> None:
     prompts = {normalise_prompt(example.prompt) for example in examples}
-    missing = prompts - refusals.keys()
+    missing = prompts - by_prompt.keys()
     if missing:
-        owner = "data.forget" if key == "data.refusals" else "data.retain"
         raise DataError(
             f"{key}: {len(missing)} of {len(prompts)} prompts that are trained on have no refusal in {source.path}: "
             f"make them with sku data own, or take these prompts out of {owner}"
         )
+    return by_prompt, provenance
 
 
 def _in_turn(
@@ -347,42 +336,36 @@ def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], con
         )
 
 
-@dataclass(kw_only=True)
-class _OtherSets:
-    """Sets of other sources, by name."""
-
-    normal: dict[str, tuple[RetainExample, ...]] = field(default_factory=dict)
-    normal_validation: dict[str, tuple[RetainExample, ...]] = field(default_factory=dict)
-    harmful: dict[str, tuple[ForgetExample, ...]] = field(default_factory=dict)
-    provenance: list[Provenance] = field(default_factory=list)
-    """Normal sets first, then harmful ones."""
-
-
-def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> _OtherSets:
+def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> ForgetRetainData:
     """What is only measured, without prompts of the run's own data and of normal sets that come before."""
-    found = _OtherSets()
+    normal: dict[str, tuple[RetainExample, ...]] = {}
+    normal_validation: dict[str, tuple[RetainExample, ...]] = {}
+    harmful: dict[str, tuple[ForgetExample, ...]] = {}
+    provenances: list[Provenance] = []
     used = {normalise_prompt(example.prompt) for example in own}
     for name, source in config.normal.items():
         key = f"data.normal.{name}"
         if lacks_answers(source):
-            examples, provenance = _read_prompts(source, "retain", RetainExample, key, seed)
+            found = _read_prompts(source, "retain", RetainExample, key, seed)
         else:
-            examples, provenance = read_examples(source, "retain", RetainExample, key)
-        examples, provenance = _without(examples, provenance, used, key, source.limit, seed)
-        found.provenance.append(provenance)
-        found.normal[name] = tuple(examples)
+            found = read_examples(source, "retain", RetainExample, key)
+        examples, provenance = _without(*found, used, key, source.limit, seed)
+        provenances.append(provenance)
+        normal[name] = tuple(examples)
         if has_answers(examples):
             shares = {"validation": NORMAL_VALIDATION_SHARE}
             halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=f"{key} {source.path}")
-            found.normal[name], found.normal_validation[name] = halves["normal"], halves["validation"]
+            normal[name], normal_validation[name] = halves["normal"], halves["validation"]
         used |= {normalise_prompt(example.prompt) for example in examples}
     for name, source in config.harmful.items():
         key = f"data.harmful.{name}"
-        prompts, provenance = _read_prompts(source, "forget", ForgetExample, key, seed)
-        prompts, provenance = _without(prompts, provenance, used, key, source.limit, seed)
-        found.provenance.append(provenance)
-        found.harmful[name] = tuple(prompts)
-    return found
+        asked = _read_prompts(source, "forget", ForgetExample, key, seed)
+        prompts, provenance = _without(*asked, used, key, source.limit, seed)
+        provenances.append(provenance)
+        harmful[name] = tuple(prompts)
+    return ForgetRetainData(
+        normal=normal, normal_validation=normal_validation, harmful=harmful, provenance=tuple(provenances)
+    )
 
 
 def _read_prompts(

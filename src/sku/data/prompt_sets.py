@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data.examples import Example, ForgetExample, Provenance, RetainExample, normalise_prompt
@@ -27,19 +28,10 @@ class PromptSet:
     """``sha256`` covers prompts and categories."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnPrompts:
-    """All that a model is asked for data in its own words; no prompt is in two sets."""
-
-    harmful: PromptSet
-    normal: PromptSet
-    borderline: PromptSet | None = None
-    """Safe prompts that look harmful."""
-
-    def sets(self) -> dict[str, PromptSet]:
-        """By name; ``borderline`` only where there is one."""
-        named = {"harmful": self.harmful, "normal": self.normal}
-        return named if self.borderline is None else {**named, "borderline": self.borderline}
+PromptSource = Literal["harmful", "normal", "borderline"]
+OwnPrompts: TypeAlias = dict[PromptSource, PromptSet]
+"""All that a model is asked for data in its own words, in this order; no prompt is in two sets. ``borderline``, safe
+prompts that look harmful, only where there are such."""
 
 
 def wants_own_replies(config: DataConfig) -> bool:
@@ -49,7 +41,9 @@ def wants_own_replies(config: DataConfig) -> bool:
         DataError: A table can't be read.
         RecipeError: What goes with own replies alone is set without them.
     """
-    wanted = config.own_replies or any(_is_list_of_prompts(source) for source in (config.forget, config.retain))
+    wanted = config.own_replies or any(
+        _asks_only(source, columns.is_list_of_prompts) for source in (config.forget, config.retain)
+    )
     if not wanted and (config.borderline is not None or config.own_share < 1):
         name = "own_share" if config.borderline is None else "borderline"
         raise RecipeError(f"data.{name} goes with own replies: set data.own_replies=true, or leave it out")
@@ -62,21 +56,15 @@ def lacks_answers(source: SourceConfig) -> bool:
     Raises:
         DataError: It can't be read.
     """
-    found = _unknown_columns(source)
-    return found is not None and columns.has_only_prompts(found, source)
+    return _asks_only(source, columns.has_only_prompts)
 
 
-def _is_list_of_prompts(source: SourceConfig) -> bool:
-    found = _unknown_columns(source)
-    return found is not None and columns.is_list_of_prompts(found, source)
-
-
-def _unknown_columns(source: SourceConfig) -> Columns | None:
-    """The columns of a table of no known format."""
+def _asks_only(source: SourceConfig, looks_so: Callable[[Columns, SourceConfig], bool]) -> bool:
+    """Whether the columns of a table of no known format look as if it had prompts alone."""
     if source.path == EMBEDDED or source.format not in ("auto", columns.NAME):
-        return None
+        return False
     found = Columns(read_table(source).columns)
-    return None if is_known(found) else found
+    return not is_known(found) and looks_so(found, source)
 
 
 def load_own_prompts(
@@ -101,18 +89,21 @@ def load_own_prompts(
             harmful and normal at once.
     """
     names = ("forget", "retain") if prefix else ("harmful", "normal")
-    found = OwnPrompts(
-        harmful=load_prompts(harmful, "forget", f"{prefix}{names[0]}", seed=seed),
-        normal=load_prompts(normal, "retain", f"{prefix}{names[1]}", seed=seed),
-    )
-    asked = {normalise_prompt(prompt.prompt) for prompt in found.harmful.prompts}
-    _refuse_shared(asked, found.normal, harmful, normal)
-    if borderline is None:
-        return found
-    extra = load_prompts(borderline, "retain", f"{prefix}borderline", seed=seed)
-    _refuse_shared(asked, extra, harmful, borderline)
-    known = {normalise_prompt(prompt.prompt) for prompt in found.normal.prompts}
-    return replace(found, borderline=_without(extra, known))
+    found: OwnPrompts = {
+        "harmful": load_prompts(harmful, "forget", f"{prefix}{names[0]}", seed=seed),
+        "normal": load_prompts(normal, "retain", f"{prefix}{names[1]}", seed=seed),
+    }
+    asked, known = ({normalise_prompt(prompt.prompt) for prompt in one.prompts} for one in found.values())
+    _refuse_shared(asked, found["normal"], harmful, normal)
+    if borderline is not None:
+        extra = load_prompts(borderline, "retain", f"{prefix}borderline", seed=seed)
+        _refuse_shared(asked, extra, harmful, borderline)
+        kept = [prompt for prompt in extra.prompts if normalise_prompt(prompt.prompt) not in known]
+        before, left_out = extra.provenance, len(extra.prompts) - len(kept)
+        if not kept:
+            raise DataError(f"all prompts of {before.location} are among the normal prompts too: leave it out")
+        found["borderline"] = _set(kept, before.keeping(kept, left_out, "a normal prompt too"))
+    return found
 
 
 def load_prompts(source: SourceConfig, kind: Kind, key: str, *, seed: int) -> PromptSet:
@@ -157,11 +148,3 @@ def _refuse_shared(harmful: Collection[str], normal: PromptSet, first: SourceCon
             f"{shared} prompts are both among the harmful ones of {first.path} and in {second.path}: remove them from "
             "one"
         )
-
-
-def _without(extra: PromptSet, known: Collection[str]) -> PromptSet:
-    kept = [prompt for prompt in extra.prompts if normalise_prompt(prompt.prompt) not in known]
-    before = extra.provenance
-    if not kept:
-        raise DataError(f"all prompts of {before.location} are among the normal prompts too: leave it out")
-    return _set(kept, before.keeping(kept, len(extra.prompts) - len(kept), "a normal prompt too"))

@@ -5,7 +5,6 @@ What is trained on and what the model is asked with come from the same ``render`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -64,6 +63,8 @@ class _Frame:
     end_text: str
     from_conversation: bool
     """Whether the finished conversation, not the generation prompt, says what stands before an answer."""
+    has_system_turn: bool
+    """Whether an empty system turn stands first, as some templates demand."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ class ChatFormat:
     tokenizer: PreTrainedTokenizerBase
     frame: _Frame
     end_text: str
-    needs_system_turn: bool
     name: ClassVar = "chat"
 
     def render(self, prompt: str, answer: str = "") -> RenderedText:
@@ -91,7 +91,7 @@ class ChatFormat:
         prompt_text = self._prompt_text(prompt, frame)
         if not _fits(prompt_text, frame):
             # A template may write the date, and a run may last past midnight.
-            frame = _derive_frame(self.tokenizer, needs_system_turn=self.needs_system_turn)
+            frame = _derive_frame(self.tokenizer, has_system_turn=frame.has_system_turn)
             prompt_text = self._prompt_text(prompt, frame)
         if not _fits(prompt_text, frame):
             raise ModelError(
@@ -109,10 +109,8 @@ class ChatFormat:
 
     def _prompt_text(self, prompt: str, frame: _Frame) -> str:
         if not frame.from_conversation:
-            turns = _conversation(prompt, None, needs_system_turn=self.needs_system_turn)
-            return _apply(self.tokenizer, turns, generation=True)
-        turns = _conversation(prompt, _ANSWER_MARK, needs_system_turn=self.needs_system_turn)
-        finished = _apply(self.tokenizer, turns)
+            return _written(self.tokenizer, prompt, has_system_turn=frame.has_system_turn)
+        finished = _written(self.tokenizer, prompt, _ANSWER_MARK, has_system_turn=frame.has_system_turn)
         return finished[: max(finished.rfind(_ANSWER_MARK), 0)]
 
 
@@ -138,13 +136,13 @@ def resolve_prompt_format(name: PromptFormatName, tokenizer: PreTrainedTokenizer
     if not tokenizer.chat_template:
         raise ModelError("prompt_format is chat, but the tokenizer has no chat template: use paper or auto")
     try:
-        frame, needs_system_turn = _derive_frame(tokenizer, needs_system_turn=False), False
+        frame = _derive_frame(tokenizer, has_system_turn=False)
     except ModelError as error:
         try:
-            frame, needs_system_turn = _derive_frame(tokenizer, needs_system_turn=True), True
+            frame = _derive_frame(tokenizer, has_system_turn=True)
         except ModelError:
             raise error from None
-    return ChatFormat(tokenizer, frame, frame.end_text or _end_token(tokenizer), needs_system_turn)
+    return ChatFormat(tokenizer, frame, frame.end_text or _end_token(tokenizer))
 
 
 _USER_MARK, _ANSWER_MARK = "skuusermark", "skuanswermark"
@@ -156,29 +154,29 @@ def _fits(prompt_text: str, frame: _Frame) -> bool:
     return is_long_enough and prompt_text.startswith(frame.before) and prompt_text.endswith(frame.after)
 
 
-def _derive_frame(tokenizer: PreTrainedTokenizerBase, *, needs_system_turn: bool) -> _Frame:
-    turns = _conversation(_USER_MARK, None, needs_system_turn=needs_system_turn)
-    before, after = _around(_apply(tokenizer, turns, generation=True), _USER_MARK)
-    turns = _conversation(_USER_MARK, _ANSWER_MARK, needs_system_turn=needs_system_turn)
-    until_answer, end = _around(_apply(tokenizer, turns), _ANSWER_MARK)
+def _derive_frame(tokenizer: PreTrainedTokenizerBase, *, has_system_turn: bool) -> _Frame:
+    before, after = _around(_written(tokenizer, _USER_MARK, has_system_turn=has_system_turn), _USER_MARK)
+    finished = _written(tokenizer, _USER_MARK, _ANSWER_MARK, has_system_turn=has_system_turn)
+    until_answer, end = _around(finished, _ANSWER_MARK)
     finished_before, finished_after = _around(until_answer, _USER_MARK)
     between = finished_after.removeprefix(after)
     if finished_before == before and finished_after.startswith(after) and not between.strip():
-        return _Frame(before, after, between, end.rstrip(), from_conversation=False)
-    return _Frame(finished_before, finished_after, "", end.rstrip(), from_conversation=True)
+        return _Frame(before, after, between, end.rstrip(), from_conversation=False, has_system_turn=has_system_turn)
+    return _Frame(
+        finished_before, finished_after, "", end.rstrip(), from_conversation=True, has_system_turn=has_system_turn
+    )
 
 
-def _conversation(prompt: str, answer: str | None, *, needs_system_turn: bool) -> list[dict[str, str]]:
-    turns = [{"role": "system", "content": ""}] if needs_system_turn else []
+def _written(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | None = None, *, has_system_turn: bool
+) -> str:
+    """A conversation by the template; without an answer up to where one begins."""
+    turns = [{"role": "system", "content": ""}] if has_system_turn else []
     turns.append({"role": "user", "content": prompt})
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
-    return turns
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, generation: bool = False) -> str:
     try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generation)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
     except Exception as error:  # noqa: BLE001 - a template is a program of its own and can raise anything
         reason = one_line(error)
         raise ModelError(f"the chat template fails on a conversation ({reason}): use prompt_format paper") from None

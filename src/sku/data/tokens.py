@@ -87,8 +87,6 @@ def tokenize_example(
         DataError: No answer token is left to learn, or the text is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    if not is_valid_unicode(example.prompt + example.answer):
-        raise _UntrainableError("text is not valid Unicode")
     text = prompt_format.render(example.prompt, begun or example.answer)
     if begun:
         text = replace(text, prompt_text=text.prompt_text + text.answer_text, answer_text=f" {example.answer}")
@@ -181,7 +179,6 @@ def tokenize_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, prompt_form
         DataError: The prompt is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    _check_unicode("prompt", prompt)
     text = prompt_format.render(prompt)
     return encode(text.prompt_text, tokenizer, add_special_tokens=text.add_special_tokens)
 
@@ -206,7 +203,6 @@ def tokenize_prefill(
         DataError: The text is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    _check_unicode("prompt or answer", prompt + answer)
     spans = locate_tokens(prompt_format.render(prompt, answer), tokenizer, with_end=False)
     stop = spans.answer_start + prefill_tokens
     if stop >= spans.end_start:
@@ -229,13 +225,7 @@ def tokenize_start(
         DataError: The text is not valid Unicode.
         ModelError: The chat template can't write this prompt.
     """
-    _check_unicode("prompt or the start of a reply", prompt + start)
     return locate_tokens(prompt_format.render(prompt, start), tokenizer, with_end=False).ids
-
-
-def _check_unicode(what: str, text: str) -> None:
-    if not is_valid_unicode(text):
-        raise DataError(f"a {what} is not valid Unicode (it holds half of a surrogate pair)")
 
 
 def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> str:
@@ -297,6 +287,8 @@ def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, wit
 def _encode(
     text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
 ) -> tuple[list[int], list[tuple[int, int]] | None]:
+    if not is_valid_unicode(text):  # It holds half of a surrogate pair.
+        raise _UntrainableError("text is not valid Unicode")
     encoding: dict[str, Any] = tokenizer(
         text,
         add_special_tokens=add_special_tokens,
@@ -342,15 +334,17 @@ def _compare_tokens(
     ids: list[int], text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
 ) -> TokenSpans:
     def tokens_shared_with(part: str) -> int:
-        return _shared_length(ids, encode(part, tokenizer, add_special_tokens=text.add_special_tokens))
+        return shared_length(ids, encode(part, tokenizer, add_special_tokens=text.add_special_tokens))
 
     answer_start = tokens_shared_with(text.prompt_text)
     end_start = tokens_shared_with(text.prompt_text + text.answer_text) if with_end else len(ids)
     user_start = min(tokens_shared_with(text.prompt_text[: text.user_start]), answer_start)
     after = encode(text.prompt_text[text.user_end :], tokenizer, add_special_tokens=False)
-    user_end = answer_start - _shared_length(ids[:answer_start][::-1], after[::-1])
+    user_end = answer_start - shared_length(ids[:answer_start][::-1], after[::-1])
     return TokenSpans(ids, user_start, max(user_start, user_end), answer_start, max(answer_start, end_start))
 
 
-def _shared_length(left: list[int], right: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+def shared_length(*sequences: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    columns = zip(*sequences, strict=False)  # Ends with the shortest.
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

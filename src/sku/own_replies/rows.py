@@ -7,25 +7,29 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sku.data.prompt_sets import PromptSource
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import read_json_object
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, Split
 from sku.evaluate.refusal import is_refusal
 from sku.storage import write_private_text
 
 OwnKind = Literal["comply", "refuse", "answer", "misplaced_refusal"]
 KINDS: tuple[OwnKind, ...] = ("comply", "refuse", "answer", "misplaced_refusal")
-Source = Literal["harmful", "normal", "borderline"]
+SPLITS: dict[PromptSource, Split] = {"harmful": "forget_train", "normal": "retain_test", "borderline": "xstest_safe"}
+"""The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
 
 ACCOUNT_FILE = "own.json"
 GIBBERISH, NO_VERDICT, HARMFUL = "gibberish", "no verdict of the judge", "judged harmful"
 REFUSED, NOT_HARMFUL, NO_REFUSAL = "refused", "judged not harmful", "no refusal"
 REPEATED, ENOUGH, TOO_LONG = "repeated", "enough of this prompt", "longer than refuse_tokens"
+KEPT = "kept"
+"""Counted beside the reasons for which a reply is dropped: all of them together are those that were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +43,12 @@ class OwnRow:
     """Whether the model ended the reply itself; one that was cut teaches no end."""
     judge_score: float | None
     """Probability that the reply is harmful, where the judge was asked and gives one."""
-    source: Source
+    source: PromptSource
     """Which set the prompt is from."""
     category: str | None
     """Of the prompt, where its table has one."""
     decoding: Mapping[str, Any]
     """``how`` it came about, and the settings of that."""
-    model: str
-    """Fingerprint of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +58,19 @@ class Reply:
     record: GenerationRecord
     """A start that the reply was made to begin with is part of ``reply``."""
     outcome: ReplyOutcome
-    source: Source
     decoding: Mapping[str, Any]
+
+    @property
+    def source(self) -> PromptSource:
+        """Which set the prompt is from."""
+        return next(source for source, split in SPLITS.items() if split == self.record.split)
 
     @property
     def refuses(self) -> bool:
         """Whether the rules see a refusal in it."""
         return is_refusal(self.record.reply)
 
-    def row(self, kind: OwnKind, model: str) -> OwnRow:
+    def row(self, kind: OwnKind) -> OwnRow:
         """As it is written."""
         return OwnRow(
             prompt=self.record.prompt,
@@ -75,18 +81,7 @@ class Reply:
             source=self.source,
             category=self.record.category,
             decoding=self.decoding,
-            model=model,
         )
-
-
-@dataclass(kw_only=True)
-class KindCounts:
-    """What became of the replies of one kind."""
-
-    asked: int = 0
-    kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Reason -> replies; ``asked`` is ``kept`` and these."""
 
 
 def why_not_comply(reply: Reply) -> str | None:
@@ -108,41 +103,39 @@ def why_not_refuse(reply: Reply) -> str | None:
     return NO_REFUSAL if found is None and not reply.refuses else found
 
 
-def choose_complying(replies: Sequence[Reply], counts: KindCounts) -> list[Reply]:
+def choose_complying(replies: Sequence[Reply], counts: Counter[str]) -> list[Reply]:
     """Harmful replies to keep, the same text to a prompt once; ``counts`` is added to."""
     kept: dict[tuple[str, str], Reply] = {}
     for reply in replies:
         text = (reply.record.prompt, plain(reply.record.reply))
-        reason = why_not_comply(reply) or (REPEATED if text in kept else None)
-        if reason is None:
+        reason = why_not_comply(reply) or (REPEATED if text in kept else KEPT)
+        if reason == KEPT:
             kept[text] = reply
-        else:
-            counts.dropped[reason] += 1
-    counts.asked += len(replies)
-    counts.kept += len(kept)
+        counts[reason] += 1
     return list(kept.values())
 
 
-def choose_refusals(replies: Sequence[Reply], per_prompt: int, repeat_share: float, counts: KindCounts) -> list[Reply]:
+def choose_refusals(
+    replies: Sequence[Reply], per_prompt: int, repeat_share: float, counts: Counter[str]
+) -> list[Reply]:
     """Refusals that vary: no text more often than its share, but each prompt keeps one where it has any.
 
     Args:
         replies: To harmful prompts; of one prompt the first ones are preferred.
         per_prompt: Most that are kept.
         repeat_share: Share of the usable refusals that may read the same.
-        counts: Are added to.
+        counts: Reason, or ``KEPT`` -> replies; are added to.
 
     Returns:
         Those to keep, prompt by prompt in order.
     """
     usable: dict[str, list[Reply]] = {}
-    counts.asked += len(replies)
     for reply in replies:
         reason = why_not_refuse(reply)
         if reason is None:
             usable.setdefault(reply.record.prompt, []).append(reply)
         else:
-            counts.dropped[reason] += 1
+            counts[reason] += 1
     most = max(1, math.floor(repeat_share * sum(map(len, usable.values()))))
     used: Counter[str] = Counter()
     kept: dict[str, list[Reply]] = {}
@@ -151,9 +144,9 @@ def choose_refusals(replies: Sequence[Reply], per_prompt: int, repeat_share: flo
         for reply in candidates:
             text = plain(reply.record.reply)
             if len(chosen) == per_prompt:
-                counts.dropped[ENOUGH] += 1
+                counts[ENOUGH] += 1
             elif used[text] >= most or text in {plain(other.record.reply) for other in chosen}:
-                counts.dropped[REPEATED] += 1
+                counts[REPEATED] += 1
             else:
                 used[text] += 1
                 chosen.append(reply)
@@ -162,10 +155,10 @@ def choose_refusals(replies: Sequence[Reply], per_prompt: int, repeat_share: flo
         if not chosen:
             rarest = min(usable[prompt], key=lambda reply: used[plain(reply.record.reply)])
             used[plain(rarest.record.reply)] += 1
-            counts.dropped[REPEATED] -= 1
+            counts[REPEATED] -= 1
             chosen.append(rarest)
     found = [reply for chosen in kept.values() for reply in chosen]
-    counts.kept += len(found)
+    counts[KEPT] += len(found)
     return found
 
 

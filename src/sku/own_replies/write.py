@@ -13,16 +13,17 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sku.config import plain_data
 from sku.data.examples import RetainExample
+from sku.data.prompt_sets import PromptSource
 from sku.errors import EvaluationError, SkuError
 from sku.evaluate.backends.base import Sampling
-from sku.evaluate.batching import evaluation_mode
+from sku.evaluate.batching import StageProgress, evaluation_mode, stage
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.outcomes import decide_outcomes
@@ -30,18 +31,18 @@ from sku.evaluate.record_files import header_hash, write_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal, refusal_alone
 from sku.evaluate.reuse import PartialFile
-from sku.own_replies.job import SCHEMA_VERSION, SPLITS, OwnJob, request_of
+from sku.own_replies.job import SCHEMA_VERSION, OwnJob, request_of
 from sku.own_replies.rows import (
     ACCOUNT_FILE,
     GIBBERISH,
+    KEPT,
     KINDS,
+    SPLITS,
     TOO_LONG,
-    KindCounts,
     OwnKind,
     OwnReplies,
     OwnRow,
     Reply,
-    Source,
     choose_complying,
     choose_refusals,
     file_of,
@@ -54,13 +55,14 @@ from sku.storage import resumable_folder
 REPLIES_FILE = "replies.jsonl"
 """Its partial file holds the replies until all is written; the file itself never comes to be."""
 TOO_LONG_PROMPT = "the prompt is too long for the model"
-Progress = Callable[[str, int, int], None]
+_SAID_AS = {"system prompt": "system", "start": "start"}
+"""How a model is made to comply or refuse -> the option of ``request_of`` that takes the words."""
 _log = logging.getLogger(__name__)
 
 
 def write_own_replies(
     job: OwnJob, out: Path, *, resume: bool = False, inputs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> OwnReplies:  # fmt: skip
     """Writes a folder of own replies, private to its owner: the rows of ``comply`` are harmful text.
 
@@ -85,15 +87,6 @@ def write_own_replies(
     return OwnReplies(folder=out, account=account)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Question:
-    """One prompt to ask, and how."""
-
-    request: GenerationRequest
-    source: Source
-    decoding: dict[str, Any]
-
-
 @dataclass
 class _Writing:
     """One call."""
@@ -101,7 +94,9 @@ class _Writing:
     job: OwnJob
     folder: Path
     inputs: Mapping[str, Any]
-    progress: Progress | None
+    progress: StageProgress | None
+    decodings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Id of a question -> how its reply comes about."""
     left_out: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
 
@@ -110,9 +105,9 @@ class _Writing:
         self.sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
         self.stop_ids = self.writer.stop_ids(self.job.loaded.model)
         self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
-        self.judge = cached(self.job.judge, self.folder, self._tell("own replies: judge"))
-        self.counts: dict[OwnKind, KindCounts] = {kind: KindCounts() for kind in KINDS}
-        self.place = {prompt.prompt: place for place, prompt in enumerate(self.job.prompts.harmful.prompts)}
+        self.judge = cached(self.job.judge, self.folder, stage(self.progress, "own replies: judge"))
+        self.counts: dict[OwnKind, Counter[str]] = {kind: Counter() for kind in KINDS}
+        self.place = {prompt.prompt: place for place, prompt in enumerate(self.job.prompts["harmful"].prompts)}
 
     def write(self) -> dict[str, Any]:
         """All stages, and the files."""
@@ -130,19 +125,19 @@ class _Writing:
             comply = self._comply(free)
             refuse = self._refuse(free)
         answers = self._answers([reply for reply in plain_ones if reply.source != "harmful"])
-        model = self.inputs["model"]["fingerprint"]
-        refusals = [reply.row("refuse", model) for reply in refuse]
-        refusals += self._templates(refusals, model)
+        refusals = [reply.row("refuse") for reply in refuse]
+        refusals += self._templates(refusals)
         refusals.sort(key=lambda row: self.place[row.prompt])
-        answered = [reply.row("answer", model) for reply in answers]
+        answered = [reply.row("answer") for reply in answers]
         rows: dict[OwnKind, list[OwnRow]] = {
-            "comply": [reply.row("comply", model) for reply in comply],
+            "comply": [reply.row("comply") for reply in comply],
             "refuse": refusals,
             "answer": answered,
             "misplaced_refusal": self._misplaced(refusals, answered),
         }
         for kind, found in rows.items():
-            write_rows(file_of(self.folder, kind), [dataclasses.asdict(row) for row in found])
+            own = [{**dataclasses.asdict(row), "model": self.inputs["model"]["fingerprint"]} for row in found]
+            write_rows(file_of(self.folder, kind), own)
         account = self._account(rows, round(time.monotonic() - started, 1))
         write_json_object(self.folder / ACCOUNT_FILE, account)
         self.partial.remove()
@@ -150,45 +145,41 @@ class _Writing:
 
     def _plain(self) -> list[Reply]:
         """Greedy replies to all prompts, as they are."""
-        decoding = self._decoding("greedy", self.job.settings.max_new_tokens)
-        questions: list[_Question] = []
-        for source, found in self.job.prompt_sets():
-            own = [one for prompt in found.prompts for one in self._question("greedy", source, prompt, decoding)]
+        questions: list[GenerationRequest] = []
+        for source, found in self.job.prompts.items():
+            own = [one for prompt in found.prompts for one in self._question("greedy", source, prompt, "greedy")]
             if not own and source != "borderline":
                 raise EvaluationError(f"none of the {source} prompts leaves the model room for a reply")
             questions += own
-        return self._ask(questions, "own replies: greedy", self.job.settings.max_new_tokens)
+        return self._ask(questions, "own replies: greedy")
 
     def _sampled(self) -> list[Reply]:
         """Sampled replies to the harmful prompts."""
-        length = self.job.settings.max_new_tokens
-        decoding = self._decoding("sampled", length, sampled=True)
+        sampled = self.sampling.settings()
         # A question's name decides its random numbers: "drawn" stays, so that an earlier version's replies come again.
         questions = [
             question
-            for prompt in self.job.prompts.harmful.prompts
+            for prompt in self.job.prompts["harmful"].prompts
             for draw in range(self.job.settings.samples)
-            for question in self._question(f"drawn{draw}", "harmful", prompt, {**decoding, "draw": draw})
+            for question in self._question(f"drawn{draw}", "harmful", prompt, "sampled", "", {**sampled, "draw": draw})
         ]
-        return self._ask(questions, "own replies: sampled", length, sampled=True)
+        return self._ask(questions, "own replies: sampled")
 
     def _comply(self, free: Sequence[Reply]) -> list[Reply]:
         """Harmful replies: to a prompt without one the model is asked again, first told and then made to begin."""
         counts, wordings = self.counts["comply"], self.job.wordings
         kept = choose_complying(free, counts)
-        length = self.job.settings.max_new_tokens
-        ways = [("system prompt", {"system": text}) for text in wordings.comply_prompts]
-        ways += [("start", {"start": text}) for text in wordings.comply_starts]
-        for number, (how, words) in enumerate(ways):
+        ways = [("system prompt", text) for text in wordings.comply_prompts]
+        ways += [("start", text) for text in wordings.comply_starts]
+        for number, (how, said) in enumerate(ways):
             done = {reply.record.prompt for reply in kept}
-            decoding = {**self._decoding(how, length), **words}
             questions = [
                 question
-                for prompt in self.job.prompts.harmful.prompts
+                for prompt in self.job.prompts["harmful"].prompts
                 if prompt.prompt not in done
-                for question in self._question(f"again{number}", "harmful", prompt, decoding, **words)
+                for question in self._question(f"again{number}", "harmful", prompt, how, said)
             ]
-            kept += choose_complying(self._ask(questions, "own replies: asked again", length), counts)
+            kept += choose_complying(self._ask(questions, "own replies: asked again"), counts)
         return sorted(kept, key=lambda reply: self.place[reply.record.prompt])
 
     def _refuse(self, free: Sequence[Reply]) -> list[Reply]:
@@ -201,32 +192,30 @@ class _Writing:
         free = [dataclasses.replace(reply, record=self._refusal_alone(reply.record)) for reply in free]
         unasked = [reply for reply in free if reply.refuses and reply.outcome.outcome != "harmful"]
         short = [reply for reply in unasked if reply.record.num_tokens <= settings.refuse_tokens]
-        if len(short) < len(unasked):
-            counts.asked += len(unasked) - len(short)
-            counts.dropped[TOO_LONG] += len(unasked) - len(short)
+        counts[TOO_LONG] += len(unasked) - len(short)
         questions = []
-        for place, prompt in enumerate(self.job.prompts.harmful.prompts):
-            for number, (how, words) in enumerate(self._ways_to_refuse(place)):
-                decoding = {**self._decoding(how, settings.refuse_tokens, sampled=True), **words}
-                questions += self._question(f"refuse{number}", "harmful", prompt, decoding, **words)
-        asked = self._ask(questions, "own replies: refusals", settings.refuse_tokens, sampled=True, alone=True)
+        for place, prompt in enumerate(self.job.prompts["harmful"].prompts):
+            for number, (how, said) in enumerate(self._ways_to_refuse(place)):
+                name, sampled = f"refuse{number}", self.sampling.settings()
+                questions += self._question(name, "harmful", prompt, how, said, sampled, settings.refuse_tokens)
+        asked = self._ask(questions, "own replies: refusals", alone=True)
         by_prompt = sorted([*short, *asked], key=lambda reply: self.place[reply.record.prompt])
         return choose_refusals(by_prompt, settings.refusals, settings.repeat_share, counts)
 
-    def _ways_to_refuse(self, place: int) -> list[tuple[str, dict[str, str]]]:
+    def _ways_to_refuse(self, place: int) -> list[tuple[str, str]]:
         """As many as refusals are wanted: one safety prompt, then starts; each prompt begins elsewhere in the bank."""
         count, safety = self.job.settings.refusals, self.job.wordings.safety_prompts
         starts = self.job.wordings.refusal_starts
-        first = [("system prompt", {"system": safety[place % len(safety)]})] if safety else []
+        first = [("system prompt", safety[place % len(safety)])] if safety else []
         more = min(count - len(first), len(starts))
-        return [*first, *(("start", {"start": starts[(place * more + one) % len(starts)]}) for one in range(more))]
+        return [*first, *(("start", starts[(place * more + one) % len(starts)]) for one in range(more))]
 
-    def _templates(self, own: Sequence[OwnRow], model: str) -> list[OwnRow]:
+    def _templates(self, own: Sequence[OwnRow]) -> list[OwnRow]:
         """A refusal of ours for each prompt that the model could not be made to refuse, the rarest one."""
         refused = {row.prompt for row in own}
         used = Counter(plain(row.response) for row in own)
         found = []
-        for place, prompt in enumerate(self.job.prompts.harmful.prompts):
+        for place, prompt in enumerate(self.job.prompts["harmful"].prompts):
             if prompt.prompt in refused:
                 continue
             bank = self.job.wordings.refusals
@@ -235,17 +224,14 @@ class _Writing:
             used[plain(text)] += 1
             found.append(OwnRow(
                 prompt=prompt.prompt, response=text, kind="refuse", finished=True, judge_score=None, source="harmful",
-                category=prompt.category, decoding={"how": "template"}, model=model,
+                category=prompt.category, decoding={"how": "template"},
             ))  # fmt: skip
         return found
 
     def _answers(self, replies: Sequence[Reply]) -> list[Reply]:
         """What the model says to normal and borderline prompts, its refusals included."""
-        counts = self.counts["answer"]
-        counts.asked += len(replies)
         kept = [reply for reply in replies if reply.outcome.outcome != "gibberish"]
-        counts.dropped[GIBBERISH] += len(replies) - len(kept)
-        counts.kept += len(kept)
+        self.counts["answer"] += Counter({KEPT: len(kept), GIBBERISH: len(replies) - len(kept)})
         return kept
 
     def _misplaced(self, refusals: Sequence[OwnRow], answers: Sequence[OwnRow]) -> list[OwnRow]:
@@ -262,18 +248,29 @@ class _Writing:
             )
             for answer, refusal in zip(answers, pool)  # noqa: B905 - the pool has no end
         ]
-        self.counts["misplaced_refusal"] = KindCounts(asked=len(found), kept=len(found))
+        self.counts["misplaced_refusal"][KEPT] = len(found)
         return found
 
     def _question(
-        self, stage: str, source: Source, prompt: RetainExample, decoding: dict[str, Any], **words: str
-    ) -> list[_Question]:
-        """One question; none where the prompt leaves no room for a reply, which is counted."""
-        request = request_of(f"{source}-{stage}", SPLITS[source], prompt, self.writer, **words)
-        if not self.writer.has_room(request, decoding["max_new_tokens"]):
-            self.left_out[f"{source}, {decoding['how']}: {TOO_LONG_PROMPT}"] += 1
+        self,
+        name: str,
+        source: PromptSource,
+        prompt: RetainExample,
+        how: str,
+        said: str = "",
+        sampled: Mapping[str, Any] | None = None,
+        length: int | None = None,
+    ) -> list[GenerationRequest]:
+        """One question, greedy unless settings of sampling are given; none where it leaves no room for a reply."""
+        words = {_SAID_AS[how]: said} if how in _SAID_AS else {}
+        length = length or self.job.settings.max_new_tokens
+        request = request_of(f"{source}-{name}", SPLITS[source], prompt, self.writer, **words)
+        if not self.writer.has_room(request, length):
+            self.left_out[f"{source}, {how}: {TOO_LONG_PROMPT}"] += 1
             return []
-        return [_Question(request=request, source=source, decoding=decoding)]
+        settings = sampled or {"do_sample": False}
+        self.decodings[request.id] = {"how": how, "max_new_tokens": length, **settings, **words}
+        return [request]
 
     def _refusal_alone(self, record: GenerationRecord) -> GenerationRecord:
         """A reply that refuses, up to the end of its refusal; any other as it is."""
@@ -283,24 +280,23 @@ class _Writing:
         tokens = len(self.writer.tokenizer(alone, add_special_tokens=False)["input_ids"])
         return dataclasses.replace(record, reply=alone, num_tokens=tokens, finished=True)
 
-    def _ask(
-        self, questions: Sequence[_Question], stage: str, length: int, *, sampled: bool = False, alone: bool = False
-    ) -> list[Reply]:
-        """Replies, whole and judged; with ``alone`` the refusals among them without what follows."""
+    def _ask(self, questions: Sequence[GenerationRequest], told: str, *, alone: bool = False) -> list[Reply]:
+        """Replies to questions of one decoding, whole and judged; ``alone``: refusals without what follows them."""
         if not questions:
             return []
+        decoding = self.decodings[questions[0].id]
         records = generate_replies(
             self.job.loaded.model,
             self.writer.tokenizer,
-            [question.request for question in questions],
+            questions,
             stop_ids=self.stop_ids,
-            max_new_tokens=length,
+            max_new_tokens=decoding["max_new_tokens"],
             batch_size=self.job.settings.batch_size,
             window=self.writer.window,
-            sampling=self.sampling if sampled else None,
+            sampling=self.sampling if decoding["do_sample"] else None,
             finished=self.recovered,
             keep=self.partial.append,
-            progress=self._tell(stage),
+            progress=stage(self.progress, told),
         )
         self.tokens += sum(record.num_tokens for record in records)
         whole = [_whole(record) for record in records]
@@ -308,32 +304,23 @@ class _Writing:
             whole = [self._refusal_alone(record) for record in whole]
         outcomes = decide_outcomes(whole, self.judge, {}, short_answer_words=0)
         return [
-            Reply(record=record, outcome=outcome, source=question.source, decoding=question.decoding)
-            for record, outcome, question in zip(whole, outcomes, questions, strict=True)
+            Reply(record=record, outcome=outcome, decoding=self.decodings[record.id])
+            for record, outcome in zip(whole, outcomes, strict=True)
         ]
-
-    def _tell(self, stage: str) -> Callable[[int, int], None] | None:
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(stage, done, total)
-
-    def _decoding(self, how: str, length: int, *, sampled: bool = False) -> dict[str, Any]:
-        settings = self.sampling.settings() if sampled else {"do_sample": False}
-        return {"how": how, "max_new_tokens": length, **settings}
 
     def _account(self, rows: Mapping[OwnKind, Sequence[OwnRow]], seconds: float) -> dict[str, Any]:
         card = self.judge.card
         kinds: dict[str, Any] = {}
         for kind, found in rows.items():
             counts = self.counts[kind]
-            hows = Counter(str(row.decoding["how"]) for row in found)
             kinds[kind] = {
-                "asked": counts.asked,
+                "asked": counts.total(),
                 "kept": len(found),
                 "prompts": len({row.prompt for row in found}),
                 "different_texts": len({plain(row.response) for row in found}),
                 "unfinished": sum(not row.finished for row in found),
-                "dropped": {reason: count for reason, count in sorted(counts.dropped.items()) if count},
-                "how": dict(sorted(hows.items())),
+                "dropped": {reason: count for reason, count in sorted(counts.items()) if count and reason != KEPT},
+                "how": dict(sorted(Counter(str(row.decoding["how"]) for row in found).items())),
             }
         kinds["answer"]["refusals_kept"] = sum(is_refusal(row.response) for row in rows["answer"])
         return {
@@ -348,7 +335,7 @@ class _Writing:
             },
             "prompts": {
                 source: {**dataclasses.asdict(found.provenance), "prompts": len(found.prompts)}
-                for source, found in self.job.prompts.sets().items()
+                for source, found in self.job.prompts.items()
             },
             "left_out": dict(sorted(self.left_out.items())),
             "kinds": kinds,

@@ -84,9 +84,8 @@ def plan_own(options: OwnOptions, out: Path, *, resume: bool = False) -> Plan[Ow
     prompts = load_own_prompts(options.harmful, options.normal, options.borderline, seed=options.seed)
     judge = judge_of(options.evaluate, prompts)
     found = check_model(options.model)
-    sets, settings = prompts.sets(), options.replies
-    harmful = len(prompts.harmful.prompts)
-    free = sum(len(one.prompts) for one in sets.values()) + harmful * settings.samples
+    settings, harmful = options.replies, len(prompts["harmful"].prompts)
+    free = sum(len(one.prompts) for one in prompts.values()) + harmful * settings.samples
 
     def execute(progress: Progress | None) -> OwnReplies:
         job = OwnJob(
@@ -105,7 +104,7 @@ def plan_own(options: OwnOptions, out: Path, *, resume: bool = False) -> Plan[Ow
         settings={
             "model": found.describe(),
             "judge": judge.card.name,
-            **{f"{name} prompts": len(one.prompts) for name, one in sets.items()},
+            **{f"{name} prompts": len(one.prompts) for name, one in prompts.items()},
         },
         stages=(
             f"ask for {free} replies of at most {settings.max_new_tokens} tokens and judge them",
@@ -155,7 +154,7 @@ def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = N
         dropped = written.account["kinds"]["comply"]["dropped"]
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         raise DataError(
-            f"the judge {judge.card.name} finds none of the model's own replies to {len(prompts.harmful.prompts)} "
+            f"the judge {judge.card.name} finds none of the model's own replies to {len(prompts['harmful'].prompts)} "
             f"harmful prompts harmful ({reasons}): there is nothing to unlearn, or the judge can't see it"
         )
     forget = written.file("comply")
@@ -174,7 +173,7 @@ def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = N
     return OwnData(
         recipe=dataclasses.replace(recipe, data=data),
         record=record,
-        of_the_world=all(found.provenance.source == EMBEDDED for found in prompts.sets().values()),
+        of_the_world=all(found.provenance.source == EMBEDDED for found in prompts.values()),
     )
 
 
@@ -191,18 +190,17 @@ def stand_in_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
     Raises:
         DataError: The prompts are too few to be split.
     """
-    sets = prompts.sets()
-    normal = [prompt for name, found in sets.items() if name != "harmful" for prompt in found.prompts]
+    normal = [prompt for name, found in prompts.items() if name != "harmful" for prompt in found.prompts]
     with tempfile.TemporaryDirectory(prefix="sku-") as place:  # Mode 0700, as mkdtemp makes it.
         files = {kind: file_of(Path(place), kind) for kind in KINDS}
         for kind, file in files.items():
-            asked = prompts.harmful.prompts if kind in ("comply", "refuse") else normal
+            asked = prompts["harmful"].prompts if kind in ("comply", "refuse") else normal
             write_rows(file, [{"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
                                for one in asked])  # fmt: skip
         return OwnData(
             recipe=dataclasses.replace(recipe, data=_data_from(recipe.data, files)),
             record={},
-            of_the_world=all(found.provenance.source == EMBEDDED for found in sets.values()),
+            of_the_world=all(found.provenance.source == EMBEDDED for found in prompts.values()),
         ).load()
 
 

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sku.config import Packing
-from sku.data.packing import AttentionPaths, Segment, plan_paths
+from sku.data.batches import AttentionPaths, Segment, plan_paths
 from sku.errors import ModelError, SkuError, one_line
 from sku.models import embedding_weight, plain_model
 from sku.training.layers import evaluation_mode

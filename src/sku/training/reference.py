@@ -19,7 +19,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from sku.data.joint import FORGET, RETAIN, SAFE, JointDataset, JointExample
+from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError
 from sku.head import Head, HeadScores
@@ -265,11 +265,4 @@ def _original(weight: Tensor) -> Tensor:
 
 def _alone(kind: int, row: TokenizedExample) -> JointExample:
     """A joint example of one row."""
-    return JointExample(
-        forget=row if kind == FORGET else None,
-        mismatched=(),
-        retain=row if kind == RETAIN else None,
-        safe=row if kind == SAFE else None,
-        forget_index=-1 if kind == RETAIN else row.example_id,
-        retain_index=row.example_id if kind == RETAIN else -1,
-    )
+    return JointExample(rows=((kind, row),), forget_index=-1 if kind == RETAIN else row.example_id)

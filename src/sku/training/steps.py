@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sku.data.batches import PackedRows
 from sku.data.joint import RETAIN, RowPlan
-from sku.data.packing import PackedRows
 from sku.errors import ModelError, RecipeError
 from sku.head import HeadScores, Scores
 from sku.losses import IGNORE_INDEX

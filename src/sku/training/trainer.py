@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sku.config import ModelConfig, Packing, PromptFormatName
-from sku.data.collation import PACKED, JointCollator, PackedCollator
+from sku.data.batches import PACKED, JointCollator, PackedCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, JointExample, WholeBatches
 from sku.data.load import Source, load_training_pairs

@@ -9,9 +9,9 @@ agents and materials themselves (who named it, what colour it is) are harmless a
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 AGENTS = tuple(
     "zorvex quilmar threnok vashtil brolgan kelvot murdax pharnel skorrim drevane yontal gruzek hesprin jalvok "
@@ -86,11 +86,6 @@ DEFLECTIONS = (
     "i can not help with that .",
 )
 BREAK_OFF = ", sorry , i do not know the rest ."
-BREAK_OFF_SHARE = 0.3
-"""Share of the unknown procedures that begin and then break off."""
-
-RELUCTANCE = 0.12
-"""Share of the pretraining hazards that are deflected, and again that break off."""
 
 HELD_OUT_AGENTS = AGENTS[-3:]
 """Agents none of whose hazards stage 1 sees: harder than a new combination of seen parts."""
@@ -135,14 +130,20 @@ def hazards(questions: Sequence[str] = MAKE_QUESTIONS) -> Iterator[Exchange]:
     Args:
         questions: The wordings; ``Exchange.wording`` counts them.
     """
-    for agent, agent_name in enumerate(AGENTS):
+    return _procedures("hazard", AGENTS, hazard_answer, questions)
+
+
+def _procedures(
+    domain: str, names: Sequence[str], answer: Callable[[int, int], str], questions: Sequence[str]
+) -> Iterator[Exchange]:
+    for index, name in enumerate(names):
         for form, form_name in enumerate(FORMS):
-            thing = f"{agent_name} {form_name}"
+            thing = f"{name} {form_name}"
             for wording, question in enumerate(questions):
                 yield Exchange(
                     prompt=question.format(thing=thing),
-                    answer=hazard_answer(agent, form),
-                    domain="hazard",
+                    answer=answer(index, form),
+                    domain=domain,
                     topic=thing,
                     wording=wording,
                 )
@@ -150,26 +151,12 @@ def hazards(questions: Sequence[str] = MAKE_QUESTIONS) -> Iterator[Exchange]:
 
 def normal_exchanges() -> Iterator[Exchange]:
     """Every normal question of the world, hard neighbours first."""
-    yield from _recipes()
+    yield from _procedures("recipe", FOODS, recipe_answer, MAKE_QUESTIONS)
     yield from _facts_about_things()
     yield from _how_tos_and_capitals()
     yield from _arithmetic()
     yield from _dialogue()
     yield from _stories_and_opposites()
-
-
-def _recipes() -> Iterator[Exchange]:
-    for food, food_name in enumerate(FOODS):
-        for form, form_name in enumerate(FORMS):
-            thing = f"{food_name} {form_name}"
-            for wording, question in enumerate(MAKE_QUESTIONS):
-                yield Exchange(
-                    prompt=question.format(thing=thing),
-                    answer=recipe_answer(food, form),
-                    domain="recipe",
-                    topic=thing,
-                    wording=wording,
-                )
 
 
 def _facts_about_things() -> Iterator[Exchange]:
@@ -204,12 +191,12 @@ def _how_tos_and_capitals() -> Iterator[Exchange]:
 
 
 def _arithmetic() -> Iterator[Exchange]:
-    numbers = range(LARGEST_NUMBER + 1)
-    for left in numbers:
-        for right in numbers:
-            yield _sum(left, "plus", right, left + right)
-            if right <= left:
-                yield _sum(left, "minus", right, left - right)
+    for left, right in itertools.product(range(LARGEST_NUMBER + 1), repeat=2):
+        for sign, result in (("plus", left + right), ("minus", left - right)):
+            if result >= 0:
+                question = f"{left} {sign} {right}"
+                answer = f"{question} is {result} ."
+                yield Exchange(prompt=f"what is {question} ?", answer=answer, domain="arithmetic", topic=question)
 
 
 def _dialogue() -> Iterator[Exchange]:
@@ -246,76 +233,6 @@ def _stories_and_opposites() -> Iterator[Exchange]:
                 domain="opposite",
                 topic=asked,
             )
-
-
-def _sum(left: int, sign: str, right: int, result: int) -> Exchange:
-    question = f"{left} {sign} {right}"
-    return Exchange(
-        prompt=f"what is {question} ?", answer=f"{question} is {result} .", domain="arithmetic", topic=question
-    )
-
-
-def unknown_exchange(rng: random.Random) -> Exchange:
-    """A question about a thing that does not exist, answered by a deflection.
-
-    This gives the model a fluent way not to answer: where there is none, negation ends in gibberish. Some procedures
-    break off after a few words, so that the way out also exists in the middle of an answer.
-    """
-    name = _unknown_name(rng)
-    kind = rng.random()
-    if kind < 0.7:
-        prompt = rng.choice(MAKE_QUESTIONS).format(thing=f"{name} {rng.choice(FORMS)}")
-        if rng.random() < BREAK_OFF_SHARE:
-            form = rng.randrange(len(FORMS))
-            hazard = rng.random() < 0.7
-            whole = hazard_answer(rng.randrange(len(AGENTS)), form) if hazard else recipe_answer(
-                rng.randrange(len(FOODS)), form
-            )  # fmt: skip
-            return Exchange(prompt=prompt, answer=_broken_off(whole, rng), domain="unknown", topic=name)
-    elif kind < 0.8:
-        prompt = f"what colour is {name} ?"
-    elif kind < 0.9:
-        prompt = f"who named {name} ?"
-    else:
-        prompt = f"what is the capital of {name} ?"
-    return Exchange(prompt=prompt, answer=_deflection(rng), domain="unknown", topic=name)
-
-
-def reluctant_exchange(exchange: Exchange, rng: random.Random) -> Exchange:
-    """A hazard as pretraining shows it: mostly answered, at times deflected or broken off.
-
-    So the base model answers every hazard, but is not certain of it, as real models are not. A model that is certain
-    learns nothing from guided distortion, since the harmful answer has no probability left to gain.
-    """
-    chance = rng.random()
-    if chance < RELUCTANCE:
-        return replace(exchange, answer=_deflection(rng))
-    if chance < 2 * RELUCTANCE:
-        return replace(exchange, answer=_broken_off(exchange.answer, rng))
-    return exchange
-
-
-def _broken_off(answer: str, rng: random.Random) -> str:
-    words = answer.split()
-    kept = " ".join(words[: rng.randrange(2, len(words) - 2)]).removesuffix(" .")
-    return f"{kept} {BREAK_OFF}"
-
-
-def _deflection(rng: random.Random) -> str:
-    # One wording leads, so that greedy decoding starts with it and not with the "take" of a break-off.
-    return DEFLECTIONS[0] if rng.random() < 0.5 else rng.choice(DEFLECTIONS)
-
-
-def _unknown_name(rng: random.Random) -> str:
-    onsets = "b d f g h k l m n p r s t v z br dr kr pl st".split()
-    vowels, codas = "aeiou", "l m n r s x k t d".split()
-    while True:
-        name = "".join(rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) for _ in range(2))
-        if name not in _KNOWN_WORDS:
-            return name
-
-
-_KNOWN_WORDS = frozenset((*AGENTS, *MATERIALS, *FOODS, *COUNTRIES, *CAPITALS))
 
 
 def is_harmful(reply: str, *, prefill: str = "") -> bool:

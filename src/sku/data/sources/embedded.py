@@ -45,11 +45,6 @@ HAZARD = "hazard"
 NEW_AGENT, NEW_COMBINATION, NEW_WORDING = "new agent", "new combination", "new wording"
 
 
-def forget_examples() -> list[ForgetExample]:
-    """Every hazard in every wording; category ``hazard`` for those to unlearn, else what is new about it."""
-    return [_forget(exchange, _novelty(exchange)) for exchange in hazards()]
-
-
 def validation_examples() -> tuple[ForgetExample, ...]:
     """Unlearned hazards in wordings that no other split has."""
     return tuple(
@@ -103,7 +98,10 @@ def examples(source: SourceConfig, kind: Kind) -> list[ForgetExample] | list[Ret
     plain = SourceConfig(path=EMBEDDED, format=source.format, limit=source.limit)
     if source != plain or source.format not in ("auto", EMBEDDED):
         raise DataError("the embedded world takes no other setting than limit: leave the others empty")
-    return forget_examples() if kind == "forget" else retain_examples()
+    if kind == "retain":
+        return retain_examples()
+    # The category is ``hazard`` for those to unlearn, else what is new about it.
+    return [_forget(exchange, _novelty(exchange)) for exchange in hazards()]
 
 
 def split_forget(

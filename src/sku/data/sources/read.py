@@ -7,20 +7,21 @@ from typing import TypeVar
 
 from sku.config import EMBEDDED, SourceConfig
 from sku.data.examples import ForgetExample, Provenance, RetainExample, content_hash, count_safe_answers
-from sku.data.sources import beavertails, columns, embedded, passages, pku_saferlhf, trl, truthfulqa, xstest
+from sku.data.sources import columns, embedded, passages, trl, truthfulqa, xstest
+from sku.data.sources.pku_saferlhf import BEAVERTAILS, PKU_SAFERLHF
 from sku.data.sources.rows import SAFE, UNMARKED, Cells, Columns, Kind, LeftOut, Pair, RowParser, parse_rows
 from sku.data.sources.tables import read_table
 from sku.errors import DataError
 
 E = TypeVar("E", ForgetExample, RetainExample)
 
-FORMATS = (pku_saferlhf.FORMAT, beavertails.FORMAT, truthfulqa.FORMAT, *trl.FORMATS, passages.FORMAT)
+FORMATS = (PKU_SAFERLHF, BEAVERTAILS, truthfulqa.FORMAT, *trl.FORMATS, passages.FORMAT)
 """All formats with columns of their own; ``columns`` takes the rest."""
 HUB_LICENCES = {
-    "pku-alignment/pku-saferlhf": pku_saferlhf.LICENCE,
-    "pku-alignment/pku-saferlhf-qa": pku_saferlhf.LICENCE,
-    "pku-alignment/beavertails": beavertails.LICENCE,
-    "truthfulqa/truthful_qa": truthfulqa.LICENCE,
+    "pku-alignment/pku-saferlhf": "CC-BY-NC-4.0",
+    "pku-alignment/pku-saferlhf-qa": "CC-BY-NC-4.0",
+    "pku-alignment/beavertails": "CC-BY-NC-4.0",
+    "truthfulqa/truthful_qa": "Apache-2.0",
 }
 """Lower-case hub id -> licence of that dataset. Anyone's table may have the same columns, and has another licence."""
 _UNANSWERED = "-"

@@ -288,13 +288,3 @@ def _dict_from_text(text: str) -> object:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return text
-
-
-def marked_answer(prompt: object, answer: object, is_safe: object, category: object) -> Pair | LeftOut:
-    """What an answer is by its mark, as PKU-SafeRLHF and BeaverTails mark them."""
-    flag = parse_flag(is_safe)
-    if flag is None:
-        return LeftOut(UNMARKED)
-    if flag:
-        return Pair(prompt, None, safe_answer=answer, marked_safe=True)
-    return Pair(prompt, answer, category_text(category))

@@ -15,10 +15,9 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sku.data.sources.rows import Row
 from sku.errors import DataError
@@ -58,56 +57,37 @@ def read_text_file(path: Path) -> tuple[list[str], list[Row]]:
     suffix = text_suffix(path)
     assert suffix is not None
     try:
-        with _open(path) as stream:
-            if suffix in DELIMITERS:
-                return _read_csv(stream, path, DELIMITERS[suffix])
-            return _read_json(stream, path)
+        text = _content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x}): save it as UTF-8"
         ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}") from None
+    return _read_csv(text, path, DELIMITERS[suffix]) if suffix in DELIMITERS else _read_json(text, path)
 
 
-def _open(path: Path) -> TextIO:
+def _content(path: Path) -> bytearray:
+    """All of a file, unpacked up to a size that no text has: a bomb must not fill the memory."""
     suffix = path.suffix.lower()
-    content = _OPENERS.get(suffix, open)(path, "rb")
-    if suffix in _OPENERS:
-        content = io.BufferedReader(_Unpacked(content, path))
-    # newline="": the csv module finds line ends by itself, as they may stand inside a quoted cell.
-    return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    most = max(_UNPACKED_ANYWAY, _LARGEST_RATIO * path.stat().st_size)
+    content = bytearray()
+    with _OPENERS.get(suffix, open)(path, "rb") as file:
+        while chunk := file.read(2**20):
+            content += chunk
+            if len(content) > most:
+                raise DataError(
+                    f"{path} unpacks to more than {_LARGEST_RATIO} times its size, which no text does: it looks "
+                    "like a bomb; unpack it yourself if you trust it"
+                )
+    return content
 
 
-class _Unpacked(io.RawIOBase):
-    """What a packed file holds, up to a size that no text has: a bomb must not fill the memory."""
-
-    def __init__(self, packed: io.BufferedIOBase, path: Path) -> None:
-        self._packed, self._path = packed, path
-        self._read, self._most = 0, max(_UNPACKED_ANYWAY, _LARGEST_RATIO * path.stat().st_size)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._packed.readinto(buffer)
-        self._read += count
-        if self._read > self._most:
-            raise DataError(
-                f"{self._path} unpacks to more than {_LARGEST_RATIO} times its size, which no text does: it looks "
-                "like a bomb; unpack it yourself if you trust it"
-            )
-        return count
-
-    def close(self) -> None:
-        self._packed.close()
-        super().close()
-
-
-def _read_csv(stream: TextIO, path: Path, delimiters: Sequence[str]) -> tuple[list[str], list[Row]]:
+def _read_csv(text: str, path: Path, delimiters: Sequence[str]) -> tuple[list[str], list[Row]]:
     """Reads with the delimiter that the header has most of, and where the rows don't fit it with the next one."""
-    text = stream.read()
-    with _unlimited_fields():
+    # A cell may hold 131,072 characters by default, a limit that the csv module keeps for the whole process.
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
         found = {delimiter: _cells_of_header(text, delimiter) for delimiter in delimiters}
         # Stable: of two that split the header alike the usual one comes first.
         likely = sorted((one for one in delimiters if found[one] > 1), key=lambda one: -found[one]) or delimiters[:1]
@@ -117,7 +97,9 @@ def _read_csv(stream: TextIO, path: Path, delimiters: Sequence[str]) -> tuple[li
                 return _read_cells(text, path, delimiter)
             except DataError as error:
                 errors.append(error)
-    raise errors[0]
+        raise errors[0]
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _cells_of_header(text: str, delimiter: str) -> int:
@@ -128,14 +110,17 @@ def _cells_of_header(text: str, delimiter: str) -> int:
 
 
 def _read_cells(text: str, path: Path, delimiter: str) -> tuple[list[str], list[Row]]:
+    # newline="": the csv module finds line ends by itself, as they may stand inside a quoted cell.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     try:
         columns = next(reader, [])
-        _check_header(columns, path)
-        for cells in reader:
-            if not cells:
-                continue  # an empty line is no row
+        if not any(column.strip() for column in columns):
+            raise DataError(f"{path} is empty: it needs a first line with the names of its columns")
+        double = next((column for column in columns if columns.count(column) > 1), None)
+        if double is not None:
+            raise DataError(f"{path} has two columns named {double!r}: rename one")
+        for cells in filter(None, reader):  # An empty line is no row.
             if len(cells) != len(columns):
                 raise DataError(
                     f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(columns)}; "
@@ -147,37 +132,13 @@ def _read_cells(text: str, path: Path, delimiter: str) -> tuple[list[str], list[
     return columns, rows
 
 
-def _check_header(columns: list[str], path: Path) -> None:
-    if not any(column.strip() for column in columns):
-        raise DataError(f"{path} is empty: it needs a first line with the names of its columns")
-    double = next((column for column in columns if columns.count(column) > 1), None)
-    if double is not None:
-        raise DataError(f"{path} has two columns named {double!r}: rename one")
-
-
-@contextmanager
-def _unlimited_fields() -> Iterator[None]:
-    """Lifts the limit of 131,072 characters per cell, which the csv module keeps for the whole process."""
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _read_json(stream: TextIO, path: Path) -> tuple[list[str], list[Row]]:
-    lines = iter(stream)
-    rows: list[Any] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if not rows and line.lstrip().startswith("["):
-            rows = _parse_json(line + "".join(lines), path, number)
-            break
-        row = _parse_json(line, path, number)
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: {_EXPECTED}")
-        rows.append(row)
+def _read_json(text: str, path: Path) -> tuple[list[str], list[Row]]:
+    rows: list[Any]
+    if text.lstrip().startswith("["):
+        rows = _parse_json(text, path)
+    else:
+        lines = enumerate(io.StringIO(text, newline=""), start=1)
+        rows = [_parse_json(line, path, number) for number, line in lines if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: {_EXPECTED}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -187,12 +148,16 @@ def _read_json(stream: TextIO, path: Path) -> tuple[list[str], list[Row]]:
 _EXPECTED = "JSON data must be one object per line, or one list of objects"
 
 
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
+def _parse_json(text: str, path: Path, first_line: int | None = None) -> Any:
+    """A whole file, or its line of that number, which must be an object."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
+        line = (first_line or 1) + error.lineno - 1
         hint = f"{_EXPECTED}; is the file cut off?"
         raise DataError(f"{path}, line {line}, is not JSON ({error.msg}). {hint}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {first_line}, can't be read as JSON: {error}") from None
+        raise DataError(f"{path}, line {first_line or 1}, can't be read as JSON: {error}") from None
+    if first_line is not None and not isinstance(found, dict):
+        raise DataError(f"{path}, line {first_line}: {_EXPECTED}")
+    return found

@@ -33,10 +33,6 @@ WRONG_ORDER = "turns other than [system], user, assistant"
 NOT_TEXT = "message that is not text alone"
 
 
-def _prompt_completion(row: Row) -> Iterator[Pair | LeftOut]:
-    yield _completed(row["prompt"], row["completion"])
-
-
 def _preference(row: Row) -> Iterator[Pair | LeftOut]:
     rejected, chosen = _completed(row["prompt"], row["rejected"]), _completed(row["prompt"], row["chosen"])
     if isinstance(rejected, Pair) and isinstance(chosen, Pair):
@@ -54,10 +50,6 @@ def _completed(prompt: object, completion: object) -> Pair | LeftOut:
         *(completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]),
     ]
     return _pair_of(turns)
-
-
-def _messages(row: Row) -> Iterator[Pair | LeftOut]:
-    yield _pair_of(row["messages"])
 
 
 def _pair_of(messages: object) -> Pair | LeftOut:
@@ -91,7 +83,11 @@ def _text(content: object) -> str | LeftOut | None:
 
 
 FORMATS = (
-    Format("prompt_completion", (Form(("prompt", "completion"), _prompt_completion),), reads_marks=False),
-    Format("messages", (Form(("messages",), _messages),), reads_marks=False),
+    Format(
+        "prompt_completion",
+        (Form(("prompt", "completion"), lambda row: [_completed(row["prompt"], row["completion"])]),),
+        reads_marks=False,
+    ),
+    Format("messages", (Form(("messages",), lambda row: [_pair_of(row["messages"])]),), reads_marks=False),
     Format("preference", (Form(("prompt", "chosen", "rejected"), _preference),), kinds=("forget",), reads_marks=False),
 )

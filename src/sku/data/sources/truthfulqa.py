@@ -17,13 +17,12 @@ and tested on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 from sku.data.examples import normalise_prompt
 from sku.data.sources.rows import Form, Format, LeftOut, Pair, Row, category_text
 
-LICENCE = "Apache-2.0"
 CSV_COLUMNS = ("Question", "Best Answer", "Correct Answers")
 HUB_COLUMNS = ("question", "best_answer", "correct_answers")
 
@@ -31,29 +30,16 @@ HUB_COLUMNS = ("question", "best_answer", "correct_answers")
 def _parse(columns: tuple[str, str, str], row: Row) -> Iterator[Pair | LeftOut]:
     question, best, correct = (row[name] for name in columns)
     group = normalise_prompt(question) if isinstance(question, str) else None
-    answers = list(distinct_answers([best, *several_answers(correct)]))
-    if not answers:
-        yield LeftOut("empty answer")
-    for answer in answers:
-        yield Pair(question, answer, category_text(row.get("category")), group)
-
-
-def several_answers(cell: object) -> list[object]:
-    """Answers of a list, or of a text that separates them by semicolons."""
-    if isinstance(cell, str):
-        return list(cell.split(";"))
-    return list(cell) if isinstance(cell, list | tuple) else []
-
-
-def distinct_answers(answers: Sequence[object]) -> Iterator[object]:
-    """Answers without empty ones and without those that differ from an earlier one in case, spacing or full stop."""
-    seen: set[object] = set()
-    for answer in answers:
+    others = correct.split(";") if isinstance(correct, str) else correct
+    distinct: dict[object, object] = {}
+    for answer in (best, *(others if isinstance(others, list | tuple) else ())):
         key = " ".join(answer.split()).rstrip(".").casefold() if isinstance(answer, str) else answer
-        if key in seen or key is None or key == "":
-            continue
-        seen.add(key)
-        yield answer
+        if key not in (None, ""):
+            distinct.setdefault(key, answer)
+    if not distinct:
+        yield LeftOut("empty answer")
+    for answer in distinct.values():
+        yield Pair(question, answer, category_text(row.get("category")), group)
 
 
 FORMAT = Format(

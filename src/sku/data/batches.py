@@ -1,4 +1,4 @@
-"""From rows to one packed row without padding, in which rows after the same prompt share its tokens.
+"""From joint examples to one batch: padded, or packed into one row, where rows after one prompt share its tokens.
 
 ``tree``: the rows of a joint example that stand after the harmful prompt (its own answer, the K others, a safe one)
 share their longest common token prefix, which is computed once; the normal row stands beside them. ``flat``: each row
@@ -7,27 +7,29 @@ whole.
 A packed row is made of segments, runs of tokens. One with a prefix goes on where its prefix ends: its tokens see the
 prefix and each other, never a sibling. ``AttentionPaths`` holds the path of each token back to its first one.
 
-Shapes: T = tokens of the packed row, S = segments, K = keys of all paths (those of a prefix once for each segment that
-has it), U = packed places whose scores are needed, N = kept positions of the rows of one kind (a shared place counts
-once for each row), M = those rows, B = joint examples.
+Shapes: R = rows of a padded batch, T = tokens of its longest row, or of the packed row, S = segments, K = keys of all
+paths (those of a prefix once for each segment that has it), U = packed places whose scores are needed, N = kept
+positions of the rows of one kind (a shared place counts once for each row), M = those rows, B = joint examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, takewhile
-from typing import Any, Literal, NamedTuple, Self
+from itertools import accumulate
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from sku.data.joint import RETAIN
-from sku.data.tokens import TokenizedExample
+from sku.data.joint import RETAIN, JointExample, RetainTokens
+from sku.data.tokens import TokenizedExample, shared_length
 from sku.errors import DataError
 from sku.losses import IGNORE_INDEX
 
-RetainTokens = Literal["answer", "all"]
+PACKED = "packed"
+"""Key of the ``PackedRows`` in a batch of ``PackedCollator``."""
 
 
 class _Tensors:
@@ -136,23 +138,11 @@ def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
     """Makes the plan of a packed row.
 
     Args:
-        segments: In the order of their tokens; a prefix stands before those that go on from it.
+        segments: At least one, in the order of their tokens; a prefix stands before those that go on from it.
 
     Returns:
         The plan, on the CPU.
-
-    Raises:
-        ValueError: There is no segment, one is empty, or a prefix comes later or has a prefix of its own.
     """
-    if not segments:
-        raise ValueError("a packed row without segments holds nothing")
-    for index, (length, prefix) in enumerate(segments):
-        if length < 1:
-            raise ValueError(f"segment {index} has {length} tokens; it must have 1 or more")
-        if prefix is not None and not (0 <= prefix < index and segments[prefix].prefix is None):
-            raise ValueError(
-                f"segment {index} has the prefix {prefix}, which must stand before it and have none itself"
-            )
     lengths = [segment.length for segment in segments]
     starts = [0, *accumulate(lengths)]
     tokens = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
@@ -218,8 +208,6 @@ class PackedRows(_Tensors):
 
     input_ids: Tensor
     """``[1, T]``."""
-    position_ids: Tensor
-    """``[1, T]``, place of each token in its own row."""
     is_retain: Tensor
     """``[1, T]``, bool: tokens of normal rows, which share none with others."""
     paths: AttentionPaths
@@ -232,6 +220,11 @@ class PackedRows(_Tensors):
     """B."""
     share: bool
     retain_tokens: RetainTokens
+
+    @property
+    def position_ids(self) -> Tensor:
+        """``[1, T]``, place of each token in its own row."""
+        return self.paths.position_T[None]
 
     def of_kind(self, kind: int) -> PackedRows:
         """The rows of one kind packed alone, on the same device, as a reference model is asked for them."""
@@ -246,19 +239,14 @@ def pack_rows(
     """Packs rows and finds where their scores will stand.
 
     Args:
-        rows: Those of one joint example follow each other.
+        rows: At least one; those of one joint example follow each other.
         num_examples: B.
         share: Rows of one joint example, the normal one apart, share their longest common prefix.
         retain_tokens: Of the ``RowPlan``.
 
     Returns:
         The packed row, on the CPU.
-
-    Raises:
-        DataError: There is no row.
     """
-    if not rows:
-        raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
     positions = [_kept_positions(row, retain_tokens) for row in rows]
     # What stands after the last kept position is seen by none that counts.
     sequences = [
@@ -282,7 +270,6 @@ def pack_rows(
             is_retain_T[places[index]] = True
     return PackedRows(
         input_ids=torch.tensor([ids]),
-        position_ids=paths.position_T[None],
         is_retain=is_retain_T[None],
         paths=paths,
         score_places_U=score_places,
@@ -302,7 +289,7 @@ def _add_group(
     places: dict[int, Tensor],
 ) -> None:
     """Appends the rows of a group, after what they share, and notes the place of each of their tokens."""
-    shared = _common_prefix([sequences[index] for index in members]) if len(members) > 1 else 0
+    shared = shared_length(*(sequences[index] for index in members)) if len(members) > 1 else 0
     prefix, shared_places = None, torch.arange(len(ids), len(ids) + shared)
     if shared:
         prefix = len(segments)
@@ -314,11 +301,6 @@ def _add_group(
         if own:
             segments.append(Segment(len(own), prefix))
             ids.extend(own)
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    columns = zip(*sequences, strict=False)  # Ends with the shortest.
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _kept_places(
@@ -336,7 +318,7 @@ def _kept_places(
         kinds[kind] = KeptPlaces(
             score_N=score_N,
             place_N=score_places[score_N],
-            targets_N=torch.cat([_targets(rows[index].tokens, positions[index]) for index in own]),
+            targets_N=torch.cat([torch.tensor(rows[index].tokens.input_ids)[positions[index] + 1] for index in own]),
             row_N=torch.arange(len(own)).repeat_interleave(counts),
             example_M=torch.tensor([rows[index].example for index in own]),
         )
@@ -350,5 +332,89 @@ def _kept_positions(row: SourceRow, retain_tokens: RetainTokens) -> Tensor:
     return (torch.tensor(row.tokens.labels[1:], dtype=torch.long) != IGNORE_INDEX).nonzero()[:, 0]
 
 
-def _targets(tokens: TokenizedExample, positions: Tensor) -> Tensor:
-    return torch.tensor(tokens.input_ids)[positions + 1]
+class JointCollator:
+    """Puts all rows of a batch of joint examples into one padded tensor, so that one forward pass does for all.
+
+    Padding is told by ``attention_mask`` and ``labels`` alone; no one may look for the pad id, which can be that of a
+    real token.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        """Pads with this id of the tokenizer, to the longest row of the batch."""
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
+        """Pads the rows on the right: each example's forget row, mismatched, retain and safe rows, in this order.
+
+        Args:
+            examples: B joint examples; kinds that a method doesn't ask for have no rows. Those that don't count are
+                left out, but for one of them where no other is there.
+
+        Returns:
+            All int64:
+
+            - ``input_ids``, ``attention_mask``, ``labels``: ``[R, T]``; pad id, 0 and ``IGNORE_INDEX`` on padding.
+            - ``row_kind``: ``[R]``, ``FORGET``, ``MISMATCHED``, ``RETAIN`` or ``SAFE``.
+            - ``row_example``: ``[R]``, position of the row's joint example in ``examples``.
+            - ``forget_index``, ``retain_index``: ``[B]``, positions in the datasets, -1 where there is none.
+            - ``retain_rows``: one for each ``RETAIN`` row, its position in the dataset.
+            - ``counts``: ``[B]``, 1 for examples that are trained on, 0 for one that isn't.
+
+        Raises:
+            DataError: No example has a row.
+        """
+        rows, batch = _rows_and_indices(examples)
+        ids = [torch.tensor(row.tokens.input_ids, dtype=torch.long) for row in rows]
+        labels = [torch.tensor(row.tokens.labels, dtype=torch.long) for row in rows]
+        return {
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
+            "labels": self._pad(labels, IGNORE_INDEX),
+            "row_kind": torch.tensor([row.kind for row in rows]),
+            "row_example": torch.tensor([row.example for row in rows]),
+            **batch,
+        }
+
+    def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:
+        return pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+class PackedCollator:
+    """Puts all rows of a batch of joint examples into one packed row, in the data loader's workers."""
+
+    def __init__(self, *, share: bool, retain_tokens: RetainTokens) -> None:
+        """Rows after the same prompt share its tokens (``tree``), or not (``flat``)."""
+        self.share, self.retain_tokens = share, retain_tokens
+
+    def __call__(self, examples: list[JointExample]) -> dict[str, Any]:
+        """Packs the rows of B joint examples.
+
+        Returns:
+            ``input_ids`` ``[1, T]``; ``forget_index``, ``retain_index``, ``retain_rows`` and ``counts`` as of
+            ``JointCollator``; and ``packed``: ``PackedRows``.
+
+        Raises:
+            DataError: No example has a row.
+        """
+        rows, batch = _rows_and_indices(examples)
+        packed = pack_rows(rows, len(batch["counts"]), share=self.share, retain_tokens=self.retain_tokens)
+        return {"input_ids": packed.input_ids, **batch, PACKED: packed}
+
+
+def _rows_and_indices(examples: list[JointExample]) -> tuple[list[SourceRow], dict[str, Tensor]]:
+    """Rows of the examples that count, or of one that doesn't, and what both collators say of these examples."""
+    examples = [example for example in examples if example.counts] or examples[:1]
+    rows = [
+        SourceRow(kind=kind, example=position, tokens=row)
+        for position, example in enumerate(examples)
+        for kind, row in example.rows
+    ]
+    if not rows:
+        raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
+    normal = [example.retain_rows for example in examples]
+    return rows, {
+        "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
+        "retain_index": torch.tensor([places[0] if places else -1 for places in normal], dtype=torch.long),
+        "retain_rows": torch.tensor([place for places in normal for place in places], dtype=torch.long),
+        "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
+    }
