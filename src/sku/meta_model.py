@@ -27,8 +27,10 @@ def with_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
         RecipeError: The adapter doesn't fit.
     """
     try:
-        adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of transposed layers, which PEFT sets right.
+            adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    except UNBUILT as error:
         raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
     assert isinstance(adapted, PeftModel)
     for parameter in adapted.parameters():

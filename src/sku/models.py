@@ -30,7 +30,7 @@ from transformers import (
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError, first_line
 from sku.hazard import is_marked_model, mark_model
-from sku.model_files import check_stored_types, locate_model, naming_the_model
+from sku.model_files import check_not_quantized, check_stored_types, locate_model, naming_the_model
 
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
@@ -358,21 +358,6 @@ def _check_complete(loading: dict[str, Any], path: str) -> None:
         raise ModelError(
             f"model {path} can't be used: its files lack {len(odd)} weights of the shape that its config asks for, "
             f"the first is {odd[0]}"
-        )
-
-
-def check_not_quantized(config: Any, name: str) -> None:
-    """Refuses a model whose configuration says that its weights are quantized.
-
-    Raises:
-        ModelError: It does.
-    """
-    settings = getattr(config, "quantization_config", None)
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-        raise ModelError(
-            f"model {name} is quantized ({method}): a task vector needs full-precision weights. Use the original "
-            "model, or QLoRA (tuning qlora) on it"
         )
 
 

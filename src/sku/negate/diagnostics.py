@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sku.negate.adapters import AdapterVector, LowRank
+from sku.negate.adapters import AdapterVector
+from sku.negate.arithmetic import LowRank
 from sku.negate.matching import check_same_names
 from sku.negate.operators.base import OperatorContext, group_of, linear_weights, turned_weights
 from sku.negate.operators.spectra import InputSpectra, input_spectra
@@ -107,7 +108,7 @@ def effective_rank(matrix: Tensor) -> float:
     return _entropy_rank(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt())
 
 
-def effective_rank_of_factors(change: LowRank) -> float:
+def effective_rank_of_factors(change: LowRank[Tensor]) -> float:
     """The same of ``B A``, from the two factors alone."""
     _, upper = torch.linalg.qr(change.upper_Or.double())
     _, lower = torch.linalg.qr(change.lower_rI.double().T)

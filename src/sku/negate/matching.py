@@ -13,12 +13,16 @@ EQUAL_MODELS = "base and bad model are equal: stage 1 changed nothing, there is 
 EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
 
 
-class Typed(Protocol):
+class Shaped(Protocol):
     """A tensor, or the entry of one in a file, or what makes up one."""
 
     @property
     def shape(self) -> Sequence[int]:
         """Its shape."""
+
+
+class Typed(Shaped, Protocol):
+    """A tensor, or the entry of one in a file."""
 
     @property
     def dtype(self) -> object:
@@ -26,7 +30,7 @@ class Typed(Protocol):
 
 
 T = TypeVar("T", bound=Typed)
-C = TypeVar("C", bound=Typed)
+C = TypeVar("C", bound=Shaped)
 
 
 class Source(ABC, Generic[T]):
@@ -145,7 +149,7 @@ def check_same_names(first: Iterable[str], second: Iterable[str], first_name: st
             raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
 
 
-def check_same_shape(name: str, first: Typed, second: Typed) -> None:
+def check_same_shape(name: str, first: Shaped, second: Shaped) -> None:
     """Refuses weights of one name and two shapes.
 
     Raises:

@@ -283,14 +283,15 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     """
     weights: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    owner: dict[tuple[int, int, tuple[int, ...]], str] = {}
+    owner: dict[object, str] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not _is_weight(tensor):
             if name in parameters:
                 raise quantized_weight(name, tensor.dtype)
             continue  # Integer buffers, such as position ids, have no difference; ``match_models`` compares them.
-        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        # Without memory nothing but the object tells.
+        key = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and key in owner:
             tied[name] = owner[key]
         else:
