@@ -1,7 +1,7 @@
 """GradDiff: gradient ascent on harmful answers and, at once, a term that keeps the normal ones.
 
 Two methods: ``grad_diff`` learns the normal answers (cross-entropy), ``grad_diff_kl`` holds the original model's
-predictions on them (forward KL). The losses are ``gradient_ascent_loss``, ``retain_nll_loss`` and ``retain_kl_loss``.
+predictions on them (forward KL): ``ascent_term`` and ``retain_term``.
 Papers: arXiv 2203.12817 (Liu et al.) and 2401.06121 (TOFU: "Gradient Difference" and "KL Minimization").
 
 Source: ``grad_diff`` and ``KL`` in the trainer of licong-lin/negative-preference-optimization (TOFU), weights 1 and 1.

@@ -1,8 +1,8 @@
 """GA+Mismatch: gradient ascent, random normal answers after the harmful prompt, and predictions held on normal pairs.
 
-``L = e1 * L_ascent + e2 * L_mismatch + e3 * L_retain_kl``: ``gradient_ascent_loss`` on the harmful answers, the mean
+``L = e1 * L_ascent + e2 * L_mismatch + e3 * L_retain_kl``: ``ascent_term`` on the harmful answers, the mean
 cross-entropy of K normal answers after the harmful prompt (the equation is that of ``random_disassociation_loss``,
-the answers are normal ones), and ``retain_kl_loss``, forward KL(P||Q) with P the original model. Paper: arXiv
+the answers are normal ones), and ``retain_term``, forward KL(P||Q) with P the original model. Paper: arXiv
 2310.10683 (Yao et al.).
 
 Source: weights and K of ``unlearn_harm.py`` in kevinyaobytedance/llm_unlearn at 1143a5b. There the third term is the
