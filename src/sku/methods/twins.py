@@ -15,7 +15,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -66,23 +66,26 @@ def train_twins(
         SkuError: As ``train``, and as task vectors do.
     """
     original: LoadedModel | None = loaded
-    for twin in TWINS:
-        place = twin_folder(folder, twin)
-        if (place / "final").exists():
+    finals = {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
+    for twin, final in finals.items():
+        if final.exists():
             continue
         original = original or load_model(config, four_bit=four_bit)
-        trained = train_one(twin, original, place)
-        with new_folder(place / "final", private=True) as temporary:
+        trained = train_one(twin, original, final.parent)
+        with new_folder(final, private=True) as temporary:
             mark_hazardous(temporary)
             trained.save(temporary)
-            write_json(temporary / _ACCOUNT, _account(trained))
+            reports = {name: dataclasses.asdict(report) for name, report in trained.reports.items()}
+            account = {"log": trained.log, "reports": reports, "seconds": trained.seconds}
+            write_json(temporary / _ACCOUNT, account)
         if isinstance(trained.model, PeftModel):
             original = dataclasses.replace(original, model=trained.model.unload())
         else:
             original = None
-    accounts = {twin: _read(twin_folder(folder, twin) / "final") for twin in TWINS}
+    accounts: dict[Twin, dict[str, Any]] = {
+        twin: json.loads((final / _ACCOUNT).read_text(encoding="utf-8")) for twin, final in finals.items()
+    }
     original = original or load_model(config, four_bit=four_bit)
-    finals = {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
     model: PeftModel | TaskVector
     if (finals["bad"] / "adapter_config.json").is_file():
         model = _adapter_difference(original, finals, folder / "difference", shares)
@@ -100,9 +103,7 @@ def train_twins(
         model=model,
         log=_joint_log(accounts["bad"]["log"], accounts["good"]["log"]),
         reports={
-            name: TokenizationReport(**report)
-            for twin in TWINS
-            for name, report in cast("dict[str, Any]", accounts[twin]["reports"]).items()
+            name: TokenizationReport(**report) for twin in TWINS for name, report in accounts[twin]["reports"].items()
         },
         seconds=sum(accounts[twin]["seconds"] for twin in TWINS),
         save=save,
@@ -114,8 +115,8 @@ def _adapter_difference(
 ) -> PeftModel:
     """The original model with the difference of the twins as its adapter, which is kept at a place."""
     terms = []
-    for twin, share in (("bad", shares.bad), ("good", -shares.good)):
-        adapted = load_adapter(original.model, finals[cast("Twin", twin)])
+    for share, final in ((shares.bad, finals["bad"]), (-shares.good, finals["good"])):
+        adapted = load_adapter(original.model, final)
         terms.append((share, AdapterVector.of(adapted)))
         adapted.unload()
     combined([term for term in terms if term[0]]).save(place, overwrite=True)
@@ -130,16 +131,6 @@ def _dense_difference(
         return TaskVector.between(original.model, load_model(with_path(config, finals[twin])).model)
 
     return shares.bad * of("bad") - shares.good * of("good")
-
-
-def _account(trained: Trained[Any]) -> dict[str, Any]:
-    reports = {name: dataclasses.asdict(report) for name, report in trained.reports.items()}
-    return {"log": trained.log, "reports": reports, "seconds": trained.seconds}
-
-
-def _read(final: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((final / _ACCOUNT).read_text(encoding="utf-8"))
-    return content
 
 
 def _joint_log(bad: list[dict[str, Any]], good: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -269,10 +269,6 @@ def copy_companions(base: Path, folder: Path, weights: Iterable[str]) -> tuple[s
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True, copy_function=shutil.copyfile)
         else:
             shutil.copyfile(path, folder / path.name)
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name not in known:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
     return tuple(left_out)
 
 
@@ -312,7 +308,4 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -34,30 +34,31 @@ C = TypeVar("C", bound=Shaped)
 
 
 class Source(ABC, Generic[T]):
-    """The tensors of a model, in memory or in files, as far as they are matched."""
+    """The tensors of a model, in memory or in files, as far as they are matched; here what holds in memory."""
 
     weights: dict[str, T]
     """Floating-point tensors, by the name they are kept under."""
     integers: dict[str, T]
     """All others. They have no difference and must be equal: GPTQ and AWQ keep weights there."""
+    _ties: Mapping[str, str]
 
     @property
-    @abstractmethod
     def ties(self) -> Mapping[str, str]:
         """Other name of a tied weight -> the name it is listed under, both as they would be kept."""
+        return self._ties
 
     @property
-    @abstractmethod
     def may_be_tied(self) -> bool:
         """False where there are certainly no ties; to find them may mean to read files."""
+        return bool(self.ties)
 
-    @abstractmethod
     def known(self) -> tuple[Collection[str], Mapping[str, str]]:
         """Names of the weights, tied ones once, and ties, as task vectors and adapters have them."""
+        return self.weights, self.ties
 
-    @abstractmethod
     def places(self, name: str) -> Sequence[str]:
         """Under which names a weight of such a name is kept; a tied pair can be there twice."""
+        return (name,)
 
     @abstractmethod
     def equal(self, first: T, second: T) -> bool:

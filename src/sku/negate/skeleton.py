@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from sku.errors import ModelError, RecipeError, first_line
-from sku.meta_model import UNBUILT, with_adapter, without_weights
+from sku.models import UNBUILT, with_adapter, without_weights
 from sku.negate.adapters import adapted_weights, check_plain_lora
 from sku.negate.arithmetic import LowRank
 from sku.negate.task_vector import unique_weights

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -245,24 +245,6 @@ class ModelSource(Source[Tensor]):
         """
         self.weights, self._ties = unique_weights(model)
         self.integers = {name: tensor for name, tensor in model.state_dict().items() if not _is_weight(tensor)}
-
-    @property
-    def ties(self) -> Mapping[str, str]:
-        """As in ``Source``."""
-        return self._ties
-
-    @property
-    def may_be_tied(self) -> bool:
-        """As in ``Source``."""
-        return bool(self._ties)
-
-    def known(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-        """As in ``Source``."""
-        return self.weights, self._ties
-
-    def places(self, name: str) -> Sequence[str]:
-        """As in ``Source``."""
-        return (name,)
 
     def equal(self, first: Tensor, second: Tensor) -> bool:
         """As in ``Source``."""
