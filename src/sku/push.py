@@ -93,7 +93,8 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
     run = read_run(run_folder, replies=False)
     folder = run.parts().get(part)
     if folder is None:
-        raise OutputError(f"{run_folder} holds no {part}: {_hint(run, part)}")
+        why = run.manifest.get("negated_adapter") or "runs with tuning lora or qlora leave one"
+        raise OutputError(f"{run_folder} holds no {part}: {why if part == 'adapter' else 'run it again'}")
     _check_not_hazardous(run, folder)
     files = tuple(_files(folder))
     _check_weights(folder, files)
@@ -145,12 +146,6 @@ def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None)
             revision=revision,
         )
     return str(done.commit_url)
-
-
-def _hint(run: RecordedRun, part: Part) -> str:
-    if part == "adapter":
-        return str(run.manifest.get("negated_adapter") or "runs with tuning lora or qlora leave one")
-    return "run it again"
 
 
 def _check_not_hazardous(run: RecordedRun, folder: Path) -> None:

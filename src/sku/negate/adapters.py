@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +55,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     check_no_pickles(folder, "adapter_model", "PeftModel.from_pretrained(base, FOLDER).save_pretrained(NEW_FOLDER)")
     try:
-        with without_mark_warning():
+        with warnings.catch_warnings():
+            # PEFT doesn't know the key that marks a hazardous adapter.
+            warnings.filterwarnings("ignore", message=f"Unexpected keyword arguments .*{HAZARD_KEY}")
             # PEFT would leave the factors that it doesn't find at random, and warn of it.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(base, str(folder))
@@ -65,14 +66,6 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     if is_marked_hazardous(folder):
         mark_model(adapted)
     return adapted
-
-
-@contextmanager
-def without_mark_warning() -> Iterator[None]:
-    """PEFT doesn't know the key that marks a hazardous adapter, and would warn of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f"Unexpected keyword arguments .*{HAZARD_KEY}")
-        yield
 
 
 def check_plain_lora(settings: PeftConfig, adapter: str) -> None:

@@ -77,7 +77,11 @@ def diagnose(vector: TaskVector, context: OperatorContext, adapter: AdapterVecto
         spectra = input_spectra(context, "normal", InputSettings(examples=EXAMPLES))
         found |= normal_share(vector, spectra, turned_weights(context.base))
     if context.normal:
-        found["normal_cosine"] = cosine(vector, _descent(vector, context))
+        examples = drawn(context.normal, GRADIENT_EXAMPLES, context.seed)
+        gradient = mean_gradient(context.base, list(vector.deltas), examples, context.batch_size)
+        found["normal_cosine"] = cosine(
+            vector, TaskVector({name: -part for name, part in gradient.items()}, vector.tied)
+        )
         found["normal_vector"] = "negative gradient on normal answers"
     return {**found, "warning": _warning(found)}
 
@@ -180,12 +184,6 @@ def _norms_by_group(vector: TaskVector, per: Any) -> dict[str, float]:
     for name, norm in vector.norms().items():
         squares[group_of(name, per)] += norm**2
     return {group: math.sqrt(square) for group, square in squares.items()}
-
-
-def _descent(vector: TaskVector, context: OperatorContext) -> TaskVector:
-    examples = drawn(context.normal, GRADIENT_EXAMPLES, context.seed)
-    gradient = mean_gradient(context.base, list(vector.deltas), examples, context.batch_size)
-    return TaskVector({name: -part for name, part in gradient.items()}, vector.tied)
 
 
 def _warning(found: Mapping[str, Any]) -> str | None:

@@ -119,7 +119,11 @@ def match_changes(base: Source[T], changes: Mapping[str, C], tied: Mapping[str, 
         TaskVectorError: The base has no such weight, ties others, or has it in another shape.
     """
     weights, ties = base.known()
-    check_known_weights(changes, weights)
+    extra = sorted(set(changes) - set(weights))
+    if extra:
+        raise TaskVectorError(
+            f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
+        )
     odd = sorted(set(tied.items()) - set(ties.items()))
     if odd:
         raise TaskVectorError(
@@ -159,19 +163,6 @@ def check_same_shape(name: str, first: Shaped, second: Shaped) -> None:
     if tuple(first.shape) != tuple(second.shape):
         raise TaskVectorError(
             f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other"
-        )
-
-
-def check_known_weights(changed: Iterable[str], known: Iterable[str]) -> None:
-    """Refuses a task vector that changes weights which the base does not have.
-
-    Raises:
-        TaskVectorError: With the first such name, and how many there are.
-    """
-    extra = sorted(set(changed) - set(known))
-    if extra:
-        raise TaskVectorError(
-            f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
         )
 
 

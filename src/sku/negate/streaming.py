@@ -269,10 +269,10 @@ class _ShardWriter:
     def _finish(self, block: _Block, descriptor: int) -> Sums:
         """Reads, computes and writes one block."""
         work, count = block.work, block.stop - block.start
-        base, view = self._read(work.base, block.start, block.stop, "base")
+        base = result = self._read(work.base, block.start, self._buffer("base", work.base.dtype, count))
         sums = Sums()
         if work.change is not None or work.dtype != work.base.dtype:
-            result, view = self._buffer("result", work.dtype, count)
+            result = self._buffer("result", work.dtype, count)
             draws = None
             if self._seed is not None and work.dtype.itemsize < 4:
                 draws = draws_for(self._seed, work.base.name, block.number, count)
@@ -284,44 +284,46 @@ class _ShardWriter:
                 sums.check_finite(work.base.name, work.dtype)
             elif not arithmetic.convert(base, result, draws):
                 raise unusable_result(work.base.name, work.dtype)
-        _write_all(descriptor, view, block.at)
+        _write_all(descriptor, _bytes_of(result), block.at)
         return sums if work.counts else Sums()
 
     def _other(self, change: Change, block: _Block) -> Tensor:
         """The bad model's weights of a block, or their difference from the base's."""
         if isinstance(change, StoredTensor):
-            return self._read(change, block.start, block.stop, "other")[0]
+            return self._read(change, block.start, self._buffer("other", change.dtype, block.stop - block.start))
         columns = block.work.base.shape[1]
         return self._factors(change).rows(block.start // columns, block.stop // columns).reshape(-1)
 
     def _read_factors(self, change: LowRank[StoredTensor]) -> LowRank[Tensor]:
         upper, lower = (
-            self._read(tensor, 0, tensor.elements, None)[0].float().reshape(tensor.shape)
+            self._read(tensor, 0, torch.empty(tensor.elements, dtype=tensor.dtype)).float().reshape(tensor.shape)
             for tensor in (change.upper_Or, change.lower_rI)
         )
         return LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, turned=change.turned)
 
-    def _read(self, tensor: StoredTensor, start: int, stop: int, buffer: str | None) -> tuple[Tensor, memoryview]:
-        """Elements of a stored tensor, flat, and their bytes; without the name of a buffer in memory of their own."""
-        values, view = self._buffer(buffer, tensor.dtype, stop - start)
-        at, left = tensor.start + start * tensor.dtype.itemsize, view
+    def _read(self, tensor: StoredTensor, start: int, values: Tensor) -> Tensor:
+        """Fills flat numbers with the elements of a stored tensor from ``start`` on, and gives them back."""
+        at, left = tensor.start + start * tensor.dtype.itemsize, _bytes_of(values)
         while left:
             count = os.preadv(self._files[tensor.path].fileno(), [left], at)
             if not count:
                 raise ModelError(f"{tensor.path} was cut off while it was read; run again when nothing writes to it")
             left, at = left[count:], at + count
-        return values, view
+        return values
 
-    def _buffer(self, name: str | None, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
-        """This thread's memory of that name, as numbers and as bytes."""
-        size = max(1, count * dtype.itemsize)
-        memory: bytearray | None = None if name is None else getattr(self._local, name, None)
+    def _buffer(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
+        """This thread's memory of that name."""
+        size = count * dtype.itemsize
+        memory: Tensor | None = getattr(self._local, name, None)
         if memory is None or len(memory) < size:
-            memory = bytearray(size)
-            if name is not None:
-                setattr(self._local, name, memory)
-        numbers = torch.frombuffer(memory, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
-        return numbers, memoryview(memory)[: count * dtype.itemsize]
+            memory = torch.empty(size, dtype=torch.uint8)
+            setattr(self._local, name, memory)
+        return memory[:size].view(dtype)
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    """The memory of flat numbers."""
+    return values.view(torch.uint8).numpy().data
 
 
 def _reserve(descriptor: int, size: int) -> None:
