@@ -9,8 +9,7 @@ from typing import Any
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError, named_memory_errors
-from sku.methods.run import has_twins, prepare, train_method, with_safe_dtype
-from sku.methods.twins import TWINS, twin_folder
+from sku.methods.run import TWINS, has_twins, prepare, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
 from sku.pipeline.checks import check_trained_model, check_training, data_notes, load_recipe_data, recipe_settings
 from sku.plan import Plan, Progress

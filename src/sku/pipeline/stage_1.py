@@ -22,8 +22,7 @@ from sku.evaluate.batching import stage
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
-from sku.methods.run import has_twins
-from sku.methods.twins import TWINS, twin_folder
+from sku.methods.run import TWINS, has_twins, twin_folder
 from sku.negate.run import subtract_into, task_vector_of
 from sku.sweep.meter import draw_questions, validation_asker
 from sku.sweep.rule import FREE

@@ -299,15 +299,12 @@ class UnlearningTrainer(Trainer):
                     self._use_reference(self._settings.reference, str(reason))
             return self._reference_rows(model, inputs, kind)
 
+        steps = self.state.max_steps  # 0 where no training is in progress.
+        progress = min((self.state.global_step + 1) / steps, 1.0) if steps > 0 else 1.0
         step = TrainingStep(
-            num_examples=len(inputs["forget_index"]), rows=rows, reference=reference, progress=self._progress()
+            num_examples=len(inputs["forget_index"]), rows=rows, reference=reference, progress=progress
         )
         return outputs, dict(self.objective.losses(step))
-
-    def _progress(self) -> float:
-        """As ``TrainingStep.progress``; 1 where no training is in progress."""
-        steps = self.state.max_steps
-        return min((self.state.global_step + 1) / steps, 1.0) if steps > 0 else 1.0
 
     def _set_scale(self, is_retain_RT1: Tensor) -> None:
         """Normal rows are read by another point of the line through original and trained model, if asked for."""
