@@ -74,8 +74,15 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
     more: dict[str, Any] = {}
     if four_bit and config.gguf_file is None:
+        check_four_bit()
         device = pick_device(config.device)
-        more = {"quantization_config": _four_bit(device), "device_map": {"": device}}
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=pick_dtype("auto", device),
+        )
+        more = {"quantization_config": quantized, "device_map": {"": device}}
     loaded = _load(AutoModelForCausalLM, config, **more)
     ensure_pad_token(loaded.tokenizer, loaded.model)
     if is_marked_model(loaded.model):
@@ -390,16 +397,6 @@ def check_four_bit() -> None:
     """
     if find_spec("bitsandbytes") is None:
         raise ModelError('tuning qlora needs the package bitsandbytes: pip install "sku-unlearning[gpu]"')
-
-
-def _four_bit(device: torch.device) -> BitsAndBytesConfig:
-    check_four_bit()
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=pick_dtype("auto", device),
-    )
 
 
 def _check_complete(loading: dict[str, Any], path: str) -> None:

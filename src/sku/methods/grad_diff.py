@@ -14,17 +14,17 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.gradient_ascent import ascent_term
 from sku.methods.retain_terms import RetainKind, retain_term
 from sku.training.objective import Objective
 
 
 @validated
-class GradDiffSettings:
+class GradDiffSettings(TermWeights):
     """Weights of GradDiff; 0 leaves a term and its rows out."""
 
-    method: ClassVar[str] = "grad_diff"
+    method = "grad_diff"
     kind: ClassVar[RetainKind] = "gd"
 
     forget_weight: NotNegative = 1.0
@@ -32,15 +32,12 @@ class GradDiffSettings:
     retain_weight: NotNegative = 1.0
     """Weight of the term on normal pairs."""
 
-    def __post_init__(self) -> None:
-        check_weights(self.method, forget_weight=self.forget_weight, retain_weight=self.retain_weight)
-
 
 @validated
 class GradDiffKlSettings(GradDiffSettings):
     """The same with KL(P||Q) on normal pairs, P the original model."""
 
-    method: ClassVar[str] = "grad_diff_kl"
+    method = "grad_diff_kl"
     kind: ClassVar[RetainKind] = "kl"
 
 

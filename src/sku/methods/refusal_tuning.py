@@ -13,22 +13,21 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
 from sku.data.joint import SAFE
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.retain_terms import retain_term
 from sku.training.objective import Objective, Term
 
 
 @validated
-class RefusalTuningSettings:
+class RefusalTuningSettings(TermWeights):
     """Weights of refusal tuning; 0 leaves a term and its rows out."""
+
+    method = "refusal_tuning"
 
     refusal_weight: NotNegative = 1.0
     """Weight of the safe answers."""
     retain_weight: NotNegative = 1.0
     """Weight of the normal answers."""
-
-    def __post_init__(self) -> None:
-        check_weights("refusal_tuning", refusal_weight=self.refusal_weight, retain_weight=self.retain_weight)
 
 
 def safe_term(weight: float) -> Term:

@@ -25,7 +25,7 @@ from sku.config.check import NotNegative, Positive, validated
 from sku.data.joint import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.training.layers import decoder_layers, names_in_layers
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
 
@@ -33,8 +33,10 @@ _TRAINED_LAYERS = 3
 
 
 @validated
-class RmuSettings:
+class RmuSettings(TermWeights):
     """Settings of RMU. Defaults: the WMDP authors' for Zephyr-7B, which they choose anew for each model."""
+
+    method = "rmu"
 
     layer: int | None = None
     """Decoder layer, counted from 0, whose output is steered; empty for 7 of every 32, as with Zephyr-7B."""
@@ -48,9 +50,6 @@ class RmuSettings:
     """Draws the direction."""
     projections: Annotated[tuple[str, ...], Field(min_length=1)] = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
     """Ends of the names of the trained modules: Llama, Qwen, Gemma, Mistral; OPT, Phi; GPT-NeoX; GPT-2."""
-
-    def __post_init__(self) -> None:
-        check_weights("rmu", forget_weight=self.forget_weight, retain_weight=self.retain_weight)
 
 
 def rmu_loss(hidden_NH: Tensor, target_NH: Tensor, example_N: Tensor, num_examples: int) -> Tensor:

@@ -55,9 +55,10 @@ def with_visited(
             max_answer_tokens=run.training.max_answer_tokens,
             seed=run.training.seed,
         )
+        visited = visited_examples(joint, run.training, processes=processes)
     except SkuError:
-        return dataclasses.replace(data, visited=None)
-    return dataclasses.replace(data, visited=visited_examples(joint, run.training, processes=processes))
+        visited = None
+    return dataclasses.replace(data, visited=visited)
 
 
 def common_visits(

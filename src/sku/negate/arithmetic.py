@@ -20,7 +20,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from sku.negate.matching import Shaped, check_same_shape, unusable_difference, unusable_result
+from sku.negate.matching import Shaped, unusable_difference, unusable_result
 from sku.negate.rounding import Rounding, overflows, round_stochastically
 
 BLOCK_ELEMENTS = 2 * 2**20
@@ -194,13 +194,12 @@ def subtract_tensors(
         The sums over all tensors of ``others``.
 
     Raises:
-        TaskVectorError: Shapes don't fit, or a difference or a result is not finite.
+        TaskVectorError: A difference or a result is not finite.
     """
     arithmetic = Arithmetic()
     parts = []
     with torch.no_grad(), block_pool(min(MOST_THREADS, torch.get_num_threads())) as pool:
         for name, other in others.items():
-            check_same_shape(name, weights[name], other)
             target = targets[name]
             base, changed = _flat(weights[name]), _flat(other)
             direct = target.device.type == "cpu" and target.is_contiguous()
