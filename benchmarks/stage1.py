@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModelConfig, ModulesConfig, WeightsConfig
-from sku.data.collation import JointCollator, PackedCollator
+from sku.data.batches import JointCollator, PackedCollator
 from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.tokens import TokenizedExample
 from sku.losses import IGNORE_INDEX

@@ -31,11 +31,12 @@ def mark_model(model: PreTrainedModel | PeftModel) -> None:
     holds_original = not is_marked_model(model)
     _own_configurations(model)
     for module in model.modules():
+        # Of these objects alone. ``copy.deepcopy`` of a model binds its methods to the copy.
         if isinstance(module, BaseTuner) and holds_original:
-            _replace(module, "unload", MethodType(_unload, module))
+            vars(module)["unload"] = MethodType(_unload, module)
         if isinstance(module, PreTrainedModel | PeftModel):
-            _replace(module, "save_pretrained", MethodType(_save_marked, module))
-            _replace(module, "push_to_hub", refuse_upload)
+            vars(module)["save_pretrained"] = MethodType(_save_marked, module)
+            vars(module)["push_to_hub"] = refuse_upload
             if isinstance(module, PreTrainedModel):
                 setattr(module.config, HAZARD_KEY, True)
             adapters = _adapters(module)
@@ -111,11 +112,6 @@ def _own_configurations(model: nn.Module) -> None:
     for module in model.modules():
         if vars(module).get("config") is not None:
             vars(module)["config"] = copy.deepcopy(vars(module)["config"], copies)
-
-
-def _replace(module: nn.Module, name: str, method: Any) -> None:
-    """Of this object alone. ``copy.deepcopy`` of a model binds its methods to the copy."""
-    vars(module)[name] = method
 
 
 def _save_marked(model: Any, save_directory: Any, *arguments: Any, **options: Any) -> None:

@@ -24,7 +24,7 @@ from sku.errors import ModelError, SkuError, first_line
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _SECONDS = 4.0
 """That one connection to the hub may take: its own clients try five times, most of a minute."""
 _CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
@@ -100,27 +100,60 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
                 f"model {folder} holds only quantized files; name one to dequantize it: model.gguf_file={quantized[0]}"
             )
         raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
-    elif (folder / _INDEX).is_file():
-        _check_index(folder / _INDEX)
+    elif (folder / INDEX_FILE).is_file():
+        shards(folder / INDEX_FILE)
     elif not any(folder.glob("model*.safetensors")):
-        check_no_pickles(folder, "*model", _CONVERT_MODEL)
+        check_no_pickles(folder)
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a name is that of a file in a folder, and leads nowhere else."""
-    return Path(name).name == name and "\0" not in name and "\\" not in name
+def shards(index: Path) -> dict[str, str]:
+    """Which file of a folder holds each weight, by the index of its shards.
 
+    Args:
+        index: The file.
 
-def _check_index(path: Path) -> None:
-    """Refuses an index of shards that would have files outside the folder read; transformers takes any path."""
+    Returns:
+        Name of a weight -> name of a file, which lies in the same folder: transformers takes any path.
+
+    Raises:
+        ModelError: It is no index, or names other files.
+    """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        names = set(index["weight_map"].values())
-        sound = isinstance(index.get("metadata", {}), dict)
+        content = json.loads(index.read_text(encoding="utf-8"))
+        place, about = content["weight_map"], content.get("metadata", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} is not an index of shards; fetch it again") from error
-    if not sound or not all(isinstance(name, str) and is_file_name(name) for name in names):
-        raise ModelError(f"{path} names shards that are no files of this folder; fetch it again")
+        raise ModelError(f"{index} is not an index of shards; fetch it again") from error
+    if not (isinstance(place, dict) and isinstance(about, dict)) or not all(map(_is_weight_file, place.values())):
+        raise ModelError(f"{index} names shards that are no safetensors files of this folder; fetch it again")
+    return place
+
+
+def _is_weight_file(name: object) -> bool:
+    """Whether it is the name of a weight file in a folder, and leads nowhere else."""
+    if not isinstance(name, str) or "\0" in name or "\\" in name:
+        return False
+    return Path(name).name == name and name.endswith(".safetensors")
+
+
+def check_not_quantized(config: Any, name: str) -> None:
+    """Refuses a model whose configuration says that its weights are quantized.
+
+    Args:
+        config: Of the model, or what its ``config.json`` holds.
+        name: Of the model, for the message.
+
+    Raises:
+        ModelError: It does.
+    """
+    key = "quantization_config"
+    settings = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+    if settings is not None:
+        key = "quant_method"
+        method = settings.get(key) if isinstance(settings, dict) else getattr(settings, key, settings)
+        raise ModelError(
+            f"model {name} is quantized ({method}): a task vector needs full-precision weights. Use the original "
+            "model, or QLoRA (tuning qlora) on it"
+        )
 
 
 def check_stored_types(folder: Path) -> None:
@@ -144,7 +177,7 @@ def check_stored_types(folder: Path) -> None:
                     )
 
 
-def check_no_pickles(folder: Path, stem: str, convert: str) -> None:
+def check_no_pickles(folder: Path, stem: str = "*model", convert: str = _CONVERT_MODEL) -> None:
     """Refuses a folder whose weights are pickled only: reading a pickle can run code that somebody put into it.
 
     Args:

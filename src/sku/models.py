@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,14 +30,20 @@ from transformers import (
 )
 
 from sku.config import EMBEDDED, ModelConfig
-from sku.errors import ModelError, first_line
+from sku.errors import ModelError, RecipeError, first_line, one_line
 from sku.hazard import is_marked_model, mark_model
-from sku.model_files import check_stored_types, locate_model, naming_the_model
+from sku.model_files import check_not_quantized, check_stored_types, locate_model, naming_the_model
 
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
 _FACTORS_ALONE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of ``init_lora_weights`` that only draw a LoRA's factors; others take a part out of the original weights."""
+
+
+UNBUILT = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, re.error,
+)  # fmt: skip
+"""What transformers and PEFT raise for settings that make no model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +74,15 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
     config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
     more: dict[str, Any] = {}
     if four_bit and config.gguf_file is None:
+        check_four_bit()
         device = pick_device(config.device)
-        more = {"quantization_config": _four_bit(device), "device_map": {"": device}}
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=pick_dtype("auto", device),
+        )
+        more = {"quantization_config": quantized, "device_map": {"": device}}
     loaded = _load(AutoModelForCausalLM, config, **more)
     ensure_pad_token(loaded.tokenizer, loaded.model)
     if is_marked_model(loaded.model):
@@ -163,6 +178,49 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
         found = AutoConfig.from_pretrained(name, **options)
     assert isinstance(found, PreTrainedConfig)
     return found
+
+
+def without_weights(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """The model of a configuration on torch's ``meta`` device: shapes and types, no content, and so no memory.
+
+    Args:
+        config: Of the model.
+        dtype: Of its weights.
+        name: For messages.
+
+    Raises:
+        ModelError: transformers has no such architecture, or the settings make no model.
+    """
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # Of single architectures' internals, and of empty weights: refused below.
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except UNBUILT as error:
+        raise ModelError(f"model {name} can't be built from its configuration: {first_line(error)}") from error
+    empty = next((own for own, weight in model.named_parameters() if not weight.numel()), None)
+    if empty is not None:
+        raise ModelError(f"model {name} can't be built from its configuration: its weight {empty} is empty")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def with_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
+    """A model without weights with an adapter added to it; PEFT holds adapters in float32 whatever the model's type.
+
+    Raises:
+        RecipeError: The adapter doesn't fit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of transposed layers, which PEFT sets right.
+            adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    except UNBUILT as error:
+        raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
+    assert isinstance(adapted, PeftModel)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # PEFT leaves adapters that have no content yet in the model's type.
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def weights_revision(config: ModelConfig) -> str | None:
@@ -341,16 +399,6 @@ def check_four_bit() -> None:
         raise ModelError('tuning qlora needs the package bitsandbytes: pip install "sku-unlearning[gpu]"')
 
 
-def _four_bit(device: torch.device) -> BitsAndBytesConfig:
-    check_four_bit()
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=pick_dtype("auto", device),
-    )
-
-
 def _check_complete(loading: dict[str, Any], path: str) -> None:
     """Refuses weights that transformers would fill with random numbers, with no more than a warning."""
     odd = sorted(map(str, (*loading.get("missing_keys", ()), *loading.get("mismatched_keys", ()))))
@@ -358,21 +406,6 @@ def _check_complete(loading: dict[str, Any], path: str) -> None:
         raise ModelError(
             f"model {path} can't be used: its files lack {len(odd)} weights of the shape that its config asks for, "
             f"the first is {odd[0]}"
-        )
-
-
-def check_not_quantized(config: Any, name: str) -> None:
-    """Refuses a model whose configuration says that its weights are quantized.
-
-    Raises:
-        ModelError: It does.
-    """
-    settings = getattr(config, "quantization_config", None)
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-        raise ModelError(
-            f"model {name} is quantized ({method}): a task vector needs full-precision weights. Use the original "
-            "model, or QLoRA (tuning qlora) on it"
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # Loaded lazily.
 from huggingface_hub.utils.tqdm import disable_progress_bars
+from safetensors import SafetensorError, safe_open
 
 from sku.errors import OutputError, one_line
 from sku.report.card import CARD_FILE, read_card
@@ -94,7 +93,8 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
     run = read_run(run_folder, replies=False)
     folder = run.parts().get(part)
     if folder is None:
-        raise OutputError(f"{run_folder} holds no {part}: {_hint(run, part)}")
+        why = run.manifest.get("negated_adapter") or "runs with tuning lora or qlora leave one"
+        raise OutputError(f"{run_folder} holds no {part}: {why if part == 'adapter' else 'run it again'}")
     _check_not_hazardous(run, folder)
     files = tuple(_files(folder))
     _check_weights(folder, files)
@@ -148,12 +148,6 @@ def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None)
     return str(done.commit_url)
 
 
-def _hint(run: RecordedRun, part: Part) -> str:
-    if part == "adapter":
-        return str(run.manifest.get("negated_adapter") or "runs with tuning lora or qlora leave one")
-    return "run it again"
-
-
 def _check_not_hazardous(run: RecordedRun, folder: Path) -> None:
     if is_marked_hazardous(folder):
         raise OutputError(f"{folder} is marked as hazardous ({HAZARD_KEY}): it is never uploaded")
@@ -186,16 +180,11 @@ def _check_weights(folder: Path, files: Sequence[SharedFile]) -> None:
     if not weights:
         raise OutputError(f"{folder} holds no weights in safetensors: nothing is uploaded")
     for file in weights:
-        with (folder / file.name).open("rb") as opened:
-            try:
-                (length,) = struct.unpack("<Q", opened.read(8))
-                header = json.loads(opened.read(min(length, file.size)))
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                whole = 8 + length + max(ends, default=0) == file.size
-            except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
-                whole = False
-        if not whole:
-            raise OutputError(f"{folder / file.name} is damaged or cut off: nothing is uploaded; run again")
+        try:
+            with safe_open(folder / file.name, framework="numpy"):
+                pass  # It compares the header with the file's size.
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{folder / file.name} is damaged or cut off: nothing is uploaded; run again") from error
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 
 from sku.errors import OutputError
 
+STEPS_FILE = "steps.jsonl"
+"""Beside the checkpoints while a model is trained, in its private folder: a line for each logged step."""
 LOCK_FILE = ".lock"
 """Lies in a folder that one process writes for long; what a killed one leaves of it holds nobody up."""
 BAD_MODEL_MARK = "DO_NOT_SHARE.md"
@@ -61,20 +63,37 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
     with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, lock = _open_temporary(target)
+    with _put_in_place(temporary, temporary, lock, target, private=private, overwrite=overwrite):
+        yield temporary
+
+
+@contextmanager
+def _put_in_place(
+    folder: Path, place: Path, lock: int, target: Path, *, private: bool, overwrite: bool = False,
+    stays_after: tuple[type[BaseException], ...] = (),
+) -> Iterator[None]:  # fmt: skip
+    """Renames a folder, which is ``place`` or lies in it, to ``target`` when the block ends well.
+
+    ``place``, which is owned by an open file ``lock``, goes then, and after errors that ``stays_after`` doesn't name.
+    """
     try:
         with named_disk_errors(target):
-            yield temporary
-            temporary.chmod(0o700 if private else 0o755)
-            _flush_tree(temporary)
-            if overwrite:
-                _put_in_place(temporary, target)
+            yield
+            folder.chmod(0o700 if private else 0o755)
+            _flush_tree(folder)
+            if overwrite and target.exists():
+                _replace(folder, target)
             else:
                 check_new(target)  # Another process may have made it meanwhile.
-                temporary.rename(target)
+                folder.rename(target)
             _flush_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except stays_after:
         raise
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(place, ignore_errors=True)
     finally:
         os.close(lock)
 
@@ -106,8 +125,7 @@ def resumable_folder(
 
     What is written lies in ``.NAME.partial-KEY/model`` and becomes ``target`` by one rename when the block ends well.
     After a kill or an interrupt it stays, so that the same call with ``resume`` finds it; after an error that
-    ``stays_after`` does not name, and when a call without ``resume`` starts anew, it is removed. Flush each file
-    before the block ends.
+    ``stays_after`` does not name, and when a call without ``resume`` starts anew, it is removed.
 
     Args:
         target: Folder that must not exist yet.
@@ -128,23 +146,8 @@ def resumable_folder(
     with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         place, lock = _open_partial(target, inputs, resume=resume)
-    try:
-        with named_disk_errors(target):
-            yield place / "model"
-            (place / "model").chmod(0o700 if private else 0o755)
-            _flush_folder(place / "model")
-            check_new(target)
-            (place / "model").rename(target)
-            _flush_folder(target.parent)
-    except stays_after:
-        raise
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(place, ignore_errors=True)
-    finally:
-        os.close(lock)
+    with _put_in_place(place / "model", place, lock, target, private=private, stays_after=stays_after):
+        yield place / "model"
 
 
 def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> tuple[Path, int]:
@@ -178,11 +181,8 @@ def _difference(place: Path, inputs: Mapping[str, Any]) -> str:
     return f" ({', '.join(changed)})"
 
 
-def _put_in_place(folder: Path, target: Path) -> None:
+def _replace(folder: Path, target: Path) -> None:
     """Renames a folder to ``target``; what was there goes only when the new one stands."""
-    if not target.exists():
-        folder.rename(target)
-        return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
     old = target.rename(aside / target.name)
     try:

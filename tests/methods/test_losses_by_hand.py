@@ -11,13 +11,14 @@ from torch import Tensor
 from sku.losses import answer_nll
 from sku.methods.circuit_breakers import holding_loss, rerouting_loss, shares
 from sku.methods.dpo import dpo_loss
-from sku.methods.gradient_ascent import gradient_ascent_loss
+from sku.methods.gradient_ascent import ascent_term
 from sku.methods.npo import npo_loss
-from sku.methods.refusal_tuning import refusal_loss
-from sku.methods.retain_terms import retain_kl_loss, retain_nll_loss
-from sku.methods.rmu import rmu_forget_loss, rmu_retain_loss, steering_vector
+from sku.methods.refusal_tuning import safe_term
+from sku.methods.retain_terms import retain_term
+from sku.methods.rmu import rmu_loss, steering_vector
 from sku.methods.safe_unlearning import safe_unlearning_loss
 from sku.methods.simnpo import simnpo_loss
+from sku.training.objective import ScoredRows, TrainingStep
 
 LN2, LN3 = math.log(2), math.log(3)
 LIKELY, UNLIKELY = math.log(4 / 3), math.log(4)
@@ -28,18 +29,17 @@ def scores(rows: int) -> Tensor:
     return torch.tensor([[LN3, 0.0]]).repeat(rows, 1)
 
 
-def test_gradient_ascent() -> None:
-    """Answer 0 is tokens 0, 1: -(log 4/3 + log 4) / 2. Answer 1 is token 0: -log 4/3."""
-    loss = gradient_ascent_loss(scores(3), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), 2)
-    torch.testing.assert_close(loss, torch.tensor([-(LIKELY + UNLIKELY) / 2, -LIKELY]))
-
-
-@pytest.mark.parametrize("loss_of", [retain_nll_loss, refusal_loss])
-def test_likelihood_terms(loss_of: object) -> None:
-    """The same answers with the other sign: (log 4/3 + log 4) / 2 and log 4/3."""
-    assert callable(loss_of)
-    loss = loss_of(scores(3), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), 2)
-    torch.testing.assert_close(loss, torch.tensor([(LIKELY + UNLIKELY) / 2, LIKELY]))
+def test_likelihoods() -> None:
+    """Answer 0 is tokens 0, 1: (log 4/3 + log 4) / 2. Answer 1 is token 0: log 4/3. Ascent has the other sign."""
+    rows = ScoredRows(
+        scores_NV=scores(3), targets_N=torch.tensor([0, 1, 0]), row_N=torch.tensor([0, 0, 1]),
+        example_M=torch.tensor([0, 1]), num_examples=2,
+    )  # fmt: skip
+    step = TrainingStep(num_examples=2, rows=lambda _: rows, reference=lambda _: rows)
+    expected = torch.tensor([(LIKELY + UNLIKELY) / 2, LIKELY])
+    torch.testing.assert_close(ascent_term(1.0).loss(step), -expected)
+    torch.testing.assert_close(retain_term("gd")["retain"].loss(step), expected)
+    torch.testing.assert_close(safe_term(1.0).loss(step), expected)
 
 
 def test_retain_kl_is_forward() -> None:
@@ -49,7 +49,15 @@ def test_retain_kl_is_forward() -> None:
     """
     model = torch.tensor([[0.0, 0.0], [LN3, 0.0]], requires_grad=True)
     reference = scores(2).requires_grad_()
-    loss = retain_kl_loss(reference, model, torch.tensor([0, 0]), 1)
+    rows, original = (
+        ScoredRows(
+            scores_NV=scores_NV, targets_N=torch.tensor([0, 0]), row_N=torch.tensor([0, 0]),
+            example_M=torch.tensor([0]), num_examples=1,
+        )
+        for scores_NV in (model, reference)
+    )  # fmt: skip
+    step = TrainingStep(num_examples=1, rows=lambda _: rows, reference=lambda _: original)
+    loss = retain_term("kl")["retain_kl"].loss(step)
     torch.testing.assert_close(loss, torch.tensor([(0.75 * math.log(1.5) - 0.25 * LN2) / 2]))
     loss.sum().backward()
     assert reference.grad is None
@@ -138,7 +146,7 @@ def test_rmu_forget() -> None:
     Example 0 has the first two, mean 6; example 1 the last, 1/2. A mean over all three would be 12.5 / 3.
     """
     hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
-    loss = rmu_forget_loss(hidden, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 1]), 2)
+    loss = rmu_loss(hidden, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 1]), 2)
     torch.testing.assert_close(loss, torch.tensor([6.0, 0.5]))
 
 
@@ -146,7 +154,7 @@ def test_rmu_retain() -> None:
     """Differences (1, 2) and (0, 0) of example 0: (5/2 + 0) / 2 = 5/4; (2, 0) of example 1: 4/2 = 2."""
     reference = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]], requires_grad=True)
     hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 1.0]], requires_grad=True)
-    loss = rmu_retain_loss(hidden, reference, torch.tensor([0, 0, 1]), 2)
+    loss = rmu_loss(hidden, reference, torch.tensor([0, 0, 1]), 2)
     torch.testing.assert_close(loss, torch.tensor([1.25, 2.0]))
     loss.sum().backward()
     assert reference.grad is None
@@ -155,7 +163,7 @@ def test_rmu_retain() -> None:
 def test_rmu_is_computed_in_float32() -> None:
     """256 + 1 is 256 in bfloat16, so a mean of squares kept in bfloat16 would lose the difference of one."""
     hidden = torch.tensor([[16.0, 1.0]], dtype=torch.bfloat16)
-    loss = rmu_forget_loss(hidden, torch.zeros(2), torch.tensor([0]), 1)
+    loss = rmu_loss(hidden, torch.zeros(2), torch.tensor([0]), 1)
     assert loss.dtype == torch.float32
     assert float(loss) == 128.5
 
@@ -226,11 +234,11 @@ def test_dpo_pulls_the_safe_answer_up_and_the_harmful_one_down() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: gradient_ascent_loss(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long), torch.zeros(2), 1),
+        lambda: answer_nll(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)),
         lambda: npo_loss(torch.zeros(2), torch.zeros(3), beta=0.1),
         lambda: dpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2), beta=0.1),
-        lambda: rmu_forget_loss(torch.zeros(2, 4), torch.zeros(1), torch.tensor([0, 0]), 1),
-        lambda: rmu_retain_loss(torch.zeros(2, 4), torch.zeros(1, 4), torch.tensor([0, 0]), 1),
+        lambda: rmu_loss(torch.zeros(2, 4), torch.zeros(1), torch.tensor([0, 0]), 1),
+        lambda: rmu_loss(torch.zeros(2, 4), torch.zeros(1, 4), torch.tensor([0, 0]), 1),
     ],
 )
 def test_shapes_that_would_broadcast_are_refused(call: object) -> None:

@@ -14,7 +14,8 @@ from peft import PeftModel
 from conftest import ModelMaker
 from negate.conftest import examples, logits_of, with_adapter
 from sku.errors import OutputError, TaskVectorError
-from sku.negate.adapters import AdapterVector, LowRank, combined
+from sku.negate.adapters import AdapterVector, combined
+from sku.negate.arithmetic import LowRank
 from sku.negate.operators import operate, prepare_operators
 from sku.negate.operators.base import OperatorContext
 from sku.negate.run import negate

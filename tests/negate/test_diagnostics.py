@@ -13,7 +13,8 @@ import torch
 from conftest import ModelMaker
 from negate.conftest import ContextMaker, disturbed, with_adapter
 from sku.errors import TaskVectorError
-from sku.negate.adapters import AdapterVector, LowRank
+from sku.negate.adapters import AdapterVector
+from sku.negate.arithmetic import LowRank
 from sku.negate.diagnostics import cosine, diagnose, effective_rank, effective_rank_of_factors, normal_share
 from sku.negate.operators.base import OperatorContext
 from sku.negate.operators.spectra import InputSpectra, Spectrum, input_spectra

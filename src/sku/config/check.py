@@ -26,6 +26,7 @@ AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 """A share that leaves something on both of its sides."""
 Share = Annotated[float, Field(gt=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Limit = Annotated[float, Field(ge=0, lt=1)]
 
 _MOST_VALUES, _DEEPEST = 20_000, 50

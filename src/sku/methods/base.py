@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -49,8 +49,17 @@ class NoSettings:
     """Of a method with one term, whose scale the learning rate sets."""
 
 
-def check_weights(method: str, **weights: float) -> None:
-    """Refuses weights of loss terms, by the names of their settings, that are all 0."""
-    if not any(weights.values()):
-        keys = " and ".join(f"methods.{method}.settings.{name}" for name in weights)
-        raise RecipeError(f"{keys} leave no term on: there is nothing to train; set a weight above 0")
+@validated
+class TermWeights:
+    """Of a method with several terms: a ``..._weight`` of 0 leaves one out, and not all may be 0."""
+
+    method: ClassVar[str]
+    """Its name, for messages."""
+
+    def __post_init__(self) -> None:
+        weights = {name: value for name, value in vars(self).items() if name.endswith("_weight")}
+        if getattr(self, "retain", "") == "none":
+            weights["retain_weight"] = 0.0
+        if not any(weights.values()):
+            keys = " and ".join(f"methods.{self.method}.settings.{name}" for name in weights)
+            raise RecipeError(f"{keys} leave no term on: there is nothing to train; set a weight above 0")

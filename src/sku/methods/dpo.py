@@ -12,14 +12,16 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.joint import FORGET, SAFE
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.retain_terms import RetainKind, retain_term
 from sku.training.objective import Objective, Term
 
 
 @validated
-class DpoSettings:
+class DpoSettings(TermWeights):
     """Settings of DPO; the paper has no retain term."""
+
+    method = "dpo"
 
     beta: Positive = 0.1
     """Inverse temperature: how dearly a difference from the original model is bought."""
@@ -29,10 +31,6 @@ class DpoSettings:
     """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
     retain_weight: NotNegative = 1.0
     """Its weight; 0 leaves it and its rows out."""
-
-    def __post_init__(self) -> None:
-        retain_weight = 0.0 if self.retain == "none" else self.retain_weight
-        check_weights("dpo", preference_weight=self.preference_weight, retain_weight=retain_weight)
 
 
 def dpo_loss(

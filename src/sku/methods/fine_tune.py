@@ -1,7 +1,7 @@
 """FT: fine-tuning on normal answers alone, in the hope that harmful ones are forgotten on the way.
 
 Harmful prompts set the order and number of steps, as for every method, but none of their rows is trained on. The loss
-is ``retain_terms.retain_nll_loss``. A baseline of arXiv 2402.10058 (SKU).
+is that of ``retain_term``. A baseline of arXiv 2402.10058 (SKU).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GradDiff: gradient ascent on harmful answers and, at once, a term that keeps the normal ones.
 
 Two methods: ``grad_diff`` learns the normal answers (cross-entropy), ``grad_diff_kl`` holds the original model's
-predictions on them (forward KL). The losses are ``gradient_ascent_loss``, ``retain_nll_loss`` and ``retain_kl_loss``.
+predictions on them (forward KL): ``ascent_term`` and ``retain_term``.
 Papers: arXiv 2203.12817 (Liu et al.) and 2401.06121 (TOFU: "Gradient Difference" and "KL Minimization").
 
 Source: ``grad_diff`` and ``KL`` in the trainer of licong-lin/negative-preference-optimization (TOFU), weights 1 and 1.
@@ -14,17 +14,17 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.gradient_ascent import ascent_term
 from sku.methods.retain_terms import RetainKind, retain_term
 from sku.training.objective import Objective
 
 
 @validated
-class GradDiffSettings:
+class GradDiffSettings(TermWeights):
     """Weights of GradDiff; 0 leaves a term and its rows out."""
 
-    method: ClassVar[str] = "grad_diff"
+    method = "grad_diff"
     kind: ClassVar[RetainKind] = "gd"
 
     forget_weight: NotNegative = 1.0
@@ -32,15 +32,12 @@ class GradDiffSettings:
     retain_weight: NotNegative = 1.0
     """Weight of the term on normal pairs."""
 
-    def __post_init__(self) -> None:
-        check_weights(self.method, forget_weight=self.forget_weight, retain_weight=self.retain_weight)
-
 
 @validated
 class GradDiffKlSettings(GradDiffSettings):
     """The same with KL(P||Q) on normal pairs, P the original model."""
 
-    method: ClassVar[str] = "grad_diff_kl"
+    method = "grad_diff_kl"
     kind: ClassVar[RetainKind] = "kl"
 
 

@@ -1,8 +1,8 @@
 """GA+Mismatch: gradient ascent, random normal answers after the harmful prompt, and predictions held on normal pairs.
 
-``L = e1 * L_ascent + e2 * L_mismatch + e3 * L_retain_kl``: ``gradient_ascent_loss`` on the harmful answers, the mean
+``L = e1 * L_ascent + e2 * L_mismatch + e3 * L_retain_kl``: ``ascent_term`` on the harmful answers, the mean
 cross-entropy of K normal answers after the harmful prompt (the equation is that of ``random_disassociation_loss``,
-the answers are normal ones), and ``retain_kl_loss``, forward KL(P||Q) with P the original model. Paper: arXiv
+the answers are normal ones), and ``retain_term``, forward KL(P||Q) with P the original model. Paper: arXiv
 2310.10683 (Yao et al.).
 
 Source: weights and K of ``unlearn_harm.py`` in kevinyaobytedance/llm_unlearn at 1143a5b. There the third term is the
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config.check import Count, NotNegative, validated
 from sku.data.joint import MISMATCHED
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.gradient_ascent import ascent_term
 from sku.methods.retain_terms import retain_term
 from sku.training.objective import Objective, Term, TrainingStep
@@ -28,8 +28,10 @@ _NAME = "gradient_ascent_mismatch"
 
 
 @validated
-class GradientAscentMismatchSettings:
+class GradientAscentMismatchSettings(TermWeights):
     """Weights and K of GA+Mismatch; a weight of 0 leaves its term and rows out."""
+
+    method = _NAME
 
     forget_weight: NotNegative = 0.5
     """e1, weight of the ascent on harmful answers."""
@@ -39,14 +41,6 @@ class GradientAscentMismatchSettings:
     """e3, weight of KL(P||Q) on normal pairs."""
     random_answers: Count = 5
     """K, the normal answers put after each harmful prompt."""
-
-    def __post_init__(self) -> None:
-        check_weights(
-            _NAME,
-            forget_weight=self.forget_weight,
-            mismatch_weight=self.mismatch_weight,
-            retain_weight=self.retain_weight,
-        )
 
 
 def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel) -> Objective:

@@ -12,14 +12,16 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.joint import FORGET
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.retain_terms import RetainKind, retain_term
 from sku.training.objective import Objective, Term
 
 
 @validated
-class NpoSettings:
+class NpoSettings(TermWeights):
     """Settings of NPO. Defaults: ``npo_grad_diff`` of the authors' ``config/forget.yaml``."""
+
+    method = "npo"
 
     beta: Positive = 0.1
     """Inverse temperature. Towards 0 the method becomes gradient ascent."""
@@ -29,10 +31,6 @@ class NpoSettings:
     """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
     retain_weight: NotNegative = 1.0
     """Its weight; 0 leaves it and its rows out."""
-
-    def __post_init__(self) -> None:
-        retain_weight = 0.0 if self.retain == "none" else self.retain_weight
-        check_weights("npo", forget_weight=self.forget_weight, retain_weight=retain_weight)
 
 
 def npo_loss(nll_B: Tensor, reference_nll_B: Tensor, *, beta: float) -> Tensor:

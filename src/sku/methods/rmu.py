@@ -25,7 +25,7 @@ from sku.config.check import NotNegative, Positive, validated
 from sku.data.joint import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.training.layers import decoder_layers, names_in_layers
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
 
@@ -33,8 +33,10 @@ _TRAINED_LAYERS = 3
 
 
 @validated
-class RmuSettings:
+class RmuSettings(TermWeights):
     """Settings of RMU. Defaults: the WMDP authors' for Zephyr-7B, which they choose anew for each model."""
+
+    method = "rmu"
 
     layer: int | None = None
     """Decoder layer, counted from 0, whose output is steered; empty for 7 of every 32, as with Zephyr-7B."""
@@ -49,18 +51,16 @@ class RmuSettings:
     projections: Annotated[tuple[str, ...], Field(min_length=1)] = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
     """Ends of the names of the trained modules: Llama, Qwen, Gemma, Mistral; OPT, Phi; GPT-NeoX; GPT-2."""
 
-    def __post_init__(self) -> None:
-        check_weights("rmu", forget_weight=self.forget_weight, retain_weight=self.retain_weight)
 
+def rmu_loss(hidden_NH: Tensor, target_NH: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Squared distance of each example's hidden states from where they are to be.
 
-def rmu_forget_loss(hidden_NH: Tensor, steering_H: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
-    """Squared distance of each harmful example's hidden states from the steering vector.
-
-    ``L_i = 1/|y_i| sum_t 1/H ||h_it - c u||^2``
+    ``L_i = 1/|y_i| sum_t 1/H ||h_it - z_it||^2``: z is the steering vector ``c u`` for harmful examples, and what the
+    original model has for normal ones.
 
     Args:
         hidden_NH: Output of the layer in the model in training, at the position before each answer token.
-        steering_H: ``c u``, the same in every step.
+        target_NH: z, or ``[H]`` where it is the same everywhere; detached inside.
         example_N: Which joint example each position belongs to.
         num_examples: B.
 
@@ -70,36 +70,12 @@ def rmu_forget_loss(hidden_NH: Tensor, steering_H: Tensor, example_N: Tensor, nu
     Raises:
         ValueError: The shapes don't fit.
 
-    Source: forget loss of arXiv 2403.03218, which writes the norm; its code takes torch's ``mse_loss``, a mean over
-        dimensions too, and so does this.
+    Source: forget and retain loss of arXiv 2403.03218, which writes the norm; its code takes torch's ``mse_loss``, a
+        mean over dimensions too, and so does this.
     """
-    if hidden_NH.shape[-1:] != steering_H.shape:
-        raise ValueError(f"hidden states {tuple(hidden_NH.shape)} and vector {tuple(steering_H.shape)} don't fit")
-    return mean_per_example((hidden_NH.float() - steering_H.float()).square().mean(-1), example_N, num_examples)
-
-
-def rmu_retain_loss(hidden_NH: Tensor, reference_hidden_NH: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
-    """Squared distance of each normal example's hidden states from those of the original model.
-
-    ``L_i = 1/|y_i| sum_t 1/H ||h_it - h_it^original||^2``
-
-    Args:
-        hidden_NH: Output of the layer in the model in training, at the position before each answer token.
-        reference_hidden_NH: The same of the original model; detached inside.
-        example_N: Which joint example each position belongs to.
-        num_examples: B.
-
-    Returns:
-        ``[B]`` float32, mean square per dimension.
-
-    Raises:
-        ValueError: The shapes differ.
-
-    Source: retain loss of arXiv 2403.03218, with the mean of ``rmu_forget_loss``.
-    """
-    if hidden_NH.shape != reference_hidden_NH.shape:
-        raise ValueError(f"hidden states {tuple(hidden_NH.shape)} and {tuple(reference_hidden_NH.shape)} differ")
-    difference_NH = hidden_NH.float() - reference_hidden_NH.detach().float()
+    if target_NH.shape not in (hidden_NH.shape, hidden_NH.shape[-1:]):
+        raise ValueError(f"hidden states {tuple(hidden_NH.shape)} and target {tuple(target_NH.shape)} don't fit")
+    difference_NH = hidden_NH.float() - target_NH.detach().float()
     return mean_per_example(difference_NH.square().mean(-1), example_N, num_examples)
 
 
@@ -154,11 +130,11 @@ def _objective(settings: RmuSettings, model: PreTrainedModel) -> Objective:
     def forget(step: TrainingStep) -> Tensor:
         rows = step.rows(FORGET)
         hidden_NH = _hidden(rows)
-        return rmu_forget_loss(hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples)
+        return rmu_loss(hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples)
 
     def retain(step: TrainingStep) -> Tensor:
         rows = step.rows(RETAIN)
-        return rmu_retain_loss(_hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples)
+        return rmu_loss(_hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples)
 
     return Objective.of(
         {

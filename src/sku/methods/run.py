@@ -1,9 +1,10 @@
-"""One method, from the original model to the change it makes."""
+"""One method, from the original model to the change it makes; of SKU with ``acquire.twin: good``, of two models."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,25 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from sku.acquire.objective import sku_objective
-from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, settings_from_dict
+from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, TwinShares, settings_from_dict
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import check_fits
+from sku.data.tokens import TokenizationReport
 from sku.errors import RecipeError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
-from sku.methods.twins import TWINS, train_twins
-from sku.models import LoadedModel, pick_device
+from sku.models import LoadedModel, load_model, pick_device, with_path
+from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.operators import PreparedOperator, prepare_operators
 from sku.negate.operators.base import OperatorContext, context_of
 from sku.negate.task_vector import TaskVector
-from sku.storage import mark_hazardous
+from sku.storage import mark_hazardous, new_folder, write_json
 from sku.training.config import UnlearningConfig, training_settings
 from sku.training.objective import Objective
 from sku.training.run import Trained, adapter_settings, train
+
+TWINS: tuple[Twin, ...] = ("bad", "good")
+_ACCOUNT = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,16 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
     )
 
 
+def twin_folder(folder: Path, twin: Twin) -> Path:
+    """Where a twin lies below the folder of a bad model: in ``final`` there, beside its checkpoints.
+
+    Args:
+        folder: Of the bad model of a run.
+        twin: Which.
+    """
+    return folder / f"{twin}_twin"
+
+
 def train_method(
     recipe: Recipe,
     loaded: LoadedModel,
@@ -118,7 +133,7 @@ def train_method(
         callbacks: For progress.
 
     Returns:
-        The trained model and its log; of twins their difference (``train_twins``).
+        The trained model and its log; of twins their difference, as an adapter or a ``TaskVector``.
 
     Raises:
         DataError: The data lacks rows that the method needs.
@@ -135,14 +150,7 @@ def train_method(
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not has_twins(recipe):
         return _train(recipe, run, method.objective(run.settings, loaded.model), loaded, data, folder, callbacks)
-
-    def train_one(twin: Twin, original: LoadedModel, place: Path) -> Trained[PreTrainedModel | PeftModel]:
-        mark_hazardous(place)
-        own = prepare(recipe, place, device=original.model.device.type)
-        return _train(recipe, own, sku_objective(recipe.acquire, twin=twin), original, data, place, callbacks)
-
-    four_bit = recipe.acquire.tuning == "qlora"
-    return train_twins(loaded, with_safe_dtype(recipe), folder, recipe.negate.twin, train_one, four_bit=four_bit)
+    return _train_twins(recipe, loaded, data, folder, callbacks)
 
 
 def check_rows(recipe: Recipe, data: ForgetRetainData) -> None:
@@ -190,6 +198,109 @@ def _train(
         callbacks=callbacks,
         hazardous=method.hazardous,
     )
+
+
+def _train_twins(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    data: ForgetRetainData,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
+    """Trains the twins that are not there yet, the bad one first, and puts together what stage 2 subtracts of them.
+
+    They start from the same weights and see the same prompts in the same order; what they learn alike cancels in
+
+        theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good - theta_o))
+
+    with the shares ``negate.twin``. The difference of two adapters is an adapter of both ranks together
+    (``negate/adapters.py``), that of two whole models a task vector. Each twin lies in a folder of its own beside its
+    checkpoints, so that a call that was killed trains no twin again.
+
+    Returns:
+        As of one training, but for ``model``: the original model with the difference as its adapter, or after full
+        fine-tuning the difference as a ``TaskVector``. The log has the bad twin's terms as always and the good one's
+        under ``loss/good_twin``.
+    """
+    config, four_bit = with_safe_dtype(recipe), recipe.acquire.tuning == "qlora"
+    original: LoadedModel | None = loaded
+    finals = {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
+    for twin, final in finals.items():
+        if final.exists():
+            continue
+        original = original or load_model(config, four_bit=four_bit)
+        mark_hazardous(final.parent)
+        run = prepare(recipe, final.parent, device=original.model.device.type)
+        objective = sku_objective(recipe.acquire, twin=twin)
+        trained = _train(recipe, run, objective, original, data, final.parent, callbacks)
+        with new_folder(final, private=True) as temporary:
+            mark_hazardous(temporary)
+            trained.save(temporary)
+            reports = {name: dataclasses.asdict(report) for name, report in trained.reports.items()}
+            account = {"log": trained.log, "reports": reports, "seconds": trained.seconds}
+            write_json(temporary / _ACCOUNT, account)
+        if isinstance(trained.model, PeftModel):
+            original = dataclasses.replace(original, model=trained.model.unload())
+        else:
+            original = None
+    accounts: dict[Twin, dict[str, Any]] = {
+        twin: json.loads((final / _ACCOUNT).read_text(encoding="utf-8")) for twin, final in finals.items()
+    }
+    original = original or load_model(config, four_bit=four_bit)
+    model: PeftModel | TaskVector
+    if (finals["bad"] / "adapter_config.json").is_file():
+        model = _adapter_difference(original, finals, folder / "difference", recipe.negate.twin)
+    else:
+        model = _dense_difference(original, config, finals, recipe.negate.twin)
+
+    def save(target: Path) -> None:
+        if isinstance(model, TaskVector):
+            model.write(target)
+        else:
+            model.save_pretrained(str(target))
+        loaded.tokenizer.save_pretrained(target)
+
+    return Trained(
+        model=model,
+        log=_joint_log(accounts["bad"]["log"], accounts["good"]["log"]),
+        reports={
+            name: TokenizationReport(**report) for twin in TWINS for name, report in accounts[twin]["reports"].items()
+        },
+        seconds=sum(accounts[twin]["seconds"] for twin in TWINS),
+        save=save,
+    )
+
+
+def _adapter_difference(
+    original: LoadedModel, finals: Mapping[Twin, Path], place: Path, shares: TwinShares
+) -> PeftModel:
+    """The original model with the difference of the twins as its adapter, which is kept at a place."""
+    terms = []
+    for share, final in ((shares.bad, finals["bad"]), (-shares.good, finals["good"])):
+        adapted = load_adapter(original.model, final)
+        terms.append((share, AdapterVector.of(adapted)))
+        adapted.unload()
+    combined([term for term in terms if term[0]]).save(place, overwrite=True)
+    mark_hazardous(place)
+    return load_adapter(original.model, place)
+
+
+def _dense_difference(
+    original: LoadedModel, config: ModelConfig, finals: Mapping[Twin, Path], shares: TwinShares
+) -> TaskVector:
+    def of(twin: Twin) -> TaskVector:
+        return TaskVector.between(original.model, load_model(with_path(config, finals[twin])).model)
+
+    return shares.bad * of("bad") - shares.good * of("good")
+
+
+def _joint_log(bad: list[dict[str, Any]], good: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Both twins' terms at each logged step: they have the same schedule."""
+    return [
+        {**own, **{name.replace("loss", "loss/good_twin", 1): value for name, value in other.items()
+                   if name.startswith("loss")}}
+        for own, other in zip(bad, good, strict=True)
+    ]  # fmt: skip
 
 
 def subtracted_by(

@@ -16,15 +16,17 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.joint import FORGET
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.refusal_tuning import safe_term
 from sku.methods.retain_terms import retain_term
 from sku.training.objective import Objective, Term
 
 
 @validated
-class SafeUnlearningSettings:
+class SafeUnlearningSettings(TermWeights):
     """Settings of Safe Unlearning. Defaults: the authors' for Vicuna-7B; a weight of 0 leaves a term out."""
+
+    method = "safe_unlearning"
 
     beta: Positive = 1.0
     """Inverse temperature of the likelihood per token."""
@@ -34,14 +36,6 @@ class SafeUnlearningSettings:
     """theta, weight of the safe answers."""
     retain_weight: NotNegative = 1.0
     """Weight of the normal answers."""
-
-    def __post_init__(self) -> None:
-        check_weights(
-            "safe_unlearning",
-            forget_weight=self.forget_weight,
-            safe_weight=self.safe_weight,
-            retain_weight=self.retain_weight,
-        )
 
 
 def safe_unlearning_loss(mean_nll_B: Tensor, reference_mean_nll_B: Tensor, *, beta: float) -> Tensor:

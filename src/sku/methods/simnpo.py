@@ -11,17 +11,19 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.joint import FORGET
-from sku.methods.base import Method, check_weights
+from sku.methods.base import Method, TermWeights
 from sku.methods.retain_terms import RetainKind, retain_term
 from sku.training.objective import Objective, Term
 
 
 @validated
-class SimNpoSettings:
+class SimNpoSettings(TermWeights):
     """Settings of SimNPO. Defaults: the authors' run on TOFU forget05 (``beta=2.5 npo_coeff=0.1375``, gamma 0).
 
     They tune beta and the weights per task: 4.5 and 0.125 on forget10.
     """
+
+    method = "simnpo"
 
     beta: Positive = 2.5
     """Inverse temperature of the likelihood per token."""
@@ -33,10 +35,6 @@ class SimNpoSettings:
     """Term on normal pairs: ``gd`` cross-entropy, ``kl`` KL(P||Q) with P the original model, ``none``."""
     retain_weight: NotNegative = 1.0
     """Its weight; 0 leaves it and its rows out."""
-
-    def __post_init__(self) -> None:
-        retain_weight = 0.0 if self.retain == "none" else self.retain_weight
-        check_weights("simnpo", forget_weight=self.forget_weight, retain_weight=retain_weight)
 
 
 def simnpo_loss(mean_nll_B: Tensor, *, beta: float, gamma: float) -> Tensor:

@@ -44,31 +44,21 @@ def with_visited(
         itself says why), or its settings let the trainer choose its batches.
     """
     try:
-        visited = _visited(recipe, data, tokenizer, model, processes)
+        run = prepare(recipe, Path("unused"), device="cpu")
+        joint = JointDataset(
+            data,
+            tokenizer,
+            resolve_prompt_format(recipe.model.prompt_format, tokenizer),
+            # Of all rows those that decide which examples there are.
+            rows=RowPlan(safe=run.method.objective(run.settings, model).rows.safe),
+            max_length=run.training.max_length,
+            max_answer_tokens=run.training.max_answer_tokens,
+            seed=run.training.seed,
+        )
+        visited = visited_examples(joint, run.training, processes=processes)
     except SkuError:
         visited = None
     return dataclasses.replace(data, visited=visited)
-
-
-def _visited(
-    recipe: Recipe,
-    data: ForgetRetainData,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    processes: int,
-) -> tuple[int, ...] | None:
-    run = prepare(recipe, Path("unused"), device="cpu")
-    objective = run.method.objective(run.settings, model)
-    joint = JointDataset(
-        data,
-        tokenizer,
-        resolve_prompt_format(recipe.model.prompt_format, tokenizer),
-        rows=RowPlan(safe=objective.rows.safe),  # Of all rows those that decide which examples there are.
-        max_length=run.training.max_length,
-        max_answer_tokens=run.training.max_answer_tokens,
-        seed=run.training.seed,
-    )
-    return visited_examples(joint, run.training, processes=processes)
 
 
 def common_visits(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from sku.errors import ModelError, TaskVectorError, one_line
 from sku.hazard import mark_model, mark_settings
 from sku.model_files import check_no_pickles
 from sku.models import changed_by_adapter
-from sku.negate.arithmetic import low_rank_product
+from sku.negate.arithmetic import LowRank
 from sku.negate.files import ADAPTER_FILE
 from sku.negate.matching import EMPTY_ADAPTER
 from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
@@ -56,7 +55,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     check_no_pickles(folder, "adapter_model", "PeftModel.from_pretrained(base, FOLDER).save_pretrained(NEW_FOLDER)")
     try:
-        with without_mark_warning():
+        with warnings.catch_warnings():
+            # PEFT doesn't know the key that marks a hazardous adapter.
+            warnings.filterwarnings("ignore", message=f"Unexpected keyword arguments .*{HAZARD_KEY}")
             # PEFT would leave the factors that it doesn't find at random, and warn of it.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(base, str(folder))
@@ -65,59 +66,6 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     if is_marked_hazardous(folder):
         mark_model(adapted)
     return adapted
-
-
-@contextmanager
-def without_mark_warning() -> Iterator[None]:
-    """PEFT doesn't know the key that marks a hazardous adapter, and would warn of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f"Unexpected keyword arguments .*{HAZARD_KEY}")
-        yield
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRank:
-    """``scaling * B A``, the change of one weight, or its transpose."""
-
-    upper_Or: Tensor
-    """B."""
-    lower_rI: Tensor
-    """A."""
-    scaling: float = 1.0
-    turned: bool = False
-    """The model keeps the weight as ``[I, O]``: embeddings and GPT-2's layers."""
-    of_embedding: bool = False
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return len(self.lower_rI)
-
-    @property
-    def alpha(self) -> int:
-        """PEFT's ``lora_alpha``; it takes other numbers than whole ones, too."""
-        return self.scaling * self.rank  # type: ignore[return-value]
-
-    def delta(self) -> Tensor:
-        """The change itself, as the model keeps the weight."""
-        return low_rank_product(self.upper_Or, self.lower_rI, self.scaling, transposed=self.turned)
-
-    def mapped(self, row_map: Callable[[Tensor], Tensor]) -> LowRank:
-        """With its rows mapped; the rows of an embedding, which are those of its tokens, end in B."""
-        if self.of_embedding:
-            return dataclasses.replace(self, upper_Or=row_map(self.upper_Or.T).T)
-        return dataclasses.replace(self, lower_rI=row_map(self.lower_rI))
-
-    def __mul__(self, coefficient: float) -> LowRank:
-        return dataclasses.replace(self, upper_Or=self.upper_Or * coefficient)
-
-    __rmul__ = __mul__
-
-    def file_names(self, weight: str) -> tuple[str, str]:
-        """Names of B and A in the adapter's file."""
-        layer = f"base_model.model.{weight.removesuffix('.weight')}"
-        form = "{}.lora_embedding_{}" if self.of_embedding else "{}.lora_{}.weight"
-        return form.format(layer, "B"), form.format(layer, "A")
 
 
 def check_plain_lora(settings: PeftConfig, adapter: str) -> None:
@@ -146,7 +94,7 @@ def check_plain_lora(settings: PeftConfig, adapter: str) -> None:
         )
 
 
-def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRank]]:
+def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRank[Tensor]]]:
     """The weights that an adapter changes, without computing a change.
 
     Args:
@@ -192,7 +140,7 @@ def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRa
 class AdapterVector:
     """What an adapter adds to the original weights, in factors."""
 
-    factors: Mapping[str, LowRank]
+    factors: Mapping[str, LowRank[Tensor]]
     """Weight name -> its change, float32 on the CPU."""
     base_name: str | None = None
     """Name or folder of the original model, as the adapter says."""
@@ -246,7 +194,10 @@ class AdapterVector:
         return dataclasses.replace(self, factors=factors)
 
     def __mul__(self, coefficient: float) -> AdapterVector:
-        factors = {name: coefficient * change for name, change in self.factors.items()}
+        factors = {
+            name: dataclasses.replace(change, upper_Or=change.upper_Or * coefficient)
+            for name, change in self.factors.items()
+        }
         return dataclasses.replace(self, factors=factors)
 
     __rmul__ = __mul__

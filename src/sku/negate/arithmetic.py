@@ -2,6 +2,8 @@
 
 Whole tensors would take several times the model's size in temporary ones, and most of the time goes to getting that
 memory from the system. Pieces stay in a core's cache, and each thread has one set of buffers.
+
+Shapes: O = outputs of a layer, I = its inputs, r = rank of an adapter.
 """
 
 from __future__ import annotations
@@ -9,16 +11,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from sku.negate.matching import check_same_shape, unusable_difference, unusable_result
+from sku.negate.matching import Shaped, unusable_difference, unusable_result
 from sku.negate.rounding import Rounding, overflows, round_stochastically
 
 BLOCK_ELEMENTS = 2 * 2**20
@@ -32,6 +34,7 @@ _LOST = 2.0**-64
 """A float32 sum below it may have lost squares that are too small for float32; above it, none that count."""
 _SERIAL_PIECE = 2**15
 """The most that torch computes without waking its other threads, whose meeting costs more than such a piece."""
+Factor = TypeVar("Factor", bound=Shaped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +194,12 @@ def subtract_tensors(
         The sums over all tensors of ``others``.
 
     Raises:
-        TaskVectorError: Shapes don't fit, or a difference or a result is not finite.
+        TaskVectorError: A difference or a result is not finite.
     """
     arithmetic = Arithmetic()
     parts = []
     with torch.no_grad(), block_pool(min(MOST_THREADS, torch.get_num_threads())) as pool:
         for name, other in others.items():
-            check_same_shape(name, weights[name], other)
             target = targets[name]
             base, changed = _flat(weights[name]), _flat(other)
             direct = target.device.type == "cpu" and target.is_contiguous()
@@ -229,33 +231,59 @@ def block_pool(threads: int) -> Iterator[Executor]:
         torch.set_num_threads(torch_threads)
 
 
-def low_rank_rows(upper: Tensor, lower: Tensor, scaling: float, start: int, stop: int, *, transposed: bool) -> Tensor:
-    """Rows ``start`` to ``stop`` of ``scaling * B A``, or of its transpose.
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Generic[Factor]):
+    """``scaling * B A``, the change of one weight, or its transpose: of factors in memory or in a file."""
 
-    Args:
-        upper: B, float32, ``[out, r]``.
-        lower: A, float32, ``[r, in]``.
-        scaling: Factor of the product.
-        start: First row of the result.
-        stop: The row after the last one.
-        transposed: Whether the weight is held as ``[in, out]``: embeddings and GPT-2's layers.
+    upper_Or: Factor
+    """B."""
+    lower_rI: Factor
+    """A."""
+    scaling: float = 1.0
+    turned: bool = False
+    """The model keeps the weight as ``[I, O]``: embeddings and GPT-2's layers."""
+    of_embedding: bool = False
 
-    Returns:
-        float32, ``[stop - start, in]``, or ``[stop - start, out]`` transposed.
-    """
-    product = (upper @ lower[:, start:stop]).T if transposed else upper[start:stop] @ lower
-    return product * scaling
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lower_rI.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the change, as the model keeps the weight."""
+        made = (self.upper_Or.shape[0], self.lower_rI.shape[1])
+        return made[::-1] if self.turned else made
 
-def low_rank_product(upper: Tensor, lower: Tensor, scaling: float, *, transposed: bool) -> Tensor:
-    """All rows, block by block: a product of the whole need not agree with that of some rows in the last bit."""
-    rows, columns = (lower.shape[1], len(upper)) if transposed else (len(upper), lower.shape[1])
-    step = block_rows(columns)
-    blocks = [
-        low_rank_rows(upper, lower, scaling, start, min(start + step, rows), transposed=transposed)
-        for start in range(0, rows, step)
-    ]
-    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+    @property
+    def alpha(self) -> int:
+        """PEFT's ``lora_alpha``; it takes other numbers than whole ones, too."""
+        return self.scaling * self.rank  # type: ignore[return-value]
+
+    def rows(self: LowRank[Tensor], start: int, stop: int) -> Tensor:
+        """Rows of the change, as the model keeps the weight, from one to before another: float32."""
+        if self.turned:
+            return (self.upper_Or @ self.lower_rI[:, start:stop]).T * self.scaling
+        return self.upper_Or[start:stop] @ self.lower_rI * self.scaling
+
+    def delta(self: LowRank[Tensor]) -> Tensor:
+        """All rows, block by block: a product of the whole need not agree with that of some rows in the last bit."""
+        rows, columns = self.shape
+        step = block_rows(columns)
+        blocks = [self.rows(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+    def mapped(self: LowRank[Tensor], row_map: Callable[[Tensor], Tensor]) -> LowRank[Tensor]:
+        """With its rows mapped; the rows of an embedding, which are those of its tokens, end in B."""
+        if self.of_embedding:
+            return dataclasses.replace(self, upper_Or=row_map(self.upper_Or.T).T)
+        return dataclasses.replace(self, lower_rI=row_map(self.lower_rI))
+
+    def file_names(self, weight: str) -> tuple[str, str]:
+        """Names of B and A in the adapter's file."""
+        layer = f"base_model.model.{weight.removesuffix('.weight')}"
+        form = "{}.lora_embedding_{}" if self.of_embedding else "{}.lora_{}.weight"
+        return form.format(layer, "B"), form.format(layer, "A")
 
 
 def block_rows(columns: int) -> int:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sku.negate.adapters import AdapterVector, LowRank
+from sku.negate.adapters import AdapterVector
+from sku.negate.arithmetic import LowRank
 from sku.negate.matching import check_same_names
 from sku.negate.operators.base import OperatorContext, group_of, linear_weights, turned_weights
 from sku.negate.operators.spectra import InputSpectra, input_spectra
@@ -76,7 +77,11 @@ def diagnose(vector: TaskVector, context: OperatorContext, adapter: AdapterVecto
         spectra = input_spectra(context, "normal", InputSettings(examples=EXAMPLES))
         found |= normal_share(vector, spectra, turned_weights(context.base))
     if context.normal:
-        found["normal_cosine"] = cosine(vector, _descent(vector, context))
+        examples = drawn(context.normal, GRADIENT_EXAMPLES, context.seed)
+        gradient = mean_gradient(context.base, list(vector.deltas), examples, context.batch_size)
+        found["normal_cosine"] = cosine(
+            vector, TaskVector({name: -part for name, part in gradient.items()}, vector.tied)
+        )
         found["normal_vector"] = "negative gradient on normal answers"
     return {**found, "warning": _warning(found)}
 
@@ -107,7 +112,7 @@ def effective_rank(matrix: Tensor) -> float:
     return _entropy_rank(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt())
 
 
-def effective_rank_of_factors(change: LowRank) -> float:
+def effective_rank_of_factors(change: LowRank[Tensor]) -> float:
     """The same of ``B A``, from the two factors alone."""
     _, upper = torch.linalg.qr(change.upper_Or.double())
     _, lower = torch.linalg.qr(change.lower_rI.double().T)
@@ -179,12 +184,6 @@ def _norms_by_group(vector: TaskVector, per: Any) -> dict[str, float]:
     for name, norm in vector.norms().items():
         squares[group_of(name, per)] += norm**2
     return {group: math.sqrt(square) for group, square in squares.items()}
-
-
-def _descent(vector: TaskVector, context: OperatorContext) -> TaskVector:
-    examples = drawn(context.normal, GRADIENT_EXAMPLES, context.seed)
-    gradient = mean_gradient(context.base, list(vector.deltas), examples, context.batch_size)
-    return TaskVector({name: -part for name, part in gradient.items()}, vector.tied)
 
 
 def _warning(found: Mapping[str, Any]) -> str | None:

@@ -22,7 +22,14 @@ from safetensors import SafetensorError, safe_open
 
 from sku.config import EMBEDDED
 from sku.errors import ModelError, first_line, one_line
-from sku.model_files import embedded_model_path, is_file_name, is_path
+from sku.model_files import (
+    INDEX_FILE,
+    check_no_pickles,
+    check_not_quantized,
+    embedded_model_path,
+    is_path,
+    shards,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -35,7 +42,6 @@ DTYPES = {
 """Names of types in a header that have a size in whole bytes here."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _TAKEN = (
     "generation_config.json", "*token*.json", "*.model", "vocab*", "merges*", "*.tiktoken", "*.jinja",
@@ -179,8 +185,9 @@ def read_folder(folder: Path) -> tuple[StoredFile, ...]:
     if (folder / SINGLE_FILE).is_file():
         return (read_layout(folder / SINGLE_FILE),)
     if not (folder / INDEX_FILE).is_file():
-        raise ModelError(_no_weights(folder))
-    place = _weight_map(folder / INDEX_FILE)
+        check_no_pickles(folder)
+        raise ModelError(f"model {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    place = shards(folder / INDEX_FILE)
     files = tuple(read_layout(folder / name) for name in sorted(set(place.values())))
     found = {tensor.name: file.path.name for file in files for tensor in file.tensors}
     for name in sorted(place.keys() | found.keys()):
@@ -236,13 +243,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} can't be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is no JSON object")
-    settings = config.get("quantization_config")
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise ModelError(
-            f"model {folder} is quantized ({method}): a task vector needs full-precision weights. Use the original "
-            "model, or QLoRA (tuning qlora) on it"
-        )
+    check_not_quantized(config, str(folder))
     return config
 
 
@@ -268,10 +269,6 @@ def copy_companions(base: Path, folder: Path, weights: Iterable[str]) -> tuple[s
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True, copy_function=shutil.copyfile)
         else:
             shutil.copyfile(path, folder / path.name)
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name not in known:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
     return tuple(left_out)
 
 
@@ -311,30 +308,4 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path} is not an index of shards; fetch it again") from error
-    # A name with a folder in it would read and write elsewhere.
-    if not isinstance(place, dict) or not all(
-        isinstance(name, str) and is_file_name(name) and name.endswith(".safetensors") for name in place.values()
-    ):
-        raise ModelError(f"{path} names shards that are no safetensors files of this folder")
-    return place
-
-
-def _no_weights(folder: Path) -> str:
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        return (
-            f"model {folder} holds pickled weights ({pickled[0]}), which are not streamed; convert them: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
-        )
-    return f"model {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,12 +13,16 @@ EQUAL_MODELS = "base and bad model are equal: stage 1 changed nothing, there is 
 EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
 
 
-class Typed(Protocol):
+class Shaped(Protocol):
     """A tensor, or the entry of one in a file, or what makes up one."""
 
     @property
     def shape(self) -> Sequence[int]:
         """Its shape."""
+
+
+class Typed(Shaped, Protocol):
+    """A tensor, or the entry of one in a file."""
 
     @property
     def dtype(self) -> object:
@@ -26,34 +30,35 @@ class Typed(Protocol):
 
 
 T = TypeVar("T", bound=Typed)
-C = TypeVar("C", bound=Typed)
+C = TypeVar("C", bound=Shaped)
 
 
 class Source(ABC, Generic[T]):
-    """The tensors of a model, in memory or in files, as far as they are matched."""
+    """The tensors of a model, in memory or in files, as far as they are matched; here what holds in memory."""
 
     weights: dict[str, T]
     """Floating-point tensors, by the name they are kept under."""
     integers: dict[str, T]
     """All others. They have no difference and must be equal: GPTQ and AWQ keep weights there."""
+    _ties: Mapping[str, str]
 
     @property
-    @abstractmethod
     def ties(self) -> Mapping[str, str]:
         """Other name of a tied weight -> the name it is listed under, both as they would be kept."""
+        return self._ties
 
     @property
-    @abstractmethod
     def may_be_tied(self) -> bool:
         """False where there are certainly no ties; to find them may mean to read files."""
+        return bool(self.ties)
 
-    @abstractmethod
     def known(self) -> tuple[Collection[str], Mapping[str, str]]:
         """Names of the weights, tied ones once, and ties, as task vectors and adapters have them."""
+        return self.weights, self.ties
 
-    @abstractmethod
     def places(self, name: str) -> Sequence[str]:
         """Under which names a weight of such a name is kept; a tied pair can be there twice."""
+        return (name,)
 
     @abstractmethod
     def equal(self, first: T, second: T) -> bool:
@@ -114,7 +119,11 @@ def match_changes(base: Source[T], changes: Mapping[str, C], tied: Mapping[str, 
         TaskVectorError: The base has no such weight, ties others, or has it in another shape.
     """
     weights, ties = base.known()
-    check_known_weights(changes, weights)
+    extra = sorted(set(changes) - set(weights))
+    if extra:
+        raise TaskVectorError(
+            f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
+        )
     odd = sorted(set(tied.items()) - set(ties.items()))
     if odd:
         raise TaskVectorError(
@@ -145,7 +154,7 @@ def check_same_names(first: Iterable[str], second: Iterable[str], first_name: st
             raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
 
 
-def check_same_shape(name: str, first: Typed, second: Typed) -> None:
+def check_same_shape(name: str, first: Shaped, second: Shaped) -> None:
     """Refuses weights of one name and two shapes.
 
     Raises:
@@ -154,19 +163,6 @@ def check_same_shape(name: str, first: Typed, second: Typed) -> None:
     if tuple(first.shape) != tuple(second.shape):
         raise TaskVectorError(
             f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other"
-        )
-
-
-def check_known_weights(changed: Iterable[str], known: Iterable[str]) -> None:
-    """Refuses a task vector that changes weights which the base does not have.
-
-    Raises:
-        TaskVectorError: With the first such name, and how many there are.
-    """
-    extra = sorted(set(changed) - set(known))
-    if extra:
-        raise TaskVectorError(
-            f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
         )
 
 

@@ -10,25 +10,32 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, as_completed, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import get_args
 
 import torch
+from torch import Tensor
 
-from sku.errors import RecipeError, TaskVectorError
+from sku.errors import ModelError, RecipeError, TaskVectorError
 from sku.negate import arithmetic
-from sku.negate.arithmetic import MOST_THREADS, StreamedNegation, Sums, block_pool
-from sku.negate.files import copy_companions, write_config, write_index
-from sku.negate.rounding import Rounding
-from sku.negate.stream_plan import Plan, identities, plan_negation
-from sku.negate.stream_write import ShardWriter
+from sku.negate.arithmetic import MOST_THREADS, Arithmetic, LowRank, StreamedNegation, Sums, block_pool, block_rows
+from sku.negate.files import StoredTensor, copy_companions, write_config, write_index
+from sku.negate.matching import unusable_result
+from sku.negate.rounding import Rounding, draws_for
+from sku.negate.stream_plan import Change, Plan, ShardLayout, Work, plan_negation
 from sku.storage import check_new, check_space, resumable_folder, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
 _FINISHED = "finished.json"
+"""Names the weight files that are whole, with their sums: what an interrupted call is gone on from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,117 +86,255 @@ def negate_folders(
         TaskVectorError: The two don't fit, or a result is not finite.
         OutputError: ``out`` exists or can't be written, or what is to be resumed had other inputs.
     """
-    base, bad, out = Path(base), Path(bad), Path(out)
-    plan = check_negation(base, bad, out, alpha, output_dtype, rounding, 1 if threads is None else threads)
-    return negate_planned(
-        plan,
-        base,
-        bad,
-        out,
-        alpha,
-        output_dtype=output_dtype,
-        rounding=rounding,
-        seed=seed,
-        threads=threads,
-        resume=resume,
-        progress=progress,
-    )
+    wanted = FolderNegation(
+        base=Path(base), bad=Path(bad), out=Path(out), alpha=alpha, output_dtype=output_dtype, rounding=rounding,
+        seed=seed, threads=threads, resume=resume,
+    )  # fmt: skip
+    return wanted.run(wanted.plan(), progress)
 
 
-def negate_planned(
-    plan: Plan,
-    base: Path,
-    bad: Path,
-    out: Path,
-    alpha: float,
-    *,
-    output_dtype: torch.dtype | None,
-    rounding: Rounding,
-    seed: int,
-    threads: int | None,
-    resume: bool,
-    progress: Progress | None,
-) -> NegatedFolder:
-    """``negate_folders`` by the plan that ``check_negation`` made of the same arguments: no header is read again.
+@dataclass(frozen=True, kw_only=True)
+class FolderNegation:
+    """A subtraction from folder to folder that is planned and then run: the arguments of ``negate_folders``."""
 
-    Raises:
-        SkuError: As ``negate_folders``; an input that has changed since the plan was made is refused.
-    """
-    threads = min(MOST_THREADS, os.cpu_count() or 1) if threads is None else threads
-    inputs = identities(base, bad, plan) | {
-        "alpha": alpha, "dtype": str(output_dtype), "rounding": rounding, "seed": seed,
-        "block": arithmetic.BLOCK_ELEMENTS,
-    }  # fmt: skip
-    if not resume:
-        check_space(out, plan.size, f"the unlearned model in {out}")
-    with resumable_folder(out, inputs, resume=resume) as folder:
-        # A call that was killed at its very end left it; no folder may load while files are copied into it anew.
-        (folder / "config.json").unlink(missing_ok=True)
-        done = _Finished(folder, plan)
-        resumed = len(done.sums)
-        with ShardWriter(plan, alpha, rounding, seed) as writer:
-            _write_shards(writer, plan, done, threads, progress)
-        total = Sums.total([done.sums[layout.name] for layout in plan.layouts])
-        if total.difference == 0 and plan.empty_message is not None:
-            raise TaskVectorError(plan.empty_message)
-        for file in plan.inputs:
-            file.check_unchanged()
-        left_out = copy_companions(base, folder, [layout.name for layout in plan.layouts])
-        write_index(base, folder, sum(layout.size - len(layout.header) for layout in plan.layouts))
-        write_config(base, folder, output_dtype)
-    changed = sum(work.counts for work in plan.changed)
-    record = StreamedNegation.of(total, alpha, changed, plan.dtype, rounding=rounding, rounding_seed=seed)
-    return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
+    base: Path
+    bad: Path
+    out: Path
+    alpha: float
+    output_dtype: torch.dtype | None
+    rounding: Rounding
+    seed: int
+    threads: int | None
+    resume: bool
+
+    def plan(self) -> Plan:
+        """All that ``negate_folders`` checks before it reads weights; nothing is written.
+
+        Raises:
+            SkuError: As there, but for what only weights show: results that are not finite, no difference.
+        """
+        if not math.isfinite(self.alpha):
+            raise RecipeError(f"alpha is {self.alpha}; it must be a finite number")
+        if self.rounding not in get_args(Rounding):
+            raise RecipeError(f"rounding is {self.rounding}; it must be one of {', '.join(get_args(Rounding))}")
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"threads is {self.threads}; it must be at least 1")
+        check_new(self.out)
+        return plan_negation(self.base, self.bad, self.output_dtype)
+
+    def run(self, plan: Plan, progress: Progress | None = None) -> NegatedFolder:
+        """``negate_folders`` by that plan: no header is read again.
+
+        Raises:
+            SkuError: As there; an input that has changed since the plan was made is refused.
+        """
+        out, alpha = self.out, self.alpha
+        inputs = plan.identities() | {
+            "alpha": alpha, "dtype": str(self.output_dtype), "rounding": self.rounding, "seed": self.seed,
+            "block": arithmetic.BLOCK_ELEMENTS,
+        }  # fmt: skip
+        if not self.resume:
+            check_space(out, plan.size, f"the unlearned model in {out}")
+        with resumable_folder(out, inputs, resume=self.resume) as folder:
+            # A call that was killed at its very end left it; no folder may load while files are copied into it anew.
+            (folder / "config.json").unlink(missing_ok=True)
+            done = _finished(folder, plan)
+            resumed = len(done)
+            self._write_shards(plan, folder, done, progress)
+            total = Sums.total([done[layout.name] for layout in plan.layouts])
+            if total.difference == 0 and plan.empty_message is not None:
+                raise TaskVectorError(plan.empty_message)
+            for file in plan.inputs:
+                file.check_unchanged()
+            left_out = copy_companions(self.base, folder, [layout.name for layout in plan.layouts])
+            write_index(self.base, folder, sum(layout.size - len(layout.header) for layout in plan.layouts))
+            write_config(self.base, folder, self.output_dtype)
+        record = StreamedNegation.of(
+            total, alpha, sum(work.counts for work in plan.changed), plan.dtype,
+            rounding=self.rounding, rounding_seed=self.seed,
+        )  # fmt: skip
+        return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
+
+    def _write_shards(self, plan: Plan, folder: Path, done: dict[str, Sums], progress: Progress | None) -> None:
+        written = sum(layout.size for layout in plan.layouts if layout.name in done)
+
+        def advance(count: int) -> None:
+            nonlocal written
+            written += count
+            if progress is not None:
+                progress(written, plan.size)
+
+        advance(0)
+        threads = min(MOST_THREADS, os.cpu_count() or 1) if self.threads is None else self.threads
+        with ExitStack() as opened, block_pool(threads) as pool:
+            files = {file.path: opened.enter_context(file.path.open("rb", buffering=0)) for file in plan.inputs}
+            seed = self.seed if self.rounding == "stochastic" else None
+            writer = _ShardWriter(plan, self.alpha, seed, files)
+            for layout in plan.layouts:
+                if layout.name not in done:
+                    done[layout.name] = writer.write(layout, folder, pool, advance)
+                    write_json(
+                        folder.parent / _FINISHED, {name: dataclasses.asdict(sums) for name, sums in done.items()}
+                    )
 
 
-def check_negation(
-    base: Path, bad: Path, out: Path, alpha: float, output_dtype: torch.dtype | None, rounding: str, threads: int
-) -> Plan:
-    """All that ``negate_folders`` checks before it reads weights, with its arguments; nothing is written.
-
-    Raises:
-        SkuError: As ``negate_folders``, but for what only weights show: results that are not finite, no difference.
-    """
-    if not math.isfinite(alpha):
-        raise RecipeError(f"alpha is {alpha}; it must be a finite number")
-    if rounding not in get_args(Rounding):
-        raise RecipeError(f"rounding is {rounding}; it must be one of {', '.join(get_args(Rounding))}")
-    if threads < 1:
-        raise RecipeError(f"threads is {threads}; it must be at least 1")
-    check_new(out)
-    return plan_negation(base, bad, output_dtype)
+def _finished(folder: Path, plan: Plan) -> dict[str, Sums]:
+    """The files that an interrupted call has left whole."""
+    path = folder.parent / _FINISHED
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    # After a kill after the last rename the list is left and the files are gone.
+    there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    whole = {layout.name for layout in plan.layouts if there.get(layout.name) == layout.size}
+    return {name: Sums(**sums) for name, sums in found.items() if name in whole}
 
 
-class _Finished:
-    """The weight files that are whole, with their sums: what an interrupted call is gone on from."""
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """A part of one tensor."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder = folder
-        self._path = folder.parent / _FINISHED
-        self.sums: dict[str, Sums] = {}
-        if self._path.is_file():
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            # After a kill after the last rename the list is left and the files are gone.
-            there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-            whole = {layout.name for layout in plan.layouts if there.get(layout.name) == layout.size}
-            self.sums = {name: Sums(**sums) for name, sums in found.items() if name in whole}
+    work: Work
+    number: int
+    start: int
+    """First element."""
+    stop: int
+    at: int
+    """Byte of the new file."""
 
-    def add(self, name: str, sums: Sums) -> None:
-        self.sums[name] = sums
-        write_json(self._path, {name: dataclasses.asdict(sums) for name, sums in self.sums.items()})
+    @property
+    def size(self) -> int:
+        """Bytes of the result."""
+        return (self.stop - self.start) * self.work.dtype.itemsize
 
 
-def _write_shards(writer: ShardWriter, plan: Plan, done: _Finished, threads: int, progress: Progress | None) -> None:
-    written = sum(layout.size for layout in plan.layouts if layout.name in done.sums)
+class _ShardWriter:
+    """Subtracts files of weights, block by block. One file at a time is written, by all threads."""
 
-    def advance(count: int) -> None:
-        nonlocal written
-        written += count
-        if progress is not None:
-            progress(written, plan.size)
+    def __init__(self, plan: Plan, alpha: float, seed: int | None, files: Mapping[Path, FileIO]) -> None:
+        """Remembers what to do; ``seed`` is that of stochastic rounding, and ``files`` are all that will be read."""
+        self._plan, self._alpha, self._seed, self._files = plan, alpha, seed, files
+        self._local = threading.local()
+        self._arithmetic = Arithmetic()
+        self._factors = lru_cache(maxsize=4)(self._read_factors)
 
-    advance(0)
-    with block_pool(threads) as pool:
-        for layout in plan.layouts:
-            if layout.name not in done.sums:
-                done.add(layout.name, writer.write(layout, done.folder, pool, advance))
+    def write(self, layout: ShardLayout, folder: Path, pool: Executor, advance: Callable[[int], None]) -> Sums:
+        """Writes a file whole: under another name until it is flushed to the disk.
+
+        Args:
+            layout: Of the plan.
+            folder: To write into.
+            pool: Computes the blocks.
+            advance: Called with bytes that were written since the last call.
+
+        Returns:
+            The sums over its tensors.
+
+        Raises:
+            TaskVectorError: A difference or a result is not finite.
+            ModelError: An input was cut off meanwhile.
+            OSError: The disk is full, for instance.
+        """
+        unfinished = folder / f"{layout.name}.unfinished"
+        with unfinished.open("wb", buffering=0) as file:
+            descriptor = file.fileno()
+            _reserve(descriptor, layout.size)
+            _write_all(descriptor, memoryview(layout.header), 0)
+            advance(len(layout.header))
+            futures = {pool.submit(self._finish, block, descriptor): block for block in self._blocks(layout)}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    advance(futures[future].size)
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                wait(futures)  # Nothing may write to a descriptor that is closed.
+                raise
+            os.fsync(descriptor)
+        unfinished.replace(folder / layout.name)
+        return Sums.total([future.result() for future in futures])
+
+    def _blocks(self, layout: ShardLayout) -> Iterator[_Block]:
+        for tensor in layout.source.tensors:
+            work = self._plan.work[tensor.name]
+            step = arithmetic.BLOCK_ELEMENTS
+            if isinstance(work.change, LowRank):
+                step = block_rows(tensor.shape[1]) * max(1, tensor.shape[1])
+            for number, start in enumerate(range(0, tensor.elements, step)):
+                stop = min(start + step, tensor.elements)
+                at = layout.starts[tensor.name] + start * work.dtype.itemsize
+                yield _Block(work=work, number=number, start=start, stop=stop, at=at)
+
+    def _finish(self, block: _Block, descriptor: int) -> Sums:
+        """Reads, computes and writes one block."""
+        work, count = block.work, block.stop - block.start
+        base = result = self._read(work.base, block.start, self._buffer("base", work.base.dtype, count))
+        sums = Sums()
+        if work.change is not None or work.dtype != work.base.dtype:
+            result = self._buffer("result", work.dtype, count)
+            draws = None
+            if self._seed is not None and work.dtype.itemsize < 4:
+                draws = draws_for(self._seed, work.base.name, block.number, count)
+            if work.change is not None:
+                sums = self._arithmetic.subtract(
+                    base, self._other(work.change, block), result, self._alpha,
+                    is_difference=self._plan.form != "model", draws=draws,
+                )  # fmt: skip
+                sums.check_finite(work.base.name, work.dtype)
+            elif not arithmetic.convert(base, result, draws):
+                raise unusable_result(work.base.name, work.dtype)
+        _write_all(descriptor, _bytes_of(result), block.at)
+        return sums if work.counts else Sums()
+
+    def _other(self, change: Change, block: _Block) -> Tensor:
+        """The bad model's weights of a block, or their difference from the base's."""
+        if isinstance(change, StoredTensor):
+            return self._read(change, block.start, self._buffer("other", change.dtype, block.stop - block.start))
+        columns = block.work.base.shape[1]
+        return self._factors(change).rows(block.start // columns, block.stop // columns).reshape(-1)
+
+    def _read_factors(self, change: LowRank[StoredTensor]) -> LowRank[Tensor]:
+        upper, lower = (
+            self._read(tensor, 0, torch.empty(tensor.elements, dtype=tensor.dtype)).float().reshape(tensor.shape)
+            for tensor in (change.upper_Or, change.lower_rI)
+        )
+        return LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, turned=change.turned)
+
+    def _read(self, tensor: StoredTensor, start: int, values: Tensor) -> Tensor:
+        """Fills flat numbers with the elements of a stored tensor from ``start`` on, and gives them back."""
+        at, left = tensor.start + start * tensor.dtype.itemsize, _bytes_of(values)
+        while left:
+            count = os.preadv(self._files[tensor.path].fileno(), [left], at)
+            if not count:
+                raise ModelError(f"{tensor.path} was cut off while it was read; run again when nothing writes to it")
+            left, at = left[count:], at + count
+        return values
+
+    def _buffer(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
+        """This thread's memory of that name."""
+        size = count * dtype.itemsize
+        memory: Tensor | None = getattr(self._local, name, None)
+        if memory is None or len(memory) < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+            setattr(self._local, name, memory)
+        return memory[:size].view(dtype)
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    """The memory of flat numbers."""
+    return values.view(torch.uint8).numpy().data
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Takes the space at once, so that a disk too small is met before the work and the file lies in one piece."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
+def _write_all(descriptor: int, view: memoryview, at: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, at)
+        view, at = view[count:], at + count

@@ -8,7 +8,6 @@ compared with ``wanted = -alpha tau``.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,19 +18,6 @@ from sku.negate.matching import check_same_shape, match_models
 from sku.negate.operators.base import turned_weights
 from sku.negate.task_vector import ModelSource, TaskVector, unique_weights
 from sku.quantization import FORMATS, Rounding, rounded_layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survival:
-    """Of one tensor, or of several together, in one format."""
-
-    entries: int
-    """Entries whose change was wanted."""
-    changed: float
-    """Share of these that differ between the two rounded models. In 8 and 4 bits they also do where nothing but the
-    scale of their channel or block moved, so that ``projection`` says more."""
-    projection: float
-    """``<applied, wanted> / <wanted, wanted>``: 1 where nothing was lost, 0 where nothing is left."""
 
 
 def delta_survival(
@@ -46,8 +32,11 @@ def delta_survival(
         formats: ``int8`` and ``nf4`` round linear layers alone, without the output head.
 
     Returns:
-        Format -> ``entries``, ``changed`` and ``projection`` over all its tensors; ``tensors``, the projection by
-        name; ``not_rounded``, the number of changed tensors that the format leaves as they are.
+        Format -> over all its tensors ``entries`` whose change was wanted, the share of them that ``changed`` (in 8
+        and 4 bits also where nothing but the scale of their channel or block moved, so that the next says more), and
+        ``projection``, ``<applied, wanted> / <wanted, wanted>``: 1 where nothing was lost, 0 where nothing is left;
+        ``tensors``, the projection by name; ``not_rounded``, the number of changed tensors that the format leaves as
+        they are.
 
     Raises:
         TaskVectorError: The vector doesn't fit the base.
@@ -102,8 +91,10 @@ def _survivals(
         sums = {name: _sums(weights[name], wanted(name), FORMATS[form].rounding, name in turned) for name in names}
         together = [sum(values) for values in zip(*sums.values(), strict=True)] or [0, 0, 0.0, 0.0]
         found[form] = {
-            **vars(_survival(*together)),
-            "tensors": {name: _survival(*values).projection for name, values in sums.items()},
+            "entries": int(together[0]),
+            "changed": together[1] / together[0] if together[0] else 1.0,
+            "projection": _projection(*together[2:]),
+            "tensors": {name: _projection(*values[2:]) for name, values in sums.items()},
             "not_rounded": len(changed) - len(names),
         }
     return found
@@ -130,9 +121,5 @@ def _sums(weight: Tensor, wanted: Tensor, rounding: Rounding, turned: bool) -> t
     )
 
 
-def _survival(entries: float, changed: float, product: float, square: float) -> Survival:
-    return Survival(
-        entries=int(entries),
-        changed=changed / entries if entries else 1.0,
-        projection=product / square if square else 1.0,
-    )
+def _projection(product: float, square: float) -> float:
+    return product / square if square else 1.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -246,24 +246,6 @@ class ModelSource(Source[Tensor]):
         self.weights, self._ties = unique_weights(model)
         self.integers = {name: tensor for name, tensor in model.state_dict().items() if not _is_weight(tensor)}
 
-    @property
-    def ties(self) -> Mapping[str, str]:
-        """As in ``Source``."""
-        return self._ties
-
-    @property
-    def may_be_tied(self) -> bool:
-        """As in ``Source``."""
-        return bool(self._ties)
-
-    def known(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-        """As in ``Source``."""
-        return self.weights, self._ties
-
-    def places(self, name: str) -> Sequence[str]:
-        """As in ``Source``."""
-        return (name,)
-
     def equal(self, first: Tensor, second: Tensor) -> bool:
         """As in ``Source``."""
         return torch.equal(first.cpu(), second.cpu())
@@ -283,14 +265,15 @@ def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     """
     weights: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    owner: dict[tuple[int, int, tuple[int, ...]], str] = {}
+    owner: dict[object, str] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not _is_weight(tensor):
             if name in parameters:
                 raise quantized_weight(name, tensor.dtype)
             continue  # Integer buffers, such as position ids, have no difference; ``match_models`` compares them.
-        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        # Without memory nothing but the object tells.
+        key = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and key in owner:
             tied[name] = owner[key]
         else:

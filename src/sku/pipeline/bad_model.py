@@ -12,8 +12,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.record_files import create_private_folder
-from sku.methods.run import has_twins, prepare, train_method, with_safe_dtype
-from sku.methods.twins import TWINS, twin_folder
+from sku.methods.run import TWINS, has_twins, prepare, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
 from sku.pipeline.checks import (
     check_trained_model,

@@ -21,17 +21,17 @@ from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.judges import choose_judge
 from sku.evaluate.utility import check_questions
-from sku.meta_model import with_adapter, without_weights
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
-from sku.model_files import locate_model
+from sku.model_files import check_not_quantized, locate_model
 from sku.models import (
     check_four_bit,
-    check_not_quantized,
     ensure_pad_token,
     load_config,
     load_tokenizer,
     pick_device,
     pick_dtype,
+    with_adapter,
+    without_weights,
 )
 from sku.negate.files import read_folder
 from sku.plan.disk import STATE_BYTES, checkpoints_at_once, disk_bytes

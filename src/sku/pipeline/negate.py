@@ -13,7 +13,7 @@ from sku.negate import stream_plan
 from sku.negate.arithmetic import Negation
 from sku.negate.files import model_folder
 from sku.negate.rounding import Rounding, saved_type
-from sku.negate.streaming import check_negation, negate_planned
+from sku.negate.streaming import FolderNegation
 from sku.plan import Plan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new, is_marked_hazardous
@@ -113,16 +113,12 @@ def _texts(wanted: Subtraction) -> ForgetRetainData | None:
     return load_parts(forget, normal, seed=wanted.seed, forget_validation=held_out)
 
 
-def _checked(wanted: Subtraction, base: Path) -> stream_plan.Plan:
-    return check_negation(
-        base,
-        model_folder(str(wanted.bad)),
-        wanted.out,
-        wanted.alpha,
-        saved_type(wanted.output_dtype),
-        wanted.rounding,
-        1 if wanted.threads is None else wanted.threads,
-    )
+def _streamed(wanted: Subtraction, base: Path) -> FolderNegation:
+    return FolderNegation(
+        base=base, bad=model_folder(str(wanted.bad)), out=wanted.out, alpha=wanted.alpha,
+        output_dtype=saved_type(wanted.output_dtype), rounding=wanted.rounding, seed=wanted.seed,
+        threads=wanted.threads, resume=wanted.resume,
+    )  # fmt: skip
 
 
 def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: str) -> dict[str, object]:
@@ -135,22 +131,12 @@ def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: 
 
 
 def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
-    found, bad = _checked(wanted, base), model_folder(str(wanted.bad))
+    streamed = _streamed(wanted, base)
+    found = streamed.plan()
 
     def execute(progress: Progress | None) -> Subtracted:
-        negated = negate_planned(
-            found,
-            base,
-            bad,
-            wanted.out,
-            wanted.alpha,
-            output_dtype=saved_type(wanted.output_dtype),
-            rounding=wanted.rounding,
-            seed=wanted.seed,
-            threads=wanted.threads,
-            resume=wanted.resume,
-            progress=None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20),
-        )
+        told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
+        negated = streamed.run(found, told)
         return Subtracted(record=negated.record, left_out=negated.left_out)
 
     return Plan(
@@ -203,7 +189,7 @@ def _in_memory(
     model = check_model(config)
     context(model.skeleton, model.tokenizer)
     stream_plan.check_bad(model_folder(str(wanted.bad)))
-    found = None if base is None else _checked(wanted, base)
+    found = None if base is None else _streamed(wanted, base).plan()
     return Plan(
         command="sku negate",
         out=wanted.out,

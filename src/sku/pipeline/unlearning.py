@@ -29,15 +29,16 @@ from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
 from sku.methods import method_named
 from sku.methods.run import (
+    TWINS,
     MethodRun,
     has_twins,
     operator_context,
     prepare,
     subtracted_by,
     train_method,
+    twin_folder,
     with_safe_dtype,
 )
-from sku.methods.twins import TWINS, twin_folder
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.diagnostics import diagnose

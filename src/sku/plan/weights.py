@@ -13,8 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.config import AcquireConfig, LoraSettings, Tuning
-from sku.meta_model import with_adapter, without_weights
-from sku.models import plain_model
+from sku.models import plain_model, with_adapter, without_weights
 from sku.plan.disk import STATE_BYTES
 from sku.training.config import ReferenceMode
 from sku.training.run import adapter_settings

@@ -18,11 +18,9 @@ from sku.errors import EvaluationError
 from sku.evaluate.record_files import GENERATIONS_FILE, read_json_object
 from sku.report.figures import PALETTE
 from sku.report.read_run import MANIFEST_FILE
-from sku.storage import write_private_text
+from sku.storage import STEPS_FILE, write_private_text
 
 LIVE_FILE = "live.html"
-STEPS_FILE = "steps.jsonl"
-"""In the private folder of what is trained: a line for each logged step."""
 RELOAD = 5
 """Seconds after which the page is read anew."""
 _WIDTH, _HEIGHT = 640, 160

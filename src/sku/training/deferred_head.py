@@ -9,6 +9,7 @@ Shapes: N = kept positions, H = width of the hidden states, V = vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from sku.models import embedding_weight
 _LOG = logging.getLogger(__name__)
 _MEGABYTE = 2**20
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_DIVISORS = ("logits_scaling",)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,8 @@ def _shape_of(model: PreTrainedModel) -> HeadShape:
     if not module.weight.is_floating_point():
         raise _UnknownHeadError(f"the head's weight is {module.weight.dtype}")
     config = model.config.get_text_config()
-    scale = 1.0
-    for name in _SCALES:
-        scale *= float(getattr(config, name, None) or 1)
-    for name in _DIVISORS:
-        scale /= float(getattr(config, name, None) or 1)
+    scale = math.prod(float(getattr(config, name, None) or 1) for name in _SCALES)
+    scale /= float(getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
     shape = HeadShape(module, scale, None if softcap is None else float(softcap))
     _check(model, shape)

@@ -28,12 +28,11 @@ from sku.data.tokens import TokenizationReport
 from sku.errors import OutputError, RecipeError, SkuError
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named
+from sku.storage import STEPS_FILE
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective
 from sku.training.trainer import UnlearningTrainer
 
-STEPS_FILE = "steps.jsonl"
-"""Beside the checkpoints while a model is trained: a line for each logged step."""
 ModelT_co = TypeVar("ModelT_co", covariant=True)
 
 

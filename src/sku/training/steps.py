@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from sku.data.batches import PackedRows
 from sku.data.joint import RETAIN, RowPlan
 from sku.errors import ModelError, RecipeError
-from sku.head import HeadScores, Scores
+from sku.head import HeadScores
 from sku.losses import IGNORE_INDEX
 from sku.training.attention import packed_forward_pass, use_packed_attention
 from sku.training.layers import lora_layers
@@ -143,14 +143,11 @@ class PackedBatch:
 
     def scores(self, kind: int, outputs: Any, hidden_layers: Sequence[int] = ()) -> ScoredRows:
         """As from the same rows padded."""
-        kept, scores_UV = self._packed.kept[kind], outputs.logits[0]
-        scores_NV: Scores
-        if isinstance(scores_UV, HeadScores):
-            scores_NV = replace(scores_UV, hidden_NH=_take_rows(scores_UV.hidden_NH, kept.score_N))
-        else:
-            scores_NV = _take_rows(scores_UV, kept.score_N)
+        kept, scores = self._packed.kept[kind], outputs.logits[0]
+        made = not isinstance(scores, HeadScores)
+        rows_N = _take_rows(scores if made else scores.hidden_NH, kept.score_N)
         return ScoredRows(
-            scores_NV=scores_NV,
+            scores_NV=rows_N if made else replace(scores, hidden_NH=rows_N),
             targets_N=kept.targets_N,
             row_N=kept.row_N,
             example_M=kept.example_M,
@@ -194,7 +191,8 @@ class TokenScale:
         """
         self._scale_RT1 = scale_RT1
         if not self._hooks:
-            self._hooks = [half.register_forward_hook(self._scale) for half in _upper_halves(self._model)]
+            upper_halves = (half for layer in lora_layers(self._model) for half in layer.lora_B.values())
+            self._hooks = [half.register_forward_hook(self._scale) for half in upper_halves]
 
     def remove(self) -> None:
         """The adapter counts as it is."""
@@ -247,7 +245,3 @@ def _why_not(model: nn.Module) -> str | None:
         return f"the adapter changes more than linear layers ({kinds[0]})"
     others = sorted(name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name)
     return f"{others[0]} is trained too" if others else None
-
-
-def _upper_halves(model: PeftModel) -> list[nn.Module]:
-    return [half for layer in lora_layers(model) for half in layer.lora_B.values()]

@@ -185,13 +185,6 @@ class UnlearningTrainer(Trainer):
         """
         raise OutputError("the trainer writes no model card: sku card writes the one of a finished run")
 
-    def _place_reference(self, reference: PreTrainedModel) -> None:
-        """Puts the frozen copy where the model in training is: on one device, or sharded in the same way."""
-        if not self.is_fsdp_enabled:
-            nn.Module.to(reference, self.args.device)
-        else:
-            fsdp2_prepare_model(self.accelerator, reference)
-
     def _check_sharding(self) -> None:
         """Refuses, before training, what would leave no whole weights after it."""
         if not self.is_fsdp_enabled:
@@ -255,7 +248,9 @@ class UnlearningTrainer(Trainer):
         num_examples = inputs["counts"].sum()
         total = torch.stack([weights[name] * losses_B.sum() for name, losses_B in terms.items()]).sum()
         if model.training:
-            self._note_terms(terms, num_examples)
+            for name, losses_B in terms.items():
+                self._logged_terms[name] = self._logged_terms.get(name, 0) + losses_B.detach().sum()
+            self._logged_examples += num_examples
         # Data-parallel training averages gradients over processes; each holds its part of the sum.
         if num_items_in_batch is None:
             loss = total / num_examples
@@ -304,15 +299,12 @@ class UnlearningTrainer(Trainer):
                     self._use_reference(self._settings.reference, str(reason))
             return self._reference_rows(model, inputs, kind)
 
+        steps = self.state.max_steps  # 0 where no training is in progress.
+        progress = min((self.state.global_step + 1) / steps, 1.0) if steps > 0 else 1.0
         step = TrainingStep(
-            num_examples=len(inputs["forget_index"]), rows=rows, reference=reference, progress=self._progress()
+            num_examples=len(inputs["forget_index"]), rows=rows, reference=reference, progress=progress
         )
         return outputs, dict(self.objective.losses(step))
-
-    def _progress(self) -> float:
-        """As ``TrainingStep.progress``; 1 where no training is in progress."""
-        steps = self.state.max_steps
-        return min((self.state.global_step + 1) / steps, 1.0) if steps > 0 else 1.0
 
     def _set_scale(self, is_retain_RT1: Tensor) -> None:
         """Normal rows are read by another point of the line through original and trained model, if asked for."""
@@ -331,7 +323,11 @@ class UnlearningTrainer(Trainer):
         if mode == "copy":
             self._reference = copy.deepcopy(plain_model(self._trained)).requires_grad_(requires_grad=False)
             self._reference.eval()
-            self._place_reference(self._reference)
+            # Where the model in training is: on one device, or sharded in the same way.
+            if self.is_fsdp_enabled:
+                fsdp2_prepare_model(self.accelerator, self._reference)
+            else:
+                nn.Module.to(self._reference, self.args.device)
 
     def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
         """What goes into the original model's head on the rows of one kind."""
@@ -352,12 +348,6 @@ class UnlearningTrainer(Trainer):
             batch = self._batch(inputs).of_kind(kind)
             outputs = self._forward(asked, batch, without_head=without_head)
             return batch.scores(kind, outputs, self.objective.hidden_layers)
-
-    def _note_terms(self, terms: dict[str, Tensor], num_examples: Tensor) -> None:
-        for name, losses_B in terms.items():
-            value = losses_B.detach().sum()
-            self._logged_terms[name] = self._logged_terms[name] + value if name in self._logged_terms else value
-        self._logged_examples += num_examples
 
 
 def _examples(

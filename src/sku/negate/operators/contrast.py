@@ -20,33 +20,26 @@ also anchors a closed form to the source update and looks at retained inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from sku.errors import RecipeError
+from sku.config.check import NotNegative, Positive, validated
 from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap
 from sku.negate.operators.spectra import Spectrum, input_spectra, matrix_map, split_by_inputs
 from sku.negate.operators.texts import InputSettings
 from sku.negate.task_vector import TaskVector
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ContrastSettings(InputSettings):
     """How normal inputs weigh against harmful ones."""
 
-    strength: float = 4.0
+    strength: NotNegative = 4.0
     """s above: how much an effect on normal inputs costs, in units of the effect on harmful ones."""
-    ridge: float = 1e-3
+    ridge: Positive = 1e-3
     """e above, in units of the mean eigenvalue of H: how much directions that neither text reaches are damped."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.strength < float("inf"):
-            raise RecipeError(f"strength is {self.strength}; it must be 0 or more and finite")
-        if not 0 < self.ridge < float("inf"):
-            raise RecipeError(f"ridge is {self.ridge}; it must be above 0 and finite")
 
 
 def filter_matrix(harmful_II: Tensor, normal_II: Tensor, strength: float, ridge: float) -> Tensor:
@@ -77,15 +70,14 @@ def _apply(settings: ContrastSettings, vector: TaskVector, context: OperatorCont
     normal = input_spectra(context, "normal", settings)
     harmful = input_spectra(context, "harmful", settings)
     known, maps, account = split_by_inputs(vector, normal, settings)
-    made: dict[str, RowMap] = {}  # Layers that read the same tensor share their map.
-    for name, spectrum in known.items():
-        group = normal.group_of[name]
-        if group not in made:
-            own = harmful.of(name)
-            assert own is not None, "both texts go through the same layers"
-            matrix = filter_matrix(_unit_trace(own), _unit_trace(spectrum), settings.strength, settings.ridge)
-            made[group] = matrix_map(matrix)
-        maps[name] = made[group]
+
+    @cache
+    def of_group(group: str) -> RowMap:
+        """Layers that read the same tensor share their map."""
+        harmful_II, normal_II = _unit_trace(harmful.of_group[group]), _unit_trace(normal.of_group[group])
+        return matrix_map(filter_matrix(harmful_II, normal_II, settings.strength, settings.ridge))
+
+    maps |= {name: of_group(normal.group_of[name]) for name in known}
     return Operated(row_maps=maps, record={**account, "harmful_positions": harmful.positions})
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from sku.config.check import Finite, validated
 from sku.errors import RecipeError
 from sku.negate.operators.base import OTHERS, Operated, Operator, OperatorContext, RowMap, group_of, scaling
 from sku.negate.task_vector import TaskVector
@@ -26,17 +26,15 @@ _REST = "rest"
 _NUMBERS = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LayersSettings:
     """Which weights get which factor."""
 
-    alphas: Mapping[str, float]
+    alphas: Mapping[str, Finite]
     """Key as above -> factor. The first key that names a weight counts; 0 leaves its change out."""
 
     def __post_init__(self) -> None:
-        for key, factor in self.alphas.items():
-            if isinstance(factor, bool) or not isinstance(factor, int | float) or not abs(factor) < float("inf"):
-                raise RecipeError(f"the factor of {key} is {factor!r}; it must be a finite number")
+        for key in self.alphas:
             for first, last in _spans(key) or ():
                 if first > last:
                     raise RecipeError(f"layers {key} begin at {first} and end before it, at {last}")
@@ -87,7 +85,7 @@ def _apply(settings: LayersSettings, vector: TaskVector, context: OperatorContex
     for name in vector.deltas:
         key = next(key for key in keys if _names(key, name))
         used[key] += 1
-        maps[name] = scaling(float(settings.alphas[key]))
+        maps[name] = scaling(settings.alphas[key])
     idle = [key for key, count in used.items() if not count and key != _REST]
     if idle:
         raise RecipeError(

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sku.config.check import Count, NotNegative, Positive, validated
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
@@ -68,59 +69,48 @@ _NO_MORE_THAN_ROUNDING = 1e-5
 LearnedPer = Literal["layer", "module", "layer_and_module", "direction"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class SetWeights:
     """What each set counts; 0 leaves it out."""
 
-    harmful: float = 1.0
-    refusals: float = 0.0
-    normal: float = 10.0
-    borderline: float = 0.0
+    harmful: NotNegative = 1.0
+    refusals: NotNegative = 0.0
+    normal: NotNegative = 10.0
+    borderline: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("harmful", "refusals", "normal", "borderline"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise RecipeError(f"weights.{name} is {getattr(self, name)}; it must be 0 or more and finite")
         if not self.harmful + self.refusals:
             raise RecipeError("weights of harmful and refusals are 0, so that all coefficients would fall to 0")
         if not self.normal + self.borderline:
             raise RecipeError("weights of normal and borderline are 0, so that nothing holds the coefficients back")
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LearnedSettings:
     """What is learned, and for how long."""
 
     per: LearnedPer = "layer"
     """What has one coefficient: the weights of a decoder layer, those of a kind of module, of a kind in one layer, or
     each singular direction of each weight's difference (thousands of coefficients: give it data enough)."""
-    directions: int = 16
+    directions: Count = 16
     """For ``direction``: most directions of one weight; what they leave over has a coefficient of its own. A LoRA
     adapter's difference has as many as its rank."""
-    steps: int = 30
-    learning_rate: float = 0.1
-    batch_size: int = 8
+    steps: Count = 30
+    learning_rate: Positive = 0.1
+    batch_size: Count = 8
     """Examples of a step, of each set."""
-    gain: float = 2.0
+    gain: Positive = 2.0
     """Nats a token by which the loss on harmful answers shall grow; 2 is a perplexity 7.4 times as high."""
     weights: SetWeights = field(default_factory=SetWeights)
     """Of the four sets."""
-    answer_tokens: int | None = None
+    answer_tokens: Count | None = None
     """First answer tokens that count, of all sets but the harmful one; empty for all."""
     start: float = 0.5
     """All coefficients at first."""
-    largest: float = 8.0
+    largest: Positive = 8.0
     """Coefficients stay between 0 and this."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "directions"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.answer_tokens is not None and self.answer_tokens < 1:
-            raise RecipeError(f"answer_tokens is {self.answer_tokens}; it must be 1 or more, or empty for all")
-        for name in ("learning_rate", "gain", "largest"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         if not 0 <= self.start <= self.largest:
             raise RecipeError(f"start is {self.start}; it must lie between 0 and largest, {self.largest}")
 

@@ -9,29 +9,24 @@ in common out of the anti-expert before it is subtracted. The formulas are our o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from sku.errors import RecipeError
+from sku.config.check import Finite, validated
 from sku.negate.matching import check_same_names, check_same_shape
 from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class MinusBenignSettings:
     """Which benign vector, and what is done with it."""
 
     path: str
     """Folder of the model, adapter or task vector that was trained on benign data from the same original model."""
     how: Literal["subtract", "project"] = "project"
-    beta: float = 1.0
+    beta: Finite = 1.0
     """How much of it."""
-
-    def __post_init__(self) -> None:
-        if not abs(self.beta) < float("inf"):
-            raise RecipeError(f"beta is {self.beta}; it must be a finite number")
 
 
 def minus_component(vector: TaskVector, benign: TaskVector, beta: float = 1.0) -> TaskVector:

@@ -20,11 +20,12 @@ no share from the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from sku.config.check import Count, Positive, Share, validated
 from sku.errors import RecipeError
 from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap
 from sku.negate.operators.spectra import Spectrum, input_spectra, matrix_map, split_by_inputs
@@ -32,26 +33,20 @@ from sku.negate.operators.texts import InputSettings
 from sku.negate.task_vector import TaskVector
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class NullSpaceSettings(InputSettings):
     """How much of the normal inputs is protected."""
 
-    energy: float = 0.9
+    energy: Share = 0.9
     """Share of the trace that the removed directions hold, of the text's own inputs and of the shared ones alike; 1
     removes all that any normal input reaches."""
-    rank: int | None = None
+    rank: Count | None = None
     """Most removed directions a layer of either, in place of ``energy``."""
-    soft: float | None = None
+    soft: Positive | None = None
     """s above, in place of ``energy``: nothing is cut off, each direction is damped by its energy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.energy <= 1:
-            raise RecipeError(f"energy is {self.energy}; it must be above 0 and at most 1")
-        if self.rank is not None and self.rank < 1:
-            raise RecipeError(f"rank is {self.rank}; it must be 1 or more, or empty for energy to decide")
-        if self.soft is not None and not 0 < self.soft < float("inf"):
-            raise RecipeError(f"soft is {self.soft}; it must be above 0 and finite")
         if self.rank is not None and self.soft is not None:
             raise RecipeError("rank and soft are two ways to say how much is removed: set one of them")
 
@@ -65,17 +60,16 @@ def _apply(settings: NullSpaceSettings, vector: TaskVector, context: OperatorCon
     normal = input_spectra(context, "normal", settings)
     shared = input_spectra(context, "normal", settings, "shared")
     known, maps, account = split_by_inputs(vector, normal, settings)
-    ranks: dict[str, int] = {}
-    made: dict[str, tuple[RowMap, int]] = {}  # Layers that read the same tensor share their map.
-    for name, spectrum in known.items():
-        group = normal.group_of[name]
-        if group not in made:
-            made[group] = _map((spectrum, shared.of_group[group]), settings)
-        maps[name], rank = made[group]
-        if settings.soft is None:
-            ranks[name] = rank
+
+    @cache
+    def of_group(group: str) -> tuple[RowMap, int]:
+        """Layers that read the same tensor share their map."""
+        return _map((normal.of_group[group], shared.of_group[group]), settings)
+
+    maps |= {name: of_group(normal.group_of[name])[0] for name in known}
     account["shared_positions"] = shared.positions
-    if ranks:
+    if known and settings.soft is None:
+        ranks = {name: of_group(normal.group_of[name])[1] for name in known}
         shares = [rank / len(known[name].energies_I) for name, rank in ranks.items()]
         account |= {"ranks": ranks, "mean_share_of_directions": sum(shares) / len(shares)}
     return Operated(row_maps=maps, record=account)

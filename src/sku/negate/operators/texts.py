@@ -18,14 +18,16 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from sku.config.check import Count, validated
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import IGNORE_INDEX, answer_nll
@@ -154,7 +156,7 @@ def mean_gradient(
     return sums
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class InputSettings:
     """What counts as an input of normal text; shared by operators that look at inputs."""
 
@@ -162,24 +164,20 @@ class InputSettings:
     """Token positions whose inputs are protected: ``all``, those of the ``prompt``, those before the ``answer``'s
     tokens, or those at which it is decided how to reply, the last ones of the prompt and the first of the answer. What
     every prompt begins or ends with (system prompt, chat template) is measured apart."""
-    prompt_tokens: int = DECISION_TOKENS
+    prompt_tokens: Count = DECISION_TOKENS
     """For ``decision``: how many of the prompt's last tokens, those of the chat template counted."""
-    answer_tokens: int = DECISION_TOKENS
+    answer_tokens: Annotated[int, Field(ge=0)] = DECISION_TOKENS
     """For ``decision``: how many of the answer's first tokens."""
     unit: bool = False
     """Each input counts by its direction alone. Else a few tokens whose inputs are many times as long as others can
     be the whole trace of a layer."""
-    examples: int = 256
+    examples: Count = 256
     """Most normal examples that are looked at, drawn by the seed."""
     other_weights: Literal["drop", "keep"] = "drop"
     """What becomes of the change of weights that are no linear layer's: embeddings, norms, biases."""
 
     def __post_init__(self) -> None:
-        if self.examples < 1:
-            raise RecipeError(f"examples is {self.examples}; it must be 1 or more")
-        for name, least in (("prompt_tokens", 1), ("answer_tokens", 0)):
-            if getattr(self, name) < least:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        for name in ("prompt_tokens", "answer_tokens"):
             if self.positions != "decision" and getattr(self, name) != DECISION_TOKENS:
                 raise RecipeError(f"{name} counts where positions is decision, and it is {self.positions}")
 

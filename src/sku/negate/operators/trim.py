@@ -18,12 +18,11 @@ An adapter's product ``B A`` has no factors after trimming: what is subtracted i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sku.errors import RecipeError
+from sku.config.check import Fraction, validated
 from sku.negate import arithmetic
 from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.task_vector import TaskVector
@@ -32,16 +31,12 @@ _LOW_BITS = 16
 _SIGNLESS = 0x7FFFFFFF
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class TrimSettings:
     """How much is kept."""
 
-    keep: float = 0.1
+    keep: Fraction = 0.1
     """Share of all entries, from the largest."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:
-            raise RecipeError(f"keep is {self.keep}; it must be a share above 0 and below 1")
 
 
 def kth_largest_magnitude(tensors: Mapping[str, Tensor], k: int) -> float:
