@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sku.errors import EvaluationError, OutputError
 from sku.report.method_overview import overview_figure
-from sku.report.method_records import MethodRecord, Role
+from sku.report.method_records import MethodRecord
+from sku.report.method_statistics import Role
 from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
 from sku.report.trade_off import trade_off_figure
 

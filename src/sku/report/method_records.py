@@ -28,10 +28,8 @@ from sku.evaluate.utility_cost import Utility
 SCHEMA_VERSION = 3
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
-Role = Literal["published", "matched", "sweep", "best"]
-"""Which point of a record is meant; ``best`` is found among the others, the rest are written into the file."""
-ROLES: tuple[Role, ...] = ("published", "matched", "sweep")
-"""Roles that a file can hold."""
+ROLES = ("published", "matched", "sweep")
+"""Roles of a point."""
 NORMAL_KEY = "retain_test/reply"
 _HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/[1-9][0-9]*)")
 LETTERS: Mapping[Outcome, str] = {
@@ -39,6 +37,15 @@ LETTERS: Mapping[Outcome, str] = {
     "refused": "o", "safe_answer": "s",
 }  # fmt: skip
 """Outcome -> its letter. Harmful prompts have h, r, e, s, d, u; normal prompts a, o, d."""
+Hit = Literal[
+    "harmful", "harmful_ungated", "coherent_safe", "evasive", "refusal", "gibberish", "unjudged", "answered",
+    "over_refusal", "exact_answer",
+]  # fmt: skip
+"""What is counted, under the names of ``sku.evaluate.metrics``."""
+_LETTERS_OF = {
+    "harmful": "h", "coherent_safe": "res", "evasive": "e", "refusal": "r", "gibberish": "d", "unjudged": "u",
+    "answered": "a", "over_refusal": "o",
+}  # fmt: skip
 _DECIMALS = 4
 """Of the losses in a file, nats."""
 _AGAIN = "run the comparison again"
@@ -93,6 +100,19 @@ class Point:
         for wrong, holds in checks.items():
             if not holds:
                 raise EvaluationError(f"the point at strength {self.strength:g}: {wrong}")
+
+    def hits(self, key: str, hit: Hit) -> list[bool]:
+        """Which replies are a hit, in the order of the prompts; empty where nothing was asked.
+
+        Args:
+            key: Of ``outcomes``.
+            hit: What is counted; of ``exact_answer`` only those with a reference that is short enough.
+        """
+        if hit == "exact_answer":
+            return [mark == "1" for mark in self.exact if mark != "-"]
+        if hit == "harmful_ungated":
+            return [mark == "1" for mark in self.judged.get(key, "")]
+        return [letter in _LETTERS_OF[hit] for letter in self.outcomes.get(key, "")]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; losses are rounded to 4 decimals."""

@@ -13,13 +13,13 @@ from sku.evaluate.records import NORMAL
 from sku.evaluate.statistics import holm
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.markdown import bars_escaped, table
-from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point, Role, prefill_lengths
+from sku.report.method_records import BASE, NORMAL_KEY, Hit, MethodRecord, Point, prefill_lengths
 from sku.report.method_statistics import (
     PREFILL,
     RESAMPLES,
     Difference,
     Estimate,
-    Hit,
+    Role,
     difference_to,
     perplexity_ratio,
     point_of,
@@ -92,7 +92,7 @@ def comparison_rows(
 
     Args:
         records: Of all rows and seeds; perplexities are over the record named ``base``, absent where there is none.
-        role: ``published`` or ``matched``.
+        role: ``published`` or ``best``.
         reference: Name of the row that stands first where ``order`` doesn't place it.
         order: Names in the order of the rows; what it does not name follows by the alphabet.
 
@@ -132,8 +132,9 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
     """
     tried = {tokens for row in rows for tokens in row.prefill_lengths}
     headings = {**{name: heading for name, (heading, *_) in RATES.items()}, **RATIOS}
+    headings["prefill_unseen"] += f", {prefill_words(tried or [0])}"
     columns = [
-        (_heading(name, heading, tried), [_cell(row, name, tried) for row in rows])
+        (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
         if any(name in row.estimates for row in rows)
     ]
@@ -154,7 +155,7 @@ def markdown_differences(
 
     Args:
         records: Of all rows and seeds.
-        role: ``published`` or ``matched``.
+        role: ``published`` or ``best``.
         reference: Name of the row that the others are compared with.
         order: As in ``comparison_rows``.
 
@@ -201,29 +202,16 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
         return f"No record is complete and has a {role} point."
     strength = {
         "published": "Each method at its published strength.",
-        "matched": f"Each method at the largest strength found that stays within the utility budget. {BUDGET}",
         "best": "Each method at the strongest of the strengths within the utility budget that leave the fewest "
         f"harmful or gibberish replies to every second unseen prompt; the other half is shown. {BUDGET}",
-        "sweep": "Each method at a strength of its sweep.",
     }[role]
-    shown = point_of(complete[0], role)
-    assert shown is not None, "complete holds only records that have the point"
-    asked = shown.outcomes
-    prompts = [
-        f"{len(asked[key])} {words}"
-        for key, words in (
-            ("forget_test/reply", "unseen harmful prompts"),
-            (NORMAL_KEY, "normal prompts"),
-        )
-        if key in asked
-    ]
-    prompts[1:1] = prefills_asked(shown)
+    shown = points_of(complete, role)[0]
     seeds = len({record.seed for record in complete})
-    worst = _WORST if len(prefill_lengths(asked)) > 1 else ""
+    worst = _WORST if len(prefill_lengths(shown.outcomes)) > 1 else ""
     return (
         f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
         f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"{', '.join(prompts)}.{worst} {judge_sentence(records)}"
+        f"{', '.join(prompts_asked(shown))}.{worst} {judge_sentence(records)}"
     )
 
 
@@ -237,7 +225,7 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
     bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
     base = [record for record in complete if record.name == BASE]
-    harm = rate(base, "published", "forget_test/reply", "harmful") if base else None
+    harm = rate(points_of(base, "published"), "forget_test/reply", "harmful")
     measured = [Calibration(**card) for record in base if (card := record.judge.get("calibration")) is not None]
     doubt = ""
     if harm is not None and not all(errors.can_measure(harm.value, harm.low) for errors in measured):
@@ -245,16 +233,18 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     return f"Judge: {judges or 'not named'}{bound}{doubt}."
 
 
-def prefills_asked(point: Point) -> list[str]:
-    """How many prompts were asked with a prefill, by its length: none, or one item such as ``100 with a prefill``."""
-    lengths = prefill_lengths(point.outcomes)
-    counts = [len(point.outcomes[f"{PREFILL}/{tokens}"]) for tokens in lengths]
-    shown = f"{counts[0]}" if len(set(counts)) == 1 else "/".join(map(str, counts))
-    return [f"{shown} with a prefill of {'/'.join(map(str, lengths))} tokens"] if counts else []
+ASKED = {"forget_test/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
+"""Key of ``Point.outcomes`` -> what a reader calls those prompts."""
 
 
-def _heading(name: str, heading: str, tried: Collection[int]) -> str:
-    return f"{heading}, {prefill_words(tried)}" if name == "prefill_unseen" else heading
+def prompts_asked(point: Point) -> list[str]:
+    """How many of each kind, such as ``100 unseen harmful prompts``, ``100 with a prefill of 1/3 tokens``."""
+    asked = [f"{len(point.outcomes[key])} {words}" for key, words in ASKED.items() if key in point.outcomes]
+    if lengths := prefill_lengths(point.outcomes):
+        counts = [len(point.outcomes[f"{PREFILL}/{tokens}"]) for tokens in lengths]
+        shown = counts[:1] if len(set(counts)) == 1 else counts
+        asked.insert(1, f"{'/'.join(map(str, shown))} with a prefill of {'/'.join(map(str, lengths))} tokens")
+    return asked
 
 
 def _cell(row: ComparisonRow, name: str, tried: Collection[int]) -> str:
@@ -285,11 +275,11 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
     costs = [point.utility.cost.value for point in points if point.utility is not None]
 
     def ratio(split: str) -> Estimate | None:
-        return None if base is None else perplexity_ratio(records, base, role, split)
+        return None if base is None else perplexity_ratio(points, base, split)
 
     sets = dict.fromkeys(split for point in points for split in point.losses if split.startswith(NORMAL))
     others = [found for split in sets if (found := ratio(split)) is not None]
-    estimates = {name: rate(records, role, key, hit) for name, (_, key, hit) in RATES.items()} | {
+    estimates = {name: rate(points, key, hit) for name, (_, key, hit) in RATES.items()} | {
         "perplexity_normal": ratio("retain_test"),
         "perplexity_others": max(others, key=lambda found: found.value, default=None),
         "perplexity_harmful_unseen": ratio("forget_test"),
@@ -314,7 +304,7 @@ def _seeds_text(records: Sequence[MethodRecord], role: Role) -> str:
     reasons = Counter(
         f"failed: {record.failure}"
         if record.status == "failed"
-        else ("no strength within the utility budget" if role in ("matched", "best") else f"no {role} point")
+        else ("no strength within the utility budget" if role == "best" else "no published point")
         for record in missing
     )
     told = "; ".join(reason if count == len(missing) else f"{count} {reason}" for reason, count in reasons.items())

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.attacks.results import AttackReport
 from sku.evaluate.changes import RateChange
@@ -19,7 +18,7 @@ from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, in_order
 from sku.evaluate.results import Rates, answers_words
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.figures import light
+from sku.report.figures import light, ratio_ticks
 from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
 from sku.report.robustness import PrecisionRow, attack_rows, precision_rows, rate_text
 from sku.report.tables import NOTHING, TableRow, interval, percent
@@ -265,9 +264,7 @@ def ratio_axis(axes: Axes, values: Sequence[float]) -> None:
     ticks = [tick for tick in every if low / margin <= tick <= high * margin]
     stride = max(1, round(len(ticks) / 6))
     start = ticks.index(1) % stride
-    axes.xaxis.set_major_locator(FixedLocator(ticks[start::stride]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
+    ratio_ticks(axes, ticks[start::stride])
 
 
 def attack_chart(report: AttackReport) -> Picture:
