@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -18,8 +19,8 @@ from sku.report.card_metadata import CardChoices, Headline, base_id, card_metada
 from sku.report.facts import data_sets
 from sku.report.markdown import Written, escaped, fenced, table
 from sku.report.read_run import Part, RecordedRun, read_run
-from sku.report.robustness import AttackRow, attack_rows, precision_rows, rate_text
-from sku.report.tables import NOTHING, caution_of, interval, percent
+from sku.report.robustness import ATTACK_COLUMNS, AttackRow, attack_rows, precision_rows, rate_text
+from sku.report.tables import NOTHING, caution_of, interval, most_sampled, percent
 from sku.storage import write_text
 
 CARD_FILE = "README.md"
@@ -134,7 +135,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
             ("", "base", "unlearned", "95 %", "change (95 %)"),
             ((row.label, row.before, row.after, row.interval, row.change) for row in run.table),
         ),
-        "attacks": _attack_table(attacks),
+        "attacks": table(ATTACK_COLUMNS, map(dataclasses.astuple, attacks), left=(0, 1)) if attacks else "",
         "precisions": _precision_table(run),
         "precision_notes": () if run.precisions is None else run.precisions.notes,
         "dtype": negation["dtype"],
@@ -161,11 +162,8 @@ def _headline_rows(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[tupl
     for row in shown:
         after = row.change.after
         yield _share_row(f"{row.words} ({after.count} of {after.total})", row.change, row.caution)
-    leaks = comparison.leak.get("forget_test", {})
-    for k in sorted(leaks, key=int)[-1:]:
-        if int(k) > 1:
-            caution = caution_of(comparison.unlearned.judge, leaks[k], replies=int(k))
-            yield _share_row(f"harmful, unseen prompts, any of {k} sampled replies", leaks[k], caution)
+    for k, leak, caution in most_sampled(comparison, "forget_test"):
+        yield _share_row(f"harmful, unseen prompts, any of {k} sampled replies", leak, caution)
     for split, name in (("retain_test", "normal answers"), ("forget_test", "unseen harmful answers")):
         change = comparison.perplexity.get(split)
         if change is not None:
@@ -180,11 +178,6 @@ def _headline_rows(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[tupl
 def _share_row(words: str, change: RateChange | LeakChange, caution: str) -> tuple[str, ...]:
     told = f"{words}; {caution}" if caution else words
     return told, percent(change.after.value), interval(change.after), percent(change.before.value)
-
-
-def _attack_table(rows: Sequence[AttackRow]) -> str:
-    cells = [(row.attack, row.setting, row.unlearned, row.interval, row.base, row.gibberish) for row in rows]
-    return table(("attack", "setting", "unlearned", "95 %", "base", "gibberish"), cells, left=(0, 1)) if rows else ""
 
 
 def _precision_table(run: RecordedRun) -> str:
@@ -242,7 +235,7 @@ def _prefill_words(run: RecordedRun, attacks: Sequence[AttackRow]) -> str:
 
 
 def _why(run: RecordedRun) -> str:
-    if run.sweep is not None:
+    if run.sweep is not None and run.sweep.pick is not None:
         alpha, why = run.sweep.pick.alpha, run.sweep.pick.why
     else:
         pick = run.manifest.get("sweep") or {"alpha": None, "why": ""}

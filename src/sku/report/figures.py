@@ -55,6 +55,12 @@ PALETTE = {
     "second": Colour(light="#8a4f7d", dark="#dba6cb"),
     "third": Colour(light="#00785a", dark="#4fc9a4"),
     "fourth": Colour(light="#8a6a00", dark="#e3c15c"),
+    # Harm after a prefill, the longest last.
+    "prefill_1": Colour(light="#f2b58a", dark="#7a4a22"),
+    "prefill_2": Colour(light="#d98243", dark="#a9561b"),
+    "prefill_3": Colour(light="#a9561b", dark="#d98243"),
+    "prefill_4": Colour(light="#73360b", dark="#f2b58a"),
+    "prefill_5": Colour(light="#4a2206", dark="#ffdcc4"),
     # Bars of outcomes carry their own text, so they stay as they are: Okabe and Ito's colours.
     "harmful": Colour(light="#d55e00", dark="#d55e00"),
     "evasive": Colour(light="#e0c070", dark="#e0c070"),

@@ -27,7 +27,7 @@ from sku.report.method_statistics import (
     rate,
     worst_prefill,
 )
-from sku.report.tables import NOTHING, percent
+from sku.report.tables import NOTHING, in_points, percent
 
 RATES: Mapping[str, tuple[str, str, Hit]] = {
     "harmful_unseen": ("harmful, unseen", "forget_test/reply", "harmful"),
@@ -328,8 +328,8 @@ def ratio_text(value: float) -> str:
 def _difference(difference: Difference | None, p_value: float | None) -> tuple[str, str]:
     if difference is None or p_value is None:
         return NOTHING, NOTHING
-    interval = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-    return f"{100 * difference.value:+.1f} ({interval})", f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
+    shown = in_points(difference.value, difference.low, difference.high)
+    return shown, f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
 
 
 def _markdown(lines: Sequence[tuple[str, ...]]) -> str:

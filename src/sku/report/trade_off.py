@@ -214,9 +214,7 @@ def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
     return handles
 
 
-def _caption(
-    rows: Sequence[Sequence[MethodRecord]], panels: Mapping[str, Sequence[Curve]], right_end: float
-) -> str:
+def _caption(rows: Sequence[Sequence[MethodRecord]], panels: Mapping[str, Sequence[Curve]], right_end: float) -> str:
     complete = [record for row in rows for record in complete_records(row)]
     seeds = len({record.seed for record in complete})
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))

@@ -17,7 +17,6 @@ from typing import Any
 from sku.config import SweepConfig
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import from_plain
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FREE = 0
@@ -88,16 +87,6 @@ class SweepPoint:
         for name in ("prefill", "prefill_gibberish") if self.replies is not None else ():
             plain["replies"][name] = {str(tokens): rate for tokens, rate in plain["replies"][name].items()}
         return plain
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> SweepPoint:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            EvaluationError: Keys or values that a point doesn't have.
-        """
-        plain = {name: value for name, value in content.items() if name != "cost"}  # Which follows from the others.
-        return from_plain(cls, plain, "a point of a sweep", "sweep again")
 
 
 @dataclass(frozen=True, kw_only=True)

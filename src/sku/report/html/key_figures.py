@@ -11,14 +11,13 @@ from typing import Any, Literal, cast
 import matplotlib
 import yaml
 
-from sku.evaluate.changes import Changes, LeakChange, RateChange
+from sku.evaluate.changes import LeakChange, RateChange
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.metrics import prefill_words
-from sku.report.figures import light
 from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure, share_axis
 from sku.report.html.result_charts import ratio_axis
 from sku.report.read_run import RecordedRun
-from sku.report.tables import NOTHING, caution_of, interval, percent
+from sku.report.tables import NOTHING, caution_of, interval, most_sampled, percent
 
 _LONGEST = 120
 """Characters of a value in the table of differences."""
@@ -56,21 +55,15 @@ def key_figures(run: Comparison) -> list[KeyFigure]:
     Returns:
         Figures in reading order.
     """
+    trained = run.unlearned.setup.split_name("forget_train")
     figures = [
-        *_of_rate(run, run.replies, "forget_test", "harmful", "harmful, unseen prompts", "down"),
+        *_of_rate(run, "forget_test", "harmful", "harmful, unseen prompts", "down"),
         *_of_prefill(run),
         *_of_leak(run),
-        *_of_rate(
-            run,
-            run.replies,
-            "forget_train",
-            "harmful",
-            f"harmful, {run.unlearned.setup.split_name('forget_train')}",
-            "down",
-        ),
-        *_of_rate(run, run.replies, "forget_test", "gibberish", "gibberish, unseen prompts", "same"),
-        *_of_rate(run, run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
-        *_of_rate(run, run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
+        *_of_rate(run, "forget_train", "harmful", f"harmful, {trained}", "down"),
+        *_of_rate(run, "forget_test", "gibberish", "gibberish, unseen prompts", "same"),
+        *_of_rate(run, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
+        *_of_rate(run, "retain_test", "over_refusal", "refused, normal prompts", "same"),
     ]
     if (change := run.perplexity.get("retain_test")) is not None:
         figures.append(
@@ -90,10 +83,8 @@ def key_figures(run: Comparison) -> list[KeyFigure]:
     return figures
 
 
-def _of_rate(
-    run: Comparison, changes: Changes, split: str, name: str, words: str, wanted: Wanted
-) -> Iterator[KeyFigure]:
-    change = changes.get(split, {}).get(name)
+def _of_rate(run: Comparison, split: str, name: str, words: str, wanted: Wanted) -> Iterator[KeyFigure]:
+    change = run.replies.get(split, {}).get(name)
     if change is not None:
         caution = caution_of(run.unlearned.judge, change) if name == "harmful" else ""
         yield _share(f"reply/{split}/{name}", words, wanted, change, caution)
@@ -112,12 +103,9 @@ def _of_prefill(run: Comparison) -> Iterator[KeyFigure]:
 
 
 def _of_leak(run: Comparison) -> Iterator[KeyFigure]:
-    leaks = run.leak.get("forget_test", {})
-    for k in sorted(leaks, key=int)[-1:]:
-        if int(k) > 1:
-            caution = caution_of(run.unlearned.judge, leaks[k], replies=int(k))
-            words = f"harmful, any of {k} sampled replies, unseen prompts"
-            yield _share(f"leak/{k}", words, "down", leaks[k], caution)
+    for k, change, caution in most_sampled(run, "forget_test"):
+        words = f"harmful, any of {k} sampled replies, unseen prompts"
+        yield _share(f"leak/{k}", words, "down", change, caution)
 
 
 def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChange, caution: str) -> KeyFigure:

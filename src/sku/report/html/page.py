@@ -31,12 +31,12 @@ from sku.report.html.result_charts import (
     precision_chart,
     prefill_rows,
     result_charts,
-    sections_of,
     shown_precisions,
 )
 from sku.report.html.run_charts import sweep_chart, training_chart, vector_chart
 from sku.report.read_run import RecordedRun, ReplyPair, read_run
 from sku.report.robustness import left_out_lines
+from sku.report.tables import TableRow
 from sku.storage import write_private_text
 
 _PACKAGE = "sku.report.html"
@@ -117,6 +117,9 @@ def run_page(run: RecordedRun) -> Page:
         pictures.append(precision_chart(run.precisions))
     if run.attacks is not None:
         pictures.append(attack_chart(run.attacks))
+    sections: dict[str, list[TableRow]] = {}
+    for row in run.table:
+        sections.setdefault(row.section, []).append(row)
     html = _render(
         "run.html.jinja",
         pictures,
@@ -124,7 +127,7 @@ def run_page(run: RecordedRun) -> Page:
         run=run,
         comparison=run.comparison,
         figures=key_figures(run.comparison),
-        sections=list(sections_of(run.table)),
+        sections=sections,
         prefills=prefill_rows(run.comparison),
         precisions=[] if run.precisions is None else shown_precisions(run.precisions),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),

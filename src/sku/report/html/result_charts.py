@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,8 +20,8 @@ from sku.evaluate.results import Rates, answers_words
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.figures import light, ratio_ticks
 from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
-from sku.report.robustness import PrecisionRow, attack_rows, precision_rows, rate_text
-from sku.report.tables import NOTHING, TableRow, interval, percent
+from sku.report.robustness import ATTACK_COLUMNS, PrecisionRow, attack_rows, precision_rows, rate_text
+from sku.report.tables import NOTHING, in_points, interval, percent
 
 OUTCOMES = {
     "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal",
@@ -195,7 +195,7 @@ def normal_chart(comparison: Comparison) -> Picture | None:
                 percent(change.before.value),
                 percent(change.after.value),
                 interval(change.after),
-                f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+                in_points(change.difference, change.low, change.high),
             )
             for words, change in rows
         ),
@@ -285,11 +285,8 @@ def attack_chart(report: AttackReport) -> Picture:
         caption="Share of questions with a harmful reply, with 95 % intervals. Of several ways to ask the worst one "
         "counts. The base model goes through the same attacks.",
         figure=figure,
-        columns=("attack", "setting", "unlearned", "95 %", "base", "gibberish"),
-        rows=tuple(
-            (row.attack, row.setting, row.unlearned, row.interval, row.base, row.gibberish)
-            for row in attack_rows(report)
-        ),
+        columns=ATTACK_COLUMNS,
+        rows=tuple(map(dataclasses.astuple, attack_rows(report))),
     )
 
 
@@ -309,9 +306,7 @@ def precision_chart(report: PrecisionReport) -> Picture:
         for place, row in enumerate(rows):
             for (colour, _, offset), rate in zip(marks, (row.harmful, row.prefill), strict=True):
                 if rate is not None:
-                    y = place + offset
-                    axes.plot([rate.low, rate.high], [y, y], color=light(colour), linewidth=1.8)
-                    axes.plot(rate.value, y, "o", color=light(colour), markersize=6)
+                    mark_rate(axes, place + offset, rate, colour)
         name_rows(axes, [row.precision for row in rows])
         share_axis(axes)
         add_legend(axes, [(light(colour), light(colour), words) for colour, words, _ in marks])
@@ -342,14 +337,6 @@ def tokens_text(tokens: int | None) -> str:
     return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"
 
 
-def sections_of(table: Sequence[TableRow]) -> Iterator[tuple[str, list[TableRow]]]:
-    """The rows of a before/after table by section, in order."""
-    sections: dict[str, list[TableRow]] = {}
-    for row in table:
-        sections.setdefault(row.section, []).append(row)
-    yield from sections.items()
-
-
 def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     """Every length of a prefill: prompts asked, harmful shares and their change, gibberish."""
     return [
@@ -359,7 +346,7 @@ def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
             percent(change.before.value),
             percent(change.after.value),
             interval(change.after),
-            f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+            in_points(change.difference, change.low, change.high),
             percent(changes["gibberish"].after.value),
         )
         for split in HARMFUL_SPLITS
