@@ -31,7 +31,7 @@ def words_of(path: Path) -> list[str]:
 
 
 def estimate(value: float, low: float, high: float) -> Estimate:
-    return Estimate(value=value, low=low, high=high, per_seed=(value,))
+    return Estimate(value=value, low=low, high=high)
 
 
 def row(name: str = "a", *, control: bool = False, failed: bool = False, **roles: dict[str, Estimate]) -> OverviewRow:

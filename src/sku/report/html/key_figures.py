@@ -14,6 +14,7 @@ import yaml
 from sku.evaluate.changes import LeakChange, RateChange
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.metrics import prefill_words
+from sku.report.figures import light
 from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure, share_axis
 from sku.report.html.result_charts import ratio_axis
 from sku.report.read_run import RecordedRun
