@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,8 +59,8 @@ def comparison_jobs(recipe: Recipe, methods: Sequence[str] = (), seeds: int | No
     Raises:
         RecipeError: An unknown method, or two of one name.
     """
-    names = list(methods or recipe.compare.methods or [method.name for method in METHODS])
-    chosen = {name: method_named(name) for name in dict.fromkeys(names)}
+    names = methods or recipe.compare.methods or [method.name for method in METHODS]
+    chosen = {name: method_named(name) for name in names}
     rows = [
         (method.name, method.title, method.paper_url, _with_method(given, recipe.methods.get(method.name)))
         for given, method in chosen.items()
@@ -179,35 +179,24 @@ def _with_method(given: str, own: MethodConfig | None) -> Change:
     return lambda recipe: dataclasses.replace(recipe, method=given, methods={**recipe.methods, **settings})
 
 
-def _jobs(recipe: Recipe, rows: Iterable[Row], seeds: int) -> list[Job]:
+def _jobs(recipe: Recipe, rows: Sequence[Row], seeds: int) -> list[Job]:
+    def seeded(own: Recipe, seed: int) -> Recipe:
+        return dataclasses.replace(own, acquire=dataclasses.replace(own.acquire, seed=seed))
+
+    def control(kind: Kind, own: Recipe, seed: int) -> Job:
+        return Job(name=kind, title=CONTROLS[kind], paper_url="", kind=kind, recipe=seeded(own, seed), seed=seed)
+
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
-    jobs = [
-        Job(name=name, title=CONTROLS[name], paper_url="", kind=name, recipe=_seeded(recipe, first), seed=first)
-        for name in ("base", "always_refuse", "always_gibberish")
-    ]
-    rows = list(rows)
+    kinds: tuple[Kind, ...] = ("base", "always_refuse", "always_gibberish")
+    jobs = [control(kind, recipe, first) for kind in kinds]
     for seed in range(first, first + seeds):
         jobs += [
-            Job(name=name, title=title, paper_url=url, kind="method", recipe=_seeded(change(recipe), seed), seed=seed)
+            Job(name=name, title=title, paper_url=url, kind="method", recipe=seeded(change(recipe), seed), seed=seed)
             for name, title, url, change in rows
         ]
         # Takes the size of SKU's vector, whatever methods are compared.
-        as_sku = _seeded(dataclasses.replace(recipe, method="sku"), seed)
-        jobs.append(
-            Job(
-                name="random_direction",
-                title=CONTROLS["random_direction"],
-                paper_url="",
-                kind="random_direction",
-                recipe=as_sku,
-                seed=seed,
-            )
-        )
+        jobs.append(control("random_direction", dataclasses.replace(recipe, method="sku"), seed))
     return jobs
-
-
-def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    return dataclasses.replace(recipe, acquire=dataclasses.replace(recipe.acquire, seed=seed))
 
 
 RECORD_VERSION = 3

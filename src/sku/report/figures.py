@@ -20,7 +20,7 @@ from sku.errors import OutputError
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _INK = "#222222"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",

@@ -53,7 +53,7 @@ def frontier_figure(sweep: Sweep, path: Path) -> Path:
         OutputError: Another suffix, or a folder that can't be written.
     """
     check_suffix(path)
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=(1.9, 1))
         rates = figure.add_subplot(grid[0, 0])

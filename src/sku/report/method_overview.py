@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -116,7 +116,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     measures = _named(_measures_of(rows), tried)
     if not measures:
         raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         longest = max(len(row.title) for row in rows)
         size = (0.5 + _CHARACTER_WIDTH * longest + _COLUMN_WIDTH * len(measures), 1.9 + _ROW_HEIGHT * len(rows))
         figure = Figure(figsize=size, layout="constrained")

@@ -117,15 +117,7 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; losses are rounded to 4 decimals."""
         losses = {split: " ".join(f"{loss:.{_DECIMALS}f}" for loss in row) for split, row in self.losses.items()}
-        return {
-            "strength": self.strength,
-            "roles": list(self.roles),
-            "utility": None if self.utility is None else dataclasses.asdict(self.utility),
-            "outcomes": dict(self.outcomes),
-            "judged": dict(self.judged),
-            "exact": self.exact,
-            "losses": losses,
-        }
+        return {**dataclasses.asdict(self), "roles": list(self.roles), "losses": losses}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "point") -> Point:

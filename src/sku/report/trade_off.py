@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -99,7 +99,7 @@ def trade_off_figure(
     ]
     panels = panels_of(rows)
     widest = _widest(panels, budget)
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.2 + 4.9 * len(panels), 6.2), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (kind, curves) in zip(all_axes, panels.items(), strict=True):

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import matplotlib
 import yaml
@@ -179,7 +179,7 @@ def cautions(runs: Sequence[RecordedRun]) -> list[str]:
 def figures_chart(runs: Sequence[RecordedRun], titles: Sequence[str]) -> Picture:
     """Each key figure as a panel, each run as a row with its interval."""
     rows = figure_rows(runs)
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(len(rows) * (0.6 + 0.26 * len(runs)), len(rows), width=6.4)
         for axes, (words, figures) in zip(panels, rows, strict=True):
             for place, one in enumerate(figures):

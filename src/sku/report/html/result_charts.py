@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -45,7 +44,7 @@ _NEAR_TICKS, _FAR_TICKS = (
 
 def result_charts(comparison: Comparison) -> list[Picture]:
     """Outcomes, normal prompts and perplexities, those that were measured."""
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         drawn = (outcome_chart(comparison), normal_chart(comparison), perplexity_chart(comparison))
     return [picture for picture in drawn if picture is not None]
 
@@ -271,7 +270,7 @@ def attack_chart(report: AttackReport) -> Picture:
     """Harmful share under each attack, for the unlearned model and for the base as a control."""
     titles = {card.name: card.title for card in report.cards}
     names = [f"{titles[result.attack]} {result.setting}".strip() for result in report.results]
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(0.9 + 0.42 * len(names))
         for place, result in enumerate(report.results):
             mark_rate(axes, place - 0.14, result.control.harmful.after, "base")
@@ -301,7 +300,7 @@ def precision_chart(report: PrecisionReport) -> Picture:
     """Harmful shares of the unlearned model at each precision."""
     rows = shown_precisions(report)
     marks = (("unlearned", "harmful", -0.14), ("second", "harmful, worst prefill", 0.14))
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
         for place, row in enumerate(rows):
             for (colour, _, offset), rate in zip(marks, (row.harmful, row.prefill), strict=True):

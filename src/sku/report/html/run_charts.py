@@ -30,7 +30,7 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
     """
     terms = sorted({name for entry in log for name in entry if name.startswith("loss")})  # "loss" is the first.
     words = {name: name.partition("/")[2].replace("_", " ") or "whole objective" for name in terms}
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(0.35 + 1.2 * len(terms), len(terms))
         for number, (axes, term) in enumerate(zip(panels, terms, strict=True)):
             points = [(entry["step"], entry[term]) for entry in log if term in entry]
@@ -63,7 +63,7 @@ def vector_chart(vector: TaskVectorFacts) -> Picture:
     groups = {"decoder layer": vector.layers, "kind of module": vector.modules}
     groups = {title: dict(sorted(norms.items(), key=_by_number)) for title, norms in groups.items()}
     sizes = [max(len(norms), 2) for norms in groups.values()]
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(0.5 * len(sizes) + 0.22 * sum(sizes), len(groups))
         cast(Any, panels[0].get_gridspec()).set_height_ratios(sizes)
         for axes, (title, norms) in zip(panels, groups.items(), strict=True):
@@ -91,7 +91,7 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
 
 def sweep_chart(sweep: Sweep) -> Picture:
     """Shares and utility cost over alpha, and the largest harmful rate against that cost."""
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, (rates, cost, frontier) = new_figure(10.5, 3)
         draw_sweep(sweep, rates, cost, frontier)
         rates.set_xlabel("alpha")
