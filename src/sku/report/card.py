@@ -11,12 +11,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import LeakChange, RateChange
 from sku.report.card_metadata import CardChoices, Headline, base_id, card_metadata, license_of, public_name
-from sku.report.facts import data_sets
 from sku.report.markdown import Written, escaped, fenced, table
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.report.robustness import ATTACK_COLUMNS, AttackRow, attack_rows, precision_rows, rate_text
@@ -92,7 +91,7 @@ def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:
         shown = list(headline(run))
         data = card_metadata(run, part, choices, shown)
         body = environment.from_string(template).render(**_facts(run, part, choices, shown))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:
         raise EvaluationError(
             f"the records in {run.folder} lack what a card needs ({error!r}): run it again"
         ) from error
@@ -114,18 +113,17 @@ def headline(run: RecordedRun) -> Iterator[Headline]:
 
 def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[Headline]) -> dict[str, Any]:
     """Everything the template asks for; values are escaped there, save those that are ``Written``."""
-    manifest, comparison, recipe = run.manifest, run.comparison, run.recipe
-    negation, model, environment = manifest["negation"], manifest["model"], manifest["environment"]
-    base = base_id(run, choices) or public_name(str(model["name"]))
+    comparison = run.comparison
+    base = base_id(run, choices) or public_name(str(run.manifest["model"]["name"]))
     sources = list(_data_rows(run))
     named = {licence for _, _, _, licence, *_ in sources if _NON_COMMERCIAL.search(licence)}
     attacks = [] if run.attacks is None else attack_rows(run.attacks)
     return {
         "title": f"{Path(base).name} unlearned{', adapter' if part == 'adapter' else ''}",
+        "run": run,
         "part": part,
         "base": base,
-        "version": environment["sku"],
-        "verdict": comparison.verdict.line,
+        "place": Written(base_id(run, choices) or "BASE_MODEL"),
         "headline": table(
             ("", "with adapter" if part == "adapter" else "unlearned", "95 %", "base"), _headline_rows(run, shown)
         ),
@@ -137,13 +135,8 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
         ),
         "attacks": table(ATTACK_COLUMNS, map(dataclasses.astuple, attacks), left=(0, 1)) if attacks else "",
         "precisions": _precision_table(run),
-        "precision_notes": () if run.precisions is None else run.precisions.notes,
-        "dtype": negation["dtype"],
         "judge": comparison.unlearned.judge,
         "prefill_words": _prefill_words(run, attacks),
-        "prompt_format": comparison.unlearned.setup.prompt_format,
-        "negates": run.negates,
-        "method": run.method,
         "strength": f"{run.strength:g}",
         "made": table(("", ""), _made_rows(run, base), left=(0, 1)),
         "data": table(
@@ -151,8 +144,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
         ),
         "non_commercial": ", ".join(sorted(named)),
         "licence_unknown": license_of(run, choices) is None,
-        "recipe": fenced(yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True), "yaml"),
-        "loading": _loading(part, base_id(run, choices)),
+        "recipe": fenced(yaml.safe_dump(_public_recipe(run.recipe), sort_keys=False, allow_unicode=True), "yaml"),
     }
 
 
@@ -200,15 +192,8 @@ def _precision_table(run: RecordedRun) -> str:
 
 def _data_rows(run: RecordedRun) -> Iterator[tuple[str, ...]]:
     """Where the data came from, a row for each set."""
-    for name, config, source in data_sets(run.manifest):
-        yield (
-            name.replace("_", " "),
-            f"{public_name(source['location'])} ({source['source']})",
-            source.get("revision") or NOTHING,
-            config.get("license") or source.get("licence") or "unknown",
-            f"{source['rows_read']:,}",
-            source["sha256"],
-        )
+    for name, source, location, revision, sha256, rows_read, licence in run.reproduction.data:
+        yield name.replace("_", " "), f"{public_name(location)} ({source})", revision, licence, rows_read, sha256
 
 
 def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
@@ -281,21 +266,3 @@ def _public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     plain = shown("", own)
     assert isinstance(plain, dict)
     return plain
-
-
-def _loading(part: Part, base: str | None) -> Written:
-    place = base or "BASE_MODEL"
-    if part == "adapter":
-        return fenced(
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained({place!r}, dtype="auto")\n'
-            'model = PeftModel.from_pretrained(base, "THIS_REPOSITORY")\n'
-            f"tokenizer = AutoTokenizer.from_pretrained({place!r})",
-            "python",
-        )
-    return fenced(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")',
-        "python",
-    )

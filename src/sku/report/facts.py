@@ -54,9 +54,9 @@ def reproduction_of(manifest: Manifest, unlearned: EvaluationResult) -> Reproduc
                 str(source["revision"] or NOTHING),
                 str(source["sha256"]),
                 f"{source['rows_read']:,}",
-                str(source["licence"] or "unknown"),
+                str(config.get("license") or source["licence"] or "unknown"),
             )
-            for role, _, source in data_sets(manifest)
+            for role, config, source in data_sets(manifest)
         ),
         splits=tuple((str(name), f"{count:,}") for name, count in data["splits"].items()),
         seconds=tuple(
