@@ -52,12 +52,12 @@ def test_curves_are_means_over_seeds_by_strength() -> None:
 
     base = make_record("base", make_point("hh", losses={"retain_test": (10, 10)}), control=True)
     (own, control) = panels_of([[seed(0, "rr", "hh"), seed(1, "hr", "rh")], [base]])["reply"]
-    assert [place.y[0] for place in own.line] == [75, 25]
-    assert [place.x[0] for place in own.line if place.x] == pytest.approx([2.718281828**0.2, 2.718281828**0.4])
+    assert [place.y.value for place in own.line] == [0.75, 0.25]
+    assert [place.x.value for place in own.line if place.x] == pytest.approx([2.718281828**0.2, 2.718281828**0.4])
     assert own.published is None
     assert own.best is None
     assert control.published is not None
-    assert control.published.y[0] == 100
+    assert control.published.y.value == 1
 
 
 def test_strengths_that_a_seed_lacks_are_no_part_of_the_line(records: list[MethodRecord]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from sku.comparison.jobs import Job, failed_record, identity, norms_key, record_key
 from sku.comparison.search import SEARCH_SUFFIX, Harm, Trial, search, with_training
 from sku.comparison.strengths import Strengths
-from sku.config import CompareConfig, EvaluateConfig, Recipe, plain_data
+from sku.config import CompareConfig, Recipe, plain_data
 from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking
@@ -89,8 +90,11 @@ class Bench:
         )
         self._refusals = Refusals(asker, self.data)
         self._harm = None if recipe.compare.search is None else Harm(self.base, writer, self.data, recipe)
-        config = _recorded(recipe.evaluate)
-        requests, _ = asking.requests(asking.draw(self.data, config, recipe.seed), writer, config)
+        # What a record does not hold is not measured for each strength: it holds greedy outcomes and losses.
+        self._asked = dataclasses.replace(
+            recipe.evaluate, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=()
+        )
+        requests, _ = asking.requests(asking.draw(self.data, self._asked, recipe.seed), writer, self._asked)
         self._inputs = {
             "base": fingerprint(self.base, probes_of(requests)),
             "data": [item.sha256 for item in self.data.provenance],
@@ -171,11 +175,8 @@ class Bench:
             finally:
                 _free(folder)
 
-        def tell(done: int, total: int) -> None:
-            self._tell(f"{row.name}: search", done, total)
-
         path = self._searches / f"{row.name}{SEARCH_SUFFIX}"
-        trials, chosen = search(row.recipe, path, self.key(row), measure, tell)
+        trials, chosen = search(row.recipe, path, self.key(row), measure, partial(self._tell, f"{row.name}: search"))
         recipe = with_training(job.recipe, chosen.learning_rate, chosen.max_steps)
         account = {"chosen": dataclasses.asdict(chosen), "trials": [dataclasses.asdict(trial) for trial in trials]}
         return dataclasses.replace(job, recipe=recipe), {"search": account}
@@ -192,7 +193,6 @@ class Bench:
         if job.kind == "base":
             result = self._of_base()
             return _Measured(points=[_control_point(result, self._base_utility(job))], result=result, training={})
-        config = _recorded(job.recipe.evaluate)
         reply = always_refuse(self.data) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
         result = evaluate_replies(
             job.kind,
@@ -200,7 +200,7 @@ class Bench:
             self.tokenizer,
             self.data,
             base_model=self.base,
-            config=config,
+            config=self._asked,
             prompt_format=job.recipe.model.prompt_format,
             starts=self._of_base().starts,
             seed=job.recipe.seed,
@@ -314,7 +314,7 @@ class Bench:
             model,
             self.tokenizer,
             self.data,
-            config=_recorded(self.recipe.evaluate),
+            config=self._asked,
             prompt_format=self.recipe.model.prompt_format,
             base_model=self.base,
             starts=None if model is self.base else self._of_base().starts,
@@ -328,7 +328,7 @@ class Bench:
         if job.kind != "method":
             return None
         own = with_visited(job.recipe, self.data, self.tokenizer, self.base)
-        drawn = asking.draw(self.data, _recorded(self.recipe.evaluate), self.recipe.seed)
+        drawn = asking.draw(self.data, self._asked, self.recipe.seed)
         return asking.trained_on(own, drawn)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
@@ -361,11 +361,6 @@ def _free(folder: Path) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _recorded(config: EvaluateConfig) -> EvaluateConfig:
-    """What a record does not hold is not measured for each strength: it holds greedy outcomes and losses."""
-    return dataclasses.replace(config, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=())
 
 
 def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str, ...]]:

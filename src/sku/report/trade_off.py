@@ -43,11 +43,12 @@ _CONTROL_MARKERS = "oXsD^v"
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One strength of one row in one panel: value, low and high in the units of the axes."""
+    """One strength of one row in one panel."""
 
-    x: tuple[float, float, float] | None
-    """None for a control that is no model and so has no perplexity."""
-    y: tuple[float, float, float]
+    x: Estimate | None
+    """Perplexity ratio; None for a control that is no model and so has none."""
+    y: Estimate
+    """Harmful share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Curve:
     def costs(self) -> list[float]:
         """On the x axis, of everything that is drawn."""
         places = (*self.line, self.published, self.best)
-        return [place.x[0] for place in places if place is not None and place.x is not None]
+        return [place.x.value for place in places if place is not None and place.x is not None]
 
 
 def trade_off_figure(
@@ -131,8 +132,8 @@ def _widest(panels: Mapping[str, Sequence[Curve]], budget: float | None) -> floa
 
 
 def _set_scales(axes: Axes, widest: float) -> None:
-    axes.set_ylim(-4, 108)
-    axes.set_yticks([0, 25, 50, 75, 100])
+    axes.set_ylim(-0.04, 1.08)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
     axes.set_xscale(
         "function",
         functions=(lambda ratio: np.arcsinh((ratio - 1) / _STRETCH), lambda place: 1 + _STRETCH * np.sinh(place)),
@@ -172,7 +173,7 @@ def _draw_methods(axes: Axes, curves: Sequence[Curve]) -> None:
     edge = max(axes.get_xlim())
     for index, curve in enumerate(curves):
         look = _look(index)
-        places = [(min(place.x[0], edge), place.y[0]) for place in curve.line if place.x is not None]
+        places = [(min(place.x.value, edge), place.y.value) for place in curve.line if place.x is not None]
         if places:
             xs, ys = zip(*places, strict=True)
             axes.plot(
@@ -181,18 +182,18 @@ def _draw_methods(axes: Axes, curves: Sequence[Curve]) -> None:
             )  # fmt: skip
         if curve.published is not None and curve.published.x is not None:
             axes.plot(
-                min(curve.published.x[0], edge), curve.published.y[0], look["marker"], markersize=8, clip_on=False,
-                zorder=5, **_filling(index),
+                min(curve.published.x.value, edge), curve.published.y.value, look["marker"], markersize=8,
+                clip_on=False, zorder=5, **_filling(index),
             )  # fmt: skip
         if curve.best is not None and curve.best.x is not None:
             _draw_star(axes, curve.best.x, curve.best.y, index)
 
 
-def _draw_star(axes: Axes, x: tuple[float, float, float], y: tuple[float, float, float], index: int) -> None:
-    where, colour = min(x[0], max(axes.get_xlim())), _look(index)["color"]
-    axes.plot([where, where], y[1:], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
-    axes.plot(x[1:], [y[0], y[0]], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
-    axes.plot(where, y[0], "*", markersize=12, clip_on=False, zorder=6, **_filling(index))
+def _draw_star(axes: Axes, x: Estimate, y: Estimate, index: int) -> None:
+    where, colour = min(x.value, max(axes.get_xlim())), _look(index)["color"]
+    axes.plot([where, where], [y.low, y.high], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+    axes.plot([x.low, x.high], [y.value, y.value], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+    axes.plot(where, y.value, "*", markersize=12, clip_on=False, zorder=6, **_filling(index))
 
 
 def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
@@ -269,9 +270,8 @@ def complete_records(row: Sequence[MethodRecord]) -> list[MethodRecord]:
 
 def _curve(row: Sequence[MethodRecord], base: MethodRecord, key: str) -> Curve:
     def place(points: Sequence[Point]) -> Place | None:
-        harm = _scaled(rate(points, key, "harmful"), 100)
-        cost = _scaled(perplexity_ratio(points, base, "retain_test"), 1)
-        return None if harm is None else Place(x=cost, y=harm)
+        harm = rate(points, key, "harmful")
+        return None if harm is None else Place(x=perplexity_ratio(points, base, "retain_test"), y=harm)
 
     swept = [
         {point.strength: point for point in record.points if not {"sweep", "published"}.isdisjoint(point.roles)}
@@ -288,17 +288,13 @@ def _curve(row: Sequence[MethodRecord], base: MethodRecord, key: str) -> Curve:
     )
 
 
-def _scaled(estimate: Estimate | None, factor: float) -> tuple[float, float, float] | None:
-    return None if estimate is None else (factor * estimate.value, factor * estimate.low, factor * estimate.high)
-
-
 def _draw_controls(axes: Axes, curves: Sequence[Curve]) -> None:
     """Each where it is as published; one that has no perplexity, or lies beyond it, stands on the right border."""
     border = max(axes.get_xlim())
     for index, curve in enumerate(curves):
         if curve.published is not None:
-            x = border if curve.published.x is None else min(curve.published.x[0], border)
-            axes.plot(x, curve.published.y[0], **_control_look(index), clip_on=False, zorder=7)
+            x = border if curve.published.x is None else min(curve.published.x.value, border)
+            axes.plot(x, curve.published.y.value, **_control_look(index), clip_on=False, zorder=7)
 
 
 def _control_look(index: int) -> dict[str, Any]:
