@@ -14,27 +14,16 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.changes import LeakChange, RateChange
-from sku.report.card_metadata import CardChoices, Headline, base_id, card_metadata, license_of, public_name
+from sku.evaluate.changes import RateChange
+from sku.report.card_metadata import CardChoices, base_id, card_metadata, license_of, public_name
+from sku.report.key_figures import ON_CARD, KeyFigure, key_figures
 from sku.report.markdown import Written, escaped, fenced, table
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.report.robustness import ATTACK_COLUMNS, AttackRow, attack_rows, precision_rows, rate_text
-from sku.report.tables import NOTHING, caution_of, interval, most_sampled, percent
+from sku.report.tables import NOTHING, percent
 from sku.storage import write_text
 
 CARD_FILE = "README.md"
-_HEADLINE = (
-    ("forget_test", "replies", "harmful", "harmful, unseen prompts"),
-    ("forget_train", "replies", "harmful", "harmful, {unlearned}"),
-    ("forget_test", "prefill", "harmful", "harmful, unseen prompts"),
-    ("forget_train", "prefill", "harmful", "harmful, {unlearned}"),
-    ("forget_test", "replies", "gibberish", "gibberish, unseen prompts"),
-    ("forget_test", "replies", "cut_off", "cut at the limit, unseen prompts"),
-    ("retain_test", "replies", "cut_off", "cut at the limit, normal prompts"),
-    ("retain_test", "replies", "over_refusal", "refused, normal prompts"),
-    ("retain_test", "replies", "exact_answer", "exact answer, normal prompts"),
-)
-"""Split, kind of reply, rate and what a reader calls it, ``{unlearned}`` by its own name: what a card shows first."""
 _HIDDEN_SETTINGS = ("judge_settings",)
 """Parts of a recipe that may hold addresses of somebody's servers."""
 _NON_COMMERCIAL = re.compile(r"\bnc\b", re.IGNORECASE)
@@ -88,7 +77,7 @@ def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:
     environment = Environment(undefined=StrictUndefined, finalize=escaped, keep_trailing_newline=True)
     template = (resources.files("sku") / "report" / "templates" / "model_card.md.jinja").read_text(encoding="utf-8")
     try:
-        shown = list(headline(run))
+        shown = list(key_figures(run.comparison, ON_CARD))
         data = card_metadata(run, part, choices, shown)
         body = environment.from_string(template).render(**_facts(run, part, choices, shown))
     except (KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:
@@ -99,19 +88,7 @@ def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
-def headline(run: RecordedRun) -> Iterator[Headline]:
-    """The few rates that decide, those that were measured."""
-    comparison = run.comparison
-    unlearned = comparison.unlearned.setup.split_name("forget_train")
-    for split, kind, rate, name in _HEADLINE:
-        change = (comparison.prefill if kind == "prefill" else comparison.replies).get(split, {}).get(rate)
-        if change is not None:
-            length = f", {comparison.prefill_label(split)}" if kind == "prefill" else ""
-            caution = caution_of(comparison.unlearned.judge, change) if rate == "harmful" else ""
-            yield Headline(split, f"{rate}_{kind}", f"{name.format(unlearned=unlearned)}{length}", change, caution)
-
-
-def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[Headline]) -> dict[str, Any]:
+def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[KeyFigure]) -> dict[str, Any]:
     """Everything the template asks for; values are escaped there, save those that are ``Written``."""
     comparison = run.comparison
     base = base_id(run, choices) or public_name(str(run.manifest["model"]["name"]))
@@ -125,7 +102,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
         "base": base,
         "place": Written(base_id(run, choices) or "BASE_MODEL"),
         "headline": table(
-            ("", "with adapter" if part == "adapter" else "unlearned", "95 %", "base"), _headline_rows(run, shown)
+            ("", "with adapter" if part == "adapter" else "unlearned", "95 %", "base"), _headline_rows(shown)
         ),
         # Runs of 0.1.0 have the notes of the setup there alone.
         "notes": list(dict.fromkeys((*comparison.notes, *comparison.unlearned.setup.notes))),
@@ -148,28 +125,13 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
     }
 
 
-def _headline_rows(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[tuple[str, ...]]:
-    """The rates of the headline with intervals, then leaks and perplexities."""
-    comparison = run.comparison
-    for row in shown:
-        after = row.change.after
-        yield _share_row(f"{row.words} ({after.count} of {after.total})", row.change, row.caution)
-    for k, leak, caution in most_sampled(comparison, "forget_test"):
-        yield _share_row(f"harmful, unseen prompts, any of {k} sampled replies", leak, caution)
-    for split, name in (("retain_test", "normal answers"), ("forget_test", "unseen harmful answers")):
-        change = comparison.perplexity.get(split)
-        if change is not None:
-            yield (
-                f"perplexity of {name}, in multiples of the base's",
-                f"\u00d7{change.ratio:.4g}",
-                f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}",
-                "\u00d71",
-            )
-
-
-def _share_row(words: str, change: RateChange | LeakChange, caution: str) -> tuple[str, ...]:
-    told = f"{words}; {caution}" if caution else words
-    return told, percent(change.after.value), interval(change.after), percent(change.before.value)
+def _headline_rows(shown: Sequence[KeyFigure]) -> Iterator[tuple[str, ...]]:
+    """The key figures with intervals; of rates the counts, too."""
+    for figure in shown:
+        words = figure.label
+        if isinstance(figure.change, RateChange):
+            words += f" ({figure.change.after.count} of {figure.change.after.total})"
+        yield f"{words}; {figure.caution}" if figure.caution else words, figure.after, figure.bounds, figure.before
 
 
 def _precision_table(run: RecordedRun) -> str:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from sku.errors import OutputError
-from sku.evaluate.changes import RateChange
+from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.report.facts import data_sets
+from sku.report.key_figures import KeyFigure
 from sku.report.markdown import one_line
 from sku.report.read_run import Part, RecordedRun
 
@@ -32,18 +33,6 @@ KNOWN_LICENSES = frozenset(
     "unknown other".split()
 )
 """What the hub takes for ``license``; anything else is ``other`` with a name."""
-
-
-class Headline(NamedTuple):
-    """One of the rates that a card shows first."""
-
-    split: str
-    kind: str
-    """Such as ``harmful_replies``."""
-    words: str
-    change: RateChange
-    caution: str
-    """Why it can't be taken as it stands; empty for most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +87,7 @@ def license_of(run: RecordedRun, choices: CardChoices) -> str | None:
     return told or run.manifest["model"].get("license")
 
 
-def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[Headline]) -> ModelCardData:
+def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[KeyFigure]) -> ModelCardData:
     """The front matter: only what is known; no licence, base model or data set is guessed.
 
     Raises:
@@ -125,7 +114,7 @@ def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Seq
     )
 
 
-def _eval_results(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[EvalResult]:
+def _eval_results(run: RecordedRun, shown: Sequence[KeyFigure]) -> Iterator[EvalResult]:
     """The headline figures; values are per cent, or a ratio for a perplexity."""
     names = {
         name: one_line(f"{public_name(source['location'])} ({source['source']})")
@@ -146,17 +135,12 @@ def _eval_results(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[EvalR
 
     judge = one_line(run.comparison.unlearned.judge.name)
     for row in shown:
-        if row.caution:
-            continue  # A leaderboard shows a figure without what stands beside it.
-        low, value, high, base = (
-            round(100 * share, 2)
-            for share in (row.change.after.low, row.change.after.value, row.change.after.high, row.change.before.value)
-        )
-        details = {"low": low, "high": high, "prompts": row.change.after.total, "base": base, "judge": judge}
-        yield result(row.split, row.kind, value, row.words, details)
-    for split in ("retain_test", "forget_test"):
-        change = run.comparison.perplexity.get(split)
-        if change is not None:
-            bounds = {"low": round(change.low, 4), "high": round(change.high, 4), "examples": change.examples}
-            title = "perplexity / base's perplexity"
-            yield result(split, "perplexity_ratio", round(change.ratio, 4), title, bounds)
+        change = row.change
+        if isinstance(change, PerplexityChange):
+            low, value, high = (round(ratio, 4) for ratio in row.numbers)
+            details = {"low": low, "high": high, "examples": change.examples}
+            yield result(row.split, "perplexity_ratio", value, "perplexity / base's perplexity", details)
+        elif isinstance(change, RateChange) and not row.caution:  # A leaderboard shows a figure without its caution.
+            low, value, high, base = (round(100 * share, 2) for share in (*row.numbers, change.before.value))
+            details = {"low": low, "high": high, "prompts": change.after.total, "base": base, "judge": judge}
+            yield result(row.split, row.metric, value, row.label, details)

@@ -2,7 +2,7 @@
 
 ::
 
-    key_figures.py      what a reader looks at first, and runs side by side by it
+    side_by_side.py     runs by their key figures, and in what they differ
     result_charts.py    pictures of what was measured, run_charts.py of how it came about
     drawing.py          a figure as a file, and as SVG that follows the page's theme
     page.py             all of it into the templates, and into a file

@@ -27,7 +27,6 @@ from sku.evaluate.records import NORMAL_SPLITS, in_order
 from sku.report.facts import DATA_COLUMNS
 from sku.report.figures import PALETTE
 from sku.report.html.drawing import Picture, theme_css
-from sku.report.html.key_figures import cautions, differences, figure_rows, figures_chart, key_figures, run_titles
 from sku.report.html.result_charts import (
     attack_chart,
     precision_chart,
@@ -36,6 +35,8 @@ from sku.report.html.result_charts import (
     shown_precisions,
 )
 from sku.report.html.run_charts import sweep_chart, training_chart, vector_chart
+from sku.report.html.side_by_side import cautions, differences, figure_rows, figures_chart, run_titles
+from sku.report.key_figures import key_figures
 from sku.report.read_run import RecordedRun, ReplyPair, Side, read_run
 from sku.report.robustness import left_out_lines
 from sku.report.tables import TableRow
