@@ -35,7 +35,7 @@ from sku.methods.run import prepare, subtracted_by, train_method, with_safe_dtyp
 from sku.methods.visits import common_visits, with_visited
 from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
-from sku.negate.operators.base import OperatorContext, check_operators, context_of
+from sku.negate.operators.base import check_operators, context_of_recipe
 from sku.negate.task_vector import TaskVector
 from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
 from sku.reproducibility import content_sha256, environment
@@ -219,7 +219,9 @@ class Bench:
         vector = subtracted_by(method, model, self.base)
         account = _account(trained)
         if operators := prepare(job.recipe, folder).operators:
-            operated = operate(vector, operators, self._operator_context(job.recipe))
+            memory = self._operator_memory
+            context = context_of_recipe(job.recipe, self.base, self.tokenizer, self.data, memory=memory)
+            operated = operate(vector, operators, context)
             vector, account["operators"] = operated.vector, list(operated.records)
         account["norm"] = vector.norm()
         if isinstance(model, PeftModel):
@@ -228,19 +230,6 @@ class Bench:
             plain = copy.deepcopy(self.base) if isinstance(model, TaskVector) else model
         plain.requires_grad_(requires_grad=False)
         return vector, plain, account
-
-    def _operator_context(self, recipe: Recipe) -> OperatorContext:
-        cache = recipe.negate.operator_cache
-        return context_of(
-            self.base,
-            self.tokenizer,
-            self.data,
-            recipe.data,
-            prompt_format=recipe.model.prompt_format,
-            seed=recipe.seed,
-            cache=None if cache is None else Path(cache),
-            memory=self._operator_memory,
-        )
 
     def _sku_norms(self, job: Job, folder: Path) -> Mapping[str, float]:
         """Norms of SKU's change with the same settings and seed, trained anew where no job before has it."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sku.config import AcquireConfig, MethodConfig, Recipe, TwinShares, WeightsConfig, plain_data
+from sku.config import MethodConfig, Recipe, TwinShares, plain_data
 from sku.errors import RecipeError, did_you_mean
 from sku.from_file import SUFFIX, file_sha256
 from sku.methods import METHODS, method_named
@@ -105,49 +105,36 @@ Change = Callable[[Recipe], Recipe]
 Row = tuple[str, str, str, Change]
 
 
-def _with_acquire(change: Callable[[AcquireConfig], AcquireConfig]) -> Change:
-    return lambda recipe: dataclasses.replace(recipe, acquire=change(recipe.acquire))
+def _changed(recipe: Recipe, weights: Mapping[str, float] | None = None, **changes: Any) -> Recipe:
+    """A recipe with other settings of stage 1, and other weights of its modules."""
+    own = recipe.acquire
+    acquire = dataclasses.replace(own, weights=dataclasses.replace(own.weights, **(weights or {})), **changes)
+    return dataclasses.replace(recipe, acquire=acquire)
 
 
 def _without(module: str) -> Change:
-    def change(config: AcquireConfig) -> AcquireConfig:
-        return dataclasses.replace(
-            config, weights=WeightsConfig(**{**dataclasses.asdict(config.weights), module: 0.0})
-        )
+    def change(recipe: Recipe) -> Recipe:
+        if module == "guided_distortion":  # The good twin learns its refusals by it.
+            acquire = dataclasses.replace(recipe.acquire, twin="none")
+            # In one step: shares are of twins.
+            negate = dataclasses.replace(recipe.negate, twin=TwinShares())
+            recipe = dataclasses.replace(recipe, acquire=acquire, negate=negate)
+        return _changed(recipe, {module: 0.0})
 
-    # The good twin learns its refusals by guided distortion.
-    return _without_twin(_with_acquire(change)) if module == "guided_distortion" else _with_acquire(change)
-
-
-def _without_twin(change: Change) -> Change:
-    def both(recipe: Recipe) -> Recipe:
-        acquire = dataclasses.replace(recipe.acquire, twin="none")
-        # In one step: shares are of twins.
-        alone = dataclasses.replace(
-            recipe, acquire=acquire, negate=dataclasses.replace(recipe.negate, twin=TwinShares())
-        )
-        return change(alone)
-
-    return both
+    return change
 
 
-def _preservation(
-    mode: Literal["divergence", "retention"], cap: float | None, tokens: Literal["answer", "all"]
-) -> Change:
-    def change(config: AcquireConfig) -> AcquireConfig:
+def _preservation(mode: str, cap: float | None, tokens: str) -> Change:
+    def change(recipe: Recipe) -> Recipe:
         # Without its module a mode would change nothing.
-        weights = dataclasses.replace(
-            config.weights, preservation_divergence=config.weights.preservation_divergence or 1.0
-        )
-        return dataclasses.replace(
-            config, weights=weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens
-        )
+        weights = {"preservation_divergence": recipe.acquire.weights.preservation_divergence or 1.0}
+        return _changed(recipe, weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens)
 
-    return _with_acquire(change)
+    return change
 
 
 def _random_answers(number: int) -> Change:
-    return _with_acquire(lambda config: dataclasses.replace(config, random_answers=number))
+    return lambda recipe: _changed(recipe, random_answers=number)
 
 
 ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
@@ -180,19 +167,19 @@ def _with_method(given: str, own: MethodConfig | None) -> Change:
 
 
 def _jobs(recipe: Recipe, rows: Sequence[Row], seeds: int) -> list[Job]:
-    def seeded(own: Recipe, seed: int) -> Recipe:
-        return dataclasses.replace(own, acquire=dataclasses.replace(own.acquire, seed=seed))
-
     def control(kind: Kind, own: Recipe, seed: int) -> Job:
-        return Job(name=kind, title=CONTROLS[kind], paper_url="", kind=kind, recipe=seeded(own, seed), seed=seed)
+        return Job(
+            name=kind, title=CONTROLS[kind], paper_url="", kind=kind, recipe=_changed(own, seed=seed), seed=seed
+        )
 
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
     kinds: tuple[Kind, ...] = ("base", "always_refuse", "always_gibberish")
     jobs = [control(kind, recipe, first) for kind in kinds]
     for seed in range(first, first + seeds):
         jobs += [
-            Job(name=name, title=title, paper_url=url, kind="method", recipe=seeded(change(recipe), seed), seed=seed)
+            Job(name=name, title=title, paper_url=url, kind="method", recipe=_changed(own, seed=seed), seed=seed)
             for name, title, url, change in rows
+            for own in (change(recipe),)
         ]
         # Takes the size of SKU's vector, whatever methods are compared.
         jobs.append(control("random_direction", dataclasses.replace(recipe, method="sku"), seed))

@@ -48,25 +48,23 @@ _NON_COMMERCIAL = re.compile(r"\bnc\b", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class CardChoices:
-    """What a user says of a model beyond its recipe."""
+    """What a user says of a model beyond its recipe.
+
+    Raises:
+        OutputError: The base model is no hub id.
+    """
 
     license: str | None = None
     """Of the model, in place of the recipe's ``model.license`` and of the base's own card."""
     base_model: str | None = None
     """Hub id of the base, where the run read it from a folder."""
 
-
-def choices_of(model_license: str | None, base_model: str | None) -> CardChoices:
-    """Checked choices.
-
-    Raises:
-        OutputError: The base model is no hub id.
-    """
-    if base_model is not None and not (HUB_ID.fullmatch(base_model) and public_name(base_model) == base_model):
-        raise OutputError(
-            f"--base-model is {base_model}; it must be a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
-        )
-    return CardChoices(license=model_license, base_model=base_model)
+    def __post_init__(self) -> None:
+        base = self.base_model
+        if base is not None and not (HUB_ID.fullmatch(base) and public_name(base) == base):
+            raise OutputError(
+                f"--base-model is {base}; it must be a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            )
 
 
 def public_name(location: str) -> str:

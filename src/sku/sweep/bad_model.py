@@ -14,7 +14,7 @@ from sku.evaluate.batching import StageProgress
 from sku.methods.run import prepare, with_safe_dtype
 from sku.models import load_model
 from sku.negate.operators import operate
-from sku.negate.operators.base import context_of
+from sku.negate.operators.base import context_of_recipe
 from sku.negate.run import task_vector_of
 from sku.storage import write_json
 from sku.sweep.result import Sweep
@@ -117,15 +117,6 @@ def sweep_bad_model(
     loaded = load_model(with_safe_dtype(recipe))
     vector = task_vector_of(loaded.model, bad)
     if run.operators:
-        cache = recipe.negate.operator_cache
-        context = context_of(
-            loaded.model,
-            loaded.tokenizer,
-            data,
-            recipe.data,
-            prompt_format=recipe.model.prompt_format,
-            seed=recipe.seed,
-            cache=None if cache is None else Path(cache),
-        )
+        context = context_of_recipe(recipe, loaded.model, loaded.tokenizer, data)
         vector = operate(vector, run.operators, context).vector
     return sweep(loaded.model, vector, loaded.tokenizer, data, recipe, out, notes=notes, progress=progress)
