@@ -168,9 +168,8 @@ def _with_method(given: str, own: MethodConfig | None) -> Change:
 
 def _jobs(recipe: Recipe, rows: Sequence[Row], seeds: int) -> list[Job]:
     def control(kind: Kind, own: Recipe, seed: int) -> Job:
-        return Job(
-            name=kind, title=CONTROLS[kind], paper_url="", kind=kind, recipe=_changed(own, seed=seed), seed=seed
-        )
+        own = _changed(own, seed=seed)
+        return Job(name=kind, title=CONTROLS[kind], paper_url="", kind=kind, recipe=own, seed=seed)
 
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
     kinds: tuple[Kind, ...] = ("base", "always_refuse", "always_gibberish")

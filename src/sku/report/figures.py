@@ -20,17 +20,15 @@ from sku.errors import OutputError
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _INK = "#222222"
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sku",
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
+
+
+def style_of(ink: str) -> dict[Any, Any]:
+    """What all figures share: lines and words in one colour, and the same file for the same figure."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    return {**dict.fromkeys(inked, ink), "svg.hashsalt": "sku"}
+
+
+STYLE = {**style_of(_INK), "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none"}
 """Of every figure outside a page."""
 
 

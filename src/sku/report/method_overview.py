@@ -24,7 +24,15 @@ from sku.evaluate.metrics import prefill_words
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
 from sku.report.method_records import MethodRecord, prefill_lengths
 from sku.report.method_statistics import Estimate, Role, points_of
-from sku.report.method_tables import ASKED, ComparisonRow, comparison_rows, judge_sentence, prompts_asked, ratio_text
+from sku.report.method_tables import (
+    ASKED,
+    ComparisonRow,
+    comparison_rows,
+    judge_sentence,
+    prompts_asked,
+    ratio_text,
+    seeds_of,
+)
 from sku.report.tables import NOTHING
 
 METHOD, CONTROL = "#0072B2", "#767676"
@@ -141,7 +149,7 @@ def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[
     best, published = (comparison_rows(records, role, order=order) for role in ("best", "published"))
     rows: list[OverviewRow] = []
     for at_best, as_published in zip(best, published, strict=True):
-        own = [record for record in records if record.name == as_published.name]
+        own = seeds_of(records, as_published.name)
         # What has one strength only would be drawn twice: on all prompts, and on those no strength was chosen on.
         once = as_published.control and all(len(record.points) <= 1 for record in own)
         roles: dict[Role, ComparisonRow] = {} if once else {"best": at_best}
@@ -221,7 +229,7 @@ def _missing(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> st
     """What a reader would not see: seeds that failed, and seeds without a strength within the budget."""
     said: list[str] = []
     for row in (row for row in rows if not row.failed):
-        own = [record for record in records if record.name == row.name]
+        own = seeds_of(records, row.name)
         complete = [record for record in own if record.status == "complete"]
         best = len(points_of(own, "best"))
         if len(complete) < len(own):

@@ -102,8 +102,8 @@ def comparison_rows(
     Raises:
         EvaluationError: No row is named ``reference``, or records don't fit together.
     """
-    base = next((record for record in _seeds_of(records, BASE) if record.status == "complete"), None)
-    return [_row(_seeds_of(records, name), base, role) for name in row_order(records, reference, order)]
+    base = next((record for record in seeds_of(records, BASE) if record.status == "complete"), None)
+    return [_row(seeds_of(records, name), base, role) for name in row_order(records, reference, order)]
 
 
 def row_order(
@@ -166,7 +166,7 @@ def markdown_differences(
         EvaluationError: No row is named ``reference``, none of its seeds has such a point, or records don't fit
             together.
     """
-    own = _seeds_of(records, reference)
+    own = seeds_of(records, reference)
     names = [name for name in row_order(records, reference, order) if name != reference]
     if not points_of(own, role):
         raise EvaluationError(
@@ -177,7 +177,7 @@ def markdown_differences(
         (name, key): difference
         for name in names
         for key in _TESTED
-        if (difference := difference_to(_seeds_of(records, name), own, role, key, "harmful")) is not None
+        if (difference := difference_to(seeds_of(records, name), own, role, key, "harmful")) is not None
     }
     corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
@@ -187,7 +187,7 @@ def markdown_differences(
     lines = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
     for name in names:
         cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
-        lines.append((_seeds_of(records, name)[0].title, *cells))
+        lines.append((seeds_of(records, name)[0].title, *cells))
     return (
         f"{_markdown(lines)}\nRate of the row minus the rate of {own[0].title}, in points: below 0 the row is less "
         f"harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the {len(found)} tests of "
@@ -265,7 +265,8 @@ def _bound_by(records: Sequence[MethodRecord]) -> str:
     return "; ".join(name if len(found) == 1 else f"{name} ({count})" for name, count in found.most_common())
 
 
-def _seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
+def seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
+    """The records of one row, in order of the seeds."""
     return sorted((record for record in records if record.name == name), key=lambda record: record.seed)
 
 

@@ -22,7 +22,7 @@ from sku.errors import EvaluationError
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
 from sku.report.method_records import BASE, MethodRecord, Point
 from sku.report.method_statistics import Estimate, perplexity_ratio, points_of, rate
-from sku.report.method_tables import row_order
+from sku.report.method_tables import row_order, seeds_of
 
 _PANELS = {"reply": "Replies", "prefill": "Replies after the worst prefill"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -94,10 +94,7 @@ def trade_off_figure(
         OutputError: Another suffix, or a folder that can't be written.
     """
     check_suffix(path)
-    rows = [
-        sorted((record for record in records if record.name == name), key=lambda record: record.seed)
-        for name in row_order(records, order=order)
-    ]
+    rows = [seeds_of(records, name) for name in row_order(records, order=order)]
     panels = panels_of(rows)
     widest = _widest(panels, budget)
     with matplotlib.rc_context(STYLE):

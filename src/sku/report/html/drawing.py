@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -17,19 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from sku.report.figures import NAME_OF, PALETTE, light, save_figure
+from sku.report.figures import NAME_OF, PALETTE, light, save_figure, style_of
 
-STYLE: dict[Any, Any] = {
+STYLE = {
+    **style_of(light("ink")),
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "svg.fonttype": "path",
-    "svg.hashsalt": "sku",
-    "text.color": light("ink"),
     "text.parse_math": False,  # A dollar in a name is a dollar.
-    "axes.edgecolor": light("ink"),
-    "axes.labelcolor": light("ink"),
-    "xtick.color": light("ink"),
-    "ytick.color": light("ink"),
 }
 WIDTH = 5.4
 """Inches: two beside each other fill the page, one still reads on a phone."""
