@@ -31,11 +31,11 @@ from sku.evaluate.run import evaluate
 from sku.evaluate.utility_cost import Utility, utility_cost
 from sku.evaluate.validation import NormalText, Refusals, validation_texts
 from sku.methods import method_named
-from sku.methods.run import prepare, subtracted_by, train_method, with_safe_dtype
+from sku.methods.run import operator_context, prepare, subtracted_by, train_method, with_safe_dtype
 from sku.methods.visits import common_visits, with_visited
 from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
-from sku.negate.operators.base import check_operators, context_of_recipe
+from sku.negate.operators.base import OperatorContext, check_operators
 from sku.negate.task_vector import TaskVector
 from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
 from sku.reproducibility import content_sha256, environment
@@ -219,9 +219,7 @@ class Bench:
         vector = subtracted_by(method, model, self.base)
         account = _account(trained)
         if operators := prepare(job.recipe, folder).operators:
-            memory = self._operator_memory
-            context = context_of_recipe(job.recipe, self.base, self.tokenizer, self.data, memory=memory)
-            operated = operate(vector, operators, context)
+            operated = operate(vector, operators, self._operator_context(job.recipe))
             vector, account["operators"] = operated.vector, list(operated.records)
         account["norm"] = vector.norm()
         if isinstance(model, PeftModel):
@@ -230,6 +228,9 @@ class Bench:
             plain = copy.deepcopy(self.base) if isinstance(model, TaskVector) else model
         plain.requires_grad_(requires_grad=False)
         return vector, plain, account
+
+    def _operator_context(self, recipe: Recipe) -> OperatorContext:
+        return operator_context(recipe, self.base, self.tokenizer, self.data, memory=self._operator_memory)
 
     def _sku_norms(self, job: Job, folder: Path) -> Mapping[str, float]:
         """Norms of SKU's change with the same settings and seed, trained anew where no job before has it."""

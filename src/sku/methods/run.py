@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from sku.acquire.objective import sku_objective
 from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, settings_from_dict
@@ -21,6 +21,7 @@ from sku.methods.base import AnyMethod
 from sku.methods.twins import TWINS, train_twins
 from sku.models import LoadedModel, pick_device
 from sku.negate.operators import PreparedOperator, prepare_operators
+from sku.negate.operators.base import OperatorContext, context_of
 from sku.negate.task_vector import TaskVector
 from sku.storage import mark_hazardous
 from sku.training.config import UnlearningConfig, training_settings
@@ -215,6 +216,28 @@ def subtracted_by(
         assert base is not None
         vector = TaskVector.between(base, trained)
     return vector if method.negates else -vector
+
+
+def operator_context(
+    recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData, **options: Any
+) -> OperatorContext:
+    """What a recipe's operators may look at: ``context_of`` with its settings.
+
+    Raises:
+        DataError: As ``context_of``.
+        ModelError: As ``context_of``.
+    """
+    cache = recipe.negate.operator_cache
+    return context_of(
+        base,
+        tokenizer,
+        data,
+        recipe.data,
+        prompt_format=recipe.model.prompt_format,
+        seed=recipe.seed,
+        cache=None if cache is None else Path(cache),
+        **options,
+    )
 
 
 def with_safe_dtype(recipe: Recipe) -> ModelConfig:

@@ -11,10 +11,9 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, content_hash
 from sku.errors import ModelError, OutputError
 from sku.evaluate.batching import StageProgress
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import operator_context, prepare, with_safe_dtype
 from sku.models import load_model
 from sku.negate.operators import operate
-from sku.negate.operators.base import context_of_recipe
 from sku.negate.run import task_vector_of
 from sku.storage import write_json
 from sku.sweep.result import Sweep
@@ -117,6 +116,6 @@ def sweep_bad_model(
     loaded = load_model(with_safe_dtype(recipe))
     vector = task_vector_of(loaded.model, bad)
     if run.operators:
-        context = context_of_recipe(recipe, loaded.model, loaded.tokenizer, data)
+        context = operator_context(recipe, loaded.model, loaded.tokenizer, data)
         vector = operate(vector, run.operators, context).vector
     return sweep(loaded.model, vector, loaded.tokenizer, data, recipe, out, notes=notes, progress=progress)

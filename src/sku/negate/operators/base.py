@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sku.config import DataConfig, PromptFormatName, Recipe
+from sku.config import DataConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import TokenizedExample, tokenize_examples
@@ -174,23 +174,6 @@ def context_of(
         if examples
     }
     return OperatorContext(base=base, **tokenized, **options)
-
-
-def context_of_recipe(
-    recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData, **options: Any
-) -> OperatorContext:
-    """As ``context_of``, with the lengths, prompt format, seed and cache of a recipe; ``options`` are ``memory``."""
-    cache = recipe.negate.operator_cache
-    return context_of(
-        base,
-        tokenizer,
-        data,
-        recipe.data,
-        prompt_format=recipe.model.prompt_format,
-        seed=recipe.seed,
-        cache=None if cache is None else Path(cache),
-        **options,
-    )
 
 
 def check_operators(operators: Sequence[PreparedOperator], base: PreTrainedModel, data: ForgetRetainData) -> None:
