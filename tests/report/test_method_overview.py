@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sku.errors import EvaluationError, OutputError
+from sku.evaluate.statistics import Estimate
 from sku.report.method_overview import CONTROL, METHOD, Measure, OverviewRow, draw_measure, overview_figure
 from sku.report.method_records import MethodRecord
-from sku.report.method_statistics import Estimate
 
 from .invented_records import METHODS, failed_record, invented_comparison, make_point, make_record
 

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.statistics import holm
+from sku.evaluate.statistics import Estimate, holm
 from sku.report import method_statistics
 from sku.report.method_records import Hit, MethodRecord, Point
 from sku.report.method_statistics import (
     PREFILL,
     RESAMPLES,
     Difference,
-    Estimate,
     Role,
     difference_to,
     draws,

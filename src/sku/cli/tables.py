@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.precision_results import PrecisionReport
+    from sku.evaluate.statistics import Estimate
     from sku.report.method_records import MethodRecord
-    from sku.report.method_statistics import Estimate, Role
+    from sku.report.method_statistics import Role
     from sku.report.tables import TableRow
 
 

@@ -21,9 +21,10 @@ from matplotlib.lines import Line2D
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import prefill_words
+from sku.evaluate.statistics import Estimate
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
 from sku.report.method_records import MethodRecord, prefill_lengths
-from sku.report.method_statistics import Estimate, Role, points_of
+from sku.report.method_statistics import Role, points_of
 from sku.report.method_tables import (
     ASKED,
     ComparisonRow,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import MAX_EXPONENT
-from sku.evaluate.statistics import newcombe_interval, percentile_interval, wilson_interval
+from sku.evaluate.statistics import Estimate, newcombe_interval, percentile_interval, wilson_interval
 from sku.report.method_records import Hit, MethodRecord, Point, prefill_lengths
 
 RESAMPLES = 2_000
@@ -39,23 +39,9 @@ PREFILL = "forget_test/prefill"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A rate (0 to 1) or a perplexity ratio over seeds and prompts."""
-
-    value: float
-    low: float
-    high: float
-    """Bounds of the 95 % interval."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(Estimate):
     """Rate of one row minus the rate of another, on the same prompts."""
 
-    value: float
-    low: float
-    high: float
-    """Bounds of the 95 % interval."""
     p_value: float
     """Two-sided permutation test of no difference, before any correction for several tests."""
 

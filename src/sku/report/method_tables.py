@@ -10,7 +10,7 @@ from sku.errors import EvaluationError, did_you_mean
 from sku.evaluate.judges import Calibration
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import NORMAL
-from sku.evaluate.statistics import holm
+from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.markdown import bars_escaped, table
 from sku.report.method_records import BASE, NORMAL_KEY, Hit, MethodRecord, Point, prefill_lengths
@@ -18,7 +18,6 @@ from sku.report.method_statistics import (
     PREFILL,
     RESAMPLES,
     Difference,
-    Estimate,
     Role,
     difference_to,
     perplexity_ratio,

@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sku.errors import EvaluationError
+from sku.evaluate.statistics import Estimate
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
 from sku.report.method_records import BASE, MethodRecord, Point
-from sku.report.method_statistics import Estimate, perplexity_ratio, points_of, rate
+from sku.report.method_statistics import perplexity_ratio, points_of, rate
 from sku.report.method_tables import row_order, seeds_of
 
 _PANELS = {"reply": "Replies", "prefill": "Replies after the worst prefill"}

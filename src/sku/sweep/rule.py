@@ -17,19 +17,11 @@ from typing import Any
 from sku.config import SweepConfig
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Rate
+from sku.evaluate.statistics import Estimate
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FREE = 0
 """Tokens of the prefill of a free reply."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """A perplexity as a multiple of the base model's, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +60,8 @@ class SweepPoint:
     """One alpha."""
 
     alpha: float
-    perplexities: Mapping[str, Ratio]
-    """Normal set -> perplexity of its answers; empty where the weights broke."""
+    perplexities: Mapping[str, Estimate]
+    """Normal set -> perplexity of its answers as a multiple of the base model's; empty where the weights broke."""
     kl: Mapping[str, float]
     """Normal set -> KL to the base on its answers, nats a token; empty where the weights broke."""
     replies: Replies | None
@@ -77,7 +69,7 @@ class SweepPoint:
     unasked: str = ""
 
     @property
-    def perplexity(self) -> Ratio | None:
+    def perplexity(self) -> Estimate | None:
         """That of ``retain_validation``."""
         return self.perplexities.get(RETAIN)
 
