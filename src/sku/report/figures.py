@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.errors import OutputError
+from sku.storage import named_disk_errors
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _INK = "#222222"
@@ -106,11 +107,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.unfinished")
-    try:
+    with named_disk_errors(path):
         try:
             figure.savefig(temporary, dpi=200, metadata=metadata, format=path.suffix[1:].lower())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"figure {path} can't be written: {error.strerror or error}") from None
