@@ -344,6 +344,7 @@ def _eval_results(run: RecordedRun, shown: Sequence[KeyFigure]) -> Iterator[Eval
         )
 
     judge = one_line(run.comparison.unlearned.judge.name)
+    details: dict[str, Any]
     for row in shown:
         change = row.change
         if isinstance(change, PerplexityChange):

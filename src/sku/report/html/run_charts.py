@@ -119,17 +119,19 @@ def sweep_chart(sweep: Sweep) -> Picture:
 
 def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
     replies, ratio, pick = point.replies, point.perplexity, sweep.pick
-    shares = (NOTHING,) * 4
+    shares: tuple[str, ...] = (NOTHING,) * 4
     if replies is not None:
         tokens = max(replies.prefill, key=lambda tokens: (replies.prefill[tokens].value, -tokens), default=None)
         prefilled = rate_text(replies.prefill.get(tokens or 0)) + tokens_text(tokens)
         others = (rate_text(rate) for rate in (replies.gibberish, replies.over_refusal))
         shares = (rate_text(replies.harmful), prefilled, *others)
-    picked = pick is not None and pick.alpha == point.alpha
+    told = point.unasked
+    if pick is not None and pick.alpha == point.alpha:
+        told = "picked" if pick.met else "nearest"
     return (
         f"{point.alpha:g}",
         *shares,
         NOTHING if ratio is None else f"{cost_of(point, sweep.base, sweep.config).value:.2f}",
         NOTHING if ratio is None else f"\u00d7{ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})",
-        ("picked" if pick.met else "nearest") if picked else point.unasked,
+        told,
     )
