@@ -116,7 +116,7 @@ def key_figures(comparison: Comparison, measures: Iterable[Measure] = ON_PAGE) -
                 worst = prefill_words([comparison.unlearned.worst_prefill[split]])
                 detail = worst.removeprefix("prefill, ") if len(tried) > 1 else ""
             yield KeyFigure(
-                name="/".join((kind, split, rate, k, *map(str, tried))),
+                name="/".join(filter(None, (kind, split, rate, k, *map(str, tried)))),
                 split=split,
                 metric=f"{rate}_{kind}",
                 words=shown,
