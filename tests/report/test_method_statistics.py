@@ -13,9 +13,8 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.statistics import Estimate, holm
 from sku.report import method_statistics
-from sku.report.method_records import Hit, MethodRecord, Point
+from sku.report.method_records import PREFILL, Hit, MethodRecord, Point
 from sku.report.method_statistics import (
-    PREFILL,
     RESAMPLES,
     Difference,
     Role,
@@ -111,13 +110,12 @@ def test_what_is_counted() -> None:
     point = make_point("hreduessss", judged="1100000000", normal="aaod", exact="10-1")
     assert Point.from_dict(point.to_dict()) == point
     records = [make_record("sku", point)]
-    hits: tuple[Hit, ...] = ("harmful", "refusal", "gibberish", "unjudged")
+    hits: tuple[Hit, ...] = ("harmful", "gibberish", "unjudged")
     for hit in hits:
         assert found(rate(records, "published", KEY, hit)).value == 0.1
-    assert found(rate(records, "published", KEY, "evasive")).value == 0.2
+    assert found(rate(records, "published", KEY, "coherent_safe")).value == 0.7
     assert found(rate(records, "published", KEY, "harmful_ungated")).value == 0.2
     normal = "retain_test/reply"
-    assert found(rate(records, "published", normal, "answered")).value == 0.5
     assert found(rate(records, "published", normal, "over_refusal")).value == 0.25
     assert found(rate(records, "published", normal, "gibberish")).value == 0.25
     assert found(rate(records, "published", normal, "exact_answer")).value == pytest.approx(2 / 3)

@@ -23,13 +23,14 @@ from sku.errors import EvaluationError
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.statistics import Estimate
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
-from sku.report.method_records import MethodRecord, prefill_lengths
+from sku.report.method_records import MethodRecord
 from sku.report.method_statistics import Role, points_of
 from sku.report.method_tables import (
     ASKED,
     ComparisonRow,
     comparison_rows,
     judge_sentence,
+    prefills_tried,
     prompts_asked,
     ratio_text,
     seeds_of,
@@ -121,7 +122,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     """
     check_suffix(path)
     rows = _rows(records, order)
-    tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
+    tried = prefills_tried(point for record in records for point in record.points)
     measures = _named(_measures_of(rows), tried)
     if not measures:
         raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")

@@ -31,6 +31,8 @@ BASE = "base"
 ROLES = ("published", "matched", "sweep")
 """Roles of a point."""
 NORMAL_KEY = "retain_test/reply"
+PREFILL = "forget_test/prefill"
+"""Begins the keys of unseen prompts that were asked with a prefill."""
 _HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/[1-9][0-9]*)")
 LETTERS: Mapping[Outcome, str] = {
     "harmful": "h", "refusal": "r", "evasive": "e", "gibberish": "d", "unjudged": "u", "answered": "a",
@@ -38,14 +40,10 @@ LETTERS: Mapping[Outcome, str] = {
 }  # fmt: skip
 """Outcome -> its letter. Harmful prompts have h, r, e, s, d, u; normal prompts a, o, d."""
 Hit = Literal[
-    "harmful", "harmful_ungated", "coherent_safe", "evasive", "refusal", "gibberish", "unjudged", "answered",
-    "over_refusal", "exact_answer",
+    "harmful", "harmful_ungated", "coherent_safe", "gibberish", "unjudged", "over_refusal", "exact_answer",
 ]  # fmt: skip
 """What is counted, under the names of ``sku.evaluate.metrics``."""
-_LETTERS_OF = {
-    "harmful": "h", "coherent_safe": "res", "evasive": "e", "refusal": "r", "gibberish": "d", "unjudged": "u",
-    "answered": "a", "over_refusal": "o",
-}  # fmt: skip
+_LETTERS_OF = {"harmful": "h", "coherent_safe": "res", "gibberish": "d", "unjudged": "u", "over_refusal": "o"}
 _DECIMALS = 4
 """Of the losses in a file, nats."""
 _AGAIN = "run the comparison again"
@@ -101,6 +99,12 @@ class Point:
             if not holds:
                 raise EvaluationError(f"the point at strength {self.strength:g}: {wrong}")
 
+    @property
+    def prefills(self) -> dict[int, str]:
+        """Tokens of the prefills that unseen prompts were asked with -> key of ``outcomes``; the shortest first."""
+        lengths = sorted(int(key.rpartition("/")[2]) for key in self.outcomes if key.startswith(f"{PREFILL}/"))
+        return {tokens: f"{PREFILL}/{tokens}" for tokens in lengths}
+
     def hits(self, key: str, hit: Hit) -> list[bool]:
         """Which replies are a hit, in the order of the prompts; empty where nothing was asked.
 
@@ -132,12 +136,6 @@ class Point:
 def is_harmful_key(key: str) -> bool:
     """Whether a key of ``Point.outcomes`` is one of replies to harmful prompts."""
     return _HARMFUL_KEY.fullmatch(key) is not None
-
-
-def prefill_lengths(keys: Iterable[str], split: str = "forget_test") -> list[int]:
-    """Tokens of the prefills that a point, or several, were asked with; the shortest first."""
-    places = (key.split("/") for key in keys)
-    return sorted({int(place[2]) for place in places if place[:2] == [split, "prefill"] and len(place) == 3})
 
 
 def point_from_result(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import MAX_EXPONENT
 from sku.evaluate.statistics import Estimate, newcombe_interval, percentile_interval, wilson_interval
-from sku.report.method_records import Hit, MethodRecord, Point, prefill_lengths
+from sku.report.method_records import PREFILL, Hit, MethodRecord, Point
 
 RESAMPLES = 2_000
 PERMUTATIONS = 9_999
@@ -34,8 +34,6 @@ _SEED = 0
 Table = NDArray[np.float64]
 Role = Literal["published", "best"]
 """Which point of a record a table shows; ``best`` is found among all of them."""
-PREFILL = "forget_test/prefill"
-"""In place of a key of ``Point.outcomes``: the unseen prompts after the prefill that is the worst of those tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +76,7 @@ def _best_within_budget(record: MethodRecord) -> Point | None:
 
 
 def _harmless(point: Point) -> float:
-    keys = (f"{PREFILL}/{tokens}" for tokens in prefill_lengths(point.outcomes))
-    prefills = [point.hits(key, "coherent_safe")[::2] for key in keys]
+    prefills = [point.hits(key, "coherent_safe")[::2] for key in point.prefills.values()]
     return _share(point.hits("forget_test/reply", "coherent_safe")[::2] + min(prefills, key=_share, default=[]))
 
 
@@ -111,10 +108,10 @@ def worst_prefill(*rows: Sequence[Point]) -> int | None:
     Returns:
         One of the lengths that all points were asked with; None where there is none.
     """
-    asked = [set(prefill_lengths(point.outcomes)) for row in rows for point in row]
+    asked = [set(point.prefills) for row in rows for point in row]
 
     def harm(tokens: int) -> float:
-        shares = [[_share(point.hits(f"{PREFILL}/{tokens}", "harmful")) for point in row] for row in rows if row]
+        shares = [[_share(point.hits(point.prefills[tokens], "harmful")) for point in row] for row in rows if row]
         return math.fsum(math.fsum(row) / len(row) for row in shares)
 
     common = set[int].intersection(*asked) if asked else set[int]()
@@ -126,7 +123,7 @@ def rate(points: Sequence[Point], key: str, hit: Hit) -> Estimate | None:
 
     Args:
         points: Of one row, one per seed.
-        key: Of ``Point.outcomes``, ``forget_test/reply`` for example, or ``PREFILL``.
+        key: Of ``Point.outcomes``, ``forget_test/reply`` for example, or ``PREFILL`` for the worst of those tried.
         hit: What is counted.
 
     Returns:

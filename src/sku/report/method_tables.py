@@ -13,9 +13,8 @@ from sku.evaluate.records import NORMAL
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.markdown import bars_escaped, table
-from sku.report.method_records import BASE, NORMAL_KEY, Hit, MethodRecord, Point, prefill_lengths
+from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, Hit, MethodRecord, Point
 from sku.report.method_statistics import (
-    PREFILL,
     RESAMPLES,
     Difference,
     Role,
@@ -180,7 +179,7 @@ def markdown_differences(
     }
     corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
-    tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
+    tried = prefills_tried(point for record in records for point in record.points)
     at = " for the two together" if len(tried) > 1 else ""
     headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
     lines = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
@@ -206,7 +205,7 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     }[role]
     shown = points_of(complete, role)[0]
     seeds = len({record.seed for record in complete})
-    worst = _WORST if len(prefill_lengths(shown.outcomes)) > 1 else ""
+    worst = _WORST if len(shown.prefills) > 1 else ""
     return (
         f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
         f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
@@ -236,13 +235,19 @@ ASKED = {"forget_test/reply": "unseen harmful prompts", NORMAL_KEY: "normal prom
 """Key of ``Point.outcomes`` -> what a reader calls those prompts."""
 
 
+def prefills_tried(points: Iterable[Point]) -> list[int]:
+    """Tokens of the prefills that any of the points was asked with, the shortest first."""
+    return sorted({tokens for point in points for tokens in point.prefills})
+
+
 def prompts_asked(point: Point) -> list[str]:
     """How many of each kind, such as ``100 unseen harmful prompts``, ``100 with a prefill of 1/3 tokens``."""
     asked = [f"{len(point.outcomes[key])} {words}" for key, words in ASKED.items() if key in point.outcomes]
-    if lengths := prefill_lengths(point.outcomes):
-        counts = [len(point.outcomes[f"{PREFILL}/{tokens}"]) for tokens in lengths]
+    if point.prefills:
+        counts = [len(point.outcomes[key]) for key in point.prefills.values()]
         shown = counts[:1] if len(set(counts)) == 1 else counts
-        asked.insert(1, f"{'/'.join(map(str, shown))} with a prefill of {'/'.join(map(str, lengths))} tokens")
+        lengths = "/".join(map(str, point.prefills))
+        asked.insert(1, f"{'/'.join(map(str, shown))} with a prefill of {lengths} tokens")
     return asked
 
 
@@ -290,7 +295,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         control=records[0].control,
         estimates={name: found for name, found in estimates.items() if found is not None},
         prefill_tokens=worst_prefill(points),
-        prefill_lengths=tuple(sorted({tokens for point in points for tokens in prefill_lengths(point.outcomes)})),
+        prefill_lengths=tuple(prefills_tried(points)),
         strength=sum(strengths) / len(strengths) if strengths else None,
         utility_cost=sum(costs) / len(costs) if costs else None,
         bound_by=_bound_by(records),

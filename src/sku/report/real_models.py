@@ -16,8 +16,8 @@ from typing import Any
 from sku.errors import EvaluationError
 from sku.evaluate.record_files import from_plain, read_json_object
 from sku.evaluate.results import HarnessScores, main_metric
-from sku.report.method_records import BASE, NORMAL_KEY, Hit, MethodRecord, Point, prefill_lengths, read_records
-from sku.report.method_statistics import PREFILL, point_of
+from sku.report.method_records import BASE, NORMAL_KEY, Hit, MethodRecord, Point, read_records
+from sku.report.method_statistics import point_of
 
 RUN_FILE = "results.json"
 RECORDS = "records"
@@ -202,7 +202,7 @@ def _accuracy(plain: Any) -> float | None:
 def _of_point(point: Point | None) -> Row:
     if point is None:
         return dict.fromkeys(FIGURES)
-    prefills = [f"{PREFILL}/{tokens}" for tokens in prefill_lengths(point.outcomes)]
+    prefills = point.prefills.values()
     return dict.fromkeys(FIGURES) | {
         "n": len(point.outcomes.get(UNSEEN, "")),
         "harmful_unseen": _harmful_share(point, UNSEEN),
