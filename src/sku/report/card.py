@@ -16,7 +16,6 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
-from sku.report.facts import data_sets
 from sku.report.key_figures import ON_CARD, KeyFigure, key_figures
 from sku.report.markdown import Written, escaped, fenced, one_line, table
 from sku.report.read_run import Part, RecordedRun, read_run
@@ -327,8 +326,7 @@ def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Seq
 def _eval_results(run: RecordedRun, shown: Sequence[KeyFigure]) -> Iterator[EvalResult]:
     """The headline figures; values are per cent, or a ratio for a perplexity."""
     names = {
-        name: one_line(f"{public_name(source['location'])} ({source['source']})")
-        for name, _, source in data_sets(run.manifest)
+        name: one_line(f"{public_name(location)} ({source})") for name, source, location, *_ in run.reproduction.data
     }
 
     def result(split: str, kind: str, value: float, title: str, details: dict[str, Any]) -> EvalResult:
