@@ -105,7 +105,7 @@ Change = Callable[[Recipe], Recipe]
 Row = tuple[str, str, str, Change]
 
 
-def _changed(recipe: Recipe, weights: Mapping[str, float] | None = None, **changes: Any) -> Recipe:
+def changed(recipe: Recipe, weights: Mapping[str, float] | None = None, **changes: Any) -> Recipe:
     """A recipe with other settings of stage 1, and other weights of its modules."""
     own = recipe.acquire
     acquire = dataclasses.replace(own, weights=dataclasses.replace(own.weights, **(weights or {})), **changes)
@@ -119,7 +119,7 @@ def _without(module: str) -> Change:
             # In one step: shares are of twins.
             negate = dataclasses.replace(recipe.negate, twin=TwinShares())
             recipe = dataclasses.replace(recipe, acquire=acquire, negate=negate)
-        return _changed(recipe, {module: 0.0})
+        return changed(recipe, {module: 0.0})
 
     return change
 
@@ -128,13 +128,13 @@ def _preservation(mode: str, cap: float | None, tokens: str) -> Change:
     def change(recipe: Recipe) -> Recipe:
         # Without its module a mode would change nothing.
         weights = {"preservation_divergence": recipe.acquire.weights.preservation_divergence or 1.0}
-        return _changed(recipe, weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens)
+        return changed(recipe, weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens)
 
     return change
 
 
 def _random_answers(number: int) -> Change:
-    return lambda recipe: _changed(recipe, random_answers=number)
+    return lambda recipe: changed(recipe, random_answers=number)
 
 
 ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
@@ -168,7 +168,7 @@ def _with_method(given: str, own: MethodConfig | None) -> Change:
 
 def _jobs(recipe: Recipe, rows: Sequence[Row], seeds: int) -> list[Job]:
     def control(kind: Kind, own: Recipe, seed: int) -> Job:
-        own = _changed(own, seed=seed)
+        own = changed(own, seed=seed)
         return Job(name=kind, title=CONTROLS[kind], paper_url="", kind=kind, recipe=own, seed=seed)
 
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
@@ -176,7 +176,7 @@ def _jobs(recipe: Recipe, rows: Sequence[Row], seeds: int) -> list[Job]:
     jobs = [control(kind, recipe, first) for kind in kinds]
     for seed in range(first, first + seeds):
         jobs += [
-            Job(name=name, title=title, paper_url=url, kind="method", recipe=_changed(own, seed=seed), seed=seed)
+            Job(name=name, title=title, paper_url=url, kind="method", recipe=changed(own, seed=seed), seed=seed)
             for name, title, url, change in rows
             for own in (change(recipe),)
         ]
