@@ -95,9 +95,7 @@ class Point:
             f"exact is not a 0, 1 or - for each outcome of {NORMAL_KEY}": len(self.exact) == len(normal)
             and {*self.exact} <= {*"01-"},
         }
-        for wrong, holds in checks.items():
-            if not holds:
-                raise EvaluationError(f"the point at strength {self.strength:g}: {wrong}")
+        _refuse_unless(checks, f"the point at strength {self.strength:g}")
 
     @property
     def prefills(self) -> dict[int, str]:
@@ -131,6 +129,13 @@ class Point:
             EvaluationError: Missing or unknown keys, or values that don't fit them; with ``where``.
         """
         return from_plain(cls, _with_numbers(content, "losses", float, where), where, _AGAIN)
+
+
+def _refuse_unless(checks: Mapping[str, bool], where: str) -> None:
+    """Raises an error that names the first of the faults that is there."""
+    for wrong, holds in checks.items():
+        if not holds:
+            raise EvaluationError(f"{where}: {wrong}")
 
 
 def is_harmful_key(key: str) -> bool:
@@ -279,9 +284,7 @@ class MethodRecord:
             ),
             "an answer has no token": all(count > 0 for row in self.tokens.values() for count in row),
         }
-        for wrong, holds in checks.items():
-            if not holds:
-                raise EvaluationError(f"{self.file_name}: {wrong}")
+        _refuse_unless(checks, self.file_name)
 
     @property
     def file_name(self) -> str:
@@ -290,10 +293,9 @@ class MethodRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; losses are rounded to 4 decimals."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             "schema_version": SCHEMA_VERSION,
-            **plain,
+            **vars(self),
             "tokens": {split: " ".join(map(str, row)) for split, row in self.tokens.items()},
             "points": [point.to_dict() for point in self.points],
         }
