@@ -194,10 +194,12 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[K
 def _headline_rows(shown: Sequence[KeyFigure]) -> Iterator[tuple[str, ...]]:
     """The key figures with intervals; of rates the counts, too."""
     for figure in shown:
-        words = figure.label
+        words, bounds = figure.label, figure.bounds
         if isinstance(figure.change, RateChange):
             words += f" ({figure.change.after.count} of {figure.change.after.total})"
-        yield f"{words}; {figure.caution}" if figure.caution else words, figure.after, figure.bounds, figure.before
+        elif isinstance(figure.change, PerplexityChange):
+            bounds = "\u00d7" + bounds.replace(" to ", " to \u00d7")
+        yield f"{words}; {figure.caution}" if figure.caution else words, figure.after, bounds, figure.before
 
 
 def _precision_table(run: RecordedRun) -> str:

@@ -92,7 +92,7 @@ class KeyFigure:
     def bounds(self) -> str:
         """Interval of ``after``."""
         if isinstance(self.change, PerplexityChange):
-            return f"\u00d7{self.change.low:.4g} to \u00d7{self.change.high:.4g}"
+            return f"{self.change.low:.4g} to {self.change.high:.4g}"
         return interval(self.change.after)
 
 
