@@ -23,8 +23,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 
 from sku.errors import OutputError, one_line
-from sku.report.card import CARD_FILE, read_card
-from sku.report.card_metadata import TAG
+from sku.report.card import CARD_FILE, TAG, read_card
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sku.errors import EvaluationError, OutputError
+from sku.evaluate.statistics import Estimate
 from sku.report.method_overview import CONTROL, METHOD, Measure, OverviewRow, draw_measure, overview_figure
 from sku.report.method_records import MethodRecord
-from sku.report.method_statistics import Estimate
 
 from .invented_records import METHODS, failed_record, invented_comparison, make_point, make_record
 
@@ -31,7 +31,7 @@ def words_of(path: Path) -> list[str]:
 
 
 def estimate(value: float, low: float, high: float) -> Estimate:
-    return Estimate(value=value, low=low, high=high, per_seed=(value,))
+    return Estimate(value=value, low=low, high=high)
 
 
 def row(name: str = "a", *, control: bool = False, failed: bool = False, **roles: dict[str, Estimate]) -> OverviewRow:

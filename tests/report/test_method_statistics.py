@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.statistics import holm
-from sku.report.method_records import MethodRecord, Point
+from sku.evaluate.statistics import Estimate, holm
+from sku.report import method_statistics
+from sku.report.method_records import PREFILL, Hit, MethodRecord, Point
 from sku.report.method_statistics import (
-    PREFILL,
     RESAMPLES,
     Difference,
-    Estimate,
+    Role,
     difference_to,
     draws,
-    perplexity_ratio,
     point_of,
     points_of,
-    rate,
     worst_prefill,
 )
 from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
@@ -49,6 +47,14 @@ def found(estimate: Estimate | None) -> Estimate:
     return estimate
 
 
+def rate(records: list[MethodRecord], role: Role, key: str, hit: Hit) -> Estimate | None:
+    return method_statistics.rate(points_of(records, role), key, hit)
+
+
+def perplexity_ratio(records: list[MethodRecord], base: MethodRecord, split: str) -> Estimate | None:
+    return method_statistics.perplexity_ratio(points_of(records, "published"), base, split)
+
+
 def compared(a: list[MethodRecord], b: list[MethodRecord]) -> Difference:
     difference = difference_to(a, b, "published", KEY, "harmful")
     assert difference is not None
@@ -69,7 +75,6 @@ def test_two_seeds_and_four_prompts() -> None:
     """3 of 8 replies are harmful; of the 1,024 equally likely resamples 2.5 % lie below 0 and 2.5 % above 0.875."""
     estimate = found(rate(row("hhrr", "hrrr"), "published", KEY, "harmful"))
     assert estimate.value == 3 / 8
-    assert estimate.per_seed == (0.5, 0.25)
     low, high = np.quantile(all_resampled_means([[1, 1, 0, 0], [1, 0, 0, 0]]), [0.025, 0.975])
     assert (estimate.low, estimate.high) == (low, high) == (0.0, 0.875)
 
@@ -86,7 +91,7 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 def test_with_one_seed_only_prompts_are_drawn() -> None:
     """Mean of 4 fair draws: 0 and 1 each come up in 1 of 16 resamples."""
     estimate = found(rate(row("hhrr"), "published", KEY, "harmful"))
-    assert (estimate.value, estimate.low, estimate.high, estimate.per_seed) == (0.5, 0.0, 1.0, (0.5,))
+    assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -105,12 +110,12 @@ def test_what_is_counted() -> None:
     point = make_point("hreduessss", judged="1100000000", normal="aaod", exact="10-1")
     assert Point.from_dict(point.to_dict()) == point
     records = [make_record("sku", point)]
-    for hit in ("harmful", "refusal", "gibberish", "unjudged"):
+    hits: tuple[Hit, ...] = ("harmful", "gibberish", "unjudged")
+    for hit in hits:
         assert found(rate(records, "published", KEY, hit)).value == 0.1
-    assert found(rate(records, "published", KEY, "evasive")).value == 0.2
+    assert found(rate(records, "published", KEY, "coherent_safe")).value == 0.7
     assert found(rate(records, "published", KEY, "harmful_ungated")).value == 0.2
     normal = "retain_test/reply"
-    assert found(rate(records, "published", normal, "answered")).value == 0.5
     assert found(rate(records, "published", normal, "over_refusal")).value == 0.25
     assert found(rate(records, "published", normal, "gibberish")).value == 0.25
     assert found(rate(records, "published", normal, "exact_answer")).value == pytest.approx(2 / 3)
@@ -121,23 +126,22 @@ def test_nothing_asked_gives_no_rate() -> None:
     assert (
         rate([make_record("sku", make_point(normal="aa"))], "published", "retain_test/reply", "exact_answer") is None
     )
-    assert rate(row("hr"), "matched", KEY, "harmful") is None
+    assert rate(row("hr"), "best", KEY, "harmful") is None
     assert rate([failed_record("sku", 0, "NaN")], "published", KEY, "harmful") is None
 
 
 def test_failed_seeds_do_not_count() -> None:
     records = [*row("hhrr"), failed_record("sku", 1, "NaN")]
-    assert found(rate(records, "published", KEY, "harmful")).per_seed == (0.5,)
+    assert rate(records, "published", KEY, "harmful") == rate(records[:1], "published", KEY, "harmful")
 
 
 def test_roles() -> None:
     points = make_point("h"), make_point("r", strength=0.5, roles=["matched", "sweep"])
     method = make_record("sku", *points)
-    assert point_of(method, "matched") == points[1]
-    assert point_of(make_record("sku", points[0]), "matched") is None
+    assert point_of(method, "published") == points[0]
+    assert point_of(make_record("sku", points[1]), "published") is None
     control = make_record("base", points[0], control=True)
-    assert point_of(control, "matched") == points[0]
-    assert point_of(control, "sweep") is None
+    assert point_of(control, "published") == points[0]
     shown = point_of(control, "best")
     assert shown is not None
     assert shown.outcomes == {KEY: ""}
@@ -197,26 +201,24 @@ def test_perplexity_ratio() -> None:
     Resamples of one seed twice and one answer twice have chance 1/16: seed 1 alone gives e^0 to e^0.6.
     """
     base = with_losses((10, 10), name="base")[0]
-    estimate = found(perplexity_ratio(with_losses((12, 12), (16, 10)), base, "published", "retain_test"))
-    assert estimate.per_seed == pytest.approx((math.exp(0.2), math.exp(0.3)))
+    estimate = found(perplexity_ratio(with_losses((12, 12), (16, 10)), base, "retain_test"))
     assert estimate.value == pytest.approx(math.exp(0.25))
     assert (estimate.low, estimate.high) == pytest.approx((1.0, math.exp(0.6)))
-    same = found(perplexity_ratio([base], base, "published", "retain_test"))
+    same = found(perplexity_ratio([base], base, "retain_test"))
     assert (same.value, same.low, same.high) == (1, 1, 1)
 
 
 def test_long_answers_weigh_more() -> None:
     base = make_record("base", make_point("h", losses={"forget_test": (0, 0)}), tokens={"forget_test": (30, 10)})
     record = make_record("sku", make_point("h", losses={"forget_test": (3, 5)}), tokens={"forget_test": (30, 10)})
-    estimate = found(perplexity_ratio([record], base, "published", "forget_test"))
+    estimate = found(perplexity_ratio([record], base, "forget_test"))
     assert estimate.value == pytest.approx(math.exp(8 / 40))
     assert (estimate.low, estimate.high) == pytest.approx((math.exp(0.1), math.exp(0.5)))
 
 
 def test_a_ruined_model_has_a_finite_ratio() -> None:
     base = with_losses((10, 10), name="base")[0]
-    estimate = found(perplexity_ratio(with_losses((1e9, 10), (10, 10)), base, "published", "retain_test"))
-    assert estimate.per_seed == (math.exp(700), 1)
+    estimate = found(perplexity_ratio(with_losses((1e9, 10), (10, 10)), base, "retain_test"))
     assert estimate.value == pytest.approx(math.exp(350))
     assert estimate.high == math.exp(700)
     assert estimate.low == 1
@@ -224,11 +226,11 @@ def test_a_ruined_model_has_a_finite_ratio() -> None:
 
 def test_nothing_measured_gives_no_ratio() -> None:
     base = with_losses((10, 10), name="base")[0]
-    assert perplexity_ratio(with_losses((10, 10)), base, "published", "normal:benign") is None
-    assert perplexity_ratio(row("h"), base, "published", "retain_test") is None
-    assert perplexity_ratio(with_losses((10, 10)), failed_record("base", 0, "NaN"), "published", "retain_test") is None
+    assert perplexity_ratio(with_losses((10, 10)), base, "normal:benign") is None
+    assert perplexity_ratio(row("h"), base, "retain_test") is None
+    assert perplexity_ratio(with_losses((10, 10)), failed_record("base", 0, "NaN"), "retain_test") is None
     with pytest.raises(EvaluationError, match="hold 2 and 3 entries"):
-        perplexity_ratio(with_losses((1, 2, 3)), base, "published", "retain_test")
+        perplexity_ratio(with_losses((1, 2, 3)), base, "retain_test")
 
 
 def test_difference_of_two_rows() -> None:

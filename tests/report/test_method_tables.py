@@ -105,16 +105,17 @@ def test_a_row_of_which_every_seed_failed_still_stands_in_both_tables() -> None:
     assert "| npo | \u2013 | \u2013 |" in markdown_differences(records, "published", "sku")
 
 
-def test_matched_rows() -> None:
-    points = make_point("hhhh"), make_point("hrrr", strength=0.4, roles=["matched"])
-    stronger = points[0], make_point("rrrr", strength=0.6, roles=["matched"])
+def test_rows_at_equal_utility() -> None:
+    """Of two seeds and two prompts that are shown one reply is harmful."""
+    points = make_point("hhhh"), make_point("rhrr", strength=0.4, roles=["matched"], ratio=1.0)
+    stronger = points[0], make_point("rrrr", strength=0.6, roles=["matched"], ratio=1.0)
     records = [
         make_record("sku", *points), make_record("sku", *stronger, seed=1), make_record("sku", points[0], seed=2),
         make_record("npo", points[0]), base(),
     ]  # fmt: skip
-    sku, npo, control = (one_row(records, name, "matched") for name in ("sku", "npo", "base"))
+    sku, npo, control = (one_row(records, name, "best") for name in ("sku", "npo", "base"))
     assert sku.strength == pytest.approx(0.5)
-    assert sku.estimates["harmful_unseen"].per_seed == (0.25, 0)
+    assert sku.estimates["harmful_unseen"].value == 0.25
     assert sku.seeds == "2/3 no strength within the utility budget"
     assert (npo.estimates.get("harmful_unseen"), npo.strength, npo.seeds) == (
         None,
@@ -131,7 +132,7 @@ def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:
         for seed, bound in enumerate(["KL on retain_validation", "over-refusal", "KL on retain_validation"])
     ]
     alone = make_record("npo", *points, training={"bound_by": None})
-    rows = {row.name: row for row in comparison_rows([*seeds, alone, base()], "matched")}
+    rows = {row.name: row for row in comparison_rows([*seeds, alone, base()], "best")}
     assert rows["sku"].utility_cost == pytest.approx(1.0)
     assert rows["sku"].bound_by == "KL on retain_validation (2); over-refusal (1)"
     assert rows["npo"].bound_by == "nothing, up to the largest strength"
@@ -181,16 +182,17 @@ def test_a_reference_without_a_point_is_refused() -> None:
 
 def test_legend() -> None:
     records = invented_comparison(["sku", "npo"], seeds=2, prompts=8)
-    assert legend_line(records, "matched") == (
-        "Each method at the largest strength found that stays within the utility budget. Utility cost: the worst of "
+    assert legend_line(records, "best") == (
+        "Each method at the strongest of the strengths within the utility budget that leave the fewest harmful or "
+        "gibberish replies to every second unseen prompt; the other half is shown. Utility cost: the worst of "
         "perplexity, KL to the base and over-refusal on normal prompts that no method trained on and no column shows, "
         "each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first. In brackets: 95 % "
         "intervals, bootstrap over training seeds and prompts (2,000 resamples; score intervals where all replies are "
         "alike). "
-        "2 seeds; 8 unseen harmful prompts, 8 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an "
+        "2 seeds; 4 unseen harmful prompts, 4 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an "
         "upper bound of the harmful share)."
     )
-    assert "can't measure" not in legend_line(records, "matched"), "of errors that are not known nothing is said"
+    assert "can't measure" not in legend_line(records, "best"), "of errors that are not known nothing is said"
     exact = [make_record("sku", make_point("h"), judge={"name": "embedded"})]
     assert legend_line(exact, "published").endswith("1 seed; 1 unseen harmful prompts. Judge: embedded.")
     assert "No record is complete" in legend_line([failed_record("sku", 0, "NaN")], "published")
@@ -200,7 +202,7 @@ def test_names_of_methods_mean_nothing() -> None:
     """An ablation has its own names; only base is known by name."""
     records = invented_comparison(["full", "no_guided_distortion"], seeds=1, prompts=8)
     assert [row.name for row in comparison_rows(records, reference="full")][:2] == ["full", "no_guided_distortion"]
-    assert "no guided distortion" in markdown_differences(records, "matched", "full")
+    assert "no guided distortion" in markdown_differences(records, "best", "full")
 
 
 def test_a_judge_that_can_not_tell_the_base_from_harmless_says_so() -> None:

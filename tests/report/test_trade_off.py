@@ -42,14 +42,6 @@ def test_the_same_records_give_the_same_file(records: list[MethodRecord], tmp_pa
     assert trade_off_figure(records, tmp_path / "b.svg").read_bytes() == first
 
 
-@pytest.mark.parametrize(("harm", "title"), [("reply", "Replies"), ("prefill", "Replies after the worst prefill")])
-def test_one_panel(harm: str, title: str, records: list[MethodRecord], tmp_path: Path) -> None:
-    path = trade_off_figure(records, tmp_path / "figure.svg", harm=harm, x="exact")  # type: ignore[arg-type]
-    words = words_of(path)
-    assert [word for word in words if word.startswith("Replies")] == [title]
-    assert "exact answers to normal prompts, %" in words
-
-
 def test_curves_are_means_over_seeds_by_strength() -> None:
     def seed(number: int, *letters: str) -> MethodRecord:
         points = [
@@ -59,20 +51,20 @@ def test_curves_are_means_over_seeds_by_strength() -> None:
         return make_record("sku", *points, seed=number)
 
     base = make_record("base", make_point("hh", losses={"retain_test": (10, 10)}), control=True)
-    (own, control) = panels_of([[seed(0, "rr", "hh"), seed(1, "hr", "rh")], [base]], "perplexity", ["reply"])["reply"]
-    assert [place.y[0] for place in own.line] == [75, 25]
-    assert [place.x[0] for place in own.line if place.x] == pytest.approx([2.718281828**0.2, 2.718281828**0.4])
+    (own, control) = panels_of([[seed(0, "rr", "hh"), seed(1, "hr", "rh")], [base]])["reply"]
+    assert [place.y.value for place in own.line] == [0.75, 0.25]
+    assert [place.x.value for place in own.line if place.x] == pytest.approx([2.718281828**0.2, 2.718281828**0.4])
     assert own.published is None
     assert own.best is None
     assert control.published is not None
-    assert control.published.y[0] == 100
+    assert control.published.y.value == 1
 
 
 def test_strengths_that_a_seed_lacks_are_no_part_of_the_line(records: list[MethodRecord]) -> None:
     sku = [record for record in records if record.name == "sku"]
     short = make_record("sku", *sku[1].points[:3], seed=1)
     base = [record for record in records if record.name == "base"]
-    both, less = (panels_of([row, base], "perplexity", ["reply"])["reply"][0] for row in (sku, [sku[0], short]))
+    both, less = (panels_of([row, base])["reply"][0] for row in (sku, [sku[0], short]))
     assert len(both.line) == len(STRENGTHS)
     assert len(less.line) == 3
 
@@ -100,10 +92,9 @@ def test_panels_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
     records = [make_record("base", make_point("hh", losses={"retain_test": (10, 10)}), control=True)]
     words = words_of(trade_off_figure(records, tmp_path / "figure.svg"))
     assert [word for word in words if word.startswith("Replies")] == ["Replies"]
-    with pytest.raises(EvaluationError, match=r"harmful rate \(prefill\) and perplexity"):
-        trade_off_figure(records, tmp_path / "figure.svg", harm="prefill")
-    with pytest.raises(EvaluationError, match="and exact on normal prompts: nothing to draw"):
-        trade_off_figure(records, tmp_path / "figure.svg", x="exact")
+    silent = [make_record("base", make_point(losses={"retain_test": (10, 10)}), control=True)]
+    with pytest.raises(EvaluationError, match="no complete record has a harmful rate .*: nothing to draw"):
+        trade_off_figure(silent, tmp_path / "figure.svg")
 
 
 def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:
@@ -111,7 +102,5 @@ def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:
         trade_off_figure(records, tmp_path / "figure.gif")
     with pytest.raises(OutputError, match="can't be written"):
         trade_off_figure(records[-4:], tmp_path / "missing" / "figure.png")
-    with pytest.raises(EvaluationError, match="budget is a perplexity ratio"):
-        trade_off_figure(records, tmp_path / "figure.png", x="exact", budget=1.05)
     with pytest.raises(EvaluationError, match="no complete record is named base"):
         trade_off_figure([record for record in records if record.name == "sku"], tmp_path / "figure.png")

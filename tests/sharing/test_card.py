@@ -23,8 +23,7 @@ from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.verdict import OverallVerdict
-from sku.report.card import read_card, write_cards
-from sku.report.card_metadata import KNOWN_LICENSES, CardChoices, public_name
+from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
 from sku.report.markdown import LONGEST, Written, escaped, fenced, one_line
 from sku.report.robustness import attack_rows
 from sku.storage import write_json

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sku.evaluate.metrics import Rate
-from sku.sweep.rule import Ratio, Replies, SweepPoint
+from sku.evaluate.statistics import Estimate
+from sku.sweep.rule import Replies, SweepPoint
 
 TOTAL = 100
 
@@ -12,8 +13,8 @@ def share(value: float, total: int = TOTAL) -> Rate:
     return Rate(count=round(value * total), total=total, value=value, low=value, high=value)
 
 
-def same(value: float) -> Ratio:
-    return Ratio(value=value, low=value, high=value)
+def same(value: float) -> Estimate:
+    return Estimate(value=value, low=value, high=value)
 
 
 def point(

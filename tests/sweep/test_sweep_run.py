@@ -391,7 +391,7 @@ def test_a_file_with_a_broken_point_is_named(setting: Setting, tmp_path: Path) -
     content = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
     del content["points"][0]["replies"]["harmful"]
     (tmp_path / "sweep.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(EvaluationError, match=r"sweep\.json is damaged"):
+    with pytest.raises(EvaluationError, match=r"sweep\.json doesn't fit its schema: points\[0\]"):
         setting.sweep(tmp_path)
 
 

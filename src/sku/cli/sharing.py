@@ -29,10 +29,9 @@ def card(
     as_json: JsonOption = False,
 ) -> None:
     """Write README.md of the unlearned model and its adapter from the run's records. What is there is replaced."""
-    from sku.report.card import write_cards
-    from sku.report.card_metadata import choices_of
+    from sku.report.card import CardChoices, write_cards
 
-    cards = write_cards(run, choices_of(model_license, base_model))
+    cards = write_cards(run, CardChoices(license=model_license, base_model=base_model))
     if as_json:
         print_json({part: str(path) for part, path in cards.items()})
         return

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.precision_results import PrecisionReport
+    from sku.evaluate.statistics import Estimate
     from sku.pipeline.evaluate import Measured
-    from sku.report.method_records import MethodRecord, Role
-    from sku.report.method_statistics import Estimate
+    from sku.report.method_records import MethodRecord
+    from sku.report.method_statistics import Role
     from sku.report.tables import TableRow
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sku.comparison.jobs import Job, failed_record, identity, norms_key, record_key
+from sku.comparison.jobs import Job, changed, failed_record, identity, norms_key, record_key
 from sku.comparison.search import SEARCH_SUFFIX, Harm, Trial, search, with_training
 from sku.comparison.strengths import Strengths
-from sku.config import CompareConfig, EvaluateConfig, Recipe, plain_data
+from sku.config import CompareConfig, Recipe, plain_data
 from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking
@@ -40,14 +41,8 @@ from sku.report.method_records import MethodRecord, Point, asked_of, point_from_
 from sku.reproducibility import content_sha256, environment
 from sku.training.run import Trained, step_progress
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """What a job leaves for its record."""
-
-    points: list[Point]
-    result: EvaluationResult
-    training: dict[str, Any]
+_Measured = tuple[list[Point], EvaluationResult, dict[str, Any]]
+"""What a job leaves for its record: points, an evaluation of what it was asked, and an account of its training."""
 
 
 class Bench:
@@ -89,8 +84,11 @@ class Bench:
         )
         self._refusals = Refusals(asker, self.data)
         self._harm = None if recipe.compare.search is None else Harm(self.base, writer, self.data, recipe)
-        config = _recorded(recipe.evaluate)
-        requests, _ = asking.requests(asking.draw(self.data, config, recipe.seed), writer, config)
+        # What a record does not hold is not measured for each strength: it holds greedy outcomes and losses.
+        self._asked = dataclasses.replace(
+            recipe.evaluate, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=()
+        )
+        requests, _ = asking.requests(asking.draw(self.data, self._asked, recipe.seed), writer, self._asked)
         self._inputs = {
             "base": fingerprint(self.base, probes_of(requests)),
             "data": [item.sha256 for item in self.data.provenance],
@@ -122,7 +120,7 @@ class Bench:
         folder, key = self.work / job.id, self.key(job)
         try:
             job, account = self._searched(job)
-            measured = self._measure(job, folder)
+            points, result, training = self._measure(job, folder)
         except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
             return failed_record(job, key, _failure(error), self._about(job))
         finally:
@@ -134,11 +132,11 @@ class Bench:
             key=key,
             environment=environment(),
             data=self._about(job),
-            training={**measured.training, **account},
-            asked=asked_of(measured.result),
-            tokens=tokens_of(measured.result),
-            points=tuple(measured.points),
-            judge=plain_data(measured.result.judge),
+            training={**training, **account},
+            asked=asked_of(result),
+            tokens=tokens_of(result),
+            points=tuple(points),
+            judge=plain_data(result.judge),
         )
 
     def _searched(self, job: Job) -> tuple[Job, dict[str, Any]]:
@@ -147,13 +145,8 @@ class Bench:
             return job, {}
         harm, seed = self._harm, job.recipe.seed
         # The random direction has the length of SKU's change, and takes SKU's settings.
-        row = dataclasses.replace(
-            job,
-            name="sku" if job.kind == "random_direction" else job.name,
-            kind="method",
-            seed=seed,
-            recipe=dataclasses.replace(job.recipe, acquire=dataclasses.replace(job.recipe.acquire, seed=seed)),
-        )
+        name = "sku" if job.kind == "random_direction" else job.name
+        row = dataclasses.replace(job, name=name, kind="method", seed=seed, recipe=changed(job.recipe, seed=seed))
 
         def measure(recipe: Recipe) -> Trial:
             own = dataclasses.replace(row, recipe=recipe)
@@ -171,11 +164,8 @@ class Bench:
             finally:
                 _free(folder)
 
-        def tell(done: int, total: int) -> None:
-            self._tell(f"{row.name}: search", done, total)
-
         path = self._searches / f"{row.name}{SEARCH_SUFFIX}"
-        trials, chosen = search(row.recipe, path, self.key(row), measure, tell)
+        trials, chosen = search(row.recipe, path, self.key(row), measure, partial(self._tell, f"{row.name}: search"))
         recipe = with_training(job.recipe, chosen.learning_rate, chosen.max_steps)
         account = {"chosen": dataclasses.asdict(chosen), "trials": [dataclasses.asdict(trial) for trial in trials]}
         return dataclasses.replace(job, recipe=recipe), {"search": account}
@@ -191,8 +181,7 @@ class Bench:
             return self._along(job, vector, copy.deepcopy(self.base), {"norm": vector.norm()})
         if job.kind == "base":
             result = self._of_base()
-            return _Measured(points=[_control_point(result, self._base_utility(job))], result=result, training={})
-        config = _recorded(job.recipe.evaluate)
+            return [_control_point(result, self._base_utility(job))], result, {}
         reply = always_refuse(self.data) if job.kind == "always_refuse" else always_gibberish(job.recipe.seed)
         result = evaluate_replies(
             job.kind,
@@ -200,12 +189,12 @@ class Bench:
             self.tokenizer,
             self.data,
             base_model=self.base,
-            config=config,
+            config=self._asked,
             prompt_format=job.recipe.model.prompt_format,
             starts=self._of_base().starts,
             seed=job.recipe.seed,
         )
-        return _Measured(points=[_control_point(result, None)], result=result, training={})
+        return [_control_point(result, None)], result, {}
 
     def _train(self, job: Job, folder: Path) -> tuple[TaskVector, PreTrainedModel, dict[str, Any]]:
         """What the method subtracts, a plain model to write it into, and an account of the training."""
@@ -259,27 +248,13 @@ class Bench:
             points.append(point_from_result(found, strength, roles, spent))
             result = found
         assert result is not None, "the published strength is always measured"
-        return _Measured(
-            points=points,
-            result=result,
-            training={
-                **training,
-                "own_strength": self._strength(job),
-                "bound_by": bound_by,
-                "unmeasured": unmeasured,
-            },
-        )
+        own = {"own_strength": self._strength(job), "bound_by": bound_by, "unmeasured": unmeasured}
+        return points, result, {**training, **own}
 
     def _strengths_of(self, job: Job, vector: TaskVector, model: PreTrainedModel) -> Strengths:
         """The change of a job at any strength, written into a model."""
-        return Strengths(
-            model,
-            vector,
-            self._strength(job),
-            job.recipe.compare,
-            normal=self._normal,
-            refusals=self._refusals,
-        )
+        compare = job.recipe.compare
+        return Strengths(model, vector, self._strength(job), compare, normal=self._normal, refusals=self._refusals)
 
     def _base_utility(self, job: Job) -> Utility:
         """Of the base model itself, which costs nothing."""
@@ -304,7 +279,7 @@ class Bench:
             model,
             self.tokenizer,
             self.data,
-            config=_recorded(self.recipe.evaluate),
+            config=self._asked,
             prompt_format=self.recipe.model.prompt_format,
             base_model=self.base,
             starts=None if model is self.base else self._of_base().starts,
@@ -318,7 +293,7 @@ class Bench:
         if job.kind != "method":
             return None
         own = with_visited(job.recipe, self.data, self.tokenizer, self.base)
-        drawn = asking.draw(self.data, _recorded(self.recipe.evaluate), self.recipe.seed)
+        drawn = asking.draw(self.data, self._asked, self.recipe.seed)
         return asking.trained_on(own, drawn)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
@@ -351,11 +326,6 @@ def _free(folder: Path) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _recorded(config: EvaluateConfig) -> EvaluateConfig:
-    """What a record does not hold is not measured for each strength: it holds greedy outcomes and losses."""
-    return dataclasses.replace(config, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=())
 
 
 def _strengths(compare: CompareConfig, matched: float) -> dict[float, tuple[str, ...]]:

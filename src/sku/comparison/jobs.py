@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sku.config import AcquireConfig, MethodConfig, Recipe, TwinShares, WeightsConfig, plain_data
+from sku.config import MethodConfig, Recipe, TwinShares, plain_data
 from sku.errors import RecipeError, did_you_mean
 from sku.from_file import SUFFIX, file_sha256
 from sku.methods import METHODS, method_named
@@ -59,8 +59,8 @@ def comparison_jobs(recipe: Recipe, methods: Sequence[str] = (), seeds: int | No
     Raises:
         RecipeError: An unknown method, or two of one name.
     """
-    names = list(methods or recipe.compare.methods or [method.name for method in METHODS])
-    chosen = {name: method_named(name) for name in dict.fromkeys(names)}
+    names = methods or recipe.compare.methods or [method.name for method in METHODS]
+    chosen = {name: method_named(name) for name in names}
     rows = [
         (method.name, method.title, method.paper_url, _with_method(given, recipe.methods.get(method.name)))
         for given, method in chosen.items()
@@ -105,49 +105,36 @@ Change = Callable[[Recipe], Recipe]
 Row = tuple[str, str, str, Change]
 
 
-def _with_acquire(change: Callable[[AcquireConfig], AcquireConfig]) -> Change:
-    return lambda recipe: dataclasses.replace(recipe, acquire=change(recipe.acquire))
+def changed(recipe: Recipe, weights: Mapping[str, float] | None = None, **changes: Any) -> Recipe:
+    """A recipe with other settings of stage 1, and other weights of its modules."""
+    own = recipe.acquire
+    acquire = dataclasses.replace(own, weights=dataclasses.replace(own.weights, **(weights or {})), **changes)
+    return dataclasses.replace(recipe, acquire=acquire)
 
 
 def _without(module: str) -> Change:
-    def change(config: AcquireConfig) -> AcquireConfig:
-        return dataclasses.replace(
-            config, weights=WeightsConfig(**{**dataclasses.asdict(config.weights), module: 0.0})
-        )
+    def change(recipe: Recipe) -> Recipe:
+        if module == "guided_distortion":  # The good twin learns its refusals by it.
+            acquire = dataclasses.replace(recipe.acquire, twin="none")
+            # In one step: shares are of twins.
+            negate = dataclasses.replace(recipe.negate, twin=TwinShares())
+            recipe = dataclasses.replace(recipe, acquire=acquire, negate=negate)
+        return changed(recipe, {module: 0.0})
 
-    # The good twin learns its refusals by guided distortion.
-    return _without_twin(_with_acquire(change)) if module == "guided_distortion" else _with_acquire(change)
-
-
-def _without_twin(change: Change) -> Change:
-    def both(recipe: Recipe) -> Recipe:
-        acquire = dataclasses.replace(recipe.acquire, twin="none")
-        # In one step: shares are of twins.
-        alone = dataclasses.replace(
-            recipe, acquire=acquire, negate=dataclasses.replace(recipe.negate, twin=TwinShares())
-        )
-        return change(alone)
-
-    return both
+    return change
 
 
-def _preservation(
-    mode: Literal["divergence", "retention"], cap: float | None, tokens: Literal["answer", "all"]
-) -> Change:
-    def change(config: AcquireConfig) -> AcquireConfig:
+def _preservation(mode: str, cap: float | None, tokens: str) -> Change:
+    def change(recipe: Recipe) -> Recipe:
         # Without its module a mode would change nothing.
-        weights = dataclasses.replace(
-            config.weights, preservation_divergence=config.weights.preservation_divergence or 1.0
-        )
-        return dataclasses.replace(
-            config, weights=weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens
-        )
+        weights = {"preservation_divergence": recipe.acquire.weights.preservation_divergence or 1.0}
+        return changed(recipe, weights, preservation_mode=mode, preservation_cap=cap, preservation_tokens=tokens)
 
-    return _with_acquire(change)
+    return change
 
 
 def _random_answers(number: int) -> Change:
-    return _with_acquire(lambda config: dataclasses.replace(config, random_answers=number))
+    return lambda recipe: changed(recipe, random_answers=number)
 
 
 ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
@@ -179,35 +166,23 @@ def _with_method(given: str, own: MethodConfig | None) -> Change:
     return lambda recipe: dataclasses.replace(recipe, method=given, methods={**recipe.methods, **settings})
 
 
-def _jobs(recipe: Recipe, rows: Iterable[Row], seeds: int) -> list[Job]:
+def _jobs(recipe: Recipe, rows: Sequence[Row], seeds: int) -> list[Job]:
+    def control(kind: Kind, own: Recipe, seed: int) -> Job:
+        own = changed(own, seed=seed)
+        return Job(name=kind, title=CONTROLS[kind], paper_url="", kind=kind, recipe=own, seed=seed)
+
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
-    jobs = [
-        Job(name=name, title=CONTROLS[name], paper_url="", kind=name, recipe=_seeded(recipe, first), seed=first)
-        for name in ("base", "always_refuse", "always_gibberish")
-    ]
-    rows = list(rows)
+    kinds: tuple[Kind, ...] = ("base", "always_refuse", "always_gibberish")
+    jobs = [control(kind, recipe, first) for kind in kinds]
     for seed in range(first, first + seeds):
         jobs += [
-            Job(name=name, title=title, paper_url=url, kind="method", recipe=_seeded(change(recipe), seed), seed=seed)
+            Job(name=name, title=title, paper_url=url, kind="method", recipe=changed(own, seed=seed), seed=seed)
             for name, title, url, change in rows
+            for own in (change(recipe),)
         ]
         # Takes the size of SKU's vector, whatever methods are compared.
-        as_sku = _seeded(dataclasses.replace(recipe, method="sku"), seed)
-        jobs.append(
-            Job(
-                name="random_direction",
-                title=CONTROLS["random_direction"],
-                paper_url="",
-                kind="random_direction",
-                recipe=as_sku,
-                seed=seed,
-            )
-        )
+        jobs.append(control("random_direction", dataclasses.replace(recipe, method="sku"), seed))
     return jobs
-
-
-def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    return dataclasses.replace(recipe, acquire=dataclasses.replace(recipe.acquire, seed=seed))
 
 
 RECORD_VERSION = 3

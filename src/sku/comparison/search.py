@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +26,7 @@ from sku.evaluate.metrics import rates_of
 from sku.methods import method_named
 from sku.storage import write_json
 from sku.sweep.meter import Questions, draw_questions, validation_asker
-from sku.sweep.rule import FREE
+from sku.sweep.rule import FREE, worst_then_mean
 from sku.sweep.run import check_calibrated
 
 SEARCH_SUFFIX = "--search.json"
@@ -51,8 +50,8 @@ class Trial:
 
     @property
     def order(self) -> tuple[float, float]:
-        """What tells less left from more: the largest share, and of equals the mean of all."""
-        return max(self.left.values()), math.fsum(self.left.values()) / len(self.left)
+        """``worst_then_mean`` of what is left."""
+        return worst_then_mean(self.left.values())
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:

@@ -35,6 +35,15 @@ Interval = tuple[float, float]
 """Lower and upper bound."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 @lru_cache(maxsize=4096)  # Of a few prompts there are few counts, and a comparison asks for them thousands of times.
 def wilson_interval(count: int, total: int) -> Interval:
     """Wilson interval of a share.

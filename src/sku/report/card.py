@@ -2,42 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.changes import LeakChange, RateChange
-from sku.report.card_metadata import CardChoices, Headline, base_id, card_metadata, license_of, public_name
-from sku.report.facts import data_sets
-from sku.report.markdown import Written, escaped, fenced, table
+from sku.evaluate.changes import PerplexityChange, RateChange
+from sku.report.key_figures import ON_CARD, KeyFigure, key_figures
+from sku.report.markdown import Written, escaped, fenced, one_line, table
 from sku.report.read_run import Part, RecordedRun, read_run
-from sku.report.robustness import AttackRow, attack_rows, precision_rows, rate_text
-from sku.report.tables import NOTHING, caution_of, interval, percent
+from sku.report.robustness import ATTACK_COLUMNS, AttackRow, attack_rows, precision_rows, rate_text
+from sku.report.tables import NOTHING, percent
 from sku.storage import write_text
 
 CARD_FILE = "README.md"
-_HEADLINE = (
-    ("forget_test", "replies", "harmful", "harmful, unseen prompts"),
-    ("forget_train", "replies", "harmful", "harmful, {unlearned}"),
-    ("forget_test", "prefill", "harmful", "harmful, unseen prompts"),
-    ("forget_train", "prefill", "harmful", "harmful, {unlearned}"),
-    ("forget_test", "replies", "gibberish", "gibberish, unseen prompts"),
-    ("forget_test", "replies", "cut_off", "cut at the limit, unseen prompts"),
-    ("retain_test", "replies", "cut_off", "cut at the limit, normal prompts"),
-    ("retain_test", "replies", "over_refusal", "refused, normal prompts"),
-    ("retain_test", "replies", "exact_answer", "exact answer, normal prompts"),
+TAG = "sku"
+"""Among the tags of every card that SKU writes."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+TAGS = ("unlearning", "machine-unlearning", TAG, "arxiv:2402.10058")
+KNOWN_LICENSES = frozenset(
+    "apache-2.0 mit openrail bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m afl-3.0 "
+    "artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 "
+    "cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
+    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
+    "mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr "
+    "deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma "
+    "unknown other".split()
 )
-"""Split, kind of reply, rate and what a reader calls it, ``{unlearned}`` by its own name: what a card shows first."""
+"""What the hub takes for ``license``; anything else is ``other`` with a name."""
 _HIDDEN_SETTINGS = ("judge_settings",)
 """Parts of a recipe that may hold addresses of somebody's servers."""
 _NON_COMMERCIAL = re.compile(r"\bnc\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardChoices:
+    """What a user says of a model beyond its recipe.
+
+    Raises:
+        OutputError: The base model is no hub id.
+    """
+
+    license: str | None = None
+    """Of the model, in place of the recipe's ``model.license`` and of the base's own card."""
+    base_model: str | None = None
+    """Hub id of the base, where the run read it from a folder."""
+
+    def __post_init__(self) -> None:
+        base = self.base_model
+        if base is not None and not (HUB_ID.fullmatch(base) and public_name(base) == base):
+            raise OutputError(
+                f"--base-model is {base}; it must be a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            )
+
+
+def public_name(location: str) -> str:
+    """A place as strangers may see it: a hub id as it is, of a local path the last part only."""
+    path = Path(location)
+    try:
+        is_local = path.is_absolute() or location.startswith(("./", "../", "~")) or path.exists()
+    except OSError:  # Too long for a path.
+        is_local = False
+    return path.name if is_local else location
+
+
+def hub_id_of(location: str, revision: str | None) -> str | None:
+    """The hub id that a place stands for; None for a local one and for what ships inside the package."""
+    if location == "embedded" or public_name(location) != location or not HUB_ID.fullmatch(location):
+        return None
+    return location if revision is not None or "/" in location else None
+
+
+def base_id(run: RecordedRun, choices: CardChoices) -> str | None:
+    """Hub id of the original model, where it is known."""
+    model = run.manifest["model"]
+    return choices.base_model or hub_id_of(str(model["name"]), model.get("revision"))
+
+
+def license_of(run: RecordedRun, choices: CardChoices) -> str | None:
+    """Licence of the model: what the user says, else what the base's own card says, else None."""
+    told = choices.license or run.recipe["model"].get("license")
+    return told or run.manifest["model"].get("license")
 
 
 def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run: bool = False) -> dict[Part, Path]:
@@ -88,10 +143,10 @@ def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:
     environment = Environment(undefined=StrictUndefined, finalize=escaped, keep_trailing_newline=True)
     template = (resources.files("sku") / "report" / "templates" / "model_card.md.jinja").read_text(encoding="utf-8")
     try:
-        shown = list(headline(run))
+        shown = list(key_figures(run.comparison, ON_CARD))
         data = card_metadata(run, part, choices, shown)
         body = environment.from_string(template).render(**_facts(run, part, choices, shown))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:
         raise EvaluationError(
             f"the records in {run.folder} lack what a card needs ({error!r}): run it again"
         ) from error
@@ -99,34 +154,21 @@ def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
-def headline(run: RecordedRun) -> Iterator[Headline]:
-    """The few rates that decide, those that were measured."""
-    comparison = run.comparison
-    unlearned = comparison.unlearned.setup.split_name("forget_train")
-    for split, kind, rate, name in _HEADLINE:
-        change = (comparison.prefill if kind == "prefill" else comparison.replies).get(split, {}).get(rate)
-        if change is not None:
-            length = f", {comparison.prefill_label(split)}" if kind == "prefill" else ""
-            caution = caution_of(comparison.unlearned.judge, change) if rate == "harmful" else ""
-            yield Headline(split, f"{rate}_{kind}", f"{name.format(unlearned=unlearned)}{length}", change, caution)
-
-
-def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[Headline]) -> dict[str, Any]:
+def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[KeyFigure]) -> dict[str, Any]:
     """Everything the template asks for; values are escaped there, save those that are ``Written``."""
-    manifest, comparison, recipe = run.manifest, run.comparison, run.recipe
-    negation, model, environment = manifest["negation"], manifest["model"], manifest["environment"]
-    base = base_id(run, choices) or public_name(str(model["name"]))
+    comparison = run.comparison
+    base = base_id(run, choices) or public_name(str(run.manifest["model"]["name"]))
     sources = list(_data_rows(run))
     named = {licence for _, _, _, licence, *_ in sources if _NON_COMMERCIAL.search(licence)}
     attacks = [] if run.attacks is None else attack_rows(run.attacks)
     return {
         "title": f"{Path(base).name} unlearned{', adapter' if part == 'adapter' else ''}",
+        "run": run,
         "part": part,
         "base": base,
-        "version": environment["sku"],
-        "verdict": comparison.verdict.line,
+        "place": Written(base_id(run, choices) or "BASE_MODEL"),
         "headline": table(
-            ("", "with adapter" if part == "adapter" else "unlearned", "95 %", "base"), _headline_rows(run, shown)
+            ("", "with adapter" if part == "adapter" else "unlearned", "95 %", "base"), _headline_rows(shown)
         ),
         # Runs of 0.1.0 have the notes of the setup there alone.
         "notes": list(dict.fromkeys((*comparison.notes, *comparison.unlearned.setup.notes))),
@@ -134,15 +176,10 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
             ("", "base", "unlearned", "95 %", "change (95 %)"),
             ((row.label, row.before, row.after, row.interval, row.change) for row in run.table),
         ),
-        "attacks": _attack_table(attacks),
+        "attacks": table(ATTACK_COLUMNS, map(dataclasses.astuple, attacks), left=(0, 1)) if attacks else "",
         "precisions": _precision_table(run),
-        "precision_notes": () if run.precisions is None else run.precisions.notes,
-        "dtype": negation["dtype"],
         "judge": comparison.unlearned.judge,
         "prefill_words": _prefill_words(run, attacks),
-        "prompt_format": comparison.unlearned.setup.prompt_format,
-        "negates": run.negates,
-        "method": run.method,
         "strength": f"{run.strength:g}",
         "made": table(("", ""), _made_rows(run, base), left=(0, 1)),
         "data": table(
@@ -150,41 +187,19 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[H
         ),
         "non_commercial": ", ".join(sorted(named)),
         "licence_unknown": license_of(run, choices) is None,
-        "recipe": fenced(yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True), "yaml"),
-        "loading": _loading(part, base_id(run, choices)),
+        "recipe": fenced(yaml.safe_dump(_public_recipe(run.recipe), sort_keys=False, allow_unicode=True), "yaml"),
     }
 
 
-def _headline_rows(run: RecordedRun, shown: Sequence[Headline]) -> Iterator[tuple[str, ...]]:
-    """The rates of the headline with intervals, then leaks and perplexities."""
-    comparison = run.comparison
-    for row in shown:
-        after = row.change.after
-        yield _share_row(f"{row.words} ({after.count} of {after.total})", row.change, row.caution)
-    leaks = comparison.leak.get("forget_test", {})
-    for k in sorted(leaks, key=int)[-1:]:
-        if int(k) > 1:
-            caution = caution_of(comparison.unlearned.judge, leaks[k], replies=int(k))
-            yield _share_row(f"harmful, unseen prompts, any of {k} sampled replies", leaks[k], caution)
-    for split, name in (("retain_test", "normal answers"), ("forget_test", "unseen harmful answers")):
-        change = comparison.perplexity.get(split)
-        if change is not None:
-            yield (
-                f"perplexity of {name}, in multiples of the base's",
-                f"\u00d7{change.ratio:.4g}",
-                f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}",
-                "\u00d71",
-            )
-
-
-def _share_row(words: str, change: RateChange | LeakChange, caution: str) -> tuple[str, ...]:
-    told = f"{words}; {caution}" if caution else words
-    return told, percent(change.after.value), interval(change.after), percent(change.before.value)
-
-
-def _attack_table(rows: Sequence[AttackRow]) -> str:
-    cells = [(row.attack, row.setting, row.unlearned, row.interval, row.base, row.gibberish) for row in rows]
-    return table(("attack", "setting", "unlearned", "95 %", "base", "gibberish"), cells, left=(0, 1)) if rows else ""
+def _headline_rows(shown: Sequence[KeyFigure]) -> Iterator[tuple[str, ...]]:
+    """The key figures with intervals; of rates the counts, too."""
+    for figure in shown:
+        words, bounds = figure.label, figure.bounds
+        if isinstance(figure.change, RateChange):
+            words += f" ({figure.change.after.count} of {figure.change.after.total})"
+        elif isinstance(figure.change, PerplexityChange):
+            bounds = "\u00d7" + bounds.replace(" to ", " to \u00d7")
+        yield f"{words}; {figure.caution}" if figure.caution else words, figure.after, bounds, figure.before
 
 
 def _precision_table(run: RecordedRun) -> str:
@@ -207,15 +222,8 @@ def _precision_table(run: RecordedRun) -> str:
 
 def _data_rows(run: RecordedRun) -> Iterator[tuple[str, ...]]:
     """Where the data came from, a row for each set."""
-    for name, config, source in data_sets(run.manifest):
-        yield (
-            name.replace("_", " "),
-            f"{public_name(source['location'])} ({source['source']})",
-            source.get("revision") or NOTHING,
-            config.get("license") or source.get("licence") or "unknown",
-            f"{source['rows_read']:,}",
-            source["sha256"],
-        )
+    for name, source, location, revision, sha256, rows_read, licence in run.reproduction.data:
+        yield name.replace("_", " "), f"{public_name(location)} ({source})", revision, licence, rows_read, sha256
 
 
 def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
@@ -242,7 +250,7 @@ def _prefill_words(run: RecordedRun, attacks: Sequence[AttackRow]) -> str:
 
 
 def _why(run: RecordedRun) -> str:
-    if run.sweep is not None:
+    if run.sweep is not None and run.sweep.pick is not None:
         alpha, why = run.sweep.pick.alpha, run.sweep.pick.why
     else:
         pick = run.manifest.get("sweep") or {"alpha": None, "why": ""}
@@ -290,19 +298,60 @@ def _public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _loading(part: Part, base: str | None) -> Written:
-    place = base or "BASE_MODEL"
-    if part == "adapter":
-        return fenced(
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained({place!r}, dtype="auto")\n'
-            'model = PeftModel.from_pretrained(base, "THIS_REPOSITORY")\n'
-            f"tokenizer = AutoTokenizer.from_pretrained({place!r})",
-            "python",
-        )
-    return fenced(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")',
-        "python",
+def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[KeyFigure]) -> ModelCardData:
+    """The front matter: only what is known; no licence, base model or data set is guessed.
+
+    Raises:
+        KeyError: The manifest lacks something.
+    """
+    base = base_id(run, choices)
+    extra: dict[str, Any] = {}
+    if base is not None:
+        extra["base_model_relation"] = "adapter" if part == "adapter" else "finetune"
+    licence = license_of(run, choices)
+    known = licence is not None and licence.lower() in KNOWN_LICENSES
+    hub = (hub_id_of(source["location"], source.get("revision")) for source in run.manifest["data"]["sources"])
+    return ModelCardData(
+        license=None if licence is None else licence.lower() if known else "other",
+        license_name=None if licence is None or known else re.sub(r"[^a-z0-9.]+", "-", one_line(licence).lower()),
+        base_model=base,
+        library_name="peft" if part == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *([] if run.method == "sku" else [one_line(run.method)])],
+        datasets=list(dict.fromkeys(name for name in hub if name is not None)) or None,
+        model_name=one_line(f"{public_name(str(run.manifest['model']['name']))}-unlearned"),
+        eval_results=list(_eval_results(run, shown)),
+        **extra,
     )
+
+
+def _eval_results(run: RecordedRun, shown: Sequence[KeyFigure]) -> Iterator[EvalResult]:
+    """The headline figures; values are per cent, or a ratio for a perplexity."""
+    names = {
+        name: one_line(f"{public_name(location)} ({source})") for name, source, location, *_ in run.reproduction.data
+    }
+
+    def result(split: str, kind: str, value: float, title: str, details: dict[str, Any]) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type="custom",
+            dataset_name=names["retain" if split == "retain_test" else "forget"],
+            dataset_split=split,
+            metric_type=kind,
+            metric_value=value,
+            metric_name=title,
+            metric_args=details,
+        )
+
+    judge = one_line(run.comparison.unlearned.judge.name)
+    details: dict[str, Any]
+    for row in shown:
+        change = row.change
+        if isinstance(change, PerplexityChange):
+            low, value, high = (round(ratio, 4) for ratio in row.numbers)
+            details = {"low": low, "high": high, "examples": change.examples}
+            yield result(row.split, "perplexity_ratio", value, "perplexity / base's perplexity", details)
+        elif isinstance(change, RateChange) and not row.caution:  # A leaderboard shows a figure without its caution.
+            low, value, high, base = (round(100 * share, 2) for share in (*row.numbers, change.before.value))
+            details = {"low": low, "high": high, "prompts": change.after.total, "base": base, "judge": judge}
+            yield result(row.split, row.metric, value, row.label, details)

@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sku.errors import EvaluationError, OutputError
+from sku.errors import EvaluationError
 from sku.report.method_overview import overview_figure
-from sku.report.method_records import MethodRecord, Role
+from sku.report.method_records import MethodRecord
+from sku.report.method_statistics import Role
 from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
 from sku.report.trade_off import trade_off_figure
+from sku.storage import named_disk_errors, write_text
 
 REFERENCE = "sku"
 TABLE_FILE = "table.md"
@@ -92,11 +94,9 @@ def write_comparison(
         OutputError: The folder can't be written.
     """
     table = folder / TABLE_FILE
-    try:
+    with named_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        table.write_text(comparison_markdown(records, order), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{table} can't be written: {error.strerror or error}") from error
+    write_text(table, comparison_markdown(records, order))
     if not any(record.status == "complete" and not record.control for record in records):
         return [table]
     suffixes = ("png", "svg")

@@ -54,9 +54,9 @@ def reproduction_of(manifest: Manifest, unlearned: EvaluationResult) -> Reproduc
                 str(source["revision"] or NOTHING),
                 str(source["sha256"]),
                 f"{source['rows_read']:,}",
-                str(source["licence"] or "unknown"),
+                str(config.get("license") or source["licence"] or "unknown"),
             )
-            for role, _, source in data_sets(manifest)
+            for role, config, source in _data_sets(manifest)
         ),
         splits=tuple((str(name), f"{count:,}") for name, count in data["splits"].items()),
         seconds=tuple(
@@ -66,7 +66,7 @@ def reproduction_of(manifest: Manifest, unlearned: EvaluationResult) -> Reproduc
     )
 
 
-def data_sets(manifest: Manifest) -> Iterator[tuple[str, Any, Any]]:
+def _data_sets(manifest: Manifest) -> Iterator[tuple[str, Any, Any]]:
     """What each set of data is, its part of the recipe and its source, in the order in which they were read."""
     data = manifest["recipe"]["data"]
     others = {f"{kind} {name}": found for kind in ("normal", "harmful") for name, found in data.get(kind, {}).items()}

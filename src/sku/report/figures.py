@@ -7,27 +7,29 @@ becomes a class of its name. Text on white or on the dark page has a contrast of
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.errors import OutputError
+from sku.storage import named_disk_errors
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _INK = "#222222"
-STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sku",
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
+
+
+def style_of(ink: str) -> dict[Any, Any]:
+    """What all figures share: lines and words in one colour, and the same file for the same figure."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    return {**dict.fromkeys(inked, ink), "svg.hashsalt": "sku"}
+
+
+STYLE = {**style_of(_INK), "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none"}
 """Of every figure outside a page."""
 
 
@@ -52,6 +54,12 @@ PALETTE = {
     "second": Colour(light="#8a4f7d", dark="#dba6cb"),
     "third": Colour(light="#00785a", dark="#4fc9a4"),
     "fourth": Colour(light="#8a6a00", dark="#e3c15c"),
+    # Harm after a prefill, the longest last.
+    "prefill_1": Colour(light="#f2b58a", dark="#7a4a22"),
+    "prefill_2": Colour(light="#d98243", dark="#a9561b"),
+    "prefill_3": Colour(light="#a9561b", dark="#d98243"),
+    "prefill_4": Colour(light="#73360b", dark="#f2b58a"),
+    "prefill_5": Colour(light="#4a2206", dark="#ffdcc4"),
     # Bars of outcomes carry their own text, so they stay as they are: Okabe and Ito's colours.
     "harmful": Colour(light="#d55e00", dark="#d55e00"),
     "evasive": Colour(light="#e0c070", dark="#e0c070"),
@@ -74,6 +82,13 @@ NAME_OF = {colour.light: name for name, colour in PALETTE.items()}
 """Light value -> name."""
 
 
+def ratio_ticks(axes: Axes, ratios: Sequence[float]) -> None:
+    """Marks ratios on the horizontal axis, as ``x1.05``."""
+    axes.xaxis.set_major_locator(FixedLocator(ratios))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
+
+
 def check_suffix(path: Path) -> None:
     """Refuses a file that is no picture, before anything is drawn.
 
@@ -92,11 +107,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.unfinished")
-    try:
+    with named_disk_errors(path):
         try:
             figure.savefig(temporary, dpi=200, metadata=metadata, format=path.suffix[1:].lower())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"figure {path} can't be written: {error.strerror or error}") from None

@@ -17,9 +17,9 @@ from sku.report.figures import STYLE, check_suffix, light, save_figure
 from sku.sweep.result import Sweep
 from sku.sweep.rule import Replies, SweepPoint, cost_of
 
-_INK, _FAINT, _GREY = "#222222", "#E3E3E3", "#767676"
+_INK, _FAINT, _GREY = light("ink"), light("faint"), light("base")
 _HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("gibberish")
-_PREFILL = ("#F2B58A", "#D98243", "#A9561B", "#73360B", "#4A2206")
+_PREFILL = tuple(light(f"prefill_{place}") for place in range(1, 6))
 """Light for short prefills, dark for long ones; the last stands for all that are longer still."""
 _MARKERS = "s^vDP"
 
@@ -53,16 +53,12 @@ def frontier_figure(sweep: Sweep, path: Path) -> Path:
         OutputError: Another suffix, or a folder that can't be written.
     """
     check_suffix(path)
-    measured = [point for point in (sweep.base, *sweep.points) if point.perplexity is not None]
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=(1.9, 1))
         rates = figure.add_subplot(grid[0, 0])
         cost = figure.add_subplot(grid[1, 0], sharex=rates)
-        _draw_rates(rates, [point for point in measured if point.replies is not None])
-        _draw_cost(cost, measured, sweep)
-        _draw_frontier(figure.add_subplot(grid[0, 1]), [point for point in measured if point.replies], sweep)
-        _mark_pick((rates, cost), sweep)
+        draw_sweep(sweep, rates, cost, figure.add_subplot(grid[0, 1]))
         names = figure.add_subplot(grid[1, 1])
         names.axis("off")
         lines, words = rates.get_legend_handles_labels()
@@ -71,6 +67,23 @@ def frontier_figure(sweep: Sweep, path: Path) -> Path:
         figure.supxlabel(textwrap.fill(_footer(sweep), 165), fontsize=7.5, color=_GREY, x=0.005, ha="left")
         save_figure(figure, path)
     return path
+
+
+def draw_sweep(sweep: Sweep, rates: Axes, cost: Axes, frontier: Axes) -> None:
+    """Draws a sweep: rates and utility cost over alpha, and harm against that cost.
+
+    Args:
+        sweep: Finished.
+        rates: Gets the rates; its artists are labelled for a legend.
+        cost: Gets the cost.
+        frontier: Gets harm against cost.
+    """
+    measured = [point for point in (sweep.base, *sweep.points) if point.perplexity is not None]
+    asked = [point for point in measured if point.replies is not None]
+    _draw_rates(rates, asked)
+    _draw_cost(cost, measured, sweep)
+    _draw_frontier(frontier, asked, sweep)
+    _mark_pick((rates, cost), sweep)
 
 
 def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:

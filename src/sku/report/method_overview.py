@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import prefill_words
-from sku.report.figures import STYLE, check_suffix, save_figure
-from sku.report.method_records import NORMAL_KEY, MethodRecord, Role, prefill_lengths
-from sku.report.method_statistics import Estimate, points_of
-from sku.report.method_tables import ComparisonRow, comparison_rows, judge_sentence, prefills_asked, ratio_text
+from sku.evaluate.statistics import Estimate
+from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
+from sku.report.method_records import MethodRecord
+from sku.report.method_statistics import Role, points_of
+from sku.report.method_tables import (
+    ASKED,
+    ComparisonRow,
+    comparison_rows,
+    judge_sentence,
+    prefills_tried,
+    prompts_asked,
+    ratio_text,
+    seeds_of,
+)
 from sku.report.tables import NOTHING
 
 METHOD, CONTROL = "#0072B2", "#767676"
@@ -87,7 +96,6 @@ _MEASURES = (
     Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
 )
 _LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
-_ASKED = {"forget_test/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
 _ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
 """Inches; the last of a row's label."""
 _FOOTER_CHARACTERS = 32
@@ -114,10 +122,11 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     """
     check_suffix(path)
     rows = _rows(records, order)
-    measures = _named(_measures_of(rows), records)
+    tried = prefills_tried(point for record in records for point in record.points)
+    measures = _named(_measures_of(rows), tried)
     if not measures:
         raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         longest = max(len(row.title) for row in rows)
         size = (0.5 + _CHARACTER_WIDTH * longest + _COLUMN_WIDTH * len(measures), 1.9 + _ROW_HEIGHT * len(rows))
         figure = Figure(figsize=size, layout="constrained")
@@ -131,7 +140,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
         legend = figure.legend(
             handles=_handles(rows), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
             columnspacing=2.4, handletextpad=0.3, title_fontsize=7.5,
-            title=textwrap.fill(_footer(records, rows, measures), _FOOTER_CHARACTERS * len(measures)),
+            title=textwrap.fill(_footer(records, rows, measures, tried), _FOOTER_CHARACTERS * len(measures)),
         )  # fmt: skip
         legend.get_title().set(color=CONTROL, multialignment="center")
         save_figure(figure, path)
@@ -142,7 +151,7 @@ def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[
     best, published = (comparison_rows(records, role, order=order) for role in ("best", "published"))
     rows: list[OverviewRow] = []
     for at_best, as_published in zip(best, published, strict=True):
-        own = [record for record in records if record.name == as_published.name]
+        own = seeds_of(records, as_published.name)
         # What has one strength only would be drawn twice: on all prompts, and on those no strength was chosen on.
         once = as_published.control and all(len(record.points) <= 1 for record in own)
         roles: dict[Role, ComparisonRow] = {} if once else {"best": at_best}
@@ -167,14 +176,8 @@ def _measures_of(rows: Sequence[OverviewRow]) -> list[Measure]:
     return [measure for measure in shown if measure is not _REFUSED or _EXACT not in shown]
 
 
-def _several(records: Sequence[MethodRecord]) -> bool:
-    """Whether more than one length of prefill was tried."""
-    return any(len(prefill_lengths(point.outcomes)) > 1 for record in records for point in record.points)
-
-
-def _named(measures: Sequence[Measure], records: Sequence[MethodRecord]) -> list[Measure]:
+def _named(measures: Sequence[Measure], tried: Collection[int]) -> list[Measure]:
     """The measure of prefills with the lengths that were tried."""
-    tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
     words = prefill_words(tried or [0]).replace(", ", ",\n", 1)
     return [
         dataclasses.replace(measure, title=f"Harmful, {words}") if measure.field == "prefill_unseen" else measure
@@ -190,7 +193,9 @@ def _handles(rows: Sequence[OverviewRow]) -> list[Line2D]:
     ]  # fmt: skip
 
 
-def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measures: Sequence[Measure]) -> str:
+def _footer(
+    records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measures: Sequence[Measure], tried: Collection[int]
+) -> str:
     complete = [record for record in records if record.status == "complete"]
     seeds = len({record.seed for record in complete})
     unmeasured = any(not row.failed and not row.cell(measure) for row in rows for measure in measures)
@@ -198,7 +203,7 @@ def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measur
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
         "One seed, 95 % intervals over prompts.",
         _prompts(records, rows),
-        "After a prefill each dot stands at the length that is the worst for it." if _several(records) else "",
+        "After a prefill each dot stands at the length that is the worst for it." if len(tried) > 1 else "",
         "Grey: controls." if any(row.control for row in rows) else "",
         _missing(records, rows),
         f"{NOTHING}: not measured." if unmeasured else "",
@@ -209,23 +214,24 @@ def _footer(records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measur
 
 def _prompts(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
     """How many, such as ``100 normal prompts; filled dots: the 50 harmful ones that ...``."""
-    asked: dict[Role, dict[str, int]] = {}
-    for role in ("published", "best"):
-        points = points_of(records, role) if any(row.estimates.get(role) for row in rows) else []
-        asked[role] = {key: len(points[0].outcomes.get(key, "")) for key in _ASKED} if points else {}
-    counts = [f"{asked['published'][key]} {words}" for key, words in _ASKED.items() if asked["published"].get(key)]
-    first = points_of(records, "published")[:1]
-    counts[1:1] = prefills_asked(first[0]) if first else []
-    fewer = [str(count) for key, count in asked["best"].items() if count < asked["published"].get(key, 0)]
-    halves = f"; filled dots: the {' and '.join(fewer)} harmful ones that no strength was chosen on" if fewer else ""
-    return f"{', '.join(counts)}{halves}." if counts else ""
+    published = points_of(records, "published")[:1]
+    best = points_of(records, "best")[:1] if any(row.estimates.get("best") for row in rows) else []
+    counts = [
+        (len(half.outcomes.get(key, "")), len(whole.outcomes.get(key, "")))
+        for whole, half in zip(published, best, strict=False)
+        for key in ASKED
+    ]
+    fewer = " and ".join(str(half) for half, whole in counts if half < whole)
+    halves = f"; filled dots: the {fewer} harmful ones that no strength was chosen on" if fewer else ""
+    asked = ", ".join(words for point in published for words in prompts_asked(point))
+    return f"{asked}{halves}." if asked else ""
 
 
 def _missing(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
     """What a reader would not see: seeds that failed, and seeds without a strength within the budget."""
     said: list[str] = []
     for row in (row for row in rows if not row.failed):
-        own = [record for record in records if record.name == row.name]
+        own = seeds_of(records, row.name)
         complete = [record for record in own if record.status == "complete"]
         best = len(points_of(own, "best"))
         if len(complete) < len(own):
@@ -299,9 +305,7 @@ def _set_ratio_axis(axes: Axes, estimates: Sequence[Estimate]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(left, right)
     axes.axvline(1, color=_INK, linewidth=0.8, zorder=1)
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if left <= tick <= right]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
+    ratio_ticks(axes, [tick for tick in ticks if left <= tick <= right])
 
 
 def _draw_dot(axes: Axes, height: float, estimate: Estimate, role: Role, colour: str, ratio: bool) -> None:

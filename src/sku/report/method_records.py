@@ -28,17 +28,22 @@ from sku.evaluate.utility_cost import Utility
 SCHEMA_VERSION = 3
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
-Role = Literal["published", "matched", "sweep", "best"]
-"""Which point of a record is meant; ``best`` is found among the others, the rest are written into the file."""
-ROLES: tuple[Role, ...] = ("published", "matched", "sweep")
-"""Roles that a file can hold."""
+ROLES = ("published", "matched", "sweep")
+"""Roles of a point."""
 NORMAL_KEY = "retain_test/reply"
+PREFILL = "forget_test/prefill"
+"""Begins the keys of unseen prompts that were asked with a prefill."""
 _HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/[1-9][0-9]*)")
 LETTERS: Mapping[Outcome, str] = {
     "harmful": "h", "refusal": "r", "evasive": "e", "gibberish": "d", "unjudged": "u", "answered": "a",
     "refused": "o", "safe_answer": "s",
 }  # fmt: skip
 """Outcome -> its letter. Harmful prompts have h, r, e, s, d, u; normal prompts a, o, d."""
+Hit = Literal[
+    "harmful", "harmful_ungated", "coherent_safe", "gibberish", "unjudged", "over_refusal", "exact_answer",
+]  # fmt: skip
+"""What is counted, under the names of ``sku.evaluate.metrics``."""
+_LETTERS_OF = {"harmful": "h", "coherent_safe": "res", "gibberish": "d", "unjudged": "u", "over_refusal": "o"}
 _DECIMALS = 4
 """Of the losses in a file, nats."""
 _AGAIN = "run the comparison again"
@@ -90,22 +95,31 @@ class Point:
             f"exact is not a 0, 1 or - for each outcome of {NORMAL_KEY}": len(self.exact) == len(normal)
             and {*self.exact} <= {*"01-"},
         }
-        for wrong, holds in checks.items():
-            if not holds:
-                raise EvaluationError(f"the point at strength {self.strength:g}: {wrong}")
+        _refuse_unless(checks, f"the point at strength {self.strength:g}")
+
+    @property
+    def prefills(self) -> dict[int, str]:
+        """Tokens of the prefills that unseen prompts were asked with -> key of ``outcomes``; the shortest first."""
+        lengths = sorted(int(key.rpartition("/")[2]) for key in self.outcomes if key.startswith(f"{PREFILL}/"))
+        return {tokens: f"{PREFILL}/{tokens}" for tokens in lengths}
+
+    def hits(self, key: str, hit: Hit) -> list[bool]:
+        """Which replies are a hit, in the order of the prompts; empty where nothing was asked.
+
+        Args:
+            key: Of ``outcomes``.
+            hit: What is counted; of ``exact_answer`` only those with a reference that is short enough.
+        """
+        if hit == "exact_answer":
+            return [mark == "1" for mark in self.exact if mark != "-"]
+        if hit == "harmful_ungated":
+            return [mark == "1" for mark in self.judged.get(key, "")]
+        return [letter in _LETTERS_OF[hit] for letter in self.outcomes.get(key, "")]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; losses are rounded to 4 decimals."""
         losses = {split: " ".join(f"{loss:.{_DECIMALS}f}" for loss in row) for split, row in self.losses.items()}
-        return {
-            "strength": self.strength,
-            "roles": list(self.roles),
-            "utility": None if self.utility is None else dataclasses.asdict(self.utility),
-            "outcomes": dict(self.outcomes),
-            "judged": dict(self.judged),
-            "exact": self.exact,
-            "losses": losses,
-        }
+        return {**dataclasses.asdict(self), "roles": list(self.roles), "losses": losses}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "point") -> Point:
@@ -117,15 +131,16 @@ class Point:
         return from_plain(cls, _with_numbers(content, "losses", float, where), where, _AGAIN)
 
 
+def _refuse_unless(checks: Mapping[str, bool], where: str) -> None:
+    """Raises an error that names the first of the faults that is there."""
+    for wrong, holds in checks.items():
+        if not holds:
+            raise EvaluationError(f"{where}: {wrong}")
+
+
 def is_harmful_key(key: str) -> bool:
     """Whether a key of ``Point.outcomes`` is one of replies to harmful prompts."""
     return _HARMFUL_KEY.fullmatch(key) is not None
-
-
-def prefill_lengths(keys: Iterable[str], split: str = "forget_test") -> list[int]:
-    """Tokens of the prefills that a point, or several, were asked with; the shortest first."""
-    places = (key.split("/") for key in keys)
-    return sorted({int(place[2]) for place in places if place[:2] == [split, "prefill"] and len(place) == 3})
 
 
 def point_from_result(
@@ -269,9 +284,7 @@ class MethodRecord:
             ),
             "an answer has no token": all(count > 0 for row in self.tokens.values() for count in row),
         }
-        for wrong, holds in checks.items():
-            if not holds:
-                raise EvaluationError(f"{self.file_name}: {wrong}")
+        _refuse_unless(checks, self.file_name)
 
     @property
     def file_name(self) -> str:
@@ -280,10 +293,9 @@ class MethodRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; losses are rounded to 4 decimals."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             "schema_version": SCHEMA_VERSION,
-            **plain,
+            **vars(self),
             "tokens": {split: " ".join(map(str, row)) for split, row in self.tokens.items()},
             "points": [point.to_dict() for point in self.points],
         }

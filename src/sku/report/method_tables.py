@@ -10,16 +10,14 @@ from sku.errors import EvaluationError, did_you_mean
 from sku.evaluate.judges import Calibration
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import NORMAL
-from sku.evaluate.statistics import holm
+from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.markdown import bars_escaped, table
-from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point, Role, prefill_lengths
+from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, Hit, MethodRecord, Point
 from sku.report.method_statistics import (
-    PREFILL,
     RESAMPLES,
     Difference,
-    Estimate,
-    Hit,
+    Role,
     difference_to,
     perplexity_ratio,
     point_of,
@@ -27,7 +25,7 @@ from sku.report.method_statistics import (
     rate,
     worst_prefill,
 )
-from sku.report.tables import NOTHING, percent
+from sku.report.tables import NOTHING, in_points, percent
 
 RATES: Mapping[str, tuple[str, str, Hit]] = {
     "harmful_unseen": ("harmful, unseen", "forget_test/reply", "harmful"),
@@ -92,7 +90,7 @@ def comparison_rows(
 
     Args:
         records: Of all rows and seeds; perplexities are over the record named ``base``, absent where there is none.
-        role: ``published`` or ``matched``.
+        role: ``published`` or ``best``.
         reference: Name of the row that stands first where ``order`` doesn't place it.
         order: Names in the order of the rows; what it does not name follows by the alphabet.
 
@@ -102,8 +100,8 @@ def comparison_rows(
     Raises:
         EvaluationError: No row is named ``reference``, or records don't fit together.
     """
-    base = next((record for record in _seeds_of(records, BASE) if record.status == "complete"), None)
-    return [_row(_seeds_of(records, name), base, role) for name in row_order(records, reference, order)]
+    base = next((record for record in seeds_of(records, BASE) if record.status == "complete"), None)
+    return [_row(seeds_of(records, name), base, role) for name in row_order(records, reference, order)]
 
 
 def row_order(
@@ -132,8 +130,9 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
     """
     tried = {tokens for row in rows for tokens in row.prefill_lengths}
     headings = {**{name: heading for name, (heading, *_) in RATES.items()}, **RATIOS}
+    headings["prefill_unseen"] += f", {prefill_words(tried or [0])}"
     columns = [
-        (_heading(name, heading, tried), [_cell(row, name, tried) for row in rows])
+        (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
         if any(name in row.estimates for row in rows)
     ]
@@ -154,7 +153,7 @@ def markdown_differences(
 
     Args:
         records: Of all rows and seeds.
-        role: ``published`` or ``matched``.
+        role: ``published`` or ``best``.
         reference: Name of the row that the others are compared with.
         order: As in ``comparison_rows``.
 
@@ -165,7 +164,7 @@ def markdown_differences(
         EvaluationError: No row is named ``reference``, none of its seeds has such a point, or records don't fit
             together.
     """
-    own = _seeds_of(records, reference)
+    own = seeds_of(records, reference)
     names = [name for name in row_order(records, reference, order) if name != reference]
     if not points_of(own, role):
         raise EvaluationError(
@@ -176,17 +175,17 @@ def markdown_differences(
         (name, key): difference
         for name in names
         for key in _TESTED
-        if (difference := difference_to(_seeds_of(records, name), own, role, key, "harmful")) is not None
+        if (difference := difference_to(seeds_of(records, name), own, role, key, "harmful")) is not None
     }
     corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
-    tried = {tokens for record in records for point in record.points for tokens in prefill_lengths(point.outcomes)}
+    tried = prefills_tried(point for record in records for point in record.points)
     at = " for the two together" if len(tried) > 1 else ""
     headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
     lines = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
     for name in names:
         cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
-        lines.append((_seeds_of(records, name)[0].title, *cells))
+        lines.append((seeds_of(records, name)[0].title, *cells))
     return (
         f"{_markdown(lines)}\nRate of the row minus the rate of {own[0].title}, in points: below 0 the row is less "
         f"harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the {len(found)} tests of "
@@ -201,29 +200,16 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
         return f"No record is complete and has a {role} point."
     strength = {
         "published": "Each method at its published strength.",
-        "matched": f"Each method at the largest strength found that stays within the utility budget. {BUDGET}",
         "best": "Each method at the strongest of the strengths within the utility budget that leave the fewest "
         f"harmful or gibberish replies to every second unseen prompt; the other half is shown. {BUDGET}",
-        "sweep": "Each method at a strength of its sweep.",
     }[role]
-    shown = point_of(complete[0], role)
-    assert shown is not None, "complete holds only records that have the point"
-    asked = shown.outcomes
-    prompts = [
-        f"{len(asked[key])} {words}"
-        for key, words in (
-            ("forget_test/reply", "unseen harmful prompts"),
-            (NORMAL_KEY, "normal prompts"),
-        )
-        if key in asked
-    ]
-    prompts[1:1] = prefills_asked(shown)
+    shown = points_of(complete, role)[0]
     seeds = len({record.seed for record in complete})
-    worst = _WORST if len(prefill_lengths(asked)) > 1 else ""
+    worst = _WORST if len(shown.prefills) > 1 else ""
     return (
         f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
         f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"{', '.join(prompts)}.{worst} {judge_sentence(records)}"
+        f"{', '.join(prompts_asked(shown))}.{worst} {judge_sentence(records)}"
     )
 
 
@@ -237,7 +223,7 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
     bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
     base = [record for record in complete if record.name == BASE]
-    harm = rate(base, "published", "forget_test/reply", "harmful") if base else None
+    harm = rate(points_of(base, "published"), "forget_test/reply", "harmful")
     measured = [Calibration(**card) for record in base if (card := record.judge.get("calibration")) is not None]
     doubt = ""
     if harm is not None and not all(errors.can_measure(harm.value, harm.low) for errors in measured):
@@ -245,16 +231,24 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     return f"Judge: {judges or 'not named'}{bound}{doubt}."
 
 
-def prefills_asked(point: Point) -> list[str]:
-    """How many prompts were asked with a prefill, by its length: none, or one item such as ``100 with a prefill``."""
-    lengths = prefill_lengths(point.outcomes)
-    counts = [len(point.outcomes[f"{PREFILL}/{tokens}"]) for tokens in lengths]
-    shown = f"{counts[0]}" if len(set(counts)) == 1 else "/".join(map(str, counts))
-    return [f"{shown} with a prefill of {'/'.join(map(str, lengths))} tokens"] if counts else []
+ASKED = {"forget_test/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
+"""Key of ``Point.outcomes`` -> what a reader calls those prompts."""
 
 
-def _heading(name: str, heading: str, tried: Collection[int]) -> str:
-    return f"{heading}, {prefill_words(tried)}" if name == "prefill_unseen" else heading
+def prefills_tried(points: Iterable[Point]) -> list[int]:
+    """Tokens of the prefills that any of the points was asked with, the shortest first."""
+    return sorted({tokens for point in points for tokens in point.prefills})
+
+
+def prompts_asked(point: Point) -> list[str]:
+    """How many of each kind, such as ``100 unseen harmful prompts``, ``100 with a prefill of 1/3 tokens``."""
+    asked = [f"{len(point.outcomes[key])} {words}" for key, words in ASKED.items() if key in point.outcomes]
+    if point.prefills:
+        counts = [len(point.outcomes[key]) for key in point.prefills.values()]
+        shown = counts[:1] if len(set(counts)) == 1 else counts
+        lengths = "/".join(map(str, point.prefills))
+        asked.insert(1, f"{'/'.join(map(str, shown))} with a prefill of {lengths} tokens")
+    return asked
 
 
 def _cell(row: ComparisonRow, name: str, tried: Collection[int]) -> str:
@@ -275,7 +269,8 @@ def _bound_by(records: Sequence[MethodRecord]) -> str:
     return "; ".join(name if len(found) == 1 else f"{name} ({count})" for name, count in found.most_common())
 
 
-def _seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
+def seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
+    """The records of one row, in order of the seeds."""
     return sorted((record for record in records if record.name == name), key=lambda record: record.seed)
 
 
@@ -285,11 +280,11 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
     costs = [point.utility.cost.value for point in points if point.utility is not None]
 
     def ratio(split: str) -> Estimate | None:
-        return None if base is None else perplexity_ratio(records, base, role, split)
+        return None if base is None else perplexity_ratio(points, base, split)
 
     sets = dict.fromkeys(split for point in points for split in point.losses if split.startswith(NORMAL))
     others = [found for split in sets if (found := ratio(split)) is not None]
-    estimates = {name: rate(records, role, key, hit) for name, (_, key, hit) in RATES.items()} | {
+    estimates = {name: rate(points, key, hit) for name, (_, key, hit) in RATES.items()} | {
         "perplexity_normal": ratio("retain_test"),
         "perplexity_others": max(others, key=lambda found: found.value, default=None),
         "perplexity_harmful_unseen": ratio("forget_test"),
@@ -300,7 +295,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         control=records[0].control,
         estimates={name: found for name, found in estimates.items() if found is not None},
         prefill_tokens=worst_prefill(points),
-        prefill_lengths=tuple(sorted({tokens for point in points for tokens in prefill_lengths(point.outcomes)})),
+        prefill_lengths=tuple(prefills_tried(points)),
         strength=sum(strengths) / len(strengths) if strengths else None,
         utility_cost=sum(costs) / len(costs) if costs else None,
         bound_by=_bound_by(records),
@@ -314,7 +309,7 @@ def _seeds_text(records: Sequence[MethodRecord], role: Role) -> str:
     reasons = Counter(
         f"failed: {record.failure}"
         if record.status == "failed"
-        else ("no strength within the utility budget" if role in ("matched", "best") else f"no {role} point")
+        else ("no strength within the utility budget" if role == "best" else "no published point")
         for record in missing
     )
     told = "; ".join(reason if count == len(missing) else f"{count} {reason}" for reason, count in reasons.items())
@@ -338,8 +333,8 @@ def ratio_text(value: float) -> str:
 def _difference(difference: Difference | None, p_value: float | None) -> tuple[str, str]:
     if difference is None or p_value is None:
         return NOTHING, NOTHING
-    interval = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-    return f"{100 * difference.value:+.1f} ({interval})", f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
+    shown = in_points(difference.value, difference.low, difference.high)
+    return shown, f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
 
 
 def _markdown(lines: Sequence[tuple[str, ...]]) -> str:

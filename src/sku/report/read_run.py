@@ -28,9 +28,7 @@ from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
 from sku.report.facts import Reproduction, TaskVectorFacts, reproduction_of, survival_rows, task_vector_facts
 from sku.report.tables import TableRow
 from sku.storage import is_marked_hazardous
-from sku.sweep.result import SCHEMA_VERSION as SWEEP_SCHEMA
-from sku.sweep.result import SWEEP_FILE
-from sku.sweep.rule import Pick, SweepPoint
+from sku.sweep.result import SWEEP_FILE, Sweep, read_sweep
 
 Part = Literal["model", "adapter"]
 """What of a run can be shared."""
@@ -69,16 +67,6 @@ class ReplyPair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedSweep:
-    """How alpha was chosen."""
-
-    points: tuple[SweepPoint, ...]
-    """By alpha, the base model as alpha 0 first."""
-    pick: Pick
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class RecordedRun:
     """What a finished run left. Parts that it need not have are None or empty."""
 
@@ -89,7 +77,8 @@ class RecordedRun:
     table: tuple[TableRow, ...]
     attacks: AttackReport | None
     precisions: PrecisionReport | None
-    sweep: RecordedSweep | None
+    sweep: Sweep | None
+    """Finished."""
     log: tuple[Mapping[str, float], ...]
     """Step and loss terms of each logged step."""
     pairs: tuple[ReplyPair, ...] | None
@@ -215,20 +204,13 @@ def _instead(folder: Path) -> str:
     return "name the folder that sku run wrote"
 
 
-def _read_sweep(path: Path) -> RecordedSweep:
-    content = read_json_object(path, _SWEEP_AGAIN)
-    check_schema(content, SWEEP_SCHEMA, str(path), _SWEEP_AGAIN)
-    if content.get("pick") is None:
+def _read_sweep(path: Path) -> Sweep:
+    found = read_sweep(path, _SWEEP_AGAIN)
+    if found.pick is None:
         raise EvaluationError(
             f"{path} is of a sweep that is not finished: {_SWEEP_AGAIN}, it goes on where it stopped"
         )
-    try:
-        points = [SweepPoint.from_dict(point) for point in (content["base"], *content["points"])]
-        notes = tuple(map(str, content["notes"]))
-    except (EvaluationError, AttributeError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{path} doesn't fit its schema ({error}): {_SWEEP_AGAIN}") from None
-    pick = from_plain(Pick, content["pick"], f"{path}: pick", _SWEEP_AGAIN)
-    return RecordedSweep(points=tuple(sorted(points, key=lambda point: point.alpha)), pick=pick, notes=notes)
+    return found
 
 
 def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:

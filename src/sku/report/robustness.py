@@ -17,9 +17,12 @@ UNMEASURED = "not measurable"
 """In place of an interval where the judge would call as many harmless replies harmful."""
 
 
+ATTACK_COLUMNS = ("attack", "setting", "unlearned", "95 %", "base", "gibberish")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackRow:
-    """One line of the table; the fields are its columns, in words."""
+    """One line of the table; the fields are ``ATTACK_COLUMNS``, in words."""
 
     attack: str
     setting: str

@@ -87,7 +87,10 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     for split in ("forget_train", "forget_test"):
         name = f"{named(split)}, sampled"
         rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1], judge)
-        rows += _leak_rows(name, comparison.leak.get(split, {}), judge)
+        rows += [
+            _change_row(name, f"harmful, any of {k}", change, "down", caution)
+            for k, change, caution in most_sampled(comparison, split)
+        ]
     for split in asked:
         if split in NORMAL_SPLITS or split == "xstest_unsafe":
             measures = _NORMAL_MEASURES if split in NORMAL_SPLITS else _REPLY_MEASURES
@@ -116,42 +119,47 @@ def _rate_rows(
     for key, words, wanted in measures:
         if key in changes and key not in untold(judge):
             caution = caution_of(judge, changes[key]) if key.startswith("harmful") else ""
-            yield _share_row(name, words, changes[key], wanted, caution)
+            yield _change_row(name, words, changes[key], wanted, caution)
 
 
-def _leak_rows(name: str, changes: Mapping[str, LeakChange], judge: JudgeCard) -> Iterator[TableRow]:
-    """The row of the largest k: any of that many sampled replies."""
+def most_sampled(comparison: Comparison, split: str) -> Iterator[tuple[str, LeakChange, str]]:
+    """The largest k, how likely any of so many sampled replies is harmful, and its caution; none for k = 1."""
+    changes = comparison.leak.get(split, {})
     for k in sorted(changes, key=int)[-1:]:
         if int(k) > 1:
-            caution = caution_of(judge, changes[k], replies=int(k))
-            yield _share_row(name, f"harmful, any of {k}", changes[k], "down", caution)
+            yield k, changes[k], caution_of(comparison.unlearned.judge, changes[k], replies=int(k))
 
 
-def _share_row(name: str, words: str, change: RateChange | LeakChange, wanted: str, caution: str) -> TableRow:
-    points = f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) points"
-    return TableRow(
-        section=name,
-        measure=words,
-        before=percent(change.before.value),
-        after=percent(change.after.value),
+def _change_row(name: str, words: str, change: RateChange | LeakChange, wanted: str, caution: str) -> TableRow:
+    return _share_row(
+        name,
+        words,
+        change.before.value,
+        change.after.value,
         interval=interval(change.after),
-        change=caution or points,
+        change=caution or f"{in_points(change.difference, change.low, change.high)} points",
         wanted=wanted,
         p_holm="" if change.p_holm is None else f"{change.p_holm:.2g}",
         caution=caution,
     )
 
 
+def _share_row(section: str, measure: str, before: float, after: float, **columns: str) -> TableRow:
+    """A row of a share; its change is in points, where the other columns don't say another."""
+    columns = {"change": f"{100 * (after - before):+.1f} points", **columns}
+    return TableRow(section=section, measure=measure, before=percent(before), after=percent(after), **columns)
+
+
+def in_points(difference: float, low: float, high: float) -> str:
+    """A difference of shares with its interval, in points: ``-7.4 (-16.1 to -1.2)``."""
+    return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
 def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
     before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
-        yield TableRow(
-            section=comparison.unlearned.setup.split_name(split),
-            measure="most frequent reply",
-            before=percent(before.same_reply),
-            after=percent(after.same_reply),
-            change=f"{100 * (after.same_reply - before.same_reply):+.1f} points",
-        )
+        section = comparison.unlearned.setup.split_name(split)
+        yield _share_row(section, "most frequent reply", before.same_reply, after.same_reply)
 
 
 def _length_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
@@ -177,17 +185,10 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
     if before is not None and after is not None:
         calibration = comparison.unlearned.judge.calibration
         group = None if calibration is None else calibration.group
+        measure = "harmful, judge corrected" + ("" if group is None else f" by {group}")
         unmeasured = any(side.below_floor and side.observed > MOST_HIDDEN for side in (before, after))
-        yield TableRow(
-            section=section,
-            measure="harmful, judge corrected" + ("" if group is None else f" by {group}"),
-            before=percent(before.value),
-            after=percent(after.value),
-            interval=interval(after),
-            change=CANT_MEASURE if unmeasured else f"{100 * (after.value - before.value):+.1f} points",
-            wanted="down",
-            caution=CANT_MEASURE if unmeasured else "",
-        )
+        told = {"change": CANT_MEASURE, "caution": CANT_MEASURE} if unmeasured else {}
+        yield _share_row(section, measure, before.value, after.value, interval=interval(after), wanted="down", **told)
 
 
 def _judge_rows(section: str, comparison: Comparison, split: str) -> Iterator[TableRow]:
@@ -198,15 +199,8 @@ def _judge_rows(section: str, comparison: Comparison, split: str) -> Iterator[Ta
     for judge in after.judges:
         old, new = (found.rates[judge].get(split, {}).get("harmful") for found in (before, after))
         if old is not None and new is not None:
-            yield TableRow(
-                section=section,
-                measure=f"harmful, {judge} alone",
-                before=percent(old.value),
-                after=percent(new.value),
-                interval=interval(new),
-                change=f"{100 * (new.value - old.value):+.1f} points",
-                wanted="down",
-            )
+            measure = f"harmful, {judge} alone"
+            yield _share_row(section, measure, old.value, new.value, interval=interval(new), wanted="down")
 
 
 def _kappa_rows(comparison: Comparison) -> Iterator[TableRow]:
@@ -259,14 +253,13 @@ def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow
     whole = "same as base"
     for split in in_order(agreement):
         found, section = agreement[split], f"{whole}, {answers_words(split)}"
-        yield TableRow(
-            section=section,
-            measure="same first token",
-            before="100.0 %",
-            after=f"{100 * found.top1:.1f} %",
+        yield _share_row(
+            section,
+            "same first token",
+            1.0,
+            found.top1,
             interval=f"{100 * found.top1_low:.1f} to {100 * found.top1_high:.1f}",
-            change=f"{100 * (found.top1 - 1):+.1f} ({100 * (found.top1_low - 1):+.1f} to "
-            f"{100 * (found.top1_high - 1):+.1f}) points",
+            change=f"{in_points(found.top1 - 1, found.top1_low - 1, found.top1_high - 1)} points",
             wanted="same",
         )
         yield TableRow(

@@ -10,22 +10,21 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.errors import EvaluationError
-from sku.report.figures import STYLE, check_suffix, save_figure
-from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point
-from sku.report.method_statistics import Estimate, points_of, rate_of_points, ratio_of_points
-from sku.report.method_tables import row_order
+from sku.evaluate.statistics import Estimate
+from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
+from sku.report.method_records import BASE, MethodRecord, Point
+from sku.report.method_statistics import perplexity_ratio, points_of, rate
+from sku.report.method_tables import row_order, seeds_of
 
-CostAxis = Literal["perplexity", "exact"]
 _PANELS = {"reply": "Replies", "prefill": "Replies after the worst prefill"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette for colour-blind readers, less what is pale or taken by the controls."""
@@ -45,11 +44,12 @@ _CONTROL_MARKERS = "oXsD^v"
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One strength of one row in one panel: value, low and high in the units of the axes."""
+    """One strength of one row in one panel."""
 
-    x: tuple[float, float, float] | None
-    """None for a control that is no model and so has no perplexity."""
-    y: tuple[float, float, float]
+    x: Estimate | None
+    """Perplexity ratio; None for a control that is no model and so has none."""
+    y: Estimate
+    """Harmful share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,26 +67,23 @@ class Curve:
     def costs(self) -> list[float]:
         """On the x axis, of everything that is drawn."""
         places = (*self.line, self.published, self.best)
-        return [place.x[0] for place in places if place is not None and place.x is not None]
+        return [place.x.value for place in places if place is not None and place.x is not None]
 
 
 def trade_off_figure(
     records: Sequence[MethodRecord],
     path: Path,
     *,
-    x: CostAxis = "perplexity",
-    harm: Literal["both", "reply", "prefill"] = "both",
     budget: float | None = None,
     order: Sequence[str] | None = None,
 ) -> Path:
-    """Draws the harmful rate on unseen prompts against the utility cost, one line per method.
+    """Draws the harmful rate on unseen prompts against the perplexity of normal answers, one line per method.
+
+    Free replies have a panel, and those after the worst prefill; what was not measured has none.
 
     Args:
         records: Of all rows and seeds. A line holds the strengths that all complete seeds of a row have.
         path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
-        x: ``perplexity``: ratio to the base model's on the answers of ``retain_test``, up to x10; ``exact``: share of
-            exact answers to normal prompts.
-        harm: Free replies, those after the worst ``prefill``, or both; what was not measured gets no panel.
         budget: Utility budget, a perplexity ratio: a dashed line.
         order: Names of the rows in the order of the legend; what it does not name follows by the alphabet.
 
@@ -94,24 +91,19 @@ def trade_off_figure(
         ``path``.
 
     Raises:
-        EvaluationError: Nothing to draw, no base model to compare with, or a budget on the wrong axis.
+        EvaluationError: Nothing to draw, or no base model to compare with.
         OutputError: Another suffix, or a folder that can't be written.
     """
     check_suffix(path)
-    if budget is not None and x != "perplexity":
-        raise EvaluationError("a utility budget is a perplexity ratio: leave it out, or draw x='perplexity'")
-    rows = [
-        sorted((record for record in records if record.name == name), key=lambda record: record.seed)
-        for name in row_order(records, order=order)
-    ]
-    panels = panels_of(rows, x, [kind for kind in _PANELS if harm in ("both", kind)])
+    rows = [seeds_of(records, name) for name in row_order(records, order=order)]
+    panels = panels_of(rows)
     widest = _widest(panels, budget)
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.2 + 4.9 * len(panels), 6.2), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (kind, curves) in zip(all_axes, panels.items(), strict=True):
             axes.set_title(_PANELS[kind], loc="left", fontsize=10.5, fontweight="bold", pad=7)
-            _set_scales(axes, x, widest)
+            _set_scales(axes, widest)
             _draw_methods(axes, [curve for curve in curves if not curve.control])
             _draw_controls(axes, [curve for curve in curves if curve.control])
             if budget is not None:
@@ -124,7 +116,7 @@ def trade_off_figure(
         legend = figure.legend(
             handles=handles, loc="outside lower center", ncols=2 * len(panels), frameon=False,
             fontsize=8.5, handlelength=3.4, columnspacing=1.8, alignment="left", title_fontsize=7.5,
-            title=textwrap.fill(_caption(rows, panels, x, widest), 85 * len(panels)),
+            title=textwrap.fill(_caption(rows, panels, widest), 85 * len(panels)),
         )  # fmt: skip
         legend.get_title().set_color(GREY)
         save_figure(figure, path)
@@ -137,24 +129,17 @@ def _widest(panels: Mapping[str, Sequence[Curve]], budget: float | None) -> floa
     return max(1.25, min(_WIDEST, 1.04 * max(costs)), 1.04 * (budget or 1))
 
 
-def _set_scales(axes: Axes, x: CostAxis, widest: float) -> None:
-    axes.set_ylim(-4, 108)
-    axes.set_yticks([0, 25, 50, 75, 100])
-    if x == "perplexity":
-        axes.set_xscale(
-            "function",
-            functions=(lambda ratio: np.arcsinh((ratio - 1) / _STRETCH), lambda place: 1 + _STRETCH * np.sinh(place)),
-        )
-        axes.set_xlim(_LEAST, widest)
-        ticks = _NEAR_TICKS if widest < 1.5 else _FAR_TICKS
-        axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= widest]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
-        axes.set_xlabel("perplexity of normal answers / base model's (axis stretched around \u00d71)")
-    else:
-        axes.set_xlim(104, -4)  # Cost grows to the right, as with perplexity.
-        axes.set_xticks([100, 75, 50, 25, 0])
-        axes.set_xlabel("exact answers to normal prompts, %")
+def _set_scales(axes: Axes, widest: float) -> None:
+    axes.set_ylim(-0.04, 1.08)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+    axes.set_xscale(
+        "function",
+        functions=(lambda ratio: np.arcsinh((ratio - 1) / _STRETCH), lambda place: 1 + _STRETCH * np.sinh(place)),
+    )
+    axes.set_xlim(_LEAST, widest)
+    ticks = _NEAR_TICKS if widest < 1.5 else _FAR_TICKS
+    ratio_ticks(axes, [tick for tick in ticks if tick <= widest])
+    axes.set_xlabel("perplexity of normal answers / base model's (axis stretched around \u00d71)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -186,7 +171,7 @@ def _draw_methods(axes: Axes, curves: Sequence[Curve]) -> None:
     edge = max(axes.get_xlim())
     for index, curve in enumerate(curves):
         look = _look(index)
-        places = [(min(place.x[0], edge), place.y[0]) for place in curve.line if place.x is not None]
+        places = [(min(place.x.value, edge), place.y.value) for place in curve.line if place.x is not None]
         if places:
             xs, ys = zip(*places, strict=True)
             axes.plot(
@@ -195,18 +180,18 @@ def _draw_methods(axes: Axes, curves: Sequence[Curve]) -> None:
             )  # fmt: skip
         if curve.published is not None and curve.published.x is not None:
             axes.plot(
-                min(curve.published.x[0], edge), curve.published.y[0], look["marker"], markersize=8, clip_on=False,
-                zorder=5, **_filling(index),
+                min(curve.published.x.value, edge), curve.published.y.value, look["marker"], markersize=8,
+                clip_on=False, zorder=5, **_filling(index),
             )  # fmt: skip
         if curve.best is not None and curve.best.x is not None:
             _draw_star(axes, curve.best.x, curve.best.y, index)
 
 
-def _draw_star(axes: Axes, x: tuple[float, float, float], y: tuple[float, float, float], index: int) -> None:
-    where, colour = min(x[0], max(axes.get_xlim())), _look(index)["color"]
-    axes.plot([where, where], y[1:], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
-    axes.plot(x[1:], [y[0], y[0]], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
-    axes.plot(where, y[0], "*", markersize=12, clip_on=False, zorder=6, **_filling(index))
+def _draw_star(axes: Axes, x: Estimate, y: Estimate, index: int) -> None:
+    where, colour = min(x.value, max(axes.get_xlim())), _look(index)["color"]
+    axes.plot([where, where], [y.low, y.high], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+    axes.plot([x.low, x.high], [y.value, y.value], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+    axes.plot(where, y.value, "*", markersize=12, clip_on=False, zorder=6, **_filling(index))
 
 
 def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
@@ -228,9 +213,7 @@ def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
     return handles
 
 
-def _caption(
-    rows: Sequence[Sequence[MethodRecord]], panels: Mapping[str, Sequence[Curve]], x: CostAxis, right_end: float
-) -> str:
+def _caption(rows: Sequence[Sequence[MethodRecord]], panels: Mapping[str, Sequence[Curve]], right_end: float) -> str:
     complete = [record for row in rows for record in complete_records(row)]
     seeds = len({record.seed for record in complete})
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
@@ -246,7 +229,7 @@ def _caption(
     sentences = [
         f"Means over {seeds} seeds." if seeds > 1 else "One seed.",
         f"Stars: 95 % intervals over {'seeds and prompts' if seeds > 1 else 'prompts'}." if stars else "",
-        f"What lies beyond \u00d7{right_end:.3g} stands on the right border." if beyond and x == "perplexity" else "",
+        f"What lies beyond \u00d7{right_end:.3g} stands on the right border." if beyond else "",
         f"Not every seed is complete: {', '.join(fewer)}." if fewer else "",
         f"Not drawn, as no seed is complete: {', '.join(missing)}." if missing else "",
         f"Judge: {judges or 'not named'}.",
@@ -254,13 +237,11 @@ def _caption(
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def panels_of(rows: Sequence[Sequence[MethodRecord]], x: CostAxis, kinds: Sequence[str]) -> dict[str, list[Curve]]:
-    """Curves of all rows for each kind of reply.
+def panels_of(rows: Sequence[Sequence[MethodRecord]]) -> dict[str, list[Curve]]:
+    """Curves of all rows for each kind of reply, ``reply`` and ``prefill``.
 
     Args:
         rows: The records of each row, in order of the seeds.
-        x: What the cost is read from.
-        kinds: ``reply``, ``prefill``.
 
     Returns:
         Kind -> a curve per row; a kind for which nothing can be placed is left out.
@@ -269,13 +250,13 @@ def panels_of(rows: Sequence[Sequence[MethodRecord]], x: CostAxis, kinds: Sequen
         EvaluationError: No base model to compare with, or nothing can be placed at all.
     """
     base = next((row[0] for row in map(complete_records, rows) if row and row[0].name == BASE), None)
-    if x == "perplexity" and base is None:
-        raise EvaluationError(f"no complete record is named {BASE}: perplexity ratios need one, or draw x='exact'")
-    panels = {kind: [_curve(row, base, x, f"forget_test/{kind}") for row in rows] for kind in kinds}
+    if base is None:
+        raise EvaluationError(f"no complete record is named {BASE}: perplexity ratios need one")
+    panels = {kind: [_curve(row, base, f"forget_test/{kind}") for row in rows] for kind in _PANELS}
     panels = {kind: curves for kind, curves in panels.items() if any(curve.costs for curve in curves)}
     if not panels:
         raise EvaluationError(
-            f"no complete record has a harmful rate ({', '.join(kinds)}) and {x} on normal prompts: nothing to draw"
+            "no complete record has a harmful rate and the perplexity of normal answers: nothing to draw"
         )
     return panels
 
@@ -285,15 +266,10 @@ def complete_records(row: Sequence[MethodRecord]) -> list[MethodRecord]:
     return [record for record in row if record.status == "complete"]
 
 
-def _curve(row: Sequence[MethodRecord], base: MethodRecord | None, x: CostAxis, key: str) -> Curve:
+def _curve(row: Sequence[MethodRecord], base: MethodRecord, key: str) -> Curve:
     def place(points: Sequence[Point]) -> Place | None:
-        harm = rate_of_points(points, key, "harmful")
-        if x == "exact":
-            cost = _scaled(rate_of_points(points, NORMAL_KEY, "exact_answer"), 100)
-        else:
-            cost = None if base is None else _scaled(ratio_of_points(points, base, "retain_test"), 1)
-        scaled = _scaled(harm, 100)
-        return None if scaled is None else Place(x=cost, y=scaled)
+        harm = rate(points, key, "harmful")
+        return None if harm is None else Place(x=perplexity_ratio(points, base, "retain_test"), y=harm)
 
     swept = [
         {point.strength: point for point in record.points if not {"sweep", "published"}.isdisjoint(point.roles)}
@@ -310,17 +286,13 @@ def _curve(row: Sequence[MethodRecord], base: MethodRecord | None, x: CostAxis, 
     )
 
 
-def _scaled(estimate: Estimate | None, factor: float) -> tuple[float, float, float] | None:
-    return None if estimate is None else (factor * estimate.value, factor * estimate.low, factor * estimate.high)
-
-
 def _draw_controls(axes: Axes, curves: Sequence[Curve]) -> None:
     """Each where it is as published; one that has no perplexity, or lies beyond it, stands on the right border."""
     border = max(axes.get_xlim())
     for index, curve in enumerate(curves):
         if curve.published is not None:
-            x = border if curve.published.x is None else min(curve.published.x[0], border)
-            axes.plot(x, curve.published.y[0], **_control_look(index), clip_on=False, zorder=7)
+            x = border if curve.published.x is None else min(curve.published.x.value, border)
+            axes.plot(x, curve.published.y.value, **_control_look(index), clip_on=False, zorder=7)
 
 
 def _control_look(index: int) -> dict[str, Any]:

@@ -29,12 +29,12 @@ from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import Split, Start
 from sku.evaluate.replies import Asker
-from sku.evaluate.statistics import ratio_interval
+from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Limits, UtilityCost
 from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
-from sku.sweep.rule import FREE, Ratio, Replies, SweepPoint, is_hopeless
+from sku.sweep.rule import FREE, Replies, SweepPoint, is_hopeless
 
 FORGET: Split = "forget_validation"
 
@@ -214,7 +214,7 @@ class Meter(Changed):
         """The original model: perplexity ratio 1, and its replies."""
         return SweepPoint(
             alpha=0.0,
-            perplexities={str(split): Ratio(value=1.0, low=1.0, high=1.0) for split in self.normal.texts},
+            perplexities={str(split): Estimate(value=1.0, low=1.0, high=1.0) for split in self.normal.texts},
             kl={str(split): 0.0 for split in self.normal.texts},
             replies=self._ask(self.base),
         )
@@ -244,13 +244,13 @@ class Meter(Changed):
             return dataclasses.replace(point, unasked=reason)
         return dataclasses.replace(point, replies=self._ask(self.model))
 
-    def _ratio(self, scores: Scores, base_scores: Scores) -> Ratio:
+    def _ratio(self, scores: Scores, base_scores: Scores) -> Estimate:
         """Against the original on the same answers, which are drawn anew together."""
         grown = [own - base for (own, _), (base, _) in zip(scores, base_scores, strict=True)]
         lengths = [tokens for _, tokens in scores]
         low, high = ratio_interval(grown, lengths, seed=self.asker.seed)
         value, low, high = (perplexity_ratio(loss, 0.0) for loss in (math.fsum(grown) / sum(lengths), low, high))
-        return Ratio(value=value, low=low, high=high)
+        return Estimate(value=value, low=low, high=high)
 
     def _ask(self, model: PreTrainedModel) -> Replies:
         report = stage(self.progress, "sweep: replies")

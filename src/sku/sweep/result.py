@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from sku.config import SweepConfig, plain_data
 from sku.errors import EvaluationError, NoAlphaError
 from sku.evaluate.frames import Line, Tabular
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.record_files import read_json_object
+from sku.evaluate.record_files import check_schema, from_plain, read_json_object
 from sku.evaluate.utility_cost import Border
 from sku.storage import write_json
 from sku.sweep.rule import Pick, SweepPoint, cost_of
@@ -117,40 +117,41 @@ class Sweep(Tabular):
         return pick.alpha
 
 
-@dataclass(kw_only=True)
-class Kept:
-    """Points that need not be measured again."""
+def read_sweep(path: Path, remedy: str) -> Sweep:
+    """Reads a ``sweep.json``, that of a killed call too.
 
-    base: SweepPoint | None = None
-    points: dict[float, SweepPoint] = field(default_factory=dict)
+    Args:
+        path: The file.
+        remedy: What a user can do where it holds something else.
+
+    Raises:
+        EvaluationError: The file is missing, damaged or of another version of SKU.
+    """
+    content = read_json_object(path, remedy)
+    check_schema(content, SCHEMA_VERSION, str(path), remedy)
+    try:
+        for point in content["points"]:
+            point.pop("cost", None)  # It follows from the others.
+        content["config"] = content.pop("settings")
+        del content["schema_version"], content["status"]
+        return from_plain(Sweep, content, str(path), remedy)
+    except (AttributeError, KeyError, TypeError):
+        raise EvaluationError(f"{path} is damaged: {remedy}") from None
 
 
-def read_kept(folder: Path, key: str) -> Kept:
-    """Points of an earlier call in a folder; none where there was none, or it measured something else.
+def read_kept(folder: Path, key: str) -> Sweep | None:
+    """The sweep of an earlier call in a folder; None where there was none, or it measured something else.
 
     Args:
         folder: With or without a ``sweep.json``.
         key: Of this sweep.
 
-    Returns:
-        The points, those of a killed call too.
-
     Raises:
-        EvaluationError: The file is damaged or of another version of SKU.
+        EvaluationError: As ``read_sweep``.
     """
     path = folder / SWEEP_FILE
-    if not path.exists():
-        return Kept()
-    content = read_json_object(path, "remove it and sweep again")
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise EvaluationError(f"{path} is of another version of SKU: remove it and sweep again")
-    if content.get("key") != key:
-        return Kept()
-    try:
-        points = [SweepPoint.from_dict(entry) for entry in (*content["points"], *content["spare"])]
-        return Kept(base=SweepPoint.from_dict(content["base"]), points={point.alpha: point for point in points})
-    except (EvaluationError, KeyError, TypeError):
-        raise EvaluationError(f"{path} is damaged: remove it and sweep again") from None
+    found = read_sweep(path, "remove it and sweep again") if path.exists() else None
+    return None if found is None or found.key != key else found
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> None:

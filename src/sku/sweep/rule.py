@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sku.config import SweepConfig
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import from_plain
+from sku.evaluate.statistics import Estimate
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FREE = 0
 """Tokens of the prefill of a free reply."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """A perplexity as a multiple of the base model's, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+def worst_then_mean(shares: Collection[float]) -> tuple[float, float]:
+    """What tells less harm from more: the largest share, and of equals the mean of all."""
+    return max(shares), math.fsum(shares) / len(shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +55,8 @@ class Replies:
 
     @property
     def harm_order(self) -> tuple[float, float]:
-        """What tells less harm from more: the largest rate, and of equals the mean of all."""
-        rates = [self.harmful.value, *(rate.value for rate in self.prefill.values())]
-        return max(rates), math.fsum(rates) / len(rates)
+        """``worst_then_mean`` of the harmful rates."""
+        return worst_then_mean([self.harmful.value, *(rate.value for rate in self.prefill.values())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +64,8 @@ class SweepPoint:
     """One alpha."""
 
     alpha: float
-    perplexities: Mapping[str, Ratio]
-    """Normal set -> perplexity of its answers; empty where the weights broke."""
+    perplexities: Mapping[str, Estimate]
+    """Normal set -> perplexity of its answers as a multiple of the base model's; empty where the weights broke."""
     kl: Mapping[str, float]
     """Normal set -> KL to the base on its answers, nats a token; empty where the weights broke."""
     replies: Replies | None
@@ -78,7 +73,7 @@ class SweepPoint:
     unasked: str = ""
 
     @property
-    def perplexity(self) -> Ratio | None:
+    def perplexity(self) -> Estimate | None:
         """That of ``retain_validation``."""
         return self.perplexities.get(RETAIN)
 
@@ -88,16 +83,6 @@ class SweepPoint:
         for name in ("prefill", "prefill_gibberish") if self.replies is not None else ():
             plain["replies"][name] = {str(tokens): rate for tokens, rate in plain["replies"][name].items()}
         return plain
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> SweepPoint:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            EvaluationError: Keys or values that a point doesn't have.
-        """
-        plain = {name: value for name, value in content.items() if name != "cost"}  # Which follows from the others.
-        return from_plain(cls, plain, "a point of a sweep", "sweep again")
 
 
 @dataclass(frozen=True, kw_only=True)

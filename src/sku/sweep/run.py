@@ -29,8 +29,8 @@ from sku.negate.rounding import saved_type
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
 from sku.sweep.meter import Meter, Questions, draw_questions, validation_asker
-from sku.sweep.result import Kept, Sweep, read_kept, write_sweep
-from sku.sweep.rule import FREE, Pick, Replies, SweepPoint, choose, is_hopeless
+from sku.sweep.result import Sweep, read_kept, write_sweep
+from sku.sweep.rule import FREE, Pick, Replies, choose, is_hopeless
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
 """Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
@@ -136,7 +136,8 @@ def sweep(
         config=config,
         asked=_asked(questions),
         left_out=questions.left_out,
-        base=kept.base or meter.measure_base(),
+        base=meter.measure_base() if kept is None else kept.base,
+        spare=() if kept is None else tuple(sorted((*kept.points, *kept.spare), key=lambda point: point.alpha)),
         notes=(
             *notes,
             *fitted_notes(prepare_operators(recipe.negate.operators)),
@@ -147,12 +148,13 @@ def sweep(
     assert found.base.replies is not None
     why_none = unmeasurable(judge.card, found.base.replies)
     if why_none is not None:
-        return _written(found, (), (), kept, folder, why_none)
-    return _finished(found, kept, meter, folder)
+        return _written(found, folder, Pick(alpha=None, met=False, why=why_none, todo=OTHER_JUDGE))
+    return _finished(found, meter, folder)
 
 
-def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
+def _finished(found: Sweep, meter: Meter, folder: Path) -> Sweep:
     """Measures what is missing from the smallest alpha up, writing after every point, to the first hopeless one."""
+    kept = {point.alpha: point for point in found.spare}
     tell = meter.progress or (lambda *_: None)
     alphas, tried = found.config.alphas, itertools.count(1)
 
@@ -166,37 +168,23 @@ def _finished(found: Sweep, kept: Kept, meter: Meter, folder: Path) -> Sweep:
         notes = found.notes if border.bound_by is not None else (*found.notes, NO_BORDER)
         found = dataclasses.replace(found, border=border, notes=notes)
         alphas = below(border.strength, found.config.points)
-    ordered, points = sorted(set(alphas)), list[SweepPoint]()
-    for alpha in ordered:
-        points.append(kept.points.get(alpha) or meter.measure(alpha))
-        write_sweep(folder, dataclasses.replace(found, points=tuple(points), spare=_spare(kept, points)))
-        tell("sweep: alphas", len(points), len(ordered))
-        if is_hopeless(points[-1], found.config):
+    ordered = sorted(set(alphas))
+    for number, alpha in enumerate(ordered, start=1):
+        point = kept.pop(alpha, None) or meter.measure(alpha)
+        spare = tuple(kept[other] for other in sorted(kept))
+        found = _written(dataclasses.replace(found, points=(*found.points, point), spare=spare), folder)
+        tell("sweep: alphas", number, len(ordered))
+        if is_hopeless(point, found.config):
             break
-    return _written(found, points, ordered[len(points) :], kept, folder)
+    left = tuple(ordered[len(found.points) :])
+    pick = choose(found.points, found.base, found.config)
+    return _written(dataclasses.replace(found, not_measured=left), folder, pick)
 
 
-def _spare(kept: Kept, points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
-    measured = {point.alpha for point in points}
-    return tuple(point for alpha, point in sorted(kept.points.items()) if alpha not in measured)
-
-
-def _written(
-    found: Sweep, points: Sequence[SweepPoint], left: Sequence[float], kept: Kept, folder: Path, why_none: str = ""
-) -> Sweep:
-    """The finished sweep; where it can't be measured, the reason in place of a pick."""
-    pick = choose(points, found.base, found.config)
-    if why_none:
-        pick = Pick(alpha=None, met=False, why=why_none, todo=OTHER_JUDGE)
-    done = dataclasses.replace(
-        found,
-        points=tuple(points),
-        spare=_spare(kept, points),
-        not_measured=tuple(left),
-        pick=pick,
-    )
-    write_sweep(folder, done)
-    return done
+def _written(found: Sweep, folder: Path, pick: Pick | None = None) -> Sweep:
+    found = dataclasses.replace(found, pick=pick)
+    write_sweep(folder, found)
+    return found
 
 
 def _asked(questions: Questions) -> dict[str, int]:

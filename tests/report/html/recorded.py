@@ -263,14 +263,16 @@ def sweep() -> dict[str, Any]:
         }
 
     return {
-        "schema_version": 3, "status": "complete", "key": "k", "model": "tiny", "seed": 0, "judge": {}, "settings": {},
+        "schema_version": 3, "status": "complete", "key": "k", "model": "tiny", "seed": 0,
+        "judge": dataclasses.asdict(RefusalRulesJudge.card), "settings": {},
         "asked": {"harmful": 20, "normal": 20}, "left_out": {}, "notes": ["a note of the sweep"],
         "base": point(0, 1.0, 20, 20),
         "points": [
             point(0.5, 1.01, 9, 18), point(1.0, 1.02, 1, 11), point(1.5, 1.04, 0, 3), point(2.0, 40.0, 0, 0),
             point(4.0, None, 0, 0),
         ],
-        "spare": [], "not_measured": [], "pick": {"alpha": 1.5, "met": True, "why": "the lowest alpha within budget"},
+        "spare": [], "not_measured": [], "border": None,
+        "pick": {"alpha": 1.5, "met": True, "why": "the lowest alpha within budget"},
     }  # fmt: skip
 
 

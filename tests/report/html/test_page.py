@@ -22,8 +22,9 @@ from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.html.key_figures import cautions, differences, figure_rows, key_figures, run_titles
 from sku.report.html.page import Page, comparison_page, run_page, write_report
+from sku.report.html.side_by_side import cautions, differences, figure_rows, run_titles
+from sku.report.key_figures import key_figures
 from sku.report.read_run import RecordedRun, read_run
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
@@ -187,8 +188,10 @@ def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
     told = CANT_MEASURE.replace("'", "&#39;")
     assert told not in run_page(run).html
     cautions = {figure.name for figure in key_figures(doubted.comparison) if figure.caution}
-    assert "reply/forget_test/harmful" in cautions
-    assert not cautions & {"reply/retain_test/over_refusal", "perplexity", "reply/forget_test/gibberish"}
+    assert "replies/forget_test/harmful" in cautions
+    assert not cautions & {
+        "replies/retain_test/over_refusal", "perplexity/retain_test/ratio", "replies/forget_test/gibberish",
+    }  # fmt: skip
     assert told in run_page(doubted).html
 
 

@@ -36,8 +36,9 @@ def test_everything_is_read(run: RecordedRun) -> None:
 
 def test_the_sweep_and_the_precisions_are_read_as_they_were_measured(run: RecordedRun) -> None:
     assert run.sweep is not None
-    assert [point.alpha for point in run.sweep.points] == [0, 0.5, 1, 1.5, 2, 4]
-    third = run.sweep.points[3].replies
+    assert [point.alpha for point in run.sweep.points] == [0.5, 1, 1.5, 2, 4]
+    third = run.sweep.points[2].replies
+    assert run.sweep.pick is not None
     assert (run.sweep.pick.alpha, run.sweep.pick.met) == (1.5, True)
     assert third is not None
     assert (third.harmful.value, third.prefill[1].count, third.harm) == (0, 3, (1, third.prefill[1]))

@@ -2,10 +2,9 @@
 
 ::
 
-    key_figures.py      what a reader looks at first, and runs side by side by it
+    side_by_side.py     runs by their key figures, and in what they differ
     result_charts.py    pictures of what was measured, run_charts.py of how it came about
     drawing.py          a figure as a file, and as SVG that follows the page's theme
-    replies.py          what the models said, as data
     page.py             all of it into the templates, and into a file
 
 What a model wrote reaches the page as text nodes alone, from escaped JSON, under a policy that allows no other script

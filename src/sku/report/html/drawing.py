@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 from xml.etree import ElementTree
 
 import matplotlib
@@ -17,19 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from sku.report.figures import NAME_OF, PALETTE, light, save_figure
+from sku.report.figures import NAME_OF, PALETTE, light, save_figure, style_of
 
-STYLE: dict[str, Any] = {
+STYLE = {
+    **style_of(light("ink")),
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "svg.fonttype": "path",
-    "svg.hashsalt": "sku",
-    "text.color": light("ink"),
     "text.parse_math": False,  # A dollar in a name is a dollar.
-    "axes.edgecolor": light("ink"),
-    "axes.labelcolor": light("ink"),
-    "xtick.color": light("ink"),
-    "ytick.color": light("ink"),
 }
 WIDTH = 5.4
 """Inches: two beside each other fill the page, one still reads on a phone."""
@@ -59,14 +53,14 @@ class Picture:
     rows: tuple[tuple[str, ...], ...]
 
     def __post_init__(self) -> None:
-        with matplotlib.rc_context(cast(Any, STYLE)):
+        with matplotlib.rc_context(STYLE):
             self.figure.draw_without_rendering()
         # Each drawing would lay the figure out anew, a little differently.
         self.figure.set_layout_engine("none")
 
     def svg(self) -> str:
         """For the page; ``title`` and ``caption`` describe it to a screen reader."""
-        with matplotlib.rc_context(cast(Any, STYLE)):
+        with matplotlib.rc_context(STYLE):
             file = io.BytesIO()
             self.figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
         return themed_svg(file.getvalue().decode(), self.name)
@@ -78,7 +72,7 @@ class Picture:
             OutputError: The folder can't be written.
         """
         paths = [folder / f"{self.name}.{suffix}" for suffix in ("png", "svg")]
-        with matplotlib.rc_context(cast(Any, STYLE)):
+        with matplotlib.rc_context(STYLE):
             for path in paths:
                 save_figure(self.figure, path)
         return paths

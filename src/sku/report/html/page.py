@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,26 +22,33 @@ from markupsafe import Markup
 from sku._version import __version__
 from sku.errors import EvaluationError, OutputError, one_line
 from sku.evaluate.comparison import Comparison
-from sku.evaluate.records import in_order
+from sku.evaluate.judges.precomputed import COLUMNS, reply_hash
+from sku.evaluate.records import NORMAL_SPLITS, in_order
 from sku.report.facts import DATA_COLUMNS
 from sku.report.figures import PALETTE
 from sku.report.html.drawing import Picture, theme_css
-from sku.report.html.key_figures import cautions, differences, figure_rows, figures_chart, key_figures, run_titles
-from sku.report.html.replies import replies_json
 from sku.report.html.result_charts import (
     attack_chart,
     precision_chart,
     prefill_rows,
     result_charts,
-    sections_of,
     shown_precisions,
 )
 from sku.report.html.run_charts import sweep_chart, training_chart, vector_chart
-from sku.report.read_run import RecordedRun, ReplyPair, read_run
+from sku.report.html.side_by_side import cautions, differences, figure_rows, figures_chart, run_titles
+from sku.report.key_figures import key_figures
+from sku.report.read_run import RecordedRun, ReplyPair, Side, read_run
 from sku.report.robustness import left_out_lines
+from sku.report.tables import TableRow
 from sku.storage import write_private_text
 
 _PACKAGE = "sku.report.html"
+_KIND_WORDS = {"reply": "free reply", "prefill": "prefill", "sample": "sampled"}
+_OUTCOME_WORDS = {
+    "harmful": "harmful", "unjudged": "not judged", "gibberish": "gibberish", "evasive": "evasive",
+    "safe_answer": "safe answer", "refusal": "refusal", "refused": "refused", "answered": "answered",
+}  # fmt: skip
+"""Outcome -> its word, worst first: the order of sorting by outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +126,9 @@ def run_page(run: RecordedRun) -> Page:
         pictures.append(precision_chart(run.precisions))
     if run.attacks is not None:
         pictures.append(attack_chart(run.attacks))
+    sections: dict[str, list[TableRow]] = {}
+    for row in run.table:
+        sections.setdefault(row.section, []).append(row)
     html = _render(
         "run.html.jinja",
         pictures,
@@ -124,11 +136,11 @@ def run_page(run: RecordedRun) -> Page:
         run=run,
         comparison=run.comparison,
         figures=key_figures(run.comparison),
-        sections=list(sections_of(run.table)),
+        sections=sections,
         prefills=prefill_rows(run.comparison),
         precisions=[] if run.precisions is None else shown_precisions(run.precisions),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
-        replies=None if run.pairs is None else Markup(replies_json(run.pairs, _names(run.comparison, run.pairs))),
+        replies=None if run.pairs is None else Markup(_replies_json(run.pairs, _names(run.comparison, run.pairs))),
         pair_count=len(run.pairs or ()),
     )
     return Page(html=html, pictures=tuple(pictures))
@@ -138,6 +150,59 @@ def _names(comparison: Comparison, pairs: Sequence[ReplyPair]) -> dict[str, str]
     """Splits that were asked -> what a reader calls them."""
     splits = in_order(pair.base.record.split for pair in pairs)
     return {split: comparison.unlearned.setup.split_name(split) for split in splits}
+
+
+def _replies_json(pairs: Sequence[ReplyPair], splits: Mapping[str, str]) -> str:
+    """The pairs as JSON that may stand inside an HTML script element: ASCII, without ``<``, ``>`` and ``&``.
+
+    Dataset answers are left out for harmful prompts: they are harmful, and no model wrote them.
+
+    Args:
+        pairs: Of a run.
+        splits: Split -> what a reader calls it.
+    """
+    plain = {
+        "outcomes": _OUTCOME_WORDS,
+        "kinds": _KIND_WORDS,
+        "splits": dict(splits),
+        "label_columns": [*COLUMNS, "reply_sha256"],
+        "rows": [_row(pair) for pair in pairs],
+    }
+    text = json.dumps(plain, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _row(pair: ReplyPair) -> dict[str, Any]:
+    record = pair.base.record
+    judged = record.split not in NORMAL_SPLITS
+    return {
+        "id": record.id,
+        "split": record.split,
+        "kind": record.kind,
+        "sample": record.sample,
+        "category": record.category,
+        "prompt": record.prompt,
+        "start": record.prefill,
+        "right": record.reference if record.split in NORMAL_SPLITS else "",
+        "base": _side(pair.base, judged=judged),
+        "unlearned": _side(pair.unlearned, judged=judged),
+    }
+
+
+def _side(side: Side, *, judged: bool) -> Mapping[str, Any]:
+    outcome = side.outcome
+    return {
+        "sha": reply_hash(side.record) if judged else "",
+        "text": side.record.reply,
+        "outcome": outcome.outcome,
+        "hidden": side.hidden,
+        "p": outcome.p_harmful,
+        "faults": outcome.faults,
+        "exact": outcome.exact,
+        "cut": not side.record.finished,
+    }
 
 
 def comparison_page(runs: Sequence[RecordedRun]) -> Page:

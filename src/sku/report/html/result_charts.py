@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.attacks.results import AttackReport
 from sku.evaluate.changes import RateChange
@@ -19,10 +17,10 @@ from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, in_order
 from sku.evaluate.results import Rates, answers_words
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.figures import light
+from sku.report.figures import light, ratio_ticks
 from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
-from sku.report.robustness import PrecisionRow, attack_rows, precision_rows, rate_text
-from sku.report.tables import NOTHING, TableRow, interval, percent
+from sku.report.robustness import ATTACK_COLUMNS, PrecisionRow, attack_rows, precision_rows, rate_text
+from sku.report.tables import NOTHING, in_points, interval, percent
 
 OUTCOMES = {
     "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal",
@@ -46,7 +44,7 @@ _NEAR_TICKS, _FAR_TICKS = (
 
 def result_charts(comparison: Comparison) -> list[Picture]:
     """Outcomes, normal prompts and perplexities, those that were measured."""
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         drawn = (outcome_chart(comparison), normal_chart(comparison), perplexity_chart(comparison))
     return [picture for picture in drawn if picture is not None]
 
@@ -196,7 +194,7 @@ def normal_chart(comparison: Comparison) -> Picture | None:
                 percent(change.before.value),
                 percent(change.after.value),
                 interval(change.after),
-                f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+                in_points(change.difference, change.low, change.high),
             )
             for words, change in rows
         ),
@@ -265,16 +263,14 @@ def ratio_axis(axes: Axes, values: Sequence[float]) -> None:
     ticks = [tick for tick in every if low / margin <= tick <= high * margin]
     stride = max(1, round(len(ticks) / 6))
     start = ticks.index(1) % stride
-    axes.xaxis.set_major_locator(FixedLocator(ticks[start::stride]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"\u00d7{value:g}")
+    ratio_ticks(axes, ticks[start::stride])
 
 
 def attack_chart(report: AttackReport) -> Picture:
     """Harmful share under each attack, for the unlearned model and for the base as a control."""
     titles = {card.name: card.title for card in report.cards}
     names = [f"{titles[result.attack]} {result.setting}".strip() for result in report.results]
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(0.9 + 0.42 * len(names))
         for place, result in enumerate(report.results):
             mark_rate(axes, place - 0.14, result.control.harmful.after, "base")
@@ -288,11 +284,8 @@ def attack_chart(report: AttackReport) -> Picture:
         caption="Share of questions with a harmful reply, with 95 % intervals. Of several ways to ask the worst one "
         "counts. The base model goes through the same attacks.",
         figure=figure,
-        columns=("attack", "setting", "unlearned", "95 %", "base", "gibberish"),
-        rows=tuple(
-            (row.attack, row.setting, row.unlearned, row.interval, row.base, row.gibberish)
-            for row in attack_rows(report)
-        ),
+        columns=ATTACK_COLUMNS,
+        rows=tuple(map(dataclasses.astuple, attack_rows(report))),
     )
 
 
@@ -307,14 +300,12 @@ def precision_chart(report: PrecisionReport) -> Picture:
     """Harmful shares of the unlearned model at each precision."""
     rows = shown_precisions(report)
     marks = (("unlearned", "harmful", -0.14), ("second", "harmful, worst prefill", 0.14))
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
         for place, row in enumerate(rows):
             for (colour, _, offset), rate in zip(marks, (row.harmful, row.prefill), strict=True):
                 if rate is not None:
-                    y = place + offset
-                    axes.plot([rate.low, rate.high], [y, y], color=light(colour), linewidth=1.8)
-                    axes.plot(rate.value, y, "o", color=light(colour), markersize=6)
+                    mark_rate(axes, place + offset, rate, colour)
         name_rows(axes, [row.precision for row in rows])
         share_axis(axes)
         add_legend(axes, [(light(colour), light(colour), words) for colour, words, _ in marks])
@@ -345,14 +336,6 @@ def tokens_text(tokens: int | None) -> str:
     return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"
 
 
-def sections_of(table: Sequence[TableRow]) -> Iterator[tuple[str, list[TableRow]]]:
-    """The rows of a before/after table by section, in order."""
-    sections: dict[str, list[TableRow]] = {}
-    for row in table:
-        sections.setdefault(row.section, []).append(row)
-    yield from sections.items()
-
-
 def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     """Every length of a prefill: prompts asked, harmful shares and their change, gibberish."""
     return [
@@ -362,7 +345,7 @@ def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
             percent(change.before.value),
             percent(change.after.value),
             interval(change.after),
-            f"{100 * change.difference:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+            in_points(change.difference, change.low, change.high),
             percent(changes["gibberish"].after.value),
         )
         for split in HARMFUL_SPLITS

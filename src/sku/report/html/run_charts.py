@@ -6,27 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import matplotlib
-from matplotlib.axes import Axes
 
-from sku.evaluate.metrics import Rate
 from sku.report.facts import TaskVectorFacts
 from sku.report.figures import light
+from sku.report.frontier import draw_sweep
 from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure
-from sku.report.html.result_charts import ratio_axis, tokens_text
-from sku.report.read_run import RecordedSweep
+from sku.report.html.result_charts import tokens_text
 from sku.report.robustness import rate_text
 from sku.report.tables import NOTHING
-from sku.sweep.rule import Replies, SweepPoint
+from sku.sweep.result import Sweep
+from sku.sweep.rule import SweepPoint, cost_of
 
-_LARGEST_RATIO = 3.0
-"""Points beyond it stand in the table alone: a ruined model would press all others together."""
-_SHARES: dict[str, tuple[str, str, Any]] = {
-    "harmful": ("harmful", "harm", "-"),
-    "prefill": ("harmful, worst prefill", "second", (0, (5, 2))),
-    "gibberish": ("gibberish", "base", (0, (1.4, 1.4))),
-    "over_refusal": ("normal prompts refused", "fourth", (0, (5, 1.4, 1.4, 1.4))),
-}
-"""Measure of a point -> its words, colour and dashes."""
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _TABLE_ROWS = 12
 """Of the table under the training curves: about so many steps, first and last among them."""
@@ -40,7 +30,7 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
     """
     terms = sorted({name for entry in log for name in entry if name.startswith("loss")})  # "loss" is the first.
     words = {name: name.partition("/")[2].replace("_", " ") or "whole objective" for name in terms}
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(0.35 + 1.2 * len(terms), len(terms))
         for number, (axes, term) in enumerate(zip(panels, terms, strict=True)):
             points = [(entry["step"], entry[term]) for entry in log if term in entry]
@@ -73,7 +63,7 @@ def vector_chart(vector: TaskVectorFacts) -> Picture:
     groups = {"decoder layer": vector.layers, "kind of module": vector.modules}
     groups = {title: dict(sorted(norms.items(), key=_by_number)) for title, norms in groups.items()}
     sizes = [max(len(norms), 2) for norms in groups.values()]
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(0.5 * len(sizes) + 0.22 * sum(sizes), len(groups))
         cast(Any, panels[0].get_gridspec()).set_height_ratios(sizes)
         for axes, (title, norms) in zip(panels, groups.items(), strict=True):
@@ -99,90 +89,49 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
     return not name.isdecimal(), int(name) if name.isdecimal() else int(name == "others"), name
 
 
-def sweep_chart(sweep: RecordedSweep) -> Picture:
-    """Shares over alpha, and the largest harmful rate against the perplexity of normal answers."""
-    with matplotlib.rc_context(cast(Any, STYLE)):
-        figure, panels = new_figure(5.7, 2)
-        _draw_shares(panels[0], sweep)
-        _draw_frontier(panels[1], sweep)
+def sweep_chart(sweep: Sweep) -> Picture:
+    """Shares and utility cost over alpha, and the largest harmful rate against that cost."""
+    with matplotlib.rc_context(STYLE):
+        figure, (rates, cost, frontier) = new_figure(10.5, 3)
+        draw_sweep(sweep, rates, cost, frontier)
+        rates.set_xlabel("alpha")
+        rates.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, fontsize=9)
     return Picture(
         name="frontier",
         title="Harm and utility over the strength",
-        caption="Above, shares of replies over alpha; the dotted line is the alpha that was picked. Below, the larger "
-        "of the two harmful rates against the perplexity of normal answers, to the base's; the star is the pick, the "
-        "lower left corner is best. Models beyond \u00d73 stand in the table alone. Ranges are 95 % intervals.",
+        caption="Above, shares of replies over alpha, and what each alpha costs; the vertical line is the alpha that "
+        "was picked. Below, the largest harmful rate, free or after a prefill, against that cost; the star is the "
+        "pick, the lower left corner is best. A cost of 1 is the budget. Ranges are 95 % intervals.",
         figure=figure,
-        columns=("alpha", *(words for words, _, _ in _SHARES.values()), "perplexity, to base", ""),
-        rows=tuple(_table_row(point, sweep) for point in sweep.points),
+        columns=(
+            "alpha",
+            "harmful",
+            "harmful, worst prefill",
+            "gibberish",
+            "normal prompts refused",
+            "cost",
+            "perplexity, to base",
+            "",
+        ),
+        rows=tuple(_table_row(point, sweep) for point in (sweep.base, *sweep.points)),
     )
 
 
-def _draw_shares(axes: Axes, sweep: RecordedSweep) -> None:
-    measured = [(point.alpha, point.replies) for point in sweep.points if point.replies is not None]
-    for name, (words, colour, dashes) in _SHARES.items():
-        found = [(alpha, rate) for alpha, replies in measured if (rate := _share(replies, name)) is not None]
-        alphas, rates = [alpha for alpha, _ in found], [rate for _, rate in found]
-        axes.plot(
-            alphas, [rate.value for rate in rates], color=light(colour), linestyle=dashes, marker="o", markersize=4,
-            label=words,
-        )  # fmt: skip
-        axes.vlines(
-            alphas, [rate.low for rate in rates], [rate.high for rate in rates], color=light(colour), linewidth=1
-        )
-    if sweep.pick.alpha is not None:
-        axes.axvline(sweep.pick.alpha, color=light("ink"), linewidth=1, linestyle=(0, (2, 2)))
-    _share_axis(axes)
-    axes.set_xlabel("alpha")
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=2, fontsize=9)
-
-
-def _share(replies: Replies, name: str) -> Rate | None:
-    """A measure of ``_SHARES``; of several prefills the rate after the worst."""
-    tokens = _worst_prefill(replies)
-    prefilled = None if tokens is None else replies.prefill[tokens]
-    return {
-        "harmful": replies.harmful, "prefill": prefilled, "gibberish": replies.gibberish,
-        "over_refusal": replies.over_refusal,
-    }[name]  # fmt: skip
-
-
-def _worst_prefill(replies: Replies) -> int | None:
-    return max(replies.prefill, key=lambda tokens: (replies.prefill[tokens].value, -tokens), default=None)
-
-
-def _draw_frontier(axes: Axes, sweep: RecordedSweep) -> None:
-    points = [
-        (point.alpha, point.perplexity, point.replies.harm[1])
-        for point in sweep.points
-        if point.perplexity is not None and point.replies is not None and point.perplexity.value <= _LARGEST_RATIO
-    ]
-    ratios = [ratio.value for _, ratio, _ in points]
-    axes.set_xscale("log")
-    axes.plot(ratios, [worst.value for _, _, worst in points], color=light("unlearned"), marker="o", markersize=4)
-    for alpha, ratio, worst in points:
-        axes.vlines(ratio.value, worst.low, worst.high, color=light("unlearned"), linewidth=1)
-        axes.hlines(worst.value, ratio.low, ratio.high, color=light("unlearned"), linewidth=1)
-        if alpha == sweep.pick.alpha:
-            axes.plot(ratio.value, worst.value, "*", color=light("harm"), markersize=14, zorder=4)
-    ratio_axis(axes, [1.0, *(value for _, ratio, _ in points for value in (ratio.value, ratio.low, ratio.high))])
-    _share_axis(axes)
-    axes.set_xlabel("perplexity of normal answers, to the base's")
-    axes.set_ylabel("harmful")
-
-
-def _share_axis(axes: Axes) -> None:
-    axes.set_ylim(-0.04, 1.04)
-    axes.set_yticks([0, 0.5, 1], ["0", "50", "100 %"])
-    axes.grid(axis="y", color=light("faint"), linewidth=0.7)
-
-
-def _table_row(point: SweepPoint, sweep: RecordedSweep) -> tuple[str, ...]:
-    replies, ratio = point.replies, point.perplexity
-    shares = [rate_text(None if replies is None else _share(replies, name)) for name in _SHARES]
-    shares[1] += tokens_text(None if replies is None else _worst_prefill(replies))
+def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
+    replies, ratio, pick = point.replies, point.perplexity, sweep.pick
+    shares: tuple[str, ...] = (NOTHING,) * 4
+    if replies is not None:
+        tokens = max(replies.prefill, key=lambda tokens: (replies.prefill[tokens].value, -tokens), default=None)
+        prefilled = rate_text(replies.prefill.get(tokens or 0)) + tokens_text(tokens)
+        others = (rate_text(rate) for rate in (replies.gibberish, replies.over_refusal))
+        shares = (rate_text(replies.harmful), prefilled, *others)
+    told = point.unasked
+    if pick is not None and pick.alpha == point.alpha:
+        told = "picked" if pick.met else "nearest"
     return (
         f"{point.alpha:g}",
         *shares,
+        NOTHING if ratio is None else f"{cost_of(point, sweep.base, sweep.config).value:.2f}",
         NOTHING if ratio is None else f"\u00d7{ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})",
-        ("picked" if sweep.pick.met else "nearest") if point.alpha == sweep.pick.alpha else point.unasked,
+        told,
     )

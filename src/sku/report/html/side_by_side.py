@@ -1,140 +1,23 @@
-"""The few figures of a run that a reader looks at first, and runs side by side by them."""
+"""Runs side by side: their key figures, and in what they differ."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import matplotlib
 import yaml
 
-from sku.evaluate.changes import Changes, LeakChange, RateChange
-from sku.evaluate.comparison import Comparison
-from sku.evaluate.metrics import prefill_words
 from sku.report.figures import light
 from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure, share_axis
 from sku.report.html.result_charts import ratio_axis
+from sku.report.key_figures import KeyFigure, key_figures
 from sku.report.read_run import RecordedRun
-from sku.report.tables import NOTHING, caution_of, interval, percent
+from sku.report.tables import NOTHING
 
 _LONGEST = 120
 """Characters of a value in the table of differences."""
-Wanted = Literal["down", "up", "same"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyFigure:
-    """One figure before and after, with the 95 % interval of what it is after."""
-
-    name: str
-    """For code and for pairing runs."""
-    words: str
-    wanted: Wanted
-    before: str
-    after: str
-    bounds: str
-    value: float
-    """After: a share, or a perplexity as a ratio to the base's."""
-    low: float
-    high: float
-    is_share: bool
-    caution: str = ""
-    """Why it can't be taken as it stands; empty for most."""
-    detail: str = ""
-    """What differs from run to run: the length of the worst prefill."""
-
-
-def key_figures(run: Comparison) -> list[KeyFigure]:
-    """Harm first, then what it cost; what was not measured is left out.
-
-    Args:
-        run: Of a run.
-
-    Returns:
-        Figures in reading order.
-    """
-    figures = [
-        *_of_rate(run, run.replies, "forget_test", "harmful", "harmful, unseen prompts", "down"),
-        *_of_prefill(run),
-        *_of_leak(run),
-        *_of_rate(
-            run,
-            run.replies,
-            "forget_train",
-            "harmful",
-            f"harmful, {run.unlearned.setup.split_name('forget_train')}",
-            "down",
-        ),
-        *_of_rate(run, run.replies, "forget_test", "gibberish", "gibberish, unseen prompts", "same"),
-        *_of_rate(run, run.replies, "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
-        *_of_rate(run, run.replies, "retain_test", "over_refusal", "refused, normal prompts", "same"),
-    ]
-    if (change := run.perplexity.get("retain_test")) is not None:
-        figures.append(
-            KeyFigure(
-                name="perplexity",
-                words="perplexity of normal answers, to the base's",
-                wanted="same",
-                before="\u00d71",
-                after=f"\u00d7{change.ratio:.4g}",
-                bounds=f"{change.low:.4g} to {change.high:.4g}",
-                value=change.ratio,
-                low=change.low,
-                high=change.high,
-                is_share=False,
-            )
-        )
-    return figures
-
-
-def _of_rate(
-    run: Comparison, changes: Changes, split: str, name: str, words: str, wanted: Wanted
-) -> Iterator[KeyFigure]:
-    change = changes.get(split, {}).get(name)
-    if change is not None:
-        caution = caution_of(run.unlearned.judge, change) if name == "harmful" else ""
-        yield _share(f"reply/{split}/{name}", words, wanted, change, caution)
-
-
-def _of_prefill(run: Comparison) -> Iterator[KeyFigure]:
-    change = run.prefill.get("forget_test", {}).get("harmful")
-    if change is not None:
-        tried, tokens = [*map(int, run.unlearned.prefill["forget_test"])], run.unlearned.worst_prefill["forget_test"]
-        words = f"harmful, unseen prompts, {prefill_words(tried)}"
-        caution = caution_of(run.unlearned.judge, change)
-        figure = _share(f"prefill/forget_test/harmful/{tried}", words, "down", change, caution)
-        yield dataclasses.replace(
-            figure, detail=prefill_words([tokens]).removeprefix("prefill, ") if tried[1:] else ""
-        )
-
-
-def _of_leak(run: Comparison) -> Iterator[KeyFigure]:
-    leaks = run.leak.get("forget_test", {})
-    for k in sorted(leaks, key=int)[-1:]:
-        if int(k) > 1:
-            caution = caution_of(run.unlearned.judge, leaks[k], replies=int(k))
-            words = f"harmful, any of {k} sampled replies, unseen prompts"
-            yield _share(f"leak/{k}", words, "down", leaks[k], caution)
-
-
-def _share(name: str, words: str, wanted: Wanted, change: RateChange | LeakChange, caution: str) -> KeyFigure:
-    after = change.after
-    return KeyFigure(
-        name=name,
-        words=words,
-        wanted=wanted,
-        before=percent(change.before.value),
-        after=percent(after.value),
-        bounds=interval(after),
-        value=after.value,
-        low=after.low,
-        high=after.high,
-        is_share=True,
-        caution=caution,
-    )
 
 
 def run_titles(runs: Sequence[RecordedRun]) -> list[str]:
@@ -190,13 +73,14 @@ def cautions(runs: Sequence[RecordedRun]) -> list[str]:
 def figures_chart(runs: Sequence[RecordedRun], titles: Sequence[str]) -> Picture:
     """Each key figure as a panel, each run as a row with its interval."""
     rows = figure_rows(runs)
-    with matplotlib.rc_context(cast(Any, STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(len(rows) * (0.6 + 0.26 * len(runs)), len(rows), width=6.4)
         for axes, (words, figures) in zip(panels, rows, strict=True):
             for place, one in enumerate(figures):
                 if one is not None:
-                    axes.plot([one.low, one.high], [place, place], color=light("unlearned"), linewidth=1.8)
-                    axes.plot(one.value, place, "o", color=light("unlearned"), markersize=6)
+                    low, value, high = one.numbers
+                    axes.plot([low, high], [place, place], color=light("unlearned"), linewidth=1.8)
+                    axes.plot(value, place, "o", color=light("unlearned"), markersize=6)
             name_rows(axes, [drawable(title, 24) for title in titles])
             axes.set_title(drawable(words, 60), loc="left", fontsize=10, pad=4)
             measured = [one for one in figures if one is not None]
@@ -204,7 +88,7 @@ def figures_chart(runs: Sequence[RecordedRun], titles: Sequence[str]) -> Picture
                 share_axis(axes)
             else:
                 axes.set_xscale("log")
-                ratio_axis(axes, [value for one in measured for value in (one.low, one.high)])
+                ratio_axis(axes, [value for one in measured for value in one.numbers])
     return Picture(
         name="key_figures",
         title="Key figures of the unlearned models",
