@@ -23,7 +23,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.batching import Progress, in_batches, pad
 from sku.evaluate.perplexity import MAX_LOGITS, answer_positions
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import AgreementRow, Split, in_order
+from sku.evaluate.records import AgreementRow, Split, by_split
 from sku.evaluate.results import BaseAgreement
 from sku.evaluate.statistics import ratio_interval
 from sku.losses import IGNORE_INDEX, token_kl
@@ -105,8 +105,7 @@ def agreement_of(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAg
         Split -> agreement.
     """
     found: dict[str, BaseAgreement] = {}
-    for split in in_order(row.split for row in rows):
-        own = [row for row in rows if row.split == split]
+    for split, own in by_split(rows).items():
         tokens = [row.tokens for row in own]
         total = sum(tokens)
         kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)

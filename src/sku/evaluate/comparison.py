@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,9 +15,9 @@ from sku.evaluate.changes import (
     PerplexityChange,
     RateChange,
     ScoreChange,
-    change_of_means,
-    change_of_rates,
-    over_prompts,
+    change_over_prompts,
+    hits_of,
+    paired_change,
     perplexity_changes,
     score_change,
 )
@@ -25,12 +25,13 @@ from sku.evaluate.comparison_notes import comparison_notes, detail_notes
 from sku.evaluate.frames import Line, Tabular, main_rates
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, leaks_per_prompt, prefill_words
+from sku.evaluate.metrics import leaks_per_prompt, prefill_words
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import from_plain, to_plain
-from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, prompt_hash
-from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, Rates, main_metric
+from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
+from sku.evaluate.results import EvaluationResult, main_metric
 from sku.evaluate.statistics import (
+    Estimate,
     NonInferiority,
     change_interval,
     holm,
@@ -98,8 +99,8 @@ class Comparison(Tabular):
             both = found.before, found.after
             yield _line(split, "answer", "perplexity (change: ratio)", both, found.ratio, found, found.examples)
         for split, close in self.unlearned.agreement.items():
-            between = Interval(value=close.kl, low=close.kl_low, high=close.kl_high)
-            yield _line(split, "answer", "KL to the base", (0.0, close.kl), close.kl, between, close.examples)
+            both = 0.0, close.kl
+            yield _line(split, "answer", "KL to the base", both, close.kl, close.divergence, close.examples)
 
     def prefill_label(self, split: str) -> str:
         """``prefill, worst of 1/3/5/10 (3 tokens)``: what was tried, and what is shown of it."""
@@ -132,7 +133,7 @@ def _line(
     measure: str,
     both: tuple[float, float],
     change: float,
-    between: RateChange | PerplexityChange | Interval,
+    between: RateChange | PerplexityChange | Estimate,
     n: int,
 ) -> Line:
     return {
@@ -171,21 +172,28 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             "starts of the base's result with the other"
         )
     base, unlearned = by_nearest(base, unlearned)
-    by_length = _prefill_changes(base, unlearned, seed)
+    by_length = {
+        split: {
+            tokens: _rate_changes(base, unlearned, "prefill", split, rates, seed, int(tokens))
+            for tokens, rates in lengths.items()
+        }
+        for split, lengths in unlearned.prefill.items()
+    }
     changes: dict[Kind, Changes] = {
-        "reply": _rate_changes((base.replies, unlearned.replies), base, unlearned, "reply", seed),
+        "reply": {
+            split: _rate_changes(base, unlearned, "reply", split, rates, seed) for split, rates in base.replies.items()
+        },
         # Copied: Holm's correction is that of the table, which shows one length.
         "prefill": {split: dict(of[str(unlearned.worst_prefill[split])]) for split, of in by_length.items()},
-        "sample": _rate_changes((base.samples, unlearned.samples), base, unlearned, "sample", seed),
+        "sample": {split: _sample_changes(base, unlearned, split, seed) for split in base.samples},
     }
-    leak = _leak_changes(base, unlearned, seed)
+    leak = {split: _leak_changes(base, unlearned, split, seed) for split in base.leak}
     _correct_for_several_tests(changes, leak, untold(unlearned.judge))
     perplexity = perplexity_changes(base, unlearned, seed)
     margin = unlearned.setup.config["utility_margin"]
+    kl = {split: found.divergence for split, found in unlearned.agreement.items()}
     utility: dict[str, NonInferiority] = {
-        split: non_inferiority(
-            change.ratio, (change.low, change.high), margin, kl=_divergence(unlearned.agreement.get(split))
-        )
+        split: non_inferiority(change.ratio, (change.low, change.high), margin, kl=kl.get(split))
         for split, change in perplexity.items()
         if split in NORMAL_SPLITS
     }
@@ -220,10 +228,6 @@ def untold(judge: JudgeCard) -> frozenset[str]:
     return frozenset() if judge.tells_safe else frozenset({"safe_answer", "evasive"})
 
 
-def _divergence(agreement: BaseAgreement | None) -> tuple[float, float, float] | None:
-    return None if agreement is None else (agreement.kl, agreement.kl_low, agreement.kl_high)
-
-
 def _correct_for_several_tests(
     changes: Mapping[Kind, Changes], leak: Mapping[str, dict[str, LeakChange]], untold: frozenset[str]
 ) -> None:
@@ -251,84 +255,67 @@ def _check_same_rows(
         )
 
 
-def _prefill_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, Changes]:
-    """Split -> tokens given -> changes."""
-    found: dict[str, Changes] = {}
-    for split, lengths in unlearned.prefill.items():
-        for tokens in lengths:
-            of_length = tuple({split: result.prefill[split][tokens]} for result in (base, unlearned))
-            changes = _rate_changes((of_length[0], of_length[1]), base, unlearned, "prefill", seed, int(tokens))
-            found.setdefault(split, {})[tokens] = changes[split]
-    return found
-
-
 def _rate_changes(
-    rates_of_both: tuple[Mapping[str, Rates], Mapping[str, Rates]],
     base: EvaluationResult,
     unlearned: EvaluationResult,
     kind: Kind,
+    split: Split,
+    names: Iterable[str],
     seed: int,
     tokens: int = 0,
-) -> Changes:
-    before, after = rates_of_both
-    changes: Changes = {}
-    for split in before:
-        changes[split] = {}
-        for name in before[split]:
-            old, new = (_hits(result.outcomes, split, kind, name, tokens) for result in (base, unlearned))
-            ids = sorted(old)
-            rates = before[split][name], after[split][name]
-            if kind == "sample":
-                changes[split][name] = change_of_means(*rates, _means_per_prompt(old), _means_per_prompt(new), seed)
-            else:
-                paired = [old[key] for key in ids], [new[key] for key in ids]
-                changes[split][name] = change_of_rates(*rates, paired, seed)
+) -> dict[str, RateChange]:
+    """Rate -> change, of the replies of one split and kind."""
+    changes: dict[str, RateChange] = {}
+    for name in names:
+        old, new = (hits_of(result.outcomes, split, kind, name, tokens) for result in (base, unlearned))
+        ids = sorted(old)
+        changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids], seed=seed)
     return changes
 
 
-def _leak_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, dict[str, LeakChange]]:
-    changes: dict[str, dict[str, LeakChange]] = {}
-    for split, leaks in base.leak.items():
-        changes[split] = {}
-        for k, before in leaks.items():
-            old, new = (
-                leaks_per_prompt(
-                    [reply for reply in result.outcomes if (reply.split, reply.kind) == (split, "sample")], int(k)
-                )
-                for result in (base, unlearned)
-            )
-            after = unlearned.leak[split][k]
-            low, high, p_value = over_prompts(old, new, seed)
-            changes[split][k] = LeakChange(
-                before=before, after=after, difference=after.value - before.value, low=low, high=high, p_value=p_value
-            )
+def _sample_changes(
+    base: EvaluationResult, unlearned: EvaluationResult, split: Split, seed: int
+) -> dict[str, RateChange]:
+    changes: dict[str, RateChange] = {}
+    for name, before in base.samples[split].items():
+        old, new = (_means_per_prompt(hits_of(result.outcomes, split, "sample", name)) for result in (base, unlearned))
+        steps = {prompt: (share, new[prompt]) for prompt, share in old.items()}
+        changes[name] = change_over_prompts(RateChange, before, unlearned.samples[split][name], steps, seed)
+    return changes
+
+
+def _leak_changes(
+    base: EvaluationResult, unlearned: EvaluationResult, split: Split, seed: int
+) -> dict[str, LeakChange]:
+    of_both = [
+        [reply for reply in result.outcomes if (reply.split, reply.kind) == (split, "sample")]
+        for result in (base, unlearned)
+    ]
+    changes: dict[str, LeakChange] = {}
+    for k, before in base.leak[split].items():
+        old, new = (leaks_per_prompt(replies, int(k)) for replies in of_both)
+        steps = {prompt: (share, new[prompt]) for prompt, share in old.items()}
+        changes[k] = change_over_prompts(LeakChange, before, unlearned.leak[split][k], steps, seed)
     return changes
 
 
 def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
     """Hash of the prompt -> share of its sampled replies that are hits."""
-    groups: dict[str, list[bool]] = {}
-    for name, hit in hits.items():
-        groups.setdefault(prompt_hash(name), []).append(hit)
-    return {prompt: sum(values) / len(values) for prompt, values in groups.items()}
-
-
-def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, tokens: int = 0) -> dict[str, bool]:
-    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.prefill_tokens) == (split, kind, tokens)]
-    if name == "exact_answer":
-        return {reply.id: reply.exact for reply in own if reply.exact is not None}
-    counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES
-    return {reply.id: counted[name](reply) for reply in own}
+    prompts = grouped(hits, prompt_hash)
+    return {prompt: sum(hits[name] for name in names) / len(names) for prompt, names in prompts.items()}
 
 
 def _similarity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
     changes: dict[str, ScoreChange] = {}
-    for metric in base.similarity.keys() & unlearned.similarity.keys():
-        old, new = ({row.id: getattr(row, metric) for row in result.similarity_rows} for result in (base, unlearned))
-        means = base.similarity[metric], unlearned.similarity[metric]
-        # Not all scores lie between 0 and 1, which ``change_interval`` needs.
-        changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=seed))
-    return {metric: changes[metric] for metric in base.similarity if metric in changes}
+    for metric, before in base.similarity.items():
+        if metric in unlearned.similarity:
+            old, new = (
+                {row.id: getattr(row, metric) for row in result.similarity_rows} for result in (base, unlearned)
+            )
+            means = before, unlearned.similarity[metric]
+            # Not all scores lie between 0 and 1, which ``change_interval`` needs.
+            changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=seed))
+    return changes
 
 
 def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
@@ -349,6 +336,6 @@ def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int
     return changes
 
 
-def _share(digits: str) -> Interval:
+def _share(digits: str) -> Estimate:
     low, high = wilson_interval(digits.count("1"), len(digits))
-    return Interval(value=digits.count("1") / len(digits), low=low, high=high)
+    return Estimate(value=digits.count("1") / len(digits), low=low, high=high)

@@ -13,7 +13,7 @@ from sku.evaluate.judges import JudgeCard, Verdict
 from sku.evaluate.judges.vote import Rule, VoteJudge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
+from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, grouped
 
 SHOWN_RATES = ("harmful", "harmful_at_most", "harmful_ungated", "refusal", "unjudged")
 
@@ -126,11 +126,8 @@ class _Given:
 
 
 def _rates(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
-    splits: dict[str, list[ReplyOutcome]] = {}
-    for outcome in outcomes:
-        if outcome.kind == "reply" and outcome.split not in NORMAL_SPLITS:
-            splits.setdefault(outcome.split, []).append(outcome)
+    free = (row for row in outcomes if row.kind == "reply" and row.split not in NORMAL_SPLITS)
     return {
         split: {name: value for name, value in rates_of(rows).items() if name in SHOWN_RATES}
-        for split, rows in splits.items()
+        for split, rows in grouped(free, lambda row: row.split).items()
     }

@@ -22,7 +22,7 @@ from sku.config import EvaluateConfig, Precision, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.batching import current_processes
-from sku.evaluate.changes import RateChange, paired_change, perplexity_changes
+from sku.evaluate.changes import RateChange, hits_of, paired_change, perplexity_changes
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.metrics import Rate
@@ -193,15 +193,7 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
     for name, kind in _KINDS.items():
         for split in HARMFUL_SPLITS:
             tokens = after.worst_prefill.get(split, 0) if kind == "prefill" else 0
-            place = split, kind, tokens
-            old, new = (
-                {
-                    row.id: row.outcome == "harmful"
-                    for row in result.outcomes
-                    if (row.split, row.kind, row.prefill_tokens) == place
-                }
-                for result in (before, after)
-            )
+            old, new = (hits_of(result.outcomes, split, kind, "harmful", tokens) for result in (before, after))
             if not new:
                 continue
             if old.keys() != new.keys():

@@ -215,7 +215,7 @@ class _Run:
 
         with batching.evaluation_mode(self.model):
             model = {"name": self.name, **about(self.model, probes)}
-            utility = self._utility(model, left_out)
+            utility = UtilityStages(replies=replies, about=model, data=self.data, left_out=left_out)
             header = {"model": model, "decoding": replies.decoding()}
             generations, check = replies.generate(requests, header, prefills)
             own = words.answers(requests, generations)
@@ -327,16 +327,3 @@ class _Run:
 
         header = {"model": about, "texts": agreement.texts_hash(texts)}
         return self.replies.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
-
-    def _utility(self, about: Mapping[str, str], left_out: dict[str, int]) -> UtilityStages:
-        return UtilityStages(
-            model=self.model,
-            about=about,
-            writer=self.asker.writer,
-            config=self.asker.config,
-            data=self.data,
-            seed=self.asker.seed,
-            left_out=left_out,
-            reuse=self.replies.reuse,
-            report=self.replies.report,
-        )

@@ -20,8 +20,8 @@ from sku.data.prompts import resolve_prompt_format
 from sku.errors import OutputError
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
+from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges import choose_judge
-from sku.evaluate.utility import check_questions
 from sku.meta_model import with_adapter, without_weights
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import locate_model
@@ -221,7 +221,8 @@ def check_evaluation(
     """
     config = recipe.evaluate
     choose_judge(config, data)
-    check_questions(config)
+    if config.lm_eval:
+        check_tasks(config)
     if config.embedding_model is not None:
         locate_model(ModelConfig(path=config.embedding_model))
     for source in sources.values():

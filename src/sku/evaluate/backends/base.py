@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from sku.errors import EvaluationError
-from sku.evaluate.records import GenerationRecord, Kind, Split, StartSource
+from sku.evaluate.records import GenerationRecord, Kind, Split, StartSource, grouped
 
 _FIRST_LOOK = 512
 """Likeliest words among which the end of top-p is looked for first; sorting a whole vocabulary takes longer than a
@@ -201,10 +201,7 @@ class GenerationBackend(Protocol):
 
 def by_room(requests: Sequence[GenerationRequest], decoding: Decoding) -> dict[int, list[int]]:
     """Longest reply -> places of the requests that may have it, for an engine that takes one limit a call."""
-    groups: dict[int, list[int]] = {}
-    for place, request in enumerate(requests):
-        groups.setdefault(decoding.room_of(request), []).append(place)
-    return groups
+    return grouped(range(len(requests)), lambda place: decoding.room_of(requests[place]))
 
 
 def decoding_settings(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:

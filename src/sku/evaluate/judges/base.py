@@ -69,15 +69,15 @@ class JudgeCard:
     licence: str
     needs: tuple[str, ...]
     """Fields of a record that it reads."""
-    threshold: float | None
+    threshold: float | None = None
     """Lowest ``p_harmful`` that is called harmful; None for a judge without probabilities."""
     known_errors: str
     """Measured error rates, or what is known about them, in words."""
-    offline: bool
-    deterministic: bool
+    offline: bool = True
+    deterministic: bool = True
     labels_refusals: bool
     """Whether its label ``refusal`` is its own finding; if not, the refusal rules find them (``label_of``)."""
-    finds_faults: bool
+    finds_faults: bool = False
     """Whether it tells broken language; if so, it is asked about normal prompts too."""
     tells_safe: bool = True
     """Whether it can call a reply safe. If not, ``safe_answer`` and ``evasive`` are 0 whatever the model says: they

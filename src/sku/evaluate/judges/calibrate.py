@@ -26,7 +26,7 @@ from sku.errors import DataError, EvaluationError, did_you_mean
 from sku.evaluate.judges.base import Calibration, Judge, Verdict, label_of, verdicts_of
 from sku.evaluate.judges.precomputed import without_guards
 from sku.evaluate.metrics import Rate, rate
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, grouped
 from sku.evaluate.statistics import auc, auc_interval
 
 PROMPT_COLUMNS = ("prompt", "question")
@@ -135,8 +135,8 @@ def figures_of(rows: Sequence[Called], *, seed: int = 0) -> tuple[GroupFigures, 
 
 def _parts(rows: Sequence[Judged]) -> list[tuple[str, Sequence[Judged]]]:
     """All rows, which begin with a labelled reply, then those of each group."""
-    names = sorted({row[0].group for row in rows} - {""})
-    return [(ALL, rows), *((name, [row for row in rows if row[0].group == name]) for name in names)]
+    groups = grouped((row for row in rows if row[0].group), lambda row: str(row[0].group))
+    return [(ALL, rows), *sorted(groups.items())]
 
 
 def _group(name: str, rows: Sequence[Called], seed: int, *, with_area: bool) -> GroupFigures:

@@ -20,10 +20,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
 from sku.config import settings_from_dict
+from sku.config.check import Count, Positive, validated
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import JudgeCard, Label, Verdict
 from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten
@@ -40,7 +43,7 @@ _KEY_REFUSED = (401, 403)
 ChatLabel = Literal["harmful", "safe", "refusal"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ChatSettings:
     """Settings of the kind ``chat``."""
 
@@ -68,17 +71,17 @@ class ChatSettings:
     """More fields of each request, such as ``max_completion_tokens`` or ``reasoning_effort``. No keys here."""
     system_role: bool = True
     """Whether the rules are sent as a system message, which some models don't know."""
-    max_prompt_chars: int = 4000
+    max_prompt_chars: Count = 4000
     """Longer prompts are cut, and counted."""
-    max_reply_chars: int = 8000
-    timeout_s: float = 60.0
+    max_reply_chars: Count = 8000
+    timeout_s: Positive = 60.0
     """For a request to be answered."""
-    max_retries: int = 4
+    max_retries: Annotated[int, Field(ge=0)] = 4
     """Repetitions of a request after HTTP 429, 5xx, a timeout or a lost connection, at growing distances or as the
     server asks."""
-    concurrency: int = 4
+    concurrency: Count = 4
     """Requests at the same time."""
-    fail_after: int = 10
+    fail_after: Count = 10
     """After this many failures of the server in a row nothing more is asked: the rest gets ``error``."""
     price_input: float | None = None
     """Price of a million input tokens, for the estimate of the cost; in any currency."""
@@ -96,15 +99,8 @@ class ChatSettings:
             raise RecipeError(f"template is {self.template!r}; it must be the rules themselves, as in chat-rubric")
         if "harmful" not in self.labels or len(set(self.labels)) < 2:
             raise RecipeError(f"labels is {list(self.labels)}; it must hold harmful and another one")
-        for name in ("max_prompt_chars", "max_reply_chars", "concurrency", "fail_after"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if not 0 < self.timeout_s < float("inf"):
-            raise RecipeError(f"timeout_s is {self.timeout_s}; it must be above 0")
         if wrong := sorted({"model", "messages", "stream", "n"} & set(self.request)):
             raise RecipeError(f"request must not hold {', '.join(wrong)}: the judge sets that itself")
-        if self.max_retries < 0:
-            raise RecipeError(f"max_retries is {self.max_retries}; it must be 0 or more")
 
     @property
     def rules(self) -> str:
@@ -381,13 +377,11 @@ def _card(settings: ChatSettings, name: str) -> JudgeCard:
         version=version,
         licence=settings.licence,
         needs=("prompt", "prefill", "reply"),
-        threshold=None,
         known_errors=settings.known_errors,
         offline=is_own_machine(settings.base_url),
         deterministic=False,
         labels_refusals="refusal" in settings.labels,
         tells_safe="safe" in settings.labels,
-        finds_faults=False,
     )
 
 

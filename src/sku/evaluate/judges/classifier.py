@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import settings_from_dict
+from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.batching import pad
 from sku.evaluate.judges.base import Verdict
@@ -35,11 +35,11 @@ ANY = "any"
 """Every label of the head is a kind of harm."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ClassifierSettings(LocalModelSettings):
     """A judge file of kind ``classifier``."""
 
-    max_length: int = 512
+    max_length: Count = 512
     template: str | None = None
     """The text to classify, with ``{reply}`` and, where the model reads it, ``{prompt}``; empty: a pair of texts."""
     harmful: str | tuple[str | int, ...] | None = None

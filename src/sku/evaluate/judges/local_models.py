@@ -28,6 +28,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, plain_data
+from sku.config.check import Count, validated
 from sku.errors import ModelError, RecipeError
 from sku.evaluate.batching import in_batches
 from sku.evaluate.judges.base import JudgeCard, Verdict
@@ -49,7 +50,7 @@ Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LocalModelSettings:
     """What a judge file of any local model holds."""
 
@@ -61,9 +62,9 @@ class LocalModelSettings:
     """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Replies at once; halved where a GPU's memory runs out."""
-    max_length: int = 2048
+    max_length: Count = 2048
     """Most tokens the model reads; what is too long loses the end of the reply, never prompt or instructions."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
@@ -90,9 +91,6 @@ class LocalModelSettings:
     """File of ``sku judge calibrate``; ``build_judge`` puts it on the card."""
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "max_length"):
-            if getattr(self, key) < 1:
-                raise RecipeError(f"{key} is {getattr(self, key)}; it must be 1 or more")
         if not 0 < self.threshold < 1:
             raise RecipeError(f"threshold is {self.threshold}; it must lie between 0 and 1")
 
@@ -208,9 +206,6 @@ def make_card(settings: LocalModelSettings, name: str, *, reads_prompt: bool, **
         licence=settings.licence,
         needs=(*(["prompt"] if reads_prompt else []), "reply", *start),
         known_errors=settings.known_errors,
-        finds_faults=False,
-        offline=True,
-        deterministic=True,
         revision=revision,
         **traits,
     )

@@ -317,10 +317,6 @@ def _card(labels: LabelFile, settings: PrecomputedSettings) -> JudgeCard:
         version=labels.sha256[:16],
         licence=settings.licence,
         needs=("id", "prefill", "reply"),
-        threshold=None,
         known_errors=settings.known_errors or f"{count}; replies that nobody labelled count as unjudged",
-        offline=True,
-        deterministic=True,
         labels_refusals=True,
-        finds_faults=False,
     )

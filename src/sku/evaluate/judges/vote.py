@@ -144,7 +144,6 @@ def _card(members: Sequence[Judge], rule: Rule, name: str) -> JudgeCard:
         version=hashlib.sha256(identity.encode()).hexdigest()[:16],
         licence="; ".join(licences),
         needs=tuple(sorted({need for card in cards for need in card.needs})),
-        threshold=None,
         known_errors=f"rule {rule}, a tie is harmful; "
         + "; ".join(f"{card.name}: {card.known_errors}" for card in cards),
         offline=all(card.offline for card in cards),
