@@ -36,7 +36,7 @@ class RateChange:
     test over prompts."""
     p_holm: float | None = None
     """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
-    (``TESTED``)."""
+    (``tested``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from sku.evaluate.measure import by_nearest
 from sku.evaluate.metrics import leaks_per_prompt, prefill_words
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import from_plain, to_plain
-from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
+from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
 from sku.evaluate.results import EvaluationResult, main_metric
 from sku.evaluate.statistics import (
     Estimate,
@@ -41,19 +41,6 @@ from sku.evaluate.statistics import (
 )
 from sku.evaluate.verdict import NO_VERDICT, OverallVerdict, overall_verdict
 
-TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
-    ("reply", "forget_train"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-    ("reply", "forget_test"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-    ("prefill", "forget_train"): ("harmful",),
-    ("prefill", "forget_test"): ("harmful",),
-    ("sample", "forget_train"): ("harmful",),
-    ("sample", "forget_test"): ("harmful",),
-    ("reply", "retain_test"): ("exact_answer", "over_refusal", "gibberish"),
-    ("reply", "xstest_safe"): ("exact_answer", "over_refusal", "gibberish"),
-    ("reply", "xstest_unsafe"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-}
-"""Kind and split -> the rates that the before/after table shows; ``tested`` knows the sets of other sources too. Their
-tests are read together, so they are one family for Holm's correction."""
 _RECORDED = ("replies", "prefill", "prefill_by_length", "samples", "leak", "perplexity", "utility", "notes")
 """Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
 
@@ -208,7 +195,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         verdict=overall_verdict(
             base, unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility
         ),
-        notes=comparison_notes(base, unlearned, utility),
+        notes=comparison_notes(base, unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility),
         details=detail_notes(base, unlearned),
         samples=changes["sample"],
         leak=leak,
@@ -218,9 +205,15 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
 
 
 def tested(kind: Kind, split: Split) -> tuple[str, ...]:
-    """The rates of a split that the before/after table shows."""
-    like = "forget_test" if split.startswith(HARMFUL) else "retain_test" if split.startswith(NORMAL) else split
-    return TESTED.get((kind, like), ())
+    """The rates of a split that the before/after table shows.
+
+    Their tests are read together, so they are one family for Holm's correction.
+    """
+    if kind != "reply":
+        return ("harmful",)
+    if split in NORMAL_SPLITS:
+        return ("exact_answer", "over_refusal", "gibberish")
+    return ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish")
 
 
 def untold(judge: JudgeCard) -> frozenset[str]:

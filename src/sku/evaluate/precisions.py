@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,19 +85,25 @@ def measure_precisions(
     kept: Mapping[str, Mapping[str, Any]] = {}
     if survival is not None:
         kept = processes.on_main(lambda: survival(names))
-    ask = partial(
-        evaluate,
-        tokenizer=tokenizer,
-        data=data.answered(),
-        config=_reduced(config),
-        judge=judges[0] if judges else None,
-        prompt_format=prompt_format,
-        base_model=base,
-        starts=comparison.unlearned.starts,
-        seed=seed,
-    )
-    asker = _Asker(cast(PreTrainedModel, model), comparison, seed, output_dir, ask, progress)
-    results = tuple(asker.result(name, kept.get(name)) for name in names)
+
+    def ask(rounded: PreTrainedModel, name: Precision) -> EvaluationResult:
+        return evaluate(
+            rounded,
+            tokenizer,
+            data.answered(),
+            config=_reduced(config),
+            judge=judges[0] if judges else None,
+            prompt_format=prompt_format,
+            base_model=base,
+            output_dir=None if output_dir is None else output_dir / FOLDER / name,
+            model_name=f"{comparison.unlearned.setup.model['name']} in {name}",
+            starts=comparison.unlearned.starts,
+            seed=seed,
+            progress=progress and (lambda part, done, total: progress(f"{name} weights: {part}", done, total)),
+        )
+
+    whole = cast(PreTrainedModel, model)
+    results = tuple(_result(name, whole, comparison, ask, kept.get(name), seed) for name in names)
     report = PrecisionReport(
         model=comparison.unlearned.setup.model,
         base=comparison.base.setup.model,
@@ -112,52 +117,37 @@ def measure_precisions(
     return report
 
 
-@dataclasses.dataclass(frozen=True)
-class _Asker:
-    """What each precision needs."""
-
-    model: PreTrainedModel
-    comparison: Comparison
-    seed: int
-    output_dir: Path | None
-    evaluate: Callable[..., EvaluationResult]
-    progress: Progress | None
-
-    def result(self, name: Precision, kept: Mapping[str, Any] | None) -> PrecisionResult:
-        """One precision, measured, or taken from the evaluation where rounding moves no weight."""
-        form = FORMATS[name]
-        rounding, by = form.on(embedding_weight(self.model).device)
-        before, found = self.comparison.unlearned, None
-        with rounded_copy(self.model, rounding, layers_only=form.layers_only) as (copied, rounded):
-            if not rounded.moved:
-                found = before
-            elif not rounded.overflowed:
-                found = self._asked(copied, name)
-        harmful = {} if found is None else harmful_changes(before, found, self.seed)
-        changes = {f"{kind}/{split}": change for kind, splits in harmful.items() for split, change in splits.items()}
-        return PrecisionResult(
-            precision=name,
-            scheme=form.scheme,
-            rounded_by=by,
-            rounded=rounded.rounded,
-            moved=rounded.moved,
-            overflowed=rounded.overflowed,
-            measured=None if found is None else measured_of(self.comparison.base, found, self.seed),
-            harmful=harmful,
-            brings_back=tuple(place for place, change in changes.items() if change.low > 0),
-            survival=None if kept is None else Survival(**kept),
-        )
-
-    def _asked(self, rounded: PreTrainedModel, name: Precision) -> EvaluationResult:
-        progress = self.progress
-        return self.evaluate(
-            rounded,
-            output_dir=None if self.output_dir is None else self.output_dir / FOLDER / name,
-            model_name=f"{self.comparison.unlearned.setup.model['name']} in {name}",
-            progress=None
-            if progress is None
-            else lambda stage, done, total: progress(f"{name} weights: {stage}", done, total),
-        )
+def _result(
+    name: Precision,
+    model: PreTrainedModel,
+    comparison: Comparison,
+    ask: Callable[[PreTrainedModel, Precision], EvaluationResult],
+    kept: Mapping[str, Any] | None,
+    seed: int,
+) -> PrecisionResult:
+    """One precision, measured, or taken from the evaluation where rounding moves no weight."""
+    form = FORMATS[name]
+    rounding, by = form.on(embedding_weight(model).device)
+    before, found = comparison.unlearned, None
+    with rounded_copy(model, rounding, layers_only=form.layers_only) as (copied, rounded):
+        if not rounded.moved:
+            found = before
+        elif not rounded.overflowed:
+            found = ask(copied, name)
+    harmful = {} if found is None else harmful_changes(before, found, seed)
+    changes = {f"{kind}/{split}": change for kind, splits in harmful.items() for split, change in splits.items()}
+    return PrecisionResult(
+        precision=name,
+        scheme=form.scheme,
+        rounded_by=by,
+        rounded=rounded.rounded,
+        moved=rounded.moved,
+        overflowed=rounded.overflowed,
+        measured=None if found is None else measured_of(comparison.base, found, seed),
+        harmful=harmful,
+        brings_back=tuple(place for place, change in changes.items() if change.low > 0),
+        survival=None if kept is None else Survival(**kept),
+    )
 
 
 def measured_of(base: EvaluationResult, result: EvaluationResult, seed: int) -> Measured:

@@ -105,6 +105,11 @@ def check_schema(content: Mapping[str, Any], version: int, where: str, remedy: s
         raise EvaluationError(f"{where} has schema version {found}, this SKU reads {version}: {remedy}")
 
 
+def json_lines(contents: Iterable[Mapping[str, Any]]) -> str:
+    """One line for each."""
+    return "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in contents)
+
+
 def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """Writes a header and one line per row.
 
@@ -117,8 +122,7 @@ def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> No
         OutputError: The file can't be written.
     """
     plain = [dataclasses.asdict(row) for row in rows]
-    lines = [{"schema_version": SCHEMA_VERSION, **header, "rows": len(plain)}, *plain]
-    write_private_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_private_text(path, json_lines([{"schema_version": SCHEMA_VERSION, **header, "rows": len(plain)}, *plain]))
 
 
 def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row]]:

@@ -82,8 +82,8 @@ def by_split(rows: Iterable[RowOfSplit]) -> dict[Split, list[RowOfSplit]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRecord:
-    """One prompt and what the model said."""
+class Asked:
+    """One prompt, and what its reply was made to begin with."""
 
     id: str
     """Split, kind (with a prefill's length or a sample's number) and a hash of the prompt: equal for two models that
@@ -102,6 +102,12 @@ class GenerationRecord:
     """Number of tokens of ``prefill``; 0 for the other kinds."""
     start_source: StartSource | None = None
     """Whose words ``prefill`` is from; None for the other kinds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord(Asked):
+    """One prompt and what the model said."""
+
     reply: str
     """The model's own words; under ``prefill`` they follow ``prefill`` character for character."""
     num_tokens: int

@@ -270,30 +270,31 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
         EvaluationError: No harmful or no safe reply was judged, or the judge's verdicts don't match the replies.
     """
     answered = _asked(judge, labelled)
-    judged = [(entry.harmful, verdict.label == "harmful") for entry, verdict in answered]
-    unjudged = len(labelled.replies) - len(judged)
-    found, passed = ([called == truth for truth, called in judged if truth == kind] for kind in (True, False))
-    sensitivity, specificity, floor = rate(found), rate(passed), rate(not right for right in passed)
-    accuracy = rate([*found, *passed])
-    if sensitivity is None or specificity is None or floor is None or accuracy is None:
+    groups = _figures(answered)
+    whole = groups[0]
+    floor = rate(verdict.label == "harmful" for entry, verdict in answered if not entry.harmful)
+    accuracy = rate((verdict.label == "harmful") == entry.harmful for entry, verdict in answered)
+    if whole.sensitivity is None or whole.specificity is None or floor is None or accuracy is None:
         raise EvaluationError(
-            f"{labelled.name}: judge {judge.card.name} gave verdicts on {len(found)} harmful and {len(passed)} safe "
-            f"replies ({unjudged} without a verdict): both kinds are needed to tell its errors"
+            f"{labelled.name}: judge {judge.card.name} gave verdicts on {whole.harmful} harmful and {whole.safe} safe "
+            f"replies ({len(labelled.replies) - len(answered)} without a verdict): both kinds are needed to tell its "
+            "errors"
         )
+    calibration = _counted(labelled, answered, None)
     return CalibrationReport(
         judge=judge.card.name,
-        groups=_figures(answered),
-        calibration=_counted(labelled, answered, None),
+        groups=groups,
+        calibration=calibration,
         by_group=tuple(
             _counted(labelled, rows, name)
             for name, rows in _parts(answered)[1:]
             if {entry.harmful for entry, _ in rows} == {True, False}
         ),
-        sensitivity=sensitivity,
-        specificity=specificity,
+        sensitivity=whole.sensitivity,
+        specificity=whole.specificity,
         accuracy=accuracy,
         floor=floor,
-        kappa=_kappa(judged),
+        kappa=_kappa(calibration),
         left_out=labelled.left_out,
     )
 
@@ -398,9 +399,11 @@ def _record(number: int, entry: LabelledReply) -> GenerationRecord:
     )
 
 
-def _kappa(judged: Sequence[tuple[bool, bool]]) -> float | None:
-    counts = Counter(judged)
-    if len({called for _, called in judged}) < 2:
-        return None
-    table = [[counts[truth, called] for called in (False, True)] for truth in (False, True)]
-    return float(cohens_kappa(table, return_results=False))
+def _kappa(counts: Calibration) -> float | None:
+    """Of what a judge calls safe and harmful (columns) and people do (rows)."""
+    table = [
+        [counts.safe_found, counts.safe - counts.safe_found],
+        [counts.harmful - counts.harmful_found, counts.harmful_found],
+    ]
+    one_verdict_for_all = not all(map(sum, zip(*table, strict=True)))
+    return None if one_verdict_for_all else float(cohens_kappa(table, return_results=False))

@@ -11,12 +11,12 @@ counted: a text that still adds one (a tokenizer may rewrite characters first) i
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import logging
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,7 +139,7 @@ class LocalJudge(ABC, Generic[Answer]):
         answers = iter(self._answers([row for rows in asked for row in rows if isinstance(row, Encoded)]))
         verdicts = []
         for record, rows in zip(records, asked, strict=True):
-            own = [row.reason if isinstance(row, Unreadable) else next(answers) for row in rows]
+            own = [row if isinstance(row, str) else next(answers) for row in rows]
             verdicts.append(self.verdict(record.id, own, _cut_reason(rows)))
         if cut := sum(verdict.reason.startswith(_CUT) for verdict in verdicts):
             _log.warning(
@@ -241,7 +241,7 @@ def errors_named(name: str) -> Iterator[None]:
         ) from None
 
 
-def _cut_reason(rows: Sequence[Encoded | Unreadable]) -> str:
+def _cut_reason(rows: Sequence[Encoded | str]) -> str:
     """The reason of a verdict on a reply that was not read to its end, empty on any other."""
     cut = [row for row in rows if isinstance(row, Encoded) and row.kept < row.length]
     if not cut:
@@ -261,13 +261,6 @@ class Encoded:
     """Characters of the reply that fitted, counted as they are encoded."""
     length: int
     """All its characters, counted so."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unreadable:
-    """A conversation that the model can't be asked about."""
-
-    reason: str
 
 
 class ConversationEncoder:
@@ -301,7 +294,7 @@ class ConversationEncoder:
         self._markers = _pattern({*special, *markers})
         self._expected = self._controls(self._encode("x", "x")[0])
 
-    def encode(self, prompt: str, reply: str) -> Encoded | Unreadable:
+    def encode(self, prompt: str, reply: str) -> Encoded | str:
         """Encodes one conversation; a reply that is too long loses its end.
 
         Args:
@@ -309,22 +302,23 @@ class ConversationEncoder:
             reply: What it said.
 
         Returns:
-            The token ids, or why there are none.
+            The token ids, or in words why there are none.
         """
         prompt, reply = (self._markers(text.strip()) for text in (prompt, reply))
         kept = len(reply)
         ids, type_ids = self._encode(prompt, reply)
         if len(ids) > self._max_length:
-            kept = self._longest(lambda length: len(self._encode(prompt, reply[:length])[0]), len(reply))
+            lengths = range(len(reply) + 1)
+            fitting = bisect_right(
+                lengths, self._max_length, key=lambda end: len(self._encode(prompt, reply[:end])[0])
+            )
+            kept = fitting - 1
             if kept < 1:
-                return Unreadable(reason=f"the prompt leaves no room for a reply in {self._max_length} tokens")
+                return f"the prompt leaves no room for a reply in {self._max_length} tokens"
             ids, type_ids = self._encode(prompt, reply[:kept])
         if self._controls(ids) != self._expected:
-            return Unreadable(reason="prompt or reply can't be kept apart from the model's control tokens")
+            return "prompt or reply can't be kept apart from the model's control tokens"
         return Encoded(ids=ids, type_ids=type_ids, kept=kept, length=len(reply))
-
-    def _longest(self, tokens_of: Callable[[int], int], length: int) -> int:
-        return bisect.bisect_right(range(length + 1), self._max_length, key=tokens_of) - 1
 
     def _encode(self, prompt: str, reply: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         texts: tuple[str, ...] = (prompt, reply)

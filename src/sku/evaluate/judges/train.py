@@ -111,7 +111,7 @@ class TrainedJudge:
     """Labelled replies that were trained on."""
     validation: int
     unreadable: int
-    """Replies left out since the model can't be asked about them (``Unreadable``)."""
+    """Replies left out since the model can't be asked about them."""
     figures: tuple[GroupFigures, ...]
     """On the validation replies, all and by group; the threshold was chosen on them, so they flatter."""
 
