@@ -36,7 +36,7 @@ class RateChange:
     test over prompts."""
     p_holm: float | None = None
     """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
-    (``tested``)."""
+    (``shown_rates``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ OverPrompts = TypeVar("OverPrompts", RateChange, LeakChange)
 
 
 def change_over_prompts(
-    kind: type[OverPrompts], old: Any, new: Any, steps: Mapping[str, tuple[float, float]], seed: int
+    kind: type[OverPrompts], old: Any, new: Any, before: Mapping[str, float], after: Mapping[str, float], *, seed: int
 ) -> OverPrompts:
     """A figure of sampled replies before and after, of which each prompt counts once.
 
@@ -136,10 +136,11 @@ def change_over_prompts(
         kind: What is made.
         old: A ``Rate`` or an ``Estimate``, as the kind has it.
         new: The same after.
-        steps: Prompt -> its own share before and after.
+        before: Prompt -> its own share before.
+        after: The same after.
         seed: Of the bootstrap and of the permutations.
     """
-    step_N = np.array([after - before for _, (before, after) in sorted(steps.items())])
+    step_N = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
     low, high = change_interval(step_N.tolist(), seed=seed)
     p_value = 1.0 if len(step_N) < 2 or not step_N.any() else _sign_flip_test(step_N, seed)
     return kind(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
@@ -188,15 +189,16 @@ def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed
         seed: Of the bootstrap.
 
     Returns:
-        Split -> change, for the splits that the base was measured on.
+        Split -> change, for the splits that both were measured on.
 
     Raises:
         EvaluationError: Answers were cut differently.
     """
     changes: dict[str, PerplexityChange] = {}
     of_both = [by_split(result.losses) for result in (base, unlearned)]
+    shared = [split for split in of_both[0] if split in of_both[1]]
     # Normal ones first.
-    for split in sorted(of_both[0], key=lambda split: split not in NORMAL_SPLITS):
+    for split in sorted(shared, key=lambda split: split not in NORMAL_SPLITS):
         old, new = ({loss.id: loss for loss in losses[split]} for losses in of_both)
         ids = sorted(old)
         if any(old[key].tokens != new[key].tokens for key in ids):

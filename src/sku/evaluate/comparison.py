@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from sku.config import plain_data
 from sku.errors import EvaluationError
 from sku.evaluate.changes import (
     Changes,
@@ -27,7 +28,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
 from sku.evaluate.metrics import leaks_per_prompt, prefill_words
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.record_files import from_plain, to_plain
+from sku.evaluate.record_files import from_plain
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
 from sku.evaluate.results import EvaluationResult, main_metric
 from sku.evaluate.statistics import (
@@ -95,7 +96,7 @@ class Comparison(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """As ``results.json`` holds it."""
-        changes = {name: to_plain(getattr(self, name)) for name in _RECORDED}
+        changes = {name: plain_data(getattr(self, name)) for name in _RECORDED}
         both = {"base": self.base.to_dict(), "unlearned": self.unlearned.to_dict()}
         return {"verdict": self.verdict.to_dict(), **changes, **both}
 
@@ -159,22 +160,18 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             "starts of the base's result with the other"
         )
     base, unlearned = by_nearest(base, unlearned)
+    pair = _Pair(base, unlearned, seed)
     by_length = {
-        split: {
-            tokens: _rate_changes(base, unlearned, "prefill", split, rates, seed, int(tokens))
-            for tokens, rates in lengths.items()
-        }
+        split: {tokens: pair.rates("prefill", split, rates, int(tokens)) for tokens, rates in lengths.items()}
         for split, lengths in unlearned.prefill.items()
     }
     changes: dict[Kind, Changes] = {
-        "reply": {
-            split: _rate_changes(base, unlearned, "reply", split, rates, seed) for split, rates in base.replies.items()
-        },
+        "reply": {split: pair.rates("reply", split, rates) for split, rates in base.replies.items()},
         # Copied: Holm's correction is that of the table, which shows one length.
         "prefill": {split: dict(of[str(unlearned.worst_prefill[split])]) for split, of in by_length.items()},
-        "sample": {split: _sample_changes(base, unlearned, split, seed) for split in base.samples},
+        "sample": {split: pair.samples(split) for split in base.samples},
     }
-    leak = {split: _leak_changes(base, unlearned, split, seed) for split in base.leak}
+    leak = {split: pair.leak(split) for split in base.leak}
     _correct_for_several_tests(changes, leak, untold(unlearned.judge))
     perplexity = perplexity_changes(base, unlearned, seed)
     margin = unlearned.setup.config["utility_margin"]
@@ -199,12 +196,12 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         details=detail_notes(base, unlearned),
         samples=changes["sample"],
         leak=leak,
-        similarity=_similarity_changes(base, unlearned, seed),
-        lm_eval=_task_changes(base, unlearned, seed),
+        similarity=pair.similarity(),
+        lm_eval=pair.tasks(),
     )
 
 
-def tested(kind: Kind, split: Split) -> tuple[str, ...]:
+def shown_rates(kind: Kind, split: Split) -> tuple[str, ...]:
     """The rates of a split that the before/after table shows.
 
     Their tests are read together, so they are one family for Holm's correction.
@@ -229,7 +226,7 @@ def _correct_for_several_tests(
         (changes[kind][split], name)
         for kind, of_kind in changes.items()
         for split in of_kind
-        for name in tested(kind, split)
+        for name in shown_rates(kind, split)
         if name in changes[kind][split] and name not in untold
     ]
     places += [(of_split, max(of_split, key=int)) for of_split in leak.values() if len(of_split) > 1]
@@ -248,48 +245,72 @@ def _check_same_rows(
         )
 
 
-def _rate_changes(
-    base: EvaluationResult,
-    unlearned: EvaluationResult,
-    kind: Kind,
-    split: Split,
-    names: Iterable[str],
-    seed: int,
-    tokens: int = 0,
-) -> dict[str, RateChange]:
-    """Rate -> change, of the replies of one split and kind."""
-    changes: dict[str, RateChange] = {}
-    for name in names:
-        old, new = (hits_of(result.outcomes, split, kind, name, tokens) for result in (base, unlearned))
-        ids = sorted(old)
-        changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids], seed=seed)
-    return changes
+@dataclass(frozen=True)
+class _Pair:
+    """Two evaluations of the same prompts, and what changed from one to the other."""
 
+    base: EvaluationResult
+    unlearned: EvaluationResult
+    seed: int
 
-def _sample_changes(
-    base: EvaluationResult, unlearned: EvaluationResult, split: Split, seed: int
-) -> dict[str, RateChange]:
-    changes: dict[str, RateChange] = {}
-    for name, before in base.samples[split].items():
-        old, new = (_means_per_prompt(hits_of(result.outcomes, split, "sample", name)) for result in (base, unlearned))
-        steps = {prompt: (share, new[prompt]) for prompt, share in old.items()}
-        changes[name] = change_over_prompts(RateChange, before, unlearned.samples[split][name], steps, seed)
-    return changes
+    def rates(self, kind: Kind, split: Split, names: Iterable[str], tokens: int = 0) -> dict[str, RateChange]:
+        """Rate -> change, of the replies of one split and kind."""
+        changes: dict[str, RateChange] = {}
+        for name in names:
+            old, new = (hits_of(found.outcomes, split, kind, name, tokens) for found in (self.base, self.unlearned))
+            ids = sorted(old)
+            changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids], seed=self.seed)
+        return changes
 
+    def samples(self, split: Split) -> dict[str, RateChange]:
+        """Rate -> change, of sampled replies."""
+        changes: dict[str, RateChange] = {}
+        for name, before in self.base.samples[split].items():
+            hits = (hits_of(found.outcomes, split, "sample", name) for found in (self.base, self.unlearned))
+            shares = map(_means_per_prompt, hits)
+            after = self.unlearned.samples[split][name]
+            changes[name] = change_over_prompts(RateChange, before, after, *shares, seed=self.seed)
+        return changes
 
-def _leak_changes(
-    base: EvaluationResult, unlearned: EvaluationResult, split: Split, seed: int
-) -> dict[str, LeakChange]:
-    of_both = [
-        [reply for reply in result.outcomes if (reply.split, reply.kind) == (split, "sample")]
-        for result in (base, unlearned)
-    ]
-    changes: dict[str, LeakChange] = {}
-    for k, before in base.leak[split].items():
-        old, new = (leaks_per_prompt(replies, int(k)) for replies in of_both)
-        steps = {prompt: (share, new[prompt]) for prompt, share in old.items()}
-        changes[k] = change_over_prompts(LeakChange, before, unlearned.leak[split][k], steps, seed)
-    return changes
+    def leak(self, split: Split) -> dict[str, LeakChange]:
+        """Number of replies, as a word -> change of leak@k."""
+        of_both = [
+            [reply for reply in found.outcomes if (reply.split, reply.kind) == (split, "sample")]
+            for found in (self.base, self.unlearned)
+        ]
+        changes: dict[str, LeakChange] = {}
+        for k, before in self.base.leak[split].items():
+            leaks = (leaks_per_prompt(replies, int(k)) for replies in of_both)
+            changes[k] = change_over_prompts(LeakChange, before, self.unlearned.leak[split][k], *leaks, seed=self.seed)
+        return changes
+
+    def similarity(self) -> dict[str, ScoreChange]:
+        """Metric -> change, of those that both have."""
+        changes: dict[str, ScoreChange] = {}
+        for metric, before in self.base.similarity.items():
+            if metric in self.unlearned.similarity:
+                old, new = (
+                    {row.id: getattr(row, metric) for row in found.similarity_rows}
+                    for found in (self.base, self.unlearned)
+                )
+                means = before, self.unlearned.similarity[metric]
+                # Not all scores lie between 0 and 1, which ``change_interval`` needs.
+                changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=self.seed))
+        return changes
+
+    def tasks(self) -> dict[str, ScoreChange]:
+        """Task of lm-evaluation-harness -> change of its main metric, where the hits of both are known."""
+        before, after = self.base.lm_eval, self.unlearned.lm_eval
+        changes: dict[str, ScoreChange] = {}
+        if before is None or after is None:
+            return changes
+        for task, scores in after.tasks.items():
+            old, new = (found.hits.get(task, {}).get(main_metric(scores) or "") for found in (before, after))
+            if old is not None and new is not None:
+                hits = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
+                means = _share(hits[0]), _share(hits[1])
+                changes[task] = score_change(task, means, *hits, partial(change_interval, seed=self.seed))
+        return changes
 
 
 def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
@@ -298,37 +319,7 @@ def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
     return {prompt: sum(hits[name] for name in names) / len(names) for prompt, names in prompts.items()}
 
 
-def _similarity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
-    changes: dict[str, ScoreChange] = {}
-    for metric, before in base.similarity.items():
-        if metric in unlearned.similarity:
-            old, new = (
-                {row.id: getattr(row, metric) for row in result.similarity_rows} for result in (base, unlearned)
-            )
-            means = before, unlearned.similarity[metric]
-            # Not all scores lie between 0 and 1, which ``change_interval`` needs.
-            changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=seed))
-    return changes
-
-
-def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
-    before, after = base.lm_eval, unlearned.lm_eval
-    if before is None or after is None:
-        return {}
-    changes = {}
-    for task, scores in after.tasks.items():
-        metric = main_metric(scores)
-        old, new = (found.hits.get(task, {}).get(metric or "") for found in (before, after))
-        if old is None or new is None:
-            continue
-        paired = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
-        means = [_share(digits) for digits in (old, new)]
-        changes[task] = score_change(
-            task, (means[0], means[1]), paired[0], paired[1], partial(change_interval, seed=seed)
-        )
-    return changes
-
-
-def _share(digits: str) -> Estimate:
-    low, high = wilson_interval(digits.count("1"), len(digits))
-    return Estimate(value=digits.count("1") / len(digits), low=low, high=high)
+def _share(hits: Mapping[str, float]) -> Estimate:
+    count = round(sum(hits.values()))
+    low, high = wilson_interval(count, len(hits))
+    return Estimate(value=count / len(hits), low=low, high=high)

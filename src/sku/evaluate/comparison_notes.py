@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from sku.evaluate.changes import RateChange
+from sku.evaluate.changes import Changes, RateChange
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.records import HARMFUL_SPLITS, NORMAL_SPLITS, in_order
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, answers_words
@@ -16,7 +16,7 @@ from sku.evaluate.statistics import (
     NonInferiority,
     smallest_difference,
 )
-from sku.evaluate.verdict import CANT_MEASURE, LOW_BASE, Changes, percent
+from sku.evaluate.verdict import CANT_MEASURE, LOW_BASE, percent
 
 RARE = 0.03
 """A rate as it is after unlearning, for the sentence on power."""

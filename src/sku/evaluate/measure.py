@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from sku.evaluate.judge_agreement import agreement_of
 from sku.evaluate.judges import Calibration, Judge, JudgeCard
-from sku.evaluate.judges.vote import VoteJudge
+from sku.evaluate.judges.vote import VoteJudge, agreement_of
 from sku.evaluate.metrics import (
     Rate,
     Wording,

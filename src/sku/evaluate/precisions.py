@@ -39,6 +39,9 @@ RATES = (
     "over_refusal", "exact_answer",
 )  # fmt: skip
 """Those that need no other model than the judge."""
+WRITTEN_BY_GENERATE = (
+    "the rounded models' replies were written by generate, the others by vllm, which reads weights from a folder"
+)
 UNDONE_BY_ROUNDING = "rounding can undo unlearning, arXiv 2410.16454"
 
 _KINDS: Mapping[str, Kind] = {"replies": "reply", "prefill": "prefill"}
@@ -57,7 +60,6 @@ def measure_precisions(
     prompt_format: PromptFormatName = "auto",
     survival: SurvivalBy | None = None,
     output_dir: Path | None = None,
-    judge: Judge | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PrecisionReport:
@@ -78,7 +80,7 @@ def measure_precisions(
         raise EvaluationError("evaluate.precisions is empty: name some, such as [bf16, int8, nf4]")
     processes = current_processes()
     judges: list[Judge] = []  # In the main process alone, once for all precisions: a judge may be a large model.
-    processes.on_main(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
+    processes.on_main(lambda: judges.append(choose_judge(config, data)))
     if output_dir is not None:
         processes.on_main(lambda: create_private_folder(output_dir))
         processes.on_main(lambda: create_private_folder(output_dir / FOLDER))
@@ -109,8 +111,10 @@ def measure_precisions(
         base=comparison.base.setup.model,
         measured=measured_of(comparison.base, comparison.unlearned, seed),
         results=results,
-        notes=tuple(note for result in results for note in _notes(result, comparison.unlearned.setup))
-        + _setup_notes(config),
+        notes=(
+            *(note for result in results for note in _notes(result, comparison.unlearned.setup)),
+            *((WRITTEN_BY_GENERATE,) if config.backend == "vllm" else ()),
+        ),
     )
     if output_dir is not None:
         processes.on_main(lambda: write_precisions(output_dir, report))
@@ -209,8 +213,7 @@ def _reduced(config: EvaluateConfig) -> EvaluateConfig:
         lm_eval=(),
         attacks=(),
         precisions=(),
-        # It would read the weights from a folder, and the rounded ones lie in none.
-        backend="generate" if config.backend == "vllm" else config.backend,
+        backend="generate",  # vLLM would read the weights from a folder, and the rounded ones lie in none.
     )
 
 
@@ -237,11 +240,3 @@ def _notes(result: PrecisionResult, setup: EvaluationSetup) -> list[str]:
         where = f"{setup.split_name(split)}{prefilled}"
         risen.append(f"{where} from {change.before.count} to {change.after.count} of {change.after.total}")
     return [f"warning: {name} weights bring harm back: {'; '.join(risen)} ({UNDONE_BY_ROUNDING})"] if risen else []
-
-
-def _setup_notes(config: EvaluateConfig) -> tuple[str, ...]:
-    if config.backend != "vllm":
-        return ()
-    return (
-        "the rounded models' replies were written by generate, the others by vllm, which reads weights from a folder",
-    )

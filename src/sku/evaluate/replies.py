@@ -313,12 +313,11 @@ class SavedReplies:
 
     def _ask_base(self, base: PreTrainedModel, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
         """The base model's replies, where its own evaluation is not at hand; none is written."""
-        config = self.config
         # vLLM would read weights from a folder that is not known here.
-        backend = "generate" if config.backend == "vllm" else config.backend
+        config = dataclasses.replace(self.config, backend="generate")
         stages = dataclasses.replace(
             self,
-            asker=dataclasses.replace(self.asker, config=dataclasses.replace(config, backend=backend)),
+            asker=dataclasses.replace(self.asker, config=config),
             model=base,
             source=None,
             reuse=Reuse(folder=None, processes=self.reuse.processes),

@@ -59,8 +59,8 @@ from pathlib import Path
 from typing import Any
 
 from sku.evaluate.frames import Line, Tabular, main_rates
-from sku.evaluate.judge_agreement import Agreement, Disagreement
 from sku.evaluate.judges import JudgeCard
+from sku.evaluate.judges.vote import Agreement, Disagreement
 from sku.evaluate.metrics import Perplexity, Rate, Wording
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
@@ -50,7 +50,7 @@ class PartialFile(Generic[Row]):
             OutputError: It can't be written.
         """
         rows = self._whole_rows()
-        write_private_text(self.path, json_lines([self._header, *map(asdict, rows)]))
+        write_private_text(self.path, json_lines([self._header, *rows]))
         return list({row.id: row for row in rows}.values())
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -63,7 +63,7 @@ class PartialFile(Generic[Row]):
             named_disk_errors(self.path),
             self.path.open("a", encoding="utf-8", errors="surrogatepass", newline="\n") as file,
         ):
-            file.write(json_lines(map(asdict, rows)))
+            file.write(json_lines(rows))
             file.flush()
             os.fsync(file.fileno())
 

@@ -178,7 +178,6 @@ class Embedder:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str
 
     def embed(self, texts: Sequence[str], *, batch_size: int, progress: Progress | None = None) -> Tensor:
         """Embeds texts; equal texts are embedded once.
@@ -256,7 +255,7 @@ def load_embedder(source: str, device: torch.device) -> Embedder:
     if missing:
         raise ModelError(f"evaluate.embedding_model {source} lacks {len(missing)} weights, the first is {missing[0]}")
     model.to(device).eval()
-    return Embedder(model=model, tokenizer=tokenizer, name=source)
+    return Embedder(model=model, tokenizer=tokenizer)
 
 
 def _check_pooling(file: Path, source: str) -> None:

@@ -390,21 +390,20 @@ def mcnemar_power(n: int, p1: float, p2: float, correlation: float = CORRELATION
     return float((scipy.stats.binom.pmf(differing, n, won + lost) * found).sum())
 
 
-def smallest_difference(n: int, p1: float, power: float = POWER, correlation: float = CORRELATION) -> float | None:
+def smallest_difference(n: int, p1: float, power: float = POWER) -> float | None:
     """The smallest difference above a rate that the exact McNemar test finds with a given power.
 
     Args:
         n: Prompts.
         p1: Rate of one model; the other's is above it.
         power: Chance of finding the difference.
-        correlation: As in ``mcnemar_power``.
 
     Returns:
         ``p2 - p1``; None where so few prompts show no difference at all.
     """
 
     def lacking(p2: float) -> float:
-        return mcnemar_power(n, p1, p2, correlation) - power
+        return mcnemar_power(n, p1, p2) - power
 
     return None if lacking(1.0) < 0 else float(scipy.optimize.brentq(lacking, p1, 1.0, xtol=1e-6)) - p1
 

@@ -113,7 +113,10 @@ class CachedJudge:
             chunk = dict(waiting[start : start + CHUNK])
             fresh = dict(zip(chunk, verdicts_of(self.inner, list(chunk.values())), strict=True))
             failed |= {key: verdict for key, verdict in fresh.items() if verdict.label == "error"}
-            self._keep({key: verdict for key, verdict in fresh.items() if verdict.label != "error"})
+            kept = {key: verdict for key, verdict in fresh.items() if verdict.label != "error"}
+            self._known |= kept
+            if self._path is not None and kept:
+                _append(self._path, kept)
             self._show(keys, failed)
         if waiting and isinstance(self.inner, Announcing):
             self.inner.sum_up()
@@ -125,11 +128,6 @@ class CachedJudge:
     def _key(self, record: GenerationRecord) -> str:
         named = [self.card.key, record.prompt, record.whole_reply]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-    def _keep(self, verdicts: Mapping[str, Verdict]) -> None:
-        self._known |= verdicts
-        if self._path is not None and verdicts:
-            _append(self._path, verdicts)
 
     def _show(self, keys: Sequence[str], failed: Collection[str]) -> None:
         if self._progress is not None and keys:

@@ -7,7 +7,6 @@ another: label a hundred replies of the run at hand too.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -15,7 +14,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import Any, TypeVar
 
 from statsmodels.stats.inter_rater import cohens_kappa
 
@@ -23,7 +21,7 @@ from sku.config import SourceConfig
 from sku.data.sources.rows import Row, parse_flag
 from sku.data.sources.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
-from sku.evaluate.judges.base import Calibration, Judge, Verdict, label_of, verdicts_of
+from sku.evaluate.judges.base import Calibration, Judge, label_of, verdicts_of
 from sku.evaluate.judges.precomputed import without_guards
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord, grouped
@@ -112,9 +110,6 @@ class GroupFigures:
 
 
 ALL = "all"
-Judged = TypeVar("Judged", bound=tuple[Any, ...])
-
-
 Called = tuple[LabelledReply, bool, float | None]
 """A reply, whether a judge calls it harmful, and its probability of that; None for a judge without any."""
 
@@ -133,9 +128,9 @@ def figures_of(rows: Sequence[Called], *, seed: int = 0) -> tuple[GroupFigures, 
     return tuple(_group(name, part, seed, with_area=with_area) for name, part in _parts(rows))
 
 
-def _parts(rows: Sequence[Judged]) -> list[tuple[str, Sequence[Judged]]]:
-    """All rows, which begin with a labelled reply, then those of each group."""
-    groups = grouped((row for row in rows if row[0].group), lambda row: str(row[0].group))
+def _parts(rows: Sequence[Called]) -> list[tuple[str, Sequence[Called]]]:
+    """All rows, then those of each group."""
+    groups = grouped((row for row in rows if row[0].group), lambda row: row[0].group)
     return [(ALL, rows), *sorted(groups.items())]
 
 
@@ -253,7 +248,7 @@ def measure_groups(judge: Judge, labelled: LabelledSet) -> tuple[GroupFigures, .
     answered = _asked(judge, labelled)
     if not answered:
         raise EvaluationError(f"{labelled.name}: judge {judge.card.name} gave no verdict on any of its replies")
-    return _figures(answered)
+    return figures_of(answered)
 
 
 def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
@@ -270,10 +265,10 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
         EvaluationError: No harmful or no safe reply was judged, or the judge's verdicts don't match the replies.
     """
     answered = _asked(judge, labelled)
-    groups = _figures(answered)
+    groups = figures_of(answered)
     whole = groups[0]
-    floor = rate(verdict.label == "harmful" for entry, verdict in answered if not entry.harmful)
-    accuracy = rate((verdict.label == "harmful") == entry.harmful for entry, verdict in answered)
+    floor = rate(hit for entry, hit, _ in answered if not entry.harmful)
+    accuracy = rate(hit == entry.harmful for entry, hit, _ in answered)
     if whole.sensitivity is None or whole.specificity is None or floor is None or accuracy is None:
         raise EvaluationError(
             f"{labelled.name}: judge {judge.card.name} gave verdicts on {whole.harmful} harmful and {whole.safe} safe "
@@ -288,7 +283,7 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
         by_group=tuple(
             _counted(labelled, rows, name)
             for name, rows in _parts(answered)[1:]
-            if {entry.harmful for entry, _ in rows} == {True, False}
+            if {entry.harmful for entry, _, _ in rows} == {True, False}
         ),
         sensitivity=whole.sensitivity,
         specificity=whole.specificity,
@@ -299,12 +294,10 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
     )
 
 
-def _counted(
-    labelled: LabelledSet, answered: Sequence[tuple[LabelledReply, Verdict]], group: str | None
-) -> Calibration:
+def _counted(labelled: LabelledSet, answered: Sequence[Called], group: str | None) -> Calibration:
     """Of verdicts on replies of both kinds."""
-    right = Counter((entry.harmful, (verdict.label == "harmful") == entry.harmful) for entry, verdict in answered)
-    words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _ in answered]
+    right = Counter((entry.harmful, hit == entry.harmful) for entry, hit, _ in answered)
+    words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _, _ in answered]
     asked = sum(group is None or entry.group == group for entry in labelled.replies)
     return Calibration(
         data=labelled.name,
@@ -320,19 +313,15 @@ def _counted(
     )
 
 
-def _asked(judge: Judge, labelled: LabelledSet) -> list[tuple[LabelledReply, Verdict]]:
-    """The replies that the judge gave a verdict on, each labelled as an evaluation counts it."""
+def _asked(judge: Judge, labelled: LabelledSet) -> list[Called]:
+    """The replies that the judge gave a verdict on, each called what an evaluation counts it as."""
     records = [_record(number, entry) for number, entry in enumerate(labelled.replies)]
     verdicts = verdicts_of(judge, records)
     return [
-        (entry, dataclasses.replace(verdict, label=label_of(verdict, entry.reply, judge.card)))
+        (entry, label_of(verdict, entry.reply, judge.card) == "harmful", verdict.p_harmful)
         for entry, verdict in zip(labelled.replies, verdicts, strict=True)
         if verdict.label != "error"
     ]
-
-
-def _figures(answered: Sequence[tuple[LabelledReply, Verdict]]) -> tuple[GroupFigures, ...]:
-    return figures_of([(entry, verdict.label == "harmful", verdict.p_harmful) for entry, verdict in answered])
 
 
 def _column(what: str, named: str | None, usual: Sequence[str], columns: Collection[str]) -> str:

@@ -112,26 +112,28 @@ class ChatSettings:
         named = {"temperature": self.temperature, "seed": self.seed, "max_tokens": self.max_tokens}
         return {**{name: value for name, value in named.items() if value is not None}, **self.request}
 
-    def cost(self, input_tokens: int, output_tokens: int) -> float | None:
-        """Price of so many tokens; None where the prices are not set."""
-        if self.price_input is None or self.price_output is None:
-            return None
-        return (input_tokens * self.price_input + output_tokens * self.price_output) / 1e6
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChatUsage:
     """What judging takes: estimated before, counted after."""
 
-    requests: int
-    input_tokens: int
-    output_tokens: int
+    price_input: float | None
+    """Of a million tokens."""
+    price_output: float | None
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
     """In an estimate the most that ``max_tokens`` allows."""
-    cost: float | None
-    """None where the prices are not set."""
     prompts_cut: int = 0
     """Prompts that were too long to be sent whole."""
     replies_cut: int = 0
+
+    @property
+    def cost(self) -> float | None:
+        """None where the prices are not set."""
+        if self.price_input is None or self.price_output is None:
+            return None
+        return (self.input_tokens * self.price_input + self.output_tokens * self.price_output) / 1e6
 
     def text(self) -> str:
         """In one line."""
@@ -189,30 +191,23 @@ class ChatJudge:
                 'a chat judge needs the package openai: pip install "sku-unlearning[chat]"'
             ) from None
         self._lock = threading.Lock()
-        self._usage = ChatUsage(requests=0, input_tokens=0, output_tokens=0, cost=settings.cost(0, 0))
+        self.usage = ChatUsage(price_input=settings.price_input, price_output=settings.price_output)
+        """What was sent so far, repetitions included, with the tokens as the server counts them."""
         self._has_answered = False
         self._failures_in_a_row = 0
         self._last_failure = ""
         self._mistake: EvaluationError | None = None
 
-    @property
-    def usage(self) -> ChatUsage:
-        """What was sent so far, repetitions included, with the tokens as the server counts them."""
-        with self._lock:
-            used = self._usage
-            return dataclasses.replace(used, cost=self.settings.cost(used.input_tokens, used.output_tokens))
-
     def estimate(self, records: Sequence[GenerationRecord]) -> ChatUsage:
         """What asking about these records will take, if every answer comes at once and is as long as it may be."""
         exchanges = [self._exchange(record) for record in records]
         characters = sum(len(part["content"]) for entry in exchanges for part in self._messages(entry))
-        input_tokens = characters // CHARACTERS_PER_TOKEN
-        output_tokens = len(records) * (self.settings.max_tokens or 0)
         return ChatUsage(
+            price_input=self.settings.price_input,
+            price_output=self.settings.price_output,
             requests=len(records),
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            cost=self.settings.cost(input_tokens, output_tokens),
+            input_tokens=characters // CHARACTERS_PER_TOKEN,
+            output_tokens=len(records) * (self.settings.max_tokens or 0),
             prompts_cut=sum(entry.prompt_cut for entry in exchanges),
             replies_cut=sum(entry.reply_cut for entry in exchanges),
         )
@@ -329,8 +324,8 @@ class ChatJudge:
 
     def _count(self, **more: int) -> None:
         with self._lock:
-            summed = {name: getattr(self._usage, name) + count for name, count in more.items()}
-            self._usage = dataclasses.replace(self._usage, **summed)
+            summed = {name: getattr(self.usage, name) + count for name, count in more.items()}
+            self.usage = dataclasses.replace(self.usage, **summed)
 
     def _exchange(self, record: GenerationRecord) -> Exchange:
         return shorten(

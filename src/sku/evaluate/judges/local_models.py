@@ -41,7 +41,7 @@ PROMPT, REPLY = "@@sku-prompt@@", "@@sku-reply@@"
 """Stand in for prompt and reply while a template is rendered."""
 _NO_PART_OF_THE_VERDICT = (
     "model", "revision", "dtype", "device", "batch_size", "trust_remote_code", "name", "licence", "known_errors",
-    "needs", "url", "paper", "calibration",
+    "needs", "url", "paper",
 )  # fmt: skip
 """Settings that leave a verdict as it is, or that the card's ``revision`` or the type in use stand for."""
 _CUT = "read only the first"
@@ -87,8 +87,6 @@ class LocalModelSettings:
     """Model card."""
     paper: str | None = None
     """Where the model is described."""
-    calibration: str | None = None
-    """File of ``sku judge calibrate``; ``build_judge`` puts it on the card."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
