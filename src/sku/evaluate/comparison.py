@@ -309,7 +309,7 @@ class _Pair:
             if old is not None and new is not None:
                 hits = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
                 means = _share(hits[0]), _share(hits[1])
-                changes[task] = score_change(task, means, *hits, partial(change_interval, seed=self.seed))
+                changes[task] = score_change(task, means, hits[0], hits[1], partial(change_interval, seed=self.seed))
         return changes
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
@@ -43,8 +43,8 @@ Row = TypeVar("Row", bound=_Row)
 T = TypeVar("T")
 
 
-def header_hash(header: Mapping[str, Any]) -> str:
-    """SHA-256 of a header, independent of the order of its keys."""
+def header_hash(header: Mapping[str, Any] | Sequence[Any]) -> str:
+    """SHA-256 of a header or of other plain data, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,15 +7,13 @@ shows the judge's own count next to the gated one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
-from sku.evaluate.record_files import read_json_object
+from sku.evaluate.record_files import header_hash, read_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal, only_refuses
 from sku.evaluate.statistics import JudgeErrors
@@ -111,8 +109,7 @@ class JudgeCard:
     @property
     def key(self) -> str:
         """SHA-256 of what decides a verdict: equal keys give equal verdicts, so far as a judge is deterministic."""
-        identity = {"name": self.name, "version": self.version, "revision": self.revision}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return header_hash({"name": self.name, "version": self.version, "revision": self.revision})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 from sku.errors import EvaluationError
 from sku.evaluate.judges.base import Judge, JudgeCard, Verdict, verdicts_of
 from sku.evaluate.judges.vote import VoteJudge
-from sku.evaluate.record_files import create_private_folder, row_from_dict
+from sku.evaluate.record_files import create_private_folder, header_hash, row_from_dict
 from sku.evaluate.records import GenerationRecord
 from sku.storage import named_disk_errors
 
@@ -126,8 +125,7 @@ class CachedJudge:
         ]
 
     def _key(self, record: GenerationRecord) -> str:
-        named = [self.card.key, record.prompt, record.whole_reply]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        return header_hash([self.card.key, record.prompt, record.whole_reply])
 
     def _show(self, keys: Sequence[str], failed: Collection[str]) -> None:
         if self._progress is not None and keys:

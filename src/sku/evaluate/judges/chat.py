@@ -8,7 +8,6 @@ since no later one would fare better. No message holds a key or words of the ser
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import ipaddress
 import itertools
@@ -30,6 +29,7 @@ from sku.config.check import Count, Positive, validated
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import JudgeCard, Label, Verdict
 from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten
+from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import GenerationRecord
 
 _log = logging.getLogger(__name__)
@@ -366,10 +366,9 @@ def _card(settings: ChatSettings, name: str) -> JudgeCard:
         "system_role": settings.system_role,
         "cut": (settings.max_prompt_chars, settings.max_reply_chars),
     }
-    version = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return JudgeCard(
         name=settings.name or f"{name} {settings.model}",
-        version=version,
+        version=header_hash(decides)[:16],
         licence=settings.licence,
         needs=("prompt", "prefill", "reply"),
         known_errors=settings.known_errors,

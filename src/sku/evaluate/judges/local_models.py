@@ -11,8 +11,6 @@ counted: a text that still adds one (a tokenizer may rewrite characters first) i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 from abc import ABC, abstractmethod
@@ -32,6 +30,7 @@ from sku.config.check import Count, validated
 from sku.errors import ModelError, RecipeError
 from sku.evaluate.batching import in_batches
 from sku.evaluate.judges.base import JudgeCard, Verdict
+from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import GenerationRecord
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
 
@@ -214,8 +213,7 @@ def _version(settings: LocalModelSettings) -> str:
     held: str = settings.dtype
     if held != "stored":
         held = str(pick_dtype(settings.dtype, pick_device(settings.device)))
-    content = json.dumps({"code": VERSION, "dtype": held, **deciding}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return header_hash({"code": VERSION, "dtype": held, **deciding})[:16]
 
 
 def longest_input(config: PreTrainedConfig, tokenizer_limit: int) -> int:
