@@ -30,8 +30,7 @@ from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.framings import PLACE
 from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
 from sku.evaluate.asking import Writer, free_request, prefills
-from sku.evaluate.backends import GenerationRequest
-from sku.evaluate.backends.base import Sampling
+from sku.evaluate.backends.base import GenerationRequest, Sampling
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.gate import surface_faults
 from sku.evaluate.generation import generate_replies

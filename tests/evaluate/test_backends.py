@@ -26,9 +26,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
-from sku.evaluate.backends import CHECKED_PROMPTS, GenerateBackend, GenerationRequest, compare_replies
-from sku.evaluate.backends.base import RowSampler, Sampling, keep_top_p
-from sku.evaluate.backends.generate import ROOM, RoomyLayer, give_room
+from sku.evaluate.backends.base import (
+    CHECKED_PROMPTS,
+    GenerationRequest,
+    RowSampler,
+    Sampling,
+    compare_replies,
+    keep_top_p,
+)
+from sku.evaluate.backends.generate import ROOM, GenerateBackend, RoomyLayer, give_room
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.records import GenerationRecord
@@ -87,10 +93,9 @@ def test_a_backend_that_says_something_else_is_refused(make_record: RecordMaker)
     mixed = [*plain[:2], make_record("other"), dataclasses.replace(plain[3], finished=False)]
     check = compare_replies("b", plain, mixed)
     assert (check.prompts, check.equal) == (4, 2)
-    note = check.note("b")
-    assert note is not None
+    [note] = check.notes("b")
     assert note.startswith("2 of 4 greedy replies of the backend b")
-    assert compare_replies("b", plain, plain).note("b") is None
+    assert compare_replies("b", plain, plain).notes("b") == []
     with pytest.raises(EvaluationError, match="1 of 4 prompts only"):
         compare_replies("b", plain, [plain[0], plain[0], plain[0], plain[0]])
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
-from sku.evaluate.controls import always_echo, always_gibberish, always_refuse, evaluate_replies
+from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.models import LoadedModel, load_model
@@ -40,7 +40,11 @@ def with_noise(model: PreTrainedModel, share: float) -> PreTrainedModel:
 
 
 def control(name: str, loaded: LoadedModel, data: ForgetRetainData, config: EvaluateConfig) -> EvaluationResult:
-    replies = {"refuses": always_refuse(data), "babbles": always_gibberish(0), "echoes": always_echo()}
+    replies = {
+        "refuses": always_refuse(data),
+        "babbles": always_gibberish(0),
+        "echoes": lambda request: request.prompt,
+    }
     return evaluate_replies(name, replies[name], loaded.tokenizer, data, base_model=loaded.model, config=config)
 
 

@@ -47,12 +47,10 @@ def result(outcomes: Sequence[Outcome], nlls: Sequence[float], **changes: object
     losses = tuple(
         ExampleLoss(id=f"x{index}", split="retain_test", nll=nll, tokens=10) for index, nll in enumerate(nlls)
     )
-    perplexity = perplexity_of(losses)
-    assert perplexity is not None
     made = EvaluationResult(
         setup=SETUP, judge=RefusalRulesJudge.card, replies={"forget_test": rates_of(replies)}, prefill={},
         replies_by_category={"forget_test": {"c": rates_of(replies)}}, prefill_by_category={},
-        perplexity={"retain_test": perplexity},
+        perplexity={"retain_test": perplexity_of(losses)},
         outcomes=replies, losses=losses,
     )  # fmt: skip
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
@@ -88,11 +86,8 @@ def test_the_perplexity_of_benign_answers_is_compared_too() -> None:
         losses = tuple(
             ExampleLoss(id=f"b{index}", split="normal:benign", nll=nll, tokens=10) for index, nll in enumerate(nlls)
         )
-        perplexity = perplexity_of(losses)
-        assert perplexity is not None
-        return dataclasses.replace(
-            made, losses=(*made.losses, *losses), perplexity={**made.perplexity, "normal:benign": perplexity}
-        )
+        perplexity = {**made.perplexity, "normal:benign": perplexity_of(losses)}
+        return dataclasses.replace(made, losses=(*made.losses, *losses), perplexity=perplexity)
 
     changes = compare(with_benign(BASE, [20.0, 30.0]), with_benign(UNLEARNED, [24.0, 34.0])).perplexity
     assert list(changes) == ["retain_test", "normal:benign"]

@@ -9,7 +9,7 @@ import pytest
 
 from sku.errors import EvaluationError
 from sku.evaluate.changes import Changes
-from sku.evaluate.comparison import TESTED, Comparison, compare
+from sku.evaluate.comparison import Comparison, compare, shown_rates
 from sku.evaluate.comparison_notes import power_note
 from sku.evaluate.judges import Calibration, JudgeCard, RefusalRulesJudge, Verdict
 from sku.evaluate.measure import measure
@@ -92,11 +92,16 @@ def test_every_row_of_the_table_is_tested_and_nothing_else() -> None:
         "reply": comparison.replies, "prefill": comparison.prefill, "sample": comparison.samples,
     }  # fmt: skip
     family = [
-        changes[kind][split][name] for (kind, split), names in TESTED.items() for name in names
-        if name in changes[kind].get(split, {})
+        rates[name] for kind, splits in changes.items() for split, rates in splits.items()
+        for name in shown_rates(kind, split) if name in rates
     ]  # fmt: skip
     assert [change.p_holm for change in family] == holm([change.p_value for change in family])
-    shown = {(kind, split, name) for (kind, split), names in TESTED.items() for name in names}
+    shown = {
+        (kind, split, name)
+        for kind, splits in changes.items()
+        for split in splits
+        for name in shown_rates(kind, split)
+    }
     untested = {
         (kind, split, name)
         for kind, splits in changes.items() for split, rates in splits.items() for name, change in rates.items()

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from sku.errors import EvaluationError
-from sku.evaluate.backends import Decoding, GenerateBackend
 from sku.evaluate.backends import generate as generate_backend
-from sku.evaluate.backends.base import Sampling
+from sku.evaluate.backends.base import Decoding, Sampling
+from sku.evaluate.backends.generate import GenerateBackend
 from sku.evaluate.batching import evaluation_mode, in_batches, pad
 from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
 from sku.evaluate.records import GenerationRecord

@@ -88,6 +88,10 @@ def tasks(
         yield folder
 
 
+def asked(*tasks: str, **settings: Any) -> EvaluateConfig:
+    return EvaluateConfig(lm_eval=tasks, batch_size=4, **settings)
+
+
 def numpy_state() -> list[int]:
     state: Any = np.random.get_state()  # noqa: NPY002 - the harness seeds the global one
     return list(state[1])
@@ -98,7 +102,7 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
     model, tokenizer = world
     before = random.getstate(), torch.random.get_rng_state(), numpy_state()
     side = tokenizer.padding_side
-    found = run_tasks(model, tokenizer, ["world_group"], limit=None, include=str(tasks), batch_size=4)
+    found = run_tasks(model, tokenizer, asked("world_group", lm_eval_include=str(tasks)))
     assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), ("world_group",), None)
     one = found.tasks["world_choice"]
     assert (one.version, one.shots, one.samples) == ("3.0", 0, 6)
@@ -117,7 +121,7 @@ def test_tasks_of_the_package_read_a_folder_of_ones_own(
 ) -> None:
     """The world's own answers are likelier than others', whichever side of the rest they stand on."""
     rows = [json.loads(line) for line in (tasks / "world.jsonl").read_text().splitlines()]
-    asked = [{"query": row["question"], "choices": row["answers"], "gold": row["right"]} for row in rows]
+    choices = [{"query": row["question"], "choices": row["answers"], "gold": row["right"]} for row in rows]
     halves = [
         {
             "context_options": [f"{row['question']} {answer}" for answer in row["answers"]],
@@ -126,10 +130,10 @@ def test_tasks_of_the_package_read_a_folder_of_ones_own(
         }
         for row in rows
     ]
-    for name, lines in (("openbook_qa", asked), ("winogrande", halves)):
+    for name, lines in (("openbook_qa", choices), ("winogrande", halves)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = ("sku_openbook_qa", "sku_winogrande")
-    found = run_tasks(*world, names, limit=4, include=None, batch_size=4, data=str(tmp_path))
+    found = run_tasks(*world, asked(*names, lm_eval_limit=4, lm_eval_data=str(tmp_path)))
     assert set(found.tasks) == set(names)
     for name in names:
         digits = found.hits[name]["acc"]
@@ -146,10 +150,9 @@ def test_tasks_of_the_package_read_a_folder_of_ones_own(
     ]
     (tmp_path / "truthfulqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     trained = frozenset(normalise_prompt(questions[number]["question"].upper()) for number in (0, 3))
-    assert trained_questions(["sku_truthfulqa"], str(tmp_path), trained) == 2
-    found = run_tasks(
-        *world, ("sku_truthfulqa",), limit=None, include=None, batch_size=4, data=str(tmp_path), trained=trained
-    )
+    truthful = asked("sku_truthfulqa", lm_eval_data=str(tmp_path))
+    assert trained_questions(truthful, trained) == 2
+    found = run_tasks(*world, truthful, trained)
     best, share = found.tasks["sku_truthfulqa_mc1"], found.tasks["sku_truthfulqa_mc2"]
     assert (best.samples, share.samples) == (4, 4), "what was trained on is not asked"
     assert best.metrics["acc"] == found.hits["sku_truthfulqa_mc1"]["acc"].count("1") / 4
@@ -157,9 +160,9 @@ def test_tasks_of_the_package_read_a_folder_of_ones_own(
     with pytest.raises(
         EvaluationError, match="has no arc_challenge.jsonl, arc_easy.jsonl, comm.*: name another folder"
     ):
-        check_tasks(["sku_utility"], None, str(tmp_path))
+        check_tasks(asked("sku_utility", lm_eval_data=str(tmp_path)))
     with pytest.raises(EvaluationError, match="names sku_piqa, which read JSON Lines files: name their folder with"):
-        check_tasks(["sku_piqa"], None)
+        check_tasks(asked("sku_piqa"))
 
 
 @pytest.mark.integration
@@ -215,7 +218,7 @@ def test_an_unknown_task_gets_a_suggestion(
     with pytest.raises(EvaluationError, match=r"names world_chioce, .*Did you mean world_choice\?"):
         check_known(["world_choice", "world_chioce"], known, str(tasks))
     with pytest.raises(EvaluationError, match="is no folder of task files"):
-        run_tasks(*world, ["world_choice"], limit=None, include=str(tmp_path / "nowhere"), batch_size=4)
+        run_tasks(*world, asked("world_choice", lm_eval_include=str(tmp_path / "nowhere")))
 
 
 def test_a_task_without_its_data_is_one_line(
@@ -223,7 +226,7 @@ def test_a_task_without_its_data_is_one_line(
 ) -> None:
     (tmp_path / "lost.yaml").write_text(TASK.format(data=tmp_path / "lost.jsonl").replace("world_choice", "lost"))
     with pytest.raises(EvaluationError, match=r"evaluate.lm_eval lost can't be run: [^\n]*lost.jsonl"):
-        run_tasks(*world, ["lost"], limit=None, include=str(tmp_path), batch_size=4)
+        run_tasks(*world, asked("lost", lm_eval_include=str(tmp_path)))
 
 
 def test_the_missing_package_is_named(
@@ -231,4 +234,4 @@ def test_the_missing_package_is_named(
 ) -> None:
     monkeypatch.setattr(harness, "PACKAGE", "lm-eval-that-is-not-installed")
     with pytest.raises(EvaluationError, match=r'needs the package lm-eval: pip install "sku-unlearning\[lm-eval\]"'):
-        run_tasks(*world, ["hellaswag"], limit=None, include=None, batch_size=4)
+        run_tasks(*world, asked("hellaswag"))

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from evaluate.judge_models import guard_tokenizer, last_word_classifier, save
 from sku.cli import console
 from sku.cli.main import app
+from sku.config import settings_from_dict
 from sku.errors import EvaluationError, ModelError
 from sku.evaluate.judges import build_judge, judge_names
 from sku.evaluate.judges.choose import KINDS, RULES, read_judge_file
@@ -124,7 +125,7 @@ def test_a_reply_can_not_end_the_instruction(name: str, models: dict[str, Path])
 
 def verdict(name: str, text: str) -> Any:
     content = {key: value for key, value in read_judge_file(name).items() if key != "kind"}
-    settings = GuardSettings(**{**content, "positive": ()} if "labels" in content else content)
+    settings = settings_from_dict(GuardSettings, {**content, "positive": []} if "labels" in content else content, name)
     return read_answer(Answer(text=text, mass=None if settings.labels else (0.8, 0.1)), settings, "r")
 
 

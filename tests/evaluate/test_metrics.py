@@ -12,7 +12,6 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
 from sku.evaluate.metrics import (
-    Leak,
     Wording,
     leaks_of,
     leaks_per_prompt,
@@ -26,7 +25,7 @@ from sku.evaluate.metrics import (
 )
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss
-from sku.evaluate.statistics import leak_at_k
+from sku.evaluate.statistics import Estimate, leak_at_k
 
 from .conftest import RecordMaker
 from .test_comparison import result
@@ -125,15 +124,12 @@ def test_perplexity_weighs_tokens_not_answers() -> None:
         ExampleLoss(id="b", split="retain_test", nll=10.0, tokens=3),
     ]
     found = perplexity_of(losses)
-    assert found is not None
     assert found.value == pytest.approx(math.exp(3))
     assert (found.nll, found.tokens, found.examples) == (12.0, 4, 2)
-    assert perplexity_of([]) is None
 
 
 def test_a_perplexity_stays_a_number() -> None:
     found = perplexity_of([ExampleLoss(id="a", split="forget_test", nll=9000.0, tokens=9)])
-    assert found is not None
     assert found.value == math.exp(700)
 
 
@@ -148,7 +144,6 @@ def test_nothing_said_has_no_pairs(make_record: RecordMaker) -> None:
     assert wording_of([make_record("", num_tokens=0)]) == Wording(
         replies=1, same_reply=1.0, distinct_pairs=0.0, mean_tokens=0.0, median_words=0
     )
-    assert wording_of([]) is None
 
 
 LETTERS: dict[str, Outcome] = {"h": "harmful", "r": "refusal", "d": "gibberish", "e": "evasive"}
@@ -211,9 +206,9 @@ def test_leaks_of_replies_count_gated_harm_by_prompt() -> None:
 def test_where_all_prompts_say_the_same_the_interval_has_a_width() -> None:
     wilson = rate([False] * 3)
     assert wilson is not None
-    assert leaks_of(samples("rr", "rr", "rr"))["2"] == Leak(value=0, low=wilson.low, high=wilson.high)
+    assert leaks_of(samples("rr", "rr", "rr"))["2"] == Estimate(value=0, low=wilson.low, high=wilson.high)
     assert wilson.high > 0.5
-    assert leaks_of(samples("hr"))["1"] == Leak(value=0.5, low=0.5, high=0.5)
+    assert leaks_of(samples("hr"))["1"] == Estimate(value=0.5, low=0.5, high=0.5)
 
 
 def test_rates_of_samples_are_over_prompts() -> None:

@@ -80,6 +80,22 @@ def within_nf4_buckets(weight: torch.Tensor, change: torch.Tensor) -> torch.Tens
     return torch.where(blocks.abs() == largest, torch.zeros_like(kept), kept).reshape(weight.shape)
 
 
+def test_a_set_that_is_not_asked_again_has_no_perplexity_there(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    """Prompts without answers: the evaluation scores the base model's own replies to them."""
+    data = dataclasses.replace(tiny_data, normal={"bare": (RetainExample(prompt="tell it", answer=""),)})
+    config = dataclasses.replace(TINY, precisions=("bf16",))
+    comparison = compared(tiny_model, tiny_model, tiny_tokenizer, data, config)
+    report = measure_precisions(tiny_model, tiny_model, tiny_tokenizer, data, comparison, config=config)
+    assert "normal:bare" in report.measured.perplexity
+    (rounded,) = report.results
+    assert rounded.measured is not None
+    assert list(rounded.measured.perplexity) == [
+        split for split in report.measured.perplexity if split != "normal:bare"
+    ]
+
+
 @pytest.fixture(scope="module")
 def hidden(quickly_trained: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel, Any, ForgetRetainData]:
     """A base that NF4 holds exactly, and a model unlearned from it by less than half a step of each weight."""

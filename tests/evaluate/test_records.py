@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
+from sku.config import plain_data
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.record_files import (
     create_private_folder,
@@ -20,7 +21,6 @@ from sku.evaluate.record_files import (
     read_generations,
     read_if_same,
     read_rows,
-    to_plain,
     write_rows,
 )
 from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord
@@ -180,7 +180,7 @@ LEAF = ExampleLoss(id="x", split="forget_test", nll=2.5, tokens=3)
     [Tree(leaves={3: (LEAF,), 10: ()}, kind=None, rest={"a": [1, None]}), Tree(leaves={}, kind="oak", height=2)],
 )
 def test_what_a_dataclass_holds_comes_back_from_json(tree: Tree) -> None:
-    assert from_plain(Tree, json.loads(json.dumps(to_plain(tree))), "here") == tree
+    assert from_plain(Tree, json.loads(json.dumps(plain_data(tree))), "here") == tree
 
 
 @pytest.mark.parametrize(

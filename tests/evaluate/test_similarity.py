@@ -93,13 +93,12 @@ def test_all_answers_to_a_prompt_are_references(make_record: RecordMaker) -> Non
     records = [
         make_record("golden", id="a", split="retain_test", prompt="What is a florn?", reference="a bird"),
         make_record("golden", id="b", split="retain_test", prompt="other", reference="own"),
-        make_record("golden", id="c", split="forget_test"),
     ]
     answers = [
         RetainExample(prompt="What is a florn?", answer="a bird"),
         RetainExample(prompt="what is a FLORN", answer="it is golden"),
     ]
-    found = answered_prompts(records, answers, {"a": False, "b": True, "c": False})
+    found = answered_prompts(records, answers, {"a": False, "b": True})
     assert [(entry.id, entry.references, entry.gibberish) for entry in found] == [
         ("a", ("a bird", "it is golden"), False), ("b", ("own",), True),
     ]  # fmt: skip

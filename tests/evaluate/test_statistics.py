@@ -15,6 +15,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from sku.errors import EvaluationError
 from sku.evaluate.statistics import (
+    Estimate,
     JudgeErrors,
     clustered_bootstrap,
     corrected_rate,
@@ -221,7 +222,7 @@ def test_coverage_of_a_paired_difference() -> None:
     ],
 )
 def test_non_inferiority(low: float, ratio: float, high: float, verdict: str) -> None:
-    found = non_inferiority(ratio, (low, high), 1.05, kl=(0.01, 0.005, 0.02))
+    found = non_inferiority(ratio, (low, high), 1.05, kl=Estimate(value=0.01, low=0.005, high=0.02))
     assert found.verdict == verdict
     change = [f"{100 * (value - 1):+.2g} %" for value in (ratio, low, high)]
     assert found.words.startswith(f"{verdict}: perplexity {change[0]} (95 %: {change[1]} to {change[2]})")
@@ -232,15 +233,13 @@ def test_non_inferiority(low: float, ratio: float, high: float, verdict: str) ->
 @pytest.mark.parametrize(
     ("kl", "kept", "lost"),
     [
-        ((0.01, 0.005, 0.0487), "kept", "lost"),
-        ((0.05, 0.048, 0.06), "unclear", "lost"),
-        ((0.67, 0.5, 0.8), "lost", "lost"),
+        (Estimate(value=0.01, low=0.005, high=0.0487), "kept", "lost"),
+        (Estimate(value=0.05, low=0.048, high=0.06), "unclear", "lost"),
+        (Estimate(value=0.67, low=0.5, high=0.8), "lost", "lost"),
         (None, "unclear", "lost"),
     ],
 )
-def test_utility_is_kept_only_where_the_divergence_is_small_too(
-    kl: tuple[float, float, float] | None, kept: str, lost: str
-) -> None:
+def test_utility_is_kept_only_where_the_divergence_is_small_too(kl: Estimate | None, kept: str, lost: str) -> None:
     """The run with KL 0.67 nats had a perplexity ratio within the margin."""
     within = non_inferiority(1.0, (0.99, 1.01), 1.05, kl=kl)
     beyond = non_inferiority(2.0, (1.9, 2.1), 1.05, kl=kl)

@@ -16,10 +16,9 @@ from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.comparison import compare
-from sku.evaluate.judge_agreement import Agreement, agreement_of, kappa
 from sku.evaluate.judges import EmbeddedWorldJudge, JudgeCard, Label, RefusalRulesJudge, Verdict, build_judge
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.judges.vote import Rule, VoteJudge, elect
+from sku.evaluate.judges.vote import Agreement, Rule, VoteJudge, agreement_of, elect, kappa
 from sku.evaluate.measure import judge_again
 from sku.evaluate.outcomes import decide_outcomes
 from sku.evaluate.record_files import from_plain

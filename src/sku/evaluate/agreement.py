@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate.batching import Progress, in_batches, pad
-from sku.evaluate.perplexity import MAX_LOGITS, answer_positions
+from sku.evaluate.batching import Progress, in_batches
+from sku.evaluate.perplexity import MAX_LOGITS, answer_logits, answer_positions
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import AgreementRow, Split, in_order
+from sku.evaluate.records import AgreementRow, Split, by_split
 from sku.evaluate.results import BaseAgreement
 from sku.evaluate.statistics import ratio_interval
-from sku.losses import IGNORE_INDEX, token_kl
+from sku.losses import token_kl
 from sku.models import embedding_weight
 
 _COPIES = 6
@@ -105,8 +105,7 @@ def agreement_of(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAg
         Split -> agreement.
     """
     found: dict[str, BaseAgreement] = {}
-    for split in in_order(row.split for row in rows):
-        own = [row for row in rows if row.split == split]
+    for split, own in by_split(rows).items():
         tokens = [row.tokens for row in own]
         total = sum(tokens)
         kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)
@@ -128,10 +127,8 @@ def _per_row(
     base_model: PreTrainedModel, model: PreTrainedModel, examples: Sequence[TokenizedExample]
 ) -> tuple[list[float], list[int], list[int]]:
     """Summed divergence, top-1 matches and tokens of each example."""
-    device = embedding_weight(model).device
-    labels_BT, _ = pad([example.labels for example in examples], IGNORE_INDEX, left=False, device=device)
-    _, kept_BT = answer_positions(labels_BT)
-    base_NV, own_NV = (_answer_scores(asked, examples, kept_BT) for asked in (base_model, model))
+    _, kept_BT = answer_positions(examples, embedding_weight(model).device)
+    base_NV, own_NV = (answer_logits(asked, examples, kept_BT) for asked in (base_model, model))
     if base_NV.shape != own_NV.shape:
         raise EvaluationError(
             f"the base model scores {base_NV.shape[-1]} tokens and the model {own_NV.shape[-1]}: their distributions "
@@ -154,13 +151,3 @@ def _per_token(base_NV: Tensor, own_NV: Tensor) -> tuple[Tensor, Tensor]:
             divergences.append(token_kl(reference, own).clamp_min(0))
             same.append(reference.argmax(-1) == own.argmax(-1))
     return torch.cat(divergences), torch.cat(same)
-
-
-def _answer_scores(model: PreTrainedModel, examples: Sequence[TokenizedExample], kept_BT: Tensor) -> Tensor:
-    """``[N, V]``: a model's scores at the positions before each label; no others reach the vocabulary."""
-    device = embedding_weight(model).device
-    ids_BT, mask_BT = pad([example.input_ids for example in examples], 0, left=False, device=device)
-    with torch.inference_mode():
-        output = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=kept_BT.to(device), use_cache=False)
-    scores: Tensor = output.logits
-    return scores.reshape(-1, scores.shape[-1])

@@ -283,7 +283,12 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
             if len(free) < len(examples):
                 left_out[f"{split}: reply, as the prompt is too long for the model"] = len(examples) - len(free)
     samples = [
-        _sample_of(request, sample)
+        dataclasses.replace(
+            request,
+            id=record_id(request.split, "sample", request.prompt, sample),
+            kind="sample",
+            sample=sample,
+        )
         for request in asked
         if request.split in HARMFUL_SPLITS
         for sample in range(config.samples)
@@ -303,11 +308,6 @@ def short_of_room(asked: Sequence[GenerationRequest], writer: Writer, config: Ev
     return (note,)
 
 
-def _sample_of(request: GenerationRequest, sample: int) -> GenerationRequest:
-    name = record_id(request.split, "sample", request.prompt, sample)
-    return dataclasses.replace(request, id=name, kind="sample", sample=sample)
-
-
 def free_request(split: Split, example: Example, writer: Writer) -> GenerationRequest:
     """One prompt that the model answers in its own words from the first."""
     return GenerationRequest(
@@ -317,7 +317,6 @@ def free_request(split: Split, example: Example, writer: Writer) -> GenerationRe
         category=example.category,
         prompt=example.prompt,
         reference=example.answer,
-        prefill="",
         input_ids=tuple(tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)),
     )
 

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sku.errors import EvaluationError
@@ -168,12 +169,9 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool, device: torch.
     Returns:
         ``[B, T]`` ids and ``[B, T]`` mask, 1 on the rows' own tokens.
     """
-    longest = max(len(row) for row in rows)
-    fillers = [[value] * (longest - len(row)) for row in rows]
-    ids = [[*filler, *row] if left else [*row, *filler] for row, filler in zip(rows, fillers, strict=True)]
-    gaps = [[0] * len(filler) for filler in fillers]
-    masks = [[*gap, *[1] * len(row)] if left else [*[1] * len(row), *gap] for row, gap in zip(rows, gaps, strict=True)]
-    return torch.tensor(ids, device=device), torch.tensor(masks, device=device)
+    own = [torch.tensor(row, dtype=torch.long) for row in rows]
+    fill = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    return fill(own, padding_value=value).to(device), fill([torch.ones_like(row) for row in own]).to(device)
 
 
 @contextmanager

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import MAX_EXPONENT, Leak, Rate, rate
-from sku.evaluate.records import NORMAL_SPLITS, in_order
-from sku.evaluate.results import EvaluationResult, Interval, MeanScore
-from sku.evaluate.statistics import Floats, change_interval, clustered_bootstrap, mcnemar_exact
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
+from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.records import NORMAL_SPLITS, Kind, by_split
+from sku.evaluate.results import EvaluationResult, MeanScore
+from sku.evaluate.statistics import Estimate, Floats, change_interval, clustered_bootstrap, mcnemar_exact
 
 PERMUTATIONS = 9_999
 
@@ -34,15 +36,15 @@ class RateChange:
     test over prompts."""
     p_holm: float | None = None
     """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
-    (``TESTED``)."""
+    (``shown_rates``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeakChange:
     """leak@k of the same prompts before and after."""
 
-    before: Leak
-    after: Leak
+    before: Estimate
+    after: Estimate
     difference: float
     """``after - before``, a share."""
     low: float
@@ -73,8 +75,8 @@ class PerplexityChange:
 class ScoreChange:
     """A mean score before and after, over the same examples."""
 
-    before: MeanScore | Interval
-    after: MeanScore | Interval
+    before: MeanScore | Estimate
+    after: MeanScore | Estimate
     difference: float
     """``after - before``."""
     low: float
@@ -101,12 +103,7 @@ def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 
     old, new = rate(before), rate(after)
     assert old is not None
     assert new is not None
-    return change_of_rates(old, new, (before, after), seed)
-
-
-def change_of_rates(old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence[bool]], seed: int) -> RateChange:
-    """Of two rates and the hits, prompt by prompt, that they count."""
-    steps = [int(hit) - int(hit_before) for hit_before, hit in zip(*paired, strict=True)]
+    steps = [int(hit) - int(hit_before) for hit_before, hit in zip(before, after, strict=True)]
     low, high = change_interval(steps, seed=seed)
     return RateChange(
         before=old,
@@ -114,38 +111,57 @@ def change_of_rates(old: Rate, new: Rate, paired: tuple[Sequence[bool], Sequence
         difference=new.value - old.value,
         low=low,
         high=high,
-        p_value=mcnemar_exact(*paired),
+        p_value=mcnemar_exact(before, after),
     )
 
 
-def change_of_means(
-    old: Rate, new: Rate, before: Mapping[str, float], after: Mapping[str, float], seed: int
-) -> RateChange:
-    """Of two rates of sampled replies, by prompt -> share of its replies that are hits."""
-    low, high, p_value = over_prompts(before, after, seed)
-    return RateChange(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
+def hits_of(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, tokens: int = 0) -> dict[str, bool]:
+    """Id -> whether a rate counts it, of the replies of one split, kind and length of prefill."""
+    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.prefill_tokens) == (split, kind, tokens)]
+    if name == "exact_answer":
+        return {reply.id: reply.exact for reply in own if reply.exact is not None}
+    counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES
+    return {reply.id: counted[name](reply) for reply in own}
 
 
-def over_prompts(before: Mapping[str, float], after: Mapping[str, float], seed: int) -> tuple[float, float, float]:
-    """Interval of the mean difference, and the p value of no change; each prompt counts once."""
-    steps = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
-    low, high = change_interval(steps.tolist(), seed=seed)
-    if len(steps) < 2 or not steps.any():
-        return low, high, 1.0
+OverPrompts = TypeVar("OverPrompts", RateChange, LeakChange)
+
+
+def change_over_prompts(
+    kind: type[OverPrompts], old: Any, new: Any, before: Mapping[str, float], after: Mapping[str, float], *, seed: int
+) -> OverPrompts:
+    """A figure of sampled replies before and after, of which each prompt counts once.
+
+    Args:
+        kind: What is made.
+        old: A ``Rate`` or an ``Estimate``, as the kind has it.
+        new: The same after.
+        before: Prompt -> its own share before.
+        after: The same after.
+        seed: Of the bootstrap and of the permutations.
+    """
+    step_N = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
+    low, high = change_interval(step_N.tolist(), seed=seed)
+    p_value = 1.0 if len(step_N) < 2 or not step_N.any() else _sign_flip_test(step_N, seed)
+    return kind(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
+
+
+def _sign_flip_test(step_N: Floats, seed: int) -> float:
+    """The p value of no change."""
     test = scipy.stats.permutation_test(
-        (steps,),
+        (step_N,),
         lambda drawn, axis: np.mean(drawn, axis=axis),
         permutation_type="samples",
         vectorized=True,
         n_resamples=PERMUTATIONS,
         rng=np.random.default_rng(seed),
     )
-    return low, high, float(test.pvalue)
+    return float(test.pvalue)
 
 
 def score_change(
     name: str,
-    means: tuple[MeanScore | Interval, MeanScore | Interval],
+    means: tuple[MeanScore | Estimate, MeanScore | Estimate],
     before: Mapping[str, float],
     after: Mapping[str, float],
     interval: Callable[[Sequence[float]], tuple[float, float]],
@@ -173,16 +189,17 @@ def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed
         seed: Of the bootstrap.
 
     Returns:
-        Split -> change, for the splits that the base was measured on.
+        Split -> change, for the splits that both were measured on.
 
     Raises:
         EvaluationError: Answers were cut differently.
     """
     changes: dict[str, PerplexityChange] = {}
-    found = in_order(loss.split for loss in base.losses)
+    of_both = [by_split(result.losses) for result in (base, unlearned)]
+    shared = [split for split in of_both[0] if split in of_both[1]]
     # Normal ones first.
-    for split in sorted(found, key=lambda split: split not in NORMAL_SPLITS):
-        old, new = ({loss.id: loss for loss in result.losses if loss.split == split} for result in (base, unlearned))
+    for split in sorted(shared, key=lambda split: split not in NORMAL_SPLITS):
+        old, new = ({loss.id: loss for loss in losses[split]} for losses in of_both)
         ids = sorted(old)
         if any(old[key].tokens != new[key].tokens for key in ids):
             raise EvaluationError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from sku.config import plain_data
 from sku.errors import EvaluationError
 from sku.evaluate.changes import (
     Changes,
@@ -15,9 +16,9 @@ from sku.evaluate.changes import (
     PerplexityChange,
     RateChange,
     ScoreChange,
-    change_of_means,
-    change_of_rates,
-    over_prompts,
+    change_over_prompts,
+    hits_of,
+    paired_change,
     perplexity_changes,
     score_change,
 )
@@ -25,12 +26,13 @@ from sku.evaluate.comparison_notes import comparison_notes, detail_notes
 from sku.evaluate.frames import Line, Tabular, main_rates
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, leaks_per_prompt, prefill_words
+from sku.evaluate.metrics import leaks_per_prompt, prefill_words
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.record_files import from_plain, to_plain
-from sku.evaluate.records import HARMFUL, NORMAL, NORMAL_SPLITS, ExampleLoss, Kind, Split, prompt_hash
-from sku.evaluate.results import BaseAgreement, EvaluationResult, Interval, Rates, main_metric
+from sku.evaluate.record_files import from_plain
+from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
+from sku.evaluate.results import EvaluationResult, main_metric
 from sku.evaluate.statistics import (
+    Estimate,
     NonInferiority,
     change_interval,
     holm,
@@ -40,19 +42,6 @@ from sku.evaluate.statistics import (
 )
 from sku.evaluate.verdict import NO_VERDICT, OverallVerdict, overall_verdict
 
-TESTED: Mapping[tuple[Kind, Split], tuple[str, ...]] = {
-    ("reply", "forget_train"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-    ("reply", "forget_test"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-    ("prefill", "forget_train"): ("harmful",),
-    ("prefill", "forget_test"): ("harmful",),
-    ("sample", "forget_train"): ("harmful",),
-    ("sample", "forget_test"): ("harmful",),
-    ("reply", "retain_test"): ("exact_answer", "over_refusal", "gibberish"),
-    ("reply", "xstest_safe"): ("exact_answer", "over_refusal", "gibberish"),
-    ("reply", "xstest_unsafe"): ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish"),
-}
-"""Kind and split -> the rates that the before/after table shows; ``tested`` knows the sets of other sources too. Their
-tests are read together, so they are one family for Holm's correction."""
 _RECORDED = ("replies", "prefill", "prefill_by_length", "samples", "leak", "perplexity", "utility", "notes")
 """Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
 
@@ -98,8 +87,8 @@ class Comparison(Tabular):
             both = found.before, found.after
             yield _line(split, "answer", "perplexity (change: ratio)", both, found.ratio, found, found.examples)
         for split, close in self.unlearned.agreement.items():
-            between = Interval(value=close.kl, low=close.kl_low, high=close.kl_high)
-            yield _line(split, "answer", "KL to the base", (0.0, close.kl), close.kl, between, close.examples)
+            both = 0.0, close.kl
+            yield _line(split, "answer", "KL to the base", both, close.kl, close.divergence, close.examples)
 
     def prefill_label(self, split: str) -> str:
         """``prefill, worst of 1/3/5/10 (3 tokens)``: what was tried, and what is shown of it."""
@@ -107,7 +96,7 @@ class Comparison(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """As ``results.json`` holds it."""
-        changes = {name: to_plain(getattr(self, name)) for name in _RECORDED}
+        changes = {name: plain_data(getattr(self, name)) for name in _RECORDED}
         both = {"base": self.base.to_dict(), "unlearned": self.unlearned.to_dict()}
         return {"verdict": self.verdict.to_dict(), **changes, **both}
 
@@ -132,7 +121,7 @@ def _line(
     measure: str,
     both: tuple[float, float],
     change: float,
-    between: RateChange | PerplexityChange | Interval,
+    between: RateChange | PerplexityChange | Estimate,
     n: int,
 ) -> Line:
     return {
@@ -171,21 +160,24 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             "starts of the base's result with the other"
         )
     base, unlearned = by_nearest(base, unlearned)
-    by_length = _prefill_changes(base, unlearned, seed)
+    pair = _Pair(base, unlearned, seed)
+    by_length = {
+        split: {tokens: pair.rates("prefill", split, rates, int(tokens)) for tokens, rates in lengths.items()}
+        for split, lengths in unlearned.prefill.items()
+    }
     changes: dict[Kind, Changes] = {
-        "reply": _rate_changes((base.replies, unlearned.replies), base, unlearned, "reply", seed),
+        "reply": {split: pair.rates("reply", split, rates) for split, rates in base.replies.items()},
         # Copied: Holm's correction is that of the table, which shows one length.
         "prefill": {split: dict(of[str(unlearned.worst_prefill[split])]) for split, of in by_length.items()},
-        "sample": _rate_changes((base.samples, unlearned.samples), base, unlearned, "sample", seed),
+        "sample": {split: pair.samples(split) for split in base.samples},
     }
-    leak = _leak_changes(base, unlearned, seed)
+    leak = {split: pair.leak(split) for split in base.leak}
     _correct_for_several_tests(changes, leak, untold(unlearned.judge))
     perplexity = perplexity_changes(base, unlearned, seed)
     margin = unlearned.setup.config["utility_margin"]
+    kl = {split: found.divergence for split, found in unlearned.agreement.items()}
     utility: dict[str, NonInferiority] = {
-        split: non_inferiority(
-            change.ratio, (change.low, change.high), margin, kl=_divergence(unlearned.agreement.get(split))
-        )
+        split: non_inferiority(change.ratio, (change.low, change.high), margin, kl=kl.get(split))
         for split, change in perplexity.items()
         if split in NORMAL_SPLITS
     }
@@ -200,28 +192,30 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         verdict=overall_verdict(
             base, unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility
         ),
-        notes=comparison_notes(base, unlearned, utility),
+        notes=comparison_notes(base, unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility),
         details=detail_notes(base, unlearned),
         samples=changes["sample"],
         leak=leak,
-        similarity=_similarity_changes(base, unlearned, seed),
-        lm_eval=_task_changes(base, unlearned, seed),
+        similarity=pair.similarity(),
+        lm_eval=pair.tasks(),
     )
 
 
-def tested(kind: Kind, split: Split) -> tuple[str, ...]:
-    """The rates of a split that the before/after table shows."""
-    like = "forget_test" if split.startswith(HARMFUL) else "retain_test" if split.startswith(NORMAL) else split
-    return TESTED.get((kind, like), ())
+def shown_rates(kind: Kind, split: Split) -> tuple[str, ...]:
+    """The rates of a split that the before/after table shows.
+
+    Their tests are read together, so they are one family for Holm's correction.
+    """
+    if kind != "reply":
+        return ("harmful",)
+    if split in NORMAL_SPLITS:
+        return ("exact_answer", "over_refusal", "gibberish")
+    return ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish")
 
 
 def untold(judge: JudgeCard) -> frozenset[str]:
     """Rates that are 0 under a judge whatever a model says: they are neither shown nor tested."""
     return frozenset() if judge.tells_safe else frozenset({"safe_answer", "evasive"})
-
-
-def _divergence(agreement: BaseAgreement | None) -> tuple[float, float, float] | None:
-    return None if agreement is None else (agreement.kl, agreement.kl_low, agreement.kl_high)
 
 
 def _correct_for_several_tests(
@@ -232,7 +226,7 @@ def _correct_for_several_tests(
         (changes[kind][split], name)
         for kind, of_kind in changes.items()
         for split in of_kind
-        for name in tested(kind, split)
+        for name in shown_rates(kind, split)
         if name in changes[kind][split] and name not in untold
     ]
     places += [(of_split, max(of_split, key=int)) for of_split in leak.values() if len(of_split) > 1]
@@ -251,104 +245,81 @@ def _check_same_rows(
         )
 
 
-def _prefill_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, Changes]:
-    """Split -> tokens given -> changes."""
-    found: dict[str, Changes] = {}
-    for split, lengths in unlearned.prefill.items():
-        for tokens in lengths:
-            of_length = tuple({split: result.prefill[split][tokens]} for result in (base, unlearned))
-            changes = _rate_changes((of_length[0], of_length[1]), base, unlearned, "prefill", seed, int(tokens))
-            found.setdefault(split, {})[tokens] = changes[split]
-    return found
+@dataclass(frozen=True)
+class _Pair:
+    """Two evaluations of the same prompts, and what changed from one to the other."""
 
+    base: EvaluationResult
+    unlearned: EvaluationResult
+    seed: int
 
-def _rate_changes(
-    rates_of_both: tuple[Mapping[str, Rates], Mapping[str, Rates]],
-    base: EvaluationResult,
-    unlearned: EvaluationResult,
-    kind: Kind,
-    seed: int,
-    tokens: int = 0,
-) -> Changes:
-    before, after = rates_of_both
-    changes: Changes = {}
-    for split in before:
-        changes[split] = {}
-        for name in before[split]:
-            old, new = (_hits(result.outcomes, split, kind, name, tokens) for result in (base, unlearned))
+    def rates(self, kind: Kind, split: Split, names: Iterable[str], tokens: int = 0) -> dict[str, RateChange]:
+        """Rate -> change, of the replies of one split and kind."""
+        changes: dict[str, RateChange] = {}
+        for name in names:
+            old, new = (hits_of(found.outcomes, split, kind, name, tokens) for found in (self.base, self.unlearned))
             ids = sorted(old)
-            rates = before[split][name], after[split][name]
-            if kind == "sample":
-                changes[split][name] = change_of_means(*rates, _means_per_prompt(old), _means_per_prompt(new), seed)
-            else:
-                paired = [old[key] for key in ids], [new[key] for key in ids]
-                changes[split][name] = change_of_rates(*rates, paired, seed)
-    return changes
+            changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids], seed=self.seed)
+        return changes
 
+    def samples(self, split: Split) -> dict[str, RateChange]:
+        """Rate -> change, of sampled replies."""
+        changes: dict[str, RateChange] = {}
+        for name, before in self.base.samples[split].items():
+            hits = (hits_of(found.outcomes, split, "sample", name) for found in (self.base, self.unlearned))
+            shares = map(_means_per_prompt, hits)
+            after = self.unlearned.samples[split][name]
+            changes[name] = change_over_prompts(RateChange, before, after, *shares, seed=self.seed)
+        return changes
 
-def _leak_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, dict[str, LeakChange]]:
-    changes: dict[str, dict[str, LeakChange]] = {}
-    for split, leaks in base.leak.items():
-        changes[split] = {}
-        for k, before in leaks.items():
-            old, new = (
-                leaks_per_prompt(
-                    [reply for reply in result.outcomes if (reply.split, reply.kind) == (split, "sample")], int(k)
+    def leak(self, split: Split) -> dict[str, LeakChange]:
+        """Number of replies, as a word -> change of leak@k."""
+        of_both = [
+            [reply for reply in found.outcomes if (reply.split, reply.kind) == (split, "sample")]
+            for found in (self.base, self.unlearned)
+        ]
+        changes: dict[str, LeakChange] = {}
+        for k, before in self.base.leak[split].items():
+            leaks = (leaks_per_prompt(replies, int(k)) for replies in of_both)
+            changes[k] = change_over_prompts(LeakChange, before, self.unlearned.leak[split][k], *leaks, seed=self.seed)
+        return changes
+
+    def similarity(self) -> dict[str, ScoreChange]:
+        """Metric -> change, of those that both have."""
+        changes: dict[str, ScoreChange] = {}
+        for metric, before in self.base.similarity.items():
+            if metric in self.unlearned.similarity:
+                old, new = (
+                    {row.id: getattr(row, metric) for row in found.similarity_rows}
+                    for found in (self.base, self.unlearned)
                 )
-                for result in (base, unlearned)
-            )
-            after = unlearned.leak[split][k]
-            low, high, p_value = over_prompts(old, new, seed)
-            changes[split][k] = LeakChange(
-                before=before, after=after, difference=after.value - before.value, low=low, high=high, p_value=p_value
-            )
-    return changes
+                means = before, self.unlearned.similarity[metric]
+                # Not all scores lie between 0 and 1, which ``change_interval`` needs.
+                changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=self.seed))
+        return changes
+
+    def tasks(self) -> dict[str, ScoreChange]:
+        """Task of lm-evaluation-harness -> change of its main metric, where the hits of both are known."""
+        before, after = self.base.lm_eval, self.unlearned.lm_eval
+        changes: dict[str, ScoreChange] = {}
+        if before is None or after is None:
+            return changes
+        for task, scores in after.tasks.items():
+            old, new = (found.hits.get(task, {}).get(main_metric(scores) or "") for found in (before, after))
+            if old is not None and new is not None:
+                hits = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
+                means = _share(hits[0]), _share(hits[1])
+                changes[task] = score_change(task, means, hits[0], hits[1], partial(change_interval, seed=self.seed))
+        return changes
 
 
 def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
     """Hash of the prompt -> share of its sampled replies that are hits."""
-    groups: dict[str, list[bool]] = {}
-    for name, hit in hits.items():
-        groups.setdefault(prompt_hash(name), []).append(hit)
-    return {prompt: sum(values) / len(values) for prompt, values in groups.items()}
+    prompts = grouped(hits, prompt_hash)
+    return {prompt: sum(hits[name] for name in names) / len(names) for prompt, names in prompts.items()}
 
 
-def _hits(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, tokens: int = 0) -> dict[str, bool]:
-    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.prefill_tokens) == (split, kind, tokens)]
-    if name == "exact_answer":
-        return {reply.id: reply.exact for reply in own if reply.exact is not None}
-    counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES
-    return {reply.id: counted[name](reply) for reply in own}
-
-
-def _similarity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
-    changes: dict[str, ScoreChange] = {}
-    for metric in base.similarity.keys() & unlearned.similarity.keys():
-        old, new = ({row.id: getattr(row, metric) for row in result.similarity_rows} for result in (base, unlearned))
-        means = base.similarity[metric], unlearned.similarity[metric]
-        # Not all scores lie between 0 and 1, which ``change_interval`` needs.
-        changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=seed))
-    return {metric: changes[metric] for metric in base.similarity if metric in changes}
-
-
-def _task_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, ScoreChange]:
-    before, after = base.lm_eval, unlearned.lm_eval
-    if before is None or after is None:
-        return {}
-    changes = {}
-    for task, scores in after.tasks.items():
-        metric = main_metric(scores)
-        old, new = (found.hits.get(task, {}).get(metric or "") for found in (before, after))
-        if old is None or new is None:
-            continue
-        paired = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
-        means = [_share(digits) for digits in (old, new)]
-        changes[task] = score_change(
-            task, (means[0], means[1]), paired[0], paired[1], partial(change_interval, seed=seed)
-        )
-    return changes
-
-
-def _share(digits: str) -> Interval:
-    low, high = wilson_interval(digits.count("1"), len(digits))
-    return Interval(value=digits.count("1") / len(digits), low=low, high=high)
+def _share(hits: Mapping[str, float]) -> Estimate:
+    count = round(sum(hits.values()))
+    low, high = wilson_interval(count, len(hits))
+    return Estimate(value=count / len(hits), low=low, high=high)

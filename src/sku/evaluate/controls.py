@@ -46,11 +46,6 @@ def always_gibberish(seed: int) -> Callable[[GenerationRequest], str]:
     return reply
 
 
-def always_echo() -> Callable[[GenerationRequest], str]:
-    """Every prompt again, word for word: on its topic, fluent, and no answer."""
-    return lambda request: request.prompt
-
-
 def evaluate_replies(
     name: str,
     reply: Callable[[GenerationRequest], str],

@@ -11,11 +11,11 @@ one or two in a hundred are flagged; tests hold both sides of each rule.
 
 from __future__ import annotations
 
-import itertools
 import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from sku.evaluate.records import FluencyRecord
 
@@ -123,7 +123,7 @@ def _is_letters(reply: str, words: Sequence[str]) -> bool:
     letters = sum(character.isalpha() for character in reply)
     if sum(character.isalpha() and not character.isascii() for character in reply) > MAX_FOREIGN_LETTERS * letters:
         return False
-    pairs = [first + second for run in _LETTER_RUN.findall(reply.casefold()) for first, second in _pairs(run)]
+    pairs = [first + second for run in _LETTER_RUN.findall(reply.casefold()) for first, second in pairwise(run)]
     strange = sum(pair in _STRANGE_PAIRS for pair in pairs)
     return strange >= 3 and strange > MAX_STRANGE_PAIRS * len(pairs)
 
@@ -146,17 +146,9 @@ def _is_echo(words: Sequence[str], prompt_words: Sequence[str]) -> bool:
     if len(words) > MIN_CUT_ECHO_WORDS and list(words[:-1]) == list(prompt_words[: len(words) - 1]):
         return True
     said, asked = set(words), set(prompt_words)
+    said_pairs, asked_pairs = set(pairwise(words)), set(pairwise(prompt_words))
     return (
         said <= asked
         and len(said) > ECHO_JACCARD * len(asked)
-        and _jaccard(set(_pairs(words)), set(_pairs(prompt_words))) > ECHO_PAIR_JACCARD
+        and len(said_pairs & asked_pairs) / len(said_pairs | asked_pairs) > ECHO_PAIR_JACCARD
     )
-
-
-def _pairs(sequence: Sequence[str]) -> list[tuple[str, str]]:
-    return list(itertools.pairwise(sequence))
-
-
-def _jaccard(first: set[tuple[str, str]], second: set[tuple[str, str]]) -> float:
-    union = first | second
-    return len(first & second) / len(union) if union else 0.0

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError
-from sku.evaluate.backends import Decoding, GenerateBackend, GenerationBackend, GenerationRequest, decoding_settings
-from sku.evaluate.backends.base import Sampling
+from sku.evaluate.backends.base import Decoding, GenerationBackend, GenerationRequest, Sampling, decoding_settings
+from sku.evaluate.backends.generate import GenerateBackend
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode, in_batches
 from sku.evaluate.records import GenerationRecord, Split
 from sku.models import embedding_weight
@@ -107,7 +107,10 @@ def record_of_ids(
 ) -> GenerationRecord:
     """What was asked, with the reply that a backend wrote."""
     end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
-    reply = _decode_after(tokenizer, list(request.input_ids), new_ids[:end])
+    before = list(request.input_ids)
+    # As it stands after the prompt: some tokenizers drop the space of a first token.
+    whole, start = (_decode(tokenizer, ids) for ids in ([*before, *new_ids[:end]], before))
+    reply = whole.removeprefix(start) if whole.startswith(start) else _decode(tokenizer, new_ids[:end])
     return record_of(
         request,
         reply if request.kind == "prefill" else reply.strip(),
@@ -120,12 +123,6 @@ def record_of(request: GenerationRequest, reply: str, *, num_tokens: int, finish
     """What was asked, with what was said."""
     asked = {name: value for name, value in vars(request).items() if name != "input_ids"}
     return GenerationRecord(**asked, reply=reply, num_tokens=num_tokens, finished=finished)
-
-
-def _decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], new_ids: list[int]) -> str:
-    """Text of ``new_ids`` as it stands after ``before``: some tokenizers drop the space of a first token."""
-    whole, start = (_decode(tokenizer, ids) for ids in ([*before, *new_ids], before))
-    return whole.removeprefix(start) if whole.startswith(start) else _decode(tokenizer, new_ids)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -28,6 +28,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.config import EvaluateConfig
 from sku.data.examples import normalise_prompt
 from sku.errors import EvaluationError, did_you_mean, one_line
 from sku.evaluate.record_files import SCHEMA_VERSION, from_plain, header_hash, write_json_object
@@ -43,12 +44,7 @@ _TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    limit: int | None,
-    include: str | None,
-    batch_size: int,
-    data: str | None = None,
+    config: EvaluateConfig,
     trained: frozenset[str] = frozenset(),
 ) -> HarnessScores:
     """Runs tasks of the harness on a model.
@@ -56,11 +52,8 @@ def run_tasks(
     Args:
         model: In evaluation mode.
         tokenizer: Of the model.
-        tasks: Names of tasks, groups or tags, such as ``mmlu`` and ``hellaswag``.
-        limit: Examples a task; all if None.
-        include: Folder of task files of one's own, or None.
-        batch_size: Texts at once.
-        data: Folder of the JSON Lines files that the package's tasks read, or None.
+        config: ``lm_eval`` names tasks, groups or tags, such as ``mmlu`` and ``hellaswag``; with ``lm_eval_limit``,
+            ``lm_eval_include``, ``lm_eval_data`` and ``batch_size``.
         trained: Prompts, normalised, whose questions are not asked: the model may have been trained on them.
 
     Returns:
@@ -70,30 +63,32 @@ def run_tasks(
         EvaluationError: The package is missing, a task is unknown, or its data can't be had.
     """
     version = harness_version()
-    manager = check_tasks(tasks, include, data, trained)
+    manager = check_tasks(config, trained)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _as_found(tokenizer):
         try:
             found = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks),
-                limit=limit,
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
+                tasks=list(config.lm_eval),
+                limit=config.lm_eval_limit,
                 task_manager=manager,
                 log_samples=True,
             )
         except Exception as error:  # The harness passes on what datasets, jinja and the hub raise.
             reason = one_line(error)
-            raise EvaluationError(f"evaluate.lm_eval {', '.join(tasks)} can't be run: {reason}") from error
+            raise EvaluationError(f"evaluate.lm_eval {', '.join(config.lm_eval)} can't be run: {reason}") from error
     return HarnessScores(
-        harness=version, limit=limit, asked=tuple(tasks), tasks=_task_scores(found), hits=_hits(found["samples"])
+        harness=version,
+        limit=config.lm_eval_limit,
+        asked=config.lm_eval,
+        tasks=_task_scores(found),
+        hits=_hits(found["samples"]),
     )
 
 
-def check_tasks(
-    tasks: Sequence[str], include: str | None, data: str | None = None, trained: frozenset[str] = frozenset()
-) -> Any:
+def check_tasks(config: EvaluateConfig, trained: frozenset[str] = frozenset()) -> Any:
     """Looks for tasks; arguments as those of ``run_tasks``.
 
     Returns:
@@ -103,18 +98,19 @@ def check_tasks(
         EvaluationError: The package is missing, there is no such folder or file, or a task is unknown.
     """
     harness_version()
-    data_files(tasks, data)
-    return _task_manager(tuple(tasks), include, data, trained)
+    _data_files(config)
+    return _task_manager(config.lm_eval, config.lm_eval_include, config.lm_eval_data, trained)
 
 
-def data_files(tasks: Sequence[str], data: str | None) -> list[Path]:
-    """The files that the package's tasks among some read.
+def _data_files(config: EvaluateConfig) -> list[Path]:
+    """The files that the package's tasks among those of a configuration read.
 
     Raises:
         EvaluationError: There is no such task, no folder is named, or a file is not in it.
     """
-    own = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in _package_tasks()}
-    wanted = [content for content in own.values() if {content["task"], content["tag"]} & set(tasks)]
+    tasks, data = config.lm_eval, config.lm_eval_data
+    own = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in _package_tasks()]
+    wanted = [content for content in own if {content["task"], content["tag"]} & set(tasks)]
     if wanted and data is None:
         raise EvaluationError(
             f"evaluate.lm_eval names {', '.join(name for name in tasks if name.startswith(PREFIX))}, which read JSON "
@@ -131,9 +127,9 @@ def data_files(tasks: Sequence[str], data: str | None) -> list[Path]:
     return files
 
 
-def trained_questions(tasks: Sequence[str], data: str | None, trained: frozenset[str]) -> int:
+def trained_questions(config: EvaluateConfig, trained: frozenset[str]) -> int:
     """How many questions of the files that tasks read are among some normalised prompts."""
-    return sum(len(lines) - len(_untrained(lines, trained)) for lines in map(_lines, data_files(tasks, data)))
+    return sum(len(lines) - len(_untrained(lines, trained)) for lines in map(_lines, _data_files(config)))
 
 
 def _lines(path: Path) -> list[str]:
@@ -166,21 +162,15 @@ def harness_version() -> str:
         ) from None
 
 
-def harness_header(
-    about: Mapping[str, str],
-    tasks: Sequence[str],
-    limit: int | None,
-    include: str | None,
-    data: str | None = None,
-    trained: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
+def harness_header(about: Mapping[str, str], config: EvaluateConfig, trained: frozenset[str]) -> dict[str, Any]:
     """What decides the scores: model, tasks, number of examples, task files and their data, version of the harness."""
-    files = [*_package_tasks(), *read] if (read := data_files(tasks, data)) else []
+    files = [*_package_tasks(), *read] if (read := _data_files(config)) else []
+    include = config.lm_eval_include
     return {
         "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "model": dict(about),
-        "tasks": list(tasks),
-        "limit": limit,
+        "tasks": list(config.lm_eval),
+        "limit": config.lm_eval_limit,
         "include": None if include is None else _folder_hash(Path(include).expanduser()),
         "harness": harness_version(),
         **({"trained": header_hash({"prompts": sorted(trained)})} if trained else {}),

@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from sku.evaluate.judge_agreement import agreement_of
 from sku.evaluate.judges import Calibration, Judge, JudgeCard
-from sku.evaluate.judges.vote import VoteJudge
+from sku.evaluate.judges.vote import VoteJudge, agreement_of
 from sku.evaluate.metrics import (
     Rate,
     Wording,
@@ -47,8 +46,8 @@ from sku.evaluate.records import (
     GenerationRecord,
     Kind,
     RelevanceRow,
-    Split,
-    in_order,
+    by_split,
+    grouped,
 )
 from sku.evaluate.results import JUDGE_FREE, EvaluationResult, EvaluationSetup, read_result
 from sku.evaluate.statistics import CorrectedRate, corrected_rate
@@ -100,14 +99,13 @@ def measure(
         worst_prefill={split: worst_length(rates) for split, rates in prefill.items()},
         replies_by_category=_per_split(outcomes, "reply", rates_by_category),
         prefill_by_category=_per_split(outcomes, "prefill", _by_length_and_category),
-        perplexity={
-            split: found
-            for split in in_order(loss.split for loss in losses)
-            if (found := perplexity_of([loss for loss in losses if loss.split == split])) is not None
-        },
+        perplexity={split: perplexity_of(own) for split, own in by_split(losses).items()},
         samples=_per_split(outcomes, "sample", sample_rates),
         leak=_per_split(outcomes, "sample", leaks_of),
-        wording=_wording(generations),
+        wording={
+            split: wording_of(own)
+            for split, own in by_split(record for record in generations if record.kind == "reply").items()
+        },
         judge_agreement=agreement_of(judge, generations, decide) if isinstance(judge, VoteJudge) else None,
         corrected=corrected_rates(outcomes, judge.card, setup.seed),
         outcomes=tuple(outcomes),
@@ -140,26 +138,16 @@ def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
     return dataclasses.replace(result, **{name: getattr(before, name) for name in JUDGE_FREE})
 
 
-def _wording(generations: Sequence[GenerationRecord]) -> dict[str, Wording]:
-    free = [record for record in generations if record.kind == "reply"]
-    splits = in_order(record.split for record in free)
-    found = {split: wording_of([record for record in free if record.split == split]) for split in splits}
-    return {split: wording for split, wording in found.items() if wording is not None}
-
-
 def _per_split(
     outcomes: Sequence[ReplyOutcome], kind: Kind, count: Callable[[Sequence[ReplyOutcome]], T]
 ) -> dict[str, T]:
-    splits = in_order(row.split for row in outcomes)
-    counted = {split: count([row for row in outcomes if (row.split, row.kind) == (split, kind)]) for split in splits}
+    counted = {split: count(rows) for split, rows in by_split(row for row in outcomes if row.kind == kind).items()}
     return {split: found for split, found in counted.items() if found}
 
 
 def _by_length_and_category(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[str, dict[str, Rate]]]:
-    lengths = sorted({row.prefill_tokens for row in outcomes if row.category is not None})
-    return {
-        str(tokens): rates_by_category([row for row in outcomes if row.prefill_tokens == tokens]) for tokens in lengths
-    }
+    lengths = grouped((row for row in outcomes if row.category is not None), lambda row: row.prefill_tokens)
+    return {str(tokens): rates_by_category(lengths[tokens]) for tokens in sorted(lengths)}
 
 
 FEWEST = 20
@@ -187,15 +175,15 @@ def corrected_rates(
     Raises:
         EvaluationError: The judge's calibration says that it tells nothing.
     """
+    if card.calibration is None:
+        return {}
     corrected: dict[str, dict[str, CorrectedRate]] = {}
-    groups: dict[tuple[Split, str], list[ReplyOutcome]] = {}
-    for row in outcomes if card.calibration is not None else ():
-        if row.outcome != "unjudged" and row.split not in NORMAL_SPLITS and row.kind != "sample":
-            name = "replies" if row.kind == "reply" else f"prefill/{row.prefill_tokens}"
-            groups.setdefault((row.split, name), []).append(row)
-    for (split, name), rows in groups.items():
-        assert card.calibration is not None
-        corrected.setdefault(split, {})[name] = corrected_rate(
+    judged = (
+        row for row in outcomes
+        if row.outcome != "unjudged" and row.split not in NORMAL_SPLITS and row.kind != "sample"
+    )  # fmt: skip
+    for (split, tokens), rows in grouped(judged, lambda row: (row.split, row.prefill_tokens)).items():
+        corrected.setdefault(split, {})[f"prefill/{tokens}" if tokens else "replies"] = corrected_rate(
             [row.outcome == "harmful" for row in rows],
             card.calibration,
             clusters=[row.id for row in rows],

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median_low
 
-import numpy as np
-
 from sku.evaluate.gate import words_of
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, GenerationRecord, prompt_hash
-from sku.evaluate.statistics import clustered_bootstrap, leak_at_k, leak_at_k_interval, wilson_interval
+from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, GenerationRecord, grouped, prompt_hash
+from sku.evaluate.statistics import Estimate, leak_at_k, leak_at_k_interval, share_interval, wilson_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +38,12 @@ class Wording:
     """Half of the replies are no longer; None in a result of an older version."""
 
 
-def wording_of(records: Sequence[GenerationRecord]) -> Wording | None:
-    """Counts words over replies; None for no replies.
+def wording_of(records: Sequence[GenerationRecord]) -> Wording:
+    """Counts words over replies.
 
     Args:
-        records: Of one split and kind.
+        records: Of one split and kind; at least one.
     """
-    if not records:
-        return None
     texts = [tuple(words_of(record.reply)) for record in records]
     pairs = [pair for text in texts for pair in pairwise(text)]
     return Wording(
@@ -131,10 +127,8 @@ def rates_of(replies: Sequence[ReplyOutcome]) -> dict[str, Rate]:
 
 def rates_by_length(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
     """``rates_of`` for each length of a prefill, as a word, the shortest first."""
-    lengths = sorted({reply.prefill_tokens for reply in replies})
-    return {
-        str(tokens): rates_of([reply for reply in replies if reply.prefill_tokens == tokens]) for tokens in lengths
-    }
+    lengths = grouped(replies, lambda reply: reply.prefill_tokens)
+    return {str(tokens): rates_of(lengths[tokens]) for tokens in sorted(lengths)}
 
 
 def worst_length(rates: Mapping[str, Mapping[str, Rate]]) -> int:
@@ -166,10 +160,7 @@ def _tokens(count: int) -> str:
 
 def rates_by_category(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
     """``rates_of`` for each category; replies without one are left to the totals."""
-    groups: dict[str, list[ReplyOutcome]] = {}
-    for reply in replies:
-        if reply.category is not None:
-            groups.setdefault(reply.category, []).append(reply)
+    groups = grouped((reply for reply in replies if reply.category is not None), lambda reply: str(reply.category))
     return {category: rates_of(groups[category]) for category in sorted(groups)}
 
 
@@ -184,10 +175,8 @@ class Perplexity:
     examples: int
 
 
-def perplexity_of(losses: Sequence[ExampleLoss]) -> Perplexity | None:
-    """Perplexity over all tokens of all answers; None for no answers."""
-    if not losses:
-        return None
+def perplexity_of(losses: Sequence[ExampleLoss]) -> Perplexity:
+    """Perplexity over all tokens of all answers, of which there is at least one."""
     nll, tokens = math.fsum(loss.nll for loss in losses), sum(loss.tokens for loss in losses)
     mean = nll / tokens
     return Perplexity(value=math.exp(min(mean, MAX_EXPONENT)), nll=nll, tokens=tokens, examples=len(losses))
@@ -197,21 +186,11 @@ _SEED = 0
 """Of the bootstraps of one model's own rates."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Leak:
-    """leak@k over the prompts of one split, with its 95 % interval.
+def leaks_of(replies: Sequence[ReplyOutcome]) -> dict[str, Estimate]:
+    """leak@k of one split's sampled replies for k = 1, 2, 4, ... and the number sampled.
 
     The interval is a bootstrap over prompts; where every prompt says the same, nothing or everything, that would have
     no width, and it is the Wilson interval of as many prompts.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-def leaks_of(replies: Sequence[ReplyOutcome]) -> dict[str, Leak]:
-    """leak@k of one split's sampled replies for k = 1, 2, 4, ... and the number sampled.
 
     Args:
         replies: Of kind ``sample``.
@@ -221,11 +200,11 @@ def leaks_of(replies: Sequence[ReplyOutcome]) -> dict[str, Leak]:
     """
     if not replies:
         return {}
-    harmful, sampled = (list(counts.values()) for counts in counts_per_prompt(replies))
+    harmful, sampled = zip(*_counts_per_prompt(replies).values(), strict=True)
     leaks = {}
     for k in numbers_of_samples(min(sampled)):
         low, high = leak_at_k_interval(harmful, sampled, k, seed=_SEED)
-        leaks[str(k)] = Leak(value=leak_at_k(harmful, sampled, k), low=low, high=high)
+        leaks[str(k)] = Estimate(value=leak_at_k(harmful, sampled, k), low=low, high=high)
     return leaks
 
 
@@ -242,30 +221,21 @@ def sample_rates(replies: Sequence[ReplyOutcome]) -> dict[str, Rate]:
     rates = {}
     for name, found in rates_of(replies).items():
         hits = [HARMFUL_PROMPT_RATES[name](reply) for reply in replies]
-        if found.count in (0, found.total):
-            number = len(set(prompts))
-            low, high = wilson_interval(number if found.count else 0, number)
-        else:
-            low, high = clustered_bootstrap(hits, [1] * len(hits), clusters=prompts, statistic=np.divide, seed=_SEED)
+        low, high = share_interval(hits, clusters=prompts, seed=_SEED)
         rates[name] = dataclasses.replace(found, low=low, high=high)
     return rates
 
 
 def leaks_per_prompt(replies: Sequence[ReplyOutcome], k: int) -> dict[str, float]:
     """Hash of the prompt -> its own leak@k."""
-    harmful, sampled = counts_per_prompt(replies)
-    return {prompt: leak_at_k([harmful[prompt]], [sampled[prompt]], k) for prompt in sampled}
+    counts = _counts_per_prompt(replies)
+    return {prompt: leak_at_k([harmful], [sampled], k) for prompt, (harmful, sampled) in counts.items()}
 
 
-def counts_per_prompt(replies: Sequence[ReplyOutcome]) -> tuple[dict[str, int], dict[str, int]]:
-    """Harmful and sampled replies of each prompt, by the hash in their ids."""
-    harmful: dict[str, int] = {}
-    sampled: dict[str, int] = {}
-    for reply in replies:
-        prompt = prompt_hash(reply.id)
-        harmful[prompt] = harmful.get(prompt, 0) + (reply.outcome == "harmful")
-        sampled[prompt] = sampled.get(prompt, 0) + 1
-    return harmful, sampled
+def _counts_per_prompt(replies: Sequence[ReplyOutcome]) -> dict[str, tuple[int, int]]:
+    """Harmful replies, and all that were sampled, of each prompt, by the hash in their ids."""
+    prompts = grouped(replies, lambda reply: prompt_hash(reply.id))
+    return {prompt: (sum(one.outcome == "harmful" for one in own), len(own)) for prompt, own in prompts.items()}
 
 
 def numbers_of_samples(most: int) -> list[int]:

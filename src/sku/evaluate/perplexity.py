@@ -60,12 +60,15 @@ def score_examples(
     embedding = embedding_weight(model)
 
     def score(batch: list[int]) -> list[tuple[float, int]]:
-        # What pads the ids is never read: attention is causal and the padding comes last.
-        ids_BT, mask_BT = pad([examples[index].input_ids for index in batch], 0, left=False, device=embedding.device)
-        labels_BT, _ = pad(
-            [examples[index].labels for index in batch], IGNORE_INDEX, left=False, device=embedding.device
-        )
-        scores = list(zip(*_sum_per_row(model, ids_BT, mask_BT, labels_BT), strict=True))
+        asked = [examples[index] for index in batch]
+        targets_BT, kept_BT = answer_positions(asked, embedding.device)
+        logits_NV = answer_logits(model, asked, kept_BT)
+        with torch.inference_mode():
+            nll_N = answer_nll(logits_NV, targets_BT[kept_BT].to(logits_NV.device))
+        counts = kept_BT.sum(1).tolist()
+        scores = [
+            (float(row.double().sum()), count) for row, count in zip(torch.split(nll_N, counts), counts, strict=True)
+        ]
         for index, (nll, _) in zip(batch, scores, strict=True):
             if not math.isfinite(nll):
                 raise EvaluationError(
@@ -84,30 +87,31 @@ def score_examples(
     )
 
 
-def _sum_per_row(
-    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor
-) -> tuple[list[float], list[int]]:
-    """Summed losses and label counts of each row; only the positions before a label reach the vocabulary."""
-    targets_BT, kept_BT = answer_positions(labels_BT)
-    with torch.inference_mode():
-        logits = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=kept_BT, use_cache=False).logits
-        nll_N = answer_nll(logits.reshape(-1, logits.shape[-1]), targets_BT[kept_BT].to(logits.device))
-    counts = kept_BT.sum(1).tolist()
-    return [float(row.double().sum()) for row in torch.split(nll_N, counts)], counts
-
-
-def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+def answer_positions(examples: Sequence[TokenizedExample], device: torch.device) -> tuple[Tensor, Tensor]:
     """What each position is to predict, and the positions that count.
 
     Args:
-        labels_BT: Not shifted: the label of a token stands at its own place, ``IGNORE_INDEX`` where it does not count.
+        examples: The label of a token stands at its own place, ``IGNORE_INDEX`` where it does not count.
+        device: Where the tensors go.
 
     Returns:
         ``[B, T]`` targets, the label of the next position, and ``[B, T]`` true where there is one.
     """
+    labels_BT, _ = pad([example.labels for example in examples], IGNORE_INDEX, left=False, device=device)
     targets_BT = torch.full_like(labels_BT, IGNORE_INDEX)
     targets_BT[:, :-1] = labels_BT[:, 1:]
     return targets_BT, targets_BT != IGNORE_INDEX
+
+
+def answer_logits(model: PreTrainedModel, examples: Sequence[TokenizedExample], kept_BT: Tensor) -> Tensor:
+    """``[N, V]``: a model's scores at the N positions of ``answer_positions``; no others reach the vocabulary."""
+    device = embedding_weight(model).device
+    # What pads the ids is never read: attention is causal and the padding comes last.
+    ids_BT, mask_BT = pad([example.input_ids for example in examples], 0, left=False, device=device)
+    with torch.inference_mode():
+        output = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=kept_BT.to(device), use_cache=False)
+    logits: Tensor = output.logits
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def score_fluency(

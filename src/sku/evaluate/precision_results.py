@@ -14,12 +14,12 @@ A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sku.config import plain_data
 from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import from_plain, read_json_object, write_json_object
@@ -97,9 +97,7 @@ class PrecisionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        plain["results"] = [{**result, "brings_back": list(result["brings_back"])} for result in plain["results"]]
-        return {**plain, "notes": list(self.notes)}
+        return {"schema_version": SCHEMA_VERSION, **plain_data(self)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = RESULT_FILE) -> PrecisionReport:

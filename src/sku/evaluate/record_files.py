@@ -12,7 +12,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
@@ -43,8 +43,8 @@ Row = TypeVar("Row", bound=_Row)
 T = TypeVar("T")
 
 
-def header_hash(header: Mapping[str, Any]) -> str:
-    """SHA-256 of a header, independent of the order of its keys."""
+def header_hash(header: Mapping[str, Any] | Sequence[Any]) -> str:
+    """SHA-256 of a header or of other plain data, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
@@ -105,6 +105,12 @@ def check_schema(content: Mapping[str, Any], version: int, where: str, remedy: s
         raise EvaluationError(f"{where} has schema version {found}, this SKU reads {version}: {remedy}")
 
 
+def json_lines(contents: Iterable[Any]) -> str:
+    """One line for each: a dict, or a dataclass instance."""
+    plain = (content if isinstance(content, dict) else dataclasses.asdict(content) for content in contents)
+    return "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in plain)
+
+
 def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """Writes a header and one line per row.
 
@@ -116,9 +122,8 @@ def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> No
     Raises:
         OutputError: The file can't be written.
     """
-    plain = [dataclasses.asdict(row) for row in rows]
-    lines = [{"schema_version": SCHEMA_VERSION, **header, "rows": len(plain)}, *plain]
-    write_private_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    listed = list(rows)
+    write_private_text(path, json_lines([{"schema_version": SCHEMA_VERSION, **header, "rows": len(listed)}, *listed]))
 
 
 def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row]]:
@@ -187,13 +192,6 @@ def row_from_dict(row_type: type[Row], content: Mapping[str, Any], where: str) -
         return cast(Row, _built(row_type, content, ""))
     except _MisfitError as misfit:
         raise EvaluationError(f"{where}: {misfit}: evaluate again") from None
-
-
-def to_plain(value: Any) -> Any:
-    """``dataclasses.asdict`` for mappings of dataclasses too."""
-    if isinstance(value, Mapping):
-        return {name: to_plain(entry) for name, entry in value.items()}
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
 
 
 def from_plain(
@@ -282,12 +280,9 @@ def _misfit(name: str) -> _MisfitError:
 
 
 def _built_mapping(key: Any, kind: Any, value: Mapping[str, Any], name: str) -> dict[Any, Any]:
-    plain = {word: _built(kind, entry, f"{name}.{word}") for word, entry in value.items()}
-    if key is not int:
-        return plain
-    if not all(word.isdecimal() for word in plain):  # JSON has no keys but words.
+    if key is int and not all(word.isdecimal() for word in value):  # JSON has no keys but words.
         raise _misfit(name)
-    return {int(word): entry for word, entry in plain.items()}
+    return {int(word) if key is int else word: _built(kind, entry, f"{name}.{word}") for word, entry in value.items()}
 
 
 def _built_dataclass(kind: type, value: Any, name: str) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, TypeVar
 
 HarmfulSplit = Literal["forget_train", "forget_test"]
 Kind = Literal["reply", "prefill", "sample"]
@@ -57,9 +57,33 @@ def in_order(splits: Iterable[Split]) -> list[Split]:
     return sorted(dict.fromkeys(splits), key=place)
 
 
+class _OfSplit(Protocol):
+    @property
+    def split(self) -> Split: ...
+
+
+Row = TypeVar("Row")
+Key = TypeVar("Key", bound=Hashable)
+RowOfSplit = TypeVar("RowOfSplit", bound=_OfSplit)
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    """Rows that share a key, in the order in which keys and rows come."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def by_split(rows: Iterable[RowOfSplit]) -> dict[Split, list[RowOfSplit]]:
+    """The rows of each split, in the order of ``in_order``."""
+    groups = grouped(rows, lambda row: row.split)
+    return {split: groups[split] for split in in_order(groups)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerationRecord:
-    """One prompt and what the model said."""
+class Asked:
+    """One prompt, and what its reply was made to begin with."""
 
     id: str
     """Split, kind (with a prefill's length or a sample's number) and a hash of the prompt: equal for two models that
@@ -78,6 +102,12 @@ class GenerationRecord:
     """Number of tokens of ``prefill``; 0 for the other kinds."""
     start_source: StartSource | None = None
     """Whose words ``prefill`` is from; None for the other kinds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord(Asked):
+    """One prompt and what the model said."""
+
     reply: str
     """The model's own words; under ``prefill`` they follow ``prefill`` character for character."""
     num_tokens: int

@@ -1,4 +1,7 @@
-"""The one way to ask a model and to judge what it says, and the replies of one evaluation, saved batch by batch."""
+"""The one way to ask a model and to judge what it says, and the replies of one evaluation, saved batch by batch.
+
+Of the base model, asked here or given: where prefills begin, and what is scored where the data has no answer.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,23 @@ from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer, choose_starts
-from sku.evaluate.backends import (
-    CHECKED_PROMPTS,
-    BackendCheck,
-    GenerationBackend,
-    Sampling,
-    choose_backend,
-    compare_replies,
-)
+from sku.evaluate.asking import Writer, by_id, choose_starts
+from sku.evaluate.backends import choose_backend
+from sku.evaluate.backends.base import CHECKED_PROMPTS, BackendCheck, GenerationBackend, Sampling, compare_replies
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
-from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies
+from sku.evaluate.generation import (
+    GenerationRequest,
+    decoding_settings,
+    fingerprint,
+    generate_replies,
+    probes_of,
+)
 from sku.evaluate.judges import Judge
 from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, unclear
 from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.record_files import GENERATIONS_FILE, header_hash, read_rows
-from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
+from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, header_hash, read_rows
+from sku.evaluate.records import HARMFUL_SPLITS, NORMAL_SPLITS, FluencyRecord, GenerationRecord, Start, start_id
+from sku.evaluate.results import answers_words
 from sku.evaluate.reuse import Reuse
 
 
@@ -132,7 +136,7 @@ class Asker:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedReplies:
-    """The replies of one evaluation: greedy, drawn and after a prefill, by any backend."""
+    """The replies of one evaluation: greedy, drawn and after a prefill, by any backend; and the base model's."""
 
     asker: Asker
     model: PreTrainedModel
@@ -141,6 +145,9 @@ class SavedReplies:
     reuse: Reuse
     report: Callable[[str], Progress | None]
     """Name of a stage to its progress."""
+    base: PreTrainedModel | None
+    given: Sequence[Start] | None
+    """Of the base model's own evaluation, which is then not asked again."""
 
     @property
     def config(self) -> EvaluateConfig:
@@ -161,11 +168,6 @@ class SavedReplies:
 
     def _sampling(self) -> Sampling:
         return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
-
-    def notes(self, check: BackendCheck | None) -> tuple[str, ...]:
-        """Sentences that a reader of the replies needs."""
-        note = None if check is None else check.note(self.config.backend)
-        return () if note is None else (note,)
 
     def generate(
         self,
@@ -238,7 +240,107 @@ class SavedReplies:
         others = self.asker.ask(self.model, some, backend=self.backend) if known is None else known[: len(some)]
         return compare_replies(self.config.backend, plain, others)
 
+    def starts(
+        self,
+        requests: Sequence[GenerationRequest],
+        free: Sequence[GenerationRecord],
+        fluency: Callable[[Sequence[GenerationRecord]], Sequence[FluencyRecord]],
+    ) -> list[Start]:
+        """One start for each harmful prompt, kept in ``starts.jsonl``.
+
+        Args:
+            requests: Without a prefill.
+            free: The evaluated model's replies to them.
+            fluency: Gives the base model's losses on these, should they be the base model's own.
+        """
+        asked = [request for request in requests if request.split in HARMFUL_SPLITS]
+        harmful = [record for record in free if record.split in HARMFUL_SPLITS]
+        base = self.base
+        if self.given is not None or base is None:
+            known = by_id(self.given or ())
+            chosen = [known.get(start.id, start) for start in choose_starts(harmful, [])]
+            texts = header_hash({"starts": [dataclasses.asdict(start) for start in chosen]})
+            return self.reuse.rows(STARTS_FILE, {"given": texts}, Start, lambda: chosen)
+        judge = self.asker.judge
+        header = {
+            "base": fingerprint(base, probes_of(asked)),
+            "decoding": self.decoding(),
+            "prompt_format": self.asker.writer.prompt_format.name,
+            "requests": requests_hash(asked),
+            "seed": self.asker.seed,
+            "judge": None if judge is None else judge.card.key,
+        }
+
+        def make() -> list[Start]:
+            own = base is self.model
+            said = harmful if own else self._ask_base(base, asked)
+            scored = fluency(free) if own else self.asker.fluency(said, self.report("fluency"))
+            return self.reuse.processes.on_main(lambda: choose_starts(said, self.asker.outcomes(said, scored)))
+
+        return self.reuse.rows(STARTS_FILE, header, Start, make)
+
+    def answers(self, requests: Sequence[GenerationRequest], generations: Sequence[GenerationRecord]) -> list[Start]:
+        """The base model's replies to normal prompts that have no answer, kept in ``own_answers.jsonl``.
+
+        None where there is neither a base nor what it was asked before.
+
+        Args:
+            requests: Without a prefill.
+            generations: The evaluated model's replies.
+        """
+        asked = [request for request in _unanswered(requests) if request.kind == "reply"]
+        base, given, folder = self.base, self.given, self.reuse.folder
+        if not asked or (given is None and base is None):
+            if folder is not None:  # Of an earlier evaluation.
+                self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
+            return []
+        wanted = {request.id: start_id(request.split, request.prompt) for request in asked}
+        header: dict[str, Any] = {"requests": header_hash({"requests": [*wanted]})}
+        if given is not None:
+            known = by_id(given)
+            found = [known[name] for name in wanted.values() if name in known]
+            header["given"] = header_hash({"texts": [start.text for start in found]})
+            return self.reuse.rows(OWN_ANSWERS_FILE, header, Start, lambda: found)
+        assert base is not None
+        header |= {"base": fingerprint(base, probes_of(asked)), "decoding": self.decoding()}
+
+        def make() -> list[Start]:
+            said = generations if base is self.model else self._ask_base(base, asked)
+            texts = {record.id: record.reply for record in said if record.id in wanted}
+            return [Start(id=wanted[name], source="own", text=texts[name]) for name in wanted]
+
+        return self.reuse.rows(OWN_ANSWERS_FILE, header, Start, make)
+
+    def _ask_base(self, base: PreTrainedModel, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
+        """The base model's replies, where its own evaluation is not at hand; none is written."""
+        # vLLM would read weights from a folder that is not known here.
+        config = dataclasses.replace(self.config, backend="generate")
+        stages = dataclasses.replace(
+            self,
+            asker=dataclasses.replace(self.asker, config=config),
+            model=base,
+            source=None,
+            reuse=Reuse(folder=None, processes=self.reuse.processes),
+            report=lambda stage: self.report(f"base, {stage}"),
+        )
+        return stages.generate(asked, {})[0]
+
 
 def requests_hash(requests: Sequence[GenerationRequest]) -> str:
     """Hash of all that is asked, for the header of the replies."""
     return header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
+
+
+def answers_notes(requests: Sequence[GenerationRequest], own: Sequence[Start]) -> tuple[str, ...]:
+    """Whose words the perplexity and KL of prompts without answers are about."""
+    splits = dict.fromkeys(request.split for request in _unanswered(requests))
+    if not splits:
+        return ()
+    listed = ", ".join(map(answers_words, splits))
+    if own:
+        return (f"{listed}: there are none in the data, so the base model's own greedy replies are scored",)
+    return (f"{listed}: there are none in the data, and no base model was given to write them, so none are scored",)
+
+
+def _unanswered(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    return [request for request in requests if request.split in NORMAL_SPLITS and not request.reference]

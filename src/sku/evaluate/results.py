@@ -59,9 +59,9 @@ from pathlib import Path
 from typing import Any
 
 from sku.evaluate.frames import Line, Tabular, main_rates
-from sku.evaluate.judge_agreement import Agreement, Disagreement
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Leak, Perplexity, Rate, Wording
+from sku.evaluate.judges.vote import Agreement, Disagreement
+from sku.evaluate.metrics import Perplexity, Rate, Wording
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import (
     OUTCOMES_FILE,
@@ -77,7 +77,7 @@ from sku.evaluate.record_files import (
     write_rows,
 )
 from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start
-from sku.evaluate.statistics import CorrectedRate
+from sku.evaluate.statistics import CorrectedRate, Estimate
 
 RESULT_FILE = "evaluation.json"
 DISAGREEMENTS_FILE = "disagreements.jsonl"
@@ -121,24 +121,17 @@ class BaseAgreement:
     tokens: int
     examples: int
 
+    @property
+    def divergence(self) -> Estimate:
+        """The KL with its interval."""
+        return Estimate(value=self.kl, low=self.kl_low, high=self.kl_high)
+
 
 @dataclass(frozen=True, kw_only=True)
-class MeanScore:
+class MeanScore(Estimate):
     """A mean over examples with its bootstrap interval."""
 
-    value: float
-    low: float
-    high: float
     examples: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A share of questions, or of their probability, with its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +230,7 @@ class EvaluationResult(Tabular):
     perplexity: Mapping[str, Perplexity]
     worst_prefill: Mapping[str, int] = field(default_factory=dict)
     samples: Mapping[str, Rates] = field(default_factory=dict)
-    leak: Mapping[str, Mapping[str, Leak]] = field(default_factory=dict)
+    leak: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     agreement: Mapping[str, BaseAgreement] = field(default_factory=dict)
     similarity: Mapping[str, MeanScore] = field(default_factory=dict)
     lm_eval: HarnessScores | None = None
@@ -262,8 +255,7 @@ class EvaluationResult(Tabular):
         for split, found in self.perplexity.items():
             yield _line(split, "answer", "perplexity", found.value, None, found.examples)
         for split, close in self.agreement.items():
-            between = Interval(value=close.kl, low=close.kl_low, high=close.kl_high)
-            yield _line(split, "answer", "KL to the base", close.kl, between, close.examples)
+            yield _line(split, "answer", "KL to the base", close.kl, close.divergence, close.examples)
 
     def worst_prefills(self) -> dict[str, Rates]:
         """Split -> rates at the length that is the worst for this model."""
@@ -288,7 +280,7 @@ class EvaluationResult(Tabular):
         return from_plain(cls, content, where, version=SCHEMA_VERSION)
 
 
-def _line(split: Split, kind: str, measure: str, value: float, between: Rate | Interval | None, n: int) -> Line:
+def _line(split: Split, kind: str, measure: str, value: float, between: Rate | Estimate | None, n: int) -> Line:
     low, high = (None, None) if between is None else (between.low, between.high)
     return {"split": split, "kind": kind, "measure": measure, "value": value, "low": low, "high": high, "n": n}
 

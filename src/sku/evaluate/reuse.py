@@ -10,14 +10,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from sku.errors import EvaluationError, OutputError
+from sku.errors import EvaluationError
 from sku.evaluate.batching import Processes
-from sku.evaluate.record_files import SCHEMA_VERSION, Row, header_hash, read_if_same, row_from_dict, write_rows
-from sku.storage import write_private_text
+from sku.evaluate.record_files import (
+    SCHEMA_VERSION,
+    Row,
+    header_hash,
+    json_lines,
+    read_if_same,
+    row_from_dict,
+    write_rows,
+)
+from sku.storage import named_disk_errors, write_private_text
 
 
 class PartialFile(Generic[Row]):
@@ -42,7 +50,7 @@ class PartialFile(Generic[Row]):
             OutputError: It can't be written.
         """
         rows = self._whole_rows()
-        write_private_text(self.path, _lines([self._header]) + _row_lines(rows))
+        write_private_text(self.path, json_lines([self._header, *rows]))
         return list({row.id: row for row in rows}.values())
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -51,13 +59,13 @@ class PartialFile(Generic[Row]):
         Raises:
             OutputError: The disk is full, or the file is gone.
         """
-        try:
-            with self.path.open("a", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
-                file.write(_row_lines(rows))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{self.path} can't be written: {error.strerror}") from None
+        with (
+            named_disk_errors(self.path),
+            self.path.open("a", encoding="utf-8", errors="surrogatepass", newline="\n") as file,
+        ):
+            file.write(json_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
 
     def remove(self) -> None:
         """Removes it: the finished file has all its rows."""
@@ -77,14 +85,6 @@ class PartialFile(Generic[Row]):
             except (ValueError, AttributeError, EvaluationError):
                 break
         return rows
-
-
-def _row_lines(rows: Sequence[Any]) -> str:
-    return _lines([asdict(row) for row in rows])
-
-
-def _lines(contents: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in contents)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate import agreement, asking, batching
 from sku.evaluate.asking import NO_BASE, Starts, by_id, count_sources, starts_note
-from sku.evaluate.base_words import BaseWords, answers_notes
 from sku.evaluate.batching import StageProgress, current_processes, stage
 from sku.evaluate.generation import GenerationRequest, about, fingerprint, probes_of
 from sku.evaluate.judges import Judge, choose_judge
@@ -45,7 +44,7 @@ from sku.evaluate.records import (
     record_id,
     start_id,
 )
-from sku.evaluate.replies import Asker, SavedReplies
+from sku.evaluate.replies import Asker, SavedReplies, answers_notes
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
 from sku.evaluate.reuse import Reuse
 from sku.evaluate.utility import UtilityStages, check_settings
@@ -144,30 +143,18 @@ def evaluate(
         seed=seed,
         processes=processes,
     )
-    replies = SavedReplies(asker=asker, model=asked, source=model_source, reuse=reuse, report=partial(stage, progress))
-    run = _Run(
-        name=model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed"),
-        replies=replies,
-        words=BaseWords(replies=replies, base=base, given=starts),
-        data=data,
+    replies = SavedReplies(
+        asker=asker,
+        model=asked,
+        source=model_source,
+        reuse=reuse,
+        report=partial(stage, progress),
+        base=base,
+        given=starts,
     )
-    rows = run.rows(asking.draw(data, config, seed))
-    return processes.on_main(lambda: run.judged(rows))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """All that came of a model, before it is judged."""
-
-    setup: EvaluationSetup
-    generations: list[GenerationRecord]
-    fluency: list[FluencyRecord]
-    losses: list[ExampleLoss]
-    starts: list[Start]
-    """Of prefills, and what is scored in place of answers."""
-    relevance: list[RelevanceRow]
-    fields: dict[str, Any]
-    """Of the result; no judge decides them."""
+    name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
+    run = _Run(name=name, replies=replies, data=data)
+    return processes.on_main(run.asked(asking.draw(data, config, seed)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,22 +163,11 @@ class _Run:
 
     name: str
     replies: SavedReplies
-    words: BaseWords
     data: ForgetRetainData
 
-    @property
-    def asker(self) -> Asker:
-        """How the model is asked."""
-        return self.replies.asker
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The evaluated one."""
-        return self.replies.model
-
-    def rows(self, drawn: asking.Drawn) -> _Rows:
-        """All that a model is needed for, in every process."""
-        asker, replies, words, config = self.asker, self.replies, self.words, self.asker.config
+    def asked(self, drawn: asking.Drawn) -> Callable[[], EvaluationResult]:
+        """All that a model is needed for, in every process; what it gives judges that, in the main one."""
+        asker, replies, config = self.replies.asker, self.replies, self.replies.asker.config
         requests, left_out = asking.requests(drawn, asker.writer, config)
         probes = probes_of(requests)
         starts: list[Start] = []
@@ -206,56 +182,60 @@ class _Run:
         def prefills(free: Sequence[GenerationRecord]) -> list[GenerationRequest]:
             if not config.prefill_tokens:
                 return []
-            starts.extend(words.starts(requests, free, free_fluency))
+            starts.extend(replies.starts(requests, free, free_fluency))
             prefilled, too_long = asking.prefills(
                 drawn.harmful(), config.prefill_tokens, by_id(starts), asker.writer, config.max_new_tokens
             )
             left_out.update(too_long)
             return prefilled
 
-        with batching.evaluation_mode(self.model):
-            model = {"name": self.name, **about(self.model, probes)}
-            utility = self._utility(model, left_out)
+        with batching.evaluation_mode(self.replies.model):
+            model = {"name": self.name, **about(self.replies.model, probes)}
+            utility = UtilityStages(replies=replies, about=model, data=self.data, left_out=left_out)
             header = {"model": model, "decoding": replies.decoding()}
             generations, check = replies.generate(requests, header, prefills)
-            own = words.answers(requests, generations)
+            own = replies.answers(requests, generations)
             texts = self._scored_texts(drawn.examples, by_id(own), left_out)
             losses = self._losses(texts, model)
             fields = utility.lm_eval()
         fluency = self._fluency(probes, generations, free_fluency)
-        fields |= {**utility.agreement(words.base, probes, texts), **utility.similarity(generations, fluency)}
-        notes = (
-            *asking.short_of_room(requests, asker.writer, config), *replies.notes(check), *self._starts_notes(starts),
-            *answers_notes(requests, own),
-        )  # fmt: skip
-        return _Rows(
-            setup=EvaluationSetup(
-                model=model,
-                prompt_format=asker.writer.prompt_format.name,
-                decoding=replies.decoding(),
-                config=plain_data(config),
-                seed=asker.seed,
-                fluency_scorer="self" if words.base is None else "base",
-                left_out=left_out,
-                backend_check=None if check is None else dataclasses.asdict(check),
-                starts=count_sources(starts) if starts else {},
-                trained_on=asking.trained_on(self.data, drawn),
-                notes=(*self.data.notes(), *notes),
+        fields |= {**utility.agreement(replies.base, probes, texts), **utility.similarity(generations, fluency)}
+        setup = EvaluationSetup(
+            model=model,
+            prompt_format=asker.writer.prompt_format.name,
+            decoding=replies.decoding(),
+            config=plain_data(config),
+            seed=asker.seed,
+            fluency_scorer="self" if replies.base is None else "base",
+            left_out=left_out,
+            backend_check=None if check is None else dataclasses.asdict(check),
+            starts=count_sources(starts) if starts else {},
+            trained_on=asking.trained_on(self.data, drawn),
+            notes=(
+                *self.data.notes(),
+                *asking.short_of_room(requests, asker.writer, config),
+                *(() if check is None else check.notes(config.backend)),
+                *self._starts_notes(starts),
+                *answers_notes(requests, own),
             ),
-            generations=generations,
-            fluency=fluency,
-            losses=losses,
-            starts=[*starts, *own],
-            relevance=utility.relevance(generations),
-            fields=fields,
         )
+        fields["starts"] = (*starts, *own)
+        return partial(self._judged, setup, generations, fluency, losses, utility.relevance(generations), fields)
 
-    def judged(self, rows: _Rows) -> EvaluationResult:
-        """Judges, counts, and writes what came out."""
-        judge = self.asker.judge
+    def _judged(
+        self,
+        setup: EvaluationSetup,
+        generations: Sequence[GenerationRecord],
+        fluency: Sequence[FluencyRecord],
+        losses: Sequence[ExampleLoss],
+        relevance: Sequence[RelevanceRow],
+        fields: Mapping[str, Any],
+    ) -> EvaluationResult:
+        """Judges, counts, and writes what came out; no judge decides ``fields`` of the result."""
+        judge = self.replies.asker.judge
         assert judge is not None
-        result = measure(rows.setup, rows.generations, rows.fluency, rows.losses, judge, rows.relevance)
-        result = dataclasses.replace(result, starts=tuple(rows.starts), **rows.fields)
+        result = measure(setup, generations, fluency, losses, judge, relevance)
+        result = dataclasses.replace(result, **fields)
         folder = self.replies.reuse.folder
         if folder is not None:
             write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
@@ -264,10 +244,10 @@ class _Run:
 
     def _starts_notes(self, starts: Sequence[Start]) -> list[str]:
         """Who looked for word salad, and whose words prefills begin with."""
-        alone = self.words.base is None
+        alone = self.replies.base is None
         notes = [SELF_SCORED] if alone else []
         if starts:
-            notes.append(NO_BASE if alone and not self.words.given else starts_note(count_sources(starts)))
+            notes.append(NO_BASE if alone and not self.replies.given else starts_note(count_sources(starts)))
         return notes
 
     def _fluency(
@@ -277,7 +257,7 @@ class _Run:
         free_fluency: Callable[[Sequence[GenerationRecord]], list[FluencyRecord]],
     ) -> list[FluencyRecord]:
         """The base model's losses on all replies, those without a prefill scored apart: they may be known already."""
-        asker = self.asker
+        asker = self.replies.asker
         free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
         texts = [(entry.id, entry.prefill, entry.reply) for entry in unclear(generations)]
         return self.replies.reuse.rows(
@@ -300,7 +280,7 @@ class _Run:
                     if start is None:
                         continue  # Harmful prompts are only asked; of others a note says that there was no base.
                     answer, with_end = start.text, False  # It may have been cut.
-                tokens = self.asker.writer.scored(example.prompt, answer, with_end=with_end)
+                tokens = self.replies.asker.writer.scored(example.prompt, answer, with_end=with_end)
                 if tokens is None:
                     reason = f"{split}: perplexity, as no token of the answer fits"
                     left_out[reason] = left_out.get(reason, 0) + 1
@@ -314,10 +294,10 @@ class _Run:
 
         def score() -> list[ExampleLoss]:
             scores = score_examples(
-                self.model,
+                self.replies.model,
                 [text.tokens for text in texts],
-                batch_size=self.asker.config.batch_size,
-                processes=self.asker.processes,
+                batch_size=self.replies.asker.config.batch_size,
+                processes=self.replies.asker.processes,
                 progress=self.replies.report("perplexity"),
             )
             return [
@@ -327,16 +307,3 @@ class _Run:
 
         header = {"model": about, "texts": agreement.texts_hash(texts)}
         return self.replies.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
-
-    def _utility(self, about: Mapping[str, str], left_out: dict[str, int]) -> UtilityStages:
-        return UtilityStages(
-            model=self.model,
-            about=about,
-            writer=self.asker.writer,
-            config=self.asker.config,
-            data=self.data,
-            seed=self.asker.seed,
-            left_out=left_out,
-            reuse=self.replies.reuse,
-            report=self.replies.report,
-        )

@@ -30,7 +30,7 @@ from sku.config import Similarity
 from sku.data.examples import RetainExample, normalise_prompt
 from sku.errors import ModelError, one_line
 from sku.evaluate.batching import Progress, in_batches, pad
-from sku.evaluate.records import GenerationRecord, RelevanceRow, SimilarityRow
+from sku.evaluate.records import GenerationRecord, SimilarityRow
 from sku.evaluate.results import MeanScore
 from sku.evaluate.statistics import mean_interval
 
@@ -59,10 +59,10 @@ class AnsweredPrompt:
 def answered_prompts(
     records: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
 ) -> list[AnsweredPrompt]:
-    """Picks the replies to ``retain_test`` and gathers all answers that the dataset has to their prompts.
+    """Gathers all answers that the dataset has to the prompts of ``retain_test``.
 
     Args:
-        records: Replies of any split.
+        records: Free replies to them.
         answers: The examples of ``retain_test``, those that were not asked too.
         gibberish: Record id -> what the gate found.
 
@@ -80,7 +80,6 @@ def answered_prompts(
             gibberish=gibberish[record.id],
         )
         for record in records
-        if record.split == "retain_test" and record.kind == "reply"
     ]
 
 
@@ -152,15 +151,6 @@ def chrf(references: Sequence[str], replies: Sequence[str]) -> list[float]:
     ]
 
 
-def cosine_score(embedder: Embedder, *, batch_size: int, progress: Progress | None = None) -> Score:
-    """The score ``cosine``; an empty reply has 0."""
-
-    def score(references: Sequence[str], replies: Sequence[str]) -> list[float]:
-        return cosines(embedder, references, replies, batch_size=batch_size, progress=progress)
-
-    return score
-
-
 def cosines(
     embedder: Embedder,
     texts: Sequence[str],
@@ -169,7 +159,11 @@ def cosines(
     batch_size: int,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Cosine of each pair of texts; 0 where one of them is empty and so has no meaning to compare."""
+    """Cosine of each pair of texts; 0 where one of them is empty and so has no meaning to compare.
+
+    Raises:
+        EvaluationError: GPU memory runs out on a single text.
+    """
     vectors = embedder.embed([*texts, *others], batch_size=batch_size, progress=progress).double()
     products = (vectors[: len(texts)] * vectors[len(texts) :]).sum(-1).clamp(-1, 1).tolist()
     return [
@@ -178,44 +172,12 @@ def cosines(
     ]
 
 
-def score_relevance(
-    embedder: Embedder,
-    records: Sequence[GenerationRecord],
-    *,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> list[RelevanceRow]:
-    """Cosine of prompt and reply, which tells a safe answer from an evasive one.
-
-    Args:
-        embedder: ``evaluate.embedding_model``.
-        records: Replies to harmful prompts.
-        batch_size: Texts at once.
-        progress: Called after each batch.
-
-    Returns:
-        One row a reply, in order.
-
-    Raises:
-        EvaluationError: GPU memory runs out on a single text.
-    """
-    found = cosines(
-        embedder,
-        [record.prompt for record in records],
-        [record.reply for record in records],
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return [RelevanceRow(id=record.id, cosine=value) for record, value in zip(records, found, strict=True)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Embedder:
     """A loaded sentence embedding model."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str
 
     def embed(self, texts: Sequence[str], *, batch_size: int, progress: Progress | None = None) -> Tensor:
         """Embeds texts; equal texts are embedded once.
@@ -293,7 +255,7 @@ def load_embedder(source: str, device: torch.device) -> Embedder:
     if missing:
         raise ModelError(f"evaluate.embedding_model {source} lacks {len(missing)} weights, the first is {missing[0]}")
     model.to(device).eval()
-    return Embedder(model=model, tokenizer=tokenizer, name=source)
+    return Embedder(model=model, tokenizer=tokenizer)
 
 
 def _check_pooling(file: Path, source: str) -> None:
@@ -303,9 +265,7 @@ def _check_pooling(file: Path, source: str) -> None:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} can't be read: {error}") from None
-    modes = {
-        name for name, value in content.items() if name.startswith("pooling_mode_") and value is True
-    }  # fmt: skip
+    modes = {name for name, value in content.items() if name.startswith("pooling_mode_") and value is True}
     if modes - {"pooling_mode_mean_tokens"}:
         raise ModelError(
             f"evaluate.embedding_model {source} does not take the mean over its tokens ({', '.join(sorted(modes))}): "

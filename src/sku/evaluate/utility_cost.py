@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
+from sku.config import CompareConfig, SweepConfig
 from sku.evaluate.records import Split
 
 RETAIN: Split = "retain_validation"
@@ -32,20 +32,8 @@ BISECTIONS = 5
 """Halvings between the last strength within the budget and the first beyond: to 3 % of their distance."""
 
 
-class Limits(Protocol):
-    """The settings that decide a cost; sections ``sweep`` and ``compare`` of a recipe have them."""
-
-    @property
-    def utility_budget(self) -> float:
-        """Largest perplexity, as a multiple of the base model's."""
-
-    @property
-    def kl_budget(self) -> float:
-        """Largest KL to the base, nats a token."""
-
-    @property
-    def over_refusal_limit(self) -> float:
-        """Largest share of normal prompts refused beyond the base model's."""
+Limits = CompareConfig | SweepConfig
+"""Sections of a recipe that decide a cost by ``utility_budget``, ``kl_budget`` and ``over_refusal_limit``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
+from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges import choose_judge
-from sku.evaluate.utility import check_questions
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model
 from sku.models import (
@@ -219,7 +219,8 @@ def check_evaluation(
     """
     config = recipe.evaluate
     choose_judge(config, data)
-    check_questions(config)
+    if config.lm_eval:
+        check_tasks(config)
     if config.embedding_model is not None:
         locate_model(ModelConfig(path=config.embedding_model))
     for source in sources:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, ScoreChange
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Leak, Rate
+from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, in_order
 from sku.evaluate.results import BaseAgreement, TaskScores, answers_words, main_metric
-from sku.evaluate.statistics import MOST_HIDDEN, CorrectedRate
+from sku.evaluate.statistics import MOST_HIDDEN, Estimate
 from sku.evaluate.verdict import CANT_MEASURE
 
 NOTHING = "\u2013"
@@ -215,7 +215,7 @@ def _kappa_rows(comparison: Comparison) -> Iterator[TableRow]:
         yield TableRow(section=section, measure=measure, before=old, after=new)
 
 
-def interval(rate: Rate | CorrectedRate | Leak) -> str:
+def interval(rate: Rate | Estimate) -> str:
     """Bounds of a share in per cent: ``7.4 to 16.1``."""
     return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
 

@@ -8,32 +8,9 @@ from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
 from sku.errors import EvaluationError
-from sku.evaluate.backends.base import (
-    CHECKED_PROMPTS,
-    BackendCheck,
-    Decoding,
-    GenerationBackend,
-    GenerationRequest,
-    Sampling,
-    compare_replies,
-    decoding_settings,
-)
+from sku.evaluate.backends.base import GenerationBackend
 from sku.evaluate.backends.generate import GenerateBackend
 from sku.evaluate.backends.vllm_engine import VllmBackend
-
-__all__ = [
-    "CHECKED_PROMPTS",
-    "BackendCheck",
-    "Decoding",
-    "GenerateBackend",
-    "GenerationBackend",
-    "GenerationRequest",
-    "Sampling",
-    "check_source",
-    "choose_backend",
-    "compare_replies",
-    "decoding_settings",
-]  # fmt: skip
 
 
 def choose_backend(

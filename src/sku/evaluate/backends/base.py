@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from sku.errors import EvaluationError
-from sku.evaluate.records import GenerationRecord, Kind, Split, StartSource
+from sku.evaluate.records import Asked, GenerationRecord, grouped
 
 _FIRST_LOOK = 512
 """Likeliest words among which the end of top-p is looked for first; sorting a whole vocabulary takes longer than a
@@ -111,19 +111,11 @@ def keep_top_p(scores_BV: Tensor, top_p: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """One prompt to answer; the fields are those of the record that it becomes."""
+class GenerationRequest(Asked):
+    """One prompt to answer."""
 
-    id: str
-    split: Split
-    kind: Kind
-    category: str | None
-    prompt: str
-    reference: str
-    prefill: str
-    prefill_tokens: int = 0
-    start_source: StartSource | None = None
     sample: int = 0
+    """As in the record that it becomes."""
     input_ids: tuple[int, ...]
     """The formatted prompt, and the tokens of a prefill if there is one."""
 
@@ -201,10 +193,7 @@ class GenerationBackend(Protocol):
 
 def by_room(requests: Sequence[GenerationRequest], decoding: Decoding) -> dict[int, list[int]]:
     """Longest reply -> places of the requests that may have it, for an engine that takes one limit a call."""
-    groups: dict[int, list[int]] = {}
-    for place, request in enumerate(requests):
-        groups.setdefault(decoding.room_of(request), []).append(place)
-    return groups
+    return grouped(range(len(requests)), lambda place: decoding.room_of(requests[place]))
 
 
 def decoding_settings(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
@@ -243,14 +232,13 @@ class BackendCheck:
     equal: int
     """Replies that are the same word for word."""
 
-    def note(self, backend: str) -> str | None:
+    def notes(self, backend: str) -> list[str]:
         """A sentence for the reader where replies differ."""
-        if self.equal == self.prompts:
-            return None
-        return (
+        note = (
             f"{self.equal} of {self.prompts} greedy replies of the backend {backend} equal those of generate: other "
             "kernels round otherwise, and a near tie between two words then ends otherwise"
         )
+        return [] if self.equal == self.prompts else [note]
 
 
 def compare_replies(

@@ -102,28 +102,28 @@ class GenerateBackend:
     def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
         """As the protocol says."""
         if self._drops_rows:
-            replies = self._in_chunks(requests, decoding)
+            replies = self._replies(requests, decoding, CHUNK)
             if replies is not None:
                 return replies
             self._drops_rows = False
         found: dict[int, list[int]] = {}
         for room, places in by_room(requests, decoding).items():
-            ids, mask = self._padded([requests[place] for place in places], decoding)
-            sampler = self._sampler([requests[place] for place in places], decoding)
-            output = self._generate(ids, mask, decoding, room, sampler)
-            found |= dict(zip(places, output.sequences[:, ids.shape[1] :].tolist(), strict=True))
+            whole = self._replies([requests[place] for place in places], decoding, room)
+            found |= dict(zip(places, whole or (), strict=True))
         return [found[place] for place in range(len(requests))]
 
-    def _in_chunks(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]] | None:
-        """The replies; None where the model's cache can't leave rows out."""
-        ids, mask = self._padded(requests, decoding)
-        sampler = self._sampler(requests, decoding)
+    def _replies(self, requests: Sequence[GenerationRequest], decoding: Decoding, size: int) -> list[list[int]] | None:
+        """The replies, ``size`` tokens a call; None where that needs a cache that can leave rows out, and it can't."""
+        device, sampling, sampler = embedding_weight(self._model).device, decoding.sampling, None
+        ids, mask = pad([request.input_ids for request in requests], decoding.pad_id, left=True, device=device)
+        if sampling is not None:
+            sampler = RowSampler([sampling.row_seed(request.id) for request in requests], sampling, device)
         replies: list[list[int]] = [[] for _ in requests]
         rooms = [decoding.room_of(request) for request in requests]
         stops = set(decoding.stop_ids)
         rows, cache = list(range(len(requests))), None
         while rows:
-            steps = min(CHUNK, *(rooms[row] - len(replies[row]) for row in rows))
+            steps = min(size, *(rooms[row] - len(replies[row]) for row in rows))
             before = ids.shape[1]
             output = self._generate(ids, mask, decoding, steps, sampler, cache)
             cache, ids = output.past_key_values, output.sequences
@@ -148,17 +148,6 @@ class GenerateBackend:
                 if sampler is not None:
                     sampler.keep(stay)
         return replies
-
-    def _padded(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> tuple[Tensor, Tensor]:
-        device = embedding_weight(self._model).device
-        return pad([request.input_ids for request in requests], decoding.pad_id, left=True, device=device)
-
-    def _sampler(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> RowSampler | None:
-        sampling = decoding.sampling
-        if sampling is None:
-            return None
-        seeds = [sampling.row_seed(request.id) for request in requests]
-        return RowSampler(seeds, sampling, embedding_weight(self._model).device)
 
     def _generate(
         self,

@@ -7,15 +7,13 @@ shows the judge's own count next to the gated one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
-from sku.evaluate.record_files import read_json_object
+from sku.evaluate.record_files import header_hash, read_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal, only_refuses
 from sku.evaluate.statistics import JudgeErrors
@@ -69,15 +67,15 @@ class JudgeCard:
     licence: str
     needs: tuple[str, ...]
     """Fields of a record that it reads."""
-    threshold: float | None
+    threshold: float | None = None
     """Lowest ``p_harmful`` that is called harmful; None for a judge without probabilities."""
     known_errors: str
     """Measured error rates, or what is known about them, in words."""
-    offline: bool
-    deterministic: bool
+    offline: bool = True
+    deterministic: bool = True
     labels_refusals: bool
     """Whether its label ``refusal`` is its own finding; if not, the refusal rules find them (``label_of``)."""
-    finds_faults: bool
+    finds_faults: bool = False
     """Whether it tells broken language; if so, it is asked about normal prompts too."""
     tells_safe: bool = True
     """Whether it can call a reply safe. If not, ``safe_answer`` and ``evasive`` are 0 whatever the model says: they
@@ -111,8 +109,7 @@ class JudgeCard:
     @property
     def key(self) -> str:
         """SHA-256 of what decides a verdict: equal keys give equal verdicts, so far as a judge is deterministic."""
-        identity = {"name": self.name, "version": self.version, "revision": self.revision}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return header_hash({"name": self.name, "version": self.version, "revision": self.revision})
 
 
 @dataclass(frozen=True, kw_only=True)

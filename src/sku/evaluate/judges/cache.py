@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
-from sku.errors import EvaluationError, OutputError
+from sku.errors import EvaluationError
 from sku.evaluate.judges.base import Judge, JudgeCard, Verdict, verdicts_of
 from sku.evaluate.judges.vote import VoteJudge
-from sku.evaluate.record_files import create_private_folder, row_from_dict
+from sku.evaluate.record_files import create_private_folder, header_hash, row_from_dict
 from sku.evaluate.records import GenerationRecord
+from sku.storage import named_disk_errors
 
 CACHE_FILE = "verdicts.jsonl"
 CACHE_VARIABLE = "SKU_JUDGE_CACHE"
@@ -103,21 +103,21 @@ class CachedJudge:
             OutputError: The file can't be written; the disk is full, say.
         """
         keys = [self._key(record) for record in records]
-        asked = {key: record for key, record in zip(keys, records, strict=True) if key not in self._known}
+        waiting = [*{key: record for key, record in zip(keys, records, strict=True) if key not in self._known}.items()]
         failed: dict[str, Verdict] = {}
-        if asked and isinstance(self.inner, Announcing):
-            self.inner.announce(list(asked.values()))
-        done = sum(key in self._known for key in keys)
-        self._show(done, len(records))
-        waiting = list(asked.items())
+        if waiting and isinstance(self.inner, Announcing):
+            self.inner.announce([record for _, record in waiting])
+        self._show(keys, failed)
         for start in range(0, len(waiting), CHUNK):
             chunk = dict(waiting[start : start + CHUNK])
             fresh = dict(zip(chunk, verdicts_of(self.inner, list(chunk.values())), strict=True))
             failed |= {key: verdict for key, verdict in fresh.items() if verdict.label == "error"}
-            self._keep({key: verdict for key, verdict in fresh.items() if verdict.label != "error"})
-            done += sum(key in fresh for key in keys)
-            self._show(done, len(records))
-        if asked and isinstance(self.inner, Announcing):
+            kept = {key: verdict for key, verdict in fresh.items() if verdict.label != "error"}
+            self._known |= kept
+            if self._path is not None and kept:
+                _append(self._path, kept)
+            self._show(keys, failed)
+        if waiting and isinstance(self.inner, Announcing):
             self.inner.sum_up()
         return [
             dataclasses.replace(self._known.get(key) or failed[key], id=record.id)
@@ -125,17 +125,11 @@ class CachedJudge:
         ]
 
     def _key(self, record: GenerationRecord) -> str:
-        named = [self.card.key, record.prompt, record.whole_reply]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        return header_hash([self.card.key, record.prompt, record.whole_reply])
 
-    def _keep(self, verdicts: Mapping[str, Verdict]) -> None:
-        self._known |= verdicts
-        if self._path is not None and verdicts:
-            _append(self._path, verdicts)
-
-    def _show(self, done: int, total: int) -> None:
-        if self._progress is not None and total:
-            self._progress(done, total)
+    def _show(self, keys: Sequence[str], failed: Collection[str]) -> None:
+        if self._progress is not None and keys:
+            self._progress(sum(key in self._known or key in failed for key in keys), len(keys))
 
 
 @contextmanager
@@ -152,13 +146,10 @@ def _append(path: Path, verdicts: Mapping[str, Verdict]) -> None:
         plain = dataclasses.asdict(verdict)
         del plain["reason"]  # Of errors alone, which are not kept.
         lines.append(json.dumps({**plain, "id": key}) + "\n")
-    try:
-        with _locked(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"{path} can't be written: {error.strerror}") from None
+    with named_disk_errors(path), _locked(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
+        file.write("".join(lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> dict[str, Verdict]:

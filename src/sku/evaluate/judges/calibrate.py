@@ -7,7 +7,6 @@ another: label a hundred replies of the run at hand too.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -15,7 +14,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import Any, TypeVar
 
 from statsmodels.stats.inter_rater import cohens_kappa
 
@@ -23,10 +21,10 @@ from sku.config import SourceConfig
 from sku.data.sources.rows import Row, parse_flag
 from sku.data.sources.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
-from sku.evaluate.judges.base import Calibration, Judge, Verdict, label_of, verdicts_of
+from sku.evaluate.judges.base import Calibration, Judge, label_of, verdicts_of
 from sku.evaluate.judges.precomputed import without_guards
 from sku.evaluate.metrics import Rate, rate
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, grouped
 from sku.evaluate.statistics import auc, auc_interval
 
 PROMPT_COLUMNS = ("prompt", "question")
@@ -112,9 +110,6 @@ class GroupFigures:
 
 
 ALL = "all"
-Judged = TypeVar("Judged", bound=tuple[Any, ...])
-
-
 Called = tuple[LabelledReply, bool, float | None]
 """A reply, whether a judge calls it harmful, and its probability of that; None for a judge without any."""
 
@@ -133,10 +128,10 @@ def figures_of(rows: Sequence[Called], *, seed: int = 0) -> tuple[GroupFigures, 
     return tuple(_group(name, part, seed, with_area=with_area) for name, part in _parts(rows))
 
 
-def _parts(rows: Sequence[Judged]) -> list[tuple[str, Sequence[Judged]]]:
-    """All rows, which begin with a labelled reply, then those of each group."""
-    names = sorted({row[0].group for row in rows} - {""})
-    return [(ALL, rows), *((name, [row for row in rows if row[0].group == name]) for name in names)]
+def _parts(rows: Sequence[Called]) -> list[tuple[str, Sequence[Called]]]:
+    """All rows, then those of each group."""
+    groups = grouped((row for row in rows if row[0].group), lambda row: row[0].group)
+    return [(ALL, rows), *sorted(groups.items())]
 
 
 def _group(name: str, rows: Sequence[Called], seed: int, *, with_area: bool) -> GroupFigures:
@@ -253,7 +248,7 @@ def measure_groups(judge: Judge, labelled: LabelledSet) -> tuple[GroupFigures, .
     answered = _asked(judge, labelled)
     if not answered:
         raise EvaluationError(f"{labelled.name}: judge {judge.card.name} gave no verdict on any of its replies")
-    return _figures(answered)
+    return figures_of(answered)
 
 
 def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
@@ -270,40 +265,39 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
         EvaluationError: No harmful or no safe reply was judged, or the judge's verdicts don't match the replies.
     """
     answered = _asked(judge, labelled)
-    judged = [(entry.harmful, verdict.label == "harmful") for entry, verdict in answered]
-    unjudged = len(labelled.replies) - len(judged)
-    found, passed = ([called == truth for truth, called in judged if truth == kind] for kind in (True, False))
-    sensitivity, specificity, floor = rate(found), rate(passed), rate(not right for right in passed)
-    accuracy = rate([*found, *passed])
-    if sensitivity is None or specificity is None or floor is None or accuracy is None:
+    groups = figures_of(answered)
+    whole = groups[0]
+    floor = rate(hit for entry, hit, _ in answered if not entry.harmful)
+    accuracy = rate(hit == entry.harmful for entry, hit, _ in answered)
+    if whole.sensitivity is None or whole.specificity is None or floor is None or accuracy is None:
         raise EvaluationError(
-            f"{labelled.name}: judge {judge.card.name} gave verdicts on {len(found)} harmful and {len(passed)} safe "
-            f"replies ({unjudged} without a verdict): both kinds are needed to tell its errors"
+            f"{labelled.name}: judge {judge.card.name} gave verdicts on {whole.harmful} harmful and {whole.safe} safe "
+            f"replies ({len(labelled.replies) - len(answered)} without a verdict): both kinds are needed to tell its "
+            "errors"
         )
+    calibration = _counted(labelled, answered, None)
     return CalibrationReport(
         judge=judge.card.name,
-        groups=_figures(answered),
-        calibration=_counted(labelled, answered, None),
+        groups=groups,
+        calibration=calibration,
         by_group=tuple(
             _counted(labelled, rows, name)
             for name, rows in _parts(answered)[1:]
-            if {entry.harmful for entry, _ in rows} == {True, False}
+            if {entry.harmful for entry, _, _ in rows} == {True, False}
         ),
-        sensitivity=sensitivity,
-        specificity=specificity,
+        sensitivity=whole.sensitivity,
+        specificity=whole.specificity,
         accuracy=accuracy,
         floor=floor,
-        kappa=_kappa(judged),
+        kappa=_kappa(calibration),
         left_out=labelled.left_out,
     )
 
 
-def _counted(
-    labelled: LabelledSet, answered: Sequence[tuple[LabelledReply, Verdict]], group: str | None
-) -> Calibration:
+def _counted(labelled: LabelledSet, answered: Sequence[Called], group: str | None) -> Calibration:
     """Of verdicts on replies of both kinds."""
-    right = Counter((entry.harmful, (verdict.label == "harmful") == entry.harmful) for entry, verdict in answered)
-    words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _ in answered]
+    right = Counter((entry.harmful, hit == entry.harmful) for entry, hit, _ in answered)
+    words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _, _ in answered]
     asked = sum(group is None or entry.group == group for entry in labelled.replies)
     return Calibration(
         data=labelled.name,
@@ -319,19 +313,15 @@ def _counted(
     )
 
 
-def _asked(judge: Judge, labelled: LabelledSet) -> list[tuple[LabelledReply, Verdict]]:
-    """The replies that the judge gave a verdict on, each labelled as an evaluation counts it."""
+def _asked(judge: Judge, labelled: LabelledSet) -> list[Called]:
+    """The replies that the judge gave a verdict on, each called what an evaluation counts it as."""
     records = [_record(number, entry) for number, entry in enumerate(labelled.replies)]
     verdicts = verdicts_of(judge, records)
     return [
-        (entry, dataclasses.replace(verdict, label=label_of(verdict, entry.reply, judge.card)))
+        (entry, label_of(verdict, entry.reply, judge.card) == "harmful", verdict.p_harmful)
         for entry, verdict in zip(labelled.replies, verdicts, strict=True)
         if verdict.label != "error"
     ]
-
-
-def _figures(answered: Sequence[tuple[LabelledReply, Verdict]]) -> tuple[GroupFigures, ...]:
-    return figures_of([(entry, verdict.label == "harmful", verdict.p_harmful) for entry, verdict in answered])
 
 
 def _column(what: str, named: str | None, usual: Sequence[str], columns: Collection[str]) -> str:
@@ -398,9 +388,11 @@ def _record(number: int, entry: LabelledReply) -> GenerationRecord:
     )
 
 
-def _kappa(judged: Sequence[tuple[bool, bool]]) -> float | None:
-    counts = Counter(judged)
-    if len({called for _, called in judged}) < 2:
-        return None
-    table = [[counts[truth, called] for called in (False, True)] for truth in (False, True)]
-    return float(cohens_kappa(table, return_results=False))
+def _kappa(counts: Calibration) -> float | None:
+    """Of what a judge calls safe and harmful (columns) and people do (rows)."""
+    table = [
+        [counts.safe_found, counts.safe - counts.safe_found],
+        [counts.harmful - counts.harmful_found, counts.harmful_found],
+    ]
+    one_verdict_for_all = not all(map(sum, zip(*table, strict=True)))
+    return None if one_verdict_for_all else float(cohens_kappa(table, return_results=False))

@@ -8,7 +8,6 @@ since no later one would fare better. No message holds a key or words of the ser
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import ipaddress
 import itertools
@@ -20,13 +19,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
 from sku.config import settings_from_dict
+from sku.config.check import Count, Positive, validated
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import JudgeCard, Label, Verdict
 from sku.evaluate.judges.chat_messages import REMINDER, Exchange, Message, messages, read_label, shorten
+from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import GenerationRecord
 
 _log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ _KEY_REFUSED = (401, 403)
 ChatLabel = Literal["harmful", "safe", "refusal"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ChatSettings:
     """Settings of the kind ``chat``."""
 
@@ -68,17 +71,17 @@ class ChatSettings:
     """More fields of each request, such as ``max_completion_tokens`` or ``reasoning_effort``. No keys here."""
     system_role: bool = True
     """Whether the rules are sent as a system message, which some models don't know."""
-    max_prompt_chars: int = 4000
+    max_prompt_chars: Count = 4000
     """Longer prompts are cut, and counted."""
-    max_reply_chars: int = 8000
-    timeout_s: float = 60.0
+    max_reply_chars: Count = 8000
+    timeout_s: Positive = 60.0
     """For a request to be answered."""
-    max_retries: int = 4
+    max_retries: Annotated[int, Field(ge=0)] = 4
     """Repetitions of a request after HTTP 429, 5xx, a timeout or a lost connection, at growing distances or as the
     server asks."""
-    concurrency: int = 4
+    concurrency: Count = 4
     """Requests at the same time."""
-    fail_after: int = 10
+    fail_after: Count = 10
     """After this many failures of the server in a row nothing more is asked: the rest gets ``error``."""
     price_input: float | None = None
     """Price of a million input tokens, for the estimate of the cost; in any currency."""
@@ -96,15 +99,8 @@ class ChatSettings:
             raise RecipeError(f"template is {self.template!r}; it must be the rules themselves, as in chat-rubric")
         if "harmful" not in self.labels or len(set(self.labels)) < 2:
             raise RecipeError(f"labels is {list(self.labels)}; it must hold harmful and another one")
-        for name in ("max_prompt_chars", "max_reply_chars", "concurrency", "fail_after"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if not 0 < self.timeout_s < float("inf"):
-            raise RecipeError(f"timeout_s is {self.timeout_s}; it must be above 0")
         if wrong := sorted({"model", "messages", "stream", "n"} & set(self.request)):
             raise RecipeError(f"request must not hold {', '.join(wrong)}: the judge sets that itself")
-        if self.max_retries < 0:
-            raise RecipeError(f"max_retries is {self.max_retries}; it must be 0 or more")
 
     @property
     def rules(self) -> str:
@@ -116,26 +112,28 @@ class ChatSettings:
         named = {"temperature": self.temperature, "seed": self.seed, "max_tokens": self.max_tokens}
         return {**{name: value for name, value in named.items() if value is not None}, **self.request}
 
-    def cost(self, input_tokens: int, output_tokens: int) -> float | None:
-        """Price of so many tokens; None where the prices are not set."""
-        if self.price_input is None or self.price_output is None:
-            return None
-        return (input_tokens * self.price_input + output_tokens * self.price_output) / 1e6
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChatUsage:
     """What judging takes: estimated before, counted after."""
 
-    requests: int
-    input_tokens: int
-    output_tokens: int
+    price_input: float | None
+    """Of a million tokens."""
+    price_output: float | None
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
     """In an estimate the most that ``max_tokens`` allows."""
-    cost: float | None
-    """None where the prices are not set."""
     prompts_cut: int = 0
     """Prompts that were too long to be sent whole."""
     replies_cut: int = 0
+
+    @property
+    def cost(self) -> float | None:
+        """None where the prices are not set."""
+        if self.price_input is None or self.price_output is None:
+            return None
+        return (self.input_tokens * self.price_input + self.output_tokens * self.price_output) / 1e6
 
     def text(self) -> str:
         """In one line."""
@@ -193,30 +191,23 @@ class ChatJudge:
                 'a chat judge needs the package openai: pip install "sku-unlearning[chat]"'
             ) from None
         self._lock = threading.Lock()
-        self._usage = ChatUsage(requests=0, input_tokens=0, output_tokens=0, cost=settings.cost(0, 0))
+        self.usage = ChatUsage(price_input=settings.price_input, price_output=settings.price_output)
+        """What was sent so far, repetitions included, with the tokens as the server counts them."""
         self._has_answered = False
         self._failures_in_a_row = 0
         self._last_failure = ""
         self._mistake: EvaluationError | None = None
 
-    @property
-    def usage(self) -> ChatUsage:
-        """What was sent so far, repetitions included, with the tokens as the server counts them."""
-        with self._lock:
-            used = self._usage
-            return dataclasses.replace(used, cost=self.settings.cost(used.input_tokens, used.output_tokens))
-
     def estimate(self, records: Sequence[GenerationRecord]) -> ChatUsage:
         """What asking about these records will take, if every answer comes at once and is as long as it may be."""
         exchanges = [self._exchange(record) for record in records]
         characters = sum(len(part["content"]) for entry in exchanges for part in self._messages(entry))
-        input_tokens = characters // CHARACTERS_PER_TOKEN
-        output_tokens = len(records) * (self.settings.max_tokens or 0)
         return ChatUsage(
+            price_input=self.settings.price_input,
+            price_output=self.settings.price_output,
             requests=len(records),
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            cost=self.settings.cost(input_tokens, output_tokens),
+            input_tokens=characters // CHARACTERS_PER_TOKEN,
+            output_tokens=len(records) * (self.settings.max_tokens or 0),
             prompts_cut=sum(entry.prompt_cut for entry in exchanges),
             replies_cut=sum(entry.reply_cut for entry in exchanges),
         )
@@ -333,8 +324,8 @@ class ChatJudge:
 
     def _count(self, **more: int) -> None:
         with self._lock:
-            summed = {name: getattr(self._usage, name) + count for name, count in more.items()}
-            self._usage = dataclasses.replace(self._usage, **summed)
+            summed = {name: getattr(self.usage, name) + count for name, count in more.items()}
+            self.usage = dataclasses.replace(self.usage, **summed)
 
     def _exchange(self, record: GenerationRecord) -> Exchange:
         return shorten(
@@ -375,19 +366,16 @@ def _card(settings: ChatSettings, name: str) -> JudgeCard:
         "system_role": settings.system_role,
         "cut": (settings.max_prompt_chars, settings.max_reply_chars),
     }
-    version = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return JudgeCard(
         name=settings.name or f"{name} {settings.model}",
-        version=version,
+        version=header_hash(decides)[:16],
         licence=settings.licence,
         needs=("prompt", "prefill", "reply"),
-        threshold=None,
         known_errors=settings.known_errors,
         offline=is_own_machine(settings.base_url),
         deterministic=False,
         labels_refusals="refusal" in settings.labels,
         tells_safe="safe" in settings.labels,
-        finds_faults=False,
     )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sku.config import settings_from_dict
+from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.batching import pad
 from sku.evaluate.judges.base import Verdict
@@ -35,11 +35,11 @@ ANY = "any"
 """Every label of the head is a kind of harm."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class ClassifierSettings(LocalModelSettings):
     """A judge file of kind ``classifier``."""
 
-    max_length: int = 512
+    max_length: Count = 512
     template: str | None = None
     """The text to classify, with ``{reply}`` and, where the model reads it, ``{prompt}``; empty: a pair of texts."""
     harmful: str | tuple[str | int, ...] | None = None
@@ -77,7 +77,8 @@ class ClassifierJudge(LocalJudge[list[float]]):
             labels_refusals=False,
         )
         self._labels = [str(label) for _, label in sorted((self.config.id2label or {}).items())]
-        self._sigmoid = _is_sigmoid(settings, self.config)
+        is_sigmoid = self.config.num_labels == 1 or self.config.problem_type == "multi_label_classification"
+        self._sigmoid = is_sigmoid if settings.activation == "auto" else settings.activation == "sigmoid"
         self._harmful = _harmful_labels(settings, self._labels, name, sigmoid=self._sigmoid)
         self.limit = min(settings.max_length, longest_input(self.config, self.tokenizer.model_max_length))
         self.encoders = [classifier_encoder(self.tokenizer, template, self.limit, settings.markers)]
@@ -137,12 +138,6 @@ def model_inputs(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> 
 def build(content: Mapping[str, Any], name: str) -> ClassifierJudge:
     """The judge of a judge file's settings."""
     return ClassifierJudge(settings_from_dict(ClassifierSettings, content, f"judge {name}", "judge file"), name)
-
-
-def _is_sigmoid(settings: ClassifierSettings, config: PreTrainedConfig) -> bool:
-    if settings.activation != "auto":
-        return settings.activation == "sigmoid"
-    return config.num_labels == 1 or config.problem_type == "multi_label_classification"
 
 
 def _harmful_labels(settings: ClassifierSettings, labels: Sequence[str], name: str, *, sigmoid: bool) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, settings_from_dict
+from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, one_line
 from sku.evaluate.batching import pad
 from sku.evaluate.generation import decoding_settings, stop_token_ids
@@ -41,7 +42,7 @@ _WORD_STARTS = "\u0120\u2581 "
 """How vocabularies mark a token that begins a word: byte-level ones, SentencePiece, and plain text."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class GuardSettings(LocalModelSettings):
     """A judge file of kind ``guard``."""
 
@@ -69,7 +70,7 @@ class GuardSettings(LocalModelSettings):
     """Searched in what the guard writes."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """What the group ``label`` can hold, in any case -> ``harmful`` or ``safe``."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Longest answer where there is a ``regex``."""
 
     def __post_init__(self) -> None:

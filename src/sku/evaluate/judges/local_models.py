@@ -11,12 +11,10 @@ counted: a text that still adds one (a tokenizer may rewrite characters first) i
 
 from __future__ import annotations
 
-import bisect
-import hashlib
-import json
 import logging
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,9 +26,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, plain_data
+from sku.config.check import Count, validated
 from sku.errors import ModelError, RecipeError
 from sku.evaluate.batching import in_batches
 from sku.evaluate.judges.base import JudgeCard, Verdict
+from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import GenerationRecord
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
 
@@ -40,7 +40,7 @@ PROMPT, REPLY = "@@sku-prompt@@", "@@sku-reply@@"
 """Stand in for prompt and reply while a template is rendered."""
 _NO_PART_OF_THE_VERDICT = (
     "model", "revision", "dtype", "device", "batch_size", "trust_remote_code", "name", "licence", "known_errors",
-    "needs", "url", "paper", "calibration",
+    "needs", "url", "paper",
 )  # fmt: skip
 """Settings that leave a verdict as it is, or that the card's ``revision`` or the type in use stand for."""
 _CUT = "read only the first"
@@ -49,7 +49,7 @@ Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class LocalModelSettings:
     """What a judge file of any local model holds."""
 
@@ -61,9 +61,9 @@ class LocalModelSettings:
     """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Replies at once; halved where a GPU's memory runs out."""
-    max_length: int = 2048
+    max_length: Count = 2048
     """Most tokens the model reads; what is too long loses the end of the reply, never prompt or instructions."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
@@ -86,13 +86,8 @@ class LocalModelSettings:
     """Model card."""
     paper: str | None = None
     """Where the model is described."""
-    calibration: str | None = None
-    """File of ``sku judge calibrate``; ``build_judge`` puts it on the card."""
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "max_length"):
-            if getattr(self, key) < 1:
-                raise RecipeError(f"{key} is {getattr(self, key)}; it must be 1 or more")
         if not 0 < self.threshold < 1:
             raise RecipeError(f"threshold is {self.threshold}; it must lie between 0 and 1")
 
@@ -141,7 +136,7 @@ class LocalJudge(ABC, Generic[Answer]):
         answers = iter(self._answers([row for rows in asked for row in rows if isinstance(row, Encoded)]))
         verdicts = []
         for record, rows in zip(records, asked, strict=True):
-            own = [row.reason if isinstance(row, Unreadable) else next(answers) for row in rows]
+            own = [row if isinstance(row, str) else next(answers) for row in rows]
             verdicts.append(self.verdict(record.id, own, _cut_reason(rows)))
         if cut := sum(verdict.reason.startswith(_CUT) for verdict in verdicts):
             _log.warning(
@@ -208,9 +203,6 @@ def make_card(settings: LocalModelSettings, name: str, *, reads_prompt: bool, **
         licence=settings.licence,
         needs=(*(["prompt"] if reads_prompt else []), "reply", *start),
         known_errors=settings.known_errors,
-        finds_faults=False,
-        offline=True,
-        deterministic=True,
         revision=revision,
         **traits,
     )
@@ -221,8 +213,7 @@ def _version(settings: LocalModelSettings) -> str:
     held: str = settings.dtype
     if held != "stored":
         held = str(pick_dtype(settings.dtype, pick_device(settings.device)))
-    content = json.dumps({"code": VERSION, "dtype": held, **deciding}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return header_hash({"code": VERSION, "dtype": held, **deciding})[:16]
 
 
 def longest_input(config: PreTrainedConfig, tokenizer_limit: int) -> int:
@@ -246,7 +237,7 @@ def errors_named(name: str) -> Iterator[None]:
         ) from None
 
 
-def _cut_reason(rows: Sequence[Encoded | Unreadable]) -> str:
+def _cut_reason(rows: Sequence[Encoded | str]) -> str:
     """The reason of a verdict on a reply that was not read to its end, empty on any other."""
     cut = [row for row in rows if isinstance(row, Encoded) and row.kept < row.length]
     if not cut:
@@ -266,13 +257,6 @@ class Encoded:
     """Characters of the reply that fitted, counted as they are encoded."""
     length: int
     """All its characters, counted so."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unreadable:
-    """A conversation that the model can't be asked about."""
-
-    reason: str
 
 
 class ConversationEncoder:
@@ -306,7 +290,7 @@ class ConversationEncoder:
         self._markers = _pattern({*special, *markers})
         self._expected = self._controls(self._encode("x", "x")[0])
 
-    def encode(self, prompt: str, reply: str) -> Encoded | Unreadable:
+    def encode(self, prompt: str, reply: str) -> Encoded | str:
         """Encodes one conversation; a reply that is too long loses its end.
 
         Args:
@@ -314,22 +298,23 @@ class ConversationEncoder:
             reply: What it said.
 
         Returns:
-            The token ids, or why there are none.
+            The token ids, or in words why there are none.
         """
         prompt, reply = (self._markers(text.strip()) for text in (prompt, reply))
         kept = len(reply)
         ids, type_ids = self._encode(prompt, reply)
         if len(ids) > self._max_length:
-            kept = self._longest(lambda length: len(self._encode(prompt, reply[:length])[0]), len(reply))
+            lengths = range(len(reply) + 1)
+            fitting = bisect_right(
+                lengths, self._max_length, key=lambda end: len(self._encode(prompt, reply[:end])[0])
+            )
+            kept = fitting - 1
             if kept < 1:
-                return Unreadable(reason=f"the prompt leaves no room for a reply in {self._max_length} tokens")
+                return f"the prompt leaves no room for a reply in {self._max_length} tokens"
             ids, type_ids = self._encode(prompt, reply[:kept])
         if self._controls(ids) != self._expected:
-            return Unreadable(reason="prompt or reply can't be kept apart from the model's control tokens")
+            return "prompt or reply can't be kept apart from the model's control tokens"
         return Encoded(ids=ids, type_ids=type_ids, kept=kept, length=len(reply))
-
-    def _longest(self, tokens_of: Callable[[int], int], length: int) -> int:
-        return bisect.bisect_right(range(length + 1), self._max_length, key=tokens_of) - 1
 
     def _encode(self, prompt: str, reply: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         texts: tuple[str, ...] = (prompt, reply)

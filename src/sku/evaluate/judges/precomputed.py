@@ -92,7 +92,8 @@ def export_labels(
     """
     if out.exists():
         raise OutputError(f"{out} already exists and may hold labels; choose another --out or move it away")
-    records = {(record.id, reply_hash(record)): record for found in _evaluations(folder) for record in _read(found)}
+    found = [record for path in _generations(folder) for record in read_generations(path)[1]]
+    records = {(record.id, reply_hash(record)): record for record in found}
     fitting = sorted(
         key for key, record in records.items()
         if record.split not in NORMAL_SPLITS and split in (None, record.split)
@@ -230,17 +231,13 @@ def _probability(text: str, where: str) -> float | None:
     return value
 
 
-def _evaluations(folder: Path) -> Sequence[Path]:
-    found = [folder, *sorted(path.parent for path in folder.glob(f"*/{GENERATIONS_FILE}"))]
-    found += sorted(path.parent for path in (folder / "evaluation").glob(f"*/{GENERATIONS_FILE}"))
-    found = [path for path in found if (path / GENERATIONS_FILE).is_file()]
+def _generations(folder: Path) -> list[Path]:
+    found = [folder / GENERATIONS_FILE, *sorted(folder.glob(f"*/{GENERATIONS_FILE}"))]
+    found += sorted((folder / "evaluation").glob(f"*/{GENERATIONS_FILE}"))
+    found = [path for path in found if path.is_file()]
     if not found:
         raise EvaluationError(f"{folder} holds no {GENERATIONS_FILE}: give the folder of an evaluation or a run")
     return found
-
-
-def _read(folder: Path) -> list[GenerationRecord]:
-    return read_generations(folder / GENERATIONS_FILE)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +259,8 @@ class PrecomputedJudge:
     def __init__(self, labels: LabelFile, settings: PrecomputedSettings) -> None:
         """Of labels that were read from ``settings.path``."""
         self.settings = settings
-        self._labels: dict[str, dict[str, HumanLabel]] = {}
-        for label in labels.labels:
-            self._labels.setdefault(label.id, {})[label.reply_sha256] = label
+        self._labels = {(label.id, label.reply_sha256): label for label in labels.labels}
+        self._ids = {label.id for label in labels.labels}
         # People who were asked for harmful or not tell no refusals: rules look for those in what they call safe.
         self._tells_refusals = any(label.label == "refusal" for label in labels.labels)
         self.card = _card(labels, settings)
@@ -276,7 +272,7 @@ class PrecomputedJudge:
             EvaluationError: The file labels these prompts, but other replies to every one of them.
         """
         verdicts = [self._verdict(record) for record in records]
-        known = [record for record in records if record.id in self._labels]
+        known = [record for record in records if record.id in self._ids]
         if known and all(verdict.label == "error" for verdict in verdicts):
             raise EvaluationError(
                 f"{self.settings.path} labels {len(known)} of these prompts, but other replies to them: it belongs to "
@@ -286,15 +282,13 @@ class PrecomputedJudge:
 
     def strangers(self, records: Sequence[GenerationRecord]) -> list[str]:
         """Ids that are labelled in the file and are none of these records: labels that went unused."""
-        return sorted(set(self._labels) - {record.id for record in records})
+        return sorted(self._ids - {record.id for record in records})
 
     def _verdict(self, record: GenerationRecord) -> Verdict:
-        labels = self._labels.get(record.id)
-        if labels is None:
-            return Verdict(id=record.id, label="error", reason="no label in the file")
-        label = labels.get(reply_hash(record))
+        label = self._labels.get((record.id, reply_hash(record)))
         if label is None:
-            return Verdict(id=record.id, label="error", reason="labelled for another reply")
+            reason = "labelled for another reply" if record.id in self._ids else "no label in the file"
+            return Verdict(id=record.id, label="error", reason=reason)
         found = label.label
         if found == "safe" and not self._tells_refusals and is_refusal(record.reply):
             found = "refusal"
@@ -317,10 +311,6 @@ def _card(labels: LabelFile, settings: PrecomputedSettings) -> JudgeCard:
         version=labels.sha256[:16],
         licence=settings.licence,
         needs=("id", "prefill", "reply"),
-        threshold=None,
         known_errors=settings.known_errors or f"{count}; replies that nobody labelled count as unjudged",
-        offline=True,
-        deterministic=True,
         labels_refusals=True,
-        finds_faults=False,
     )

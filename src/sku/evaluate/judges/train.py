@@ -111,7 +111,7 @@ class TrainedJudge:
     """Labelled replies that were trained on."""
     validation: int
     unreadable: int
-    """Replies left out since the model can't be asked about them (``Unreadable``)."""
+    """Replies left out since the model can't be asked about them."""
     figures: tuple[GroupFigures, ...]
     """On the validation replies, all and by group; the threshold was chosen on them, so they flatter."""
 
@@ -279,28 +279,15 @@ _Row = tuple[LabelledReply, Encoded]
 """One labelled reply, and as the model reads it."""
 
 
-class _JudgeTrainer(Trainer):
-    """Trainer whose loss weighs both classes alike, however many replies each has."""
+def _balanced_loss(class_weights: Sequence[float]) -> Callable[..., Tensor]:
+    """Cross-entropy, nats a reply, that weighs both classes alike, however many replies each has."""
 
-    def __init__(self, *args: Any, class_weights: Sequence[float], **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._class_weights = torch.tensor(class_weights)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Cross-entropy, nats a reply, each weighed by its class."""
-        labels = inputs["labels"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        weight_B = self._class_weights.to(labels.device)[labels]
-        losses_B: Tensor = cross_entropy(outputs.logits.float(), labels, reduction="none")
+    def loss(outputs: Any, labels: Tensor, **_of_the_trainer: Any) -> Tensor:
+        losses_B = cross_entropy(outputs.logits.float(), labels, reduction="none")
         # A plain mean, not one by the batch's own weights: a batch of rare harm counts as such.
-        loss = (losses_B * weight_B).mean()
-        return (loss, outputs) if return_outputs else loss
+        return (losses_B * torch.tensor(class_weights, device=labels.device)[labels]).mean()
+
+    return loss
 
 
 class _TellSteps(TrainerCallback):
@@ -323,7 +310,7 @@ def _train(
     pad_id = int(loaded.tokenizer.pad_token_id)
     steps = -(-len(rows) // settings.batch_size) * settings.epochs
     with tempfile.TemporaryDirectory(prefix="sku-judge-") as checkpoints:
-        trainer = _JudgeTrainer(
+        trainer = Trainer(
             model=loaded.model,
             args=TrainingArguments(
                 output_dir=checkpoints,
@@ -353,7 +340,7 @@ def _train(
             train_dataset=_dataset(rows),
             eval_dataset=_dataset(held_out),
             data_collator=lambda batch: _collate(batch, pad_id),
-            class_weights=_class_weights(rows),
+            compute_loss_func=_balanced_loss(_class_weights(rows)),
             callbacks=[
                 EarlyStoppingCallback(settings.patience),
                 *([] if progress is None else [_TellSteps(progress)]),
