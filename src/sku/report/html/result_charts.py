@@ -115,13 +115,21 @@ def outcome_groups(comparison: Comparison) -> list[OutcomeGroup]:
     return groups
 
 
+LABEL_ROOM = 55
+"""Points that the names of the two models take to the left of the bars."""
+
+
 def draw_outcomes(axes: Axes, groups: Sequence[OutcomeGroup]) -> list[str]:
     """Draws the groups, the first on top, and tells which outcomes there are."""
     shown = [name for name in OUTCOMES if any(side[name].count for group in groups for _, side in group.sides)]
     places: list[float] = []
     for number, group in enumerate(groups):
         top = 2.9 * number
-        axes.text(0, top - 0.6, group.label, va="bottom", fontweight="bold")
+        # Long ones need the room beside the bars, too; the bars don't make way for them.
+        name = axes.annotate(
+            group.label, (0, top - 0.6), (-LABEL_ROOM, 0), textcoords="offset points", va="bottom", fontweight="bold"
+        )
+        name.set_in_layout(False)
         for offset, (_, side) in enumerate(group.sides):
             places.append(top + offset)
             _stack(axes, top + offset, side, shown)
