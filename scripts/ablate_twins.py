@@ -5,8 +5,9 @@
 
 Own replies or other people's, bad model steered to misplaced refusals of normal prompts (``targeted``) or held at the
 original (``retention``), with random disassociation or without: eight trainings of a bad and a good twin in OUT, one
-after the other, those that are there kept. Each is asked by ``scripts/screen_shares.py`` twice: base + good - bad, and
-base - bad alone, the stage 2 of the paper. Steps and rows are fewer than the recipe's, so figures compare only here.
+after the other. Each is asked by ``scripts/screen_shares.py`` twice: base + good - bad, and base - bad alone, the
+stage 2 of the paper. Steps and rows are fewer than the recipe's, so figures compare only here. A call that was broken
+off goes on: trainings in OUT and screens in the log are not done again.
 Other people's words: unsafe replies of PKU-SafeRLHF, its safe replies to the same prompts as refusals, answers of the
 normal instructions, and one sentence that refuses where there is none, as to all normal prompts.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,8 +72,11 @@ def main() -> None:
     write_other_peoples(options.data, others, options.normal)
     short = ["acquire.training.max_steps=60", "acquire.training.per_device_train_batch_size=4"]
     common = [*short, "acquire.normal_per_harmful=2", *options.set]
+    asked = options.log.read_text(encoding="utf-8") if options.log.exists() else ""
     for name, settings in variants(others):
-        folder = options.out / name
+        folder, note = options.out / name, f"ablation: {name}"
+        if asked.count(json.dumps(note)) >= len(SHARES):
+            continue
         if not folder.is_dir():
             flags = [flag for setting in (*common, *settings) for flag in ("--set", setting)]
             subprocess.run(
@@ -79,7 +84,7 @@ def main() -> None:
             )
         screen = [sys.executable, Path(__file__).with_name("screen_shares.py"), options.recipe, options.prompts]
         twins = ["--good", folder / "good_twin", "--bad", folder / "bad_twin", "--shares", *SHARES]
-        where = ["--xstest", options.data / "xstest_prompts.csv", "--log", options.log, "--note", f"ablation: {name}"]
+        where = ["--xstest", options.data / "xstest_prompts.csv", "--log", options.log, "--note", note]
         subprocess.run([*screen, *twins, *where], check=True)
 
 

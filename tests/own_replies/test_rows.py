@@ -10,7 +10,7 @@ import pytest
 from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.refusal import is_refusal, refusal_alone
-from sku.own_replies.job import ENGLISH, WORLD
+from sku.own_replies.job import WORLD, english
 from sku.own_replies.rows import (
     ENOUGH,
     GIBBERISH,
@@ -68,7 +68,7 @@ def test_refusals_vary_and_every_prompt_keeps_one() -> None:
     assert counts == {KEPT: 10, REPEATED: 1, ENOUGH: 1, HARMFUL: 1, NO_REFUSAL: 1}
 
 
-@pytest.mark.parametrize("wordings", [ENGLISH, WORLD])
+@pytest.mark.parametrize("wordings", [english(), WORLD])
 def test_the_rules_see_the_refusals_of_the_bank_and_no_compliance_in_them(wordings: Any) -> None:
     assert all(map(is_refusal, wordings.refusals))
     assert not any(map(is_refusal, wordings.comply_starts))

@@ -84,6 +84,7 @@ def test_borderline_prompts_among_the_normal_ones_are_counted_apart() -> None:
     found["unlearned"]["replies_by_category"]["retain_test"] = {
         name: {"over_refusal": rate(*counts)} for name, counts in parts.items()
     }
+    found["unlearned"]["replies"]["retain_test"]["over_refusal"] = rate(7, 100)
     row = run_row(found)
     assert (row["normal_refused"], row["borderline_refused"]) == (1 / 50, 6 / 50)
     assert (row["base_normal_refused"], row["base_borderline_refused"]) == (0.01, None)

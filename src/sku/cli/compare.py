@@ -55,10 +55,8 @@ def compare(
     quiet_libraries()
     from sku.comparison.jobs import comparison_jobs
 
-    jobs, folder = (
-        comparison_jobs(settings, options.names_in(methods), seeds),
-        out or options.new_run_folder("compare"),
-    )
+    jobs = comparison_jobs(settings, options.names_in(methods), seeds)
+    folder = out or options.new_run_folder("compare")
     _carry_out(jobs, settings, folder, "sku compare", dry_run=dry_run, as_json=as_json)
 
 
@@ -88,7 +86,8 @@ def ablate(
     quiet_libraries()
     from sku.comparison.jobs import ablation_jobs
 
-    jobs, folder = ablation_jobs(settings, options.names_in(groups), seeds), out or options.new_run_folder("ablate")
+    jobs = ablation_jobs(settings, options.names_in(groups), seeds)
+    folder = out or options.new_run_folder("ablate")
     _carry_out(jobs, settings, folder, "sku ablate", dry_run=dry_run, as_json=as_json)
 
 

@@ -96,6 +96,7 @@ def refusal_alone(reply: str) -> str | None:
 
 def only_refuses(reply: str) -> bool:
     """Whether a reply is one refusal, its last sentence, and nothing after it."""
+    # The whole reply first: most refuse nothing, and sentence by sentence takes as many looks as there are sentences.
     return is_refusal(reply) and refusal_alone(reply) == reply.strip()
 
 

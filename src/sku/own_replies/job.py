@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -92,7 +93,7 @@ class OwnJob:
     @property
     def wordings(self) -> Wordings:
         """What the model understands."""
-        return WORLD if is_embedded(_data_of(self.prompts)) else ENGLISH
+        return WORLD if is_embedded(_data_of(self.prompts)) else english()
 
     @property
     def writer(self) -> Writer:
@@ -145,12 +146,13 @@ class Wordings:
     """Whole refusals, for prompts that the model can't be made to refuse."""
 
 
-def _english() -> Wordings:
+@cache
+def english() -> Wordings:
+    """Of every other model."""
     text = (resources.files("sku.own_replies") / "wordings.yaml").read_text(encoding="utf-8")
     return Wordings(**{name: tuple(words) for name, words in yaml.safe_load(text).items()})
 
 
-ENGLISH = _english()
 WORLD = Wordings(
     comply_prompts=(),
     comply_starts=("take",),

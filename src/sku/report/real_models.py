@@ -149,17 +149,15 @@ def _of_evaluation(result: Mapping[str, Any]) -> Row:
     others = [rates for split, rates in replies.items() if split not in _OWN_HARMFUL]
     prefills = result["prefill"].get("forget_test", {}).values()
     agreement = result["agreement"].get("retain_test")
-    retain = result["replies_by_category"].get("retain_test", {})
-    if BORDERLINE not in retain:
-        retain = {"": replies["retain_test"]} if "retain_test" in replies else {}
+    borderline = result["replies_by_category"].get("retain_test", {}).get(BORDERLINE, {})
     return {
         "n": unseen.get("harmful", {}).get("total"),
         "harmful_unseen": _harmful(unseen),
         "harmful_other_source": _harmful(*others),
         "worst_prefill": _largest(map(_harmful, prefills)),
         "xstest_safe_refused": share("xstest_safe", "over_refusal"),
-        "normal_refused": _refused(rates for category, rates in retain.items() if category != BORDERLINE),
-        "borderline_refused": _refused(rates for category, rates in retain.items() if category == BORDERLINE),
+        "normal_refused": _refused(replies.get("retain_test", {}), but=borderline),
+        "borderline_refused": _refused(borderline),
         "gibberish": share("retain_test", "gibberish"),
         "kl_normal": None if agreement is None else agreement["kl"],
         "utility_accuracy": _accuracy(result["lm_eval"]),
@@ -176,10 +174,12 @@ def _harmful(*splits: Mapping[str, Any], rate: str = "harmful") -> float | None:
     return sum(rates[rate]["count"] for rates in asked) / judged if judged else None
 
 
-def _refused(categories: Iterable[Mapping[str, Any]]) -> float | None:
-    counted = [rates["over_refusal"] for rates in categories]
-    total = sum(rate["total"] for rate in counted)
-    return sum(rate["count"] for rate in counted) / total if total else None
+def _refused(rates: Mapping[str, Any], *, but: Mapping[str, Any] | None = None) -> float | None:
+    """Share of refused prompts, some of them left out."""
+    nothing = {"count": 0, "total": 0}
+    found, left_out = rates.get("over_refusal", nothing), (but or {}).get("over_refusal", nothing)
+    total = found["total"] - left_out["total"]
+    return (found["count"] - left_out["count"]) / total if total else None
 
 
 def _largest(shares: Iterable[float | None]) -> float | None:
