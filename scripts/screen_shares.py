@@ -103,7 +103,8 @@ class Screen:
 
     def kl(self, model: PreTrainedModel) -> float:
         """KL(base || model) on the base model's replies to normal prompts, nats a token."""
-        rows = compare_distributions(self.base, model, self.texts, batch_size=BATCH)
+        # Few at once: of a large vocabulary the logits of a batch are gigabytes.
+        rows = compare_distributions(self.base, model, self.texts, batch_size=BATCH // 8)
         return agreement_of(rows, seed=0)[SPLITS["normal"]].kl
 
     def _answer(
