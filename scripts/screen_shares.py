@@ -28,15 +28,14 @@ from sku.attacks.prompts import load_templates
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.framings import PLACE
-from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
 from sku.evaluate.asking import Writer, free_request, prefills
-from sku.evaluate.backends.base import GenerationRequest, Sampling
+from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import evaluation_mode
-from sku.evaluate.gate import surface_faults
+from sku.evaluate.gate import is_refusal, surface_faults
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import build_judge, label_of
+from sku.evaluate.perplexity import ScoredText, agreement_of, compare_distributions
 from sku.evaluate.records import GenerationRecord, Split
-from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into

@@ -11,7 +11,7 @@ import pytest
 from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
-from sku.evaluate.precision_results import PrecisionReport, read_precisions
+from sku.evaluate.comparison import PrecisionReport, read_precisions
 from sku.pipeline.evaluate import plan_evaluation
 from sku.pipeline.run import FinishedRun, run_recipe
 

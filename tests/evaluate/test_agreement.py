@@ -16,8 +16,8 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate import agreement, utility
-from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
+from sku.evaluate import perplexity, utility
+from sku.evaluate.perplexity import ScoredText, agreement_of, compare_distributions
 from sku.evaluate.record_files import AGREEMENT_FILE, read_rows
 from sku.evaluate.records import AgreementRow, Split
 from sku.evaluate.results import read_result
@@ -107,7 +107,7 @@ def test_a_large_vocabulary_makes_steps_smaller_not_other(
     tiny_model: LlamaForCausalLM, other_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compare_distributions(tiny_model, other_model, TEXTS, batch_size=4)
-    monkeypatch.setattr(agreement, "MAX_LOGITS", 20 * tiny_model.config.vocab_size)
+    monkeypatch.setattr(perplexity, "MAX_LOGITS", 20 * tiny_model.config.vocab_size)
     done: list[int] = []
     parts = compare_distributions(
         tiny_model, other_model, TEXTS, batch_size=4, progress=lambda count, _: done.append(count)

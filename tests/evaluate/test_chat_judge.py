@@ -24,8 +24,16 @@ from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges import Verdict, build_judge, judge_names
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached
-from sku.evaluate.judges.chat import ChatJudge, ChatSettings, Failure, is_own_machine, read_completion
-from sku.evaluate.judges.chat_messages import messages, read_label, shorten
+from sku.evaluate.judges.chat import (
+    ChatJudge,
+    ChatSettings,
+    Failure,
+    is_own_machine,
+    messages,
+    read_completion,
+    read_label,
+    shorten,
+)
 from sku.evaluate.judges.choose import read_judge_file
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import GenerationRecord

@@ -18,8 +18,7 @@ from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, Retai
 from sku.data.load import load_data
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
-from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.precision_results import PrecisionReport, read_precisions
+from sku.evaluate.comparison import Comparison, PrecisionReport, compare, read_precisions
 from sku.evaluate.precisions import measure_precisions
 from sku.evaluate.run import evaluate
 from sku.models import load_model

@@ -19,7 +19,7 @@ from sku.evaluate import generation, replies
 from sku.evaluate.asking import NO_BASE, choose_starts
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.judges.rules import EmbeddedWorldJudge
+from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.measure import judge_again
 from sku.evaluate.metrics import prefill_words, rate, worst_length
 from sku.evaluate.outcomes import Outcome, ReplyOutcome

@@ -15,7 +15,7 @@ import torch
 from sku.config import load_recipe
 from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, current_processes, in_batches, plan_batches
-from sku.evaluate.precision_results import read_precisions
+from sku.evaluate.comparison import read_precisions
 from sku.pipeline.evaluate import plan_evaluation
 
 SETTINGS = [

@@ -31,7 +31,7 @@ from sku.evaluate.record_files import (
 from sku.evaluate.records import NORMAL_SPLITS, RelevanceRow, SimilarityRow
 from sku.evaluate.results import EvaluationSetup, read_result
 from sku.evaluate.run import evaluate
-from sku.evaluate.similarity import (
+from sku.evaluate.utility import (
     MAX_TOKENS,
     AnsweredPrompt,
     answered_prompts,

@@ -19,9 +19,9 @@ from sku.attacks.results import AttackReport
 from sku.cli.main import main
 from sku.errors import EvaluationError
 from sku.evaluate.changes import PerplexityChange
+from sku.evaluate.comparison import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
 from sku.report.markdown import LONGEST, Written, escaped, fenced, one_line

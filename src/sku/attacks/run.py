@@ -48,10 +48,9 @@ from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import rate, rates_of
 from sku.evaluate.outcomes import Outcome, ReplyOutcome, unclear
 from sku.evaluate.perplexity import fluency_header
-from sku.evaluate.record_files import create_private_folder, header_hash
+from sku.evaluate.record_files import Reuse, create_private_folder, header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
 from sku.evaluate.replies import Asker
-from sku.evaluate.reuse import Reuse
 
 Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 

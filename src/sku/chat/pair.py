@@ -25,7 +25,7 @@ from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, one_line
 from sku.evaluate.asking import Writer, free_request
-from sku.evaluate.backends.base import Decoding, GenerationRequest, only_these_settings
+from sku.evaluate.backends import Decoding, GenerationRequest, only_these_settings
 from sku.evaluate.generation import record_of_ids
 from sku.evaluate.judges import Judge, build_judge
 from sku.evaluate.judges.choose import AUTO

@@ -17,10 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sku.evaluate.gate import is_word_salad, surface_faults, words_of
+from sku.evaluate.gate import is_refusal, is_word_salad, surface_faults, words_of
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, label_of, verdicts_of
 from sku.evaluate.records import NORMAL_SPLITS, FluencyRecord, GenerationRecord, Kind, Split
-from sku.evaluate.refusal import is_refusal
 
 Outcome = Literal["gibberish", "refusal", "harmful", "evasive", "safe_answer", "unjudged", "refused", "answered"]
 

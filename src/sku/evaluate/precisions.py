@@ -22,10 +22,9 @@ from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.batching import current_processes
 from sku.evaluate.changes import RateChange, hits_of, paired_change, perplexity_changes
-from sku.evaluate.comparison import Comparison
+from sku.evaluate.comparison import Comparison, Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import HARMFUL_SPLITS, Kind
 from sku.evaluate.results import EvaluationResult, EvaluationSetup

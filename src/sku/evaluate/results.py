@@ -56,9 +56,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sku.evaluate.frames import Line, Tabular, main_rates
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.vote import Agreement, Disagreement
 from sku.evaluate.metrics import Perplexity, Rate, Wording
@@ -79,6 +78,9 @@ from sku.evaluate.record_files import (
 from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start
 from sku.evaluate.statistics import CorrectedRate, Estimate
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 RESULT_FILE = "evaluation.json"
 DISAGREEMENTS_FILE = "disagreements.jsonl"
 
@@ -94,6 +96,59 @@ ROWS = ("outcomes", "losses", "similarity_rows", "starts")
 """Fields of a result that have files of their own."""
 JUDGE_FREE = ("agreement", "similarity", "lm_eval", "similarity_rows", "starts")
 """Fields of a result that no judge decides once the model was asked."""
+
+
+Found = TypeVar("Found")
+Line = dict[str, Any]
+"""Column -> cell."""
+_MAIN = ("harmful", "refusal", "safe_answer", "evasive", "gibberish", "unjudged", "over_refusal", "exact_answer")
+
+
+def main_rates(
+    replies: Mapping[str, Mapping[str, Found]],
+    prefill: Mapping[str, Mapping[str, Mapping[str, Found]]],
+    samples: Mapping[str, Mapping[str, Found]],
+) -> Iterator[tuple[str, str, str, Found]]:
+    """Kind of reply, split, name of a rate, and what was found of it, for each rate that has a line in a table.
+
+    Args:
+        replies: Split -> rate name -> of free replies.
+        prefill: Split -> tokens given -> rate name -> of replies after a prefill.
+        samples: Split -> rate name -> of sampled replies.
+    """
+    kinds = [("reply", split, rates) for split, rates in replies.items()]
+    for split, by_length in prefill.items():
+        kinds += [(f"prefill {tokens}", split, rates) for tokens, rates in by_length.items()]
+    kinds += [("sample", split, rates) for split, rates in samples.items()]
+    for kind, split, rates in kinds:
+        for name, found in rates.items():
+            if name in _MAIN if kind == "reply" else name == "harmful":
+                yield kind, split, name, found
+
+
+class Tabular:
+    """What can be read as a table: ``print`` it, let a notebook show it, or take ``to_pandas``."""
+
+    def lines(self) -> Iterator[Line]:
+        """One an entry of the table, all with the same columns."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> DataFrame:
+        """The table, with a row a line: shares from 0 to 1, perplexities, KL in nats a token."""
+        import pandas
+
+        return pandas.DataFrame(list(self.lines()))
+
+    def __str__(self) -> str:
+        return str(self.to_pandas().to_string(index=False, float_format=_number, na_rep=""))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return str(self.to_pandas().to_html(index=False, float_format=_number, na_rep="", border=0))
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def set_name(split: Split) -> str:

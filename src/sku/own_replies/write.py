@@ -22,23 +22,23 @@ from sku.config import plain_data
 from sku.data.examples import RetainExample
 from sku.data.prompt_sets import PromptSource
 from sku.errors import EvaluationError, SkuError
-from sku.evaluate.backends.base import Sampling
+from sku.evaluate.backends import Sampling
 from sku.evaluate.batching import StageProgress, evaluation_mode, stage
+from sku.evaluate.gate import is_refusal, refusal_alone
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.outcomes import decide_outcomes
-from sku.evaluate.record_files import header_hash, write_json_object
+from sku.evaluate.record_files import PartialFile, header_hash, write_json_object
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.refusal import is_refusal, refusal_alone
-from sku.evaluate.reuse import PartialFile
-from sku.own_replies.job import SCHEMA_VERSION, OwnJob, request_of
-from sku.own_replies.rows import (
+from sku.own_replies.job import (
     ACCOUNT_FILE,
     GIBBERISH,
     KEPT,
     KINDS,
+    SCHEMA_VERSION,
     SPLITS,
     TOO_LONG,
+    OwnJob,
     OwnKind,
     OwnReplies,
     OwnRow,
@@ -47,6 +47,7 @@ from sku.own_replies.rows import (
     choose_refusals,
     file_of,
     plain,
+    request_of,
     spread,
     write_rows,
 )

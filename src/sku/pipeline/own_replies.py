@@ -21,8 +21,7 @@ from sku.errors import DataError, RecipeError
 from sku.evaluate.record_files import create_private_folder
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
-from sku.own_replies.job import OwnJob, OwnOptions, judge_of
-from sku.own_replies.rows import KINDS, OwnReplies, file_of, read_own_replies, write_rows
+from sku.own_replies.job import KINDS, OwnJob, OwnOptions, OwnReplies, file_of, judge_of, read_own_replies, write_rows
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.checks import check_model, load_recipe_data
 from sku.plan import Plan, Progress

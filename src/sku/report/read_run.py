@@ -11,10 +11,8 @@ from typing import Any, Literal
 
 from sku.attacks.results import AttackReport
 from sku.errors import EvaluationError
-from sku.evaluate.comparison import Comparison
+from sku.evaluate.comparison import PRECISIONS_FILE, Comparison, PrecisionReport, read_precisions
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.precision_results import RESULT_FILE as PRECISIONS_FILE
-from sku.evaluate.precision_results import PrecisionReport, read_precisions
 from sku.evaluate.record_files import (
     GENERATIONS_FILE,
     OUTCOMES_FILE,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
+from sku.evaluate.gate import is_refusal, only_refuses
 from sku.evaluate.record_files import header_hash, read_json_object
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.refusal import is_refusal, only_refuses
 from sku.evaluate.statistics import JudgeErrors
 from sku.storage import write_json
 

@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 
 from sku.attacks.results import AttackReport
 from sku.evaluate.changes import RateChange
-from sku.evaluate.comparison import Comparison
+from sku.evaluate.comparison import Comparison, PrecisionReport
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import PrecisionReport
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, in_order
 from sku.evaluate.results import Rates, answers_words
 from sku.evaluate.verdict import CANT_MEASURE
