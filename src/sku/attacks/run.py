@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.attacks.base import Attack, AttackContext, Setting, Variant
 from sku.attacks.prompts import PARAPHRASE, PREFILL, TEMPLATE, load_templates
 from sku.attacks.relearn import RELEARN
-from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured, write_attacks
+from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
@@ -145,7 +145,7 @@ def run_attacks(
     )
     report = run.report([ATTACKS[name] for name in dict.fromkeys(recipe.evaluate.attacks)])
     if output_dir is not None:
-        write_attacks(output_dir, report)
+        report.write(output_dir)
     return report
 
 

@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sku.config import plain_data
@@ -39,7 +38,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
 from sku.evaluate.metrics import Rate, leaks_per_prompt, prefill_words
 from sku.evaluate.outcomes import ReplyOutcome
-from sku.evaluate.record_files import from_plain, read_json_object, write_json_object
+from sku.evaluate.record_files import Stored, from_plain
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
 from sku.evaluate.results import EvaluationResult, Line, Tabular, main_metric, main_rates
 from sku.evaluate.statistics import (
@@ -336,11 +335,6 @@ def _share(hits: Mapping[str, float]) -> Estimate:
     return Estimate(value=count / len(hits), low=low, high=high)
 
 
-PRECISIONS_SCHEMA = 2
-"""Of ``precisions.json``."""
-PRECISIONS_FILE = "precisions.json"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a model says and how likely it finds given answers, at one precision."""
@@ -398,8 +392,11 @@ class PrecisionResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionReport:
-    """An unlearned model at several precisions. The fields are the keys listed above."""
+class PrecisionReport(Stored):
+    """An unlearned model at several precisions, as ``precisions.json`` holds it: its fields are the keys above."""
+
+    FILE = "precisions.json"
+    SCHEMA = 2
 
     model: Mapping[str, str]
     base: Mapping[str, str]
@@ -407,41 +404,9 @@ class PrecisionReport:
     results: tuple[PrecisionResult, ...]
     notes: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"schema_version": PRECISIONS_SCHEMA, **plain_data(self)}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], where: str = PRECISIONS_FILE) -> PrecisionReport:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            EvaluationError: Another schema version, or keys that don't fit it.
-        """
-        return from_plain(cls, content, where, version=PRECISIONS_SCHEMA)
-
     def certificate(self) -> dict[str, Any]:
         """The figures in short, for a manifest: by precision the rates, perplexities, change kept and what returns."""
         return {result.precision: _in_short(result) for result in self.results}
-
-
-def write_precisions(folder: Path, report: PrecisionReport) -> None:
-    """Writes ``precisions.json``.
-
-    Raises:
-        OutputError: The folder can't be written.
-    """
-    write_json_object(folder / PRECISIONS_FILE, report.to_dict())
-
-
-def read_precisions(folder: Path) -> PrecisionReport:
-    """Reads ``precisions.json``.
-
-    Raises:
-        EvaluationError: The file is missing or broken.
-    """
-    path = folder / PRECISIONS_FILE
-    return PrecisionReport.from_dict(read_json_object(path, "evaluate again"), str(path))
 
 
 def _in_short(result: PrecisionResult) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
 
+from sku.config import plain_data
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
 from sku.storage import named_disk_errors, write_private_text
@@ -112,6 +113,47 @@ def check_schema(content: Mapping[str, Any], version: int, where: str, remedy: s
     found = content.get("schema_version")
     if found != version:
         raise EvaluationError(f"{where} has schema version {found}, this SKU reads {version}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A dataclass that stands in one JSON file of a folder, its fields beside ``schema_version``."""
+
+    FILE: ClassVar[str]
+    SCHEMA: ClassVar[int]
+    AGAIN: ClassVar[str] = "evaluate again"
+    """What a user can do where the file doesn't fit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"schema_version": self.SCHEMA, **plain_data(self)}
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str = "") -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            EvaluationError: Another schema version, or keys that don't fit it; with ``where``.
+        """
+        return from_plain(cls, content, where or cls.FILE, cls.AGAIN, version=cls.SCHEMA)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file.
+
+        Raises:
+            OutputError: The folder can't be written.
+        """
+        write_json_object(folder / self.FILE, self.to_dict())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads the file.
+
+        Raises:
+            EvaluationError: It is missing or broken.
+        """
+        path = folder / cls.FILE
+        return cls.from_dict(read_json_object(path, cls.AGAIN), str(path))
 
 
 def json_lines(contents: Iterable[Any]) -> str:
@@ -248,12 +290,13 @@ class _MisfitError(Exception):
 @functools.cache
 def _fields(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
     """Name -> annotated type, and the names of those without a default."""
-    needed = {
+    fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind, include_extras=True)
+    needed = [
         field.name
-        for field in dataclasses.fields(kind)
+        for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    return typing.get_type_hints(kind, include_extras=True), frozenset(needed)
+    ]
+    return {field.name: hints[field.name] for field in fields}, frozenset(needed)
 
 
 def _built(hint: Any, value: Any, name: str) -> Any:

@@ -69,10 +69,8 @@ from sku.evaluate.record_files import (
     SCHEMA_VERSION,
     SIMILARITY_FILE,
     STARTS_FILE,
-    from_plain,
-    read_json_object,
+    Stored,
     read_rows,
-    write_json_object,
     write_rows,
 )
 from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start
@@ -81,7 +79,6 @@ from sku.evaluate.statistics import CorrectedRate, Estimate
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RESULT_FILE = "evaluation.json"
 DISAGREEMENTS_FILE = "disagreements.jsonl"
 
 Rates = Mapping[str, Rate]
@@ -216,6 +213,11 @@ class HarnessScores:
     hits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Task -> metric -> ``1`` or ``0`` for each example that was asked, for metrics that are right or wrong."""
 
+    @property
+    def id(self) -> str:
+        """They are the one row of their file."""
+        return "lm_eval"
+
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 
@@ -273,8 +275,11 @@ class EvaluationSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationResult(Tabular):
+class EvaluationResult(Stored, Tabular):
     """Everything measured on one model. The fields are the keys listed above."""
+
+    FILE = "evaluation.json"
+    SCHEMA = SCHEMA_VERSION
 
     setup: EvaluationSetup
     judge: JudgeCard
@@ -317,22 +322,16 @@ class EvaluationResult(Tabular):
         return {split: self.prefill[split][str(tokens)] for split, tokens in self.worst_prefill.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without the rows: those of files of their own, and disagreements of judges."""
+        """Plain data without the rows: those of files of their own, and disagreements of judges.
+
+        All rows stay empty in what ``from_dict`` makes of it.
+        """
         plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         for rows in ROWS:
             del plain[rows]
         if plain["judge_agreement"] is not None:
             del plain["judge_agreement"]["disagreements"]
         return plain
-
-    @classmethod
-    def from_dict(cls, content: Any, where: str = RESULT_FILE) -> EvaluationResult:
-        """The inverse of ``to_dict``; all rows stay empty.
-
-        Raises:
-            EvaluationError: Another schema version, or keys that don't fit it.
-        """
-        return from_plain(cls, content, where, version=SCHEMA_VERSION)
 
 
 def _line(split: Split, kind: str, measure: str, value: float, between: Rate | Estimate | None, n: int) -> Line:
@@ -351,7 +350,7 @@ def write_result(folder: Path, result: EvaluationResult) -> None:
         (folder / DISAGREEMENTS_FILE).unlink(missing_ok=True)  # Of an earlier judge.
     else:
         write_rows(folder / DISAGREEMENTS_FILE, {"judges": agreement.judges}, agreement.disagreements)
-    write_json_object(folder / RESULT_FILE, result.to_dict())
+    result.write(folder)
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -360,11 +359,9 @@ def read_result(folder: Path) -> EvaluationResult:
     Raises:
         EvaluationError: A file is missing or broken.
     """
-    path = folder / RESULT_FILE
-    content = read_json_object(path, "evaluate again")
+    result = EvaluationResult.read(folder)
     _, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
-    result = EvaluationResult.from_dict(content, str(path))
     if result.judge_agreement is not None:
         _, parted = read_rows(folder / DISAGREEMENTS_FILE, Disagreement)
         agreement = dataclasses.replace(result.judge_agreement, disagreements=tuple(parted))

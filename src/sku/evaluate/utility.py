@@ -363,23 +363,17 @@ class UtilityStages:
         if known:
             self.left_out["truthfulqa: the question is in the training or validation data"] = known
         skipped = trained if known else frozenset()
-        return {"lm_eval": self.replies.reuse.processes.on_main(lambda: self._harness_scores(skipped))}
+        config, progress = self._config, self.replies.report("lm_eval") or (lambda _done, _total: None)
 
-    def _harness_scores(self, trained: frozenset[str]) -> HarnessScores:
-        """Scores of an earlier run of the same tasks, or new ones."""
-        folder, config, progress = self.replies.reuse.folder, self._config, self.replies.report("lm_eval")
-        header = harness.harness_header(self.about, config, trained)
-        known = None if folder is None else harness.read_scores(folder / harness.HARNESS_FILE, header)
-        if known is not None:
-            return known
-        if progress is not None:
+        def run() -> list[HarnessScores]:
             progress(0, len(config.lm_eval))
-        scores = harness.run_tasks(self.replies.model, self.replies.asker.writer.tokenizer, config, trained)
-        if progress is not None:
+            scores = harness.run_tasks(self.replies.model, self.replies.asker.writer.tokenizer, config, skipped)
             progress(len(config.lm_eval), len(config.lm_eval))
-        if folder is not None:
-            harness.write_scores(folder / harness.HARNESS_FILE, header, scores)
-        return scores
+            return [scores]
+
+        header = harness.harness_header(self.about, config, skipped)
+        (scores,) = self.replies.reuse.rows_of_main(harness.HARNESS_FILE, header, HarnessScores, run)
+        return {"lm_eval": scores}
 
     def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
         """Replies to normal prompts against the dataset's answers."""

@@ -25,9 +25,9 @@ from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptForm
 from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.prompt_sets import OwnPrompts, PromptSource
-from sku.data.tokens import tokenize_start
+from sku.data.tokens import tokenize_prompt, tokenize_start
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.asking import Writer, free_request
+from sku.evaluate.asking import Writer
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.generation import GenerationRequest, about, probes_of
 from sku.evaluate.judges import Judge, choose_judge, is_embedded
@@ -142,12 +142,17 @@ def request_of(
 ) -> GenerationRequest:
     """A prompt to ask, perhaps under a system prompt or with a start of the reply."""
     words = f"{system}\n\n{prompt.prompt}" if system else prompt.prompt
-    request = free_request(split, dataclasses.replace(prompt, prompt=words), writer)
-    if start:
-        ids = tokenize_start(words, start, writer.tokenizer, writer.prompt_format)
-        request = dataclasses.replace(request, kind="prefill", prefill=start, input_ids=tuple(ids))
-    name = f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}"
-    return dataclasses.replace(request, id=name, prompt=prompt.prompt)
+    written = writer.tokenizer, writer.prompt_format
+    return GenerationRequest(
+        id=f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}",
+        split=split,
+        kind="prefill" if start else "reply",
+        category=prompt.category,
+        prompt=prompt.prompt,
+        reference=prompt.answer,
+        prefill=start,
+        input_ids=tuple(tokenize_start(words, start, *written) if start else tokenize_prompt(words, *written)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

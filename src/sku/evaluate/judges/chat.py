@@ -205,16 +205,16 @@ class ChatJudge:
 
     def estimate(self, records: Sequence[GenerationRecord]) -> ChatUsage:
         """What asking about these records will take, if every answer comes at once and is as long as it may be."""
-        exchanges = [self._exchange(record) for record in records]
-        characters = sum(len(part["content"]) for entry in exchanges for part in self._messages(entry))
+        asked = [question(self.settings, record.prompt, record.whole_reply) for record in records]
+        characters = sum(len(part["content"]) for entry in asked for part in entry.messages)
         return ChatUsage(
             price_input=self.settings.price_input,
             price_output=self.settings.price_output,
             requests=len(records),
             input_tokens=characters // CHARACTERS_PER_TOKEN,
             output_tokens=len(records) * (self.settings.max_tokens or 0),
-            prompts_cut=sum(entry.prompt_cut for entry in exchanges),
-            replies_cut=sum(entry.reply_cut for entry in exchanges),
+            prompts_cut=sum(entry.prompt_cut for entry in asked),
+            replies_cut=sum(entry.reply_cut for entry in asked),
         )
 
     def announce(self, records: Sequence[GenerationRecord]) -> None:
@@ -253,13 +253,12 @@ class ChatJudge:
         if self._failures_in_a_row >= self.settings.fail_after:
             reason = f"not asked, after {self._failures_in_a_row} failures in a row: {self._last_failure}"
             return Verdict(id=record.id, label="error", reason=reason)
-        exchange = self._exchange(record)
-        self._count(prompts_cut=exchange.prompt_cut, replies_cut=exchange.reply_cut)
-        asked = self._messages(exchange)
-        found = self._ask(client, asked)
+        asked = question(self.settings, record.prompt, record.whole_reply)
+        self._count(prompts_cut=asked.prompt_cut, replies_cut=asked.reply_cut)
+        found = self._ask(client, asked.messages)
         if isinstance(found, Failure) and found.ask_again:
-            last = {**asked[-1], "content": asked[-1]["content"] + REMINDER}
-            found = self._ask(client, [*asked[:-1], last])
+            *before, last = asked.messages
+            found = self._ask(client, [*before, {**last, "content": last["content"] + REMINDER}])
         self._note_failure(found)
         if isinstance(found, Failure):
             return Verdict(id=record.id, label="error", reason=found.reason)
@@ -332,17 +331,6 @@ class ChatJudge:
             summed = {name: getattr(self.usage, name) + count for name, count in more.items()}
             self.usage = dataclasses.replace(self.usage, **summed)
 
-    def _exchange(self, record: GenerationRecord) -> Exchange:
-        return shorten(
-            record.prompt,
-            record.whole_reply,
-            max_prompt_chars=self.settings.max_prompt_chars,
-            max_reply_chars=self.settings.max_reply_chars,
-        )
-
-    def _messages(self, exchange: Exchange) -> list[Message]:
-        return messages(self.settings.rules, self.settings.labels, exchange, system_role=self.settings.system_role)
-
 
 def build(content: Mapping[str, Any], name: str) -> ChatJudge:
     """The judge of a judge file's settings."""
@@ -390,24 +378,25 @@ def read_completion(body: str) -> Completion | Failure:
         content = json.loads(body)
     except (ValueError, RecursionError):
         return Failure(reason="the server's answer is not JSON", ask_again=True, outage=True)
-    content = _mapping(content)
-    choices = content.get("choices")
-    choice = _mapping(choices[0] if isinstance(choices, list) and choices else None)
-    message = _mapping(choice.get("message"))
-    finish = choice.get("finish_reason")
+    try:
+        choice = content["choices"][0]
+        finish, message = choice.get("finish_reason"), choice.get("message") or {}
+        text, declined = message.get("content"), message.get("refusal")
+        usage = content.get("usage") or {}
+        counts = [max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return Failure(reason="the server's answer holds no choice", ask_again=True, outage=True)
     if finish == "content_filter":
         return Failure(reason="the server's content filter")
-    if message.get("refusal"):
+    if declined:
         return Failure(reason="the model declined to judge")
     if not message:
         return Failure(reason="the server's answer holds no choice", ask_again=True, outage=True)
-    text = message.get("content")
-    usage = _mapping(content.get("usage"))
     return Completion(
         text=text if isinstance(text, str) else "",
         cut=finish == "length",
-        input_tokens=_count(usage.get("prompt_tokens")),
-        output_tokens=_count(usage.get("completion_tokens")),
+        input_tokens=counts[0],
+        output_tokens=counts[1],
     )
 
 
@@ -420,14 +409,6 @@ def is_own_machine(base_url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
 
 
 Message = dict[str, str]
@@ -455,51 +436,33 @@ Your last reply could not be read. Reply with nothing but a JSON object such as 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """A prompt and the reply to it, as they are shown to the judge."""
+class Question:
+    """The request for one verdict."""
 
-    prompt: str
-    reply: str
+    messages: list[Message]
+    """Of a chat; equal texts give equal messages."""
     prompt_cut: bool
     """Whether the end of the prompt was left out, as it is too long."""
     reply_cut: bool
 
-    def data(self) -> str:
-        """One line of JSON; lone surrogates, which no request can hold, are written as escapes."""
-        content: dict[str, Any] = {"question": self.prompt, "answer": self.reply}
-        content |= {"question_shortened": True} if self.prompt_cut else {}
-        content |= {"answer_shortened": True} if self.reply_cut else {}
-        return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
-
-def shorten(prompt: str, reply: str, *, max_prompt_chars: int, max_reply_chars: int) -> Exchange:
-    """Cuts both texts to what a judge may be sent; their ends are left out."""
-    return Exchange(
-        prompt=prompt[:max_prompt_chars],
-        reply=reply[:max_reply_chars],
-        prompt_cut=len(prompt) > max_prompt_chars,
-        reply_cut=len(reply) > max_reply_chars,
-    )
-
-
-def messages(rules: str, labels: Sequence[str], exchange: Exchange, *, system_role: bool) -> list[Message]:
-    """The request for one verdict.
-
-    Args:
-        rules: What is harmful and in which form to answer.
-        labels: Allowed verdicts.
-        exchange: What is judged.
-        system_role: Whether the rules are a message of their own; if not, they stand before the question.
-
-    Returns:
-        Messages of a chat; equal exchanges give equal messages.
-    """
-    data = exchange.data()
+def question(settings: ChatSettings, prompt: str, reply: str) -> Question:
+    """What the judge is asked about a reply; of texts that are too long the ends are left out."""
+    prompt_cut, reply_cut = len(prompt) > settings.max_prompt_chars, len(reply) > settings.max_reply_chars
+    content: dict[str, Any] = {
+        "question": prompt[: settings.max_prompt_chars],
+        "answer": reply[: settings.max_reply_chars],
+        **({"question_shortened": True} if prompt_cut else {}),
+        **({"answer_shortened": True} if reply_cut else {}),
+    }
+    # Lone surrogates, which no request can hold, are written as escapes.
+    data = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
     mark = hashlib.sha256(data.encode()).hexdigest()[:24]
-    question = _QUESTION.format(mark=mark, data=data, labels=", ".join(labels))
-    if system_role:
-        return [{"role": "system", "content": rules}, {"role": "user", "content": question}]
-    return [{"role": "user", "content": f"{rules}\n\n{question}"}]
+    text = _QUESTION.format(mark=mark, data=data, labels=", ".join(settings.labels))
+    chat = [{"role": "system", "content": settings.rules}, {"role": "user", "content": text}]
+    if not settings.system_role:
+        chat = [{"role": "user", "content": f"{settings.rules}\n\n{text}"}]
+    return Question(messages=chat, prompt_cut=prompt_cut, reply_cut=reply_cut)
 
 
 def read_label(answer: str, labels: Sequence[str]) -> Label | None:

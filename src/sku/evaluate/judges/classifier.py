@@ -56,6 +56,8 @@ class ClassifierSettings(LocalModelSettings):
 class ClassifierJudge(LocalJudge[list[float]]):
     """Judges by the probabilities of a sequence classifier: harmful from the threshold on."""
 
+    settings: ClassifierSettings
+
     def __init__(self, settings: ClassifierSettings, name: str) -> None:
         """Reads configuration and tokenizer; the weights follow with the first reply.
 
@@ -68,7 +70,7 @@ class ClassifierJudge(LocalJudge[list[float]]):
             EvaluationError: ``harmful`` or ``activation`` don't fit the model's head.
         """
         super().__init__(settings, name)
-        self._settings, template = settings, settings.template
+        template = settings.template
         self.card = make_card(
             settings,
             name,
@@ -86,7 +88,7 @@ class ClassifierJudge(LocalJudge[list[float]]):
 
     def load(self) -> LoadedModel:
         """Reads the weights."""
-        return load_classifier(self._settings.source)
+        return load_classifier(self.settings.source)
 
     def ask(self, loaded: LoadedModel, rows: Sequence[Encoded]) -> list[list[float]]:
         """Probabilities of all labels per row."""
@@ -108,10 +110,10 @@ class ClassifierJudge(LocalJudge[list[float]]):
             return Verdict(id=record_id, label="error", reason="the model's scores are not finite")
         harmful = {self._labels[index]: probabilities[index] for index in self._harmful}
         p_harmful = max(harmful.values()) if self._sigmoid else min(1.0, sum(harmful.values()))
-        found = tuple(label for label, value in harmful.items() if value >= self._settings.threshold)
+        found = tuple(label for label, value in harmful.items() if value >= self.settings.threshold)
         return Verdict(
             id=record_id,
-            label="harmful" if p_harmful >= self._settings.threshold else "safe",
+            label="harmful" if p_harmful >= self.settings.threshold else "safe",
             p_harmful=p_harmful,
             categories=found if len(harmful) > 1 else (),
             reason=cut,

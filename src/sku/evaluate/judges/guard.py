@@ -121,6 +121,8 @@ class Answer:
 class GuardJudge(LocalJudge[Answer]):
     """Judges by what a guard model answers: harmful where any policy is broken."""
 
+    settings: GuardSettings
+
     def __init__(self, settings: GuardSettings, name: str) -> None:
         """Reads configuration and tokenizer; the weights follow with the first reply.
 
@@ -133,7 +135,6 @@ class GuardJudge(LocalJudge[Answer]):
             EvaluationError: Its chat template fails, or can't tell the words apart.
         """
         super().__init__(settings, name)
-        self._settings = settings
         self.card = make_card(
             settings,
             name,
@@ -160,7 +161,7 @@ class GuardJudge(LocalJudge[Answer]):
 
     def load(self) -> LoadedModel:
         """Reads the weights, and sets the model to answer greedily, in place of its own settings, which may sample."""
-        loaded = load_model(self._settings.source)
+        loaded = load_model(self.settings.source)
         model: Any = loaded.model
         model.generation_config = GenerationConfig(
             **decoding_settings(stop_token_ids(model, loaded.tokenizer), self._new_tokens),
@@ -190,7 +191,7 @@ class GuardJudge(LocalJudge[Answer]):
         parts = [
             Verdict(id=record_id, label="error", reason=answer)
             if isinstance(answer, str)
-            else read_answer(answer, self._settings, record_id)
+            else read_answer(answer, self.settings, record_id)
             for answer in answers
         ]
         order: tuple[Label, ...] = ("harmful", "error", "refusal", "safe")

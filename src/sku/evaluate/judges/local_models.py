@@ -107,6 +107,7 @@ class LocalJudge(ABC, Generic[Answer]):
     """Asks a model about each reply, once for each way in which it is put to it."""
 
     card: JudgeCard
+    settings: LocalModelSettings
     encoders: Sequence[ConversationEncoder]
     limit: int
     """Most tokens that it reads."""
@@ -117,7 +118,7 @@ class LocalJudge(ABC, Generic[Answer]):
         Raises:
             ModelError: The model can't be found or read.
         """
-        self.shared, self.name = settings, name
+        self.settings, self.name = settings, name
         self._loaded: LoadedModel | None = None
         with errors_named(name):
             self.config: PreTrainedConfig = load_config(settings.source)
@@ -125,7 +126,7 @@ class LocalJudge(ABC, Generic[Answer]):
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; too long replies are read as far as they fit."""
-        start = self.shared.with_prefill
+        start = self.settings.with_prefill
         asked = [
             [
                 encoder.encode(record.prompt, record.prefill + record.reply if start else record.reply)
@@ -171,7 +172,7 @@ class LocalJudge(ABC, Generic[Answer]):
                 # Nothing smaller can be tried: this one reply is not judged, the others are.
                 return ["GPU memory ran out on this reply alone"]
 
-        return in_batches([len(row.ids) for row in rows], ask, batch_size=self.shared.batch_size)
+        return in_batches([len(row.ids) for row in rows], ask, batch_size=self.settings.batch_size)
 
     def _ready(self) -> LoadedModel:
         if self._loaded is None:
