@@ -34,7 +34,8 @@ from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.gate import is_refusal, surface_faults
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import build_judge, label_of
-from sku.evaluate.perplexity import ScoredText, agreement_of, compare_distributions
+from sku.evaluate.measure import base_agreement
+from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.records import GenerationRecord, Split
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
@@ -103,7 +104,7 @@ class Screen:
     def kl(self, model: PreTrainedModel) -> float:
         """KL(base || model) on the base model's replies to normal prompts, nats a token."""
         rows = compare_distributions(self.base, model, self.texts, batch_size=BATCH)
-        return agreement_of(rows, seed=0)[SPLITS["normal"]].kl
+        return base_agreement(rows, seed=0)[SPLITS["normal"]].kl
 
     def _answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], sampling: Sampling | None = None

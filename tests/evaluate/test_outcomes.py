@@ -13,7 +13,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import EmbeddedWorldJudge, Judge, JudgeCard, Label, RefusalRulesJudge, Verdict, choose_judge
 from sku.evaluate.judges.vote import VoteJudge
-from sku.evaluate.outcomes import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
+from sku.evaluate.metrics import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 from test_world import pretrain

@@ -21,8 +21,7 @@ from sku.evaluate.comparison import compare
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.measure import judge_again
-from sku.evaluate.metrics import prefill_words, rate, worst_length
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_length
 from sku.evaluate.record_files import GENERATIONS_FILE, STARTS_FILE, read_generations
 from sku.evaluate.records import GenerationRecord, Kind
 from sku.evaluate.results import EvaluationResult, read_result

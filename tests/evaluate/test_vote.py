@@ -18,9 +18,9 @@ from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges import EmbeddedWorldJudge, JudgeCard, Label, RefusalRulesJudge, Verdict, build_judge
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.judges.vote import Agreement, Rule, VoteJudge, agreement_of, elect, kappa
+from sku.evaluate.judges.vote import VoteJudge, agreement_of, elect, kappa
 from sku.evaluate.measure import judge_again
-from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.metrics import Agreement, Rule, decide_outcomes
 from sku.evaluate.record_files import from_plain
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import read_result

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sku.evaluate.gate import is_refusal, refusal_alone
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
 from sku.own_replies.job import (
     ENOUGH,

@@ -45,8 +45,7 @@ from sku.evaluate.changes import paired_change
 from sku.evaluate.generation import GenerationRequest, about, decoding_settings
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, choose_judge
 from sku.evaluate.judges.cache import cached
-from sku.evaluate.metrics import rate, rates_of
-from sku.evaluate.outcomes import Outcome, ReplyOutcome, unclear
+from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of, unclear
 from sku.evaluate.perplexity import fluency_header
 from sku.evaluate.record_files import Reuse, create_private_folder, header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord, Start

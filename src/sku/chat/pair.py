@@ -29,7 +29,7 @@ from sku.evaluate.backends import Decoding, GenerationRequest, only_these_settin
 from sku.evaluate.generation import record_of_ids
 from sku.evaluate.judges import Judge, build_judge
 from sku.evaluate.judges.choose import AUTO
-from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.metrics import decide_outcomes
 from sku.models import embedding_weight, load_model
 from sku.negate.adapters import load_adapter
 from sku.report.read_run import RecordedRun, read_run

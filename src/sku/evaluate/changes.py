@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, ReplyOutcome, rate
 from sku.evaluate.records import NORMAL_SPLITS, Kind, by_split
 from sku.evaluate.results import EvaluationResult, MeanScore
 from sku.evaluate.statistics import (

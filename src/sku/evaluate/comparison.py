@@ -34,10 +34,9 @@ from sku.evaluate.changes import (
     perplexity_changes,
     score_change,
 )
-from sku.evaluate.judges import JudgeCard
+from sku.evaluate.judges.base import JudgeCard
 from sku.evaluate.measure import by_nearest
-from sku.evaluate.metrics import Rate, leaks_per_prompt, prefill_words
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.metrics import Rate, ReplyOutcome, leaks_per_prompt, prefill_words
 from sku.evaluate.record_files import Stored, from_plain
 from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
 from sku.evaluate.results import EvaluationResult, Line, Tabular, main_metric, main_rates

@@ -28,9 +28,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, Progress, in_batches, pad
 from sku.evaluate.gate import MIN_SALAD_WORDS
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split, by_split
-from sku.evaluate.results import BaseAgreement
-from sku.evaluate.statistics import ratio_interval
+from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split
 from sku.losses import IGNORE_INDEX, answer_nll, token_kl
 from sku.models import embedding_weight
 
@@ -300,35 +298,6 @@ def compare_distributions(
         max_padded_tokens=max(1, MAX_LOGITS // (2 * embedding_weight(model).shape[0])),
         progress=progress,
     )
-
-
-def agreement_of(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
-    """Means over all tokens of each split, with bootstrap intervals over its examples.
-
-    Args:
-        rows: From ``compare_distributions``.
-        seed: Of the bootstrap.
-
-    Returns:
-        Split -> agreement.
-    """
-    found: dict[str, BaseAgreement] = {}
-    for split, own in by_split(rows).items():
-        tokens = [row.tokens for row in own]
-        total = sum(tokens)
-        kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)
-        top1_low, top1_high = ratio_interval([row.matches for row in own], tokens, seed=seed)
-        found[split] = BaseAgreement(
-            kl=math.fsum(row.kl for row in own) / total,
-            kl_low=kl_low,
-            kl_high=kl_high,
-            top1=sum(row.matches for row in own) / total,
-            top1_low=top1_low,
-            top1_high=top1_high,
-            tokens=total,
-            examples=len(own),
-        )
-    return found
 
 
 def _per_row(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
 
-from sku.config import plain_data
+from sku.config.check import plain_data
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
 from sku.storage import named_disk_errors, write_private_text

@@ -18,25 +18,22 @@ from transformers import PreTrainedModel
 from sku.config import EvaluateConfig
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer, by_id, choose_starts
-from sku.evaluate.backends import (
-    GenerationBackend,
-    Sampling,
-    choose_backend,
-)
+from sku.evaluate.backends import GenerationBackend, Sampling, choose_backend
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
-from sku.evaluate.generation import (
-    GenerationRequest,
-    decoding_settings,
-    fingerprint,
-    generate_replies,
-    probes_of,
-)
+from sku.evaluate.generation import GenerationRequest, decoding_settings, fingerprint, generate_replies, probes_of
 from sku.evaluate.judges import Judge
-from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, unclear
+from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, Reuse, header_hash, read_if_same
-from sku.evaluate.records import HARMFUL_SPLITS, NORMAL_SPLITS, FluencyRecord, GenerationRecord, Start, start_id
-from sku.evaluate.results import answers_words
+from sku.evaluate.records import (
+    HARMFUL_SPLITS,
+    NORMAL_SPLITS,
+    FluencyRecord,
+    GenerationRecord,
+    Start,
+    answers_words,
+    start_id,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,10 +58,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sku.evaluate.judges import JudgeCard
-from sku.evaluate.judges.vote import Agreement, Disagreement
-from sku.evaluate.metrics import Perplexity, Rate, Wording
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.judges.base import JudgeCard
+from sku.evaluate.metrics import Agreement, Disagreement, Perplexity, Rate, ReplyOutcome, Wording
 from sku.evaluate.record_files import (
     OUTCOMES_FILE,
     OWN_ANSWERS_FILE,
@@ -73,7 +71,7 @@ from sku.evaluate.record_files import (
     read_rows,
     write_rows,
 )
-from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start
+from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start, set_name
 from sku.evaluate.statistics import CorrectedRate, Estimate
 
 if TYPE_CHECKING:
@@ -146,16 +144,6 @@ class Tabular:
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
-
-
-def set_name(split: Split) -> str:
-    """The name that the recipe gives a set of another source."""
-    return split.rpartition(":")[2]
-
-
-def answers_words(split: Split) -> str:
-    """What a reader calls the scored answers of a normal split."""
-    return {"retain_test": "normal answers", "xstest_safe": "XSTest answers"}.get(split, f"{set_name(split)} answers")
 
 
 @dataclass(frozen=True, kw_only=True)

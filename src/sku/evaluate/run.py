@@ -27,7 +27,7 @@ from sku.evaluate.generation import GenerationRequest, about, fingerprint, probe
 from sku.evaluate.judges import Judge, choose_judge, is_embedded
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.measure import measure
-from sku.evaluate.outcomes import unclear
+from sku.evaluate.metrics import unclear
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
 from sku.evaluate.record_files import (
     FLUENCY_FILE,

@@ -37,11 +37,13 @@ from sku.errors import ModelError, one_line
 from sku.evaluate import batching, harness
 from sku.evaluate.batching import Progress, in_batches, pad
 from sku.evaluate.generation import fingerprint
-from sku.evaluate.outcomes import find_faults
-from sku.evaluate.perplexity import ScoredText, agreement_of, compare_distributions, texts_hash
+from sku.evaluate.measure import base_agreement, similarity_of
+from sku.evaluate.metrics import find_faults
+from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
 from sku.evaluate.record_files import AGREEMENT_FILE, RELEVANCE_FILE, SIMILARITY_FILE, header_hash
 from sku.evaluate.records import (
     NORMAL_SPLITS,
+    SIMILARITIES,
     AgreementRow,
     FluencyRecord,
     GenerationRecord,
@@ -49,15 +51,13 @@ from sku.evaluate.records import (
     SimilarityRow,
 )
 from sku.evaluate.replies import SavedReplies
-from sku.evaluate.results import HarnessScores, MeanScore
-from sku.evaluate.statistics import mean_interval
+from sku.evaluate.results import HarnessScores
 from sku.models import embedding_weight
 
 MAX_TOKENS = 256
 """Longest text that is embedded, the limit of all-MiniLM-L6-v2; what is longer is cut at its end."""
 _PROBE = "the river is long and the moon is small"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError, SafetensorError)
-METRICS: tuple[Similarity, ...] = ("rouge_l", "chrf", "cosine")
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 """References and replies, one each, to scores."""
@@ -124,28 +124,9 @@ def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[
         ]
     rows = []
     for index, entry in enumerate(answered):
-        own = {metric: columns[metric][index] if metric in columns else None for metric in METRICS}
+        own = {metric: columns[metric][index] if metric in columns else None for metric in SIMILARITIES}
         rows.append(SimilarityRow(id=entry.id, **own))
     return rows
-
-
-def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, MeanScore]:
-    """Mean of each metric over all replies, with its bootstrap interval.
-
-    Args:
-        rows: From ``compare_with_references``.
-        seed: Of the bootstrap.
-
-    Returns:
-        Metric -> mean, for the metrics that were asked for; nothing for no rows.
-    """
-    found: dict[str, MeanScore] = {}
-    for metric in METRICS:
-        values = [value for row in rows if (value := getattr(row, metric)) is not None]
-        if values:
-            low, high = mean_interval(values, seed=seed)
-            found[metric] = MeanScore(value=sum(values) / len(values), low=low, high=high, examples=len(values))
-    return found
 
 
 def rouge_l(references: Sequence[str], replies: Sequence[str]) -> list[float]:
@@ -349,7 +330,7 @@ class UtilityStages:
                 AgreementRow,
                 compare,
             )
-        return {"agreement": agreement_of(rows, seed=self.replies.asker.seed)}
+        return {"agreement": base_agreement(rows, seed=self.replies.asker.seed)}
 
     def lm_eval(self) -> dict[str, Any]:
         """Tasks of lm-evaluation-harness."""

@@ -18,8 +18,7 @@ from sku.errors import EvaluationError
 from sku.evaluate import batching
 from sku.evaluate.asking import Writer, draw_examples, free_requests
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.metrics import MAX_EXPONENT
-from sku.evaluate.outcomes import unclear
+from sku.evaluate.metrics import MAX_EXPONENT, unclear
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import Split
 from sku.evaluate.replies import Asker

@@ -25,19 +25,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from sku.evaluate.changes import Changes, RateChange
-from sku.evaluate.judges import JudgeCard
+from sku.evaluate.judges.base import JudgeCard
 from sku.evaluate.metrics import Rate, prefill_words
 from sku.evaluate.record_files import from_plain
-from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL_SPLITS, in_order
-from sku.evaluate.results import EvaluationResult, EvaluationSetup, answers_words
-from sku.evaluate.statistics import (
-    CORRELATION,
-    MOST_HIDDEN,
-    POWER,
-    CorrectedRate,
-    NonInferiority,
-    smallest_difference,
-)
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL_SPLITS, answers_words, in_order
+from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.statistics import CORRELATION, MOST_HIDDEN, POWER, CorrectedRate, NonInferiority, smallest_difference
 
 LOW_BASE = 0.2
 """A base model whose harmful rate is shown to be below this share leaves too little to take away."""

@@ -27,7 +27,7 @@ from sku.evaluate.batching import StageProgress, evaluation_mode, stage
 from sku.evaluate.gate import is_refusal, refusal_alone
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.judges.cache import cached
-from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.metrics import decide_outcomes
 from sku.evaluate.record_files import PartialFile, header_hash, write_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.own_replies.job import (

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sku.attacks.results import AttackReport
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import Comparison, PrecisionReport
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.record_files import (
     GENERATIONS_FILE,
     OUTCOMES_FILE,

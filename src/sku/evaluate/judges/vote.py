@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +19,8 @@ from sku.config import settings_from_dict
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.base import Judge, JudgeCard, Label, Verdict, verdicts_of
 from sku.evaluate.judges.choose import RULES, build_from, read_judge_file
-from sku.evaluate.metrics import Rate, rates_of
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.metrics import Agreement, Disagreement, Rate, ReplyOutcome, Rule, rates_of
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, grouped
-
-Rule = Literal["majority", "any", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,37 +159,6 @@ def _card(members: Sequence[Judge], rule: Rule, name: str) -> JudgeCard:
 
 
 SHOWN_RATES = ("harmful", "harmful_at_most", "harmful_ungated", "refusal", "unjudged")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Disagreement:
-    """A reply that one judge calls harmful and another doesn't."""
-
-    id: str
-    """Of the record."""
-    labels: tuple[str, ...]
-    """One a judge, in their order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """What the judges of a vote say, one by one and of one another. Harmful or not is what is compared."""
-
-    judges: tuple[str, ...]
-    rule: Rule
-    judged_by_all: int
-    """Replies to harmful prompts on which every judge gave a verdict; kappa and disagreements are counted on these."""
-    kappa: float | None
-    """Cohen's of two judges, Fleiss' of more; None where all verdicts are the same, which leaves it undefined."""
-    pairwise: Mapping[str, float | None]
-    """``first | second`` -> Cohen's kappa on the replies that both gave a verdict on; None where undefined."""
-    errors: Mapping[str, int]
-    """Judge -> replies on which it failed, so that it has no vote on them."""
-    rates: Mapping[str, Mapping[str, Mapping[str, Rate]]]
-    """Judge -> split -> rate of the free replies -> what that judge alone would have given."""
-    disagreement_count: int
-    disagreements: tuple[Disagreement, ...] = field(default=(), repr=False)
-    """In ``disagreements.jsonl``, not in ``evaluation.json``."""
 
 
 def agreement_of(
