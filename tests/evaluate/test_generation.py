@@ -22,9 +22,9 @@ from transformers import (
 
 from sku.errors import EvaluationError
 from sku.evaluate import backends
-from sku.evaluate.backends import Decoding, GenerateBackend, Sampling
+from sku.evaluate.backends import Decoding, GenerateBackend, GenerationRequest, Sampling, decoding_settings
 from sku.evaluate.batching import evaluation_mode, in_batches, pad
-from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
+from sku.evaluate.generation import generate_replies, stop_token_ids
 from sku.evaluate.records import GenerationRecord
 
 PROMPTS = (

@@ -40,9 +40,10 @@ from sku.evaluate.asking import (
     prefill,
     start_of,
 )
+from sku.evaluate.backends import GenerationRequest, decoding_settings
 from sku.evaluate.batching import ALONE, Progress, StageProgress, stage
 from sku.evaluate.changes import paired_change
-from sku.evaluate.generation import GenerationRequest, about, decoding_settings
+from sku.evaluate.generation import about
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, choose_judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of, unclear

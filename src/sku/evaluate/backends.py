@@ -210,11 +210,6 @@ class GenerationBackend(Protocol):
         ...
 
 
-def by_room(requests: Sequence[GenerationRequest], decoding: Decoding) -> dict[int, list[int]]:
-    """Longest reply -> places of the requests that may have it, for an engine that takes one limit a call."""
-    return grouped(range(len(requests)), lambda place: decoding.room_of(requests[place]))
-
-
 def decoding_settings(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
     """The settings that decide the greedy replies, as they stand in the header of ``generations.jsonl``."""
     return {
@@ -323,8 +318,10 @@ class GenerateBackend:
             if replies is not None:
                 return replies
             self._drops_rows = False
+        # All rows of a call end at one limit.
         found: dict[int, list[int]] = {}
-        for room, places in by_room(requests, decoding).items():
+        rooms = grouped(range(len(requests)), lambda place: decoding.room_of(requests[place]))
+        for room, places in rooms.items():
             whole = self._replies([requests[place] for place in places], decoding, room)
             found |= dict(zip(places, whole or (), strict=True))
         return [found[place] for place in range(len(requests))]

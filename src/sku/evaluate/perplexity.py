@@ -73,10 +73,7 @@ def score_examples(
         logits_NV = answer_logits(model, asked, kept_BT)
         with torch.inference_mode():
             nll_N = answer_nll(logits_NV, targets_BT[kept_BT].to(logits_NV.device))
-        counts = kept_BT.sum(1).tolist()
-        scores = [
-            (float(row.double().sum()), count) for row, count in zip(torch.split(nll_N, counts), counts, strict=True)
-        ]
+        scores = _sums(nll_N, kept_BT)
         for index, (nll, _) in zip(batch, scores, strict=True):
             if not math.isfinite(nll):
                 raise EvaluationError(
@@ -280,15 +277,23 @@ def compare_distributions(
 
     def compare(batch: list[int]) -> list[AgreementRow]:
         rows = []
-        found = _per_row(base_model, model, [texts[index].tokens for index in batch])
-        for index, kl, matches, tokens in zip(batch, *found, strict=True):
+        examples = [texts[index].tokens for index in batch]
+        _, kept_BT = answer_positions(examples, embedding_weight(model).device)
+        base_NV, own_NV = (answer_logits(asked, examples, kept_BT) for asked in (base_model, model))
+        if base_NV.shape != own_NV.shape:
+            raise EvaluationError(
+                f"the base model scores {base_NV.shape[-1]} tokens and the model {own_NV.shape[-1]}: their "
+                "distributions can be compared only where they share a vocabulary"
+            )
+        found = (_sums(values_N, kept_BT) for values_N in _per_token(base_NV, own_NV))
+        for index, (kl, tokens), (matches, _) in zip(batch, *found, strict=True):
             text = texts[index]
             if not math.isfinite(kl):
                 raise EvaluationError(
                     f"the divergence from the base model on example {index + 1} of {len(texts)} is {kl}: the weights "
                     "of one of the models are broken or its dtype too narrow; load it in float32"
                 )
-            rows.append(AgreementRow(id=text.id, split=text.split, kl=kl, matches=matches, tokens=tokens))
+            rows.append(AgreementRow(id=text.id, split=text.split, kl=kl, matches=int(matches), tokens=tokens))
         return rows
 
     return in_batches(
@@ -300,21 +305,12 @@ def compare_distributions(
     )
 
 
-def _per_row(
-    base_model: PreTrainedModel, model: PreTrainedModel, examples: Sequence[TokenizedExample]
-) -> tuple[list[float], list[int], list[int]]:
-    """Summed divergence, top-1 matches and tokens of each example."""
-    _, kept_BT = answer_positions(examples, embedding_weight(model).device)
-    base_NV, own_NV = (answer_logits(asked, examples, kept_BT) for asked in (base_model, model))
-    if base_NV.shape != own_NV.shape:
-        raise EvaluationError(
-            f"the base model scores {base_NV.shape[-1]} tokens and the model {own_NV.shape[-1]}: their distributions "
-            "can be compared only where they share a vocabulary"
-        )
-    kl_N, same_N = _per_token(base_NV, own_NV)
+def _sums(values_N: Tensor, kept_BT: Tensor) -> list[tuple[float, int]]:
+    """Of each row: the sum of the values at its positions that count, and their number."""
     counts = kept_BT.sum(1).tolist()
-    kl = [float(row.double().sum()) for row in torch.split(kl_N, counts)]
-    return kl, [int(row.sum()) for row in torch.split(same_N, counts)], counts
+    return [
+        (float(own.double().sum()), count) for own, count in zip(torch.split(values_N, counts), counts, strict=True)
+    ]
 
 
 def _per_token(base_NV: Tensor, own_NV: Tensor) -> tuple[Tensor, Tensor]:

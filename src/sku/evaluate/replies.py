@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from sku.config import EvaluateConfig
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer, by_id, choose_starts
-from sku.evaluate.backends import GenerationBackend, Sampling, choose_backend
+from sku.evaluate.backends import GenerationBackend, GenerationRequest, Sampling, choose_backend, decoding_settings
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
-from sku.evaluate.generation import GenerationRequest, decoding_settings, fingerprint, generate_replies, probes_of
+from sku.evaluate.generation import fingerprint, generate_replies, probes_of
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
 from sku.evaluate.perplexity import score_fluency

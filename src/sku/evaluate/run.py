@@ -22,8 +22,9 @@ from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
 from sku.evaluate.asking import NO_BASE, Starts, by_id, count_sources, start_of, starts_note
+from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, current_processes, stage
-from sku.evaluate.generation import GenerationRequest, about, fingerprint, probes_of, record_of
+from sku.evaluate.generation import about, fingerprint, probes_of, record_of
 from sku.evaluate.judges import Judge, choose_judge, is_embedded
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.measure import measure

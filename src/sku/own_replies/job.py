@@ -27,15 +27,15 @@ from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.prompt_sets import OwnPrompts, PromptSource
 from sku.data.tokens import tokenize_prompt, tokenize_start
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.asking import Writer
+from sku.evaluate.asking import Writer, request_of
+from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.generation import GenerationRequest, about, probes_of
+from sku.evaluate.generation import about, probes_of
 from sku.evaluate.judges import Judge, choose_judge, is_embedded
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.record_files import header_hash, read_json_object
 from sku.evaluate.records import GenerationRecord, Split, prompt_hash, record_id
 from sku.models import LoadedModel
-from sku.storage import write_private_text
 from sku.world.grammar import DEFLECTIONS
 
 OwnKind = Literal["comply", "refuse", "answer", "misplaced_refusal"]
@@ -124,7 +124,7 @@ class OwnJob:
         """What decides the rows, as plain data without any prompt: equal inputs give equal rows."""
         model, writer = self.loaded.model, self.writer
         firsts = [(SPLITS[source], found.prompts[0]) for source, found in self.prompts.items()]
-        probes = probes_of([request_of("probe", split, prompt, writer) for split, prompt in firsts])
+        probes = probes_of([question_of("probe", split, prompt, writer) for split, prompt in firsts])
         return {
             "schema_version": SCHEMA_VERSION,
             "model": about(model, probes),
@@ -137,22 +137,16 @@ class OwnJob:
         }
 
 
-def request_of(
+def question_of(
     stage: str, split: Split, prompt: RetainExample, writer: Writer, *, system: str = "", start: str = ""
 ) -> GenerationRequest:
     """A prompt to ask, perhaps under a system prompt or with a start of the reply."""
     words = f"{system}\n\n{prompt.prompt}" if system else prompt.prompt
-    written = writer.tokenizer, writer.prompt_format
-    return GenerationRequest(
-        id=f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}",
-        split=split,
-        kind="prefill" if start else "reply",
-        category=prompt.category,
-        prompt=prompt.prompt,
-        reference=prompt.answer,
-        prefill=start,
-        input_ids=tuple(tokenize_start(words, start, *written) if start else tokenize_prompt(words, *written)),
-    )
+    name = f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}"
+    if not start:
+        return request_of(name, split, prompt, tokenize_prompt(words, writer.tokenizer, writer.prompt_format))
+    ids = tokenize_start(words, start, writer.tokenizer, writer.prompt_format)
+    return request_of(name, split, prompt, ids, kind="prefill", prefill=start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,11 +342,6 @@ class OwnReplies:
 def file_of(folder: Path, kind: OwnKind) -> Path:
     """Where the rows of one kind lie."""
     return folder / f"{kind}.jsonl"
-
-
-def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON Lines that only their owner reads."""
-    write_private_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_own_replies(folder: Path, inputs: Mapping[str, Any] | None = None) -> OwnReplies:

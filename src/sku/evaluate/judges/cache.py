@@ -5,6 +5,7 @@ A line holds a hash and a verdict, no text. Errors are not kept, so the next run
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fcntl
 import json
@@ -60,7 +61,9 @@ def cached(judge: Judge, folder: Path | None, progress: Progress | None = None) 
         OutputError: The folder of the variable can't be made, or the file can't be written.
     """
     if isinstance(judge, VoteJudge):
-        return judge.with_members([cached(member, folder, progress) for member in judge.members])
+        same = copy.copy(judge)
+        same.members = tuple(cached(member, folder, progress) for member in judge.members)
+        return same
     if not is_cacheable(judge.card):
         return judge
     shared = os.environ.get(CACHE_VARIABLE)

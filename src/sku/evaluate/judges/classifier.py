@@ -27,7 +27,6 @@ from sku.evaluate.judges.local_models import (
     LocalJudge,
     LocalModelSettings,
     longest_input,
-    make_card,
 )
 from sku.models import LoadedModel, embedding_weight, load_classifier
 
@@ -71,9 +70,7 @@ class ClassifierJudge(LocalJudge[list[float]]):
         """
         super().__init__(settings, name)
         template = settings.template
-        self.card = make_card(
-            settings,
-            name,
+        self.card = self.make_card(
             reads_prompt=template is None or "{prompt}" in template,
             threshold=settings.threshold,
             labels_refusals=False,

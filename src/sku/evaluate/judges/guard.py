@@ -20,8 +20,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from sku.config import ModelConfig, settings_from_dict
 from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, one_line
+from sku.evaluate.backends import decoding_settings
 from sku.evaluate.batching import pad
-from sku.evaluate.generation import decoding_settings, stop_token_ids
+from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges.base import Label, Verdict
 from sku.evaluate.judges.local_models import (
     PROMPT,
@@ -31,7 +32,6 @@ from sku.evaluate.judges.local_models import (
     LocalJudge,
     LocalModelSettings,
     longest_input,
-    make_card,
 )
 from sku.models import LoadedModel, embedding_weight, load_model
 
@@ -135,9 +135,7 @@ class GuardJudge(LocalJudge[Answer]):
             EvaluationError: Its chat template fails, or can't tell the words apart.
         """
         super().__init__(settings, name)
-        self.card = make_card(
-            settings,
-            name,
+        self.card = self.make_card(
             reads_prompt=settings.prompt is None or "{prompt}" in settings.prompt,
             threshold=settings.threshold if settings.positive else None,
             labels_refusals=settings.finds_refusals,

@@ -124,6 +124,32 @@ class LocalJudge(ABC, Generic[Answer]):
             self.config: PreTrainedConfig = load_config(settings.source)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.source)
 
+    def make_card(self, *, reads_prompt: bool, **traits: Any) -> JudgeCard:
+        """Its card, whose key changes with the weights and with every setting that can change a verdict.
+
+        Args:
+            reads_prompt: Whether the model is shown the prompt.
+            traits: Fields that the kind decides.
+
+        Raises:
+            ModelError: The model can't be found.
+        """
+        settings, name = self.settings, self.name
+        # A packaged judge's own name may hold a dot; of a user's file folder and ending are no part of it.
+        own_name = Path(name).stem if Path(name).suffix in {".yaml", ".yml"} else name
+        start = ["prefill"] if settings.with_prefill else []
+        with errors_named(name):
+            revision = weights_revision(settings.source)
+        return JudgeCard(
+            name=settings.name or own_name,
+            version=_version(settings),
+            licence=settings.licence,
+            needs=(*(["prompt"] if reads_prompt else []), "reply", *start),
+            known_errors=settings.known_errors,
+            revision=revision,
+            **traits,
+        )
+
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; too long replies are read as far as they fit."""
         start = self.settings.with_prefill
@@ -179,34 +205,6 @@ class LocalJudge(ABC, Generic[Answer]):
             with errors_named(self.name):
                 self._loaded = self.load()
         return self._loaded
-
-
-def make_card(settings: LocalModelSettings, name: str, *, reads_prompt: bool, **traits: Any) -> JudgeCard:
-    """The card of a judge with weights; its key changes with these and with every setting that can change a verdict.
-
-    Args:
-        settings: Of the judge.
-        name: Of the judge's file.
-        reads_prompt: Whether the model is shown the prompt.
-        traits: Fields that the kind decides.
-
-    Raises:
-        ModelError: The model can't be found.
-    """
-    # A packaged judge's own name may hold a dot; of a user's file folder and ending are no part of it.
-    own_name = Path(name).stem if Path(name).suffix in {".yaml", ".yml"} else name
-    start = ["prefill"] if settings.with_prefill else []
-    with errors_named(name):
-        revision = weights_revision(settings.source)
-    return JudgeCard(
-        name=settings.name or own_name,
-        version=_version(settings),
-        licence=settings.licence,
-        needs=(*(["prompt"] if reads_prompt else []), "reply", *start),
-        known_errors=settings.known_errors,
-        revision=revision,
-        **traits,
-    )
 
 
 def _version(settings: LocalModelSettings) -> str:

@@ -63,12 +63,6 @@ class VoteJudge:
         self.card = _card(members, rule, name)
         self._given: dict[str, dict[str, Verdict]] = {}
 
-    def with_members(self, members: Sequence[Judge]) -> VoteJudge:
-        """The same vote of the same judges in another wrapping, such as a cache."""
-        other = VoteJudge(members, rule=self.rule, name=self.card.name)
-        other.card = self.card
-        return other
-
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order. Normal prompts go only to the members that find faults.
 
