@@ -49,26 +49,18 @@ from sku.evaluate.statistics import (
     non_inferiority,
     wilson_interval,
 )
-from sku.evaluate.verdict import NO_VERDICT, OverallVerdict, comparison_notes, detail_notes, overall_verdict
+from sku.evaluate.verdict import NO_VERDICT, Compared, OverallVerdict, comparison_notes, detail_notes, overall_verdict
 
 _RECORDED = ("replies", "prefill", "prefill_by_length", "samples", "leak", "perplexity", "utility", "notes")
 """Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison(Tabular):
+class Comparison(Compared, Tabular):
     """What unlearning changed."""
 
-    base: EvaluationResult
-    unlearned: EvaluationResult
-    replies: Changes
-    prefill: Changes
-    """At the length that is the worst for the unlearned model."""
     perplexity: dict[str, PerplexityChange]
     """Split -> change; on ``forget_train`` and ``forget_test`` of the harmful answers, where a rise is wanted."""
-    utility: dict[str, NonInferiority]
-    """Normal split -> whether the perplexity of its answers stayed within ``evaluate.utility_margin`` and their KL to
-    the base within its logarithm."""
     verdict: OverallVerdict
     """What all of it comes to, in one line."""
     notes: tuple[str, ...]
@@ -190,19 +182,16 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         for split, change in perplexity.items()
         if split in NORMAL_SPLITS
     }
+    found = Compared(
+        base=base, unlearned=unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility
+    )
     return Comparison(
-        base=base,
-        unlearned=unlearned,
-        replies=changes["reply"],
-        prefill=changes["prefill"],
+        **vars(found),
         prefill_by_length=by_length,
         perplexity=perplexity,
-        utility=utility,
-        verdict=overall_verdict(
-            base, unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility
-        ),
-        notes=comparison_notes(base, unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility),
-        details=detail_notes(base, unlearned),
+        verdict=overall_verdict(found),
+        notes=comparison_notes(found),
+        details=detail_notes(found),
         samples=changes["sample"],
         leak=leak,
         similarity=pair.similarity(),
