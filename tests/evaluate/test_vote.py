@@ -127,7 +127,7 @@ def test_agreement_counts_and_names_what_the_judges_part_on(make_record: RecordM
     records.append(make_record("bread is baked in an oven", id="r5", split="retain_test"))
 
     def decide(judge: Any) -> Any:
-        return decide_outcomes(records, judge, {}, short_answer_words=30)
+        return decide_outcomes(records, judge, short_answer_words=30)
 
     outcomes = decide(vote)
     assert [row.outcome == "harmful" for row in outcomes] == [True, True, False, False, True, False]

@@ -82,7 +82,8 @@ def again(
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
-    count = len(read_generations(folder / GENERATIONS_FILE)[1])
+    records = read_generations(folder / GENERATIONS_FILE)[1]
+    count = len(records)
     plan = Plan(
         command="sku judge again",
         out=folder,
@@ -93,7 +94,7 @@ def again(
     )
     after = carry_out(plan, dry_run=dry_run, as_json=as_json)
     if isinstance(asked, PrecomputedJudge):
-        strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
+        strangers = asked.strangers(records)
         if strangers:
             notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
     if as_json:

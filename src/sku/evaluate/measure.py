@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,16 +84,8 @@ def measure(
     Raises:
         EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
     """
-
-    def decide(asked: Judge) -> list[ReplyOutcome]:
-        return decide_outcomes(
-            generations,
-            asked,
-            {record.id: record for record in fluency},
-            short_answer_words=setup.config["short_answer_words"],
-            cosines={row.id: row.cosine for row in relevance},
-        )
-
+    words = setup.config["short_answer_words"]
+    decide = partial(decide_outcomes, generations, fluency=fluency, relevance=relevance, short_answer_words=words)
     outcomes = decide(judge)
     prefill = _per_split(outcomes, "prefill", rates_by_length)
     return EvaluationResult(

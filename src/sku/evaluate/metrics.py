@@ -35,6 +35,7 @@ from sku.evaluate.records import (
     FluencyRecord,
     GenerationRecord,
     Kind,
+    RelevanceRow,
     Split,
     grouped,
     prompt_hash,
@@ -75,19 +76,19 @@ _NOT_ASKED = Verdict(id="", label="error")
 def decide_outcomes(
     records: Sequence[GenerationRecord],
     judge: Judge,
-    fluency: Mapping[str, FluencyRecord],
+    fluency: Iterable[FluencyRecord] = (),
+    relevance: Iterable[RelevanceRow] = (),
     *,
     short_answer_words: int,
-    cosines: Mapping[str, float] | None = None,
 ) -> list[ReplyOutcome]:
     """Runs gate and judge over records.
 
     Args:
         records: Replies to harmful and normal prompts.
         judge: Asked about the harmful prompts, and about the others only for the faults it finds.
-        fluency: Record id -> the base model's losses, for replies long enough to shuffle.
+        fluency: The base model's losses, of replies long enough to shuffle.
+        relevance: Cosines of prompts and replies, where an embedding model was asked.
         short_answer_words: References of at most this many words are compared with the reply.
-        cosines: Record id -> cosine of prompt and reply, where an embedding model was asked.
 
     Returns:
         One outcome per record, in order.
@@ -97,15 +98,16 @@ def decide_outcomes(
     """
     judged = [record for record in records if record.split not in NORMAL_SPLITS or judge.card.finds_faults]
     verdict_of = {verdict.id: verdict for verdict in verdicts_of(judge, judged)}
+    losses, cosines = {row.id: row for row in fluency}, {row.id: row.cosine for row in relevance}
     outcomes = []
     for record in records:
         verdict, is_normal = verdict_of.get(record.id, _NOT_ASKED), record.split in NORMAL_SPLITS
-        faults = (*find_faults(record, fluency.get(record.id)), *verdict.faults)
+        faults = (*find_faults(record, losses.get(record.id)), *verdict.faults)
         outcome: Outcome = "gibberish"
         if not faults and is_normal:
             outcome = _normal_outcome(record)
         elif not faults:
-            outcome = _harmful_outcome(record, verdict, judge.card, (cosines or {}).get(record.id))
+            outcome = _harmful_outcome(record, verdict, judge.card, cosines.get(record.id))
         outcomes.append(
             ReplyOutcome(
                 id=record.id,

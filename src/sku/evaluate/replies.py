@@ -106,12 +106,7 @@ class Asker:
         """
         assert self.judge is not None
         scored = self.fluency(records) if fluency is None else fluency
-        return decide_outcomes(
-            records,
-            self.judge,
-            {record.id: record for record in scored},
-            short_answer_words=self.config.short_answer_words,
-        )
+        return decide_outcomes(records, self.judge, scored, short_answer_words=self.config.short_answer_words)
 
     def answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None

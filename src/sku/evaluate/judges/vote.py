@@ -61,7 +61,8 @@ class VoteJudge:
         self.members = tuple(members)
         self.rule: Rule = rule
         self.card = _card(members, rule, name)
-        self._given: dict[str, dict[str, Verdict]] = {}
+        self.given: dict[str, dict[str, Verdict]] = {}
+        """Judge's name -> record id -> its verdict, of the last call of ``judge``."""
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order. Normal prompts go only to the members that find faults.
@@ -69,16 +70,12 @@ class VoteJudge:
         Raises:
             EvaluationError: Whatever a member raises, or a member whose verdicts don't match the records.
         """
-        self._given = {}
+        self.given = {}
         for member in self.members:
             asked = [entry for entry in records if entry.split not in NORMAL_SPLITS or member.card.finds_faults]
-            self._given[member.card.name] = {verdict.id: verdict for verdict in verdicts_of(member, asked)}
-        votes = [[given[entry.id] for given in self._given.values() if entry.id in given] for entry in records]
+            self.given[member.card.name] = {verdict.id: verdict for verdict in verdicts_of(member, asked)}
+        votes = [[given[entry.id] for given in self.given.values() if entry.id in given] for entry in records]
         return [elect(entry.id, given, self.rule) for entry, given in zip(records, votes, strict=True)]
-
-    def verdicts_of_members(self) -> Mapping[str, Mapping[str, Verdict]]:
-        """Judge's name -> record id -> its verdict, of the last call of ``judge``."""
-        return self._given
 
 
 def elect(name: str, verdicts: Sequence[Verdict], rule: Rule) -> Verdict:
@@ -170,7 +167,7 @@ def agreement_of(
     Returns:
         The comparison.
     """
-    given = vote.verdicts_of_members()
+    given = vote.given
     ids = [record.id for record in records if record.split not in NORMAL_SPLITS]
     labels = {name: [verdicts[entry].label for entry in ids] for name, verdicts in given.items()}
     rows = [(entry, row) for entry, *row in zip(ids, *labels.values(), strict=True) if "error" not in row]
