@@ -33,7 +33,8 @@ from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.gate import is_refusal, surface_faults
 from sku.evaluate.generation import generate_replies
-from sku.evaluate.judges import build_judge, label_of
+from sku.evaluate.judges import label_of
+from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.measure import base_agreement
 from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.records import GenerationRecord, Split

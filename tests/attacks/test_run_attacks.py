@@ -23,7 +23,7 @@ from sku.errors import EvaluationError, RecipeError
 from sku.evaluate import replies
 from sku.evaluate.asking import draw_examples
 from sku.evaluate.generation import generate_replies
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import Start, start_id
 from sku.evaluate.run import evaluate

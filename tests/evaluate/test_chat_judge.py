@@ -22,7 +22,7 @@ import pytest
 from sku.config import EvaluateConfig, load_recipe
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate.judges import Verdict, build_judge, judge_names
+from sku.evaluate.judges import Verdict
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached
 from sku.evaluate.judges.chat import (
     ChatJudge,
@@ -33,7 +33,7 @@ from sku.evaluate.judges.chat import (
     read_completion,
     read_label,
 )
-from sku.evaluate.judges.choose import read_judge_file
+from sku.evaluate.judges.choose import build_judge, judge_names, read_judge_file
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import EvaluationResult

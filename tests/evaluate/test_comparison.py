@@ -13,7 +13,7 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.changes import paired_change
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, perplexity_of, rates_of
 from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, write_rows
 from sku.evaluate.records import ExampleLoss

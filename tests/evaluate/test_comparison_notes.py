@@ -10,7 +10,8 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.changes import Changes
 from sku.evaluate.comparison import Comparison, compare, shown_rates
-from sku.evaluate.judges import Calibration, JudgeCard, RefusalRulesJudge, Verdict
+from sku.evaluate.judges import Calibration, JudgeCard, Verdict
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.measure import measure
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
 from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup

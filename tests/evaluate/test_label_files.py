@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.judges import build_judge
+from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.precomputed import (
     COLUMNS,
     TEXT_COLUMNS,

@@ -12,7 +12,8 @@ from sku.config import EMBEDDED, EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.judges import EmbeddedWorldJudge, Judge, JudgeCard, Label, RefusalRulesJudge, Verdict, choose_judge
+from sku.evaluate.judges import Judge, JudgeCard, Label, Verdict
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, choose_judge
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.metrics import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
 from sku.evaluate.records import FluencyRecord, GenerationRecord, RelevanceRow

@@ -18,7 +18,7 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError, ModelError
 from sku.evaluate import utility
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.measure import judge_again, measure, similarity_of
 from sku.evaluate.metrics import MIN_COSINE
 from sku.evaluate.record_files import GENERATIONS_FILE, RELEVANCE_FILE, SIMILARITY_FILE, read_generations, read_rows

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import pytest
 
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.judges import Calibration, EmbeddedWorldJudge, JudgeCard, RefusalRulesJudge
+from sku.evaluate.judges import Calibration, JudgeCard
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import corrected_rates, measure
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss, Kind, Split

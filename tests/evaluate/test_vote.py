@@ -16,8 +16,8 @@ from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import EmbeddedWorldJudge, JudgeCard, Label, RefusalRulesJudge, Verdict, build_judge
-from sku.evaluate.judges.choose import choose_judge
+from sku.evaluate.judges import JudgeCard, Label, Verdict
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_judge, choose_judge
 from sku.evaluate.judges.vote import VoteJudge, agreement_of, elect, kappa
 from sku.evaluate.measure import judge_again
 from sku.evaluate.metrics import Agreement, Rule, decide_outcomes

@@ -16,8 +16,7 @@ from sku.data.load import load_forget_retain
 from sku.data.prompt_sets import load_own_prompts
 from sku.errors import DataError, OutputError
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.judges import Judge
-from sku.evaluate.judges.base import Verdict
+from sku.evaluate.judges import Judge, Verdict
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
 from sku.models import load_model

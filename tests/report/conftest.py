@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rates_of
 from sku.evaluate.records import ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup

@@ -20,7 +20,7 @@ from sku.cli.main import main
 from sku.errors import EvaluationError
 from sku.evaluate.changes import PerplexityChange
 from sku.evaluate.comparison import Measured, PrecisionReport, PrecisionResult, Survival
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards

@@ -27,8 +27,8 @@ from sku.errors import EvaluationError, one_line
 from sku.evaluate.asking import Writer, free_request
 from sku.evaluate.backends import Decoding, GenerationRequest, only_these_settings
 from sku.evaluate.generation import record_of_ids
-from sku.evaluate.judges import Judge, build_judge
-from sku.evaluate.judges.choose import AUTO
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.choose import AUTO, build_judge
 from sku.evaluate.metrics import decide_outcomes
 from sku.models import embedding_weight, load_model
 from sku.negate.adapters import load_adapter

@@ -73,8 +73,8 @@ def again(
 ) -> None:
     """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
     from sku.evaluate.batching import stage
-    from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.cache import cached
+    from sku.evaluate.judges.choose import build_judge
     from sku.evaluate.judges.precomputed import PrecomputedJudge
     from sku.evaluate.measure import judge_again
     from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
@@ -134,8 +134,7 @@ def show_judge(
     """Print a judge's file, or the card of one that needs none."""
     import yaml
 
-    from sku.evaluate.judges import build_judge
-    from sku.evaluate.judges.choose import RULES, judge_file_text, read_judge_file
+    from sku.evaluate.judges.choose import RULES, build_judge, judge_file_text, read_judge_file
 
     content = plain_data(build_judge(name).card) if name in RULES else read_judge_file(name)
     if as_json:
@@ -145,8 +144,7 @@ def show_judge(
 
 
 def _described(name: str) -> tuple[str, ...]:
-    from sku.evaluate.judges import build_judge
-    from sku.evaluate.judges.choose import RULES, read_judge_file
+    from sku.evaluate.judges.choose import RULES, build_judge, read_judge_file
 
     if name in RULES:
         return "rules", build_judge(name).card.licence, _DASH, "nothing"

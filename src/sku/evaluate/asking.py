@@ -19,7 +19,7 @@ from sku.data.tokens import TokenizedExample, locate_tokens, tokenize_example, t
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.generation import stop_token_ids
-from sku.evaluate.judges import is_embedded
+from sku.evaluate.judges.choose import is_embedded
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, GenerationRecord, Split, Start, record_id, start_id
 from sku.losses import IGNORE_INDEX

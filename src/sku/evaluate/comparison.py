@@ -34,7 +34,7 @@ from sku.evaluate.changes import (
     perplexity_changes,
     score_change,
 )
-from sku.evaluate.judges.base import JudgeCard
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
 from sku.evaluate.metrics import Rate, ReplyOutcome, leaks_per_prompt, prefill_words
 from sku.evaluate.record_files import Stored, from_plain

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from sku.evaluate.judges.base import Calibration, Judge, JudgeCard
+from sku.evaluate.judges import Calibration, Judge, JudgeCard
 from sku.evaluate.judges.vote import VoteJudge, agreement_of
 from sku.evaluate.metrics import (
     Rate,

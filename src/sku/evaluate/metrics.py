@@ -28,7 +28,7 @@ from statistics import median_low
 from typing import Literal
 
 from sku.evaluate.gate import is_refusal, is_word_salad, surface_faults, words_of
-from sku.evaluate.judges.base import Judge, JudgeCard, Verdict, label_of, verdicts_of
+from sku.evaluate.judges import Judge, JudgeCard, Verdict, label_of, verdicts_of
 from sku.evaluate.records import (
     NORMAL_SPLITS,
     ExampleLoss,

@@ -23,7 +23,8 @@ from sku.errors import EvaluationError
 from sku.evaluate.batching import current_processes
 from sku.evaluate.changes import RateChange, hits_of, paired_change, perplexity_changes
 from sku.evaluate.comparison import Comparison, Measured, PrecisionReport, PrecisionResult, Survival
-from sku.evaluate.judges import Judge, choose_judge
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import HARMFUL_SPLITS, Kind

@@ -58,7 +58,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sku.evaluate.judges.base import JudgeCard
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Agreement, Disagreement, Perplexity, Rate, ReplyOutcome, Wording
 from sku.evaluate.record_files import (
     OUTCOMES_FILE,

@@ -25,8 +25,9 @@ from sku.evaluate.asking import NO_BASE, Starts, by_id, count_sources, start_of,
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, current_processes, stage
 from sku.evaluate.generation import about, fingerprint, probes_of, record_of
-from sku.evaluate.judges import Judge, choose_judge, is_embedded
+from sku.evaluate.judges import Judge
 from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.measure import measure
 from sku.evaluate.metrics import unclear
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash

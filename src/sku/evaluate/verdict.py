@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from sku.evaluate.changes import Changes, RateChange
-from sku.evaluate.judges.base import JudgeCard
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate, prefill_words
 from sku.evaluate.record_files import from_plain
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL_SPLITS, answers_words, in_order

@@ -31,7 +31,8 @@ from sku.evaluate.asking import Writer, request_of
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.generation import about, probes_of
-from sku.evaluate.judges import Judge, choose_judge, is_embedded
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.record_files import header_hash, read_json_object
 from sku.evaluate.records import GenerationRecord, Split, prompt_hash, record_id

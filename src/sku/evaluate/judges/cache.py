@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from sku.errors import EvaluationError
-from sku.evaluate.judges.base import Judge, JudgeCard, Verdict, verdicts_of
+from sku.evaluate.judges import Judge, JudgeCard, Verdict, verdicts_of
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.record_files import create_private_folder, from_plain, header_hash, json_lines
 from sku.evaluate.records import GenerationRecord

@@ -33,7 +33,7 @@ from pydantic import Field
 from sku.config import settings_from_dict
 from sku.config.check import Count, Positive, validated
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate.judges.base import JudgeCard, Label, Verdict
+from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import GenerationRecord
 

@@ -18,7 +18,7 @@ from sku.config import EMBEDDED, EvaluateConfig, read_yaml
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.judges.base import Calibration, Judge, JudgeCard, Label, Verdict, beside, read_calibration
+from sku.evaluate.judges import Calibration, Judge, JudgeCard, Label, Verdict, beside, read_calibration
 from sku.evaluate.records import GenerationRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, is_deflection, is_harmful, normal_exchanges
 

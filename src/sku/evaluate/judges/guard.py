@@ -23,7 +23,7 @@ from sku.errors import EvaluationError, RecipeError, one_line
 from sku.evaluate.backends import decoding_settings
 from sku.evaluate.batching import pad
 from sku.evaluate.generation import stop_token_ids
-from sku.evaluate.judges.base import Label, Verdict
+from sku.evaluate.judges import Label, Verdict
 from sku.evaluate.judges.local_models import (
     PROMPT,
     REPLY,

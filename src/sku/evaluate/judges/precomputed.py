@@ -19,7 +19,7 @@ from typing import Any
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, OutputError, did_you_mean
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.judges.base import JudgeCard, Label, Verdict
+from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, Split
 from sku.storage import write_private_text

@@ -17,7 +17,7 @@ import numpy as np
 
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate.judges.base import Judge, JudgeCard, Label, Verdict, verdicts_of
+from sku.evaluate.judges import Judge, JudgeCard, Label, Verdict, verdicts_of
 from sku.evaluate.judges.choose import RULES, build_from, read_judge_file
 from sku.evaluate.metrics import Agreement, Disagreement, Rate, ReplyOutcome, Rule, rates_of
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, grouped
