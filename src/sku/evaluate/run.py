@@ -43,7 +43,6 @@ from sku.evaluate.records import (
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
-    RelevanceRow,
     Split,
     Start,
     record_id,
@@ -204,7 +203,7 @@ class _Run:
             losses = self._losses(texts, model)
             fields = utility.lm_eval()
         fluency = self._fluency(probes, generations, free_fluency)
-        fields |= {**utility.agreement(replies.base, probes, texts), **utility.similarity(generations, fluency)}
+        fields |= {**utility.agreement(probes, texts), **utility.similarity(generations, fluency)}
         setup = EvaluationSetup(
             model=model,
             prompt_format=asker.writer.prompt_format.name,
@@ -225,22 +224,16 @@ class _Run:
             ),
         )
         fields["starts"] = (*starts, *own)
-        return partial(self._judged, setup, generations, fluency, losses, utility.relevance(generations), fields)
+        relevance = utility.relevance(generations)
+        return partial(
+            self._judged, partial(measure, setup, generations, fluency, losses, relevance=relevance), fields
+        )
 
-    def _judged(
-        self,
-        setup: EvaluationSetup,
-        generations: Sequence[GenerationRecord],
-        fluency: Sequence[FluencyRecord],
-        losses: Sequence[ExampleLoss],
-        relevance: Sequence[RelevanceRow],
-        fields: Mapping[str, Any],
-    ) -> EvaluationResult:
+    def _judged(self, measured: Callable[[Judge], EvaluationResult], fields: Mapping[str, Any]) -> EvaluationResult:
         """Judges, counts, and writes what came out; no judge decides ``fields`` of the result."""
         judge = self.replies.asker.judge
         assert judge is not None
-        result = measure(setup, generations, fluency, losses, judge, relevance)
-        result = dataclasses.replace(result, **fields)
+        result = dataclasses.replace(measured(judge), **fields)
         folder = self.replies.reuse.folder
         if folder is not None:
             write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)

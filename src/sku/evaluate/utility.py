@@ -312,11 +312,13 @@ class UtilityStages:
     def _config(self) -> EvaluateConfig:
         return self.replies.config
 
-    def agreement(
-        self, base: PreTrainedModel | None, probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]
-    ) -> dict[str, Any]:
+    def agreement(self, probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]) -> dict[str, Any]:
         """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
-        model, read = self.replies.model, [text for text in texts if text.split in NORMAL_SPLITS]
+        base, model, read = (
+            self.replies.base,
+            self.replies.model,
+            [text for text in texts if text.split in NORMAL_SPLITS],
+        )
         if base is None or base is model or not read:
             return {}
         compare = partial(
