@@ -314,11 +314,8 @@ class UtilityStages:
 
     def agreement(self, probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]) -> dict[str, Any]:
         """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
-        base, model, read = (
-            self.replies.base,
-            self.replies.model,
-            [text for text in texts if text.split in NORMAL_SPLITS],
-        )
+        base, model = self.replies.base, self.replies.model
+        read = [text for text in texts if text.split in NORMAL_SPLITS]
         if base is None or base is model or not read:
             return {}
         compare = partial(
