@@ -32,7 +32,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.framings import PLACE, parse_templates
 from sku.errors import EvaluationError
-from sku.evaluate.judges import is_embedded
+from sku.evaluate.judges.choose import is_embedded
 from sku.world.grammar import MAKE_QUESTIONS
 
 TASK_FRAMES = {

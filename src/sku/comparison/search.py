@@ -21,7 +21,8 @@ from sku.config import MethodConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer
-from sku.evaluate.judges import Judge, choose_judge
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import rates_of
 from sku.methods import method_named
 from sku.storage import write_json

@@ -35,9 +35,9 @@ from typing import Any
 
 from sku.config import SweepConfig, plain_data
 from sku.errors import EvaluationError, NoAlphaError
-from sku.evaluate.frames import Line, Tabular
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.record_files import check_schema, from_plain, read_json_object
+from sku.evaluate.results import Line, Tabular
 from sku.evaluate.utility_cost import Border
 from sku.storage import write_json
 from sku.sweep.rule import Pick, SweepPoint, cost_of

@@ -20,7 +20,7 @@ import yaml
 
 from sku.config import load_recipe
 from sku.errors import OutputError
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.html.page import Page, comparison_page, run_page, write_report
 from sku.report.html.side_by_side import cautions, differences, figure_rows, run_titles

@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 
 from sku.attacks.results import AttackReport
 from sku.evaluate.changes import RateChange
-from sku.evaluate.comparison import Comparison
+from sku.evaluate.comparison import Comparison, PrecisionReport
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import PrecisionReport
-from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, in_order
-from sku.evaluate.results import Rates, answers_words
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, in_order
+from sku.evaluate.results import Rates
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.figures import light, ratio_ticks
 from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
