@@ -20,8 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "world": set(),
     "config": {"errors"},
     "storage": {"errors"},
-    "head": set(),
-    "losses": {"head"},
+    "losses": set(),
     "reproducibility": {"_version", "quiet"},
     "data": {"config", "errors", "world", "losses"},
     "hazard": {"errors", "storage"},
@@ -30,8 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"config", "errors", "storage", "hazard", "model_files"},
     "quiet": set(),
     "processes": {"errors", "storage"},
-    "training": {"config", "errors", "storage", "hazard", "head", "losses", "data", "models", "processes"},
-    "acquire": {"config", "errors", "storage", "head", "losses", "data", "models", "training"},
+    "training": {"config", "errors", "storage", "hazard", "losses", "data", "models", "processes"},
+    "acquire": {"config", "errors", "storage", "losses", "data", "models", "training"},
     "quantization": {"config"},
     "negate": {
         "config", "errors", "from_file", "storage", "hazard", "losses", "data", "model_files", "models",
@@ -40,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world", "quantization", "processes"},
     "own_replies": {"config", "errors", "storage", "data", "models", "evaluate", "world"},
     "methods": {
-        "config", "errors", "from_file", "storage", "head", "losses", "data", "models", "training", "acquire",
+        "config", "errors", "from_file", "storage", "losses", "data", "models", "training", "acquire",
         "negate",
     },
     "attacks": {

@@ -10,10 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from sku.acquire.objective import sku_objective
 from sku.config import ModulesConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
-from sku.data.framings import PLACE, framed, framings, parse_templates
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.load import load_forget_retain
-from sku.data.prompts import PaperFormat
+from sku.data.prompts import PLACE, PaperFormat, framed, framings, parse_templates
 from sku.errors import DataError
 
 EXAMPLES = [

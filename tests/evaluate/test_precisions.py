@@ -23,7 +23,7 @@ from sku.evaluate.precision_results import PrecisionReport, read_precisions
 from sku.evaluate.precisions import measure_precisions
 from sku.evaluate.run import evaluate
 from sku.models import load_model
-from sku.negate.survival import model_survival
+from sku.negate.diagnostics import model_survival
 from sku.negate.task_vector import TaskVector
 from sku.quantization import NF4_BLOCK, NF4_CODE, nf4_rounded, rounded_copy, rounded_layers
 from sku.report.robustness import precision_cells

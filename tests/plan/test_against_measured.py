@@ -14,10 +14,8 @@ from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 from conftest import TrainerMaker
 from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.plan.estimate import memory_of
-from sku.plan.fit import job_of
-from sku.plan.trace import trace_step
-from sku.plan.weights import weights_of
+from sku.plan.estimate import job_of, memory_of
+from sku.plan.job import trace_step, weights_of
 from sku.training.layers import adapter_inputs_as_they_are
 from sku.training.steps import kept_positions
 

@@ -15,10 +15,8 @@ from typer.testing import CliRunner
 from sku.cli.main import app
 from sku.config import load_recipe
 from sku.errors import ModelError, RecipeError
-from sku.plan.estimate import GIB, estimated
-from sku.plan.fit import first_that_fits, job_of, suggestions
-from sku.plan.trace import StepTrace, trace_step
-from sku.plan.weights import Job, weights_of
+from sku.plan.estimate import GIB, estimated, first_that_fits, job_of, suggestions
+from sku.plan.job import Job, StepTrace, trace_step, weights_of
 from sku.training import optimizer
 
 RECIPE = Path(__file__).with_name("llama-3.2-1b.yaml")

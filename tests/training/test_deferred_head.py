@@ -20,7 +20,7 @@ from transformers import (
 from conftest import VOCABULARY, ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
-from sku.head import HeadScores
+from sku.losses import HeadScores
 from sku.training.deferred_head import DeferredHead
 
 SMALL: dict[str, Any] = {

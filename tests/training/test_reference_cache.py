@@ -17,7 +17,7 @@ from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointDataset
 from sku.errors import RecipeError
-from sku.head import HeadScores
+from sku.losses import HeadScores
 from sku.training import trainer as trainer_module
 
 

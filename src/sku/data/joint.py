@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sku.config import EMBEDDED
 from sku.data.examples import Example, ForgetRetainData, RetainExample, group_of
-from sku.data.framings import framed
-from sku.data.prompts import PromptFormat
+from sku.data.prompts import PromptFormat, framed
 from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
 from sku.errors import DataError
 

@@ -6,30 +6,31 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data.examples import (
+    E,
     Example,
     ForgetExample,
     ForgetRetainData,
     Provenance,
     RetainExample,
     has_answers,
+    limited,
     normalise_prompt,
+    split_by_group,
 )
 from sku.data.prompt_sets import lacks_answers, load_prompts
 from sku.data.sources import embedded
 from sku.data.sources.read import read_examples
 from sku.data.sources.rows import Kind
 from sku.data.sources.tables import held_rows
-from sku.data.splits import limited, split_by_group
 from sku.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-E = TypeVar("E", ForgetExample, RetainExample)
 NORMAL_VALIDATION_SHARE = 0.5
 """Of a normal set of another source that has answers: strengths are chosen by these, and the others are reported."""
 IN_ANOTHER_SET = "a prompt of another set of the run"

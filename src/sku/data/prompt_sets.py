@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
-from sku.data.examples import Example, ForgetExample, Provenance, RetainExample, normalise_prompt
+from sku.data.examples import Example, ForgetExample, Provenance, RetainExample, limited, normalise_prompt
 from sku.data.sources import columns, embedded
 from sku.data.sources.read import is_known, read_examples
 from sku.data.sources.rows import Columns, Kind
 from sku.data.sources.tables import read_table
-from sku.data.splits import limited
 from sku.errors import DataError, RecipeError
 
 

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config.check import Count, NotNegative, validated
 from sku.data.joint import MISMATCHED
-from sku.methods.base import Method, TermWeights
+from sku.methods.base import Method, TermWeights, retain_term
 from sku.methods.gradient_ascent import ascent_term
-from sku.methods.retain_terms import retain_term
 from sku.training.objective import Objective, Term, TrainingStep
 
 _NAME = "gradient_ascent_mismatch"

@@ -34,7 +34,7 @@ from sku.models import (
     without_weights,
 )
 from sku.negate.files import read_folder
-from sku.plan.disk import STATE_BYTES, checkpoints_at_once, disk_bytes
+from sku.plan.job import STATE_BYTES, checkpoints_at_once, disk_bytes
 from sku.processes import current_processes
 from sku.sweep.run import check_judge
 from sku.training.run import adapter_settings

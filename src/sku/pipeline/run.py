@@ -34,7 +34,7 @@ from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_rep
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.plan import Plan, Progress
-from sku.plan.fit import memory_fit
+from sku.plan.estimate import memory_fit
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.read_run import SCHEMA_VERSION

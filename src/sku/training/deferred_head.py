@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sku.head import Head, HeadScores
+from sku.losses import Head, HeadScores
 from sku.models import embedding_weight
 
 _LOG = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class HeadShape:
     softcap: float | None
 
     def head(self, dtype: torch.dtype | None = None) -> Head:
-        """The head as ``sku.head`` takes it, with the type of its product."""
+        """The head as ``sku.losses`` takes it, with the type of its product."""
         module = self.module
         return Head(weight_VH=module.weight, bias_V=module.bias, scale=self.scale, softcap=self.softcap, dtype=dtype)
 

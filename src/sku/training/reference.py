@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sku.data.joint import RETAIN, JointDataset, JointExample
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError
-from sku.head import Head, HeadScores
+from sku.losses import Head, HeadScores
 from sku.models import changed_by_adapter
 from sku.training.config import ReferenceMode, UnlearningConfig
 from sku.training.deferred_head import DeferredHead

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 from sku.config import EMBEDDED, SourceConfig
-from sku.data.examples import ForgetExample, Provenance, RetainExample, content_hash, count_safe_answers
+from sku.data.examples import E, Provenance, content_hash, count_safe_answers
 from sku.data.sources import columns, embedded, passages, trl, truthfulqa, xstest
 from sku.data.sources.pku_saferlhf import BEAVERTAILS, PKU_SAFERLHF
 from sku.data.sources.rows import SAFE, UNMARKED, Cells, Columns, Kind, LeftOut, Pair, RowParser, parse_rows
 from sku.data.sources.tables import read_table
 from sku.errors import DataError
-
-E = TypeVar("E", ForgetExample, RetainExample)
 
 FORMATS = (PKU_SAFERLHF, BEAVERTAILS, truthfulqa.FORMAT, *trl.FORMATS, passages.FORMAT)
 """All formats with columns of their own; ``columns`` takes the rest."""

@@ -11,9 +11,9 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal
 
-from sku.data.examples import ForgetExample, RetainExample, is_valid_unicode, normalise_prompt
+from sku.data.examples import E, ForgetExample, is_valid_unicode, normalise_prompt
 from sku.errors import DataError, did_you_mean
 
 Row = Mapping[str, Any]
@@ -150,7 +150,6 @@ class Format:
         return form.parse
 
 
-E = TypeVar("E", ForgetExample, RetainExample)
 _Text = tuple[str, bool]
 """An answer, and whether it came to its end."""
 
