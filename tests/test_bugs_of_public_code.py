@@ -31,9 +31,9 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.joint import FORGET, MISMATCHED, JointDataset, JointExample, RowPlan
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
+from sku.data.sources.formats import TRUTHFULQA
 from sku.data.sources.rows import Cells, Columns, parse_rows
 from sku.data.sources.tables import read_table
-from sku.data.sources.truthfulqa import FORMAT as TRUTHFULQA
 from sku.data.tokens import TokenizedExample, tokenize_example, tokenize_prompt
 from sku.errors import TaskVectorError
 from sku.losses import IGNORE_INDEX

@@ -13,7 +13,7 @@ from sku.config import SourceConfig
 from sku.data.examples import ForgetExample, RetainExample
 from sku.data.load import load_forget_retain
 from sku.data.prompt_sets import load_prompts
-from sku.data.sources.passages import OPENING, PIECE, TOO_SHORT
+from sku.data.sources.formats import OPENING, PIECE, TOO_SHORT
 from sku.data.sources.read import read_examples
 from sku.errors import DataError
 

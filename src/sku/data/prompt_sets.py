@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 
 from sku.config import EMBEDDED, DataConfig, SourceConfig
 from sku.data.examples import Example, ForgetExample, Provenance, RetainExample, limited, normalise_prompt
-from sku.data.sources import columns, embedded
-from sku.data.sources.read import is_known, read_examples
+from sku.data.sources import embedded
+from sku.data.sources.read import COLUMNS, has_only_prompts, is_known, is_list_of_prompts, read_examples
 from sku.data.sources.rows import Columns, Kind
 from sku.data.sources.tables import read_table
 from sku.errors import DataError, RecipeError
@@ -41,7 +41,7 @@ def wants_own_replies(config: DataConfig) -> bool:
         RecipeError: What goes with own replies alone is set without them.
     """
     wanted = config.own_replies or any(
-        _asks_only(source, columns.is_list_of_prompts) for source in (config.forget, config.retain)
+        _asks_only(source, is_list_of_prompts) for source in (config.forget, config.retain)
     )
     if not wanted and (config.borderline is not None or config.own_share < 1):
         name = "own_share" if config.borderline is None else "borderline"
@@ -55,12 +55,12 @@ def lacks_answers(source: SourceConfig) -> bool:
     Raises:
         DataError: It can't be read.
     """
-    return _asks_only(source, columns.has_only_prompts)
+    return _asks_only(source, has_only_prompts)
 
 
 def _asks_only(source: SourceConfig, looks_so: Callable[[Columns, SourceConfig], bool]) -> bool:
     """Whether the columns of a table of no known format look as if it had prompts alone."""
-    if source.path == EMBEDDED or source.format not in ("auto", columns.NAME):
+    if source.path == EMBEDDED or source.format not in ("auto", COLUMNS):
         return False
     found = Columns(read_table(source).columns)
     return not is_known(found) and looks_so(found, source)
