@@ -41,8 +41,7 @@ from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModelConfig, ModulesConfig, WeightsConfig
 from sku.data.batches import JointCollator, PackedCollator
 from sku.data.joint import RETAIN, JointDataset, JointExample
-from sku.data.tokens import TokenizedExample
-from sku.losses import IGNORE_INDEX
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.model_files import embedded_model_path
 from sku.models import LoadedModel, load_model, plain_model
 from sku.training.layers import adapter_inputs_as_they_are

@@ -24,7 +24,7 @@ from sku.acquire.trainer import SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
 from sku.data.batches import SourceRow, pack_rows
 from sku.data.joint import RETAIN, JointExample
-from sku.losses import IGNORE_INDEX
+from sku.data.tokens import IGNORE_INDEX
 from sku.models import LoadedModel, plain_model
 
 

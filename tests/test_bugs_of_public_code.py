@@ -34,9 +34,8 @@ from sku.data.prompts import PaperFormat
 from sku.data.sources.formats import TRUTHFULQA
 from sku.data.sources.rows import Cells, Columns, parse_rows
 from sku.data.sources.tables import read_table
-from sku.data.tokens import TokenizedExample, tokenize_example, tokenize_prompt
+from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizedExample
 from sku.errors import TaskVectorError
-from sku.losses import IGNORE_INDEX
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 
@@ -44,14 +43,7 @@ PAPER = PaperFormat("</s>")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> TokenizedExample:
-    return tokenize_example(
-        ForgetExample(prompt=prompt, answer=answer),
-        tokenizer,
-        PAPER,
-        max_length=512,
-        max_answer_tokens=128,
-        train_on_end=False,
-    )
+    return Encoder(tokenizer, PAPER).example(ForgetExample(prompt=prompt, answer=answer), train_on_end=False)
 
 
 def collated(rows: list[TokenizedExample], pad: int) -> dict[str, Tensor]:
@@ -119,7 +111,7 @@ def test_prompts_with_the_words_of_the_format_stay_whole(prompt: str, tokenizer:
     example = tokenize(tokenizer, prompt, "it is .")
     before = tokenizer.decode(list(example.input_ids[: example.answer_start]))
     assert before == f"### Question: {prompt}\n ### Answer:"
-    assert tokenizer.decode(tokenize_prompt(prompt, tokenizer, PAPER)) == before
+    assert tokenizer.decode(Encoder(tokenizer, PAPER).prompt(prompt)) == before
 
 
 def test_the_divergence_is_not_averaged_over_padding() -> None:
@@ -178,7 +170,7 @@ def test_answers_are_drawn_for_each_prompt_and_never_its_own(
     buggy = {example.prompt: drawn for example in data.forget_train}
     assert any(set(buggy[prompt]) & answers for prompt, answers in own.items())
 
-    joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
+    joint = JointDataset(data, Encoder(tokenizer, PAPER), rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
     ours = [joint[place] for place in range(len(joint))]
     draws = {tuple(sorted(row.example_id for row in example.of(MISMATCHED))) for example in ours}
     assert len(draws) > 1
@@ -213,7 +205,7 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     buggy = [pair[0] for _ in range(2) for pair in zip(range(len(data.forget_train)), data.retain_train, strict=False)]
     assert buggy == [0, 1, 2, 3] * 2
 
-    joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=1, retain=True), seed=0)
+    joint = JointDataset(data, Encoder(tokenizer, PAPER), rows=RowPlan(forget=True, mismatched=1, retain=True), seed=0)
     epochs = []
     for epoch in range(3):
         joint.set_epoch(epoch)

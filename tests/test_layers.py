@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {"errors"},
     "losses": set(),
     "reproducibility": {"_version", "quiet"},
-    "data": {"config", "errors", "world", "losses"},
+    "data": {"config", "errors", "world"},
     "hazard": {"errors", "storage"},
     "from_file": {"errors"},
     "model_files": {"config", "errors"},

@@ -26,8 +26,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-IGNORE_INDEX = -100
-"""Label of a token that is not trained on."""
 CHUNK_BYTES = 128 * 2**20
 """Float32 scores of one chunk. Of that size there are up to six tensors at once, whatever N is."""
 

@@ -21,6 +21,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.load import load_data
 from sku.data.prompts import PaperFormat
+from sku.data.tokens import Encoder
 from sku.errors import DataError, NoAlphaError, RecipeError
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
@@ -52,7 +53,7 @@ def refused(data: ForgetRetainData) -> ForgetRetainData:
 
 
 def rows_of(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, rows: RowPlan, seed: int = 0) -> JointDataset:
-    return JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows, seed=seed)
+    return JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=seed)
 
 
 def learned(row: Any, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from sku.data.batches import JointCollator
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointExample
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
 
 def row(prompt: list[int], answer: list[int]) -> TokenizedExample:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from sku.data.batches import PACKED, PackedCollator, PackedRows, Segment, SourceRow, pack_rows, plan_paths
 from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
 
 def row(prompt: list[int], answer: list[int]) -> TokenizedExample:

@@ -11,12 +11,12 @@ from sku.data.batches import JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.joint import FORGET, MISMATCHED, REFUSALS, RETAIN, SAFE, JointDataset, RowPlan
 from sku.data.prompts import PaperFormat
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import Encoder, TokenizedExample
 from sku.errors import DataError
 
 
 def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, rows: RowPlan, seed: int = 0) -> JointDataset:
-    return JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows, seed=seed)
+    return JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=seed)
 
 
 def with_safe_answers(data: ForgetRetainData, every: int) -> ForgetRetainData:

@@ -16,6 +16,7 @@ from sku.data.batches import JointCollator
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import FORGET, SAFE, JointDataset, RowPlan
 from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import Encoder
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
@@ -109,7 +110,7 @@ def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
 ) -> None:
     method = method_named(name)
     trainer = make_method_trainer(method, settings=small_settings(method, **settings), max_steps=8)
-    joint = JointDataset(data, tokenizer, resolve_prompt_format("auto", tokenizer), rows=RowPlan(forget=True))
+    joint = JointDataset(data, Encoder(tokenizer, resolve_prompt_format("auto", tokenizer)), rows=RowPlan(forget=True))
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([joint[place] for place in range(len(joint))])
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.data.joint import RETAIN, JointExample, RetainTokens
-from sku.data.tokens import TokenizedExample, shared_length
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample, shared_length
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
 PACKED = "packed"
 """Key of the ``PackedRows`` in a batch of ``PackedCollator``."""

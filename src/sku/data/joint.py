@@ -11,15 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
 
 from sku.config import EMBEDDED
 from sku.data.examples import Example, ForgetRetainData, RetainExample, group_of
-from sku.data.prompts import PromptFormat, framed
-from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
+from sku.data.prompts import framed
+from sku.data.tokens import Encoder, TokenizationReport, TokenizedExample, decoded
 from sku.errors import DataError
 
 RetainTokens = Literal["answer", "all"]
@@ -167,26 +166,13 @@ class JointDataset(Dataset[JointExample]):
     because there are fewer harmful ones, and none is cut off because there are more.
     """
 
-    def __init__(
-        self,
-        data: ForgetRetainData,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_format: PromptFormat,
-        *,
-        rows: RowPlan,
-        max_length: int = 512,
-        max_answer_tokens: int = 128,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, data: ForgetRetainData, encoder: Encoder, *, rows: RowPlan, seed: int = 0) -> None:
         """Tokenizes the training splits once.
 
         Args:
             data: ``forget_train`` and ``retain_train`` are used.
-            tokenizer: Of the model.
-            prompt_format: How prompts and answers are written.
+            encoder: Of the model.
             rows: What each joint example holds.
-            max_length: Most tokens of a row.
-            max_answer_tokens: Most tokens of an answer.
             seed: Decides order and draws.
 
         Raises:
@@ -201,12 +187,8 @@ class JointDataset(Dataset[JointExample]):
                 forget_train=framed(data.forget_train, rows.framed_share, seed),
                 retain_train=framed(data.retain_train, rows.framed_share, seed),
             )
-        self._data, self._tokenizer, self._rows = data, tokenizer, rows
+        self._data, self._encoder, self._rows = data, encoder, rows
         self._seed, self._epoch = seed, 0
-        self._settings: dict[str, Any] = {
-            "tokenizer": tokenizer, "prompt_format": prompt_format, "max_length": max_length,
-            "max_answer_tokens": max_answer_tokens,
-        }  # fmt: skip
         self.reports: dict[str, TokenizationReport] = {}
         """What tokenizing did to each split, for the log and the manifest."""
         self._forget = self._tokenize("forget_train", data.forget_train, train_on_end=False)
@@ -289,7 +271,7 @@ class JointDataset(Dataset[JointExample]):
 
     def _tokenize(self, name: str, examples: Sequence[Example], *, train_on_end: bool) -> list[TokenizedExample]:
         # Harmful answers are learned without their end: negating "stop here" would teach the model to run on.
-        tokenized, self.reports[name] = tokenize_examples(examples, **self._settings, train_on_end=train_on_end)
+        tokenized, self.reports[name] = self._encoder.examples(examples, train_on_end=train_on_end)
         return tokenized
 
     def _safe_rows(self) -> dict[int, TokenizedExample]:
@@ -340,14 +322,13 @@ class JointDataset(Dataset[JointExample]):
         harmful = forget.input_ids[forget.answer_start :]
         shown = min(draw.randint(0, self._rows.depth_tokens), len(harmful) - 1)
         # Without the part of a character that the cut may leave.
-        begun = decoded(harmful[:shown], self._tokenizer).rstrip("\ufffd").strip()
+        begun = decoded(harmful[:shown], self._encoder.tokenizer).rstrip("\ufffd").strip()
         if not begun:
             return safe
         try:
-            return tokenize_example(
-                self._safe_examples[forget.example_id], **self._settings, train_on_end=True,
-                example_id=safe.example_id, begun=begun,
-            )  # fmt: skip
+            return self._encoder.example(
+                self._safe_examples[forget.example_id], train_on_end=True, example_id=safe.example_id, begun=begun
+            )
         except DataError:  # Both have no room within max_length.
             return safe
 
@@ -357,9 +338,7 @@ class JointDataset(Dataset[JointExample]):
         lender = self._lenders[row.example_id]
         prompt = self._data.forget_train[forget.example_id]
         mixed = replace(prompt, answer=lender.answer, finished=lender.finished)
-        return tokenize_example(
-            mixed, **self._settings, train_on_end=self._takes_normal_answers, example_id=row.example_id
-        )
+        return self._encoder.example(mixed, train_on_end=self._takes_normal_answers, example_id=row.example_id)
 
     def _shuffled(self, stream: str, size: int, position: int) -> int:
         lap, place = divmod(position, size)

@@ -20,7 +20,6 @@ from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptForm
 from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.prompt_sets import OwnPrompts
-from sku.data.tokens import tokenize_start
 from sku.evaluate.asking import Writer, free_request
 from sku.evaluate.generation import GenerationRequest, about, probes_of
 from sku.evaluate.judges import Judge, choose_judge, is_embedded
@@ -124,7 +123,7 @@ def request_of(
     words = f"{system}\n\n{prompt.prompt}" if system else prompt.prompt
     request = free_request(split, dataclasses.replace(prompt, prompt=words), writer)
     if start:
-        ids = tokenize_start(words, start, writer.tokenizer, writer.prompt_format)
+        ids = writer.encoder.start(words, start)
         request = dataclasses.replace(request, kind="prefill", prefill=start, input_ids=tuple(ids))
     name = f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}"
     return dataclasses.replace(request, id=name, prompt=prompt.prompt)

@@ -17,6 +17,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import Encoder
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks
@@ -173,15 +174,9 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
     check_rows(recipe, data)
     settings = run.training
     objective = run.method.objective(run.settings, model.skeleton)
-    joint = JointDataset(
-        data,
-        model.tokenizer,
-        resolve_prompt_format(recipe.model.prompt_format, model.tokenizer),
-        rows=objective.rows,
-        max_length=settings.max_length,
-        max_answer_tokens=settings.max_answer_tokens,
-        seed=settings.seed,
-    )
+    written = resolve_prompt_format(recipe.model.prompt_format, model.tokenizer)
+    encoder = Encoder(model.tokenizer, written, settings.max_length, settings.max_answer_tokens)
+    joint = JointDataset(data, encoder, rows=objective.rows, seed=settings.seed)
     batch = int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
     steps = settings.max_steps
     if steps <= 0:

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from sku.data.batches import PackedRows
 from sku.data.joint import RETAIN, RowPlan
+from sku.data.tokens import IGNORE_INDEX
 from sku.errors import ModelError, RecipeError
-from sku.losses import IGNORE_INDEX, HeadScores
+from sku.losses import HeadScores
 from sku.training.attention import packed_forward_pass, use_packed_attention
 from sku.training.layers import lora_layers
 from sku.training.objective import ScoredRows

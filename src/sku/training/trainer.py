@@ -26,6 +26,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, JointExample, WholeBatches
 from sku.data.load import Source, load_training_pairs
 from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import Encoder
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
@@ -110,10 +111,8 @@ class UnlearningTrainer(Trainer):
         ensure_pad_token(processing_class, plain_model(model))
         if isinstance(train_dataset, ForgetRetainData):
             written = resolve_prompt_format(prompt_format, processing_class)
-            train_dataset = JointDataset(
-                train_dataset, processing_class, written, rows=objective.rows, max_length=args.max_length,
-                max_answer_tokens=args.max_answer_tokens, seed=args.seed,
-            )  # fmt: skip
+            encoder = Encoder(processing_class, written, args.max_length, args.max_answer_tokens)
+            train_dataset = JointDataset(train_dataset, encoder, rows=objective.rows, seed=args.seed)
         self.objective: Objective = objective
         self._is_hazardous = hazardous
         self._reference: PreTrainedModel | None = None

@@ -28,9 +28,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sku.config.check import Count, validated
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
-from sku.losses import IGNORE_INDEX, answer_nll
+from sku.losses import answer_nll
 from sku.models import embedding_weight
 from sku.negate.task_vector import unique_weights
 
