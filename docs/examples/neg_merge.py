@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from sku.errors import RecipeError, TaskVectorError
+from sku.negate.matching import check_same_names, check_same_shape
 from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.run import task_vector_of
-from sku.negate.task_vector import TaskVector, check_same_names, check_same_shape
+from sku.negate.task_vector import TaskVector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, RowPlan
 from sku.data.prompts import PaperFormat
 from sku.data.tokens import Encoder
-from sku.methods.visits import common_visits, visited_examples, visited_places, with_visited
+from sku.methods.run import common_visits, visited_examples, visited_places, with_visited
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 

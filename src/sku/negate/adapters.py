@@ -31,7 +31,7 @@ from sku.model_files import check_no_pickles
 from sku.models import UNBUILT, changed_by_adapter, with_adapter, without_weights
 from sku.negate.arithmetic import LowRank
 from sku.negate.files import ADAPTER_FILE
-from sku.negate.task_vector import EMPTY_ADAPTER, unique_weights
+from sku.negate.matching import EMPTY_ADAPTER, unique_weights
 from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
 
 _VARIANTS = (

@@ -35,17 +35,11 @@ from transformers.pytorch_utils import Conv1D
 from sku.config import Precision
 from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import LowRank
+from sku.negate.matching import ModelSource, check_same_names, check_same_shape, match_models, unique_weights
 from sku.negate.operators.base import OperatorContext, group_of, linear_weights, turned_weights
 from sku.negate.operators.spectra import InputSpectra, input_spectra
 from sku.negate.operators.texts import InputSettings, drawn, mean_gradient
-from sku.negate.task_vector import (
-    ModelSource,
-    TaskVector,
-    check_same_names,
-    check_same_shape,
-    match_models,
-    unique_weights,
-)
+from sku.negate.task_vector import TaskVector
 from sku.quantization import FORMATS, Rounding, rounded_layers
 
 ENERGY = 0.9

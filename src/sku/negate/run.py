@@ -16,15 +16,8 @@ from sku.models import check_plain_weights, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.arithmetic import Negation, overflows, subtract_tensors
 from sku.negate.files import ADAPTER_CONFIG
-from sku.negate.task_vector import (
-    EQUAL_MODELS,
-    ModelSource,
-    TaskVector,
-    match_changes,
-    match_models,
-    unique_weights,
-    unusable_result,
-)
+from sku.negate.matching import EQUAL_MODELS, ModelSource, match_changes, match_models, unique_weights
+from sku.negate.task_vector import TaskVector, unusable_result
 from sku.storage import check_space, new_folder
 
 

@@ -29,19 +29,17 @@ from sku.negate.files import (
     read_folder,
     read_layout,
 )
-from sku.negate.task_vector import (
+from sku.negate.matching import (
     EMPTY_ADAPTER,
     EQUAL_MODELS,
-    VECTOR_FILE,
     Matched,
     Source,
-    TaskVector,
     check_same_names,
     match_changes,
     match_models,
     quantized_weight,
-    read_ties,
 )
+from sku.negate.task_vector import VECTOR_FILE, TaskVector, read_ties
 
 if TYPE_CHECKING:
     from sku.negate.adapters import Skeleton

@@ -13,8 +13,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.prompt_sets import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
-from sku.methods.run import MethodRun, prepare, with_safe_dtype
-from sku.methods.visits import with_visited
+from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.negate.operators.base import check_operators
 from sku.own_replies.job import judge_of

@@ -42,6 +42,7 @@ from sku.config.check import Count, NotNegative, Positive, validated
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
+from sku.negate.matching import unique_weights
 from sku.negate.operators.base import (
     Need,
     Operated,
@@ -53,7 +54,7 @@ from sku.negate.operators.base import (
     turned_weights,
 )
 from sku.negate.operators.texts import Batch, answer_logits, batch_of, device_of, with_first_tokens
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.task_vector import TaskVector
 
 SETS: Mapping[str, Need] = {
     "harmful": "harmful_held_out", "normal": "normal_held_out", "refusals": "refusals_held_out",

@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import Literal
 
 from sku.config.check import Finite, validated
+from sku.negate.matching import check_same_names, check_same_shape
 from sku.negate.operators.base import Operated, Operator, OperatorContext
 from sku.negate.run import task_vector_of
-from sku.negate.task_vector import TaskVector, check_same_names, check_same_shape
+from sku.negate.task_vector import TaskVector
 
 
 @validated

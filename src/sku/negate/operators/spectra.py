@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from sku.data.tokens import TokenizedExample
 from sku.errors import TaskVectorError
 from sku.models import embedding_weight
+from sku.negate.matching import unique_weights
 from sku.negate.operators.base import OperatorContext, RowMap, linear_weights
 from sku.negate.operators.texts import (
     Batch,
@@ -43,7 +44,7 @@ from sku.negate.operators.texts import (
     drawn,
     shared_tokens,
 )
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.task_vector import TaskVector
 from sku.storage import new_folder
 
 Text = Literal["normal", "harmful"]

@@ -32,7 +32,7 @@ from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll
 from sku.models import embedding_weight
-from sku.negate.task_vector import unique_weights
+from sku.negate.matching import unique_weights
 
 Part = Literal["own", "shared"]
 DECISION_TOKENS = 8
