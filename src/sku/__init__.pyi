@@ -23,7 +23,7 @@ from .errors import RecipeError as RecipeError
 from .errors import SkuError as SkuError
 from .evaluate.comparison import compare as compare
 from .evaluate.run import evaluate as evaluate
-from .head import Scores as Scores
+from .losses import Scores as Scores
 from .losses import answer_nll as answer_nll
 from .losses import mean_per_example as mean_per_example
 from .losses import token_kl as token_kl

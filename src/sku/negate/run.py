@@ -17,7 +17,8 @@ from sku.negate.adapters import load_adapter
 from sku.negate.arithmetic import Negation, overflows, subtract_tensors
 from sku.negate.files import ADAPTER_CONFIG
 from sku.negate.matching import EQUAL_MODELS, ModelSource, match_changes, match_models, unique_weights
-from sku.negate.task_vector import TaskVector, unusable_result
+from sku.negate.arithmetic import unusable_result
+from sku.negate.task_vector import TaskVector
 from sku.storage import check_space, new_folder
 
 
