@@ -35,10 +35,10 @@ from sku.negate.arithmetic import (
     block_pool,
     block_rows,
     draws_for,
+    unusable_result,
 )
 from sku.negate.files import StoredTensor, copy_companions, write_config, write_index
 from sku.negate.stream_plan import Change, Plan, ShardLayout, Work, plan_negation
-from sku.negate.arithmetic import unusable_result
 from sku.storage import check_new, check_space, resumable_folder, write_json
 
 Progress = Callable[[int, int], None]

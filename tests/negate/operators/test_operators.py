@@ -22,10 +22,9 @@ from sku.negate import arithmetic
 from sku.negate.adapters import AdapterVector, combined
 from sku.negate.operators import OPERATORS, OperatedVector, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, check_operators, context_of, group_of
+from sku.negate.operators.by_weights import kth_largest_magnitude, minus_component
 from sku.negate.operators.learned import SETS
-from sku.negate.operators.minus_benign import minus_component
 from sku.negate.operators.texts import answer_logits, batch_of, mean_gradient, with_first_tokens
-from sku.negate.operators.trim import kth_largest_magnitude
 from sku.negate.run import negate
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import TaskVector

@@ -90,7 +90,7 @@ class Operated:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator(Generic[Settings]):
-    """An operator. One file defines one, and ``sku.negate.operators.OPERATORS`` lists them."""
+    """An operator; ``sku.negate.operators.OPERATORS`` lists those that ship with SKU."""
 
     name: str
     """As in a recipe's ``negate.operators``."""
