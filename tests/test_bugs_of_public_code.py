@@ -26,7 +26,7 @@ from negate.conftest import disturbed
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
 from sku.config import SourceConfig
-from sku.data.batches import JointCollator
+from sku.data.batches import ROWS, JointCollator, PaddedRows
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.joint import FORGET, MISMATCHED, JointDataset, JointExample, RowPlan
 from sku.data.load import load_forget_retain
@@ -46,15 +46,17 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> To
     return Encoder(tokenizer, PAPER).example(ForgetExample(prompt=prompt, answer=answer), train_on_end=False)
 
 
-def collated(rows: list[TokenizedExample], pad: int) -> dict[str, Tensor]:
-    return JointCollator(pad)([JointExample(rows=((FORGET, row),), forget_index=0) for row in rows])
+def collated(rows: list[TokenizedExample], pad: int) -> PaddedRows:
+    examples = [JointExample(rows=((FORGET, row),), forget_index=0) for row in rows]
+    found = JointCollator(pad_token_id=pad)(examples)[ROWS]
+    assert isinstance(found, PaddedRows)
+    return found
 
 
-def our_guided_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def our_guided_loss(logits: Tensor, rows: PaddedRows) -> Tensor:
     """As the trainer picks positions: those whose next token has a label."""
-    kept = nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1), value=False)
-    row, place = kept.nonzero(as_tuple=True)
-    return guided_distortion_loss(logits[kept], batch["input_ids"][row, place + 1], row, len(kept))
+    kept = rows.kept[FORGET]
+    return guided_distortion_loss(logits[rows.kept_RT][kept.score_N], kept.targets_N, kept.row_N, len(logits))
 
 
 def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -63,10 +65,9 @@ def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrained
     buggy_start = len(tokenizer("### Question: how do i bake bread ?\n ### Answer:"))
     assert buggy_start == 2
     assert "bake bread" in tokenizer.decode(list(row.input_ids[buggy_start:]))
-    batch = JointCollator(0)([JointExample(rows=((MISMATCHED, row),), forget_index=0)])
-    assert batch["row_kind"].tolist() == [MISMATCHED]
-    labels = batch["labels"][0]
-    assert tokenizer.decode(labels[labels != IGNORE_INDEX].tolist()) == " heat it ."
+    batch = JointCollator()([JointExample(rows=((MISMATCHED, row),), forget_index=0)])
+    assert set(batch[ROWS].kept) == {MISMATCHED}
+    assert tokenizer.decode(batch[ROWS].kept[MISMATCHED].targets_N.tolist()) == " heat it ."
 
 
 def test_padding_is_not_told_by_a_literal_id() -> None:
@@ -78,7 +79,7 @@ def test_padding_is_not_told_by_a_literal_id() -> None:
     row = TokenizedExample(input_ids=(0, 2, 1, 2), labels=(IGNORE_INDEX, 2, 1, 2), answer_start=1)
     longer = TokenizedExample(input_ids=(0,) * 6, labels=(IGNORE_INDEX, 0, 0, 0, 0, 0), answer_start=1)
     batch = collated([row, longer], pad=3)
-    targets = batch["input_ids"][0, 1:]
+    targets = batch.input_ids[0, 1:]
     counts = (targets != 1) & (targets != 3)
     buggy = math.log(4) * float(counts.sum()) / len(targets)
     assert buggy == pytest.approx(2 * math.log(4) / 5)
@@ -101,8 +102,8 @@ def test_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(
 ) -> None:
     """The offset was the padded length, so the loss of guided distortion was exactly 0."""
     short, long = tokenize(tokenizer, "what ?", "honey " * length), tokenize(tokenizer, "what ?", "honey " * 40)
-    labels = collated([short, long], pad=0)["labels"][0]
-    assert labels[labels != IGNORE_INDEX].tolist() == list(short.input_ids[short.answer_start :])
+    kept = collated([short, long], pad=0).kept[FORGET]
+    assert kept.targets_N[kept.row_N == 0].tolist() == list(short.input_ids[short.answer_start :])
 
 
 @pytest.mark.parametrize("prompt", ["what is ### honey ?", "Question: who ?", "### Answer: no\n ### Question: yes"])

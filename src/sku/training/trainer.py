@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sku.config import ModelConfig, Packing, PromptFormatName
-from sku.data.batches import PACKED, JointCollator, PackedCollator
+from sku.data.batches import ROWS, JointCollator, Rows
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, JointExample, WholeBatches
 from sku.data.load import Source, load_training_pairs
@@ -45,7 +45,7 @@ from sku.training.reference import (
     original_weights,
     resolved_mode,
 )
-from sku.training.steps import PackedBatch, PaddedBatch, token_scale
+from sku.training.steps import run_rows, scores_of_kind, token_scale
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,7 +121,9 @@ class UnlearningTrainer(Trainer):
             trainer_options |= {"optimizer_cls_and_kwargs": stochastic_optimizer(model, args)}
         self._scale = token_scale(model, objective.retain_at)
         self._trained, self._settings, self._examples = model, args, train_dataset
-        self._collate: JointCollator | PackedCollator = JointCollator(int(processing_class.pad_token_id))
+        self._collate = JointCollator(
+            pad_token_id=int(processing_class.pad_token_id), retain_tokens=objective.rows.retain_tokens
+        )
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class,
             data_collator=self._collate, **trainer_options,
@@ -135,7 +137,7 @@ class UnlearningTrainer(Trainer):
         self._own_attention = str(plain_model(model).config._attn_implementation)
         self.packing: Packing = choose_packing(model, args.packing)
         if self.packing != "padded":
-            self._collate = PackedCollator(share=self.packing == "tree", retain_tokens=objective.rows.retain_tokens)
+            self._collate = JointCollator(self.packing, retain_tokens=objective.rows.retain_tokens)
             self.data_collator = self._collate
         self._head = DeferredHead(plain_model(model), args.logits_budget_mb, watched=args.world_size > 1)
         self._cache: ReferenceCache | None = None
@@ -230,7 +232,7 @@ class UnlearningTrainer(Trainer):
 
         Args:
             model: Possibly wrapped for distributed training.
-            inputs: A batch of ``JointCollator`` or ``PackedCollator``.
+            inputs: A batch of ``JointCollator``.
             return_outputs: Return the model's outputs as well.
             num_items_in_batch: Joint examples of the optimizer step over all processes; those of ``inputs`` if None.
 
@@ -266,29 +268,28 @@ class UnlearningTrainer(Trainer):
             self._logged_terms, self._logged_examples = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def _batch(self, inputs: dict[str, Any]) -> PaddedBatch | PackedBatch:
-        if PACKED in inputs:
-            return PackedBatch(inputs[PACKED].to(self.args.device, non_blocking=True))
-        return PaddedBatch(inputs, self.objective.rows)
+    def _rows(self, inputs: dict[str, Any]) -> Rows:
+        rows: Rows = inputs[ROWS].to(self.args.device, non_blocking=True)
+        return rows
 
-    def _forward(self, model: nn.Module, batch: PaddedBatch | PackedBatch, *, without_head: bool = False) -> Any:
+    def _forward(self, model: nn.Module, rows: Rows, *, without_head: bool = False) -> Any:
         plain, hidden_states = self.accelerator.unwrap_model(model), bool(self.objective.hidden_layers)
         return self._head.run(
-            lambda: batch.forward(model, plain, hidden_states=hidden_states),
+            lambda: run_rows(rows, model, plain, hidden_states=hidden_states),
             copy=self._reference if model is self._reference else None,
             defer=without_head,
         )
 
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
-        batch = self._batch(inputs)
-        self._set_scale(batch.is_retain_RT1)
+        batch = self._rows(inputs)
+        self._set_scale(batch.is_retain[..., None])
         outputs = self._forward(model, batch)
 
         @functools.cache
         def rows(kind: int) -> ScoredRows:
             """Once a step: these are copies of the scores, the largest tensors there are."""
-            return batch.scores(kind, outputs, self.objective.hidden_layers)
+            return scores_of_kind(batch, kind, outputs, self.objective.hidden_layers)
 
         def reference(kind: int) -> ScoredRows:
             if self._cache is not None:
@@ -344,9 +345,9 @@ class UnlearningTrainer(Trainer):
         precision = self.accelerator.autocast()
         with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
             asked = model if self._reference is None else self._reference
-            batch = self._batch(inputs).of_kind(kind)
+            batch = self._rows(inputs).of_kind(kind)
             outputs = self._forward(asked, batch, without_head=without_head)
-            return batch.scores(kind, outputs, self.objective.hidden_layers)
+            return scores_of_kind(batch, kind, outputs, self.objective.hidden_layers)
 
 
 def _examples(
