@@ -39,8 +39,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModelConfig, ModulesConfig, WeightsConfig
-from sku.data.batches import ROWS, JointCollator
-from sku.data.joint import RETAIN, JointDataset, JointExample
+from sku.data.batches import ROWS, JointCollator, JointExample
+from sku.data.examples import RETAIN
+from sku.data.joint import JointDataset
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.model_files import embedded_model_path
 from sku.models import LoadedModel, load_model, plain_model

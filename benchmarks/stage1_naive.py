@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from sku.data.joint import JointExample
+from sku.data.batches import JointExample
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 
 

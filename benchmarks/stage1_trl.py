@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from sku.acquire.objective import sku_objective
 from sku.acquire.trainer import SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
-from sku.data.batches import ROWS, JointCollator, SourceRow
-from sku.data.joint import RETAIN, JointExample
+from sku.data.batches import ROWS, JointCollator, JointExample, SourceRow
+from sku.data.examples import RETAIN
 from sku.data.tokens import IGNORE_INDEX
 from sku.models import LoadedModel, plain_model
 

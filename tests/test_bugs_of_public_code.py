@@ -26,9 +26,9 @@ from negate.conftest import disturbed
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
 from sku.config import SourceConfig
-from sku.data.batches import ROWS, JointCollator, PaddedRows
-from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.joint import FORGET, MISMATCHED, JointDataset, JointExample, RowPlan
+from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
+from sku.data.examples import FORGET, MISMATCHED, ForgetExample, ForgetRetainData, RetainExample, RowPlan
+from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PaperFormat
 from sku.data.sources.formats import TRUTHFULQA

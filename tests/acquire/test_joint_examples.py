@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, MismatchedAnswers, RowPlan
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, ForgetRetainData, RetainExample, RowPlan
+from sku.data.joint import JointDataset, MismatchedAnswers
 from sku.data.prompts import PaperFormat
 from sku.data.tokens import Encoder
 from sku.errors import DataError

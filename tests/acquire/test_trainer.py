@@ -16,8 +16,7 @@ from conftest import ModelMaker, TrainerMaker, sku_config
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.data.batches import ROWS, JointCollator, PaddedRows, SourceRow
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import FORGET, MISMATCHED, RETAIN
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, ForgetRetainData
 from sku.data.load import load_training_pairs
 from sku.data.tokens import TokenizedExample
 from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError

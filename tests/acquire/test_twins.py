@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from conftest import MadeOnce, TrainerMaker
 from sku.acquire.preservation_divergence import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import RETAIN, SAFE, JointDataset, RowPlan
+from sku.data.examples import RETAIN, SAFE, ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.prompts import PaperFormat
 from sku.data.tokens import Encoder

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sku.data.batches import ROWS, JointCollator, PaddedRows
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointExample
+from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
+from sku.data.examples import FORGET, MISMATCHED, RETAIN
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
 

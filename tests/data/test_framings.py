@@ -9,8 +9,18 @@ from transformers import PreTrainedTokenizerFast
 
 from sku.acquire.objective import sku_objective
 from sku.config import ModulesConfig
-from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, RowPlan
+from sku.data.examples import (
+    FORGET,
+    MISMATCHED,
+    RETAIN,
+    SAFE,
+    ForgetExample,
+    ForgetRetainData,
+    RetainExample,
+    RowPlan,
+    group_of,
+)
+from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
 from sku.data.prompts import PLACE, PaperFormat, framed, framings, parse_templates
 from sku.data.tokens import Encoder

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sku.data.batches import ROWS, JointCollator, PackedRows, Segment, SourceRow, plan_paths
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample, RetainTokens
+from sku.data.batches import ROWS, JointCollator, JointExample, PackedRows, Segment, SourceRow, plan_paths
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, RetainTokens
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
 from sku.data.batches import ROWS, JointCollator, SourceRow
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import FORGET, SAFE, JointDataset, RowPlan
+from sku.data.examples import FORGET, SAFE, ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import Encoder, TokenizedExample
 from sku.errors import DataError

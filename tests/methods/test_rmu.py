@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker
 from sku.data.batches import ROWS, JointCollator
-from sku.data.joint import FORGET
+from sku.data.examples import FORGET
 from sku.errors import ModelError, RecipeError
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector

@@ -11,8 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from sku.config import load_recipe
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset, RowPlan
+from sku.data.examples import ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset
 from sku.data.prompts import PaperFormat
 from sku.data.tokens import Encoder
 from sku.methods.run import common_visits, visited_examples, visited_places, with_visited

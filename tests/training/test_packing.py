@@ -26,7 +26,7 @@ from transformers import (
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
 from sku.data.batches import ROWS, JointCollator
-from sku.data.joint import RETAIN
+from sku.data.examples import RETAIN
 from sku.errors import ModelError, RecipeError
 from sku.methods import METHODS
 from sku.methods.base import AnyMethod

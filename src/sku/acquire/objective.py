@@ -10,7 +10,7 @@ from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss, targeted_divergence_loss
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config import ModulesConfig, Twin, WeightsConfig
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.config import Packing
-from sku.data.joint import RETAIN, JointExample, RetainTokens
+from sku.data.examples import RETAIN, RetainTokens
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample, shared_length
 from sku.errors import DataError
 
@@ -174,6 +174,28 @@ def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
 def _in_reach(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     reach = key <= query
     return reach if window is None else reach & (query - key < window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointExample:
+    """Token ids of one joint example."""
+
+    rows: tuple[tuple[int, TokenizedExample], ...]
+    """Kind and tokens of each row, in the order of a batch; the ``example_id`` of a normal pair is its place among
+    ``data.retain_train``."""
+    forget_index: int
+    """Harmful example among ``data.forget_train``."""
+    counts: bool = True
+    """Whether it is trained on; not if it only gives a process something to compute while others train."""
+
+    def of(self, kind: int) -> tuple[TokenizedExample, ...]:
+        """The rows of one kind; none of a module that is switched off."""
+        return tuple(row for own, row in self.rows if own == kind)
+
+    @property
+    def retain_rows(self) -> tuple[int, ...]:
+        """Place among ``data.retain_train`` of each normal pair, in the order of their rows."""
+        return tuple(row.example_id for row in self.of(RETAIN))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeVar, final
+from typing import Literal, TypeVar, final
 
 from sku.errors import DataError
 
@@ -57,8 +57,41 @@ class RetainExample:
 
 Example = ForgetExample | RetainExample
 E = TypeVar("E", ForgetExample, RetainExample)
+RetainTokens = Literal["answer", "all"]
+FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
+"""Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
+with a safe answer."""
 FEW_PROMPTS = 50
 """Of a split with fewer: with 50 prompts the 95 % interval of a share is still up to 27 points wide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """Which rows a method trains on."""
+
+    forget: bool = False
+    """The harmful pair."""
+    mismatched: int = 0
+    """K, answers of other prompts after each harmful prompt."""
+    mismatched_from: Literal["forget", "retain"] = "forget"
+    """Whose answers these are: harmful ones, or normal ones."""
+    retain: int = 0
+    """Normal pairs of each joint example."""
+    retain_refused: bool = False
+    """The normal prompts stand before their misplaced refusals, in place of their answers."""
+    retain_tokens: RetainTokens = "answer"
+    """Positions of the normal pair that count: those before the tokens of its answer, or those before all its
+    tokens."""
+    safe: Literal["none", "data", "data or refusal", "all"] = "none"
+    """A safe answer after the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
+    refusal`` takes one of ``data.joint.REFUSALS`` where it has none; ``all`` wants one for each, so that the examples
+    and their order are those of a method without safe answers."""
+    depth_share: float = 0.0
+    """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
+    depth_tokens: int = 0
+    """Most tokens of that beginning."""
+    framed_share: float = 0.0
+    """Share of the harmful and of the normal examples whose prompt stands in a framing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,22 +9,28 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
 
 from torch.utils.data import Dataset, Sampler
 
 from sku.config import EMBEDDED
-from sku.data.examples import Example, ForgetRetainData, RetainExample, group_of
+from sku.data.batches import JointExample
+from sku.data.examples import (
+    FORGET,
+    MISMATCHED,
+    RETAIN,
+    SAFE,
+    Example,
+    ForgetRetainData,
+    RetainExample,
+    RowPlan,
+    group_of,
+)
 from sku.data.prompts import framed
 from sku.data.tokens import Encoder, TokenizationReport, TokenizedExample, decoded
 from sku.errors import DataError
 
-RetainTokens = Literal["answer", "all"]
-FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
-"""Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
-with a safe answer."""
 FILLER = -1
 """Place that stands for no example: where one of several processes has none left at the end of an epoch."""
 REFUSALS = (
@@ -34,57 +40,6 @@ REFUSALS = (
     "I'm not able to help with this.",
 )
 """Safe answers for prompts that have none of their own, where a method asks for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowPlan:
-    """Which rows a method trains on."""
-
-    forget: bool = False
-    """The harmful pair."""
-    mismatched: int = 0
-    """K, answers of other prompts after each harmful prompt."""
-    mismatched_from: Literal["forget", "retain"] = "forget"
-    """Whose answers these are: harmful ones, or normal ones."""
-    retain: int = 0
-    """Normal pairs of each joint example."""
-    retain_refused: bool = False
-    """The normal prompts stand before their misplaced refusals, in place of their answers."""
-    retain_tokens: RetainTokens = "answer"
-    """Positions of the normal pair that count: those before the tokens of its answer, or those before all its
-    tokens."""
-    safe: Literal["none", "data", "data or refusal", "all"] = "none"
-    """A safe answer after the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
-    refusal`` takes one of ``REFUSALS`` where it has none; ``all`` wants one for each, so that the examples and their
-    order are those of a method without safe answers."""
-    depth_share: float = 0.0
-    """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
-    depth_tokens: int = 0
-    """Most tokens of that beginning."""
-    framed_share: float = 0.0
-    """Share of the harmful and of the normal examples whose prompt stands in a framing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JointExample:
-    """Token ids of one joint example."""
-
-    rows: tuple[tuple[int, TokenizedExample], ...]
-    """Kind and tokens of each row, in the order of a batch; the ``example_id`` of a normal pair is its place among
-    ``data.retain_train``."""
-    forget_index: int
-    """Harmful example among ``data.forget_train``."""
-    counts: bool = True
-    """Whether it is trained on; not if it only gives a process something to compute while others train."""
-
-    def of(self, kind: int) -> tuple[TokenizedExample, ...]:
-        """The rows of one kind; none of a module that is switched off."""
-        return tuple(row for own, row in self.rows if own == kind)
-
-    @property
-    def retain_rows(self) -> tuple[int, ...]:
-        """Place among ``data.retain_train`` of each normal pair, in the order of their rows."""
-        return tuple(row.example_id for row in self.of(RETAIN))
 
 
 def check_fits(data: ForgetRetainData, rows: RowPlan) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, has_answers, normalise_prompt
 from sku.data.prompts import PromptFormat, resolve_prompt_format
-from sku.data.sources.formats import load_xstest
+from sku.data.sources.read import load_xstest
 from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizedExample, locate_tokens
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import GenerationRequest, stop_token_ids

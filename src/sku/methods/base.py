@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import validated
-from sku.data.joint import RETAIN
+from sku.data.examples import RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example, token_kl
 from sku.training.objective import Objective, Term, TrainingStep

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config.check import Count, NotNegative, validated
-from sku.data.joint import MISMATCHED
+from sku.data.examples import MISMATCHED
 from sku.methods.base import Method, TermWeights, retain_term
 from sku.methods.gradient_ascent import ascent_term
 from sku.training.objective import Objective, Term, TrainingStep

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sku.acquire.objective import sku_objective
 from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, TwinShares, settings_from_dict
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset, RowPlan, check_fits
+from sku.data.examples import ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset, check_fits
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import Encoder, TokenizationReport
 from sku.errors import RecipeError, SkuError, did_you_mean

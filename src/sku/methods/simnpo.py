@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET
+from sku.data.examples import FORGET
 from sku.methods.base import Method, RetainKind, TermWeights, retain_term
 from sku.training.objective import Objective, Term
 

@@ -19,7 +19,7 @@ import yaml
 from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
 from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.prompt_sets import OwnPrompts
+from sku.data.load import OwnPrompts
 from sku.evaluate.asking import Writer, free_request
 from sku.evaluate.generation import GenerationRequest, about, probes_of
 from sku.evaluate.judges import Judge, choose_judge, is_embedded

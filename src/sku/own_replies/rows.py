@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sku.data.prompt_sets import PromptSource
+from sku.data.load import PromptSource
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import read_json_object

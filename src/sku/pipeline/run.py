@@ -11,7 +11,7 @@ from typing import Any
 
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.prompt_sets import wants_own_replies
+from sku.data.load import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
 from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license

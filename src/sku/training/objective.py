@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sku.data.joint import RowPlan
+from sku.data.examples import RowPlan
 from sku.losses import Scores, answer_nll, logits_of, mean_per_example, sum_per_example
 
 

@@ -19,7 +19,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from sku.data.joint import RETAIN, JointDataset, JointExample
+from sku.data.batches import JointExample
+from sku.data.examples import RETAIN
+from sku.data.joint import JointDataset
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError
 from sku.losses import Head, HeadScores

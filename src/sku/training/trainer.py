@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sku.config import ModelConfig, Packing, PromptFormatName
-from sku.data.batches import ROWS, JointCollator, Rows
+from sku.data.batches import ROWS, JointCollator, JointExample, Rows
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset, JointExample, WholeBatches
+from sku.data.joint import JointDataset, WholeBatches
 from sku.data.load import Source, load_training_pairs
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import Encoder

@@ -1,12 +1,25 @@
-"""From a source to examples: the known formats, and how ``format: auto`` tells them apart."""
+"""From a source to examples, or prompts alone: the known formats, and how ``format: auto`` tells them apart."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from sku.config import EMBEDDED, SourceConfig
-from sku.data.examples import E, Provenance, content_hash, count_safe_answers
+from sku.data.examples import (
+    E,
+    Example,
+    ForgetExample,
+    Provenance,
+    RetainExample,
+    content_hash,
+    count_safe_answers,
+    limited,
+    normalise_prompt,
+)
 from sku.data.sources import embedded
 from sku.data.sources.formats import FORMATS, XSTEST, XSTEST_COLUMNS, xstest_prompts
 from sku.data.sources.rows import (
@@ -313,3 +326,110 @@ def _unclear(role: str, columns: Columns, key: str) -> str:
         f"it is not clear which column holds the {role}: set it, as --set {key}.{role}_column=NAME. "
         f"Columns found: {columns}"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Prompts of one source, each once."""
+
+    prompts: tuple[RetainExample, ...]
+    """Without an answer."""
+    provenance: Provenance
+    """``sha256`` covers prompts and categories."""
+
+
+def lacks_answers(source: SourceConfig) -> bool:
+    """Whether a table has prompts and no column of answers.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    return asks_only(source, has_only_prompts)
+
+
+def asks_only(source: SourceConfig, looks_so: Callable[[Columns, SourceConfig], bool]) -> bool:
+    """Whether the columns of a table of no known format look as if it had prompts alone."""
+    if source.path == EMBEDDED or source.format not in ("auto", COLUMNS):
+        return False
+    found = Columns(read_table(source).columns)
+    return not is_known(found) and looks_so(found, source)
+
+
+def load_prompts(source: SourceConfig, kind: Kind, key: str, *, seed: int) -> PromptSet:
+    """Reads the prompts of one source.
+
+    Args:
+        source: File, folder, hub id or ``embedded``.
+        kind: Whether they are harmful (``forget``) or normal (``retain``).
+        key: Names the source in messages.
+        seed: Decides which prompts a ``limit`` keeps.
+
+    Returns:
+        Each normalised prompt once, in order.
+
+    Raises:
+        DataError: As ``load_own_prompts``.
+    """
+    examples: Sequence[Example]
+    if source.path == EMBEDDED and kind == "forget":
+        kept, provenance = limited(*read_examples(source, kind, ForgetExample), source.limit, seed)
+        unlearned, unseen = embedded.split_forget(kept, source.limit)
+        examples = (*unlearned, *unseen)
+    else:
+        found = read_examples(source, kind, RetainExample, key, only_prompts=True)
+        examples, provenance = limited(*found, source.limit, seed)
+    return prompt_set(examples, provenance)
+
+
+def prompt_set(prompts: Sequence[Example], provenance: Provenance) -> PromptSet:
+    """Prompts of some examples, whose answers are left off."""
+    plain = tuple(RetainExample(prompt=one.prompt, answer="", category=one.category) for one in prompts)
+    text = json.dumps([[one.prompt, one.category] for one in plain])
+    return PromptSet(
+        prompts=plain,
+        provenance=replace(provenance, sha256=hashlib.sha256(text.encode()).hexdigest()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class XSTest:
+    """Prompts of both kinds; their answers are empty, their category is XSTest's type."""
+
+    safe: tuple[RetainExample, ...]
+    unsafe: tuple[ForgetExample, ...]
+    left_out: int
+    """Prompts that were in the run's own data."""
+
+
+def load_xstest(path: str, used: Iterable[Example] = ()) -> XSTest:
+    """Reads the prompts, to evaluate with both kinds.
+
+    Args:
+        path: ``xstest_prompts.csv``, or the same columns in another format or on the hub.
+        used: Examples of the run; their prompts are left out here.
+
+    Returns:
+        Safe and unsafe prompts, in the order of the file.
+
+    Raises:
+        DataError: The file can't be read, lacks a column, or a row is neither safe nor unsafe.
+    """
+    table = read_table(SourceConfig(path=path))
+    missing = [name for name in XSTEST_COLUMNS if name not in table.columns]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}: evaluate.xstest must be xstest_prompts.csv")
+    taken = {normalise_prompt(example.prompt) for example in used}
+    safe: list[RetainExample] = []
+    unsafe: list[ForgetExample] = []
+    left_out = 0
+    for number, row in enumerate(table.rows, start=1):
+        prompt, kind, label = (str(row[name] or "").strip() for name in XSTEST_COLUMNS)
+        if not prompt or label not in ("safe", "unsafe"):
+            raise DataError(f"{path} row {number} has no prompt, or its label is {label!r}, neither safe nor unsafe")
+        if normalise_prompt(prompt) in taken:
+            left_out += 1
+        elif label == "safe":
+            safe.append(RetainExample(prompt=prompt, answer="", category=kind or None))
+        else:
+            unsafe.append(ForgetExample(prompt=prompt, answer="", category=kind or None))
+    return XSTest(safe=tuple(safe), unsafe=tuple(unsafe), left_out=left_out)
