@@ -20,7 +20,7 @@ from sku.data.tokens import Encoder, TokenizedExample
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
-from sku.training.steps import scores_of_kind
+from sku.training.forward import scores_of_kind
 from sku.training.trainer import UnlearningTrainer
 
 

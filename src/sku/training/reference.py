@@ -27,7 +27,7 @@ from sku.errors import RecipeError
 from sku.losses import Head, HeadScores
 from sku.models import changed_by_adapter
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.deferred_head import DeferredHead
+from sku.training.forward import DeferredHead
 from sku.training.layers import evaluation_mode, is_four_bit
 from sku.training.objective import ScoredRows
 
@@ -112,7 +112,7 @@ class ReferenceCache:
         """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
         if is_spread:
             return "the head's weight is spread over several processes"
-        if self._head.shape is None:
+        if self._head.head is None:
             return "the model's head can't be left out, or logits_budget_mb is empty"
         return ""
 

@@ -32,9 +32,9 @@ from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
 from sku.training.attention import choose_packing
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.deferred_head import DeferredHead
 from sku.training.finite import FiniteGuard
-from sku.training.layers import adapter_inputs_as_they_are, train_only
+from sku.training.forward import DeferredHead, run_rows, scores_of_kind
+from sku.training.layers import adapter_inputs_as_they_are, token_scale, train_only
 from sku.training.objective import Objective, ScoredRows, TrainingStep
 from sku.training.optimizer import stochastic_optimizer
 from sku.training.reference import (
@@ -45,7 +45,6 @@ from sku.training.reference import (
     original_weights,
     resolved_mode,
 )
-from sku.training.steps import run_rows, scores_of_kind, token_scale
 
 _LOG = logging.getLogger(__name__)
 
