@@ -122,7 +122,7 @@ class DeferredHead:
         """Whether the scores of so many positions are within the budget."""
         if self.budget_mb is None or self.head is None:
             return True
-        return 4 * rows * self._module.weight.shape[0] <= self.budget_mb * _MEGABYTE
+        return bool(4 * rows * self._module.weight.shape[0] <= self.budget_mb * _MEGABYTE)
 
     def run(self, call: Callable[[], Any], *, copy: PreTrainedModel | None = None, defer: bool = False) -> Any:
         """Calls a model and puts ``HeadScores`` in the place of its logits where these don't fit.
