@@ -15,8 +15,9 @@ from conftest import TrainerMaker
 from sku.config import Recipe, recipe_from_dict
 from sku.data.batches import ROWS
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.plan.estimate import job_of, memory_of
-from sku.plan.job import trace_step, weights_of
+from sku.plan.estimate import memory_of
+from sku.plan.job import job_of, weights_of
+from sku.plan.trace import trace_step
 from sku.training.layers import adapter_inputs_as_they_are
 
 EXAMPLES, ANSWERS = 4, 2

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from sku.cli.main import app
 from sku.config import load_recipe
 from sku.errors import ModelError, RecipeError
-from sku.plan.estimate import GIB, estimated, first_that_fits, job_of, suggestions
-from sku.plan.job import Job, StepTrace, trace_step, weights_of
+from sku.plan.estimate import GIB, estimated, first_that_fits, suggestions
+from sku.plan.job import Job, job_of, weights_of
+from sku.plan.trace import StepTrace, trace_step
 from sku.training import optimizer
 
 RECIPE = Path(__file__).with_name("llama-3.2-1b.yaml")
@@ -78,7 +79,7 @@ def test_work_is_six_times_weights_and_tokens(folder: Path) -> None:
 @pytest.mark.integration
 def test_more_layers_are_a_straight_line(folder: Path) -> None:
     """What is traced on two and four layers is what all layers take."""
-    from sku.plan import job as traced
+    from sku.plan import trace as traced
 
     made = job(folder, "acquire.training.activation_checkpointing=true")
     assert trace_step(made) == traced._joined(*traced._traced(made, 8))
@@ -151,7 +152,7 @@ def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> N
 def test_experts_are_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
 
-    from sku.plan import job as traced
+    from sku.plan import trace as traced
 
     def depends(*_: Any) -> Any:
         raise DataDependentOutputException(torch.ops.aten.item.default)

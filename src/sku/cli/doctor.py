@@ -300,7 +300,8 @@ def plan(
         raise RecipeError("--gpu-memory and --peak-tflops must be above 0, and --efficiency above 0 and at most 1")
 
     quiet_libraries()
-    from sku.plan.estimate import GIB, estimated, job_of, suggestions
+    from sku.plan.estimate import GIB, estimated, suggestions
+    from sku.plan.job import job_of
 
     job = job_of(settings, gpus=gpus, sharding=sharding, row_tokens=row_tokens, answer_tokens=answer_tokens)
     made = estimated(job, gpu_memory=gpu_memory * GIB, tflops=peak_tflops, efficiency=efficiency)

@@ -1,38 +1,28 @@
-"""The job that is planned, in numbers; its weights, counted on its model without any content; and one step of it.
-
-The step shows how much lies in memory at once and what is computed. The real model code and the real losses run
-(torch's ``FakeTensorMode``), so whatever the architecture keeps for its backward pass is counted and not guessed. Only
-the rows are made up: all as long as the longest.
-
-Shapes: R = rows, T = tokens of a row, N = kept positions, V = vocabulary.
-"""
+"""A recipe's job of stage 1 in numbers, and its weights, counted on its model without any content."""
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import dataclasses
+import json
 from dataclasses import dataclass
-from functools import partial
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sku.config import AcquireConfig, LoraSettings, Tuning
-from sku.errors import ModelError
-from sku.losses import answer_nll, token_kl
-from sku.models import plain_model, with_adapter, without_weights
+from sku.acquire.objective import sku_objective
+from sku.config import AcquireConfig, LoraSettings, ModelConfig, Recipe, Tuning
+from sku.errors import ModelError, RecipeError
+from sku.methods.run import prepare, with_safe_dtype
+from sku.models import load_config, plain_model, with_adapter, without_weights
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.layers import adapter_inputs_as_they_are, decoder_layers
+from sku.training.optimizer import check_optimizer
 from sku.training.run import adapter_settings
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
@@ -42,8 +32,6 @@ STATE_BYTES = {
     "lion_32bit": 4.0, "lion_8bit": 1.0, "rmsprop": 4.0, "adagrad": 4.0, "sgd": 0.0, "adafactor": 0.1,
 }  # fmt: skip
 """Optimizer of transformers -> bytes of state for each trained weight that is held in float32."""
-_FEW, _MORE = 2, 4
-"""Numbers of decoder layers that are traced; memory and work grow by the same amount with every further one."""
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of each weight: four, an eight-bit scale for 64 weights, and a float for 256 scales (double quantization)."""
 
@@ -227,208 +215,101 @@ def checkpoints_at_once(training: UnlearningConfig) -> int:
     return 0 if training.save_strategy == "no" else (training.save_total_limit or 0) + 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTrace:
-    """What one forward and backward pass takes, without weights, gradients and optimizer."""
+def job_of(
+    recipe: Recipe,
+    *,
+    gpus: int = 1,
+    sharding: Sharding = "ddp",
+    row_tokens: int | None = None,
+    answer_tokens: int | None = None,
+    on_cpu: bool = False,
+) -> Job:
+    """The job that a recipe describes; by default rows are as long as they may be.
 
-    activation_bytes: int
-    """Most that lies in memory at once besides weights and gradients."""
-    peak_bytes: int
-    """The same with those gradients of trained weights that exist at that moment."""
-    flops: int
-    """Of matrix products and attention; one multiply-add is two."""
-
-
-def trace_step(job: Job) -> StepTrace:
-    """Traces the step of a job.
-
-    Args:
-        job: What is trained on what.
-
-    Returns:
-        Memory of one process before anything is sharded, and its work.
+    ``sharding`` says what the processes, each with a GPU of its own, divide: nothing, or weights, gradients and
+    optimizer. With ``on_cpu`` weights have the type that ``auto`` means on a CPU.
 
     Raises:
-        ModelError: The architecture can't be run without content, as where experts are chosen by what a token says.
-        RecipeError: The adapter doesn't fit.
+        RecipeError: Another method, an unknown optimizer, or numbers that make no sense.
+        ModelError: The model's configuration can't be read.
     """
-    layers: int = job.config.get_text_config().num_hidden_layers
-    if layers <= _MORE:
-        return _joined(*_traced(job, layers))
-    (phases, flops), (more_phases, more_flops) = _traced(job, _FEW), _traced(job, _MORE)
-
-    def grown(few: int, more: int) -> int:
-        return few + (layers - _FEW) * (more - few) // (_MORE - _FEW)
-
-    return _joined(
-        [[grown(*ends) for ends in zip(*both, strict=True)] for both in zip(phases, more_phases, strict=True)],
-        grown(flops, more_flops),
+    if recipe.method != "sku":
+        raise RecipeError(f"sku plan knows stage 1 of sku, and the recipe's method is {recipe.method}")
+    row_tokens = recipe.data.max_length if row_tokens is None else row_tokens
+    answer_tokens = min(recipe.data.max_answer_tokens, row_tokens) if answer_tokens is None else answer_tokens
+    if gpus < 1 or not 1 <= answer_tokens <= row_tokens:
+        raise RecipeError(
+            f"{gpus} GPUs, rows of {row_tokens} tokens with {answer_tokens} of the answer can't be planned: all must "
+            "be 1 or more, and the answer is a part of its row"
+        )
+    training, optimizer = _training_and_optimizer(recipe, on_cpu=on_cpu)
+    objective = sku_objective(recipe.acquire)
+    config, shipped = _config_of(recipe.model)
+    model = with_safe_dtype(recipe)
+    if model.dtype == "auto":
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+    elif model.dtype == "stored":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    else:
+        dtype = getattr(torch, model.dtype)
+    return Job(
+        name=recipe.model.path,
+        config=config,
+        tuning=recipe.acquire.tuning,
+        lora=recipe.acquire.lora,
+        dtype=dtype,
+        autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+        checkpointing=bool(training.activation_checkpointing),
+        optimizer=optimizer,
+        examples=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        steps=training.max_steps * (2 if recipe.acquire.twin == "good" else 1) if training.max_steps > 0 else None,
+        forget=objective.rows.forget,
+        mismatched=objective.rows.mismatched,
+        retain=objective.rows.retain,
+        reference=training.reference,
+        row_tokens=row_tokens,
+        answer_tokens=answer_tokens,
+        checkpoints=checkpoints_at_once(training),
+        gpus=gpus,
+        sharding=sharding,
+        shipped_shape=shipped,
     )
 
 
-class AllocationCount(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on and still in use, and the work.
+def _config_of(model: ModelConfig) -> tuple[PreTrainedConfig, bool]:
+    """Of the model's own files; where they are out of reach, the shape that this package knows of the recipes' models.
 
-    ``FlopCounterMode`` beside it would hold recomputed activations in memory.
+    Returns:
+        The configuration, and whether it is the shipped shape.
     """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        self.live = 0
-        self.gradients = 0
-        self._known: dict[int, Any] = {}
-        self.phases = [[0, 0]]
-        """Peaks with the gradients of trained weights, and without: until the backward pass is in the middle of the
-        layers, and from there on. Within each the peak grows evenly with the number of layers; the larger of the two
-        need not."""
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Runs an operation and counts the memory of what it gives."""
-        made = func(*args, **(kwargs or {}))
-        self.flops += _flops(func, args, kwargs or {}, made)
-        self.count(leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
-        return made
-
-    def count(self, tensors: Iterable[Tensor]) -> None:
-        """Counts the memory of tensors that is not counted yet."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self._known:
-                self._known[key] = weakref.ref(storage, partial(self._forget, key, size))
-                self.live += size
-        peak = self.phases[-1]
-        peak[:] = max(peak[0], self.live), max(peak[1], self.live - self.gradients)
-
-    def _forget(self, key: int, size: int, _storage: object) -> None:
-        self._known.pop(key, None)
-        self.live -= size
-
-
-def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> int:
-    """Of one operation, as torch counts them; it knows attention on GPUs alone."""
-    aten = torch.ops.aten
-    operation = func._overloadpacket
-    if operation is aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
-    if operation is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
-    formula = flop_registry.get(operation)
-    return 0 if formula is None else int(formula(*args, **kwargs, out_val=made))
-
-
-def _joined(phases: list[list[int]], flops: int) -> StepTrace:
-    return StepTrace(
-        peak_bytes=max(phase[0] for phase in phases), activation_bytes=max(phase[1] for phase in phases), flops=flops
-    )
-
-
-def _traced(job: Job, layers: int) -> tuple[list[list[int]], int]:
-    """The phases of a pass, without weights, and its work."""
-    model = model_of(job, layers)
-    if job.checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        if isinstance(model, PeftModel):
-            model.enable_input_require_grads()
-    reference = model_of(job, layers) if job.copies_reference else None
-    model.train()
     try:
-        with FakeTensorMode():
-            for one in filter(None, (model, reference)):
-                _give_storage(one)
-            return _run(job, model, reference)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ModelError(
-            f"the memory of {job.name} can't be traced: what its layers compute depends on the data ({error}), as "
-            "where experts are chosen for each token"
-        ) from error
+        return load_config(model), False
+    except ModelError:
+        shapes = json.loads((resources.files("sku") / "plan" / "shapes.json").read_text(encoding="utf-8"))
+        shape = shapes.get(model.path)
+        if shape is None:
+            raise
+        return AutoConfig.for_model(**shape), True
 
 
-def _run(
-    job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None
-) -> tuple[list[list[int]], int]:
-    counter = AllocationCount()
-    for one in filter(None, (model, reference)):
-        counter.count([*one.parameters(), *one.buffers()])
-    weights = counter.live
-
-    def grown(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        counter.gradients += parameter.grad.nbytes
-
-    def passed(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].requires_grad:
-            args[0].register_hook(
-                lambda _gradient: counter.phases.append([0, 0]) if len(counter.phases) == 1 else None
-            )
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(grown)
-    layers = decoder_layers(plain_model(model))[1]
-    cast = nullcontext() if job.autocast is None else torch.autocast("cpu", job.autocast)
-    with counter, cast, adapter_inputs_as_they_are(model, autocast=job.autocast is not None):
-        handle = layers[len(layers) // 2].register_forward_pre_hook(passed)
-        loss = _loss(job, model, reference, handle)
-        loss.backward()
-    return [[peak - weights for peak in phase] for phase in counter.phases], counter.flops
-
-
-def _loss(
-    job: Job, model: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None, handle: Any
-) -> Tensor:
-    """The sum of stage 1's terms on rows of the greatest length, as the trainer computes them."""
-    logits_NV = _logits(job, model, job.rows)
-    handle.remove()  # Only the pass that is trained has a backward pass.
-    terms: list[Tensor] = []
-    start = 0
-    for kind, rows in (("forget", int(job.forget)), ("mismatched", job.mismatched), ("retain", job.retain)):
-        count = job.examples * rows * job.answer_tokens
-        if not count:
-            continue
-        part_NV = logits_NV[torch.arange(start, start + count)]
-        start += count
-        if kind != "retain":
-            terms.append(answer_nll(part_NV, torch.zeros(count, dtype=torch.long)).sum())
-            continue
-        if job.keeps_reference:
-            terms.append(token_kl(part_NV.detach().clone(), part_NV).sum())
-            continue
-        adapter_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-        with torch.no_grad(), adapter_off:
-            said_NV = _logits(job, model if reference is None else reference, job.examples * rows)
-            said_NV = said_NV[torch.arange(count)]
-        terms.append(token_kl(said_NV, part_NV).sum())
-    return torch.stack(terms).sum()
-
-
-def _logits(job: Job, model: PreTrainedModel | PeftModel, rows: int) -> Tensor:
-    length = job.row_tokens
-    outputs = model(
-        input_ids=torch.zeros(rows, length, dtype=torch.long),
-        # What transformers makes of the padding mask, which would have to be looked at.
-        attention_mask=torch.ones(rows, 1, length, length, dtype=torch.bool),
-        position_ids=torch.arange(length).expand(rows, length),
-        logits_to_keep=job.answer_tokens,
-        use_cache=False,
-    )
-    logits: Tensor = outputs.logits
-    return logits.flatten(0, 1)
-
-
-def _give_storage(model: nn.Module) -> None:
-    """Puts tensors that have a device, but still no content, in the place of those on ``meta``; tied ones once."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[UnlearningConfig, str]:
+    """The trainer's settings, made as on a CPU: the GPU that is planned for may be another machine's."""
+    settings = dict(recipe.acquire.training)
+    optim = str(settings.get("optim"))
+    paged = optim.startswith("paged_") and not on_cpu
+    if paged:  # Refused without a GPU.
+        del settings["optim"]
+    if settings.get("bf16") == "auto" and not on_cpu:
+        settings["bf16"] = True
+    acquire = dataclasses.replace(recipe.acquire, training=settings)
+    training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
+    if paged:
+        check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)
+    else:
+        optim = str(getattr(training.optim, "value", training.optim))
+    if optim not in STATE_BYTES:
+        raise RecipeError(
+            f"the memory of acquire.training.optim={optim} is not known here; known: {', '.join(sorted(STATE_BYTES))}"
+        )
+    return training, optim
