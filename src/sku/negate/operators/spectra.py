@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sku.data.batches import PaddedRows
 from sku.data.tokens import TokenizedExample
 from sku.errors import TaskVectorError
 from sku.models import embedding_weight
 from sku.negate.matching import unique_weights
 from sku.negate.operators.base import OperatorContext, RowMap, linear_weights
 from sku.negate.operators.texts import (
-    Batch,
     InputSettings,
     Part,
     SharedTokens,
@@ -170,7 +170,7 @@ def input_spectra(context: OperatorContext, text: Text, settings: InputSettings,
     return spectra
 
 
-def input_groups(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
+def input_groups(model: PreTrainedModel, batch: PaddedRows) -> dict[str, str]:
     """Which linear layers read the same tensor, found by calling the model once.
 
     Args:
@@ -185,7 +185,7 @@ def input_groups(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
     groups: dict[str, str] = {}
 
     def look(name: str, inputs_I: Tensor) -> None:
-        if inputs_I.numel() // inputs_I.shape[-1] == batch.mask_BT.numel():
+        if inputs_I.numel() // inputs_I.shape[-1] == batch.attention_mask.numel():
             held.append(inputs_I)
             groups.setdefault(name, first.setdefault(id(inputs_I), name))
 
@@ -252,7 +252,7 @@ def _hooked(layers: Mapping[str, nn.Module], look: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _run(model: PreTrainedModel, batch: Batch) -> None:
+def _run(model: PreTrainedModel, batch: PaddedRows) -> None:
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding_weight(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -261,7 +261,7 @@ def _run(model: PreTrainedModel, batch: Batch) -> None:
         with torch.no_grad():
             # An output head of its own is a linear layer as well: it must see all positions.
             keep = 1 if tied else 0
-            model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, logits_to_keep=keep, use_cache=False)
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep, use_cache=False)
     finally:
         for module, training in modes:
             module.training = training
