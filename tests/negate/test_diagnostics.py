@@ -25,7 +25,7 @@ from sku.negate.diagnostics import (
     normal_share,
 )
 from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.spectra import InputSpectra, Spectrum, input_spectra
+from sku.negate.operators.by_inputs import InputSpectra, Spectrum, input_spectra
 from sku.negate.operators.texts import InputSettings, mean_gradient
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector

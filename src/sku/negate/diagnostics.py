@@ -37,7 +37,7 @@ from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import LowRank
 from sku.negate.matching import ModelSource, check_same_names, check_same_shape, match_models, unique_weights
 from sku.negate.operators.base import OperatorContext, group_of, linear_weights, turned_weights
-from sku.negate.operators.spectra import InputSpectra, input_spectra
+from sku.negate.operators.by_inputs import InputSpectra, input_spectra
 from sku.negate.operators.texts import InputSettings, drawn, mean_gradient
 from sku.negate.task_vector import TaskVector
 from sku.quantization import FORMATS, Rounding, rounded_layers

@@ -1,19 +1,335 @@
-"""Operators that look at what goes into each layer: null-space projection, contrast of harmful and normal inputs."""
+"""What goes into each linear layer on given text, and the operators that look at it: null-space projection, contrast.
+
+Measured are the eigenvectors of ``X^T X``, streamed batch by batch.
+
+Which positions count, ``texts.py`` says. Embeddings, norms, biases and a tied output head read no input that a
+covariance describes: operators that look at inputs drop their change unless told otherwise, since it reaches normal
+text undamped. LoRA on linear layers has none of them.
+
+Layers that read the same tensor (query, key and value; gate and up) share one matrix. Products are taken in float32
+and summed in float64; what is kept, in memory and on disk alike, is float32, so that a cached spectrum equals a fresh
+one bit for bit.
+
+Shapes: R = token positions, I = inputs of a layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sku.config.check import Count, NotNegative, Positive, Share, validated
-from sku.errors import RecipeError
-from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap
-from sku.negate.operators.spectra import Spectrum, input_spectra, matrix_map, split_by_inputs
-from sku.negate.operators.texts import InputSettings
+from sku.data.batches import PaddedRows
+from sku.data.tokens import TokenizedExample
+from sku.errors import RecipeError, TaskVectorError
+from sku.models import embedding_weight
+from sku.negate.matching import unique_weights
+from sku.negate.operators.base import Operated, Operator, OperatorContext, RowMap, linear_weights
+from sku.negate.operators.texts import (
+    InputSettings,
+    Part,
+    SharedTokens,
+    batch_of,
+    batches,
+    counted_positions,
+    device_of,
+    drawn,
+    shared_tokens,
+)
 from sku.negate.task_vector import TaskVector
+from sku.storage import new_folder
+
+Text = Literal["normal", "harmful"]
+_FILE = "spectra.safetensors"
+_FORMAT = "sku-input-spectra-2"
+"""Raised whenever the same text could give another spectrum, so that older files are not taken for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Of the inputs of one layer."""
+
+    energies_I: Tensor
+    """Eigenvalues of the mean of ``x x^T`` over positions, from the largest; exact zeros beyond the numerical rank."""
+    directions_II: Tensor
+    """Eigenvectors in columns, in that order."""
+
+    def rank(self, energy: float) -> int:
+        """The smallest number of directions that hold a share of the trace.
+
+        Args:
+            energy: 0 to 1; 1 takes all that any input reaches.
+
+        Returns:
+            0 for a layer without input.
+        """
+        totals_I = self.energies_I.double().cumsum(0)
+        nonzero = int((self.energies_I > 0).sum())
+        if not nonzero:
+            return 0
+        reached = int((totals_I < energy * totals_I[-1]).sum()) + 1
+        return nonzero if energy >= 1 else min(reached, nonzero)
+
+    def top(self, rank: int) -> Tensor:
+        """``[I, rank]``, the directions of the largest energies."""
+        return self.directions_II[:, :rank].contiguous()
+
+    def matrix(self) -> Tensor:
+        """``[I, I]`` float64, the mean of ``x x^T``."""
+        directions = self.directions_II.double()
+        return (directions * self.energies_I.double()) @ directions.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpectra:
+    """Of all linear layers of a model."""
+
+    of_group: Mapping[str, Spectrum]
+    """First weight of each group of layers that read the same tensor -> its spectrum."""
+    group_of: Mapping[str, str]
+    """Weight name -> first weight of its group. Layers whose rows are not the text's positions (experts, which see
+    some of them) or that are never called are not in it."""
+    positions: int
+    """Token positions that were counted, of all examples together."""
+
+    def of(self, weight: str) -> Spectrum | None:
+        """The spectrum of a weight's inputs; None where there is none."""
+        group = self.group_of.get(weight)
+        return None if group is None else self.of_group[group]
+
+
+def matrix_map(matrix_II: Tensor) -> RowMap:
+    """``row M``, computed in float32."""
+    matrix_II = matrix_II.float()
+    return lambda rows_RI: rows_RI @ matrix_II
+
+
+def split_by_inputs(
+    vector: TaskVector, spectra: InputSpectra, settings: InputSettings
+) -> tuple[dict[str, Spectrum], dict[str, RowMap], dict[str, Any]]:
+    """The vector's weights whose inputs are known, and what becomes of the others.
+
+    Args:
+        vector: The task vector.
+        spectra: Of the inputs.
+        settings: Says what becomes of the others.
+
+    Returns:
+        Weight name -> spectrum; the maps of the other weights; the account of both.
+    """
+    known = {name: spectrum for name in vector.deltas if (spectrum := spectra.of(name)) is not None}
+    others = [name for name in vector.deltas if name not in known]
+    dropped = settings.other_weights == "drop" and bool(others)
+    account = {
+        "layers": len(known),
+        "other_weights": len(others),
+        "other_weights_are": "dropped" if dropped else "kept",
+        "positions": spectra.positions,
+    }
+    return known, dict.fromkeys(others, torch.zeros_like) if dropped else {}, account
+
+
+def input_spectra(context: OperatorContext, text: Text, settings: InputSettings, part: Part = "own") -> InputSpectra:
+    """Measures, or finds again, what goes into the linear layers.
+
+    Args:
+        context: Model, texts, cache.
+        text: Which examples.
+        settings: Which positions, and how inputs count.
+        part: Which of these positions: the text's own, or those of ``shared_tokens``. Of those that decide all are the
+            text's own, and what prompts begin with is shared.
+
+    Returns:
+        The spectra.
+
+    Raises:
+        TaskVectorError: An input is not finite, or a cached file is damaged.
+        OutputError: The cache can't be written.
+    """
+    chosen = drawn(getattr(context, text), settings.examples, context.seed)
+    shared = shared_tokens([*context.harmful, *context.normal])
+    key = _key(context, chosen, settings, shared, part)
+    if key not in context.memory:
+        folder = None if context.cache is None else context.cache / f"spectra-{key[:32]}"
+        if folder is not None and folder.exists():
+            context.memory[key] = _load(folder)
+        else:
+            context.memory[key] = _measure(context, chosen, settings, shared, part)
+            if folder is not None:
+                _save(context.memory[key], folder)
+    spectra = context.memory[key]
+    assert isinstance(spectra, InputSpectra)
+    return spectra
+
+
+def input_groups(model: PreTrainedModel, batch: PaddedRows) -> dict[str, str]:
+    """Which linear layers read the same tensor, found by calling the model once.
+
+    Args:
+        model: In evaluation mode.
+        batch: Any text.
+
+    Returns:
+        Weight name -> first weight of its group, for layers that see one row a position.
+    """
+    first: dict[int, str] = {}
+    held: list[Tensor] = []  # While a tensor lives, no other has its identity.
+    groups: dict[str, str] = {}
+
+    def look(name: str, inputs_I: Tensor) -> None:
+        if inputs_I.numel() // inputs_I.shape[-1] == batch.attention_mask.numel():
+            held.append(inputs_I)
+            groups.setdefault(name, first.setdefault(id(inputs_I), name))
+
+    with _hooked(linear_weights(model), look):
+        _run(model, batch)
+    return groups
+
+
+def _measure(
+    context: OperatorContext,
+    examples: Sequence[TokenizedExample],
+    settings: InputSettings,
+    shared: SharedTokens,
+    part: Part,
+) -> InputSpectra:
+    model, device = context.base, device_of(context.base)
+    # Two rows, so that a layer that sees some rows only is told from one that sees all.
+    groups = input_groups(model, batch_of((*examples[:1], *examples[:1]), device))
+    layers = linear_weights(model)
+    leaders = {name: layers[name] for name in dict.fromkeys(groups.values())}
+    sums: dict[str, Tensor] = {}
+    counted = 0
+    kept: Tensor
+
+    def add(name: str, inputs: Tensor) -> None:
+        rows_RI = inputs.reshape(-1, inputs.shape[-1])[kept].float()
+        if settings.unit:
+            rows_RI = rows_RI / torch.linalg.vector_norm(rows_RI, dim=1, keepdim=True).clamp_min(1e-30)
+        product_II = rows_RI.T @ rows_RI
+        # Apple's GPUs have no float64.
+        total = product_II.double() if product_II.device.type != "mps" else product_II.cpu().double()
+        sums[name] = total if name not in sums else sums[name].add_(total)
+
+    with _hooked(leaders, add):
+        for batch in batches(examples, context.batch_size, device):
+            kept = counted_positions(batch, settings, shared, part).reshape(-1)
+            counted += int(kept.sum())
+            _run(model, batch)
+    spectra = {name: _spectrum(name, sums.pop(name) / max(counted, 1)) for name in leaders}
+    return InputSpectra(of_group=spectra, group_of=groups, positions=counted)
+
+
+def _spectrum(name: str, mean_II: Tensor) -> Spectrum:
+    if not torch.isfinite(mean_II).all():
+        raise TaskVectorError(f"the inputs of {name} hold NaN or infinity on the data: load the model in float32")
+    energies_I, directions_II = torch.linalg.eigh(mean_II)
+    energies_I, directions_II = energies_I.cpu().flip(0), directions_II.cpu().flip(1)
+    # What float32 products leave beyond the true rank is noise.
+    smallest = energies_I[0] * len(energies_I) * torch.finfo(torch.float32).eps
+    energies_I = torch.where(energies_I > smallest, energies_I, torch.zeros_like(energies_I))
+    return Spectrum(energies_I=energies_I.float(), directions_II=directions_II.float().contiguous())
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, nn.Module], look: Any) -> Iterator[None]:
+    def before(name: str) -> Any:
+        return lambda _module, inputs: look(name, inputs[0])
+
+    handles = [module.register_forward_pre_hook(before(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(model: PreTrainedModel, batch: PaddedRows) -> None:
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding_weight(model)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            # An output head of its own is a linear layer as well: it must see all positions.
+            keep = 1 if tied else 0
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep, use_cache=False)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of the names, types and bits of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in unique_weights(model)[0].items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _key(
+    context: OperatorContext,
+    examples: Sequence[TokenizedExample],
+    settings: InputSettings,
+    shared: SharedTokens,
+    part: Part,
+) -> str:
+    if "weights" not in context.memory:
+        context.memory["weights"] = weights_sha256(context.base)
+    tokens = [[example.input_ids, example.labels] for example in examples]
+    asked: Any = settings.positions
+    if asked == "decision":
+        asked = {"prompt_tokens": settings.prompt_tokens, "answer_tokens": settings.answer_tokens}
+    # Sums in another order differ in their last bits, so the size of a batch counts.
+    content = [
+        _FORMAT, context.memory["weights"], tokens, asked, settings.unit, context.batch_size, shared.first,
+        shared.last, part,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _save(spectra: InputSpectra, folder: Path) -> None:
+    tensors = {}
+    for name, spectrum in spectra.of_group.items():
+        tensors[f"energies/{name}"] = spectrum.energies_I
+        tensors[f"directions/{name}"] = spectrum.directions_II
+    about = {
+        "format": _FORMAT, "group_of": json.dumps(dict(spectra.group_of)), "positions": str(spectra.positions),
+    }  # fmt: skip
+    with new_folder(folder, private=True, overwrite=True) as temporary:
+        save_file(tensors, temporary / _FILE, about)
+
+
+def _load(folder: Path) -> InputSpectra:
+    path = folder / _FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        group_of = json.loads(about["group_of"])
+        return InputSpectra(
+            of_group={
+                name: Spectrum(energies_I=tensors[f"energies/{name}"], directions_II=tensors[f"directions/{name}"])
+                for name in dict.fromkeys(group_of.values())
+            },
+            group_of=group_of,
+            positions=int(about["positions"]),
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise TaskVectorError(f"{path} is damaged ({error}): remove {folder}") from error
 
 
 @validated
@@ -131,7 +447,7 @@ class ContrastSettings(InputSettings):
     noise). The filter is no contraction: it can turn a direction into a longer one, so that the norm of the vector may
     rise (``norm_before`` and ``norm_after`` in the record), and one alpha means another step with it than without.
 
-    What all prompts share (system prompt, first position) is in neither matrix (``spectra.py``): it would be the
+    What all prompts share (system prompt, first position) is in neither matrix (``input_spectra``): it would be the
     largest part of both, and the filter would weigh it against itself. As H doesn't hold it, D' answers it with almost
     nothing.
 
