@@ -23,8 +23,7 @@ import transformers
 from machine import processor_name
 
 from sku.config import ModelConfig
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate.batching import Progress, evaluation_mode
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.records import GenerationRecord

@@ -21,8 +21,7 @@ import json
 from pathlib import Path
 
 from sku.config import ModelConfig
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
 from sku.evaluate.records import record_id
 from sku.models import load_model

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sku.config import ModelConfig
-from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import resolve_prompt_format
 from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.gate import is_word_salad, surface_faults
 from sku.evaluate.metrics import Rate, rate

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, ForgetRetainData, RetainExample, RowPlan
 from sku.data.joint import JointDataset, MismatchedAnswers
-from sku.data.prompts import PaperFormat
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
 
 

@@ -20,8 +20,7 @@ from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceCo
 from sku.data.examples import RETAIN, SAFE, ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
-from sku.data.prompts import PaperFormat
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError, NoAlphaError, RecipeError
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter

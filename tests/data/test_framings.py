@@ -20,10 +20,9 @@ from sku.data.examples import (
     RowPlan,
     group_of,
 )
-from sku.data.joint import JointDataset
+from sku.data.joint import PLACE, JointDataset, framed, framings, parse_templates
 from sku.data.load import load_forget_retain
-from sku.data.prompts import PLACE, PaperFormat, framed, framings, parse_templates
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
 
 EXAMPLES = [

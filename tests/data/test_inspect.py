@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.inspect import DataDescription, describe_data, hidden_text
-from sku.data.prompts import PaperFormat
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, PaperFormat
 
 from .conftest import BUILDERS, tokenizer_of
 

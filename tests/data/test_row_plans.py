@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from sku.data.batches import ROWS, JointCollator
 from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, ForgetExample, ForgetRetainData, RowPlan
 from sku.data.joint import REFUSALS, JointDataset
-from sku.data.prompts import PaperFormat
-from sku.data.tokens import Encoder, TokenizedExample
+from sku.data.tokens import Encoder, PaperFormat, TokenizedExample
 from sku.errors import DataError
 
 

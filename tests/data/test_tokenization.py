@@ -6,8 +6,15 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import ForgetExample, RetainExample
-from sku.data.prompts import PaperFormat, PromptFormat, RenderedText, resolve_prompt_format
-from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizedExample
+from sku.data.tokens import (
+    IGNORE_INDEX,
+    Encoder,
+    PaperFormat,
+    PromptFormat,
+    RenderedText,
+    TokenizedExample,
+    resolve_prompt_format,
+)
 from sku.errors import DataError
 
 from .conftest import BUILDERS, CHATML_WITH_DEFAULT_SYSTEM, TEMPLATES, byte_level, tokenizer_of, with_template

@@ -24,8 +24,7 @@ from transformers import (
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.load import load_forget_retain
-from sku.data.prompts import PaperFormat
-from sku.data.tokens import IGNORE_INDEX
+from sku.data.tokens import IGNORE_INDEX, PaperFormat
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
 from sku.evaluate.asking import Writer

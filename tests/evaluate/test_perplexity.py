@@ -14,8 +14,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.config import ModelConfig, PromptFormatName
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import IGNORE_INDEX, TokenizedExample
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample, resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
 from sku.evaluate.asking import Writer, window_of

@@ -15,8 +15,7 @@ from methods.conftest import MethodTrainerMaker, small_settings
 from sku.data.batches import ROWS, JointCollator, SourceRow
 from sku.data.examples import FORGET, SAFE, ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import Encoder, TokenizedExample
+from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod

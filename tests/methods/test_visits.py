@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset
-from sku.data.prompts import PaperFormat
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, PaperFormat
 from sku.methods.run import common_visits, visited_examples, visited_places, with_visited
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer

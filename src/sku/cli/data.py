@@ -146,8 +146,7 @@ def inspect(
     quiet_libraries()
     from sku.data.inspect import describe_data
     from sku.data.load import load_data
-    from sku.data.prompts import resolve_prompt_format
-    from sku.data.tokens import Encoder
+    from sku.data.tokens import Encoder, resolve_prompt_format
     from sku.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)

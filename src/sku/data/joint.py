@@ -2,6 +2,11 @@
 
 One joint example of SKU is a harmful pair, K harmful answers of other prompts put after the same prompt, and a normal
 pair. Other methods take other rows; all take them from here, so that they see the same prompts in the same order.
+
+A share of the prompts may stand in a framing: a story, a role, an exam, a claim of permission around the same request.
+A model that learns to refuse bare requests alone answers them inside a story. These framings (``framings.txt``) are
+our own, other than those of the attack that measures it (``sku/attacks/templates.txt``), though some are of the same
+kind. Harmful and normal prompts get them alike, so that none of them is a sign of harm.
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import resources
 
 from torch.utils.data import Dataset, Sampler
 
@@ -21,16 +27,18 @@ from sku.data.examples import (
     MISMATCHED,
     RETAIN,
     SAFE,
+    E,
     Example,
     ForgetRetainData,
     RetainExample,
     RowPlan,
     group_of,
 )
-from sku.data.prompts import framed
 from sku.data.tokens import Encoder, TokenizationReport, TokenizedExample, decoded
-from sku.errors import DataError
+from sku.errors import DataError, EvaluationError
 
+PLACE = "{prompt}"
+"""Where the request stands, in a framing and in a template of the attack."""
 FILLER = -1
 """Place that stands for no example: where one of several processes has none left at the end of an epoch."""
 REFUSALS = (
@@ -325,3 +333,62 @@ class WholeBatches(Sampler[int]):
         """Places, then fillers."""
         yield from range(self._size)
         yield from (FILLER for _ in range(len(self) - self._size))
+
+
+@cache
+def framings() -> tuple[str, ...]:
+    """All of them, each with ``{prompt}`` in it."""
+    text = (resources.files("sku.data") / "framings.txt").read_text(encoding="utf-8")
+    return tuple(parse_templates(text, "framings.txt"))
+
+
+def parse_templates(text: str, where: str) -> list[str]:
+    """One template a line; empty lines don't count.
+
+    Args:
+        text: Of the file.
+        where: Its name, for messages.
+
+    Returns:
+        The templates, their line breaks put in.
+
+    Raises:
+        EvaluationError: There is none, one is there twice, or a line does not hold ``{prompt}`` just once.
+    """
+    templates: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        if line.count(PLACE) != 1:
+            raise EvaluationError(
+                f"{where} line {number} holds {PLACE} {line.count(PLACE)} times; each template must hold it once, "
+                "where the request goes"
+            )
+        template = line.strip().replace(r"\n", "\n")
+        if template in templates:
+            raise EvaluationError(f"{where} line {number} repeats template {templates.index(template) + 1}: remove it")
+        templates.append(template)
+    if not templates:
+        raise EvaluationError(f"{where} holds no template: write one a line, with {PLACE} in it")
+    return templates
+
+
+def framed(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:
+    """Puts a share of the examples in a framing; answers stay, and relatives stay relatives.
+
+    Args:
+        examples: Of one split.
+        share: From 0 for none to 1 for all.
+        seed: Decides which, and the framing of each.
+
+    Returns:
+        The examples in the same order.
+    """
+    found = []
+    for place, example in enumerate(examples):
+        draw = random.Random(f"{seed}/framing/{place}")
+        if draw.random() < share:
+            prompt = draw.choice(framings()).replace(PLACE, example.prompt)
+            example = replace(example, prompt=prompt, group=group_of(example))
+        found.append(example)
+    return tuple(found)

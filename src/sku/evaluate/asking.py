@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, has_answers, normalise_prompt
-from sku.data.prompts import PromptFormat, resolve_prompt_format
 from sku.data.sources.read import load_xstest
-from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizedExample, locate_tokens
+from sku.data.tokens import IGNORE_INDEX, Encoder, PromptFormat, TokenizedExample, locate_tokens, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import GenerationRequest, stop_token_ids
 from sku.evaluate.judges import is_embedded

@@ -22,8 +22,7 @@ from sku.acquire.objective import sku_objective
 from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, TwinShares, settings_from_dict
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset, check_fits
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import Encoder, TokenizationReport
+from sku.data.tokens import Encoder, TokenizationReport, resolve_prompt_format
 from sku.errors import RecipeError, SkuError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod

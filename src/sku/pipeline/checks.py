@@ -16,8 +16,7 @@ from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks

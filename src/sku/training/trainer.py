@@ -25,8 +25,7 @@ from sku.data.batches import ROWS, JointCollator, JointExample, Rows
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, WholeBatches
 from sku.data.load import Source, load_training_pairs
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import Encoder
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model

@@ -21,8 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sku.config import DataConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import Encoder, TokenizedExample
+from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import RecipeError
 from sku.negate.task_vector import TaskVector
 
