@@ -30,8 +30,7 @@ from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
 from sku.data.examples import FORGET, MISMATCHED, ForgetExample, ForgetRetainData, RetainExample, RowPlan
 from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
-from sku.data.sources.formats import TRUTHFULQA
-from sku.data.sources.rows import Cells, Columns, parse_rows
+from sku.data.sources.rows import TRUTHFULQA, Cells, Columns, parse_rows
 from sku.data.sources.tables import read_table
 from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
 from sku.errors import TaskVectorError

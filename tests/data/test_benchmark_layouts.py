@@ -12,8 +12,8 @@ from datasets import Dataset
 from sku.config import SourceConfig
 from sku.data.examples import ForgetExample, RetainExample
 from sku.data.load import load_forget_retain
-from sku.data.sources.formats import OPENING, PIECE, TOO_SHORT
 from sku.data.sources.read import load_prompts, read_examples
+from sku.data.sources.rows import OPENING, PIECE, TOO_SHORT
 from sku.errors import DataError
 
 LAYOUTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {

@@ -8,8 +8,8 @@ import pytest
 from sku.config import SourceConfig
 from sku.data.examples import ForgetExample, RetainExample
 from sku.data.sources import read
-from sku.data.sources.formats import FORMATS
 from sku.data.sources.rows import (
+    FORMATS,
     Cells,
     Columns,
     Format,

@@ -21,10 +21,12 @@ from sku.data.examples import (
     normalise_prompt,
 )
 from sku.data.sources import embedded
-from sku.data.sources.formats import FORMATS, XSTEST, XSTEST_COLUMNS, xstest_prompts
 from sku.data.sources.rows import (
+    FORMATS,
     SAFE,
     UNMARKED,
+    XSTEST,
+    XSTEST_COLUMNS,
     Cells,
     Columns,
     Kind,
@@ -34,6 +36,7 @@ from sku.data.sources.rows import (
     RowParser,
     category_text,
     parse_rows,
+    xstest_prompts,
 )
 from sku.data.sources.tables import read_table
 from sku.errors import DataError
