@@ -9,7 +9,7 @@ from torch import Tensor
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss, targeted_divergence_loss
 from sku.acquire.random_disassociation import random_disassociation_loss
-from sku.config import ModulesConfig, Twin, WeightsConfig
+from sku.config.stages import ModulesConfig, Twin, WeightsConfig
 from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE
 from sku.errors import RecipeError
 from sku.losses import mean_per_example

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sku.config import PreservationMode
+from sku.config.stages import PreservationMode
 from sku.losses import Scores, answer_nll, mean_per_example, token_kl
 
 DEFAULT_CAP = 1.0

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sku.config import Packing
+from sku.config.stages import Packing
 from sku.data.examples import RETAIN, RetainTokens
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample, shared_length
 from sku.errors import DataError

@@ -20,7 +20,7 @@ from importlib import resources
 
 from torch.utils.data import Dataset, Sampler
 
-from sku.config import EMBEDDED
+from sku.config.data import EMBEDDED
 from sku.data.batches import JointExample
 from sku.data.examples import (
     FORGET,

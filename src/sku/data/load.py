@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from sku.config import EMBEDDED, DataConfig, SourceConfig
+from sku.config.data import EMBEDDED, DataConfig, SourceConfig
 from sku.data.examples import (
     E,
     Example,

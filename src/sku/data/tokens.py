@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from sku.config import DataConfig, PromptFormatName
+from sku.config.data import DataConfig, PromptFormatName
 from sku.data.examples import Example, is_valid_unicode
 from sku.errors import DataError, ModelError, one_line
 

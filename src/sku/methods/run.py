@@ -19,7 +19,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from sku.acquire.objective import sku_objective
-from sku.config import AcquireConfig, MethodConfig, ModelConfig, Recipe, Twin, TwinShares, settings_from_dict
+from sku.config.data import ModelConfig
+from sku.config.evaluate import MethodConfig
+from sku.config.recipe import Recipe, settings_from_dict
+from sku.config.stages import AcquireConfig, Twin, TwinShares
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset, check_fits
 from sku.data.tokens import Encoder, TokenizationReport, resolve_prompt_format

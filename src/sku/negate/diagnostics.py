@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sku.config import Precision
+from sku.config.evaluate import Precision
 from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import LowRank
 from sku.negate.matching import ModelSource, check_same_names, check_same_shape, match_models, unique_weights

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import ModelConfig
+from sku.config.data import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
 from sku.negate.adapters import load_adapter

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sku.config import Recipe
+from sku.config.recipe import Recipe
 from sku.errors import SkuError, one_line
 from sku.models import pick_device
 from sku.plan import MemoryFit

@@ -17,7 +17,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.acquire.objective import sku_objective
-from sku.config import AcquireConfig, LoraSettings, ModelConfig, Recipe, Tuning
+from sku.config.data import ModelConfig
+from sku.config.recipe import Recipe
+from sku.config.stages import AcquireConfig, LoraSettings, Tuning
 from sku.errors import ModelError, RecipeError
 from sku.methods.run import prepare, with_safe_dtype
 from sku.models import load_config, plain_model, with_adapter, without_weights

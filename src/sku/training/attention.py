@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sku.config import Packing
+from sku.config.stages import Packing
 from sku.data.batches import AttentionPaths, Segment, plan_paths
 from sku.errors import ModelError, SkuError, one_line
 from sku.models import embedding_weight, plain_model

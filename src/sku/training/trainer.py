@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from sku.config import ModelConfig, Packing, PromptFormatName
+from sku.config.data import ModelConfig, PromptFormatName
+from sku.config.stages import Packing
 from sku.data.batches import ROWS, JointCollator, JointExample, Rows
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset, WholeBatches

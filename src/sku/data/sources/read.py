@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sku.config import EMBEDDED, SourceConfig
+from sku.config.data import EMBEDDED, SourceConfig
 from sku.data.examples import (
     E,
     Example,

@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sku.config import EMBEDDED, SourceConfig
+from sku.config.data import EMBEDDED, SourceConfig
 from sku.data.sources.rows import Columns, Row
 from sku.errors import DataError, did_you_mean
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sku.config import settings_from_dict
+from sku.config.recipe import settings_from_dict
 from sku.errors import RecipeError, TaskVectorError, did_you_mean
 from sku.from_file import SUFFIX, defined_in_file
 from sku.negate.operators.base import AnyOperator, Need, Operator, OperatorContext, RowMap, map_rows

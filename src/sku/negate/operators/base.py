@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sku.config import DataConfig, PromptFormatName
+from sku.config.data import DataConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import RecipeError
