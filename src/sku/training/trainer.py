@@ -267,10 +267,6 @@ class UnlearningTrainer(Trainer):
             self._logged_terms, self._logged_examples = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def _rows(self, inputs: dict[str, Any]) -> Rows:
-        rows: Rows = inputs[ROWS].to(self.args.device, non_blocking=True)
-        return rows
-
     def _forward(self, model: nn.Module, rows: Rows, *, without_head: bool = False) -> Any:
         plain, hidden_states = self.accelerator.unwrap_model(model), bool(self.objective.hidden_layers)
         return self._head.run(
@@ -281,7 +277,7 @@ class UnlearningTrainer(Trainer):
 
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
-        batch = self._rows(inputs)
+        batch: Rows = inputs[ROWS].to(self.args.device, non_blocking=True)
         self._set_scale(batch.is_retain[..., None])
         outputs = self._forward(model, batch)
 
@@ -344,7 +340,7 @@ class UnlearningTrainer(Trainer):
         precision = self.accelerator.autocast()
         with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
             asked = model if self._reference is None else self._reference
-            batch = self._rows(inputs).of_kind(kind)
+            batch: Rows = inputs[ROWS].to(self.args.device, non_blocking=True).of_kind(kind)
             outputs = self._forward(asked, batch, without_head=without_head)
             return scores_of_kind(batch, kind, outputs, self.objective.hidden_layers)
 

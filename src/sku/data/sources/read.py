@@ -212,7 +212,9 @@ def detect_format(found: Columns, source: SourceConfig, kind: Kind, key: str) ->
 
 def are_clear(columns: Columns) -> bool:
     """Whether exactly one column looks like the prompt and one like the answer."""
-    return len(_named(PROMPT_NAMES, columns)) == len(_named(ANSWER_NAMES, columns)) == 1 and not _in_doubt(columns)
+    return len(_named(PROMPT_NAMES, columns)) == len(_named(ANSWER_NAMES, columns)) == 1 and not _named(
+        PART_OF_PROMPT, columns
+    )
 
 
 def safety_mark(columns: Columns) -> str | None:
@@ -305,7 +307,7 @@ def _prompt(columns: Columns, source: SourceConfig, kind: Kind, key: str, *, alo
     prompts = _named(PROMPT_NAMES, columns)
     if alone and len(columns) == 1:
         prompts = [*columns]
-    elif source.prompt_column is None and (len(prompts) != 1 or _in_doubt(columns)):
+    elif source.prompt_column is None and (len(prompts) != 1 or _named(PART_OF_PROMPT, columns)):
         raise DataError(_unclear("prompt", columns, key))
     mark = safety_mark(columns)
     if kind == "forget" and source.unsafe_column is None and mark is not None and source.prompt_column is None:
@@ -318,10 +320,6 @@ def _prompt(columns: Columns, source: SourceConfig, kind: Kind, key: str, *, alo
 
 def _named(names: tuple[str, ...], columns: Columns) -> list[str]:
     return [name for name in names if name in columns]
-
-
-def _in_doubt(columns: Columns) -> bool:
-    return bool(_named(PART_OF_PROMPT, columns))
 
 
 def _unclear(role: str, columns: Columns, key: str) -> str:
