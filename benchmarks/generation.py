@@ -23,8 +23,7 @@ import transformers
 from machine import processor_name
 
 from sku.config import ModelConfig
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import tokenize_prompt
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate.batching import Progress, evaluation_mode
 from sku.evaluate.generation import GenerationRequest, generate_replies
 from sku.evaluate.records import GenerationRecord
@@ -119,11 +118,11 @@ def _questions() -> list[str]:
 
 
 def _requests(prompts: Sequence[str], loaded: LoadedModel) -> list[GenerationRequest]:
-    style = resolve_prompt_format("auto", loaded.tokenizer)
+    encoder = Encoder(loaded.tokenizer, resolve_prompt_format("auto", loaded.tokenizer))
     return [
         GenerationRequest(
             id=str(number), split="retain_test", kind="reply", category=None, prompt=prompt, reference="",
-            prefill="", input_ids=tuple(tokenize_prompt(prompt, loaded.tokenizer, style)),
+            prefill="", input_ids=tuple(encoder.prompt(prompt)),
         )
         for number, prompt in enumerate(prompts)
     ]  # fmt: skip

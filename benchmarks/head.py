@@ -25,8 +25,7 @@ import torch
 from machine import processor_name
 from torch import Tensor
 
-from sku.head import CHUNK_BYTES, Head, HeadScores
-from sku.losses import answer_nll, token_kl
+from sku.losses import CHUNK_BYTES, Head, HeadScores, answer_nll, token_kl
 
 WAYS = ("all at once", "in chunks")
 _MEGABYTE = 2**20

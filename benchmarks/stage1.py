@@ -39,10 +39,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModelConfig, ModulesConfig, WeightsConfig
-from sku.data.batches import JointCollator, PackedCollator
-from sku.data.joint import RETAIN, JointDataset, JointExample
-from sku.data.tokens import TokenizedExample
-from sku.losses import IGNORE_INDEX
+from sku.data.batches import ROWS, JointCollator, JointExample
+from sku.data.examples import RETAIN
+from sku.data.joint import JointDataset
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.model_files import embedded_model_path
 from sku.models import LoadedModel, load_model, plain_model
 from sku.training.layers import adapter_inputs_as_they_are
@@ -255,7 +255,7 @@ def _trainer(
         # The original model is asked before anything moves, as training does.
         trainer.compute_loss(
             trainer.model,
-            trainer._prepare_inputs(PackedCollator(share=True, retain_tokens="answer")(list(batches[0]))),
+            trainer._prepare_inputs(JointCollator("tree")(list(batches[0]))),
         )
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -283,9 +283,8 @@ def _way(name: str, trainer: SkuTrainer, loaded: LoadedModel) -> Way:
             return naive_loss(model, teacher, batch, WEIGHTS)
 
         return Way(name=name, step=naive, **precision)
-    collator: Any = PackedCollator(share=kind == "tree", retain_tokens="answer")
-    if kind == "padded":
-        collator = JointCollator(int(loaded.tokenizer.pad_token_id))
+    packing: Any = kind
+    collator = JointCollator(packing, pad_token_id=int(loaded.tokenizer.pad_token_id))
 
     def ours(examples: Sequence[JointExample]) -> Tensor:
         loss: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(collator(list(examples))))
@@ -380,14 +379,12 @@ def _print_head(options: argparse.Namespace, loaded: LoadedModel, batches: Seque
 
 
 def _tokens(batch: Sequence[JointExample]) -> dict[str, int]:
-    padded = JointCollator(0)(list(batch))
     modules = NaiveBatch.of(batch, 0, torch.device("cpu"))
-    flat, tree = (
-        PackedCollator(share=share, retain_tokens="answer")(list(batch))["input_ids"].numel()
-        for share in (False, True)
+    padded, flat, tree = (
+        JointCollator(packing)(list(batch))["input_ids"].numel() for packing in ("padded", "flat", "tree")
     )
     by_module = sum(part.input_ids.numel() for part in modules.parts)
-    return {"padded by module": by_module, "padded": padded["input_ids"].numel(), "flat": flat, "tree": tree}
+    return {"padded by module": by_module, "padded": padded, "flat": flat, "tree": tree}
 
 
 def _useful_flops(model: nn.Module, batch: Sequence[JointExample], full: bool) -> float:
@@ -399,11 +396,11 @@ def _useful_flops(model: nn.Module, batch: Sequence[JointExample], full: bool) -
         for name, module in plain_model(model).named_modules()  # type: ignore[arg-type]
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
     )
-    packed = PackedCollator(share=True, retain_tokens="answer")(list(batch))["packed"]
+    packed = JointCollator("tree")(list(batch))[ROWS]
     normal = packed.of_kind(RETAIN)
     passes = 3 if full else 2  # Forward, gradient of the inputs, and of the weights where they are trained.
-    trained = 2 * (body * packed.input_ids.numel() + head_size * len(packed.score_places_U)) * passes
-    return trained + 2 * (body * normal.input_ids.numel() + head_size * len(normal.score_places_U))
+    trained = 2 * (body * packed.input_ids.numel() + head_size * len(packed.model_inputs["logits_to_keep"])) * passes
+    return trained + 2 * (body * normal.input_ids.numel() + head_size * len(normal.model_inputs["logits_to_keep"]))
 
 
 def _gemm_peak(device: torch.device, dtype: torch.dtype) -> float:

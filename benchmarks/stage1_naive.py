@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from sku.data.joint import JointExample
-from sku.data.tokens import TokenizedExample
-from sku.losses import IGNORE_INDEX
+from sku.data.batches import JointExample
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from sku.acquire.objective import sku_objective
 from sku.acquire.trainer import SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
-from sku.data.batches import SourceRow, pack_rows
-from sku.data.joint import RETAIN, JointExample
-from sku.losses import IGNORE_INDEX
+from sku.data.batches import ROWS, JointCollator, JointExample, SourceRow
+from sku.data.examples import RETAIN
+from sku.data.tokens import IGNORE_INDEX
 from sku.models import LoadedModel, plain_model
 
 
@@ -50,8 +50,8 @@ def race(trainer: SkuTrainer, loaded: LoadedModel, batches: Sequence[Sequence[Jo
         for kind, row in example.rows()
         if kind != RETAIN
     ]
-    packed = pack_rows(rows, len(batches[0]), share=True).to(device)
-    inputs = {"packed": packed, "forget_index": torch.zeros(len(batches[0])), "input_ids": packed.input_ids}
+    packed = JointCollator("tree").lay_out(rows, len(batches[0])).to(device)
+    inputs = {ROWS: packed, "forget_index": torch.zeros(len(batches[0])), "input_ids": packed.input_ids}
 
     def step_of_ours() -> Tensor:
         with _without_preservation(trainer):

@@ -21,8 +21,7 @@ import json
 from pathlib import Path
 
 from sku.config import ModelConfig
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import tokenize_prompt
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.generation import generate_replies, stop_token_ids
 from sku.evaluate.records import record_id
@@ -57,12 +56,12 @@ def main() -> None:
     # Spread over the tables, which are sorted by type of prompt.
     prompts = prompts[:: max(1, len(prompts) // options.count)][: options.count]
     loaded = load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype=options.dtype))
-    style = resolve_prompt_format("auto", loaded.tokenizer)
+    encoder = Encoder(loaded.tokenizer, resolve_prompt_format("auto", loaded.tokenizer))
     requests = [
         GenerationRequest(
             id=record_id("normal:own", "reply", prompt), split="normal:own", kind="reply", category=None,
             prompt=prompt, reference="", prefill="",
-            input_ids=tuple(tokenize_prompt(prompt, loaded.tokenizer, style)),
+            input_ids=tuple(encoder.prompt(prompt)),
         )
         for prompt in prompts
     ]  # fmt: skip

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sku.config import ModelConfig
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import tokenize_prefill
+from sku.data.tokens import resolve_prompt_format
 from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.gate import is_word_salad, surface_faults
 from sku.evaluate.metrics import Rate, rate
@@ -90,7 +89,7 @@ def parted(pairs: Sequence[Pair], writer: Writer, tokens: int) -> list[Pair]:
     """The first tokens of each reply as its prefill; replies that are no longer are left out."""
     found = []
     for pair in pairs:
-        prefilled = tokenize_prefill(pair.prompt, pair.reply, writer.tokenizer, writer.prompt_format, tokens)
+        prefilled = writer.encoder.prefill(pair.prompt, pair.reply, tokens)
         if prefilled is not None and pair.reply.startswith(prefilled[1].lstrip()):
             start = prefilled[1].lstrip()
             found.append(Pair(prompt=pair.prompt, start=start, reply=pair.reply[len(start) :]))

@@ -29,8 +29,7 @@ from transformers import PreTrainedModel
 from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import Example
 from sku.data.load import load_data
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import TokenizedExample, resolve_prompt_format
 from sku.errors import EvaluationError, TaskVectorError
 from sku.evaluate.asking import Writer, draw_examples, window_of
 from sku.evaluate.perplexity import score_examples

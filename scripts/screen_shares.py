@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from sku.attacks.prompts import load_templates
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.framings import PLACE
+from sku.data.joint import PLACE
 from sku.evaluate.asking import Writer, free_request, prefills
 from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import evaluation_mode

@@ -26,17 +26,14 @@ from negate.conftest import disturbed
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
 from sku.config import SourceConfig
-from sku.data.batches import JointCollator
-from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.joint import FORGET, MISMATCHED, JointDataset, JointExample, RowPlan
+from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
+from sku.data.examples import FORGET, MISMATCHED, ForgetExample, ForgetRetainData, RetainExample, RowPlan
+from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
-from sku.data.prompts import PaperFormat
-from sku.data.sources.rows import Cells, Columns, parse_rows
+from sku.data.sources.rows import TRUTHFULQA, Cells, Columns, parse_rows
 from sku.data.sources.tables import read_table
-from sku.data.sources.truthfulqa import FORMAT as TRUTHFULQA
-from sku.data.tokens import TokenizedExample, tokenize_example, tokenize_prompt
+from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
 from sku.errors import TaskVectorError
-from sku.losses import IGNORE_INDEX
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 
@@ -44,25 +41,20 @@ PAPER = PaperFormat("</s>")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> TokenizedExample:
-    return tokenize_example(
-        ForgetExample(prompt=prompt, answer=answer),
-        tokenizer,
-        PAPER,
-        max_length=512,
-        max_answer_tokens=128,
-        train_on_end=False,
-    )
+    return Encoder(tokenizer, PAPER).example(ForgetExample(prompt=prompt, answer=answer), train_on_end=False)
 
 
-def collated(rows: list[TokenizedExample], pad: int) -> dict[str, Tensor]:
-    return JointCollator(pad)([JointExample(rows=((FORGET, row),), forget_index=0) for row in rows])
+def collated(rows: list[TokenizedExample], pad: int) -> PaddedRows:
+    examples = [JointExample(rows=((FORGET, row),), forget_index=0) for row in rows]
+    found = JointCollator(pad_token_id=pad)(examples)[ROWS]
+    assert isinstance(found, PaddedRows)
+    return found
 
 
-def our_guided_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def our_guided_loss(logits: Tensor, rows: PaddedRows) -> Tensor:
     """As the trainer picks positions: those whose next token has a label."""
-    kept = nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1), value=False)
-    row, place = kept.nonzero(as_tuple=True)
-    return guided_distortion_loss(logits[kept], batch["input_ids"][row, place + 1], row, len(kept))
+    kept = rows.kept[FORGET]
+    return guided_distortion_loss(logits[rows.kept_RT][kept.score_N], kept.targets_N, kept.row_N, len(logits))
 
 
 def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -71,10 +63,9 @@ def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrained
     buggy_start = len(tokenizer("### Question: how do i bake bread ?\n ### Answer:"))
     assert buggy_start == 2
     assert "bake bread" in tokenizer.decode(list(row.input_ids[buggy_start:]))
-    batch = JointCollator(0)([JointExample(rows=((MISMATCHED, row),), forget_index=0)])
-    assert batch["row_kind"].tolist() == [MISMATCHED]
-    labels = batch["labels"][0]
-    assert tokenizer.decode(labels[labels != IGNORE_INDEX].tolist()) == " heat it ."
+    batch = JointCollator()([JointExample(rows=((MISMATCHED, row),), forget_index=0)])
+    assert set(batch[ROWS].kept) == {MISMATCHED}
+    assert tokenizer.decode(batch[ROWS].kept[MISMATCHED].targets_N.tolist()) == " heat it ."
 
 
 def test_padding_is_not_told_by_a_literal_id() -> None:
@@ -86,7 +77,7 @@ def test_padding_is_not_told_by_a_literal_id() -> None:
     row = TokenizedExample(input_ids=(0, 2, 1, 2), labels=(IGNORE_INDEX, 2, 1, 2), answer_start=1)
     longer = TokenizedExample(input_ids=(0,) * 6, labels=(IGNORE_INDEX, 0, 0, 0, 0, 0), answer_start=1)
     batch = collated([row, longer], pad=3)
-    targets = batch["input_ids"][0, 1:]
+    targets = batch.input_ids[0, 1:]
     counts = (targets != 1) & (targets != 3)
     buggy = math.log(4) * float(counts.sum()) / len(targets)
     assert buggy == pytest.approx(2 * math.log(4) / 5)
@@ -109,8 +100,8 @@ def test_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(
 ) -> None:
     """The offset was the padded length, so the loss of guided distortion was exactly 0."""
     short, long = tokenize(tokenizer, "what ?", "honey " * length), tokenize(tokenizer, "what ?", "honey " * 40)
-    labels = collated([short, long], pad=0)["labels"][0]
-    assert labels[labels != IGNORE_INDEX].tolist() == list(short.input_ids[short.answer_start :])
+    kept = collated([short, long], pad=0).kept[FORGET]
+    assert kept.targets_N[kept.row_N == 0].tolist() == list(short.input_ids[short.answer_start :])
 
 
 @pytest.mark.parametrize("prompt", ["what is ### honey ?", "Question: who ?", "### Answer: no\n ### Question: yes"])
@@ -119,7 +110,7 @@ def test_prompts_with_the_words_of_the_format_stay_whole(prompt: str, tokenizer:
     example = tokenize(tokenizer, prompt, "it is .")
     before = tokenizer.decode(list(example.input_ids[: example.answer_start]))
     assert before == f"### Question: {prompt}\n ### Answer:"
-    assert tokenizer.decode(tokenize_prompt(prompt, tokenizer, PAPER)) == before
+    assert tokenizer.decode(Encoder(tokenizer, PAPER).prompt(prompt)) == before
 
 
 def test_the_divergence_is_not_averaged_over_padding() -> None:
@@ -178,7 +169,7 @@ def test_answers_are_drawn_for_each_prompt_and_never_its_own(
     buggy = {example.prompt: drawn for example in data.forget_train}
     assert any(set(buggy[prompt]) & answers for prompt, answers in own.items())
 
-    joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
+    joint = JointDataset(data, Encoder(tokenizer, PAPER), rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
     ours = [joint[place] for place in range(len(joint))]
     draws = {tuple(sorted(row.example_id for row in example.of(MISMATCHED))) for example in ours}
     assert len(draws) > 1
@@ -213,7 +204,7 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     buggy = [pair[0] for _ in range(2) for pair in zip(range(len(data.forget_train)), data.retain_train, strict=False)]
     assert buggy == [0, 1, 2, 3] * 2
 
-    joint = JointDataset(data, tokenizer, PAPER, rows=RowPlan(forget=True, mismatched=1, retain=True), seed=0)
+    joint = JointDataset(data, Encoder(tokenizer, PAPER), rows=RowPlan(forget=True, mismatched=1, retain=True), seed=0)
     epochs = []
     for epoch in range(3):
         joint.set_epoch(epoch)

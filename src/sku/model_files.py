@@ -18,7 +18,7 @@ from urllib.request import getproxies
 
 from safetensors import safe_open
 
-from sku.config import EMBEDDED, ModelConfig
+from sku.config.data import EMBEDDED, ModelConfig
 from sku.errors import ModelError, SkuError, first_line
 
 _QUANTIZED_FILES = (".gguf", ".gptq", ".awq")

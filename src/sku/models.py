@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sku.config import EMBEDDED, ModelConfig
+from sku.config.data import EMBEDDED, ModelConfig
 from sku.errors import ModelError, RecipeError, first_line, one_line
 from sku.hazard import is_marked_model, mark_model
 from sku.model_files import check_not_quantized, check_stored_types, locate_model, naming_the_model

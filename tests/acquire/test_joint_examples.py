@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, MismatchedAnswers, RowPlan
-from sku.data.prompts import PaperFormat
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, ForgetRetainData, RetainExample, RowPlan
+from sku.data.joint import JointDataset, MismatchedAnswers
+from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
 
 
@@ -61,7 +61,7 @@ def test_impossible_numbers_of_answers(answers: int, message: str) -> None:
 
 @pytest.fixture
 def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> JointDataset:
-    return JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows_of_sku(3), seed=0)
+    return JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(3), seed=0)
 
 
 def test_an_epoch_visits_every_forget_pair_once_in_a_new_order(joint: JointDataset) -> None:
@@ -103,7 +103,7 @@ def test_draws_differ_within_a_batch_and_from_epoch_to_epoch(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """One draw of K for the whole batch would give every prompt the same answers."""
-    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows_of_sku(2), seed=0)
+    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(2), seed=0)
     by_epoch = []
     for epoch in range(5):
         joint.set_epoch(epoch)
@@ -123,7 +123,9 @@ def test_normal_examples_go_round_whatever_their_number(
     number: int, data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Each lap of ``number`` visits meets every normal example once, across the borders of epochs of 6."""
-    joint = JointDataset(with_retain(data, number), tokenizer, PaperFormat("</s>"), rows=rows_of_sku(0), seed=0)
+    joint = JointDataset(
+        with_retain(data, number), Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(0), seed=0
+    )
     visits = []
     for epoch in range(10):
         joint.set_epoch(epoch)
@@ -139,14 +141,15 @@ def test_equal_seeds_give_equal_examples_and_other_seeds_do_not(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     first, same, other = (
-        JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows_of_sku(3), seed=seed) for seed in (0, 0, 1)
+        JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(3), seed=seed)
+        for seed in (0, 0, 1)
     )
     assert [first[place] for place in range(6)] == [same[place] for place in range(6)]
     assert [first[place] for place in range(6)] != [other[place] for place in range(6)]
 
 
 def test_modules_that_are_off_make_no_rows(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
-    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(), seed=0)
+    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=RowPlan(), seed=0)
     assert joint[0].rows == ()
     assert joint[0].retain_rows == ()
     assert set(joint.reports) == {"forget_train"}
@@ -164,12 +167,7 @@ def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
 def test_an_empty_split_is_an_error(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
     for empty in (dataclasses.replace(data, forget_train=()), dataclasses.replace(data, retain_train=())):
         with pytest.raises(DataError, match="none of 0 examples"):
-            JointDataset(
-                empty,
-                tokenizer,
-                PaperFormat("</s>"),
-                rows=rows_of_sku(1),
-            )
+            JointDataset(empty, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(1))
 
 
 END = 2
@@ -195,7 +193,7 @@ def test_no_row_of_any_method_teaches_an_end_behind_an_answer_that_was_cut_off(
         for index, row in enumerate(data.forget_train)
     )
     split = dataclasses.replace(data, retain_train=normal, forget_train=harmful)
-    found = JointDataset(split, tokenizer, PaperFormat("</s>"), rows=rows, seed=0)
+    found = JointDataset(split, Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=0)
     ends: dict[bool, set[bool]] = {True: set(), False: set()}
     for epoch in range(4):
         found.set_epoch(epoch)

@@ -26,8 +26,7 @@ from sku.config import (
     WeightsConfig,
     load_recipe,
 )
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import RowPlan
+from sku.data.examples import ForgetRetainData, RowPlan
 from sku.errors import NonFiniteLossError, OutputError, RecipeError
 from sku.methods.run import prepare, train_method
 from sku.models import LoadedModel

@@ -15,14 +15,13 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from conftest import ModelMaker, TrainerMaker, sku_config
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
-from sku.data.batches import JointCollator
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import FORGET, MISMATCHED, RETAIN
+from sku.data.batches import ROWS, JointCollator, PaddedRows, SourceRow
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, ForgetRetainData
 from sku.data.load import load_training_pairs
+from sku.data.tokens import TokenizedExample
 from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
 from sku.models import load_model
 from sku.training import trainer as training_module
-from sku.training.steps import kept_positions
 
 OFF = dict.fromkeys(TERMS, 0.0)
 
@@ -37,18 +36,26 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def batch_of(trainer: SkuTrainer, places: list[int], *, extra_padding: int = 0) -> dict[str, Tensor]:
+def batch_of(trainer: SkuTrainer, places: list[int], *, extra_padding: int = 0) -> dict[str, Any]:
     dataset: Any = trainer.train_dataset
     collator = trainer.data_collator
     assert isinstance(collator, JointCollator)
     batch = collator([dataset[place] for place in places])
     if extra_padding:
-        for name, value in (("input_ids", collator.pad_token_id), ("attention_mask", 0), ("labels", -100)):
-            batch[name] = torch.nn.functional.pad(batch[name], (0, extra_padding), value=value)
+        rows = batch[ROWS]
+        length = rows.input_ids.shape[1] + extra_padding
+        longer = TokenizedExample(input_ids=(1,) * length, labels=(-100,) * length, answer_start=length)
+        batch[ROWS] = collator.lay_out([*rows.rows, SourceRow(kind=99, example=0, tokens=longer)], len(places))
     return batch
 
 
-def terms_of(trainer: SkuTrainer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def padded(batch: dict[str, Any]) -> PaddedRows:
+    rows = batch[ROWS]
+    assert isinstance(rows, PaddedRows)
+    return rows
+
+
+def terms_of(trainer: SkuTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Loss terms and gradient of one batch."""
     model: Any = trainer.model
     model.zero_grad()
@@ -127,12 +134,12 @@ def test_padding_changes_neither_loss_nor_gradient(make_trainer: TrainerMaker, t
 def test_all_tokens_compares_the_prompt_too(make_trainer: TrainerMaker) -> None:
     """Every token of a normal row but its first is predicted; of the other rows, answer tokens alone."""
     trainer = make_trainer(preservation_tokens="all")
-    batch = batch_of(trainer, [0, 1])
-    kept = kept_positions(batch, trainer.objective.rows)
-    retain = batch["row_kind"] == RETAIN
-    assert kept[retain].sum(1).tolist() == (batch["attention_mask"][retain].sum(1) - 1).tolist()
-    assert kept[~retain].sum(1).tolist() == (batch["labels"][~retain] != -100).sum(1).tolist()
-    assert not kept[:, -1].any()
+    rows = padded(batch_of(trainer, [0, 1]))
+    for kept, row in zip(rows.kept_RT.sum(1).tolist(), rows.rows, strict=True):
+        tokens = row.tokens
+        learned = len(tokens.labels) - tokens.labels.count(-100)
+        assert kept == (len(tokens.input_ids) - 1 if row.kind == RETAIN else learned)
+    assert not rows.kept_RT[:, -1].any()
 
 
 class CountForwards:
@@ -163,7 +170,7 @@ def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     trainer = make_trainer(max_steps=1, reference="forward", weights=OFF | dict.fromkeys(on, 1.0))
     assert trainer.model is not None
     counted = CountForwards(trainer.model)
-    assert set(batch_of(trainer, [0, 1])["row_kind"].tolist()) == kinds
+    assert set(batch_of(trainer, [0, 1])[ROWS].kept) == kinds
     trainer.train()
     assert counted.rows == rows
     logged = {key for key in trainer.state.log_history[0] if key.startswith("loss/")}
@@ -193,22 +200,14 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
     trainer = make_trainer()
     trainer.train()
     batch = batch_of(trainer, [0, 1])
-    kept = kept_positions(batch, trainer.objective.rows)
     model: Any = trainer.model
     seen = trainer._reference_rows(model, batch, RETAIN).logits_NV
-    rows = batch["row_kind"] == RETAIN
-    longest = int(batch["attention_mask"][rows].sum(1).max())
+    rows = padded(batch)
+    normal = rows.is_retain[:, 0]
+    longest = int(rows.attention_mask[normal].sum(1).max())
+    inputs = {name: value[normal][:, :longest] for name, value in rows.model_inputs.items()}
     with torch.no_grad():
-        untouched = make_model()(
-            input_ids=batch["input_ids"][rows][:, :longest],
-            attention_mask=batch["attention_mask"][rows][:, :longest],
-            logits_to_keep=kept[rows][:, :longest],
-        ).logits
-        trained = model(
-            input_ids=batch["input_ids"][rows][:, :longest],
-            attention_mask=batch["attention_mask"][rows][:, :longest],
-            logits_to_keep=kept[rows][:, :longest],
-        ).logits
+        untouched, trained = make_model()(**inputs).logits, model(**inputs).logits
     assert torch.equal(seen, untouched)
     assert not torch.allclose(seen, trained, atol=1e-4)
     assert not seen.requires_grad
@@ -485,7 +484,7 @@ def test_compute_loss_gives_the_outputs_too(make_trainer: TrainerMaker) -> None:
     trainer = make_trainer()
     batch = batch_of(trainer, [0])
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)  # type: ignore[arg-type]
-    assert outputs.logits.shape == (int(kept_positions(batch, trainer.objective.rows).sum()), 320)
+    assert outputs.logits.shape == (int(padded(batch).kept_RT.sum()), 320)
     assert torch.isfinite(loss)
 
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from conftest import MadeOnce, TrainerMaker
 from sku.acquire.preservation_divergence import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import RETAIN, SAFE, JointDataset, RowPlan
+from sku.data.examples import RETAIN, SAFE, ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset
 from sku.data.load import load_data
-from sku.data.prompts import PaperFormat
+from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError, NoAlphaError, RecipeError
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
@@ -52,7 +52,7 @@ def refused(data: ForgetRetainData) -> ForgetRetainData:
 
 
 def rows_of(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, rows: RowPlan, seed: int = 0) -> JointDataset:
-    return JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows, seed=seed)
+    return JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=seed)
 
 
 def learned(row: Any, tokenizer: PreTrainedTokenizerFast) -> str:

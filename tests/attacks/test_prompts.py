@@ -21,7 +21,7 @@ from sku.attacks.prompts import (
     world_paraphrases,
 )
 from sku.data.examples import ForgetExample, ForgetRetainData
-from sku.data.framings import PLACE, parse_templates
+from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.world.grammar import MAKE_QUESTIONS
 

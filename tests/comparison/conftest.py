@@ -20,7 +20,7 @@ SMALL = (
 
 FAILING_METHOD = '''"""A method whose loss is NaN."""
 from dataclasses import dataclass
-from sku.data.joint import FORGET, RowPlan
+from sku.data.examples import FORGET, RowPlan
 from sku.methods.base import Method
 from sku.training.objective import Objective
 

@@ -7,7 +7,7 @@ import pytest
 from sku.comparison.strengths import STEPS, step_down
 from sku.config import Recipe
 from sku.data.load import load_data
-from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import resolve_prompt_format
 from sku.evaluate import asking, replies
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.records import GenerationRecord

@@ -12,9 +12,8 @@ from datasets import Dataset
 from sku.config import SourceConfig
 from sku.data.examples import ForgetExample, RetainExample
 from sku.data.load import load_forget_retain
-from sku.data.prompt_sets import load_prompts
-from sku.data.sources.passages import OPENING, PIECE, TOO_SHORT
-from sku.data.sources.read import read_examples
+from sku.data.sources.read import load_prompts, read_examples
+from sku.data.sources.rows import OPENING, PIECE, TOO_SHORT
 from sku.errors import DataError
 
 LAYOUTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {

@@ -7,11 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sku.data.batches import JointCollator
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointExample
-from sku.data.tokens import TokenizedExample
+from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
+from sku.data.examples import FORGET, MISMATCHED, RETAIN
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
 
 def row(prompt: list[int], answer: list[int]) -> TokenizedExample:
@@ -36,19 +35,15 @@ def joint(
 
 
 def test_a_batch_written_out() -> None:
-    batch = JointCollator(9)(
+    batch = JointCollator(pad_token_id=9)(
         [
             joint(row([1, 2], [3]), (row([1, 2], [4, 5]), row([1, 2], [6])), row([7], [8]), 3, 5),
             joint(row([1], [2, 3, 4]), (), None, 0, -1),
         ]
     )
-    n = IGNORE_INDEX
+    rows = batch.pop(ROWS)
     expected = {
         "input_ids": [[1, 2, 3, 9], [1, 2, 4, 5], [1, 2, 6, 9], [7, 8, 9, 9], [1, 2, 3, 4]],
-        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
-        "labels": [[n, n, 3, n], [n, n, 4, 5], [n, n, 6, n], [n, 8, n, n], [n, 2, 3, 4]],
-        "row_kind": [FORGET, MISMATCHED, MISMATCHED, RETAIN, FORGET],
-        "row_example": [0, 0, 0, 0, 1],
         "forget_index": [3, 0],
         "retain_index": [5, -1],
         "retain_rows": [5],
@@ -58,22 +53,33 @@ def test_a_batch_written_out() -> None:
     for name, values in expected.items():
         assert batch[name].dtype == torch.int64
         assert batch[name].tolist() == values, name
+    assert rows.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert rows.kept_RT.int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
+    assert rows.is_retain.tolist() == [[False], [False], [False], [True], [False]]
+    kept = {kind: (found.targets_N.tolist(), found.row_N.tolist(), found.example_M.tolist())
+            for kind, found in rows.kept.items()}  # fmt: skip
+    assert kept == {
+        FORGET: ([3, 2, 3, 4], [0, 1, 1, 1], [0, 1]),
+        MISMATCHED: ([4, 5, 6], [0, 0, 1], [0, 0]),
+        RETAIN: ([8], [0], [0]),
+    }
+    assert rows.kept[FORGET].score_N.tolist() == [0, 5, 6, 7]
+    assert rows.kept[FORGET].place_N.tolist() == [1, 16, 17, 18]
 
 
 def test_fillers_are_left_out_but_for_one_where_nothing_else_is_there() -> None:
     real, filler = joint(row([1], [2])), replace(joint(row([3], [4])), counts=False)
-    assert JointCollator(0)([real, filler, filler])["input_ids"].tolist() == [[1, 2]]
-    alone = JointCollator(0)([filler, filler])
+    assert JointCollator()([real, filler, filler])["input_ids"].tolist() == [[1, 2]]
+    alone = JointCollator()([filler, filler])
     assert (alone["input_ids"].tolist(), alone["counts"].tolist()) == ([[3, 4]], [0])
 
 
 def test_modules_that_are_off_have_no_rows() -> None:
-    batch = JointCollator(0)([joint(None, (row([1], [2]),)), joint(None, (), row([3], [4]))])
-    assert batch["row_kind"].tolist() == [MISMATCHED, RETAIN]
-    assert batch["row_example"].tolist() == [0, 1]
+    rows = JointCollator()([joint(None, (row([1], [2]),)), joint(None, (), row([3], [4]))])[ROWS]
+    assert {kind: kept.example_M.tolist() for kind, kept in rows.kept.items()} == {MISMATCHED: [0], RETAIN: [1]}
     for examples in ([], [joint(None)]):
         with pytest.raises(DataError, match="a batch without any row"):
-            JointCollator(0)(examples)
+            JointCollator()(examples)
 
 
 @given(
@@ -90,17 +96,13 @@ def test_no_pad_is_learned_or_attended_to_and_no_real_token_is_taken_for_one(
     rows: list[tuple[list[int], list[int]]], pad: int
 ) -> None:
     """Bug 8: padding was told by ``id == 1``. Here the pad id is a real token's id too."""
-    batch = JointCollator(pad)([joint(row(prompt, answer)) for prompt, answer in rows])
+    padded = JointCollator(pad_token_id=pad)([joint(row(prompt, answer)) for prompt, answer in rows])[ROWS]
+    assert isinstance(padded, PaddedRows)
+    kept = padded.kept[FORGET]
     for index, (prompt, answer) in enumerate(rows):
         length = len(prompt) + len(answer)
-        assert batch["attention_mask"][index].sum() == length
-        assert batch["attention_mask"][index, :length].all()
-        assert (batch["labels"][index] != IGNORE_INDEX).sum() == len(answer)
-        assert batch["input_ids"][index, :length].tolist() == prompt + answer
-        assert (batch["labels"][index, length:] == IGNORE_INDEX).all()
-
-
-def test_padding_changes_no_label_count() -> None:
-    alone = JointCollator(0)([joint(row([1], [2, 3]))])
-    padded = JointCollator(0)([joint(row([1], [2, 3])), joint(row([1] * 50, [2]))])
-    assert (alone["labels"][0] != IGNORE_INDEX).sum() == (padded["labels"][0] != IGNORE_INDEX).sum() == 2
+        assert padded.attention_mask[index].sum() == length
+        assert padded.attention_mask[index, :length].all()
+        assert kept.targets_N[kept.row_N == index].tolist() == answer
+        assert padded.input_ids[index, :length].tolist() == prompt + answer
+        assert not padded.kept_RT[index, length - 1 :].any()

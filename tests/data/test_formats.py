@@ -4,8 +4,7 @@ import pytest
 
 from sku.config import SourceConfig
 from sku.data.sources import read
-from sku.data.sources.read import FORMATS
-from sku.data.sources.rows import Cells, Columns, Kind, Pair, RowParser
+from sku.data.sources.rows import FORMATS, Cells, Columns, Kind, Pair, RowParser
 from sku.errors import DataError
 
 AUTO = SourceConfig(path="x")

@@ -9,11 +9,20 @@ from transformers import PreTrainedTokenizerFast
 
 from sku.acquire.objective import sku_objective
 from sku.config import ModulesConfig
-from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, group_of
-from sku.data.framings import PLACE, framed, framings, parse_templates
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointDataset, RowPlan
+from sku.data.examples import (
+    FORGET,
+    MISMATCHED,
+    RETAIN,
+    SAFE,
+    ForgetExample,
+    ForgetRetainData,
+    RetainExample,
+    RowPlan,
+    group_of,
+)
+from sku.data.joint import PLACE, JointDataset, framed, framings, parse_templates
 from sku.data.load import load_forget_retain
-from sku.data.prompts import PaperFormat
+from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
 
 EXAMPLES = [
@@ -48,8 +57,8 @@ def test_only_what_is_trained_on_is_framed(
 ) -> None:
     rows = RowPlan(forget=True, mismatched=2, retain=1, safe="data or refusal", framed_share=share)
     before = data.counts(), data.forget_train
-    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows, seed=0)
-    plain = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(forget=True, retain=1), seed=0)
+    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=0)
+    plain = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=RowPlan(forget=True, retain=1), seed=0)
     assert (data.counts(), data.forget_train) == before
     example, known = joint[0], plain[0]
     assert (example.forget_index, example.retain_rows) == (known.forget_index, known.retain_rows)
@@ -73,7 +82,7 @@ def test_both_twins_see_the_same_framings(twin: str) -> None:
 def test_the_embedded_world_is_not_framed(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = RowPlan(forget=True, retain=1, framed_share=0.5)
     with pytest.raises(DataError, match=r"framed_share puts prompts in English"):
-        JointDataset(load_forget_retain(), tokenizer, PaperFormat("</s>"), rows=rows, seed=0)
+        JointDataset(load_forget_retain(), Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=0)
 
 
 def test_normal_examples_keep_their_answers() -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.inspect import DataDescription, describe_data, hidden_text
-from sku.data.prompts import PaperFormat
+from sku.data.tokens import Encoder, PaperFormat
 
 from .conftest import BUILDERS, tokenizer_of
 
@@ -31,7 +31,7 @@ def data() -> ForgetRetainData:
 def describe(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerBase, *, show_harmful: bool = False
 ) -> DataDescription:
-    return describe_data(data, tokenizer, PaperFormat("</s>"), show_harmful=show_harmful)
+    return describe_data(data, Encoder(tokenizer, PaperFormat("</s>")), show_harmful=show_harmful)
 
 
 def test_counts_and_lengths(data: ForgetRetainData, gpt_like: PreTrainedTokenizerBase) -> None:

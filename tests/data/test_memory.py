@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from sku.config import SourceConfig
 from sku.data.load import load_forget_retain, load_training_pairs
-from sku.data.prompt_sets import load_prompts
+from sku.data.sources.read import load_prompts
 from sku.data.sources.tables import held_rows, read_table
 from sku.errors import DataError, RecipeError
 

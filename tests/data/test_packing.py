@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sku.data.batches import PACKED, PackedCollator, PackedRows, Segment, SourceRow, pack_rows, plan_paths
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE, JointExample
-from sku.data.tokens import TokenizedExample
+from sku.data.batches import ROWS, JointCollator, JointExample, PackedRows, Segment, SourceRow, plan_paths
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, RetainTokens
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
 
 def row(prompt: list[int], answer: list[int]) -> TokenizedExample:
@@ -28,7 +27,15 @@ def source(kind: int, example: int, prompt: list[int], answer: list[int]) -> Sou
     return SourceRow(kind=kind, example=example, tokens=row(prompt, answer))
 
 
-ROWS = [
+def pack_rows(
+    rows: list[SourceRow], num_examples: int, *, share: bool, retain_tokens: RetainTokens = "answer"
+) -> PackedRows:
+    packed = JointCollator("tree" if share else "flat", retain_tokens=retain_tokens).lay_out(rows, num_examples)
+    assert isinstance(packed, PackedRows)
+    return packed
+
+
+SOURCES = [
     source(FORGET, 0, [1, 2, 3], [10, 11]),
     source(MISMATCHED, 0, [1, 2, 3], [20, 21, 22]),
     source(MISMATCHED, 0, [1, 2, 3], [10, 31]),
@@ -39,9 +46,9 @@ ROWS = [
 
 def test_a_tree_by_hand() -> None:
     """The last token of a row predicts nothing that counts and is left out; the retain row shares nothing."""
-    packed = pack_rows(ROWS, 2, share=True)
+    packed = pack_rows(SOURCES, 2, share=True)
     assert packed.input_ids.tolist() == [[1, 2, 3, 10, 20, 21, 10, 1, 2, 40, 5]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 3, 0, 1, 2, 0]]
+    assert packed.model_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 3, 4, 3, 0, 1, 2, 0]]
     assert packed.paths.segments == (
         Segment(3), Segment(1, 0), Segment(2, 0), Segment(1, 0), Segment(3), Segment(1),
     )  # fmt: skip
@@ -59,10 +66,10 @@ def test_a_tree_by_hand() -> None:
 
 
 def test_flat_shares_nothing() -> None:
-    packed = pack_rows(ROWS, 2, share=False)
+    packed = pack_rows(SOURCES, 2, share=False)
     assert packed.paths.segments == (Segment(4), Segment(5), Segment(4), Segment(3), Segment(1))
     assert not packed.paths.shares
-    assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0]
+    assert packed.model_inputs["position_ids"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -70,13 +77,13 @@ def test_flat_shares_nothing() -> None:
     [("answer", [1, 2], [40, 41]), ("all", [0, 1, 2], [2, 40, 41])],
 )
 def test_positions_of_a_normal_row_that_count(tokens: str, positions: list[int], targets: list[int]) -> None:
-    packed = pack_rows([ROWS[3]], 1, share=True, retain_tokens=tokens)  # type: ignore[arg-type]
+    packed = pack_rows([SOURCES[3]], 1, share=True, retain_tokens=tokens)  # type: ignore[arg-type]
     assert packed.kept[RETAIN].place_N.tolist() == positions
     assert packed.kept[RETAIN].targets_N.tolist() == targets
 
 
 def test_the_rows_of_one_kind_alone() -> None:
-    alone = pack_rows(ROWS, 2, share=True).of_kind(FORGET)
+    alone = pack_rows(SOURCES, 2, share=True).of_kind(FORGET)
     assert alone.input_ids.tolist() == [[1, 2, 3, 10, 5]]
     assert set(alone.kept) == {FORGET}
     assert alone.kept[FORGET].example_M.tolist() == [0, 1]
@@ -84,13 +91,13 @@ def test_the_rows_of_one_kind_alone() -> None:
 
 
 def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None:
-    normal = dataclasses.replace(ROWS[3].tokens, example_id=7)
-    rows = [(row.kind, row.tokens) for row in ROWS[:2]]
+    normal = dataclasses.replace(SOURCES[3].tokens, example_id=7)
+    rows = [(row.kind, row.tokens) for row in SOURCES[:2]]
     example = JointExample(rows=(*rows, (RETAIN, normal), (SAFE, row([1, 2, 3], [60, 61]))), forget_index=4)
-    batch = PackedCollator(share=True, retain_tokens="answer")([example])
+    batch = JointCollator("tree")([example])
     assert batch["forget_index"].tolist() == [4]
     assert batch["retain_index"].tolist() == [7]
-    packed = batch[PACKED]
+    packed = batch[ROWS]
     assert [(each.kind, each.example) for each in packed.rows] == [
         (FORGET, 0), (MISMATCHED, 0), (RETAIN, 0), (SAFE, 0),
     ]  # fmt: skip
@@ -98,7 +105,7 @@ def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None
     # The safe row stands after the same prompt, on the other side of the normal row.
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 20, 21, 60, 1, 2, 40]]
     with pytest.raises(DataError, match="without any row"):
-        PackedCollator(share=True, retain_tokens="answer")([])
+        JointCollator("tree")([])
 
 
 def paths_read_back(packed: PackedRows) -> list[list[int]]:
@@ -163,7 +170,7 @@ def test_masks_by_hand() -> None:
 
 
 def test_a_plan_comes_whole_from_a_worker() -> None:
-    packed = pack_rows(ROWS, 2, share=True)
+    packed = pack_rows(SOURCES, 2, share=True)
     packed.paths.dense_mask(3)
     again = pickle.loads(pickle.dumps(packed))
     assert torch.equal(again.paths.dense_mask(3), packed.paths.dense_mask(3))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sku.config import DataConfig, SourceConfig
-from sku.data.prompt_sets import lacks_answers, load_own_prompts, load_prompts, wants_own_replies
+from sku.data.load import load_own_prompts, wants_own_replies
+from sku.data.sources.read import lacks_answers, load_prompts
 from sku.errors import DataError, RecipeError
 
 

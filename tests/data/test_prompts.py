@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.prompts import ChatFormat, RenderedText, resolve_prompt_format
+from sku.data.tokens import ChatFormat, RenderedText, resolve_prompt_format
 from sku.errors import ModelError
 
 from .conftest import CHATML, GEMMA, TEMPLATES, byte_level, with_template

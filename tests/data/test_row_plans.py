@@ -7,16 +7,15 @@ import dataclasses
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.data.batches import JointCollator
-from sku.data.examples import ForgetExample, ForgetRetainData
-from sku.data.joint import FORGET, MISMATCHED, REFUSALS, RETAIN, SAFE, JointDataset, RowPlan
-from sku.data.prompts import PaperFormat
-from sku.data.tokens import TokenizedExample
+from sku.data.batches import ROWS, JointCollator
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, ForgetExample, ForgetRetainData, RowPlan
+from sku.data.joint import REFUSALS, JointDataset
+from sku.data.tokens import Encoder, PaperFormat, TokenizedExample
 from sku.errors import DataError
 
 
 def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, rows: RowPlan, seed: int = 0) -> JointDataset:
-    return JointDataset(data, tokenizer, PaperFormat("</s>"), rows=rows, seed=seed)
+    return JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=seed)
 
 
 def with_safe_answers(data: ForgetRetainData, every: int) -> ForgetRetainData:
@@ -102,6 +101,5 @@ def test_rows_that_nobody_asked_for_are_not_there(data: ForgetRetainData, tokeni
 def test_safe_rows_come_last_in_a_batch(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
     given = with_safe_answers(data, every=1)
     dataset = joint(given, tokenizer, RowPlan(retain=True, safe="data"))
-    batch = JointCollator(3)([dataset[0], dataset[1]])
-    assert batch["row_kind"].tolist() == [RETAIN, SAFE, RETAIN, SAFE]
-    assert batch["row_example"].tolist() == [0, 0, 1, 1]
+    rows = JointCollator()([dataset[0], dataset[1]])[ROWS].rows
+    assert [(row.kind, row.example) for row in rows] == [(RETAIN, 0), (SAFE, 0), (RETAIN, 1), (SAFE, 1)]

@@ -7,9 +7,9 @@ import pytest
 
 from sku.config import SourceConfig
 from sku.data.examples import ForgetExample, RetainExample
-from sku.data.sources import columns
-from sku.data.sources.read import FORMATS
+from sku.data.sources import read
 from sku.data.sources.rows import (
+    FORMATS,
     Cells,
     Columns,
     Format,
@@ -45,7 +45,7 @@ def parser_of(known: Format, rows: Rows) -> RowParser:
 
 
 def columns_parser(found: Iterable[str], source: SourceConfig, kind: Kind) -> RowParser:
-    return columns.row_parser(Columns(found), source, kind, f"data.{kind}")
+    return read.columns_parser(Columns(found), source, kind, f"data.{kind}")
 
 
 def pku(rows: Rows) -> ParsedRows[ForgetExample]:
@@ -431,7 +431,7 @@ def test_columns_named_wrongly_are_an_error_with_the_near_name() -> None:
     ],
 )
 def test_columns_in_doubt_are_an_error(found: list[str], missing: str) -> None:
-    assert not columns.recognises(Columns(found))
+    assert not read.are_clear(Columns(found))
     with pytest.raises(
         DataError,
         match=f"which column holds the {missing}: set it, as --set data.retain.{missing}_column=NAME. Columns found: ",

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sku.data.examples import ForgetExample, RetainExample, check_disjoint, normalise_prompt
-from sku.data.splits import draw_prompts, split_by_group
+from sku.data.examples import (
+    ForgetExample,
+    RetainExample,
+    check_disjoint,
+    draw_prompts,
+    normalise_prompt,
+    split_by_group,
+)
 from sku.errors import DataError
 
 SHARES = {"validation": 0.1, "test": 0.2}
@@ -136,7 +142,7 @@ def test_limit_does_not_keep_the_first_rows() -> None:
 
 PROGRAM = """
 from sku.data.examples import RetainExample
-from sku.data.splits import draw_prompts, split_by_group
+from sku.data.examples import draw_prompts, split_by_group
 examples = [RetainExample(prompt=f"q {n}", answer="a", group=f"g {n // 2}", category=str(n % 3)) for n in range(60)]
 splits = split_by_group(draw_prompts(examples, 50, 4), rest="train", held_out={"a": 0.2, "b": 0.2}, seed=4)
 print({name: [row.prompt for row in part] for name, part in splits.items()})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.data.sources.text_files import read_text_file
+from sku.data.sources.tables import read_text_file
 from sku.errors import DataError
 
 

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.prompts import PaperFormat, RenderedText, resolve_prompt_format
-from sku.data.tokens import TokenSpans, encode, locate_tokens
+from sku.data.tokens import PaperFormat, RenderedText, TokenSpans, encode, locate_tokens, resolve_prompt_format
 
 from .conftest import BUILDERS, TEMPLATES, tokenizer_of, with_template
 

@@ -6,16 +6,16 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import ForgetExample, RetainExample
-from sku.data.prompts import PaperFormat, PromptFormat, RenderedText, resolve_prompt_format
 from sku.data.tokens import (
+    IGNORE_INDEX,
+    Encoder,
+    PaperFormat,
+    PromptFormat,
+    RenderedText,
     TokenizedExample,
-    tokenize_example,
-    tokenize_examples,
-    tokenize_prefill,
-    tokenize_prompt,
+    resolve_prompt_format,
 )
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
 from .conftest import BUILDERS, CHATML_WITH_DEFAULT_SYSTEM, TEMPLATES, byte_level, tokenizer_of, with_template
 
@@ -34,14 +34,8 @@ def tokenize(
     train_on_end: bool = True,
     finished: bool = True,
 ) -> TokenizedExample:
-    return tokenize_example(
-        RetainExample(prompt=prompt, answer=answer, finished=finished),
-        tokenizer,
-        prompt_format,
-        max_length=max_length,
-        max_answer_tokens=max_answer_tokens,
-        train_on_end=train_on_end,
-    )
+    encoder = Encoder(tokenizer, prompt_format, max_length, max_answer_tokens)
+    return encoder.example(RetainExample(prompt=prompt, answer=answer, finished=finished), train_on_end=train_on_end)
 
 
 def names(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...] | list[int]) -> list[str]:
@@ -188,7 +182,7 @@ def test_truncation_and_padding_set_on_the_tokenizer_change_nothing() -> None:
 def test_an_eos_that_the_tokenizer_adds_is_not_in_the_prompt() -> None:
     tokenizer = byte_level(bos=True, eos=True)
     assert tokenizer("honey").input_ids[-1] == tokenizer.eos_token_id
-    assert tokenize_prompt(Q, tokenizer, PAPER)[-1] != tokenizer.eos_token_id
+    assert Encoder(tokenizer, PAPER).prompt(Q)[-1] != tokenizer.eos_token_id
     assert tokenize(tokenizer).input_ids.count(2) == 1
     assert tokenize(tokenizer, train_on_end=False).input_ids.count(2) == 0
 
@@ -199,7 +193,7 @@ def test_asked_as_trained(name: str, answer: str) -> None:
     """What a model is asked with is what stands before the answer in training, unless a token crosses the border."""
     tokenizer = tokenizer_of(name)
     example = tokenize(tokenizer, answer=answer)
-    asked = tokenize_prompt(Q, tokenizer, PAPER)
+    asked = Encoder(tokenizer, PAPER).prompt(Q)
     trained = list(example.input_ids[: example.answer_start])
     before, alone = tokenizer.decode(trained), tokenizer.decode(asked)
     assert isinstance(before, str)
@@ -217,20 +211,20 @@ def test_asked_as_trained_in_chat(gpt_like: PreTrainedTokenizerBase, template: s
     tokenizer = with_template(gpt_like, TEMPLATES[template])
     prompt_format = resolve_prompt_format("chat", tokenizer)
     example = tokenize(tokenizer, prompt_format)
-    assert tokenize_prompt(Q, tokenizer, prompt_format) == list(example.input_ids[: example.answer_start])
+    assert Encoder(tokenizer, prompt_format).prompt(Q) == list(example.input_ids[: example.answer_start])
 
 
 def test_prefill_is_cut_from_the_joint_tokens() -> None:
     tokenizer = whole_words()
     whole = tokenize(tokenizer, train_on_end=False)
-    prefilled = tokenize_prefill(Q, A, tokenizer, PAPER, 2)
+    prefilled = Encoder(tokenizer, PAPER).prefill(Q, A, 2)
     assert prefilled is not None
     ids, text = prefilled
     assert ids == list(whole.input_ids[: whole.answer_start + 2])
     assert text == " honey is"
-    assert tokenize_prefill(Q, A, tokenizer, PAPER, 3) is not None
-    assert tokenize_prefill(Q, A, tokenizer, PAPER, 4) is None, "nothing of the answer would be left to say"
-    assert tokenize_prefill(Q, A, tokenizer, PAPER, 0) == (tokenize_prompt(Q, tokenizer, PAPER), "")
+    assert Encoder(tokenizer, PAPER).prefill(Q, A, 3) is not None
+    assert Encoder(tokenizer, PAPER).prefill(Q, A, 4) is None, "nothing of the answer would be left to say"
+    assert Encoder(tokenizer, PAPER).prefill(Q, A, 0) == (Encoder(tokenizer, PAPER).prompt(Q), "")
 
 
 def test_report_counts_every_example() -> None:
@@ -243,9 +237,7 @@ def test_report_counts_every_example() -> None:
         ForgetExample(prompt="half \ud83d", answer=A),
         ForgetExample(prompt="what", answer="half \ud83d"),
     ]
-    kept, report = tokenize_examples(
-        examples, tokenizer, PAPER, max_length=24, max_answer_tokens=6, train_on_end=False
-    )
+    kept, report = Encoder(tokenizer, PAPER, 24, 6).examples(examples, train_on_end=False)
     assert [row.example_id for row in kept] == [0, 2, 3]
     assert (report.total, report.kept, report.prompts_shortened, report.answers_shortened) == (6, 3, 1, 1)
     assert report.left_out == {"answer without tokens": 1, "text is not valid Unicode": 2}
@@ -257,16 +249,9 @@ def test_no_example_left_is_an_error_with_the_reasons() -> None:
     with pytest.raises(
         DataError, match=r"none of 2 examples .*\(no room for the answer within max_length: 2\).* is 5"
     ):
-        tokenize_examples(
-            [RetainExample(prompt=Q, answer=A)] * 2,
-            tokenizer,
-            PAPER,
-            max_length=5,
-            max_answer_tokens=4,
-            train_on_end=True,
-        )
+        Encoder(tokenizer, PAPER, 5, 4).examples([RetainExample(prompt=Q, answer=A)] * 2, train_on_end=True)
     with pytest.raises(DataError, match="there were none"):
-        tokenize_examples([], tokenizer, PAPER, max_length=9, max_answer_tokens=4, train_on_end=True)
+        Encoder(tokenizer, PAPER, 9, 4).examples([], train_on_end=True)
 
 
 class NothingBefore(PaperFormat):
@@ -296,14 +281,14 @@ def test_strange_text_works(name: str, text: str) -> None:
     tokenizer = tokenizer_of(name)
     example = tokenize(tokenizer, prompt=text, answer=text)
     assert len(example.input_ids) == len(example.labels)
-    tokenize_prompt(text, tokenizer, PAPER)
+    Encoder(tokenizer, PAPER).prompt(text)
 
 
 def test_lone_surrogates_are_an_error_that_says_so(gpt_like: PreTrainedTokenizerBase) -> None:
     for call in (
         lambda: tokenize(gpt_like, prompt="\ud83d"),
-        lambda: tokenize_prompt("\ud83d", gpt_like, PAPER),
-        lambda: tokenize_prefill(Q, "\ud83d", gpt_like, PAPER, 1),
+        lambda: Encoder(gpt_like, PAPER).prompt("\ud83d"),
+        lambda: Encoder(gpt_like, PAPER).prefill(Q, "\ud83d", 1),
     ):
         with pytest.raises(DataError, match="not valid Unicode"):
             call()

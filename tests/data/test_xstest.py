@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sku.data.examples import RetainExample
-from sku.data.sources.xstest import load_xstest
+from sku.data.sources.read import load_xstest
 from sku.errors import DataError
 
 HEADER = "id,prompt,type,label,focus,note\n"

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity, utility
 from sku.evaluate.measure import base_agreement
@@ -23,7 +23,6 @@ from sku.evaluate.record_files import AGREEMENT_FILE, read_rows
 from sku.evaluate.records import AgreementRow, Split
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
-from sku.losses import IGNORE_INDEX
 
 
 def text(name: str, prompt: list[int], answer: list[int], split: Split = "retain_test") -> ScoredText:

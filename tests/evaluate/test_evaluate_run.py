@@ -24,7 +24,7 @@ from transformers import (
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.load import load_forget_retain
-from sku.data.prompts import PaperFormat
+from sku.data.tokens import IGNORE_INDEX, PaperFormat
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
 from sku.evaluate.asking import Writer
@@ -35,7 +35,6 @@ from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_gener
 from sku.evaluate.records import FluencyRecord, record_id, start_id
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
-from sku.losses import IGNORE_INDEX
 from sku.report.tables import before_after_rows
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig
 from sku.data.examples import normalise_prompt
 from sku.data.load import load_forget_retain
-from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import harness
 from sku.evaluate.harness import HARNESS_FILE, check_known, check_tasks, run_tasks, trained_questions

@@ -14,8 +14,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.config import ModelConfig, PromptFormatName
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import TokenizedExample, tokenize_prefill
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample, resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
 from sku.evaluate.asking import Writer, window_of
@@ -23,7 +22,6 @@ from sku.evaluate.batching import Progress
 from sku.evaluate.gate import is_word_salad
 from sku.evaluate.perplexity import SHUFFLES, in_orders, score_examples, score_fluency
 from sku.evaluate.records import GenerationRecord
-from sku.losses import IGNORE_INDEX
 from sku.models import load_model
 
 from .conftest import RecordMaker
@@ -267,7 +265,7 @@ def test_real_continuations_after_20_prefill_tokens_are_no_word_salad_and_salads
     generator = random.Random(0)
     real, salad = [], []
     for number, (prompt, answer) in enumerate(ANSWERS.items()):
-        prefilled = tokenize_prefill(prompt, answer, writer.tokenizer, writer.prompt_format, 20)
+        prefilled = writer.encoder.prefill(prompt, answer, 20)
         assert prefilled is not None
         start = prefilled[1].lstrip()
         record = GenerationRecord(

@@ -22,7 +22,7 @@ from sku.evaluate.comparison import Comparison, PrecisionReport, compare
 from sku.evaluate.precisions import measure_precisions
 from sku.evaluate.run import evaluate
 from sku.models import load_model
-from sku.negate.survival import model_survival
+from sku.negate.diagnostics import model_survival
 from sku.negate.task_vector import TaskVector
 from sku.quantization import NF4_BLOCK, NF4_CODE, nf4_rounded, rounded_copy, rounded_layers
 from sku.report.robustness import precision_cells

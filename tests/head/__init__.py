@@ -1,1 +1,1 @@
-"""Tests of sku.head."""
+"""Tests of sku.losses."""

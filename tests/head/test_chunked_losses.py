@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sku.head import Head, HeadScores
-from sku.losses import answer_nll, token_kl
+from sku.losses import Head, HeadScores, answer_nll, token_kl
 
 POSITIONS, WIDTH, VOCABULARY = 11, 6, 37
 HEADS: dict[str, dict[str, Any]] = {

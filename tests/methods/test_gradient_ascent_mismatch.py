@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import ModelMaker
-from sku.data.joint import FORGET, MISMATCHED, RETAIN
+from sku.data.examples import FORGET, MISMATCHED, RETAIN
 from sku.methods.gradient_ascent_mismatch import GRADIENT_ASCENT_MISMATCH, GradientAscentMismatchSettings
 from sku.training.objective import ScoredRows, TrainingStep
 

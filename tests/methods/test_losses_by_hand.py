@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sku.losses import answer_nll
+from sku.methods.base import retain_term
 from sku.methods.circuit_breakers import holding_loss, rerouting_loss, shares
 from sku.methods.dpo import dpo_loss
 from sku.methods.gradient_ascent import ascent_term
 from sku.methods.npo import npo_loss
 from sku.methods.refusal_tuning import safe_term
-from sku.methods.retain_terms import retain_term
 from sku.methods.rmu import rmu_loss, steering_vector
 from sku.methods.safe_unlearning import safe_unlearning_loss
 from sku.methods.simnpo import simnpo_loss

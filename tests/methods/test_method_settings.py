@@ -13,8 +13,8 @@ import torch
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
 from sku.config import load_recipe, settings_from_dict
-from sku.data.batches import JointCollator
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE
+from sku.data.batches import ROWS, JointCollator
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE
 from sku.errors import RecipeError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
@@ -192,7 +192,7 @@ def test_terms_rows_and_reference_are_those_that_are_on_and_no_others(
     dataset: Any = trainer.train_dataset
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([dataset[0], dataset[1]])
-    assert set(batch["row_kind"].tolist()) == kinds
+    assert set(batch[ROWS].kept) == kinds
     assert (trainer._reference is not None) is reference
     model: Any = trainer.model
     losses = trainer._outputs_and_terms(model, batch)[1]

@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
-from sku.data.batches import JointCollator
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import FORGET, SAFE, JointDataset, RowPlan
-from sku.data.prompts import resolve_prompt_format
+from sku.data.batches import ROWS, JointCollator, SourceRow
+from sku.data.examples import FORGET, SAFE, ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset
+from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
-from sku.training.steps import PaddedBatch
+from sku.training.forward import scores_of_kind
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -63,8 +63,11 @@ def terms_of(trainer: UnlearningTrainer, *, extra_padding: int) -> dict[str, Ten
     dataset: Any = trainer.train_dataset
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([dataset[0], dataset[1]])
-    for name, value in (("input_ids", trainer.data_collator.pad_token_id), ("attention_mask", 0), ("labels", -100)):
-        batch[name] = torch.nn.functional.pad(batch[name], (0, extra_padding), value=value)
+    if extra_padding:
+        length = batch["input_ids"].shape[1] + extra_padding
+        longer = TokenizedExample(input_ids=(1,) * length, labels=(-100,) * length, answer_start=length)
+        rows = [*batch[ROWS].rows, SourceRow(kind=99, example=0, tokens=longer)]
+        batch[ROWS] = trainer.data_collator.lay_out(rows, 2)
     model: Any = trainer.model
     model.eval()
     with torch.no_grad():
@@ -109,17 +112,16 @@ def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
 ) -> None:
     method = method_named(name)
     trainer = make_method_trainer(method, settings=small_settings(method, **settings), max_steps=8)
-    joint = JointDataset(data, tokenizer, resolve_prompt_format("auto", tokenizer), rows=RowPlan(forget=True))
+    joint = JointDataset(data, Encoder(tokenizer, resolve_prompt_format("auto", tokenizer)), rows=RowPlan(forget=True))
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([joint[place] for place in range(len(joint))])
 
     def harmful_nll() -> float:
         model: Any = trainer.model
         model.eval()
-        rows = PaddedBatch(batch, trainer.objective.rows)
         with torch.no_grad():
-            outputs = trainer._forward(model, rows)
-        return float(rows.scores(FORGET, outputs).mean_nll().mean())
+            outputs = trainer._forward(model, batch[ROWS])
+        return float(scores_of_kind(batch[ROWS], FORGET, outputs).mean_nll().mean())
 
     before = harmful_nll()
     trainer.train()

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker
-from sku.data.batches import JointCollator
-from sku.data.joint import FORGET
+from sku.data.batches import ROWS, JointCollator
+from sku.data.examples import FORGET
 from sku.errors import ModelError, RecipeError
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector
@@ -104,8 +104,8 @@ def test_the_steered_state_is_the_output_of_the_named_layer(
     with torch.no_grad():
         terms = trainer._outputs_and_terms(model, batch)[1]
     handle.remove()
-    row = int((batch["row_kind"] == FORGET).nonzero())
-    places = [at - 1 for at, label in enumerate(batch["labels"][row].tolist()) if label != -100]
+    row, tokens = next((place, row.tokens) for place, row in enumerate(batch[ROWS].rows) if row.kind == FORGET)
+    places = [at - 1 for at, label in enumerate(tokens.labels) if label != -100]
     steering = steering_vector(32, coefficient=6.5, seed=5)
     expected = torch.stack([(seen[0][row, at] - steering).square().mean() for at in places]).mean()
     torch.testing.assert_close(terms["forget"], expected[None])

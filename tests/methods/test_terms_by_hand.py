@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import ModelMaker
-from sku.data.joint import FORGET, RETAIN, SAFE
+from sku.data.examples import FORGET, RETAIN, SAFE
 from sku.methods import method_named
 from sku.training.objective import ScoredRows, TrainingStep
 

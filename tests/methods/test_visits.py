@@ -11,10 +11,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from sku.config import load_recipe
-from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset, RowPlan
-from sku.data.prompts import PaperFormat
-from sku.methods.visits import common_visits, visited_examples, visited_places, with_visited
+from sku.data.examples import ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset
+from sku.data.tokens import Encoder, PaperFormat
+from sku.methods.run import common_visits, visited_examples, visited_places, with_visited
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
@@ -100,7 +100,7 @@ def test_a_run_that_is_resumed_visits_the_same(
 def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    joint = JointDataset(data, tokenizer, PaperFormat("</s>"), rows=RowPlan(forget=True))
+    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=RowPlan(forget=True))
     for choice in ("auto_find_batch_size", "ignore_data_skip"):
         training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True)
         setattr(training, choice, True)

@@ -15,8 +15,7 @@ from conftest import ModelMaker
 from negate.conftest import disturbed
 from sku.errors import TaskVectorError
 from sku.negate import arithmetic
-from sku.negate.arithmetic import PIECE, dot_in_cache, subtract_tensors
-from sku.negate.rounding import draws_for, round_stochastically
+from sku.negate.arithmetic import PIECE, dot_in_cache, draws_for, round_stochastically, subtract_tensors
 from sku.negate.run import negate, negate_with_record
 from sku.negate.task_vector import TaskVector
 

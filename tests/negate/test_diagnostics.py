@@ -15,12 +15,19 @@ from negate.conftest import ContextMaker, disturbed, with_adapter
 from sku.errors import TaskVectorError
 from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import LowRank
-from sku.negate.diagnostics import cosine, diagnose, effective_rank, effective_rank_of_factors, normal_share
+from sku.negate.diagnostics import (
+    cosine,
+    delta_survival,
+    diagnose,
+    effective_rank,
+    effective_rank_of_factors,
+    model_survival,
+    normal_share,
+)
 from sku.negate.operators.base import OperatorContext
-from sku.negate.operators.spectra import InputSpectra, Spectrum, input_spectra
+from sku.negate.operators.by_inputs import InputSpectra, Spectrum, input_spectra
 from sku.negate.operators.texts import InputSettings, mean_gradient
 from sku.negate.run import negate
-from sku.negate.survival import delta_survival, model_survival
 from sku.negate.task_vector import TaskVector
 from sku.quantization import rounded_layers
 

@@ -24,7 +24,7 @@ from conftest import ModelMaker
 from negate.conftest import assert_same_bits, disturbed, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.negate import arithmetic
-from sku.negate.rounding import Rounding
+from sku.negate.arithmetic import Rounding
 from sku.negate.run import negate_with_record, save_unlearned
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import TaskVector

@@ -12,8 +12,7 @@ import pytest
 
 from conftest import Command, MadeOnce
 from sku.config import EMBEDDED, EvaluateConfig, OwnRepliesConfig, SourceConfig, load_recipe
-from sku.data.load import load_forget_retain
-from sku.data.prompt_sets import load_own_prompts
+from sku.data.load import load_forget_retain, load_own_prompts
 from sku.errors import DataError, OutputError
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import Judge, Verdict

@@ -13,13 +13,12 @@ from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from conftest import TrainerMaker
 from sku.config import Recipe, recipe_from_dict
+from sku.data.batches import ROWS
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.plan.estimate import memory_of
-from sku.plan.fit import job_of
+from sku.plan.job import job_of, weights_of
 from sku.plan.trace import trace_step
-from sku.plan.weights import weights_of
 from sku.training.layers import adapter_inputs_as_they_are
-from sku.training.steps import kept_positions
 
 EXAMPLES, ANSWERS = 4, 2
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -124,8 +123,7 @@ def test_within_a_tenth_of_what_is_measured(
     dataset: Any = trainer.train_dataset
     assert trainer.data_collator is not None
     batch = trainer.data_collator([dataset[place] for place in range(EXAMPLES)])
-    lengths = batch["attention_mask"].sum(1)
-    kept = kept_positions(batch, trainer.objective.rows).sum(1)
+    lengths, kept = batch[ROWS].attention_mask.sum(1), batch[ROWS].kept_RT.sum(1)
     trained: Any = trainer.model
     if trainer.args.activation_checkpointing:
         trained.activation_checkpointing_enable()  # As the trainer does where training begins.

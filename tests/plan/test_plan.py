@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 from sku.cli.main import app
 from sku.config import load_recipe
 from sku.errors import ModelError, RecipeError
-from sku.plan.estimate import GIB, estimated
-from sku.plan.fit import first_that_fits, job_of, suggestions
+from sku.plan.estimate import GIB, estimated, first_that_fits, suggestions
+from sku.plan.job import Job, job_of, weights_of
 from sku.plan.trace import StepTrace, trace_step
-from sku.plan.weights import Job, weights_of
 from sku.training import optimizer
 
 RECIPE = Path(__file__).with_name("llama-3.2-1b.yaml")
@@ -80,10 +79,10 @@ def test_work_is_six_times_weights_and_tokens(folder: Path) -> None:
 @pytest.mark.integration
 def test_more_layers_are_a_straight_line(folder: Path) -> None:
     """What is traced on two and four layers is what all layers take."""
-    from sku.plan import trace
+    from sku.plan import trace as traced
 
     made = job(folder, "acquire.training.activation_checkpointing=true")
-    assert trace_step(made) == trace._joined(*trace._traced(made, 8))
+    assert trace_step(made) == traced._joined(*traced._traced(made, 8))
 
 
 def test_sharding_divides_what_it_should(folder: Path) -> None:
@@ -153,13 +152,13 @@ def test_advice_is_what_the_recipe_gives_when_it_is_followed(shallow: Path) -> N
 def test_experts_are_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
 
-    from sku.plan import trace
+    from sku.plan import trace as traced
 
     def depends(*_: Any) -> Any:
         raise DataDependentOutputException(torch.ops.aten.item.default)
 
     MixtralConfig(**SMALL, num_local_experts=2).save_pretrained(tmp_path)
-    monkeypatch.setattr(trace, "_run", depends)
+    monkeypatch.setattr(traced, "_run", depends)
     with pytest.raises(ModelError, match="depends on the data"):
         trace_step(job(tmp_path, "acquire.lora.target_modules=[q_proj]"))
 

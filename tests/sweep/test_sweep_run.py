@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sku.config import Recipe, SweepConfig
 from sku.data.examples import Example, ForgetRetainData, RetainExample
-from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import resolve_prompt_format
 from sku.errors import EvaluationError, NoAlphaError, OutputError, RecipeError
 from sku.evaluate import asking, replies
 from sku.evaluate.asking import draw_examples

@@ -20,8 +20,8 @@ from transformers import (
 from conftest import VOCABULARY, ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
-from sku.head import HeadScores
-from sku.training.deferred_head import DeferredHead
+from sku.losses import HeadScores
+from sku.training.forward import DeferredHead
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -95,8 +95,8 @@ def test_losses_and_gradients_are_those_of_all_scores_at_once(
 def test_what_a_model_does_to_its_scores_is_done(config: Any, scale: float, softcap: float | None) -> None:
     model = built(config)
     head = DeferredHead(model, 0.0)
-    assert head.shape is not None
-    assert (head.shape.scale, head.shape.softcap) == (scale, softcap)
+    assert head.head is not None
+    assert (head.head.scale, head.head.softcap) == (scale, softcap)
     ids = torch.tensor([[5, 40, 41, 200]])
     with torch.no_grad():
         scores = head.run(lambda: model(input_ids=ids)).logits
@@ -118,7 +118,7 @@ def test_a_head_that_does_something_unknown_is_not_left_out(
     monkeypatch.setattr(model, "forward", shifted)
     with caplog.at_level(logging.WARNING):
         head = DeferredHead(model, 0.0)
-    assert head.shape is None
+    assert head.head is None
     assert head.fits(10**12)
     assert "changes its scores after the head in a way that isn't known" in caplog.text
     assert isinstance(head.run(lambda: model(input_ids=torch.tensor([[5]]))).logits, Tensor)
@@ -127,7 +127,7 @@ def test_a_head_that_does_something_unknown_is_not_left_out(
 def test_a_head_with_an_adapter_is_not_left_out(make_trainer: TrainerMaker, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(lora={"target_modules": ["lm_head", "q_proj"]}, logits_budget_mb=0.0)
-    assert trainer._head.shape is None
+    assert trainer._head.head is None
     assert "not a plain linear layer" in caplog.text
     assert trainer._cache is None
 

@@ -25,8 +25,8 @@ from transformers import (
 
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
-from sku.data.batches import PACKED, JointCollator, PackedCollator
-from sku.data.joint import RETAIN
+from sku.data.batches import ROWS, JointCollator
+from sku.data.examples import RETAIN
 from sku.errors import ModelError, RecipeError
 from sku.methods import METHODS
 from sku.methods.base import AnyMethod
@@ -64,11 +64,10 @@ def terms_and_gradients(trainer: UnlearningTrainer, collator: Any) -> tuple[dict
 
 def collators(trainer: UnlearningTrainer) -> dict[str, Any]:
     rows = trainer.objective.rows
-    assert trainer.processing_class is not None
+    pad = int(trainer.processing_class.pad_token_id)  # type: ignore[union-attr]
     return {
-        "padded": JointCollator(int(trainer.processing_class.pad_token_id)),  # type: ignore[union-attr]
-        "tree": PackedCollator(share=True, retain_tokens=rows.retain_tokens),
-        "flat": PackedCollator(share=False, retain_tokens=rows.retain_tokens),
+        packing: JointCollator(packing, pad_token_id=pad, retain_tokens=rows.retain_tokens)
+        for packing in ("padded", "tree", "flat")
     }
 
 
@@ -124,7 +123,7 @@ def test_the_prompt_is_computed_once(make_trainer: TrainerMaker) -> None:
     trainer = make_trainer(packing="tree")
     dataset: Any = trainer.train_dataset
     batches = {name: collator([dataset[0]]) for name, collator in collators(trainer).items()}
-    rows = batches["tree"][PACKED].rows
+    rows = batches["tree"][ROWS].rows
     behind_prompt = [len(row.tokens.input_ids) - 1 for row in rows if row.kind != RETAIN]
     prompt = rows[0].tokens.answer_start
     flat, tree = (batches[name]["input_ids"].shape[1] for name in ("flat", "tree"))

@@ -15,9 +15,10 @@ from torch import Tensor
 from conftest import ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, JointDataset
+from sku.data.examples import FORGET, MISMATCHED, RETAIN
+from sku.data.joint import JointDataset
 from sku.errors import RecipeError
-from sku.head import HeadScores
+from sku.losses import HeadScores
 from sku.training import trainer as trainer_module
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sku.head import Scores
-from sku.losses import answer_nll, mean_per_example
+from sku.losses import Scores, answer_nll, mean_per_example
 
 
 def guided_distortion_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss, targeted_divergence_loss
 from sku.acquire.random_disassociation import random_disassociation_loss
-from sku.config import ModulesConfig, Twin, WeightsConfig
-from sku.data.joint import FORGET, MISMATCHED, RETAIN, SAFE
+from sku.config.stages import ModulesConfig, Twin, WeightsConfig
+from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
@@ -53,7 +53,7 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
             ),
             "random_disassociation": Term(
                 weight=0.0 if good else weights.random_disassociation,
-                loss=lambda step: _random_disassociation(step.rows(MISMATCHED)),
+                loss=random_disassociation,
                 rows={"mismatched": config.random_answers},
             ),
             "preservation_divergence": Term(
@@ -73,7 +73,9 @@ def _guided_distortion(rows: ScoredRows) -> Tensor:
     return guided_distortion_loss(rows.scores_NV, rows.targets_N, rows.example_N, rows.num_examples)
 
 
-def _random_disassociation(rows: ScoredRows) -> Tensor:
+def random_disassociation(step: TrainingStep) -> Tensor:
+    """``random_disassociation_loss`` of the mismatched rows of a step."""
+    rows = step.rows(MISMATCHED)
     return random_disassociation_loss(rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples)
 
 

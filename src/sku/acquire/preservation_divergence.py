@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sku.config import PreservationMode
-from sku.head import Scores
-from sku.losses import answer_nll, mean_per_example, token_kl
+from sku.config.stages import PreservationMode
+from sku.losses import Scores, answer_nll, mean_per_example, token_kl
 
 DEFAULT_CAP = 1.0
 """Nats. Without a cap -KL has no lower bound: it ran to 133 nats on SmolLM2-135M and left a gibberish vector."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sku.head import Scores
-from sku.losses import answer_nll, mean_per_example
+from sku.losses import Scores, answer_nll, mean_per_example
 
 
 def random_disassociation_loss(

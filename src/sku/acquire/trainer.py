@@ -11,7 +11,8 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.acquire.objective import sku_objective
-from sku.config import ModulesConfig, PromptFormatName, Twin
+from sku.config.data import PromptFormatName
+from sku.config.stages import ModulesConfig, Twin
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import Source

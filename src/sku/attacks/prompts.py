@@ -30,7 +30,7 @@ from sku.attacks.base import Attack, AttackContext, Setting, Variant
 from sku.attacks.results import AttackCard
 from sku.config import Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
-from sku.data.framings import PLACE, parse_templates
+from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.evaluate.judges.choose import is_embedded
 from sku.world.grammar import MAKE_QUESTIONS

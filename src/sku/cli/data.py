@@ -145,16 +145,14 @@ def inspect(
     quiet_libraries()
     from sku.data.inspect import describe_data
     from sku.data.load import load_data
-    from sku.data.prompts import resolve_prompt_format
+    from sku.data.tokens import Encoder, resolve_prompt_format
     from sku.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
+    written = resolve_prompt_format(settings.model.prompt_format, tokenizer)
     description = describe_data(
         load_data(settings.data, settings.seed, forget_validation=settings.forget_validation),
-        tokenizer,
-        resolve_prompt_format(settings.model.prompt_format, tokenizer),
-        max_length=settings.data.max_length,
-        max_answer_tokens=settings.data.max_answer_tokens,
+        Encoder(tokenizer, written, settings.data.max_length, settings.data.max_answer_tokens),
         show_harmful=show_harmful,
     )
     if as_json:

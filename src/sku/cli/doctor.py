@@ -27,8 +27,7 @@ from sku.quiet import quiet_imports, quiet_libraries
 from sku.storage import check_can_be_made, free_bytes, hazardous_folders
 
 if TYPE_CHECKING:
-    from sku.plan.estimate import Estimate
-    from sku.plan.fit import Suggestion
+    from sku.plan.estimate import Estimate, Suggestion
 
 Status = Literal["ok", "warning", "problem"]
 TESTED: Mapping[str, str] = {
@@ -301,8 +300,8 @@ def plan(
         raise RecipeError("--gpu-memory and --peak-tflops must be above 0, and --efficiency above 0 and at most 1")
 
     quiet_libraries()
-    from sku.plan.estimate import GIB, estimated
-    from sku.plan.fit import job_of, suggestions
+    from sku.plan.estimate import GIB, estimated, suggestions
+    from sku.plan.job import job_of
 
     job = job_of(settings, gpus=gpus, sharding=sharding, row_tokens=row_tokens, answer_tokens=answer_tokens)
     made = estimated(job, gpu_memory=gpu_memory * GIB, tflops=peak_tflops, efficiency=efficiency)

@@ -30,8 +30,15 @@ from sku.evaluate.run import always_gibberish, always_refuse, evaluate, evaluate
 from sku.evaluate.utility_cost import Utility, utility_cost
 from sku.evaluate.validation import NormalText, Refusals, validation_texts
 from sku.methods import method_named
-from sku.methods.run import operator_context, prepare, subtracted_by, train_method, with_safe_dtype
-from sku.methods.visits import common_visits, with_visited
+from sku.methods.run import (
+    common_visits,
+    operator_context,
+    prepare,
+    subtracted_by,
+    train_method,
+    with_safe_dtype,
+    with_visited,
+)
 from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, check_operators

@@ -4,9 +4,12 @@ Nothing here imports torch or transformers, so that ``sku --help`` and a wrong k
 """
 
 from sku.config.check import plain_data as plain_data
+from sku.config.data import EMBEDDED as EMBEDDED
 from sku.config.data import DataConfig as DataConfig
 from sku.config.data import DataFormat as DataFormat
+from sku.config.data import ModelConfig as ModelConfig
 from sku.config.data import OwnRepliesConfig as OwnRepliesConfig
+from sku.config.data import PromptFormatName as PromptFormatName
 from sku.config.data import SourceConfig as SourceConfig
 from sku.config.evaluate import Attack as Attack
 from sku.config.evaluate import CompareConfig as CompareConfig
@@ -15,9 +18,6 @@ from sku.config.evaluate import MethodConfig as MethodConfig
 from sku.config.evaluate import Precision as Precision
 from sku.config.evaluate import SearchConfig as SearchConfig
 from sku.config.evaluate import Similarity as Similarity
-from sku.config.recipe import EMBEDDED as EMBEDDED
-from sku.config.recipe import ModelConfig as ModelConfig
-from sku.config.recipe import PromptFormatName as PromptFormatName
 from sku.config.recipe import Recipe as Recipe
 from sku.config.recipe import apply_override as apply_override
 from sku.config.recipe import load_recipe as load_recipe

@@ -1,4 +1,4 @@
-"""Key ``data``: what is forgotten, what is kept, and the splits of both."""
+"""Keys ``model`` and ``data``: the model, what is forgotten, what is kept, and the splits of both."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pydantic import Field
 from sku.config.check import Count, Fraction, Positive, Share, validated
 from sku.errors import RecipeError
 
+EMBEDDED = "embedded"
+"""Name of the model, the data and the recipe that ship inside the package."""
+PromptFormatName = Literal["auto", "chat", "paper"]
 DataFormat = Literal[
     "auto",
     "embedded",
@@ -24,6 +27,29 @@ DataFormat = Literal[
     "passages",
     "columns",
 ]
+
+
+@validated
+class ModelConfig:
+    """The model to unlearn."""
+
+    path: str
+    """Local folder, hub id, or ``embedded``. Never written to."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; the commit it resolved to is recorded."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside ``path``: it is dequantized while loading."""
+    dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = "auto"
+    """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
+    device: str = "auto"
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    license: str | None = None
+    """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
+    where this is empty."""
+    prompt_format: PromptFormatName = "auto"
+    """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
 
 @validated

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -18,39 +18,13 @@ from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from sku.config.check import STRICT, Seed, check_plain, explain, plain_data, validated
-from sku.config.data import DataConfig
+from sku.config.data import EMBEDDED, DataConfig, ModelConfig
 from sku.config.evaluate import CompareConfig, EvaluateConfig, MethodConfig
 from sku.config.stages import TRAINING_KEYS, AcquireConfig, NegateConfig, SweepConfig, TwinShares
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
 _LONGEST_NAME = 200
-EMBEDDED = "embedded"
-"""Name of the model, the data and the recipe that ship inside the package."""
-PromptFormatName = Literal["auto", "chat", "paper"]
-
-
-@validated
-class ModelConfig:
-    """The model to unlearn."""
-
-    path: str
-    """Local folder, hub id, or ``embedded``. Never written to."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub model; the commit it resolved to is recorded."""
-    gguf_file: str | None = None
-    """Name of a GGUF file inside ``path``: it is dequantized while loading."""
-    dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = "auto"
-    """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
-    device: str = "auto"
-    """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
-    license: str | None = None
-    """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
-    where this is empty."""
-    prompt_format: PromptFormatName = "auto"
-    """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
 
 @validated

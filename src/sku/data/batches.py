@@ -8,12 +8,13 @@ A packed row is made of segments, runs of tokens. One with a prefix goes on wher
 prefix and each other, never a sibling. ``AttentionPaths`` holds the path of each token back to its first one.
 
 Shapes: R = rows of a padded batch, T = tokens of its longest row, or of the packed row, S = segments, K = keys of all
-paths (those of a prefix once for each segment that has it), U = packed places whose scores are needed, N = kept
+paths (those of a prefix once for each segment that has it), U = places whose scores are needed, N = kept
 positions of the rows of one kind (a shared place counts once for each row), M = those rows, B = joint examples.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -23,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sku.data.joint import RETAIN, JointExample, RetainTokens
-from sku.data.tokens import TokenizedExample, shared_length
+from sku.config.stages import Packing
+from sku.data.examples import RETAIN, RetainTokens
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample, shared_length
 from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
 
-PACKED = "packed"
-"""Key of the ``PackedRows`` in a batch of ``PackedCollator``."""
+ROWS = "rows"
+"""Key of the ``Rows`` in a batch of ``JointCollator``."""
 
 
 class _Tensors:
@@ -176,8 +177,30 @@ def _in_reach(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JointExample:
+    """Token ids of one joint example."""
+
+    rows: tuple[tuple[int, TokenizedExample], ...]
+    """Kind and tokens of each row, in the order of a batch; the ``example_id`` of a normal pair is its place among
+    ``data.retain_train``."""
+    forget_index: int
+    """Harmful example among ``data.forget_train``."""
+    counts: bool = True
+    """Whether it is trained on; not if it only gives a process something to compute while others train."""
+
+    def of(self, kind: int) -> tuple[TokenizedExample, ...]:
+        """The rows of one kind; none of a module that is switched off."""
+        return tuple(row for own, row in self.rows if own == kind)
+
+    @property
+    def retain_rows(self) -> tuple[int, ...]:
+        """Place among ``data.retain_train`` of each normal pair, in the order of their rows."""
+        return tuple(row.example_id for row in self.of(RETAIN))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceRow:
-    """A row before it is packed."""
+    """A row before it is laid out."""
 
     kind: int
     """``FORGET``, ``MISMATCHED``, ``RETAIN`` or ``SAFE``."""
@@ -193,7 +216,7 @@ class KeptPlaces(_Tensors):
     score_N: Tensor
     """Index among the U scores of the place before each target; rows that share the place share the score."""
     place_N: Tensor
-    """That place in the packed row."""
+    """That place among all of ``input_ids``, row after row."""
     targets_N: Tensor
     """Token ids that follow."""
     row_N: Tensor
@@ -203,82 +226,180 @@ class KeptPlaces(_Tensors):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedRows(_Tensors):
-    """Rows of a batch as one packed row."""
+class Rows(_Tensors, ABC):
+    """Rows of a batch as a model reads them in one forward pass, and which of their scores are whose."""
 
     input_ids: Tensor
-    """``[1, T]``."""
+    """``[R, T]``, or ``[1, T]`` packed."""
     is_retain: Tensor
-    """``[1, T]``, bool: tokens of normal rows, which share none with others."""
-    paths: AttentionPaths
-    score_places_U: Tensor
-    """Places of the packed row whose scores are needed, rising, each once."""
+    """``[R, 1]``, or ``[1, T]`` packed, bool: whether a row, or token, is of a normal one; these share none with
+    others."""
     kept: dict[int, KeptPlaces]
     """Kind of rows -> theirs."""
     rows: tuple[SourceRow, ...]
     num_examples: int
     """B."""
-    share: bool
-    retain_tokens: RetainTokens
+    collator: JointCollator
+    """That has laid them out."""
 
     @property
-    def position_ids(self) -> Tensor:
-        """``[1, T]``, place of each token in its own row."""
-        return self.paths.position_T[None]
+    @abstractmethod
+    def model_inputs(self) -> dict[str, Any]:
+        """Arguments of the model; the scores that it gives for them are the U, in their order."""
 
-    def of_kind(self, kind: int) -> PackedRows:
-        """The rows of one kind packed alone, on the same device, as a reference model is asked for them."""
+    def of_kind(self, kind: int) -> Self:
+        """The rows of one kind laid out alone, on the same device, as a reference model is asked for them."""
         rows = [row for row in self.rows if row.kind == kind]
-        packed = pack_rows(rows, self.num_examples, share=self.share, retain_tokens=self.retain_tokens)
-        return packed.to(self.input_ids.device, non_blocking=True)
+        alone = self.collator.lay_out(rows, self.num_examples).to(self.input_ids.device, non_blocking=True)
+        assert isinstance(alone, type(self))
+        return alone
 
 
-def pack_rows(
-    rows: Sequence[SourceRow], num_examples: int, *, share: bool, retain_tokens: RetainTokens = "answer"
-) -> PackedRows:
-    """Packs rows and finds where their scores will stand.
+@dataclass(frozen=True, kw_only=True)
+class PaddedRows(Rows):
+    """Rows of equal length. What is padding ``attention_mask`` alone tells: the pad id can be that of a real token."""
 
-    Args:
-        rows: At least one; those of one joint example follow each other.
-        num_examples: B.
-        share: Rows of one joint example, the normal one apart, share their longest common prefix.
-        retain_tokens: Of the ``RowPlan``.
+    attention_mask: Tensor
+    """``[R, T]``: 1 on the rows' own tokens."""
+    kept_RT: Tensor
+    """bool: the places whose scores are needed."""
 
-    Returns:
-        The packed row, on the CPU.
-    """
-    positions = [_kept_positions(row, retain_tokens) for row in rows]
-    # What stands after the last kept position is seen by none that counts.
-    sequences = [
-        row.tokens.input_ids[: int(kept[-1]) + 1 if len(kept) else 0]
-        for row, kept in zip(rows, positions, strict=True)
-    ]
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, row in enumerate(rows):
-        alone = row.kind == RETAIN or not share
-        groups.setdefault((row.example, index if alone else -1), []).append(index)
-    segments: list[Segment] = []
-    ids: list[int] = []
-    places: dict[int, Tensor] = {}
-    for members in groups.values():
-        _add_group(members, sequences, segments, ids, places)
-    score_places, kept = _kept_places(rows, positions, places)
-    paths = plan_paths(segments)
-    is_retain_T = torch.zeros(len(ids), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        if row.kind == RETAIN:
-            is_retain_T[places[index]] = True
-    return PackedRows(
-        input_ids=torch.tensor([ids]),
-        is_retain=is_retain_T[None],
-        paths=paths,
-        score_places_U=score_places,
-        kept=kept,
-        rows=tuple(rows),
-        num_examples=num_examples,
-        share=share,
-        retain_tokens=retain_tokens,
-    )
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """As in ``Rows``."""
+        return {
+            "input_ids": self.input_ids, "attention_mask": self.attention_mask, "logits_to_keep": self.kept_RT,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRows(Rows):
+    """Rows as one packed row."""
+
+    paths: AttentionPaths
+    score_places_U: Tensor
+    """Places whose scores are needed, rising, each once."""
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """As in ``Rows``; the position of a token is its place in its own row."""
+        return {
+            "input_ids": self.input_ids, "position_ids": self.paths.position_T[None], "packed_paths": self.paths,
+            "logits_to_keep": self.score_places_U,
+        }  # fmt: skip
+
+
+class JointCollator:
+    """Puts all rows of a batch of joint examples where one forward pass does for all, in the data loader's workers."""
+
+    def __init__(
+        self, packing: Packing = "padded", *, pad_token_id: int = 0, retain_tokens: RetainTokens = "answer"
+    ) -> None:
+        """Says how rows are laid out.
+
+        Args:
+            packing: ``padded`` to the longest row of the batch; else one packed row, in which rows after the same
+                prompt share its tokens (``tree``), or not (``flat``).
+            pad_token_id: Of the tokenizer.
+            retain_tokens: Of the ``RowPlan``.
+        """
+        self.packing, self.pad_token_id, self.retain_tokens = packing, pad_token_id, retain_tokens
+
+    def __call__(self, examples: list[JointExample]) -> dict[str, Any]:
+        """Lays the rows out: each example's forget row, mismatched, retain and safe rows, in this order.
+
+        Args:
+            examples: B joint examples; kinds that a method doesn't ask for have no rows. Those that don't count are
+                left out, but for one of them where no other is there.
+
+        Returns:
+            - ``rows``: ``Rows``; ``input_ids``: theirs.
+            - ``forget_index``, ``retain_index``: ``[B]`` int64, positions in the datasets, -1 where there is none.
+            - ``retain_rows``: int64, one for each ``RETAIN`` row, its position in the dataset.
+            - ``counts``: ``[B]`` int64, 1 for examples that are trained on, 0 for one that isn't.
+
+        Raises:
+            DataError: No example has a row.
+        """
+        examples = [example for example in examples if example.counts] or examples[:1]
+        rows = [
+            SourceRow(kind=kind, example=position, tokens=row)
+            for position, example in enumerate(examples)
+            for kind, row in example.rows
+        ]
+        if not rows:
+            raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
+        normal = [example.retain_rows for example in examples]
+        laid_out = self.lay_out(rows, len(examples))
+        return {
+            "input_ids": laid_out.input_ids,
+            "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
+            "retain_index": torch.tensor([places[0] if places else -1 for places in normal], dtype=torch.long),
+            "retain_rows": torch.tensor([place for places in normal for place in places], dtype=torch.long),
+            "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
+            ROWS: laid_out,
+        }
+
+    def lay_out(self, rows: Sequence[SourceRow], num_examples: int) -> Rows:
+        """Lays rows out and finds where their scores will stand.
+
+        Args:
+            rows: At least one; those of one joint example follow each other.
+            num_examples: B.
+
+        Returns:
+            The rows, on the CPU.
+        """
+        positions = [_kept_positions(row, self.retain_tokens) for row in rows]
+        options: dict[str, Any] = {"rows": tuple(rows), "num_examples": num_examples, "collator": self}
+        if self.packing == "padded":
+            return self._padded(rows, positions, options)
+        return self._packed(rows, positions, options)
+
+    def _padded(self, rows: Sequence[SourceRow], positions: Sequence[Tensor], options: dict[str, Any]) -> PaddedRows:
+        ids = [torch.tensor(row.tokens.input_ids, dtype=torch.long) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        all_places = torch.arange(input_ids.numel()).view_as(input_ids)
+        score_places, kept = _kept_places(rows, positions, dict(enumerate(all_places)))
+        kept_RT = torch.zeros_like(input_ids, dtype=torch.bool)
+        kept_RT.view(-1)[score_places] = True
+        return PaddedRows(
+            input_ids=input_ids,
+            is_retain=torch.tensor([[row.kind == RETAIN] for row in rows]),
+            kept=kept,
+            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            kept_RT=kept_RT,
+            **options,
+        )
+
+    def _packed(self, rows: Sequence[SourceRow], positions: Sequence[Tensor], options: dict[str, Any]) -> PackedRows:
+        # What stands after the last kept position is seen by none that counts.
+        sequences = [
+            row.tokens.input_ids[: int(kept[-1]) + 1 if len(kept) else 0]
+            for row, kept in zip(rows, positions, strict=True)
+        ]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, row in enumerate(rows):
+            alone = row.kind == RETAIN or self.packing == "flat"
+            groups.setdefault((row.example, index if alone else -1), []).append(index)
+        segments: list[Segment] = []
+        ids: list[int] = []
+        places: dict[int, Tensor] = {}
+        for members in groups.values():
+            _add_group(members, sequences, segments, ids, places)
+        score_places, kept = _kept_places(rows, positions, places)
+        is_retain_T = torch.zeros(len(ids), dtype=torch.bool)
+        for index, row in enumerate(rows):
+            if row.kind == RETAIN:
+                is_retain_T[places[index]] = True
+        return PackedRows(
+            input_ids=torch.tensor([ids]),
+            is_retain=is_retain_T[None],
+            kept=kept,
+            paths=plan_paths(segments),
+            score_places_U=score_places,
+            **options,
+        )
 
 
 def _add_group(
@@ -330,91 +451,3 @@ def _kept_positions(row: SourceRow, retain_tokens: RetainTokens) -> Tensor:
     if row.kind == RETAIN and retain_tokens != "answer":
         return torch.arange(len(row.tokens.labels) - 1)
     return (torch.tensor(row.tokens.labels[1:], dtype=torch.long) != IGNORE_INDEX).nonzero()[:, 0]
-
-
-class JointCollator:
-    """Puts all rows of a batch of joint examples into one padded tensor, so that one forward pass does for all.
-
-    Padding is told by ``attention_mask`` and ``labels`` alone; no one may look for the pad id, which can be that of a
-    real token.
-    """
-
-    def __init__(self, pad_token_id: int) -> None:
-        """Pads with this id of the tokenizer, to the longest row of the batch."""
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, examples: list[JointExample]) -> dict[str, Tensor]:
-        """Pads the rows on the right: each example's forget row, mismatched, retain and safe rows, in this order.
-
-        Args:
-            examples: B joint examples; kinds that a method doesn't ask for have no rows. Those that don't count are
-                left out, but for one of them where no other is there.
-
-        Returns:
-            All int64:
-
-            - ``input_ids``, ``attention_mask``, ``labels``: ``[R, T]``; pad id, 0 and ``IGNORE_INDEX`` on padding.
-            - ``row_kind``: ``[R]``, ``FORGET``, ``MISMATCHED``, ``RETAIN`` or ``SAFE``.
-            - ``row_example``: ``[R]``, position of the row's joint example in ``examples``.
-            - ``forget_index``, ``retain_index``: ``[B]``, positions in the datasets, -1 where there is none.
-            - ``retain_rows``: one for each ``RETAIN`` row, its position in the dataset.
-            - ``counts``: ``[B]``, 1 for examples that are trained on, 0 for one that isn't.
-
-        Raises:
-            DataError: No example has a row.
-        """
-        rows, batch = _rows_and_indices(examples)
-        ids = [torch.tensor(row.tokens.input_ids, dtype=torch.long) for row in rows]
-        labels = [torch.tensor(row.tokens.labels, dtype=torch.long) for row in rows]
-        return {
-            "input_ids": self._pad(ids, self.pad_token_id),
-            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
-            "labels": self._pad(labels, IGNORE_INDEX),
-            "row_kind": torch.tensor([row.kind for row in rows]),
-            "row_example": torch.tensor([row.example for row in rows]),
-            **batch,
-        }
-
-    def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:
-        return pad_sequence(list(rows), batch_first=True, padding_value=value)
-
-
-class PackedCollator:
-    """Puts all rows of a batch of joint examples into one packed row, in the data loader's workers."""
-
-    def __init__(self, *, share: bool, retain_tokens: RetainTokens) -> None:
-        """Rows after the same prompt share its tokens (``tree``), or not (``flat``)."""
-        self.share, self.retain_tokens = share, retain_tokens
-
-    def __call__(self, examples: list[JointExample]) -> dict[str, Any]:
-        """Packs the rows of B joint examples.
-
-        Returns:
-            ``input_ids`` ``[1, T]``; ``forget_index``, ``retain_index``, ``retain_rows`` and ``counts`` as of
-            ``JointCollator``; and ``packed``: ``PackedRows``.
-
-        Raises:
-            DataError: No example has a row.
-        """
-        rows, batch = _rows_and_indices(examples)
-        packed = pack_rows(rows, len(batch["counts"]), share=self.share, retain_tokens=self.retain_tokens)
-        return {"input_ids": packed.input_ids, **batch, PACKED: packed}
-
-
-def _rows_and_indices(examples: list[JointExample]) -> tuple[list[SourceRow], dict[str, Tensor]]:
-    """Rows of the examples that count, or of one that doesn't, and what both collators say of these examples."""
-    examples = [example for example in examples if example.counts] or examples[:1]
-    rows = [
-        SourceRow(kind=kind, example=position, tokens=row)
-        for position, example in enumerate(examples)
-        for kind, row in example.rows
-    ]
-    if not rows:
-        raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
-    normal = [example.retain_rows for example in examples]
-    return rows, {
-        "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
-        "retain_index": torch.tensor([places[0] if places else -1 for places in normal], dtype=torch.long),
-        "retain_rows": torch.tensor([place for places in normal for place in places], dtype=torch.long),
-        "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
-    }

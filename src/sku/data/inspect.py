@@ -10,11 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sku.config import DataConfig
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, Provenance, group_of, has_answers
-from sku.data.prompts import PromptFormat
-from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_examples
-from sku.losses import IGNORE_INDEX
+from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizationReport, TokenizedExample, decoded
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -71,23 +68,13 @@ class DataDescription:
 
 
 def describe_data(
-    data: ForgetRetainData,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_format: PromptFormat,
-    *,
-    max_length: int = DataConfig.max_length,
-    max_answer_tokens: int = DataConfig.max_answer_tokens,
-    show_harmful: bool = False,
-    views_per_kind: int = 3,
+    data: ForgetRetainData, encoder: Encoder, *, show_harmful: bool = False, views_per_kind: int = 3
 ) -> DataDescription:
     """Tokenizes every split as a run does and describes the outcome.
 
     Args:
         data: All splits.
-        tokenizer: Of the model.
-        prompt_format: How prompts and answers are written.
-        max_length: Most tokens in all.
-        max_answer_tokens: Most tokens of an answer.
+        encoder: Of the model.
         show_harmful: Show harmful answers; they are replaced by their length and hash otherwise.
         views_per_kind: Examples shown token by token, of ``forget_train`` and of ``retain_train`` each.
 
@@ -104,15 +91,8 @@ def describe_data(
     for name, examples in data.splits().items():
         if not examples or name in asked:
             continue
-        tokenized, report = tokenize_examples(
-            examples,
-            tokenizer,
-            prompt_format,
-            max_length=max_length,
-            max_answer_tokens=max_answer_tokens,
-            # As in training: negating a learned end would teach run-ons.
-            train_on_end=not isinstance(examples[0], ForgetExample),
-        )
+        # As in training: negating a learned end would teach run-ons.
+        tokenized, report = encoder.examples(examples, train_on_end=not isinstance(examples[0], ForgetExample))
         splits[name] = SplitDescription(
             examples=len(examples),
             groups=len({group_of(example) for example in examples}),
@@ -124,13 +104,13 @@ def describe_data(
         )
         if name in ("forget_train", "retain_train"):
             views += [
-                _view(name, examples[row.example_id], row, tokenizer, show_harmful=show_harmful)
+                _view(name, examples[row.example_id], row, encoder.tokenizer, show_harmful=show_harmful)
                 for row in tokenized[:views_per_kind]
             ]
     return DataDescription(
-        prompt_format=prompt_format.name,
-        max_length=max_length,
-        max_answer_tokens=max_answer_tokens,
+        prompt_format=encoder.prompt_format.name,
+        max_length=encoder.max_length,
+        max_answer_tokens=encoder.max_answer_tokens,
         splits=splits,
         provenance=data.provenance,
         views=tuple(views),

@@ -2,6 +2,11 @@
 
 One joint example of SKU is a harmful pair, K harmful answers of other prompts put after the same prompt, and a normal
 pair. Other methods take other rows; all take them from here, so that they see the same prompts in the same order.
+
+A share of the prompts may stand in a framing: a story, a role, an exam, a claim of permission around the same request.
+A model that learns to refuse bare requests alone answers them inside a story. These framings (``framings.txt``) are
+our own, other than those of the attack that measures it (``sku/attacks/templates.txt``), though some are of the same
+kind. Harmful and normal prompts get them alike, so that none of them is a sign of harm.
 """
 
 from __future__ import annotations
@@ -9,24 +14,31 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal
+from dataclasses import replace
+from functools import cache, lru_cache
+from importlib import resources
 
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
 
-from sku.config import EMBEDDED
-from sku.data.examples import Example, ForgetRetainData, RetainExample, group_of
-from sku.data.framings import framed
-from sku.data.prompts import PromptFormat
-from sku.data.tokens import TokenizationReport, TokenizedExample, decoded, tokenize_example, tokenize_examples
-from sku.errors import DataError
+from sku.config.data import EMBEDDED
+from sku.data.batches import JointExample
+from sku.data.examples import (
+    FORGET,
+    MISMATCHED,
+    RETAIN,
+    SAFE,
+    E,
+    Example,
+    ForgetRetainData,
+    RetainExample,
+    RowPlan,
+    group_of,
+)
+from sku.data.tokens import Encoder, TokenizationReport, TokenizedExample, decoded
+from sku.errors import DataError, EvaluationError
 
-RetainTokens = Literal["answer", "all"]
-FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
-"""Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
-with a safe answer."""
+PLACE = "{prompt}"
+"""Where the request stands, in a framing and in a template of the attack."""
 FILLER = -1
 """Place that stands for no example: where one of several processes has none left at the end of an epoch."""
 REFUSALS = (
@@ -36,57 +48,6 @@ REFUSALS = (
     "I'm not able to help with this.",
 )
 """Safe answers for prompts that have none of their own, where a method asks for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowPlan:
-    """Which rows a method trains on."""
-
-    forget: bool = False
-    """The harmful pair."""
-    mismatched: int = 0
-    """K, answers of other prompts after each harmful prompt."""
-    mismatched_from: Literal["forget", "retain"] = "forget"
-    """Whose answers these are: harmful ones, or normal ones."""
-    retain: int = 0
-    """Normal pairs of each joint example."""
-    retain_refused: bool = False
-    """The normal prompts stand before their misplaced refusals, in place of their answers."""
-    retain_tokens: RetainTokens = "answer"
-    """Positions of the normal pair that count: those before the tokens of its answer, or those before all its
-    tokens."""
-    safe: Literal["none", "data", "data or refusal", "all"] = "none"
-    """A safe answer after the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
-    refusal`` takes one of ``REFUSALS`` where it has none; ``all`` wants one for each, so that the examples and their
-    order are those of a method without safe answers."""
-    depth_share: float = 0.0
-    """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
-    depth_tokens: int = 0
-    """Most tokens of that beginning."""
-    framed_share: float = 0.0
-    """Share of the harmful and of the normal examples whose prompt stands in a framing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JointExample:
-    """Token ids of one joint example."""
-
-    rows: tuple[tuple[int, TokenizedExample], ...]
-    """Kind and tokens of each row, in the order of a batch; the ``example_id`` of a normal pair is its place among
-    ``data.retain_train``."""
-    forget_index: int
-    """Harmful example among ``data.forget_train``."""
-    counts: bool = True
-    """Whether it is trained on; not if it only gives a process something to compute while others train."""
-
-    def of(self, kind: int) -> tuple[TokenizedExample, ...]:
-        """The rows of one kind; none of a module that is switched off."""
-        return tuple(row for own, row in self.rows if own == kind)
-
-    @property
-    def retain_rows(self) -> tuple[int, ...]:
-        """Place among ``data.retain_train`` of each normal pair, in the order of their rows."""
-        return tuple(row.example_id for row in self.of(RETAIN))
 
 
 def check_fits(data: ForgetRetainData, rows: RowPlan) -> None:
@@ -168,26 +129,13 @@ class JointDataset(Dataset[JointExample]):
     because there are fewer harmful ones, and none is cut off because there are more.
     """
 
-    def __init__(
-        self,
-        data: ForgetRetainData,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_format: PromptFormat,
-        *,
-        rows: RowPlan,
-        max_length: int = 512,
-        max_answer_tokens: int = 128,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, data: ForgetRetainData, encoder: Encoder, *, rows: RowPlan, seed: int = 0) -> None:
         """Tokenizes the training splits once.
 
         Args:
             data: ``forget_train`` and ``retain_train`` are used.
-            tokenizer: Of the model.
-            prompt_format: How prompts and answers are written.
+            encoder: Of the model.
             rows: What each joint example holds.
-            max_length: Most tokens of a row.
-            max_answer_tokens: Most tokens of an answer.
             seed: Decides order and draws.
 
         Raises:
@@ -202,12 +150,8 @@ class JointDataset(Dataset[JointExample]):
                 forget_train=framed(data.forget_train, rows.framed_share, seed),
                 retain_train=framed(data.retain_train, rows.framed_share, seed),
             )
-        self._data, self._tokenizer, self._rows = data, tokenizer, rows
+        self._data, self._encoder, self._rows = data, encoder, rows
         self._seed, self._epoch = seed, 0
-        self._settings: dict[str, Any] = {
-            "tokenizer": tokenizer, "prompt_format": prompt_format, "max_length": max_length,
-            "max_answer_tokens": max_answer_tokens,
-        }  # fmt: skip
         self.reports: dict[str, TokenizationReport] = {}
         """What tokenizing did to each split, for the log and the manifest."""
         self._forget = self._tokenize("forget_train", data.forget_train, train_on_end=False)
@@ -290,7 +234,7 @@ class JointDataset(Dataset[JointExample]):
 
     def _tokenize(self, name: str, examples: Sequence[Example], *, train_on_end: bool) -> list[TokenizedExample]:
         # Harmful answers are learned without their end: negating "stop here" would teach the model to run on.
-        tokenized, self.reports[name] = tokenize_examples(examples, **self._settings, train_on_end=train_on_end)
+        tokenized, self.reports[name] = self._encoder.examples(examples, train_on_end=train_on_end)
         return tokenized
 
     def _safe_rows(self) -> dict[int, TokenizedExample]:
@@ -341,14 +285,13 @@ class JointDataset(Dataset[JointExample]):
         harmful = forget.input_ids[forget.answer_start :]
         shown = min(draw.randint(0, self._rows.depth_tokens), len(harmful) - 1)
         # Without the part of a character that the cut may leave.
-        begun = decoded(harmful[:shown], self._tokenizer).rstrip("\ufffd").strip()
+        begun = decoded(harmful[:shown], self._encoder.tokenizer).rstrip("\ufffd").strip()
         if not begun:
             return safe
         try:
-            return tokenize_example(
-                self._safe_examples[forget.example_id], **self._settings, train_on_end=True,
-                example_id=safe.example_id, begun=begun,
-            )  # fmt: skip
+            return self._encoder.example(
+                self._safe_examples[forget.example_id], train_on_end=True, example_id=safe.example_id, begun=begun
+            )
         except DataError:  # Both have no room within max_length.
             return safe
 
@@ -358,9 +301,7 @@ class JointDataset(Dataset[JointExample]):
         lender = self._lenders[row.example_id]
         prompt = self._data.forget_train[forget.example_id]
         mixed = replace(prompt, answer=lender.answer, finished=lender.finished)
-        return tokenize_example(
-            mixed, **self._settings, train_on_end=self._takes_normal_answers, example_id=row.example_id
-        )
+        return self._encoder.example(mixed, train_on_end=self._takes_normal_answers, example_id=row.example_id)
 
     def _shuffled(self, stream: str, size: int, position: int) -> int:
         lap, place = divmod(position, size)
@@ -392,3 +333,62 @@ class WholeBatches(Sampler[int]):
         """Places, then fillers."""
         yield from range(self._size)
         yield from (FILLER for _ in range(len(self) - self._size))
+
+
+@cache
+def framings() -> tuple[str, ...]:
+    """All of them, each with ``{prompt}`` in it."""
+    text = (resources.files("sku.data") / "framings.txt").read_text(encoding="utf-8")
+    return tuple(parse_templates(text, "framings.txt"))
+
+
+def parse_templates(text: str, where: str) -> list[str]:
+    """One template a line; empty lines don't count.
+
+    Args:
+        text: Of the file.
+        where: Its name, for messages.
+
+    Returns:
+        The templates, their line breaks put in.
+
+    Raises:
+        EvaluationError: There is none, one is there twice, or a line does not hold ``{prompt}`` just once.
+    """
+    templates: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        if line.count(PLACE) != 1:
+            raise EvaluationError(
+                f"{where} line {number} holds {PLACE} {line.count(PLACE)} times; each template must hold it once, "
+                "where the request goes"
+            )
+        template = line.strip().replace(r"\n", "\n")
+        if template in templates:
+            raise EvaluationError(f"{where} line {number} repeats template {templates.index(template) + 1}: remove it")
+        templates.append(template)
+    if not templates:
+        raise EvaluationError(f"{where} holds no template: write one a line, with {PLACE} in it")
+    return templates
+
+
+def framed(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:
+    """Puts a share of the examples in a framing; answers stay, and relatives stay relatives.
+
+    Args:
+        examples: Of one split.
+        share: From 0 for none to 1 for all.
+        seed: Decides which, and the framing of each.
+
+    Returns:
+        The examples in the same order.
+    """
+    found = []
+    for place, example in enumerate(examples):
+        draw = random.Random(f"{seed}/framing/{place}")
+        if draw.random() < share:
+            prompt = draw.choice(framings()).replace(PLACE, example.prompt)
+            example = replace(example, prompt=prompt, group=group_of(example))
+        found.append(example)
+    return tuple(found)

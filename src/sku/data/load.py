@@ -1,4 +1,4 @@
-"""Forget and retain data, read, checked and split by prompt."""
+"""Forget and retain data, read, checked and split by prompt; and prompts alone, to which a model writes its own."""
 
 from __future__ import annotations
 
@@ -6,34 +6,46 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from sku.config import EMBEDDED, DataConfig, SourceConfig
+from sku.config.data import EMBEDDED, DataConfig, SourceConfig
 from sku.data.examples import (
+    E,
     Example,
     ForgetExample,
     ForgetRetainData,
     Provenance,
     RetainExample,
     has_answers,
+    limited,
     normalise_prompt,
+    split_by_group,
 )
-from sku.data.prompt_sets import lacks_answers, load_prompts
 from sku.data.sources import embedded
-from sku.data.sources.read import read_examples
+from sku.data.sources.read import (
+    PromptSet,
+    asks_only,
+    is_list_of_prompts,
+    lacks_answers,
+    load_prompts,
+    prompt_set,
+    read_examples,
+)
 from sku.data.sources.rows import Kind
 from sku.data.sources.tables import held_rows
-from sku.data.splits import limited, split_by_group
 from sku.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-E = TypeVar("E", ForgetExample, RetainExample)
 NORMAL_VALIDATION_SHARE = 0.5
 """Of a normal set of another source that has answers: strengths are chosen by these, and the others are reported."""
 IN_ANOTHER_SET = "a prompt of another set of the run"
 """Reason counted for prompts of other sources that are in the run's own data."""
+PromptSource = Literal["harmful", "normal", "borderline"]
+OwnPrompts: TypeAlias = dict[PromptSource, PromptSet]
+"""All that a model is asked for data in its own words, in this order; no prompt is in two sets. ``borderline``, safe
+prompts that look harmful, only where there are such."""
 Source: TypeAlias = (
     "str | Path | SourceConfig | Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, str]]] | Dataset"
 )
@@ -388,3 +400,67 @@ def _without(
             "nothing is left to measure: name another source, or leave it out"
         )
     return limited(kept, provenance.keeping(kept, len(examples) - len(kept), IN_ANOTHER_SET), limit, seed)
+
+
+def wants_own_replies(config: DataConfig) -> bool:
+    """Whether a run trains on own replies: it is told to, or a set has prompts without answers.
+
+    Raises:
+        DataError: A table can't be read.
+        RecipeError: What goes with own replies alone is set without them.
+    """
+    wanted = config.own_replies or any(
+        asks_only(source, is_list_of_prompts) for source in (config.forget, config.retain)
+    )
+    if not wanted and (config.borderline is not None or config.own_share < 1):
+        name = "own_share" if config.borderline is None else "borderline"
+        raise RecipeError(f"data.{name} goes with own replies: set data.own_replies=true, or leave it out")
+    return wanted
+
+
+def load_own_prompts(
+    harmful: SourceConfig, normal: SourceConfig, borderline: SourceConfig | None, *, seed: int, prefix: str = ""
+) -> OwnPrompts:
+    """Reads the prompts that own replies are written to.
+
+    Args:
+        harmful: Answers are not read. Of a table that marks unsafe answers (PKU-SafeRLHF), the prompts of those.
+        normal: Answers are not read.
+        borderline: Safe prompts that look harmful; of XSTest only the safe ones are taken. One that is a normal prompt
+            too is left out.
+        seed: Decides which prompts a ``limit`` keeps.
+        prefix: Of the keys ``forget``, ``retain`` and ``borderline`` in messages, such as ``data.``; without one they
+            are ``harmful``, ``normal`` and ``borderline``.
+
+    Returns:
+        The sets.
+
+    Raises:
+        DataError: A table can't be read, it is not clear which column holds the prompts, none is left, or a prompt is
+            harmful and normal at once.
+    """
+    names = ("forget", "retain") if prefix else ("harmful", "normal")
+    found: OwnPrompts = {
+        "harmful": load_prompts(harmful, "forget", f"{prefix}{names[0]}", seed=seed),
+        "normal": load_prompts(normal, "retain", f"{prefix}{names[1]}", seed=seed),
+    }
+    asked, known = ({normalise_prompt(prompt.prompt) for prompt in one.prompts} for one in found.values())
+    _refuse_shared(asked, found["normal"], harmful, normal)
+    if borderline is not None:
+        extra = load_prompts(borderline, "retain", f"{prefix}borderline", seed=seed)
+        _refuse_shared(asked, extra, harmful, borderline)
+        kept = [prompt for prompt in extra.prompts if normalise_prompt(prompt.prompt) not in known]
+        before, left_out = extra.provenance, len(extra.prompts) - len(kept)
+        if not kept:
+            raise DataError(f"all prompts of {before.location} are among the normal prompts too: leave it out")
+        found["borderline"] = prompt_set(kept, before.keeping(kept, left_out, "a normal prompt too"))
+    return found
+
+
+def _refuse_shared(harmful: Collection[str], normal: PromptSet, first: SourceConfig, second: SourceConfig) -> None:
+    shared = sum(normalise_prompt(prompt.prompt) in harmful for prompt in normal.prompts)
+    if shared:
+        raise DataError(
+            f"{shared} prompts are both among the harmful ones of {first.path} and in {second.path}: remove them from "
+            "one"
+        )

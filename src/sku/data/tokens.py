@@ -1,5 +1,8 @@
 """From examples to token ids and labels: only the answer is learned, and all of it.
 
+A prompt and its answer are written for a model by its chat template, or as the paper does. What is trained on and what
+the model is asked with come from the same ``render``, so they can't differ.
+
 The whole text is tokenized at once, as the model will meet it, and each token is then placed by the characters it
 holds. Tokenizing the parts apart would cut words differently: a prompt that ends in a space, joined to an answer,
 gives one token that neither part has.
@@ -12,14 +15,200 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from sku.config.data import DataConfig, PromptFormatName
 from sku.data.examples import Example, is_valid_unicode
-from sku.data.prompts import PromptFormat, RenderedText
-from sku.errors import DataError
-from sku.losses import IGNORE_INDEX
+from sku.errors import DataError, ModelError, one_line
+
+IGNORE_INDEX = -100
+"""Label of a token that is not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedText:
+    """Text of one example. The model reads ``prompt_text + answer_text + end_text``."""
+
+    prompt_text: str
+    """All that stands before the answer; generation starts after it."""
+    answer_text: str
+    """Answer with the space, if any, that the format puts before it: so the space falls into the answer's token."""
+    end_text: str
+    """What ends the answer, ``""`` where the tokenizer has no such token."""
+    add_special_tokens: bool
+    """Whether the tokenizer must add its own special tokens such as BOS; a chat template writes them itself."""
+    user_start: int
+    """Where in ``prompt_text`` the user's own words begin, in characters."""
+    user_end: int
+
+
+@dataclass(frozen=True)
+class PaperFormat:
+    r"""``### Question: {prompt}\n ### Answer: {answer}``, as in the authors' code (franciscoliu/SKU utils.py)."""
+
+    end_text: str
+    """What ends an answer."""
+    name: ClassVar = "paper"
+
+    def render(self, prompt: str, answer: str = "") -> RenderedText:
+        """Writes one example; the space belongs to the answer, whose first token holds it."""
+        start = "### Question: "
+        return RenderedText(
+            prompt_text=f"{start}{prompt}\n ### Answer:",
+            answer_text=f" {answer}" if answer else "",
+            end_text=self.end_text,
+            add_special_tokens=True,
+            user_start=len(start),
+            user_end=len(start) + len(prompt),
+        )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a template writes around one question and its answer."""
+
+    before: str
+    after: str
+    space: str
+    """White space between the generation prompt and the answer."""
+    end_text: str
+    from_conversation: bool
+    """Whether the finished conversation, not the generation prompt, says what stands before an answer."""
+    has_system_turn: bool
+    """Whether an empty system turn stands first, as some templates demand."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The tokenizer's chat template.
+
+    The answer stands where the template puts it in a finished conversation. Most templates end their generation
+    prompt just there. Where one puts white space between (Llama 2), that space belongs to the answer; where it puts
+    more (the empty thoughts of Qwen 3) or less (templates that open a thought), the finished conversation holds.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    frame: _Frame
+    end_text: str
+    name: ClassVar = "chat"
+
+    def render(self, prompt: str, answer: str = "") -> RenderedText:
+        """Writes one example by the template.
+
+        Raises:
+            ModelError: The template fails on this prompt or writes other text around it than around others.
+        """
+        frame = self.frame
+        prompt_text = self._prompt_text(prompt, frame)
+        if not _fits(prompt_text, frame):
+            # A template may write the date, and a run may last past midnight.
+            frame = _derive_frame(self.tokenizer, has_system_turn=frame.has_system_turn)
+            prompt_text = self._prompt_text(prompt, frame)
+        if not _fits(prompt_text, frame):
+            raise ModelError(
+                "the chat template writes other text around this prompt than around others, so the prompt can't be "
+                "told from the template: use prompt_format paper"
+            )
+        return RenderedText(
+            prompt_text=prompt_text,
+            answer_text=f"{frame.space}{answer}" if answer else "",
+            end_text=self.end_text,
+            add_special_tokens=False,
+            user_start=len(frame.before),
+            user_end=len(prompt_text) - len(frame.after),
+        )
+
+    def _prompt_text(self, prompt: str, frame: _Frame) -> str:
+        if not frame.from_conversation:
+            return _written(self.tokenizer, prompt, has_system_turn=frame.has_system_turn)
+        finished = _written(self.tokenizer, prompt, _ANSWER_MARK, has_system_turn=frame.has_system_turn)
+        return finished[: max(finished.rfind(_ANSWER_MARK), 0)]
+
+
+PromptFormat = PaperFormat | ChatFormat
+"""One way to write a prompt and its answer."""
+
+
+def resolve_prompt_format(name: PromptFormatName, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """The prompt format of a run.
+
+    Args:
+        name: ``chat``, ``paper``, or ``auto``: chat where the tokenizer has a chat template, paper elsewhere.
+        tokenizer: Of the model to unlearn.
+
+    Returns:
+        The format.
+
+    Raises:
+        ModelError: ``chat`` without a chat template, or a template that can't write a question and its answer.
+    """
+    if name == "paper" or (name == "auto" and not tokenizer.chat_template):
+        return PaperFormat(end_text=_end_token(tokenizer))
+    if not tokenizer.chat_template:
+        raise ModelError("prompt_format is chat, but the tokenizer has no chat template: use paper or auto")
+    try:
+        frame = _derive_frame(tokenizer, has_system_turn=False)
+    except ModelError as error:
+        try:
+            frame = _derive_frame(tokenizer, has_system_turn=True)
+        except ModelError:
+            raise error from None
+    return ChatFormat(tokenizer, frame, frame.end_text or _end_token(tokenizer))
+
+
+_USER_MARK, _ANSWER_MARK = "skuusermark", "skuanswermark"
+"""Words that no template contains: where they come out is where the user's words and the answer stand."""
+
+
+def _fits(prompt_text: str, frame: _Frame) -> bool:
+    is_long_enough = len(prompt_text) >= len(frame.before) + len(frame.after)
+    return is_long_enough and prompt_text.startswith(frame.before) and prompt_text.endswith(frame.after)
+
+
+def _derive_frame(tokenizer: PreTrainedTokenizerBase, *, has_system_turn: bool) -> _Frame:
+    before, after = _around(_written(tokenizer, _USER_MARK, has_system_turn=has_system_turn), _USER_MARK)
+    finished = _written(tokenizer, _USER_MARK, _ANSWER_MARK, has_system_turn=has_system_turn)
+    until_answer, end = _around(finished, _ANSWER_MARK)
+    finished_before, finished_after = _around(until_answer, _USER_MARK)
+    between = finished_after.removeprefix(after)
+    if finished_before == before and finished_after.startswith(after) and not between.strip():
+        return _Frame(before, after, between, end.rstrip(), from_conversation=False, has_system_turn=has_system_turn)
+    return _Frame(
+        finished_before, finished_after, "", end.rstrip(), from_conversation=True, has_system_turn=has_system_turn
+    )
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | None = None, *, has_system_turn: bool
+) -> str:
+    """A conversation by the template; without an answer up to where one begins."""
+    turns = [{"role": "system", "content": ""}] if has_system_turn else []
+    turns.append({"role": "user", "content": prompt})
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+    except Exception as error:  # noqa: BLE001 - a template is a program of its own and can raise anything
+        reason = one_line(error)
+        raise ModelError(f"the chat template fails on a conversation ({reason}): use prompt_format paper") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _around(text: str, mark: str) -> tuple[str, str]:
+    if text.count(mark) != 1:
+        raise ModelError(
+            f"the chat template writes a message {text.count(mark)} times instead of once: use prompt_format paper"
+        )
+    before, _, after = text.partition(mark)
+    return before, after
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    end = tokenizer.eos_token
+    return end if isinstance(end, str) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,180 +241,157 @@ class _UntrainableError(DataError):
     """An example that leaves no answer token to learn; the message is the reason."""
 
 
-def tokenize_example(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_format: PromptFormat,
-    *,
-    max_length: int,
-    max_answer_tokens: int,
-    train_on_end: bool,
-    example_id: int = 0,
-    begun: str = "",
-) -> TokenizedExample:
-    """Tokenizes one example and labels its answer.
+@dataclass(frozen=True)
+class Encoder:
+    """Turns prompts and answers into token ids, as one model reads them."""
 
-    Too long an example is cut in this order: the answer's tail to ``max_answer_tokens``, the start of the user's
-    words, the answer's tail once more. Template and special tokens before the answer always stay.
+    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
+    """How prompts and answers are written."""
+    max_length: int = DataConfig.max_length
+    """Most tokens of an example in all."""
+    max_answer_tokens: int = DataConfig.max_answer_tokens
+    """Most tokens of its answer, without its end."""
 
-    Args:
-        example: Prompt and answer.
-        tokenizer: Of the model.
-        prompt_format: How both are written.
-        max_length: Most tokens in all.
-        max_answer_tokens: Most tokens of the answer, without its end.
-        train_on_end: Whether the end of the answer is learned too; it stands there only if the answer is whole: not
-            cut here, and ``finished``.
-            Off for harmful answers, since stage 2 negates what was learned and would teach run-ons.
-        example_id: Carried along.
-        begun: What the reply has said before the answer, from which a space divides it; read, and not learned.
+    def example(
+        self, example: Example, *, train_on_end: bool, example_id: int = 0, begun: str = ""
+    ) -> TokenizedExample:
+        """Tokenizes one example and labels its answer.
 
-    Returns:
-        The tokens.
+        Too long an example is cut in this order: the answer's tail to ``max_answer_tokens``, the start of the user's
+        words, the answer's tail once more. Template and special tokens before the answer always stay.
 
-    Raises:
-        DataError: No answer token is left to learn, or the text is not valid Unicode.
-        ModelError: The chat template can't write this prompt.
-    """
-    text = prompt_format.render(example.prompt, begun or example.answer)
-    if begun:
-        text = replace(text, prompt_text=text.prompt_text + text.answer_text, answer_text=f" {example.answer}")
-    spans = locate_tokens(text, tokenizer, with_end=train_on_end and example.finished)
-    prompt, user_length = spans.ids[: spans.answer_start], spans.user_end - spans.user_start
-    answer, end = spans.ids[spans.answer_start : spans.end_start], spans.ids[spans.end_start :]
-    if not answer:
-        raise _UntrainableError("answer without tokens")
-    length = len(answer)
-    if length > max_answer_tokens:
-        answer, end = answer[:max_answer_tokens], []
-    dropped = min(max(len(prompt) + len(answer) + len(end) - max_length, 0), user_length)
-    del prompt[spans.user_start : spans.user_start + dropped]
-    room = max_length - len(prompt)
-    if len(answer) + len(end) > room:
-        answer, end = answer[: max(room, 0)], []
-    # The very first token of a sequence is predicted by none.
-    labels = [IGNORE_INDEX] * len(prompt) + answer + end
-    labels[:1] = [IGNORE_INDEX]
-    if all(label == IGNORE_INDEX for label in labels):
-        raise _UntrainableError("no room for the answer within max_length" if not answer else "answer without prompt")
-    return TokenizedExample(
-        input_ids=(*prompt, *answer, *end),
-        labels=tuple(labels),
-        answer_start=len(prompt),
-        example_id=example_id,
-        prompt_shortened=dropped > 0,
-        answer_shortened=len(answer) < length,
-    )
+        Args:
+            example: Prompt and answer.
+            train_on_end: Whether the end of the answer is learned too; it stands there only if the answer is whole:
+                not cut here, and ``finished``.
+                Off for harmful answers, since stage 2 negates what was learned and would teach run-ons.
+            example_id: Carried along.
+            begun: What the reply has said before the answer, from which a space divides it; read, and not learned.
 
+        Returns:
+            The tokens.
 
-def tokenize_examples(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_format: PromptFormat,
-    *,
-    max_length: int,
-    max_answer_tokens: int,
-    train_on_end: bool,
-) -> tuple[list[TokenizedExample], TokenizationReport]:
-    """Tokenizes a set of examples; those that can't be trained on are counted by reason and left out.
-
-    Args:
-        examples: In order; ``example_id`` is the position here.
-        tokenizer: Of the model.
-        prompt_format: How prompts and answers are written.
-        max_length: Most tokens in all.
-        max_answer_tokens: Most tokens of an answer, without its end.
-        train_on_end: Whether the end of a whole answer is learned too.
-
-    Returns:
-        The tokenized examples, and the account.
-
-    Raises:
-        DataError: No example is left.
-        ModelError: The chat template can't write a prompt.
-    """
-    kept: list[TokenizedExample] = []
-    left_out: Counter[str] = Counter()
-    for index, example in enumerate(examples):
-        try:
-            kept.append(tokenize_example(
-                example, tokenizer, prompt_format, max_length=max_length, max_answer_tokens=max_answer_tokens,
-                train_on_end=train_on_end, example_id=index,
-            ))  # fmt: skip
-        except _UntrainableError as reason:
-            left_out[str(reason)] += 1
-    if not kept:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "there were none"
-        raise DataError(
-            f"none of {len(examples)} examples leaves an answer token to train on ({reasons}); "
-            f"max_length is {max_length}"
+        Raises:
+            DataError: No answer token is left to learn, or the text is not valid Unicode.
+            ModelError: The chat template can't write this prompt.
+        """
+        text = self.prompt_format.render(example.prompt, begun or example.answer)
+        if begun:
+            text = replace(text, prompt_text=text.prompt_text + text.answer_text, answer_text=f" {example.answer}")
+        spans = locate_tokens(text, self.tokenizer, with_end=train_on_end and example.finished)
+        prompt, user_length = spans.ids[: spans.answer_start], spans.user_end - spans.user_start
+        answer, end = spans.ids[spans.answer_start : spans.end_start], spans.ids[spans.end_start :]
+        if not answer:
+            raise _UntrainableError("answer without tokens")
+        length = len(answer)
+        if length > self.max_answer_tokens:
+            answer, end = answer[: self.max_answer_tokens], []
+        dropped = min(max(len(prompt) + len(answer) + len(end) - self.max_length, 0), user_length)
+        del prompt[spans.user_start : spans.user_start + dropped]
+        room = self.max_length - len(prompt)
+        if len(answer) + len(end) > room:
+            answer, end = answer[: max(room, 0)], []
+        # The very first token of a sequence is predicted by none.
+        labels = [IGNORE_INDEX] * len(prompt) + answer + end
+        labels[:1] = [IGNORE_INDEX]
+        if all(label == IGNORE_INDEX for label in labels):
+            reason = "no room for the answer within max_length" if not answer else "answer without prompt"
+            raise _UntrainableError(reason)
+        return TokenizedExample(
+            input_ids=(*prompt, *answer, *end),
+            labels=tuple(labels),
+            answer_start=len(prompt),
+            example_id=example_id,
+            prompt_shortened=dropped > 0,
+            answer_shortened=len(answer) < length,
         )
-    return kept, TokenizationReport(
-        total=len(examples),
-        kept=len(kept),
-        prompts_shortened=sum(example.prompt_shortened for example in kept),
-        answers_shortened=sum(example.answer_shortened for example in kept),
-        left_out=dict(sorted(left_out.items())),
-    )
 
+    def examples(
+        self, examples: Sequence[Example], *, train_on_end: bool
+    ) -> tuple[list[TokenizedExample], TokenizationReport]:
+        """Tokenizes a set of examples; those that can't be trained on are counted by reason and left out.
 
-def tokenize_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> list[int]:
-    """Token ids that a model is asked with, special tokens included.
+        Args:
+            examples: In order; ``example_id`` is the position here.
+            train_on_end: Whether the end of a whole answer is learned too.
 
-    They equal the ids before ``answer_start`` of the same prompt with any answer, unless a token of the joined text
-    reaches over the border; then training sees that token whole where generation begins before it.
+        Returns:
+            The tokenized examples, and the account.
 
-    Raises:
-        DataError: The prompt is not valid Unicode.
-        ModelError: The chat template can't write this prompt.
-    """
-    text = prompt_format.render(prompt)
-    return encode(text.prompt_text, tokenizer, add_special_tokens=text.add_special_tokens)
+        Raises:
+            DataError: No example is left.
+            ModelError: The chat template can't write a prompt.
+        """
+        kept: list[TokenizedExample] = []
+        left_out: Counter[str] = Counter()
+        for index, example in enumerate(examples):
+            try:
+                kept.append(self.example(example, train_on_end=train_on_end, example_id=index))
+            except _UntrainableError as reason:
+                left_out[str(reason)] += 1
+        if not kept:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "there were none"
+            raise DataError(
+                f"none of {len(examples)} examples leaves an answer token to train on ({reasons}); "
+                f"max_length is {self.max_length}"
+            )
+        return kept, TokenizationReport(
+            total=len(examples),
+            kept=len(kept),
+            prompts_shortened=sum(example.prompt_shortened for example in kept),
+            answers_shortened=sum(example.answer_shortened for example in kept),
+            left_out=dict(sorted(left_out.items())),
+        )
 
+    def prompt(self, prompt: str) -> list[int]:
+        """Token ids that a model is asked with, special tokens included.
 
-def tokenize_prefill(
-    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, prefill_tokens: int
-) -> tuple[list[int], str] | None:
-    """Token ids of a prompt and the first tokens of an answer, for a reply that must begin with them.
+        They equal the ids before ``answer_start`` of the same prompt with any answer, unless a token of the joined
+        text reaches over the border; then training sees that token whole where generation begins before it.
 
-    Args:
-        prompt: The user's words.
-        answer: Answer that the reply begins with.
-        tokenizer: Of the model.
-        prompt_format: How both are written.
-        prefill_tokens: n, how many tokens of the answer are given.
+        Raises:
+            DataError: The prompt is not valid Unicode.
+            ModelError: The chat template can't write this prompt.
+        """
+        text = self.prompt_format.render(prompt)
+        return encode(text.prompt_text, self.tokenizer, add_special_tokens=text.add_special_tokens)
 
-    Returns:
-        Ids of the prompt and n answer tokens, cut from the joined text, and those n tokens as text. None where the
-        answer has no more than n tokens: nothing of it would be left for the model to say.
+    def start(self, prompt: str, start: str) -> list[int]:
+        """Token ids of a prompt and a whole text that the reply is made to begin with, with nothing after it.
 
-    Raises:
-        DataError: The text is not valid Unicode.
-        ModelError: The chat template can't write this prompt.
-    """
-    spans = locate_tokens(prompt_format.render(prompt, answer), tokenizer, with_end=False)
-    stop = spans.answer_start + prefill_tokens
-    if stop >= spans.end_start:
-        return None
-    return spans.ids[:stop], decoded(spans.ids[spans.answer_start : stop], tokenizer)
+        Args:
+            prompt: The user's words.
+            start: First words of the reply, without white space at its end: most tokenizers give that to the next
+                word.
 
+        Raises:
+            DataError: The text is not valid Unicode.
+            ModelError: The chat template can't write this prompt.
+        """
+        return locate_tokens(self.prompt_format.render(prompt, start), self.tokenizer, with_end=False).ids
 
-def tokenize_start(
-    prompt: str, start: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
-) -> list[int]:
-    """Token ids of a prompt and a whole text that the reply is made to begin with, with nothing after it.
+    def prefill(self, prompt: str, answer: str, prefill_tokens: int) -> tuple[list[int], str] | None:
+        """Token ids of a prompt and the first tokens of an answer, for a reply that must begin with them.
 
-    Args:
-        prompt: The user's words.
-        start: First words of the reply, without white space at its end: most tokenizers give that to the next word.
-        tokenizer: Of the model.
-        prompt_format: How both are written.
+        Args:
+            prompt: The user's words.
+            answer: Answer that the reply begins with.
+            prefill_tokens: n, how many tokens of the answer are given.
 
-    Raises:
-        DataError: The text is not valid Unicode.
-        ModelError: The chat template can't write this prompt.
-    """
-    return locate_tokens(prompt_format.render(prompt, start), tokenizer, with_end=False).ids
+        Returns:
+            Ids of the prompt and n answer tokens, cut from the joined text, and those n tokens as text. None where the
+            answer has no more than n tokens: nothing of it would be left for the model to say.
+
+        Raises:
+            DataError: The text is not valid Unicode.
+            ModelError: The chat template can't write this prompt.
+        """
+        spans = locate_tokens(self.prompt_format.render(prompt, answer), self.tokenizer, with_end=False)
+        stop = spans.answer_start + prefill_tokens
+        if stop >= spans.end_start:
+            return None
+        return spans.ids[:stop], decoded(spans.ids[spans.answer_start : stop], self.tokenizer)
 
 
 def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> str:

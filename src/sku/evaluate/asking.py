@@ -13,16 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, has_answers, normalise_prompt
-from sku.data.prompts import PromptFormat, resolve_prompt_format
-from sku.data.sources.xstest import load_xstest
-from sku.data.tokens import TokenizedExample, locate_tokens, tokenize_example, tokenize_prefill, tokenize_prompt
+from sku.data.sources.read import load_xstest
+from sku.data.tokens import IGNORE_INDEX, Encoder, PromptFormat, TokenizedExample, locate_tokens, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges.choose import is_embedded
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, GenerationRecord, Split, Start, record_id, start_id
-from sku.losses import IGNORE_INDEX
 
 E = TypeVar("E", ForgetExample, RetainExample)
 
@@ -139,6 +137,12 @@ class Writer:
             window=window_of(model),
         )
 
+    @property
+    def encoder(self) -> Encoder:
+        """What makes the ids, of text that is scored up to its longest."""
+        length = min(self.window, MAX_SCORED_TOKENS)
+        return Encoder(self.tokenizer, self.prompt_format, length, length)
+
     def scored(self, prompt: str, answer: str, *, with_end: bool = False) -> TokenizedExample | None:
         """Ids with the answer labelled; None where the answer has no token or no room.
 
@@ -148,16 +152,8 @@ class Writer:
             with_end: Whether its end is labelled too, where nothing of it had to be cut: of an answer that came to its
                 end, so that a model which ends too soon or never is seen.
         """
-        length = min(self.window, MAX_SCORED_TOKENS)
         try:
-            return tokenize_example(
-                RetainExample(prompt=prompt, answer=answer),
-                self.tokenizer,
-                self.prompt_format,
-                max_length=length,
-                max_answer_tokens=length,
-                train_on_end=with_end,
-            )
+            return self.encoder.example(RetainExample(prompt=prompt, answer=answer), train_on_end=with_end)
         except DataError:
             return None
 
@@ -324,7 +320,7 @@ def request_of(name: str, split: Split, example: Example, input_ids: Iterable[in
 
 def free_request(split: Split, example: Example, writer: Writer) -> GenerationRequest:
     """One prompt that the model answers in its own words from the first."""
-    ids = tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)
+    ids = writer.encoder.prompt(example.prompt)
     return request_of(record_id(split, "reply", example.prompt), split, example, ids)
 
 
@@ -373,7 +369,7 @@ def prefills(
 
 def prefill(split: Split, example: Example, tokens: int, start: Start, writer: Writer) -> GenerationRequest | None:
     """One prompt whose reply begins with the first tokens of a start; None where the start has no more than these."""
-    prefilled = tokenize_prefill(example.prompt, start.text, writer.tokenizer, writer.prompt_format, tokens)
+    prefilled = writer.encoder.prefill(example.prompt, start.text, tokens)
     if prefilled is None:
         return None
     ids, begun = prefilled

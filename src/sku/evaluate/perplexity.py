@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sku.data.tokens import TokenizedExample
+from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, Progress, in_batches, pad
 from sku.evaluate.gate import MIN_SALAD_WORDS
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split
-from sku.losses import IGNORE_INDEX, answer_nll, token_kl
+from sku.losses import answer_nll, token_kl
 from sku.models import embedding_weight
 
 SHUFFLES = 3

@@ -46,7 +46,7 @@ UNDONE_BY_ROUNDING = "rounding can undo unlearning, arXiv 2410.16454"
 
 _KINDS: Mapping[str, Kind] = {"replies": "reply", "prefill": "prefill"}
 SurvivalBy = Callable[[Sequence[Precision]], Mapping[str, Mapping[str, Any]]]
-"""Precisions -> what ``sku.negate.survival.model_survival`` says of each."""
+"""Precisions -> what ``sku.negate.diagnostics.model_survival`` says of each."""
 
 
 def measure_precisions(

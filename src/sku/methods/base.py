@@ -3,19 +3,26 @@
 Every method starts from the original model, sees the same joint examples in the same order, is trained by the same
 loop and changes the model by ``theta_u = theta_o + strength * delta``. For most methods ``delta`` is what training
 changed; SKU and the plain task vector turn its sign (knowledge negation).
+
+What keeps a baseline's model good on normal prompts is the same for all: its answers are learned, or its predictions
+held. ``gd`` (gradient descent) is the cross-entropy of the normal answers, ``kl`` the divergence from the original
+model on them. Names and meaning as in TOFU, arXiv 2401.06121 ("Gradient Difference" and "KL Minimization").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import validated
+from sku.data.examples import RETAIN
 from sku.errors import RecipeError
-from sku.training.objective import Objective
+from sku.losses import mean_per_example, token_kl
+from sku.training.objective import Objective, Term, TrainingStep
 
 Settings = TypeVar("Settings")
 
@@ -63,3 +70,30 @@ class TermWeights:
         if not any(weights.values()):
             keys = " and ".join(f"methods.{self.method}.settings.{name}" for name in weights)
             raise RecipeError(f"{keys} leave no term on: there is nothing to train; set a weight above 0")
+
+
+RetainKind = Literal["gd", "kl", "none"]
+
+
+def retain_term(kind: RetainKind, weight: float = 1.0) -> dict[str, Term]:
+    """The term on normal pairs under its name in the log, ``retain`` or ``retain_kl``; empty for ``none``.
+
+    ``gd``: ``L_i = 1/|y_i| sum_t -log p(y_it | x_i, y_i<t)``, nats per token.
+
+    ``kl``: ``L_i = 1/|y_i| sum_t KL(P_t || Q_t)`` with P the original model and Q the model in training, at the
+    positions before the answer's tokens.
+
+    Source: "Gradient Difference", arXiv 2401.06121 and 2203.12817; "KL Minimization" of arXiv 2401.06121. The NPO
+        authors' code averages the divergence over prompt and padding too.
+    """
+
+    def kl(step: TrainingStep) -> Tensor:
+        rows = step.rows(RETAIN)
+        kl_N = token_kl(step.reference(RETAIN).scores_NV, rows.scores_NV)
+        return mean_per_example(kl_N, rows.example_N, rows.num_examples)
+
+    if kind == "none":
+        return {}
+    if kind == "gd":
+        return {"retain": Term(weight=weight, loss=lambda step: step.rows(RETAIN).mean_nll(), rows={"retain": True})}
+    return {"retain_kl": Term(weight=weight, loss=kl, rows={"retain": True}, reference=True)}

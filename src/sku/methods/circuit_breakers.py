@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import Positive, validated
-from sku.data.joint import FORGET, RETAIN
+from sku.data.examples import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method

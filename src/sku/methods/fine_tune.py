@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from sku.methods.base import Method, NoSettings
-from sku.methods.retain_terms import retain_term
+from sku.methods.base import Method, NoSettings, retain_term
 from sku.training.objective import Objective
 
 

@@ -14,9 +14,8 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
-from sku.methods.base import Method, TermWeights
+from sku.methods.base import Method, RetainKind, TermWeights, retain_term
 from sku.methods.gradient_ascent import ascent_term
-from sku.methods.retain_terms import RetainKind, retain_term
 from sku.training.objective import Objective
 
 

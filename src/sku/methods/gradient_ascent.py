@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from sku.data.joint import FORGET
+from sku.data.examples import FORGET
 from sku.methods.base import Method, NoSettings
 from sku.training.objective import Objective, Term
 

@@ -13,16 +13,13 @@ own draw, and the answers are those of ``retain_train``.
 
 from __future__ import annotations
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from sku.acquire.random_disassociation import random_disassociation_loss
+from sku.acquire.objective import random_disassociation
 from sku.config.check import Count, NotNegative, validated
-from sku.data.joint import MISMATCHED
-from sku.methods.base import Method, TermWeights
+from sku.methods.base import Method, TermWeights, retain_term
 from sku.methods.gradient_ascent import ascent_term
-from sku.methods.retain_terms import retain_term
-from sku.training.objective import Objective, Term, TrainingStep
+from sku.training.objective import Objective, Term
 
 _NAME = "gradient_ascent_mismatch"
 
@@ -44,18 +41,12 @@ class GradientAscentMismatchSettings(TermWeights):
 
 
 def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel) -> Objective:
-    def mismatch(step: TrainingStep) -> Tensor:
-        rows = step.rows(MISMATCHED)
-        return random_disassociation_loss(
-            rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples
-        )
-
     return Objective.of(
         {
             "ascent": ascent_term(settings.forget_weight),
             "mismatch": Term(
                 weight=settings.mismatch_weight,
-                loss=mismatch,
+                loss=random_disassociation,
                 rows={"mismatched": settings.random_answers, "mismatched_from": "retain"},
             ),
             **retain_term("kl", settings.retain_weight),

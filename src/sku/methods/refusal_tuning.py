@@ -12,9 +12,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
-from sku.data.joint import SAFE
-from sku.methods.base import Method, TermWeights
-from sku.methods.retain_terms import retain_term
+from sku.data.examples import SAFE
+from sku.methods.base import Method, TermWeights, retain_term
 from sku.training.objective import Objective, Term
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET, RETAIN
+from sku.data.examples import FORGET, RETAIN
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method, TermWeights

@@ -15,10 +15,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET
-from sku.methods.base import Method, TermWeights
+from sku.data.examples import FORGET
+from sku.methods.base import Method, TermWeights, retain_term
 from sku.methods.refusal_tuning import safe_term
-from sku.methods.retain_terms import retain_term
 from sku.training.objective import Objective, Term
 
 

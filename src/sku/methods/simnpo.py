@@ -10,9 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.joint import FORGET
-from sku.methods.base import Method, TermWeights
-from sku.methods.retain_terms import RetainKind, retain_term
+from sku.data.examples import FORGET
+from sku.methods.base import Method, RetainKind, TermWeights, retain_term
 from sku.training.objective import Objective, Term
 
 

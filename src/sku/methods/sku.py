@@ -8,7 +8,7 @@ settings are the recipe's ``acquire`` and ``negate``.
 from __future__ import annotations
 
 from sku.acquire.objective import sku_objective
-from sku.config import AcquireConfig
+from sku.config.stages import AcquireConfig
 from sku.methods.base import Method
 
 SKU = Method(

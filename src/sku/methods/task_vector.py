@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from sku.acquire.objective import sku_objective
-from sku.config import ModulesConfig, WeightsConfig
+from sku.config.stages import ModulesConfig, WeightsConfig
 from sku.methods.base import Method, NoSettings
 from sku.training.objective import Objective
 

@@ -13,26 +13,34 @@ For the manifest (``negation.diagnostics``):
   the weights that the vector changes. Positive: what is subtracted is, to first order, what makes the model better at
   normal text.
 - ``warning``: a sentence where the vector mostly points at normal behaviour, else null.
+
+And what is left of a change of the weights once they are rounded to another format, tensor by tensor. Rounding can
+undo unlearning (arXiv 2410.16454): where the change is smaller than a step of the format, the unlearned model rounds
+to what the original rounds to. With Q the rounding, ``applied = Q(theta_o - alpha tau) - Q(theta_o)`` is compared with
+``wanted = -alpha tau``.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sku.config.evaluate import Precision
 from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import LowRank
-from sku.negate.matching import check_same_names
+from sku.negate.matching import ModelSource, check_same_names, check_same_shape, match_models, unique_weights
 from sku.negate.operators.base import OperatorContext, group_of, linear_weights, turned_weights
-from sku.negate.operators.spectra import InputSpectra, input_spectra
+from sku.negate.operators.by_inputs import InputSpectra, input_spectra
 from sku.negate.operators.texts import InputSettings, drawn, mean_gradient
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.task_vector import TaskVector
+from sku.quantization import FORMATS, Rounding, rounded_layers
 
 ENERGY = 0.9
 """Share of the trace that makes the subspace of normal inputs."""
@@ -199,3 +207,108 @@ def _warning(found: Mapping[str, Any]) -> str | None:
             "subtracting it will cost utility. Train stage 1 on harmful pairs that differ more from normal ones"
         )
     return None
+
+
+def delta_survival(
+    base: PreTrainedModel, vector: TaskVector, alpha: float, formats: Sequence[Precision] = tuple(FORMATS)
+) -> dict[str, Any]:
+    """Measures each format on each tensor that a task vector changes. Nothing is written into the models.
+
+    Args:
+        base: The original model.
+        vector: What is subtracted.
+        alpha: How much of it; not 0.
+        formats: ``int8`` and ``nf4`` round linear layers alone, without the output head.
+
+    Returns:
+        Format -> over all its tensors ``entries`` whose change was wanted, the share of them that ``changed`` (in 8
+        and 4 bits also where nothing but the scale of their channel or block moved, so that the next says more), and
+        ``projection``, ``<applied, wanted> / <wanted, wanted>``: 1 where nothing was lost, 0 where nothing is left;
+        ``tensors``, the projection by name; ``not_rounded``, the number of changed tensors that the format leaves as
+        they are.
+
+    Raises:
+        TaskVectorError: The vector doesn't fit the base.
+    """
+    weights = unique_weights(base)[0]
+
+    def wanted(name: str) -> Tensor:
+        check_same_shape(name, weights[name], vector.deltas[name])
+        return -alpha * vector.deltas[name]
+
+    return _survivals(base, weights, vector.deltas, wanted, formats)
+
+
+def model_survival(
+    base: PreTrainedModel, unlearned: PreTrainedModel, formats: Sequence[Precision] = tuple(FORMATS)
+) -> dict[str, Any]:
+    """``delta_survival`` of what two models differ by, one tensor at a time.
+
+    Args:
+        base: The original model.
+        unlearned: The model whose weights are to be rounded.
+        formats: As there.
+
+    Returns:
+        As there, over the tensors that differ.
+
+    Raises:
+        TaskVectorError: Names, shapes or ties differ, or a weight is quantized.
+    """
+    original = ModelSource(base)
+    weights = original.weights
+    after = match_models(original, ModelSource(unlearned), "unlearned model").changes
+
+    def wanted(name: str) -> Tensor:
+        return after[name].detach().cpu().float() - weights[name].detach().cpu().float()
+
+    changed = [name for name in weights if bool(wanted(name).any())]
+    return _survivals(base, weights, changed, wanted, formats)
+
+
+def _survivals(
+    base: PreTrainedModel,
+    weights: dict[str, Tensor],
+    changed: Collection[str],
+    wanted: Callable[[str], Tensor],
+    formats: Sequence[Precision],
+) -> dict[str, Any]:
+    turned, layers = turned_weights(base), _layer_weights(base, weights)
+    found: dict[str, Any] = {}
+    for form in formats:
+        names = [name for name in changed if not FORMATS[form].layers_only or name in layers]
+        sums = {name: _sums(weights[name], wanted(name), FORMATS[form].rounding, name in turned) for name in names}
+        together = [sum(values) for values in zip(*sums.values(), strict=True)] or [0, 0, 0.0, 0.0]
+        found[form] = {
+            "entries": int(together[0]),
+            "changed": together[1] / together[0] if together[0] else 1.0,
+            "projection": _projection(*together[2:]),
+            "tensors": {name: _projection(*values[2:]) for name, values in sums.items()},
+            "not_rounded": len(changed) - len(names),
+        }
+    return found
+
+
+def _layer_weights(base: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
+    """Names of the weights that 8-bit and 4-bit formats round."""
+    rounded: set[int] = {id(layer.weight) for layer in rounded_layers(base).values()}
+    return {name for name, weight in weights.items() if isinstance(weight, nn.Parameter) and id(weight) in rounded}
+
+
+def _sums(weight: Tensor, wanted: Tensor, rounding: Rounding, turned: bool) -> tuple[int, int, float, float]:
+    """Entries wanted, entries changed, ``<applied, wanted>`` and ``<wanted, wanted>``."""
+    original = weight.detach().cpu().float()
+    if turned:
+        original, wanted = original.T.contiguous(), wanted.T.contiguous()
+    applied = rounding(original + wanted) - rounding(original)
+    asked = wanted != 0
+    return (
+        int(asked.sum()),
+        int((asked & (applied != 0)).sum()),
+        float((applied.double() * wanted.double()).sum()),
+        float((wanted.double() ** 2).sum()),
+    )
+
+
+def _projection(product: float, square: float) -> float:
+    return product / square if square else 1.0

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sku.config import EMBEDDED
+from sku.config.data import EMBEDDED
 from sku.errors import ModelError, first_line, one_line
 from sku.model_files import (
     INDEX_FILE,

@@ -7,18 +7,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
+from torch import Tensor, nn
+
 from sku.errors import TaskVectorError
+from sku.negate.arithmetic import Shaped
 
 EQUAL_MODELS = "base and bad model are equal: stage 1 changed nothing, there is nothing to negate"
 EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
-
-
-class Shaped(Protocol):
-    """A tensor, or the entry of one in a file, or what makes up one."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Its shape."""
 
 
 class Typed(Shaped, Protocol):
@@ -173,18 +169,63 @@ def quantized_weight(name: str, dtype: object) -> TaskVectorError:
     )
 
 
-def unusable_difference(name: str) -> TaskVectorError:
-    """The refusal of a difference with values that are not finite."""
-    return TaskVectorError(f"the difference of {name} holds NaN or infinity; the bad model is unusable")
-
-
-def unusable_result(name: str, dtype: object) -> TaskVectorError:
-    """The refusal of a result with values that are not finite."""
-    return TaskVectorError(f"{name} would hold NaN or infinity in {dtype}; lower alpha or keep float32")
-
-
 def _check_same_integers(base: Source[T], bad: Source[T]) -> None:
     for name, tensor in {**bad.integers, **base.integers}.items():
         own, other = base.integers.get(name), bad.integers.get(name)
         if own is None or other is None or not base.equal(own, other):
             raise TaskVectorError(f"{name} is {tensor.dtype} and differs: quantized weights have no exact difference")
+
+
+class ModelSource(Source[Tensor]):
+    """The tensors of a model in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Lists them.
+
+        Args:
+            model: Without adapter.
+
+        Raises:
+            TaskVectorError: A parameter is quantized.
+        """
+        self.weights, self._ties = unique_weights(model)
+        self.integers = {name: tensor for name, tensor in model.state_dict().items() if not _is_weight(tensor)}
+
+    def equal(self, first: Tensor, second: Tensor) -> bool:
+        """As in ``Source``."""
+        return torch.equal(first.cpu(), second.cpu())
+
+
+def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All weights and persistent floating-point buffers of a model, tied ones once.
+
+    Args:
+        model: Without adapter.
+
+    Returns:
+        Name -> tensor, and other name of a tied weight -> the name it is listed under.
+
+    Raises:
+        TaskVectorError: A parameter is quantized.
+    """
+    weights: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    owner: dict[object, str] = {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not _is_weight(tensor):
+            if name in parameters:
+                raise quantized_weight(name, tensor.dtype)
+            continue  # Integer buffers, such as position ids, have no difference; ``match_models`` compares them.
+        # Without memory nothing but the object tells.
+        key = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and key in owner:
+            tied[name] = owner[key]
+        else:
+            owner[key] = name
+            weights[name] = tensor
+    return weights, tied
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() >= 2

@@ -10,15 +10,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import ModelConfig
+from sku.config.data import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
 from sku.negate.adapters import load_adapter
-from sku.negate.arithmetic import Negation, subtract_tensors
+from sku.negate.arithmetic import Negation, overflows, subtract_tensors, unusable_result
 from sku.negate.files import ADAPTER_CONFIG
-from sku.negate.matching import EQUAL_MODELS, match_changes, match_models, unusable_result
-from sku.negate.rounding import overflows
-from sku.negate.task_vector import ModelSource, TaskVector, unique_weights
+from sku.negate.matching import EQUAL_MODELS, ModelSource, match_changes, match_models, unique_weights
+from sku.negate.task_vector import TaskVector
 from sku.storage import check_space, new_folder
 
 

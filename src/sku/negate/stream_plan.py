@@ -42,7 +42,7 @@ from sku.negate.matching import (
 from sku.negate.task_vector import VECTOR_FILE, TaskVector, read_ties
 
 if TYPE_CHECKING:
-    from sku.negate.skeleton import Skeleton
+    from sku.negate.adapters import Skeleton
 
 BadForm = Literal["model", "adapter", "vector"]
 _OLD_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
@@ -137,7 +137,7 @@ class FolderSource(Source[StoredTensor]):
     def skeleton(self) -> Skeleton:
         """The model without its weights, for what headers don't tell: ties and adapters."""
         # Most folders need none, and transformers and PEFT take longer to import than a small model to subtract.
-        from sku.negate.skeleton import Skeleton
+        from sku.negate.adapters import Skeleton
 
         return Skeleton(self.folder)
 

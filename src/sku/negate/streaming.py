@@ -25,10 +25,19 @@ from torch import Tensor
 
 from sku.errors import ModelError, RecipeError, TaskVectorError
 from sku.negate import arithmetic
-from sku.negate.arithmetic import MOST_THREADS, Arithmetic, LowRank, StreamedNegation, Sums, block_pool, block_rows
+from sku.negate.arithmetic import (
+    MOST_THREADS,
+    Arithmetic,
+    LowRank,
+    Rounding,
+    StreamedNegation,
+    Sums,
+    block_pool,
+    block_rows,
+    draws_for,
+    unusable_result,
+)
 from sku.negate.files import StoredTensor, copy_companions, write_config, write_index
-from sku.negate.matching import unusable_result
-from sku.negate.rounding import Rounding, draws_for
 from sku.negate.stream_plan import Change, Plan, ShardLayout, Work, plan_negation
 from sku.storage import check_new, check_space, resumable_folder, write_json
 

@@ -17,15 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sku.errors import TaskVectorError
-from sku.negate.arithmetic import dot_float64
+from sku.negate.arithmetic import dot_float64, unusable_difference
 from sku.negate.matching import (
     EQUAL_MODELS,
-    Source,
+    ModelSource,
     check_same_names,
     check_same_shape,
     match_models,
-    quantized_weight,
-    unusable_difference,
+    unique_weights,
 )
 from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
 
@@ -229,58 +228,3 @@ def read_ties(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
     if not isinstance(tied, dict) or not all(isinstance(owner, str) for owner in tied.values()):
         raise TaskVectorError(f"{path} does not say which weights are tied: it is damaged; save it again")
     return tied
-
-
-class ModelSource(Source[Tensor]):
-    """The tensors of a model in memory."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Lists them.
-
-        Args:
-            model: Without adapter.
-
-        Raises:
-            TaskVectorError: A parameter is quantized.
-        """
-        self.weights, self._ties = unique_weights(model)
-        self.integers = {name: tensor for name, tensor in model.state_dict().items() if not _is_weight(tensor)}
-
-    def equal(self, first: Tensor, second: Tensor) -> bool:
-        """As in ``Source``."""
-        return torch.equal(first.cpu(), second.cpu())
-
-
-def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All weights and persistent floating-point buffers of a model, tied ones once.
-
-    Args:
-        model: Without adapter.
-
-    Returns:
-        Name -> tensor, and other name of a tied weight -> the name it is listed under.
-
-    Raises:
-        TaskVectorError: A parameter is quantized.
-    """
-    weights: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    owner: dict[object, str] = {}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not _is_weight(tensor):
-            if name in parameters:
-                raise quantized_weight(name, tensor.dtype)
-            continue  # Integer buffers, such as position ids, have no difference; ``match_models`` compares them.
-        # Without memory nothing but the object tells.
-        key = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.numel() and key in owner:
-            tied[name] = owner[key]
-        else:
-            owner[key] = name
-            weights[name] = tensor
-    return weights, tied
-
-
-def _is_weight(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() >= 2

@@ -24,8 +24,7 @@ import yaml
 from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
 from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
-from sku.data.prompt_sets import OwnPrompts, PromptSource
-from sku.data.tokens import tokenize_prompt, tokenize_start
+from sku.data.load import OwnPrompts, PromptSource
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.asking import Writer, request_of
 from sku.evaluate.backends import GenerationRequest
@@ -145,8 +144,8 @@ def question_of(
     words = f"{system}\n\n{prompt.prompt}" if system else prompt.prompt
     name = f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}"
     if not start:
-        return request_of(name, split, prompt, tokenize_prompt(words, writer.tokenizer, writer.prompt_format))
-    ids = tokenize_start(words, start, writer.tokenizer, writer.prompt_format)
+        return request_of(name, split, prompt, writer.encoder.prompt(words))
+    ids = writer.encoder.start(words, start)
     return request_of(name, split, prompt, ids, kind="prefill", prefill=start)
 
 

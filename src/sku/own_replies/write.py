@@ -20,7 +20,7 @@ from typing import Any
 
 from sku.config import plain_data
 from sku.data.examples import RetainExample
-from sku.data.prompt_sets import PromptSource
+from sku.data.load import PromptSource
 from sku.errors import EvaluationError, SkuError
 from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import StageProgress, evaluation_mode, stage

@@ -22,7 +22,7 @@ from sku.pipeline.checks import (
     recipe_settings,
 )
 from sku.plan import Plan, Progress
-from sku.plan.fit import memory_fit
+from sku.plan.estimate import memory_fit
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import check_can_be_made, check_new, remove_hazardous
 from sku.sweep.bad_model import check_same_training, record_training, sweep_bad_model, training_notes

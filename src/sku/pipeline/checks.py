@@ -16,7 +16,7 @@ from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
-from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks
@@ -34,7 +34,7 @@ from sku.models import (
     without_weights,
 )
 from sku.negate.files import read_folder
-from sku.plan.disk import STATE_BYTES, checkpoints_at_once, disk_bytes
+from sku.plan.job import STATE_BYTES, checkpoints_at_once, disk_bytes
 from sku.processes import current_processes
 from sku.sweep.run import check_judge
 from sku.training.run import adapter_settings
@@ -173,15 +173,9 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
     check_rows(recipe, data)
     settings = run.training
     objective = run.method.objective(run.settings, model.skeleton)
-    joint = JointDataset(
-        data,
-        model.tokenizer,
-        resolve_prompt_format(recipe.model.prompt_format, model.tokenizer),
-        rows=objective.rows,
-        max_length=settings.max_length,
-        max_answer_tokens=settings.max_answer_tokens,
-        seed=settings.seed,
-    )
+    written = resolve_prompt_format(recipe.model.prompt_format, model.tokenizer)
+    encoder = Encoder(model.tokenizer, written, settings.max_length, settings.max_answer_tokens)
+    joint = JointDataset(data, encoder, rows=objective.rows, seed=settings.seed)
     batch = int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
     steps = settings.max_steps
     if steps <= 0:

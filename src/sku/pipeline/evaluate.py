@@ -20,9 +20,9 @@ from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
-from sku.methods.visits import with_visited
+from sku.methods.run import with_visited
 from sku.models import load_config, load_model, with_path
-from sku.negate.survival import model_survival
+from sku.negate.diagnostics import model_survival
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
 from sku.plan import Plan, Progress
 from sku.processes import Processes, current_processes

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sku.config import ModelConfig, NegateConfig, SourceConfig, SweepConfig
 from sku.errors import RecipeError
 from sku.negate import stream_plan
-from sku.negate.arithmetic import Negation
+from sku.negate.arithmetic import Negation, Rounding, saved_type
 from sku.negate.files import model_folder
-from sku.negate.rounding import Rounding, saved_type
 from sku.negate.streaming import FolderNegation
 from sku.plan import Plan, Progress
 from sku.quiet import quiet_libraries

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data
-from sku.data.examples import ForgetExample, ForgetRetainData
-from sku.data.load import load_parts
-from sku.data.prompt_sets import OwnPrompts, lacks_answers, load_own_prompts
-from sku.data.splits import draw_rows
+from sku.data.examples import ForgetExample, ForgetRetainData, draw_rows
+from sku.data.load import OwnPrompts, load_own_prompts, load_parts
+from sku.data.sources.read import lacks_answers
 from sku.errors import DataError, RecipeError
 from sku.evaluate.record_files import create_private_folder, json_lines
 from sku.methods.run import with_safe_dtype

@@ -11,10 +11,9 @@ from typing import Any
 
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.prompt_sets import wants_own_replies
+from sku.data.load import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
-from sku.methods.run import MethodRun, prepare, with_safe_dtype
-from sku.methods.visits import with_visited
+from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.negate.operators.base import check_operators
 from sku.own_replies.job import judge_of
@@ -34,7 +33,7 @@ from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_rep
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.plan import Plan, Progress
-from sku.plan.fit import memory_fit
+from sku.plan.estimate import memory_fit
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.read_run import SCHEMA_VERSION

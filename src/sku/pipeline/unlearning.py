@@ -41,12 +41,11 @@ from sku.methods.run import (
 )
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.diagnostics import diagnose
+from sku.negate.arithmetic import saved_type
+from sku.negate.diagnostics import delta_survival, diagnose
 from sku.negate.operators import OperatedVector, operate
 from sku.negate.operators.base import OperatorContext
-from sku.negate.rounding import saved_type
 from sku.negate.run import negate_with_record, save_unlearned, subtract_into, task_vector_of
-from sku.negate.survival import delta_survival
 from sku.negate.task_vector import TaskVector
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import shared_new_folder

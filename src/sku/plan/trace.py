@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from sku.errors import ModelError
 from sku.losses import answer_nll, token_kl
 from sku.models import plain_model
-from sku.plan.weights import Job, model_of
+from sku.plan.job import Job, model_of
 from sku.training.layers import adapter_inputs_as_they_are, decoder_layers
 
 _FEW, _MORE = 2, 4

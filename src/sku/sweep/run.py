@@ -26,8 +26,8 @@ from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
+from sku.negate.arithmetic import saved_type
 from sku.negate.operators import fitted_notes, prepare_operators
-from sku.negate.rounding import saved_type
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
 from sku.sweep.meter import Meter, Questions, draw_questions, validation_asker

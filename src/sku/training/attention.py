@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sku.config import Packing
+from sku.config.stages import Packing
 from sku.data.batches import AttentionPaths, Segment, plan_paths
 from sku.errors import ModelError, SkuError, one_line
 from sku.models import embedding_weight, plain_model
@@ -57,11 +57,9 @@ _log = logging.getLogger(__name__)
 _in_packed_forward: ContextVar[bool] = ContextVar("_in_packed_forward", default=False)
 
 
-def _takes(function: Callable[..., Any] | None, *names: str) -> bool:
-    return function is not None and set(names) <= set(inspect.signature(function).parameters)
-
-
-_HAS_VARLEN = _takes(varlen_attn, "scale", "window_size", "enable_gqa")
+_HAS_VARLEN = varlen_attn is not None and {"scale", "window_size", "enable_gqa"} <= set(
+    inspect.signature(varlen_attn).parameters
+)
 
 
 def packed_attention(

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from sku.config import Packing
+from sku.config.stages import Packing
 from sku.errors import RecipeError, did_you_mean, one_line
 from sku.training.optimizer import check_optimizer
 

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sku.data.joint import RowPlan
-from sku.head import Scores, logits_of
-from sku.losses import answer_nll, mean_per_example, sum_per_example
+from sku.data.examples import RowPlan
+from sku.losses import Scores, answer_nll, logits_of, mean_per_example, sum_per_example
 
 
 @dataclass(frozen=True, kw_only=True)

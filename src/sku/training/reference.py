@@ -19,13 +19,15 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from sku.data.joint import RETAIN, JointDataset, JointExample
+from sku.data.batches import JointExample
+from sku.data.examples import RETAIN
+from sku.data.joint import JointDataset
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError
-from sku.head import Head, HeadScores
+from sku.losses import Head, HeadScores
 from sku.models import changed_by_adapter
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.deferred_head import DeferredHead
+from sku.training.forward import DeferredHead
 from sku.training.layers import evaluation_mode, is_four_bit
 from sku.training.objective import ScoredRows
 
@@ -110,7 +112,7 @@ class ReferenceCache:
         """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
         if is_spread:
             return "the head's weight is spread over several processes"
-        if self._head.shape is None:
+        if self._head.head is None:
             return "the model's head can't be left out, or logits_budget_mb is empty"
         return ""
 

@@ -21,7 +21,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from sku.config import AcquireConfig, PromptFormatName, Tuning
+from sku.config.data import PromptFormatName
+from sku.config.stages import AcquireConfig, Tuning
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.tokens import TokenizationReport

@@ -20,20 +20,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from sku.config import ModelConfig, Packing, PromptFormatName
-from sku.data.batches import PACKED, JointCollator, PackedCollator
+from sku.config.data import ModelConfig, PromptFormatName
+from sku.config.stages import Packing
+from sku.data.batches import ROWS, JointCollator, JointExample, Rows
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset, JointExample, WholeBatches
+from sku.data.joint import JointDataset, WholeBatches
 from sku.data.load import Source, load_training_pairs
-from sku.data.prompts import resolve_prompt_format
+from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
 from sku.training.attention import choose_packing
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.deferred_head import DeferredHead
 from sku.training.finite import FiniteGuard
-from sku.training.layers import adapter_inputs_as_they_are, train_only
+from sku.training.forward import DeferredHead, run_rows, scores_of_kind
+from sku.training.layers import adapter_inputs_as_they_are, token_scale, train_only
 from sku.training.objective import Objective, ScoredRows, TrainingStep
 from sku.training.optimizer import stochastic_optimizer
 from sku.training.reference import (
@@ -44,7 +45,6 @@ from sku.training.reference import (
     original_weights,
     resolved_mode,
 )
-from sku.training.steps import PackedBatch, PaddedBatch, token_scale
 
 _LOG = logging.getLogger(__name__)
 
@@ -110,10 +110,8 @@ class UnlearningTrainer(Trainer):
         ensure_pad_token(processing_class, plain_model(model))
         if isinstance(train_dataset, ForgetRetainData):
             written = resolve_prompt_format(prompt_format, processing_class)
-            train_dataset = JointDataset(
-                train_dataset, processing_class, written, rows=objective.rows, max_length=args.max_length,
-                max_answer_tokens=args.max_answer_tokens, seed=args.seed,
-            )  # fmt: skip
+            encoder = Encoder(processing_class, written, args.max_length, args.max_answer_tokens)
+            train_dataset = JointDataset(train_dataset, encoder, rows=objective.rows, seed=args.seed)
         self.objective: Objective = objective
         self._is_hazardous = hazardous
         self._reference: PreTrainedModel | None = None
@@ -122,7 +120,9 @@ class UnlearningTrainer(Trainer):
             trainer_options |= {"optimizer_cls_and_kwargs": stochastic_optimizer(model, args)}
         self._scale = token_scale(model, objective.retain_at)
         self._trained, self._settings, self._examples = model, args, train_dataset
-        self._collate: JointCollator | PackedCollator = JointCollator(int(processing_class.pad_token_id))
+        self._collate = JointCollator(
+            pad_token_id=int(processing_class.pad_token_id), retain_tokens=objective.rows.retain_tokens
+        )
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class,
             data_collator=self._collate, **trainer_options,
@@ -136,7 +136,7 @@ class UnlearningTrainer(Trainer):
         self._own_attention = str(plain_model(model).config._attn_implementation)
         self.packing: Packing = choose_packing(model, args.packing)
         if self.packing != "padded":
-            self._collate = PackedCollator(share=self.packing == "tree", retain_tokens=objective.rows.retain_tokens)
+            self._collate = JointCollator(self.packing, retain_tokens=objective.rows.retain_tokens)
             self.data_collator = self._collate
         self._head = DeferredHead(plain_model(model), args.logits_budget_mb, watched=args.world_size > 1)
         self._cache: ReferenceCache | None = None
@@ -231,7 +231,7 @@ class UnlearningTrainer(Trainer):
 
         Args:
             model: Possibly wrapped for distributed training.
-            inputs: A batch of ``JointCollator`` or ``PackedCollator``.
+            inputs: A batch of ``JointCollator``.
             return_outputs: Return the model's outputs as well.
             num_items_in_batch: Joint examples of the optimizer step over all processes; those of ``inputs`` if None.
 
@@ -267,29 +267,24 @@ class UnlearningTrainer(Trainer):
             self._logged_terms, self._logged_examples = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def _batch(self, inputs: dict[str, Any]) -> PaddedBatch | PackedBatch:
-        if PACKED in inputs:
-            return PackedBatch(inputs[PACKED].to(self.args.device, non_blocking=True))
-        return PaddedBatch(inputs, self.objective.rows)
-
-    def _forward(self, model: nn.Module, batch: PaddedBatch | PackedBatch, *, without_head: bool = False) -> Any:
+    def _forward(self, model: nn.Module, rows: Rows, *, without_head: bool = False) -> Any:
         plain, hidden_states = self.accelerator.unwrap_model(model), bool(self.objective.hidden_layers)
         return self._head.run(
-            lambda: batch.forward(model, plain, hidden_states=hidden_states),
+            lambda: run_rows(rows, model, plain, hidden_states=hidden_states),
             copy=self._reference if model is self._reference else None,
             defer=without_head,
         )
 
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
-        batch = self._batch(inputs)
-        self._set_scale(batch.is_retain_RT1)
+        batch: Rows = inputs[ROWS].to(self.args.device, non_blocking=True)
+        self._set_scale(batch.is_retain[..., None])
         outputs = self._forward(model, batch)
 
         @functools.cache
         def rows(kind: int) -> ScoredRows:
             """Once a step: these are copies of the scores, the largest tensors there are."""
-            return batch.scores(kind, outputs, self.objective.hidden_layers)
+            return scores_of_kind(batch, kind, outputs, self.objective.hidden_layers)
 
         def reference(kind: int) -> ScoredRows:
             if self._cache is not None:
@@ -345,9 +340,9 @@ class UnlearningTrainer(Trainer):
         precision = self.accelerator.autocast()
         with torch.no_grad(), precision, original_weights(self.accelerator.unwrap_model(model)):
             asked = model if self._reference is None else self._reference
-            batch = self._batch(inputs).of_kind(kind)
+            batch: Rows = inputs[ROWS].to(self.args.device, non_blocking=True).of_kind(kind)
             outputs = self._forward(asked, batch, without_head=without_head)
-            return batch.scores(kind, outputs, self.objective.hidden_layers)
+            return scores_of_kind(batch, kind, outputs, self.objective.hidden_layers)
 
 
 def _examples(

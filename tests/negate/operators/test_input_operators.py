@@ -14,9 +14,16 @@ from sku.errors import TaskVectorError
 from sku.negate.adapters import AdapterVector
 from sku.negate.operators import OperatedVector, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, linear_weights
-from sku.negate.operators.contrast import filter_matrix
-from sku.negate.operators.null_space import NullSpaceSettings, _damping, _map, _span
-from sku.negate.operators.spectra import Spectrum, Text, input_spectra
+from sku.negate.operators.by_inputs import (
+    NullSpaceSettings,
+    Spectrum,
+    Text,
+    _damping,
+    _map,
+    _span,
+    filter_matrix,
+    input_spectra,
+)
 from sku.negate.operators.texts import InputSettings, Part
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector

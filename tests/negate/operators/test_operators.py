@@ -22,10 +22,9 @@ from sku.negate import arithmetic
 from sku.negate.adapters import AdapterVector, combined
 from sku.negate.operators import OPERATORS, OperatedVector, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, check_operators, context_of, group_of
+from sku.negate.operators.by_weights import kth_largest_magnitude, minus_component
 from sku.negate.operators.learned import SETS
-from sku.negate.operators.minus_benign import minus_component
-from sku.negate.operators.texts import answer_logits, batch_of, mean_gradient, with_first_tokens
-from sku.negate.operators.trim import kth_largest_magnitude
+from sku.negate.operators.texts import answer_logits, batch_of, mean_gradient, targets_of, with_first_tokens
 from sku.negate.run import negate
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import TaskVector
@@ -304,7 +303,7 @@ def measured(context: OperatorContext, vector: TaskVector) -> tuple[float, float
     harmful, normal = batch_of(context.harmful_held_out, device), batch_of(context.normal_held_out, device)
     with torch.no_grad():
         losses = [
-            answer_nll(answer_logits(model, harmful), harmful.targets_N).mean() for model in (context.base, changed)
+            answer_nll(answer_logits(model, harmful), targets_of(harmful)).mean() for model in (context.base, changed)
         ]
         kl = token_kl(answer_logits(context.base, normal), answer_logits(changed, normal)).mean()
     return float(losses[1] - losses[0]), float(kl)
@@ -400,8 +399,8 @@ def test_first_tokens_are_read_as_in_the_whole_text(world: OperatorContext) -> N
     whole, cut = (batch_of(examples, device) for examples in (world.normal, with_first_tokens(world.normal, 2)))
     with torch.no_grad():
         logits = [answer_logits(world.base, batch) for batch in (whole, cut)]
-    first_N = torch.cat([torch.arange(int(row.sum())) for row in whole.answer_BT]) < 2
-    assert torch.equal(whole.targets_N[first_N], cut.targets_N)
+    first_N = torch.cat([torch.arange(int(row.sum())) for row in whole.kept_RT]) < 2
+    assert torch.equal(targets_of(whole)[first_N], targets_of(cut))
     torch.testing.assert_close(logits[0][first_N], logits[1], rtol=1e-4, atol=1e-4)
 
 

@@ -17,7 +17,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import TaskVectorError
 from sku.negate.operators.base import OperatorContext, context_of, linear_weights
-from sku.negate.operators.spectra import InputSpectra, Spectrum, input_groups, input_spectra
+from sku.negate.operators.by_inputs import InputSpectra, Spectrum, input_groups, input_spectra
 from sku.negate.operators.texts import InputSettings, Part, SharedTokens, batch_of, drawn, shared_tokens
 
 

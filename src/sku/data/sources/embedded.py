@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from sku.config import EMBEDDED, SourceConfig
+from sku.config.data import EMBEDDED, SourceConfig
 from sku.data.examples import ForgetExample, RetainExample
 from sku.data.sources.rows import Kind
 from sku.errors import DataError

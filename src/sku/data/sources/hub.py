@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from sku.config import SourceConfig
+from sku.config.data import SourceConfig
 from sku.errors import DataError, one_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -9,17 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sku.config import settings_from_dict
+from sku.config.recipe import settings_from_dict
 from sku.errors import RecipeError, TaskVectorError, did_you_mean
 from sku.from_file import SUFFIX, defined_in_file
 from sku.negate.operators.base import AnyOperator, Need, Operator, OperatorContext, RowMap, map_rows
 from sku.negate.operators.base import PreparedOperator as PreparedOperator
-from sku.negate.operators.contrast import CONTRAST
-from sku.negate.operators.layers import LAYERS
+from sku.negate.operators.by_inputs import CONTRAST, NULL_SPACE
+from sku.negate.operators.by_weights import LAYERS, MINUS_BENIGN, TRIM
 from sku.negate.operators.learned import LEARNED
-from sku.negate.operators.minus_benign import MINUS_BENIGN
-from sku.negate.operators.null_space import NULL_SPACE
-from sku.negate.operators.trim import TRIM
 from sku.negate.task_vector import TaskVector
 
 OPERATORS: tuple[AnyOperator, ...] = (

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sku.config import DataConfig, PromptFormatName
+from sku.config.data import DataConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample
-from sku.data.prompts import resolve_prompt_format
-from sku.data.tokens import TokenizedExample, tokenize_examples
+from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import RecipeError
 from sku.negate.task_vector import TaskVector
 
@@ -90,7 +89,7 @@ class Operated:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator(Generic[Settings]):
-    """An operator. One file defines one, and ``sku.negate.operators.OPERATORS`` lists them."""
+    """An operator; ``sku.negate.operators.OPERATORS`` lists those that ship with SKU."""
 
     name: str
     """As in a recipe's ``negate.operators``."""
@@ -159,17 +158,10 @@ def context_of(
         DataError: No example of a split that has some can be tokenized.
         ModelError: The chat template can't write a prompt.
     """
-    style = resolve_prompt_format(prompt_format, tokenizer)
-    limits: DataConfig | type[DataConfig] = DataConfig if lengths is None else lengths
+    limits = () if lengths is None else (lengths.max_length, lengths.max_answer_tokens)
+    encoder = Encoder(tokenizer, resolve_prompt_format(prompt_format, tokenizer), *limits)
     tokenized: dict[str, Any] = {
-        need: tokenize_examples(
-            examples,
-            tokenizer,
-            style,
-            max_length=limits.max_length,
-            max_answer_tokens=limits.max_answer_tokens,
-            train_on_end=need not in ("harmful", "harmful_held_out"),
-        )[0]
+        need: encoder.examples(examples, train_on_end=need not in ("harmful", "harmful_held_out"))[0]
         for need, examples in _splits(data).items()
         if examples
     }

@@ -39,9 +39,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sku.config.check import Count, NotNegative, Positive, validated
+from sku.data.batches import PaddedRows
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll, token_kl
+from sku.negate.matching import unique_weights
 from sku.negate.operators.base import (
     Need,
     Operated,
@@ -52,8 +54,8 @@ from sku.negate.operators.base import (
     scaling,
     turned_weights,
 )
-from sku.negate.operators.texts import Batch, answer_logits, batch_of, device_of, with_first_tokens
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.operators.texts import answer_logits, batch_of, device_of, targets_of, with_first_tokens
+from sku.negate.task_vector import TaskVector
 
 SETS: Mapping[str, Need] = {
     "harmful": "harmful_held_out", "normal": "normal_held_out", "refusals": "refusals_held_out",
@@ -259,17 +261,17 @@ def _sets(settings: LearnedSettings, context: OperatorContext) -> dict[str, Sequ
 
 
 def _term(
-    name: str, settings: LearnedSettings, batch: Batch, context: OperatorContext, changed: Mapping[str, Tensor]
+    name: str, settings: LearnedSettings, batch: PaddedRows, context: OperatorContext, changed: Mapping[str, Tensor]
 ) -> tuple[Tensor, float]:
     """The term of a set, without its weight, and its figure for the record, both in nats a token."""
     after_NV = answer_logits(context.base, batch, changed)
     if name == "refusals":
-        likely = answer_nll(after_NV, batch.targets_N).mean()
+        likely = answer_nll(after_NV, targets_of(batch)).mean()
         return likely, likely.item()
     with torch.no_grad():
         before_NV = answer_logits(context.base, batch)
     if name == "harmful":
-        gain_N = answer_nll(after_NV, batch.targets_N) - answer_nll(before_NV, batch.targets_N)
+        gain_N = answer_nll(after_NV, targets_of(batch)) - answer_nll(before_NV, targets_of(batch))
         return functional.relu(settings.gain - gain_N).mean(), gain_N.mean().item()
     divergence = token_kl(before_NV, after_NV).mean()
     return divergence, divergence.item()

@@ -24,32 +24,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sku.config.check import Count, validated
+from sku.data.batches import JointCollator, PaddedRows, SourceRow
+from sku.data.examples import RETAIN
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
-from sku.losses import IGNORE_INDEX, answer_nll
+from sku.losses import answer_nll
 from sku.models import embedding_weight
-from sku.negate.task_vector import unique_weights
+from sku.negate.matching import unique_weights
 
 Part = Literal["own", "shared"]
 DECISION_TOKENS = 8
 """Of the prompt's last tokens, and of the answer's first, where the positions that decide are asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Padded on the right."""
-
-    ids_BT: Tensor
-    mask_BT: Tensor
-    """1 on the examples' own tokens."""
-    answer_BT: Tensor
-    """True where the next token is one of the answer."""
-    targets_N: Tensor
-    """Those tokens, row by row."""
 
 
 def drawn(examples: Sequence[TokenizedExample], count: int, seed: int) -> list[TokenizedExample]:
@@ -68,7 +56,7 @@ def with_first_tokens(examples: Sequence[TokenizedExample], count: int) -> list[
     return cut
 
 
-def batch_of(examples: Sequence[TokenizedExample], device: torch.device) -> Batch:
+def batch_of(examples: Sequence[TokenizedExample], device: torch.device) -> PaddedRows:
     """Pads examples to one batch.
 
     Args:
@@ -78,25 +66,25 @@ def batch_of(examples: Sequence[TokenizedExample], device: torch.device) -> Batc
     Returns:
         The batch. What pads the ids is never read: attention is causal and the padding comes last.
     """
-    ids = [torch.tensor(example.input_ids) for example in examples]
-    labels = [torch.tensor(example.labels) for example in examples]
-    ids_BT = pad_sequence(ids, batch_first=True).to(device)
-    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
-    labels_BT = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device)
-    following_BT = torch.full_like(labels_BT, IGNORE_INDEX)
-    following_BT[:, :-1] = labels_BT[:, 1:]
-    answer_BT = following_BT != IGNORE_INDEX
-    return Batch(ids_BT=ids_BT, mask_BT=mask_BT, answer_BT=answer_BT, targets_N=following_BT[answer_BT])
+    rows = [SourceRow(kind=RETAIN, example=place, tokens=example) for place, example in enumerate(examples)]
+    laid_out = JointCollator().lay_out(rows, len(rows)).to(device)
+    assert isinstance(laid_out, PaddedRows)
+    return laid_out
 
 
-def batches(examples: Sequence[TokenizedExample], batch_size: int, device: torch.device) -> Iterator[Batch]:
+def targets_of(batch: PaddedRows) -> Tensor:
+    """``[N]``, the answers' tokens, row by row."""
+    return batch.kept[RETAIN].targets_N
+
+
+def batches(examples: Sequence[TokenizedExample], batch_size: int, device: torch.device) -> Iterator[PaddedRows]:
     """All examples, those of similar length together."""
     order = sorted(examples, key=lambda example: -len(example.input_ids))
     for start in range(0, len(order), batch_size):
         yield batch_of(order[start : start + batch_size], device)
 
 
-def answer_logits(model: PreTrainedModel, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+def answer_logits(model: PreTrainedModel, batch: PaddedRows, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """Scores at the positions before the answers' tokens.
 
     Args:
@@ -107,10 +95,7 @@ def answer_logits(model: PreTrainedModel, batch: Batch, weights: Mapping[str, Te
     Returns:
         ``[N, V]``.
     """
-    inputs = {
-        "input_ids": batch.ids_BT, "attention_mask": batch.mask_BT, "logits_to_keep": batch.answer_BT,
-        "use_cache": False,
-    }  # fmt: skip
+    inputs = {**batch.model_inputs, "use_cache": False}
     output = model(**inputs) if weights is None else functional_call(model, dict(weights), kwargs=inputs)
     logits = output.logits
     assert isinstance(logits, Tensor)
@@ -139,13 +124,13 @@ def mean_gradient(
     Raises:
         TaskVectorError: A gradient is not finite.
     """
-    tokens = sum(len(batch.targets_N) for batch in batches(examples, batch_size, device_of(model)))
+    tokens = sum(len(targets_of(batch)) for batch in batches(examples, batch_size, device_of(model)))
     weights = unique_weights(model)[0]
     # Leaves that share the model's memory: its own parameters may be frozen and stay as they are.
     leaves = {name: weights[name].detach().requires_grad_() for name in names}
     sums = {name: torch.zeros(leaf.shape) for name, leaf in leaves.items()}
     for batch in batches(examples, batch_size, device_of(model)):
-        nll_N = answer_nll(answer_logits(model, batch, leaves), batch.targets_N)
+        nll_N = answer_nll(answer_logits(model, batch, leaves), targets_of(batch))
         gradients = torch.autograd.grad(nll_N.sum() / tokens, list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:  # Else the loss doesn't depend on it: a bias that only chooses experts.
@@ -217,10 +202,10 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((place for place, (own, token) in pairs if own != token), min(len(one), len(other)))
 
 
-def counted_positions(batch: Batch, settings: InputSettings, shared: SharedTokens, part: Part) -> Tensor:
+def counted_positions(batch: PaddedRows, settings: InputSettings, shared: SharedTokens, part: Part) -> Tensor:
     """``[B, T]``, true where a position counts."""
-    real_BT, answer_BT = batch.mask_BT == 1, batch.answer_BT
-    places_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
+    real_BT, answer_BT = batch.attention_mask == 1, batch.kept_RT
+    places_T = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     last_B1 = answer_BT.int().argmax(1, keepdim=True)  # Of the prompt: the first that an answer is read from.
     shared_BT = (places_T < shared.first).expand_as(real_BT)
     if settings.positions == "decision":

@@ -1,24 +1,39 @@
-"""The job that is planned, in numbers, and its weights, counted on its model without any content."""
+"""A recipe's job of stage 1 in numbers, and its weights, counted on its model without any content."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sku.config import AcquireConfig, LoraSettings, Tuning
-from sku.models import plain_model, with_adapter, without_weights
-from sku.plan.disk import STATE_BYTES
-from sku.training.config import ReferenceMode
+from sku.acquire.objective import sku_objective
+from sku.config.data import ModelConfig
+from sku.config.recipe import Recipe
+from sku.config.stages import AcquireConfig, LoraSettings, Tuning
+from sku.errors import ModelError, RecipeError
+from sku.methods.run import prepare, with_safe_dtype
+from sku.models import load_config, plain_model, with_adapter, without_weights
+from sku.training.config import ReferenceMode, UnlearningConfig
+from sku.training.optimizer import check_optimizer
 from sku.training.run import adapter_settings
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
+STATE_BYTES = {
+    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
+    "adamw_torch_8bit": 2.0, "adamw_torch_4bit": 1.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
+    "lion_32bit": 4.0, "lion_8bit": 1.0, "rmsprop": 4.0, "adagrad": 4.0, "sgd": 0.0, "adafactor": 0.1,
+}  # fmt: skip
+"""Optimizer of transformers -> bytes of state for each trained weight that is held in float32."""
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of each weight: four, an eight-bit scale for 64 weights, and a float for 256 scales (double quantization)."""
 
@@ -176,3 +191,127 @@ def _unit_bytes(plain: PreTrainedModel) -> int:
     weights = [getattr(module, "weight", None) for module in embeddings]
     ends = [weight.nbytes for weight in weights if isinstance(weight, torch.Tensor)]
     return sum(sorted([*layers, *ends])[-2:])
+
+
+def disk_bytes(*, trained: int, state_bytes: float, checkpoints: int, adapter: bool, model: int) -> int:
+    """What lies on the disk at the fullest moment of a run.
+
+    Checkpoints hold what is trained and its optimizer; beside them lie the trained and the unlearned weights.
+
+    Args:
+        trained: Bytes of the trained weights.
+        state_bytes: Of the optimizer for each trained weight in float32.
+        checkpoints: That lie there at once.
+        adapter: Whether an adapter is trained, which is saved negated too.
+        model: Bytes of the unlearned model.
+
+    Returns:
+        Bytes.
+    """
+    checkpoint = trained + round(trained / 4 * state_bytes)
+    return checkpoints * checkpoint + trained + (trained if adapter else 0) + model
+
+
+def checkpoints_at_once(training: UnlearningConfig) -> int:
+    """Most checkpoints that lie on the disk together: the next one is written before the oldest is deleted."""
+    return 0 if training.save_strategy == "no" else (training.save_total_limit or 0) + 1
+
+
+def job_of(
+    recipe: Recipe,
+    *,
+    gpus: int = 1,
+    sharding: Sharding = "ddp",
+    row_tokens: int | None = None,
+    answer_tokens: int | None = None,
+    on_cpu: bool = False,
+) -> Job:
+    """The job that a recipe describes; by default rows are as long as they may be.
+
+    ``sharding`` says what the processes, each with a GPU of its own, divide: nothing, or weights, gradients and
+    optimizer. With ``on_cpu`` weights have the type that ``auto`` means on a CPU.
+
+    Raises:
+        RecipeError: Another method, an unknown optimizer, or numbers that make no sense.
+        ModelError: The model's configuration can't be read.
+    """
+    if recipe.method != "sku":
+        raise RecipeError(f"sku plan knows stage 1 of sku, and the recipe's method is {recipe.method}")
+    row_tokens = recipe.data.max_length if row_tokens is None else row_tokens
+    answer_tokens = min(recipe.data.max_answer_tokens, row_tokens) if answer_tokens is None else answer_tokens
+    if gpus < 1 or not 1 <= answer_tokens <= row_tokens:
+        raise RecipeError(
+            f"{gpus} GPUs, rows of {row_tokens} tokens with {answer_tokens} of the answer can't be planned: all must "
+            "be 1 or more, and the answer is a part of its row"
+        )
+    training, optimizer = _training_and_optimizer(recipe, on_cpu=on_cpu)
+    objective = sku_objective(recipe.acquire)
+    config, shipped = _config_of(recipe.model)
+    model = with_safe_dtype(recipe)
+    if model.dtype == "auto":
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+    elif model.dtype == "stored":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    else:
+        dtype = getattr(torch, model.dtype)
+    return Job(
+        name=recipe.model.path,
+        config=config,
+        tuning=recipe.acquire.tuning,
+        lora=recipe.acquire.lora,
+        dtype=dtype,
+        autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+        checkpointing=bool(training.activation_checkpointing),
+        optimizer=optimizer,
+        examples=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        steps=training.max_steps * (2 if recipe.acquire.twin == "good" else 1) if training.max_steps > 0 else None,
+        forget=objective.rows.forget,
+        mismatched=objective.rows.mismatched,
+        retain=objective.rows.retain,
+        reference=training.reference,
+        row_tokens=row_tokens,
+        answer_tokens=answer_tokens,
+        checkpoints=checkpoints_at_once(training),
+        gpus=gpus,
+        sharding=sharding,
+        shipped_shape=shipped,
+    )
+
+
+def _config_of(model: ModelConfig) -> tuple[PreTrainedConfig, bool]:
+    """Of the model's own files; where they are out of reach, the shape that this package knows of the recipes' models.
+
+    Returns:
+        The configuration, and whether it is the shipped shape.
+    """
+    try:
+        return load_config(model), False
+    except ModelError:
+        shapes = json.loads((resources.files("sku") / "plan" / "shapes.json").read_text(encoding="utf-8"))
+        shape = shapes.get(model.path)
+        if shape is None:
+            raise
+        return AutoConfig.for_model(**shape), True
+
+
+def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[UnlearningConfig, str]:
+    """The trainer's settings, made as on a CPU: the GPU that is planned for may be another machine's."""
+    settings = dict(recipe.acquire.training)
+    optim = str(settings.get("optim"))
+    paged = optim.startswith("paged_") and not on_cpu
+    if paged:  # Refused without a GPU.
+        del settings["optim"]
+    if settings.get("bf16") == "auto" and not on_cpu:
+        settings["bf16"] = True
+    acquire = dataclasses.replace(recipe.acquire, training=settings)
+    training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
+    if paged:
+        check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)
+    else:
+        optim = str(getattr(training.optim, "value", training.optim))
+    if optim not in STATE_BYTES:
+        raise RecipeError(
+            f"the memory of acquire.training.optim={optim} is not known here; known: {', '.join(sorted(STATE_BYTES))}"
+        )
+    return training, optim

@@ -1,44 +1,100 @@
-"""A model's forward pass that stops before its head where the scores would take too much memory.
+"""One forward pass of a batch, padded or packed, and what it says of the rows of each kind.
 
-The model is called as always, so wrappers for distributed training, autocast and checkpointing see nothing of it; only
-its head looks at how many positions it is given, and beyond the budget hands them on as they are.
+It stops before the model's head where the scores would take too much memory. The model is called as always, so
+wrappers for distributed training, autocast and checkpointing see nothing of it; only its head looks at how many
+positions it is given, and beyond the budget hands them on as they are.
 
-Shapes: N = kept positions, H = width of the hidden states, V = vocabulary.
+Shapes: R = rows and T = tokens of a padded batch, or T = tokens of the packed row, U = places whose scores are needed,
+N = kept positions (whose next token counts) of the rows of one kind, M = those rows, V = vocabulary, H = width of the
+hidden states.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sku.head import Head, HeadScores
+from sku.data.batches import PackedRows, Rows
+from sku.losses import Head, HeadScores
 from sku.models import embedding_weight
+from sku.training.attention import packed_forward_pass, use_packed_attention
+from sku.training.objective import ScoredRows
 
 _LOG = logging.getLogger(__name__)
 _MEGABYTE = 2**20
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    """What a model does between its last hidden states and its scores."""
+def run_rows(rows: Rows, model: nn.Module, plain: PreTrainedModel | PeftModel, *, hidden_states: bool = False) -> Any:
+    """Runs a model on rows; it keeps the attention of packed rows from then on.
 
-    module: nn.Linear
-    scale: float
-    softcap: float | None
+    Args:
+        rows: On the model's device.
+        model: Possibly wrapped for distributed training.
+        plain: The same without that.
+        hidden_states: Whether the output of every layer comes too, ``[R, T, H]`` each.
 
-    def head(self, dtype: torch.dtype | None = None) -> Head:
-        """The head as ``sku.head`` takes it, with the type of its product."""
-        module = self.module
-        return Head(weight_VH=module.weight, bias_V=module.bias, scale=self.scale, softcap=self.softcap, dtype=dtype)
+    Returns:
+        The model's outputs, with logits ``[U, V]``, or ``[1, U, V]`` of packed rows.
+
+    Raises:
+        ModelError: The model's attention would misread a packed row, or asks for something that can't be packed.
+    """
+    options = {**rows.model_inputs, "use_cache": False} | ({"output_hidden_states": True} if hidden_states else {})
+    if not isinstance(rows, PackedRows):
+        return model(**options)
+    # Stays so until training ends: activation checkpointing runs layers again in the backward.
+    use_packed_attention(plain)
+    with packed_forward_pass(plain, rows.paths):
+        return model(**options)
+
+
+def scores_of_kind(rows: Rows, kind: int, outputs: Any, hidden_layers: Sequence[int] = ()) -> ScoredRows:
+    """The part of a model's outputs on rows that belongs to those of one kind.
+
+    Args:
+        rows: What the model was run on.
+        kind: Which rows.
+        outputs: Of ``run_rows``.
+        hidden_layers: Decoder layers, counted from 0, whose outputs are given too.
+
+    Returns:
+        One pair of scores and target for each kept position of each row, and where they belong.
+    """
+    kept, scores = rows.kept[kind], outputs.logits[0] if isinstance(rows, PackedRows) else outputs.logits
+    made = not isinstance(scores, HeadScores)
+    rows_N = _take_rows(scores if made else scores.hidden_NH, kept.score_N)
+    return ScoredRows(
+        scores_NV=rows_N if made else replace(scores, hidden_NH=rows_N),
+        targets_N=kept.targets_N,
+        row_N=kept.row_N,
+        example_M=kept.example_M,
+        num_examples=rows.num_examples,
+        hidden_NLH=_stacked(
+            _take_rows(outputs.hidden_states[layer + 1].flatten(0, 1), kept.place_N) for layer in hidden_layers
+        ),
+    )
+
+
+def _take_rows(values: Tensor, index_N: Tensor) -> Tensor:
+    """Rows, some of them more than once, with a backward that adds in a fixed order."""
+    # On a CPU that is the backward of index_select, on a GPU that of an index.
+    return values.index_select(0, index_N) if values.device.type == "cpu" else values[index_N]
+
+
+def _stacked(hidden: Iterable[Tensor]) -> Tensor | None:
+    """``[N, L, H]`` from ``[N, H]`` of each layer; None where no layer is read."""
+    layers = list(hidden)
+    return torch.stack(layers, 1) if layers else None
 
 
 class DeferredHead:
@@ -52,20 +108,21 @@ class DeferredHead:
         one of them if it were applied later, so its scores are then made whatever they take.
         """
         self.budget_mb, self._watched = budget_mb, watched
-        self.shape: HeadShape | None = None
+        self.head: Head | None = None
         """None where scores are always made: there is no limit, or the head is one that can't be left out."""
+        self._module: Any = model.get_output_embeddings()
         if budget_mb is None:
             return
         try:
-            self.shape = _shape_of(model)
+            self.head = _head_of(model)
         except _UnknownHeadError as reason:
             _LOG.warning("logits_budget_mb can't be kept, scores are always made at once: %s", reason)
 
     def fits(self, rows: int) -> bool:
         """Whether the scores of so many positions are within the budget."""
-        if self.budget_mb is None or self.shape is None:
+        if self.budget_mb is None or self.head is None:
             return True
-        return 4 * rows * self.shape.module.weight.shape[0] <= self.budget_mb * _MEGABYTE
+        return bool(4 * rows * self._module.weight.shape[0] <= self.budget_mb * _MEGABYTE)
 
     def run(self, call: Callable[[], Any], *, copy: PreTrainedModel | None = None, defer: bool = False) -> Any:
         """Calls a model and puts ``HeadScores`` in the place of its logits where these don't fit.
@@ -78,25 +135,23 @@ class DeferredHead:
         Returns:
             What the model returns.
         """
-        shape = self.shape
-        if shape is None or not _is_whole(shape.module.weight):
+        head = self.head
+        if head is None or not _is_whole(self._module.weight):
             return call()
-        if copy is not None:
-            module = copy.get_output_embeddings()
-            assert isinstance(module, nn.Linear)
-            shape = HeadShape(module, shape.scale, shape.softcap)
+        module = self._module if copy is None else copy.get_output_embeddings()
         seen: list[HeadScores] = []
 
         def head_or_nothing(hidden: Tensor) -> Tensor:
-            made_at_once = self._watched and shape.module.weight.requires_grad
+            made_at_once = self._watched and module.weight.requires_grad
             if not defer and (made_at_once or self.fits(hidden.shape[:-1].numel())):
                 return original(hidden)
             device = hidden.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            seen.append(HeadScores(hidden_NH=hidden, head=shape.head(dtype)))
+            own = replace(head, weight_VH=module.weight, bias_V=module.bias, dtype=dtype)
+            seen.append(HeadScores(hidden_NH=hidden, head=own))
             return hidden[..., :0]
 
-        with _replaced_forward(shape.module, head_or_nothing) as original:
+        with _replaced_forward(module, head_or_nothing) as original:
             outputs = call()
         if seen:
             (outputs.logits,) = seen
@@ -107,7 +162,7 @@ class _UnknownHeadError(Exception):
     """Why a head can't be left out."""
 
 
-def _shape_of(model: PreTrainedModel) -> HeadShape:
+def _head_of(model: PreTrainedModel) -> Head:
     """How a model makes its scores, checked against two of its own.
 
     Raises:
@@ -124,12 +179,13 @@ def _shape_of(model: PreTrainedModel) -> HeadShape:
     scale = math.prod(float(getattr(config, name, None) or 1) for name in _SCALES)
     scale /= float(getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
-    shape = HeadShape(module, scale, None if softcap is None else float(softcap))
-    _check(model, shape)
-    return shape
+    softcap = None if softcap is None else float(softcap)
+    head = Head(weight_VH=module.weight, bias_V=module.bias, scale=scale, softcap=softcap)
+    _check(model, module, head)
+    return head
 
 
-def _check(model: PreTrainedModel, shape: HeadShape) -> None:
+def _check(model: PreTrainedModel, module: nn.Linear, head: Head) -> None:
     seen: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
@@ -139,11 +195,11 @@ def _check(model: PreTrainedModel, shape: HeadShape) -> None:
     device = embedding_weight(model).device
     # The numbers that dropout draws must be there for training.
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with _replaced_forward(shape.module, keep) as original:
+        with _replaced_forward(module, keep) as original:
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
         if len(seen) != 1:
             raise _UnknownHeadError(f"the model calls its head {len(seen)} times in one forward pass")
-        own = HeadScores(hidden_NH=seen[0], head=shape.head()).logits()
+        own = HeadScores(hidden_NH=seen[0], head=head).logits()
     tolerance = 1e-4 if own.dtype == torch.float32 else 3e-2
     if own.shape != logits.shape or float((own - logits).abs().max()) > tolerance * max(1.0, float(own.abs().max())):
         raise _UnknownHeadError("the model changes its scores after the head in a way that isn't known here")
