@@ -15,9 +15,8 @@ from comparison.conftest import FAILING_METHOD, SMALL
 from conftest import MadeOnce
 from sku.comparison import bench as bench_module
 from sku.comparison.bench import Bench
-from sku.comparison.in_process import RECORDS, WORK
 from sku.comparison.jobs import Job, ablation_jobs, comparison_jobs
-from sku.comparison.run import FinishedComparison, run_comparison
+from sku.comparison.run import RECORDS, WORK, FinishedComparison, run_comparison
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, OutputError, RecipeError, SkuError
 from sku.evaluate.validation import Refusals

@@ -28,11 +28,10 @@ from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
 from sku.sweep import run as sweep_run
-from sku.sweep.choose import choose_alpha
 from sku.sweep.meter import Meter, Questions, draw_questions, replies_of, validation_asker
 from sku.sweep.result import Sweep
 from sku.sweep.rule import cost_of
-from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, check_judge, judge_notes, sweep, unmeasurable
+from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, check_judge, choose_alpha, judge_notes, sweep, unmeasurable
 from sweep.frontiers import point
 
 

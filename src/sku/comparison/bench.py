@@ -15,10 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sku.comparison.jobs import Job, changed, failed_record, identity, norms_key, record_key
-from sku.comparison.search import SEARCH_SUFFIX, Harm, Trial, search, with_training
-from sku.comparison.strengths import Strengths
-from sku.config import CompareConfig, Recipe, plain_data
+from sku.comparison.jobs import Job, changed, norms_key, record_key, record_of
+from sku.comparison.search import SEARCH_SUFFIX, Harm, Strengths, Trial, search, with_training
+from sku.config import CompareConfig, Recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking
@@ -37,8 +36,8 @@ from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, check_operators
 from sku.negate.task_vector import TaskVector
-from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
-from sku.reproducibility import content_sha256, environment
+from sku.report.method_records import MethodRecord, Point, point_from_result
+from sku.reproducibility import content_sha256
 from sku.training.run import Trained, step_progress
 
 _Measured = tuple[list[Point], EvaluationResult, dict[str, Any]]
@@ -122,22 +121,11 @@ class Bench:
             job, account = self._searched(job)
             points, result, training = self._measure(job, folder)
         except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
-            return failed_record(job, key, _failure(error), self._about(job))
+            return record_of(job, key, failure=_failure(error), data=self._about(job))
         finally:
             _free(folder)
-        return MethodRecord(
-            **identity(job),
-            status="complete",
-            failure=None,
-            key=key,
-            environment=environment(),
-            data=self._about(job),
-            training={**training, **account},
-            asked=asked_of(result),
-            tokens=tokens_of(result),
-            points=tuple(points),
-            judge=plain_data(result.judge),
-        )
+        training |= account
+        return record_of(job, key, data=self._about(job), training=training, result=result, points=points)
 
     def _searched(self, job: Job) -> tuple[Job, dict[str, Any]]:
         """A job with the training settings that ``compare.search`` chooses, and an account of the search."""

@@ -7,9 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sku.comparison.in_process import RECORDS, record_path
 from sku.comparison.jobs import Job
-from sku.comparison.run import FinishedComparison, check_jobs, run_comparison
+from sku.comparison.run import RECORDS, FinishedComparison, check_jobs, record_path, run_comparison
 from sku.comparison.search import search_judge
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
