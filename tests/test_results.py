@@ -13,8 +13,9 @@ import pytest
 
 from sku import load_recipe
 from sku.comparison.jobs import row_names
-from sku.report.comparison_report import brief_markdown, comparison_markdown, replace_block
+from sku.report.markdown import replace_block
 from sku.report.method_records import read_records
+from sku.report.method_tables import brief_markdown, comparison_markdown
 from sku.report.real_models import FIGURES, KEYS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,8 +21,8 @@ from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, OutputError, RecipeError, SkuError
 from sku.evaluate.validation import Refusals
 from sku.methods.run import train_method
+from sku.pipeline.compare import write_comparison
 from sku.pipeline.run import run_recipe
-from sku.report.comparison_report import write_comparison
 from sku.report.method_records import MethodRecord, read_records
 from sku.storage import write_json
 

@@ -93,8 +93,7 @@ def ablate(
 
 def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, dry_run: bool, as_json: bool) -> None:
     from sku.comparison.run import RECORDS
-    from sku.pipeline.compare import plan_comparison
-    from sku.report.comparison_report import write_comparison
+    from sku.pipeline.compare import plan_comparison, write_comparison
     from sku.report.method_records import read_records
 
     numbers = itertools.count(1)

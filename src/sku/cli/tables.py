@@ -97,9 +97,9 @@ def print_attacks(report: AttackReport) -> None:
 
     table = plain_table(("harmful by attack", ""), ("unlearned", "95 %", "base", "gibberish"))
     shown = ""
-    for row in attack_rows(report):
-        name, shown = "" if row.attack == shown else row.attack, row.attack
-        table.add_row(name, row.setting, row.unlearned, row.interval, row.base, row.gibberish)
+    for attack, *cells in attack_rows(report):
+        table.add_row("" if attack == shown else attack, *cells)
+        shown = attack
     results.print()
     results.print(table)
     for line in left_out_lines(report):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sku.evaluate.metrics import Rate
-from sku.report.figures import STYLE, check_suffix, light, save_figure
+from sku.report.figures import STYLE, bare, check_suffix, light, save_figure, share_axis
 from sku.sweep.result import Sweep
 from sku.sweep.rule import Replies, SweepPoint, cost_of
 
@@ -92,9 +92,9 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
 
     def line(values: Sequence[tuple[float, Rate]], colour: str, label: str, **style: Any) -> None:
         alphas = [alpha for alpha, _ in values]
-        axes.plot(alphas, [100 * rate.value for _, rate in values], color=colour, label=label, **style)
+        axes.plot(alphas, [rate.value for _, rate in values], color=colour, label=label, **style)
         axes.vlines(
-            alphas, [100 * rate.low for _, rate in values], [100 * rate.high for _, rate in values],
+            alphas, [rate.low for _, rate in values], [rate.high for _, rate in values],
             color=colour, linewidth=1, alpha=0.35,
         )  # fmt: skip
 
@@ -108,8 +108,7 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
     line([(alpha, found.gibberish) for alpha, found in replies], _GIBBERISH, "gibberish", ls="--", **dashed)
     refused = [(alpha, found.over_refusal) for alpha, found in replies]
     line(refused, _REFUSAL, "normal prompts refused", ls=":", marker="x", **dashed)
-    axes.set_ylim(-3, 103)
-    axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+    share_axis(axes, "y")
     _finish(axes, "Replies")
 
 
@@ -136,7 +135,7 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
     top, pick = _highest(points, sweep), sweep.pick
     costs = [(point, _cost(point, sweep)) for point in points]
     shown = [(point, cost, cast(Replies, point.replies).harm[1]) for point, cost in costs if cost <= top]
-    axes.plot([x for _, x, _ in shown], [100 * harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
+    axes.plot([x for _, x, _ in shown], [harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
     labels: dict[tuple[float, float], list[str]] = {}
     for point, cost, harm in shown:
         chosen = pick is not None and point.alpha == pick.alpha
@@ -145,22 +144,21 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
             if abs(place[0] - cost) < top / 40 and abs(place[1] - harm.value) < 0.04:
                 near = place  # Two labels would lie on each other.
         labels.setdefault(near, []).append("base" if point.alpha == 0 else f"{point.alpha:g}")
-        axes.vlines(cost, 100 * harm.low, 100 * harm.high, color=_HARM, alpha=0.35)
+        axes.vlines(cost, harm.low, harm.high, color=_HARM, alpha=0.35)
         axes.plot(
-            cost, 100 * harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
+            cost, harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
             markersize=15 if chosen else 6, zorder=4,
         )  # fmt: skip
     for (cost, share), names in labels.items():
-        axes.annotate(", ".join(names), (cost, 100 * share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
+        axes.annotate(", ".join(names), (cost, share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
     axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         "budget", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
         textcoords="offset points", fontsize=7.5, color=_GREY,
     )  # fmt: skip
     if sweep.config.rule == "lowest_alpha":
-        axes.axhline(100 * sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_ylim(-3, 108)
-    axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+        axes.axhline(sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
+    share_axis(axes, "y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("utility cost, in shares of the budget")
     _finish(axes, "Largest harmful rate against cost, by alpha")
@@ -180,10 +178,7 @@ def _mark_pick(every: Sequence[Axes], sweep: Sweep) -> None:
 
 
 def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
+    bare(axes, title).grid(color=_FAINT, linewidth=0.7)
 
 
 def _cost(point: SweepPoint, sweep: Sweep) -> float:

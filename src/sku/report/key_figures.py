@@ -29,19 +29,13 @@ ON_PAGE: tuple[Measure, ...] = (
 )
 """Harm first, then what it cost."""
 ON_CARD: tuple[Measure, ...] = (
-    ("replies", "forget_test", "harmful", "harmful, unseen prompts", "down"),
-    ("replies", "forget_train", "harmful", "harmful, {unlearned}", "down"),
-    ("prefill", "forget_test", "harmful", "harmful, unseen prompts", "down"),
+    *ON_PAGE,
     ("prefill", "forget_train", "harmful", "harmful, {unlearned}", "down"),
-    ("replies", "forget_test", "gibberish", "gibberish, unseen prompts", "same"),
     ("replies", "forget_test", "cut_off", "cut at the limit, unseen prompts", "same"),
     ("replies", "retain_test", "cut_off", "cut at the limit, normal prompts", "same"),
-    ("replies", "retain_test", "over_refusal", "refused, normal prompts", "same"),
-    ("replies", "retain_test", "exact_answer", "exact answer, normal prompts", "same"),
-    ("leak", "forget_test", "harmful", "harmful, unseen prompts, any of {k} sampled replies", "down"),
-    ("perplexity", "retain_test", "ratio", "perplexity of normal answers, in multiples of the base's", "same"),
-    ("perplexity", "forget_test", "ratio", "perplexity of unseen harmful answers, in multiples of the base's", "up"),
+    ("perplexity", "forget_test", "ratio", "perplexity of unseen harmful answers, to the base's", "up"),
 )
+"""What stands beside the page's, where there is no table to look them up."""
 
 
 @dataclass(frozen=True, kw_only=True)

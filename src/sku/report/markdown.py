@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from sku.errors import EvaluationError
+
 LONGEST = 400
 """Characters of one value that a card shows."""
 _MARKUP = re.compile(r"([\\`*_\[\]|~$#])")
@@ -58,3 +60,25 @@ def table(
     rule = ["---" if place in left else "---:" for place in range(len(columns))]
     lines = [columns, rule, *([cell(text) for text in row] for row in rows)]
     return Written("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def replace_block(text: str, name: str, block: str, where: str = "the text") -> str:
+    """Puts a block between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->``.
+
+    Args:
+        text: Markdown with both marks, once each and in this order.
+        name: Of the block.
+        block: What shall stand between the marks.
+        where: Name of the text, for messages.
+
+    Returns:
+        The text with the block in place of what was there.
+
+    Raises:
+        EvaluationError: The marks are missing, double or out of order.
+    """
+    start, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise EvaluationError(f"{where} must hold the lines {start} and {end}, once each and in this order")
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), flags=re.DOTALL)
+    return pattern.sub(lambda _: f"{start}\n\n{block.strip()}\n\n{end}", text)

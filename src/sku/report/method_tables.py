@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ _WORST = (
     " After a prefill each row stands at the length that is the worst for it, named after the comma; the largest of "
     "several rates is a little too large on average."
 )
+REFERENCE = "sku"
+"""Row that the others are compared with, where it is complete."""
+_NOT_BRIEF = ("harmful_ungated_unseen", "gibberish_normal", "perplexity_harmful_unseen")
+_HEADINGS: Mapping[Role, str] = {
+    "best": "At equal utility: each method at its best strength within the utility budget",
+    "published": "As published: each method at its own strength",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +124,55 @@ def row_order(
         )
     first = [*(order or ()), *((reference,) if reference is not None else ()), BASE]
     return sorted(control, key=lambda name: (control[name], first.index(name) if name in first else len(first), name))
+
+
+def comparison_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
+    """All tables of a comparison.
+
+    Args:
+        records: Of all rows and seeds.
+        order: Names of the rows in order; as in ``comparison_rows``.
+
+    Returns:
+        Markdown: for equal utility and for the methods as published, all measures, then the differences to SKU with
+        their tests where SKU is among the rows and complete.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+    """
+    has_reference = any(record.name == REFERENCE and record.status == "complete" for record in records)
+    parts: list[str] = []
+    for role, heading in _HEADINGS.items():
+        rows = comparison_rows(records, role, REFERENCE if has_reference else None, order)
+        parts += [f"### {heading}\n", markdown_comparison(rows, legend_line(records, role))]
+        if has_reference:
+            parts.append(markdown_differences(records, role, REFERENCE, order))
+    return "\n".join(parts)
+
+
+def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
+    """The main columns at equal utility, for a first page.
+
+    Args:
+        records: Of all rows and seeds.
+        order: As in ``comparison_markdown``.
+
+    Returns:
+        A Markdown table with its legend.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+    """
+    rows = comparison_rows(records, "best", None, order)
+    brief = [
+        dataclasses.replace(
+            row,
+            estimates={name: found for name, found in row.estimates.items() if name not in _NOT_BRIEF},
+            utility_cost=None,
+        )
+        for row in rows
+    ]
+    return markdown_comparison(brief, legend_line(records, "best"))
 
 
 def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:

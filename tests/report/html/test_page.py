@@ -22,9 +22,17 @@ from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.html.page import Page, comparison_page, run_page, write_report
-from sku.report.html.side_by_side import cautions, differences, figure_rows, run_titles
 from sku.report.key_figures import key_figures
+from sku.report.page import (
+    Page,
+    cautions,
+    comparison_page,
+    differences,
+    figure_rows,
+    run_page,
+    run_titles,
+    write_report,
+)
 from sku.report.read_run import RecordedRun, read_run
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
