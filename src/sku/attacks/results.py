@@ -113,8 +113,7 @@ class AttackReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        return {**plain, "cards": list(plain["cards"]), "results": list(plain["results"])}
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = RESULT_FILE) -> AttackReport:

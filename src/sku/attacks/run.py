@@ -22,9 +22,7 @@ from typing import TypeVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.base import Attack, AttackContext, Setting, Variant
-from sku.attacks.prompts import PARAPHRASE, PREFILL, TEMPLATE, load_templates
-from sku.attacks.relearn import RELEARN
+from sku.attacks.kinds import ATTACKS, PREFILL, Attack, AttackContext, Setting, Variant, load_templates
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured, write_attacks
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
@@ -55,8 +53,6 @@ from sku.evaluate.reuse import Reuse
 
 Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 
-ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, RELEARN)}
-"""All attacks by name."""
 FOLDER = "attacks"
 PROBES = 3
 """Questions whose scores tell one model from another."""

@@ -30,7 +30,7 @@ from sku.methods import method_named
 from sku.negate.task_vector import TaskVector
 from sku.storage import write_json
 from sku.sweep.meter import Changed, Questions, draw_questions, validation_asker
-from sku.sweep.rule import FREE, worst_then_mean
+from sku.sweep.result import FREE, worst_then_mean
 from sku.sweep.run import check_calibrated
 
 SEARCH_SUFFIX = "--search.json"

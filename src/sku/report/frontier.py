@@ -14,8 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sku.evaluate.metrics import Rate
 from sku.report.figures import STYLE, bare, check_suffix, light, save_figure, share_axis
-from sku.sweep.result import Sweep
-from sku.sweep.rule import Replies, SweepPoint, cost_of
+from sku.sweep.result import Replies, Sweep, SweepPoint
 
 _INK, _FAINT, _GREY = light("ink"), light("faint"), light("base")
 _HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("gibberish")
@@ -114,7 +113,7 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
 
 def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
     top = _highest(points, sweep)
-    values = [_cost(point, sweep) for point in points]
+    values = [sweep.cost(point).value for point in points]
     shown = [(point.alpha, value) for point, value in zip(points, values, strict=True) if value <= top]
     axes.plot([alpha for alpha, _ in shown], [value for _, value in shown], "o-", color=_INK, markersize=4)
     for point, value in zip(points, values, strict=True):
@@ -133,7 +132,7 @@ def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
 
 def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
     top, pick = _highest(points, sweep), sweep.pick
-    costs = [(point, _cost(point, sweep)) for point in points]
+    costs = [(point, sweep.cost(point).value) for point in points]
     shown = [(point, cost, cast(Replies, point.replies).harm[1]) for point, cost in costs if cost <= top]
     axes.plot([x for _, x, _ in shown], [harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
     labels: dict[tuple[float, float], list[str]] = {}
@@ -181,13 +180,9 @@ def _finish(axes: Axes, title: str) -> None:
     bare(axes, title).grid(color=_FAINT, linewidth=0.7)
 
 
-def _cost(point: SweepPoint, sweep: Sweep) -> float:
-    return cost_of(point, sweep.base, sweep.config).value
-
-
 def _highest(points: Sequence[SweepPoint], sweep: Sweep) -> float:
     """End of the cost axis: a model that is ruined must not squeeze the others together."""
-    return min(max([1.5, *(1.02 * _cost(point, sweep) for point in points)]), 6)
+    return min(max([1.5, *(1.02 * sweep.cost(point).value for point in points)]), 6)
 
 
 def _footer(sweep: Sweep) -> str:

@@ -71,6 +71,8 @@ class ComparisonRow:
     name: str
     title: str
     control: bool
+    failed: bool
+    """Every seed failed."""
     estimates: Mapping[str, Estimate]
     """Of ``RATES`` and ``RATIOS``, what was measured; after a prefill that is the worst for this row."""
     prefill_tokens: int | None
@@ -350,6 +352,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         name=records[0].name,
         title=records[0].title,
         control=records[0].control,
+        failed=all(record.status == "failed" for record in records),
         estimates={name: found for name, found in estimates.items() if found is not None},
         prefill_tokens=worst_prefill(points),
         prefill_lengths=tuple(prefills_tried(points)),

@@ -23,8 +23,7 @@ from sku.report.robustness import (
     tokens_text,
 )
 from sku.report.tables import NOTHING
-from sku.sweep.result import Sweep
-from sku.sweep.rule import SweepPoint, cost_of
+from sku.sweep.result import Sweep, SweepPoint
 
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _TABLE_ROWS = 12
@@ -140,7 +139,7 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
     return (
         f"{point.alpha:g}",
         *shares,
-        NOTHING if ratio is None else f"{cost_of(point, sweep.base, sweep.config).value:.2f}",
+        NOTHING if ratio is None else f"{sweep.cost(point).value:.2f}",
         NOTHING if ratio is None else f"\u00d7{ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})",
         told,
     )

@@ -34,7 +34,7 @@ from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Limits, UtilityCost
 from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
-from sku.sweep.rule import FREE, Replies, SweepPoint, is_hopeless
+from sku.sweep.result import FREE, Replies, SweepPoint, is_hopeless
 
 FORGET: Split = "forget_validation"
 

@@ -33,8 +33,7 @@ from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
 from sku.sweep.meter import Meter, Questions, draw_questions, validation_asker
-from sku.sweep.result import Sweep, read_kept, write_sweep
-from sku.sweep.rule import FREE, Pick, Replies, choose, is_hopeless
+from sku.sweep.result import FREE, Pick, Replies, Sweep, choose, is_hopeless, read_kept, write_sweep
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
 """Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
@@ -231,7 +230,7 @@ def _finished(found: Sweep, meter: Meter, folder: Path) -> Sweep:
         if is_hopeless(point, found.config):
             break
     left = tuple(ordered[len(found.points) :])
-    pick = choose(found.points, found.base, found.config)
+    pick = choose(found)
     return _written(dataclasses.replace(found, not_measured=left), folder, pick)
 
 
