@@ -24,8 +24,8 @@ from sku.evaluate.metrics import Rate
 from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
-from sku.report.markdown import LONGEST, Written, escaped, fenced, one_line
 from sku.report.robustness import attack_rows
+from sku.report.words import LONGEST, Written, escaped, fenced, one_line
 from sku.storage import write_json
 
 from .conftest import change_json

@@ -28,9 +28,9 @@ from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
 from sku.sweep import run as sweep_run
-from sku.sweep.meter import Meter, Questions, draw_questions, replies_of, validation_asker
+from sku.sweep.meter import Meter, Questions, check_judge, draw_questions, replies_of, validation_asker
 from sku.sweep.result import Sweep
-from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, check_judge, choose_alpha, judge_notes, sweep, unmeasurable
+from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, choose_alpha, judge_notes, sweep, unmeasurable
 from sweep.frontiers import point
 
 

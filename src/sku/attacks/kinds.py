@@ -389,3 +389,24 @@ RELEARN = Attack(
 
 ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, RELEARN)}
 """All attacks by name."""
+
+
+def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:
+    """Refuses attacks that can't run: before a long job rather than at its end.
+
+    Args:
+        recipe: ``evaluate.attacks`` names them.
+        data: The splits.
+
+    Raises:
+        EvaluationError: A split that an attack needs is empty, or the templates can't be used.
+    """
+    names = recipe.evaluate.attacks
+    if names and not data.forget_test:
+        raise EvaluationError(
+            "attacks ask the prompts of the split forget_test, which is empty: raise data.unseen_fraction"
+        )
+    if "relearn" in names and not data.forget_train:
+        raise EvaluationError("attack relearn trains on the split forget_train, which is empty: leave it out")
+    if "template" in names:
+        load_templates(recipe, data)

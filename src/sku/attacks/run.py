@@ -22,7 +22,7 @@ from typing import TypeVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import ATTACKS, PREFILL, Attack, AttackContext, Setting, Variant, load_templates
+from sku.attacks.kinds import ATTACKS, PREFILL, Attack, AttackContext, Setting, Variant, check_attacks
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured, write_attacks
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
@@ -61,27 +61,6 @@ _NONE = Attack(
     card=AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
     settings=lambda _context: [Setting()],
 )
-
-
-def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:
-    """Refuses attacks that can't run: before a long job rather than at its end.
-
-    Args:
-        recipe: ``evaluate.attacks`` names them.
-        data: The splits.
-
-    Raises:
-        EvaluationError: A split that an attack needs is empty, or the templates can't be used.
-    """
-    names = recipe.evaluate.attacks
-    if names and not data.forget_test:
-        raise EvaluationError(
-            "attacks ask the prompts of the split forget_test, which is empty: raise data.unseen_fraction"
-        )
-    if "relearn" in names and not data.forget_train:
-        raise EvaluationError("attack relearn trains on the split forget_train, which is empty: leave it out")
-    if "template" in names:
-        load_templates(recipe, data)
 
 
 def run_attacks(

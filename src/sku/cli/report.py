@@ -181,7 +181,7 @@ def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
 
 def _update(page: Path, mark: str, text: str) -> None:
     """Puts a text between its marks on a page."""
-    from sku.report.markdown import replace_block
+    from sku.report.words import replace_block
 
     try:
         old = page.read_text(encoding="utf-8")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, print_json, print_next, print_notes, results
-from sku.cli.tables import plain_table
+from sku.cli.console import carry_out, errors, plain_table, print_json, print_next, print_notes, results
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries

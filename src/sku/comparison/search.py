@@ -29,9 +29,8 @@ from sku.evaluate.validation import NormalText, Refusals
 from sku.methods import method_named
 from sku.negate.task_vector import TaskVector
 from sku.storage import write_json
-from sku.sweep.meter import Changed, Questions, draw_questions, validation_asker
+from sku.sweep.meter import Changed, Questions, check_calibrated, draw_questions, validation_asker
 from sku.sweep.result import FREE, worst_then_mean
-from sku.sweep.run import check_calibrated
 
 SEARCH_SUFFIX = "--search.json"
 FIRST_PROBE = 1 / 32

@@ -37,9 +37,8 @@ from sku.plan import Plan, Progress
 from sku.plan.fit import memory_fit
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
-from sku.report.read_run import SCHEMA_VERSION
 from sku.report.tables import before_after_rows
-from sku.storage import bytes_in, check_place, remove_hazardous, write_json
+from sku.storage import RUN_VERSION, bytes_in, check_place, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -301,7 +300,7 @@ def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]
     write_json(
         folder / "results.json",
         {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": RUN_VERSION,
             "verdict": plain.pop("verdict"),
             "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
             **plain,

@@ -15,11 +15,10 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
-from sku.report.key_figures import ON_CARD, KeyFigure, key_figures
-from sku.report.markdown import Written, escaped, fenced, one_line, table
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.report.robustness import ATTACK_COLUMNS, attack_rows, precision_rows
-from sku.report.tables import percent
+from sku.report.tables import ON_CARD, KeyFigure, key_figures
+from sku.report.words import Written, escaped, fenced, one_line, percent, table
 from sku.storage import write_text
 
 CARD_FILE = "README.md"

@@ -35,7 +35,7 @@ from sku.report.method_tables import (
     ratio_text,
     seeds_of,
 )
-from sku.report.tables import NOTHING
+from sku.report.words import NOTHING
 
 METHOD, CONTROL = "#0072B2", "#767676"
 """Colours of the rows. Roles are told apart by filling alone, so that no reader needs the colours."""

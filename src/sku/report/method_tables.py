@@ -13,7 +13,6 @@ from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import NORMAL
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.markdown import bars_escaped, table
 from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, Hit, MethodRecord, Point
 from sku.report.method_statistics import (
     RESAMPLES,
@@ -26,7 +25,7 @@ from sku.report.method_statistics import (
     rate,
     worst_prefill,
 )
-from sku.report.tables import NOTHING, in_points, percent
+from sku.report.words import NOTHING, bars_escaped, in_points, percent, table
 
 RATES: Mapping[str, tuple[str, str, Hit]] = {
     "harmful_unseen": ("harmful, unseen", "forget_test/reply", "harmful"),

@@ -38,7 +38,6 @@ from sku.report.figures import (
     share_axis,
     theme_css,
 )
-from sku.report.key_figures import KeyFigure, key_figures
 from sku.report.read_run import DATA_COLUMNS, RecordedRun, ReplyPair, Side, read_run
 from sku.report.result_charts import prefill_rows, ratio_axis, result_charts
 from sku.report.robustness import left_out_lines
@@ -50,7 +49,8 @@ from sku.report.run_charts import (
     training_chart,
     vector_chart,
 )
-from sku.report.tables import NOTHING, TableRow
+from sku.report.tables import KeyFigure, key_figures
+from sku.report.words import NOTHING, TableRow
 from sku.storage import write_private_text
 
 _PACKAGE = "sku.report"

@@ -29,15 +29,13 @@ from sku.evaluate.record_files import (
 )
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
 from sku.evaluate.results import EvaluationResult
-from sku.report.tables import NOTHING, TableRow, percent
-from sku.storage import is_marked_hazardous
+from sku.report.words import NOTHING, TableRow, percent
+from sku.storage import RUN_VERSION, is_marked_hazardous
 from sku.sweep.result import SWEEP_FILE, Sweep, read_sweep
 
 Part = Literal["model", "adapter"]
 """What of a run can be shared."""
 MANIFEST_FILE, RESULTS_FILE, LOG_FILE = "manifest.json", "results.json", "training_log.jsonl"
-SCHEMA_VERSION = 2
-"""Of ``manifest.json`` and ``results.json``."""
 _EVALUATION, _SWEEP = "evaluation", "sweep"
 _SHARED: Mapping[Part, tuple[str, ...]] = {"model": ("unlearned",), "adapter": ("negated_adapter", "adapter")}
 _NEGATING_METHODS = ("sku", "task_vector")
@@ -151,7 +149,7 @@ def read_run(folder: Path, *, replies: bool = True, within_run: bool = False) ->
     manifest = _read_manifest(folder, within_run=within_run)
     path, sweep = folder / RESULTS_FILE, folder / _SWEEP / SWEEP_FILE
     content = read_json_object(path, _AGAIN)
-    check_schema(content, SCHEMA_VERSION, str(path), _AGAIN)
+    check_schema(content, RUN_VERSION, str(path), _AGAIN)
     pairs, judge = _read_pairs(folder / _EVALUATION) if replies else (None, "")
     precisions = folder / _EVALUATION / PRECISIONS_FILE
     try:
@@ -191,7 +189,7 @@ def _read_manifest(folder: Path, *, within_run: bool) -> dict[str, Any]:
     if not path.exists():
         raise EvaluationError(f"{folder} is no run folder: it has no {MANIFEST_FILE}; {_instead(folder)}")
     manifest = read_json_object(path, _AGAIN)
-    check_schema(manifest, SCHEMA_VERSION, str(path), _AGAIN)
+    check_schema(manifest, RUN_VERSION, str(path), _AGAIN)
     if manifest.get("status") != "complete" and not within_run:
         raise EvaluationError(f"the run in {folder} is not finished: go on with sku run ... --out {folder} --resume")
     for name in ("recipe", "environment", "data", "model", "seconds"):

@@ -31,7 +31,7 @@ from sku.report.figures import (
     save_figure,
     share_axis,
 )
-from sku.report.tables import in_points, interval, percent
+from sku.report.words import in_points, interval, percent
 
 OUTCOMES = {
     "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal",

@@ -11,7 +11,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
 from sku.evaluate.precision_results import Measured as Rounded
 from sku.evaluate.precision_results import PrecisionReport, PrecisionResult, Survival
-from sku.report.tables import NOTHING, interval, percent
+from sku.report.words import NOTHING, interval, percent
 
 UNMEASURED = "not measurable"
 """In place of an interval where the judge would call as many harmless replies harmful."""

@@ -22,7 +22,7 @@ from sku.report.robustness import (
     rate_text,
     tokens_text,
 )
-from sku.report.tables import NOTHING
+from sku.report.words import NOTHING
 from sku.sweep.result import Sweep, SweepPoint
 
 _LINES = ("unlearned", "harm", "second", "third", "fourth")

@@ -23,7 +23,7 @@ from sku.errors import EvaluationError, TaskVectorError, one_line
 from sku.evaluate.asking import Writer, by_id, draw_examples, free_requests, prefills
 from sku.evaluate.batching import StageProgress, stage
 from sku.evaluate.generation import GenerationRequest
-from sku.evaluate.judges import Judge
+from sku.evaluate.judges import Judge, JudgeCard, choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.outcomes import ReplyOutcome
 from sku.evaluate.record_files import header_hash
@@ -138,6 +138,41 @@ def validation_asker(base: PreTrainedModel, writer: Writer, judge: Judge, recipe
     return Asker(
         base=base, writer=writer, config=config, stop_ids=writer.stop_ids(base), judge=judge, seed=recipe.seed
     )
+
+
+def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
+    """``check_calibrated`` for a recipe that chooses its alpha, before anything is trained.
+
+    Args:
+        recipe: Of the run or sweep.
+        data: Its splits.
+
+    Raises:
+        EvaluationError: As ``check_calibrated``, or there is no such judge.
+        RecipeError: A wrong setting of the judge.
+    """
+    if recipe.chooses_alpha:
+        check_calibrated(choose_judge(recipe.evaluate, data).card)
+
+
+def check_calibrated(
+    card: JudgeCard, what: str = "alpha can't be chosen by", instead: str = "set negate.alpha to a number"
+) -> None:
+    """Refuses a judge of unknown errors.
+
+    Args:
+        card: Of the judge that ``evaluate.judge`` names.
+        what: Begins the message.
+        instead: What to do where the judge stays, for the message.
+
+    Raises:
+        EvaluationError: It has no calibration and is no exact rule.
+    """
+    if card.calibration is None and not card.exact:
+        raise EvaluationError(
+            f"{what} the judge {card.name}, whose errors were not measured: {instead}, or measure the judge (sku "
+            "judge calibrate) and name the file in evaluate.judge_settings.calibration"
+        )
 
 
 class Changed:

@@ -32,7 +32,7 @@ from sku.negate.rounding import saved_type
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
-from sku.sweep.meter import Meter, Questions, draw_questions, validation_asker
+from sku.sweep.meter import Meter, Questions, check_calibrated, draw_questions, validation_asker
 from sku.sweep.result import FREE, Pick, Replies, Sweep, choose, is_hopeless, read_kept, write_sweep
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
@@ -274,41 +274,6 @@ def _vector_sha256(vector: TaskVector) -> str:
         digest.update(f"{name}\0{tuple(delta.shape)}\0".encode())
         digest.update(delta.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
-    """``check_calibrated`` for a recipe that chooses its alpha, before anything is trained.
-
-    Args:
-        recipe: Of the run or sweep.
-        data: Its splits.
-
-    Raises:
-        EvaluationError: As ``check_calibrated``, or there is no such judge.
-        RecipeError: A wrong setting of the judge.
-    """
-    if recipe.chooses_alpha:
-        check_calibrated(choose_judge(recipe.evaluate, data).card)
-
-
-def check_calibrated(
-    card: JudgeCard, what: str = "alpha can't be chosen by", instead: str = "set negate.alpha to a number"
-) -> None:
-    """Refuses a judge of unknown errors.
-
-    Args:
-        card: Of the judge that ``evaluate.judge`` names.
-        what: Begins the message.
-        instead: What to do where the judge stays, for the message.
-
-    Raises:
-        EvaluationError: It has no calibration and is no exact rule.
-    """
-    if card.calibration is None and not card.exact:
-        raise EvaluationError(
-            f"{what} the judge {card.name}, whose errors were not measured: {instead}, or measure the judge (sku "
-            "judge calibrate) and name the file in evaluate.judge_settings.calibration"
-        )
 
 
 def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:

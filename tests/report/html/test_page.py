@@ -22,7 +22,6 @@ from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.evaluate.judges import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.key_figures import key_figures
 from sku.report.page import (
     Page,
     cautions,
@@ -34,6 +33,7 @@ from sku.report.page import (
     write_report,
 )
 from sku.report.read_run import RecordedRun, read_run
+from sku.report.tables import key_figures
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
 

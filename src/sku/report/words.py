@@ -1,4 +1,4 @@
-"""Text of users, data and models inside Markdown: one line, and nothing in it is markup."""
+"""Figures as text, and text of users, data and models inside Markdown: one line, and nothing in it is markup."""
 
 from __future__ import annotations
 
@@ -6,13 +6,59 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sku.errors import EvaluationError
+from sku.evaluate.metrics import Rate
+from sku.evaluate.statistics import Estimate
 
+NOTHING = "\u2013"
+"""Where nothing was measured."""
 LONGEST = 400
 """Characters of one value that a card shows."""
 _MARKUP = re.compile(r"([\\`*_\[\]|~$#])")
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal: ``12.5 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def interval(rate: Rate | Estimate) -> str:
+    """Bounds of a share in per cent: ``7.4 to 16.1``."""
+    return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
+
+
+def in_points(difference: float, low: float, high: float) -> str:
+    """A difference of shares with its interval, in points: ``-7.4 (-16.1 to -1.2)``."""
+    return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One line of the table; the fields are its columns, in words."""
+
+    section: str
+    """What was asked: ``trained-on prompts``, ``unseen prompts, prefill, 5 tokens``, ``perplexity``, ..."""
+    measure: str
+    before: str
+    after: str
+    interval: str = ""
+    """95 % interval of ``after``; of the ratio for a perplexity."""
+    change: str = ""
+    """Difference in points, or ratio, with its 95 % interval."""
+    wanted: str = ""
+    """``down``, ``up``, ``same`` or empty where neither is better."""
+    p_holm: str = ""
+    """Exact McNemar test of no change, Holm-corrected over the whole table; empty where a row is not tested."""
+    caution: str = ""
+    """Why the figures can't be taken as they stand: the judge can't measure them; ``change`` says it too."""
+
+    @property
+    def label(self) -> str:
+        """Section and measure in one."""
+        return f"{self.section}: {self.measure}"
 
 
 class Written(str):
