@@ -43,7 +43,7 @@ def row(name: str = "a", *, control: bool = False, failed: bool = False, **roles
     )  # fmt: skip
     return {
         role: dataclasses.replace(own, estimates=estimates)  # type: ignore[misc]
-        for role, estimates in {"published": {}, **roles}.items()
+        for role, estimates in {**roles, "published": roles.get("published", {})}.items()
     }
 
 

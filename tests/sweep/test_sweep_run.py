@@ -27,6 +27,7 @@ from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost, find_border
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
+from sku.sweep import meter as sweep_meter
 from sku.sweep import run as sweep_run
 from sku.sweep.meter import Meter, Questions, check_judge, draw_questions, replies_of, validation_asker
 from sku.sweep.result import Sweep
@@ -328,7 +329,8 @@ def test_a_judge_of_unknown_errors_is_refused(
 ) -> None:
     unknown = RefusalRulesJudge()
     unknown.card = dataclasses.replace(unknown.card, calibration=None)
-    monkeypatch.setattr(sweep_run, "choose_judge", lambda config, data: unknown)
+    for module in (sweep_run, sweep_meter):
+        monkeypatch.setattr(module, "choose_judge", lambda config, data: unknown)
     message = r"refusal_rules, whose errors were not measured: set negate\.alpha to a number, or measure the judge"
     with pytest.raises(EvaluationError, match=message):
         setting.sweep(tmp_path)
