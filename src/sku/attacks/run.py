@@ -17,8 +17,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -178,8 +179,12 @@ class _Run:
         self.questions = {request.id: example for request, example in asked}
         self.subjects = {"model": self.context.model, "control": self.asker.base}
         probes = [request.input_ids for request, _ in asked[:PROBES]]
-        self.about = {name: about(model, probes) for name, model in self.subjects.items()}
-        self.decoding = decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens)
+        self.common: dict[str, Any] = {
+            **{name: about(model, probes) for name, model in self.subjects.items()},
+            "decoding": decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens),
+            "prompt_format": writer.prompt_format.name,
+            "seed": self.asker.seed,
+        }
 
     def report(self, attacks: Sequence[Attack]) -> AttackReport:
         """All attacks, after the questions as they are."""
@@ -203,11 +208,8 @@ class _Run:
                     )
                 )
         setup = AttackSetup(
-            **self.about,
-            prompt_format=self.asker.writer.prompt_format.name,
-            decoding=self.decoding,
+            **self.common,
             config=plain_data(self.asker.config),
-            seed=self.asker.seed,
             judge=self.judge.card,
             starts=count_sources(self.starts.values()) if PREFILL in attacks else {},
         )
@@ -271,10 +273,7 @@ class _Run:
         """Subject and setting -> replies, or those of an earlier run that did the same."""
         header = {
             "attack": attack.card.name,
-            **self.about,
-            "decoding": self.decoding,
-            "prompt_format": self.asker.writer.prompt_format.name,
-            "seed": self.asker.seed,
+            **self.common,
             "settings": [
                 {
                     "name": setting.name,
@@ -285,12 +284,13 @@ class _Run:
             ],
         }
         total = len(self.subjects) * sum(len(asks) for _, asks in groups)
+        report = stage(self.context.progress, f"attack {attack.card.name}: replies")
 
         def make() -> list[GenerationRecord]:
             rows: list[GenerationRecord] = []
             for subject, model in self.subjects.items():
                 for setting, asks in groups:
-                    told = self._told(f"attack {attack.card.name}: replies", len(rows), total)
+                    told = None if report is None else partial(_tell_whole, report, len(rows), total)
                     with setting.change(model) as attacked:
                         found = self.asker.ask(cast(PreTrainedModel, attacked), [ask.request for ask in asks], told)
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
@@ -311,7 +311,7 @@ class _Run:
         told = stage(self.context.progress, f"attack {attack.card.name}: fluency")
         rows = self.reuse.rows(
             f"{attack.card.name}.fluency.jsonl",
-            fluency_header(self.about["control"]["fingerprint"], self.asker.seed, texts),
+            fluency_header(self.common["control"]["fingerprint"], self.asker.seed, texts),
             FluencyRecord,
             lambda: [
                 dataclasses.replace(row, id=place + row.id)
@@ -321,10 +321,10 @@ class _Run:
         )
         return {place: _rows_of(rows, place) for place in replies}
 
-    def _told(self, what: str, before: int, total: int) -> Progress | None:
-        """Progress of a part of a stage."""
-        told = stage(self.context.progress, what)
-        return None if told is None else lambda done, _own: told(before + done, total)
+
+def _tell_whole(report: Progress, before: int, total: int, done: int, _own: int) -> None:
+    """Progress of a part, as that of the whole."""
+    report(before + done, total)
 
 
 def _rows_of(rows: Sequence[Row], place: str) -> list[Row]:

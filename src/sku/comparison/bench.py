@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sku.comparison.jobs import Job, changed, norms_key, record_key, record_of
-from sku.comparison.search import SEARCH_SUFFIX, Harm, Strengths, Trial, search, with_training
+from sku.comparison.search import SEARCH_SUFFIX, Harm, Strengths, Trial, search, search_judge, with_training
 from sku.config import CompareConfig, Recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
@@ -38,6 +38,7 @@ from sku.negate.operators.base import OperatorContext, check_operators
 from sku.negate.task_vector import TaskVector
 from sku.report.method_records import MethodRecord, Point, point_from_result
 from sku.reproducibility import content_sha256
+from sku.sweep.meter import validation_asker
 from sku.training.run import Trained, step_progress
 
 _Measured = tuple[list[Point], EvaluationResult, dict[str, Any]]
@@ -82,7 +83,10 @@ class Bench:
             seed=recipe.seed,
         )
         self._refusals = Refusals(asker, self.data)
-        self._harm = None if recipe.compare.search is None else Harm(self.base, writer, self.data, recipe)
+        self._harm: Harm | None = None
+        if recipe.compare.search is not None:
+            judged = validation_asker(self.base, writer, search_judge(recipe, self.data), recipe)
+            self._harm = Harm(asker=judged, data=self.data, config=recipe.sweep)
         # What a record does not hold is not measured for each strength: it holds greedy outcomes and losses.
         self._asked = dataclasses.replace(
             recipe.evaluate, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=()
@@ -241,8 +245,15 @@ class Bench:
 
     def _strengths_of(self, job: Job, vector: TaskVector, model: PreTrainedModel) -> Strengths:
         """The change of a job at any strength, written into a model."""
-        compare = job.recipe.compare
-        return Strengths(model, vector, self._strength(job), compare, normal=self._normal, refusals=self._refusals)
+        return Strengths(
+            base=self.base,
+            model=model,
+            vector=vector,
+            normal=self._normal,
+            config=job.recipe.compare,
+            own=self._strength(job),
+            refusals=self._refusals,
+        )
 
     def _base_utility(self, job: Job) -> Utility:
         """Of the base model itself, which costs nothing."""

@@ -18,18 +18,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sku.config import CompareConfig, MethodConfig, Recipe
+from sku.config import CompareConfig, MethodConfig, Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer
 from sku.evaluate.judges import Judge, choose_judge
 from sku.evaluate.metrics import rates_of
+from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import OVER_REFUSAL, Border, Utility, find_border, utility_cost
-from sku.evaluate.validation import NormalText, Refusals
+from sku.evaluate.validation import Refusals
 from sku.methods import method_named
-from sku.negate.task_vector import TaskVector
 from sku.storage import write_json
-from sku.sweep.meter import Changed, Questions, check_calibrated, draw_questions, validation_asker
+from sku.sweep.meter import Changed, Questions, check_calibrated, draw_questions
 from sku.sweep.result import FREE, worst_then_mean
 
 SEARCH_SUFFIX = "--search.json"
@@ -40,38 +39,21 @@ STEPS = 6
 """From the border of perplexity and KL down to an eighth of it."""
 
 
+@dataclass(kw_only=True)
 class Strengths(Changed):
     """A working copy of the model, written anew at each strength."""
 
+    own: float
+    """The method's own strength, of which all others are multiples."""
+    refusals: Refusals
+    """Normal prompts and how many of them the base refuses."""
+    refused: dict[float, float] = field(default_factory=dict)
+    """Strength -> refusals beyond the base's, where they were asked for."""
     config: CompareConfig
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        subtracted: TaskVector,
-        own: float,
-        compare: CompareConfig,
-        *,
-        normal: NormalText,
-        refusals: Refusals,
-    ) -> None:
-        """Names the parts; nothing is written yet.
-
-        Args:
-            model: The working copy.
-            subtracted: What the method subtracts from the original weights at its own strength 1.
-            own: The method's own strength, of which all others are multiples.
-            compare: Budget, limits and largest strength.
-            normal: Normal sets and how the base scores them.
-            refusals: Normal prompts and how many of them the base refuses.
-        """
-        super().__init__(normal.base, model, subtracted, normal, compare)
-        self._own, self._refusals = own, refusals
-        self._refused: dict[float, float] = {}
 
     def write(self, alpha: float) -> None:
         """As of any change, at a multiple of the method's own strength."""
-        super().write(alpha * self._own)
+        super().write(alpha * self.own)
 
     def utility(self, strength: float) -> Utility:
         """All parts, of the strength that is written; over-refusal only where it could still decide.
@@ -82,11 +64,11 @@ class Strengths(Changed):
         perplexity, kl = self.normal.perplexity(self.normal.scores(self.model)), self.normal.kl(self.model)
         found = utility_cost(self.config, perplexity=perplexity, kl=kl)
         if found.within:
-            if strength not in self._refused:
-                self._refused[strength] = self._refusals.excess(self.model)
-            refused = self._refused[strength]
+            if strength not in self.refused:
+                self.refused[strength] = self.refusals.excess(self.model)
+            refused = self.refused[strength]
             found = utility_cost(self.config, perplexity=perplexity, kl=kl, over_refusal=refused)
-        return Utility(perplexity=perplexity, kl=kl, over_refusal=self._refused.get(strength), cost=found)
+        return Utility(perplexity=perplexity, kl=kl, over_refusal=self.refused.get(strength), cost=found)
 
     def largest(self) -> tuple[float, str | None]:
         """The largest strength found within the budget, 0 where none is, and what is beyond its limit a little above.
@@ -233,24 +215,15 @@ def search_judge(recipe: Recipe, data: ForgetRetainData) -> Judge:
     return judge
 
 
+@dataclass(frozen=True, kw_only=True)
 class Harm:
-    """Asks changed models the prompts of ``forget_validation``."""
+    """Asks changed models the prompts of ``forget_validation``, which are drawn when they are first asked."""
 
-    def __init__(self, base: PreTrainedModel, writer: Writer, data: ForgetRetainData, recipe: Recipe) -> None:
-        """Chooses the judge; prompts are drawn when they are first asked.
-
-        Args:
-            base: The original model.
-            writer: Of the model.
-            data: ``forget_validation`` is used.
-            recipe: ``sweep`` says how many prompts, which prefills and how long replies are; ``evaluate`` the judge.
-
-        Raises:
-            EvaluationError: As ``search_judge``.
-            RecipeError: As ``search_judge``.
-        """
-        self._asker = validation_asker(base, writer, search_judge(recipe, data), recipe)
-        self._data, self._config = data, recipe.sweep
+    asker: Asker
+    """Judges by ``search_judge``."""
+    data: ForgetRetainData
+    config: SweepConfig
+    """How many prompts, which prefills and how long replies are."""
 
     def left(self, model: PreTrainedModel) -> dict[str, float]:
         """Share of the replies that are harmful, not judged, or gibberish; as ``Trial.left``.
@@ -259,7 +232,7 @@ class Harm:
             EvaluationError: Judge or generation fails, or there is nothing to ask.
         """
         groups = self._questions.harmful
-        outcomes = self._asker.answer(model, [request for group in groups.values() for request in group])
+        outcomes = self.asker.answer(model, [request for group in groups.values() for request in group])
         shares = {}
         for tokens, group in groups.items():
             rates = rates_of([outcomes[request.id] for request in group])
@@ -269,5 +242,5 @@ class Harm:
 
     @cached_property
     def _questions(self) -> Questions:
-        asker = self._asker
-        return draw_questions(self._data, asker.writer, self._config, seed=asker.seed, starts=asker.starts)
+        asker = self.asker
+        return draw_questions(self.data, asker.writer, self.config, seed=asker.seed, starts=asker.starts)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sku.errors import EvaluationError, did_you_mean
 from sku.evaluate.judges import Calibration
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import NORMAL
@@ -90,40 +89,29 @@ class ComparisonRow:
 
 
 def comparison_rows(
-    records: Sequence[MethodRecord],
-    role: Role = "published",
-    reference: str | None = None,
-    order: Sequence[str] | None = None,
+    records: Sequence[MethodRecord], role: Role = "published", order: Sequence[str] | None = None
 ) -> list[ComparisonRow]:
     """One row per method or control, also where every seed failed.
 
     Args:
         records: Of all rows and seeds; perplexities are over the record named ``base``, absent where there is none.
         role: ``published`` or ``best``.
-        reference: Name of the row that stands first where ``order`` doesn't place it.
         order: Names in the order of the rows; what it does not name follows by the alphabet.
 
     Returns:
-        Methods, then controls; ``base`` is the first of them if ``order`` says nothing else.
+        Methods, then controls; ``REFERENCE`` and ``base`` are the first of them if ``order`` says nothing else.
 
     Raises:
-        EvaluationError: No row is named ``reference``, or records don't fit together.
+        EvaluationError: Records don't fit together.
     """
     base = next((record for record in seeds_of(records, BASE) if record.status == "complete"), None)
-    return [_row(seeds_of(records, name), base, role) for name in row_order(records, reference, order)]
+    return [_row(seeds_of(records, name), base, role) for name in row_order(records, order)]
 
 
-def row_order(
-    records: Iterable[MethodRecord], reference: str | None = None, order: Sequence[str] | None = None
-) -> list[str]:
+def row_order(records: Iterable[MethodRecord], order: Sequence[str] | None = None) -> list[str]:
     """Names of the rows, in order; see ``comparison_rows``."""
     control = {record.name: record.control for record in records}
-    if reference is not None and reference not in control:
-        raise EvaluationError(
-            f"the reference {reference} is not among the records ({', '.join(sorted(control))})."
-            + did_you_mean(reference, control)
-        )
-    first = [*(order or ()), *((reference,) if reference is not None else ()), BASE]
+    first = [*(order or ()), REFERENCE, BASE]
     return sorted(control, key=lambda name: (control[name], first.index(name) if name in first else len(first), name))
 
 
@@ -141,13 +129,12 @@ def comparison_markdown(records: Sequence[MethodRecord], order: Sequence[str] | 
     Raises:
         EvaluationError: The records don't fit together.
     """
-    has_reference = any(record.name == REFERENCE and record.status == "complete" for record in records)
     parts: list[str] = []
     for role, heading in _HEADINGS.items():
-        rows = comparison_rows(records, role, REFERENCE if has_reference else None, order)
-        parts += [f"### {heading}\n", markdown_comparison(rows, legend_line(records, role))]
-        if has_reference:
-            parts.append(markdown_differences(records, role, REFERENCE, order))
+        rows = markdown_comparison(comparison_rows(records, role, order), legend_line(records, role))
+        parts += [f"### {heading}\n", rows]
+        if points_of(seeds_of(records, REFERENCE), role):
+            parts.append(markdown_differences(records, role, order))
     return "\n".join(parts)
 
 
@@ -164,7 +151,7 @@ def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None 
     Raises:
         EvaluationError: The records don't fit together.
     """
-    rows = comparison_rows(records, "best", None, order)
+    rows = comparison_rows(records, "best", order)
     brief = [
         dataclasses.replace(
             row,
@@ -204,31 +191,22 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
     return f"{_markdown(lines)}\n{legend}\n"
 
 
-def markdown_differences(
-    records: Sequence[MethodRecord], role: Role, reference: str, order: Sequence[str] | None = None
-) -> str:
-    """Harmful rates of each row minus those of a reference, as a Markdown table with a legend under it.
+def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Sequence[str] | None = None) -> str:
+    """Harmful rates of each row minus those of ``REFERENCE``, as a Markdown table with a legend under it.
 
     Args:
-        records: Of all rows and seeds.
+        records: Of all rows and seeds; some seed of the reference has a point of the role.
         role: ``published`` or ``best``.
-        reference: Name of the row that the others are compared with.
         order: As in ``comparison_rows``.
 
     Returns:
         Text that ends with a newline; p-values are Holm-corrected over the whole table.
 
     Raises:
-        EvaluationError: No row is named ``reference``, none of its seeds has such a point, or records don't fit
-            together.
+        EvaluationError: Records don't fit together.
     """
-    own = seeds_of(records, reference)
-    names = [name for name in row_order(records, reference, order) if name != reference]
-    if not points_of(own, role):
-        raise EvaluationError(
-            f"the reference {reference} has no complete record with a {role} point, so there is nothing to compare "
-            "with; run it again or name another reference"
-        )
+    own = seeds_of(records, REFERENCE)
+    names = [name for name in row_order(records, order) if name != REFERENCE]
     found = {
         (name, key): difference
         for name in names

@@ -134,7 +134,7 @@ def run_page(run: RecordedRun) -> Page:
     if run.log:
         pictures.append(training_chart(run.log))
     if run.vector is not None:
-        pictures.append(vector_chart(run.vector))
+        pictures.append(vector_chart(run.vector.layers, run.vector.modules))
     if run.precisions is not None:
         pictures.append(precision_chart(run.precisions))
     if run.attacks is not None:

@@ -21,7 +21,6 @@ from sku.report.figures import (
     PAGE_STYLE,
     STYLE,
     Picture,
-    add_legend,
     bare,
     check_suffix,
     light,
@@ -31,6 +30,7 @@ from sku.report.figures import (
     save_figure,
     share_axis,
 )
+from sku.report.run_charts import draw_rates
 from sku.report.words import in_points, interval, percent
 
 OUTCOMES = {
@@ -42,8 +42,6 @@ _TEXT_ON = {outcome: "on_deep" if outcome == "refusal" else "on_bright" for outc
 _NARROWEST_LABEL = 0.1
 _NORMAL = {"exact_answer": "exact answer", "over_refusal": "refused", "gibberish": "gibberish"}
 _HARMFUL_ANSWERS = {"forget_train": "harmful, {}", "forget_test": "harmful, unseen"}
-_MODELS = {"base": "base", "unlearned": "unlearned"}
-"""Words of the legend -> colour."""
 _NEAR_TICKS, _FAR_TICKS = (
     (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5),
     (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1e3, 1e4, 1e6, 1e9),
@@ -178,30 +176,6 @@ def normal_changes(comparison: Comparison) -> list[tuple[str, RateChange]]:
     """Words and change of each rate of replies to normal prompts that was measured."""
     changes = comparison.replies.get("retain_test", {})
     return [(words, changes[name]) for name, words in _NORMAL.items() if name in changes]
-
-
-def draw_rates(
-    axes: Axes, rows: Sequence[tuple[str, Sequence[Rate | None]]], marks: Mapping[str, str] = _MODELS
-) -> None:
-    """Draws dots with their intervals in named rows; those of the base are hollow.
-
-    Args:
-        axes: Empty.
-        rows: Name and a rate for each mark; None is not drawn.
-        marks: Words of the legend -> name of the colour.
-    """
-    faces = [light("paper" if colour == "base" else colour) for colour in marks.values()]
-    for place, (_, rates) in enumerate(rows):
-        for offset, rate, face, name in zip((-0.15, 0.15), rates, faces, marks.values(), strict=True):
-            if rate is not None:
-                y, colour = place + offset, light(name)
-                axes.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
-                axes.plot(rate.value, y, "o", color=face, markeredgecolor=colour, markeredgewidth=1.5, markersize=6.5)
-    name_rows(axes, [name for name, _ in rows])
-    share_axis(axes)
-    add_legend(
-        axes, [(face, light(colour), words) for face, (words, colour) in zip(faces, marks.items(), strict=True)]
-    )
 
 
 def draw_normal(axes: Axes, rows: Sequence[tuple[str, RateChange]]) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import matplotlib
+from matplotlib.axes import Axes
 
 from sku.attacks.results import AttackReport
+from sku.evaluate.metrics import Rate
 from sku.evaluate.precision_results import PrecisionReport
-from sku.report.figures import PAGE_STYLE, Picture, drawable, light, name_rows, new_figure
+from sku.report.figures import PAGE_STYLE, Picture, add_legend, drawable, light, name_rows, new_figure, share_axis
 from sku.report.frontier import draw_sweep
-from sku.report.read_run import TaskVectorFacts
-from sku.report.result_charts import draw_rates
 from sku.report.robustness import (
     ATTACK_COLUMNS,
     PrecisionRow,
@@ -25,6 +25,8 @@ from sku.report.robustness import (
 from sku.report.words import NOTHING
 from sku.sweep.result import Sweep, SweepPoint
 
+_MODELS = {"base": "base", "unlearned": "unlearned"}
+"""Words of the legend -> colour."""
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _TABLE_ROWS = 12
 """Of the table under the training curves: about so many steps, first and last among them."""
@@ -66,9 +68,9 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
     )
 
 
-def vector_chart(vector: TaskVectorFacts) -> Picture:
-    """Euclidean norm of the task vector by layer and by kind of module."""
-    groups = {"decoder layer": vector.layers, "kind of module": vector.modules}
+def vector_chart(layers: Mapping[str, float], modules: Mapping[str, float]) -> Picture:
+    """Euclidean norm of the task vector by layer and by kind of module, as ``TaskVectorFacts`` has them."""
+    groups = {"decoder layer": layers, "kind of module": modules}
     groups = {title: dict(sorted(norms.items(), key=_by_number)) for title, norms in groups.items()}
     sizes = [max(len(norms), 2) for norms in groups.values()]
     with matplotlib.rc_context(PAGE_STYLE):
@@ -142,6 +144,30 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
         NOTHING if ratio is None else f"{sweep.cost(point).value:.2f}",
         NOTHING if ratio is None else f"\u00d7{ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})",
         told,
+    )
+
+
+def draw_rates(
+    axes: Axes, rows: Sequence[tuple[str, Sequence[Rate | None]]], marks: Mapping[str, str] = _MODELS
+) -> None:
+    """Draws dots with their intervals in named rows; those of the base are hollow.
+
+    Args:
+        axes: Empty.
+        rows: Name and a rate for each mark; None is not drawn.
+        marks: Words of the legend -> name of the colour.
+    """
+    faces = [light("paper" if colour == "base" else colour) for colour in marks.values()]
+    for place, (_, rates) in enumerate(rows):
+        for offset, rate, face, name in zip((-0.15, 0.15), rates, faces, marks.values(), strict=True):
+            if rate is not None:
+                y, colour = place + offset, light(name)
+                axes.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
+                axes.plot(rate.value, y, "o", color=face, markeredgecolor=colour, markeredgewidth=1.5, markersize=6.5)
+    name_rows(axes, [name for name, _ in rows])
+    share_axis(axes)
+    add_legend(
+        axes, [(face, light(colour), words) for face, (words, colour) in zip(faces, marks.items(), strict=True)]
     )
 
 

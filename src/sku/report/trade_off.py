@@ -95,7 +95,7 @@ def trade_off_figure(
         OutputError: Another suffix, or a folder that can't be written.
     """
     check_suffix(path)
-    rows = [seeds_of(records, name) for name in row_order(records, order=order)]
+    rows = [seeds_of(records, name) for name in row_order(records, order)]
     panels = panels_of(rows)
     widest = _widest(panels, budget)
     with matplotlib.rc_context(STYLE):

@@ -175,22 +175,20 @@ def check_calibrated(
         )
 
 
+@dataclass(kw_only=True)
 class Changed:
     """A working copy of a model at any strength of one change, and what the change costs normal text there."""
 
-    def __init__(
-        self, base: PreTrainedModel, model: PreTrainedModel, vector: TaskVector, normal: NormalText, config: Limits
-    ) -> None:
-        """Names the parts; nothing is written yet.
-
-        Args:
-            base: The original model. It is not changed.
-            model: The working copy.
-            vector: What is subtracted.
-            normal: Normal sets and how the base scores them.
-            config: Budget and limits.
-        """
-        self.base, self.model, self.vector, self.normal, self.config = base, model, vector, normal, config
+    base: PreTrainedModel
+    """The original model. It is not changed."""
+    model: PreTrainedModel
+    """The working copy."""
+    vector: TaskVector
+    """What is subtracted."""
+    normal: NormalText
+    """Normal sets and how the base scores them."""
+    config: Limits
+    """Budget and limits."""
 
     def write(self, alpha: float) -> None:
         """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
@@ -242,7 +240,7 @@ class Meter(Changed):
         if output_dtype is not None:
             round_weights(model, output_dtype)
         normal = NormalText(asker.base, questions.texts, batch_size=asker.config.batch_size)
-        super().__init__(asker.base, model, vector, normal, config)
+        super().__init__(base=asker.base, model=model, vector=vector, normal=normal, config=config)
         self.asker, self.questions, self.progress = asker, questions, progress
 
     def measure_base(self) -> SweepPoint:
