@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ _WORST = (
 )
 REFERENCE = "sku"
 """Row that the others are compared with, where it is complete."""
-_NOT_BRIEF = ("harmful_ungated_unseen", "gibberish_normal", "perplexity_harmful_unseen")
+_NOT_BRIEF = ("harmful_ungated_unseen", "gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
 _HEADINGS: Mapping[Role, str] = {
     "best": "At equal utility: each method at its best strength within the utility budget",
     "published": "As published: each method at its own strength",
@@ -152,23 +151,16 @@ def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None 
         EvaluationError: The records don't fit together.
     """
     rows = comparison_rows(records, "best", order)
-    brief = [
-        dataclasses.replace(
-            row,
-            estimates={name: found for name, found in row.estimates.items() if name not in _NOT_BRIEF},
-            utility_cost=None,
-        )
-        for row in rows
-    ]
-    return markdown_comparison(brief, legend_line(records, "best"))
+    return markdown_comparison(rows, legend_line(records, "best"), left_out=_NOT_BRIEF)
 
 
-def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
+def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out: Collection[str] = ()) -> str:
     """The rows as a Markdown table, with a legend under it.
 
     Args:
         rows: From ``comparison_rows``. A column that no row has a number for is left out.
         legend: From ``legend_line``.
+        left_out: Measures that have no column; with the utility cost goes what it is bound by.
 
     Returns:
         Text that ends with a newline.
@@ -179,16 +171,15 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
     columns = [
         (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
-        if any(name in row.estimates for row in rows)
+        if name not in left_out and any(name in row.estimates for row in rows)
     ]
     columns.append(("strength", [NOTHING if row.strength is None else f"{row.strength:.3g}" for row in rows]))
-    if any(row.utility_cost is not None for row in rows):
+    if "utility_cost" not in left_out and any(row.utility_cost is not None for row in rows):
         columns.append(("utility cost", [_cost_text(row.utility_cost) for row in rows]))
         columns.append(("bound by", [row.bound_by or NOTHING for row in rows]))
-    lines = [("method", *(heading for heading, _ in columns), "seeds")]
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    lines += [(row.title, *numbers, row.seeds) for row, numbers in zip(rows, cells, strict=True)]
-    return f"{_markdown(lines)}\n{legend}\n"
+    shown = [[row.title for row in rows], *(cells for _, cells in columns), [row.seeds for row in rows]]
+    names = ("method", *(heading for heading, _ in columns), "seeds")
+    return f"{table(names, zip(*shown, strict=True), cell=bars_escaped)}\n{legend}\n"
 
 
 def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Sequence[str] | None = None) -> str:
@@ -218,14 +209,18 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Seq
     tried = prefills_tried(point for record in records for point in record.points)
     at = " for the two together" if len(tried) > 1 else ""
     headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
-    lines = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
-    for name in names:
-        cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
-        lines.append((seeds_of(records, name)[0].title, *cells))
+    rows = [
+        (
+            seeds_of(records, name)[0].title,
+            *(cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))),
+        )
+        for name in names
+    ]
+    columns = ("method", *(heading for key in keys for heading in (headings[key], "p")))
     return (
-        f"{_markdown(lines)}\nRate of the row minus the rate of {own[0].title}, in points: below 0 the row is less "
-        f"harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the {len(found)} tests of "
-        f"this table. {legend_line(records, role)}\n"
+        f"{table(columns, rows, cell=bars_escaped)}\nRate of the row minus the rate of {own[0].title}, in points: "
+        "below 0 the row is less harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the "
+        f"{len(found)} tests of this table. {legend_line(records, role)}\n"
     )
 
 
@@ -372,7 +367,3 @@ def _difference(difference: Difference | None, p_value: float | None) -> tuple[s
         return NOTHING, NOTHING
     shown = in_points(difference.value, difference.low, difference.high)
     return shown, f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
-
-
-def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
-    return table(lines[0], lines[1:], cell=bars_escaped)
