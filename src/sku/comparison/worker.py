@@ -37,7 +37,8 @@ class OtherProcess:
         self._process = context.Process(target=_answer, args=(there,))
         self._process.start()
         there.close()  # Held by the other process alone, so that its death ends the pipe.
-        self._pipe.send((make, arguments))
+        with suppress(OSError):  # If it is dead already, the first call says so.
+            self._pipe.send((make, arguments))
 
     def call(self, argument: Any) -> Any:
         """Its answer.

@@ -158,6 +158,7 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
     if sweep.config.rule == "lowest_alpha":
         axes.axhline(sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
     share_axis(axes, "y")
+    axes.set_ylim(top=1.1)  # For the label of the base, below the heading.
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("utility cost, in shares of the budget")
     _finish(axes, "Largest harmful rate against cost, by alpha")
