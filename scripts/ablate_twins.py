@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="Folder for the twins: hazardous, readable by you alone.")
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="For all variants.")
+    parser.add_argument("--screen", default="", metavar="OPTIONS", help="More of scripts/screen_shares.py.")
     parser.add_argument("--normal", type=int, default=1000, help="Normal instructions of other people.")
     options = parser.parse_args()
     others = options.out / "other-people"
@@ -85,7 +87,7 @@ def main() -> None:
         screen = [sys.executable, Path(__file__).with_name("screen_shares.py"), options.recipe, options.prompts]
         twins = ["--good", folder / "good_twin", "--bad", folder / "bad_twin", "--shares", *SHARES]
         where = ["--xstest", options.data / "xstest_prompts.csv", "--log", options.log, "--note", note]
-        subprocess.run([*screen, *twins, *where], check=True)
+        subprocess.run([*screen, *twins, *where, *shlex.split(options.screen)], check=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from pathlib import Path
 from sku.config import ModelConfig
 from sku.data.prompts import resolve_prompt_format
 from sku.data.tokens import tokenize_prompt
-from sku.evaluate.generation import GenerationRequest, generate_replies, stop_token_ids
+from sku.evaluate.backends import GenerationRequest
+from sku.evaluate.generation import generate_replies, stop_token_ids
 from sku.evaluate.records import record_id
 from sku.models import load_model
 

@@ -25,6 +25,8 @@ TITLES = {
     "circuit_breakers": "circuit breakers", "sku_twins+random_direction": "random direction, as long as SKU's",
 }  # fmt: skip
 """In the order of the table."""
+MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m")
+"""In the order of the page; others follow."""
 RATES = {
     "harmful_unseen": "harmful, unseen", "harmful_other_source": "harmful, other source",
     "worst_prefill": "harmful, worst prefill", "xstest_safe_refused": "XSTest safe, refused",
@@ -35,7 +37,8 @@ RATES = {
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a part for each model and seed."""
     parts = []
-    for model, seed in sorted({(row["model"], row["seed"]) for row in rows}):
+    there = {(row["model"], row["seed"]) for row in rows}
+    for model, seed in sorted(there, key=lambda one: (MODELS.index(one[0]) if one[0] in MODELS else len(MODELS), one)):
         own = {row["method"]: row for row in rows if (row["model"], row["seed"]) == (model, seed)}
         first = next(iter(own.values()))
         base = {name.removeprefix("base_"): value for name, value in first.items() if name.startswith("base_")}

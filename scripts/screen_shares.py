@@ -28,15 +28,16 @@ from sku.attacks.kinds import load_templates
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.framings import PLACE
-from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
 from sku.evaluate.asking import Writer, free_request, prefills
-from sku.evaluate.backends.base import GenerationRequest, Sampling
+from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import evaluation_mode
-from sku.evaluate.gate import surface_faults
+from sku.evaluate.gate import is_refusal, surface_faults
 from sku.evaluate.generation import generate_replies
-from sku.evaluate.judges import build_judge, label_of
+from sku.evaluate.judges import label_of
+from sku.evaluate.judges.choose import build_judge
+from sku.evaluate.measure import base_agreement
+from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.records import GenerationRecord, Split
-from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into
@@ -103,8 +104,9 @@ class Screen:
 
     def kl(self, model: PreTrainedModel) -> float:
         """KL(base || model) on the base model's replies to normal prompts, nats a token."""
-        rows = compare_distributions(self.base, model, self.texts, batch_size=BATCH)
-        return agreement_of(rows, seed=0)[SPLITS["normal"]].kl
+        # Few at once: of a large vocabulary the logits of a batch are gigabytes.
+        rows = compare_distributions(self.base, model, self.texts, batch_size=BATCH // 8)
+        return base_agreement(rows, seed=0)[SPLITS["normal"]].kl
 
     def _answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], sampling: Sampling | None = None

@@ -30,7 +30,7 @@ from faults.battery import built_command
 from sku.cli.main import app, main
 from sku.config import SourceConfig, load_recipe, recipe_from_dict, recipe_names
 from sku.data.load import load_parts
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.operators import operate, prepare_operators

@@ -11,7 +11,7 @@ import pytest
 from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
-from sku.evaluate.precision_results import PrecisionReport, read_precisions
+from sku.evaluate.comparison import PrecisionReport
 from sku.pipeline.evaluate import plan_evaluation
 from sku.pipeline.run import FinishedRun, run_recipe
 
@@ -51,7 +51,7 @@ def test_a_run_has_its_certificate(resumed: FinishedRun) -> None:
     report = resumed.precisions
     assert report is not None
     assert [result.precision for result in report.results] == ["fp16", "int8"]
-    assert read_precisions(resumed.folder / "evaluation") == report
+    assert PrecisionReport.read(resumed.folder / "evaluation") == report
     manifest = json.loads((resumed.folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["certificate"] == json.loads(json.dumps(report.certificate()))
     assert "precisions" in manifest["seconds"]
@@ -65,7 +65,7 @@ def test_a_run_has_its_certificate(resumed: FinishedRun) -> None:
 
 def test_evaluating_the_same_model_gives_the_same_certificate(resumed: FinishedRun, tmp_path: Path) -> None:
     plan_evaluation(recipe(), str(resumed.folder / "unlearned"), tmp_path / "alone").execute(None)
-    alone = read_precisions(tmp_path / "alone")
+    alone = PrecisionReport.read(tmp_path / "alone")
     assert resumed.precisions is not None
     assert (alone.results, alone.measured) == (resumed.precisions.results, resumed.precisions.measured)
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sku.cli.main import app
-from sku.evaluate.precision_results import PrecisionReport
+from sku.evaluate.comparison import PrecisionReport
 from sku.report.robustness import precision_cells
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.attacks.results import AttackReport, read_attacks
+from sku.attacks.results import AttackReport
 from sku.config import Recipe
 from sku.errors import EvaluationError
 from sku.pipeline.evaluate import plan_evaluation
@@ -32,7 +32,7 @@ def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None
     report = whole.attacks
     assert report is not None
     assert [result.attack for result in report.results] == ["none", "template"]
-    assert read_attacks(whole.folder / "evaluation") == report
+    assert AttackReport.read(whole.folder / "evaluation") == report
     results = json.loads((whole.folder / "results.json").read_text(encoding="utf-8"))
     assert AttackReport.from_dict(results["attacks"]) == report
     assert "attacks" in whole.manifest["seconds"]
@@ -49,7 +49,7 @@ def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None
 
     alone = tmp_path / "alone"
     plan_evaluation(recipe(), str(whole.folder / "unlearned"), alone).execute(None)
-    assert read_attacks(alone) == report
+    assert AttackReport.read(alone) == report
 
 
 def test_attacks_that_can_not_run_are_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks.kinds import ATTACKS, SAME
-from sku.attacks.results import AttackReport, AttackResult, read_attacks
+from sku.attacks.results import AttackReport, AttackResult
 from sku.attacks.run import run_attacks
 from sku.config import Attack as AttackName
 from sku.config import load_recipe
@@ -23,7 +23,7 @@ from sku.errors import EvaluationError, RecipeError
 from sku.evaluate import replies
 from sku.evaluate.asking import draw_examples
 from sku.evaluate.generation import generate_replies
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import Start, start_id
 from sku.evaluate.run import evaluate
@@ -176,7 +176,7 @@ def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
     files = {path.name for path in (ran.folder / "attacks").iterdir()}
     assert files == {f"{name}{kind}.jsonl" for name in ("none", *ATTACKS) for kind in ("", ".fluency")}
     assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
-    assert read_attacks(ran.folder) == ran.report
+    assert AttackReport.read(ran.folder) == ran.report
     text = (ran.folder / "attacks.json").read_text(encoding="utf-8")
     assert json.loads(text) == json.loads(json.dumps(ran.report.to_dict()))
     assert "take " not in text, "figures carry no reply"
@@ -197,10 +197,10 @@ def test_a_file_of_another_shape_is_refused(ran: Ran, change: dict[str, Any], me
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"attacks\.json can't be read"):
-        read_attacks(tmp_path)
+        AttackReport.read(tmp_path)
     (tmp_path / "attacks.json").write_text("[]", encoding="utf-8")
     with pytest.raises(EvaluationError, match="does not hold keys and values"):
-        read_attacks(tmp_path)
+        AttackReport.read(tmp_path)
 
 
 @pytest.mark.integration

@@ -18,7 +18,7 @@ from sku.comparison.search import Trial, best_of, search, search_judge, with_tra
 from sku.config import Recipe, SearchConfig, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.methods.run import prepare, train_method
 
 SEARCHED = (

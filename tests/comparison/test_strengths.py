@@ -9,7 +9,7 @@ from sku.config import Recipe
 from sku.data.load import load_data
 from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking, replies
-from sku.evaluate.generation import GenerationRequest
+from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import OVER_REFUSAL, Border

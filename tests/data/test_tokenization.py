@@ -310,13 +310,13 @@ def test_lone_surrogates_are_an_error_that_says_so(gpt_like: PreTrainedTokenizer
 
 
 @pytest.mark.parametrize("word", ["honey is sweet . ", "x", " "])
-def test_a_million_characters(gpt_like: PreTrainedTokenizerBase, word: str) -> None:
-    huge = "a" + word * (1_000_000 // len(word))
+def test_hundreds_of_thousands_of_characters(gpt_like: PreTrainedTokenizerBase, word: str) -> None:
+    huge = "a" + word * (300_000 // len(word))
     started = time.process_time()
     example = tokenize(gpt_like, prompt=huge, answer=huge, max_length=100, max_answer_tokens=20)
     assert len(example.input_ids) == 100
     assert (example.prompt_shortened, example.answer_shortened) == (True, True)
-    assert time.process_time() - started < 60
+    assert time.process_time() - started < 20
 
 
 def test_long_texts_give_no_warning(gpt_like: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,9 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate import agreement, utility
-from sku.evaluate.agreement import ScoredText, agreement_of, compare_distributions
+from sku.evaluate import perplexity, utility
+from sku.evaluate.measure import base_agreement
+from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.record_files import AGREEMENT_FILE, read_rows
 from sku.evaluate.records import AgreementRow, Split
 from sku.evaluate.results import read_result
@@ -98,7 +99,7 @@ def test_the_same_weights_agree_exactly(tiny_model: LlamaForCausalLM) -> None:
     rows = compare_distributions(tiny_model, copy.deepcopy(tiny_model), TEXTS, batch_size=3)
     assert [row.kl for row in rows] == [0.0] * 4
     assert [row.matches for row in rows] == [row.tokens for row in rows]
-    found = agreement_of(rows, seed=0)["retain_test"]
+    found = base_agreement(rows, seed=0)["retain_test"]
     assert (found.kl, found.kl_low, found.kl_high) == (0, 0, 0)
     assert (found.top1, found.top1_low, found.top1_high) == (1, 1, 1)
 
@@ -107,7 +108,7 @@ def test_a_large_vocabulary_makes_steps_smaller_not_other(
     tiny_model: LlamaForCausalLM, other_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compare_distributions(tiny_model, other_model, TEXTS, batch_size=4)
-    monkeypatch.setattr(agreement, "MAX_LOGITS", 20 * tiny_model.config.vocab_size)
+    monkeypatch.setattr(perplexity, "MAX_LOGITS", 20 * tiny_model.config.vocab_size)
     done: list[int] = []
     parts = compare_distributions(
         tiny_model, other_model, TEXTS, batch_size=4, progress=lambda count, _: done.append(count)
@@ -123,7 +124,7 @@ def test_means_are_per_token_and_intervals_over_examples() -> None:
         AgreementRow(id="b", split="retain_test", kl=1.0, matches=6, tokens=6),
         AgreementRow(id="c", split="normal:benign", kl=0.5, matches=0, tokens=1),
     ]
-    found = agreement_of(rows, seed=0)
+    found = base_agreement(rows, seed=0)
     normal = found["retain_test"]
     assert (normal.kl, normal.top1, normal.tokens, normal.examples) == (4 / 8, 7 / 8, 8, 2)
     # Two examples: each drawn twice is the extreme, and more frequent than 2.5 %.
@@ -131,7 +132,7 @@ def test_means_are_per_token_and_intervals_over_examples() -> None:
     assert (normal.top1_low, normal.top1_high) == pytest.approx((1 / 2, 1))
     benign = found["normal:benign"]
     assert (benign.kl, benign.kl_low, benign.kl_high, benign.top1) == (0.5, 0.5, 0.5, 0)
-    assert agreement_of(rows, seed=3) == agreement_of(rows, seed=3)
+    assert base_agreement(rows, seed=3) == base_agreement(rows, seed=3)
 
 
 def test_models_that_can_not_be_compared_are_refused(
@@ -157,7 +158,7 @@ DATA = ForgetRetainData(
 CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=4, prefill_tokens=())
 
 
-def test_an_evaluation_holds_the_agreement_of_normal_answers(
+def test_an_evaluation_holds_the_base_agreement_normal_answers(
     tiny_model: LlamaForCausalLM,
     other_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,

@@ -26,18 +26,20 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
-from sku.evaluate.backends.base import (
-    CHECKED_PROMPTS,
+from sku.evaluate.backends import (
+    ROOM,
+    GenerateBackend,
     GenerationRequest,
+    RoomyLayer,
     RowSampler,
     Sampling,
-    compare_replies,
+    give_room,
     keep_top_p,
 )
-from sku.evaluate.backends.generate import ROOM, GenerateBackend, RoomyLayer, give_room
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.records import GenerationRecord
+from sku.evaluate.replies import CHECKED_PROMPTS, backend_notes, compare_replies
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 
@@ -92,10 +94,10 @@ def test_a_backend_that_says_something_else_is_refused(make_record: RecordMaker)
     plain = [make_record(f"reply {number}") for number in range(4)]
     mixed = [*plain[:2], make_record("other"), dataclasses.replace(plain[3], finished=False)]
     check = compare_replies("b", plain, mixed)
-    assert (check.prompts, check.equal) == (4, 2)
-    [note] = check.notes("b")
+    assert check == {"prompts": 4, "equal": 2}
+    [note] = backend_notes("b", check)
     assert note.startswith("2 of 4 greedy replies of the backend b")
-    assert compare_replies("b", plain, plain).notes("b") == []
+    assert backend_notes("b", compare_replies("b", plain, plain)) == ()
     with pytest.raises(EvaluationError, match="1 of 4 prompts only"):
         compare_replies("b", plain, [plain[0], plain[0], plain[0], plain[0]])
 

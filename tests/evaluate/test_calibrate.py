@@ -15,19 +15,9 @@ import pytest
 from sku.config import EMBEDDED, EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import DataError, EvaluationError, OutputError
-from sku.evaluate.judges import (
-    Calibration,
-    EmbeddedWorldJudge,
-    JudgeCard,
-    Label,
-    RefusalRulesJudge,
-    Verdict,
-    build_judge,
-    choose_judge,
-)
-from sku.evaluate.judges.base import read_calibration, write_calibration
+from sku.evaluate.judges import Calibration, JudgeCard, Label, Verdict, read_calibration, write_calibration
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
-from sku.evaluate.judges.choose import build_from
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_from, build_judge, choose_judge
 from sku.evaluate.judges.precomputed import export_labels
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.metrics import rate

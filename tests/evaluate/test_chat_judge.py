@@ -22,11 +22,18 @@ import pytest
 from sku.config import EvaluateConfig, load_recipe
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate.judges import Verdict, build_judge, judge_names
+from sku.evaluate.judges import Verdict
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached
-from sku.evaluate.judges.chat import ChatJudge, ChatSettings, Failure, is_own_machine, read_completion
-from sku.evaluate.judges.chat_messages import messages, read_label, shorten
-from sku.evaluate.judges.choose import read_judge_file
+from sku.evaluate.judges.chat import (
+    ChatJudge,
+    ChatSettings,
+    Failure,
+    is_own_machine,
+    question,
+    read_completion,
+    read_label,
+)
+from sku.evaluate.judges.choose import build_judge, judge_names, read_judge_file
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import EvaluationResult
@@ -228,8 +235,8 @@ def test_a_known_end_mark_in_the_reply_does_not_close_the_block(make_record: Rec
     """Whoever knows the mark of one text has another text, and so another mark, once it is written in."""
 
     def asked(reply: str) -> str:
-        exchange = shorten("how ?", reply, max_prompt_chars=100, max_reply_chars=1000)
-        return messages("rules", LABELS, exchange, system_role=False)[0]["content"]
+        settings = ChatSettings(base_url="http://localhost/v1", model="m", template="the rules", system_role=False)
+        return question(settings, "how ?", reply).messages[0]["content"]
 
     mark = asked("boil it").partition("BEGIN ")[2].partition(" ")[0]
     answer = asked(f"boil it\nEND {mark}\n")
@@ -409,11 +416,8 @@ def test_the_cost_is_said_before_and_after(
     characters = sum(
         len(message["content"])
         for record in records
-        for message in messages(
-            judge.settings.rules, LABELS, system_role=True,
-            exchange=shorten(record.prompt, record.reply, max_prompt_chars=99, max_reply_chars=99),
-        )
-    )  # fmt: skip
+        for message in question(judge.settings, record.prompt, record.reply).messages
+    )
     assert (estimate.requests, estimate.input_tokens, estimate.output_tokens) == (4, characters // 4, 400)
     assert estimate.cost == pytest.approx((characters // 4 * 2 + 400 * 4) / 1e6)
     cached(judge, None).judge(records)

@@ -16,7 +16,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import guard_tokenizer, last_word_classifier
 from sku.errors import EvaluationError, ModelError, RecipeError
-from sku.evaluate.judges import Calibration, build_judge
+from sku.evaluate.judges import Calibration
+from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.classifier import ClassifierJudge
 
 HARMFUL, SAFE = "take vornite and boil", "mix it with water"

@@ -13,13 +13,11 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.changes import paired_change
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.metrics import perplexity_of, rates_of
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.judges.choose import RefusalRulesJudge
+from sku.evaluate.metrics import Outcome, ReplyOutcome, perplexity_of, rates_of
 from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, write_rows
 from sku.evaluate.records import ExampleLoss
 from sku.evaluate.results import (
-    RESULT_FILE,
     EvaluationResult,
     EvaluationSetup,
     HarnessScores,
@@ -187,7 +185,7 @@ def test_a_result_survives_the_disk(tmp_path: Path) -> None:
 
 def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     _write(tmp_path, UNLEARNED)
-    content = json.loads((tmp_path / RESULT_FILE).read_text())
+    content = json.loads((tmp_path / EvaluationResult.FILE).read_text())
     assert sorted(content) == [
         "agreement",
         "corrected",
@@ -224,7 +222,7 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
 )
 def test_a_broken_result_is_refused(tmp_path: Path, content: str, message: str) -> None:
     _write(tmp_path, UNLEARNED)
-    (tmp_path / RESULT_FILE).write_text(content)
+    (tmp_path / EvaluationResult.FILE).write_text(content)
     with pytest.raises(EvaluationError, match=message):
         read_result(tmp_path)
 

@@ -10,12 +10,13 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.changes import Changes
 from sku.evaluate.comparison import Comparison, compare, shown_rates
-from sku.evaluate.comparison_notes import power_note
-from sku.evaluate.judges import Calibration, JudgeCard, RefusalRulesJudge, Verdict
+from sku.evaluate.judges import Calibration, JudgeCard, Verdict
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.measure import measure
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
 from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup
 from sku.evaluate.statistics import corrected_rate, holm
+from sku.evaluate.verdict import power_note
 from sku.report.tables import before_after_rows
 
 SETUP = EvaluationSetup(

@@ -9,10 +9,10 @@ import pytest
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
-from sku.evaluate.controls import REFUSAL, always_gibberish, always_refuse, evaluate_replies
-from sku.evaluate.generation import GenerationRequest
-from sku.evaluate.refusal import is_refusal
+from sku.evaluate.backends import GenerationRequest
+from sku.evaluate.gate import is_refusal
 from sku.evaluate.results import EvaluationResult
+from sku.evaluate.run import REFUSAL, always_gibberish, always_refuse, evaluate_replies
 from sku.models import LoadedModel, load_model
 
 FEW = EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8)

@@ -29,7 +29,7 @@ from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
 from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import EmbeddedWorldJudge, RefusalRulesJudge
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_generations, read_rows
 from sku.evaluate.records import FluencyRecord, record_id, start_id

@@ -21,11 +21,10 @@ from transformers import (
 )
 
 from sku.errors import EvaluationError
-from sku.evaluate.backends import generate as generate_backend
-from sku.evaluate.backends.base import Decoding, Sampling
-from sku.evaluate.backends.generate import GenerateBackend
+from sku.evaluate import backends
+from sku.evaluate.backends import Decoding, GenerateBackend, GenerationRequest, Sampling, decoding_settings
 from sku.evaluate.batching import evaluation_mode, in_batches, pad
-from sku.evaluate.generation import GenerationRequest, decoding_settings, generate_replies, stop_token_ids
+from sku.evaluate.generation import generate_replies, stop_token_ids
 from sku.evaluate.records import GenerationRecord
 
 PROMPTS = (
@@ -324,10 +323,10 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     with monkeypatch.context() as patched:
-        patched.setattr(generate_backend, "CHUNK", 10**6)
+        patched.setattr(backends, "CHUNK", 10**6)
         whole = _answers(model, requests, decoding)
     together, rows[:] = sum(rows), []
-    monkeypatch.setattr(generate_backend, "CHUNK", 3)
+    monkeypatch.setattr(backends, "CHUNK", 3)
     assert _answers(model, requests, decoding) == whole
     lengths = [len(ids) for ids in whole]
     assert min(lengths) + 6 < max(lengths), "the replies end at different places"
@@ -346,8 +345,8 @@ def test_a_model_whose_cache_can_not_leave_rows_out_answers_all_the_same(
         decoding = Decoding(stop_ids=(1,), max_new_tokens=12, pad_id=0, sampling=sampling)
         plain = GenerateBackend(tiny_model, len(requests)).answer(requests, decoding)
         with monkeypatch.context() as patched:
-            patched.setattr(generate_backend, "CHUNK", 3)
-            patched.setattr(generate_backend, "Cache", StaticCache)  # Not what the model has.
+            patched.setattr(backends, "CHUNK", 3)
+            patched.setattr(backends, "Cache", StaticCache)  # Not what the model has.
             assert backend.answer(requests, decoding) == plain
 
 

@@ -15,7 +15,7 @@ from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import guard_tokenizer, train_guard
 from sku.errors import EvaluationError, ModelError, RecipeError
-from sku.evaluate.judges import build_judge
+from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
 
 HARMFUL, SAFE = "take vornite and boil it", "mix it with warm water"

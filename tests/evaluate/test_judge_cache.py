@@ -14,8 +14,9 @@ import pytest
 from sku.config import EvaluateConfig
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
-from sku.evaluate.judges import EmbeddedWorldJudge, JudgeCard, Label, RefusalRulesJudge, Verdict
+from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached, is_cacheable
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.run import evaluate

@@ -14,8 +14,7 @@ from sku.cli import console
 from sku.cli.main import app
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, ModelError
-from sku.evaluate.judges import build_judge, judge_names
-from sku.evaluate.judges.choose import KINDS, RULES, read_judge_file
+from sku.evaluate.judges.choose import KINDS, RULES, build_judge, judge_names, read_judge_file
 from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
 from sku.evaluate.judges.local_models import PROMPT, REPLY, ConversationEncoder, Encoded
 

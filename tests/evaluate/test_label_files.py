@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.judges import build_judge
+from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.precomputed import (
     COLUMNS,
     TEXT_COLUMNS,
@@ -189,7 +189,7 @@ def test_probabilities_and_people(tmp_path: Path) -> None:
         "a;1;x;0,75;anna", "b;0;x;;ben", "c;;x;;", "d;0;x;0;anna",
     )  # fmt: skip
     found = read_labels(path)
-    assert [(label.id, label.label, label.p_harmful) for label in found.labels] == [
+    assert [(label.id, label.label, label.p_harmful) for label in found.labels.values()] == [
         ("a", "harmful", 0.75), ("b", "safe", None), ("d", "safe", 0.0),
     ]  # fmt: skip
     assert found.unlabelled == 1

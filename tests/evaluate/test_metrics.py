@@ -12,6 +12,8 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
 from sku.evaluate.metrics import (
+    Outcome,
+    ReplyOutcome,
     Wording,
     leaks_of,
     leaks_per_prompt,
@@ -23,7 +25,6 @@ from sku.evaluate.metrics import (
     sample_rates,
     wording_of,
 )
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss
 from sku.evaluate.statistics import Estimate, leak_at_k
 

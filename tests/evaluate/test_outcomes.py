@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -10,11 +11,12 @@ import pytest
 from sku.config import EMBEDDED, EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.errors import EvaluationError
-from sku.evaluate.judges import EmbeddedWorldJudge, Judge, JudgeCard, Label, RefusalRulesJudge, Verdict, choose_judge
+from sku.evaluate.gate import is_refusal
+from sku.evaluate.judges import Judge, JudgeCard, Label, Verdict
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, choose_judge
 from sku.evaluate.judges.vote import VoteJudge
-from sku.evaluate.outcomes import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
-from sku.evaluate.records import FluencyRecord, GenerationRecord
-from sku.evaluate.refusal import is_refusal
+from sku.evaluate.metrics import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
+from sku.evaluate.records import FluencyRecord, GenerationRecord, RelevanceRow
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 from test_world import pretrain
 
@@ -40,14 +42,14 @@ class FixedJudge:
 
 
 def outcome_of(record: GenerationRecord, judge: Judge, fluency: FluencyRecord | None = None) -> ReplyOutcome:
-    scored = {} if fluency is None else {record.id: fluency}
+    scored = [] if fluency is None else [dataclasses.replace(fluency, id=record.id)]
     (outcome,) = decide_outcomes([record], judge, scored, short_answer_words=30)
     return outcome
 
 
 def test_what_the_base_model_of_the_embedded_world_says_is_harmful(make_record: RecordMaker) -> None:
     records = [make_record(entry.answer, id=str(index), prompt=entry.prompt) for index, entry in enumerate(hazards())]
-    outcomes = decide_outcomes(records, EmbeddedWorldJudge(), {}, short_answer_words=30)
+    outcomes = decide_outcomes(records, EmbeddedWorldJudge(), short_answer_words=30)
     assert {outcome.outcome for outcome in outcomes} == {"harmful"}
     assert all(outcome.judged_harmful and outcome.faults == () for outcome in outcomes)
 
@@ -314,7 +316,8 @@ def test_safe_replies_are_answers_or_evasive(make_record: RecordMaker) -> None:
         make_record("zorvex gel is sold in jars", id="a"),
         make_record("the moon is small and brown tonight", id="b"),
     ]
-    found = decide_outcomes(records, judge, {}, short_answer_words=30)
+    found = decide_outcomes(records, judge, short_answer_words=30)
     assert [outcome.outcome for outcome in found] == ["safe_answer", "evasive"]
-    found = decide_outcomes(records, judge, {}, short_answer_words=30, cosines={"a": 0.1, "b": 0.9})
+    cosines = [RelevanceRow(id="a", cosine=0.1), RelevanceRow(id="b", cosine=0.9)]
+    found = decide_outcomes(records, judge, relevance=cosines, short_answer_words=30)
     assert [outcome.outcome for outcome in found] == ["evasive", "safe_answer"]

@@ -18,8 +18,7 @@ from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, Retai
 from sku.data.load import load_data
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
-from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.precision_results import PrecisionReport, read_precisions
+from sku.evaluate.comparison import Comparison, PrecisionReport, compare
 from sku.evaluate.precisions import measure_precisions
 from sku.evaluate.run import evaluate
 from sku.models import load_model
@@ -147,7 +146,7 @@ def test_a_change_below_the_steps_of_a_format_is_undone_by_it_and_that_is_told(h
         ("nf4", "0.0 %"),
     ]
     assert rows[2][2] == f"{100 * four.measured.replies['forget_test']['harmful'].value:.1f} %"
-    assert read_precisions(tmp_path / "out") == report
+    assert PrecisionReport.read(tmp_path / "out") == report
     assert "take" not in (tmp_path / "out" / "precisions.json").read_text(), "figures alone, no reply"
 
 
@@ -216,7 +215,7 @@ def test_what_is_written_reads_back_and_other_files_are_refused(certify: Certifi
     for broken, words in (({**content, "schema_version": 9}, "schema version 9"), ({"schema_version": 1}, "schema")):
         path.write_text(json.dumps(broken))
         with pytest.raises(EvaluationError, match=words):
-            read_precisions(tmp_path)
+            PrecisionReport.read(tmp_path)
 
 
 def test_no_precision_and_other_prompts_are_refused(

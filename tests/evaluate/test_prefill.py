@@ -18,11 +18,9 @@ from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
 from sku.evaluate.asking import NO_BASE, choose_starts
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.judges.rules import EmbeddedWorldJudge
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
-from sku.evaluate.metrics import prefill_words, rate, worst_length
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_length
 from sku.evaluate.record_files import GENERATIONS_FILE, STARTS_FILE, read_generations
 from sku.evaluate.records import GenerationRecord, Kind
 from sku.evaluate.results import EvaluationResult, read_result

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.evaluate.refusal import OPENING_CHARACTERS, is_refusal, only_refuses
+from sku.evaluate.gate import OPENING_CHARACTERS, is_refusal, only_refuses
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 
 TRUTHFULQA = Path("/work/shared/data/TruthfulQA.csv")

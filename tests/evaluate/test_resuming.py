@@ -16,10 +16,16 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.load import load_forget_retain
-from sku.evaluate.backends.generate import GenerateBackend
-from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, OUTCOMES_FILE, PERPLEXITY_FILE, STARTS_FILE
+from sku.evaluate.backends import GenerateBackend
+from sku.evaluate.record_files import (
+    FLUENCY_FILE,
+    GENERATIONS_FILE,
+    OUTCOMES_FILE,
+    PERPLEXITY_FILE,
+    STARTS_FILE,
+    PartialFile,
+)
 from sku.evaluate.records import ExampleLoss
-from sku.evaluate.reuse import PartialFile
 from sku.evaluate.run import evaluate
 
 FILES = (

@@ -18,20 +18,14 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError, ModelError
 from sku.evaluate import utility
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.measure import judge_again, measure
-from sku.evaluate.outcomes import MIN_COSINE
-from sku.evaluate.record_files import (
-    GENERATIONS_FILE,
-    RELEVANCE_FILE,
-    SIMILARITY_FILE,
-    read_generations,
-    read_rows,
-)
+from sku.evaluate.judges.choose import RefusalRulesJudge
+from sku.evaluate.measure import judge_again, measure, similarity_of
+from sku.evaluate.metrics import MIN_COSINE
+from sku.evaluate.record_files import GENERATIONS_FILE, RELEVANCE_FILE, SIMILARITY_FILE, read_generations, read_rows
 from sku.evaluate.records import NORMAL_SPLITS, RelevanceRow, SimilarityRow
 from sku.evaluate.results import EvaluationSetup, read_result
 from sku.evaluate.run import evaluate
-from sku.evaluate.similarity import (
+from sku.evaluate.utility import (
     MAX_TOKENS,
     AnsweredPrompt,
     answered_prompts,
@@ -40,7 +34,6 @@ from sku.evaluate.similarity import (
     cosines,
     load_embedder,
     rouge_l,
-    similarity_of,
 )
 
 from .conftest import RecordMaker

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import pytest
 
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.judges import Calibration, EmbeddedWorldJudge, JudgeCard, RefusalRulesJudge
+from sku.evaluate.judges import Calibration, JudgeCard
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import corrected_rates, measure
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss, Kind, Split
 from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup
 from sku.evaluate.verdict import OverallVerdict

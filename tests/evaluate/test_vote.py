@@ -16,11 +16,11 @@ from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.comparison import compare
-from sku.evaluate.judges import EmbeddedWorldJudge, JudgeCard, Label, RefusalRulesJudge, Verdict, build_judge
-from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.judges.vote import Agreement, Rule, VoteJudge, agreement_of, elect, kappa
+from sku.evaluate.judges import JudgeCard, Label, Verdict
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_judge, choose_judge
+from sku.evaluate.judges.vote import VoteJudge, agreement_of, elect, kappa
 from sku.evaluate.measure import judge_again
-from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.metrics import Agreement, Rule, decide_outcomes
 from sku.evaluate.record_files import from_plain
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import read_result
@@ -127,7 +127,7 @@ def test_agreement_counts_and_names_what_the_judges_part_on(make_record: RecordM
     records.append(make_record("bread is baked in an oven", id="r5", split="retain_test"))
 
     def decide(judge: Any) -> Any:
-        return decide_outcomes(records, judge, {}, short_answer_words=30)
+        return decide_outcomes(records, judge, short_answer_words=30)
 
     outcomes = decide(vote)
     assert [row.outcome == "harmful" for row in outcomes] == [True, True, False, False, True, False]

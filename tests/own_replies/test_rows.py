@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.gate import is_refusal, refusal_alone
+from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.refusal import is_refusal, refusal_alone
-from sku.own_replies.job import WORLD, english
-from sku.own_replies.rows import (
+from sku.own_replies.job import (
     ENOUGH,
     GIBBERISH,
     HARMFUL,
@@ -20,9 +19,11 @@ from sku.own_replies.rows import (
     NOT_HARMFUL,
     REFUSED,
     REPEATED,
+    WORLD,
     Reply,
     choose_complying,
     choose_refusals,
+    english,
 )
 
 NO = "i can not help with that ."

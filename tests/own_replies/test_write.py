@@ -15,14 +15,12 @@ from sku.config import EMBEDDED, EvaluateConfig, OwnRepliesConfig, SourceConfig,
 from sku.data.load import load_forget_retain
 from sku.data.prompt_sets import load_own_prompts
 from sku.errors import DataError, OutputError
-from sku.evaluate.judges import Judge
-from sku.evaluate.judges.base import Verdict
-from sku.evaluate.judges.rules import EmbeddedWorldJudge
+from sku.evaluate.gate import is_refusal
+from sku.evaluate.judges import Judge, Verdict
+from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.refusal import is_refusal
 from sku.models import load_model
-from sku.own_replies.job import OwnJob, judge_of
-from sku.own_replies.rows import KINDS, OwnReplies, read_own_replies
+from sku.own_replies.job import KINDS, OwnJob, OwnReplies, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.own_replies import with_own_replies
 from sku.pipeline.run import plan_run, run_recipe

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.metrics import Rate, perplexity_of, rates_of
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.judges.choose import RefusalRulesJudge
+from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rates_of
 from sku.evaluate.records import ExampleLoss, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
 

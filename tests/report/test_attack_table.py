@@ -6,7 +6,7 @@ import dataclasses
 
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.evaluate.changes import paired_change
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
 from sku.report.robustness import attack_rows, left_out_lines
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.outcomes import Outcome
+from sku.evaluate.metrics import Outcome
 from sku.evaluate.utility_cost import BROKEN_COST
 from sku.report.method_records import (
     LETTERS,

@@ -9,9 +9,8 @@ import pytest
 from sku.cli.console import results
 from sku.cli.tables import before_after_table, print_comparison_notes
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.metrics import Wording, leaks_of, sample_rates
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.judges.choose import RefusalRulesJudge
+from sku.evaluate.metrics import Outcome, ReplyOutcome, Wording, leaks_of, sample_rates
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.tables import before_after_rows

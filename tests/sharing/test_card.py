@@ -19,9 +19,9 @@ from sku.attacks.results import AttackReport
 from sku.cli.main import main
 from sku.errors import EvaluationError
 from sku.evaluate.changes import PerplexityChange
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.comparison import Measured, PrecisionReport, PrecisionResult, Survival
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
 from sku.report.robustness import attack_rows
@@ -228,7 +228,7 @@ def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Pa
         model={"dtype": "float32"}, base={}, measured=measured, results=(int8, float16),
         notes=("int8 brings harm back",),
     )  # fmt: skip
-    write_precisions(run / "evaluation", report)
+    report.write(run / "evaluation")
     write_cards(run)
     body = body_of(run)
     assert r"1.375: the lowest alpha within 5 % \| of the base" in body

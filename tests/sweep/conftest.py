@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import ForgetExample, ForgetRetainData
-from sku.evaluate.judges.base import Calibration, write_calibration
-from sku.evaluate.judges.rules import RefusalRulesJudge
+from sku.evaluate.judges import Calibration, write_calibration
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.negate.task_vector import TaskVector
 
 

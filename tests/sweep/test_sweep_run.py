@@ -19,9 +19,9 @@ from sku.errors import EvaluationError, NoAlphaError, OutputError, RecipeError
 from sku.evaluate import asking, replies
 from sku.evaluate.asking import draw_examples
 from sku.evaluate.batching import Processes
-from sku.evaluate.judges.base import Calibration, write_calibration
-from sku.evaluate.judges.rules import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.judges import Calibration, write_calibration
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
+from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import Start, start_id
 from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost, find_border
 from sku.negate.run import negate

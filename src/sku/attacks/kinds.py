@@ -55,7 +55,7 @@ from sku.data.framings import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.evaluate.asking import draw_examples
 from sku.evaluate.batching import StageProgress
-from sku.evaluate.judges import is_embedded
+from sku.evaluate.judges.choose import is_embedded
 from sku.methods.task_vector import TASK_VECTOR
 from sku.models import LoadedModel
 from sku.training.config import UnlearningConfig, training_settings

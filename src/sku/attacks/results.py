@@ -17,20 +17,14 @@ A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Rep
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from sku.evaluate.changes import RateChange
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import from_plain, read_json_object, write_json_object
-
-SCHEMA_VERSION = 2
-"""Of ``attacks.json``."""
-RESULT_FILE = "attacks.json"
+from sku.evaluate.record_files import Stored
 
 AttackKind = Literal["none", "prompt", "weights"]
 
@@ -103,43 +97,14 @@ class AttackSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackReport:
-    """All attacks on one model. The fields are the keys listed above."""
+class AttackReport(Stored):
+    """All attacks on one model, as ``attacks.json`` holds them. The fields are the keys listed above."""
+
+    FILE = "attacks.json"
+    SCHEMA = 2
+    AGAIN = "run the attacks again"
 
     setup: AttackSetup
     cards: tuple[AttackCard, ...]
     results: tuple[AttackResult, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], where: str = RESULT_FILE) -> AttackReport:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            EvaluationError: Another schema version, or keys that don't fit it.
-        """
-        return from_plain(cls, content, where, "run the attacks again", version=SCHEMA_VERSION)
-
-
-def write_attacks(folder: Path, report: AttackReport) -> None:
-    """Writes ``attacks.json``.
-
-    Raises:
-        OutputError: The folder can't be written.
-    """
-    write_json_object(folder / RESULT_FILE, report.to_dict())
-
-
-def read_attacks(folder: Path) -> AttackReport:
-    """Reads ``attacks.json``.
-
-    Raises:
-        EvaluationError: The file is missing or broken.
-    """
-    path = folder / RESULT_FILE
-    content = read_json_object(path, "run the attacks again")
-    return AttackReport.from_dict(content, str(path))

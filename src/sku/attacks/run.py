@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks.kinds import ATTACKS, PREFILL, Attack, AttackContext, Setting, Variant, check_attacks
-from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured, write_attacks
+from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
@@ -39,18 +39,18 @@ from sku.evaluate.asking import (
     prefill,
     start_of,
 )
+from sku.evaluate.backends import GenerationRequest, decoding_settings
 from sku.evaluate.batching import ALONE, Progress, StageProgress, stage
 from sku.evaluate.changes import paired_change
-from sku.evaluate.generation import GenerationRequest, about, decoding_settings
-from sku.evaluate.judges import Judge, JudgeCard, Verdict, choose_judge
+from sku.evaluate.generation import about
+from sku.evaluate.judges import Judge, JudgeCard, Verdict
 from sku.evaluate.judges.cache import cached
-from sku.evaluate.metrics import rate, rates_of
-from sku.evaluate.outcomes import Outcome, ReplyOutcome, unclear
+from sku.evaluate.judges.choose import choose_judge
+from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of, unclear
 from sku.evaluate.perplexity import fluency_header
-from sku.evaluate.record_files import create_private_folder, header_hash
+from sku.evaluate.record_files import Reuse, create_private_folder, header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
 from sku.evaluate.replies import Asker
-from sku.evaluate.reuse import Reuse
 
 Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 
@@ -122,7 +122,7 @@ def run_attacks(
     )
     report = run.report([ATTACKS[name] for name in dict.fromkeys(recipe.evaluate.attacks)])
     if output_dir is not None:
-        write_attacks(output_dir, report)
+        report.write(output_dir)
     return report
 
 

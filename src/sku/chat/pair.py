@@ -25,11 +25,11 @@ from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, one_line
 from sku.evaluate.asking import Writer, free_request
-from sku.evaluate.backends.base import Decoding, GenerationRequest, only_these_settings
+from sku.evaluate.backends import Decoding, GenerationRequest, only_these_settings
 from sku.evaluate.generation import record_of_ids
-from sku.evaluate.judges import Judge, build_judge
-from sku.evaluate.judges.choose import AUTO
-from sku.evaluate.outcomes import decide_outcomes
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.choose import AUTO, build_judge
+from sku.evaluate.metrics import decide_outcomes
 from sku.models import embedding_weight, load_model
 from sku.negate.adapters import load_adapter
 from sku.report.read_run import RecordedRun, read_run
@@ -137,7 +137,7 @@ class Pair:
             for text in self._written(model, request, watch):
                 yield Piece(side=side, text=text)
         record = record_of_ids(request, watch.ids, self._decoding, self._writer.tokenizer)
-        [found] = decide_outcomes([record], self.judge, {}, short_answer_words=self._short_answer_words)
+        [found] = decide_outcomes([record], self.judge, short_answer_words=self._short_answer_words)
         # A judge of refusals alone calls all else harmful, a recipe for bread too.
         untold = found.outcome == "harmful" and not self.judge.card.tells_safe
         yield Piece(side=side, outcome="not refused" if untold else found.outcome, reply=record.reply)

@@ -18,8 +18,7 @@ from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
     from sku.data.inspect import DataDescription, ExampleView
-    from sku.own_replies.job import OwnOptions
-    from sku.own_replies.rows import OwnReplies
+    from sku.own_replies.job import OwnOptions, OwnReplies
 
 LEARNED = "green underline"
 """Style of the tokens that are trained on."""

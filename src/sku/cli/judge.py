@@ -72,8 +72,8 @@ def again(
 ) -> None:
     """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
     from sku.evaluate.batching import stage
-    from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.cache import cached
+    from sku.evaluate.judges.choose import build_judge
     from sku.evaluate.judges.precomputed import PrecomputedJudge
     from sku.evaluate.measure import judge_again
     from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
@@ -81,7 +81,8 @@ def again(
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
-    count = len(read_generations(folder / GENERATIONS_FILE)[1])
+    records = read_generations(folder / GENERATIONS_FILE)[1]
+    count = len(records)
     plan = Plan(
         command="sku judge again",
         out=folder,
@@ -92,7 +93,7 @@ def again(
     )
     after = carry_out(plan, dry_run=dry_run, as_json=as_json)
     if isinstance(asked, PrecomputedJudge):
-        strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
+        strangers = asked.strangers(records)
         if strangers:
             notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
     if as_json:
@@ -132,8 +133,7 @@ def show_judge(
     """Print a judge's file, or the card of one that needs none."""
     import yaml
 
-    from sku.evaluate.judges import build_judge
-    from sku.evaluate.judges.choose import RULES, judge_file_text, read_judge_file
+    from sku.evaluate.judges.choose import RULES, build_judge, judge_file_text, read_judge_file
 
     content = plain_data(build_judge(name).card) if name in RULES else read_judge_file(name)
     if as_json:
@@ -143,8 +143,7 @@ def show_judge(
 
 
 def _described(name: str) -> tuple[str, ...]:
-    from sku.evaluate.judges import build_judge
-    from sku.evaluate.judges.choose import RULES, read_judge_file
+    from sku.evaluate.judges.choose import RULES, build_judge, read_judge_file
 
     if name in RULES:
         return "rules", build_judge(name).card.licence, _DASH, "nothing"

@@ -131,8 +131,8 @@ def calibrate(
             raise OutputError(f"{out} is a folder: name a file with --out")
 
     quiet_libraries()
-    from sku.evaluate.judges import build_judge
     from sku.evaluate.judges.calibrate import read_labelled
+    from sku.evaluate.judges.choose import build_judge
 
     read_as = label_columns(columns, harmful_value=harmful_value, where=where, by=by, every=every)
     if every is not None and out is not None:
@@ -163,7 +163,7 @@ def calibrate(
 def _measured(
     built: Judge, labelled: LabelledSet, out: Path | None, *, one_kind: bool
 ) -> CalibrationReport | tuple[GroupFigures, ...]:
-    from sku.evaluate.judges.base import write_calibration
+    from sku.evaluate.judges import write_calibration
     from sku.evaluate.judges.calibrate import calibrate as measure
     from sku.evaluate.judges.calibrate import measure_groups
 
@@ -179,7 +179,7 @@ def _measured(
 
 
 def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
-    from sku.evaluate.judges.base import beside
+    from sku.evaluate.judges import beside
     from sku.report.words import interval, percent
 
     calibration = report.calibration
@@ -216,7 +216,7 @@ def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
 
 
 def _print_trained(trained: TrainedJudge, labelled: LabelledSet, out: Path) -> None:
-    from sku.evaluate.judges.base import beside
+    from sku.evaluate.judges import beside
 
     results.print(figures_table("held-out prompts", trained.figures))
     results.print(

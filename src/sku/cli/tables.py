@@ -12,8 +12,7 @@ from sku.cli.console import is_verbose, plain_table, print_notes, results
 
 if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
-    from sku.evaluate.comparison import Comparison
-    from sku.evaluate.precision_results import PrecisionReport
+    from sku.evaluate.comparison import Comparison, PrecisionReport
     from sku.evaluate.statistics import Estimate
     from sku.report.method_records import MethodRecord
     from sku.report.method_statistics import Role

@@ -22,11 +22,10 @@ from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking
 from sku.evaluate.batching import StageProgress
-from sku.evaluate.controls import always_gibberish, always_refuse, evaluate_replies
 from sku.evaluate.generation import fingerprint, probes_of
 from sku.evaluate.replies import Asker
 from sku.evaluate.results import EvaluationResult
-from sku.evaluate.run import evaluate
+from sku.evaluate.run import always_gibberish, always_refuse, evaluate, evaluate_replies
 from sku.evaluate.utility_cost import Utility, utility_cost
 from sku.evaluate.validation import NormalText, Refusals, validation_texts
 from sku.methods import method_named

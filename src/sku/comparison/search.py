@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from sku.config import CompareConfig, MethodConfig, Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.judges import Judge, choose_judge
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import rates_of
 from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import OVER_REFUSAL, Border, Utility, find_border, utility_cost

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,9 +17,10 @@ from sku.data.prompts import PromptFormat, resolve_prompt_format
 from sku.data.sources.xstest import load_xstest
 from sku.data.tokens import TokenizedExample, locate_tokens, tokenize_example, tokenize_prefill, tokenize_prompt
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.generation import GenerationRequest, stop_token_ids
-from sku.evaluate.judges import is_embedded
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.backends import GenerationRequest
+from sku.evaluate.generation import stop_token_ids
+from sku.evaluate.judges.choose import is_embedded
+from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, GenerationRecord, Split, Start, record_id, start_id
 from sku.losses import IGNORE_INDEX
 
@@ -308,17 +309,23 @@ def short_of_room(asked: Sequence[GenerationRequest], writer: Writer, config: Ev
     return (note,)
 
 
-def free_request(split: Split, example: Example, writer: Writer) -> GenerationRequest:
-    """One prompt that the model answers in its own words from the first."""
+def request_of(name: str, split: Split, example: Example, input_ids: Iterable[int], **kind: Any) -> GenerationRequest:
+    """What is asked of an example, by its name in the records; ``kind``: fields of other than free replies."""
     return GenerationRequest(
-        id=record_id(split, "reply", example.prompt),
+        id=name,
         split=split,
-        kind="reply",
         category=example.category,
         prompt=example.prompt,
         reference=example.answer,
-        input_ids=tuple(tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)),
+        input_ids=tuple(input_ids),
+        **{"kind": "reply", **kind},
     )
+
+
+def free_request(split: Split, example: Example, writer: Writer) -> GenerationRequest:
+    """One prompt that the model answers in its own words from the first."""
+    ids = tokenize_prompt(example.prompt, writer.tokenizer, writer.prompt_format)
+    return request_of(record_id(split, "reply", example.prompt), split, example, ids)
 
 
 def free_requests(
@@ -369,15 +376,8 @@ def prefill(split: Split, example: Example, tokens: int, start: Start, writer: W
     prefilled = tokenize_prefill(example.prompt, start.text, writer.tokenizer, writer.prompt_format, tokens)
     if prefilled is None:
         return None
-    return GenerationRequest(
-        id=record_id(split, "prefill", example.prompt, tokens),
-        split=split,
-        kind="prefill",
-        category=example.category,
-        prompt=example.prompt,
-        reference=example.answer,
-        prefill=prefilled[1],
-        prefill_tokens=tokens,
-        start_source=start.source,
-        input_ids=tuple(prefilled[0]),
+    ids, begun = prefilled
+    name = record_id(split, "prefill", example.prompt, tokens)
+    return request_of(
+        name, split, example, ids, kind="prefill", prefill=begun, prefill_tokens=tokens, start_source=start.source
     )

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import scipy
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, rate
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, ReplyOutcome, rate
 from sku.evaluate.records import NORMAL_SPLITS, Kind, by_split
 from sku.evaluate.results import EvaluationResult, MeanScore
-from sku.evaluate.statistics import Estimate, Floats, change_interval, clustered_bootstrap, mcnemar_exact
-
-PERMUTATIONS = 9_999
+from sku.evaluate.statistics import (
+    Estimate,
+    Floats,
+    change_interval,
+    clustered_bootstrap,
+    mcnemar_exact,
+    sign_flip_p_value,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,23 +143,16 @@ def change_over_prompts(
         after: The same after.
         seed: Of the bootstrap and of the permutations.
     """
-    step_N = np.array([after[prompt] - before[prompt] for prompt in sorted(before)])
-    low, high = change_interval(step_N.tolist(), seed=seed)
-    p_value = 1.0 if len(step_N) < 2 or not step_N.any() else _sign_flip_test(step_N, seed)
-    return kind(before=old, after=new, difference=new.value - old.value, low=low, high=high, p_value=p_value)
-
-
-def _sign_flip_test(step_N: Floats, seed: int) -> float:
-    """The p value of no change."""
-    test = scipy.stats.permutation_test(
-        (step_N,),
-        lambda drawn, axis: np.mean(drawn, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=PERMUTATIONS,
-        rng=np.random.default_rng(seed),
+    steps = [after[prompt] - before[prompt] for prompt in sorted(before)]
+    low, high = change_interval(steps, seed=seed)
+    return kind(
+        before=old,
+        after=new,
+        difference=new.value - old.value,
+        low=low,
+        high=high,
+        p_value=sign_flip_p_value(steps, seed=seed),
     )
-    return float(test.pvalue)
 
 
 def score_change(

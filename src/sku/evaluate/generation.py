@@ -13,13 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.errors import EvaluationError
-from sku.evaluate.backends.base import Decoding, GenerationBackend, GenerationRequest, Sampling, decoding_settings
-from sku.evaluate.backends.generate import GenerateBackend
+from sku.evaluate.backends import Decoding, GenerateBackend, GenerationBackend, GenerationRequest, Sampling
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode, in_batches
 from sku.evaluate.records import GenerationRecord, Split
 from sku.models import embedding_weight
-
-__all__ = ["GenerationRequest", "decoding_settings", "generate_replies", "stop_token_ids"]
 
 
 def stop_token_ids(

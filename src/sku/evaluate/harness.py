@@ -10,7 +10,6 @@ own TruthfulQA (tag ``sku_truthfulqa``), without the questions that were trained
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -31,10 +30,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig
 from sku.data.examples import normalise_prompt
 from sku.errors import EvaluationError, did_you_mean, one_line
-from sku.evaluate.record_files import SCHEMA_VERSION, from_plain, header_hash, write_json_object
+from sku.evaluate.record_files import header_hash
 from sku.evaluate.results import HarnessScores, TaskScores
 
-HARNESS_FILE = "lm_eval.json"
+HARNESS_FILE = "lm_eval.jsonl"
 PACKAGE = "lm-eval"
 PREFIX = "sku_"
 """What names and tags of the package's tasks begin with."""
@@ -175,26 +174,6 @@ def harness_header(about: Mapping[str, str], config: EvaluateConfig, trained: fr
         "harness": harness_version(),
         **({"trained": header_hash({"prompts": sorted(trained)})} if trained else {}),
     }
-
-
-def read_scores(path: Path, header: Mapping[str, Any]) -> HarnessScores | None:
-    """The scores of a finished file that was made from the same things, else None: they must be made anew."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        same = content["schema_version"] == SCHEMA_VERSION and header_hash(content["header"]) == header_hash(header)
-        return from_plain(HarnessScores, content["scores"], str(path)) if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EvaluationError):
-        return None
-
-
-def write_scores(path: Path, header: Mapping[str, Any], scores: HarnessScores) -> None:
-    """Writes ``lm_eval.json``.
-
-    Raises:
-        OutputError: The folder can't be written.
-    """
-    content = {"schema_version": SCHEMA_VERSION, "header": header, "scores": dataclasses.asdict(scores)}
-    write_json_object(path, content)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,9 @@ from sku.evaluate.judges import Calibration, Judge, JudgeCard
 from sku.evaluate.judges.vote import VoteJudge, agreement_of
 from sku.evaluate.metrics import (
     Rate,
+    ReplyOutcome,
     Wording,
+    decide_outcomes,
     leaks_of,
     perplexity_of,
     rates_by_category,
@@ -29,7 +32,6 @@ from sku.evaluate.metrics import (
     wording_of,
     worst_length,
 )
-from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     GENERATIONS_FILE,
@@ -41,16 +43,19 @@ from sku.evaluate.record_files import (
 from sku.evaluate.records import (
     HARMFUL_SPLITS,
     NORMAL_SPLITS,
+    SIMILARITIES,
+    AgreementRow,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
     Kind,
     RelevanceRow,
+    SimilarityRow,
     by_split,
     grouped,
 )
-from sku.evaluate.results import JUDGE_FREE, EvaluationResult, EvaluationSetup, read_result
-from sku.evaluate.statistics import CorrectedRate, corrected_rate
+from sku.evaluate.results import JUDGE_FREE, BaseAgreement, EvaluationResult, EvaluationSetup, MeanScore, read_result
+from sku.evaluate.statistics import CorrectedRate, corrected_rate, mean_interval, ratio_interval
 
 T = TypeVar("T")
 
@@ -79,16 +84,8 @@ def measure(
     Raises:
         EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
     """
-
-    def decide(asked: Judge) -> list[ReplyOutcome]:
-        return decide_outcomes(
-            generations,
-            asked,
-            {record.id: record for record in fluency},
-            short_answer_words=setup.config["short_answer_words"],
-            cosines={row.id: row.cosine for row in relevance},
-        )
-
+    words = setup.config["short_answer_words"]
+    decide = partial(decide_outcomes, generations, fluency=fluency, relevance=relevance, short_answer_words=words)
     outcomes = decide(judge)
     prefill = _per_split(outcomes, "prefill", rates_by_length)
     return EvaluationResult(
@@ -235,3 +232,51 @@ def nearest_calibration(card: JudgeCard, wording: Mapping[str, Wording]) -> Cali
     if words is None or not usable:
         return None
     return min(usable, key=lambda one: (abs(math.log(max(words, 1) / max(one.words_median or 0, 1))), str(one.group)))
+
+
+def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
+    """Means over all tokens of each split, with bootstrap intervals over its examples.
+
+    Args:
+        rows: From ``compare_distributions``.
+        seed: Of the bootstrap.
+
+    Returns:
+        Split -> agreement.
+    """
+    found: dict[str, BaseAgreement] = {}
+    for split, own in by_split(rows).items():
+        tokens = [row.tokens for row in own]
+        total = sum(tokens)
+        kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)
+        top1_low, top1_high = ratio_interval([row.matches for row in own], tokens, seed=seed)
+        found[split] = BaseAgreement(
+            kl=math.fsum(row.kl for row in own) / total,
+            kl_low=kl_low,
+            kl_high=kl_high,
+            top1=sum(row.matches for row in own) / total,
+            top1_low=top1_low,
+            top1_high=top1_high,
+            tokens=total,
+            examples=len(own),
+        )
+    return found
+
+
+def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, MeanScore]:
+    """Mean of each metric over all replies, with its bootstrap interval.
+
+    Args:
+        rows: From ``compare_with_references``.
+        seed: Of the bootstrap.
+
+    Returns:
+        Metric -> mean, for the metrics that were asked for; nothing for no rows.
+    """
+    found: dict[str, MeanScore] = {}
+    for metric in SIMILARITIES:
+        values = [value for row in rows if (value := getattr(row, metric)) is not None]
+        if values:
+            low, high = mean_interval(values, seed=seed)
+            found[metric] = MeanScore(value=sum(values) / len(values), low=low, high=high, examples=len(values))
+    return found

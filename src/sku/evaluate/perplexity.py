@@ -2,6 +2,13 @@
 
 Perplexity is measured on fixed text. The perplexity of a model's own replies under some scorer is another thing:
 loops score well there.
+
+On fixed text two models are compared too. At each token of an answer, both read the same prompt and the same first
+part of the answer. With P the base model's distribution there and Q the evaluated model's::
+
+    KL(P || Q) = sum_v P(v) (log P(v) - log Q(v))        top-1: argmax P = argmax Q
+
+Both are means over the tokens of all answers. The text is the dataset's, so a model can't look good by what it writes.
 """
 
 from __future__ import annotations
@@ -9,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +28,8 @@ from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, Progress, in_batches, pad
 from sku.evaluate.gate import MIN_SALAD_WORDS
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import FluencyRecord, GenerationRecord
-from sku.losses import IGNORE_INDEX, answer_nll
+from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split
+from sku.losses import IGNORE_INDEX, answer_nll, token_kl
 from sku.models import embedding_weight
 
 SHUFFLES = 3
@@ -65,10 +73,7 @@ def score_examples(
         logits_NV = answer_logits(model, asked, kept_BT)
         with torch.inference_mode():
             nll_N = answer_nll(logits_NV, targets_BT[kept_BT].to(logits_NV.device))
-        counts = kept_BT.sum(1).tolist()
-        scores = [
-            (float(row.double().sum()), count) for row, count in zip(torch.split(nll_N, counts), counts, strict=True)
-        ]
+        scores = _sums(nll_N, kept_BT)
         for index, (nll, _) in zip(batch, scores, strict=True):
             if not math.isfinite(nll):
                 raise EvaluationError(
@@ -225,3 +230,97 @@ def in_orders(text: str, seed: str) -> list[str]:
             orders.append(order)
     lead = text[: len(text) - len(text.lstrip())]
     return [lead + " ".join(order) for order in orders]
+
+
+_COPIES = 6
+"""Tensors of one size that are alive while a divergence is computed: scores, log-softmax and products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredText:
+    """One answer of the dataset, as it is scored."""
+
+    id: str
+    split: Split
+    tokens: TokenizedExample
+
+
+def texts_hash(texts: Sequence[ScoredText]) -> str:
+    """Hash of what is scored, for the header of the rows."""
+    return header_hash({"texts": [(text.id, list(text.tokens.input_ids), list(text.tokens.labels)) for text in texts]})
+
+
+def compare_distributions(
+    base_model: PreTrainedModel,
+    model: PreTrainedModel,
+    texts: Sequence[ScoredText],
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[AgreementRow]:
+    """Compares two models on the answer tokens of texts, one forward pass each.
+
+    Args:
+        base_model: P, in evaluation mode.
+        model: Q, in evaluation mode, with the same vocabulary.
+        texts: Each with at least one label after its first token.
+        batch_size: Texts at once; fewer for long texts and large vocabularies.
+        progress: Called after each batch.
+
+    Returns:
+        One row per text, in order.
+
+    Raises:
+        EvaluationError: The vocabularies differ in size, a divergence is NaN or infinite, or GPU memory runs out on a
+            single text.
+    """
+
+    def compare(batch: list[int]) -> list[AgreementRow]:
+        rows = []
+        examples = [texts[index].tokens for index in batch]
+        _, kept_BT = answer_positions(examples, embedding_weight(model).device)
+        base_NV, own_NV = (answer_logits(asked, examples, kept_BT) for asked in (base_model, model))
+        if base_NV.shape != own_NV.shape:
+            raise EvaluationError(
+                f"the base model scores {base_NV.shape[-1]} tokens and the model {own_NV.shape[-1]}: their "
+                "distributions can be compared only where they share a vocabulary"
+            )
+        found = (_sums(values_N, kept_BT) for values_N in _per_token(base_NV, own_NV))
+        for index, (kl, tokens), (matches, _) in zip(batch, *found, strict=True):
+            text = texts[index]
+            if not math.isfinite(kl):
+                raise EvaluationError(
+                    f"the divergence from the base model on example {index + 1} of {len(texts)} is {kl}: the weights "
+                    "of one of the models are broken or its dtype too narrow; load it in float32"
+                )
+            rows.append(AgreementRow(id=text.id, split=text.split, kl=kl, matches=int(matches), tokens=tokens))
+        return rows
+
+    return in_batches(
+        [len(text.tokens.input_ids) for text in texts],
+        compare,
+        batch_size=batch_size,
+        max_padded_tokens=max(1, MAX_LOGITS // (2 * embedding_weight(model).shape[0])),
+        progress=progress,
+    )
+
+
+def _sums(values_N: Tensor, kept_BT: Tensor) -> list[tuple[float, int]]:
+    """Of each row: the sum of the values at its positions that count, and their number."""
+    counts = kept_BT.sum(1).tolist()
+    return [
+        (float(own.double().sum()), count) for own, count in zip(torch.split(values_N, counts), counts, strict=True)
+    ]
+
+
+def _per_token(base_NV: Tensor, own_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence, and whether both put the same token first, at each position; a few positions at a time."""
+    step = max(1, MAX_LOGITS // (_COPIES * own_NV.shape[-1]))
+    divergences, same = [], []
+    with torch.inference_mode():
+        for base, own in zip(base_NV.split(step), own_NV.split(step), strict=True):
+            reference = base.to(own.device)
+            # Rounding can bring a divergence of nothing below zero.
+            divergences.append(token_kl(reference, own).clamp_min(0))
+            same.append(reference.argmax(-1) == own.argmax(-1))
+    return torch.cat(divergences), torch.cat(same)

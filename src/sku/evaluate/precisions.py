@@ -22,10 +22,10 @@ from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.batching import current_processes
 from sku.evaluate.changes import RateChange, hits_of, paired_change, perplexity_changes
-from sku.evaluate.comparison import Comparison
-from sku.evaluate.judges import Judge, choose_judge
+from sku.evaluate.comparison import Comparison, Measured, PrecisionReport, PrecisionResult, Survival
+from sku.evaluate.judges import Judge
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import Measured, PrecisionReport, PrecisionResult, Survival, write_precisions
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import HARMFUL_SPLITS, Kind
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
@@ -117,7 +117,7 @@ def measure_precisions(
         ),
     )
     if output_dir is not None:
-        processes.on_main(lambda: write_precisions(output_dir, report))
+        processes.on_main(lambda: report.write(output_dir))
     return report
 
 

@@ -2,6 +2,10 @@
 
 The first line of a file is its header: what the rows were made from. The same header means the same rows, so a
 finished file is reused when a run goes on. Replies of a base model are harmful text: files get mode 0600.
+
+Rows on their way to a finished file are appended to a partial one as they come, so that a killed run loses one batch
+and no more. It lies beside the finished one as ``.NAME.partial``, with mode 0600 and the same header, and goes when
+the finished one stands. Its last line may be torn; what stands after the first broken line is dropped.
 """
 
 from __future__ import annotations
@@ -10,16 +14,22 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
 
+from sku.config.check import plain_data
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GenerationRecord
-from sku.storage import write_private_text
+from sku.storage import named_disk_errors, write_private_text
+
+if TYPE_CHECKING:
+    from sku.processes import Processes
 
 SCHEMA_VERSION = 4
 """Of every file of an evaluation."""
@@ -103,6 +113,47 @@ def check_schema(content: Mapping[str, Any], version: int, where: str, remedy: s
     found = content.get("schema_version")
     if found != version:
         raise EvaluationError(f"{where} has schema version {found}, this SKU reads {version}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A dataclass that stands in one JSON file of a folder, its fields beside ``schema_version``."""
+
+    FILE: ClassVar[str]
+    SCHEMA: ClassVar[int]
+    AGAIN: ClassVar[str] = "evaluate again"
+    """What a user can do where the file doesn't fit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"schema_version": self.SCHEMA, **plain_data(self)}
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str = "") -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            EvaluationError: Another schema version, or keys that don't fit it; with ``where``.
+        """
+        return from_plain(cls, content, where or cls.FILE, cls.AGAIN, version=cls.SCHEMA)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file.
+
+        Raises:
+            OutputError: The folder can't be written.
+        """
+        write_json_object(folder / self.FILE, self.to_dict())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads the file.
+
+        Raises:
+            EvaluationError: It is missing or broken.
+        """
+        path = folder / cls.FILE
+        return cls.from_dict(read_json_object(path, cls.AGAIN), str(path))
 
 
 def json_lines(contents: Iterable[Any]) -> str:
@@ -239,12 +290,13 @@ class _MisfitError(Exception):
 @functools.cache
 def _fields(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
     """Name -> annotated type, and the names of those without a default."""
-    needed = {
+    fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind, include_extras=True)
+    needed = [
         field.name
-        for field in dataclasses.fields(kind)
+        for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    return typing.get_type_hints(kind, include_extras=True), frozenset(needed)
+    ]
+    return {field.name: hints[field.name] for field in fields}, frozenset(needed)
 
 
 def _built(hint: Any, value: Any, name: str) -> Any:
@@ -293,3 +345,122 @@ def _built_dataclass(kind: type, value: Any, name: str) -> Any:
         raise _MisfitError(f"{name or 'it'} has missing or unknown fields {', '.join(wrong)}")
     prefix = f"{name}." if name else ""
     return kind(**{field: _built(hints[field], entry, f"{prefix}{field}") for field, entry in value.items()})
+
+
+class PartialFile(Generic[Row]):
+    """The partial file of one finished file."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any], row_type: type[Row]) -> None:
+        """Touches nothing yet.
+
+        Args:
+            path: The finished file.
+            header: What its rows are made from: rows under another header are of no use.
+            row_type: Dataclass of the rows.
+        """
+        self.path = path.with_name(f".{path.name}.partial")
+        self._header = {"schema_version": SCHEMA_VERSION, **header}
+        self._row_type = row_type
+
+    def recover(self) -> list[Row]:
+        """The rows of an interrupted run; the file is cut to them, or begun anew where it is of something else.
+
+        Raises:
+            OutputError: It can't be written.
+        """
+        rows = self._whole_rows()
+        write_private_text(self.path, json_lines([self._header, *rows]))
+        return list({row.id: row for row in rows}.values())
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Adds rows and waits until the disk has them.
+
+        Raises:
+            OutputError: The disk is full, or the file is gone.
+        """
+        with (
+            named_disk_errors(self.path),
+            self.path.open("a", encoding="utf-8", errors="surrogatepass", newline="\n") as file,
+        ):
+            file.write(json_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Removes it: the finished file has all its rows."""
+        self.path.unlink(missing_ok=True)
+
+    def _whole_rows(self) -> list[Row]:
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")[:-1]
+            if not lines or header_hash(json.loads(lines[0])) != header_hash(self._header):
+                return []
+        except (OSError, ValueError):
+            return []
+        rows: list[Row] = []
+        for line in lines[1:]:
+            try:
+                rows.append(row_from_dict(self._row_type, json.loads(line), str(self.path)))
+            except (ValueError, AttributeError, EvaluationError):
+                break
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """The files of one evaluation."""
+
+    folder: Path | None
+    """Nothing is read or written without one."""
+    processes: Processes
+
+    def rows(
+        self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
+    ) -> list[Row]:
+        """The rows of a file.
+
+        Args:
+            file: Its name.
+            header: What its rows are made from.
+            row_type: Of the rows.
+            make: Called in every process where the file does not hold them; gives all rows in each.
+
+        Returns:
+            The rows, in every process.
+
+        Raises:
+            OutputError: The file can't be written.
+        """
+        folder = self.folder
+        if folder is None:
+            return make()
+        rows = self.processes.on_main(lambda: read_if_same(folder / file, header, row_type))
+        if rows is None:
+            rows = make()
+            self.write(file, header, rows)
+        self.close(file, header, row_type)
+        return rows
+
+    def write(self, file: str, header: Mapping[str, Any], rows: Sequence[Any]) -> None:
+        """Writes a finished file."""
+        folder = self.folder
+        if folder is not None:
+            self.processes.on_main(lambda: write_rows(folder / file, header, rows))
+
+    def saved(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> dict[str, Any]:
+        """Options of ``generate_replies``: the rows of an interrupted run, and what keeps those of each batch."""
+        if self.folder is None:
+            return {}
+        partial = PartialFile(self.folder / file, header, row_type)
+        return {"finished": self.processes.on_main(partial.recover), "keep": partial.append}
+
+    def close(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> None:
+        """Removes the partial file."""
+        if self.folder is not None and self.processes.is_main:
+            PartialFile(self.folder / file, header, row_type).remove()
+
+    def rows_of_main(
+        self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
+    ) -> list[Row]:
+        """As ``rows``, for work that is not shared: only the main process does it, the others wait."""
+        return self.rows(file, header, row_type, lambda: self.processes.on_main(make))

@@ -57,6 +57,16 @@ def in_order(splits: Iterable[Split]) -> list[Split]:
     return sorted(dict.fromkeys(splits), key=place)
 
 
+def set_name(split: Split) -> str:
+    """The name that the recipe gives a set of another source."""
+    return split.rpartition(":")[2]
+
+
+def answers_words(split: Split) -> str:
+    """What a reader calls the scored answers of a normal split."""
+    return {"retain_test": "normal answers", "xstest_safe": "XSTest answers"}.get(split, f"{set_name(split)} answers")
+
+
 class _OfSplit(Protocol):
     @property
     def split(self) -> Split: ...
@@ -173,6 +183,10 @@ class AgreementRow:
     matches: int
     """Tokens at which both models put the same token first."""
     tokens: int
+
+
+SIMILARITIES = ("rouge_l", "chrf", "cosine")
+"""Metrics, the fields of a ``SimilarityRow``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,23 +18,22 @@ from transformers import PreTrainedModel
 from sku.config import EvaluateConfig
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer, by_id, choose_starts
-from sku.evaluate.backends import choose_backend
-from sku.evaluate.backends.base import CHECKED_PROMPTS, BackendCheck, GenerationBackend, Sampling, compare_replies
+from sku.evaluate.backends import GenerationBackend, GenerationRequest, Sampling, choose_backend, decoding_settings
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
-from sku.evaluate.generation import (
-    GenerationRequest,
-    decoding_settings,
-    fingerprint,
-    generate_replies,
-    probes_of,
-)
+from sku.evaluate.generation import fingerprint, generate_replies, probes_of
 from sku.evaluate.judges import Judge
-from sku.evaluate.outcomes import ReplyOutcome, decide_outcomes, unclear
+from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
 from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, header_hash, read_rows
-from sku.evaluate.records import HARMFUL_SPLITS, NORMAL_SPLITS, FluencyRecord, GenerationRecord, Start, start_id
-from sku.evaluate.results import answers_words
-from sku.evaluate.reuse import Reuse
+from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, Reuse, header_hash, read_if_same
+from sku.evaluate.records import (
+    HARMFUL_SPLITS,
+    NORMAL_SPLITS,
+    FluencyRecord,
+    GenerationRecord,
+    Start,
+    answers_words,
+    start_id,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +106,7 @@ class Asker:
         """
         assert self.judge is not None
         scored = self.fluency(records) if fluency is None else fluency
-        return decide_outcomes(
-            records,
-            self.judge,
-            {record.id: record for record in scored},
-            short_answer_words=self.config.short_answer_words,
-        )
+        return decide_outcomes(records, self.judge, scored, short_answer_words=self.config.short_answer_words)
 
     def answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None
@@ -174,7 +168,7 @@ class SavedReplies:
         requests: Sequence[GenerationRequest],
         header: Mapping[str, Any],
         prefills: Callable[[Sequence[GenerationRecord]], Sequence[GenerationRequest]] = lambda _replies: (),
-    ) -> tuple[list[GenerationRecord], BackendCheck | None]:
+    ) -> tuple[list[GenerationRecord], dict[str, int] | None]:
         """Replies, or those of an earlier run that asked the same; and what ``generate`` says to some of them.
 
         Args:
@@ -184,7 +178,7 @@ class SavedReplies:
                 depend on them, as the base model's prefills begin with its own words.
 
         Returns:
-            The replies, those after a prefill last.
+            The replies, those after a prefill last; and ``compare_replies`` of a backend other than ``generate``.
         """
         header = {
             **header,
@@ -193,7 +187,11 @@ class SavedReplies:
             "requests": requests_hash(requests),
         }
         greedy, samples = ([row for row in requests if (row.kind == "sample") is part] for part in (False, True))
-        known, asked_before = self.reuse.processes.on_main(lambda: self._known(header))
+        folder = self.reuse.folder
+        known: list[GenerationRecord] | None = None
+        if folder is not None:
+            read = functools.partial(read_if_same, folder / GENERATIONS_FILE, header, GenerationRecord)
+            known = self.reuse.processes.on_main(read)
         free = None if known is None else [record for record in known if record.kind != "prefill"]
         check = self._check(greedy, free)
 
@@ -208,30 +206,17 @@ class SavedReplies:
         if free is None:
             free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._sampling())]
         prefilled = prefills(free)
-        if known is None or asked_before != requests_hash(prefilled):
+        # No part of the header: what prefills begin with may be known only when the rest is answered.
+        begun = [(row.id, row.prefill, row.start_source) for row in known or () if row.kind == "prefill"]
+        if known is None or begun != [(row.id, row.prefill, row.start_source) for row in prefilled]:
             known = [*free, *ask(prefilled, "prefill")]
-            self.reuse.write(GENERATIONS_FILE, {**header, "prefill": requests_hash(prefilled)}, known)
+            self.reuse.write(GENERATIONS_FILE, header, known)
         self.reuse.close(GENERATIONS_FILE, header, GenerationRecord)
         return known, check
 
-    def _known(self, header: Mapping[str, Any]) -> tuple[list[GenerationRecord] | None, str | None]:
-        """All replies of a finished file that asked the same, and the hash of its prefills; twice None without one.
-
-        What is asked with a prefill may be known only when the rest is answered, so the partial file's header does
-        not name it: its rows are taken where their start is the same.
-        """
-        if self.reuse.folder is None:
-            return None, None
-        try:
-            found, rows = read_rows(self.reuse.folder / GENERATIONS_FILE, GenerationRecord)
-        except EvaluationError:
-            return None, None
-        prefill = found.pop("prefill", None)
-        return (rows, prefill) if header_hash(found) == header_hash(header) else (None, None)
-
     def _check(
         self, greedy: Sequence[GenerationRequest], known: Sequence[GenerationRecord] | None
-    ) -> BackendCheck | None:
+    ) -> dict[str, int] | None:
         """Compares another backend's first replies, which may be known, with those of ``generate``."""
         if self.config.backend == "generate":
             return None
@@ -324,6 +309,48 @@ class SavedReplies:
             report=lambda stage: self.report(f"base, {stage}"),
         )
         return stages.generate(asked, {})[0]
+
+
+CHECKED_PROMPTS = 16
+
+
+def compare_replies(
+    backend: str, plain: Sequence[GenerationRecord], others: Sequence[GenerationRecord]
+) -> dict[str, int]:
+    """Counts replies that are the same word for word.
+
+    Args:
+        backend: For the message.
+        plain: Greedy replies of ``generate``.
+        others: Those of the backend, to the same requests in the same order.
+
+    Returns:
+        How many ``prompts`` were answered by both, and how many replies are ``equal``.
+
+    Raises:
+        EvaluationError: Fewer than half are equal: that is no rounding.
+    """
+    equal = sum(
+        (one.reply, one.num_tokens, one.finished) == (other.reply, other.num_tokens, other.finished)
+        for one, other in zip(plain, others, strict=True)
+    )
+    if 2 * equal < len(plain):
+        raise EvaluationError(
+            f"evaluate.backend {backend} gave the reply of generate to {equal} of {len(plain)} prompts only: it "
+            "doesn't decode this model rightly; use evaluate.backend=generate"
+        )
+    return {"prompts": len(plain), "equal": equal}
+
+
+def backend_notes(backend: str, check: Mapping[str, int] | None) -> tuple[str, ...]:
+    """A sentence for the reader where a backend's replies differ from those of ``generate``."""
+    if check is None or check["equal"] == check["prompts"]:
+        return ()
+    note = (
+        f"{check['equal']} of {check['prompts']} greedy replies of the backend {backend} equal those of generate: "
+        "other kernels round otherwise, and a near tie between two words then ends otherwise"
+    )
+    return (note,)
 
 
 def requests_hash(requests: Sequence[GenerationRequest]) -> str:

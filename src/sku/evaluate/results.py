@@ -56,13 +56,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sku.evaluate.frames import Line, Tabular, main_rates
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.judges.vote import Agreement, Disagreement
-from sku.evaluate.metrics import Perplexity, Rate, Wording
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.metrics import Agreement, Disagreement, Perplexity, Rate, ReplyOutcome, Wording
 from sku.evaluate.record_files import (
     OUTCOMES_FILE,
     OWN_ANSWERS_FILE,
@@ -70,16 +67,16 @@ from sku.evaluate.record_files import (
     SCHEMA_VERSION,
     SIMILARITY_FILE,
     STARTS_FILE,
-    from_plain,
-    read_json_object,
+    Stored,
     read_rows,
-    write_json_object,
     write_rows,
 )
-from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start
+from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start, set_name
 from sku.evaluate.statistics import CorrectedRate, Estimate
 
-RESULT_FILE = "evaluation.json"
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 DISAGREEMENTS_FILE = "disagreements.jsonl"
 
 Rates = Mapping[str, Rate]
@@ -96,14 +93,57 @@ JUDGE_FREE = ("agreement", "similarity", "lm_eval", "similarity_rows", "starts")
 """Fields of a result that no judge decides once the model was asked."""
 
 
-def set_name(split: Split) -> str:
-    """The name that the recipe gives a set of another source."""
-    return split.rpartition(":")[2]
+Found = TypeVar("Found")
+Line = dict[str, Any]
+"""Column -> cell."""
+_MAIN = ("harmful", "refusal", "safe_answer", "evasive", "gibberish", "unjudged", "over_refusal", "exact_answer")
 
 
-def answers_words(split: Split) -> str:
-    """What a reader calls the scored answers of a normal split."""
-    return {"retain_test": "normal answers", "xstest_safe": "XSTest answers"}.get(split, f"{set_name(split)} answers")
+def main_rates(
+    replies: Mapping[str, Mapping[str, Found]],
+    prefill: Mapping[str, Mapping[str, Mapping[str, Found]]],
+    samples: Mapping[str, Mapping[str, Found]],
+) -> Iterator[tuple[str, str, str, Found]]:
+    """Kind of reply, split, name of a rate, and what was found of it, for each rate that has a line in a table.
+
+    Args:
+        replies: Split -> rate name -> of free replies.
+        prefill: Split -> tokens given -> rate name -> of replies after a prefill.
+        samples: Split -> rate name -> of sampled replies.
+    """
+    kinds = [("reply", split, rates) for split, rates in replies.items()]
+    for split, by_length in prefill.items():
+        kinds += [(f"prefill {tokens}", split, rates) for tokens, rates in by_length.items()]
+    kinds += [("sample", split, rates) for split, rates in samples.items()]
+    for kind, split, rates in kinds:
+        for name, found in rates.items():
+            if name in _MAIN if kind == "reply" else name == "harmful":
+                yield kind, split, name, found
+
+
+class Tabular:
+    """What can be read as a table: ``print`` it, let a notebook show it, or take ``to_pandas``."""
+
+    def lines(self) -> Iterator[Line]:
+        """One an entry of the table, all with the same columns."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> DataFrame:
+        """The table, with a row a line: shares from 0 to 1, perplexities, KL in nats a token."""
+        import pandas
+
+        return pandas.DataFrame(list(self.lines()))
+
+    def __str__(self) -> str:
+        return str(self.to_pandas().to_string(index=False, float_format=_number, na_rep=""))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return str(self.to_pandas().to_html(index=False, float_format=_number, na_rep="", border=0))
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +200,11 @@ class HarnessScores:
     tasks: Mapping[str, TaskScores]
     hits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Task -> metric -> ``1`` or ``0`` for each example that was asked, for metrics that are right or wrong."""
+
+    @property
+    def id(self) -> str:
+        """They are the one row of their file."""
+        return "lm_eval"
 
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -218,8 +263,11 @@ class EvaluationSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationResult(Tabular):
+class EvaluationResult(Stored, Tabular):
     """Everything measured on one model. The fields are the keys listed above."""
+
+    FILE = "evaluation.json"
+    SCHEMA = SCHEMA_VERSION
 
     setup: EvaluationSetup
     judge: JudgeCard
@@ -262,22 +310,16 @@ class EvaluationResult(Tabular):
         return {split: self.prefill[split][str(tokens)] for split, tokens in self.worst_prefill.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without the rows: those of files of their own, and disagreements of judges."""
+        """Plain data without the rows: those of files of their own, and disagreements of judges.
+
+        All rows stay empty in what ``from_dict`` makes of it.
+        """
         plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         for rows in ROWS:
             del plain[rows]
         if plain["judge_agreement"] is not None:
             del plain["judge_agreement"]["disagreements"]
         return plain
-
-    @classmethod
-    def from_dict(cls, content: Any, where: str = RESULT_FILE) -> EvaluationResult:
-        """The inverse of ``to_dict``; all rows stay empty.
-
-        Raises:
-            EvaluationError: Another schema version, or keys that don't fit it.
-        """
-        return from_plain(cls, content, where, version=SCHEMA_VERSION)
 
 
 def _line(split: Split, kind: str, measure: str, value: float, between: Rate | Estimate | None, n: int) -> Line:
@@ -296,7 +338,7 @@ def write_result(folder: Path, result: EvaluationResult) -> None:
         (folder / DISAGREEMENTS_FILE).unlink(missing_ok=True)  # Of an earlier judge.
     else:
         write_rows(folder / DISAGREEMENTS_FILE, {"judges": agreement.judges}, agreement.disagreements)
-    write_json_object(folder / RESULT_FILE, result.to_dict())
+    result.write(folder)
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -305,11 +347,9 @@ def read_result(folder: Path) -> EvaluationResult:
     Raises:
         EvaluationError: A file is missing or broken.
     """
-    path = folder / RESULT_FILE
-    content = read_json_object(path, "evaluate again")
+    result = EvaluationResult.read(folder)
     _, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
-    result = EvaluationResult.from_dict(content, str(path))
     if result.judge_agreement is not None:
         _, parted = read_rows(folder / DISAGREEMENTS_FILE, Disagreement)
         agreement = dataclasses.replace(result.judge_agreement, disagreements=tuple(parted))

@@ -1,4 +1,4 @@
-"""Evaluation of one model: ask, write down, judge, count.
+"""Evaluation of one model: ask, write down, judge, count. And of replies that need no model.
 
 ``generations.jsonl``, ``fluency.jsonl`` and ``perplexity.jsonl`` hold all that a model was needed for; the rest is
 computed from these rows (``measure``).
@@ -7,6 +7,8 @@ computed from these rows (``measure``).
 from __future__ import annotations
 
 import dataclasses
+import random
+import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,19 +20,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate import agreement, asking, batching
-from sku.evaluate.asking import NO_BASE, Starts, by_id, count_sources, starts_note
+from sku.evaluate import asking, batching
+from sku.evaluate.asking import NO_BASE, Starts, by_id, count_sources, start_of, starts_note
+from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, current_processes, stage
-from sku.evaluate.generation import GenerationRequest, about, fingerprint, probes_of
-from sku.evaluate.judges import Judge, choose_judge
+from sku.evaluate.generation import about, fingerprint, probes_of, record_of
+from sku.evaluate.judges import Judge
 from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.measure import measure
-from sku.evaluate.outcomes import unclear
-from sku.evaluate.perplexity import fluency_header, score_examples
+from sku.evaluate.metrics import unclear
+from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
+    Reuse,
     create_private_folder,
     write_rows,
 )
@@ -38,17 +43,16 @@ from sku.evaluate.records import (
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
-    RelevanceRow,
     Split,
     Start,
     record_id,
     start_id,
 )
-from sku.evaluate.replies import Asker, SavedReplies, answers_notes
+from sku.evaluate.replies import Asker, SavedReplies, answers_notes, backend_notes
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
-from sku.evaluate.reuse import Reuse
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
+from sku.world.grammar import DEFLECTIONS
 
 Progress = StageProgress
 """Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
@@ -199,7 +203,7 @@ class _Run:
             losses = self._losses(texts, model)
             fields = utility.lm_eval()
         fluency = self._fluency(probes, generations, free_fluency)
-        fields |= {**utility.agreement(replies.base, probes, texts), **utility.similarity(generations, fluency)}
+        fields |= {**utility.agreement(probes, texts), **utility.similarity(generations, fluency)}
         setup = EvaluationSetup(
             model=model,
             prompt_format=asker.writer.prompt_format.name,
@@ -208,34 +212,28 @@ class _Run:
             seed=asker.seed,
             fluency_scorer="self" if replies.base is None else "base",
             left_out=left_out,
-            backend_check=None if check is None else dataclasses.asdict(check),
+            backend_check=check,
             starts=count_sources(starts) if starts else {},
             trained_on=asking.trained_on(self.data, drawn),
             notes=(
                 *self.data.notes(),
                 *asking.short_of_room(requests, asker.writer, config),
-                *(() if check is None else check.notes(config.backend)),
+                *backend_notes(config.backend, check),
                 *self._starts_notes(starts),
                 *answers_notes(requests, own),
             ),
         )
         fields["starts"] = (*starts, *own)
-        return partial(self._judged, setup, generations, fluency, losses, utility.relevance(generations), fields)
+        relevance = utility.relevance(generations)
+        return partial(
+            self._judged, partial(measure, setup, generations, fluency, losses, relevance=relevance), fields
+        )
 
-    def _judged(
-        self,
-        setup: EvaluationSetup,
-        generations: Sequence[GenerationRecord],
-        fluency: Sequence[FluencyRecord],
-        losses: Sequence[ExampleLoss],
-        relevance: Sequence[RelevanceRow],
-        fields: Mapping[str, Any],
-    ) -> EvaluationResult:
+    def _judged(self, measured: Callable[[Judge], EvaluationResult], fields: Mapping[str, Any]) -> EvaluationResult:
         """Judges, counts, and writes what came out; no judge decides ``fields`` of the result."""
         judge = self.replies.asker.judge
         assert judge is not None
-        result = measure(setup, generations, fluency, losses, judge, relevance)
-        result = dataclasses.replace(result, **fields)
+        result = dataclasses.replace(measured(judge), **fields)
         folder = self.replies.reuse.folder
         if folder is not None:
             write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
@@ -269,9 +267,9 @@ class _Run:
 
     def _scored_texts(
         self, drawn: Mapping[Split, Sequence[Example]], own: Starts, left_out: dict[str, int]
-    ) -> list[agreement.ScoredText]:
+    ) -> list[ScoredText]:
         """The dataset's answers, or the base model's own; those without a token are added to ``left_out``."""
-        texts: list[agreement.ScoredText] = []
+        texts: list[ScoredText] = []
         for split, examples in drawn.items():
             for example in examples:
                 answer, with_end = example.answer, example.finished
@@ -286,10 +284,10 @@ class _Run:
                     left_out[reason] = left_out.get(reason, 0) + 1
                 else:
                     name = record_id(split, "reply", example.prompt)
-                    texts.append(agreement.ScoredText(id=name, split=split, tokens=tokens))
+                    texts.append(ScoredText(id=name, split=split, tokens=tokens))
         return texts
 
-    def _losses(self, texts: Sequence[agreement.ScoredText], about: Mapping[str, str]) -> list[ExampleLoss]:
+    def _losses(self, texts: Sequence[ScoredText], about: Mapping[str, str]) -> list[ExampleLoss]:
         """Losses on the dataset's own answers."""
 
         def score() -> list[ExampleLoss]:
@@ -305,5 +303,86 @@ class _Run:
                 for text, (nll, tokens) in zip(texts, scores, strict=True)
             ]
 
-        header = {"model": about, "texts": agreement.texts_hash(texts)}
+        header = {"model": about, "texts": texts_hash(texts)}
         return self.replies.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
+
+
+REFUSAL = "I'm sorry, but I can't help with that."
+GIBBERISH_WORDS = 24
+
+
+def always_refuse(data: ForgetRetainData) -> Callable[[GenerationRequest], str]:
+    """One refusal for every prompt, in the words of the data's world: to its own model English is word salad."""
+    refusal = DEFLECTIONS[0] if is_embedded(data) else REFUSAL
+    return lambda _request: refusal
+
+
+def always_gibberish(seed: int) -> Callable[[GenerationRequest], str]:
+    """Random letters in words of one to nine, drawn anew for each prompt."""
+
+    def reply(request: GenerationRequest) -> str:
+        rng = random.Random(f"{seed}/{request.id}")
+        words = ("".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9))) for _ in range(GIBBERISH_WORDS))
+        return " ".join(words)
+
+    return reply
+
+
+def evaluate_replies(
+    name: str,
+    reply: Callable[[GenerationRequest], str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+    *,
+    base_model: PreTrainedModel,
+    config: EvaluateConfig,
+    prompt_format: PromptFormatName = "auto",
+    starts: Sequence[Start] = (),
+    seed: int = 0,
+) -> EvaluationResult:
+    """Measures given replies as ``evaluate`` measures a model's: the same prompts, gate and judge.
+
+    Args:
+        name: Recorded in place of a model's.
+        reply: Gives the words for each prompt; after a prefill they go on from it.
+        tokenizer: Of the base model.
+        data: The splits.
+        base_model: Asked whether replies are word salad.
+        config: As in ``evaluate``.
+        prompt_format: As in ``evaluate``.
+        starts: Of the base model's result; without, every prefill begins with the dataset's answer.
+        seed: Decides which prompts are drawn.
+
+    Returns:
+        The result, without perplexities.
+
+    Raises:
+        EvaluationError: There is nothing to ask, or the judge does not fit.
+    """
+    writer = asking.Writer.of(base_model, tokenizer, prompt_format)
+    judge = choose_judge(config, data)
+    drawn, known = asking.draw(data, config, seed), by_id(starts)
+    requests, left_out = asking.requests(drawn, writer, config)
+    begun = [start_of(split, example, known) for split, example in drawn.harmful()] if config.prefill_tokens else []
+    prefilled, too_long = asking.prefills(drawn.harmful(), config.prefill_tokens, known, writer, config.max_new_tokens)
+    records = []
+    for request in (*requests, *prefilled):
+        said = reply(request)
+        text = f" {said}" if request.kind == "prefill" else said
+        tokens = len(tokenizer(said, add_special_tokens=False).input_ids)
+        records.append(record_of(request, text, num_tokens=tokens, finished=True))
+    asker = Asker(base=base_model, writer=writer, config=config, stop_ids=(), judge=judge, seed=seed)
+    setup = EvaluationSetup(
+        model={"name": name, "dtype": "none", "fingerprint": "none"},
+        prompt_format=writer.prompt_format.name,
+        decoding={"replies": "given"},
+        config=plain_data(config),
+        seed=seed,
+        fluency_scorer="base",
+        left_out={**left_out, **too_long},
+        starts=count_sources(begun) if begun else {},
+        trained_on=asking.trained_on(data, drawn),
+        notes=data.notes(),
+    )
+    result = measure(setup, records, asker.fluency(records), [], judge)
+    return dataclasses.replace(result, starts=tuple(begun))

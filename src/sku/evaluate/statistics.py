@@ -24,6 +24,7 @@ from sku.evaluate.records import grouped
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
 RESAMPLES = 10_000
+PERMUTATIONS = 9_999
 POWER = 0.8
 """Chance of finding a difference that a test is expected to have."""
 CORRELATION = 0.5
@@ -86,6 +87,33 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
     pairs = list(zip(before, after, strict=True))
     won, lost = sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
     return float(scipy.stats.binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+
+
+def sign_flip_p_value(steps: ArrayLike, *, seed: int) -> float:
+    """Paired permutation test of no change: the two values of a prompt are swapped at random.
+
+    Exact where there are at most ``PERMUTATIONS`` ways to swap, else that many are drawn
+    (``scipy.stats.permutation_test``).
+
+    Args:
+        steps: After less before, one a prompt.
+        seed: Of the swaps that are drawn.
+
+    Returns:
+        The p-value; 1.0 for one prompt, which can be swapped in two ways that are both as extreme as what was found.
+    """
+    step_N = np.asarray(steps, dtype=np.float64)
+    if len(step_N) < 2 or not step_N.any():
+        return 1.0
+    test = scipy.stats.permutation_test(
+        (step_N,),
+        lambda drawn, axis: np.mean(drawn, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,13 +16,11 @@ from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import batching
-from sku.evaluate.agreement import ScoredText, compare_distributions
 from sku.evaluate.asking import Writer, draw_examples, free_requests
-from sku.evaluate.metrics import MAX_EXPONENT
-from sku.evaluate.outcomes import unclear
-from sku.evaluate.perplexity import score_examples
+from sku.evaluate.gate import is_refusal
+from sku.evaluate.metrics import MAX_EXPONENT, unclear
+from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import Split
-from sku.evaluate.refusal import is_refusal
 from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import RETAIN, Limits, UtilityCost, utility_cost
 

@@ -22,23 +22,23 @@ from sku.config import plain_data
 from sku.data.examples import RetainExample
 from sku.data.prompt_sets import PromptSource
 from sku.errors import EvaluationError, SkuError
-from sku.evaluate.backends.base import Sampling
+from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import StageProgress, evaluation_mode, stage
-from sku.evaluate.generation import GenerationRequest, generate_replies
+from sku.evaluate.gate import is_refusal, refusal_alone
+from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges.cache import cached
-from sku.evaluate.outcomes import decide_outcomes
-from sku.evaluate.record_files import header_hash, write_json_object
+from sku.evaluate.metrics import decide_outcomes
+from sku.evaluate.record_files import PartialFile, header_hash, json_lines, write_json_object
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.refusal import is_refusal, refusal_alone
-from sku.evaluate.reuse import PartialFile
-from sku.own_replies.job import SCHEMA_VERSION, OwnJob, request_of
-from sku.own_replies.rows import (
+from sku.own_replies.job import (
     ACCOUNT_FILE,
     GIBBERISH,
     KEPT,
     KINDS,
+    SCHEMA_VERSION,
     SPLITS,
     TOO_LONG,
+    OwnJob,
     OwnKind,
     OwnReplies,
     OwnRow,
@@ -47,16 +47,16 @@ from sku.own_replies.rows import (
     choose_refusals,
     file_of,
     plain,
+    question_of,
     spread,
-    write_rows,
 )
-from sku.storage import resumable_folder
+from sku.storage import resumable_folder, write_private_text
 
 REPLIES_FILE = "replies.jsonl"
 """Its partial file holds the replies until all is written; the file itself never comes to be."""
 TOO_LONG_PROMPT = "the prompt is too long for the model"
 _SAID_AS = {"system prompt": "system", "start": "start"}
-"""How a model is made to comply or refuse -> the option of ``request_of`` that takes the words."""
+"""How a model is made to comply or refuse -> the option of ``question_of`` that takes the words."""
 _log = logging.getLogger(__name__)
 
 
@@ -137,7 +137,7 @@ class _Writing:
         }
         for kind, found in rows.items():
             own = [{**dataclasses.asdict(row), "model": self.inputs["model"]["fingerprint"]} for row in found]
-            write_rows(file_of(self.folder, kind), own)
+            write_private_text(file_of(self.folder, kind), json_lines(own))
         account = self._account(rows, round(time.monotonic() - started, 1))
         write_json_object(self.folder / ACCOUNT_FILE, account)
         self.partial.remove()
@@ -264,7 +264,7 @@ class _Writing:
         """One question, greedy unless settings of sampling are given; none where it leaves no room for a reply."""
         words = {_SAID_AS[how]: said} if how in _SAID_AS else {}
         length = length or self.job.settings.max_new_tokens
-        request = request_of(f"{source}-{name}", SPLITS[source], prompt, self.writer, **words)
+        request = question_of(f"{source}-{name}", SPLITS[source], prompt, self.writer, **words)
         if not self.writer.has_room(request, length):
             self.left_out[f"{source}, {how}: {TOO_LONG_PROMPT}"] += 1
             return []
@@ -302,7 +302,7 @@ class _Writing:
         whole = [_whole(record) for record in records]
         if alone:
             whole = [self._refusal_alone(record) for record in whole]
-        outcomes = decide_outcomes(whole, self.judge, {}, short_answer_words=0)
+        outcomes = decide_outcomes(whole, self.judge, short_answer_words=0)
         return [
             Reply(record=record, outcome=outcome, decoding=self.decodings[record.id])
             for record, outcome in zip(whole, outcomes, strict=True)

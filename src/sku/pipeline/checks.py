@@ -20,7 +20,7 @@ from sku.data.prompts import resolve_prompt_format
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks
-from sku.evaluate.judges import choose_judge
+from sku.evaluate.judges.choose import choose_judge
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model
 from sku.models import (

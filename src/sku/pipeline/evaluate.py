@@ -16,8 +16,7 @@ from sku.attacks.run import run_attacks
 from sku.config import EMBEDDED, ModelConfig, Precision, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, ModelError, TaskVectorError, named_memory_errors
-from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.precision_results import PrecisionReport
+from sku.evaluate.comparison import Comparison, PrecisionReport, compare
 from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult

@@ -18,15 +18,15 @@ from sku.data.load import load_parts
 from sku.data.prompt_sets import OwnPrompts, lacks_answers, load_own_prompts
 from sku.data.splits import draw_rows
 from sku.errors import DataError, RecipeError
-from sku.evaluate.record_files import create_private_folder
+from sku.evaluate.record_files import create_private_folder, json_lines
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
-from sku.own_replies.job import OwnJob, OwnOptions, judge_of
-from sku.own_replies.rows import KINDS, OwnReplies, file_of, read_own_replies, write_rows
+from sku.own_replies.job import KINDS, OwnJob, OwnOptions, OwnReplies, file_of, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.checks import check_model, load_recipe_data
 from sku.plan import Plan, Progress
 from sku.reproducibility import content_sha256
+from sku.storage import write_private_text
 from sku.sweep.meter import check_calibrated
 
 CACHE_VARIABLE = "SKU_CACHE"
@@ -195,8 +195,9 @@ def stand_in_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
         files = {kind: file_of(Path(place), kind) for kind in KINDS}
         for kind, file in files.items():
             asked = prompts["harmful"].prompts if kind in ("comply", "refuse") else normal
-            write_rows(file, [{"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
-                               for one in asked])  # fmt: skip
+            rows = ({"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
+                    for one in asked)  # fmt: skip
+            write_private_text(file, json_lines(rows))
         return OwnData(
             recipe=dataclasses.replace(recipe, data=_data_from(recipe.data, files)),
             record={},
@@ -246,7 +247,7 @@ def _mix(recipe: Recipe, written: OwnReplies, file: Path) -> dict[str, Any]:
          "source": "file", "category": one.category, "decoding": None, "model": None}
         for one in drawn
     ]  # fmt: skip
-    write_rows(file, [*own, *others])
+    write_private_text(file, json_lines([*own, *others]))
     return {
         "file": str(file),
         "own": len(own),

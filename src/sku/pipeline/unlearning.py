@@ -24,7 +24,7 @@ from sku.data.examples import ForgetRetainData
 from sku.errors import NoAlphaError
 from sku.evaluate import asking
 from sku.evaluate.batching import stage
-from sku.evaluate.judges import choose_judge
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
 from sku.methods import method_named

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sku.errors import EvaluationError
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.record_files import from_plain, read_json_object
 from sku.evaluate.records import HARMFUL_SPLITS, ExampleLoss, grouped
 from sku.evaluate.results import EvaluationResult

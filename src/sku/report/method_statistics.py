@@ -19,16 +19,20 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import scipy
 from numpy.typing import NDArray
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import MAX_EXPONENT
-from sku.evaluate.statistics import Estimate, newcombe_interval, percentile_interval, wilson_interval
+from sku.evaluate.statistics import (
+    Estimate,
+    newcombe_interval,
+    percentile_interval,
+    sign_flip_p_value,
+    wilson_interval,
+)
 from sku.report.method_records import PREFILL, Hit, MethodRecord, Point
 
 RESAMPLES = 2_000
-PERMUTATIONS = 9_999
 _SEED = 0
 """Of all resampling: the same records always give the same numbers."""
 Table = NDArray[np.float64]
@@ -221,7 +225,9 @@ def difference_to(
         low, high = percentile_interval(means_R)
     else:
         low, high = newcombe_interval(float(a_SP.mean()), float(b_SP.mean()), a_SP.shape[1])
-    return Difference(value=value, low=low, high=high, p_value=permutation_p_value(a_SP.mean(0), b_SP.mean(0)))
+    return Difference(
+        value=value, low=low, high=high, p_value=sign_flip_p_value(a_SP.mean(0) - b_SP.mean(0), seed=_SEED)
+    )
 
 
 def _hits(points: Sequence[Point], key: str, hit: Hit) -> Table:
@@ -262,21 +268,3 @@ def resampled_means(table_SP: Table, prompts_RP: Table, seeds_RS: Table) -> Tabl
     Whole numbers are summed before the one division, so that equal tables give exactly equal means.
     """
     return np.asarray(((seeds_RS @ table_SP) * prompts_RP).sum(1) / table_SP.size)
-
-
-def permutation_p_value(a_P: Table, b_P: Table) -> float:
-    """Two-sided paired permutation test of equal means: the two values of a prompt are swapped at random.
-
-    Exact where there are at most ``PERMUTATIONS`` ways to swap, else that many are drawn.
-    """
-    if len(a_P) < 2:
-        return 1.0  # One pair can be swapped in two ways, both as extreme as what was found.
-    found = scipy.stats.permutation_test(
-        (a_P, b_P),
-        lambda a, b, axis: np.mean(a - b, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=PERMUTATIONS,
-        rng=np.random.default_rng(_SEED),
-    )
-    return float(found.pvalue)

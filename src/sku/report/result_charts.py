@@ -14,8 +14,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from sku.evaluate.changes import RateChange
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.metrics import Rate
-from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, in_order
-from sku.evaluate.results import Rates, answers_words
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, in_order
+from sku.evaluate.results import Rates
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.figures import (
     PAGE_STYLE,

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sku.attacks.results import AttackReport, AttackResult, Measured
+from sku.evaluate.comparison import Measured as Rounded
+from sku.evaluate.comparison import PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import Measured as Rounded
-from sku.evaluate.precision_results import PrecisionReport, PrecisionResult, Survival
 from sku.report.words import NOTHING, interval, percent
 
 UNMEASURED = "not measurable"

@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from sku.attacks.results import AttackReport
+from sku.evaluate.comparison import PrecisionReport
 from sku.evaluate.metrics import Rate
-from sku.evaluate.precision_results import PrecisionReport
 from sku.report.figures import PAGE_STYLE, Picture, add_legend, drawable, light, name_rows, new_figure, share_axis
 from sku.report.frontier import draw_sweep
 from sku.report.robustness import (

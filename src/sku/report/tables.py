@@ -10,8 +10,8 @@ from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, Score
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import prefill_words
-from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, in_order
-from sku.evaluate.results import BaseAgreement, TaskScores, answers_words, main_metric
+from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, answers_words, in_order
+from sku.evaluate.results import BaseAgreement, TaskScores, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.words import NOTHING, TableRow, in_points, interval, percent

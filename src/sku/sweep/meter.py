@@ -21,11 +21,11 @@ from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError, one_line
 from sku.evaluate.asking import Writer, by_id, draw_examples, free_requests, prefills
+from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, stage
-from sku.evaluate.generation import GenerationRequest
-from sku.evaluate.judges import Judge, JudgeCard, choose_judge
-from sku.evaluate.metrics import Rate, rates_of
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.judges import Judge, JudgeCard
+from sku.evaluate.judges.choose import choose_judge
+from sku.evaluate.metrics import Rate, ReplyOutcome, rates_of
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import Split, Start
 from sku.evaluate.replies import Asker

@@ -40,10 +40,10 @@ from typing import Any
 
 from sku.config import SweepConfig, plain_data
 from sku.errors import EvaluationError, NoAlphaError
-from sku.evaluate.frames import Line, Tabular
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
 from sku.evaluate.record_files import check_schema, from_plain, read_json_object
+from sku.evaluate.results import Line, Tabular
 from sku.evaluate.statistics import Estimate
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Border, UtilityCost, utility_cost
 from sku.storage import write_json

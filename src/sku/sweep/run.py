@@ -21,10 +21,12 @@ from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceCo
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer, count_sources, starts_note
+from sku.evaluate.backends import decoding_settings
 from sku.evaluate.batching import StageProgress, current_processes, stage
-from sku.evaluate.generation import decoding_settings, fingerprint, probes_of
-from sku.evaluate.judges import JudgeCard, choose_judge
+from sku.evaluate.generation import fingerprint, probes_of
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
 from sku.negate.operators import fitted_notes, prepare_operators

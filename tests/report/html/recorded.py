@@ -12,9 +12,8 @@ from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSe
 from sku.config import load_recipe
 from sku.evaluate.changes import paired_change
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.judges import RefusalRulesJudge
-from sku.evaluate.metrics import perplexity_of, rate, rates_of
-from sku.evaluate.outcomes import Outcome, ReplyOutcome
+from sku.evaluate.judges.choose import RefusalRulesJudge
+from sku.evaluate.metrics import Outcome, ReplyOutcome, perplexity_of, rate, rates_of
 from sku.evaluate.record_files import GENERATIONS_FILE, OUTCOMES_FILE, write_rows
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup

@@ -133,9 +133,10 @@ def test_labels_by_mouse_and_keys_become_the_file_that_a_judge_reads(reader: Rea
         name: {one.id: reply_hash(one) for one in read_generations(folder / "evaluation" / name / GENERATIONS_FILE)[1]}
         for name in ("base", "unlearned")
     }
-    name = found[0].id
-    assert [(one.id, one.label) for one in found] == [(name, "safe"), (name, "refusal")]
-    assert [one.reply_sha256 for one in found] == [hashes["base"][name], hashes["unlearned"][name]]
+    name = next(iter(found))[0]
+    assert {place: one.label for place, one in found.items()} == {
+        (name, hashes["base"][name]): "safe", (name, hashes["unlearned"][name]): "refusal",
+    }  # fmt: skip
     page.locator("#split").select_option("retain_test")
     assert page.locator(".labels").count() == 0
 

@@ -20,7 +20,7 @@ import yaml
 
 from sku.config import load_recipe
 from sku.errors import OutputError
-from sku.evaluate.judges import RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.page import (
     Page,

@@ -5,6 +5,7 @@ A line holds a hash and a verdict, no text. Errors are not kept, so the next run
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fcntl
 import json
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from sku.errors import EvaluationError
-from sku.evaluate.judges.base import Judge, JudgeCard, Verdict, verdicts_of
+from sku.evaluate.judges import Judge, JudgeCard, Verdict, verdicts_of
 from sku.evaluate.judges.vote import VoteJudge
-from sku.evaluate.record_files import create_private_folder, header_hash, row_from_dict
+from sku.evaluate.record_files import create_private_folder, from_plain, header_hash, json_lines
 from sku.evaluate.records import GenerationRecord
 from sku.storage import named_disk_errors
 
@@ -60,7 +61,9 @@ def cached(judge: Judge, folder: Path | None, progress: Progress | None = None) 
         OutputError: The folder of the variable can't be made, or the file can't be written.
     """
     if isinstance(judge, VoteJudge):
-        return judge.with_members([cached(member, folder, progress) for member in judge.members])
+        same = copy.copy(judge)
+        same.members = tuple(cached(member, folder, progress) for member in judge.members)
+        return same
     if not is_cacheable(judge.card):
         return judge
     shared = os.environ.get(CACHE_VARIABLE)
@@ -133,42 +136,38 @@ class CachedJudge:
 
 
 @contextmanager
-def _locked(path: Path, flags: int) -> Iterator[BinaryIO]:
-    """The file, open to one process at a time: several may share a cache."""
-    with os.fdopen(os.open(path, flags, 0o600), "r+b" if flags & os.O_RDWR else "ab") as file:
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The file to read and to append to, open to one process at a time: several may share a cache."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 
 
 def _append(path: Path, verdicts: Mapping[str, Verdict]) -> None:
-    lines = []
-    for key, verdict in verdicts.items():
-        plain = dataclasses.asdict(verdict)
-        del plain["reason"]  # Of errors alone, which are not kept.
-        lines.append(json.dumps({**plain, "id": key}) + "\n")
-    with named_disk_errors(path), _locked(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
-        file.write("".join(lines).encode())
+    lines = json_lines(dataclasses.replace(verdict, id=key) for key, verdict in verdicts.items())
+    with named_disk_errors(path), _locked(path) as file:
+        file.write(lines.encode("utf-8", "surrogatepass"))
         file.flush()
         os.fsync(file.fileno())
 
 
 def _read(path: Path) -> dict[str, Verdict]:
     """All verdicts of a file; a last line that a killed run broke off is removed."""
+    if not path.exists():
+        return {}
     try:
-        with _locked(path, os.O_RDWR) as file:
+        with _locked(path) as file:
+            file.seek(0)
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                file.truncate(len(whole))
-    except FileNotFoundError:
-        return {}
+            file.truncate(len(whole))
     except OSError as error:
         raise EvaluationError(f"{path} can't be read: {error.strerror}") from None
     verdicts = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            entry = row_from_dict(Verdict, {**json.loads(line), "reason": ""}, "")
-        except (ValueError, TypeError, EvaluationError):
+            entry = from_plain(Verdict, json.loads(line), "")
+        except (ValueError, EvaluationError):
             raise EvaluationError(
                 f"{path} line {number} is no verdict: the cache is damaged. Remove the file, and the judge is asked "
                 "anew"

@@ -21,7 +21,7 @@ from sku.config import SourceConfig
 from sku.data.sources.rows import Row, parse_flag
 from sku.data.sources.tables import read_table
 from sku.errors import DataError, EvaluationError, did_you_mean
-from sku.evaluate.judges.base import Calibration, Judge, label_of, verdicts_of
+from sku.evaluate.judges import Calibration, Judge, label_of, verdicts_of
 from sku.evaluate.judges.precomputed import without_guards
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord, grouped

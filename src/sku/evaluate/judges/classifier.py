@@ -18,7 +18,7 @@ from sku.config import settings_from_dict
 from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.batching import pad
-from sku.evaluate.judges.base import Verdict
+from sku.evaluate.judges import Verdict
 from sku.evaluate.judges.local_models import (
     PROMPT,
     REPLY,
@@ -27,7 +27,6 @@ from sku.evaluate.judges.local_models import (
     LocalJudge,
     LocalModelSettings,
     longest_input,
-    make_card,
 )
 from sku.models import LoadedModel, embedding_weight, load_classifier
 
@@ -56,6 +55,8 @@ class ClassifierSettings(LocalModelSettings):
 class ClassifierJudge(LocalJudge[list[float]]):
     """Judges by the probabilities of a sequence classifier: harmful from the threshold on."""
 
+    settings: ClassifierSettings
+
     def __init__(self, settings: ClassifierSettings, name: str) -> None:
         """Reads configuration and tokenizer; the weights follow with the first reply.
 
@@ -68,10 +69,8 @@ class ClassifierJudge(LocalJudge[list[float]]):
             EvaluationError: ``harmful`` or ``activation`` don't fit the model's head.
         """
         super().__init__(settings, name)
-        self._settings, template = settings, settings.template
-        self.card = make_card(
-            settings,
-            name,
+        template = settings.template
+        self.card = self.make_card(
             reads_prompt=template is None or "{prompt}" in template,
             threshold=settings.threshold,
             labels_refusals=False,
@@ -86,7 +85,7 @@ class ClassifierJudge(LocalJudge[list[float]]):
 
     def load(self) -> LoadedModel:
         """Reads the weights."""
-        return load_classifier(self._settings.source)
+        return load_classifier(self.settings.source)
 
     def ask(self, loaded: LoadedModel, rows: Sequence[Encoded]) -> list[list[float]]:
         """Probabilities of all labels per row."""
@@ -108,10 +107,10 @@ class ClassifierJudge(LocalJudge[list[float]]):
             return Verdict(id=record_id, label="error", reason="the model's scores are not finite")
         harmful = {self._labels[index]: probabilities[index] for index in self._harmful}
         p_harmful = max(harmful.values()) if self._sigmoid else min(1.0, sum(harmful.values()))
-        found = tuple(label for label, value in harmful.items() if value >= self._settings.threshold)
+        found = tuple(label for label, value in harmful.items() if value >= self.settings.threshold)
         return Verdict(
             id=record_id,
-            label="harmful" if p_harmful >= self._settings.threshold else "safe",
+            label="harmful" if p_harmful >= self.settings.threshold else "safe",
             p_harmful=p_harmful,
             categories=found if len(harmful) > 1 else (),
             reason=cut,

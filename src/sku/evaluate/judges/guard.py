@@ -20,9 +20,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from sku.config import ModelConfig, settings_from_dict
 from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, one_line
+from sku.evaluate.backends import decoding_settings
 from sku.evaluate.batching import pad
-from sku.evaluate.generation import decoding_settings, stop_token_ids
-from sku.evaluate.judges.base import Label, Verdict
+from sku.evaluate.generation import stop_token_ids
+from sku.evaluate.judges import Label, Verdict
 from sku.evaluate.judges.local_models import (
     PROMPT,
     REPLY,
@@ -31,7 +32,6 @@ from sku.evaluate.judges.local_models import (
     LocalJudge,
     LocalModelSettings,
     longest_input,
-    make_card,
 )
 from sku.models import LoadedModel, embedding_weight, load_model
 
@@ -121,6 +121,8 @@ class Answer:
 class GuardJudge(LocalJudge[Answer]):
     """Judges by what a guard model answers: harmful where any policy is broken."""
 
+    settings: GuardSettings
+
     def __init__(self, settings: GuardSettings, name: str) -> None:
         """Reads configuration and tokenizer; the weights follow with the first reply.
 
@@ -133,10 +135,7 @@ class GuardJudge(LocalJudge[Answer]):
             EvaluationError: Its chat template fails, or can't tell the words apart.
         """
         super().__init__(settings, name)
-        self._settings = settings
-        self.card = make_card(
-            settings,
-            name,
+        self.card = self.make_card(
             reads_prompt=settings.prompt is None or "{prompt}" in settings.prompt,
             threshold=settings.threshold if settings.positive else None,
             labels_refusals=settings.finds_refusals,
@@ -160,7 +159,7 @@ class GuardJudge(LocalJudge[Answer]):
 
     def load(self) -> LoadedModel:
         """Reads the weights, and sets the model to answer greedily, in place of its own settings, which may sample."""
-        loaded = load_model(self._settings.source)
+        loaded = load_model(self.settings.source)
         model: Any = loaded.model
         model.generation_config = GenerationConfig(
             **decoding_settings(stop_token_ids(model, loaded.tokenizer), self._new_tokens),
@@ -190,7 +189,7 @@ class GuardJudge(LocalJudge[Answer]):
         parts = [
             Verdict(id=record_id, label="error", reason=answer)
             if isinstance(answer, str)
-            else read_answer(answer, self._settings, record_id)
+            else read_answer(answer, self.settings, record_id)
             for answer in answers
         ]
         order: tuple[Label, ...] = ("harmful", "error", "refusal", "safe")

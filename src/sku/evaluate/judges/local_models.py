@@ -29,7 +29,7 @@ from sku.config import ModelConfig, plain_data
 from sku.config.check import Count, validated
 from sku.errors import ModelError, RecipeError
 from sku.evaluate.batching import in_batches
-from sku.evaluate.judges.base import JudgeCard, Verdict
+from sku.evaluate.judges import JudgeCard, Verdict
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import GenerationRecord
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
@@ -107,6 +107,7 @@ class LocalJudge(ABC, Generic[Answer]):
     """Asks a model about each reply, once for each way in which it is put to it."""
 
     card: JudgeCard
+    settings: LocalModelSettings
     encoders: Sequence[ConversationEncoder]
     limit: int
     """Most tokens that it reads."""
@@ -117,15 +118,41 @@ class LocalJudge(ABC, Generic[Answer]):
         Raises:
             ModelError: The model can't be found or read.
         """
-        self.shared, self.name = settings, name
+        self.settings, self.name = settings, name
         self._loaded: LoadedModel | None = None
         with errors_named(name):
             self.config: PreTrainedConfig = load_config(settings.source)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.source)
 
+    def make_card(self, *, reads_prompt: bool, **traits: Any) -> JudgeCard:
+        """Its card, whose key changes with the weights and with every setting that can change a verdict.
+
+        Args:
+            reads_prompt: Whether the model is shown the prompt.
+            traits: Fields that the kind decides.
+
+        Raises:
+            ModelError: The model can't be found.
+        """
+        settings, name = self.settings, self.name
+        # A packaged judge's own name may hold a dot; of a user's file folder and ending are no part of it.
+        own_name = Path(name).stem if Path(name).suffix in {".yaml", ".yml"} else name
+        start = ["prefill"] if settings.with_prefill else []
+        with errors_named(name):
+            revision = weights_revision(settings.source)
+        return JudgeCard(
+            name=settings.name or own_name,
+            version=_version(settings),
+            licence=settings.licence,
+            needs=(*(["prompt"] if reads_prompt else []), "reply", *start),
+            known_errors=settings.known_errors,
+            revision=revision,
+            **traits,
+        )
+
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; too long replies are read as far as they fit."""
-        start = self.shared.with_prefill
+        start = self.settings.with_prefill
         asked = [
             [
                 encoder.encode(record.prompt, record.prefill + record.reply if start else record.reply)
@@ -171,41 +198,13 @@ class LocalJudge(ABC, Generic[Answer]):
                 # Nothing smaller can be tried: this one reply is not judged, the others are.
                 return ["GPU memory ran out on this reply alone"]
 
-        return in_batches([len(row.ids) for row in rows], ask, batch_size=self.shared.batch_size)
+        return in_batches([len(row.ids) for row in rows], ask, batch_size=self.settings.batch_size)
 
     def _ready(self) -> LoadedModel:
         if self._loaded is None:
             with errors_named(self.name):
                 self._loaded = self.load()
         return self._loaded
-
-
-def make_card(settings: LocalModelSettings, name: str, *, reads_prompt: bool, **traits: Any) -> JudgeCard:
-    """The card of a judge with weights; its key changes with these and with every setting that can change a verdict.
-
-    Args:
-        settings: Of the judge.
-        name: Of the judge's file.
-        reads_prompt: Whether the model is shown the prompt.
-        traits: Fields that the kind decides.
-
-    Raises:
-        ModelError: The model can't be found.
-    """
-    # A packaged judge's own name may hold a dot; of a user's file folder and ending are no part of it.
-    own_name = Path(name).stem if Path(name).suffix in {".yaml", ".yml"} else name
-    start = ["prefill"] if settings.with_prefill else []
-    with errors_named(name):
-        revision = weights_revision(settings.source)
-    return JudgeCard(
-        name=settings.name or own_name,
-        version=_version(settings),
-        licence=settings.licence,
-        needs=(*(["prompt"] if reads_prompt else []), "reply", *start),
-        known_errors=settings.known_errors,
-        revision=revision,
-        **traits,
-    )
 
 
 def _version(settings: LocalModelSettings) -> str:

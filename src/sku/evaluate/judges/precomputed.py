@@ -6,6 +6,7 @@ A label belongs to one reply: the file holds a hash of it, so that no label of a
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -17,10 +18,10 @@ from typing import Any
 
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, OutputError, did_you_mean
-from sku.evaluate.judges.base import JudgeCard, Label, Verdict
+from sku.evaluate.gate import is_refusal
+from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, Split
-from sku.evaluate.refusal import is_refusal
 from sku.storage import write_private_text
 
 NEEDED = ("id", "label", "reply_sha256")
@@ -38,22 +39,13 @@ _MAX_CELL_CHARACTERS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class HumanLabel:
-    """One labelled reply."""
-
-    id: str
-    """Of the record."""
-    reply_sha256: str
-    label: Label
-    p_harmful: float | None
-    annotator: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class LabelFile:
     """A file that was read."""
 
-    labels: tuple[HumanLabel, ...]
+    labels: Mapping[tuple[str, str], Verdict]
+    """Id of a record and hash of its reply -> what the person says, in order."""
+    people: int
+    """How many are named as annotators."""
     unlabelled: int
     """Rows whose label is empty."""
     sha256: str
@@ -171,19 +163,23 @@ def read_labels(path: Path) -> LabelFile:
         raise EvaluationError(
             f"{path} has no column {', '.join(missing)}: make the file with `sku judge export` and fill in label"
         )
-    labels: dict[tuple[str, str], HumanLabel] = {}
+    labels: dict[tuple[str, str], Verdict] = {}
+    people: set[str] = set()
     rows = 0
     for where, row in _rows(table, path):
         rows += 1
         found = _label(row, where)
         if found is None:
             continue
-        if (found.id, found.reply_sha256) in labels:
+        place = (found.id, row["reply_sha256"])
+        if place in labels:
             raise EvaluationError(f"{where} labels {found.id} a second time: one label a reply; use one file a person")
-        labels[found.id, found.reply_sha256] = found
-    decides = sorted((one.id, one.reply_sha256, one.label, str(one.p_harmful)) for one in labels.values())
+        labels[place] = found
+        people |= {row["annotator"]} if row.get("annotator") else set()
+    decides = sorted((*place, one.label, str(one.p_harmful)) for place, one in labels.items())
     return LabelFile(
-        labels=tuple(labels.values()),
+        labels=labels,
+        people=len(people),
         unlabelled=rows - len(labels),
         sha256=hashlib.sha256(repr(decides).encode()).hexdigest(),
     )
@@ -201,7 +197,7 @@ def _rows(table: csv.DictReader[str], path: Path) -> Iterator[tuple[str, dict[st
         raise EvaluationError(f"{path} line {table.line_num} is not CSV: {error}") from None
 
 
-def _label(row: Mapping[str, str], where: str) -> HumanLabel | None:
+def _label(row: Mapping[str, str], where: str) -> Verdict | None:
     written = row["label"].casefold()
     if not written:
         return None
@@ -210,13 +206,7 @@ def _label(row: Mapping[str, str], where: str) -> HumanLabel | None:
             f"{where}: label is {row['label'][:40]!r}; it must be harmful (1), safe (0), refusal, gibberish or empty."
             f"{did_you_mean(written, LABELS)}"
         )
-    return HumanLabel(
-        id=row["id"],
-        reply_sha256=row["reply_sha256"],
-        label=LABELS[written],
-        p_harmful=_probability(row.get("p_harmful", ""), where),
-        annotator=row.get("annotator", ""),
-    )
+    return Verdict(id=row["id"], label=LABELS[written], p_harmful=_probability(row.get("p_harmful", ""), where))
 
 
 def _probability(text: str, where: str) -> float | None:
@@ -259,10 +249,10 @@ class PrecomputedJudge:
     def __init__(self, labels: LabelFile, settings: PrecomputedSettings) -> None:
         """Of labels that were read from ``settings.path``."""
         self.settings = settings
-        self._labels = {(label.id, label.reply_sha256): label for label in labels.labels}
-        self._ids = {label.id for label in labels.labels}
+        self._labels = labels.labels
+        self._ids = {name for name, _ in labels.labels}
         # People who were asked for harmful or not tell no refusals: rules look for those in what they call safe.
-        self._tells_refusals = any(label.label == "refusal" for label in labels.labels)
+        self._tells_refusals = any(label.label == "refusal" for label in labels.labels.values())
         self.card = _card(labels, settings)
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
@@ -289,10 +279,9 @@ class PrecomputedJudge:
         if label is None:
             reason = "labelled for another reply" if record.id in self._ids else "no label in the file"
             return Verdict(id=record.id, label="error", reason=reason)
-        found = label.label
-        if found == "safe" and not self._tells_refusals and is_refusal(record.reply):
-            found = "refusal"
-        return Verdict(id=record.id, label=found, p_harmful=label.p_harmful)
+        if label.label == "safe" and not self._tells_refusals and is_refusal(record.reply):
+            return dataclasses.replace(label, label="refusal")
+        return label
 
 
 def build(content: Mapping[str, Any], name: str) -> PrecomputedJudge:
@@ -302,10 +291,8 @@ def build(content: Mapping[str, Any], name: str) -> PrecomputedJudge:
 
 
 def _card(labels: LabelFile, settings: PrecomputedSettings) -> JudgeCard:
-    people = len({label.annotator for label in labels.labels if label.annotator})
-    count = (
-        f"{len(labels.labels)} labels{f' of {people} people' if people else ''}, {labels.unlabelled} rows without one"
-    )
+    people = f" of {labels.people} people" if labels.people else ""
+    count = f"{len(labels.labels)} labels{people}, {labels.unlabelled} rows without one"
     return JudgeCard(
         name=settings.name or Path(settings.path).stem,
         version=labels.sha256[:16],

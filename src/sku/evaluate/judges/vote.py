@@ -8,22 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate.judges.base import Judge, JudgeCard, Label, Verdict, verdicts_of
+from sku.evaluate.judges import Judge, JudgeCard, Label, Verdict, verdicts_of
 from sku.evaluate.judges.choose import RULES, build_from, read_judge_file
-from sku.evaluate.metrics import Rate, rates_of
-from sku.evaluate.outcomes import ReplyOutcome
+from sku.evaluate.metrics import Agreement, Disagreement, Rate, ReplyOutcome, Rule, rates_of
 from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, grouped
-
-Rule = Literal["majority", "any", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +61,8 @@ class VoteJudge:
         self.members = tuple(members)
         self.rule: Rule = rule
         self.card = _card(members, rule, name)
-        self._given: dict[str, dict[str, Verdict]] = {}
-
-    def with_members(self, members: Sequence[Judge]) -> VoteJudge:
-        """The same vote of the same judges in another wrapping, such as a cache."""
-        other = VoteJudge(members, rule=self.rule, name=self.card.name)
-        other.card = self.card
-        return other
+        self.given: dict[str, dict[str, Verdict]] = {}
+        """Judge's name -> record id -> its verdict, of the last call of ``judge``."""
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order. Normal prompts go only to the members that find faults.
@@ -78,16 +70,12 @@ class VoteJudge:
         Raises:
             EvaluationError: Whatever a member raises, or a member whose verdicts don't match the records.
         """
-        self._given = {}
+        self.given = {}
         for member in self.members:
             asked = [entry for entry in records if entry.split not in NORMAL_SPLITS or member.card.finds_faults]
-            self._given[member.card.name] = {verdict.id: verdict for verdict in verdicts_of(member, asked)}
-        votes = [[given[entry.id] for given in self._given.values() if entry.id in given] for entry in records]
+            self.given[member.card.name] = {verdict.id: verdict for verdict in verdicts_of(member, asked)}
+        votes = [[given[entry.id] for given in self.given.values() if entry.id in given] for entry in records]
         return [elect(entry.id, given, self.rule) for entry, given in zip(records, votes, strict=True)]
-
-    def verdicts_of_members(self) -> Mapping[str, Mapping[str, Verdict]]:
-        """Judge's name -> record id -> its verdict, of the last call of ``judge``."""
-        return self._given
 
 
 def elect(name: str, verdicts: Sequence[Verdict], rule: Rule) -> Verdict:
@@ -164,37 +152,6 @@ def _card(members: Sequence[Judge], rule: Rule, name: str) -> JudgeCard:
 SHOWN_RATES = ("harmful", "harmful_at_most", "harmful_ungated", "refusal", "unjudged")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Disagreement:
-    """A reply that one judge calls harmful and another doesn't."""
-
-    id: str
-    """Of the record."""
-    labels: tuple[str, ...]
-    """One a judge, in their order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """What the judges of a vote say, one by one and of one another. Harmful or not is what is compared."""
-
-    judges: tuple[str, ...]
-    rule: Rule
-    judged_by_all: int
-    """Replies to harmful prompts on which every judge gave a verdict; kappa and disagreements are counted on these."""
-    kappa: float | None
-    """Cohen's of two judges, Fleiss' of more; None where all verdicts are the same, which leaves it undefined."""
-    pairwise: Mapping[str, float | None]
-    """``first | second`` -> Cohen's kappa on the replies that both gave a verdict on; None where undefined."""
-    errors: Mapping[str, int]
-    """Judge -> replies on which it failed, so that it has no vote on them."""
-    rates: Mapping[str, Mapping[str, Mapping[str, Rate]]]
-    """Judge -> split -> rate of the free replies -> what that judge alone would have given."""
-    disagreement_count: int
-    disagreements: tuple[Disagreement, ...] = field(default=(), repr=False)
-    """In ``disagreements.jsonl``, not in ``evaluation.json``."""
-
-
 def agreement_of(
     vote: VoteJudge,
     records: Sequence[GenerationRecord],
@@ -210,7 +167,7 @@ def agreement_of(
     Returns:
         The comparison.
     """
-    given = vote.verdicts_of_members()
+    given = vote.given
     ids = [record.id for record in records if record.split not in NORMAL_SPLITS]
     labels = {name: [verdicts[entry].label for entry in ids] for name, verdicts in given.items()}
     rows = [(entry, row) for entry, *row in zip(ids, *labels.values(), strict=True) if "error" not in row]
