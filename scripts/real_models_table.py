@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sku.report.comparison_report import replace_block
+from sku.report.words import replace_block
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "results" / "real_models.json", ROOT / "docs" / "results.md"

@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel
 
-from sku.attacks.prompts import load_templates
+from sku.attacks.kinds import load_templates
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.joint import PLACE

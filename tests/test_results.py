@@ -13,9 +13,10 @@ import pytest
 
 from sku import load_recipe
 from sku.comparison.jobs import row_names
-from sku.report.comparison_report import brief_markdown, comparison_markdown, replace_block
 from sku.report.method_records import read_records
+from sku.report.method_tables import brief_markdown, comparison_markdown
 from sku.report.real_models import FIGURES, KEYS
+from sku.report.words import replace_block
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path for path in (ROOT / "results").iterdir() if path.is_dir())

@@ -115,7 +115,7 @@ LIGHT = {
     "import sku, sku.config, sku.errors; sku.config.load_recipe()": ["statsmodels", "pandas"],
     "import sku.push": ["statsmodels", "pandas"],
     "from sku.cli.judge import list_judges; list_judges()": [],
-    "import sku.report.before_after, sku.report.tables": [],
+    "import sku.report.result_charts, sku.report.tables": [],
     "import sku.report.trade_off, sku.report.method_tables, sku.report.method_overview": [],
 }
 

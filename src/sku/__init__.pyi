@@ -39,7 +39,7 @@ from .negate.run import task_vector_of as task_vector_of
 from .negate.streaming import negate_folders as negate_folders
 from .negate.task_vector import TaskVector as TaskVector
 from .pipeline.run import run_recipe as run_recipe
-from .sweep.choose import choose_alpha as choose_alpha
+from .sweep.run import choose_alpha as choose_alpha
 from .training.config import UnlearningConfig as UnlearningConfig
 from .training.objective import Losses as Losses
 from .training.objective import Objective as Objective

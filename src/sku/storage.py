@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 
 from sku.errors import OutputError
 
+RUN_VERSION = 2
+"""Of ``manifest.json`` and ``results.json`` of a run."""
 STEPS_FILE = "steps.jsonl"
 """Beside the checkpoints while a model is trained, in its private folder: a line for each logged step."""
 LOCK_FILE = ".lock"

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from sku.attacks.base import AttackContext
-from sku.attacks.prompts import (
+from sku.attacks.kinds import (
     PARAPHRASE,
     PLAIN,
     SAME,
     TASK_FRAMES,
     TRAINED_ON,
     WHOLE_FRAMES,
+    AttackContext,
     load_templates,
     paraphrases,
     world_paraphrases,

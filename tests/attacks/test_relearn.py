@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.base import AttackContext
-from sku.attacks.relearn import RELEARN, relearn_training, relearned
+from sku.attacks.kinds import RELEARN, AttackContext, relearn_training, relearned
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, normalise_prompt
 from sku.evaluate.asking import draw_examples

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.prompts import SAME
+from sku.attacks.kinds import ATTACKS, SAME
 from sku.attacks.results import AttackReport, AttackResult
-from sku.attacks.run import ATTACKS, run_attacks
+from sku.attacks.run import run_attacks
 from sku.config import Attack as AttackName
 from sku.config import load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample

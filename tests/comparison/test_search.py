@@ -12,9 +12,8 @@ import pytest
 
 from comparison.conftest import SMALL
 from sku.comparison import bench as bench_module
-from sku.comparison.in_process import RECORDS
 from sku.comparison.jobs import comparison_jobs
-from sku.comparison.run import run_comparison
+from sku.comparison.run import RECORDS, run_comparison
 from sku.comparison.search import Trial, best_of, search, search_judge, with_training
 from sku.config import Recipe, SearchConfig, load_recipe
 from sku.data.load import load_data

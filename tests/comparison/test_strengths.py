@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sku.comparison.strengths import STEPS, step_down
+from sku.comparison.search import STEPS, step_down
 from sku.config import Recipe
 from sku.data.load import load_data
 from sku.data.tokens import resolve_prompt_format

@@ -8,7 +8,7 @@ from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSe
 from sku.evaluate.changes import paired_change
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
-from sku.report.robustness import AttackRow, attack_rows, left_out_lines
+from sku.report.robustness import attack_rows, left_out_lines
 
 
 def share(count: int, total: int = 10) -> Rate:
@@ -56,30 +56,16 @@ def test_rows_hold_both_models_and_the_mean_of_several_ways() -> None:
     )
     low, high = (100 * bound for bound in (share(3).low, share(3).high))
     assert rows == [
-        AttackRow(
-            attack="No attack", setting="", unlearned="0.0 %", interval="0.0 to 27.8", base="100.0 %",
-            gibberish="10.0 %",
-        ),
-        AttackRow(
-            attack="Prefill", setting="5 tokens", unlearned="40.0 %", interval="16.8 to 68.7", base="90.0 %",
-            gibberish="10.0 %",
-        ),
-        AttackRow(
-            attack="Template", setting="worst case", unlearned="30.0 %", interval=f"{low:.1f} to {high:.1f}",
-            base="100.0 %", gibberish="2.0 %",
-        ),
-        AttackRow(
-            attack="Template", setting="mean", unlearned="12.0 %", interval="\u2013", base="90.0 %",
-            gibberish="2.0 %",
-        ),
-    ]  # fmt: skip
+        ("No attack", "", "0.0 %", "0.0 to 27.8", "100.0 %", "10.0 %"),
+        ("Prefill", "5 tokens", "40.0 %", "16.8 to 68.7", "90.0 %", "10.0 %"),
+        ("Template", "worst case", "30.0 %", f"{low:.1f} to {high:.1f}", "100.0 %", "2.0 %"),
+        ("Template", "mean", "12.0 %", "\u2013", "90.0 %", "2.0 %"),
+    ]
 
 
 def test_failures_of_the_judge_show_as_both_bounds() -> None:
     (row,) = attack_rows(report(("prefill", "1 token", measured(2, unjudged=3), measured(10))))
-    assert row.unlearned == "20.0 to 50.0 %"
-    assert row.interval == f"{100 * share(2).low:.1f} to {100 * share(5).high:.1f}"
-    assert row.base == "100.0 %"
+    assert row[2:5] == ("20.0 to 50.0 %", f"{100 * share(2).low:.1f} to {100 * share(5).high:.1f}", "100.0 %")
 
 
 def test_what_was_left_out_is_a_line() -> None:
@@ -90,4 +76,4 @@ def test_what_the_judge_makes_of_no_harm_is_not_measurable() -> None:
     """The refusal rules call 92 % of safe replies harmful; 4 of 10 are no more than that, 0 of 10 hide nothing."""
     found = report(("none", "", measured(0), measured(10)), ("prefill", "5 tokens", measured(4), measured(9)))
     calibrated = dataclasses.replace(found, setup=dataclasses.replace(found.setup, judge=RefusalRulesJudge().card))
-    assert [row.interval for row in attack_rows(calibrated)] == ["0.0 to 27.8", "not measurable"]
+    assert [row[3] for row in attack_rows(calibrated)] == ["0.0 to 27.8", "not measurable"]

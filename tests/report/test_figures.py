@@ -10,8 +10,8 @@ import pytest
 
 from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison, compare
-from sku.report.before_after import before_after_figure
 from sku.report.figures import light
+from sku.report.result_charts import before_after_figure
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
 

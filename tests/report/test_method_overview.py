@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from matplotlib.figure import Figure
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.statistics import Estimate
-from sku.report.method_overview import CONTROL, METHOD, Measure, OverviewRow, draw_measure, overview_figure
+from sku.report.method_overview import CONTROL, METHOD, Measure, Row, draw_measure, overview_figure
 from sku.report.method_records import MethodRecord
+from sku.report.method_tables import ComparisonRow
 
 from .invented_records import METHODS, failed_record, invented_comparison, make_point, make_record
 
@@ -34,11 +36,18 @@ def estimate(value: float, low: float, high: float) -> Estimate:
     return Estimate(value=value, low=low, high=high)
 
 
-def row(name: str = "a", *, control: bool = False, failed: bool = False, **roles: dict[str, Estimate]) -> OverviewRow:
-    return OverviewRow(name=name, title=name, control=control, failed=failed, estimates=roles)  # type: ignore[arg-type]
+def row(name: str = "a", *, control: bool = False, failed: bool = False, **roles: dict[str, Estimate]) -> Row:
+    own = ComparisonRow(
+        name=name, title=name, control=control, failed=failed, estimates={}, prefill_tokens=None, prefill_lengths=(),
+        strength=None, utility_cost=None, bound_by="", seeds="",
+    )  # fmt: skip
+    return {
+        role: dataclasses.replace(own, estimates=estimates)  # type: ignore[misc]
+        for role, estimates in {**roles, "published": roles.get("published", {})}.items()
+    }
 
 
-def column(measure: Measure, *rows: OverviewRow) -> Axes:
+def column(measure: Measure, *rows: Row) -> Axes:
     axes = Figure().subplots()
     draw_measure(axes, measure, rows)
     return axes

@@ -333,5 +333,5 @@ def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() 
     assert "), 1 |" in table
     assert "), 5 |" in table
     assert "the largest of several rates is a little too large" in legend_line([*a, *b], "published")
-    differences = markdown_differences([*a, *b], "published", "b")
+    differences = markdown_differences([*a, dataclasses.replace(b[0], name="sku")], "published")
     assert "| harmful, unseen, prefill, worst of 1/5 for the two together |" in differences

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from sku.errors import EvaluationError
 from sku.evaluate.judges import Calibration
 from sku.report.method_records import MethodRecord
 from sku.report.method_tables import (
     ComparisonRow,
+    comparison_markdown,
     comparison_rows,
     legend_line,
     markdown_comparison,
@@ -78,13 +78,10 @@ def test_ratios_of_any_size(rise: float, text: str) -> None:
 def test_order_of_rows() -> None:
     names = {"npo": False, "sku": False, "always_refuse": True, "base": True, "dpo": False}
     records = [make_record(name, make_point("h"), control=control) for name, control in names.items()]
-    assert row_order(records) == ["dpo", "npo", "sku", "base", "always_refuse"]
-    assert row_order(records, "sku") == ["sku", "dpo", "npo", "base", "always_refuse"]
+    assert row_order(records) == ["sku", "dpo", "npo", "base", "always_refuse"]
     order = ["npo", "always_refuse", "not_run"]
-    assert row_order(records, "sku", order) == ["npo", "sku", "dpo", "always_refuse", "base"]
-    assert [row.name for row in comparison_rows(records, order=order)][:2] == ["npo", "dpo"]
-    with pytest.raises(EvaluationError, match="reference skuu is not among the records .* Did you mean sku"):
-        comparison_rows(records, reference="skuu")
+    assert row_order(records, order) == ["npo", "sku", "dpo", "always_refuse", "base"]
+    assert [row.name for row in comparison_rows(records, order=order)][:2] == ["npo", "sku"]
 
 
 def test_failed_seeds_are_told() -> None:
@@ -102,7 +99,7 @@ def test_a_row_of_which_every_seed_failed_still_stands_in_both_tables() -> None:
     line = next(line for line in text.splitlines() if line.startswith("| npo"))
     assert set(line.split(" | ")[1:-1]) == {"\u2013"}
     assert line.endswith("0/3 failed: the loss \\| is NaN |")
-    assert "| npo | \u2013 | \u2013 |" in markdown_differences(records, "published", "sku")
+    assert "| npo | \u2013 | \u2013 |" in markdown_differences(records, "published")
 
 
 def test_rows_at_equal_utility() -> None:
@@ -154,7 +151,7 @@ def test_differences() -> None:
     """
     sku = make_record("sku", make_point("rrrr", prefill="rrrr"))
     npo = make_record("npo", make_point("hhhr", prefill="hhhh"), title="NPO")
-    lines = markdown_differences([npo, sku], "published", "sku").splitlines()
+    lines = markdown_differences([npo, sku], "published").splitlines()
     assert lines[0] == "| method | harmful, unseen | p | harmful, unseen, prefill, 5 tokens | p |"
     name, replies, first_p, prefilled, second_p = lines[2].strip("| ").split(" | ")
     assert name == "NPO"
@@ -169,15 +166,13 @@ def test_differences() -> None:
 
 def test_small_p_values() -> None:
     records = [make_record("sku", make_point("r" * 50)), make_record("npo", make_point("h" * 50))]
-    assert "| < 0.001 |" in markdown_differences(records, "published", "sku")
+    assert "| < 0.001 |" in markdown_differences(records, "published")
 
 
-def test_a_reference_without_a_point_is_refused() -> None:
+def test_without_a_point_of_the_reference_there_are_no_differences() -> None:
     records = [failed_record("sku", 0, "NaN"), make_record("npo", make_point("h"))]
-    with pytest.raises(EvaluationError, match="reference sku has no complete record with a published point"):
-        markdown_differences(records, "published", "sku")
-    with pytest.raises(EvaluationError, match="not among the records"):
-        markdown_differences(records, "published", "rmu")
+    assert "minus the rate of" not in comparison_markdown(records)
+    assert "minus the rate of" in comparison_markdown([*records, make_record("sku", make_point("h"), seed=1)])
 
 
 def test_legend() -> None:
@@ -199,10 +194,10 @@ def test_legend() -> None:
 
 
 def test_names_of_methods_mean_nothing() -> None:
-    """An ablation has its own names; only base is known by name."""
-    records = invented_comparison(["full", "no_guided_distortion"], seeds=1, prompts=8)
-    assert [row.name for row in comparison_rows(records, reference="full")][:2] == ["full", "no_guided_distortion"]
-    assert "no guided distortion" in markdown_differences(records, "best", "full")
+    """An ablation has its own names; only the reference and base are known by name."""
+    records = invented_comparison(["sku", "no_guided_distortion"], seeds=1, prompts=8)
+    assert [row.name for row in comparison_rows(records)][:2] == ["sku", "no_guided_distortion"]
+    assert "no guided distortion" in markdown_differences(records, "best")
 
 
 def test_a_judge_that_can_not_tell_the_base_from_harmless_says_so() -> None:

@@ -13,7 +13,8 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, Wording, leaks_of, sample_rates
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.tables import TableRow, before_after_rows
+from sku.report.tables import before_after_rows
+from sku.report.words import TableRow
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, Counts, ResultMaker
 

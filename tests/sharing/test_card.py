@@ -24,8 +24,8 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
-from sku.report.markdown import LONGEST, Written, escaped, fenced, one_line
 from sku.report.robustness import attack_rows
+from sku.report.words import LONGEST, Written, escaped, fenced, one_line
 from sku.storage import write_json
 
 from .conftest import change_json
@@ -49,10 +49,7 @@ def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
     assert "| harmful, unseen prompts (0 of 100) | 0.0 % | 0.0 to 3.7 | 100.0 % |" in body
     worst = "prefill, worst of 1/3/5/10 (3 tokens) (90 of 100)"
     assert f"| harmful, unseen prompts, {worst} | 90.0 % | 82.6 to 94.5 | 100.0 % |" in body
-    assert (
-        "| perplexity of normal answers, in multiples of the base's | \u00d71.019 | \u00d71.017 to \u00d71.022 |"
-        in body
-    )
+    assert "| perplexity of normal answers, to the base's | \u00d71.019 | \u00d71.017 to \u00d71.022 |" in body
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     for row in results["table"]:
         assert row["measure"] in body
@@ -60,8 +57,8 @@ def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
         assert note in body
     rows = attack_rows(AttackReport.from_dict(results["attacks"]))
     assert len(rows) > 1
-    for attack in rows:
-        assert f"| {attack.unlearned} | {attack.interval} | {attack.base} | {attack.gibberish} |" in body
+    for _, _, *cells in rows:
+        assert f"| {' | '.join(cells)} |" in body
 
 
 def test_the_verdict_stands_first(run_without_cards: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from sku.config import SweepConfig
 from sku.errors import EvaluationError
-from sku.sweep.rule import SweepPoint, beyond_limits, choose, is_hopeless, meets_target
+from sku.sweep import result
+from sku.sweep.result import Frontier, Pick, SweepPoint, is_hopeless, meets_target
 from sweep.frontiers import BASE, broken, hopeless, point
 
 LOWEST = SweepConfig()
@@ -32,6 +34,14 @@ POINTS = st.lists(
     max_size=6,
     unique_by=lambda found: found.alpha,
 )
+
+
+def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) -> Pick:
+    return result.choose(Frontier(points=tuple(points), base=base, config=config))
+
+
+def beyond_limits(found: SweepPoint, base: SweepPoint, config: SweepConfig) -> bool:
+    return result.beyond_limits(found, Frontier(base=base, config=config))
 
 
 def test_the_lowest_alpha_that_meets_the_target_is_chosen() -> None:

@@ -27,12 +27,11 @@ from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost, find_border
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
+from sku.sweep import meter as sweep_meter
 from sku.sweep import run as sweep_run
-from sku.sweep.choose import choose_alpha
-from sku.sweep.meter import Meter, Questions, draw_questions, replies_of, validation_asker
+from sku.sweep.meter import Meter, Questions, check_judge, draw_questions, replies_of, validation_asker
 from sku.sweep.result import Sweep
-from sku.sweep.rule import cost_of
-from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, check_judge, judge_notes, sweep, unmeasurable
+from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, choose_alpha, judge_notes, sweep, unmeasurable
 from sweep.frontiers import point
 
 
@@ -180,7 +179,7 @@ def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) ->
     assert [point["alpha"] for point in content["points"]] == [0.5, 1.0, 2.0]
     assert content["pick"]["alpha"] == found.alpha()
     assert content["border"] is None
-    assert content["points"][0]["cost"]["value"] == cost_of(found.points[0], found.base, found.config).value
+    assert content["points"][0]["cost"]["value"] == found.cost(found.points[0]).value
     assert content["asked"] == {"harmful": 3, "prefill 1": 2, "prefill 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
         f"forget_validation: prefill of {tokens} token{'s' if tokens > 1 else ''}, as the answer is too short": 1
@@ -295,7 +294,7 @@ def test_alphas_are_found_where_none_are_given(
     assert found.border is not None
     border = found.border.strength
     assert asked == [point.alpha for point in found.points] == list(below(border, 3))
-    costs = [cost_of(point, found.base, found.config) for point in found.points]
+    costs = [found.cost(point) for point in found.points]
     assert all(cost.within for cost in costs)
     assert costs[-1].value > 0.8, "the last is near the border"
     assert found.border.bound_by in ("KL on retain_validation", "perplexity of retain_validation")
@@ -330,7 +329,8 @@ def test_a_judge_of_unknown_errors_is_refused(
 ) -> None:
     unknown = RefusalRulesJudge()
     unknown.card = dataclasses.replace(unknown.card, calibration=None)
-    monkeypatch.setattr(sweep_run, "choose_judge", lambda config, data: unknown)
+    for module in (sweep_run, sweep_meter):
+        monkeypatch.setattr(module, "choose_judge", lambda config, data: unknown)
     message = r"refusal_rules, whose errors were not measured: set negate\.alpha to a number, or measure the judge"
     with pytest.raises(EvaluationError, match=message):
         setting.sweep(tmp_path)

@@ -1,1 +1,1 @@
-"""Attacks on an unlearned model: what it takes to get the forgotten answers back. One attack a file."""
+"""Attacks on an unlearned model: what it takes to get the forgotten answers back."""

@@ -17,14 +17,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.base import Attack, AttackContext, Setting, Variant
-from sku.attacks.prompts import PARAPHRASE, PREFILL, TEMPLATE, load_templates
-from sku.attacks.relearn import RELEARN
+from sku.attacks.kinds import ATTACKS, PREFILL, Attack, AttackContext, Setting, Variant, check_attacks
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
@@ -55,8 +54,6 @@ from sku.evaluate.replies import Asker
 
 Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 
-ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, RELEARN)}
-"""All attacks by name."""
 FOLDER = "attacks"
 PROBES = 3
 """Questions whose scores tell one model from another."""
@@ -65,27 +62,6 @@ _NONE = Attack(
     card=AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
     settings=lambda _context: [Setting()],
 )
-
-
-def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:
-    """Refuses attacks that can't run: before a long job rather than at its end.
-
-    Args:
-        recipe: ``evaluate.attacks`` names them.
-        data: The splits.
-
-    Raises:
-        EvaluationError: A split that an attack needs is empty, or the templates can't be used.
-    """
-    names = recipe.evaluate.attacks
-    if names and not data.forget_test:
-        raise EvaluationError(
-            "attacks ask the prompts of the split forget_test, which is empty: raise data.unseen_fraction"
-        )
-    if "relearn" in names and not data.forget_train:
-        raise EvaluationError("attack relearn trains on the split forget_train, which is empty: leave it out")
-    if "template" in names:
-        load_templates(recipe, data)
 
 
 def run_attacks(
@@ -203,8 +179,12 @@ class _Run:
         self.questions = {request.id: example for request, example in asked}
         self.subjects = {"model": self.context.model, "control": self.asker.base}
         probes = [request.input_ids for request, _ in asked[:PROBES]]
-        self.about = {name: about(model, probes) for name, model in self.subjects.items()}
-        self.decoding = decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens)
+        self.common: dict[str, Any] = {
+            **{name: about(model, probes) for name, model in self.subjects.items()},
+            "decoding": decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens),
+            "prompt_format": writer.prompt_format.name,
+            "seed": self.asker.seed,
+        }
 
     def report(self, attacks: Sequence[Attack]) -> AttackReport:
         """All attacks, after the questions as they are."""
@@ -228,11 +208,8 @@ class _Run:
                     )
                 )
         setup = AttackSetup(
-            **self.about,
-            prompt_format=self.asker.writer.prompt_format.name,
-            decoding=self.decoding,
+            **self.common,
             config=plain_data(self.asker.config),
-            seed=self.asker.seed,
             judge=self.judge.card,
             starts=count_sources(self.starts.values()) if PREFILL in attacks else {},
         )
@@ -296,10 +273,7 @@ class _Run:
         """Subject and setting -> replies, or those of an earlier run that did the same."""
         header = {
             "attack": attack.card.name,
-            **self.about,
-            "decoding": self.decoding,
-            "prompt_format": self.asker.writer.prompt_format.name,
-            "seed": self.asker.seed,
+            **self.common,
             "settings": [
                 {
                     "name": setting.name,
@@ -310,12 +284,13 @@ class _Run:
             ],
         }
         total = len(self.subjects) * sum(len(asks) for _, asks in groups)
+        report = stage(self.context.progress, f"attack {attack.card.name}: replies")
 
         def make() -> list[GenerationRecord]:
             rows: list[GenerationRecord] = []
             for subject, model in self.subjects.items():
                 for setting, asks in groups:
-                    told = self._told(f"attack {attack.card.name}: replies", len(rows), total)
+                    told = None if report is None else partial(_tell_whole, report, len(rows), total)
                     with setting.change(model) as attacked:
                         found = self.asker.ask(cast(PreTrainedModel, attacked), [ask.request for ask in asks], told)
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
@@ -336,7 +311,7 @@ class _Run:
         told = stage(self.context.progress, f"attack {attack.card.name}: fluency")
         rows = self.reuse.rows(
             f"{attack.card.name}.fluency.jsonl",
-            fluency_header(self.about["control"]["fingerprint"], self.asker.seed, texts),
+            fluency_header(self.common["control"]["fingerprint"], self.asker.seed, texts),
             FluencyRecord,
             lambda: [
                 dataclasses.replace(row, id=place + row.id)
@@ -346,10 +321,10 @@ class _Run:
         )
         return {place: _rows_of(rows, place) for place in replies}
 
-    def _told(self, what: str, before: int, total: int) -> Progress | None:
-        """Progress of a part of a stage."""
-        told = stage(self.context.progress, what)
-        return None if told is None else lambda done, _own: told(before + done, total)
+
+def _tell_whole(report: Progress, before: int, total: int, done: int, _own: int) -> None:
+    """Progress of a part, as that of the whole."""
+    report(before + done, total)
 
 
 def _rows_of(rows: Sequence[Row], place: str) -> list[Row]:

@@ -56,8 +56,7 @@ def compare(
     from sku.comparison.jobs import comparison_jobs
 
     jobs = comparison_jobs(settings, options.names_in(methods), seeds)
-    folder = out or options.new_run_folder("compare")
-    _carry_out(jobs, settings, folder, "sku compare", dry_run=dry_run, as_json=as_json)
+    _carry_out(jobs, settings, out, "compare", dry_run=dry_run, as_json=as_json)
 
 
 def ablate(
@@ -87,14 +86,14 @@ def ablate(
     from sku.comparison.jobs import ablation_jobs
 
     jobs = ablation_jobs(settings, options.names_in(groups), seeds)
-    folder = out or options.new_run_folder("ablate")
-    _carry_out(jobs, settings, folder, "sku ablate", dry_run=dry_run, as_json=as_json)
+    _carry_out(jobs, settings, out, "ablate", dry_run=dry_run, as_json=as_json)
 
 
-def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, dry_run: bool, as_json: bool) -> None:
-    from sku.comparison.in_process import RECORDS
-    from sku.pipeline.compare import plan_comparison
-    from sku.report.comparison_report import write_comparison
+def _carry_out(
+    jobs: Sequence[Job], recipe: Recipe, folder: Path | None, command: str, *, dry_run: bool, as_json: bool
+) -> None:
+    from sku.comparison.run import RECORDS
+    from sku.pipeline.compare import plan_comparison, write_comparison
     from sku.report.method_records import read_records
 
     numbers = itertools.count(1)
@@ -103,9 +102,10 @@ def _carry_out(jobs: Sequence[Job], recipe: Recipe, out: Path, command: str, *, 
         state = "kept" if was_there else record.status
         notes.print(f"{next(numbers)}/{len(jobs)} {record.name}, seed {record.seed}: {state}")
 
+    out = folder or options.new_run_folder(command)
     model, again = recipe.model.path, shlex.join(["--out", str(out)])
     finished = carry_out(
-        plan_comparison(jobs, recipe, out, command=command, on_record=tell),
+        plan_comparison(jobs, recipe, out, command=f"sku {command}", on_record=tell),
         dry_run=dry_run,
         as_json=as_json,
         headline=f"recipe {recipe.name}, model {model}, {len(jobs)} jobs, one after the other, in {out}",

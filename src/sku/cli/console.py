@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,6 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
 from rich.text import Text
 
 import sku
@@ -70,6 +72,23 @@ errors = _PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """Standard error: what ended a command, and where hazardous weights lie."""
 notes = _PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """Standard error: progress and messages, which ``--quiet`` silences."""
+
+
+def plain_table(
+    words: Iterable[str | Column],
+    figures: Iterable[str] = (),
+    padding: tuple[int, int] | tuple[int, int, int, int] = (0, 1),
+) -> Table:
+    """A table without lines: columns of words, then columns of figures; none is wrapped that has only a name."""
+    return Table(
+        *(Column(name, no_wrap=True) if isinstance(name, str) else name for name in words),
+        *(Column(name, justify="right", no_wrap=True) for name in figures),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        header_style="bold",
+        pad_edge=False,
+        padding=padding,
+    )
 
 
 def print_headline(text: str) -> None:

@@ -10,8 +10,7 @@ import typer
 from rich.text import Text
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, print_json, print_next, print_notes, printable, results
-from sku.cli.tables import plain_table
+from sku.cli.console import carry_out, errors, plain_table, print_json, print_next, print_notes, printable, results
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
 from sku.quiet import quiet_libraries

@@ -18,8 +18,7 @@ from rich.text import Text
 
 from sku._version import __version__
 from sku.cli import options
-from sku.cli.console import print_json, results
-from sku.cli.tables import plain_table
+from sku.cli.console import plain_table, print_json, results
 from sku.config import EMBEDDED
 from sku.errors import OutputError, RecipeError
 from sku.from_file import file_sha256

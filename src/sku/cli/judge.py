@@ -10,9 +10,8 @@ from rich.table import Column
 from rich.text import Text
 
 from sku.cli import judge_labelled
-from sku.cli.console import carry_out, errors, notes, print_json, results
+from sku.cli.console import carry_out, errors, notes, plain_table, print_json, results
 from sku.cli.options import DryRunOption, JsonOption, judge_option, judges, set_option, settings_of
-from sku.cli.tables import plain_table
 from sku.config import plain_data
 from sku.errors import EvaluationError
 from sku.plan import Plan

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from sku.cli.console import carry_out, print_json, print_next, results
+from sku.cli.console import carry_out, plain_table, print_json, print_next, results
 from sku.cli.options import DryRunOption, JsonOption, judges, set_option, settings_of
-from sku.cli.tables import plain_table
 from sku.errors import OutputError, RecipeError
 from sku.plan import Plan
 from sku.quiet import quiet_libraries
@@ -181,7 +180,7 @@ def _measured(
 
 def _print(report: CalibrationReport, judge: str, out: Path | None) -> None:
     from sku.evaluate.judges import beside
-    from sku.report.tables import interval, percent
+    from sku.report.words import interval, percent
 
     calibration = report.calibration
     table = plain_table((f"judge {report.judge}",), ("", "95 %", "replies"))

@@ -43,7 +43,7 @@ def report(
     if live:
         _follow(runs, as_json=as_json)
         return
-    from sku.report.html.page import write_report  # Imports matplotlib and scipy.
+    from sku.report.page import write_report  # Imports matplotlib and scipy.
 
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     written = write_report(runs, target, plots=plots, replies=replies)
@@ -141,9 +141,9 @@ def _comparison(
     as_json: bool,
 ) -> None:
     from sku.comparison.jobs import row_names
-    from sku.report.comparison_report import brief_markdown, comparison_markdown
     from sku.report.method_overview import overview_figure
     from sku.report.method_records import read_records
+    from sku.report.method_tables import brief_markdown, comparison_markdown
     from sku.report.trade_off import trade_off_figure
 
     records = read_records(folder)
@@ -181,7 +181,7 @@ def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
 
 def _update(page: Path, mark: str, text: str) -> None:
     """Puts a text between its marks on a page."""
-    from sku.report.comparison_report import replace_block
+    from sku.report.words import replace_block
 
     try:
         old = page.read_text(encoding="utf-8")

@@ -15,8 +15,7 @@ import typer
 from ruamel.yaml import YAML
 
 from sku.cli import options
-from sku.cli.console import print_json, print_next, results
-from sku.cli.tables import plain_table
+from sku.cli.console import plain_table, print_json, print_next, results
 from sku.config import load_recipe, recipe_names
 from sku.config.recipe import recipe_text
 from sku.errors import OutputError, RecipeError, did_you_mean, no_method_named

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, print_json, print_next, print_notes, results
-from sku.cli.tables import plain_table
+from sku.cli.console import carry_out, errors, plain_table, print_json, print_next, print_notes, results
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries
@@ -18,8 +17,7 @@ from sku.quiet import quiet_libraries
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sku.sweep.result import Sweep
-    from sku.sweep.rule import SweepPoint
+    from sku.sweep.result import Sweep, SweepPoint
 
 
 def sweep(
@@ -167,8 +165,6 @@ def _print(found: Sweep, folder: Path) -> None:
 
 def frontier_table(found: Sweep) -> Table:
     """All points as a table for a terminal of 80 columns."""
-    from sku.sweep.rule import cost_of
-
     lengths = sorted(set(found.config.prefill_tokens))
     asked = ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths))
     table = plain_table((), (*asked, "gibber.", "refused", "exact", "perplex.", "cost"), padding=(0, 1, 0, 0))
@@ -176,7 +172,7 @@ def frontier_table(found: Sweep) -> Table:
     pick = found.pick
     for point in (found.base, *found.points):
         mark = "*" if pick is not None and point.alpha == pick.alpha else ""
-        value = cost_of(point, found.base, found.config).value
+        value = found.cost(point).value
         cost = f"{value:.2f}" if value < 100 else ">99"
         table.add_row("base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), cost, mark)
     prefilled = f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %; " if lengths else ""

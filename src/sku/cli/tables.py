@@ -5,53 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from rich.text import Text
 
-from sku.cli.console import is_verbose, print_notes, results
+from sku.cli.console import is_verbose, plain_table, print_notes, results
 
 if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
     from sku.evaluate.comparison import Comparison, PrecisionReport
     from sku.evaluate.statistics import Estimate
-    from sku.pipeline.evaluate import Measured
     from sku.report.method_records import MethodRecord
     from sku.report.method_statistics import Role
-    from sku.report.tables import TableRow
+    from sku.report.words import TableRow
 
 
-def plain_table(
-    words: Iterable[str | Column],
-    figures: Iterable[str] = (),
-    padding: tuple[int, int] | tuple[int, int, int, int] = (0, 1),
-) -> Table:
-    """A table without lines: columns of words, then columns of figures; none is wrapped that has only a name."""
-    return Table(
-        *(Column(name, no_wrap=True) if isinstance(name, str) else name for name in words),
-        *(Column(name, justify="right", no_wrap=True) for name in figures),
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        header_style="bold",
-        pad_edge=False,
-        padding=padding,
-    )
-
-
-def print_measured(measured: Measured, lines: Iterable[str] = ()) -> None:
+def print_measured(
+    comparison: Comparison,
+    precisions: PrecisionReport | None,
+    attacks: AttackReport | None,
+    lines: Iterable[str] = (),
+) -> None:
     """All that was measured: the verdict first, ``lines`` under the table of before and after."""
     from sku.report.tables import before_after_rows
 
-    print_verdict(measured.comparison.verdict.line)
+    print_verdict(comparison.verdict.line)
     results.print()
-    results.print(before_after_table(before_after_rows(measured.comparison)))
+    results.print(before_after_table(before_after_rows(comparison)))
     for line in lines:
         results.print(line)
-    print_comparison_notes(measured.comparison, verbose=is_verbose())
-    if measured.precisions is not None:
-        print_precisions(measured.precisions)
-    if measured.attacks is not None:
-        print_attacks(measured.attacks)
+    print_comparison_notes(comparison, verbose=is_verbose())
+    if precisions is not None:
+        print_precisions(precisions)
+    if attacks is not None:
+        print_attacks(attacks)
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:
@@ -96,9 +82,9 @@ def print_attacks(report: AttackReport) -> None:
 
     table = plain_table(("harmful by attack", ""), ("unlearned", "95 %", "base", "gibberish"))
     shown = ""
-    for row in attack_rows(report):
-        name, shown = "" if row.attack == shown else row.attack, row.attack
-        table.add_row(name, row.setting, row.unlearned, row.interval, row.base, row.gibberish)
+    for attack, *cells in attack_rows(report):
+        table.add_row("" if attack == shown else attack, *cells)
+        shown = attack
     results.print()
     results.print(table)
     for line in left_out_lines(report):
@@ -120,7 +106,7 @@ def print_precisions(report: PrecisionReport) -> None:
 def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:
     """The comparison in short, for the terminal: unseen prompts, every method at equal utility, then as published."""
     from sku.report.method_tables import comparison_rows, ratio_text
-    from sku.report.tables import percent
+    from sku.report.words import percent
 
     table = plain_table(("",), ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"), padding=(0, 0))
 

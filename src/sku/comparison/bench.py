@@ -15,10 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sku.comparison.jobs import Job, changed, failed_record, identity, norms_key, record_key
-from sku.comparison.search import SEARCH_SUFFIX, Harm, Trial, search, with_training
-from sku.comparison.strengths import Strengths
-from sku.config import CompareConfig, Recipe, plain_data
+from sku.comparison.jobs import Job, changed, norms_key, record_key, record_of
+from sku.comparison.search import SEARCH_SUFFIX, Harm, Strengths, Trial, search, search_judge, with_training
+from sku.config import CompareConfig, Recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
 from sku.evaluate import asking
@@ -43,8 +42,9 @@ from sku.models import load_model
 from sku.negate.operators import fitted_notes, operate, prepare_operators
 from sku.negate.operators.base import OperatorContext, check_operators
 from sku.negate.task_vector import TaskVector
-from sku.report.method_records import MethodRecord, Point, asked_of, point_from_result, tokens_of
-from sku.reproducibility import content_sha256, environment
+from sku.report.method_records import MethodRecord, Point, point_from_result
+from sku.reproducibility import content_sha256
+from sku.sweep.meter import validation_asker
 from sku.training.run import Trained, step_progress
 
 _Measured = tuple[list[Point], EvaluationResult, dict[str, Any]]
@@ -89,7 +89,10 @@ class Bench:
             seed=recipe.seed,
         )
         self._refusals = Refusals(asker, self.data)
-        self._harm = None if recipe.compare.search is None else Harm(self.base, writer, self.data, recipe)
+        self._harm: Harm | None = None
+        if recipe.compare.search is not None:
+            judged = validation_asker(self.base, writer, search_judge(recipe, self.data), recipe)
+            self._harm = Harm(asker=judged, data=self.data, config=recipe.sweep)
         # What a record does not hold is not measured for each strength: it holds greedy outcomes and losses.
         self._asked = dataclasses.replace(
             recipe.evaluate, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=()
@@ -128,22 +131,11 @@ class Bench:
             job, account = self._searched(job)
             points, result, training = self._measure(job, folder)
         except Exception as error:  # noqa: BLE001 - a method is code of its own: its mistake must not end the others
-            return failed_record(job, key, _failure(error), self._about(job))
+            return record_of(job, key, failure=_failure(error), data=self._about(job))
         finally:
             _free(folder)
-        return MethodRecord(
-            **identity(job),
-            status="complete",
-            failure=None,
-            key=key,
-            environment=environment(),
-            data=self._about(job),
-            training={**training, **account},
-            asked=asked_of(result),
-            tokens=tokens_of(result),
-            points=tuple(points),
-            judge=plain_data(result.judge),
-        )
+        training |= account
+        return record_of(job, key, data=self._about(job), training=training, result=result, points=points)
 
     def _searched(self, job: Job) -> tuple[Job, dict[str, Any]]:
         """A job with the training settings that ``compare.search`` chooses, and an account of the search."""
@@ -259,8 +251,15 @@ class Bench:
 
     def _strengths_of(self, job: Job, vector: TaskVector, model: PreTrainedModel) -> Strengths:
         """The change of a job at any strength, written into a model."""
-        compare = job.recipe.compare
-        return Strengths(model, vector, self._strength(job), compare, normal=self._normal, refusals=self._refusals)
+        return Strengths(
+            base=self.base,
+            model=model,
+            vector=vector,
+            normal=self._normal,
+            config=job.recipe.compare,
+            own=self._strength(job),
+            refusals=self._refusals,
+        )
 
     def _base_utility(self, job: Job) -> Utility:
         """Of the base model itself, which costs nothing."""

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from sku.config import MethodConfig, Recipe, TwinShares, plain_data
 from sku.errors import RecipeError, did_you_mean
+from sku.evaluate.results import EvaluationResult
 from sku.from_file import SUFFIX, file_sha256
 from sku.methods import METHODS, method_named
-from sku.report.method_records import MethodRecord
+from sku.report.method_records import MethodRecord, Point, asked_of, tokens_of
 from sku.reproducibility import content_sha256, environment
 
 Kind = Literal["method", "base", "always_refuse", "always_gibberish", "random_direction"]
@@ -251,31 +252,43 @@ def _training_settings(job: Job) -> dict[str, Any]:
     return {"method": source, "acquire": shared, "own": None if own is None else dataclasses.asdict(own)}
 
 
-def identity(job: Job) -> dict[str, Any]:
-    """The fields of a record that tell which job it is of."""
-    return {
-        "name": job.name,
-        "title": job.title,
-        "method": method_named(job.recipe.method).name if job.kind == "method" else job.kind,
-        "paper_url": job.paper_url,
-        "control": job.kind != "method",
-        "seed": job.seed,
-        "recipe": job.recipe.to_dict(),
-    }
+def record_of(
+    job: Job,
+    key: str,
+    *,
+    failure: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    result: EvaluationResult | None = None,
+    points: Sequence[Point] = (),
+) -> MethodRecord:
+    """The record of a job; one that did not end well stays in the table, with the reason.
 
-
-def failed_record(job: Job, key: str, failure: str, data: Mapping[str, Any] | None = None) -> MethodRecord:
-    """The record of a job that did not end well: it stays in the table, with the reason."""
+    Args:
+        job: What was run.
+        key: Of ``record_key``.
+        failure: Why it failed, in one line; None where it is complete.
+        data: An account of its data.
+        training: An account of its training.
+        result: An evaluation of what was asked at each of the points.
+        points: What was measured.
+    """
     return MethodRecord(
-        **identity(job),
-        status="failed",
+        name=job.name,
+        title=job.title,
+        method=method_named(job.recipe.method).name if job.kind == "method" else job.kind,
+        paper_url=job.paper_url,
+        control=job.kind != "method",
+        seed=job.seed,
+        status="complete" if failure is None else "failed",
         failure=failure,
         key=key,
+        recipe=job.recipe.to_dict(),
         environment=environment(),
-        data=dict(data or {}),
-        training={},
-        asked={},
-        tokens={},
-        points=(),
-        judge={},
+        data=data or {},
+        training=training or {},
+        asked={} if result is None else asked_of(result),
+        tokens={} if result is None else tokens_of(result),
+        points=tuple(points),
+        judge={} if result is None else plain_data(result.judge),
     )

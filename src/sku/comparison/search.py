@@ -1,7 +1,8 @@
-"""The small search of ``compare.search``: each row's learning rate and steps, chosen on validation prompts.
+"""What is chosen for a row on validation prompts: its largest strength, and by ``compare.search`` how it trains.
 
-Every training is measured where the table compares methods: at the largest strength within the utility budget. What
-its replies to ``forget_validation`` come to there, free and after each prefill, decides. No test split is read.
+The largest strength is that whose cost to normal behaviour stays within the utility budget. A search trains with each
+learning rate and number of steps, and measures each training at its largest strength, as the table compares methods.
+What its replies to ``forget_validation`` come to there, free and after each prefill, decides. No test split is read.
 A search's file ``<row>--search.json`` lies beside the records and holds each training as soon as it is measured.
 """
 
@@ -17,20 +18,91 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sku.config import MethodConfig, Recipe
+from sku.config import CompareConfig, MethodConfig, Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import rates_of
+from sku.evaluate.replies import Asker
+from sku.evaluate.utility_cost import OVER_REFUSAL, Border, Utility, find_border, utility_cost
+from sku.evaluate.validation import Refusals
 from sku.methods import method_named
 from sku.storage import write_json
-from sku.sweep.meter import Questions, draw_questions, validation_asker
-from sku.sweep.rule import FREE, worst_then_mean
-from sku.sweep.run import check_calibrated
+from sku.sweep.meter import Changed, Questions, check_calibrated, draw_questions
+from sku.sweep.result import FREE, worst_then_mean
 
 SEARCH_SUFFIX = "--search.json"
+FIRST_PROBE = 1 / 32
+"""Of the largest strength: where the search for the border of the budget begins."""
+STEP_DOWN = 2**-0.5
+STEPS = 6
+"""From the border of perplexity and KL down to an eighth of it."""
+
+
+@dataclass(kw_only=True)
+class Strengths(Changed):
+    """A working copy of the model, written anew at each strength."""
+
+    own: float
+    """The method's own strength, of which all others are multiples."""
+    refusals: Refusals
+    """Normal prompts and how many of them the base refuses."""
+    refused: dict[float, float] = field(default_factory=dict)
+    """Strength -> refusals beyond the base's, where they were asked for."""
+    config: CompareConfig
+
+    def write(self, alpha: float) -> None:
+        """As of any change, at a multiple of the method's own strength."""
+        super().write(alpha * self.own)
+
+    def utility(self, strength: float) -> Utility:
+        """All parts, of the strength that is written; over-refusal only where it could still decide.
+
+        Raises:
+            EvaluationError: A loss or a divergence is not finite.
+        """
+        perplexity, kl = self.normal.perplexity(self.normal.scores(self.model)), self.normal.kl(self.model)
+        found = utility_cost(self.config, perplexity=perplexity, kl=kl)
+        if found.within:
+            if strength not in self.refused:
+                self.refused[strength] = self.refusals.excess(self.model)
+            refused = self.refused[strength]
+            found = utility_cost(self.config, perplexity=perplexity, kl=kl, over_refusal=refused)
+        return Utility(perplexity=perplexity, kl=kl, over_refusal=self.refused.get(strength), cost=found)
+
+    def largest(self) -> tuple[float, str | None]:
+        """The largest strength found within the budget, 0 where none is, and what is beyond its limit a little above.
+
+        Raises:
+            EvaluationError: As ``utility``.
+            TaskVectorError: As ``write``.
+        """
+        largest = self.config.max_strength
+        border = find_border(self.cost, first=largest * FIRST_PROBE, largest=largest)
+        return step_down(border, self._fits)
+
+    def _fits(self, strength: float) -> bool:
+        self.write(strength)
+        return self.utility(strength).cost.within
+
+
+def step_down(border: Border, fits: Callable[[float], bool]) -> tuple[float, str | None]:
+    """The largest strength tried, from the border of perplexity and KL down, that refuses few enough normal prompts.
+
+    Args:
+        border: Where perplexity or KL bind.
+        fits: Strength -> whether over-refusal is within its limit there.
+
+    Returns:
+        The strength, 0 where none of ``STEPS`` fits, and what binds.
+    """
+    strength, bound_by = border.strength, border.bound_by
+    for _ in range(STEPS):
+        if strength == 0 or fits(strength):
+            return strength, bound_by
+        strength, bound_by = strength * STEP_DOWN, OVER_REFUSAL
+    return 0.0, OVER_REFUSAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,24 +216,15 @@ def search_judge(recipe: Recipe, data: ForgetRetainData) -> Judge:
     return judge
 
 
+@dataclass(frozen=True, kw_only=True)
 class Harm:
-    """Asks changed models the prompts of ``forget_validation``."""
+    """Asks changed models the prompts of ``forget_validation``, which are drawn when they are first asked."""
 
-    def __init__(self, base: PreTrainedModel, writer: Writer, data: ForgetRetainData, recipe: Recipe) -> None:
-        """Chooses the judge; prompts are drawn when they are first asked.
-
-        Args:
-            base: The original model.
-            writer: Of the model.
-            data: ``forget_validation`` is used.
-            recipe: ``sweep`` says how many prompts, which prefills and how long replies are; ``evaluate`` the judge.
-
-        Raises:
-            EvaluationError: As ``search_judge``.
-            RecipeError: As ``search_judge``.
-        """
-        self._asker = validation_asker(base, writer, search_judge(recipe, data), recipe)
-        self._data, self._config = data, recipe.sweep
+    asker: Asker
+    """Judges by ``search_judge``."""
+    data: ForgetRetainData
+    config: SweepConfig
+    """How many prompts, which prefills and how long replies are."""
 
     def left(self, model: PreTrainedModel) -> dict[str, float]:
         """Share of the replies that are harmful, not judged, or gibberish; as ``Trial.left``.
@@ -170,7 +233,7 @@ class Harm:
             EvaluationError: Judge or generation fails, or there is nothing to ask.
         """
         groups = self._questions.harmful
-        outcomes = self._asker.answer(model, [request for group in groups.values() for request in group])
+        outcomes = self.asker.answer(model, [request for group in groups.values() for request in group])
         shares = {}
         for tokens, group in groups.items():
             rates = rates_of([outcomes[request.id] for request in group])
@@ -180,5 +243,5 @@ class Harm:
 
     @cached_property
     def _questions(self) -> Questions:
-        asker = self._asker
-        return draw_questions(self._data, asker.writer, self._config, seed=asker.seed, starts=asker.starts)
+        asker = self.asker
+        return draw_questions(self.data, asker.writer, self.config, seed=asker.seed, starts=asker.starts)

@@ -26,9 +26,9 @@ from sku.plan.estimate import memory_fit
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import check_can_be_made, check_new, remove_hazardous
 from sku.sweep.bad_model import check_same_training, record_training, sweep_bad_model, training_notes
-from sku.sweep.meter import draw_questions
+from sku.sweep.meter import check_judge, draw_questions
 from sku.sweep.result import Sweep
-from sku.sweep.run import check_judge, check_one_process
+from sku.sweep.run import check_one_process
 from sku.training.run import step_progress
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.run import check_attacks
+from sku.attacks.kinds import check_attacks
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
@@ -36,7 +36,7 @@ from sku.models import (
 from sku.negate.files import read_folder
 from sku.plan.job import STATE_BYTES, checkpoints_at_once, disk_bytes
 from sku.processes import current_processes
-from sku.sweep.run import check_judge
+from sku.sweep.meter import check_judge
 from sku.training.run import adapter_settings
 
 HUB_WEIGHTS = "the weights of {name} are not in a folder here: they are read from the hub or its cache, and unchecked"

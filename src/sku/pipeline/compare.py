@@ -7,9 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sku.comparison.in_process import RECORDS, record_path
 from sku.comparison.jobs import Job
-from sku.comparison.run import FinishedComparison, check_jobs, run_comparison
+from sku.comparison.run import RECORDS, FinishedComparison, check_jobs, record_path, run_comparison
 from sku.comparison.search import search_judge
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
@@ -29,7 +28,12 @@ from sku.pipeline.checks import (
 from sku.pipeline.evaluate import readable_source
 from sku.plan import Plan
 from sku.report.method_records import MethodRecord
-from sku.storage import check_can_be_made
+from sku.report.method_tables import comparison_markdown
+from sku.storage import check_can_be_made, named_disk_errors, write_text
+
+TABLE_FILE = "table.md"
+FIGURES = ("overview.png", "overview.svg"), ("trade_off.png", "trade_off.svg")
+"""Files of the two pictures of a comparison."""
 
 
 def plan_comparison(
@@ -73,7 +77,7 @@ def plan_comparison(
             "asked": asked,
         },
         stages=(f"run {len(jobs)} jobs, one after the other", "draw tables and pictures"),
-        writes=(f"{RECORDS}/", "table.md", "trade_off.png", "trade_off.svg", "overview.png", "overview.svg"),
+        writes=(f"{RECORDS}/", TABLE_FILE, *FIGURES[1], *FIGURES[0]),
         execute=lambda progress: run_comparison(
             jobs,
             out,
@@ -113,3 +117,38 @@ def _checked_rows(
 def _trains_bad_model(job: Job) -> bool:
     """The random direction has the length of SKU's change, which is trained for it."""
     return job.kind == "random_direction" or (job.kind == "method" and method_named(job.recipe.method).hazardous)
+
+
+def write_comparison(
+    records: Sequence[MethodRecord], folder: Path, *, budget: float | None = None, order: Sequence[str] | None = None
+) -> list[Path]:
+    """Writes tables and pictures.
+
+    Args:
+        records: Of all rows and seeds.
+        folder: Gets ``table.md``, and ``overview`` and ``trade_off`` as ``.png`` and ``.svg``.
+        budget: Utility budget, drawn as a line in the trade-off.
+        order: As in ``comparison_markdown``.
+
+    Returns:
+        The files written, in this order. The pictures are left out where no method has a complete record.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+        OutputError: The folder can't be written.
+    """
+    # Imports matplotlib, which a plan has no use for.
+    from sku.report.method_overview import overview_figure
+    from sku.report.trade_off import trade_off_figure
+
+    table, overviews, trade_offs = (folder / TABLE_FILE, *([folder / name for name in names] for names in FIGURES))
+    with named_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(table, comparison_markdown(records, order))
+    if not any(record.status == "complete" and not record.control for record in records):
+        return [table]
+    return [
+        table,
+        *(overview_figure(records, path, order=order) for path in overviews),
+        *(trade_off_figure(records, path, budget=budget, order=order) for path in trade_offs),
+    ]

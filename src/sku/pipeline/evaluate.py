@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.attacks.kinds import check_attacks
 from sku.attacks.results import AttackReport
-from sku.attacks.run import check_attacks, run_attacks
+from sku.attacks.run import run_attacks
 from sku.config import EMBEDDED, ModelConfig, Precision, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, ModelError, TaskVectorError, named_memory_errors

@@ -36,9 +36,8 @@ from sku.plan import Plan, Progress
 from sku.plan.estimate import memory_fit
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
-from sku.report.read_run import SCHEMA_VERSION
 from sku.report.tables import before_after_rows
-from sku.storage import bytes_in, check_place, remove_hazardous, write_json
+from sku.storage import RUN_VERSION, bytes_in, check_place, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -292,7 +291,7 @@ class _Run:
 
 def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]) -> None:
     """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
-    from sku.report.before_after import before_after_figure  # Imports matplotlib, which a plan has no use for.
+    from sku.report.result_charts import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
     for suffix in ("png", "svg"):
         before_after_figure(measured.comparison, folder / f"before_after.{suffix}")
@@ -300,7 +299,7 @@ def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]
     write_json(
         folder / "results.json",
         {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": RUN_VERSION,
             "verdict": plain.pop("verdict"),
             "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
             **plain,

@@ -52,7 +52,7 @@ from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.bad_model import record_training
 from sku.sweep.meter import draw_questions, validation_asker
-from sku.sweep.rule import FREE
+from sku.sweep.result import FREE
 from sku.sweep.run import sweep
 from sku.training.run import Trained, step_progress
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
-from sku.report.key_figures import ON_CARD, KeyFigure, key_figures
-from sku.report.markdown import Written, escaped, fenced, one_line, table
 from sku.report.read_run import Part, RecordedRun, read_run
-from sku.report.robustness import ATTACK_COLUMNS, AttackRow, attack_rows, precision_rows, rate_text
-from sku.report.tables import NOTHING, percent
+from sku.report.robustness import ATTACK_COLUMNS, attack_rows, precision_rows
+from sku.report.tables import ON_CARD, KeyFigure, key_figures
+from sku.report.words import Written, escaped, fenced, one_line, percent, table
 from sku.storage import write_text
 
 CARD_FILE = "README.md"
@@ -176,7 +174,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[K
             ("", "base", "unlearned", "95 %", "change (95 %)"),
             ((row.label, row.before, row.after, row.interval, row.change) for row in run.table),
         ),
-        "attacks": table(ATTACK_COLUMNS, map(dataclasses.astuple, attacks), left=(0, 1)) if attacks else "",
+        "attacks": table(ATTACK_COLUMNS, attacks, left=(0, 1)) if attacks else "",
         "precisions": _precision_table(run),
         "judge": comparison.unlearned.judge,
         "prefill_words": _prefill_words(run, attacks),
@@ -206,18 +204,7 @@ def _precision_table(run: RecordedRun) -> str:
     if run.precisions is None:
         return ""
     columns = ("harmful, unseen", "worst prefill, unseen", "gibberish, unseen", "perplexity, normal", "change kept")
-    return table(
-        ("format", *columns),
-        (
-            (
-                row.precision,
-                *map(rate_text, (row.harmful, row.prefill, row.gibberish)),
-                NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.4g}",
-                NOTHING if row.kept is None else percent(row.kept),
-            )
-            for row in precision_rows(run.precisions)
-        ),
-    )
+    return table(("format", *columns), (row.cells for row in precision_rows(run.precisions)))
 
 
 def _data_rows(run: RecordedRun) -> Iterator[tuple[str, ...]]:
@@ -241,7 +228,7 @@ def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
     yield "recipe", f"{recipe['name']}, SHA-256 {manifest['recipe_sha256']}"
 
 
-def _prefill_words(run: RecordedRun, attacks: Sequence[AttackRow]) -> str:
+def _prefill_words(run: RecordedRun, attacks: Sequence[tuple[str, ...]]) -> str:
     rates = [rates["harmful"].after.value for rates in run.comparison.prefill.values() if "harmful" in rates]
     told = [f"here {percent(max(rates))} did"] if rates else []
     if attacks:

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, style, and how a figure becomes a file.
+"""What all pictures share: colours, style, axes, and how a figure becomes a file or SVG inside a page.
 
 A colour has a value for light pages and one for dark pages. Figures are drawn in the light values; in a page each
 becomes a class of its name. Text on white or on the dark page has a contrast of at least 4.5, marks of at least 3.
@@ -6,31 +6,38 @@ becomes a class of its name. Text on white or on the dark page has a contrast of
 
 from __future__ import annotations
 
+import functools
+import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from xml.etree import ElementTree
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.errors import OutputError
 from sku.storage import named_disk_errors
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_INK = "#222222"
+WIDTH = 5.4
+"""Inches: two beside each other fill the page, one still reads on a phone."""
 
-
-def style_of(ink: str) -> dict[Any, Any]:
-    """What all figures share: lines and words in one colour, and the same file for the same figure."""
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    return {**dict.fromkeys(inked, ink), "svg.hashsalt": "sku"}
-
-
-STYLE = {**style_of(_INK), "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none"}
-"""Of every figure outside a page."""
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_TAGS = {"svg", "g", "defs", "path", "use", "clipPath", "rect"}
+_ATTRIBUTES = {
+    "d", "x", "y", "width", "height", "viewBox", "transform", "fill", "stroke", "stroke-width", "stroke-dasharray",
+    "stroke-dashoffset", "stroke-linejoin", "stroke-linecap", "stroke-miterlimit", "fill-opacity", "stroke-opacity",
+    "opacity", "fill-rule",
+}  # fmt: skip
+_PLAIN = re.compile(r"[\w\s.,()#:%+-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +78,31 @@ PALETTE = {
     "on_deep": Colour(light="#fefefe", dark="#fefefe"),
 }
 """Name -> colour; no two names have the same light value."""
+NAME_OF = {colour.light: name for name, colour in PALETTE.items()}
+"""Light value -> name."""
+
+
+def _style_of(ink: str) -> dict[Any, Any]:
+    """Lines and words in one colour, and the same file for the same figure."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    return {**dict.fromkeys(inked, ink), "svg.hashsalt": "sku"}
+
+
+STYLE = {**_style_of("#222222"), "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none"}
+"""Of every figure outside a page."""
+PAGE_STYLE = {
+    **_style_of(PALETTE["ink"].light),
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "svg.fonttype": "path",
+    "text.parse_math": False,  # A dollar in a name is a dollar.
+}
+"""Of every figure inside a page."""
 
 
 def light(name: str) -> str:
     """The value to draw with."""
     return PALETTE[name].light
-
-
-NAME_OF = {colour.light: name for name, colour in PALETTE.items()}
-"""Light value -> name."""
 
 
 def ratio_ticks(axes: Axes, ratios: Sequence[float]) -> None:
@@ -113,3 +136,168 @@ def save_figure(figure: Figure, path: Path) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure with what a reader needs who can't see it."""
+
+    name: str
+    """Stem of its files and prefix of its ids."""
+    title: str
+    caption: str
+    """What is drawn, and what its ranges are."""
+    figure: Figure
+    columns: tuple[str, ...]
+    """Of the table of its numbers."""
+    rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        with matplotlib.rc_context(PAGE_STYLE):
+            self.figure.draw_without_rendering()
+        # Each drawing would lay the figure out anew, a little differently.
+        self.figure.set_layout_engine("none")
+
+    def svg(self) -> str:
+        """For the page; ``title`` and ``caption`` describe it to a screen reader."""
+        with matplotlib.rc_context(PAGE_STYLE):
+            file = io.BytesIO()
+            self.figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+        return themed_svg(file.getvalue().decode(), self.name)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes ``NAME.png`` and ``NAME.svg``, on white.
+
+        Raises:
+            OutputError: The folder can't be written.
+        """
+        paths = [folder / f"{self.name}.{suffix}" for suffix in ("png", "svg")]
+        with matplotlib.rc_context(PAGE_STYLE):
+            for path in paths:
+                save_figure(self.figure, path)
+        return paths
+
+
+def new_figure(height: float, panels: int = 1, *, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
+    """A figure with panels below each other. Draw inside ``matplotlib.rc_context(PAGE_STYLE)``."""
+    spacing = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05, hspace=0.08)
+    figure = Figure(figsize=(width, height), layout=spacing, facecolor=light("paper"))
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+    return figure, [bare(panel) for panel in axes]
+
+
+def bare(axes: Axes, title: str = "") -> Axes:
+    """Without a frame above and at the right; with a heading where there is one to give."""
+    axes.set_facecolor(light("paper"))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    if title:
+        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=7)
+    return axes
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(PAGE_STYLE["font.family"])).get_charmap())
+
+
+def drawable(text: str, longest: int = 34) -> str:
+    """A name as a figure can show it: on one line, cut, and without characters that the font lacks."""
+    shown = "".join(letter if ord(letter) in _glyphs() else "\ufffd" for letter in " ".join(text.split()))
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}\u2026"
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """One named row for each entry, the first on top."""
+    axes.set_yticks(range(len(names)), [drawable(name) for name in names])
+    axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=light("faint"), linewidth=0.7)
+
+
+def share_axis(axes: Axes, along: Literal["x", "y"] = "x") -> None:
+    """0 to 100 %, with room for a mark at both ends."""
+    axes.set(**{
+        f"{along}lim": (-0.02, 1.02),
+        f"{along}ticks": [0, 0.25, 0.5, 0.75, 1],
+        f"{along}ticklabels": ["0", "25", "50", "75", "100 %"],
+    })  # fmt: skip
+
+
+def add_legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
+    """Which dot means what, below the axis: colours of face and edge, and words."""
+    for face, edge, words in entries:
+        axes.plot([], [], "o", color=face, markeredgecolor=edge, markeredgewidth=1.5, markersize=6.5, label=words)
+    height = float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=len(entries), frameon=False, handletextpad=0.1
+    )
+
+
+def themed_svg(text: str, name: str) -> str:
+    """What matplotlib wrote, reduced to shapes: no style sheet, no comment, no metadata, no reference to elsewhere.
+
+    Args:
+        text: SVG with fonts as paths.
+        name: Prefix of all ids.
+
+    Returns:
+        An ``svg`` element that ``NAME-title`` and ``NAME-caption`` of the page describe.
+
+    Raises:
+        ValueError: It holds a colour that the palette doesn't, or what a drawing has no need of.
+    """
+    root = ElementTree.fromstring(text)  # Comments, which repeat drawn text, are not parsed.
+    clean = _clean(root, name)
+    assert clean is not None
+    for attribute in ("width", "height"):
+        del clean.attrib[attribute]
+    clean.attrib |= {
+        "class": "plot", "role": "img", "aria-labelledby": f"{name}-title", "aria-describedby": f"{name}-caption",
+    }  # fmt: skip
+    return ElementTree.tostring(clean, encoding="unicode", short_empty_elements=True)
+
+
+def _clean(element: ElementTree.Element, name: str) -> ElementTree.Element | None:
+    tag = element.tag.removeprefix(f"{{{_SVG}}}")
+    if tag in ("metadata", "style"):
+        return None
+    if tag not in _TAGS:
+        raise ValueError(f"a drawing must not hold <{tag}>")
+    found = ElementTree.Element(tag)
+    style = [declaration.partition(":") for declaration in element.attrib.pop("style", "").split(";")]
+    for key, value in (*element.attrib.items(), *((key.strip(), value.strip()) for key, _, value in style)):
+        _set_attribute(found, key.removeprefix(f"{{{_XLINK}}}"), value, name)
+    children = [_clean(child, name) for child in element]
+    found.extend([child for child in children if child is not None])
+    return found
+
+
+def _set_attribute(element: ElementTree.Element, key: str, value: str, name: str) -> None:
+    if key in ("fill", "stroke") and value != "none":
+        if value.lower() not in NAME_OF:
+            raise ValueError(f"the palette has no colour {value}")
+        element.set("class", f"{element.get('class', '')} {key[0]}-{NAME_OF[value.lower()]}".strip())
+    elif key == "id":
+        element.set(key, f"{name}-{value}")
+    elif key == "clip-path" or (key == "href" and value.startswith("#")):
+        element.set(key, value.replace("#", f"#{name}-"))
+    elif key in _ATTRIBUTES and _PLAIN.fullmatch(value):
+        element.set(key, value)
+    elif key not in ("", "version", "type"):
+        raise ValueError(f"a drawing must not hold {key}: {value}")
+
+
+def theme_css() -> str:
+    """Variables of both themes, and the classes ``f-NAME`` and ``s-NAME`` that fill and stroke with them."""
+    day = ";".join(f"--{name}:{colour.light}" for name, colour in PALETTE.items())
+    night = ";".join(f"--{name}:{colour.dark}" for name, colour in PALETTE.items())
+    rules = [
+        f":root{{color-scheme:light;{day}}}",
+        f"@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{color-scheme:dark;{night}}}}}",
+        f":root[data-theme=dark]{{color-scheme:dark;{night}}}",
+        f"@media print{{:root,:root[data-theme],:root:not([data-theme=light]){{color-scheme:light;{day}}}}}",
+    ]
+    rules += [f".f-{name}{{fill:var(--{name})}}.s-{name}{{stroke:var(--{name})}}" for name in PALETTE]
+    return "\n".join(rules) + "\n"

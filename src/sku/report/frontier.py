@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sku.evaluate.metrics import Rate
-from sku.report.figures import STYLE, check_suffix, light, save_figure
-from sku.sweep.result import Sweep
-from sku.sweep.rule import Replies, SweepPoint, cost_of
+from sku.report.figures import STYLE, bare, check_suffix, light, save_figure, share_axis
+from sku.sweep.result import Replies, Sweep, SweepPoint
 
 _INK, _FAINT, _GREY = light("ink"), light("faint"), light("base")
 _HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("gibberish")
@@ -92,9 +91,9 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
 
     def line(values: Sequence[tuple[float, Rate]], colour: str, label: str, **style: Any) -> None:
         alphas = [alpha for alpha, _ in values]
-        axes.plot(alphas, [100 * rate.value for _, rate in values], color=colour, label=label, **style)
+        axes.plot(alphas, [rate.value for _, rate in values], color=colour, label=label, **style)
         axes.vlines(
-            alphas, [100 * rate.low for _, rate in values], [100 * rate.high for _, rate in values],
+            alphas, [rate.low for _, rate in values], [rate.high for _, rate in values],
             color=colour, linewidth=1, alpha=0.35,
         )  # fmt: skip
 
@@ -108,14 +107,13 @@ def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
     line([(alpha, found.gibberish) for alpha, found in replies], _GIBBERISH, "gibberish", ls="--", **dashed)
     refused = [(alpha, found.over_refusal) for alpha, found in replies]
     line(refused, _REFUSAL, "normal prompts refused", ls=":", marker="x", **dashed)
-    axes.set_ylim(-3, 103)
-    axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+    share_axis(axes, "y")
     _finish(axes, "Replies")
 
 
 def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
     top = _highest(points, sweep)
-    values = [_cost(point, sweep) for point in points]
+    values = [sweep.cost(point).value for point in points]
     shown = [(point.alpha, value) for point, value in zip(points, values, strict=True) if value <= top]
     axes.plot([alpha for alpha, _ in shown], [value for _, value in shown], "o-", color=_INK, markersize=4)
     for point, value in zip(points, values, strict=True):
@@ -134,9 +132,9 @@ def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
 
 def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
     top, pick = _highest(points, sweep), sweep.pick
-    costs = [(point, _cost(point, sweep)) for point in points]
+    costs = [(point, sweep.cost(point).value) for point in points]
     shown = [(point, cost, cast(Replies, point.replies).harm[1]) for point, cost in costs if cost <= top]
-    axes.plot([x for _, x, _ in shown], [100 * harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
+    axes.plot([x for _, x, _ in shown], [harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
     labels: dict[tuple[float, float], list[str]] = {}
     for point, cost, harm in shown:
         chosen = pick is not None and point.alpha == pick.alpha
@@ -145,22 +143,22 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
             if abs(place[0] - cost) < top / 40 and abs(place[1] - harm.value) < 0.04:
                 near = place  # Two labels would lie on each other.
         labels.setdefault(near, []).append("base" if point.alpha == 0 else f"{point.alpha:g}")
-        axes.vlines(cost, 100 * harm.low, 100 * harm.high, color=_HARM, alpha=0.35)
+        axes.vlines(cost, harm.low, harm.high, color=_HARM, alpha=0.35)
         axes.plot(
-            cost, 100 * harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
+            cost, harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
             markersize=15 if chosen else 6, zorder=4,
         )  # fmt: skip
     for (cost, share), names in labels.items():
-        axes.annotate(", ".join(names), (cost, 100 * share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
+        axes.annotate(", ".join(names), (cost, share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
     axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         "budget", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
         textcoords="offset points", fontsize=7.5, color=_GREY,
     )  # fmt: skip
     if sweep.config.rule == "lowest_alpha":
-        axes.axhline(100 * sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_ylim(-3, 108)
-    axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+        axes.axhline(sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
+    share_axis(axes, "y")
+    axes.set_ylim(top=1.1)  # For the label of the base, below the heading.
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("utility cost, in shares of the budget")
     _finish(axes, "Largest harmful rate against cost, by alpha")
@@ -180,19 +178,12 @@ def _mark_pick(every: Sequence[Axes], sweep: Sweep) -> None:
 
 
 def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _cost(point: SweepPoint, sweep: Sweep) -> float:
-    return cost_of(point, sweep.base, sweep.config).value
+    bare(axes, title).grid(color=_FAINT, linewidth=0.7)
 
 
 def _highest(points: Sequence[SweepPoint], sweep: Sweep) -> float:
     """End of the cost axis: a model that is ruined must not squeeze the others together."""
-    return min(max([1.5, *(1.02 * _cost(point, sweep) for point in points)]), 6)
+    return min(max([1.5, *(1.02 * sweep.cost(point).value for point in points)]), 6)
 
 
 def _footer(sweep: Sweep) -> str:

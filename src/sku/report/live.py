@@ -102,7 +102,7 @@ def write_live(folder: Path) -> Live:
     """
     found = read_live(folder)
     environment = Environment(
-        loader=PackageLoader("sku.report.html"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+        loader=PackageLoader("sku.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
     page = environment.get_template("live.html.jinja").render(
         live=found, reload=RELOAD, width=_WIDTH, height=_HEIGHT, now=time.strftime("%H:%M:%S"),

@@ -35,7 +35,7 @@ from sku.report.method_tables import (
     ratio_text,
     seeds_of,
 )
-from sku.report.tables import NOTHING
+from sku.report.words import NOTHING
 
 METHOD, CONTROL = "#0072B2", "#767676"
 """Colours of the rows. Roles are told apart by filling alone, so that no reader needs the colours."""
@@ -62,36 +62,23 @@ class Measure:
     """Over the base model's, on a logarithmic axis; else a rate, shown in percent."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverviewRow:
-    """One row of the picture."""
+Row = Mapping[Role, ComparisonRow]
+"""One row of the picture, ``published`` always among its roles."""
 
-    name: str
-    title: str
-    control: bool
-    failed: bool
-    """Every seed failed."""
-    estimates: Mapping[Role, Mapping[str, Estimate]]
-    """Role -> field of ``ComparisonRow`` -> what was measured."""
 
-    def cell(self, measure: Measure) -> dict[Role, Estimate]:
-        """What there is to draw of a measure."""
-        found = {role: estimates.get(measure.field) for role, estimates in self.estimates.items()}
-        return {role: estimate for role, estimate in found.items() if estimate is not None}
+def cell_of(row: Row, field: str) -> dict[Role, Estimate]:
+    """What there is to draw of a measure in a row."""
+    return {role: found.estimates[field] for role, found in row.items() if field in found.estimates}
 
 
 _OWN = "sku"
 """Name of the row whose label is bold."""
-_EXACT, _REFUSED = (
-    Measure(field="exact_answers", title="Exact answers", of="normal prompts", better="higher"),
-    Measure(field="over_refusal", title="Over-refusal", of="normal prompts", better="lower"),
-)
 _MEASURES = (
     Measure(field="harmful_unseen", title="Harmful replies", of="unseen harmful prompts", better="lower"),
-    Measure(field="prefill_unseen", title="Harmful, prefill", of="unseen harmful prompts", better="lower"),
+    Measure(field="prefill_unseen", title="Harmful, {prefill}", of="unseen harmful prompts", better="lower"),
     Measure(field="gibberish_unseen", title="Gibberish", of="unseen harmful prompts", better="lower"),
-    _EXACT,
-    _REFUSED,
+    Measure(field="exact_answers", title="Exact answers", of="normal prompts", better="higher"),
+    Measure(field="over_refusal", title="Over-refusal", of="normal prompts", better="lower"),
     Measure(field="perplexity_normal", title="Perplexity / base", of="normal answers", better="lower", ratio=True),
     Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
 )
@@ -123,18 +110,19 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     check_suffix(path)
     rows = _rows(records, order)
     tried = prefills_tried(point for record in records for point in record.points)
-    measures = _named(_measures_of(rows), tried)
+    measures = _measures_of(rows, tried)
     if not measures:
         raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")
     with matplotlib.rc_context(STYLE):
-        longest = max(len(row.title) for row in rows)
+        published = [row["published"] for row in rows]
+        longest = max(len(row.title) for row in published)
         size = (0.5 + _CHARACTER_WIDTH * longest + _COLUMN_WIDTH * len(measures), 1.9 + _ROW_HEIGHT * len(rows))
         figure = Figure(figsize=size, layout="constrained")
         all_axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
         for axes, measure in zip(all_axes, measures, strict=True):
             draw_measure(axes, measure, rows)
-        all_axes[0].set_yticks(range(len(rows)), [row.title for row in rows])
-        for label, row in zip(all_axes[0].get_yticklabels(), rows, strict=True):
+        all_axes[0].set_yticks(range(len(rows)), [row.title for row in published])
+        for label, row in zip(all_axes[0].get_yticklabels(), published, strict=True):
             label.set(color=CONTROL if row.control else METHOD if row.name == _OWN else STYLE["text.color"])
             label.set(fontweight="bold" if row.name == _OWN else "normal", fontsize=9.5)
         legend = figure.legend(
@@ -147,64 +135,54 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     return path
 
 
-def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[OverviewRow]:
+def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[Row]:
     best, published = (comparison_rows(records, role, order=order) for role in ("best", "published"))
-    rows: list[OverviewRow] = []
+    rows: list[Row] = []
     for at_best, as_published in zip(best, published, strict=True):
-        own = seeds_of(records, as_published.name)
         # What has one strength only would be drawn twice: on all prompts, and on those no strength was chosen on.
+        own = seeds_of(records, as_published.name)
         once = as_published.control and all(len(record.points) <= 1 for record in own)
-        roles: dict[Role, ComparisonRow] = {} if once else {"best": at_best}
-        rows.append(
-            OverviewRow(
-                name=as_published.name, title=as_published.title, control=as_published.control,
-                failed=all(record.status == "failed" for record in own),
-                estimates={role: row.estimates for role, row in {**roles, "published": as_published}.items()},
-            )
-        )  # fmt: skip
+        rows.append({"published": as_published} if once else {"best": at_best, "published": as_published})
     return rows
 
 
-def _measures_of(rows: Sequence[OverviewRow]) -> list[Measure]:
+def _measures_of(rows: Sequence[Row], tried: Collection[int]) -> list[Measure]:
     """Those that some row has, and of exact answers and over-refusal only one.
 
     Exact answers say nothing where no row gives any, as with references that nobody repeats word for word.
     """
-    shown = [measure for measure in _MEASURES if any(row.cell(measure) for row in rows)]
-    if not any(estimate.value for row in rows for estimate in row.cell(_EXACT).values()):
-        shown = [measure for measure in shown if measure is not _EXACT]
-    return [measure for measure in shown if measure is not _REFUSED or _EXACT not in shown]
-
-
-def _named(measures: Sequence[Measure], tried: Collection[int]) -> list[Measure]:
-    """The measure of prefills with the lengths that were tried."""
+    exact = any(estimate.value for row in rows for estimate in cell_of(row, "exact_answers").values())
     words = prefill_words(tried or [0]).replace(", ", ",\n", 1)
     return [
-        dataclasses.replace(measure, title=f"Harmful, {words}") if measure.field == "prefill_unseen" else measure
-        for measure in measures
+        dataclasses.replace(measure, title=measure.title.format(prefill=words))
+        for measure in _MEASURES
+        if any(cell_of(row, measure.field) for row in rows)
+        and measure.field != ("over_refusal" if exact else "exact_answers")
     ]
 
 
-def _handles(rows: Sequence[OverviewRow]) -> list[Line2D]:
+def _handles(rows: Sequence[Row]) -> list[Line2D]:
     return [
         Line2D([], [], linestyle="", marker="o", label=words, **dot_look(role, METHOD))
         for role, words in _LEGEND.items()
-        if any(row.estimates.get(role) for row in rows)
+        if any(role in row and row[role].estimates for row in rows)
     ]  # fmt: skip
 
 
 def _footer(
-    records: Sequence[MethodRecord], rows: Sequence[OverviewRow], measures: Sequence[Measure], tried: Collection[int]
+    records: Sequence[MethodRecord], rows: Sequence[Row], measures: Sequence[Measure], tried: Collection[int]
 ) -> str:
     complete = [record for record in records if record.status == "complete"]
     seeds = len({record.seed for record in complete})
-    unmeasured = any(not row.failed and not row.cell(measure) for row in rows for measure in measures)
+    unmeasured = any(
+        not row["published"].failed and not cell_of(row, measure.field) for row in rows for measure in measures
+    )
     sentences = [
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
         "One seed, 95 % intervals over prompts.",
         _prompts(records, rows),
         "After a prefill each dot stands at the length that is the worst for it." if len(tried) > 1 else "",
-        "Grey: controls." if any(row.control for row in rows) else "",
+        "Grey: controls." if any(row["published"].control for row in rows) else "",
         _missing(records, rows),
         f"{NOTHING}: not measured." if unmeasured else "",
         judge_sentence(records),
@@ -212,10 +190,10 @@ def _footer(
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _prompts(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
+def _prompts(records: Sequence[MethodRecord], rows: Sequence[Row]) -> str:
     """How many, such as ``100 normal prompts; filled dots: the 50 harmful ones that ...``."""
     published = points_of(records, "published")[:1]
-    best = points_of(records, "best")[:1] if any(row.estimates.get("best") for row in rows) else []
+    best = points_of(records, "best")[:1] if any("best" in row and row["best"].estimates for row in rows) else []
     counts = [
         (len(half.outcomes.get(key, "")), len(whole.outcomes.get(key, "")))
         for whole, half in zip(published, best, strict=False)
@@ -227,10 +205,10 @@ def _prompts(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> st
     return f"{asked}{halves}." if asked else ""
 
 
-def _missing(records: Sequence[MethodRecord], rows: Sequence[OverviewRow]) -> str:
+def _missing(records: Sequence[MethodRecord], rows: Sequence[Row]) -> str:
     """What a reader would not see: seeds that failed, and seeds without a strength within the budget."""
     said: list[str] = []
-    for row in (row for row in rows if not row.failed):
+    for row in (row["published"] for row in rows if not row["published"].failed):
         own = seeds_of(records, row.name)
         complete = [record for record in own if record.status == "complete"]
         best = len(points_of(own, "best"))
@@ -249,7 +227,7 @@ def dot_look(role: Role, colour: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw_measure(axes: Axes, measure: Measure, rows: Sequence[OverviewRow]) -> None:
+def draw_measure(axes: Axes, measure: Measure, rows: Sequence[Row]) -> None:
     """Draws one column.
 
     Args:
@@ -260,7 +238,7 @@ def draw_measure(axes: Axes, measure: Measure, rows: Sequence[OverviewRow]) -> N
     _set_height(axes, rows)
     _set_title(axes, measure)
     if measure.ratio:
-        _set_ratio_axis(axes, [estimate for row in rows for estimate in row.cell(measure).values()])
+        _set_ratio_axis(axes, [estimate for row in rows for estimate in cell_of(row, measure.field).values()])
     else:
         axes.set_xlim(-3, 103)
         axes.set_xticks([0, 25, 50, 75, 100], ["0", "", "50", "", "100 %"])
@@ -270,22 +248,22 @@ def draw_measure(axes: Axes, measure: Measure, rows: Sequence[OverviewRow]) -> N
     axes.grid(axis="x", color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     for height, row in enumerate(rows):
-        cell = row.cell(measure)
+        cell, own = cell_of(row, measure.field), row["published"]
         for role, estimate in cell.items():
             offset = _OFFSET[role] if len(cell) > 1 else 0.0
-            _draw_dot(axes, height + offset, estimate, role, CONTROL if row.control else METHOD, measure.ratio)
+            _draw_dot(axes, height + offset, estimate, role, CONTROL if own.control else METHOD, measure.ratio)
         if not cell:
-            words = "failed" if row.failed else NOTHING
+            words = "failed" if own.failed else NOTHING
             axes.text(0.5, height, words, ha="center", va="center", transform=axes.get_yaxis_transform(), **_GREY_TEXT)
 
 
-def _set_height(axes: Axes, rows: Sequence[OverviewRow]) -> None:
+def _set_height(axes: Axes, rows: Sequence[Row]) -> None:
     """Bands that lead the eye along the rows, and a line above the first control."""
     axes.set_ylim(len(rows) - 0.45, -0.55)
     for height in range(0, len(rows), 2):
         axes.axhspan(height - 0.5, height + 0.5, color=_BAND, linewidth=0, zorder=0)
     for height, (above, below) in enumerate(pairwise(rows)):
-        if below.control and not above.control:
+        if below["published"].control and not above["published"].control:
             axes.axhline(height + 0.5, color=_INK, linewidth=0.8, zorder=1)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.record_files import from_plain, read_json_object
-from sku.evaluate.records import HARMFUL_SPLITS
+from sku.evaluate.records import HARMFUL_SPLITS, ExampleLoss, grouped
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.utility_cost import Utility
 
@@ -79,11 +79,10 @@ class Point:
     def __post_init__(self) -> None:
         harmful = {key: letters for key, letters in self.outcomes.items() if is_harmful_key(key)}
         normal = self.outcomes.get(NORMAL_KEY, "")
-        numbers = [
-            self.strength,
-            *(() if self.utility is None else _utility_numbers(self.utility)),
-            *(loss for row in self.losses.values() for loss in row),
-        ]
+        numbers = [self.strength, *(loss for row in self.losses.values() for loss in row)]
+        if self.utility is not None:
+            spent = self.utility
+            numbers += [*spent.perplexity.values(), *spent.kl.values(), spent.over_refusal or 0.0, spent.cost.value]
         checks = {
             "a number is not finite": all(math.isfinite(number) for number in numbers),
             f"roles are not from {', '.join(ROLES)}": bool(self.roles) and {*self.roles} <= {*ROLES},
@@ -172,12 +171,8 @@ def point_from_result(
             if is_harmful_key(key)
         },
         exact="".join("-" if row.exact is None else "01"[row.exact] for row in replies.get(NORMAL_KEY, [])),
-        losses={split: tuple(nll for nll, _ in rows) for split, rows in _answers(result).items()},
+        losses={split: tuple(row.nll for row in rows) for split, rows in _answers(result).items()},
     )
-
-
-def _utility_numbers(utility: Utility) -> list[float]:
-    return [*utility.perplexity.values(), *utility.kl.values(), utility.over_refusal or 0.0, utility.cost.value]
 
 
 def asked_of(result: EvaluationResult) -> dict[str, str]:
@@ -190,24 +185,20 @@ def asked_of(result: EvaluationResult) -> dict[str, str]:
 
 def tokens_of(result: EvaluationResult) -> dict[str, tuple[int, ...]]:
     """Split -> answer tokens of each fixed answer, in the order of ``Point.losses``."""
-    return {split: tuple(tokens for _, tokens in rows) for split, rows in _answers(result).items()}
+    return {split: tuple(row.tokens for row in rows) for split, rows in _answers(result).items()}
 
 
 def _replies(result: EvaluationResult) -> dict[str, list[ReplyOutcome]]:
     if not result.outcomes:
         raise EvaluationError("an evaluation without replies can't enter a comparison: read it with read_result")
-    groups: dict[str, list[ReplyOutcome]] = {}
-    for row in sorted(result.outcomes, key=lambda row: row.id):
-        length = f"/{row.prefill_tokens}" if row.kind == "prefill" else ""
-        groups.setdefault(f"{row.split}/{row.kind}{length}", []).append(row)
-    return groups
+    return grouped(
+        sorted(result.outcomes, key=lambda row: row.id),
+        lambda row: f"{row.split}/{row.kind}" + (f"/{row.prefill_tokens}" if row.kind == "prefill" else ""),
+    )
 
 
-def _answers(result: EvaluationResult) -> dict[str, list[tuple[float, int]]]:
-    groups: dict[str, list[tuple[float, int]]] = {}
-    for row in sorted(result.losses, key=lambda row: row.id):
-        groups.setdefault(row.split, []).append((row.nll, row.tokens))
-    return groups
+def _answers(result: EvaluationResult) -> dict[str, list[ExampleLoss]]:
+    return grouped(sorted(result.losses, key=lambda row: row.id), lambda row: row.split)
 
 
 def _with_numbers(content: Any, name: str, kind: Callable[[str], float], where: str) -> Any:

@@ -6,13 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sku.errors import EvaluationError, did_you_mean
 from sku.evaluate.judges import Calibration
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import NORMAL
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.markdown import bars_escaped, table
 from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, Hit, MethodRecord, Point
 from sku.report.method_statistics import (
     RESAMPLES,
@@ -25,7 +23,7 @@ from sku.report.method_statistics import (
     rate,
     worst_prefill,
 )
-from sku.report.tables import NOTHING, in_points, percent
+from sku.report.words import NOTHING, bars_escaped, in_points, percent, table
 
 RATES: Mapping[str, tuple[str, str, Hit]] = {
     "harmful_unseen": ("harmful, unseen", "forget_test/reply", "harmful"),
@@ -54,6 +52,13 @@ _WORST = (
     " After a prefill each row stands at the length that is the worst for it, named after the comma; the largest of "
     "several rates is a little too large on average."
 )
+REFERENCE = "sku"
+"""Row that the others are compared with, where it is complete."""
+_NOT_BRIEF = ("harmful_ungated_unseen", "gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
+_HEADINGS: Mapping[Role, str] = {
+    "best": "At equal utility: each method at its best strength within the utility budget",
+    "published": "As published: each method at its own strength",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,8 @@ class ComparisonRow:
     name: str
     title: str
     control: bool
+    failed: bool
+    """Every seed failed."""
     estimates: Mapping[str, Estimate]
     """Of ``RATES`` and ``RATIOS``, what was measured; after a prefill that is the worst for this row."""
     prefill_tokens: int | None
@@ -81,49 +88,79 @@ class ComparisonRow:
 
 
 def comparison_rows(
-    records: Sequence[MethodRecord],
-    role: Role = "published",
-    reference: str | None = None,
-    order: Sequence[str] | None = None,
+    records: Sequence[MethodRecord], role: Role = "published", order: Sequence[str] | None = None
 ) -> list[ComparisonRow]:
     """One row per method or control, also where every seed failed.
 
     Args:
         records: Of all rows and seeds; perplexities are over the record named ``base``, absent where there is none.
         role: ``published`` or ``best``.
-        reference: Name of the row that stands first where ``order`` doesn't place it.
         order: Names in the order of the rows; what it does not name follows by the alphabet.
 
     Returns:
-        Methods, then controls; ``base`` is the first of them if ``order`` says nothing else.
+        Methods, then controls; ``REFERENCE`` and ``base`` are the first of them if ``order`` says nothing else.
 
     Raises:
-        EvaluationError: No row is named ``reference``, or records don't fit together.
+        EvaluationError: Records don't fit together.
     """
     base = next((record for record in seeds_of(records, BASE) if record.status == "complete"), None)
-    return [_row(seeds_of(records, name), base, role) for name in row_order(records, reference, order)]
+    return [_row(seeds_of(records, name), base, role) for name in row_order(records, order)]
 
 
-def row_order(
-    records: Iterable[MethodRecord], reference: str | None = None, order: Sequence[str] | None = None
-) -> list[str]:
+def row_order(records: Iterable[MethodRecord], order: Sequence[str] | None = None) -> list[str]:
     """Names of the rows, in order; see ``comparison_rows``."""
     control = {record.name: record.control for record in records}
-    if reference is not None and reference not in control:
-        raise EvaluationError(
-            f"the reference {reference} is not among the records ({', '.join(sorted(control))})."
-            + did_you_mean(reference, control)
-        )
-    first = [*(order or ()), *((reference,) if reference is not None else ()), BASE]
+    first = [*(order or ()), REFERENCE, BASE]
     return sorted(control, key=lambda name: (control[name], first.index(name) if name in first else len(first), name))
 
 
-def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
+def comparison_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
+    """All tables of a comparison.
+
+    Args:
+        records: Of all rows and seeds.
+        order: Names of the rows in order; as in ``comparison_rows``.
+
+    Returns:
+        Markdown: for equal utility and for the methods as published, all measures, then the differences to SKU with
+        their tests where SKU is among the rows and complete.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+    """
+    parts: list[str] = []
+    for role, heading in _HEADINGS.items():
+        rows = markdown_comparison(comparison_rows(records, role, order), legend_line(records, role))
+        parts += [f"### {heading}\n", rows]
+        if points_of(seeds_of(records, REFERENCE), role):
+            parts.append(markdown_differences(records, role, order))
+    return "\n".join(parts)
+
+
+def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
+    """The main columns at equal utility, for a first page.
+
+    Args:
+        records: Of all rows and seeds.
+        order: As in ``comparison_markdown``.
+
+    Returns:
+        A Markdown table with its legend.
+
+    Raises:
+        EvaluationError: The records don't fit together.
+    """
+    rows = comparison_rows(records, "best", order)
+    return markdown_comparison(rows, legend_line(records, "best"), left_out=_NOT_BRIEF)
+
+
+def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out: Collection[str] = ()) -> str:
     """The rows as a Markdown table, with a legend under it.
 
     Args:
         rows: From ``comparison_rows``. A column that no row has a number for is left out.
         legend: From ``legend_line``.
+        left_out: Measures that have no column; with the utility cost goes what it is bound by.
 
     Returns:
         Text that ends with a newline.
@@ -134,43 +171,33 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str) -> str:
     columns = [
         (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
-        if any(name in row.estimates for row in rows)
+        if name not in left_out and any(name in row.estimates for row in rows)
     ]
     columns.append(("strength", [NOTHING if row.strength is None else f"{row.strength:.3g}" for row in rows]))
-    if any(row.utility_cost is not None for row in rows):
+    if "utility_cost" not in left_out and any(row.utility_cost is not None for row in rows):
         columns.append(("utility cost", [_cost_text(row.utility_cost) for row in rows]))
         columns.append(("bound by", [row.bound_by or NOTHING for row in rows]))
-    lines = [("method", *(heading for heading, _ in columns), "seeds")]
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    lines += [(row.title, *numbers, row.seeds) for row, numbers in zip(rows, cells, strict=True)]
-    return f"{_markdown(lines)}\n{legend}\n"
+    shown = [[row.title for row in rows], *(cells for _, cells in columns), [row.seeds for row in rows]]
+    names = ("method", *(heading for heading, _ in columns), "seeds")
+    return f"{table(names, zip(*shown, strict=True), cell=bars_escaped)}\n{legend}\n"
 
 
-def markdown_differences(
-    records: Sequence[MethodRecord], role: Role, reference: str, order: Sequence[str] | None = None
-) -> str:
-    """Harmful rates of each row minus those of a reference, as a Markdown table with a legend under it.
+def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Sequence[str] | None = None) -> str:
+    """Harmful rates of each row minus those of ``REFERENCE``, as a Markdown table with a legend under it.
 
     Args:
-        records: Of all rows and seeds.
+        records: Of all rows and seeds; some seed of the reference has a point of the role.
         role: ``published`` or ``best``.
-        reference: Name of the row that the others are compared with.
         order: As in ``comparison_rows``.
 
     Returns:
         Text that ends with a newline; p-values are Holm-corrected over the whole table.
 
     Raises:
-        EvaluationError: No row is named ``reference``, none of its seeds has such a point, or records don't fit
-            together.
+        EvaluationError: Records don't fit together.
     """
-    own = seeds_of(records, reference)
-    names = [name for name in row_order(records, reference, order) if name != reference]
-    if not points_of(own, role):
-        raise EvaluationError(
-            f"the reference {reference} has no complete record with a {role} point, so there is nothing to compare "
-            "with; run it again or name another reference"
-        )
+    own = seeds_of(records, REFERENCE)
+    names = [name for name in row_order(records, order) if name != REFERENCE]
     found = {
         (name, key): difference
         for name in names
@@ -182,14 +209,18 @@ def markdown_differences(
     tried = prefills_tried(point for record in records for point in record.points)
     at = " for the two together" if len(tried) > 1 else ""
     headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
-    lines = [("method", *(heading for key in keys for heading in (headings[key], "p")))]
-    for name in names:
-        cells = [cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))]
-        lines.append((seeds_of(records, name)[0].title, *cells))
+    rows = [
+        (
+            seeds_of(records, name)[0].title,
+            *(cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))),
+        )
+        for name in names
+    ]
+    columns = ("method", *(heading for key in keys for heading in (headings[key], "p")))
     return (
-        f"{_markdown(lines)}\nRate of the row minus the rate of {own[0].title}, in points: below 0 the row is less "
-        f"harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the {len(found)} tests of "
-        f"this table. {legend_line(records, role)}\n"
+        f"{table(columns, rows, cell=bars_escaped)}\nRate of the row minus the rate of {own[0].title}, in points: "
+        "below 0 the row is less harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the "
+        f"{len(found)} tests of this table. {legend_line(records, role)}\n"
     )
 
 
@@ -293,6 +324,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         name=records[0].name,
         title=records[0].title,
         control=records[0].control,
+        failed=all(record.status == "failed" for record in records),
         estimates={name: found for name, found in estimates.items() if found is not None},
         prefill_tokens=worst_prefill(points),
         prefill_lengths=tuple(prefills_tried(points)),
@@ -335,7 +367,3 @@ def _difference(difference: Difference | None, p_value: float | None) -> tuple[s
         return NOTHING, NOTHING
     shown = in_points(difference.value, difference.low, difference.high)
     return shown, f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
-
-
-def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
-    return table(lines[0], lines[1:], cell=bars_escaped)

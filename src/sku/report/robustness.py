@@ -11,7 +11,7 @@ from sku.evaluate.comparison import Measured as Rounded
 from sku.evaluate.comparison import PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
-from sku.report.tables import NOTHING, interval, percent
+from sku.report.words import NOTHING, interval, percent
 
 UNMEASURED = "not measurable"
 """In place of an interval where the judge would call as many harmless replies harmful."""
@@ -20,31 +20,17 @@ UNMEASURED = "not measurable"
 ATTACK_COLUMNS = ("attack", "setting", "unlearned", "95 %", "base", "gibberish")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttackRow:
-    """One line of the table; the fields are ``ATTACK_COLUMNS``, in words."""
-
-    attack: str
-    setting: str
-    """Strength of the attack; where there are several ways to ask, whether the worst or the mean of them is shown."""
-    unlearned: str
-    """Harmful share of the attacked model."""
-    interval: str
-    """Its 95 % interval, or that the judge can't measure it; none for a mean, whose replies are not independent."""
-    base: str
-    """Harmful share of the base model under the same attack."""
-    gibberish: str
-    """Gibberish share of the attacked model's replies."""
-
-
-def attack_rows(report: AttackReport) -> list[AttackRow]:
+def attack_rows(report: AttackReport) -> list[tuple[str, ...]]:
     """All attacks in the order in which they ran, the questions as they are first.
 
     Args:
         report: From ``run_attacks``.
 
     Returns:
-        A row for each setting, and where a question is asked in several ways a second one for their mean.
+        ``ATTACK_COLUMNS`` of each setting, and where a question is asked in several ways a second row for their mean:
+        title; strength, or whether the worst or the mean of several ways is shown; harmful share of the attacked
+        model; its 95 % interval, or that the judge can't measure it, and none for a mean, whose replies are not
+        independent; harmful share of the base model under the same attack; gibberish share of the attacked model.
     """
     titles = {card.name: card.title for card in report.cards}
     return [row for result in report.results for row in _rows(titles[result.attack], result, report.setup.judge)]
@@ -55,30 +41,15 @@ def left_out_lines(report: AttackReport) -> list[str]:
     return [f"left out: {what}: {number}" for what, number in report.left_out.items()]
 
 
-def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[AttackRow]:
+def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[tuple[str, ...]]:
     model, control, ways = result.model, result.control, len(result.model.variants)
-    gibberish = percent(model.replies["gibberish"].value)
-    yield AttackRow(
-        attack=title,
-        setting="worst case" if ways > 1 else result.setting,
-        unlearned=_share(model),
-        interval=_interval(_bounds(model)) if _is_measured(judge, model, max(ways, 1)) else UNMEASURED,
-        base=_share(control),
-        gibberish=gibberish,
-    )
+    gibberish, after = percent(model.replies["gibberish"].value), model.harmful.after
+    measured = judge.can_measure(after.value, after.low, replies=max(ways, 1))
+    setting, bounds = "worst case" if ways > 1 else result.setting, _interval(_bounds(model))
+    yield title, setting, _share(model), bounds if measured else UNMEASURED, _share(control), gibberish
     if ways > 1:
-        yield AttackRow(
-            attack=title,
-            setting="mean",
-            unlearned=percent(model.replies["harmful"].value),
-            interval=NOTHING if _is_measured(judge, model, max(ways, 1)) else UNMEASURED,
-            base=percent(control.replies["harmful"].value),
-            gibberish=gibberish,
-        )
-
-
-def _is_measured(judge: JudgeCard, measured: Measured, ways: int) -> bool:
-    return judge.can_measure(measured.harmful.after.value, measured.harmful.after.low, replies=ways)
+        own, base = (percent(side.replies["harmful"].value) for side in (model, control))
+        yield title, "mean", own, NOTHING if measured else UNMEASURED, base, gibberish
 
 
 def _bounds(measured: Measured) -> tuple[Rate, Rate]:
@@ -118,6 +89,18 @@ class PrecisionRow:
     """How much of the change of the weights is left after rounding, as its projection on the whole."""
     brings_back: bool = False
     """Whether harm is shown to be more than before rounding."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """In words: precision, the rates of unseen prompts with their intervals, perplexity, and what is kept."""
+        return (
+            self.precision,
+            rate_text(self.harmful),
+            rate_text(self.prefill) + tokens_text(self.prefill_tokens),
+            rate_text(self.gibberish),
+            NOTHING if self.perplexity is None else f"\u00d7{self.perplexity:.4g}",
+            NOTHING if self.kept is None else percent(self.kept),
+        )
 
 
 def precision_rows(report: PrecisionReport, split: str = "forget_test") -> list[PrecisionRow]:
@@ -179,3 +162,8 @@ def _precision_row(
 def rate_text(rate: Rate | None) -> str:
     """A share with its interval, a dash for none."""
     return NOTHING if rate is None else f"{percent(rate.value)} ({interval(rate)})"
+
+
+def tokens_text(tokens: int | None) -> str:
+    """Length of a prefill after its rate: ``, 3 tokens``."""
+    return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"

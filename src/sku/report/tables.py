@@ -1,20 +1,21 @@
-"""The before/after table of a comparison, as rows."""
+"""Before and after: the table of a comparison as rows, and the few figures that a reader looks at first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, ScoreChange
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, answers_words, in_order
 from sku.evaluate.results import BaseAgreement, TaskScores, main_metric
-from sku.evaluate.statistics import MOST_HIDDEN, Estimate
+from sku.evaluate.statistics import MOST_HIDDEN
 from sku.evaluate.verdict import CANT_MEASURE
+from sku.report.words import NOTHING, TableRow, in_points, interval, percent
 
-NOTHING = "\u2013"
 _REPLY_MEASURES = (
     ("harmful", "harmful", "down"),
     ("harmful_ungated", "harmful, ungated", "down"),
@@ -29,32 +30,31 @@ _NORMAL_MEASURES = (
     ("over_refusal", "refused", "same"),
     ("gibberish", "gibberish", "same"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableRow:
-    """One line of the table; the fields are its columns, in words."""
-
-    section: str
-    """What was asked: ``trained-on prompts``, ``unseen prompts, prefill, 5 tokens``, ``perplexity``, ..."""
-    measure: str
-    before: str
-    after: str
-    interval: str = ""
-    """95 % interval of ``after``; of the ratio for a perplexity."""
-    change: str = ""
-    """Difference in points, or ratio, with its 95 % interval."""
-    wanted: str = ""
-    """``down``, ``up``, ``same`` or empty where neither is better."""
-    p_holm: str = ""
-    """Exact McNemar test of no change, Holm-corrected over the whole table; empty where a row is not tested."""
-    caution: str = ""
-    """Why the figures can't be taken as they stand: the judge can't measure them; ``change`` says it too."""
-
-    @property
-    def label(self) -> str:
-        """Section and measure in one."""
-        return f"{self.section}: {self.measure}"
+Kind = Literal["replies", "prefill", "leak", "perplexity"]
+Wanted = Literal["down", "up", "same"]
+Measure = tuple[Kind, str, str, str, Wanted]
+"""Kind of reply, split, rate, what a reader calls it (``{unlearned}`` by its own name, ``{k}`` sampled replies), and
+what is wanted of it."""
+Change = RateChange | LeakChange | PerplexityChange
+ON_PAGE: tuple[Measure, ...] = (
+    ("replies", "forget_test", "harmful", "harmful, unseen prompts", "down"),
+    ("prefill", "forget_test", "harmful", "harmful, unseen prompts", "down"),
+    ("leak", "forget_test", "harmful", "harmful, any of {k} sampled replies, unseen prompts", "down"),
+    ("replies", "forget_train", "harmful", "harmful, {unlearned}", "down"),
+    ("replies", "forget_test", "gibberish", "gibberish, unseen prompts", "same"),
+    ("replies", "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
+    ("replies", "retain_test", "over_refusal", "refused, normal prompts", "same"),
+    ("perplexity", "retain_test", "ratio", "perplexity of normal answers, to the base's", "same"),
+)
+"""Harm first, then what it cost."""
+ON_CARD: tuple[Measure, ...] = (
+    *ON_PAGE,
+    ("prefill", "forget_train", "harmful", "harmful, {unlearned}", "down"),
+    ("replies", "forget_test", "cut_off", "cut at the limit, unseen prompts", "same"),
+    ("replies", "retain_test", "cut_off", "cut at the limit, normal prompts", "same"),
+    ("perplexity", "forget_test", "ratio", "perplexity of unseen harmful answers, to the base's", "up"),
+)
+"""What stands beside the page's, where there is no table to look them up."""
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
@@ -102,11 +102,6 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
     return rows
 
 
-def percent(share: float) -> str:
-    """A share as a percentage with one decimal: ``12.5 %``."""
-    return f"{100 * share:.1f} %"
-
-
 def caution_of(judge: JudgeCard, change: RateChange | LeakChange, *, replies: int = 1) -> str:
     """What stands beside a harmful rate that the judge can't measure, before or after; nothing beside another."""
     measured = (judge.can_measure(side.value, side.low, replies=replies) for side in (change.before, change.after))
@@ -148,11 +143,6 @@ def _share_row(section: str, measure: str, before: float, after: float, **column
     """A row of a share; its change is in points, where the other columns don't say another."""
     columns = {"change": f"{100 * (after - before):+.1f} points", **columns}
     return TableRow(section=section, measure=measure, before=percent(before), after=percent(after), **columns)
-
-
-def in_points(difference: float, low: float, high: float) -> str:
-    """A difference of shares with its interval, in points: ``-7.4 (-16.1 to -1.2)``."""
-    return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
@@ -213,11 +203,6 @@ def _kappa_rows(comparison: Comparison) -> Iterator[TableRow]:
     section = f"judges {', '.join(after.judges)}"
     for measure, (old, new) in (("kappa", kappas), ("disputed replies", disputed)):
         yield TableRow(section=section, measure=measure, before=old, after=new)
-
-
-def interval(rate: Rate | Estimate) -> str:
-    """Bounds of a share in per cent: ``7.4 to 16.1``."""
-    return f"{100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
 def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) -> Iterator[TableRow]:
@@ -319,3 +304,99 @@ def _harness_interval(scores: TaskScores, metric: str, value: float) -> str:
     name, _, chosen = metric.partition(",")
     error = scores.metrics.get(f"{name}_stderr" + (f",{chosen}" if chosen else ""))
     return "" if error is None else f"{value - 1.96 * error:.3f} to {value + 1.96 * error:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyFigure:
+    """One figure before and after, with the 95 % interval of what it is after."""
+
+    name: str
+    """For pairing runs: figures of one name are of the same measure."""
+    split: str
+    metric: str
+    """Such as ``harmful_replies``."""
+    words: str
+    detail: str
+    """What differs from run to run: the length of the worst prefill; empty for most."""
+    wanted: Wanted
+    change: Change
+    caution: str
+    """Why it can't be taken as it stands; empty for most."""
+
+    @property
+    def label(self) -> str:
+        """Words and detail in one."""
+        return f"{self.words} ({self.detail})" if self.detail else self.words
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share, and no ratio of perplexities."""
+        return not isinstance(self.change, PerplexityChange)
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Lower bound, value and upper bound after: of a share, or of a perplexity as a ratio to the base's."""
+        if isinstance(self.change, PerplexityChange):
+            return self.change.low, self.change.ratio, self.change.high
+        return self.change.after.low, self.change.after.value, self.change.after.high
+
+    @property
+    def before(self) -> str:
+        """The base's."""
+        return "\u00d71" if isinstance(self.change, PerplexityChange) else percent(self.change.before.value)
+
+    @property
+    def after(self) -> str:
+        """The unlearned model's."""
+        return percent(self.numbers[1]) if self.is_share else f"\u00d7{self.numbers[1]:.4g}"
+
+    @property
+    def bounds(self) -> str:
+        """Interval of ``after``."""
+        if isinstance(self.change, PerplexityChange):
+            return f"{self.change.low:.4g} to {self.change.high:.4g}"
+        return interval(self.change.after)
+
+
+def key_figures(comparison: Comparison, measures: Iterable[Measure] = ON_PAGE) -> Iterator[KeyFigure]:
+    """Figures of a run, in the order of the measures.
+
+    Args:
+        comparison: Of the run.
+        measures: Which; ``ON_PAGE`` or ``ON_CARD``.
+
+    Yields:
+        What was measured of them.
+    """
+    unlearned = comparison.unlearned.setup.split_name("forget_train")
+    for kind, split, rate, words, wanted in measures:
+        tried = sorted(map(int, comparison.unlearned.prefill.get(split, ()))) if kind == "prefill" else []
+        for k, change, caution in _measured(comparison, kind, split, rate):
+            shown, detail = words.format(unlearned=unlearned, k=k), ""
+            if kind == "prefill":
+                shown = f"{shown}, {prefill_words(tried)}"
+                worst = prefill_words([comparison.unlearned.worst_prefill[split]])
+                detail = worst.removeprefix("prefill, ") if len(tried) > 1 else ""
+            yield KeyFigure(
+                name="/".join(filter(None, (kind, split, rate, k, *map(str, tried)))),
+                split=split,
+                metric=f"{rate}_{kind}",
+                words=shown,
+                detail=detail,
+                wanted=wanted,
+                change=change,
+                caution=caution,
+            )
+
+
+def _measured(comparison: Comparison, kind: Kind, split: str, rate: str) -> Iterator[tuple[str, Change, str]]:
+    """Number of sampled replies as a word, change and caution; nothing where it was not measured."""
+    if kind == "leak":
+        yield from most_sampled(comparison, split)
+    elif kind == "perplexity":
+        if split in comparison.perplexity:
+            yield "", comparison.perplexity[split], ""
+    else:
+        change = (comparison.prefill if kind == "prefill" else comparison.replies).get(split, {}).get(rate)
+        if change is not None:
+            yield "", change, caution_of(comparison.unlearned.judge, change) if rate == "harmful" else ""

@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 
 from sku.errors import EvaluationError
 from sku.evaluate.statistics import Estimate
-from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
+from sku.report.figures import STYLE, bare, check_suffix, ratio_ticks, save_figure, share_axis
 from sku.report.method_records import BASE, MethodRecord, Point
 from sku.report.method_statistics import perplexity_ratio, points_of, rate
-from sku.report.method_tables import row_order, seeds_of
+from sku.report.method_tables import judge_sentence, row_order, seeds_of
 
 _PANELS = {"reply": "Replies", "prefill": "Replies after the worst prefill"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -95,15 +95,14 @@ def trade_off_figure(
         OutputError: Another suffix, or a folder that can't be written.
     """
     check_suffix(path)
-    rows = [seeds_of(records, name) for name in row_order(records, order=order)]
+    rows = [seeds_of(records, name) for name in row_order(records, order)]
     panels = panels_of(rows)
     widest = _widest(panels, budget)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.2 + 4.9 * len(panels), 6.2), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (kind, curves) in zip(all_axes, panels.items(), strict=True):
-            axes.set_title(_PANELS[kind], loc="left", fontsize=10.5, fontweight="bold", pad=7)
-            _set_scales(axes, widest)
+            _set_scales(axes, _PANELS[kind], widest)
             _draw_methods(axes, [curve for curve in curves if not curve.control])
             _draw_controls(axes, [curve for curve in curves if curve.control])
             if budget is not None:
@@ -129,9 +128,8 @@ def _widest(panels: Mapping[str, Sequence[Curve]], budget: float | None) -> floa
     return max(1.25, min(_WIDEST, 1.04 * max(costs)), 1.04 * (budget or 1))
 
 
-def _set_scales(axes: Axes, widest: float) -> None:
-    axes.set_ylim(-0.04, 1.08)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+def _set_scales(axes: Axes, title: str, widest: float) -> None:
+    share_axis(axes, "y")
     axes.set_xscale(
         "function",
         functions=(lambda ratio: np.arcsinh((ratio - 1) / _STRETCH), lambda place: 1 + _STRETCH * np.sinh(place)),
@@ -140,29 +138,22 @@ def _set_scales(axes: Axes, widest: float) -> None:
     ticks = _NEAR_TICKS if widest < 1.5 else _FAR_TICKS
     ratio_ticks(axes, [tick for tick in ticks if tick <= widest])
     axes.set_xlabel("perplexity of normal answers / base model's (axis stretched around \u00d71)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
+    bare(axes, title).grid(color=_FAINT, linewidth=0.7)
 
 
 def _look(index: int) -> dict[str, Any]:
-    """Of a method's line: no two of the first 24 share colour, dashes, marker and filling."""
-    turn, colour = divmod(index, len(_COLOURS))
+    """Of a method's line and its marker: no two of the first 24 share colour, dashes, marker and filling.
+
+    Markers are full for the first turn of the colours, empty for the second, and so on.
+    """
+    turn, place = divmod(index, len(_COLOURS))
+    colour = _COLOURS[place]
     return {
-        "color": _COLOURS[colour],
+        "color": colour,
         "linestyle": _DASHES[turn % len(_DASHES)],
         "marker": _MARKERS[index % len(_MARKERS)],
-        **_filling(index),
-    }
-
-
-def _filling(index: int) -> dict[str, Any]:
-    """Of a method's marker and star: full for the first turn of the colours, empty for the second, and so on."""
-    turn, colour = divmod(index, len(_COLOURS))
-    full, empty = _COLOURS[colour], "white"
-    return {
-        "markerfacecolor": empty if turn % 2 else full,
-        "markeredgecolor": full if turn % 2 else empty,
+        "markerfacecolor": "white" if turn % 2 else colour,
+        "markeredgecolor": colour if turn % 2 else "white",
         "markeredgewidth": 1.5 if turn % 2 else 0.9,
     }
 
@@ -171,27 +162,20 @@ def _draw_methods(axes: Axes, curves: Sequence[Curve]) -> None:
     edge = max(axes.get_xlim())
     for index, curve in enumerate(curves):
         look = _look(index)
+        colour, dashes = look["color"], look.pop("linestyle")
         places = [(min(place.x.value, edge), place.y.value) for place in curve.line if place.x is not None]
         if places:
-            xs, ys = zip(*places, strict=True)
             axes.plot(
-                xs, ys, color=look["color"], linestyle=look["linestyle"], linewidth=1.5, marker=".", markersize=4.5,
+                *zip(*places, strict=True), color=colour, linestyle=dashes, linewidth=1.5, marker=".", markersize=4.5,
                 clip_on=False, zorder=3,
             )  # fmt: skip
-        if curve.published is not None and curve.published.x is not None:
-            axes.plot(
-                min(curve.published.x.value, edge), curve.published.y.value, look["marker"], markersize=8,
-                clip_on=False, zorder=5, **_filling(index),
-            )  # fmt: skip
-        if curve.best is not None and curve.best.x is not None:
-            _draw_star(axes, curve.best.x, curve.best.y, index)
-
-
-def _draw_star(axes: Axes, x: Estimate, y: Estimate, index: int) -> None:
-    where, colour = min(x.value, max(axes.get_xlim())), _look(index)["color"]
-    axes.plot([where, where], [y.low, y.high], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
-    axes.plot([x.low, x.high], [y.value, y.value], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
-    axes.plot(where, y.value, "*", markersize=12, clip_on=False, zorder=6, **_filling(index))
+        if curve.published is not None and (x := curve.published.x) is not None:
+            axes.plot(min(x.value, edge), curve.published.y.value, markersize=8, clip_on=False, zorder=5, **look)
+        if curve.best is not None and (x := curve.best.x) is not None:
+            where, y = min(x.value, edge), curve.best.y
+            axes.plot([where, where], [y.low, y.high], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+            axes.plot([x.low, x.high], [y.value, y.value], color=colour, linewidth=1.1, alpha=0.75, zorder=4)
+            axes.plot(where, y.value, markersize=12, clip_on=False, zorder=6, **{**look, "marker": "*"})
 
 
 def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
@@ -216,7 +200,6 @@ def _handles(methods: Sequence[Curve], budget: float | None) -> list[Line2D]:
 def _caption(rows: Sequence[Sequence[MethodRecord]], panels: Mapping[str, Sequence[Curve]], right_end: float) -> str:
     complete = [record for row in rows for record in complete_records(row)]
     seeds = len({record.seed for record in complete})
-    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
     drawn = {curve.title for curves in panels.values() for curve in curves if curve.costs or curve.published}
     missing = [row[0].title for row in rows if row[0].title not in drawn]
     fewer = [
@@ -232,7 +215,7 @@ def _caption(rows: Sequence[Sequence[MethodRecord]], panels: Mapping[str, Sequen
         f"What lies beyond \u00d7{right_end:.3g} stands on the right border." if beyond else "",
         f"Not every seed is complete: {', '.join(fewer)}." if fewer else "",
         f"Not drawn, as no seed is complete: {', '.join(missing)}." if missing else "",
-        f"Judge: {judges or 'not named'}.",
+        judge_sentence(complete),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 

@@ -23,7 +23,8 @@ from sku.errors import EvaluationError, TaskVectorError, one_line
 from sku.evaluate.asking import Writer, by_id, draw_examples, free_requests, prefills
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, stage
-from sku.evaluate.judges import Judge
+from sku.evaluate.judges import Judge, JudgeCard
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, ReplyOutcome, rates_of
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import Split, Start
@@ -33,7 +34,7 @@ from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Limits, UtilityCost
 from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
-from sku.sweep.rule import FREE, Replies, SweepPoint, is_hopeless
+from sku.sweep.result import FREE, Replies, SweepPoint, is_hopeless
 
 FORGET: Split = "forget_validation"
 
@@ -139,22 +140,55 @@ def validation_asker(base: PreTrainedModel, writer: Writer, judge: Judge, recipe
     )
 
 
+def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
+    """``check_calibrated`` for a recipe that chooses its alpha, before anything is trained.
+
+    Args:
+        recipe: Of the run or sweep.
+        data: Its splits.
+
+    Raises:
+        EvaluationError: As ``check_calibrated``, or there is no such judge.
+        RecipeError: A wrong setting of the judge.
+    """
+    if recipe.chooses_alpha:
+        check_calibrated(choose_judge(recipe.evaluate, data).card)
+
+
+def check_calibrated(
+    card: JudgeCard, what: str = "alpha can't be chosen by", instead: str = "set negate.alpha to a number"
+) -> None:
+    """Refuses a judge of unknown errors.
+
+    Args:
+        card: Of the judge that ``evaluate.judge`` names.
+        what: Begins the message.
+        instead: What to do where the judge stays, for the message.
+
+    Raises:
+        EvaluationError: It has no calibration and is no exact rule.
+    """
+    if card.calibration is None and not card.exact:
+        raise EvaluationError(
+            f"{what} the judge {card.name}, whose errors were not measured: {instead}, or measure the judge (sku "
+            "judge calibrate) and name the file in evaluate.judge_settings.calibration"
+        )
+
+
+@dataclass(kw_only=True)
 class Changed:
     """A working copy of a model at any strength of one change, and what the change costs normal text there."""
 
-    def __init__(
-        self, base: PreTrainedModel, model: PreTrainedModel, vector: TaskVector, normal: NormalText, config: Limits
-    ) -> None:
-        """Names the parts; nothing is written yet.
-
-        Args:
-            base: The original model. It is not changed.
-            model: The working copy.
-            vector: What is subtracted.
-            normal: Normal sets and how the base scores them.
-            config: Budget and limits.
-        """
-        self.base, self.model, self.vector, self.normal, self.config = base, model, vector, normal, config
+    base: PreTrainedModel
+    """The original model. It is not changed."""
+    model: PreTrainedModel
+    """The working copy."""
+    vector: TaskVector
+    """What is subtracted."""
+    normal: NormalText
+    """Normal sets and how the base scores them."""
+    config: Limits
+    """Budget and limits."""
 
     def write(self, alpha: float) -> None:
         """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
@@ -206,7 +240,7 @@ class Meter(Changed):
         if output_dtype is not None:
             round_weights(model, output_dtype)
         normal = NormalText(asker.base, questions.texts, batch_size=asker.config.batch_size)
-        super().__init__(asker.base, model, vector, normal, config)
+        super().__init__(base=asker.base, model=model, vector=vector, normal=normal, config=config)
         self.asker, self.questions, self.progress = asker, questions, progress
 
     def measure_base(self) -> SweepPoint:

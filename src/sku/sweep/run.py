@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import Recipe, SweepConfig
+from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceConfig, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.asking import Writer, count_sources, starts_note
@@ -28,11 +31,11 @@ from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
 from sku.negate.arithmetic import saved_type
 from sku.negate.operators import fitted_notes, prepare_operators
+from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
-from sku.sweep.meter import Meter, Questions, draw_questions, validation_asker
-from sku.sweep.result import Sweep, read_kept, write_sweep
-from sku.sweep.rule import FREE, Pick, Replies, choose, is_hopeless
+from sku.sweep.meter import Meter, Questions, check_calibrated, draw_questions, validation_asker
+from sku.sweep.result import FREE, Pick, Replies, Sweep, choose, is_hopeless, read_kept, write_sweep
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
 """Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
@@ -63,6 +66,7 @@ SEARCH_STEPS = 12
 NO_BORDER = (
     f"the utility budget binds at no alpha up to {LARGEST:g}: the vector hardly touches normal text, or any text"
 )
+_GIVEN = "given in Python"
 OTHER_JUDGE = "name another evaluate.judge (sku judge), or set negate.alpha to a number"
 
 
@@ -154,6 +158,55 @@ def sweep(
     return _finished(found, meter, folder)
 
 
+def choose_alpha(
+    base: PreTrainedModel,
+    bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+    *,
+    judge: str = EvaluateConfig.judge,
+    judge_settings: Mapping[str, Any] | None = None,
+    config: SweepConfig | None = None,
+    folder: Path | None = None,
+    seed: int = 0,
+    progress: StageProgress | None = None,
+) -> Sweep:
+    """Measures alphas on prompts that stage 1 did not train on, and chooses one.
+
+    Args:
+        base: The original model. It is not changed.
+        bad: The model of stage 1, as ``negate`` takes it.
+        tokenizer: Of the model.
+        data: Splits with ``forget_validation``: ``load_forget_retain(..., forget_validation_fraction=0.2)``.
+        judge: Name of a judge, or a judge file, as ``evaluate.judge`` of a recipe.
+        judge_settings: As ``evaluate.judge_settings`` of a recipe.
+        config: What is tried, what is asked of an alpha, and the budget; the defaults of ``sweep`` if None.
+        folder: Private folder that keeps every point, so that a second call goes on; none is kept if None.
+        seed: Decides which prompts are asked.
+        progress: Called with a stage, what is done and how much there is.
+
+    Returns:
+        All that was measured: ``alpha()`` for ``negate``, the frontier when it is printed or ``to_pandas()``.
+
+    Raises:
+        EvaluationError: Nothing to ask, several processes, or a judge of unknown errors or one that fails.
+        OutputError: The folder can't be written.
+        TaskVectorError: The bad model doesn't fit.
+    """
+    given = SourceConfig(path=_GIVEN)
+    recipe = Recipe(
+        name="choose-alpha",
+        model=ModelConfig(path=str(base.name_or_path) or _GIVEN),
+        data=DataConfig(forget=given, retain=given),
+        seed=seed,
+        sweep=config or SweepConfig(),
+        evaluate=EvaluateConfig(judge=judge, judge_settings=judge_settings or {}),
+    )
+    vector = task_vector_of(base, bad)
+    with tempfile.TemporaryDirectory(prefix="sku-") as temporary:
+        return sweep(base, vector, tokenizer, data, recipe, folder or Path(temporary) / "sweep", progress=progress)
+
+
 def _finished(found: Sweep, meter: Meter, folder: Path) -> Sweep:
     """Measures what is missing from the smallest alpha up, writing after every point, to the first hopeless one."""
     kept = {point.alpha: point for point in found.spare}
@@ -179,7 +232,7 @@ def _finished(found: Sweep, meter: Meter, folder: Path) -> Sweep:
         if is_hopeless(point, found.config):
             break
     left = tuple(ordered[len(found.points) :])
-    pick = choose(found.points, found.base, found.config)
+    pick = choose(found)
     return _written(dataclasses.replace(found, not_measured=left), folder, pick)
 
 
@@ -223,41 +276,6 @@ def _vector_sha256(vector: TaskVector) -> str:
         digest.update(f"{name}\0{tuple(delta.shape)}\0".encode())
         digest.update(delta.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
-    """``check_calibrated`` for a recipe that chooses its alpha, before anything is trained.
-
-    Args:
-        recipe: Of the run or sweep.
-        data: Its splits.
-
-    Raises:
-        EvaluationError: As ``check_calibrated``, or there is no such judge.
-        RecipeError: A wrong setting of the judge.
-    """
-    if recipe.chooses_alpha:
-        check_calibrated(choose_judge(recipe.evaluate, data).card)
-
-
-def check_calibrated(
-    card: JudgeCard, what: str = "alpha can't be chosen by", instead: str = "set negate.alpha to a number"
-) -> None:
-    """Refuses a judge of unknown errors.
-
-    Args:
-        card: Of the judge that ``evaluate.judge`` names.
-        what: Begins the message.
-        instead: What to do where the judge stays, for the message.
-
-    Raises:
-        EvaluationError: It has no calibration and is no exact rule.
-    """
-    if card.calibration is None and not card.exact:
-        raise EvaluationError(
-            f"{what} the judge {card.name}, whose errors were not measured: {instead}, or measure the judge (sku "
-            "judge calibrate) and name the file in evaluate.judge_settings.calibration"
-        )
 
 
 def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.report.html.page import Page, run_page
+from sku.report.page import Page, run_page
 from sku.report.read_run import RecordedRun, read_run
 
 from .recorded import write_run

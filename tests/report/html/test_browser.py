@@ -12,7 +12,7 @@ import pytest
 
 from sku.evaluate.judges.precomputed import read_labels, reply_hash
 from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
-from sku.report.html.page import write_report
+from sku.report.page import write_report
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sku.report.figures import PALETTE
-from sku.report.html.drawing import drawable, theme_css, themed_svg
-from sku.report.html.page import Page
+from sku.report.figures import PALETTE, drawable, theme_css, themed_svg
+from sku.report.page import Page
 
 HEAD = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="1pt" height="1pt">'
 
@@ -50,12 +49,12 @@ def test_every_colour_has_its_classes() -> None:
     [
         ("<script>1</script>", "<script>"),
         ("<foreignObject/>", "<foreignObject>"),
-        ('<path onclick="1"/>', "attribute onclick"),
-        ('<use xlink:href="https://a.b/c"/>', "attribute"),
+        ('<path onclick="1"/>', "onclick"),
+        ('<use xlink:href="https://a.b/c"/>', "href"),
         ('<path style="fill: #123456"/>', "no colour #123456"),
         ('<path style="fill: url(https://a.b)"/>', "no colour url"),
-        ('<path style="background: red"/>', "must not set background"),
-        ('<path d="M 0 0 &quot;&gt;"/>', "attribute d"),
+        ('<path style="background: red"/>', "must not hold background"),
+        ('<path d="M 0 0 &quot;&gt;"/>', "must not hold d"),
     ],
 )
 def test_a_drawing_holds_shapes_alone(inside: str, words: str) -> None:

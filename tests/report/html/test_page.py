@@ -22,10 +22,18 @@ from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.html.page import Page, comparison_page, run_page, write_report
-from sku.report.html.side_by_side import cautions, differences, figure_rows, run_titles
-from sku.report.key_figures import key_figures
+from sku.report.page import (
+    Page,
+    cautions,
+    comparison_page,
+    differences,
+    figure_rows,
+    run_page,
+    run_titles,
+    write_report,
+)
 from sku.report.read_run import RecordedRun, read_run
+from sku.report.tables import key_figures
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sku.errors import EvaluationError
-from sku.report.html.result_charts import shown_precisions
 from sku.report.read_run import RecordedRun, read_run
+from sku.report.run_charts import shown_precisions
 
 from .recorded import ASKED, PROMPTS, write, write_run
 

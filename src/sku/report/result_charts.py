@@ -1,25 +1,37 @@
-"""Pictures of what was measured: outcomes of replies, normal prompts, perplexities, attacks."""
+"""Pictures of base and unlearned model: outcomes of replies, normal prompts, perplexities; all in one for a run."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from sku.attacks.results import AttackReport
 from sku.evaluate.changes import RateChange
-from sku.evaluate.comparison import Comparison, PrecisionReport
+from sku.evaluate.comparison import Comparison
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, in_order
 from sku.evaluate.results import Rates
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.figures import light, ratio_ticks
-from sku.report.html.drawing import STYLE, Picture, add_legend, drawable, name_rows, new_figure, share_axis
-from sku.report.robustness import ATTACK_COLUMNS, PrecisionRow, attack_rows, precision_rows, rate_text
-from sku.report.tables import NOTHING, in_points, interval, percent
+from sku.report.figures import (
+    PAGE_STYLE,
+    STYLE,
+    Picture,
+    bare,
+    check_suffix,
+    light,
+    name_rows,
+    new_figure,
+    ratio_ticks,
+    save_figure,
+    share_axis,
+)
+from sku.report.run_charts import draw_rates
+from sku.report.words import in_points, interval, percent
 
 OUTCOMES = {
     "harmful": "harmful", "evasive": "evasive", "safe_answer": "safe answer", "refusal": "refusal",
@@ -30,11 +42,6 @@ _TEXT_ON = {outcome: "on_deep" if outcome == "refusal" else "on_bright" for outc
 _NARROWEST_LABEL = 0.1
 _NORMAL = {"exact_answer": "exact answer", "over_refusal": "refused", "gibberish": "gibberish"}
 _HARMFUL_ANSWERS = {"forget_train": "harmful, {}", "forget_test": "harmful, unseen"}
-_MODELS = (
-    (light("paper"), light("base"), "base"),
-    (light("unlearned"), light("unlearned"), "unlearned"),
-)
-"""Legend of dots: the base's is hollow."""
 _NEAR_TICKS, _FAR_TICKS = (
     (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5),
     (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1e3, 1e4, 1e6, 1e9),
@@ -43,7 +50,7 @@ _NEAR_TICKS, _FAR_TICKS = (
 
 def result_charts(comparison: Comparison) -> list[Picture]:
     """Outcomes, normal prompts and perplexities, those that were measured."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(PAGE_STYLE):
         drawn = (outcome_chart(comparison), normal_chart(comparison), perplexity_chart(comparison))
     return [picture for picture in drawn if picture is not None]
 
@@ -172,13 +179,8 @@ def normal_changes(comparison: Comparison) -> list[tuple[str, RateChange]]:
 
 
 def draw_normal(axes: Axes, rows: Sequence[tuple[str, RateChange]]) -> None:
-    """Draws rates of both models with their intervals."""
-    for place, (_, change) in enumerate(rows):
-        mark_rate(axes, place - 0.16, change.before, "base")
-        mark_rate(axes, place + 0.16, change.after, "unlearned")
-    name_rows(axes, [words for words, _ in rows])
-    share_axis(axes)
-    add_legend(axes, _MODELS)
+    """Draws rates of both models."""
+    draw_rates(axes, [(words, (change.before, change.after)) for words, change in rows])
 
 
 def normal_chart(comparison: Comparison) -> Picture | None:
@@ -206,13 +208,6 @@ def normal_chart(comparison: Comparison) -> Picture | None:
             for words, change in rows
         ),
     )
-
-
-def mark_rate(axes: Axes, y: float, rate: Rate, colour: str) -> None:
-    """A dot with its interval; the base's is hollow."""
-    face = light("paper" if colour == "base" else colour)
-    axes.plot([rate.low, rate.high], [y, y], color=light(colour), linewidth=1.8, solid_capstyle="butt")
-    axes.plot(rate.value, y, "o", color=face, markeredgecolor=light(colour), markeredgewidth=1.5, markersize=6.5)
 
 
 def draw_perplexities(axes: Axes, comparison: Comparison) -> list[str]:
@@ -273,76 +268,6 @@ def ratio_axis(axes: Axes, values: Sequence[float]) -> None:
     ratio_ticks(axes, ticks[start::stride])
 
 
-def attack_chart(report: AttackReport) -> Picture:
-    """Harmful share under each attack, for the unlearned model and for the base as a control."""
-    titles = {card.name: card.title for card in report.cards}
-    names = [f"{titles[result.attack]} {result.setting}".strip() for result in report.results]
-    with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure(0.9 + 0.42 * len(names))
-        for place, result in enumerate(report.results):
-            mark_rate(axes, place - 0.14, result.control.harmful.after, "base")
-            mark_rate(axes, place + 0.14, result.model.harmful.after, "unlearned")
-        name_rows(axes, [drawable(name) for name in names])
-        share_axis(axes)
-        add_legend(axes, _MODELS)
-    return Picture(
-        name="attacks",
-        title="Harmful replies under attack",
-        caption="Share of questions with a harmful reply, with 95 % intervals. Of several ways to ask the worst one "
-        "counts. The base model goes through the same attacks.",
-        figure=figure,
-        columns=ATTACK_COLUMNS,
-        rows=tuple(map(dataclasses.astuple, attack_rows(report))),
-    )
-
-
-def shown_precisions(report: PrecisionReport) -> list[PrecisionRow]:
-    """Of unseen prompts, or of the forget set's where none was unseen; the model as it was evaluated first."""
-    split = "forget_test" if "forget_test" in report.measured.replies else "forget_train"
-    own, *rounded = precision_rows(report, split)
-    return [dataclasses.replace(own, precision="as evaluated"), *rounded]
-
-
-def precision_chart(report: PrecisionReport) -> Picture:
-    """Harmful shares of the unlearned model at each precision."""
-    rows = shown_precisions(report)
-    marks = (("unlearned", "harmful", -0.14), ("second", "harmful, worst prefill", 0.14))
-    with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
-        for place, row in enumerate(rows):
-            for (colour, _, offset), rate in zip(marks, (row.harmful, row.prefill), strict=True):
-                if rate is not None:
-                    mark_rate(axes, place + offset, rate, colour)
-        name_rows(axes, [row.precision for row in rows])
-        share_axis(axes)
-        add_legend(axes, [(light(colour), light(colour), words) for colour, words, _ in marks])
-    return Picture(
-        name="precisions",
-        title="Harmful replies once the weights are rounded",
-        caption="Dots are shares of replies to harmful prompts, lines their 95 % intervals. Kept is the length that "
-        "the change of unlearning still has along itself.",
-        figure=figure,
-        columns=("precision", "harmful", "worst prefill", "gibberish", "perplexity, to base", "kept", "harm returns"),
-        rows=tuple(
-            (
-                row.precision,
-                rate_text(row.harmful),
-                rate_text(row.prefill) + tokens_text(row.prefill_tokens),
-                rate_text(row.gibberish),
-                NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.4g}",
-                NOTHING if row.kept is None else percent(row.kept),
-                "yes" if row.brings_back else "",
-            )
-            for row in rows
-        ),
-    )
-
-
-def tokens_text(tokens: int | None) -> str:
-    """Length of a prefill after its rate: ``, 3 tokens``."""
-    return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"
-
-
 def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     """Every length of a prefill: prompts asked, harmful shares and their change, gibberish."""
     return [
@@ -359,3 +284,48 @@ def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
         for tokens, changes in comparison.prefill_by_length.get(split, {}).items()
         for change in (changes["harmful"],)
     ]
+
+
+def before_after_figure(comparison: Comparison, path: Path) -> Path:
+    """Draws base against unlearned model.
+
+    Left, the outcome shares of replies to harmful prompts, freely answered and after the worst prefill. Right, normal
+    prompts (shares with Wilson 95 % intervals) and the perplexity ratio of fixed answers (bootstrap 95 % intervals).
+
+    Args:
+        comparison: From ``sku.evaluate.comparison.compare``.
+        path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OutputError: Another suffix, or a folder that can't be written.
+    """
+    check_suffix(path)
+    groups, normal = outcome_groups(comparison), normal_changes(comparison)
+    with matplotlib.rc_context(STYLE):
+        spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04, hspace=0.06)
+        figure = Figure(figsize=(10.5, 1.9 + 0.78 * max(len(groups), 3)), layout=spacing)
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.55, 1), height_ratios=(1, 0.9))
+        outcomes = bare(figure.add_subplot(grid[:, 0]), "Replies to harmful prompts")
+        outcome_legend(outcomes, draw_outcomes(outcomes, groups), (0.5, -0.06), 6)
+        total = max((change.before.total for _, change in normal), default=0)
+        shares = bare(figure.add_subplot(grid[0, 1]), f"Normal prompts (n = {total})")
+        draw_normal(shares, normal)
+        for row, (_, change) in enumerate(normal):
+            shares.text(
+                1.05, row, f"{100 * change.before.value:.0f} \u2192 {100 * change.after.value:.0f} %", va="center"
+            )
+        ratios = bare(figure.add_subplot(grid[1, 1]), "Perplexity, unlearned / base")
+        draw_perplexities(ratios, comparison)
+        figure.supxlabel(_footer(comparison), fontsize=7.5, color=light("base"), x=0.005, ha="left")
+        save_figure(figure, path)
+    return path
+
+
+def _footer(comparison: Comparison) -> str:
+    judge = comparison.unlearned.judge
+    bound = ", an upper bound of the harmful share" if judge.name == "refusal_rules" else ""
+    names = f"{comparison.base.setup.model['name']} / {comparison.unlearned.setup.model['name']}"
+    return f"{names}. Judge: {judge.name}{bound}. Ranges: 95 % intervals."

@@ -1,22 +1,32 @@
-"""Pictures of how a result came about: training curves, the task vector, the sweep of its alphas."""
+"""Pictures of how a result came about, training, task vector and alphas, and of what undoes it: attacks, rounding."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import matplotlib
+from matplotlib.axes import Axes
 
-from sku.report.facts import TaskVectorFacts
-from sku.report.figures import light
+from sku.attacks.results import AttackReport
+from sku.evaluate.comparison import PrecisionReport
+from sku.evaluate.metrics import Rate
+from sku.report.figures import PAGE_STYLE, Picture, add_legend, drawable, light, name_rows, new_figure, share_axis
 from sku.report.frontier import draw_sweep
-from sku.report.html.drawing import STYLE, Picture, drawable, name_rows, new_figure
-from sku.report.html.result_charts import tokens_text
-from sku.report.robustness import rate_text
-from sku.report.tables import NOTHING
-from sku.sweep.result import Sweep
-from sku.sweep.rule import SweepPoint, cost_of
+from sku.report.robustness import (
+    ATTACK_COLUMNS,
+    PrecisionRow,
+    attack_rows,
+    precision_rows,
+    rate_text,
+    tokens_text,
+)
+from sku.report.words import NOTHING
+from sku.sweep.result import Sweep, SweepPoint
 
+_MODELS = {"base": "base", "unlearned": "unlearned"}
+"""Words of the legend -> colour."""
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _TABLE_ROWS = 12
 """Of the table under the training curves: about so many steps, first and last among them."""
@@ -30,7 +40,7 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
     """
     terms = sorted({name for entry in log for name in entry if name.startswith("loss")})  # "loss" is the first.
     words = {name: name.partition("/")[2].replace("_", " ") or "whole objective" for name in terms}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(PAGE_STYLE):
         figure, panels = new_figure(0.35 + 1.2 * len(terms), len(terms))
         for number, (axes, term) in enumerate(zip(panels, terms, strict=True)):
             points = [(entry["step"], entry[term]) for entry in log if term in entry]
@@ -58,12 +68,12 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
     )
 
 
-def vector_chart(vector: TaskVectorFacts) -> Picture:
-    """Euclidean norm of the task vector by layer and by kind of module."""
-    groups = {"decoder layer": vector.layers, "kind of module": vector.modules}
+def vector_chart(layers: Mapping[str, float], modules: Mapping[str, float]) -> Picture:
+    """Euclidean norm of the task vector by layer and by kind of module, as ``TaskVectorFacts`` has them."""
+    groups = {"decoder layer": layers, "kind of module": modules}
     groups = {title: dict(sorted(norms.items(), key=_by_number)) for title, norms in groups.items()}
     sizes = [max(len(norms), 2) for norms in groups.values()]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(PAGE_STYLE):
         figure, panels = new_figure(0.5 * len(sizes) + 0.22 * sum(sizes), len(groups))
         cast(Any, panels[0].get_gridspec()).set_height_ratios(sizes)
         for axes, (title, norms) in zip(panels, groups.items(), strict=True):
@@ -91,7 +101,7 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
 
 def sweep_chart(sweep: Sweep) -> Picture:
     """Shares and utility cost over alpha, and the largest harmful rate against that cost."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(PAGE_STYLE):
         figure, (rates, cost, frontier) = new_figure(10.5, 3)
         draw_sweep(sweep, rates, cost, frontier)
         rates.set_xlabel("alpha")
@@ -131,7 +141,80 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
     return (
         f"{point.alpha:g}",
         *shares,
-        NOTHING if ratio is None else f"{cost_of(point, sweep.base, sweep.config).value:.2f}",
+        NOTHING if ratio is None else f"{sweep.cost(point).value:.2f}",
         NOTHING if ratio is None else f"\u00d7{ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})",
         told,
+    )
+
+
+def draw_rates(
+    axes: Axes, rows: Sequence[tuple[str, Sequence[Rate | None]]], marks: Mapping[str, str] = _MODELS
+) -> None:
+    """Draws dots with their intervals in named rows; those of the base are hollow.
+
+    Args:
+        axes: Empty.
+        rows: Name and a rate for each mark; None is not drawn.
+        marks: Words of the legend -> name of the colour.
+    """
+    faces = [light("paper" if colour == "base" else colour) for colour in marks.values()]
+    for place, (_, rates) in enumerate(rows):
+        for offset, rate, face, name in zip((-0.15, 0.15), rates, faces, marks.values(), strict=True):
+            if rate is not None:
+                y, colour = place + offset, light(name)
+                axes.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
+                axes.plot(rate.value, y, "o", color=face, markeredgecolor=colour, markeredgewidth=1.5, markersize=6.5)
+    name_rows(axes, [name for name, _ in rows])
+    share_axis(axes)
+    add_legend(
+        axes, [(face, light(colour), words) for face, (words, colour) in zip(faces, marks.items(), strict=True)]
+    )
+
+
+def attack_chart(report: AttackReport) -> Picture:
+    """Harmful share under each attack, for the unlearned model and for the base as a control."""
+    titles = {card.name: card.title for card in report.cards}
+    rows = [
+        (
+            f"{titles[result.attack]} {result.setting}".strip(),
+            (result.control.harmful.after, result.model.harmful.after),
+        )
+        for result in report.results
+    ]
+    with matplotlib.rc_context(PAGE_STYLE):
+        figure, (axes,) = new_figure(0.9 + 0.42 * len(rows))
+        draw_rates(axes, rows)
+    return Picture(
+        name="attacks",
+        title="Harmful replies under attack",
+        caption="Share of questions with a harmful reply, with 95 % intervals. Of several ways to ask the worst one "
+        "counts. The base model goes through the same attacks.",
+        figure=figure,
+        columns=ATTACK_COLUMNS,
+        rows=tuple(attack_rows(report)),
+    )
+
+
+def shown_precisions(report: PrecisionReport) -> list[PrecisionRow]:
+    """Of unseen prompts, or of the forget set's where none was unseen; the model as it was evaluated first."""
+    split = "forget_test" if "forget_test" in report.measured.replies else "forget_train"
+    own, *rounded = precision_rows(report, split)
+    return [dataclasses.replace(own, precision="as evaluated"), *rounded]
+
+
+def precision_chart(report: PrecisionReport) -> Picture:
+    """Harmful shares of the unlearned model at each precision."""
+    rows = shown_precisions(report)
+    with matplotlib.rc_context(PAGE_STYLE):
+        figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
+        marks = {"harmful": "unlearned", "harmful, worst prefill": "second"}
+        draw_rates(axes, [(row.precision, (row.harmful, row.prefill)) for row in rows], marks)
+    return Picture(
+        name="precisions",
+        title="Harmful replies once the weights are rounded",
+        caption="Dots are shares of replies to harmful prompts, lines their 95 % intervals. Kept is the length that "
+        "the change of unlearning still has along itself.",
+        figure=figure,
+        columns=("precision", "harmful", "worst prefill", "gibberish", "perplexity, to base", "kept", "harm returns"),
+        rows=tuple((*row.cells, "yes" if row.brings_back else "") for row in rows),
     )
