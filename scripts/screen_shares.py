@@ -52,6 +52,8 @@ SPLITS: dict[str, Split] = {
     "template": "forget_test",
     "normal in a template": "retain_test",
 }
+NEEDED = ("forget_test", "normal")
+"""Always asked: prefills and KL are of the original model's replies to them."""
 HARMLESS = ("normal", "xstest safe", "normal in a template")
 KL_ROWS = 40
 BATCH = 64
@@ -156,7 +158,7 @@ def main() -> None:
         screen = Screen(
             base,
             Writer.of(base, loaded.tokenizer, recipe.model.prompt_format),
-            {name: found[: options.count] for name, found in prompts.items()},
+            {name: found[: options.count] for name, found in prompts.items() if name in {*NEEDED, *options.sets}},
             tokens=options.tokens,
             lengths=options.prefill,
         )
@@ -216,6 +218,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--note", default="", help="What the log says of these twins.")
     parser.add_argument("--count", type=int, default=60, help="Prompts of each set.")
     parser.add_argument("--samples", type=int, default=0, help="Sampled replies to each unseen prompt.")
+    parser.add_argument("--sets", nargs="*", choices=SPLITS, default=[*SPLITS], help="Asked beside unseen and normal.")
     parser.add_argument("--tokens", type=int, default=48, help="Of each reply.")
     parser.add_argument("--prefill", type=int, nargs="*", default=[3, 10], help="Lengths in tokens.")
     return parser.parse_args()
