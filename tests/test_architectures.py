@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from conftest import ARCHITECTURES, ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
+from sku.data.batches import ROWS, PaddedRows
 from sku.negate.run import negate_with_record, save_unlearned
 
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8, 30, 31]])
@@ -71,12 +73,14 @@ def test_padding_changes_no_loss(architecture: str, make_model: ModelMaker, make
     dataset: Any = trainer.train_dataset
     collator: Any = trainer.data_collator
     tight = collator([dataset[0], dataset[1]])
-    wide = {
-        name: torch.nn.functional.pad(tensor, (0, 23), value={"input_ids": 3, "labels": -100}.get(name, 0))
-        if tensor.dim() == 2
-        else tensor
-        for name, tensor in tight.items()
-    }
+    rows: PaddedRows = tight[ROWS]
+    wider = dataclasses.replace(
+        rows,
+        input_ids=torch.nn.functional.pad(rows.input_ids, (0, 23), value=3),
+        attention_mask=torch.nn.functional.pad(rows.attention_mask, (0, 23)),
+        kept_RT=torch.nn.functional.pad(rows.kept_RT, (0, 23)),
+    )
+    wide = {**tight, ROWS: wider}
     results = []
     for batch in (tight, wide):
         with torch.no_grad():
