@@ -100,7 +100,7 @@ def list_recipes(context: typer.Context, as_json: options.JsonOption = False) ->
         print_json([{"name": name, "description": load_recipe(name).description} for name in recipe_names()])
     else:
         for name in recipe_names():
-            results.print(f"{name:<24}{load_recipe(name).description}")
+            results.print(f"{name:<26}{load_recipe(name).description}")
 
 
 def _launchers() -> list[str]:
