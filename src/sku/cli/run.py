@@ -91,7 +91,7 @@ def _warn_of_memory(plan: Plan[FinishedRun], device: str) -> None:
 
 def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
-    print_measured(finished.comparison, finished.precisions, finished.attacks)
+    print_measured(finished)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     if "stage_1" in finished.manifest:
@@ -183,6 +183,6 @@ def evaluate(
         verdict = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
         print_json(sides | verdict | measured.reports())
         return
-    print_measured(comparison, measured.precisions, measured.attacks, agreement_lines(comparison.unlearned))
+    print_measured(measured, agreement_lines(comparison.unlearned))
     results.print(f"\nevidence  {out}")
     print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])

@@ -14,30 +14,26 @@ if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
     from sku.evaluate.comparison import Comparison, PrecisionReport
     from sku.evaluate.statistics import Estimate
+    from sku.pipeline.evaluate import Measured
     from sku.report.method_records import MethodRecord
     from sku.report.method_statistics import Role
     from sku.report.words import TableRow
 
 
-def print_measured(
-    comparison: Comparison,
-    precisions: PrecisionReport | None,
-    attacks: AttackReport | None,
-    lines: Iterable[str] = (),
-) -> None:
+def print_measured(measured: Measured, lines: Iterable[str] = ()) -> None:
     """All that was measured: the verdict first, ``lines`` under the table of before and after."""
     from sku.report.tables import before_after_rows
 
-    print_verdict(comparison.verdict.line)
+    print_verdict(measured.comparison.verdict.line)
     results.print()
-    results.print(before_after_table(before_after_rows(comparison)))
+    results.print(before_after_table(before_after_rows(measured.comparison)))
     for line in lines:
         results.print(line)
-    print_comparison_notes(comparison, verbose=is_verbose())
-    if precisions is not None:
-        print_precisions(precisions)
-    if attacks is not None:
-        print_attacks(attacks)
+    print_comparison_notes(measured.comparison, verbose=is_verbose())
+    if measured.precisions is not None:
+        print_precisions(measured.precisions)
+    if measured.attacks is not None:
+        print_attacks(measured.attacks)
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:
