@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def example(prompt: list[int], answer: list[int]) -> TokenizedExample:
         labels=(*[IGNORE_INDEX] * len(prompt), *answer),
         answer_start=len(prompt),
     )
+
+
+def plainly(tokenizer: PreTrainedTokenizerFast) -> Callable[[str, str, str], TokenizedExample]:
+    def tokenize(prompt: str, start: str, reply: str) -> TokenizedExample:
+        return example(tokenizer(prompt + start).input_ids, tokenizer(reply).input_ids)
+
+    return tokenize
 
 
 EXAMPLES = [
@@ -138,9 +146,7 @@ def test_texts_without_other_orders_are_not_shuffled(text: str) -> None:
 def test_fluency_is_the_loss_of_the_reply_alone_after_its_prefill(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, make_record: RecordMaker
 ) -> None:
-    def tokenize(prompt: str, start: str, reply: str) -> TokenizedExample:
-        return example(tiny_tokenizer(prompt + start).input_ids, tiny_tokenizer(reply).input_ids)
-
+    tokenize = plainly(tiny_tokenizer)
     records = [
         make_record("one two three four five", id="long", num_tokens=23),
         make_record("too short", id="short"),
@@ -198,6 +204,43 @@ def test_one_shuffle_settles_a_reply_whose_own_order_saves_much(
     assert told == [(4, 4), (6, 6)]
 
 
+def test_equal_texts_are_scored_once(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    make_record: RecordMaker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenize = plainly(tiny_tokenizer)
+    records = [make_record("one two three four five", id=name) for name in ("first", "again")]
+    alone = [score_fluency(tiny_model, [record], tokenize, **ASKED)[0] for record in records]
+    asked: list[int] = []
+
+    def score(model: LlamaForCausalLM, examples: list[TokenizedExample], **options: Any) -> Any:
+        asked.append(len(examples))
+        return score_examples(model, examples, **options)
+
+    monkeypatch.setattr(perplexity, "score_examples", score)
+    together = score_fluency(tiny_model, records, tokenize, **ASKED)
+    assert asked[0] == 3, "one text in its own order, and two shuffles"
+    for one, other in zip(alone, together, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+        assert one.shuffled_nlls == pytest.approx(other.shuffled_nlls, rel=1e-5)
+
+
+def test_a_doubtful_reply_without_its_other_orders_is_left_out(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, make_record: RecordMaker
+) -> None:
+    records, tokenize = [make_record("one two three four five", id="one")], plainly(tiny_tokenizer)
+    [doubtful] = score_fluency(tiny_model, records, tokenize, **ASKED)
+    assert len(doubtful.shuffled_nlls) == SHUFFLES
+    first = in_orders("one two three four five", "0/one")[:2]
+
+    def shorter(prompt: str, start: str, reply: str) -> TokenizedExample | None:
+        return tokenize(prompt, start, reply) if reply in first else None
+
+    assert score_fluency(tiny_model, records, shorter, **ASKED) == []
+
+
 def test_a_reply_of_which_nothing_fits_is_left_out(tiny_model: LlamaForCausalLM, make_record: RecordMaker) -> None:
     records = [make_record("one two three four five")]
     assert score_fluency(tiny_model, records, lambda *_: None, seed=0, batch_size=3) == []
@@ -214,7 +257,7 @@ def test_a_word_that_the_prefill_breaks_off_in_keeps_its_place(
     record = make_record("ty six two three four five", kind="prefill", prefill="one twen")
     assert score_fluency(tiny_model, [record], tokenize, seed=0, batch_size=3) == []
     assert {start for start, _ in asked} == {"one twenty"}
-    assert len(asked) == SHUFFLES + 1
+    assert len(asked) == 2
     assert asked[0][1] == " six two three four five"
     assert all(Counter(reply.split()) == Counter(asked[0][1].split()) for _, reply in asked)
 

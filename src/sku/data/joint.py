@@ -288,10 +288,10 @@ class JointDataset(Dataset[JointExample]):
         begun = decoded(harmful[:shown], self._encoder.tokenizer).rstrip("\ufffd").strip()
         if not begun:
             return safe
+        refusal = self._safe_examples[forget.example_id]
+        after = replace(refusal, answer=f" {refusal.answer}")
         try:
-            return self._encoder.example(
-                self._safe_examples[forget.example_id], train_on_end=True, example_id=safe.example_id, begun=begun
-            )
+            return self._encoder.example(after, train_on_end=True, example_id=safe.example_id, begun=begun)
         except DataError:  # Both have no room within max_length.
             return safe
 

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate, takewhile
 from typing import Any, ClassVar
 
@@ -267,7 +268,8 @@ class Encoder:
                 not cut here, and ``finished``.
                 Off for harmful answers, since stage 2 negates what was learned and would teach run-ons.
             example_id: Carried along.
-            begun: What the reply has said before the answer, from which a space divides it; read, and not learned.
+            begun: What the reply has said before the answer, which goes on with the next character; read, and not
+                learned. A token that reaches over the border is the answer's.
 
         Returns:
             The tokens.
@@ -276,9 +278,11 @@ class Encoder:
             DataError: No answer token is left to learn, or the text is not valid Unicode.
             ModelError: The chat template can't write this prompt.
         """
-        text = self.prompt_format.render(example.prompt, begun or example.answer)
+        text = self.prompt_format.render(example.prompt, begun + example.answer)
         if begun:
-            text = replace(text, prompt_text=text.prompt_text + text.answer_text, answer_text=f" {example.answer}")
+            written = text.prompt_text + text.answer_text
+            border = len(written) - len(example.answer)
+            text = replace(text, prompt_text=written[:border], answer_text=written[border:])
         spans = locate_tokens(text, self.tokenizer, with_end=train_on_end and example.finished)
         prompt, user_length = spans.ids[: spans.answer_start], spans.user_end - spans.user_start
         answer, end = spans.ids[spans.answer_start : spans.end_start], spans.ids[spans.end_start :]
@@ -479,6 +483,8 @@ def _token_ends(
     Byte-level tokenizers may trim spaces off their offsets. Off the front that leaves the end right. Off the back,
     the spaces are counted in the token itself, which writes each as one sign.
     """
+    if _ending_in_space(tokenizer, len(tokenizer)).isdisjoint(ids):
+        return list(accumulate((end for _, end in offsets), max))
     pieces = tokenizer.convert_ids_to_tokens(ids)
     ends = []
     for piece, (start, end) in zip(pieces, offsets, strict=True):
@@ -490,6 +496,13 @@ def _token_ends(
             end = trimmed
         ends.append(end)
     return list(accumulate(ends, max))
+
+
+@lru_cache(maxsize=4)
+def _ending_in_space(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """Tokens that end in a space, of a vocabulary of a size: few texts hold any."""
+    pieces = tokenizer.convert_ids_to_tokens(range(size))
+    return frozenset(token for token, piece in enumerate(pieces) if piece and piece.endswith(_BYTE_LEVEL_SPACE))
 
 
 _BYTE_LEVEL_SPACE = "\u0120"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, has_answers, normalise_prompt
 from sku.data.sources.read import load_xstest
-from sku.data.tokens import IGNORE_INDEX, Encoder, PromptFormat, TokenizedExample, locate_tokens, resolve_prompt_format
+from sku.data.tokens import Encoder, PromptFormat, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.generation import stop_token_ids
@@ -143,7 +143,7 @@ class Writer:
         length = min(self.window, MAX_SCORED_TOKENS)
         return Encoder(self.tokenizer, self.prompt_format, length, length)
 
-    def scored(self, prompt: str, answer: str, *, with_end: bool = False) -> TokenizedExample | None:
+    def scored(self, prompt: str, answer: str, *, with_end: bool = False, begun: str = "") -> TokenizedExample | None:
         """Ids with the answer labelled; None where the answer has no token or no room.
 
         Args:
@@ -151,9 +151,11 @@ class Writer:
             answer: The answer.
             with_end: Whether its end is labelled too, where nothing of it had to be cut: of an answer that came to its
                 end, so that a model which ends too soon or never is seen.
+            begun: What stands before the answer and is read, not scored.
         """
+        example = RetainExample(prompt=prompt, answer=answer)
         try:
-            return self.encoder.example(RetainExample(prompt=prompt, answer=answer), train_on_end=with_end)
+            return self.encoder.example(example, train_on_end=with_end, begun=begun)
         except DataError:
             return None
 
@@ -175,20 +177,8 @@ class Writer:
             The tokens; None where the reply has none or no room.
         """
         answer = (start + reply).strip()
-        whole = self.scored(prompt, answer)
         border = min(len(start.lstrip()), len(answer))
-        if whole is None or not border:
-            return whole
-        text = self.prompt_format.render(prompt, answer)
-        written = text.prompt_text + text.answer_text
-        parted = len(written) - len(answer) + border
-        moved = dataclasses.replace(text, prompt_text=written[:parted], answer_text=written[parted:])
-        answer_start, own_start = (
-            locate_tokens(one, self.tokenizer, with_end=False).answer_start for one in (text, moved)
-        )
-        first_own = whole.answer_start + own_start - answer_start
-        labels = tuple(IGNORE_INDEX if index < first_own else label for index, label in enumerate(whole.labels))
-        return None if set(labels) <= {IGNORE_INDEX} else dataclasses.replace(whole, labels=labels)
+        return self.scored(prompt, answer[border:], begun=answer[:border])
 
     def stop_ids(self, model: PreTrainedModel) -> list[int]:
         """Ids that end a model's reply: its own, and the token that ends an answer in this format, if it is one.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def score_fluency(
         model: The base model, in evaluation mode.
         records: Replies; those of fewer than ``MIN_SALAD_WORDS`` words are left out.
         tokenize: ``(prompt, prefill, reply)`` to token ids with the reply alone labelled; None where nothing of
-            it is left.
+            it is left: such a reply is left out.
         seed: Decides the orders, for each record by itself.
         batch_size: Texts at once.
         processes: As for ``score_examples``.
@@ -153,30 +153,38 @@ def score_fluency(
     Raises:
         EvaluationError: As ``score_examples``.
     """
-    versions: dict[str, list[TokenizedExample]] = {}
+    versions: dict[str, tuple[str, str, list[str]]] = {}
     for record in records:
         start, reply = _own_words(record.prefill, record.reply)
-        examples = [tokenize(record.prompt, start, text) for text in in_orders(reply, f"{seed}/{record.id}")]
-        complete = [example for example in examples if example is not None]
-        if len(complete) == SHUFFLES + 1:
-            versions[record.id] = complete
+        if orders := in_orders(reply, f"{seed}/{record.id}"):
+            versions[record.id] = (record.prompt, start, orders)
 
-    def losses(ids: Sequence[str], orders: slice, before: int) -> Iterator[list[float]]:
-        texts = [text for one in ids for text in versions[one][orders]]
+    def losses(ids: Iterable[str], asked: slice, before: int) -> dict[str, list[float]]:
+        texts: dict[str, list[TokenizedExample]] = {}
+        for one in ids:
+            prompt, start, orders = versions[one]
+            found = [text for order in orders[asked] if (text := tokenize(prompt, start, order)) is not None]
+            if len(found) == len(orders[asked]):
+                texts[one] = found
+        # Sampled replies to a prompt are often the same words.
+        distinct = list(dict.fromkeys(text for found in texts.values() for text in found))
         scores = score_examples(
             model,
-            texts,
+            distinct,
             batch_size=batch_size,
             processes=processes,
             progress=progress and (lambda done, total: progress(before + done, before + total)),
         )
-        each = len(texts) // max(1, len(ids))
-        return ([nll for nll, _ in scores[row * each : (row + 1) * each]] for row in range(len(ids)))
+        nll_of = {text: nll for text, (nll, _) in zip(distinct, scores, strict=True)}
+        return {one: [nll_of[text] for text in found] for one, found in texts.items()}
 
-    nlls = dict(zip(versions, losses(list(versions), slice(2), 0), strict=True))
+    nlls = losses(versions, slice(2), 0)
     doubtful = [one for one, (own, shuffled) in nlls.items() if own > (1 - SURE_GAIN) * shuffled]
-    for one, rest in zip(doubtful, losses(doubtful, slice(2, None), 2 * len(nlls)), strict=True):
-        nlls[one] += rest
+    rest = losses(doubtful, slice(2, None), 2 * len(nlls))
+    for one in doubtful:
+        first = nlls.pop(one)
+        if one in rest:
+            nlls[one] = first + rest[one]
     return [
         FluencyRecord(
             id=record.id,
