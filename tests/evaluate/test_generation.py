@@ -336,6 +336,49 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
     assert sum(rows) <= sum(3 * -(-length // 3) for length in lengths) < together
 
 
+@pytest.mark.parametrize(
+    ("architecture", "once"),
+    [("llama", True), ("opt", True), ("qwen3", True), ("gpt2", True), ("wide gemma3", True), ("gemma3", False),
+     ("lfm2", False), ("mamba", False)],
+)  # fmt: skip
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1, top_p=0.9, seed=3)])
+def test_a_prompt_with_several_replies_is_read_once(
+    architecture: str,
+    once: bool,
+    sampling: Sampling | None,
+    make_model: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each reply is that of its prompt alone: with nothing, one token and three more tokens after it, and sampled."""
+    if architecture in ("lfm2", "mamba"):
+        model = _recurrent(architecture)
+    else:
+        spread = {} if architecture == "opt" else {"initializer_range": 0.6}
+        model = make_model(architecture.removeprefix("wide "), **spread)
+        if architecture == "wide gemma3":
+            model.config.sliding_window = 128
+    more = [tokenizer(text).input_ids for text in ("", "go", "go on :", "")]
+    requests = [
+        request(tokenizer, prompt, id=f"{prompt}-{place}", input_ids=(*tokenizer(prompt).input_ids, *own))
+        for place, own in enumerate(more)
+        for prompt in PROMPTS[1:6:2]
+    ]
+    decoding = Decoding(stop_ids=(2,), max_new_tokens=24, pad_id=3, sampling=sampling)
+    tokens: list[int] = []
+
+    def count(_model: Any, _args: Any, options: dict[str, Any]) -> None:
+        tokens.append(options["input_ids"].numel())
+
+    alone = [_answers(model, [one], decoding)[0] for one in requests]
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    monkeypatch.setattr(backends, "CHUNK", 5)
+    assert _answers(model, requests, decoding) == alone
+    whole = len(requests) * max(len(one.input_ids) for one in requests)
+    assert (max(tokens) < whole / 2) is once
+    assert (whole in tokens) is not once
+
+
 def test_a_model_whose_cache_can_not_leave_rows_out_answers_all_the_same(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

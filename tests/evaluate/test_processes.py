@@ -123,6 +123,13 @@ def test_finished_results_are_kept_and_batches_stay_the_same() -> None:
     assert told == [(4, 6), (6, 6)]
 
 
+def test_groups_stay_together_where_their_longest_example_stands() -> None:
+    lengths, groups = [3, 9, 5, 5, 1, 20], ["a", "b", "c", "b", "a", "c"]
+    assert plan_batches(lengths, batch_size=3, groups=groups) == [[5, 2, 1], [3, 0, 4]]
+    assert plan_batches(lengths, batch_size=3, groups=range(6)) == plan_batches(lengths, batch_size=3)
+    assert plan_batches(lengths, batch_size=3, groups=groups, max_padded_tokens=20) == [[5], [2], [1, 3], [0, 4]]
+
+
 def test_a_single_example_that_does_not_fit_is_an_error() -> None:
     def no_memory(batch: list[int]) -> list[int]:
         raise torch.OutOfMemoryError("CUDA out of memory")

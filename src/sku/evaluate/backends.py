@@ -8,6 +8,8 @@ them is taken: that is an exact draw from their softmax (Gumbel-max; Maddison, T
 ends. Here it is called for ``CHUNK`` tokens at a time, going on from its own cache, and replies that ended leave batch
 and cache between two calls: they cost nothing more, and those that stay get the tokens that they get without it. In
 the cache a token is written into tensors with room for more, where transformers' own is copied whole for each token.
+A prompt with several replies in a batch (sampled ones, one for each length of a prefill) is read once: each reply goes
+on from a copy of its cache, with what is its own after the padding that makes all of a batch end together.
 
 **vLLM** is an engine of its own that reads the model from a folder; to be installed apart. It decodes with the stop
 ids, length, temperature, top-p and seeds of the evaluation and with nothing of the model's ``generation_config``. Its
@@ -18,6 +20,7 @@ Shapes: B = rows, V = vocabulary, H = heads of keys and values, T = tokens so fa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
@@ -38,9 +41,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sku.config import EvaluateConfig
+from sku.data.tokens import shared_length
 from sku.errors import EvaluationError, first_line
 from sku.evaluate.batching import pad
 from sku.evaluate.records import Asked, grouped
@@ -292,6 +296,20 @@ def _with_room(part_BHTD: Tensor, tokens: int) -> Tensor:
     return room
 
 
+def _head(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What some prompts begin with; each has a token of its own after it."""
+    return rows[0][: min(shared_length(*rows), *(len(row) - 1 for row in rows))]
+
+
+def _masks_padding(layer: Any, tokens: int) -> bool:
+    """Whether padding between tokens is no more to a layer than padding before them.
+
+    It is read by a layer with a state, and counted by one whose window is shorter than all there is.
+    """
+    wide = isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window > tokens
+    return wide or type(layer) is DynamicLayer
+
+
 CHUNK = 32
 """Tokens between two looks at which replies have ended."""
 
@@ -309,6 +327,7 @@ class GenerateBackend:
         self._model = model
         # What a cache of another name holds, as Mamba's, is left alone.
         self._drops_rows = "past_key_values" in inspect.signature(plain_model(model).forward).parameters
+        self._reads_once = self._drops_rows
         self.at_once = batch_size
 
     def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
@@ -329,13 +348,13 @@ class GenerateBackend:
     def _replies(self, requests: Sequence[GenerationRequest], decoding: Decoding, size: int) -> list[list[int]] | None:
         """The replies, ``size`` tokens a call; None where that needs a cache that can leave rows out, and it can't."""
         device, sampling, sampler = embedding_weight(self._model).device, decoding.sampling, None
-        ids, mask = pad([request.input_ids for request in requests], decoding.pad_id, left=True, device=device)
+        ids, mask, cache = self._begun(requests, decoding, device)
         if sampling is not None:
             sampler = RowSampler([sampling.row_seed(request.id) for request in requests], sampling, device)
         replies: list[list[int]] = [[] for _ in requests]
         rooms = [decoding.room_of(request) for request in requests]
         stops = set(decoding.stop_ids)
-        rows, cache = list(range(len(requests))), None
+        rows = list(range(len(requests)))
         while rows:
             steps = min(size, *(rooms[row] - len(replies[row]) for row in rows))
             before = ids.shape[1]
@@ -362,6 +381,29 @@ class GenerateBackend:
                 if sampler is not None:
                     sampler.keep(stay)
         return replies
+
+    def _begun(
+        self, requests: Sequence[GenerationRequest], decoding: Decoding, device: torch.device
+    ) -> tuple[Tensor, Tensor, Cache | None]:
+        """Ids and mask of a batch; and a cache of what the replies to one prompt begin with, where it has several."""
+        rows = [request.input_ids for request in requests]
+        fill = functools.partial(pad, value=decoding.pad_id, left=True, device=device)
+        by_prompt = grouped(requests, lambda request: request.prompt)
+        heads = [_head([request.input_ids for request in found]) for found in by_prompt.values()]
+        if self._reads_once and all(heads) and 2 * len(heads) <= len(rows):
+            places = {prompt: place for place, prompt in enumerate(by_prompt)}
+            of = torch.tensor([places[request.prompt] for request in requests], device=device)
+            head_ids, head_mask = fill(heads)
+            own_ids, own_mask = fill([row[len(heads[head]) :] for row, head in zip(rows, of.tolist(), strict=True)])
+            ids = torch.cat([head_ids[of], own_ids], dim=1)
+            cache = self._generate(head_ids, head_mask, decoding, 1, None).past_key_values
+            longest = ids.shape[1] + decoding.max_new_tokens
+            if isinstance(cache, Cache) and all(_masks_padding(layer, longest) for layer in cache.layers):
+                cache.reorder_cache(cast(Any, of))
+                give_room(cache)
+                return ids, torch.cat([head_mask[of], own_mask], dim=1), cache
+            self._reads_once = False
+        return (*fill(rows), None)
 
     def _generate(
         self,

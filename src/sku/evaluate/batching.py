@@ -8,7 +8,7 @@ others in the same round, as a ``ProcessError``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar
@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sku.errors import EvaluationError
+from sku.evaluate.records import grouped
 from sku.processes import ALONE as ALONE
 from sku.processes import Processes as Processes
 from sku.processes import current_processes as current_processes
@@ -38,25 +39,38 @@ def stage(progress: StageProgress | None, name: str) -> Progress | None:
     return None if progress is None else lambda done, total: progress(name, done, total)
 
 
-def plan_batches(lengths: Sequence[int], *, batch_size: int, max_padded_tokens: int | None = None) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    max_padded_tokens: int | None = None,
+    groups: Sequence[Hashable] | None = None,
+) -> list[list[int]]:
     """Cuts examples into batches, longest first: little is padded, and memory runs out early or never.
 
     Args:
         lengths: Tokens of each example.
         batch_size: Most examples at once.
         max_padded_tokens: Most tokens at once, padding included; one example always goes through.
+        groups: Of each example: those of one group stay together, where its longest one stands.
 
     Returns:
         Batches of indices.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    together = grouped(range(len(lengths)), lambda index: index if groups is None else groups[index]).values()
+    longest = {found[0]: max(lengths[index] for index in found) for found in together}
+    order = [
+        (longest[found[0]], index)
+        for found in sorted(together, key=lambda found: (-longest[found[0]], found[0]))
+        for index in sorted(found, key=lambda index: (-lengths[index], index))
+    ]
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
         size = batch_size
         if max_padded_tokens is not None:
-            size = max(1, min(size, max_padded_tokens // max(1, lengths[order[start]])))
-        batches.append(order[start : start + size])
+            size = max(1, min(size, max_padded_tokens // max(1, order[start][0])))
+        batches.append([index for _, index in order[start : start + size]])
         start += size
     return batches
 
@@ -68,6 +82,7 @@ def in_batches(
     batch_size: int,
     processes: Processes = ALONE,
     max_padded_tokens: int | None = None,
+    groups: Sequence[Hashable] | None = None,
     finished: Mapping[int, T] | None = None,
     keep: Callable[[list[T]], None] | None = None,
     progress: Progress | None = None,
@@ -82,7 +97,8 @@ def in_batches(
         run: One result for each index of a batch; called again with half of it when a GPU's memory ran out.
         batch_size: Most examples at once.
         processes: Each runs every n-th batch.
-        max_padded_tokens: Most tokens at once, padding included; one example always goes through.
+        max_padded_tokens: As of ``plan_batches``.
+        groups: As of ``plan_batches``.
         finished: Index -> result that is there already; a batch is run only where one of its own is missing.
         keep: Called in the main process with the results of each round.
         progress: Called in the main process.
@@ -95,7 +111,7 @@ def in_batches(
         ProcessError: Another process failed.
     """
     results = dict(finished or {})
-    batches = plan_batches(lengths, batch_size=batch_size, max_padded_tokens=max_padded_tokens)
+    batches = plan_batches(lengths, batch_size=batch_size, max_padded_tokens=max_padded_tokens, groups=groups)
     missing = [batch for batch in batches if not results.keys() >= set(batch)]
     parts = _Parts(lengths, run)
     done = len(lengths) - sum(map(len, missing))

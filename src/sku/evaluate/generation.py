@@ -88,6 +88,7 @@ def generate_replies(
         [len(request.input_ids) for request in requests],
         answer,
         batch_size=writer.at_once,
+        groups=[request.prompt for request in requests],
         processes=processes,
         finished={
             index: found[request.id]
