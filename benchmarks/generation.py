@@ -53,22 +53,22 @@ def main() -> None:
     options = _options()
     loaded = load_model(ModelConfig(path=options.model, gguf_file=options.gguf_file, dtype=options.dtype))
     prompts, source = _prompts(options.prompts_file, options.prompts)
-    requests = _requests(prompts, loaded)
+    requests = _requests(prompts, options.replies, loaded)
     lengths = [len(request.input_ids) for request in requests]
     print(f"machine    {processor_name()}, {torch.get_num_threads()} threads")
     print(f"versions   torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"model      {options.model}, {str(loaded.model.dtype).removeprefix('torch.')}, {loaded.model.device}")
-    print(f"prompts    {len(requests)} ({source}), {min(lengths)} to {max(lengths)} tokens")
-    print(f"replies    {options.new_tokens} tokens each")
+    print(f"prompts    {len(prompts)} ({source}), {min(lengths)} to {max(lengths)} tokens")
+    print(f"replies    {options.new_tokens} tokens each, {options.replies} to a prompt")
     with evaluation_mode(loaded.model):
         _answer(loaded, requests[:1], 2, 1)  # The first call sets up what later ones find.
         some = requests[:: max(1, len(requests) // options.one_by_one)][: options.one_by_one]
         batched, fast = _timed(loaded, requests, options.new_tokens, options.batch_size)
-        print(f"batched    {fast.words()}, {options.batch_size} prompts at once")
+        print(f"batched    {fast.words()}, {options.batch_size} replies at once")
         single, slow = _timed(loaded, some, options.new_tokens, 1)
     replies = {record.id: record.reply for record in batched}
     equal = sum(replies[record.id] == record.reply for record in single)
-    print(f"one by one {slow.words()}, {len(some)} prompts")
+    print(f"one by one {slow.words()}, {len(some)} replies")
     processor = slow.processor / slow.tokens / (fast.processor / fast.tokens)
     print(
         f"ratio      {slow.wall / slow.tokens / (fast.wall / fast.tokens):.1f} x ({processor:.1f} x of processor time)"
@@ -85,9 +85,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts-file", type=Path, help="text file, a prompt a line")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each reply")
     parser.add_argument("--batch-size", type=int, default=64, help="prompts at once")
-    parser.add_argument("--one-by-one", type=int, help="prompts of the slow path; all where left out")
+    parser.add_argument("--replies", type=int, default=1, help="replies to each prompt, which a batch reads once")
+    parser.add_argument("--one-by-one", type=int, help="replies of the slow path; all where left out")
     options = parser.parse_args()
-    options.one_by_one = options.prompts if options.one_by_one is None else options.one_by_one
+    replies = options.prompts * options.replies
+    options.one_by_one = replies if options.one_by_one is None else options.one_by_one
     return options
 
 
@@ -117,14 +119,15 @@ def _questions() -> list[str]:
     return [*paired, *truthful[len(safe) :]]
 
 
-def _requests(prompts: Sequence[str], loaded: LoadedModel) -> list[GenerationRequest]:
+def _requests(prompts: Sequence[str], replies: int, loaded: LoadedModel) -> list[GenerationRequest]:
     encoder = Encoder(loaded.tokenizer, resolve_prompt_format("auto", loaded.tokenizer))
     return [
         GenerationRequest(
-            id=str(number), split="retain_test", kind="reply", category=None, prompt=prompt, reference="",
+            id=f"{number}-{reply}", split="retain_test", kind="reply", category=None, prompt=prompt, reference="",
             prefill="", input_ids=tuple(encoder.prompt(prompt)),
         )
         for number, prompt in enumerate(prompts)
+        for reply in range(replies)
     ]  # fmt: skip
 
 

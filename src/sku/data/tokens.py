@@ -501,7 +501,7 @@ def _token_ends(
 @lru_cache(maxsize=4)
 def _ending_in_space(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
     """Tokens that end in a space, of a vocabulary of a size: few texts hold any."""
-    pieces = tokenizer.convert_ids_to_tokens(range(size))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(size)))
     return frozenset(token for token, piece in enumerate(pieces) if piece and piece.endswith(_BYTE_LEVEL_SPACE))
 
 
