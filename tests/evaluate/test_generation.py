@@ -379,6 +379,27 @@ def test_a_prompt_with_several_replies_is_read_once(
     assert (whole in tokens) is not once
 
 
+@pytest.mark.parametrize("beginning", [[], [5, 6]])
+def test_replies_with_little_in_common_are_read_whole(
+    beginning: list[int], tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """One prompt behind several system prompts, say."""
+    requests = [
+        request(tiny_tokenizer, "x", id=str(first), input_ids=(*beginning, *range(first, first + 9)))
+        for first in (10, 30, 50, 70)
+    ]
+    decoding = Decoding(stop_ids=(2,), max_new_tokens=4, pad_id=3)
+    tokens: list[int] = []
+
+    def count(_model: Any, _args: Any, options: dict[str, Any]) -> None:
+        tokens.append(options["input_ids"].numel())
+
+    alone = [_answers(tiny_model, [one], decoding)[0] for one in requests]
+    tiny_model.register_forward_pre_hook(count, with_kwargs=True)
+    assert _answers(tiny_model, requests, decoding) == alone
+    assert tokens[0] == 4 * (len(beginning) + 9)
+
+
 def test_a_model_whose_cache_can_not_leave_rows_out_answers_all_the_same(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -385,16 +385,18 @@ class GenerateBackend:
     def _begun(
         self, requests: Sequence[GenerationRequest], decoding: Decoding, device: torch.device
     ) -> tuple[Tensor, Tensor, Cache | None]:
-        """Ids and mask of a batch; and a cache of what the replies to one prompt begin with, where it has several."""
+        """Ids and mask of a batch, and a cache of what replies to one prompt begin with: where that halves the tokens."""
         rows = [request.input_ids for request in requests]
         fill = functools.partial(pad, value=decoding.pad_id, left=True, device=device)
         by_prompt = grouped(requests, lambda request: request.prompt)
-        heads = [_head([request.input_ids for request in found]) for found in by_prompt.values()]
-        if self._reads_once and all(heads) and 2 * len(heads) <= len(rows):
-            places = {prompt: place for place, prompt in enumerate(by_prompt)}
+        heads = {prompt: _head([request.input_ids for request in found]) for prompt, found in by_prompt.items()}
+        own = [row[len(heads[request.prompt]) :] for row, request in zip(rows, requests, strict=True)]
+        read = len(heads) * max(map(len, heads.values())) + len(own) * max(map(len, own))
+        if self._reads_once and all(heads.values()) and 2 * read <= len(rows) * max(map(len, rows)):
+            places = {prompt: place for place, prompt in enumerate(heads)}
             of = torch.tensor([places[request.prompt] for request in requests], device=device)
-            head_ids, head_mask = fill(heads)
-            own_ids, own_mask = fill([row[len(heads[head]) :] for row, head in zip(rows, of.tolist(), strict=True)])
+            head_ids, head_mask = fill(list(heads.values()))
+            own_ids, own_mask = fill(own)
             ids = torch.cat([head_ids[of], own_ids], dim=1)
             cache = self._generate(head_ids, head_mask, decoding, 1, None).past_key_values
             longest = ids.shape[1] + decoding.max_new_tokens
