@@ -385,7 +385,7 @@ class GenerateBackend:
     def _begun(
         self, requests: Sequence[GenerationRequest], decoding: Decoding, device: torch.device
     ) -> tuple[Tensor, Tensor, Cache | None]:
-        """Ids and mask of a batch, and a cache of what replies to one prompt begin with: where that halves the tokens."""
+        """Ids and mask of a batch; and a cache of what replies to a prompt share, where that halves what is read."""
         rows = [request.input_ids for request in requests]
         fill = functools.partial(pad, value=decoding.pad_id, left=True, device=device)
         by_prompt = grouped(requests, lambda request: request.prompt)
