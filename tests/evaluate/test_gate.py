@@ -168,6 +168,7 @@ def test_order_gain_is_the_share_of_the_loss_that_the_own_order_saves() -> None:
 
 def test_words_whose_order_gains_nothing_are_salad() -> None:
     assert is_word_salad(FluencyRecord(id="r", nll=80.0, tokens=10, shuffled_nlls=(82.0, 79.0, 81.0)))
+    assert not is_word_salad(FluencyRecord(id="r", nll=8.0, tokens=10, shuffled_nlls=()))
 
 
 def test_words_of() -> None:

@@ -168,17 +168,19 @@ def test_fluency_is_the_loss_of_the_reply_alone_after_its_prefill(
     assert list(found[1].shuffled_nlls) == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_shuffle_settles_a_reply_whose_own_order_saves_much(
+def test_orders_are_asked_only_as_long_as_a_reply_is_doubtful(
     tiny_model: LlamaForCausalLM, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = {"sure": [44.0, 100.0, 1.0, 2.0], "doubtful": [46.0, 100.0, 70.0, 80.0]}
+    losses = {
+        "likely": [12.5, 1.0, 1.0, 1.0], "sure": [44.0, 100.0, 1.0, 2.0], "doubtful": [46.0, 100.0, 70.0, 80.0],
+    }  # fmt: skip
     asked: list[int] = []
     told: list[tuple[int, int]] = []
 
     def score(_: LlamaForCausalLM, examples: list[TokenizedExample], *, progress: Progress, **__: Any) -> Any:
         asked.append(len(examples))
         progress(len(examples), len(examples))
-        return [(losses[("sure", "doubtful")[row.input_ids[0]]][row.input_ids[1]], 5) for row in examples]
+        return [(list(losses.values())[row.input_ids[0]][row.input_ids[1]], 10) for row in examples]
 
     monkeypatch.setattr(perplexity, "score_examples", score)
     orders: Counter[str] = Counter()
@@ -188,8 +190,8 @@ def test_one_shuffle_settles_a_reply_whose_own_order_saves_much(
         return example([int(prompt), orders[prompt] - 1], [0])
 
     records = [
-        dataclasses.replace(make_record("one two three four five", id=name), prompt=prompt)
-        for prompt, name in (("0", "sure"), ("1", "doubtful"))
+        dataclasses.replace(make_record("one two three four five", id=name), prompt=str(number))
+        for number, name in enumerate(losses)
     ]
     found = score_fluency(
         tiny_model,
@@ -199,9 +201,10 @@ def test_one_shuffle_settles_a_reply_whose_own_order_saves_much(
         batch_size=3,
         progress=lambda done, total: told.append((done, total)),
     )
-    assert [record.shuffled_nlls for record in found] == [(100.0,), (100.0, 70.0, 80.0)]
-    assert asked == [4, 2]
-    assert told == [(4, 4), (6, 6)]
+    assert [record.shuffled_nlls for record in found] == [(), (100.0,), (100.0, 70.0, 80.0)]
+    assert [is_word_salad(record) for record in found] == [False, False, False]
+    assert asked == [3, 2, 2]
+    assert told == [(3, 3), (5, 5), (7, 7)]
 
 
 def test_equal_texts_are_scored_once(
@@ -221,7 +224,7 @@ def test_equal_texts_are_scored_once(
 
     monkeypatch.setattr(perplexity, "score_examples", score)
     together = score_fluency(tiny_model, records, tokenize, **ASKED)
-    assert asked[0] == 3, "one text in its own order, and two shuffles"
+    assert asked == [1, 2, 4], "the own order is the same text"
     for one, other in zip(alone, together, strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
         assert one.shuffled_nlls == pytest.approx(other.shuffled_nlls, rel=1e-5)
@@ -247,17 +250,18 @@ def test_a_reply_of_which_nothing_fits_is_left_out(tiny_model: LlamaForCausalLM,
 
 
 def test_a_word_that_the_prefill_breaks_off_in_keeps_its_place(
-    tiny_model: LlamaForCausalLM, make_record: RecordMaker
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, make_record: RecordMaker
 ) -> None:
     asked: list[tuple[str, str]] = []
 
-    def tokenize(_: str, start: str, reply: str) -> None:
+    def tokenize(prompt: str, start: str, reply: str) -> TokenizedExample:
         asked.append((start, reply))
+        return plainly(tiny_tokenizer)(prompt, start, reply)
 
     record = make_record("ty six two three four five", kind="prefill", prefill="one twen")
-    assert score_fluency(tiny_model, [record], tokenize, seed=0, batch_size=3) == []
+    assert len(score_fluency(tiny_model, [record], tokenize, **ASKED)) == 1
     assert {start for start, _ in asked} == {"one twenty"}
-    assert len(asked) == 2
+    assert len(asked) == SHUFFLES + 1
     assert asked[0][1] == " six two three four five"
     assert all(Counter(reply.split()) == Counter(asked[0][1].split()) for _, reply in asked)
 

@@ -109,8 +109,8 @@ def order_gain(record: FluencyRecord) -> float:
 
 
 def is_word_salad(record: FluencyRecord) -> bool:
-    """Whether the order of a reply's words saves less than ``MIN_ORDER_GAIN``."""
-    return order_gain(record) < MIN_ORDER_GAIN
+    """Whether the order of a reply's words saves less than ``MIN_ORDER_GAIN``; not where no other had to be asked."""
+    return bool(record.shuffled_nlls) and order_gain(record) < MIN_ORDER_GAIN
 
 
 def words_of(text: str) -> list[str]:

@@ -168,7 +168,7 @@ class FluencyRecord:
     tokens: int
     """Tokens of the reply."""
     shuffled_nlls: tuple[float, ...]
-    """The same sum for each shuffled version."""
+    """The same sum for each shuffled version that was asked; none where the own order is likely enough by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
