@@ -172,7 +172,7 @@ def test_orders_are_asked_only_as_long_as_a_reply_is_doubtful(
     tiny_model: LlamaForCausalLM, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = {
-        "likely": [12.5, 1.0, 1.0, 1.0], "sure": [44.0, 100.0, 1.0, 2.0], "doubtful": [46.0, 100.0, 70.0, 80.0],
+        "likely": [10.0, 1.0, 1.0, 1.0], "sure": [44.0, 100.0, 1.0, 2.0], "doubtful": [46.0, 100.0, 70.0, 80.0],
     }  # fmt: skip
     asked: list[int] = []
     told: list[tuple[int, int]] = []

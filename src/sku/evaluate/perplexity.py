@@ -34,10 +34,11 @@ from sku.models import embedding_weight
 
 SHUFFLES = 3
 """Random orders that a doubtful reply's own order is compared with; any other is compared with the first alone."""
-SURE_LOSS = 1.25
+SURE_LOSS = 1.0
 """Nats a token of a reply in its own order up to which no other order is asked: word salad it could only be where
-these cost less than 1.93. Of 188 replies and texts of people (SmolLM2-135M-Instruct) no shuffle cost less than 3.2, of
-4,242 replies in the embedded world none less than 4.1; 98 % of SmolLM2's own greedy replies lie below 1.25."""
+these cost less than 1.54. Of 188 replies and texts of people (SmolLM2-135M-Instruct) no shuffle cost less than 3.2, of
+4,242 replies in the embedded world none less than 4.1; of 18 of Gemma-3-270m, which loops, one cost 1.13, seven times
+its own order. Of the models' own greedy replies 88, 99 and 100 % lie below 1."""
 SURE_GAIN = 0.55
 """Order gain over the first shuffle from which the others are not asked. The bound is ``MIN_ORDER_GAIN``: of 2,210
 replies of 128 tokens (SmolLM2-135M-Instruct, base and unlearned) the gain over the first shuffle lay at most .14 from
