@@ -16,6 +16,7 @@ from transformers import (
     Lfm2Config,
     LlamaForCausalLM,
     MambaConfig,
+    MptConfig,
     PreTrainedTokenizerFast,
     StaticCache,
 )
@@ -287,11 +288,13 @@ def _ragged_stops(model: Any, requests: list[GenerationRequest], sampling: Sampl
     return (2, max(tokens, key=lambda token: (len(lengths[token]), token)))
 
 
-def _recurrent(architecture: str) -> Any:
-    """Two layers: convolutions with attention in one model, a state alone in the other."""
+def _peculiar(architecture: str) -> Any:
+    """Two layers: convolutions with attention, a state alone, or distances between places of the cache (ALiBi)."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 320, "initializer_range": 0.6}
     config: Any = MambaConfig(state_size=8, **sizes)
+    if architecture == "mpt":
+        config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=256, vocab_size=320, initializer_range=0.6)
     if architecture == "lfm2":
         config = Lfm2Config(
             intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -310,7 +313,7 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if architecture in ("lfm2", "mamba"):
-        model = _recurrent(architecture)
+        model = _peculiar(architecture)
     else:
         model = make_model(architecture, **{} if architecture == "opt" else {"initializer_range": 0.6})
     requests = [request(tokenizer, prompt) for prompt in PROMPTS]
@@ -339,7 +342,7 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
 @pytest.mark.parametrize(
     ("architecture", "once"),
     [("llama", True), ("opt", True), ("qwen3", True), ("gpt2", True), ("wide gemma3", True), ("gemma3", False),
-     ("lfm2", False), ("mamba", False)],
+     ("lfm2", False), ("mamba", False), ("mpt", False)],
 )  # fmt: skip
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1, top_p=0.9, seed=3)])
 def test_a_prompt_with_several_replies_is_read_once(
@@ -351,8 +354,8 @@ def test_a_prompt_with_several_replies_is_read_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each reply is that of its prompt alone: with nothing, one token and three more tokens after it, and sampled."""
-    if architecture in ("lfm2", "mamba"):
-        model = _recurrent(architecture)
+    if architecture in ("lfm2", "mamba", "mpt"):
+        model = _peculiar(architecture)
     else:
         spread = {} if architecture == "opt" else {"initializer_range": 0.6}
         model = make_model(architecture.removeprefix("wide "), **spread)

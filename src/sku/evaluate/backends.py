@@ -325,9 +325,11 @@ class GenerateBackend:
             batch_size: Prompts at once.
         """
         self._model = model
+        takes = inspect.signature(plain_model(model).forward).parameters
         # What a cache of another name holds, as Mamba's, is left alone.
-        self._drops_rows = "past_key_values" in inspect.signature(plain_model(model).forward).parameters
-        self._reads_once = self._drops_rows
+        self._drops_rows = "past_key_values" in takes
+        # Without positions a model may count padding between tokens, as MPT does.
+        self._reads_once = self._drops_rows and "position_ids" in takes
         self.at_once = batch_size
 
     def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
