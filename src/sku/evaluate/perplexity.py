@@ -189,7 +189,7 @@ def score_fluency(
         return {one: [score_of[text] for text in found] for one, found in texts.items()}
 
     own = {one: found for one, [found] in scored(versions, slice(1)).items()}
-    shuffled = {one: [] for one, (nll, tokens) in own.items() if nll <= SURE_LOSS * tokens}
+    shuffled: dict[str, list[float]] = {one: [] for one, (nll, tokens) in own.items() if nll <= SURE_LOSS * tokens}
     first = scored([one for one in own if one not in shuffled], slice(1, 2))
     doubtful = [one for one, [(nll, _)] in first.items() if own[one][0] > (1 - SURE_GAIN) * nll]
     for one, rest in scored(doubtful, slice(2, None)).items():
