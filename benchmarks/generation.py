@@ -84,7 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=500, help="number of prompts")
     parser.add_argument("--prompts-file", type=Path, help="text file, a prompt a line")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each reply")
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts at once")
+    parser.add_argument("--batch-size", type=int, default=64, help="replies at once")
     parser.add_argument("--replies", type=int, default=1, help="replies to each prompt, which a batch reads once")
     parser.add_argument("--one-by-one", type=int, help="replies of the slow path; all where left out")
     options = parser.parse_args()

@@ -339,6 +339,17 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
     assert sum(rows) <= sum(3 * -(-length // 3) for length in lengths) < together
 
 
+def _tokens_read(model: Any) -> list[int]:
+    """Grows by the number of tokens, padding included, of each forward pass from here on."""
+    tokens: list[int] = []
+
+    def count(_model: Any, _args: Any, options: dict[str, Any]) -> None:
+        tokens.append(options["input_ids"].numel())
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return tokens
+
+
 @pytest.mark.parametrize(
     ("architecture", "once"),
     [("llama", True), ("opt", True), ("qwen3", True), ("gpt2", True), ("wide gemma3", True), ("gemma3", False),
@@ -368,13 +379,8 @@ def test_a_prompt_with_several_replies_is_read_once(
         for prompt in PROMPTS[1:6:2]
     ]
     decoding = Decoding(stop_ids=(2,), max_new_tokens=24, pad_id=3, sampling=sampling)
-    tokens: list[int] = []
-
-    def count(_model: Any, _args: Any, options: dict[str, Any]) -> None:
-        tokens.append(options["input_ids"].numel())
-
     alone = [_answers(model, [one], decoding)[0] for one in requests]
-    model.register_forward_pre_hook(count, with_kwargs=True)
+    tokens = _tokens_read(model)
     monkeypatch.setattr(backends, "CHUNK", 5)
     assert _answers(model, requests, decoding) == alone
     whole = len(requests) * max(len(one.input_ids) for one in requests)
@@ -392,13 +398,8 @@ def test_replies_with_little_in_common_are_read_whole(
         for first in (10, 30, 50, 70)
     ]
     decoding = Decoding(stop_ids=(2,), max_new_tokens=4, pad_id=3)
-    tokens: list[int] = []
-
-    def count(_model: Any, _args: Any, options: dict[str, Any]) -> None:
-        tokens.append(options["input_ids"].numel())
-
     alone = [_answers(tiny_model, [one], decoding)[0] for one in requests]
-    tiny_model.register_forward_pre_hook(count, with_kwargs=True)
+    tokens = _tokens_read(tiny_model)
     assert _answers(tiny_model, requests, decoding) == alone
     assert tokens[0] == 4 * (len(beginning) + 9)
 

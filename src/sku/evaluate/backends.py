@@ -391,10 +391,12 @@ class GenerateBackend:
         rows = [request.input_ids for request in requests]
         fill = functools.partial(pad, value=decoding.pad_id, left=True, device=device)
         by_prompt = grouped(requests, lambda request: request.prompt)
+        if not self._reads_once or len(by_prompt) == len(rows):
+            return (*fill(rows), None)
         heads = {prompt: _head([request.input_ids for request in found]) for prompt, found in by_prompt.items()}
         own = [row[len(heads[request.prompt]) :] for row, request in zip(rows, requests, strict=True)]
         read = len(heads) * max(map(len, heads.values())) + len(own) * max(map(len, own))
-        if self._reads_once and all(heads.values()) and 2 * read <= len(rows) * max(map(len, rows)):
+        if all(heads.values()) and 2 * read <= len(rows) * max(map(len, rows)):
             places = {prompt: place for place, prompt in enumerate(heads)}
             of = torch.tensor([places[request.prompt] for request in requests], device=device)
             head_ids, head_mask = fill(list(heads.values()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from sku.losses import answer_nll, token_kl
 from sku.models import embedding_weight
 
 SHUFFLES = 3
-"""Random orders that a doubtful reply's own order is compared with; any other is compared with the first alone."""
+"""Random orders that a doubtful reply's own order is compared with; any other with the first alone, or with none."""
 SURE_LOSS = 1.0
 """Nats a token of a reply in its own order up to which no other order is asked: word salad it could only be where
 these cost less than 1.54. Of 188 replies and texts of people (SmolLM2-135M-Instruct) no shuffle cost less than 3.2, of
@@ -164,10 +164,11 @@ def score_fluency(
         if orders := in_orders(reply, f"{seed}/{record.id}"):
             versions[record.id] = (record.prompt, start, orders)
 
+    compared: dict[str, list[tuple[float, int]]] = {one: [] for one in versions}
     done = 0
 
-    def scored(ids: Iterable[str], asked: slice) -> dict[str, list[tuple[float, int]]]:
-        """Loss and tokens of some orders; a reply of which one has no token is missing."""
+    def ask(ids: Sequence[str], asked: slice) -> None:
+        """Adds loss and tokens of some orders; a reply of which one has no token is left out."""
         nonlocal done
         texts: dict[str, list[TokenizedExample]] = {}
         for one in ids:
@@ -175,6 +176,8 @@ def score_fluency(
             found = [text for order in orders[asked] if (text := tokenize(prompt, start, order)) is not None]
             if len(found) == len(orders[asked]):
                 texts[one] = found
+            else:
+                del compared[one]
         # Sampled replies to a prompt are often the same words.
         distinct = list(dict.fromkeys(text for found in texts.values() for text in found))
         scores = score_examples(
@@ -186,24 +189,22 @@ def score_fluency(
         )
         done += len(distinct)
         score_of = dict(zip(distinct, scores, strict=True))
-        return {one: [score_of[text] for text in found] for one, found in texts.items()}
+        for one, found in texts.items():
+            compared[one] += [score_of[text] for text in found]
 
-    own = {one: found for one, [found] in scored(versions, slice(1)).items()}
-    shuffled: dict[str, list[float]] = {one: [] for one, (nll, tokens) in own.items() if nll <= SURE_LOSS * tokens}
-    first = scored([one for one in own if one not in shuffled], slice(1, 2))
-    doubtful = [one for one, [(nll, _)] in first.items() if own[one][0] > (1 - SURE_GAIN) * nll]
-    for one, rest in scored(doubtful, slice(2, None)).items():
-        shuffled[one] = [nll for nll, _ in first[one] + rest]
-    shuffled |= {one: [nll for nll, _ in found] for one, found in first.items() if one not in doubtful}
+    ask(list(versions), slice(1))
+    ask([one for one, [(own, tokens)] in compared.items() if own > SURE_LOSS * tokens], slice(1, 2))
+    one_shuffle = {one: (found[0][0], found[1][0]) for one, found in compared.items() if len(found) > 1}
+    ask([one for one, (own, shuffled) in one_shuffle.items() if own > (1 - SURE_GAIN) * shuffled], slice(2, None))
     return [
         FluencyRecord(
             id=record.id,
-            nll=own[record.id][0],
+            nll=compared[record.id][0][0],
             tokens=record.num_tokens,
-            shuffled_nlls=tuple(shuffled[record.id]),
+            shuffled_nlls=tuple(nll for nll, _ in compared[record.id][1:]),
         )
         for record in records
-        if record.id in shuffled
+        if record.id in compared
     ]
 
 
