@@ -161,7 +161,7 @@ def test_what_strengths_are_chosen_by_is_not_what_is_reported(
 def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, own: Path, tmp_path: Path) -> None:
     """Prompts that are elsewhere in the run, or in a normal set before, are left out and counted."""
     prompts = tmp_path / "prompts.csv"
-    rows = ["HARM 3?,a", "Normal 4,b", "b 1,b", *(f"p {n},{'ab'[n % 2]}" for n in range(8)), "P 0,a"]
+    rows = ["HARM 3?,a", "Normal 4,b", "b 1,b", *(f"papa {n},{'ab'[n % 2]}" for n in range(8)), "PAPA 0,a"]
     prompts.write_text("\n".join(["prompt,kind", *rows]))
     content = {
         "name": "r",
@@ -184,9 +184,9 @@ def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, own: P
     data = load_data(config, seed=1)
     assert data == load_data(config, seed=1)
     assert (len(data.normal["own"]), len(data.normal_validation["own"])) == (2, 2)
-    assert {(one.prompt, one.answer, one.category) for one in data.normal["asked"]} >= {("p 1", "", "b")}
+    assert {(one.prompt, one.answer, one.category) for one in data.normal["asked"]} >= {("papa 1", "", "b")}
     assert "asked" not in data.normal_validation
-    assert [one.prompt for one in data.harmful["new"]] == ["p 0", "p 2", "p 4", "p 6"]
+    assert [one.prompt for one in data.harmful["new"]] == ["papa 0", "papa 2", "papa 4", "papa 6"]
     of_own, asked, harmful = (source.rows_left_out for source in data.provenance[2:])
     assert of_own == {"over the limit": 5}
     kept = {one.prompt for one in data.normal["own"]} | {one.prompt for one in data.normal_validation["own"]}

@@ -58,7 +58,7 @@ def test_both_together(shared_data: Path) -> None:
     }
     check_disjoint(splits)
     questions = {name: len({normalise_prompt(row.prompt) for row in split}) for name, split in splits.items()}
-    assert (questions["train"], questions["validation"], questions["test"]) == (569, 81, 163)
+    assert (questions["train"], questions["validation"], questions["test"]) == (578, 79, 156)
     harmful = questions["unlearned"] + questions["forget_test"]
-    assert questions["forget_test"] == round(0.3 * harmful)
+    assert questions["forget_test"] / harmful == pytest.approx(0.3, abs=0.02), "whole families are held out"
     assert len(Counter(row.category for row in data.retain_test)) >= 30, "of 38 categories"

@@ -52,6 +52,10 @@ class ModelConfig:
     """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
 
+FINAL = "final"
+"""Name of the sets that are asked once, for a published row."""
+
+
 @validated
 class SourceConfig:
     """One set of examples."""
@@ -140,6 +144,12 @@ class DataConfig:
     harmful: Mapping[str, SourceConfig] = field(default_factory=dict)
     """Name -> harmful prompts of another source than ``forget``; never trained on, only asked, and a part of the
     verdict. Answers are not read."""
+    final_harmful: SourceConfig | None = None
+    """Harmful prompts that are asked once, for a published row: never to screen, search, sweep or choose by. They are
+    reported as ``harmful:final`` and are a part of the verdict. Answers are not read."""
+    final_benign: SourceConfig | None = None
+    """Safe prompts that look harmful, asked once as ``final_harmful`` and reported as ``normal:final``. Answers are
+    not read."""
     refusals: SourceConfig | None = None
     """Refusals of the forget prompts: what the good twin learns (``acquire.twin: good``)."""
     misplaced_refusals: SourceConfig | None = None
@@ -169,6 +179,10 @@ class DataConfig:
                 if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name):
                     raise RecipeError(
                         f"data.{key} has a set named {name!r}; a name is at most 40 letters, digits, dots, - and _"
+                    )
+                if name == FINAL:
+                    raise RecipeError(
+                        f"data.{key} has a set named {FINAL}: name it in data.final_harmful or data.final_benign"
                     )
         if self.retain_validation_fraction + self.retain_test_fraction >= 1:
             raise RecipeError(

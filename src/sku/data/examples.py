@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, TypeVar, final
 
+from sku.data.near_copies import families
 from sku.errors import DataError
 
 
@@ -292,7 +293,7 @@ def content_hash(examples: Iterable[Example]) -> str:
 
 @dataclass(frozen=True)
 class _Group:
-    """Examples that share a prompt or a named group, directly or over others."""
+    """Examples that share a prompt, its near copies or a named group, directly or over others."""
 
     name: str
     category: str
@@ -300,9 +301,15 @@ class _Group:
 
 
 def split_by_group(
-    examples: Sequence[E], *, rest: str, held_out: Mapping[str, float], seed: int, what: str = "the data"
+    examples: Sequence[E],
+    *,
+    rest: str,
+    held_out: Mapping[str, float],
+    seed: int,
+    what: str = "the data",
+    near_copies: bool = True,
 ) -> dict[str, tuple[E, ...]]:
-    """Holds out whole groups: no normalised prompt and no named group is in two splits.
+    """Holds out whole groups: no normalised prompt, no family of near copies and no named group is in two splits.
 
     Every category (that of a group's first example) gives each split its share, as near as whole groups allow.
 
@@ -312,6 +319,8 @@ def split_by_group(
         held_out: Name of each other split -> share of the groups, at least one group.
         seed: Another seed holds out other groups.
         what: Name of the data, for the error.
+        near_copies: Whether near copies stay together (``data/near_copies.py``); not where all prompts are one form,
+            as the embedded world's.
 
     Returns:
         Split name -> its examples, in their order in ``examples``.
@@ -319,7 +328,7 @@ def split_by_group(
     Raises:
         DataError: There are fewer groups than splits.
     """
-    groups = _groups(examples)
+    groups = _groups(examples, near_copies)
     counts = {name: max(1, round(share * len(groups))) for name, share in held_out.items()}
     if sum(counts.values()) >= len(groups):
         raise DataError(
@@ -364,8 +373,8 @@ def draw_rows(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:
     return tuple(examples[index] for index in sorted(drawn))
 
 
-def _groups(examples: Sequence[E]) -> list[_Group]:
-    """Connected components of "same normalised prompt or same group"."""
+def _groups(examples: Sequence[E], near_copies: bool) -> list[_Group]:
+    """Connected components of "same normalised prompt, near copy or same group"."""
     parent = list(range(len(examples)))
 
     def find(index: int) -> int:
@@ -375,9 +384,13 @@ def _groups(examples: Sequence[E]) -> list[_Group]:
         return index
 
     prompts = [normalise_prompt(example.prompt) for example in examples]
+    different = list(dict.fromkeys(prompts))
+    numbers = families(different) if near_copies else range(len(different))
+    family = dict(zip(different, map(str, numbers), strict=True))
     first: dict[tuple[str, str], int] = {}
     for index, example in enumerate(examples):
-        keys = [("prompt", prompts[index])] + ([("group", example.group)] if example.group is not None else [])
+        keys = [("family", family[prompts[index]])]
+        keys += [("group", example.group)] if example.group is not None else []
         for key in keys:
             one, other = find(index), find(first.setdefault(key, index))
             parent[max(one, other)] = min(one, other)

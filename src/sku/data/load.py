@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from sku.config.data import EMBEDDED, DataConfig, SourceConfig
+from sku.config.data import EMBEDDED, FINAL, DataConfig, SourceConfig
 from sku.data.examples import (
     E,
     Example,
@@ -21,6 +21,7 @@ from sku.data.examples import (
     normalise_prompt,
     split_by_group,
 )
+from sku.data.near_copies import near_to
 from sku.data.sources import embedded
 from sku.data.sources.read import (
     PromptSet,
@@ -42,6 +43,7 @@ NORMAL_VALIDATION_SHARE = 0.5
 """Of a normal set of another source that has answers: strengths are chosen by these, and the others are reported."""
 IN_ANOTHER_SET = "a prompt of another set of the run"
 """Reason counted for prompts of other sources that are in the run's own data."""
+NEAR_COPY = "a near copy of a prompt that the run trains on"
 PromptSource = Literal["harmful", "normal", "borderline"]
 OwnPrompts: TypeAlias = dict[PromptSource, PromptSet]
 """All that a model is asked for data in its own words, in this order; no prompt is in two sets. ``borderline``, safe
@@ -131,7 +133,7 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
     others = ForgetRetainData()
     if config.forget.path != EMBEDDED:
         _check_overlap(found_forget[0], found_retain[0], config)
-        others = _other_sets(config, (*found_forget[0], *found_retain[0]), seed)
+        others = _other_sets(config, found_forget[0], found_retain[0], seed)
     forget = _split_forget(*found_forget, config.forget, config.unseen_fraction, forget_validation, seed)
     shares = {"validation": config.retain_validation_fraction, "test": config.retain_test_fraction}
     retain = _split_retain(*found_retain, config.retain, shares, seed)
@@ -231,7 +233,8 @@ def _split_retain(
     """The splits of normal examples up to the limit."""
     examples, provenance = limited(found, provenance, source.limit, seed)
     what = f"the retain data {source.path}"
-    splits = split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what)
+    near_copies = source.path != EMBEDDED  # Questions of the world differ by one word; each has an answer of its own.
+    splits = split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what, near_copies=near_copies)
     return ForgetRetainData(
         retain_train=splits["train"],
         retain_validation=splits["validation"],
@@ -252,13 +255,14 @@ def _check(config: DataConfig) -> None:
             "data.forget and data.retain must both be the embedded world or both be other data: "
             "no other model knows that world, and its own model knows nothing else"
         )
-    for key, sets in (("normal", config.normal), ("harmful", config.harmful)):
-        for name, source in sets.items():
-            if of_the_world or source.path == EMBEDDED:
-                raise RecipeError(
-                    f"data.{key}.{name} does not go with the embedded world, whose model knows no other text and "
-                    "whose text no other model knows: leave it out"
-                )
+    named = {f"{key}.{name}": source for key in ("normal", "harmful") for name, source in getattr(config, key).items()}
+    named |= {key: getattr(config, key) for key in ("final_harmful", "final_benign") if getattr(config, key)}
+    for key, source in named.items():
+        if of_the_world or source.path == EMBEDDED:
+            raise RecipeError(
+                f"data.{key} does not go with the embedded world, whose model knows no other text and "
+                "whose text no other model knows: leave it out"
+            )
     if of_the_world and (config.refusals or config.misplaced_refusals):
         raise RecipeError(
             "the embedded world has its own refusals: leave data.refusals and data.misplaced_refusals out"
@@ -348,20 +352,28 @@ def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], con
         )
 
 
-def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> ForgetRetainData:
-    """What is only measured, without prompts of the run's own data and of normal sets that come before."""
+def _other_sets(
+    config: DataConfig, forget: Sequence[Example], retain: Sequence[Example], seed: int
+) -> ForgetRetainData:
+    """What is only measured, without prompts of the run's own data and of normal sets that come before.
+
+    Near copies of the run's harmful prompts are left out of harmful sets, those of both kinds of the run's prompts out
+    of the final ones.
+    """
     normal: dict[str, tuple[RetainExample, ...]] = {}
     normal_validation: dict[str, tuple[RetainExample, ...]] = {}
     harmful: dict[str, tuple[ForgetExample, ...]] = {}
     provenances: list[Provenance] = []
-    used = {normalise_prompt(example.prompt) for example in own}
+    own_harmful = {normalise_prompt(example.prompt) for example in forget}
+    own = own_harmful | {normalise_prompt(example.prompt) for example in retain}
+    used = set(own)
     for name, source in config.normal.items():
         key = f"data.normal.{name}"
         if lacks_answers(source):
             found = _read_prompts(source, "retain", RetainExample, key, seed)
         else:
             found = read_examples(source, "retain", RetainExample, key)
-        examples, provenance = _without(*found, used, key, source.limit, seed)
+        examples, provenance = _without(*found, used, (), key, source.limit, seed)
         provenances.append(provenance)
         normal[name] = tuple(examples)
         if has_answers(examples):
@@ -369,10 +381,20 @@ def _other_sets(config: DataConfig, own: Collection[Example], seed: int) -> Forg
             halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=f"{key} {source.path}")
             normal[name], normal_validation[name] = halves["normal"], halves["validation"]
         used |= {normalise_prompt(example.prompt) for example in examples}
-    for name, source in config.harmful.items():
-        key = f"data.harmful.{name}"
-        asked = _read_prompts(source, "forget", ForgetExample, key, seed)
-        prompts, provenance = _without(*asked, used, key, source.limit, seed)
+    if config.final_benign is not None:
+        key = f"data.{FINAL}_benign"
+        asked = _read_prompts(config.final_benign, "retain", RetainExample, key, seed)
+        looks_harmful, provenance = _without(*asked, used, own, key, config.final_benign.limit, seed)
+        provenances.append(provenance)
+        normal[FINAL] = tuple(looks_harmful)
+        used |= {normalise_prompt(example.prompt) for example in looks_harmful}
+    sets = [(name, source, f"data.harmful.{name}") for name, source in config.harmful.items()]
+    if config.final_harmful is not None:
+        sets.append((FINAL, config.final_harmful, f"data.{FINAL}_harmful"))
+    for name, source, key in sets:
+        found_prompts = _read_prompts(source, "forget", ForgetExample, key, seed)
+        near = own if name == FINAL else own_harmful
+        prompts, provenance = _without(*found_prompts, used, near, key, source.limit, seed)
         provenances.append(provenance)
         harmful[name] = tuple(prompts)
     return ForgetRetainData(
@@ -390,16 +412,26 @@ def _read_prompts(
 
 
 def _without(
-    examples: list[E], provenance: Provenance, used: Collection[str], key: str, limit: int | None, seed: int
+    examples: list[E],
+    provenance: Provenance,
+    used: Collection[str],
+    near: Collection[str],
+    key: str,
+    limit: int | None,
+    seed: int,
 ) -> tuple[list[E], Provenance]:
-    """What is not in another set, up to the limit."""
-    kept = [example for example in examples if normalise_prompt(example.prompt) not in used]
+    """What is neither in another set nor a near copy of one of ``near``, up to the limit."""
+    different = [example for example in examples if normalise_prompt(example.prompt) not in used]
+    is_near = near_to([normalise_prompt(example.prompt) for example in different], sorted(near))
+    kept = [example for example, copied in zip(different, is_near, strict=True) if not copied]
     if not kept:
         raise DataError(
-            f"{key}: all {len(examples)} prompts of {provenance.location} are in another set of the run too, so "
-            "nothing is left to measure: name another source, or leave it out"
+            f"{key}: all {len(examples)} prompts of {provenance.location} are in another set of the run too, or near "
+            "copies of what it trains on, so nothing is left to measure: name another source, or leave it out"
         )
-    return limited(kept, provenance.keeping(kept, len(examples) - len(kept), IN_ANOTHER_SET), limit, seed)
+    provenance = provenance.keeping(different, len(examples) - len(different), IN_ANOTHER_SET)
+    provenance = provenance.keeping(kept, len(different) - len(kept), NEAR_COPY)
+    return limited(kept, provenance, limit, seed)
 
 
 def wants_own_replies(config: DataConfig) -> bool:
