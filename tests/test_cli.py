@@ -650,7 +650,7 @@ def test_negate_does_not_add_back_what_a_run_subtracted(command: Command, bad_mo
     (tmp_path / "run" / "manifest.json").write_text('{"recipe": {"method": "sku"}}')
     assert_one_line(command("negate", "embedded", adapter, "--out", tmp_path / "model"), "adds the harm back")
     (tmp_path / "run" / "manifest.json").write_text('{"recipe": {"method": "npo"}}')
-    assert command("negate", "embedded", adapter, "--out", tmp_path / "model", "--dry-run")[0] == 0
+    assert command("negate", "embedded", adapter, "--out", tmp_path / "model", "--dry-run").code == 0
 
 
 def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: Path) -> None:

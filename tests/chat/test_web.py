@@ -109,9 +109,12 @@ def test_who_has_not_the_whole_address_is_refused(
 ) -> None:
     """Any user of the machine reaches its ports: only the address that was printed has the token."""
     compared: list[bytes] = []
-    monkeypatch.setattr(
-        "secrets.compare_digest", lambda one, other: compared.append(other) or hmac.compare_digest(one, other)
-    )
+
+    def compare(given: bytes, own: bytes) -> bool:
+        compared.append(given)
+        return hmac.compare_digest(given, own)
+
+    monkeypatch.setattr("secrets.compare_digest", compare)
     token = server.url.split("/")[3]
     row = {"prompt": PROMPT, "reply": "golden", "side": "unlearned", "label": "safe", "alpha": 1}
     assert len(token) >= 40

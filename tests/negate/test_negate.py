@@ -28,7 +28,7 @@ def bits_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.5, -1.0])
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.5])
 def test_each_weight_by_the_equation(alpha: float, make_model: ModelMaker) -> None:
     base = make_model()
     bad = disturbed(base)

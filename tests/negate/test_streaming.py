@@ -86,7 +86,7 @@ def test_streamed_is_in_memory_bit_for_bit(
 ) -> None:
     folders = Folders(tmp_path, make_model(architecture), tokenizer, shards="40KB", bad_shards="90KB")
     for form, alpha, dtype in (
-        ("model", 1.0, None), ("model", 0.3, torch.bfloat16), ("adapter", 1.0, torch.float16), ("adapter", -0.7, None),
+        ("model", 1.0, None), ("model", 0.3, torch.bfloat16), ("adapter", 1.0, torch.float16), ("adapter", 0.7, None),
         ("vector", 2.5, None),
     ):  # fmt: skip
         folders.check(form, alpha, dtype, tokenizer)

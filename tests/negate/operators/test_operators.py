@@ -134,7 +134,7 @@ def test_the_first_key_that_names_a_weight_counts(
 
 
 def test_a_layer_has_no_alpha_below_0() -> None:
-    with pytest.raises(RecipeError, match=r"alphas.* is -1.*0 or more"):
+    with pytest.raises(RecipeError, match=r"layers\.\* is -1.*0 or more"):
         prepare_operators([{"layers": {"*": -1.0}}])
 
 
