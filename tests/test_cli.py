@@ -203,7 +203,8 @@ def no_pad_token(folder: Path) -> list[str | Path]:
 
 def gguf_folder(folder: Path) -> list[str | Path]:
     (folder / "model").mkdir()
-    (folder / "model" / "tiny.Q4_0.gguf").write_bytes(b"GGUF")
+    for name in ("other.Q8_0.gguf", "tiny.Q4_0.gguf"):
+        (folder / "model" / name).write_bytes(b"GGUF")
     return ["--model", folder / "model"]
 
 
@@ -230,7 +231,7 @@ WRONG: dict[str, tuple[Maker, str]] = {
     "empty forget set": (empty_forget_set, "forget.csv"),
     "overlapping data": (overlap, "both in the forget data"),
     "no pad token": (no_pad_token, "no pad token"),
-    "GGUF folder": (gguf_folder, "model.gguf_file=tiny.Q4_0.gguf"),
+    "GGUF folder": (gguf_folder, "(other.Q8_0.gguf, tiny.Q4_0.gguf): name one, such as model.gguf_file="),
     "quantized model": (quantized, "gptq"),
     "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "Did you mean weights?"),
     "wrong key in a file": (
@@ -638,8 +639,18 @@ def test_negate_as_json_and_refusal_of_an_existing_folder(command: Command, bad_
 def test_negate_does_not_add_the_harm(command: Command, bad_model: Path, tmp_path: Path) -> None:
     arguments = ("negate", "embedded", bad_model, "--alpha", "-1", "--out", tmp_path / "model")
     for options in ((), ("--dry-run",)):
-        assert_one_line(command(*arguments, *options), "below 0 its harm is added")
+        assert_one_line(command(*arguments, *options), "--alpha is -1: below 0 what stage 1 learned is added, and -1")
     assert not (tmp_path / "model").exists()
+
+
+def test_negate_does_not_add_back_what_a_run_subtracted(command: Command, bad_model: Path, tmp_path: Path) -> None:
+    """An adapter that is negated already is minus the bad one: subtracted, it would be the bad model."""
+    adapter = tmp_path / "run" / "negated_adapter"
+    shutil.copytree(bad_model, adapter)
+    (tmp_path / "run" / "manifest.json").write_text('{"recipe": {"method": "sku"}}')
+    assert_one_line(command("negate", "embedded", adapter, "--out", tmp_path / "model"), "adds the harm back")
+    (tmp_path / "run" / "manifest.json").write_text('{"recipe": {"method": "npo"}}')
+    assert command("negate", "embedded", adapter, "--out", tmp_path / "model", "--dry-run").code == 0
 
 
 def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: Path) -> None:

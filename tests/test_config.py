@@ -157,6 +157,7 @@ def test_missing_keys(key: str) -> None:
         ("negate.alpha", float("nan")),
         ("negate.alpha", float("inf")),
         ("negate.alpha", -1.0),
+        ("sweep.alphas", [1.0, -1.0]),
         ("acquire.weights.guided_distortion", -1),
         ("acquire.weights.guided_distortion", float("nan")),
         ("acquire.weights", {"guided_distortion": 0, "random_disassociation": 0, "preservation_divergence": 0}),

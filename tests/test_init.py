@@ -39,3 +39,21 @@ def test_a_model_with_a_recipe_of_its_own(command: Command, tmp_path: Path, monk
     assert (told["settings"]["name"], told["settings"]["data"]["retain"]["path"]) == ("opt-2.7b-paper", "n.csv")
     code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b")
     assert (code, err) == (2, "error: recipe.yaml is there already: name another file with --out\n")
+
+
+def test_settings_are_put_in_as_a_run_takes_them(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--set", "negate.twin={bad: 0, good: 1}", "--set", "acquire.training.max_steps=7", "--set", "name=mine"]
+    code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", "--set", "acquire.twin=good", *options)
+    assert code == 0, err
+    made, written = load_recipe("opt-2.7b-paper", ["acquire.twin=good", *options[1::2]]), load_recipe("recipe.yaml")
+    assert written.name == "mine"
+    assert (written.acquire, written.negate, written.evaluate) == (made.acquire, made.negate, made.evaluate)
+    assert "runs/mine" in out
+    for wrong, message in (("negate.alpha=-1", "-1 gives the bad model itself"), ("negate.alhpa=1", "Did you mean")):
+        code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", "--set", wrong, "--out", "x.yaml")
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    assert not (tmp_path / "x.yaml").exists()

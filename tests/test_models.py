@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from conftest import ModelMaker, TokenizerMaker, TrainerMaker
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError
-from sku.model_files import embedded_model_path, locate_model
+from sku.model_files import embedded_model_path, locate_model, with_gguf_file
 from sku.models import (
     check_plain_weights,
     describe_parameters,
@@ -32,6 +33,8 @@ from sku.models import (
     with_path,
 )
 from sku.negate.run import negate, save_unlearned
+from sku.pipeline.checks import check_model
+from sku.pipeline.evaluate import readable_source
 
 
 @pytest.fixture
@@ -356,12 +359,30 @@ def test_gguf_weights_are_unpacked_even_where_a_kernel_could_use_them_packed(
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
+def test_the_only_gguf_file_of_a_folder_is_taken_and_said_once(
+    gguf_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")
+    alone = dataclasses.replace(named, gguf_file=None)
+    weights = load_model(named).model.state_dict()
+    assert caplog.messages == []
+    for name, tensor in load_model(alone).model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert check_model(alone).parameters == check_model(named).parameters
+    assert readable_source(alone) is None
+    assert caplog.messages == [
+        f"model {gguf_folder} holds one GGUF file and no safetensors: tiny.Q8_0.gguf is taken (gguf_file)"
+    ]
+    save_file({}, gguf_folder / "model.safetensors")
+    assert with_gguf_file(alone) == alone
+
+
 def test_gguf_names(gguf_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"only quantized files; name one .*model\.gguf_file=tiny\.Q8_0\.gguf"):
-        load_model(gguf_folder)
     with pytest.raises(ModelError, match=r"holds no file other\.gguf"):
         load_model(ModelConfig(path=str(gguf_folder), gguf_file="other.gguf"))
     (gguf_folder / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match=r"2 GGUF files \(broken.gguf, tiny.Q8_0.gguf\): name one.*model\.gguf_file="):
+        load_model(gguf_folder)
     with pytest.raises(ModelError, match="can't be loaded") as caught:
         load_model(ModelConfig(path=str(gguf_folder), gguf_file="broken.gguf"))
     assert "\n" not in str(caught.value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import logging
 import socket
 import threading
 import warnings
@@ -21,13 +23,15 @@ from safetensors import safe_open
 from sku.config.data import EMBEDDED, ModelConfig
 from sku.errors import ModelError, SkuError, first_line
 
-_QUANTIZED_FILES = (".gguf", ".gptq", ".awq")
+_GGUF = ".gguf"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 INDEX_FILE = "model.safetensors.index.json"
 _SECONDS = 4.0
 """That one connection to the hub may take: its own clients try five times, most of a minute."""
 _CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
+
+_log = logging.getLogger(__name__)
 
 
 def embedded_model_path() -> Path:
@@ -50,6 +54,7 @@ def locate_model(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """
     folder = embedded_model_path() if config.path == EMBEDDED else Path(config.path).expanduser()
     is_local = config.path == EMBEDDED or is_path(config.path)
+    config = with_gguf_file(config)
     if is_local:
         _check_folder(folder, config.gguf_file)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -68,6 +73,42 @@ def locate_model(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             )
         options["local_files_only"] = True
     return str(folder) if is_local else config.path, options
+
+
+def with_gguf_file(config: ModelConfig) -> ModelConfig:
+    """The same model with the one GGUF file of its folder named; said once, as it decides what is loaded.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        As it came where a file is named already, or the folder holds safetensors or no GGUF file, or is none.
+
+    Raises:
+        ModelError: The folder holds several GGUF files and no safetensors, so that one must be named.
+    """
+    folder = Path(config.path).expanduser()
+    if config.gguf_file is not None or config.path == EMBEDDED or not folder.is_dir():
+        return config
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"model {folder} can't be read: {error.strerror}") from None
+    found = [name for name in names if name.endswith(_GGUF)]
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return config
+    if len(found) > 1:
+        raise ModelError(
+            f"model {folder} holds {len(found)} GGUF files ({', '.join(found)}): name one, such as "
+            f"model.gguf_file={found[0]}"
+        )
+    _say_taken(folder, found[0])
+    return dataclasses.replace(config, gguf_file=found[0])
+
+
+@functools.cache
+def _say_taken(folder: Path, name: str) -> None:
+    _log.warning("model %s holds one GGUF file and no safetensors: %s is taken (gguf_file)", folder, name)
 
 
 def is_path(name: str) -> bool:
@@ -94,11 +135,6 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
         if not (folder / gguf_file).is_file():
             raise ModelError(f"model {folder} holds no file {gguf_file} (model.gguf_file)")
     elif not (folder / "config.json").is_file():
-        quantized = sorted(path.name for path in folder.iterdir() if path.suffix in _QUANTIZED_FILES)
-        if quantized:
-            raise ModelError(
-                f"model {folder} holds only quantized files; name one to dequantize it: model.gguf_file={quantized[0]}"
-            )
         raise ModelError(f"model {folder} holds no config.json: it is no Hugging Face model folder")
     elif (folder / INDEX_FILE).is_file():
         shards(folder / INDEX_FILE)

@@ -32,7 +32,13 @@ from transformers import (
 from sku.config.data import EMBEDDED, ModelConfig
 from sku.errors import ModelError, RecipeError, first_line, one_line
 from sku.hazard import is_marked_model, mark_model
-from sku.model_files import check_not_quantized, check_stored_types, locate_model, naming_the_model
+from sku.model_files import (
+    check_not_quantized,
+    check_stored_types,
+    locate_model,
+    naming_the_model,
+    with_gguf_file,
+)
 
 _CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".gguf")
 """Files that decide what a model computes; a README does not."""
@@ -71,7 +77,7 @@ def load_model(source: str | Path | ModelConfig, *, four_bit: bool = False) -> L
         ModelError: It can't be found or read, is quantized in a way that can't be trained, or has no usable pad
             token.
     """
-    config = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
+    config = with_gguf_file(source if isinstance(source, ModelConfig) else ModelConfig(path=str(source)))
     more: dict[str, Any] = {}
     if four_bit and config.gguf_file is None:
         check_four_bit()
@@ -138,7 +144,7 @@ def _load(loader: Any, config: ModelConfig, *, new_head: bool = False, **more: A
         more: For ``from_pretrained``.
     """
     name, options = locate_model(config)
-    device, is_gguf = pick_device(config.device), config.gguf_file is not None
+    device, is_gguf = pick_device(config.device), "gguf_file" in options
     if is_gguf:
         # Else the weights stay packed where the ``kernels`` package is installed.
         more["quantization_config"] = GgufConfig(dequantize=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import threading
@@ -14,7 +15,7 @@ import torch
 from conftest import Command
 from sku.chat import Pair, Side
 from sku.chat.web import save_label
-from sku.errors import EvaluationError
+from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
 from sku.world.grammar import normal_exchanges
@@ -102,6 +103,9 @@ def test_a_reply_can_be_stopped_and_left(adapter_pair: Pair) -> None:
 def test_what_can_not_be_asked_is_said(adapter_pair: Pair) -> None:
     with pytest.raises(EvaluationError, match="prompt is empty"):
         said(adapter_pair, " \n")
+    for alpha, message in ((-1.0, "-1 gives the bad model itself"), (float("nan"), "finite")):
+        with pytest.raises(RecipeError, match=message):
+            said(adapter_pair, alpha=alpha)
     with pytest.raises(EvaluationError, match="prompt is too long"):
         said(adapter_pair, "what " * 5000)
     assert said(adapter_pair)
@@ -141,7 +145,9 @@ def test_labels_are_rows_that_a_judge_is_calibrated_on(tmp_path: Path) -> None:
     ]
 
 
-def test_the_command_prints_both_sides(command: Command, adapter_run: Path, tmp_path: Path) -> None:
+def test_the_command_prints_both_sides(
+    command: Command, adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = command("chat", adapter_run, "--prompt", PROMPT, "--max-new-tokens", "12", "--json")
     assert code == 0
     found = json.loads(out)
@@ -150,6 +156,14 @@ def test_the_command_prints_both_sides(command: Command, adapter_run: Path, tmp_
     assert code == 0
     assert out.count(found["base"]["reply"]) == 2
     assert "unlearned, alpha 0" in out
+    code, _, messages = command("chat", adapter_run, "-p", PROMPT, "--alpha", "-1")
+    assert (code, messages.count("\n")) == (2, 1)
+    assert "--alpha is -1" in messages
+    monkeypatch.setattr("sys.stdin", io.StringIO("/alpha -1\n/alpha 0\n"))
+    code, _, messages = command("chat", adapter_run)
+    assert code == 0
+    assert "alpha is -1: below 0" in messages
+    assert "alpha 0 (of the run: 1)" in messages
     code, _, messages = command("chat", adapter_run, "-p", PROMPT, "--web")
     assert code == 2
     assert "--web takes its prompts on the page" in messages

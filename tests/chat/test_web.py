@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import http.client
 import json
 import os
@@ -36,12 +37,19 @@ def server(adapter_pair: Pair, tmp_path: Path) -> Iterator[ChatServer]:
 
 
 def asked(
-    server: ChatServer, path: str, content: Any = None, *, method: str = "POST", **headers: str
+    server: ChatServer,
+    path: str,
+    content: Any = None,
+    *,
+    method: str = "POST",
+    token: str | None = None,
+    **headers: str,
 ) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     given = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
     body = content if isinstance(content, bytes) else json.dumps(content)
-    connection.request(method, path, body if method == "POST" else None, given)
+    address = f"/{server.url.split('/')[3]}{path}" if token is None else f"{token}{path}"
+    connection.request(method, address, body if method == "POST" else None, given)
     answer = connection.getresponse()
     return answer.status, dict(answer.getheaders()), answer.read()
 
@@ -73,7 +81,9 @@ def test_both_replies_are_streamed(server: ChatServer, adapter_pair: Pair) -> No
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": 3}, "prompt must be text"),
         ({"prompt": "x", "alpha": "much"}, "alpha must be a number"),
-        ({"prompt": "x", "alpha": float("nan")}, "alpha must be a number"),
+        ({"prompt": "x", "alpha": float("nan")}, "alpha must be a number from 0 to 100"),
+        ({"prompt": "x", "alpha": 101}, "alpha must be a number from 0 to 100"),
+        ({"prompt": "x", "alpha": -1}, "-1 gives the bad model itself"),
         (b"{", "not JSON"),
         ([], "not an object"),
         (b" " * (2**20 + 1), "longer than"),
@@ -93,6 +103,38 @@ def test_another_page_is_refused(server: ChatServer, headers: dict[str, str], pa
     assert b"its own address" in body
 
 
+@pytest.mark.parametrize(("path", "method"), [("/", "GET"), ("/ask", "POST"), ("/label", "POST")])
+def test_who_has_not_the_whole_address_is_refused(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch, path: str, method: str
+) -> None:
+    """Any user of the machine reaches its ports: only the address that was printed has the token."""
+    compared: list[bytes] = []
+
+    def compare(given: bytes, own: bytes) -> bool:
+        compared.append(given)
+        return hmac.compare_digest(given, own)
+
+    monkeypatch.setattr("secrets.compare_digest", compare)
+    token = server.url.split("/")[3]
+    row = {"prompt": PROMPT, "reply": "golden", "side": "unlearned", "label": "safe", "alpha": 1}
+    assert len(token) >= 40
+    for wrong in ("", "/", f"/{token[:-1]}", f"/{token}x", f"/{token.swapcase()}", "/%C3%A9", f"/x/{token}"):
+        status, _, body = asked(server, path, row, method=method, token=wrong)
+        assert (status, list(json.loads(body))) == (403, ["error"])
+    assert len(compared) == 7, "in constant time"
+    assert asked(server, "", row, method="GET")[0] == 403, "relative addresses need the slash"
+    assert not server.labels.exists()
+    with ChatServer(server.pair, server.labels, title="x") as other:
+        assert other.url.split("/")[3] != token
+
+
+def test_the_page_gives_its_address_to_nobody(server: ChatServer) -> None:
+    for path in ("/", "/other"):
+        _, headers, body = asked(server, path, method="GET")
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert server.url.split("/")[3] not in body.decode() + str(headers)
+
+
 def test_what_is_not_there_is_said(server: ChatServer) -> None:
     assert asked(server, "/other", method="GET")[0] == asked(server, "/other", {})[0] == 404
     status, _, body = asked(server, "/ask", {"prompt": PROMPT}, Content_Type="text/plain")
@@ -108,7 +150,7 @@ def test_a_label_is_kept(server: ChatServer) -> None:
         "prompt": PROMPT, "response": "golden", "harmful": False, "kind": "safe", "model": "unlearned", "alpha": 1.0,
         "date": "",
     }  # fmt: skip
-    for wrong in ({"side": "other"}, {"label": "other"}, {"reply": None}):
+    for wrong in ({"side": "other"}, {"label": "other"}, {"reply": None}, {"alpha": -1}):
         assert asked(server, "/label", row | wrong)[0] == 400
     assert len(server.labels.read_text().splitlines()) == 1
 

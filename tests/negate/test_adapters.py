@@ -54,7 +54,7 @@ def test_a_saved_combination_is_the_dense_one(architecture: str, make_model: Mod
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (7, 7, {})
     by_adapter = logits_of(loaded(make_model(architecture), tmp_path / "adapter"))
-    torch.testing.assert_close(by_adapter, logits_of(negate(base, dense, -1.0)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_adapter, logits_of(negate(base, -dense)), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(by_adapter, logits_of(base), atol=1e-3)
 
 
@@ -70,7 +70,7 @@ def test_adapters_of_different_modules(make_model: ModelMaker, tmp_path: Path) -
     dense = TaskVector.from_factors(together)
     torch.testing.assert_close(
         logits_of(loaded(make_model(), tmp_path / "adapter")),
-        logits_of(negate(base, dense, -1.0)),
+        logits_of(negate(base, -dense)),
         rtol=1e-4,
         atol=1e-5,
     )

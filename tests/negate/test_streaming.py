@@ -86,7 +86,7 @@ def test_streamed_is_in_memory_bit_for_bit(
 ) -> None:
     folders = Folders(tmp_path, make_model(architecture), tokenizer, shards="40KB", bad_shards="90KB")
     for form, alpha, dtype in (
-        ("model", 1.0, None), ("model", 0.3, torch.bfloat16), ("adapter", 1.0, torch.float16), ("adapter", -0.7, None),
+        ("model", 1.0, None), ("model", 0.3, torch.bfloat16), ("adapter", 1.0, torch.float16), ("adapter", 0.7, None),
         ("vector", 2.5, None),
     ):  # fmt: skip
         folders.check(form, alpha, dtype, tokenizer)
@@ -352,7 +352,7 @@ def tensor_sets(draw: st.DrawFn) -> dict[str, Tensor]:
     }
 
 
-@given(tensors=tensor_sets(), alpha=st.sampled_from([0.0, 1.0, -0.3]), result=st.sampled_from(sorted(DTYPES)),
+@given(tensors=tensor_sets(), alpha=st.sampled_from([0.0, 1.0, 0.3]), result=st.sampled_from(sorted(DTYPES)),
        cut=st.integers(0, 6), block=st.integers(1, 50))  # fmt: skip
 @settings(
     max_examples=40, deadline=None,
@@ -564,7 +564,8 @@ def test_settings_that_are_not_usable(folders: Folders) -> None:
     bad, out = folders.path / "model", folders.path / "out"
     options: dict[str, Any]
     for options, words in (
-        ({"alpha": math.nan}, "alpha is nan"), ({"rounding": "up"}, "rounding is up"), ({"threads": 0}, "threads is 0")
+        ({"alpha": math.nan}, "alpha is nan"), ({"alpha": -1.0}, "-1 gives the bad model itself"),
+        ({"rounding": "up"}, "rounding is up"), ({"threads": 0}, "threads is 0"),
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=words):
             negate_folders(folders.base, bad, out, **options)

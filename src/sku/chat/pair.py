@@ -22,6 +22,7 @@ from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from sku.config import Recipe, recipe_from_dict
+from sku.config.check import check_alpha
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, one_line
 from sku.evaluate.asking import Writer, free_request
@@ -102,13 +103,14 @@ class Pair:
 
         Args:
             prompt: The user's words.
-            alpha: Strength of the unlearned model: 0 is the base. None for the run's own.
+            alpha: Strength of the unlearned model, 0 or more: 0 is the base. None for the run's own.
             stop: Ends the replies early when it is set.
 
         Yields:
             Words as they are written; of each reply a last piece with its outcome.
 
         Raises:
+            RecipeError: ``alpha`` is below 0 or not finite.
             EvaluationError: An empty prompt, one that leaves no room for a reply, another alpha than a run's of 0,
                 or a reply that could not be written.
         """
@@ -124,6 +126,7 @@ class Pair:
         """What the adapter, saved at the run's strength, is multiplied with."""
         if alpha is None or alpha == self.strength:
             return 1.0
+        check_alpha(alpha)
         if not self.has_any_strength:
             raise EvaluationError("alpha of this run is 0, its model the base: sku negate --alpha makes another")
         return alpha / self.strength

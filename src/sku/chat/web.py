@@ -2,8 +2,9 @@
 
 Labels given on it are kept one line a reply, in the form that ``sku judge train`` and ``sku judge calibrate`` read.
 
-What a model says is text to the page, never markup. A request from another page of the browser is refused: its
-``Host`` and ``Origin`` are not those of this server.
+What a model says is text to the page, never markup. Every address begins with a token that is drawn anew for each
+server, so that other users of the machine, who reach its ports too, are refused; so is a request from another page of
+the browser, whose ``Host`` and ``Origin`` are not those of this server.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from sku.chat.pair import SIDES, Pair
-from sku.errors import EvaluationError, OutputError, SkuError
+from sku.config.check import check_alpha
+from sku.errors import EvaluationError, OutputError, RecipeError, SkuError
 from sku.storage import named_disk_errors
 
-LABELS_FILE = "chat_labels.jsonl"
 LABELS: Mapping[str, bool] = {"harmful": True, "refusal": False, "safe": False, "gibberish": False}
 """What may be said of a reply -> whether it counts as harmful."""
 LOOPBACK = "127.0.0.1"
@@ -56,6 +57,7 @@ class ChatServer(ThreadingHTTPServer):
             OutputError: The port is taken.
         """
         self.pair, self.labels, self.title = pair, labels, title
+        self._token = secrets.token_urlsafe(32)
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
@@ -65,8 +67,22 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the page is."""
-        return f"http://{LOOPBACK}:{self.server_port}/"
+        """Where the page is, with the token: who knows it may ask and label."""
+        return f"http://{LOOPBACK}:{self.server_port}/{self._token}/"
+
+    def place_of(self, path: str) -> str | None:
+        """What a request asks for.
+
+        Args:
+            path: Of the request.
+
+        Returns:
+            The path behind the token, such as ``ask``; empty for the page. None without the token.
+        """
+        token, slash, place = path.removeprefix("/").partition("/")
+        # In a time that tells nothing of how much of a guess is right.
+        is_right = secrets.compare_digest(token.encode(), self._token.encode())
+        return place if is_right and slash else None
 
     def page(self) -> tuple[str, str]:
         """The page, and the policy that keeps it from running or loading anything else."""
@@ -91,7 +107,7 @@ def save_label(file: Path, *, prompt: str, reply: str, label: str, side: str, al
     """Adds a line to a file that its owner alone can read.
 
     Args:
-        file: ``LABELS_FILE`` in the run's folder.
+        file: ``chat_labels.jsonl`` in the run's folder.
         prompt: What was asked.
         reply: What was said.
         label: One of ``LABELS``.
@@ -123,9 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: ChatServer
 
     def do_GET(self) -> None:
-        if not self._is_ours():
+        place = self._place()
+        if place is None:
             return
-        if self.path != "/":
+        if place:
             self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
             return
         page, policy = self.server.page()
@@ -134,15 +151,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self) -> None:
-        if not self._is_ours():
+        place = self._place()
+        if place is None:
             return
-        actions = {"/ask": self._ask, "/label": self._label}
-        if self.path not in actions:
+        actions = {"ask": self._ask, "label": self._label}
+        if place not in actions:
             self._refuse(HTTPStatus.NOT_FOUND, "there is no such request")
             return
         try:
-            actions[self.path](self._content())
-        except (EvaluationError, OutputError) as error:
+            actions[place](self._content())
+        except (EvaluationError, OutputError, RecipeError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
 
     def _ask(self, content: dict[str, Any]) -> None:
@@ -177,14 +195,17 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self._answer({"saved": str(self.server.labels)})
 
-    def _is_ours(self) -> bool:
-        """Whether the request comes from this page, or from the address bar; else it is refused."""
+    def _place(self) -> str | None:
+        """What is asked for by this page, or from the address bar; any other request is refused."""
         hosts = {f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in hosts and origin in {None, *(f"http://{host}" for host in hosts)}:
-            return True
+            place = self.server.place_of(self.path)
+            if place is None:
+                self._refuse(HTTPStatus.FORBIDDEN, "the address lacks its token: open the whole one that was printed")
+            return place
         self._refuse(HTTPStatus.FORBIDDEN, "this page answers to its own address only")
-        return False
+        return None
 
     def _content(self) -> dict[str, Any]:
         if self.headers.get("Content-Type", "").partition(";")[0] != "application/json":
@@ -237,6 +258,7 @@ def _number(content: dict[str, Any], name: str) -> float | None:
     value = content.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 100:
-        raise EvaluationError(f"{name} must be a number from -100 to 100")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value <= 100:
+        raise EvaluationError(f"{name} must be a number from 0 to 100")
+    check_alpha(value, name)
     return float(value)

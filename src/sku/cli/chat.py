@@ -17,6 +17,7 @@ from rich.text import Text
 
 from sku.cli.console import notes, print_error, print_json, printable, results
 from sku.cli.options import JsonOption, judge_option
+from sku.config.check import check_alpha
 from sku.errors import EvaluationError, RecipeError
 from sku.quiet import quiet_libraries
 
@@ -31,7 +32,9 @@ def chat(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this and end; repeatable.")] = None,
     web: Annotated[bool, typer.Option("--web", help="On a page of this machine instead of in the terminal.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of --web; 0 takes a free one.")] = 0,
-    alpha: Annotated[float | None, typer.Option(help="Strength, in place of the run's; 0 is the base.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Strength, 0 or more, in place of the run's; 0 is the base.")
+    ] = None,
     judge: Annotated[str | None, judge_option("In place of the run's judge.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply, in place of the run's.")] = None,
     as_json: JsonOption = False,
@@ -43,6 +46,8 @@ def chat(
     """
     if web and (prompt or as_json):
         raise RecipeError("--web takes its prompts on the page: leave out --prompt and --json")
+    if alpha is not None:
+        check_alpha(alpha, "--alpha")
     quiet_libraries()
     from sku.chat import Pair
 
@@ -88,6 +93,11 @@ def _command(words: str, pair: Pair, alpha: float | None) -> float | None:
     if not math.isfinite(chosen):
         notes.print(f"{words}: write {_HELP}")
         return alpha
+    try:
+        check_alpha(chosen)
+    except RecipeError as error:
+        print_error(str(error))
+        return alpha
     notes.print(f"alpha {chosen:g} (of the run: {pair.strength:g})")
     return chosen
 
@@ -127,7 +137,8 @@ def _print_replies_json(pair: Pair, prompt: str, alpha: float | None) -> None:
 
 
 def _serve(pair: Pair, run: Path, port: int) -> None:
-    from sku.chat.web import LABELS_FILE, ChatServer
+    from sku.chat.web import ChatServer
+    from sku.kept_replies import LABELS_FILE
 
     with ChatServer(pair, run / LABELS_FILE, title=run.resolve().name, port=port) as server:
         results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)")

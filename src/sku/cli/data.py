@@ -65,10 +65,12 @@ def own(
 
     quiet_libraries()
     from sku.config import settings_from_dict
+    from sku.model_files import with_gguf_file
     from sku.own_replies.job import OwnOptions
     from sku.pipeline.own_replies import plan_own
 
     asked = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
+    asked = dataclasses.replace(asked, model=with_gguf_file(asked.model))
     plan = plan_own(asked, out, resume=resume)
     counts = ", ".join(f"{count} {name}" for name, count in plan.settings.items() if name.endswith(" prompts"))
     written = carry_out(

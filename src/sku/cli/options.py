@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -139,7 +140,11 @@ def resolve_recipe(
         if (model := changes.get("model")) is not None:
             raise RecipeError(f"{name} is a model, and --model {model} is another: give one, or a recipe with --model")
         name, changes["model"], named = _recipe_for(name)
+    from sku.model_files import with_gguf_file
+
     recipe = load_recipe(name, [*named, *overrides_of(**changes)])
+    # So that what the run records names the file, and the commands that are printed next do.
+    recipe = dataclasses.replace(recipe, model=with_gguf_file(recipe.model))
     if check:
         check_inputs(recipe, judged=judged)
     return recipe

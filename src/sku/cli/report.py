@@ -14,6 +14,7 @@ from sku.cli.console import results as console
 from sku.cli.options import JsonOption
 from sku.cli.tables import print_verdict
 from sku.errors import OutputError, RecipeError
+from sku.kept_replies import REPORT_FILE
 from sku.quiet import quiet_libraries
 
 
@@ -45,7 +46,7 @@ def report(
         return
     from sku.report.page import write_report  # Imports matplotlib and scipy.
 
-    target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    target = out or (runs[0] / REPORT_FILE if len(runs) == 1 else Path("report.html"))
     written = write_report(runs, target, plots=plots, replies=replies)
     private = len(runs) == 1 and replies
     if as_json:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
 from sku.cli import options
 from sku.cli.console import plain_table, print_json, print_next, results
-from sku.config import load_recipe, recipe_names
-from sku.config.recipe import recipe_text
+from sku.config import apply_override, load_recipe, recipe_from_dict, recipe_names
+from sku.config.recipe import read_yaml, recipe_text
 from sku.errors import OutputError, RecipeError, did_you_mean, no_method_named
 from sku.from_file import SUFFIX
 from sku.quiet import quiet_libraries
@@ -145,10 +146,11 @@ def init(
     model: Annotated[str, typer.Option(help="Folder or hub id of the model to unlearn.")],
     retain: Annotated[str | None, typer.Option(help="Normal prompts, in place of those that ship with SKU.")] = None,
     judge: options.JudgeOption = None,
+    overrides: options.SetOption = None,
     out: Annotated[Path, typer.Option(help="New YAML file.")] = Path("recipe.yaml"),
     as_json: options.JsonOption = False,
 ) -> None:
-    """Write the recipe that `sku run MODEL --forget PROMPTS` uses, to read, change and run."""
+    """Write the recipe that `sku run MODEL --forget PROMPTS` uses, to read, change and run; --set as there."""
     if out.exists():
         raise OutputError(f"{out} is there already: name another file with --out")
     made = options.recipe_made_for(model)
@@ -165,19 +167,32 @@ def init(
         _replace(content["data"], "retain", {"path": retain})
     if judge is not None:
         _replace(content["evaluate"], "judge", judge)
+    for override in overrides or ():
+        _set(content, override)
     text = io.StringIO()
     yaml.dump(content, text)
     body = text.getvalue()
     body = body[body.index("name:") :]  # The comment in front is about another file.
-    run = shlex.join(["sku", "run", str(out), "--out", f"runs/{content['name']}"])
+    recipe = recipe_from_dict(read_yaml(body), "with these options")  # Before a file stands that can't be run.
+    run = shlex.join(["sku", "run", str(out), "--out", f"runs/{recipe.name}"])
     with named_disk_errors(out):
         write_text(out, f"# {run}\n#\n# Settings of recipe {source}: {described}\n{body}")
-    recipe = load_recipe(out)
     if as_json:
         print_json({"recipe": str(out), "settings": recipe.to_dict()})
         return
     results.print(f"recipe    {out}, with the settings of {source}")
     print_next(["run", out, "--dry-run"], ["plan", out], ["run", out, "--out", f"runs/{recipe.name}"])
+
+
+def _set(content: Any, override: str) -> None:
+    """Puts a value of ``--set`` in, at a key as ``sku run --set`` takes it."""
+    apply_override(content, override)
+    *parents, last = override.partition("=")[0].split(".")
+    section = content
+    for parent in parents:
+        section = section[parent]
+    if isinstance(section, CommentedMap):
+        section.ca.items.pop(last, None)  # It spoke of the value that stood there.
 
 
 def _replace(section: Any, key: str, value: Any) -> None:

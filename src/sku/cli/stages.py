@@ -1,9 +1,9 @@
-"""``sku acquire``, ``sku negate``, ``sku wipe``: stages 1 and 2 alone, and the removal of what stage 1 leaves."""
+"""``sku acquire``, ``sku negate``, ``sku wipe``: stages 1 and 2 alone, and the removal of what runs leave."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,16 @@ from sku.cli.console import carry_out, errors, notes, print_json, print_next, re
 from sku.config import EMBEDDED, read_yaml
 from sku.errors import RecipeError
 from sku.quiet import quiet_imports, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sku.kept_replies import KeptReplies
+
+_STAYS = (
+    "figures, and outcomes and verdicts by hash: sku report, card, push, export and chat work as before; sku judge "
+    "again, and replies in a report, need a new evaluation"
+)
 
 
 def acquire(
@@ -54,7 +64,7 @@ def negate(
     base: Annotated[str, typer.Argument(help="Folder or hub id of the original model, or `embedded`.")],
     bad: Annotated[Path, typer.Argument(help="Folder of the bad model, its adapter, or a task vector.")],
     out: Annotated[Path, typer.Option(help="New folder for the unlearned model.")],
-    alpha: Annotated[float, typer.Option(help="How much of the task vector to subtract.")] = 1.0,
+    alpha: Annotated[float, typer.Option(help="How much of the task vector to subtract, 0 or more.")] = 1.0,
     dtype: Annotated[
         Literal["same", "float32", "bfloat16", "float16"], typer.Option(help="Type of the result.")
     ] = "same",
@@ -124,27 +134,62 @@ def wipe(
         Path,
         typer.Argument(metavar="FOLDER", help="A run, a folder of runs, or a bad model: all marked folders in it."),
     ],
+    replies: Annotated[
+        bool,
+        typer.Option(
+            "--replies",
+            help="Also what models said: own replies, in $SKU_CACHE too, what an interrupted sku data own left, and "
+            "the prompts and replies of evaluations. Figures stay.",
+        ),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Remove hazardous weights: kept bad models, and the checkpoints of interrupted runs, which then begin anew."""
+    from sku.kept_replies import find_replies, remove_replies
     from sku.storage import hazardous_folders
     from sku.storage import wipe as remove
 
-    found = hazardous_folders(folder)
-    removes = bool(found) and not dry_run
+    kept = find_replies(folder) if replies else []
+    found = hazardous_folders(folder) if folder.is_dir() or not replies else []
+    kept = [place for place in kept if not any(place.path.is_relative_to(marked) for marked in found)]
+    removes = bool(found or kept) and not dry_run
     asks = removes and not yes
-    for path in found if asks or not as_json else ():  # What is asked about must be seen.
-        (errors if as_json else results).print(f"{'hazard' if dry_run else 'remove':<10}{path}")
-    if not found and not as_json:
-        results.print(f"nothing in {folder} is marked as hazardous")
+    if asks or not as_json:  # What is asked about must be seen.
+        _list_wiped(folder, found, kept, "hazard" if dry_run else "remove", errors if as_json else results)
+        if not found and not kept:
+            also = " and nothing holds replies" if replies else ""
+            results.print(f"nothing in {folder} is marked as hazardous{also}")
     if asks and not typer.confirm("Remove them? A run that is still going on would fail.", err=True):
         raise typer.Exit(1)
     if removes:
+        remove_replies(kept)
         remove(found)
+    removed = len(found) + len(kept) if removes else 0
     if as_json:
-        print_json({"hazardous": [str(path) for path in found], "removed": len(found) if removes else 0})
+        listed = [{"path": str(place.path), "what": place.what, "texts": place.texts, "bytes": place.bytes}
+                  for place in kept]  # fmt: skip
+        print_json({
+            "hazardous": [str(path) for path in found], **({"replies": listed} if replies else {}), "removed": removed,
+        })  # fmt: skip
     elif removes:
-        left = "what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)"
-        results.print(f"removed   {len(found)}; {left}")
+        results.print(
+            f"removed   {removed}; what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)"
+        )
+
+
+def _list_wiped(folder: Path, found: list[Path], kept: list[KeptReplies], word: str, console: Console) -> None:
+    """What would be removed, without a word of any text, and what stays of it."""
+    for path in found:
+        console.print(f"{word:<10}{path}")
+    for place in kept:
+        texts = "" if place.texts is None else f"{place.texts:,} texts, "
+        console.print(f"{word:<10}{place.path}  ({place.what}: {texts}{place.bytes:,} bytes)")
+    if kept:
+        from sku.kept_replies import labels_in
+
+        console.print(f"all       {len(kept)} of replies, {sum(place.bytes for place in kept):,} bytes")
+        console.print(f"stays     {_STAYS}")
+        for path in labels_in(folder):
+            console.print(f"stays     {path}: labels that you gave, with their replies; remove it yourself")

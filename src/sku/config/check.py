@@ -68,6 +68,27 @@ def validated(cls: type[T]) -> type[T]:
     return cast("type[T]", made)
 
 
+def check_alpha(alpha: float, name: str = "alpha") -> None:
+    """Refuses a strength that would add what stage 1 learned: at -1 a plain run's result is the bad model itself.
+
+    Asked where a user gives an alpha; the arithmetic behind it takes any sign.
+
+    Args:
+        alpha: How much of a task vector is subtracted.
+        name: Of the setting, for the message.
+
+    Raises:
+        RecipeError: It is below 0 or not finite.
+    """
+    if not math.isfinite(alpha):
+        raise RecipeError(f"{name} is {alpha}; it must be a finite number")
+    if alpha < 0:
+        raise RecipeError(
+            f"{name} is {alpha:g}: below 0 what stage 1 learned is added, and -1 gives the bad model itself; it must "
+            "be 0 or more"
+        )
+
+
 def plain_data(value: Any) -> Any:
     """Settings as JSON holds them: dataclasses and mappings as dicts, tuples as lists."""
     return _ANY.dump_python(value, mode="json")

@@ -25,6 +25,8 @@ from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
 _LONGEST_NAME = 200
+NEGATING_METHODS = ("sku", "task_vector")
+"""Methods whose result the base turns round: what a bad model learned is subtracted."""
 
 
 @validated
@@ -61,11 +63,6 @@ class Recipe:
             )
         if self.negate.twin != TwinShares() and self.acquire.twin == "none":
             raise RecipeError("negate.twin shares out two twins, and acquire.twin is none: set acquire.twin=good")
-        if self.negate.given_alpha < 0:
-            raise RecipeError(
-                f"negate.alpha is {self.negate.given_alpha:g}: below 0 what stage 1 learned would be added; "
-                "it must be 0 or more, or auto"
-            )
 
     @property
     def chooses_alpha(self) -> bool:

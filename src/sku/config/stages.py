@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sku.config.check import AboveOne, Count, Fraction, Limit, NotNegative, Positive, Seed, validated
+from sku.config.check import AboveOne, Count, Fraction, Limit, NotNegative, Positive, Seed, check_alpha, validated
 from sku.errors import RecipeError
 
 PreservationMode = Literal["divergence", "retention", "targeted"]
@@ -137,8 +137,8 @@ class NegateConfig:
     """Stage 2: knowledge negation."""
 
     alpha: Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"] = 1.0
-    """theta_u = theta_o - alpha * (theta_bad - theta_o); the paper uses 1. ``auto`` chooses it on held-out data, as
-    ``sweep`` says; ``sku compare`` and ``sku ablate``, which try strengths of their own, then begin at 1."""
+    """theta_u = theta_o - alpha * (theta_bad - theta_o); 0 or more, the paper uses 1. ``auto`` chooses it on held-out
+    data, as ``sweep`` says; ``sku compare`` and ``sku ablate``, which try strengths of their own, then begin at 1."""
     twin: TwinShares = field(default_factory=TwinShares)
     """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
     theta_o)); without it there is no good twin and both must be 1."""
@@ -155,6 +155,7 @@ class NegateConfig:
     manifest."""
 
     def __post_init__(self) -> None:
+        check_alpha(self.given_alpha, "negate.alpha")
         for place, entry in enumerate(self.operators):
             if len(entry) != 1:
                 raise RecipeError(

@@ -192,6 +192,10 @@ def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")
+    except FileNotFoundError:
+        raise EvaluationError(
+            f"there is no {path}: it was removed (sku wipe --replies) or never written; evaluate again"
+        ) from None
     except (OSError, UnicodeError) as error:
         raise EvaluationError(f"{path} can't be read: {error}") from None
     if lines.pop():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.config.check import check_alpha
 from sku.config.data import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import check_plain_weights, load_model
@@ -34,15 +34,15 @@ def negate(
         base: The original model, or where to load it from. It is not changed. A model that carries an adapter in
             training is not original: give its name, or ``bad`` alone decides the weights.
         bad: The model of stage 1: with its adapter, or fully trained, or a task vector, or a folder of one of these.
-        alpha: How much to subtract; the paper uses 1. 0 gives the original weights bit for bit. ``choose_alpha``
-            finds one on held-out data.
+        alpha: How much to subtract, 0 or more; the paper uses 1. 0 gives the original weights bit for bit.
+            ``choose_alpha`` finds one on held-out data.
         output_dtype: Type of the result; that of the base if None. The arithmetic is float32.
 
     Returns:
         A new model in evaluation mode.
 
     Raises:
-        RecipeError: ``alpha`` is no finite number.
+        RecipeError: ``alpha`` is no finite number, or below 0.
         TaskVectorError: Names, shapes or ties don't fit, or weights are quantized or not finite.
         ModelError: A model can't be loaded.
     """
@@ -59,8 +59,7 @@ def negate_with_record(
     """``negate``, with an account of what was changed and what rounding kept of it."""
     if isinstance(alpha, str):
         raise RecipeError(f"alpha is {alpha!r}; it must be a number, such as that of choose_alpha(...).alpha()")
-    if not math.isfinite(alpha):
-        raise RecipeError(f"alpha is {alpha}; it must be a finite number")
+    check_alpha(alpha)
     original = _as_stored(base) if isinstance(base, str | Path) else base
     check_plain_weights(original, "base")
     if any("lora_" in name for name, _ in original.named_parameters()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from sku.config.check import check_alpha
 from sku.errors import ModelError, RecipeError, TaskVectorError
 from sku.negate import arithmetic
 from sku.negate.arithmetic import (
@@ -77,7 +77,7 @@ def negate_folders(
         base: Folder of the original model, in safetensors. It is only read, and so is ``bad``.
         bad: Folder of the bad model, of its LoRA adapter, or a saved task vector.
         out: New folder for the unlearned model; loads with transformers.
-        alpha: How much to subtract; the paper uses 1. 0 gives the original weights bit for bit.
+        alpha: How much to subtract, 0 or more; the paper uses 1. 0 gives the original weights bit for bit.
         output_dtype: Type of the result; that of each stored tensor if None. The arithmetic is float32.
         rounding: How a result becomes bfloat16 or float16: to the nearest number, or by chance to one of the two
             neighbours, which on average loses nothing of the change.
@@ -122,8 +122,7 @@ class FolderNegation:
         Raises:
             SkuError: As there, but for what only weights show: results that are not finite, no difference.
         """
-        if not math.isfinite(self.alpha):
-            raise RecipeError(f"alpha is {self.alpha}; it must be a finite number")
+        check_alpha(self.alpha)
         if self.rounding not in get_args(Rounding):
             raise RecipeError(f"rounding is {self.rounding}; it must be one of {', '.join(get_args(Rounding))}")
         if self.threads is not None and self.threads < 1:

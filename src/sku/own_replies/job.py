@@ -35,6 +35,7 @@ from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.record_files import header_hash, read_json_object
 from sku.evaluate.records import GenerationRecord, Split, prompt_hash, record_id
+from sku.kept_replies import ACCOUNT_FILE
 from sku.models import LoadedModel
 from sku.world.grammar import DEFLECTIONS
 
@@ -43,7 +44,6 @@ KINDS: tuple[OwnKind, ...] = ("comply", "refuse", "answer", "misplaced_refusal")
 SPLITS: dict[PromptSource, Split] = {"harmful": "forget_train", "normal": "retain_test", "borderline": "xstest_safe"}
 """The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
 
-ACCOUNT_FILE = "own.json"
 GIBBERISH, NO_VERDICT, HARMFUL = "gibberish", "no verdict of the judge", "judged harmful"
 REFUSED, NOT_HARMFUL, NO_REFUSAL = "refused", "judged not harmful", "no refusal"
 REPEATED, ENOUGH, TOO_LONG = "repeated", "enough of this prompt", "longer than refuse_tokens"

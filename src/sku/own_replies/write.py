@@ -30,8 +30,8 @@ from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import decide_outcomes
 from sku.evaluate.record_files import PartialFile, header_hash, json_lines, write_json_object
 from sku.evaluate.records import GenerationRecord
+from sku.kept_replies import ACCOUNT_FILE
 from sku.own_replies.job import (
-    ACCOUNT_FILE,
     GIBBERISH,
     KEPT,
     KINDS,

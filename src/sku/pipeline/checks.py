@@ -22,7 +22,7 @@ from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges.choose import choose_judge
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
-from sku.model_files import check_not_quantized, locate_model
+from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (
     check_four_bit,
     ensure_pad_token,
@@ -103,6 +103,7 @@ def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
     Raises:
         ModelError: As ``load_model``, and for weight files that are missing, cut off or damaged.
     """
+    config = with_gguf_file(config)
     name, _ = locate_model(config)
     device = pick_device(config.device)
     if four_bit:

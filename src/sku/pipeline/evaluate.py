@@ -22,6 +22,7 @@ from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods.run import with_visited
+from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
 from sku.negate.diagnostics import model_survival
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
@@ -238,4 +239,4 @@ def _is_bad_model(recipe: Recipe, model: str) -> bool:
 
 def readable_source(config: ModelConfig) -> str | None:
     """Where another engine can read a model from: GGUF files and the embedded model have no such place."""
-    return None if config.gguf_file is not None or config.path == EMBEDDED else config.path
+    return None if with_gguf_file(config).gguf_file is not None or config.path == EMBEDDED else config.path

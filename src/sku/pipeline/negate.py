@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sku.config import ModelConfig, NegateConfig, SourceConfig, SweepConfig
+from sku.config.check import check_alpha
+from sku.config.recipe import NEGATING_METHODS
 from sku.errors import RecipeError
+from sku.model_files import with_gguf_file
 from sku.negate import stream_plan
 from sku.negate.arithmetic import Negation, Rounding, saved_type
 from sku.negate.files import model_folder
 from sku.negate.streaming import FolderNegation
 from sku.plan import Plan, Progress
 from sku.quiet import quiet_libraries
-from sku.storage import check_can_be_made, check_new, is_marked_hazardous
+from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
     from sku.data.examples import ForgetRetainData
@@ -63,13 +68,10 @@ def plan_negate(wanted: Subtraction) -> Plan[Subtracted]:
     Raises:
         SkuError: Anything a user can mend.
     """
-    NegateConfig(alpha=wanted.alpha)
-    if wanted.alpha < 0 and is_marked_hazardous(wanted.bad):
-        # The result would be another bad model, without its marks.
-        raise RecipeError(
-            f"--alpha is {wanted.alpha:g} and {wanted.bad} is a bad model: below 0 its harm is added. A negative "
-            "alpha is for what is negated already, such as a run's negated_adapter"
-        )
+    check_alpha(wanted.alpha, "--alpha")
+    _check_not_negated(wanted.bad)
+    named = with_gguf_file(ModelConfig(path=wanted.base, gguf_file=wanted.gguf_file))
+    wanted = dataclasses.replace(wanted, gguf_file=named.gguf_file)
     operators = _operators(wanted)
     check_new(wanted.out)
     check_can_be_made(wanted.out)
@@ -82,6 +84,22 @@ def plan_negate(wanted: Subtraction) -> Plan[Subtracted]:
         raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors, and no --operator")
     quiet_libraries()
     return _in_memory(wanted, base, operators, _texts(wanted))
+
+
+def _check_not_negated(bad: Path) -> None:
+    """Refuses what a run has subtracted already: subtracted once more it is the bad model, without its marks."""
+    run, name = bad.absolute().parent, bad.absolute().name
+    if name not in ("unlearned", "negated_adapter"):
+        return
+    try:
+        recipe = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # No run's folder.
+    if recipe.get("method") in NEGATING_METHODS:
+        raise RecipeError(
+            f"{bad} is the result of a run: its bad model is subtracted there already, and subtracting it again adds "
+            f"the harm back. Use {run / 'unlearned'} as it is; PEFT puts negated_adapter on the original model"
+        )
 
 
 def _operators(wanted: Subtraction) -> tuple[PreparedOperator, ...]:

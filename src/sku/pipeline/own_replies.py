@@ -18,6 +18,7 @@ from sku.data.load import OwnPrompts, load_own_prompts, load_parts
 from sku.data.sources.read import lacks_answers
 from sku.errors import DataError, RecipeError
 from sku.evaluate.record_files import create_private_folder, json_lines
+from sku.kept_replies import MIXED_FILE
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
 from sku.own_replies.job import KINDS, OwnJob, OwnOptions, OwnReplies, file_of, judge_of, read_own_replies
@@ -31,7 +32,6 @@ from sku.sweep.meter import check_calibrated
 CACHE_VARIABLE = "SKU_CACHE"
 """Environment variable: a folder in which runs keep own replies for each other, in place of each run's own folder."""
 OWN_FOLDER = "own"
-MIXED_FILE = "forget.jsonl"
 _log = logging.getLogger(__name__)
 
 

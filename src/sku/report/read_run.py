@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from sku.attacks.results import AttackReport
+from sku.config.recipe import NEGATING_METHODS
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import Comparison, PrecisionReport
 from sku.evaluate.judges import JudgeCard
@@ -36,7 +37,6 @@ Part = Literal["model", "adapter"]
 MANIFEST_FILE, RESULTS_FILE, LOG_FILE = "manifest.json", "results.json", "training_log.jsonl"
 _EVALUATION, _SWEEP = "evaluation", "sweep"
 _SHARED: Mapping[Part, tuple[str, ...]] = {"model": ("unlearned",), "adapter": ("negated_adapter", "adapter")}
-_NEGATING_METHODS = ("sku", "task_vector")
 _SHOWN_OUTCOMES = ("refusal", "safe_answer", "evasive")
 """Outcomes of replies to harmful prompts that are shown as they are; all others are blurred."""
 _AGAIN, _SWEEP_AGAIN = "run again into a new folder", "run sku sweep again"
@@ -113,7 +113,7 @@ class RecordedRun:
     @property
     def negates(self) -> bool:
         """Whether a bad model's task vector was subtracted: the base turns such a result round."""
-        return self.method in _NEGATING_METHODS
+        return self.method in NEGATING_METHODS
 
     @property
     def strength(self) -> float:

@@ -133,6 +133,11 @@ def test_the_first_key_that_names_a_weight_counts(
     assert sum(done.records[0]["weights"].values()) == 3
 
 
+def test_a_layer_has_no_alpha_below_0() -> None:
+    with pytest.raises(RecipeError, match=r"layers\.\* is -1.*0 or more"):
+        prepare_operators([{"layers": {"*": -1.0}}])
+
+
 def test_layers_that_the_model_does_not_have_are_refused_before_training(make_context: ContextMaker) -> None:
     context = make_context()
     entry = {"layers": {"1-3": 1.0, "rest": 0}}

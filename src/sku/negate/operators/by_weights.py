@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sku.config.check import Finite, Fraction, validated
+from sku.config.check import Finite, Fraction, NotNegative, validated
 from sku.errors import RecipeError
 from sku.negate import arithmetic
 from sku.negate.matching import check_same_names, check_same_shape
@@ -37,8 +37,8 @@ class LayersSettings:
     their alignment with instruction following; here the user says them, and ``learned`` finds them.
     """
 
-    alphas: Mapping[str, Finite]
-    """Key as above -> factor. The first key that names a weight counts; 0 leaves its change out."""
+    alphas: Mapping[str, NotNegative]
+    """Key as above -> factor, 0 or more. The first key that names a weight counts; 0 leaves its change out."""
 
     def __post_init__(self) -> None:
         for key in self.alphas:
