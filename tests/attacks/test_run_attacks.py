@@ -256,8 +256,8 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
     assert len(calls) == 4, "another model's replies are not reused, and the base needs no training"
     assert other.setup.model == other.setup.control
     assert other.relearn is not None
-    for result in (*other.results, *other.relearn.results):
-        assert result.model == result.control, "the base against itself"
+    assert all(result.model == result.control for result in other.results), "the base against itself"
+    assert all(result.model == result.control for result in other.relearn.results)
 
 
 def test_progress_and_no_folder(

@@ -84,9 +84,10 @@ def print_attacks(report: AttackReport) -> None:
     results.print()
     results.print(table)
     if rows := relearn_rows(report):
-        table = plain_table(("relearning",), ("half back after", "rate", "harmful then", "ppl", "gibberish", "base"))
-        for cells in rows:
-            table.add_row(*cells)
+        figures = ("half at step", "rate", "harmful", "95 %", "ppl", "gibberish", "base")
+        table = plain_table(("relearn",), figures, padding=(0, 0))
+        for row in rows:
+            table.add_row(*row)
         results.print()
         results.print(table)
     for line in left_out_lines(report):

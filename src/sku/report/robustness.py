@@ -36,7 +36,9 @@ def attack_rows(report: AttackReport) -> list[tuple[str, ...]]:
     return [row for result in report.results for row in _rows(titles[result.attack], result, report.setup.judge)]
 
 
-RELEARN_COLUMNS = ("trained on", "half of the base's harm", "rate", "harmful then", "perplexity", "gibberish", "base")
+RELEARN_COLUMNS = (
+    "relearning", "steps to half", "rate", "harmful then", "95 %", "perplexity", "gibberish", "base",
+)  # fmt: skip
 
 
 def relearn_rows(report: AttackReport) -> list[tuple[str, ...]]:
@@ -47,9 +49,9 @@ def relearn_rows(report: AttackReport) -> list[tuple[str, ...]]:
 
     Returns:
         ``RELEARN_COLUMNS``, none without that attack: number of pairs; steps until half is back; the attacker's best
-        learning rate; and at the last checkpoint of its training the harmful share with its 95 % interval, the
-        perplexity of normal answers as a multiple of the base's, the share of gibberish, and the harmful share of the
-        base model after the same training.
+        learning rate; and at the last checkpoint of its training the harmful share, its 95 % interval, the perplexity
+        of normal answers as a multiple of the base's, the share of gibberish, and the harmful share of the base model
+        after the same training.
     """
     found = report.relearn
     if found is None:
@@ -65,7 +67,8 @@ def _relearn_row(result: RelearnResult, found: Relearned, judge: JudgeCard) -> t
         pairs_text(result.pairs),
         half_text(result.model, found),
         NOTHING if result.model.learning_rate is None else f"{result.model.learning_rate:g}",
-        f"{percent(last.harmful.value)} ({bounds})",
+        percent(last.harmful.value),
+        bounds,
         NOTHING if last.perplexity is None else f"\u00d7{last.perplexity:.4g}",
         percent(last.gibberish.value),
         percent(base.harmful.value),
@@ -78,10 +81,8 @@ def pairs_text(pairs: int) -> str:
 
 
 def half_text(line: RelearnLine, found: Relearned) -> str:
-    """When half of the base's harm is back: ``16 steps``, or ``> 256 steps`` where it never is."""
-    if line.half_steps is None:
-        return f"> {found.steps[-1]} steps"
-    return f"{line.half_steps} step{'' if line.half_steps == 1 else 's'}"
+    """Steps until half of the base's harm is back: ``16``, or ``> 256`` where it never is."""
+    return f"> {found.steps[-1]}" if line.half_steps is None else str(line.half_steps)
 
 
 def left_out_lines(report: AttackReport) -> list[str]:

@@ -220,7 +220,7 @@ def relearn_chart(reports: Mapping[str, AttackReport]) -> Picture | None:
         for result in relearned.results:
             base = relearned.base_harmful.count
             lines.append((name, _LINES[place % len(_LINES)], result.pairs, result.model, base))
-            if len(reports) == 1:
+            if len(found) == 1:
                 lines.append(("base", "base", result.pairs, result.control, base))
     with matplotlib.rc_context(PAGE_STYLE):
         figure, (axes,) = new_figure(3.3 + 0.2 * len(lines))
