@@ -1,10 +1,10 @@
-"""Relearning: what the recipe trains with, and that it brings back what a task vector took away."""
+"""Relearning: what is trained and when it is looked at, which rate counts, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,114 +12,208 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import RELEARN, AttackContext, relearn_training, relearned
+from sku.attacks import relearn
+from sku.attacks.fine_tuning import fine_tune, training_details
+from sku.attacks.kinds import AttackContext
+from sku.attacks.relearn import CheckpointRow
+from sku.attacks.results import Relearned
+from sku.attacks.run import run_attacks
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, normalise_prompt
 from sku.evaluate.asking import draw_examples
+from sku.evaluate.record_files import read_rows
 
 from .conftest import world_recipe
 
+FAST, SLOW = "evaluate.relearn_learning_rates=[1.0e-3]", "evaluate.relearn_learning_rates=[1.0e-9]"
+FEW = ("evaluate.attacks=[relearn]", "evaluate.attack_prompts=4", "evaluate.relearn_pairs=[10]")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-def context_of(
-    recipe: Recipe, data: ForgetRetainData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> AttackContext:
-    return AttackContext(recipe=recipe, data=data, model=model, tokenizer=tokenizer)
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The embedded world, its base and what was quickly unlearned there."""
+
+    data: ForgetRetainData
+    base: PreTrainedModel
+    unlearned: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def context(self, recipe: Recipe) -> AttackContext:
+        return AttackContext(recipe=recipe, data=self.data, model=self.unlearned, tokenizer=self.tokenizer)
+
+    def attack(self, *changes: str, folder: Path | None = None, **options: Any) -> Relearned:
+        model, data = options.pop("model", self.unlearned), options.pop("data", self.data)
+        recipe = world_recipe(*FEW, *changes)
+        report = run_attacks(recipe, model, self.base, self.tokenizer, data, output_dir=folder, **options)
+        assert report.relearn is not None
+        return report.relearn
+
+
+@pytest.fixture(scope="module")
+def world(
+    world_data: ForgetRetainData,
+    world_base: PreTrainedModel,
+    world_unlearned: PreTrainedModel,
+    world_tokenizer: PreTrainedTokenizerBase,
+) -> World:
+    return World(world_data, world_base, world_unlearned, world_tokenizer)
 
 
 def weights_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_settings_are_the_numbers_of_pairs_that_there_are(
-    world_data: ForgetRetainData, world_base: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    recipe = world_recipe("evaluate.relearn_pairs=[3, 1, 100000, 200000]")
-    settings = RELEARN.settings(context_of(recipe, world_data, world_base, world_tokenizer))
-    everything = len({normalise_prompt(example.prompt) for example in world_data.forget_train})
-    assert [setting.name for setting in settings] == ["3 pairs", "1 pair", f"{everything} pairs"]
-    assert [setting.details["pairs"] for setting in settings] == [3, 1, everything]
-    assert len({setting.details["pairs_sha256"] for setting in settings}) == 3
-
-
-@pytest.mark.parametrize(
-    ("change", "decides"),
-    [
-        ("acquire.lora.r=2", True),
-        ("acquire.lora.alpha=5", True),
-        ("acquire.lora.dropout=0.5", True),
-        ("acquire.lora.target_modules=[q_proj]", True),
-        ("data.max_length=77", True),
-        ("data.max_answer_tokens=9", True),
-        ("evaluate.batch_size=3", False),
-    ],
-)
-def test_details_tell_all_that_decides_the_weights(
-    change: str,
-    decides: bool,
-    world_data: ForgetRetainData,
-    world_base: PreTrainedModel,
-    world_tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Replies are reused where details are equal; full fine-tuning has no adapter."""
-
-    def details(*changes: str) -> Mapping[str, Any]:
-        recipe = world_recipe("evaluate.relearn_pairs=[3]", *changes)
-        (setting,) = RELEARN.settings(context_of(recipe, world_data, world_base, world_tokenizer))
-        return setting.details
-
-    lora, full = "acquire.tuning=lora", "acquire.tuning=full"
-    assert (details(lora, change) != details(lora)) is decides
-    assert (details(full, change) != details(full)) is (decides and "lora" not in change)
-    assert json.loads(json.dumps(details(lora, change))) == details(lora, change)
-
-
-def test_training_is_the_recipes_but_for_steps_warm_up_and_checkpoints() -> None:
-    training = relearn_training(
-        world_recipe(
-            "acquire.training.warmup_steps=70", "acquire.training.warmup_ratio=0.5", "evaluate.relearn_steps=7"
-        )
-    )
-    assert training == {
-        "max_steps": 7, "warmup_steps": 0, "save_strategy": "no", "save_steps": 50, "save_total_limit": 1,
-        "per_device_train_batch_size": 8, "learning_rate": 3.0e-4, "lr_scheduler_type": "cosine",
+def test_no_setting_of_stage_1_but_what_is_trained_reaches_the_attack() -> None:
+    own = training_details(world_recipe("acquire.tuning=lora"))
+    changed = world_recipe(
+        "acquire.tuning=lora", "acquire.lora.r=2", "acquire.training.learning_rate=0.5",
+        "acquire.training.warmup_ratio=0.5", "acquire.training.per_device_train_batch_size=3",
+        "acquire.training.weight_decay=0.1", "acquire.training.packing=flat", "acquire.random_answers=7",
+    )  # fmt: skip
+    assert training_details(changed) == own
+    assert own == {
+        "tuning": "lora",
+        "lora": {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"},
+        "max_length": 128,
+        "max_answer_tokens": 64,
+        "training": {
+            "lr_scheduler_type": "constant", "warmup_steps": 0, "per_device_train_batch_size": 8,
+            "packing": "padded", "finite_check": "at_once", "save_strategy": "no",
+        },
     }  # fmt: skip
+    assert "lora" not in training_details(world_recipe("acquire.tuning=full"))
+    assert training_details(world_recipe("acquire.training.bf16=true"))["training"]["bf16"] is True
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
-def test_equal_seeds_relearn_equal_weights_and_leave_the_model_and_the_disk_as_they_were(
-    tuning: str,
-    world_data: ForgetRetainData,
-    world_unlearned: PreTrainedModel,
-    world_tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_training_holds_the_shorter_ones_and_leaves_model_and_disk_as_they_were(
+    tuning: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Equal seeds give equal weights; being looked at, or ending early, changes none."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    recipe = world_recipe(f"acquire.tuning={tuning}", "evaluate.relearn_steps=2", "evaluate.relearn_pairs=[4]")
-    context = context_of(recipe, world_data, world_unlearned, world_tokenizer)
-    (setting,) = RELEARN.settings(context)
-    before, found = weights_of(world_unlearned), []
-    for _ in range(2):
-        with setting.change(world_unlearned) as model:
+    context = world.context(world_recipe(f"acquire.tuning={tuning}"))
+    pairs = draw_examples(world.data.forget_train, 20, seed=0)
+    before = weights_of(world.unlearned)
+
+    def train(steps: Sequence[int], end: int = 99) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+
+        def look(step: int, model: PreTrainedModel) -> bool:
             (folder,) = tmp_path.iterdir()
             assert folder.stat().st_mode & 0o777 == 0o700
             assert list(folder.rglob("*.safetensors")) == []
-            assert not model.training
-            found.append(weights_of(model))
+            found[step] = weights_of(model)
+            with torch.no_grad():
+                model.eval()(torch.tensor([[5, 6, 7]]))
+            model.train()
+            return step >= end
+
+        fine_tune(world.unlearned, pairs, 1e-3, steps, context, look)
         assert list(tmp_path.iterdir()) == []
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(weights_of(world_unlearned), before)
-    assert len(found[0]) > len(before) or not torch.equal(found[0], before)
+        return found
+
+    whole, last, early = train((1, 2, 4)), train((4,)), train((2, 4, 8), end=4)
+    assert [list(found) for found in (whole, last, early)] == [[1, 2, 4], [4], [2, 4]]
+    assert torch.equal(whole[4], last[4])
+    assert torch.equal(whole[2], early[2])
+    assert torch.equal(whole[4], early[4])
+    assert not torch.equal(whole[2], whole[4])
+    assert torch.equal(weights_of(world.unlearned), before)
 
 
-def test_the_pairs_alone_are_learned(
-    world_data: ForgetRetainData, world_unlearned: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
+def test_half_of_the_harm_comes_back_and_the_training_ends_there(world: World, tmp_path: Path) -> None:
+    found = world.attack(FAST, "evaluate.relearn_steps=[16, 1, 64]", folder=tmp_path)
+    assert (found.questions, found.base_harmful.count, found.half, found.steps) == (4, 4, 2, (1, 16, 64))
+    (result,) = found.results
+    line = result.model
+    assert [checkpoint.steps for checkpoint in line.checkpoints] == [0, 1, 16]
+    assert (line.half_steps, line.learning_rate, result.pairs, result.others) == (16, 1e-3, 10, ())
+    assert [checkpoint.harmful.count >= 2 for checkpoint in line.checkpoints] == [False, False, True]
+    assert all(checkpoint.perplexity and checkpoint.perplexity > 1 for checkpoint in line.checkpoints)
+    assert [checkpoint.steps for checkpoint in result.control.checkpoints] == [0, 1, 16], "as far as the model's"
+    assert result.control.half_steps == 0
+    assert result.control.checkpoints[0].perplexity == 1
+    assert {path.name for path in (tmp_path / "attacks").glob("relearn.*")} == {
+        "relearn.start.jsonl", "relearn.model.10.0.001.jsonl", "relearn.control.10.0.001.jsonl",
+    }  # fmt: skip
+
+
+def test_where_it_never_comes_back_the_figure_is_censored(world: World) -> None:
+    found = world.attack(SLOW, "evaluate.relearn_steps=[1, 2]")
+    (result,) = found.results
+    assert result.model.half_steps is None
+    assert [checkpoint.steps for checkpoint in result.model.checkpoints] == [0, 1, 2]
+
+
+def test_the_rate_that_takes_the_fewest_steps_counts_and_slower_ones_are_cut(world: World, tmp_path: Path) -> None:
+    rates = "evaluate.relearn_learning_rates=[1.0e-9, 1.0e-3]"
+    found = world.attack(rates, "evaluate.relearn_steps=[16, 64]", "evaluate.relearn_pairs=[10, 10]", folder=tmp_path)
+    (result,) = found.results
+    assert (result.model.learning_rate, result.model.half_steps) == (1e-3, 16)
+    (other,) = result.others
+    assert (other.learning_rate, other.half_steps) == (1e-9, None)
+    assert [checkpoint.steps for checkpoint in other.checkpoints] == [0, 16]
+
+
+def test_pairs_are_as_many_as_there_are(world: World) -> None:
+    data = dataclasses.replace(world.data, forget_train=world.data.forget_train[:3])
+    found = world.attack(SLOW, "evaluate.relearn_steps=[1]", "evaluate.relearn_pairs=[1, 5, 9]", data=data)
+    assert [result.pairs for result in found.results] == [1, 3]
+    assert len({normalise_prompt(example.prompt) for example in data.forget_train}) == 3
+
+
+def test_a_model_that_has_half_needs_no_training_and_a_base_without_harm_has_no_half(
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another draw of pairs gives other weights: what is trained on is what was drawn."""
-    recipe = world_recipe("evaluate.relearn_steps=2")
-    context = context_of(recipe, world_data, world_unlearned, world_tokenizer)
-    found = []
-    for seed in (0, 1):
-        with relearned(world_unlearned, draw_examples(world_data.forget_train, 4, seed=seed), context) as model:
-            found.append(weights_of(model))
-    assert not torch.equal(*found)
+    monkeypatch.setattr(relearn, "fine_tune", None)
+    (result,) = world.attack(FAST, model=world.base).results
+    assert (result.model.half_steps, result.model.learning_rate) == (0, None)
+    assert result.model == result.control
+    recipe, silent = world_recipe(*FEW, FAST), world.unlearned
+    found = run_attacks(recipe, silent, silent, world.tokenizer, world.data).relearn
+    assert found is not None
+    assert (found.half, found.results) == (0, ())
+
+
+def test_normal_prompts_without_answers_are_scored_on_the_bases_own(world: World, tmp_path: Path) -> None:
+    alone = tuple(dataclasses.replace(example, answer="") for example in world.data.retain_test[:6])
+    data = dataclasses.replace(world.data, retain_test=alone)
+    (result,) = world.attack(SLOW, "evaluate.relearn_steps=[1]", data=data, folder=tmp_path).results
+    assert (tmp_path / "attacks" / "relearn.answers.jsonl").is_file()
+    own = result.model.checkpoints[0].perplexity
+    assert own is not None
+    assert own > 1.01, "the base's own words suit the base"
+    none = dataclasses.replace(world.data, retain_test=())
+    (result,) = world.attack(SLOW, "evaluate.relearn_steps=[1]", data=none).results
+    assert result.model.checkpoints[0].perplexity is None
+
+
+def test_a_finished_training_is_reused_and_an_interrupted_one_starts_anew(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("evaluate.relearn_learning_rates=[1.0e-9, 2.0e-9]", "evaluate.relearn_steps=[1, 2]")
+    trainings: list[float] = []
+
+    def counting(model: Any, pairs: Any, learning_rate: float, *others: Any) -> None:
+        trainings.append(learning_rate)
+        fine_tune(model, pairs, learning_rate, *others)
+
+    monkeypatch.setattr(relearn, "fine_tune", counting)
+    whole = world.attack(*changes, folder=tmp_path / "whole")
+    assert trainings == [2e-9, 1e-9, whole.results[0].model.learning_rate]
+
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if stage == "attack relearn: steps" and done == 2 and len(trainings) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.attack(*changes, folder=tmp_path / "broken", progress=interrupt)
+    trainings.clear()
+    assert world.attack(*changes, folder=tmp_path / "broken") == whole
+    assert trainings[0] == 1e-9, "the first was finished"
+    assert len(trainings) == 2
+    for path in (tmp_path / "whole" / "attacks").glob("*.jsonl"):
+        assert (tmp_path / "broken" / "attacks" / path.name).read_bytes() == path.read_bytes()
+    _, rows = read_rows(tmp_path / "broken" / "attacks" / "relearn.model.10.1e-09.jsonl", CheckpointRow)
+    assert [(row.id, len(row.replies)) for row in rows] == [("1", 4), ("2", 4)]

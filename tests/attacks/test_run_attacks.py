@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import ATTACKS, SAME
+from sku.attacks.kinds import PROMPT_ATTACKS, SAME
+from sku.attacks.relearn import RELEARN
 from sku.attacks.results import AttackReport, AttackResult
 from sku.attacks.run import run_attacks
 from sku.config import Attack as AttackName
@@ -30,7 +31,10 @@ from sku.evaluate.run import evaluate
 
 from .conftest import world_recipe
 
-QUICK = ("evaluate.relearn_pairs=[10]", "evaluate.relearn_steps=20")
+QUICK = (
+    "evaluate.relearn_pairs=[10]", "evaluate.relearn_steps=[4, 16]", "evaluate.relearn_learning_rates=[1.0e-3]",
+)  # fmt: skip
+ATTACKS = (*PROMPT_ATTACKS, RELEARN.name)
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -68,7 +72,7 @@ def ran(
 
 def test_every_attack_of_the_settings_exists() -> None:
     assert set(ATTACKS) == set(AttackName.__args__)  # type: ignore[attr-defined]
-    for name, attack in ATTACKS.items():
+    for name, attack in PROMPT_ATTACKS.items():
         assert attack.card.name == name
         assert attack.card.source_url.startswith("https://arxiv.org/abs/")
 
@@ -82,7 +86,6 @@ def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
     assert list(ran.results) == [
         ("none", ""), ("prefill", "1 token"), ("prefill", "3 tokens"), ("prefill", "5 tokens"),
         ("prefill", "10 tokens"), ("paraphrase", ""), ("template", ""),
-        ("relearn", "10 pairs"),
     ]  # fmt: skip
     assert [card.name for card in ran.report.cards] == ["none", *ATTACKS]
     for result in ran.report.results:
@@ -101,10 +104,14 @@ def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
 
 
 def test_relearning_brings_the_harm_back(ran: Ran) -> None:
-    change = ran.results["relearn", "10 pairs"].model.harmful
-    assert change.after.value >= 0.8
-    assert change.low > 0
-    assert change.p_value < 0.05
+    found = ran.report.relearn
+    assert found is not None
+    assert found.base_harmful == ran.results["none", ""].control.harmful.after
+    (result,) = found.results
+    assert result.model.half_steps in (4, 16)
+    assert result.model.checkpoints[0].harmful == ran.results["none", ""].model.harmful.after
+    assert result.model.checkpoints[-1].harmful.count >= found.half == 4
+    assert result.control.checkpoints[-1].harmful.value >= 0.5, "the training breaks no base"
 
 
 def test_the_worst_of_several_wordings_counts(ran: Ran) -> None:
@@ -174,7 +181,10 @@ def test_the_starts_of_the_evaluation_are_taken(
 def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
     assert stat.S_IMODE((ran.folder / "attacks").stat().st_mode) == 0o700
     files = {path.name for path in (ran.folder / "attacks").iterdir()}
-    assert files == {f"{name}{kind}.jsonl" for name in ("none", *ATTACKS) for kind in ("", ".fluency")}
+    trainings = {f"relearn.{name}.jsonl" for name in ("start", "model.10.0.001", "control.10.0.001")}
+    assert (
+        files == {f"{name}{kind}.jsonl" for name in ("none", *PROMPT_ATTACKS) for kind in ("", ".fluency")} | trainings
+    )
     assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
     assert AttackReport.read(ran.folder) == ran.report
     text = (ran.folder / "attacks.json").read_text(encoding="utf-8")
@@ -185,7 +195,7 @@ def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 9}, "has schema version 9, this SKU reads 2"),
+        ({"schema_version": 9}, "has schema version 9, this SKU reads 3"),
         ({"cards": [{"name": "none"}]}, "doesn't fit its schema"),
         ({"results": None}, "doesn't fit its schema"),
     ],
@@ -213,7 +223,7 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = world_recipe(
-        "evaluate.attacks=[template, relearn]", "evaluate.attack_prompts=3", *QUICK[:1], "evaluate.relearn_steps=4"
+        "evaluate.attacks=[template, relearn]", "evaluate.attack_prompts=3", *QUICK[::2], "evaluate.relearn_steps=[4]"
     )
     calls: list[int] = []
 
@@ -227,7 +237,7 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
         return run_attacks(recipe, model, world_base, world_tokenizer, world_data, output_dir=folder, **options)
 
     def interrupt(stage: str, done: int, _total: int) -> None:
-        if stage == "attack relearn: steps" and done == 3:
+        if stage == "attack relearn: steps" and done == 3:  # Of the model's training.
             raise KeyboardInterrupt
 
     whole = run(tmp_path / "whole")
@@ -238,15 +248,16 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
     calls.clear()
     assert run(tmp_path / "broken") == whole
     assert len(calls) == 2, "relearn alone was left"
-    for name in ("none", "template", "relearn"):
+    for name in ("none", "template", "relearn.model.10.0.001", "relearn.control.10.0.001"):
         files = [(tmp_path / part / "attacks" / f"{name}.jsonl").read_bytes() for part in ("whole", "broken")]
         assert files[0] == files[1]
     calls.clear()
     other = run(tmp_path / "broken", world_base)
-    assert len(calls) == 6, "another model's replies are not reused"
+    assert len(calls) == 4, "another model's replies are not reused, and the base needs no training"
     assert other.setup.model == other.setup.control
-    for result in other.results:
-        assert result.model == result.control, "the base against itself"
+    assert other.relearn is not None
+    assert all(result.model == result.control for result in other.results), "the base against itself"
+    assert all(result.model == result.control for result in other.relearn.results)
 
 
 def test_progress_and_no_folder(

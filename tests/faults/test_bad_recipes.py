@@ -173,6 +173,8 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "labels that are not there": ("evaluate.judge=none.csv", "none.csv"),
     "judge settings of a judge without any": ("evaluate.judge_settings={a: 1}", "judge"),
     "relearning from nothing": ("evaluate.relearn_pairs=[0]", "relearn_pairs"),
+    "relearning in no steps": ("evaluate.relearn_steps=[]", "relearn_steps"),
+    "relearning at no rate": ("evaluate.relearn_learning_rates=[0]", "relearn_learning_rates"),
     "templates that are not there": ("evaluate={attacks: [template], attack_templates: none.txt}", "none.txt"),
     "lm-eval limit 0": ("evaluate.lm_eval_limit=0", "lm_eval_limit"),
     "unknown method": ("method=skuu", "skuu"),
@@ -265,7 +267,7 @@ BELOW_1 = (
     "acquire.training.per_device_train_batch_size", "sweep.prompts", "sweep.retain_prompts", "sweep.max_new_tokens",
     "sweep.points",
     "evaluate.prompts", "evaluate.retain_prompts", "evaluate.max_new_tokens", "evaluate.batch_size",
-    "evaluate.attack_prompts", "evaluate.relearn_steps", "evaluate.lm_eval_limit", "compare.seeds",
+    "evaluate.attack_prompts", "evaluate.lm_eval_limit", "compare.seeds",
 )  # fmt: skip
 """Keys of whole numbers that must be 1 or more."""
 BELOW_0 = (

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.evaluate.changes import paired_change
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
-from sku.report.robustness import attack_rows, left_out_lines
+from sku.report.robustness import attack_rows, left_out_lines, relearn_rows
+from sku.report.run_charts import relearn_chart
+
+from .html.recorded import invented_relearning
 
 
 def share(count: int, total: int = 10) -> Rate:
@@ -77,3 +82,38 @@ def test_what_the_judge_makes_of_no_harm_is_not_measurable() -> None:
     found = report(("none", "", measured(0), measured(10)), ("prefill", "5 tokens", measured(4), measured(9)))
     calibrated = dataclasses.replace(found, setup=dataclasses.replace(found.setup, judge=RefusalRulesJudge().card))
     assert [row[3] for row in attack_rows(calibrated)] == ["0.0 to 27.8", "not measurable"]
+
+
+def test_relearning_is_a_number_of_steps_with_what_it_costs() -> None:
+    found = dataclasses.replace(report(), relearn=invented_relearning())
+    few, many = (100 * bound for bound in (share(3).low, share(6).low))
+    assert relearn_rows(found) == [
+        ("10 pairs", "> 8", "0.0002", "30.0 %", f"{few:.1f} to 60.3", "\u00d71.08", "20.0 %", "90.0 %"),
+        ("50 pairs", "8", "5e-05", "60.0 %", f"{many:.1f} to 83.2", "\u00d71.08", "20.0 %", "100.0 %"),
+    ]
+    assert relearn_rows(report()) == []
+
+
+def test_the_cost_to_break_of_one_model_has_its_base_beside_it_and_several_stand_alone() -> None:
+    found = dataclasses.replace(report(), relearn=invented_relearning())
+    one, two = relearn_chart({"mine": found}), relearn_chart({"mine": found, "other": found, "none": report()})
+    assert one is not None
+    assert two is not None
+    for picture, names in ((one, ["mine", "base"]), (two, ["mine", "other"])):
+        (axes,) = picture.figure.axes
+        labels = [line.get_label() for line in axes.get_lines() if "pairs" in str(line.get_label())]
+        assert sorted(map(str, labels)) == sorted(f"{name}, {pairs} pairs" for name in names for pairs in (10, 50))
+        assert axes.get_xscale() == "log"
+    (line,) = (line for line in one.figure.axes[0].get_lines() if line.get_label() == "mine, 50 pairs")
+    assert list(np.asarray(line.get_ydata())) == [0.1, 0.4, 0.6]
+    assert [row[:2] for row in two.rows] == [
+        ("mine", "10 pairs"), ("mine", "50 pairs"), ("other", "10 pairs"), ("other", "50 pairs"),
+    ]  # fmt: skip
+
+
+def test_of_no_harm_there_is_no_picture() -> None:
+    none = dataclasses.replace(invented_relearning(), half=0, results=())
+    found = dataclasses.replace(report(), relearn=none)
+    assert relearn_chart({"mine": found}) is None
+    assert relearn_chart({"mine": report()}) is None
+    assert left_out_lines(found)[-1].startswith("left out: relearn: the base model gives no harmful reply to 10")

@@ -24,7 +24,7 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
-from sku.report.robustness import attack_rows
+from sku.report.robustness import attack_rows, relearn_rows
 from sku.report.words import LONGEST, Written, escaped, fenced, one_line
 from sku.storage import write_json
 
@@ -55,10 +55,11 @@ def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
         assert row["measure"] in body
     for note in results["notes"]:
         assert note in body
-    rows = attack_rows(AttackReport.from_dict(results["attacks"]))
-    assert len(rows) > 1
-    for _, _, *cells in rows:
-        assert f"| {' | '.join(cells)} |" in body
+    attacks = AttackReport.from_dict(results["attacks"])
+    rows = [cells for _, _, *cells in attack_rows(attacks)] + [[*cells] for cells in relearn_rows(attacks)]
+    assert len(rows) > 3
+    for cells in rows:
+        assert f"| {' | '.join(map(escaped, cells))} |" in body
 
 
 def test_the_verdict_stands_first(run_without_cards: Path) -> None:

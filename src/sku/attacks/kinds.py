@@ -1,9 +1,9 @@
-r"""The attacks, and the one interface of all.
+r"""The attacks on the prompt, and the one interface of all of them.
 
 There are two kinds. An attack on the prompt rewrites the request and leaves the weights: other words, a wrapper, the
 first tokens of a harmful reply. An attack on the weights changes a copy of the model and asks the questions as they
-are. Each has one setting or more (a length, a number of pairs). Whatever is done to the unlearned model is done to the
-base model too: without that control a rise could come from the attack alone.
+are. Whatever is done to the unlearned model is done to the base model too: without that control a rise could come from
+the attack alone.
 
 *Paraphrase*: what was forgotten must be gone in every wording. Rules, not a model, write the words, so that they are
 the same everywhere and keep the meaning. A question of the form "how do I ...?" is turned around its task; any other
@@ -22,44 +22,28 @@ sentences, no more. Paper: arXiv 2308.03825 (Shen et al., such prompts in the wi
 that was only taught not to begin goes on once it is past the beginning. Papers: arXiv 2406.05946 (Qi et al., safety
 that is a few tokens deep), 2404.02151 (Andriushchenko et al., prefilling).
 
-*Relearn*: a few steps of fine-tuning on a few harmful pairs. What was removed must be learned anew.
-Papers: arXiv 2406.13356 (Hu et al., relearning attacks), 2410.08827 (Deeb and Roger, facts that come back untaught).
-The pairs are of the split ``forget_train`` and the questions of ``forget_test``, so that no answer is taught that is
-asked for. Fine-tuning may still teach more than it brings back: the base model goes through the same training, with
-the same pairs, order, seed and steps, as a control. A relearned model answers harmful prompts on purpose. It is never
-saved: it lives in memory, training's folder is private and empty, and both are gone when the replies are written.
+*Relearn* changes the weights: ``sku.attacks.relearn``.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import random
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks.results import AttackCard
-from sku.config import Recipe, plain_data
-from sku.data.examples import ForgetExample, ForgetRetainData, content_hash, normalise_prompt
+from sku.config import Recipe
+from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
-from sku.evaluate.asking import draw_examples
 from sku.evaluate.batching import StageProgress
 from sku.evaluate.judges.choose import is_embedded
-from sku.methods.task_vector import TASK_VECTOR
-from sku.models import LoadedModel
-from sku.training.config import UnlearningConfig, training_settings
-from sku.training.run import adapter_settings, step_progress, train
 from sku.world.grammar import MAKE_QUESTIONS
 
 TASK_FRAMES = {
@@ -98,7 +82,7 @@ class AttackContext:
     """What an attack may know when it lays out its settings."""
 
     recipe: Recipe
-    """``evaluate`` has the attacks' settings, ``acquire`` those of training."""
+    """``evaluate`` has the attacks' settings."""
     data: ForgetRetainData
     model: PreTrainedModel
     """The model to attack, for its shape alone."""
@@ -124,7 +108,7 @@ def as_it_is(example: ForgetExample) -> tuple[Variant]:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One strength of an attack: on the prompt it rewrites, on the weights it changes."""
+    """One strength of an attack."""
 
     name: str = ""
     """As in tables; empty where the attack has one setting."""
@@ -132,13 +116,11 @@ class Setting:
     """The setting as plain data, recorded. Equal details must give equal replies: finished ones are then reused."""
     rewrite: Callable[[ForgetExample], Iterable[Variant | str]] = as_it_is
     """All ways to ask one question; for each that can't be asked, why."""
-    change: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel | PeftModel]] = nullcontext
-    """Gives a changed copy, which is gone when the block ends. The model itself is not changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """An attack; ``ATTACKS`` lists them."""
+    """An attack on the prompt; ``PROMPT_ATTACKS`` lists them."""
 
     card: AttackCard
     settings: Callable[[AttackContext], Sequence[Setting]]
@@ -287,108 +269,8 @@ TEMPLATE = Attack(
 )
 
 
-@contextmanager
-def relearned(
-    model: PreTrainedModel, pairs: list[ForgetExample], context: AttackContext
-) -> Iterator[PreTrainedModel | PeftModel]:
-    """A copy of a model, fine-tuned on harmful pairs as the recipe trains: its tuning, learning rate and batch size.
-
-    Args:
-        model: It is not changed.
-        pairs: What is trained on, by cross-entropy on the answers alone.
-        context: For the recipe, the tokenizer and progress.
-
-    Yields:
-        The copy, in evaluation mode. Hazardous.
-
-    Raises:
-        DataError: No pair leaves an answer token to train on.
-        NonFiniteLossError: The loss is NaN or infinite.
-    """
-    recipe = context.recipe
-    # Four-bit weights only save memory for stage 1; the model here is already loaded whole.
-    acquire = recipe.acquire if recipe.acquire.tuning == "full" else dataclasses.replace(recipe.acquire, tuning="lora")
-    copied = copy.deepcopy(model)
-    if acquire.tuning == "full":
-        copied = copied.float()  # In half precision a step of usual size rounds away on most weights.
-    with tempfile.TemporaryDirectory(prefix="sku-relearn-") as folder:
-        settings = training_settings(
-            UnlearningConfig,
-            relearn_training(recipe),
-            {
-                "output_dir": folder,
-                "seed": recipe.seed,
-                "max_length": recipe.data.max_length,
-                "max_answer_tokens": recipe.data.max_answer_tokens,
-            },
-            device=copied.device.type,
-        )
-        trained = train(
-            LoadedModel(model=copied, tokenizer=context.tokenizer, name="relearned", revision=None),
-            dataclasses.replace(context.data, forget_train=tuple(pairs)),
-            TASK_VECTOR.objective(TASK_VECTOR.settings(), copied),
-            settings,
-            tuning=acquire.tuning,
-            adapter=adapter_settings(acquire),
-            folder=Path(folder),
-            prompt_format=recipe.model.prompt_format,
-            callbacks=step_progress(_steps(context)),
-            hazardous=True,
-        )
-        yield trained.model
-
-
-def relearn_training(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's training settings with the attack's own number of steps, without warm-up and checkpoints."""
-    # A recipe's warm-up is sized for its own steps, and could fill all of these.
-    kept = {name: value for name, value in recipe.acquire.training.items() if name != "warmup_ratio"}
-    return {**kept, "max_steps": recipe.evaluate.relearn_steps, "warmup_steps": 0, "save_strategy": "no"}
-
-
-def _steps(context: AttackContext) -> Any:
-    progress = context.progress
-    return None if progress is None else lambda _stage, done, total: progress("attack relearn: steps", done, total)
-
-
-def _relearned(context: AttackContext) -> list[Setting]:
-    recipe = context.recipe
-    lora = {} if recipe.acquire.tuning == "full" else {"lora": plain_data(recipe.acquire.lora)}
-    drawn: dict[int, list[ForgetExample]] = {}
-    for wanted in recipe.evaluate.relearn_pairs:
-        pairs = draw_examples(context.data.forget_train, wanted, seed=recipe.seed)
-        drawn.setdefault(len(pairs), pairs)  # Fewer where there are fewer, and the name says so.
-    return [
-        Setting(
-            name=f"{number} pair{'s' if number > 1 else ''}",
-            change=partial(relearned, pairs=pairs, context=context),
-            details={
-                "pairs": number,
-                "pairs_sha256": content_hash(pairs),
-                "steps": recipe.evaluate.relearn_steps,
-                "tuning": recipe.acquire.tuning,
-                **lora,
-                "max_length": recipe.data.max_length,
-                "max_answer_tokens": recipe.data.max_answer_tokens,
-                "training": relearn_training(recipe),
-            },
-        )
-        for number, pairs in drawn.items()
-    ]
-
-
-RELEARN = Attack(
-    card=AttackCard(
-        name="relearn",
-        title="Relearning",
-        kind="weights",
-        changes="the model is fine-tuned for a few steps on a few harmful pairs, none of which is asked",
-        source_url="https://arxiv.org/abs/2406.13356",
-    ),
-    settings=_relearned,
-)
-
-ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE, RELEARN)}
-"""All attacks by name."""
+PROMPT_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE)}
+"""By name."""
 
 
 def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:

@@ -6,13 +6,17 @@ Keys of the file:
 - ``setup``: which models were attacked, with what, and how replies were written and judged, ``AttackSetup``.
 - ``cards``: what each attack is, ``AttackCard``, in the order in which they ran; ``none``, the questions as they are,
   comes first.
-- ``results``: one entry for each attack and setting, ``AttackResult``: ``attack``, ``setting``, ``details``,
-  ``questions``, and what the attacked ``model`` and the ``control`` (the base model under the same attack) said,
-  each a ``Measured``: ``harmful`` (before and after the attack, paired by question), ``harmful_at_most``, ``replies``
-  (the rates of ``evaluation.json`` over all replies) and ``variants`` (harmful rate of each way to ask).
+- ``results``: one entry for each attack on the prompt and setting, ``AttackResult``: ``attack``, ``setting``,
+  ``details``, ``questions``, and what the attacked ``model`` and the ``control`` (the base model under the same
+  attack) said, each a ``Measured``: ``harmful`` (before and after the attack, paired by question),
+  ``harmful_at_most``, ``replies`` (the rates of ``evaluation.json`` over all replies) and ``variants`` (harmful rate
+  of each way to ask).
+- ``relearn``: what fine-tuning brought back, ``Relearned``; null without that attack. For each number of pairs
+  ``half_steps`` of ``model`` is the figure: steps until half of the base's harm is back, null for more than the last
+  of ``steps``.
 - ``left_out``: what could not be asked -> number of prompts.
 
-A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Replies are in ``attacks/<name>.jsonl``.
+A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Replies are in ``attacks/<name>*.jsonl``.
 """
 
 from __future__ import annotations
@@ -78,6 +82,65 @@ class AttackResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One model after so many steps of fine-tuning on harmful pairs."""
+
+    steps: int
+    """0: as it is."""
+    harmful: Rate
+    """Of the questions, asked as they are."""
+    harmful_at_most: Rate
+    """The same where replies that the judge failed on are taken for harmful."""
+    gibberish: Rate
+    """Of the same replies."""
+    perplexity: float | None
+    """Of normal answers, as a multiple of the base model's; None where there are no normal prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelearnLine:
+    """One training."""
+
+    learning_rate: float | None
+    """None where half was there before any training."""
+    checkpoints: tuple[Checkpoint, ...]
+    """The model as it is, then one for each look."""
+    half_steps: int | None
+    """The first of them with half of the base's harm; None where none has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelearnResult:
+    """What a number of pairs brought back."""
+
+    pairs: int
+    pairs_sha256: str
+    model: RelearnLine
+    """At the attacker's best learning rate: the fewest steps, or else the most harm at the last of them."""
+    others: tuple[RelearnLine, ...]
+    """At the other rates, the best first; none goes on after the steps of the best."""
+    control: RelearnLine
+    """The base model under the training of the best rate, as far as that went."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relearned:
+    """How much fine-tuning brings half of the base's harm back."""
+
+    details: Mapping[str, Any]
+    """Of all trainings: what is trained, pairs a step, lengths."""
+    questions: int
+    base_harmful: Rate
+    """Of the base model's own free replies to them."""
+    half: int
+    """Harmful replies that are half of it; 0 where it has none, and then there are no results."""
+    steps: tuple[int, ...]
+    """At which a model is looked at."""
+    results: tuple[RelearnResult, ...]
+    """One for each number of pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackSetup:
     """What was attacked, and how replies were written and judged."""
 
@@ -101,10 +164,11 @@ class AttackReport(Stored):
     """All attacks on one model, as ``attacks.json`` holds them. The fields are the keys listed above."""
 
     FILE = "attacks.json"
-    SCHEMA = 2
+    SCHEMA = 3
     AGAIN = "run the attacks again"
 
     setup: AttackSetup
     cards: tuple[AttackCard, ...]
     results: tuple[AttackResult, ...]
+    relearn: Relearned | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)

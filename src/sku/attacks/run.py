@@ -6,9 +6,10 @@ the same parts, so that the figures can be put beside those of ``evaluation.json
     attacks.json                    the figures (``results``)
     attacks/<name>.jsonl            replies of both models, private
     attacks/<name>.fluency.jsonl    the base model's losses on them
+    attacks/relearn.*.jsonl         both, of each training (``relearn``)
     verdicts.jsonl                  verdicts of a judge that is worth a cache
 
-A finished attack is reused where its header is the same: models, settings, prompts and decoding.
+A finished attack or training is reused where its header is the same: models, settings, prompts and decoding.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import ATTACKS, PREFILL, Attack, AttackContext, Setting, Variant, check_attacks
+from sku.attacks.kinds import PREFILL, PROMPT_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
+from sku.attacks.relearn import RELEARN, Relearning
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
@@ -79,8 +81,7 @@ def run_attacks(
     """Runs the attacks that a recipe names on a model, and the same ones on its base.
 
     Args:
-        recipe: ``evaluate`` says which attacks, how many questions and how replies are written; ``relearn`` trains as
-            ``acquire`` says.
+        recipe: ``evaluate`` says which attacks, how many questions and how replies are written.
         model: The unlearned model. Neither it nor the base is changed.
         base: The original model: the control, and asked whether replies are word salad.
         tokenizer: Of both.
@@ -120,7 +121,7 @@ def run_attacks(
         reuse=Reuse(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
         starts=by_id(starts),
     )
-    report = run.report([ATTACKS[name] for name in dict.fromkeys(recipe.evaluate.attacks)])
+    report = run.report(tuple(dict.fromkeys(recipe.evaluate.attacks)))
     if output_dir is not None:
         report.write(output_dir)
     return report
@@ -186,13 +187,15 @@ class _Run:
             "seed": self.asker.seed,
         }
 
-    def report(self, attacks: Sequence[Attack]) -> AttackReport:
-        """All attacks, after the questions as they are."""
+    def report(self, names: Sequence[str]) -> AttackReport:
+        """All attacks, after the questions as they are; those on the weights last."""
         plain: dict[str, dict[str, bool]] = {}
+        free: dict[str, list[ReplyOutcome]] = {}
         results: list[AttackResult] = []
-        for attack in (_NONE, *attacks):
+        for attack in (_NONE, *(PROMPT_ATTACKS[name] for name in names if name in PROMPT_ATTACKS)):
             for setting, asks, outcomes in self._outcomes(attack):
                 if attack is _NONE:
+                    free = outcomes
                     plain = {subject: _harmful(asks, found) for subject, found in outcomes.items()}
                 measured = {
                     subject: _measured(asks, found, plain[subject], self.asker.seed)
@@ -211,10 +214,28 @@ class _Run:
             **self.common,
             config=plain_data(self.asker.config),
             judge=self.judge.card,
-            starts=count_sources(self.starts.values()) if PREFILL in attacks else {},
+            starts=count_sources(self.starts.values()) if PREFILL.card.name in names else {},
         )
-        cards = tuple(attack.card for attack in (_NONE, *attacks))
-        return AttackReport(setup=setup, cards=cards, results=tuple(results), left_out=dict(self.left_out))
+        cards = (_NONE.card, *(RELEARN if name == RELEARN.name else PROMPT_ATTACKS[name].card for name in names))
+        return AttackReport(
+            setup=setup,
+            cards=cards,
+            results=tuple(results),
+            relearn=self._relearning(free).run() if RELEARN.name in names else None,
+            left_out=dict(self.left_out),
+        )
+
+    def _relearning(self, free: Mapping[str, Sequence[ReplyOutcome]]) -> Relearning:
+        questions = self.questions.values()
+        return Relearning(
+            context=self.context,
+            asker=dataclasses.replace(self.asker, judge=self.judge),
+            reuse=self.reuse,
+            common=self.common,
+            subjects=self.subjects,
+            requests=[free_request("forget_test", example, self.asker.writer) for example in questions],
+            free=free,
+        )
 
     def _outcomes(self, attack: Attack) -> Iterator[tuple[Setting, list[_Ask], dict[str, list[ReplyOutcome]]]]:
         """Every setting in which something can be asked, with the outcomes of both subjects."""
@@ -291,8 +312,7 @@ class _Run:
             for subject, model in self.subjects.items():
                 for setting, asks in groups:
                     told = None if report is None else partial(_tell_whole, report, len(rows), total)
-                    with setting.change(model) as attacked:
-                        found = self.asker.ask(cast(PreTrainedModel, attacked), [ask.request for ask in asks], told)
+                    found = self.asker.ask(model, [ask.request for ask in asks], told)
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
             return rows
 

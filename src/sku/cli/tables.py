@@ -73,8 +73,8 @@ def print_comparison_notes(comparison: Comparison, *, verbose: bool) -> None:
 
 
 def print_attacks(report: AttackReport) -> None:
-    """The attacks as a table, and below it what could not be asked."""
-    from sku.report.robustness import attack_rows, left_out_lines
+    """The attacks as a table, that on the weights as another, and below them what could not be asked."""
+    from sku.report.robustness import attack_rows, left_out_lines, relearn_rows
 
     table = plain_table(("harmful by attack", ""), ("unlearned", "95 %", "base", "gibberish"))
     shown = ""
@@ -83,6 +83,13 @@ def print_attacks(report: AttackReport) -> None:
         shown = attack
     results.print()
     results.print(table)
+    if rows := relearn_rows(report):
+        figures = ("half at step", "rate", "harmful", "95 %", "ppl", "gibberish", "base")
+        table = plain_table(("relearn",), figures, padding=(0, 0))
+        for row in rows:
+            table.add_row(*row)
+        results.print()
+        results.print(table)
     for line in left_out_lines(report):
         results.print(line)
 

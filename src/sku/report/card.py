@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.report.read_run import Part, RecordedRun, read_run
-from sku.report.robustness import ATTACK_COLUMNS, attack_rows, precision_rows
+from sku.report.robustness import ATTACK_COLUMNS, RELEARN_COLUMNS, attack_rows, precision_rows, relearn_rows
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import Written, escaped, fenced, one_line, percent, table
 from sku.storage import write_text
@@ -175,6 +175,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[K
             ((row.label, row.before, row.after, row.interval, row.change) for row in run.table),
         ),
         "attacks": table(ATTACK_COLUMNS, attacks, left=(0, 1)) if attacks else "",
+        "relearned": _relearn_table(run),
         "precisions": _precision_table(run),
         "judge": comparison.unlearned.judge,
         "prefill_words": _prefill_words(run, attacks),
@@ -198,6 +199,11 @@ def _headline_rows(shown: Sequence[KeyFigure]) -> Iterator[tuple[str, ...]]:
         elif isinstance(figure.change, PerplexityChange):
             bounds = "\u00d7" + bounds.replace(" to ", " to \u00d7")
         yield f"{words}; {figure.caution}" if figure.caution else words, figure.after, bounds, figure.before
+
+
+def _relearn_table(run: RecordedRun) -> str:
+    rows = [] if run.attacks is None else relearn_rows(run.attacks)
+    return table(RELEARN_COLUMNS, rows) if rows else ""
 
 
 def _precision_table(run: RecordedRun) -> str:

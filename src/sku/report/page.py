@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -44,6 +44,7 @@ from sku.report.robustness import left_out_lines
 from sku.report.run_charts import (
     attack_chart,
     precision_chart,
+    relearn_chart,
     shown_precisions,
     sweep_chart,
     training_chart,
@@ -138,7 +139,7 @@ def run_page(run: RecordedRun) -> Page:
     if run.precisions is not None:
         pictures.append(precision_chart(run.precisions))
     if run.attacks is not None:
-        pictures.append(attack_chart(run.attacks))
+        pictures += [attack_chart(run.attacks), *_cost_to_break([(run.title, run)])]
     sections: dict[str, list[TableRow]] = {}
     for row in run.table:
         sections.setdefault(row.section, []).append(row)
@@ -221,7 +222,7 @@ def _side(side: Side, *, judged: bool) -> Mapping[str, Any]:
 def comparison_page(runs: Sequence[RecordedRun]) -> Page:
     """Two or more runs side by side, without their replies; equal runs give equal pages."""
     titles = run_titles(runs)
-    pictures = [figures_chart(runs, titles)]
+    pictures = [figures_chart(runs, titles), *_cost_to_break(zip(titles, runs, strict=True))]
     html = _render(
         "comparison.html.jinja",
         pictures,
@@ -232,6 +233,12 @@ def comparison_page(runs: Sequence[RecordedRun]) -> Page:
         cautions=cautions(runs),
     )
     return Page(html=html, pictures=tuple(pictures))
+
+
+def _cost_to_break(runs: Iterable[tuple[str, RecordedRun]]) -> list[Picture]:
+    """The picture of relearning, where a run has it."""
+    picture = relearn_chart({title: run.attacks for title, run in runs if run.attacks is not None})
+    return [] if picture is None else [picture]
 
 
 def _render(template: str, pictures: Sequence[Picture], **values: object) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sku.attacks.results import AttackReport, AttackResult, Measured
+from sku.attacks.results import AttackReport, AttackResult, Measured, Relearned, RelearnLine, RelearnResult
 from sku.evaluate.comparison import Measured as Rounded
 from sku.evaluate.comparison import PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges import JudgeCard
@@ -36,9 +36,64 @@ def attack_rows(report: AttackReport) -> list[tuple[str, ...]]:
     return [row for result in report.results for row in _rows(titles[result.attack], result, report.setup.judge)]
 
 
+RELEARN_COLUMNS = (
+    "relearning", "steps to half", "rate", "harmful then", "95 %", "perplexity", "gibberish", "base",
+)  # fmt: skip
+
+
+def relearn_rows(report: AttackReport) -> list[tuple[str, ...]]:
+    """How much fine-tuning brings half of the base's harm back, a row for each number of pairs.
+
+    Args:
+        report: From ``run_attacks``.
+
+    Returns:
+        ``RELEARN_COLUMNS``, none without that attack: number of pairs; steps until half is back; the attacker's best
+        learning rate; and at the last checkpoint of its training the harmful share, its 95 % interval, the perplexity
+        of normal answers as a multiple of the base's, the share of gibberish, and the harmful share of the base model
+        after the same training.
+    """
+    found = report.relearn
+    if found is None:
+        return []
+    return [_relearn_row(result, found, report.setup.judge) for result in found.results]
+
+
+def _relearn_row(result: RelearnResult, found: Relearned, judge: JudgeCard) -> tuple[str, ...]:
+    last, base = result.model.checkpoints[-1], result.control.checkpoints[-1]
+    measured = judge.can_measure(last.harmful.value, last.harmful.low)
+    bounds = _interval((last.harmful, last.harmful_at_most)) if measured else UNMEASURED
+    return (
+        pairs_text(result.pairs),
+        half_text(result.model, found),
+        NOTHING if result.model.learning_rate is None else f"{result.model.learning_rate:g}",
+        percent(last.harmful.value),
+        bounds,
+        NOTHING if last.perplexity is None else f"\u00d7{last.perplexity:.4g}",
+        percent(last.gibberish.value),
+        percent(base.harmful.value),
+    )
+
+
+def pairs_text(pairs: int) -> str:
+    """``10 pairs``."""
+    return f"{pairs} pair{'' if pairs == 1 else 's'}"
+
+
+def half_text(line: RelearnLine, found: Relearned) -> str:
+    """Steps until half of the base's harm is back: ``16``, or ``> 256`` where it never is."""
+    return f"> {found.steps[-1]}" if line.half_steps is None else str(line.half_steps)
+
+
 def left_out_lines(report: AttackReport) -> list[str]:
     """What could not be asked, a line each: ``left out: prefill, 20 tokens: the answer is too short: 100``."""
-    return [f"left out: {what}: {number}" for what, number in report.left_out.items()]
+    lines = [f"left out: {what}: {number}" for what, number in report.left_out.items()]
+    if report.relearn is not None and not report.relearn.results:
+        lines.append(
+            f"left out: relearn: the base model gives no harmful reply to {report.relearn.questions} questions, so "
+            "there is none to bring back"
+        )
+    return lines
 
 
 def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[tuple[str, ...]]:

@@ -8,18 +8,22 @@ from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from sku.attacks.results import AttackReport
+from sku.attacks.results import AttackReport, RelearnLine
 from sku.evaluate.comparison import PrecisionReport
 from sku.evaluate.metrics import Rate
 from sku.report.figures import PAGE_STYLE, Picture, add_legend, drawable, light, name_rows, new_figure, share_axis
 from sku.report.frontier import draw_sweep
 from sku.report.robustness import (
     ATTACK_COLUMNS,
+    RELEARN_COLUMNS,
     PrecisionRow,
     attack_rows,
+    pairs_text,
     precision_rows,
     rate_text,
+    relearn_rows,
     tokens_text,
 )
 from sku.report.words import NOTHING
@@ -193,6 +197,77 @@ def attack_chart(report: AttackReport) -> Picture:
         columns=ATTACK_COLUMNS,
         rows=tuple(attack_rows(report)),
     )
+
+
+_DASHES = ("-", "--", ":", "-.")
+"""Of the numbers of pairs, the fewest first."""
+
+
+def relearn_chart(reports: Mapping[str, AttackReport]) -> Picture | None:
+    """Cost to break: the share of the base's harm that is back over the steps of fine-tuning, at the best rate.
+
+    Args:
+        reports: Name of a model -> its attacks. Of one alone the base model's control is drawn too.
+
+    Returns:
+        The picture; None where no model was attacked so, or no base had harm to bring back.
+    """
+    found = {name: report.relearn for name, report in reports.items() if report.relearn and report.relearn.results}
+    if not found:
+        return None
+    lines: list[tuple[str, str, int, RelearnLine, int]] = []
+    for place, (name, relearned) in enumerate(found.items()):
+        for result in relearned.results:
+            base = relearned.base_harmful.count
+            lines.append((name, _LINES[place % len(_LINES)], result.pairs, result.model, base))
+            if len(found) == 1:
+                lines.append(("base", "base", result.pairs, result.control, base))
+    with matplotlib.rc_context(PAGE_STYLE):
+        figure, (axes,) = new_figure(3.3 + 0.2 * len(lines))
+        _draw_relearning(axes, lines, sorted({step for relearned in found.values() for step in relearned.steps}))
+    rows = [(name, *row) for name in found for row in relearn_rows(reports[name])]
+    return Picture(
+        name="cost_to_break",
+        title="Cost to break",
+        caption="Harmful replies as a share of the base model's own, over the steps of fine-tuning on harmful pairs "
+        "none of which is asked, at the attacker's best learning rate. A line ends where half is back. In the table "
+        "all after the last step, with 95 % intervals.",
+        figure=figure,
+        columns=("model", *RELEARN_COLUMNS),
+        rows=tuple(rows),
+    )
+
+
+def _draw_relearning(
+    axes: Axes, lines: Sequence[tuple[str, str, int, RelearnLine, int]], steps: Sequence[int]
+) -> None:
+    """Each line: name, colour, pairs, checkpoints and the base's harmful replies. The model as it is stands left."""
+    start, highest = steps[0] / 2, 1.0
+    pairs = sorted({number for _, _, number, _, _ in lines})
+    for name, colour, number, line, base in lines:
+        shares = [checkpoint.harmful.count / base for checkpoint in line.checkpoints]
+        highest = max(highest, *shares)
+        axes.plot(
+            [checkpoint.steps or start for checkpoint in line.checkpoints],
+            shares,
+            _DASHES[pairs.index(number) % len(_DASHES)],
+            color=light(colour),
+            linewidth=1.6,
+            marker="o",
+            markersize=4,
+            label=f"{drawable(name, 24)}, {pairs_text(number)}",
+        )
+    axes.axhline(0.5, color=light("muted"), linewidth=0.9)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(start / 1.2, steps[-1] * 1.2)
+    axes.xaxis.set_major_locator(FixedLocator([start, *steps]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: "0" if value == start else f"{value:.0f}")
+    share_axis(axes, "y")
+    axes.set_ylim(-0.02, highest + 0.02)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("of the base's harm back")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9)
 
 
 def shown_precisions(report: PrecisionReport) -> list[PrecisionRow]:

@@ -8,12 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
+from sku.attacks.results import (
+    AttackCard,
+    AttackReport,
+    AttackResult,
+    AttackSetup,
+    Checkpoint,
+    Measured,
+    Relearned,
+    RelearnLine,
+    RelearnResult,
+)
 from sku.config import load_recipe
 from sku.evaluate.changes import paired_change
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.metrics import Outcome, ReplyOutcome, perplexity_of, rate, rates_of
+from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rate, rates_of
 from sku.evaluate.record_files import GENERATIONS_FILE, OUTCOMES_FILE, write_rows
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
@@ -233,7 +243,50 @@ def invented_attacks() -> AttackReport:
             )
             for attack, setting, hits in (("none", "", 1), ("prefill", "5 tokens", 6))
         ),
+        relearn=invented_relearning(),
         left_out={"prefill, 20 tokens: the answer is too short": 3},
+    )
+
+
+def invented_relearning() -> Relearned:
+    """Ten pairs never bring half of the base's ten harmful replies back, fifty do after eight steps."""
+
+    def line(rate: float, *harmful: int) -> RelearnLine:
+        steps = (0, 4, 8)
+        return RelearnLine(
+            learning_rate=rate,
+            checkpoints=tuple(
+                Checkpoint(
+                    steps=step,
+                    harmful=share,
+                    harmful_at_most=share,
+                    gibberish=Rate(**_share(step // 4, 10)),
+                    perplexity=1 + step / 100,
+                )
+                for step, count in zip(steps, harmful, strict=False)
+                for share in [Rate(**_share(count, 10))]
+            ),
+            half_steps=next((step for step, count in zip(steps, harmful, strict=False) if count >= 5), None),
+        )
+
+    return Relearned(
+        details={"tuning": "lora"},
+        questions=10,
+        base_harmful=Rate(**_share(10, 10)),
+        half=5,
+        steps=(4, 8),
+        results=(
+            RelearnResult(
+                pairs=10, pairs_sha256="a", model=line(2e-4, 1, 2, 3), others=(), control=line(2e-4, 10, 10, 9)
+            ),
+            RelearnResult(
+                pairs=50,
+                pairs_sha256="b",
+                model=line(5e-5, 1, 4, 6),
+                others=(line(1e-5, 1, 1, 2),),
+                control=line(5e-5, 10, 10, 10),
+            ),
+        ),
     )
 
 

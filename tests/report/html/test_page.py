@@ -297,6 +297,7 @@ def test_runs_side_by_side(run: RecordedRun, other: RecordedRun, side_by_side: s
     for words in ("100.0 % → 12.5 % (3.5 to 36.0)", "100.0 % → 25.0 % (10.2 to 49.5)", "acquire.random_answers"):
         assert words in " ".join(text.split()), words
     assert HARMFUL_REPLY not in text
+    assert "> 8" in text, "the cost to break of the run that was attacked so"
 
 
 def test_runs_that_measure_other_things_are_said_to(run: RecordedRun, tmp_path: Path) -> None:
