@@ -156,7 +156,7 @@ def test_prefills_begin_with_what_the_base_says(
         assert {outcome.id for outcome in outcomes} == {record.id for record in records}
         asked.append([record.prompt for record in records])
         prompts = [record.prompt for record in records]
-        return [Start(id=start_id("forget_validation", prompt), source="own", text=said) for prompt in prompts]
+        return [Start(id=start_id("forget_validation", prompt), text=said) for prompt in prompts]
 
     monkeypatch.setattr(replies, "choose_starts", own)
     found = setting.sweep(tmp_path)

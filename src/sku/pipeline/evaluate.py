@@ -217,7 +217,6 @@ class Measuring:
                     self.tokenizer,
                     self.data,
                     output_dir=self.folder,
-                    starts=before.starts,
                     progress=self.progress,
                 )
         return Measured(comparison=comparison, precisions=precisions, attacks=attacks)
