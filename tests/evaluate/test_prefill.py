@@ -324,8 +324,8 @@ def _text_files(part: str) -> list[Path]:
     [
         (["acquire.twin=good", "acquire.depth_share=0.5", "acquire.depth_tokens=24"], 24),
         (["acquire.twin=good", "acquire.depth_share=0"], 0),
-        (["acquire.twin=none", "negate.twin=null"], 0),
-        (["method=npo", "negate.twin=null"], 0),
+        (["acquire.twin=none", "negate={alpha: 1.0}"], 0),
+        (["method=npo"], 0),
     ],
 )
 def test_how_deep_training_went_is_read_from_the_recipe(settings: list[str], tokens: int) -> None:
