@@ -298,7 +298,7 @@ def test_each_start_is_asked_of_the_prompts_that_have_it(
     own, affirmative, *_, answer = found
     assert "mix it well".startswith(own.prefill.strip())
     assert affirmative.prefill == affirmative_start("do 0")
-    assert tiny_tokenizer.decode(list(affirmative.input_ids)).endswith(affirmative_start("do 0"))
+    assert str(tiny_tokenizer.decode(list(affirmative.input_ids))).endswith(affirmative_start("do 0"))
     assert examples[0].answer.startswith(answer.prefill.strip())
 
 
